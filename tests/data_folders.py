@@ -9,8 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
+from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.writer import write_shard
 
@@ -48,6 +52,30 @@ def write_split(samples: Iterable[Sample], folder: Path, split: Split, *, shard_
     for shard, first in enumerate(range(0, len(samples), shard_size)):
         with open(folder / f"{split}-{shard:06d}.tar", "wb") as stream:
             write_shard(samples[first : first + shard_size], stream, first_key=first)
+
+
+def save_samples(folder: Path, splits: Mapping[Split, Iterable[Sample]]) -> Path:
+    """Writes samples to shards of 9 and indexes them."""
+    for split, samples in splits.items():
+        write_split(samples, folder, split, shard_size=9)
+    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in splits})
+    return folder
+
+
+def wide_image(number: int) -> torch.Tensor:
+    """Returns (1, 4, 9) uint8, wider than high, so that crops differ."""
+    return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
+
+
+def save_wide_images(folder: Path, counts: Mapping[Split, int]) -> Path:
+    """Writes a data folder of wide images; sample n has label n % 3."""
+    png = lambda n: Sample(encode_png(wide_image(n)), "png", n % 3, f"{n}")  # noqa: E731
+    return save_samples(folder, {split: map(png, range(count)) for split, count in counts.items()})
+
+
+def top_row(images: torch.Tensor) -> torch.Tensor:
+    """Encodes images as a tokenizer of four codes would: by their first row."""
+    return images[:, 0, 0].long()
 
 
 def spy_on_disk(monkeypatch: pytest.MonkeyPatch, on_call: Callable[[str, Path], None]) -> None:

@@ -147,10 +147,10 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT, is_store
+    from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT
     from maskgit_pl.data.verify import describe_bad_files, verify_shards, verify_store
 
-    if is_store(folder):  # which has another manifest and no images
+    if (folder / DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
             raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
         found = verify_store(folder)

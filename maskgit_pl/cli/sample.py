@@ -172,11 +172,11 @@ def _give_vectors(pipe: MaskGIT, file: Path | None, *, seed: int) -> int | None:
     import numpy as np
     import torch
 
-    from maskgit_pl.data.vectors import map_array
+    from maskgit_pl.data.vectors import open_array
     from maskgit_pl.decoding.vectors import VectorPool
 
     try:
-        array = map_array(file)
+        array = open_array(file)
     except ValueError as error:
         raise ValueError(f"--vectors {error}") from error
     if array.ndim != 2 or array.shape[1] != dim or not len(array) or array.dtype.kind != "f":

@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, shorten
-from maskgit_pl.data.images import Crop, check_crop, fit_image, resize
+from maskgit_pl.checks import check_choice, check_number, shorten
+from maskgit_pl.data.images import Crop, fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
 
@@ -219,7 +219,7 @@ def build_augmentations(specs: Sequence[str | Mapping[str, Any]] | None, *, crop
     Raises:
         ValueError: if a name or an argument is wrong, a name occurs twice, or both arguments are set.
     """
-    check_crop(crop)
+    check_choice("crop", crop, get_args(Crop))
     if specs is None:
         return Augmentations({f"{crop}_crop": augmentations.build(f"{crop}_crop")})
     if crop != "center":

@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.augmentations import CENTER, Augmentations
-from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, load_image_into
+from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, fit_image
 from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
 from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.samples import MAX_IN_A_ROW, Unreadable, UnreadableImages
@@ -145,6 +146,7 @@ def flip(images: Tensor, *, probability: float, seed: int, index: Tensor, epoch:
     return torch.where(chosen.to(images.device)[:, None, None, None], images.flip(-1), images)
 
 
+@dataclass(eq=False)
 class ImageBatches(Dataset[Batch]):
     """A dataset of whole batches of images, decoded and cropped in the worker.
 
@@ -157,22 +159,13 @@ class ImageBatches(Dataset[Batch]):
         seed: Seed of the augmentations, in [0, 2**32).
     """
 
-    def __init__(
-        self,
-        reader: ShardReader,
-        order: Order,
-        *,
-        image_size: ImageSize,
-        in_channels: int,
-        augmentations: Augmentations = CENTER,
-        seed: int = 0,
-    ) -> None:
-        self.reader = reader
-        self.order = order
-        self.image_size = image_size
-        self.in_channels = in_channels
-        self.augmentations = augmentations
-        self.seed = seed
+    reader: ShardReader
+    order: Order
+    _: KW_ONLY
+    image_size: ImageSize
+    in_channels: int
+    augmentations: Augmentations = CENTER
+    seed: int = 0
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions.
@@ -225,21 +218,24 @@ class ImageBatches(Dataset[Batch]):
         Args:
             place: (in_channels, H, W) uint8, the row to fill.
             index: Number of the sample in its split.
-            crop: Place of the crop; see ``load_image_into``.
+            crop: Place of the crop.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
         for num_skipped in range(max_skipped):
             number = (index + num_skipped) % count
+            data = self.reader.read(number)
             try:
-                load_image_into(place, self.reader.read(number), crop=crop, name=f"sample {number}")
+                image = decode_image(data, channels=self.in_channels, name=f"sample {number}", reuse_memory=True)
             except UnreadableImageError:
                 continue
+            place.copy_(fit_image(image, image_size=self.image_size, crop=crop))
             return num_skipped
         place.zero_()
         return max_skipped
 
 
+@dataclass(eq=False)
 class TokenBatches(Dataset[Batch]):
     """A dataset of whole batches of tokens; each batch is one gather from the memory-mapped store.
 
@@ -249,10 +245,10 @@ class TokenBatches(Dataset[Batch]):
         seed: Seed of the view of a sample in an epoch, if the store has several views.
     """
 
-    def __init__(self, reader: TokenReader, order: Order, *, seed: int = 0) -> None:
-        self.reader = reader
-        self.order = order
-        self.seed = seed
+    reader: TokenReader
+    order: Order
+    _: KW_ONLY
+    seed: int = 0
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""
@@ -270,6 +266,7 @@ class TokenBatches(Dataset[Batch]):
         return (words % self.reader.views).numpy()
 
 
+@dataclass(eq=False)
 class _WithVectors(Dataset[Batch]):
     """A dataset of batches with the vectors of their samples.
 
@@ -278,9 +275,8 @@ class _WithVectors(Dataset[Batch]):
         reader: Reader of the vectors of the split.
     """
 
-    def __init__(self, batches: ImageBatches | TokenBatches, reader: VectorReader) -> None:
-        self.batches = batches
-        self.reader = reader
+    batches: ImageBatches | TokenBatches
+    reader: VectorReader
 
     def __getitems__(self, positions: range) -> Batch:
         batch = self.batches.__getitems__(positions)

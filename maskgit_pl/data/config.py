@@ -9,12 +9,20 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_image_size, check_integer, check_seed
+from maskgit_pl.checks import (
+    ImageSize,
+    check_channels,
+    check_choice,
+    check_image_size,
+    check_integer,
+    check_number,
+    check_seed,
+)
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.images import Crop
 from maskgit_pl.data.order import BATCH_SIZE_RANGE
 from maskgit_pl.data.reader import MAX_NAMES, expand_braces
-from maskgit_pl.data.samples import MAX_CLASSES, Labels, check_budget
+from maskgit_pl.data.samples import MAX_CLASSES, Labels
 
 __all__ = ["ShardDataConfig", "StreamConfig", "expand_urls"]
 
@@ -154,7 +162,7 @@ class ShardDataConfig:
         object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
         check_channels("data.in_channels", self.in_channels)
         check_seed("data.seed", self.seed)
-        check_budget(self.unreadable_budget)
+        check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
         for name in ("global_batch", "max_batch_per_device", "validation_batch"):
             check_integer(f"data.{name}", getattr(self, name), BATCH_SIZE_RANGE)
         check_integer("data.num_workers", self.num_workers, "[0, 1024]")

@@ -19,11 +19,11 @@ import io
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from maskgit_pl.checks import ImageSize, check_channels, check_choice, height_width
+from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.image_bytes import (
     JPEG_MAGIC,
     PIL_ERRORS,
@@ -49,15 +49,12 @@ __all__ = [
     "Place",
     "UnreadableImageError",
     "check_complete",
-    "check_crop",
     "crop_to_shape",
     "decode_image",
     "encode_jpeg",
     "encode_png",
     "fit_image",
     "from_pil",
-    "load_image",
-    "load_image_into",
     "parse_image_header",
     "read_image_file",
     "resize",
@@ -110,7 +107,9 @@ def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
     return ImageHeader(str(image.format), height, width, 1 if image.mode in _GREY else 3)
 
 
-def decode_image(data: bytes, *, channels: int, name: str, background: str = "white") -> Tensor:
+def decode_image(
+    data: bytes, *, channels: int, name: str, background: str = "white", reuse_memory: bool = False
+) -> Tensor:
     """Decodes an image and applies its EXIF orientation.
 
     Args:
@@ -118,57 +117,40 @@ def decode_image(data: bytes, *, channels: int, name: str, background: str = "wh
         channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
         name: The image's name in error messages.
         background: Colour below transparent pixels.
+        reuse_memory: True may return a view of memory that the next call in this thread overwrites. Allocating new
+            memory for each image would take a fifth of the decoding time.
 
     Returns:
         (channels, H, W) uint8, in most cases channels-last in memory.
 
     Raises:
-        ValueError: if ``channels`` is not 1 or 3.
         UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
             JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
-    check_channels("in_channels", channels)
-    return _decode(data, channels=channels, name=name, background=background)
-
-
-def load_image(data: bytes, *, image_size: ImageSize, channels: int, crop: Place, name: str) -> Tensor:
-    """Decodes an image, crops it to the shape of the result and resizes it.
-
-    Args:
-        data: All bytes of the file.
-        image_size: Size of the result: H = W, or (H, W).
-        channels: Channels of the result; see ``decode_image``.
-        crop: Place of the crop; see ``load_image_into``.
-        name: The image's name in error messages.
-
-    Returns:
-        (channels, H, W) uint8, channels-last in memory.
-
-    Raises:
-        UnreadableImageError: See ``decode_image``.
-    """
+    if data[:3] != JPEG_MAGIC:
+        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
+    head, _ = read_jpeg_head(data, name)
+    import simplejpeg
     import torch
+    from PIL import Image
 
-    image = torch.empty((*height_width(image_size), channels), dtype=torch.uint8).permute(2, 0, 1)
-    load_image_into(image, data, crop=crop, name=name)
-    return image
-
-
-def load_image_into(out: Tensor, data: bytes, *, crop: Place, name: str) -> None:
-    """Decodes an image, crops it and resizes it into existing memory, such as a row of a batch.
-
-    Args:
-        out: (C, H, W) uint8 with C = 1 or 3, overwritten with the result; fastest if it is channels-last.
-        data: All bytes of the file.
-        crop: Place of the crop, see ``Place``; None for the centre.
-        name: The image's name in error messages.
-
-    Raises:
-        UnreadableImageError: See ``decode_image``; ``out`` is then unchanged.
-    """
-    channels, height, width = out.shape
-    image = _decode(data, channels=channels, name=name, with_scratch=True)
-    out.copy_(fit_image(image, image_size=(height, width), crop=crop))
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:  # damaged, or a rare layout: PIL decides
+        height, width, colours = 0, 0, "unknown"
+    check_size(height, width, name)
+    if colours not in ("Gray", "RGB", "YCbCr"):
+        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
+    try:
+        # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
+        buffer = _scratch(3 * height * width) if reuse_memory else None
+        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
+    except ValueError as error:
+        raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
+    orientation = _find_orientation(open_image(head, name, header_only=True)) if b"\xff\xe1" in head else 1
+    if orientation == 1 and channels == 3:
+        return torch.from_numpy(pixels).permute(2, 0, 1)
+    return from_pil(_apply_orientation(Image.fromarray(pixels), orientation), channels=channels, name=name)
 
 
 def from_pil(image: Image.Image, *, channels: int, name: str, background: str = "white") -> Tensor:
@@ -227,15 +209,6 @@ def encode_jpeg(image: Tensor) -> bytes:
     return data
 
 
-def check_crop(crop: str) -> None:
-    """Checks that a crop is ``"center"`` or ``"random"``.
-
-    Raises:
-        ValueError: if it is not. The message lists the choices.
-    """
-    check_choice("crop", crop, get_args(Crop))
-
-
 def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
     """Crops an image to the shape of the result and resizes it. An image of the right size is returned unchanged.
 
@@ -279,15 +252,7 @@ def crop_to_shape(image: Tensor, *, image_size: ImageSize, crop: tuple[float, fl
 
 
 def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resizes an image.
-
-    Args:
-        image: (C, h, w) uint8.
-        size: Height and width of the result.
-
-    Returns:
-        (C, H, W) uint8.
-    """
+    """Resizes an image (C, h, w) uint8 to a height and width."""
     import torch
 
     # The layout of decoded images; the other layout takes twice as long.
@@ -295,39 +260,8 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
-def _decode(data: bytes, *, channels: int, name: str, background: str = "white", with_scratch: bool = False) -> Tensor:
-    """Decodes an image; with ``with_scratch``, the result may be a view of memory that the next call overwrites."""
-    if data[:3] != JPEG_MAGIC:
-        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
-    head, _ = read_jpeg_head(data, name)
-    import simplejpeg
-    import torch
-    from PIL import Image
-
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # damaged, or a rare layout: PIL decides
-        height, width, colours = 0, 0, "unknown"
-    check_size(height, width, name)
-    if colours not in ("Gray", "RGB", "YCbCr"):
-        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
-    try:
-        # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
-        buffer = _scratch(3 * height * width) if with_scratch else None
-        pixels = simplejpeg.decode_jpeg(data, "RGB", buffer=buffer)
-    except ValueError as error:
-        raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
-    orientation = _find_orientation(open_image(head, name, header_only=True)) if b"\xff\xe1" in head else 1
-    if orientation == 1 and channels == 3:
-        return torch.from_numpy(pixels).permute(2, 0, 1)
-    return from_pil(_apply_orientation(Image.fromarray(pixels), orientation), channels=channels, name=name)
-
-
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
-    """Returns this thread's buffer to decode into, or None for large images.
-
-    Allocating new memory for each image would take a fifth of the decoding time.
-    """
+    """Returns this thread's buffer to decode into, or None for large images."""
     if size > _MAX_SCRATCH_BYTES:
         return None
     buffer: npt.NDArray[np.uint8] | None = getattr(_thread_local, "buffer", None)

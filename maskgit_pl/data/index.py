@@ -36,7 +36,7 @@ from maskgit_pl.data.scan import (
     require_vectors,
     scan_shard,
 )
-from maskgit_pl.data.vectors import VectorKind, load_vectors, vectors_path, write_vectors
+from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
@@ -113,8 +113,9 @@ def index_shards(
         indexes = {split: _make_index(folder, split, of_split) for split, of_split in scans.items()}
         manifests = {}
         for split, rows in indexes.items():
-            array = None if kind is None else _save_vectors(folder, split, scans[split], kind)  # 3.
-            manifests[split] = _make_manifest(folder, split, scans[split], rows, array, tuple(classes), labels)
+            manifests[split] = _make_manifest(  # 3.
+                task, split, scans[split], rows, classes=tuple(classes), kind=kind
+            )
             save_manifest(manifests[split], rows)  # 4.
     ignored = {split: _sum_counts(scan.ignored for scan in of_split.values()) for split, of_split in scans.items()}
     return IndexResult(manifests, ignored)
@@ -202,32 +203,31 @@ def _make_index(folder: Path, split: Split, scans: _Scans) -> npt.NDArray[np.voi
 
 
 def _make_manifest(
-    folder: Path,
+    task: _ScanTask,
     split: Split,
     scans: _Scans,
     rows: npt.NDArray[np.void],
-    vectors: VectorArray | None,
+    *,
     classes: tuple[str, ...],
-    labels: str,
+    kind: VectorKind | None,
 ) -> Manifest:
+    """Returns the manifest of a split, after its vectors are copied into one array in the order of the samples."""
+    vectors = None
+    if kind is not None:
+        offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
+        with write_atomically(vectors_path(task.folder, split)) as file:
+            vectors = VectorArray(kind, copy_vectors(file, offsets, kind))
     return Manifest(
-        folder,
+        task.folder,
         split,
         shards=tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items()),
         classes=classes,
         images=union([scan.images for scan in scans.values() if scan.images is not None]),
         index_sha256=index_sha256(rows),
-        labels=labels,
+        labels=task.labels.source,
         left_out=_sum_counts({fault: found.samples for fault, found in scan.faults.items()} for scan in scans.values()),
         vectors=vectors,
     )
-
-
-def _save_vectors(folder: Path, split: Split, scans: _Scans, kind: VectorKind) -> VectorArray:
-    """Copies the vectors of all shards of a split into one array, in the order of the samples."""
-    blocks = (block for name, scan in scans.items() for block in load_vectors(folder / name, scan.vectors, kind))
-    with write_atomically(vectors_path(folder, split)) as file:
-        return VectorArray(kind, write_vectors(file, kind, sum(len(scan.vectors) for scan in scans.values()), blocks))
 
 
 def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset
 from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch, StepDataModule, make_loader, stack_batch
-from maskgit_pl.data.images import Crop, fit_image, from_pil
+from maskgit_pl.data.images import fit_image, from_pil
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]
@@ -41,10 +41,10 @@ class IndexedDataset(Dataset[Batch]):
         image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is cropped and
             resized.
         in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
-        crop: Place of the crop: ``"center"``, or ``"random"``, a function of (seed, index, epoch).
         order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
         seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
-        augmentations: Names or mappings of registered augmentations, instead of ``crop``.
+        augmentations: Names or mappings of registered augmentations, functions of (seed, index, epoch); None for the
+            central crop.
 
     Raises:
         ValueError: if a value is out of range or the dataset is empty.
@@ -53,7 +53,6 @@ class IndexedDataset(Dataset[Batch]):
     dataset: Dataset[Any]
     image_size: ImageSize
     in_channels: int = 3
-    crop: Crop = "center"
     order: Order | None = None
     seed: int = 0
     augmentations: list[str | dict[str, Any]] | None = None
@@ -69,7 +68,7 @@ class IndexedDataset(Dataset[Batch]):
 
     @cached_property
     def _built(self) -> Augmentations:
-        return build_augmentations(self.augmentations, crop=self.crop)
+        return build_augmentations(self.augmentations)
 
     def __len__(self) -> int:
         return self.num_samples

@@ -156,17 +156,11 @@ class Manifest:
             (samples,) INDEX_DTYPE, one row per sample.
 
         Raises:
-            ValueError: if the file cannot be read, has another shape or type, or differs from its hash.
+            FileNotFoundError: if the file is missing.
+            ValueError: if it cannot be read, has another shape or type, or differs from its hash.
         """
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
-        try:
-            rows: npt.NDArray[np.void] = map_array(path)
-        except (FileNotFoundError, ValueError) as error:
-            raise ValueError(f"index {error}; {hint}") from error
-        if rows.dtype != INDEX_DTYPE or rows.shape != (self.samples,):
-            raise ValueError(
-                f"index {path} must have {self.samples} rows of {INDEX_DTYPE}, got {rows.shape} of {rows.dtype}; {hint}"
-            )
+        rows = map_array("index", path, (self.samples,), INDEX_DTYPE, hint=hint)
         if check and (actual := index_sha256(rows)) != self.index_sha256:
             raise ValueError(
                 f"index {path} changed since it was made: sha256 {self.index_sha256[:12]} expected, got "
@@ -373,7 +367,7 @@ def _faults(manifest: Manifest) -> Iterator[str]:
     rows, end = manifest.index(check=True), 0
     if manifest.vectors is not None:
         try:
-            manifest.vector_reader().array()
+            _ = manifest.vector_reader().array  # checks the file
         except (FileNotFoundError, ValueError) as error:
             yield str(error)
     for shard in manifest.shards:

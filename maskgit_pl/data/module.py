@@ -204,7 +204,7 @@ class ShardData(StepDataModule):
             ValueError: if the samples have no vectors.
         """
         if self._tokens is not None:
-            labels = self._tokens[split].arrays()[1]
+            labels = self._tokens[split].arrays[1]
         else:
             labels = self._shard_reader(split).index["label"].astype(np.int64)
         return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.randomness import permutation
 
 __all__ = [
@@ -52,11 +51,8 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
         (per_device, accumulation) with per_device * accumulation * world_size = global_batch.
 
     Raises:
-        ValueError: if a size is out of range, or the batch cannot be divided evenly among the ranks; the message names
-            the nearest sizes that can.
+        ValueError: if the batch cannot be divided evenly among the ranks. The message names the nearest sizes that can.
     """
-    check_integer("data.global_batch", global_batch, BATCH_SIZE_RANGE)
-    check_integer("data.max_batch_per_device", max_per_device, BATCH_SIZE_RANGE)
     if global_batch % world_size:
         below = global_batch // world_size * world_size
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)
@@ -98,19 +94,16 @@ class ShuffledStream:
     Args:
         num_samples: Number of samples in the split, n, at most 2**32.
         seed: Seed of the order, in [0, 2**32).
-        max_cached: Largest n whose permutation is cached (8 bytes per sample in each worker).
     """
 
     num_samples: int
     seed: int
-    max_cached: int = _MAX_CACHED
 
     def __call__(self, positions: range) -> Rows:
         """Returns the sample and the epoch of each position."""
-        return _make_rows(positions, self.num_samples, self._samples)
-
-    def _samples(self, place: Tensor, epoch: int) -> Tensor:
-        return _permute(place, self.num_samples, self.seed, epoch, cached=self.num_samples <= self.max_cached)
+        return _make_rows(
+            positions, self.num_samples, lambda place, epoch: _permute(place, self.num_samples, self.seed, epoch)
+        )
 
 
 class WindowedStream:
@@ -130,13 +123,11 @@ class WindowedStream:
         shard_samples: Number of samples in each shard, in the order in which samples are numbered.
         window: Number of shards in a window, at least 1.
         seed: Seed of the order, in [0, 2**32).
-        max_cached: Largest window, in samples, whose permutation is cached.
     """
 
-    def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int, max_cached: int = _MAX_CACHED) -> None:
+    def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int) -> None:
         self.window = window
         self.seed = seed
-        self.max_cached = max_cached
         self._sizes = torch.tensor(shard_samples, dtype=torch.int64)
         self._firsts = self._sizes.cumsum(0) - self._sizes  # number of each shard's first sample
         self._layouts: dict[int, _Layout] = {}
@@ -156,9 +147,8 @@ class WindowedStream:
     def _samples_of_window(self, number: int, place: Tensor, epoch: int, layout: _Layout) -> Tensor:
         end = int(layout.window_ends[number])
         start = int(layout.window_ends[number - 1]) if number else 0
-        size = end - start
         # 3. Permute the places within the window, then find the shard at each place.
-        place = start + _permute(place - start, size, self.seed, epoch, window=number, cached=size <= self.max_cached)
+        place = start + _permute(place - start, end - start, self.seed, epoch, window=number)
         slot = torch.searchsorted(layout.shard_ends, place, right=True)
         shard = layout.shards[slot]
         # First sample of the shard, plus the offset inside the shard.
@@ -212,8 +202,8 @@ def _make_rows(positions: range, num_samples: int, samples: Callable[[Tensor, in
     return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 
 
-def _permute(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0, cached: bool) -> Tensor:
-    if cached:
+def _permute(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0) -> Tensor:
+    if size <= _MAX_CACHED:
         return _full_permutation(size, seed, epoch, window)[place]
     return permutation(place, size, stream="order", seed=seed, index=window, epoch=epoch)
 
@@ -222,7 +212,9 @@ def _permute(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0
 def _full_permutation(size: int, seed: int, epoch: int, window: int) -> Tensor:
     """Returns the whole permutation, (size,) int64, computed in pieces that fit the cache of the CPU."""
     pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
-    return torch.cat([_permute(piece, size, seed, epoch, window=window, cached=False) for piece in pieces])
+    return torch.cat(
+        [permutation(piece, size, stream="order", seed=seed, index=window, epoch=epoch) for piece in pieces]
+    )
 
 
 @dataclass(frozen=True)
@@ -300,15 +292,12 @@ class EvalBatchSampler(Sampler[range]):
         per_device: Number of samples in a batch.
         world_size: Number of ranks.
         rank: This rank, in [0, world_size).
-        start: First sample to visit.
     """
 
-    def __init__(
-        self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0, start: int = 0
-    ) -> None:
+    def __init__(self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0) -> None:
         self.per_device = per_device
         self.stride = per_device * world_size
-        self._starts = range(start, num_samples, self.stride)  # one for each batch of all ranks together
+        self._starts = range(0, num_samples, self.stride)  # one for each batch of all ranks together
         self._own = rank * per_device
 
     def __len__(self) -> int:

@@ -10,7 +10,6 @@ Used by ``maskgit data index``, the data modules, ``tokenize``, ``stats`` and th
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections import OrderedDict
@@ -42,14 +41,12 @@ __all__ = [
 MAX_NAMES = 1_000_000
 _MAX_PATTERN = 4096  # characters
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
-_INTEGERS = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?")
-_LETTERS = re.compile(r"([A-Za-z])\.\.([A-Za-z])(?:\.\.-?(\d+))?")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
 
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 _MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
-_MAX_LISTED = 20  # samples named in an error
 
 
 def locate_shards(place: str) -> tuple[Path, list[Path]]:
@@ -201,12 +198,22 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def most_names(pattern: str) -> int:
-    """Returns an upper bound of the names of a pattern: the product of the choices of all braces, nested ones too."""
+    """Returns an upper bound of the names of a pattern: the product of the choices of all braces, nested ones too.
+
+    The step of a range is not counted; braces without a range or a comma have one choice, themselves.
+    """
     most, rest = 1, re.sub(r"\\.", "", pattern)
     while choices := re.findall(r"\{([^{}]*)\}", rest):
-        most *= math.prod(map(_count_choices, choices))
+        for choice in choices:
+            ends = _RANGE.fullmatch(choice)
+            first, last = map(_order_of, ends.groups()) if ends else (0, choice.count(","))
+            most *= abs(last - first) + 1
         rest = re.sub(r"\{[^{}]*\}", "_", rest)
     return most
+
+
+def _order_of(end: str) -> int:
+    return ord(end) if end.isalpha() else int(end)
 
 
 class ShardReader:
@@ -214,14 +221,10 @@ class ShardReader:
 
     Args:
         manifest: The split.
-
-    Attributes:
-        vector_reader: Reader of the vectors; None if the samples have none.
     """
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self.vector_reader = None if manifest.vectors is None else manifest.vector_reader()
         self._index: npt.NDArray[np.void] | None = None
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
 
@@ -233,7 +236,7 @@ class ShardReader:
         """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process.
 
         Raises:
-            ValueError: if a label is not in [0, num_classes). The message names the samples.
+            ValueError: if a label is not in [0, num_classes). The message names the first sample.
             DataChangedError: if the file was truncated after it was mapped.
         """
         if self._index is None:
@@ -246,14 +249,7 @@ class ShardReader:
         return self._index
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Returns the labels of samples.
-
-        Args:
-            indices: (B,) int64 in [0, len(self)).
-
-        Returns:
-            (B,) int64 in [0, num_classes).
-        """
+        """Returns the labels, (B,) int64 in [0, num_classes), of samples, (B,) int64 in [0, len(self))."""
         labels: npt.NDArray[np.int64] = self.index["label"][indices].astype(np.int64)
         return labels
 
@@ -297,18 +293,12 @@ class ShardReader:
         if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
             return
         wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        names = [f"{self._name(*row.item()[:2])}: {row['label']}" for row in rows[wrong[:_MAX_LISTED]]]
-        listed = "\n  ".join(names + [f"... and {len(wrong) - len(names)} more"] * (len(wrong) > len(names)))
+        first = rows[wrong[0]]
         raise ValueError(
-            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), "
-            f"got others in {len(wrong)} samples:\n  {listed}\n"
-            f"correct them and regenerate the index with `maskgit data index {self.manifest.folder}`"
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), got "
+            f"{first['label']} in {self._name(*first.item()[:2])}, the first of {len(wrong)}; correct them and "
+            f"regenerate the index with `maskgit data index {self.manifest.folder}`"
         )
-
-    def close(self) -> None:
-        """Closes every file; the next read opens its file again."""
-        while self._files:
-            os.close(self._files.popitem()[1])
 
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
@@ -335,21 +325,11 @@ class ShardReader:
         return {**self.__dict__, "_index": None, "_files": OrderedDict()}
 
     def __del__(self) -> None:
-        self.close()
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
 
 def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
     """Returns the shards whose path inside the folder contains one of the words, not as a part of another word."""
     pattern = re.compile(rf"(?<![a-z])({words})(?![a-z])")
     return [shard for shard in shards if pattern.search(shard.relative_to(folder).as_posix().lower())]
-
-
-def _count_choices(inner: str) -> int:
-    """Returns the number of choices in a pair of braces: of a range, of a list, or 1 (then the braces are literal)."""
-    if match := _INTEGERS.fullmatch(inner):
-        first, last = int(match[1]), int(match[2])
-    elif match := _LETTERS.fullmatch(inner):
-        first, last = ord(match[1]), ord(match[2])
-    else:
-        return inner.count(",") + 1
-    return abs(last - first) // (int(match[3] or 1) or 1) + 1

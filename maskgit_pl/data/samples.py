@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import Reason, UnreadableImageError, check_complete
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import Split, read_manifest_summary
@@ -39,11 +39,9 @@ __all__ = [
     "Unreadable",
     "UnreadableImages",
     "UnreadableSample",
-    "check_budget",
     "find_class_names",
     "is_val",
     "parse_class_names",
-    "parse_label",
     "read_sample",
     "write_unreadable",
 ]
@@ -136,13 +134,9 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
 
 
 def is_val(digest: bytes, fraction: float) -> bool:
-    """Returns whether a sample belongs to the val split.
+    """Returns True for a fraction of the samples, in (0, 1), which are val.
 
-    The hash of its name decides, so adding samples never moves others between splits.
-
-    Args:
-        digest: Hash of the sample's name, at least 8 bytes.
-        fraction: Fraction of the samples that are val, in (0, 1).
+    The hash of the sample's name, at least 8 bytes, decides, so adding samples never moves others between splits.
     """
     # The last 8 bytes as a uniform integer in [0, 2^64).
     return int.from_bytes(digest[-8:], "big") < math.ceil(fraction * 2**64)
@@ -183,44 +177,29 @@ class Labels:
         Raises:
             ValueError: if the bytes are not a class.
         """
-        if self.source == "cls":
-            return parse_label(data, name=name, num_classes=self._num_classes)
+        text = data if self.source == "cls" else self._read_field(data, name)
+        match = _LABEL.fullmatch(text)  # unlike int(), rejects 1_000 and -1
+        if match is None:
+            raise ValueError(f"label {name} must be a decimal class number, got {text[:40]!r}")
+        label, num_classes = int(match[1]), MAX_CLASSES if self.classes is None else len(self.classes)
+        if label >= num_classes:
+            raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
+        return label
+
+    def _read_field(self, data: bytes, name: str) -> bytes:
+        """Returns the decimal class number in the field of a ``.json`` member."""
         field_name = self.source.partition(":")[2]
         try:
             value = parse_any_json(data, name)[field_name]
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
-            return (self.classes or ()).index(value)
+            value = (self.classes or ()).index(value)
         if type(value) is not int:  # bool is a subclass of int
             raise ValueError(
                 f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
             )
-        return parse_label(str(value).encode(), name=name, num_classes=self._num_classes)
-
-    @property
-    def _num_classes(self) -> int:
-        return MAX_CLASSES if self.classes is None else len(self.classes)
-
-
-def parse_label(data: bytes, *, name: str, num_classes: int | None = None) -> int:
-    """Reads a class number from the bytes of a ``.cls`` member; unlike ``int()``, rejects ``1_000`` and ``-1``.
-
-    Args:
-        data: Bytes of the member.
-        name: The member's name in error messages.
-        num_classes: Number of classes; None if unknown.
-
-    Raises:
-        ValueError: if it is not a decimal number, or not in [0, num_classes).
-    """
-    match = _LABEL.fullmatch(data)
-    if match is None:
-        raise ValueError(f"label {name} must be a decimal class number, got {data[:40]!r}")
-    label = int(match[1])
-    if num_classes is not None and label >= num_classes:
-        raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
-    return label
+        return b"%d" % value
 
 
 def parse_class_names(given: str) -> list[str]:
@@ -282,13 +261,9 @@ class UnreadableImages:
         num_samples: Number of samples in the split, n.
         budget: Fraction of the samples seen that may be unreadable, in [0, 1]. Above 0, 10 different images are always
             allowed; 0 allows none.
-
-    Raises:
-        ValueError: if the budget is out of range.
     """
 
     def __init__(self, explain: Callable[[int], Unreadable], *, num_samples: int, budget: float) -> None:
-        check_budget(budget)
         self.budget = budget
         self.num_samples = num_samples
         self.seen = 0
@@ -371,15 +346,6 @@ class UnreadableImages:
             f"data budget: {rule}:\n  {listed}\n"
             "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
         )
-
-
-def check_budget(budget: float) -> None:
-    """Checks that a budget is a fraction.
-
-    Raises:
-        ValueError: if it is not in [0, 1].
-    """
-    check_number("data.unreadable_budget", budget, "[0, 1]")
 
 
 def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:

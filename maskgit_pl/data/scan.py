@@ -32,7 +32,7 @@ from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange
 from maskgit_pl.data.samples import Labels
-from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, Member, member_label, read_members
+from maskgit_pl.data.tar import BLOCK, DamagedTarError, Member, member_label, read_members
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
@@ -199,7 +199,7 @@ class _Scan:
 
     def named_members(self) -> Iterator[tuple[str, str, Member]]:
         """Yields key, extension and member of the members that have a key."""
-        for member in read_members(DescriptorBytes(self.descriptor)):  # 1.
+        for member in read_members(self.descriptor):  # 1.
             match = _NAME.fullmatch(member.name)
             if member.kind == "folder":
                 continue

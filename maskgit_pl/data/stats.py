@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,6 @@ from maskgit_pl.data.reader import ShardReader
 
 __all__ = [
     "DataStatistics",
-    "DuplicatePair",
     "Duplicates",
     "find_duplicates",
     "images_of_classes",
@@ -96,26 +95,12 @@ def statistics_as_json(statistics: DataStatistics, duplicates: Duplicates | None
 
 
 def images_of_classes(manifest: Manifest, labels: list[int], *, each: int) -> Iterator[list[tuple[bytes, str]]]:
-    """Yields, for each label, the bytes and names of its first images.
-
-    Args:
-        manifest: The split.
-        labels: Labels in [0, num_classes).
-        each: Maximum number of images per label.
-    """
+    """Yields, for each of the labels, the bytes and names of its first images, at most ``each``."""
     reader = ShardReader(manifest)
     of_sample = np.asarray(reader.index["label"])
     for label in labels:
         chosen = np.flatnonzero(of_sample == label)[:each].tolist()
         yield [(reader.read(index), reader.name(index)) for index in chosen]
-    reader.close()
-
-
-class DuplicatePair(NamedTuple):
-    """An image and the first one that it equals, by their names."""
-
-    first: str
-    repeated: str
 
 
 @dataclass(frozen=True)
@@ -128,7 +113,7 @@ class Duplicates:
         repeated: Number of images of each split that equal an earlier one of the same split.
         val_in_train: Number of val images that equal a train image.
         other_label: Number of images that equal an earlier one of another class.
-        pairs: The first five of them.
+        pairs: Names of the first five of them, each after that of the image which it equals.
     """
 
     compared: Literal["bytes", "pixels"]
@@ -136,7 +121,7 @@ class Duplicates:
     repeated: dict[Split, int]
     val_in_train: int
     other_label: int
-    pairs: tuple[DuplicatePair, ...]
+    pairs: tuple[tuple[str, str], ...]
 
     @property
     def share_of_val(self) -> float:
@@ -170,7 +155,7 @@ def find_duplicates(
     )
     first: dict[bytes, tuple[Split, int]] = {}  # digest -> split and number of the first image
     repeated: dict[Split, int] = dict.fromkeys(readers, 0)
-    val_in_train, other_label, pairs = 0, 0, list[DuplicatePair]()
+    val_in_train, other_label, pairs = 0, 0, list[tuple[str, str]]()
     for split, reader in readers.items():
         is_candidate = np.isin(reader.index["size"], lengths[counts > 1]) | (compare == "pixels")
         for place in range(len(reader)):
@@ -184,9 +169,7 @@ def find_duplicates(
             val_in_train += original != split
             other_label += int(readers[original].index["label"][number] != reader.index["label"][place])
             if len(pairs) < _MAX_PAIRS:
-                pairs.append(DuplicatePair(readers[original].name(number), reader.name(place)))
-    for reader in readers.values():
-        reader.close()
+                pairs.append((readers[original].name(number), reader.name(place)))
     images = {split: len(reader) for split, reader in readers.items()}
     return Duplicates(compare, images, repeated, val_in_train, other_label, tuple(pairs))
 
@@ -197,7 +180,6 @@ def _medians(manifest: Manifest) -> tuple[int, int]:
     reader = ShardReader(manifest)
     indices = np.unique(np.linspace(0, len(reader) - 1, min(_HEADERS, len(reader))).round().astype(int)).tolist()
     headers = [parse_image_header(reader.read(index), name=reader.name(index)) for index in indices]
-    reader.close()
     medians = np.median([(header.height, header.width) for header in headers], axis=0)
     height, width = medians.round().astype(int).tolist()
     return height, width

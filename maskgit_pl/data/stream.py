@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from maskgit_pl.data.batches import Batch, stack_batch
 from maskgit_pl.data.config import ShardDataConfig, StreamConfig, expand_urls
-from maskgit_pl.data.images import Place, UnreadableImageError, load_image
+from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, fit_image
 from maskgit_pl.data.order import InOrder, Rows
 from maskgit_pl.data.samples import ALWAYS_ALLOWED, MAX_IN_A_ROW, Labels, Sample, UnreadableSample
 from maskgit_pl.data.scan import BAD_IMAGE, scan_shard
@@ -62,8 +62,8 @@ class _Stream(Dataset[Batch]):
         self.labels = Labels(self.stream.labels, class_names)
 
     def _decode(self, sample: Sample, crop: Place) -> tuple[Tensor, int]:
-        size, channels = self.config.image_size, self.config.in_channels
-        return load_image(sample.data, image_size=size, channels=channels, crop=crop, name=sample.name), sample.label
+        image = decode_image(sample.data, channels=self.config.in_channels, name=sample.name)
+        return fit_image(image, image_size=self.config.image_size, crop=crop), sample.label
 
 
 class StreamBatches(_Stream):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 from zlib import adler32
 
 from maskgit_pl.errors import printable
@@ -19,9 +19,7 @@ from maskgit_pl.errors import printable
 __all__ = [
     "BLOCK",
     "DamagedTarError",
-    "DescriptorBytes",
     "Member",
-    "TarBytes",
     "member_label",
     "parse_header",
     "read_members",
@@ -49,36 +47,7 @@ class Member(NamedTuple):
     offset: int
 
 
-class TarBytes(Protocol):
-    """The bytes of a tar, which are read at ascending positions.
-
-    Args:
-        length: Number of bytes.
-    """
-
-    length: int
-
-    def read_at(self, size: int, offset: int) -> bytes:
-        """Returns ``size`` bytes at an offset, fewer at the end."""
-
-
-class DescriptorBytes:
-    """The bytes of an open file.
-
-    Args:
-        descriptor: Descriptor of the file; its position is not used.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self.descriptor = descriptor
-        self.length = os.fstat(descriptor).st_size
-
-    def read_at(self, size: int, offset: int) -> bytes:
-        """Returns ``size`` bytes at an offset, fewer at the end."""
-        return os.pread(self.descriptor, size, offset)
-
-
-def read_members(file: TarBytes) -> Iterator[Member]:
+def read_members(descriptor: int) -> Iterator[Member]:
     """Yields every member of a tar in order, reading only the headers.
 
     1. Read the header at the current offset; zeros end the tar.
@@ -88,15 +57,16 @@ def read_members(file: TarBytes) -> Iterator[Member]:
     5. After the last member, check that only zeros follow.
 
     Args:
-        file: Bytes of the tar.
+        descriptor: Descriptor of the open file; its position is not used.
 
     Raises:
         DamagedTarError: if the file is compressed or empty, a header is damaged, or the file is truncated.
     """
-    if not file.length:
+    length = os.fstat(descriptor).st_size
+    if not length:
         raise DamagedTarError("empty file")
     offset, long_name, pax = 0, "", dict[bytes, bytes]()
-    while (header := _read_header(file, offset)) is not None:  # 1.
+    while (header := _read_header(descriptor, offset)) is not None:  # 1.
         flag, start = header[156:157], offset + BLOCK
         if flag == b"S":  # GNU's sparse format: the header does not give the length in the file
             raise DamagedTarError(
@@ -108,18 +78,18 @@ def read_members(file: TarBytes) -> Iterator[Member]:
             raise DamagedTarError(
                 f"extended header at byte {offset} must have at most {_MAX_EXTENDED_BYTES} bytes, got {member.size}"
             )
-        if member.size > file.length - start:
-            stated = f"{member.size} bytes declared, the file ends after {file.length - start}"
+        if member.size > length - start:
+            stated = f"{member.size} bytes declared, the file ends after {length - start}"
             raise DamagedTarError(f"truncated in member {printable(member.name)} at byte {offset}: {stated}")
         if flag == b"L":  # 2.
-            long_name = _text(file.read_at(member.size, start))
+            long_name = _text(os.pread(descriptor, member.size, start))
         elif flag == b"x":
-            pax = _pax_records(file.read_at(member.size, start), offset)
+            pax = _pax_records(os.pread(descriptor, member.size, start), offset)
         elif not is_extended:  # 3.
             yield member
             long_name, pax = "", {}
         offset = start + -(-member.size // BLOCK) * BLOCK  # 4.
-    _check_end(file, offset)  # 5.
+    _check_end(descriptor, offset, length)  # 5.
 
 
 def parse_header(block: bytes) -> tuple[str, int] | None:
@@ -128,23 +98,17 @@ def parse_header(block: bytes) -> tuple[str, int] | None:
 
 
 def member_label(shard: str, block: bytes, offset: int) -> str:
-    """Returns ``SHARD:MEMBER`` in printable characters; ``SHARD:byte OFFSET`` if there is no header.
-
-    Args:
-        shard: Name of the tar.
-        block: Header of the member: the block before its payload.
-        offset: Position of the payload.
-    """
+    """Returns ``SHARD:MEMBER`` for the header before a payload, printable; ``SHARD:byte OFFSET`` if it is no header."""
     header = parse_header(block)
     return f"{shard}:byte {offset}" if header is None else f"{shard}:{printable(header[0])}"
 
 
-def _read_header(file: TarBytes, offset: int) -> bytes | None:
+def _read_header(descriptor: int, offset: int) -> bytes | None:
     """Returns the header at an offset, or None for the zeros that end a tar."""
-    block = file.read_at(BLOCK, offset)
+    block = os.pread(descriptor, BLOCK, offset)
     if len(block) < BLOCK:
         where = "in a member header" if block else "the end of the archive is missing"
-        raise DamagedTarError(f"truncated at byte {file.length}, {where}")
+        raise DamagedTarError(f"truncated at byte {os.fstat(descriptor).st_size}, {where}")
     if _has_checksum(block):
         return block
     if not any(block):
@@ -156,12 +120,12 @@ def _read_header(file: TarBytes, offset: int) -> bytes | None:
     raise DamagedTarError(damage)
 
 
-def _check_end(file: TarBytes, offset: int) -> None:
+def _check_end(descriptor: int, offset: int, length: int) -> None:
     """Checks that only zeros follow the last member, at least two blocks."""
-    if file.length - offset < 2 * BLOCK:
-        raise DamagedTarError(f"truncated at byte {file.length}, the end of the archive is missing")
-    for start in range(offset, file.length, 2**20):
-        if any(file.read_at(2**20, start)):
+    if length - offset < 2 * BLOCK:
+        raise DamagedTarError(f"truncated at byte {length}, the end of the archive is missing")
+    for start in range(offset, length, 2**20):
+        if any(os.pread(descriptor, 2**20, start)):
             what = "zeros instead of a member" if offset == 0 else "a damaged member header"
             raise DamagedTarError(f"{what} at byte {offset}, followed by other bytes")
 

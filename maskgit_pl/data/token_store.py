@@ -20,6 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -56,7 +57,6 @@ __all__ = [
     "augmentations_text",
     "check_origin",
     "is_complete",
-    "is_store",
     "open_store",
     "plain_description",
     "read_description",
@@ -206,11 +206,6 @@ class StoreDescription:
         return self.crops_of(split) * self.mirrors_of(split)
 
 
-def is_store(folder: str | Path) -> bool:
-    """Returns whether a folder is a finished token store."""
-    return (Path(folder) / DESCRIPTION_FILE).exists()
-
-
 def read_description(folder: str | Path) -> StoreDescription:
     """Reads the description of a finished store.
 
@@ -336,10 +331,8 @@ class TokenReader:
         self.description = description
         self.views = description.views(split)
         pairs = sorted(description.replaced.get(split, ()))
-        self._replaced = np.array(pairs, np.int64).reshape(
-            -1, 2
-        )  # samples in rising order, and those that replace them
-        self._arrays: tuple[Tokens, npt.NDArray[np.int64]] | None = None
+        # (k, 2): samples in rising order, and those that replace them
+        self._replaced = np.array(pairs, np.int64).reshape(-1, 2)
 
     def __len__(self) -> int:
         return self.description.samples[self.split]
@@ -359,7 +352,7 @@ class TokenReader:
         Raises:
             DataChangedError: if an array was truncated, or has values out of range.
         """
-        tokens, labels = self.arrays()
+        tokens, labels = self.arrays
         # Checked for each batch, since reading a truncated map would kill the process.
         if not (has_all_bytes(tokens) and has_all_bytes(labels)):
             raise self._data_changed_error("a file was truncated")
@@ -384,29 +377,19 @@ class TokenReader:
             found[is_replaced] = self._replaced[place[is_replaced], 1]
         return found
 
+    @cached_property
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:
-        """Returns tokens (n V, N) and labels (n,), mapped into memory at first use in each process.
+        """The tokens (n V, N) and labels (n,), mapped into memory at first use in each process.
 
         Raises:
             FileNotFoundError: if a file is missing.
             ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
-        if self._arrays is None:
-            try:
-                tokens, labels = (map_array(path) for path in array_paths(self.folder, self.split))
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"token store {error.filename} does not exist; {REMAKE_HINT}") from error
-            except ValueError as error:
-                raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
-            found = (tokens.shape, tokens.dtype, labels.shape, labels.dtype)
-            rows = (len(self) * self.views, self.description.num_tokens)
-            expected = (rows, self.description.dtype, (len(self),), np.dtype(np.int64))
-            if found != expected:
-                raise ValueError(
-                    f"token store {self.folder}, {self.split}: {expected} expected, got {found}; {REMAKE_HINT}"
-                )
-            self._arrays = tokens, labels
-        return self._arrays
+        paths, shape = array_paths(self.folder, self.split), (len(self) * self.views, self.description.num_tokens)
+        return (
+            map_array("token store", paths[0], shape, self.description.dtype, hint=REMAKE_HINT),
+            map_array("token store", paths[1], (len(self),), np.dtype(np.int64), hint=REMAKE_HINT),
+        )
 
     def bad_arrays(self) -> Iterator[BadFile]:
         """Yields the arrays whose files have another hash; reads both files completely.
@@ -415,7 +398,7 @@ class TokenReader:
             FileNotFoundError: if a file is missing.
             ValueError: if a file cannot be read, or has another shape or type than the description states.
         """
-        self.arrays()
+        _ = self.arrays  # checks shapes and types
         for path in array_paths(self.folder, self.split):
             expected, actual = self.description.sha256[path.stem], sha256_of(path)
             if expected != actual:
@@ -428,7 +411,8 @@ class TokenReader:
         )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_arrays": None}  # each process maps the arrays itself
+        # Each process maps the arrays itself.
+        return {name: value for name, value in self.__dict__.items() if name != "arrays"}
 
 
 def _format_value(value: object) -> str:

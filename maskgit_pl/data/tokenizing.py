@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -48,11 +48,9 @@ from maskgit_pl.data.token_store import (
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = ["Outcome", "Part", "StoreParts", "describe_store", "tokenize"]
+__all__ = ["Part", "StoreParts", "describe_store", "tokenize"]
 
 log = logging.getLogger(__name__)
-
-Outcome = Literal["found", "made", "incomplete"]
 
 
 def describe_store(
@@ -92,7 +90,7 @@ def tokenize(
     config: TokenizingConfig | None = None,
     ranks: tuple[int, int] = (0, 1),
     bars: Bars = no_bars,
-) -> Outcome:
+) -> bool:
     """Makes the token store of a data folder, or resumes an interrupted one.
 
     1. Each rank takes its share of the parts of the store, without those that are already on disk.
@@ -112,8 +110,7 @@ def tokenize(
         bars: Shows the progress of each split.
 
     Returns:
-        ``"found"`` if the store exists already; ``"made"`` if it is finished now; ``"incomplete"`` if this rank has
-        finished its share and other ranks have not.
+        True if the store is finished, False if other ranks have not finished their shares.
 
     Raises:
         ValueError: if shards differ from the manifest.
@@ -121,7 +118,7 @@ def tokenize(
     """
     if is_complete(store, description):
         log.info("%s exists already, made by this tokenizer from these data", store)
-        return "found"
+        return True
     config, (rank, world_size) = config or TokenizingConfig(), ranks
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
     parts = StoreParts(store, description, part_size=config.part_size)
@@ -150,7 +147,7 @@ def tokenize(
     log.info("%s: %s%d images in %.1f s, %.0f images/s", store, name, encoded_rows, seconds, encoded_rows / seconds)
     if not is_made:
         log.info("%s: the share of rank %d of %d is done; the last rank finishes", store, rank, world_size)
-    return "made" if is_made else "incomplete"
+    return is_made
 
 
 class Part(NamedTuple):

@@ -14,8 +14,9 @@ import hashlib
 import io
 import mmap
 import os
-from collections.abc import Iterable
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -27,25 +28,21 @@ from maskgit_pl.files import open_regular
 
 __all__ = [
     "MAX_VECTOR_BYTES",
-    "MAX_VECTOR_DIM",
-    "VECTOR_DTYPES",
     "VECTOR_EXTENSION",
     "VectorKind",
     "VectorReader",
+    "copy_vectors",
     "has_all_bytes",
-    "load_vectors",
     "map_array",
+    "open_array",
     "parse_vector",
     "vectors_path",
-    "write_vectors",
 ]
 
 VECTOR_EXTENSION = "npy"
-VECTOR_DTYPES = ("float16", "float32")
-MAX_VECTOR_DIM = 2**16  # the largest text encoders have 4,096
+_MAX_DIM = 2**16  # the largest text encoders have 4,096
 _MAX_HEADER_BYTES = 2**12  # NumPy writes 128
-MAX_VECTOR_BYTES = 4 * MAX_VECTOR_DIM + _MAX_HEADER_BYTES
-_READ_ROWS = 4096  # rows of a shard that are copied at a time
+MAX_VECTOR_BYTES = 4 * _MAX_DIM + _MAX_HEADER_BYTES
 
 
 class VectorKind(NamedTuple):
@@ -99,53 +96,38 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
     return kind, start
 
 
-def write_vectors(file: IO[bytes], kind: VectorKind, count: int, blocks: Iterable[npt.NDArray[Any]]) -> str:
-    """Writes the array of a split, block by block, in the format of ``np.save``.
+def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], kind: VectorKind) -> str:
+    """Copies the vectors of tars into one array, in the format of ``np.save``.
 
     Args:
         file: Open file.
+        tars: For each tar, positions of the values of its vectors, (n,) int64, in the order of the samples.
         kind: Kind of the vectors.
-        count: Number n of vectors.
-        blocks: Arrays (rows, C) of the kind's dtype, n rows in total.
 
     Returns:
         The SHA-256 of the file, hex.
+
+    Raises:
+        DataChangedError: if a tar has become shorter.
     """
     header = io.BytesIO()
-    fields = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": (count, kind.dim)}
+    shape = sum(map(len, tars.values())), kind.dim
+    fields = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(header, fields)
     digest = hashlib.sha256(header.getvalue())
     file.write(header.getvalue())
-    for block in blocks:
-        data = np.ascontiguousarray(block, kind.dtype).tobytes()
-        digest.update(data)
-        file.write(data)
+    for path, offsets in tars.items():
+        with open(open_regular(path), "rb", buffering=0) as tar:
+            for offset in offsets.tolist():
+                data = os.pread(tar.fileno(), kind.num_bytes, offset)
+                if len(data) != kind.num_bytes:
+                    raise DataChangedError(f"shard {path} was truncated while its vectors were read; restore it")
+                digest.update(data)
+                file.write(data)
     return digest.hexdigest()
 
 
-def load_vectors(path: Path, offsets: npt.NDArray[np.int64], kind: VectorKind) -> Iterable[npt.NDArray[Any]]:
-    """Yields the vectors of a tar in blocks (rows, C) of the kind's dtype.
-
-    Args:
-        path: The tar.
-        offsets: (n,) int64: positions of the values of each vector in the file.
-        kind: Kind of the vectors.
-
-    Raises:
-        DataChangedError: if the file has become shorter.
-    """
-    descriptor = open_regular(path)
-    try:
-        for first in range(0, len(offsets), _READ_ROWS):
-            places = offsets[first : first + _READ_ROWS].tolist()
-            data = b"".join(os.pread(descriptor, kind.num_bytes, place) for place in places)
-            if len(data) != len(places) * kind.num_bytes:
-                raise DataChangedError(f"shard {path} was truncated while its vectors were read; restore it")
-            yield np.frombuffer(data, kind.dtype).reshape(-1, kind.dim)
-    finally:
-        os.close(descriptor)
-
-
+@dataclass(eq=False)
 class VectorReader:
     """A reader of the vectors of a split: one gather from a memory-mapped array for each batch.
 
@@ -156,35 +138,21 @@ class VectorReader:
         hint: The way to make the array again, for error messages.
     """
 
-    def __init__(self, path: Path, count: int, kind: VectorKind, *, hint: str) -> None:
-        self.path = path
-        self.count = count
-        self.kind = kind
-        self.hint = hint
-        self._array: npt.NDArray[Any] | None = None
+    path: Path
+    count: int
+    kind: VectorKind
+    _: KW_ONLY
+    hint: str
 
+    @cached_property
     def array(self) -> npt.NDArray[Any]:
-        """Returns the array (n, C), mapped into memory at first use in each process.
+        """The array (n, C), mapped into memory at first use in each process.
 
         Raises:
             FileNotFoundError: if the file is missing.
             ValueError: if it cannot be read, or has another shape or type.
         """
-        if self._array is None:
-            try:
-                array = map_array(self.path)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"vectors {self.path} do not exist; {self.hint}") from error
-            except ValueError as error:
-                raise ValueError(f"vectors {error}; {self.hint}") from error
-            expected = (self.count, self.kind.dim), np.dtype(self.kind.dtype)
-            if (array.shape, array.dtype) != expected or not array.flags.c_contiguous:
-                raise ValueError(
-                    f"vectors {self.path} must be {expected[0]} of {self.kind.dtype}, got {array.shape} of "
-                    f"{array.dtype}; {self.hint}"
-                )
-            self._array = array
-        return self._array
+        return map_array("vectors", self.path, (self.count, self.kind.dim), np.dtype(self.kind.dtype), hint=self.hint)
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
         """Reads the vectors of samples.
@@ -198,7 +166,7 @@ class VectorReader:
         Raises:
             DataChangedError: if the array was truncated or changed after it was opened.
         """
-        array = self.array()
+        array = self.array
         # Checked for each batch, since reading a truncated map would kill the process.
         if not has_all_bytes(array):
             raise DataChangedError(f"vectors {self.path}: the file was truncated while it was in use; {self.hint}")
@@ -208,11 +176,37 @@ class VectorReader:
         return values
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_array": None}  # each process maps the array itself
+        # Each process maps the array itself.
+        return {name: value for name, value in self.__dict__.items() if name != "array"}
 
 
-def map_array(path: Path) -> npt.NDArray[Any]:
-    """Maps a ``.npy`` file into memory, read-only.
+def map_array(name: str, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file of a known shape and type into memory, read-only.
+
+    Args:
+        name: Name of the array in errors, such as ``"index"``.
+        path: The file.
+        shape: Its shape.
+        dtype: Its type.
+        hint: The way to make the file again, for errors.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not a complete ``.npy`` file of plain values, or has another shape or type.
+    """
+    try:
+        array = open_array(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{name} {path}: no such file; {hint}") from error
+    except ValueError as error:
+        raise ValueError(f"{name} {error}; {hint}") from error
+    if (array.shape, array.dtype) != (shape, dtype) or not array.flags.c_contiguous:
+        raise ValueError(f"{name} {path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
+    return array
+
+
+def open_array(path: Path) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file of any shape and type into memory, read-only.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -269,10 +263,10 @@ def _parse_header(header: bytes) -> tuple[VectorKind, int]:
         raise ValueError(f"be a .npy file, got {' '.join(str(error).split())[:200]}") from error
     if dtype.hasobject:
         raise ValueError("hold float16 or float32 values, got pickled Python objects, which are never loaded")
-    if dtype.str not in [np.dtype(name).newbyteorder("<").str for name in VECTOR_DTYPES]:
+    if dtype.str not in ("<f2", "<f4"):
         raise ValueError(f"hold little-endian float16 or float32 values, got {dtype.str}; use array.astype(np.float32)")
     if len(shape) != 1:
         raise ValueError(f"have 1 dimension, got shape {shape}; save one vector per image, such as array[0]")
-    if not 1 <= shape[0] <= MAX_VECTOR_DIM:
-        raise ValueError(f"have 1 to {MAX_VECTOR_DIM} values, got {shape[0]}")
+    if not 1 <= shape[0] <= _MAX_DIM:
+        raise ValueError(f"have 1 to {_MAX_DIM} values, got {shape[0]}")
     return VectorKind(int(shape[0]), dtype.name), file.tell()

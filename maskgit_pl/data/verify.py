@@ -18,7 +18,7 @@ from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, check_vectors, load_manifest, splits_of
 from maskgit_pl.data.scan import format_counts
-from maskgit_pl.data.tar import BLOCK, DamagedTarError, DescriptorBytes, member_label, read_members
+from maskgit_pl.data.tar import BLOCK, DamagedTarError, member_label, read_members
 from maskgit_pl.data.token_store import BadFile, TokenReader, read_description
 from maskgit_pl.data.vectors import vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
@@ -110,7 +110,7 @@ def verify_store(folder: str | Path) -> Verification:
     for split in description.samples:
         reader = TokenReader(Path(folder), split, description)
         try:
-            tokens, labels = reader.arrays()
+            tokens, labels = reader.arrays
             bad += reader.bad_arrays()
         except (FileNotFoundError, ValueError) as error:
             bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
@@ -217,7 +217,7 @@ def duplicate_lines(found: Duplicates) -> Iterator[str]:
         yield f"  {share} are in train, so val does not measure new images"
     if found.other_label:
         yield f"  {found.other_label} have another class than the earlier one"
-    yield from (f"  {printable(pair.repeated)} = {printable(pair.first)}" for pair in found.pairs)
+    yield from (f"  {printable(repeated)} = {printable(first)}" for first, repeated in found.pairs)
     if total > len(found.pairs):
         yield f"  ... and {total - len(found.pairs)} more"
 
@@ -233,7 +233,7 @@ class _Task(NamedTuple):
 def _find_bad_arrays(manifest: Manifest) -> Iterator[BadFile]:
     try:
         manifest.index(check=True)
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         yield BadFile(f"{manifest.split}.npy", f"{manifest.samples} rows", "damaged", str(error))
     if manifest.vectors is not None:
         try:
@@ -280,7 +280,7 @@ def _find_difference(descriptor: int, shard: Shard) -> BadFile | None:
         expected, found = f"{shard.bytes} bytes", f"{size} bytes"
         reason = ("shorter" if size < shard.bytes else "longer") + " than when it was indexed"
     try:
-        for _ in read_members(DescriptorBytes(descriptor)):
+        for _ in read_members(descriptor):
             pass
     except DamagedTarError as error:
         reason = str(error)

@@ -102,15 +102,7 @@ def make_shards(
 
 
 def write_shard(samples: Iterable[Sample], stream: IO[bytes], *, first_key: int) -> None:
-    """Writes samples as a WebDataset tar.
-
-    The keys are the numbers of the samples: safe names that sort in the order of the samples.
-
-    Args:
-        samples: The samples.
-        stream: Open file.
-        first_key: Key of the first sample.
-    """
+    """Writes samples as a WebDataset tar. Their keys are numbers from ``first_key``, which sort in their order."""
     # All members have the same owner and time, so equal samples give equal bytes and an equal fingerprint.
     with TarWriter(stream, mtime=0, user="", group="") as writer:
         for number, sample in enumerate(samples, first_key):

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width, image_file_name
-from maskgit_pl.data.images import load_image
+from maskgit_pl.data.images import decode_image, fit_image
 from maskgit_pl.data.manifest import ImageRange
 from maskgit_pl.data.stats import DataStatistics, images_of_classes
 from maskgit_pl.errors import printable
@@ -299,7 +299,8 @@ def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
     tiles = []
     for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
         row = [
-            load_image(data, image_size=size, channels=summary.channels, crop=None, name=name) for data, name in files
+            fit_image(decode_image(data, channels=summary.channels, name=name), image_size=size, crop=None)
+            for data, name in files
         ]
         tiles += row + [paper] * (_COLUMNS - len(row))
     captions = [_caption(summary.classes[label]) for label in shown]

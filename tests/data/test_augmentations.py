@@ -112,15 +112,6 @@ def test_an_image_in_which_no_part_fits_gives_the_largest_central_one():
     assert long.box(30, 10, [0.5] * 40, size=(8, 16)) == (12, 0, 5, 10)  # the shape is that of the result
 
 
-def test_a_part_is_at_every_place_equally_often():
-    part = RandomResizedCrop(scale=(0.25, 0.25), ratio=(1.0, 1.0))  # 5 x 5 of 10 x 10: 6 places along each side
-    tops, lefts = zip(
-        *(part.box(10, 10, [0.5, 0.5, place, 1 - place] + [0.5] * 36, size=(8, 8))[:2]
-          for place in ((number + 0.5) / 60 for number in range(60))), strict=True,
-    )  # fmt: skip
-    assert [tops.count(place) for place in range(6)] == [lefts.count(place) for place in range(6)] == [10] * 6
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     samples = [(encode_png(pixels(1, 12, 15, number)), number % 3) for number in range(COUNT)]

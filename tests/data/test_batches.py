@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
 from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from tests.data_folders import save_data
@@ -97,30 +97,13 @@ def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_worke
         list(loader)
 
 
-def test_tokenizing_without_a_budget_ends_at_an_unreadable_image(folder, tmp_path):
-    from maskgit_pl.data import TokenizingConfig, describe_store, tokenize
-
-    description = describe_store(folder, grid=(2, 4), codebook_size=256, tokenizer="me", image_size=8)
-    config = TokenizingConfig(batch_size=4, unreadable_budget=0.0)
-    with pytest.raises(DataBudgetError, match=r"train-000000.tar:00000003.jpg: damaged"):
-        tokenize(
-            folder, tmp_path, description, encode=lambda images: images[:, 0, 0].long(), in_channels=3, config=config
-        )
-
-
 def test_batches_lie_channels_last_as_they_were_decoded(folder):
     module = data(folder)
-    batches = module.batches("val", lambda positions: module_rows(positions))
+    batches = module.batches("val", InOrder(NUM_VAL))
     assert isinstance(batches, ImageBatches)
     content = batches.__getitems__(range(4)).content
     assert content.shape == (4, 3, 8, 8)
     assert content.is_contiguous(memory_format=torch.channels_last)
-
-
-def module_rows(positions: range):
-    from maskgit_pl.data import InOrder
-
-    return InOrder(NUM_VAL)(positions)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])

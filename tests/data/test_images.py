@@ -19,10 +19,7 @@ from maskgit_pl.data.images import (
     check_complete,
     crop_to_shape,
     decode_image,
-    encode_png,
     fit_image,
-    load_image,
-    load_image_into,
     parse_image_header,
     read_image_file,
 )
@@ -46,15 +43,6 @@ RED = (200, 30, 40)
 def noise(height: int, width: int, channels: int) -> np.ndarray:
     shape = (height, width, channels) if channels > 1 else (height, width)
     return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_png_gives_its_own_pixels_back(channels):
-    pixels = noise(9, 7, channels)
-    image = decode_image(save(Image.fromarray(pixels), "PNG"), channels=channels, name="x")
-    assert image.shape == (channels, 9, 7)
-    assert np.array_equal(image.permute(1, 2, 0).squeeze(-1).numpy(), pixels)
-    assert torch.equal(decode_image(encode_png(image), channels=channels, name="x"), image)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -173,7 +161,7 @@ def test_a_transparent_pixel_of_palettes_alpha_and_8_bits_is_white_and_no_other(
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_a_strip_of_one_pixel_is_decoded(kind, shape):
     data = save(Image.new("RGB", shape, RED), kind, quality=100)
-    image = load_image(data, image_size=16, channels=3, crop=None, name="x")
+    image = fit_image(decode_image(data, channels=3, name="x"), image_size=16, crop=None)
     assert image.shape == (3, 16, 16)
     assert (image.int() - torch.tensor(RED)[:, None, None]).abs().max() <= 6
 
@@ -192,8 +180,7 @@ def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
     for read in (
         lambda: decode_image(data, channels=3, name=called),
         lambda: parse_image_header(data, name=called),
-        lambda: load_image(data, image_size=8, channels=1, crop=None, name=called),
-        lambda: load_image_into(torch.empty(3, 8, 8, dtype=torch.uint8), data, crop=None, name=called),
+        lambda: decode_image(data, channels=1, name=called, reuse_memory=True),
     ):
         with pytest.raises(UnreadableImageError, match=rf"image shard\.tar:{name} .*{re.escape(words)}") as caught:
             read()
@@ -231,7 +218,7 @@ import json, sys, time
 from pathlib import Path
 from maskgit_pl.data.images import parse_image_header, read_image_file
 from maskgit_pl.pipeline.pixels import image_pixels
-from maskgit_pl.data.images import UnreadableImageError, load_image
+from maskgit_pl.data.images import UnreadableImageError, decode_image, fit_image
 
 def kilobytes(name):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -244,7 +231,7 @@ def load(read):
         pass
 
 def square(path):
-    return load_image(path.read_bytes(), image_size=64, channels=3, crop=None, name=path.name)
+    return fit_image(decode_image(path.read_bytes(), channels=3, name=path.name), image_size=64, crop=None)
 
 def all_ways(path):
     header = lambda: parse_image_header(read_image_file(path, name=path.name), name=path.name)
@@ -349,7 +336,7 @@ def test_resampling_is_pil_s_bicubic(source):
     left, top = (source[0] - side) // 2, (source[1] - side) // 2
     square = Image.open(io.BytesIO(data)).crop((left, top, left + side, top + side))
     expected = np.asarray(square.resize((96, 96), Image.Resampling.BICUBIC), dtype=int)
-    image = load_image(data, image_size=96, channels=3, crop=None, name="x")
+    image = fit_image(decode_image(data, channels=3, name="x"), image_size=96, crop=None)
     assert np.abs(image.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
@@ -361,9 +348,8 @@ def test_images_of_any_size_follow_one_another_through_the_same_memory(channels)
             exif = Image.Exif()
             exif[0x0112] = orientation
             data = save(Image.fromarray(noise(*size, 3)), "JPEG", exif=exif.tobytes())
-            image = load_image(data, image_size=32, channels=channels, crop=(0.3, 0.6), name="x")
-            whole = decode_image(data, channels=channels, name="x")
-            assert torch.equal(image, fit_image(whole, image_size=32, crop=(0.3, 0.6)))
+            image = decode_image(data, channels=channels, name="x", reuse_memory=True)
+            assert torch.equal(image, decode_image(data, channels=channels, name="x"))
 
 
 SIZES = [8, (8, 16), (24, 40), (7, 3), (1, 9)]
@@ -394,20 +380,3 @@ def test_the_crop_is_the_largest_part_of_the_shape(shape, size):
     assert (high, wide) == (height, max(1, wide)) or (high, wide) == (max(1, high), width)
     # Within half a pixel of the ratio, unless the side would vanish.
     assert min(abs(high - wide * rows / columns), abs(wide - high * columns / rows)) <= 0.5 or 1 in (high, wide)
-
-
-@pytest.mark.parametrize("shape", [(40, 60), (5, 9)])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("channels", [1, 3])
-def test_other_sizes_are_resized(shape, size, channels):
-    image = torch.full((channels, *shape), 77, dtype=torch.uint8)
-    resized = fit_image(image, image_size=size, crop=None)
-    assert resized.shape == (channels, *((size, size) if isinstance(size, int) else size))
-    assert resized.unique().tolist() == [77]
-
-
-def test_resampling_of_a_part_that_is_not_square_is_pil_s_bicubic():
-    pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), dtype=np.uint8)
-    expected = np.asarray(Image.fromarray(pixels[:, 9:81]).resize((30, 25), Image.Resampling.BICUBIC), dtype=int)
-    made = fit_image(torch.from_numpy(pixels).permute(2, 0, 1), image_size=(25, 30), crop=None)
-    assert np.abs(made.permute(1, 2, 0).numpy() - expected).max() <= 1

@@ -1,7 +1,6 @@
 import io
 import json
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -107,15 +106,6 @@ def test_lenient_leaves_out_samples_with_a_fault_and_counts_them_in_the_manifest
     assert load_manifest(tmp_path, "train") == manifest
 
 
-@pytest.mark.parametrize("limit", ["_MAX_FAULTY", "_MAX_IGNORED"])
-def test_endless_faults_are_refused(tars, tmp_path, monkeypatch, limit):
-    monkeypatch.setattr(f"maskgit_pl.data.scan.{limit}", 5)
-    odd = [("README", b"")] * 6 if limit == "_MAX_IGNORED" else [(f"{number}.cls", b"x") for number in range(6)]
-    tars.write(tmp_path / "x.tar", [*tars.samples(1), *odd])
-    with pytest.raises(ValueError, match=r"more than 5 (members are not images: 6 \.\n|samples have a fault \(first )"):
-        index_one(tmp_path / "x.tar")
-
-
 def test_class_names_of_unlabelled_data(tars, tmp_path):
     path = tars.write(tmp_path / "x.tar", tars.samples(2, label=False))
     assert index_one(path, labels="none", classes=["photo"]).classes == ("photo",)
@@ -132,17 +122,6 @@ def test_workers_make_no_difference(tars, tmp_path):
     index_shards(tmp_path, {"train": shards[:3], "val": shards[3:]}, workers=2)
     assert content(tmp_path) == alone
     assert set(alone) == {"train.json", "train.npy", "val.json", "val.npy"}
-
-
-def test_an_index_is_on_disk_before_the_manifest_that_makes_it_valid(tars, tmp_path, monkeypatch):
-    path, calls = tars.write(tmp_path / "x.tar", tars.samples(3)), []
-    spy_on_disk(monkeypatch, lambda name, path: calls.append((name, re.sub(r"\.[0-9a-f]{32}\.partial", "", path.name))))
-    index_one(path)
-    in_folder = ("sync", tmp_path.name)
-    assert calls == [
-        *[("sync", ".train.npy"), ("rename", "train.npy"), in_folder],
-        *[("sync", ".train.json"), ("rename", "train.json")],
-    ]
 
 
 @pytest.mark.parametrize("number", range(5))

@@ -14,14 +14,9 @@ from torchvision.datasets import FakeData
 
 from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset, ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
-from tests.data_folders import save_data
+from tests.data_folders import save_data, wide_image
 
 COUNT = 23
-
-
-def image(number: int) -> Tensor:
-    """Returns (1, 4, 9) uint8, wider than high, so that crops differ."""
-    return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
 
 
 class Images(Dataset):
@@ -34,7 +29,7 @@ class Images(Dataset):
         return COUNT
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        pixels = image(index)
+        pixels = wide_image(index)
         kinds = {
             "tensor": lambda: pixels,
             "plane": lambda: pixels[0],
@@ -46,8 +41,8 @@ class Images(Dataset):
 
 
 def data(kind: str = "tensor", *, crop: str = "random", validation: bool = False, **options: int) -> IndexedDataModule:
-    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, crop=crop)
-    held_out = replace(samples, crop="center") if validation else None
+    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, augmentations=[f"{crop}_crop"])
+    held_out = replace(samples, augmentations=None) if validation else None
     return IndexedDataModule(samples, held_out, **{"global_batch": 8, "seed": 5, **options})
 
 
@@ -59,7 +54,7 @@ def same(left: Batch, right: Batch) -> bool:
 @pytest.mark.parametrize("crop", ["center", "random"])
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop: str, num_workers: int) -> None:
-    samples = [(encode_png(image(number)), number % 3) for number in range(COUNT)]
+    samples = [(encode_png(wide_image(number)), number % 3) for number in range(COUNT)]
     folder = save_data(tmp_path, {"train": samples, "val": samples})
     config = ShardDataConfig(
         str(folder), image_size=4, in_channels=1, crop=crop, global_batch=8, validation_batch=5, seed=5
@@ -211,7 +206,7 @@ class Items(Dataset):
         return self.items[index]
 
 
-GREY = image(0)
+GREY = wide_image(0)
 
 
 @pytest.mark.parametrize(

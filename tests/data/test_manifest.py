@@ -81,7 +81,7 @@ def test_damaged_index_is_refused_by_name(folder, data):
     with pytest.raises(ValueError, match=r"index .*train\.npy: cannot be read"):
         load_manifests(folder)
     (folder / "train.npy").unlink()
-    with pytest.raises(ValueError, match=r"index .*No such file .*train\.npy"):
+    with pytest.raises(FileNotFoundError, match=r"index .*train\.npy: no such file; make it with"):
         load_manifests(folder)
 
 

@@ -1,49 +1,26 @@
 import json
-import logging
 import shutil
-import warnings
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from torch import nn
 
-from maskgit_pl.data import ShardData, ShardDataConfig, ShuffledStream, describe_store, flip, tokenize
-from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
-from maskgit_pl.data.samples import Sample
+from maskgit_pl.data import ShardData, ShardDataConfig, describe_store, flip, tokenize
 from maskgit_pl.pipeline.grids import to_unit_range
-from tests.data_folders import write_split
+from tests.data_folders import save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
 
 
-def image(number: int) -> torch.Tensor:
-    """Returns (1, 4, 6) uint8, wider than high, so that crops differ."""
-    return (number * 7 + torch.arange(24).reshape(1, 4, 6)).to(torch.uint8)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data")
-    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
-        write_split(samples, path, split, shard_size=9)
-    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
-    return path
-
-
-def top_row(images: torch.Tensor) -> torch.Tensor:
-    """Encodes images as a tokenizer of four codes would: by their first row."""
-    return images[:, 0, 0].long()
+    return save_wide_images(tmp_path_factory.mktemp("data"), {"train": NUM_TRAIN, "val": NUM_VAL})
 
 
 @pytest.fixture(scope="module")
 def store(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("store")
     description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
-    assert tokenize(folder, path, description, encode=top_row, in_channels=1) == "made"
+    assert tokenize(folder, path, description, encode=top_row, in_channels=1)
     return path
 
 
@@ -65,25 +42,8 @@ def test_images_labels_and_ids_belong_together(folder, num_workers):
     for batch in batches:
         assert batch.content.dtype == torch.uint8
         for content, label, index in zip(batch.content, batch.labels, batch.index.tolist(), strict=True):
-            assert torch.equal(content, image(index)[:, :, 1:5])
+            assert torch.equal(content, wide_image(index)[:, :, 2:6])
             assert label == index % 3
-
-
-def test_random_crops_depend_on_seed_index_and_epoch_alone(folder):
-    def crops(order, seed):
-        module = data(folder, crop="random", seed=seed)
-        dataset = module.batches("train", order, augmentations=module.config.train_augmentations)
-        batch = dataset.__getitems__(range(3 * NUM_TRAIN))
-        lefts = (batch.content[:, 0, 0, 0].long() - batch.index * 7) % 256
-        return {
-            (i, e): left for i, e, left in zip(batch.index.tolist(), batch.epoch.tolist(), lefts.tolist(), strict=True)
-        }
-
-    first = crops(ShuffledStream(NUM_TRAIN, 0), seed=0)
-    assert first == crops(ShuffledStream(NUM_TRAIN, 9), seed=0)  # another order, the same crops
-    assert first != crops(ShuffledStream(NUM_TRAIN, 0), seed=1)
-    assert set(first.values()) == {0, 1, 2}
-    assert any(first[i, 0] != first[i, 1] for i in range(NUM_TRAIN))
 
 
 def test_tokens_and_images_give_the_same_samples_in_the_same_order(folder, store):
@@ -103,19 +63,6 @@ def test_validation_samples_limits_to_the_first(folder):
     assert data(folder).num_classes == 3
 
 
-def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
-    with pytest.raises(ValueError, match=r"image size .*maskgit tokenize"):
-        data(folder, source="tokens", token_store=str(store), image_size=8)
-    with pytest.raises(ValueError, match=r"tokenizer .*maskgit tokenize"):
-        data(folder, source="tokens", token_store=str(store)).require_tokenizer("other", grid=(4, 4), codebook_size=16)
-    samples = [Sample(encode_png(image(0)), "png", 0, "0")]
-    for split in ("train", "val"):
-        write_split(samples, tmp_path, split, shard_size=9)
-    index_shards(tmp_path, {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")})
-    with pytest.raises(ValueError, match=r"data must be .*maskgit tokenize"):
-        data(tmp_path, source="tokens", token_store=str(store))
-
-
 @pytest.mark.parametrize(
     "options",
     [{"source": "stream"}, {"source": "tokens"}, {"crop": "left"},
@@ -124,18 +71,6 @@ def test_stale_and_foreign_stores_are_refused(folder, store, tmp_path):
 def test_arguments_that_contradict_each_other_are_refused(folder, options):
     with pytest.raises(ValueError, match=r"data\.|crop"):
         ShardData(ShardDataConfig(str(folder), **options))
-
-
-def test_flip_depends_on_the_sample_not_on_the_batch():
-    images = torch.arange(200 * 6, dtype=torch.float32).reshape(200, 1, 2, 3)
-    index, epoch = torch.arange(200), torch.full((200,), 2)
-    flipped = flip(images, probability=0.5, seed=1, index=index, epoch=epoch)
-    turned = (flipped != images).flatten(1).any(dim=1)
-    assert 70 < int(turned.sum()) < 130
-    assert torch.equal(flipped[turned], images[turned].flip(-1))
-    order = torch.randperm(200)
-    assert torch.equal(flip(images[order], probability=0.5, seed=1, index=order, epoch=epoch), flipped[order])
-    assert not torch.equal(flip(images, probability=0.5, seed=1, index=index, epoch=epoch + 1), flipped)
 
 
 @pytest.mark.parametrize(
@@ -149,66 +84,6 @@ def test_the_share_of_mirrored_images_is_the_probability(probability, least, mos
 
 def test_unit_range_maps_0_and_255_to_the_ends():
     assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
-
-
-class Recorder(LightningModule):
-    """A module that trains one weight and records the positions of every step."""
-
-    def __init__(self, save_at: int | None = None, path: str = "") -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(()))
-        self.seen: list[int] = []
-        self.save_at, self.path = save_at, path
-
-    def training_step(self, batch, batch_idx):
-        self.seen += batch.position.tolist()
-        return self.weight * batch.content.float().mean()
-
-    def validation_step(self, batch, batch_idx):
-        assert batch.epoch.sum() == 0
-
-    def on_train_batch_end(self, outputs, batch, batch_idx):
-        if self.trainer.global_step == self.save_at and not self.trainer.fit_loop._should_accumulate():
-            self.trainer.save_checkpoint(self.path)
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=1e-3)
-
-
-def fit(
-    folder, steps: int, *, accumulation: int = 1, num_workers: int = 0, resume=None, save_at=None, path=""
-) -> list[int]:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    module = Recorder(save_at, str(path))
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accumulate_grad_batches=accumulation, accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=1,
-    )  # fmt: skip
-    loaders = data(folder, max_batch_per_device=8 // accumulation, num_workers=num_workers)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*does not have many workers|.*srun|.*LeafSpec")
-        trainer.fit(module, datamodule=loaders, ckpt_path=resume, weights_only=True if resume else None)
-    return module.seen
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_training_walks_the_stream_across_epochs(folder, accumulation, num_workers):
-    assert fit(folder, 8, accumulation=accumulation, num_workers=num_workers) == list(range(64))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("num_workers", "accumulation"), [(0, 1), (0, 2), (2, 1)])
-@pytest.mark.parametrize("stop", [2, 3, 4])  # within an epoch of 3 steps, on its boundary, just after it
-def test_resumed_training_goes_on_at_the_next_position(folder, tmp_path, stop, num_workers, accumulation):
-    path = tmp_path / "last.ckpt"
-    options = {"num_workers": num_workers, "accumulation": accumulation}
-    first = fit(folder, stop, save_at=stop, path=path, **options)
-    second = fit(folder, 11, resume=str(path), **options)
-    assert first == list(range(stop * 8))
-    assert second == list(range(stop * 8, 88))
 
 
 @pytest.mark.parametrize(
@@ -226,7 +101,10 @@ def test_a_setting_out_of_range_is_refused_before_anything_is_read(tmp_path, key
         ShardData(ShardDataConfig(str(tmp_path), **{key: value}))
 
 
-@pytest.mark.parametrize(("key", "value"), [("samples", {"train": 23}), ("classes", ["0", "1", "2", "3"])])
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("samples", {"train": 23}), ("classes", ["0", "1", "2", "3"]), ("data", "other"), ("image_size", 8)],
+)
 def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(folder, store, tmp_path, key, value):
     shutil.copytree(store, tmp_path / "store")
     path = tmp_path / "store" / "store.json"
@@ -236,7 +114,7 @@ def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(fol
         "sha256": {f: h for f, h in content["sha256"].items() if key != "samples" or "val" not in f},
     }
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"its {key} must be .*maskgit tokenize"):
+    with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*maskgit tokenize"):
         data(folder, source="tokens", token_store=str(tmp_path / "store"))
 
 
@@ -244,5 +122,7 @@ def test_a_store_that_says_other_samples_or_classes_than_the_data_is_refused(fol
 def test_a_store_of_other_tokens_than_the_tokenizers_is_refused(folder, store, key, value):
     module, wanted = data(folder, source="tokens", token_store=str(store)), {"grid": (2, 2), "codebook_size": 256}
     module.require_tokenizer("me", **wanted)
+    with pytest.raises(ValueError, match=r"its tokenizer must be other, got me.*maskgit tokenize"):
+        module.require_tokenizer("other", **wanted)
     with pytest.raises(ValueError, match=rf"its {key.replace('_', ' ')} must be .*maskgit tokenize"):
         module.require_tokenizer("me", **{**wanted, key: value})

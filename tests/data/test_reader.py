@@ -28,15 +28,9 @@ def test_a_label_that_is_no_class_is_refused_by_name_before_training(tmp_path, s
     splits = {"train": samples, "val": samples}
     folder = save_data(tmp_path, {**splits, split: [*samples, (b"", label)]})
     with pytest.raises(
-        ValueError, match=rf"labels must be in \[0, 3\), got others.*\n.*{split}-000000.tar:00000003.jpg: {label}\n"
+        ValueError, match=rf"labels must be in \[0, 3\), got {label} in {split}-000000.tar:00000003.jpg, the first of 1"
     ):
         ShardData(ShardDataConfig(str(folder), global_batch=2)).setup()
-
-
-def test_many_wrong_labels_are_counted_and_the_first_are_named(tmp_path):
-    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"", 7)] * 50}), "train"))
-    with pytest.raises(ValueError, match=r"in 50 samples(.|\n)*and 30 more"):
-        reader.labels([0])
 
 
 def cut(path):
@@ -99,7 +93,7 @@ def test_patterns_have_no_more_names_than_their_bound():
     assert 500 < refused < 4_500
 
 
-@pytest.mark.parametrize(("pattern", "most"), [("a{x,y}{3..1}", 6), ("{a..c}", 3), ("{00..12..4}", 4), (r"\{a,b}", 1)])
+@pytest.mark.parametrize(("pattern", "most"), [("a{x,y}{3..1}", 6), ("{a..c}", 3), ("{Y..b}", 10), (r"\{a,b}", 1)])
 def test_the_bound_is_exact_for_ranges_and_lists(pattern, most):
     assert most_names(pattern) == most
 
@@ -171,9 +165,5 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     for pattern in ("../*.tar", "/etc/*"):
         with pytest.raises(ValueError, match="got a path outside"):
             find_shards(folder, pattern)
-    with pytest.raises(ValueError, match="braces must close"):
-        find_shards(folder, "{a,b")
-    with pytest.raises(ValueError, match="at most"):
-        find_shards(folder, "{0..999999999999}.tar")
     with pytest.raises(ValueError, match="nowhere"):
         locate_shards(f"{folder}/nowhere/*.tar")

@@ -9,26 +9,19 @@ from maskgit_pl.data.samples import (
     ALWAYS_ALLOWED,
     MAX_IN_A_ROW,
     DataBudgetError,
+    Labels,
     Unreadable,
     UnreadableImages,
     parse_class_names,
-    parse_label,
     write_unreadable,
 )
 
 
-def test_names_stand_after_commas_or_one_a_line_of_a_file(tmp_path):
-    (tmp_path / "names.txt").write_text(" ant\n\nbee \r\n")
+@pytest.mark.parametrize("content", [" ant\n\nbee \r\n", "\ufeffant\r\nbee\r\n"], ids=["plain", "byte order mark"])
+def test_names_stand_after_commas_or_one_a_line_of_a_file(tmp_path, content):
+    (tmp_path / "names.txt").write_bytes(content.encode())
     assert parse_class_names("ant, bee") == parse_class_names(str(tmp_path / "names.txt")) == ["ant", "bee"]
-
-
-def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path):
-    (tmp_path / "names.txt").write_bytes("\ufeffcat\r\ndog\r\n".encode())
-    assert parse_class_names(str(tmp_path / "names.txt")) == ["cat", "dog"]
-
-
-def test_a_thousand_names_are_no_path():
-    assert parse_class_names(",".join(map(str, range(1000)))) == list(map(str, range(1000)))
+    assert len(parse_class_names(",".join(map(str, range(1000))))) == 1000  # too long for a path
 
 
 @pytest.mark.parametrize("given", ["ant,,bee", "ant,bee,ant", ""])
@@ -43,16 +36,12 @@ def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
         parse_class_names(str(tmp_path / "names.txt"))
 
 
-@pytest.mark.parametrize("text", [b"1_000", b"", b"-1", b"cat", b"1.0", b"+1", "\u0661".encode(), b"01"])
-def test_a_label_that_is_no_class_number_is_refused_by_name(text):
-    with pytest.raises(ValueError, match=r"x\.tar:a\.cls"):
-        parse_label(text, name="x.tar:a.cls")
-
-
-def test_a_label_beyond_the_class_names_is_refused():
-    assert parse_label(b"2", name="a", num_classes=3) == 2
-    with pytest.raises(ValueError, match=r"in \[0, 3\)"):
-        parse_label(b"3", name="a", num_classes=3)
+@pytest.mark.parametrize("text", [b"1_000", b"", b"-1", b"cat", b"1.0", b"+1", "\u0661".encode(), b"01", b"3"])
+def test_a_label_that_is_no_class_is_refused_by_name(text):
+    labels = Labels(classes=("a", "b", "c"))
+    assert labels.read(b"2\n", name="x.tar:a.cls") == 2
+    with pytest.raises(ValueError, match=r"x\.tar:a\.cls must be a (decimal class number|class in \[0, 3\)), got"):
+        labels.read(text, name="x.tar:a.cls")
 
 
 def explain(index: int) -> Unreadable:
@@ -108,12 +97,6 @@ def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, 
     add(counter(num_samples, budget=1.0), (5, (5 + length - 1) % num_samples))
     with pytest.raises(DataBudgetError, match=rf"{length} images in a row (.|\n)* and {length - 20} more"):
         add(counter(num_samples, budget=1.0), (5, (5 + length) % num_samples))
-
-
-@pytest.mark.parametrize("budget", [-0.1, 1.5, float("nan")])
-def test_a_budget_that_is_no_share_is_refused(budget):
-    with pytest.raises(ValueError, match=r"data\.unreadable_budget must be a (finite )?number in \[0, 1\], got"):
-        counter(budget=budget)
 
 
 def test_the_file_lists_every_image(tmp_path):

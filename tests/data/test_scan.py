@@ -13,6 +13,7 @@ from PIL import Image
 
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.scan import scan_shard
+from tests.data.test_vectors import npy
 
 
 def image_of(extension: str) -> bytes:
@@ -51,6 +52,10 @@ FAULTS = {  # the members of bad samples, None for an image, and the fault with 
     "path out": ([("../x.png", None), ("../x.cls", b"0")], "1 with an unsafe member name (x.tar:../x.png)"),
     "absolute path": ([("/x.png", None), ("/x.cls", b"0")], "1 with an unsafe member name (x.tar:/x.png)"),
     "control character": ([("x\x1b[2J.png", None)], r"1 with an unsafe member name (x.tar:x\x1b[2J.png)"),
+    "two vectors": (
+        [("x.png", None), ("x.cls", b"0"), *[("x.npy", npy(np.zeros(2, np.float16)))] * 2],
+        "1 with two vectors (x.tar:x.npy)",
+    ),
     "pickle for a vector": (
         [("x.png", None), ("x.cls", b"0"), ("x.npy", b"cposix\nsystem\n(S'false'\ntR.")],
         "1 with a vector that cannot be used (vector x.tar:x.npy must be a .npy file",

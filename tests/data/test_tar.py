@@ -5,13 +5,13 @@ from contextlib import contextmanager
 
 import pytest
 
-from maskgit_pl.data.tar import DamagedTarError, DescriptorBytes, parse_header, read_members
+from maskgit_pl.data.tar import DamagedTarError, parse_header, read_members
 
 
 def members(path):
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        return list(read_members(DescriptorBytes(descriptor)))
+        return list(read_members(descriptor))
     finally:
         os.close(descriptor)
 

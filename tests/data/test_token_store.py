@@ -170,15 +170,6 @@ def test_parts_of_another_tokenizer_are_not_gone_on_with(tmp_path):
     assert len(list(tmp_path.glob(".parts-*"))) == 1
 
 
-def test_finished_store_is_known_and_a_new_one_takes_it_back(tmp_path):
-    make(tmp_path)
-    other = dataclasses.replace(DESCRIPTION, data="other")
-    assert is_complete(tmp_path, DESCRIPTION)
-    assert not is_complete(tmp_path, other)
-    StoreParts(tmp_path, other, part_size=4)
-    assert not is_complete(tmp_path, DESCRIPTION)
-
-
 def test_a_token_outside_the_codebook_is_not_written(tmp_path):
     parts = StoreParts(tmp_path, DESCRIPTION, part_size=4)
     for bad in (-1, 256):

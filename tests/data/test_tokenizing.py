@@ -17,30 +17,16 @@ from maskgit_pl.data import (
     tokenize,
 )
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
-from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.token_store import open_store
-from maskgit_pl.data.tokenizing import Outcome
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.processes import no_bars
-from tests.data_folders import save_data, write_split
+from tests.data_folders import save_data, save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
 VIEWS = ("crops", "flip")
 
 
-def image(number: int) -> torch.Tensor:
-    """Returns (1, 4, 9) uint8, wider than high, so that crops differ."""
-    return (number * 7 + torch.arange(36).reshape(1, 4, 9)).to(torch.uint8)
-
-
-def top_row(images: torch.Tensor) -> torch.Tensor:
-    """Encodes images as a tokenizer of four codes would: by their first row."""
-    return images[:, 0, 0].long()
-
-
-def make(folder: Path, store: Path, *, encode=top_row, ranks=(0, 1), bars=no_bars, **options) -> Outcome:
+def make(folder: Path, store: Path, *, encode=top_row, ranks=(0, 1), bars=no_bars, **options) -> bool:
     """Makes a store; ``options`` are those of ``describe_store`` and of ``TokenizingConfig``."""
     views = {name: options.pop(name) for name in VIEWS if name in options}
     description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4, **views)
@@ -50,12 +36,7 @@ def make(folder: Path, store: Path, *, encode=top_row, ranks=(0, 1), bars=no_bar
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}") for n in range(count))
-        write_split(samples, path, split, shard_size=9)
-    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
-    return path
+    return save_wide_images(tmp_path_factory.mktemp("data"), {"train": NUM_TRAIN, "val": NUM_VAL})
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -66,13 +47,13 @@ def content(folder: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def views(folder, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("views")
-    assert make(folder, path, crops=3, flip=True) == "made"
+    assert make(folder, path, crops=3, flip=True)
     return path
 
 
 def test_a_second_run_finds_the_store_and_changes_nothing(folder, views):
     before = {path: path.stat().st_mtime_ns for path in views.iterdir()}
-    assert make(folder, views, crops=3, flip=True) == "found"
+    assert make(folder, views, crops=3, flip=True)
     assert {path: path.stat().st_mtime_ns for path in views.iterdir()} == before
 
 
@@ -91,8 +72,8 @@ def test_views_are_crops_each_followed_by_its_mirror_image(folder, views):
 @pytest.mark.slow
 def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views, tmp_path):
     ranks = [make(folder, tmp_path / "ranks", crops=3, flip=True, ranks=(r, 3)) for r in (1, 2, 0)]
-    assert ranks == ["incomplete", "incomplete", "made"]
-    assert make(folder, tmp_path / "workers", crops=3, flip=True, num_workers=2) == "made"
+    assert ranks == [False, False, True]
+    assert make(folder, tmp_path / "workers", crops=3, flip=True, num_workers=2)
     interrupted, calls = tmp_path / "interrupted", iter(range(1000))
 
     def failing(images):
@@ -154,11 +135,11 @@ def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
 
 
 def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_path):
-    train = [(b"" if n in (4, 5, 22) else encode_png(image(n)), n % 3) for n in range(NUM_TRAIN)]
+    train = [(b"" if n in (4, 5, 22) else encode_png(wide_image(n)), n % 3) for n in range(NUM_TRAIN)]
     data = save_data(tmp_path / "data", {"train": train, "val": train[:3]})
     with pytest.raises(DataBudgetError, match="unreadable"):
         make(data, tmp_path / "strict")
-    assert make(data, tmp_path / "store", unreadable_budget=0.5) == "made"
+    assert make(data, tmp_path / "store", unreadable_budget=0.5)
     modules = [
         ShardData(
             ShardDataConfig(str(data), image_size=4, in_channels=1, global_batch=8, unreadable_budget=0.5, **source)

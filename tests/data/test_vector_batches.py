@@ -20,14 +20,11 @@ from maskgit_pl.data import (
     tokenize,
 )
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
 from tests.data.test_vectors import npy
-from tests.data_folders import save_data, write_split
+from tests.data_folders import save_data, save_samples, top_row
 
 NUM_TRAIN, NUM_VAL, DIM = 23, 11, 3
-OFFSETS = {"train": 0, "val": 100}
 
 
 def image(number: int) -> torch.Tensor:
@@ -40,28 +37,33 @@ def vector(number: int) -> np.ndarray:
     return np.array([number, number / 8, -1], np.float16)
 
 
+def sample(number: int) -> Sample:
+    return Sample(encode_png(image(number)), "png", number % 3, f"{number}", npy(vector(number)))
+
+
+def samples_with_damage(count: int, damaged: int) -> list[Sample]:
+    """Returns samples, one of which has a whole header and damaged pixels."""
+    samples = [sample(number) for number in range(count)]
+    samples[damaged] = samples[damaged]._replace(data=samples[damaged].data[:-20] + bytes(20))
+    return samples
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("data")
-    for split, count in (("train", NUM_TRAIN), ("val", NUM_VAL)):
-        numbers = range(OFFSETS[split], OFFSETS[split] + count)
-        samples = (Sample(encode_png(image(n)), "png", n % 3, f"{n}", npy(vector(n))) for n in numbers)
-        write_split(samples, path, split, shard_size=9)
-    index_shards(path, {split: find_shards(path, f"{split}-*.tar") for split in ("train", "val")})
-    return path
+    splits = {"train": map(sample, range(NUM_TRAIN)), "val": map(sample, range(100, 100 + NUM_VAL))}
+    return save_samples(tmp_path_factory.mktemp("data"), splits)
 
 
-def make_store(folder: Path, store: Path, **options: float) -> str:
+def make_store(folder: Path, store: Path, **options: float) -> bool:
     description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
     config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
-    encode = lambda images: images[:, 0, 0].long()  # noqa: E731
-    return tokenize(folder, store, description, encode=encode, in_channels=1, config=config)
+    return tokenize(folder, store, description, encode=top_row, in_channels=1, config=config)
 
 
 @pytest.fixture(scope="module")
 def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("store")
-    assert make_store(folder, path) == "made"
+    assert make_store(folder, path)
     return path
 
 
@@ -120,11 +122,7 @@ def read_steps(folder: Path, first: int, *, world_size: int = 1, **options: obje
 def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Data in shards of 9, 9 and 6 samples, one of which cannot be read."""
     folder = tmp_path_factory.mktemp("uneven")
-    for split in ("train", "val"):
-        samples = [Sample(encode_png(image(n)), "png", n % 3, f"{n}", npy(vector(n))) for n in range(24)]
-        samples[7] = samples[7]._replace(data=samples[7].data[:-20] + bytes(20))
-        write_split(samples, folder, split, shard_size=9)
-    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    save_samples(folder, dict.fromkeys(("train", "val"), samples_with_damage(24, 7)))
     make_store(folder, folder / "store", unreadable_budget=0.5)
     return folder
 
@@ -156,12 +154,7 @@ def test_batches_move_with_and_without_vectors(folder: Path) -> None:
 def test_an_unreadable_image_is_replaced_together_with_its_vector(tmp_path: Path, source: str) -> None:
     folder, store = tmp_path / "data", tmp_path / "store"
     folder.mkdir()
-    for split in ("train", "val"):
-        samples = [Sample(encode_png(image(n)), "png", 0, f"{n}", npy(vector(n))) for n in range(4)]
-        damaged = samples[2].data[:-20] + bytes(20)  # the header is whole
-        samples[2] = samples[2]._replace(data=damaged)
-        write_split(samples, folder, split, shard_size=9)
-    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
+    save_samples(folder, dict.fromkeys(("train", "val"), samples_with_damage(4, 2)))
     make_store(folder, store, unreadable_budget=0.5)
     options = {"validation_batch": 4, "unreadable_budget": 0.5, "source": source, "token_store": str(store)}
     (batch,) = data(folder, **options).val_dataloader()

@@ -116,10 +116,10 @@ def test_each_image_keeps_its_vector_through_make_verify_and_read(tmp_path: Path
     for split in ("train", "val"):
         manifest = load_manifest(folder, split)
         check_vectors(manifest)
-        reader = ShardReader(manifest)
+        reader, vectors = ShardReader(manifest), manifest.vector_reader()
         for index in range(len(reader)):
             number = int(decode_image(reader.read(index), channels=1, name="")[0, 0, 0])
-            (read,) = reader.vector_reader.read(np.array([index]))
+            (read,) = vectors.read(np.array([index]))
             assert read.dtype == np.float32
             assert np.array_equal(read, vector(number, dtype).astype(np.float32))
             seen.add(number)
@@ -174,14 +174,6 @@ def three(**changed: bytes) -> list[tuple[str, bytes]]:
     return [(f"{n:04d}.npy", changed.get(f"k{n}", npy(vector(n)))) for n in range(3)]
 
 
-def test_vectors_of_existing_tars_are_indexed(tmp_path: Path, tars) -> None:
-    folder = tar_folder(tmp_path, tars, {"train": three(), "val": three()})
-    manifest = index(folder).manifests["val"]
-    assert manifest.vectors.kind == VectorKind(DIM, "float16")
-    read = ShardReader(load_manifest(folder, "val")).vector_reader.read(np.arange(3))
-    assert np.array_equal(read, [vector(n) for n in range(3)])
-
-
 def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) -> None:
     bad = npy(np.zeros((1, DIM), np.float16))
     folder = tar_folder(tmp_path, tars, {"train": three(k1=bad), "val": three()[:2]})
@@ -217,12 +209,6 @@ def test_a_shard_without_any_vector_is_left_out_and_stays_so(tmp_path: Path, tar
     assert not verify_shards(folder).bad
 
 
-def test_two_vectors_of_a_sample_are_a_fault(tmp_path: Path, tars) -> None:
-    folder = tar_folder(tmp_path, tars, {"train": [*three(), ("0001.npy", npy(vector(1)))], "val": three()})
-    with pytest.raises(ValueError, match="1 with two vectors"):
-        index(folder)
-
-
 def copy(folder: Path, to: Path) -> Path:
     return shutil.copytree(folder, to)
 
@@ -242,7 +228,7 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
 
 def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, tmp_path: Path) -> None:
     folder = copy(shards, tmp_path / "shards")
-    reader = ShardReader(load_manifest(folder, "train")).vector_reader
+    reader = load_manifest(folder, "train").vector_reader()
     reader.read(np.array([0]))
     with open(folder / "train-vectors.npy", "r+b") as file:
         file.truncate(130)
@@ -251,23 +237,14 @@ def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, t
     with pytest.raises(ValueError, match=r"train-vectors\.npy"):
         load_manifest(folder, "train")
     (folder / "train-vectors.npy").unlink()
-    with pytest.raises(ValueError, match=r"train-vectors\.npy do not exist"):
+    with pytest.raises(ValueError, match=r"train-vectors\.npy: no such file"):
         load_manifest(folder, "train")
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("vector_dim", 0, "train-vectors.npy must be"),
-        ("vector_dtype", "float64", "train-vectors.npy must be"),
-        ("vector_dim", DIM + 1, "train-vectors.npy must be"),
-    ],
-)
-def test_a_manifest_of_other_vectors_is_refused(
-    shards: Path, tmp_path: Path, key: str, value: object, message: str
-) -> None:
+@pytest.mark.parametrize(("key", "value"), [("vector_dim", 0), ("vector_dim", DIM + 1), ("vector_dtype", "float64")])
+def test_a_manifest_of_other_vectors_is_refused(shards: Path, tmp_path: Path, key: str, value: object) -> None:
     folder = copy(shards, tmp_path / "shards")
     content = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(content | {key: value}))
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=r"train-vectors\.npy must be"):
         load_manifest(folder, "train")

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
-from maskgit_pl.data.tar import DamagedTarError, DescriptorBytes, read_members
+from maskgit_pl.data.tar import DamagedTarError, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
@@ -311,7 +311,7 @@ class _Tar(_Archive):
             with open(self._tar, "rb") as file:
                 members = [
                     _Member(each.name, each.size, each.offset, faults.get(each.kind, ""), each.kind == "folder")
-                    for each in read_members(DescriptorBytes(file.fileno()))
+                    for each in read_members(file.fileno())
                 ]
         except DamagedTarError as error:
             raise ValueError(
