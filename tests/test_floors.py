@@ -378,9 +378,12 @@ def test_the_check_of_hidden_imports_finds_what_it_is_for(monkeypatch):
 
 
 def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
-    own_of = {"networks/quantizers/codebooks", "networks/backbone", "decoding/decoder"}
+    quantizer = "networks/quantizers/codebooks"
+    own_of = {quantizer, "networks/backbone", "decoding/decoder"}
     monkeypatch.setattr(f"{__name__}.own", lambda module: own_of)
-    assert list(backwards("networks/quantizers/codebooks", INNER[0])) == ["networks/quantizers/codebooks imports networks/backbone"]
+    assert list(backwards("networks/quantizers/codebooks", INNER[0])) == [
+        "networks/quantizers/codebooks imports networks/backbone"
+    ]
     assert list(backwards("networks/backbone", INNER[0])) == []
 
 
