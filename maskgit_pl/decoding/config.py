@@ -99,9 +99,13 @@ class DecodingConfig:
             ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` or ``token_selector`` is
                 None.
         """
-        if mask_schedule is None or self.token_selector is None:
-            name = "mask_schedule" if mask_schedule is None else "token_selector"
-            raise ValueError(f"{name} must be given for parallel decoding, got None (autoregressive model)")
+        if mask_schedule is None:
+            raise ValueError("mask_schedule must be given for parallel decoding, got None (autoregressive model)")
+        if self.token_selector is None:
+            raise ValueError(
+                "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
+                f"known: {', '.join(token_selectors.names())}"
+            )
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
         return ParallelDecoder(

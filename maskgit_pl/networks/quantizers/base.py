@@ -152,14 +152,7 @@ class CodebookQuantizer(Quantizer):
         return squared_distances(rows, self.codebook)
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the id of the nearest code at each place; the lowest of equally near ones.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the id of the nearest code at each place; the lowest of equally near ones."""
         tokens = self.distances(rows_of(features)).argmin(1)
         return tokens.view(features.shape[0], -1)
 

@@ -350,14 +350,7 @@ class IBQ(Quantizer):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the id of the code with the largest inner product at each place.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the id of the code with the largest inner product at each place."""
         return self._logits(rows_of(features)).argmax(1).view(features.shape[0], -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:

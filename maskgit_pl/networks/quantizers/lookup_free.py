@@ -53,14 +53,7 @@ class BinaryQuantizer(Quantizer):
         self.spec, self.scale = spec, scale
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place: bit i is 1 where channel i is positive.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the token of each place: bit i is 1 where channel i is positive."""
         return self._tokens(rows_of(features)).view(features.shape[0], -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -269,14 +262,7 @@ class FSQ(Quantizer):
         self.spec = spec
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place: the mixed-radix number of its levels.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the token of each place: the mixed-radix number of its levels."""
         return self._tokens(self._bound(rows_of(features).float()).round()).view(features.shape[0], -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
