@@ -174,8 +174,8 @@ class ParallelDecoder:
         decided = list(accumulate(self.tokens_per_step))
         if len(decided) != self.num_steps or min(self.tokens_per_step) < 1 or decided[-1] != num_tokens:
             raise ValueError(
-                f"tokens_per_step must be {self.num_steps} integers >= 1 that sum to {num_tokens}, the tokens per "
-                f"image, got {list(self.tokens_per_step)} with sum {decided[-1]}"
+                f"tokens_per_step must sum to {num_tokens}, the tokens per image, in {self.num_steps} integers >= 1, "
+                f"got {list(self.tokens_per_step)} with sum {decided[-1]}"
             )
         return [[unknown * (num_tokens - count) // num_tokens for unknown in at_start] for count in decided]
 
