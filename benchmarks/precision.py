@@ -19,7 +19,7 @@ from measuring import format_table, read_cpu_name
 from torch import Tensor
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.decoding.plan import DrawMethod
+from maskgit_pl.decoding.sampling import DrawMethod
 from maskgit_pl.distributed import describe_environment
 
 

@@ -359,7 +359,7 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
     above = ("data/__init__", "masking", "pipeline/__init__")
     assert list(upwards("schedules")) == [f"schedules imports {other}" for other in above]
     # Its own floor, another folder.
-    assert list(upwards("decoding/plan")) == [f"decoding/plan imports {other}" for other in above]
+    assert list(upwards("decoding/noise")) == [f"decoding/noise imports {other}" for other in above]
     assert list(upwards("masking")) == ["masking imports data/__init__", "masking imports pipeline/__init__"]
     assert list(upwards("pipeline/model")) == []
     assert list(upwards("cli/train")) == []
@@ -378,9 +378,12 @@ def test_the_check_of_hidden_imports_finds_what_it_is_for(monkeypatch):
 
 
 def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
-    own_of = {"networks/quantizers/ema", "networks/backbone", "decoding/decoder"}
+    quantizer = "networks/quantizers/codebooks"
+    own_of = {quantizer, "networks/backbone", "decoding/decoder"}
     monkeypatch.setattr(f"{__name__}.own", lambda module: own_of)
-    assert list(backwards("networks/quantizers/ema", INNER[0])) == ["networks/quantizers/ema imports networks/backbone"]
+    assert list(backwards("networks/quantizers/codebooks", INNER[0])) == [
+        "networks/quantizers/codebooks imports networks/backbone"
+    ]
     assert list(backwards("networks/backbone", INNER[0])) == []
 
 

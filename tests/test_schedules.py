@@ -10,7 +10,7 @@ from maskgit_pl.schedules import mask_schedules, num_masked
 def counts(spec: object, num_steps: int, num_tokens: int) -> list[int]:
     """Returns the number of masked tokens after each step, from a fully masked image."""
     decoder = ParallelDecoder(mask_schedules.build(spec), Confidence(), num_steps=num_steps)
-    return [row[0] for row in decoder.count_masked([num_tokens], num_tokens)[1:]]
+    return [step.after[0] for step in decoder.plan([num_tokens], num_tokens)]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import height_width
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.plan import step_progress
+from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.errors import printable
 from maskgit_pl.files import sha256_of, size_text, write_text
@@ -235,7 +235,8 @@ def _describe_steps(pipe: MaskGIT, decoding: DecodingConfig) -> Mapping[str, lis
     if decoding.is_autoregressive:
         return numbers
     decoder = decoding.build_decoder(pipe.transformer.mask_schedule)
-    return {"num_masked": [row[0] for row in decoder.count_masked([num_tokens], num_tokens)], **numbers}
+    counts = [step.before[0] for step in decoder.plan([num_tokens], num_tokens)]
+    return {"num_masked": [*counts, 0], **numbers}
 
 
 @dataclass(frozen=True)

@@ -16,17 +16,19 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import (
-        AutoregressiveClassPredictor,
         AutoregressiveDecoder,
-        AutoregressivePredictor,
         decode_autoregressive,
     )
-    from maskgit_pl.decoding.config import SETTINGS_FORMAT, AutoregressiveDecoding, DecodingConfig, read_settings_file
+    from maskgit_pl.decoding.config import (
+        SETTINGS_FORMAT,
+        AutoregressiveDecoding,
+        DecodingConfig,
+        check_parallel,
+        read_settings_file,
+    )
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, decode_classes
-    from maskgit_pl.decoding.noise import Noise, SeededNoise
-    from maskgit_pl.decoding.plan import check_parallel
+    from maskgit_pl.decoding.noise import SeededNoise
     from maskgit_pl.decoding.predictors import (
-        AutoguidedPredictor,
         ClassPredictor,
         ConditionalModel,
         ConditionalNetwork,
@@ -36,15 +38,12 @@ if TYPE_CHECKING:
         Predictor,
         build_class_predictor,
     )
-    from maskgit_pl.decoding.sampling import CodeSampling
+    from maskgit_pl.decoding.sampling import CodeSampling, Noise
 
 __all__ = [
     "SETTINGS_FORMAT",
-    "AutoguidedPredictor",
-    "AutoregressiveClassPredictor",
     "AutoregressiveDecoder",
     "AutoregressiveDecoding",
-    "AutoregressivePredictor",
     "ClassPredictor",
     "CodeSampling",
     "ConditionalModel",
@@ -69,11 +68,8 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "AutoguidedPredictor": "predictors",
-        "AutoregressiveClassPredictor": "autoregressive",
         "AutoregressiveDecoder": "autoregressive",
         "AutoregressiveDecoding": "config",
-        "AutoregressivePredictor": "autoregressive",
         "ClassPredictor": "predictors",
         "CodeSampling": "sampling",
         "ConditionalModel": "predictors",
@@ -83,13 +79,13 @@ __getattr__ = lazy_names(
         "FirstStepLogits": "predictors",
         "FirstStepPredictor": "predictors",
         "GuidedPredictor": "predictors",
-        "Noise": "noise",
+        "Noise": "sampling",
         "ParallelDecoder": "decoder",
         "Predictor": "predictors",
         "SETTINGS_FORMAT": "config",
         "SeededNoise": "noise",
         "build_class_predictor": "predictors",
-        "check_parallel": "plan",
+        "check_parallel": "config",
         "decode_autoregressive": "autoregressive",
         "decode_classes": "decoder",
         "read_settings_file": "config",

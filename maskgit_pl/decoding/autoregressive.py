@@ -11,35 +11,20 @@ Source: paper, Table 1 (VQGAN*) and Figure 4.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from maskgit_pl.decoding.decoder import DecodingStep
-from maskgit_pl.decoding.noise import Noise, SeededNoise
-from maskgit_pl.decoding.plan import check_guidance, step_progress
+from maskgit_pl.decoding.guidance import check_guidance, step_progress
+from maskgit_pl.decoding.noise import SeededNoise
 from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
-from maskgit_pl.decoding.sampling import CodeSampling
+from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 
-__all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "AutoregressivePredictor", "decode_autoregressive"]
-
-
-class AutoregressivePredictor(Protocol):
-    """A source of the logits of the next token. It serves one decoding run: it may count its calls and keep caches."""
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Predicts the next token.
-
-        Args:
-            tokens: (B, t) int64 in [0, K): the tokens so far. t is 0 at the first call and grows by 1 with each call.
-
-        Returns:
-            (B, K) float: logits of the codes.
-        """
+__all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "decode_autoregressive"]
 
 
 @dataclass(frozen=True)
@@ -49,26 +34,20 @@ class AutoregressiveDecoder:
     Args:
         num_tokens: N, tokens per image and steps of a run, >= 1.
         sampling: Temperature and truncation of the logits that codes are drawn from.
-
-    Raises:
-        ValueError: if ``num_tokens`` is below 1.
     """
 
     num_tokens: int
     sampling: CodeSampling = field(default_factory=CodeSampling)
 
-    def __post_init__(self) -> None:
-        if self.num_tokens < 1:
-            raise ValueError(f"num_tokens must be >= 1, got {self.num_tokens}")
-
     @torch.no_grad()
     def steps(
-        self, predictor: AutoregressivePredictor, noise: Noise, *, batch_size: int, device: torch.device
+        self, predictor: Callable[[Tensor], Tensor], noise: Noise, *, batch_size: int, device: torch.device
     ) -> Iterator[DecodingStep]:
         """Decodes, and yields after each token.
 
         Args:
-            predictor: Computes the logits.
+            predictor: Computes the logits (B, K) of the next token from the tokens so far, (B, t) int64 in [0, K). t is
+                0 at the first call and grows by 1 with each call, so it may keep a cache.
             noise: Source of the random numbers.
             batch_size: B, number of images.
             device: Device of the predictor's logits.

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import build_dataclass, check_integer, check_keys, plain_list, plain_number, shorten
-from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
-from maskgit_pl.decoding.plan import DrawMethod, check_guidance, check_num_steps, check_token_counts, check_token_sum
-from maskgit_pl.decoding.sampling import CodeSampling, Temperature
-from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
+from maskgit_pl.decoding.guidance import check_guidance, guidance_scales, guidance_schedules
+from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Temperature
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.files import read_json
 from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -23,18 +22,13 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
 
-__all__ = [
-    "SETTINGS_FORMAT",
-    "AutoregressiveDecoding",
-    "DecodingConfig",
-    "read_settings_file",
-]
+__all__ = ["SETTINGS_FORMAT", "AutoregressiveDecoding", "DecodingConfig", "check_parallel", "read_settings_file"]
 
 SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid
 # The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
-_AUTOREGRESSIVE_VALUES = {"token_selector": None, "mask_schedule": None, "tokens_per_step": None}
+_ONLY_PARALLEL = ("token_selector", "mask_schedule", "tokens_per_step")
 
 
 @dataclass(frozen=True)
@@ -51,7 +45,7 @@ class DecodingConfig:
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
         mask_schedule: Name, mapping or object of a mask schedule to decode with; None uses that of the training.
-        draw_method: Method by which codes are drawn; see ``plan.DrawMethod``. Recipes and importers have
+        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``. Recipes and importers have
             ``gumbel``.
 
     Raises:
@@ -102,17 +96,21 @@ class DecodingConfig:
         """Builds the decoder that follows ``mask_schedule``, or the schedule that these settings name.
 
         Raises:
-            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` is None.
+            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` or ``token_selector`` is
+                None.
         """
         if mask_schedule is None:
+            raise ValueError("mask_schedule must be given for parallel decoding, got None (autoregressive model)")
+        if self.token_selector is None:
             raise ValueError(
-                "mask_schedule must be a MaskSchedule for parallel decoding, got None (autoregressive model)"
+                "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
+                f"known: {', '.join(token_selectors.names())}"
             )
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
         return ParallelDecoder(
             mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
-            self._build_selector(),
+            token_selectors.build(self.token_selector),
             num_steps=self.num_steps,
             sampling=self._build_sampling(),
             tokens_per_step=self.tokens_per_step,
@@ -127,13 +125,23 @@ class DecodingConfig:
         Raises:
             ValueError: if an autoregressive model does not support a setting, or a number is out of range.
         """
-        self._check_autoregressive(num_tokens)
+        for name in _ONLY_PARALLEL:
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} must not be set for an autoregressive model, which draws one token per step in raster "
+                    f"order, got {getattr(self, name)!r}; leave it out, or use a model with bidirectional attention"
+                )
+        if self.num_steps != num_tokens:
+            raise ValueError(
+                f"num_steps must be {num_tokens} for an autoregressive model, one step per token, got "
+                f"{self.num_steps}; leave it out, or use a model with bidirectional attention"
+            )
         from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
 
         return AutoregressiveDecoder(num_tokens, self._build_sampling())
 
     def check(self, num_tokens: int, *, is_autoregressive: bool, has_negative_class: bool = True) -> None:
-        """Checks that a model supports the settings. Names and numbers are checked first, before torch is imported.
+        """Checks that a model supports the settings, by building the decoder.
 
         Args:
             num_tokens: N, tokens per image.
@@ -145,45 +153,15 @@ class DecodingConfig:
             ValueError: if a name is unknown, a number is out of range, an autoregressive model does not support a
                 setting, or guidance has no class to push images away from.
         """
-        self._build_sampling()
         if is_autoregressive:
-            self._check_autoregressive(num_tokens)
-            check_guidance(self.scales(), has_negative_class=has_negative_class)
-            return
-        check_num_steps(self.num_steps, num_tokens)
-        if self.tokens_per_step is not None:
-            check_token_sum(self.tokens_per_step, num_tokens)
+            self.build_autoregressive_decoder(num_tokens)
+        else:
+            # The schedule of the training is not known here; every schedule has counts for N tokens.
+            self.build_decoder(mask_schedules.build("cosine")).plan([num_tokens], num_tokens)
         check_guidance(self.scales(), has_negative_class=has_negative_class)
-        # Schedules and selectors are checked by computing their values, which imports torch.
-        if self.mask_schedule is not None:
-            mask_schedules.build(self.mask_schedule)
-        selector = self._build_selector()
-        if self.tokens_per_step is not None:
-            check_token_counts(self.tokens_per_step, self.num_steps, selector)
-
-    def _build_selector(self) -> TokenSelector:
-        if self.token_selector is None:
-            raise ValueError(
-                "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
-                f"known: {', '.join(token_selectors.names())}"
-            )
-        return token_selectors.build(self.token_selector)
 
     def _build_sampling(self) -> CodeSampling:
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p, self.draw_method)
-
-    def _check_autoregressive(self, num_tokens: int) -> None:
-        for name, value in _AUTOREGRESSIVE_VALUES.items():
-            if getattr(self, name) != value:
-                raise ValueError(
-                    f"{name} must not be set for an autoregressive model, which draws one token per step in raster "
-                    f"order, got {getattr(self, name)!r}; leave it out, or use a model with bidirectional attention"
-                )
-        if self.num_steps != num_tokens:
-            raise ValueError(
-                f"num_steps must be {num_tokens} for an autoregressive model, one step per token, got "
-                f"{self.num_steps}; leave it out, or use a model with bidirectional attention"
-            )
 
     def scales(self) -> tuple[float, ...]:
         """Returns the guidance scale of each step."""
@@ -199,7 +177,7 @@ class AutoregressiveDecoding:
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
-        draw_method: Method by which codes are drawn; see ``plan.DrawMethod``.
+        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 
     guidance: str | dict[str, Any] = "constant"
@@ -244,3 +222,20 @@ def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
         )
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))
     return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content
+
+
+def check_parallel(task: str, *, is_autoregressive: bool) -> None:
+    """Checks that a model can fill masked tokens in any order.
+
+    Args:
+        task: Name of the task, for the message.
+        is_autoregressive: True if the model draws one token per step.
+
+    Raises:
+        ValueError: if the model is autoregressive.
+    """
+    if is_autoregressive:
+        raise ValueError(
+            f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
+            "autoregressive one; choose another run"
+        )

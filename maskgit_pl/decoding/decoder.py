@@ -26,30 +26,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.noise import Noise, SeededNoise
-from maskgit_pl.decoding.plan import (
-    StepCounts,
-    check_num_steps,
-    check_token_counts,
-    check_token_sum,
-    count_by_list,
-    count_by_schedule,
-    plan_steps,
-    step_progress,
-)
+from maskgit_pl.checks import check_integer
+from maskgit_pl.decoding.guidance import step_progress
+from maskgit_pl.decoding.noise import SeededNoise
 from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, Predictor, build_class_predictor
-from maskgit_pl.decoding.sampling import CodeSampling
+from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
 from maskgit_pl.decoding.token_selector import CheckedSelector
-from maskgit_pl.schedules import MaskSchedule
+from maskgit_pl.schedules import MaskSchedule, compute_ratios, num_masked
 
 __all__ = [
     "DecodingStep",
     "ParallelDecoder",
+    "StepCounts",
+    "count_after",
     "decode_classes",
 ]
 
@@ -82,9 +77,12 @@ class ParallelDecoder:
     tokens_per_step: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        check_num_steps(self.num_steps)
-        if self.tokens_per_step is not None:
-            check_token_counts(self.tokens_per_step, self.num_steps, self.token_selector)
+        check_integer("num_steps", self.num_steps, "[1, inf)")
+        if self.tokens_per_step is not None and not self.token_selector.follows_schedule:
+            raise ValueError(
+                f"tokens_per_step must not be set for token selector {type(self.token_selector).__name__}, which sets "
+                f"the number of tokens of each step itself, got {list(self.tokens_per_step)}; leave it out"
+            )
 
     @torch.no_grad()
     def steps(
@@ -127,36 +125,95 @@ class ParallelDecoder:
             last = step.tokens
         return last
 
-    def count_masked(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[list[int]]:
-        """Counts the masked tokens of each row before each step, and after the last (0).
+    def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
+        """Counts the masked tokens of each step on the host, so that all shapes are known before the loop.
+
+        A row starts with U masked tokens, and m of them are masked before step t. The counts after the step are
+
+            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded down
+            remasked = tokens that the selector masks again, of the U - m that earlier steps decided; usually 0
+            after    = ``count_after(m, planned, remasked)``, and 0 after the last step
+
+        They are upper bounds if the selector sets the number of tokens to keep.
 
         Args:
-            at_start: Masked tokens of each row at the start.
+            at_start: U of each row.
             num_tokens: N, tokens per image.
             first_step: Step to begin at, in [0, T). Editing skips the first steps.
 
-        Returns:
-            T - first_step + 1 lists with one count per row. They are upper bounds if the selector sets the number of
-            tokens to keep.
-
         Raises:
-            ValueError: if T is above N, ``first_step`` is out of range, or ``tokens_per_step`` does not sum to N.
-        """
-        plan = self.plan(at_start, num_tokens, first_step=first_step)
-        return [plan[0].before, *(counts.after for counts in plan)]
+            ValueError: if T is above N, ``first_step`` is out of range, or ``tokens_per_step`` does not fit T and N.
 
-    def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
-        """Computes the counts of each step; see ``count_masked`` for arguments and errors."""
-        check_num_steps(self.num_steps, num_tokens)
+        Source: google-research/maskgit, ``parallel_decode.py``; remasking: ReMDM, arXiv:2503.00307.
+        """
+        if self.num_steps > num_tokens:
+            raise ValueError(f"num_steps must be <= {num_tokens}, the tokens per image, got {self.num_steps}")
         if not 0 <= first_step < self.num_steps:
             raise ValueError(f"first_step must be in [0, {self.num_steps}), got {first_step}")
+        selector, planned = CheckedSelector(self.token_selector), self._plan_by_schedule(at_start, num_tokens)
+        steps, before = [], list(at_start)
+        for step in range(first_step, self.num_steps - 1):
+            progress, rows = (step + 1) / self.num_steps, []
+            for unknown, masked, wanted in zip(at_start, before, planned[step], strict=True):
+                decided = unknown - masked
+                asked = selector.num_remasked(decided=decided, planned=wanted, progress=progress)
+                rows.append(count_after(masked, wanted, max(0, min(asked, decided))))
+            after, remasked = (list(column) for column in zip(*rows, strict=True))
+            steps.append(StepCounts(before, after, remasked))
+            before = after
+        return [*steps, StepCounts(before, [0] * len(before), [0] * len(before))]
+
+    def _plan_by_schedule(self, at_start: Sequence[int], num_tokens: int) -> list[list[int]]:
+        """Returns the counts that the schedule or ``tokens_per_step`` leaves masked: T lists, one count per row."""
         if self.tokens_per_step is None:
-            planned = count_by_schedule(self.mask_schedule, self.token_selector, self.num_steps, at_start, num_tokens)
-        else:
-            check_token_sum(self.tokens_per_step, num_tokens)
-            planned = count_by_list(self.tokens_per_step, at_start, num_tokens)
-        num_remasked = CheckedSelector(self.token_selector).num_remasked
-        return plan_steps(at_start, planned, num_remasked, first_step=first_step)
+            progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps
+            warped = CheckedSelector(self.token_selector).schedule_progress(progress)
+            ratios = compute_ratios(self.mask_schedule, warped, num_tokens).unsqueeze(1)  # (T, 1)
+            counts: list[list[int]] = num_masked(ratios, torch.tensor(list(at_start)), rounding="floor").tolist()
+            return counts
+        decided = list(accumulate(self.tokens_per_step))
+        if len(decided) != self.num_steps or min(self.tokens_per_step) < 1 or decided[-1] != num_tokens:
+            raise ValueError(
+                f"tokens_per_step must sum to {num_tokens}, the tokens per image, in {self.num_steps} integers >= 1, "
+                f"got {list(self.tokens_per_step)} with sum {decided[-1]}"
+            )
+        return [[unknown * (num_tokens - count) // num_tokens for unknown in at_start] for count in decided]
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """The counts of one step: one integer per row of the batch.
+
+    Args:
+        before: Tokens masked before the step.
+        after: Tokens masked after the step.
+        remasked: Tokens among ``after`` that earlier steps had decided.
+    """
+
+    before: list[int]
+    after: list[int]
+    remasked: list[int]
+
+    @property
+    def undecided(self) -> list[int]:
+        """The tokens of each row that the step draws and immediately masks again."""
+        return [after - remasked for after, remasked in zip(self.after, self.remasked, strict=True)]
+
+
+def count_after(masked: int, planned: int, remasked: int) -> tuple[int, int]:
+    """Counts the tokens of a row that are masked after a step, and those among them that are remasked.
+
+    Args:
+        masked: m, tokens masked before the step, which is not the last one.
+        planned: Count that the schedule gives after the step.
+        remasked: Tokens decided by earlier steps that the selector masks again, >= 0.
+    """
+    # The released code clips to [1, m - 1]: each step decides at least one token, and leaves one for the next step.
+    most = masked - 1 + remasked
+    least = max(1, remasked)
+    # The number of masked tokens never grows, so a finished row (m = 0) stays finished.
+    after = min(masked, max(least, min(most, planned)))
+    return after, min(remasked, after)
 
 
 class _Run:
@@ -273,7 +330,9 @@ class _Run:
     ) -> StepCounts:
         """Reads the counts that the selector sets from the device; the step waits here, and only here."""
         valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
-        return StepCounts.from_kept(num_masked, self.selector.num_kept(candidates, scores, valid))
+        kept = self.selector.num_kept(candidates, scores, valid)
+        after = [max(0, masked - max(1, count)) for masked, count in zip(num_masked, kept, strict=True)]
+        return StepCounts(num_masked, after, [0] * len(after))
 
     def _mask_decided(self, counts: list[int], step: int) -> None:
         """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""

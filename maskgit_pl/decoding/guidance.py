@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.decoding.plan import step_progress
 from maskgit_pl.registry import Registry
 
-__all__ = ["GuidanceSchedule", "guidance_scales", "guidance_schedules"]
+__all__ = ["GuidanceSchedule", "check_guidance", "guidance_scales", "guidance_schedules", "step_progress"]
 
 _SCALES = "[0, 10000]"  # so that guided logits are finite
 _CHECKED_POINTS = 257
@@ -40,9 +40,31 @@ def _check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
         check_number(f"guidance schedule {name!r}: the scale at progress {progress:g}", schedule(progress), _SCALES)
 
 
+def step_progress(step: int, num_steps: int) -> float:
+    """Returns t / (T - 1): 0 at the first step and 1 at the last. A single step counts as the last one."""
+    return step / (num_steps - 1) if num_steps > 1 else 1.0
+
+
 def guidance_scales(schedule: GuidanceSchedule, num_steps: int) -> tuple[float, ...]:
     """Returns the scale of each of ``num_steps`` decoding steps; a single step counts as the last one."""
     return tuple(schedule(step_progress(step, num_steps)) for step in range(num_steps))
+
+
+def check_guidance(scales: Sequence[float], *, has_negative_class: bool) -> None:
+    """Checks that guidance has a class to push images away from.
+
+    Args:
+        scales: Guidance scale of each step, >= 0.
+        has_negative_class: True if the model has a null class, or negative classes are named.
+
+    Raises:
+        ValueError: if a scale is positive and ``has_negative_class`` is False.
+    """
+    if not has_negative_class and any(scale > 0 for scale in scales):
+        raise ValueError(
+            "guidance must have scale 0 for a model that has no null class (trained with class_dropout 0), got a "
+            f"scale of {max(scales):g}; use scale 0, or name negative classes"
+        )
 
 
 guidance_schedules: Registry[GuidanceSchedule] = Registry(

@@ -1,20 +1,16 @@
-"""The random numbers of decoding: a protocol, and noise that is seeded per image.
-
-Used by the decoders. Tests pass recorded noise in place of ``SeededNoise``.
-"""
+"""The random numbers of decoding, seeded per image, and the draw of codes from them. Used by the decoders."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.plan import DrawMethod
+from maskgit_pl.decoding.sampling import DrawMethod
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, uniform_of
 
-__all__ = ["Noise", "SeededNoise", "draw_codes"]
+__all__ = ["SeededNoise", "draw_codes"]
 
 
 def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -33,16 +29,6 @@ def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-class Noise(Protocol):
-    """A source of the random numbers of a decoding run."""
-
-    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Draws codes (B, M) int64 in [0, K) from the softmax of ``logits`` (B, M, K) float32."""
-
-    def gumbel(self, positions: Tensor, step: int) -> Tensor:
-        """Returns standard Gumbel noise (B, M) float32 for the token selector."""
-
-
 @dataclass(frozen=True)
 class SeededNoise:
     """Noise that is a function of (seed of the image, step, position): the batch does not change an image.
@@ -52,7 +38,7 @@ class SeededNoise:
         num_tokens: N, tokens per image.
         steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
             steps launches an eighth of the kernels.
-        method: Method by which codes are drawn; see ``plan.DrawMethod``.
+        method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 
     seeds: Tensor

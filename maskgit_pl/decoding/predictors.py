@@ -18,8 +18,7 @@ from typing import Generic, Protocol, TypeVar, cast
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.plan import check_guidance
-from maskgit_pl.decoding.vectors import VectorConditionalNetwork, VectorNetwork
+from maskgit_pl.decoding.guidance import check_guidance
 from maskgit_pl.networks.backbone import Backbone
 
 __all__ = [
@@ -62,6 +61,34 @@ class ConditionalNetwork(Protocol):
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
+
+
+class VectorConditionalNetwork(Protocol):
+    """A network that computes the logits of the codes at some positions, given tokens, labels and vectors."""
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
+        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,) and vectors (B, C)."""
+
+
+@dataclass(frozen=True)
+class VectorNetwork:
+    """A network with the vectors of a batch, in the form of a network that is conditioned on classes only.
+
+    Guidance doubles the batch: rows i and B + i are the two halves of image i, and both get its vector. With the null
+    label, the network hides the vector.
+
+    Args:
+        network: The network. Its ``forward_at`` takes ``vectors``.
+        vectors: (B, C) float on the network's device.
+    """
+
+    network: VectorConditionalNetwork
+    vectors: Tensor
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Computes logits (b, M, K) at positions (b, M) of tokens (b, N) for labels (b,), with b = B or 2 B."""
+        vectors = self.vectors.repeat(len(tokens) // len(self.vectors), 1)  # (b, C)
+        return self.network.forward_at(tokens, labels, positions, vectors=vectors)
 
 
 @dataclass(frozen=True)

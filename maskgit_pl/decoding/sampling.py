@@ -7,20 +7,36 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
-from maskgit_pl.decoding.plan import DrawMethod
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.decoding.noise import Noise
-
-__all__ = ["CodeSampling", "Temperature"]
+__all__ = ["CodeSampling", "DrawMethod", "Noise", "Temperature"]
 
 Temperature = float | tuple[float, float]
+DrawMethod = Literal["gumbel", "inverse_cdf"]
+"""Methods of drawing codes from the softmax. They draw from the same distribution, but different codes for a seed.
+
+- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16, int8 or
+  another device, changes few draws. The released code draws so.
+- ``inverse_cdf``: by inverting the cumulative distribution, with one uniform number for a position. A small change of
+  one probability moves the intervals of all later codes.
+"""
+
 _GREEDY = 1e30  # factor of the logits from which the likeliest code is taken: their products leave float32 at 3e38
+
+
+class Noise(Protocol):
+    """A source of the random numbers of a decoding run, such as ``noise.SeededNoise``."""
+
+    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        """Draws codes (B, M) int64 in [0, K) from the softmax of ``logits`` (B, M, K) float32."""
+
+    def gumbel(self, positions: Tensor, step: int) -> Tensor:
+        """Returns standard Gumbel noise (B, M) float32 for the token selector."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +51,7 @@ class CodeSampling:
             the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
-        method: Method by which codes are drawn; see ``plan.DrawMethod``.
+        method: Method by which codes are drawn; see ``DrawMethod``.
 
     Raises:
         ValueError: if a number is out of range.

@@ -172,7 +172,8 @@ class CheckedSelector:
     name: str | None = None
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        return self._scores("scores", self.selector(candidates), candidates.tokens.shape, "(B, M)")
+        scores = self.selector(candidates)
+        return self._tensor("scores", scores, "a float", candidates.tokens.shape, "(B, M)").float()
 
     def check_values(self, scores: Tensor, what: str = "scores") -> None:
         """Checks that scores are not NaN, once those of padding, whose logits may be NaN, have another value."""
@@ -187,7 +188,8 @@ class CheckedSelector:
 
     def schedule_progress(self, progress: Tensor) -> Tensor:
         """Returns the checked progress of the mask schedule, (T,) float32."""
-        mapped = self._scores("schedule_progress", self.selector.schedule_progress(progress), progress.shape, "(T,)")
+        mapped = self.selector.schedule_progress(progress)
+        mapped = self._tensor("schedule_progress", mapped, "a float", progress.shape, "(T,)").float()
         values = mapped.tolist()  # not a comparison of tensors, which a recorded graph could not read
         if not all(0 < value <= 1 for value in values) or sorted(values) != values:
             raise ValueError(f"{self}: schedule_progress must lie in (0, 1] and never fall, got {shorten(values)}")
@@ -201,15 +203,14 @@ class CheckedSelector:
     def remasking_scores(self, decided: Decided) -> Tensor:
         """Returns the checked remasking scores, (B, N) float32."""
         scores = self.selector.remasking_scores(decided)
-        checked = self._scores("remasking_scores", scores, decided.confidence.shape, "(B, N)")
+        checked = self._tensor("remasking_scores", scores, "a float", decided.confidence.shape, "(B, N)").float()
         self.check_values(checked, "remasking_scores")
         return checked
 
     def replacements(self, candidates: Candidates) -> Tensor:
         """Returns the checked codes, (B, M) int64."""
-        codes = self._integers(
-            "replacements", self.selector.replacements(candidates), candidates.tokens.shape, "(B, M)"
-        )
+        codes = self.selector.replacements(candidates)
+        codes = self._tensor("replacements", codes, "an int64", candidates.tokens.shape, "(B, M)")
         size = candidates.log_probs.shape[-1]
         if _is_readable(codes) and not bool(((codes >= 0) & (codes < size)).all()):
             got = f"{int(codes.min())} to {int(codes.max())}"
@@ -219,27 +220,22 @@ class CheckedSelector:
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> list[int]:
         """Returns the checked number of tokens to keep in each row; waits for the device."""
         kept = self.selector.num_kept(candidates, scores, valid)
-        counts: list[int] = self._integers("num_kept", kept, scores.shape[:1], "(B,)").tolist()
+        counts: list[int] = self._tensor("num_kept", kept, "an int64", scores.shape[:1], "(B,)").tolist()
         return counts
 
     def __str__(self) -> str:
         return f"token selector {(self.name or type(self.selector).__name__)!r}"
 
-    def _scores(self, what: str, values: Any, shape: tuple[int, ...], letters: str) -> Tensor:
-        from torch import Tensor
-
-        if not isinstance(values, Tensor) or values.shape != shape or not values.is_floating_point():
-            got = _describe_result(values)
-            raise ValueError(f"{self}: {what} must be a float tensor {letters} = {tuple(shape)}, got {got}")
-        return values.float()
-
-    def _integers(self, what: str, values: Any, shape: tuple[int, ...], letters: str) -> Tensor:
+    def _tensor(self, what: str, values: Any, kind: str, shape: tuple[int, ...], letters: str) -> Tensor:
+        """Returns ``values`` if they are a tensor of this kind, ``a float`` or ``an int64``, and of this shape."""
         import torch
 
-        if not isinstance(values, torch.Tensor) or values.shape != shape or values.dtype != torch.int64:
-            got = _describe_result(values)
-            raise ValueError(f"{self}: {what} must be an int64 tensor {letters} = {tuple(shape)}, got {got}")
-        return values
+        if isinstance(values, torch.Tensor):
+            is_kind = values.is_floating_point() if kind == "a float" else values.dtype == torch.int64
+            if is_kind and values.shape == shape:
+                return values
+        got = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, torch.Tensor) else shorten(values)
+        raise ValueError(f"{self}: {what} must be {kind} tensor {letters} = {tuple(shape)}, got {got}")
 
 
 def _is_readable(values: Tensor) -> bool:
@@ -264,7 +260,14 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
         raise ValueError(f"token selector {name!r} must be a TokenSelector, got {shorten(selector)}")
     import torch
 
-    _check_attributes(name, selector)
+    # Attributes that contradict one another.
+    if selector.needs_decided_logits and not selector.follows_schedule:
+        raise ValueError(
+            f"token selector {name!r}: follows_schedule must be True with needs_decided_logits, got False; the counts "
+            "of masked tokens must be known before the loop"
+        )
+    if selector.replaces_decided and not selector.needs_decided_logits:
+        raise ValueError(f"token selector {name!r}: needs_decided_logits must be True with replaces_decided, got False")
     checked = CheckedSelector(selector, name)
     checked.schedule_progress(torch.arange(1, 9) / 8)
     is_decided = torch.arange(8).view(2, 4) % 3 == 0 if selector.needs_decided_logits else None
@@ -284,28 +287,6 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
             checked.num_kept(candidates, scores, torch.ones(2, 4, dtype=torch.bool))
         elif not selector.needs_decided_logits and checked.num_remasked(decided=2, planned=1, progress=progress) > 0:
             checked.remasking_scores(Decided(log_probs.exp()[..., 0], gumbel, progress))
-
-
-def _check_attributes(name: str, selector: TokenSelector) -> None:
-    """Checks that the attributes of a selector do not contradict one another.
-
-    Raises:
-        ValueError: if they do.
-    """
-    if selector.needs_decided_logits and not selector.follows_schedule:
-        raise ValueError(
-            f"token selector {name!r}: follows_schedule must be True with needs_decided_logits, got False; the counts "
-            "of masked tokens must be known before the loop"
-        )
-    if selector.replaces_decided and not selector.needs_decided_logits:
-        raise ValueError(f"token selector {name!r}: needs_decided_logits must be True with replaces_decided, got False")
-
-
-def _describe_result(value: object) -> str:
-    """Returns dtype and shape of a tensor, or the value."""
-    from torch import Tensor
-
-    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shorten(value)
 
 
 token_selectors: Registry[TokenSelector] = Registry(

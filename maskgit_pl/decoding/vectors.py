@@ -1,8 +1,6 @@
-"""Conditioning by a vector per image, such as a text embedding: binds the vectors of a batch to the network.
+"""The vectors of images, such as text embeddings: those that a request gives, or those of a pool.
 
-``predictors.build_class_predictor`` uses it, so that all predictors, guidance included, work as without vectors.
-
-Shapes: B images, C size of a vector.
+``predictors.ConditionalModel.bind`` hands the vectors of a batch to the network.
 """
 
 from __future__ import annotations
@@ -11,42 +9,13 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from maskgit_pl.checks import shorten
 
-__all__ = ["VectorConditionalNetwork", "VectorNetwork", "VectorPool", "check_condition_vectors"]
-
-
-class VectorConditionalNetwork(Protocol):
-    """A network that computes the logits of the codes at some positions, given tokens, labels and vectors."""
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,) and vectors (B, C)."""
-
-
-@dataclass(frozen=True)
-class VectorNetwork:
-    """A network with the vectors of a batch, in the form of a network that is conditioned on classes only.
-
-    Guidance doubles the batch: rows i and B + i are the two halves of image i, and both get its vector. With the null
-    label, the network hides the vector.
-
-    Args:
-        network: The network. Its ``forward_at`` takes ``vectors``.
-        vectors: (B, C) float on the network's device.
-    """
-
-    network: VectorConditionalNetwork
-    vectors: Tensor
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Computes logits (b, M, K) at positions (b, M) of tokens (b, N) for labels (b,), with b = B or 2 B."""
-        vectors = self.vectors.repeat(len(tokens) // len(self.vectors), 1)  # (b, C)
-        return self.network.forward_at(tokens, labels, positions, vectors=vectors)
+__all__ = ["VectorPool", "check_condition_vectors"]
 
 
 @dataclass(frozen=True)

@@ -214,7 +214,7 @@ def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: in
     """
     # The counts come from the decoder itself, so that the table shows what decoding does.
     decoder = ParallelDecoder(schedule, token_selectors.build("confidence"), num_steps=num_steps)
-    return [num_tokens - masked for (masked,) in decoder.count_masked([num_tokens], num_tokens)[1:]]
+    return [num_tokens - step.after[0] for step in decoder.plan([num_tokens], num_tokens)]
 
 
 def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: int) -> None:

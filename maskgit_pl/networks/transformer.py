@@ -54,21 +54,16 @@ _INIT_STD = 0.02  # released code, also BERT's
 @backbones.register("bert")
 @dataclass(frozen=True)
 class TransformerConfig(BackboneConfig):
-    """The configuration of the backbone ``bert``. The default sizes are the released ones.
+    """Sizes of the backbone ``bert``, by default the released ones; see ``BackboneConfig`` for the common ones.
+
+    The class is the only condition: ``condition_dim`` is 0. Dropout applies to embeddings, attention probabilities and
+    both outputs of a block.
 
     Args:
-        codebook_size: See ``BackboneConfig``.
-        num_classes: See ``BackboneConfig``.
-        grid: See ``BackboneConfig``.
         embed_dim: D, a multiple of ``num_heads``.
         depth: Number of blocks.
         num_heads: Number of attention heads.
         mlp_dim: Hidden size of the MLP of each block.
-        backbone: ``bert``.
-        class_dropout: See ``BackboneConfig``.
-        dropout: Dropout probability of embeddings, attention probabilities and both outputs of a block, in [0, 1).
-        condition_dim: 0: the class is the only condition.
-        num_token_groups: See ``BackboneConfig``.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
             order. Both have the same weights.
 
@@ -181,16 +176,10 @@ class Transformer(Backbone):
 
 
 class MaskedTransformer(Transformer):
-    """Predicts the codes of masked tokens from the visible ones and the class.
-
-    All methods take tokens (B, N) int64, codes in [0, K) or ``mask_token_id``, and labels (B,) int64 in
-    [0, num_classes), or ``null_label``.
+    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods.
 
     Args:
-        config: Sizes.
-
-    Raises:
-        ValueError: if the attention is causal.
+        config: Sizes, with bidirectional attention.
     """
 
     attention = "bidirectional"
@@ -198,32 +187,12 @@ class MaskedTransformer(Transformer):
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
     ) -> Tensor:
-        """Returns the logits of all tokens.
-
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result; see ``Backbone.forward``.
-
-        Returns:
-            (B, N, V) float.
-        """
+        """Returns the logits (B, N, V) of all tokens."""
         x = self.blocks[-1](self._hidden(tokens, labels))
         return self._head(x[:, 1:], vocabulary)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Returns the logits at M positions of each image. The head and the last block's queries run at these only.
-
-        Args:
-            tokens: (B, N) int64.
-            labels: (B,) int64.
-            positions: (B, M) int64 in [0, N).
-            vectors: None: the transformer knows classes only.
-
-        Returns:
-            (B, M, K) float: logits of the codes.
-        """
+        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
         # Keys and values of the last block need all positions, its queries and MLP only M of them.
         last = cast("Block", self.blocks[-1])
         return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
@@ -250,10 +219,7 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
     the names and shapes of ``MaskedTransformer``; the mask token's row and the last position are not used.
 
     Args:
-        config: Sizes.
-
-    Raises:
-        ValueError: if the attention is bidirectional.
+        config: Sizes, with causal attention.
     """
 
     attention = "causal"
@@ -262,17 +228,7 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
     def forward(
         self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
     ) -> Tensor:
-        """Returns the logits of all tokens in one pass, each from the tokens before it.
-
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            vectors: None: the transformer knows classes only.
-            vocabulary: Columns of the result; see ``Backbone.forward``.
-
-        Returns:
-            (B, N, V) float.
-        """
+        """Returns the logits (B, N, V) of all tokens (B, N) in one pass, each from the tokens before it."""
         return self._head(self._hidden(tokens, labels), vocabulary)
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:

@@ -1,14 +1,25 @@
 """The tokenizer's network: a convolutional encoder, a vector quantizer and a convolutional decoder.
 
-The structure is that of the released code, quirks included, so that its weights fit: residual blocks and convolutions
-are created in the order in which the released code numbers them. ``networks.vqgan_layouts`` has the other layouts.
-``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``.
+``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``. The structure is that of
+published code, quirks included, so that its weights fit: modules are created in the order in which it numbers them.
+``VQGANConfig.layout`` chooses one:
+
+- ``maskgit``, the released code: no biases except in the heads, in resampling and in the decoder's stem; a block that
+  changes the number of channels has a 1x1 convolution on the *output* of its convolutions.
+- ``taming``, of taming-transformers, which LlamaGen, diffusers and IBQ share: every convolution has a bias; the 1x1
+  convolution is on the *input* of the block; there is self-attention at chosen levels and, unless it is left out, in
+  the middle; the decoder has one more block at each level; and images are in [-1, 1] inside, so that padding with
+  zeros is grey, unless ``signed_images`` is False.
+- ``magvit2``, of Open-MAGVIT2's image tokenizers, differs from ``taming``: the convolutions of residual blocks have no
+  bias; there is no self-attention; an upsampling is a convolution to four times the channels and a pixel shuffle; and
+  each level of the decoder starts with a norm whose scale and shift depend on the codes of the whole image.
 
 Shapes: B images, C channels, H W pixels, h w token grid, N = h w tokens, D size of a code, K codes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -19,17 +30,12 @@ from torch import Tensor, nn
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.networks.quantizers import QuantizerOutput, quantizers
 from maskgit_pl.networks.vqgan_config import Activation, Downsampling, Layout, VQGANConfig
-from maskgit_pl.networks.vqgan_layouts import (
-    Magvit2Decoder,
-    Magvit2Encoder,
-    TamingDecoder,
-    TamingEncoder,
-    Upsample,
-    conv,
-    group_norm,
-)
 
 __all__ = ["VQGAN", "Activation", "Decoder", "Downsampling", "Encoder", "Layout", "VQGANConfig", "VQGANOutput"]
+
+# Of all norms, and of the variance of codes. flax's default and taming's choice; torch's 1e-5 changes the outputs of
+# the released model.
+_NORM_EPSILON = 1e-6
 
 
 class VQGANOutput(NamedTuple):
@@ -46,124 +52,6 @@ class VQGANOutput(NamedTuple):
     features: Tensor
 
 
-class ResidualBlock(nn.Module):
-    """A residual block: norm, activation, 3x3 convolution, twice, plus a shortcut.
-
-    If the number of channels changes, the released code applies its 1x1 shortcut to the *output* of the two
-    convolutions and drops the input: f(x) + conv(f(x)). The released weights need the same here.
-
-    Args:
-        in_channels: Channels of the input.
-        out_channels: Channels of the output.
-        config: Groups of the norms, and activation.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig) -> None:
-        super().__init__()
-        self.norm1 = _norm(in_channels, config)
-        self.conv1 = conv(in_channels, out_channels, 3, bias=False)
-        self.norm2 = _norm(out_channels, config)
-        self.conv2 = conv(out_channels, out_channels, 3, bias=False)
-        self.shortcut = conv(out_channels, out_channels, 1, bias=False) if in_channels != out_channels else None
-        self.activation = _activation(config)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
-        # The shortcut is applied to the output of the convolutions, as the released weights require.
-        hidden = self.conv1(self.activation(self.norm1(x)))
-        hidden = self.conv2(self.activation(self.norm2(hidden)))
-        out: Tensor = hidden + (x if self.shortcut is None else self.shortcut(hidden))
-        return out
-
-
-class StridedDownsample(nn.Module):
-    """A 4x4 convolution of stride 2 with "SAME" padding: (1, 1) at even sizes, (1, 2) at odd ones.
-
-    Args:
-        channels: Channels of input and output.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, channels, 4, bias=True, stride=2, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x (B, channels, h, w) at half the resolution, rounded up."""
-        # The convolution pads 1 on each side; an odd size needs one more row or column at the end.
-        height, width = x.shape[-2:]
-        out: Tensor = self.conv(F.pad(x, (0, width % 2, 0, height % 2)))
-        return out
-
-
-class SameDownsample(nn.Module):
-    """A 3x3 convolution of stride 2 with "SAME" padding: (0, 1) at even sizes, (1, 1) at odd ones.
-
-    Args:
-        channels: Channels of input and output.
-    """
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = conv(channels, channels, 3, bias=True, stride=2, padding=0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns x (B, channels, h, w) at half the resolution, rounded up."""
-        height, width = x.shape[-2:]
-        out: Tensor = self.conv(F.pad(x, (width % 2, 1, height % 2, 1)))
-        return out
-
-
-class Encoder(nn.Module):
-    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a 1x1 head.
-
-    Args:
-        config: Sizes.
-    """
-
-    def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        last = config.widths[-1]
-        self.patch_size = config.patch_size
-        # Space to depth turns each patch into channels. No bias, as in the released code.
-        self.stem = conv(config.in_channels * config.patch_size**2, config.base_channels, 3, bias=False)
-        self.blocks = nn.Sequential(*_encoder_blocks(config))
-        self.norm = _norm(last, config)
-        self.activation = _activation(config)
-        self.head = conv(last, config.code_dim, 1, bias=True)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1]."""
-        # (B, C p^2, H / p, W / p) with patches of size p, then one level after another.
-        x = F.pixel_unshuffle(images, self.patch_size) if self.patch_size > 1 else images
-        x = self.blocks(self.stem(x))
-        out: Tensor = self.head(self.activation(self.norm(x)))
-        return out
-
-
-class Decoder(nn.Module):
-    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head.
-
-    Args:
-        config: Sizes.
-    """
-
-    def __init__(self, config: VQGANConfig) -> None:
-        super().__init__()
-        first, last = config.widths[-1], config.widths[0]
-        self.patch_size = config.patch_size
-        self.stem = conv(config.code_dim, first, 3, bias=True)
-        self.blocks = nn.Sequential(*_decoder_blocks(config))
-        self.norm = _norm(last, config)
-        self.activation = _activation(config)
-        self.head = conv(last, config.in_channels * config.patch_size**2, 3, bias=True)
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """Returns the images (B, C, H, W), not clipped, of codes (B, D, h, w)."""
-        x = self.blocks(self.stem(codes))
-        out: Tensor = self.head(self.activation(self.norm(x)))
-        return F.pixel_shuffle(out, self.patch_size) if self.patch_size > 1 else out
-
-
 class VQGAN(nn.Module):
     """The tokenizer's network: encoder, quantizer and decoder.
 
@@ -177,11 +65,10 @@ class VQGAN(nn.Module):
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
         self.config = config
-        encoder, decoder = _HALVES[config.layout]
-        self.encoder = encoder(config)
+        self.encoder = Encoder(config)
         spec = quantizers.build(config.quantizer)
         self.quantizer = spec.create(codebook_size=config.codebook_size, code_dim=config.code_dim)
-        self.decoder = decoder(config)
+        self.decoder = Decoder(config)
         # After all draws, so that the scale changes no random number.
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -232,13 +119,68 @@ class VQGAN(nn.Module):
         return self.config.grid(image_size)
 
 
-_Encoder = Encoder | TamingEncoder | Magvit2Encoder
-_Decoder = Decoder | TamingDecoder | Magvit2Decoder
-_HALVES: dict[str, tuple[type[_Encoder], type[_Decoder]]] = {
-    "maskgit": (Encoder, Decoder),
-    "taming": (TamingEncoder, TamingDecoder),
-    "magvit2": (Magvit2Encoder, Magvit2Decoder),
-}
+class Encoder(nn.Module):
+    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a head.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        last, is_taming = config.widths[-1], config.layout == "taming"
+        self.config = config
+        # Space to depth turns each patch into channels.
+        self.stem = conv(config.in_channels * config.patch_size**2, config.base_channels, 3, bias=is_taming)
+        self.blocks = nn.Sequential(*_encoder_blocks(config))
+        self.norm = group_norm(last, config)
+        self.activation = _activation(config)
+        self.head = conv(last, config.head_channels, 3 if is_taming else 1, bias=True)
+        self.projection = conv(config.head_channels, config.code_dim, 1, bias=True) if is_taming else nn.Identity()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the features (B, D, h, w) of images (B, C, H, W) float in [0, 1].
+
+        Raises:
+            ValueError: if H or W is not a multiple of the downsampling factor, in layouts ``taming`` and ``magvit2``.
+        """
+        config = self.config
+        if config.layout != "maskgit":  # whose strides pad, and drop no pixels
+            config.grid((images.shape[-2], images.shape[-1]))
+        x = 2 * images - 1 if config.is_signed else images
+        # (B, C p^2, H / p, W / p) with patches of size p, then one level after another.
+        x = F.pixel_unshuffle(x, config.patch_size) if config.patch_size > 1 else x
+        x = self.blocks(self.stem(x))
+        out: Tensor = self.projection(self.head(self.activation(self.norm(x))))
+        return out
+
+
+class Decoder(nn.Module):
+    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head.
+
+    Args:
+        config: Sizes.
+    """
+
+    def __init__(self, config: VQGANConfig) -> None:
+        super().__init__()
+        first, last, is_taming = config.widths[-1], config.widths[0], config.layout == "taming"
+        self.config = config
+        self.projection = conv(config.code_dim, config.head_channels, 1, bias=True) if is_taming else nn.Identity()
+        self.stem = conv(config.head_channels, first, 3, bias=True)
+        self.blocks = nn.Sequential(*_decoder_blocks(config))
+        self.norm = group_norm(last, config)
+        self.activation = _activation(config)
+        self.head = conv(last, config.in_channels * config.patch_size**2, 3, bias=True)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """Returns the images (B, C, H, W), not clipped, of codes (B, D, h, w)."""
+        x = self.stem(self.projection(codes))
+        for block in self.blocks:
+            x = block(x, codes) if isinstance(block, AdaptiveGroupNorm) else block(x)
+        out: Tensor = self.head(self.activation(self.norm(x)))
+        out = F.pixel_shuffle(out, self.config.patch_size) if self.config.patch_size > 1 else out
+        return (out + 1) / 2 if self.config.is_signed else out
 
 
 def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
@@ -247,39 +189,232 @@ def _encoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     for level, out in enumerate(config.widths):
         if level > 0:
             yield _downsample(width, config)
-        # The first block of a level changes the number of channels.
-        for _ in range(config.num_res_blocks):
-            yield ResidualBlock(width, out, config)
-            width = out
-    for _ in range(config.num_middle_blocks):
-        yield ResidualBlock(width, width, config)
+        yield from _level(width, out, config, level=level, blocks=config.num_res_blocks)
+        width = out
+    yield from _middle(width, config)
 
 
 def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
     """Yields the middle blocks, then levels up to full resolution, with an upsampling between two levels."""
     width = config.widths[-1]
-    for _ in range(config.num_middle_blocks):
-        yield ResidualBlock(width, width, config)
+    yield from _middle(width, config)
+    blocks = config.num_res_blocks + (config.layout == "taming")
     for level, out in reversed(list(enumerate(config.widths))):
-        for _ in range(config.num_res_blocks):
-            yield ResidualBlock(width, out, config)
-            width = out
+        if config.layout == "magvit2":
+            yield AdaptiveGroupNorm(width, config)
+        yield from _level(width, out, config, level=level, blocks=blocks)
+        width = out
         if level > 0:
-            yield Upsample(width)
+            yield ShuffleUpsample(width) if config.layout == "magvit2" else Upsample(width)
+
+
+def _level(width: int, out: int, config: VQGANConfig, *, level: int, blocks: int) -> Iterator[nn.Module]:
+    """Yields the blocks of a level, each with its self-attention if the level has it."""
+    for block in range(blocks):
+        # The first block of a level changes the number of channels.
+        yield ResidualBlock(width if block == 0 else out, out, config)
+        if level in config.attention_levels:
+            yield SelfAttention(out, config)
+
+
+def _middle(width: int, config: VQGANConfig) -> Iterator[nn.Module]:
+    """Yields the middle blocks, in layout ``taming`` with self-attention after the first of two."""
+    for block in range(config.num_middle_blocks):
+        yield ResidualBlock(width, width, config)
+        if block == 0 and config.layout == "taming" and config.middle_attention:
+            yield SelfAttention(width, config)
 
 
 def _downsample(channels: int, config: VQGANConfig) -> nn.Module:
+    if config.layout == "magvit2":
+        return conv(channels, channels, 3, bias=True, stride=2)
+    if config.layout == "taming" or config.downsampling == "strided-3x3":
+        return SameDownsample(channels)
     if config.downsampling == "strided":
         return StridedDownsample(channels)
-    if config.downsampling == "strided-3x3":
-        return SameDownsample(channels)
     # At odd sizes the last window holds fewer pixels and is divided by their number, as "SAME" mean pooling does.
     return nn.AvgPool2d(2, ceil_mode=True, count_include_pad=False)
 
 
-def _norm(channels: int, config: VQGANConfig) -> nn.GroupNorm:
-    return group_norm(channels, config.num_groups)
-
-
 def _activation(config: VQGANConfig) -> nn.Module:
     return nn.SiLU() if config.activation == "swish" else nn.ReLU()
+
+
+def conv(
+    in_channels: int, out_channels: int, kernel: int, *, bias: bool, stride: int = 1, padding: int | None = None
+) -> nn.Conv2d:
+    """Builds a convolution with flax's initial values: truncated LeCun normal, bias 0.
+
+    Source: released code.
+    """
+    pad = kernel // 2 if padding is None else padding
+    layer = nn.Conv2d(in_channels, out_channels, kernel, stride=stride, padding=pad, bias=bias)
+    # LeCun: variance 1 / fan-in. The constant is the deviation of a normal truncated at 2 deviations, as in jax.
+    deviation = math.sqrt(1 / (in_channels * kernel**2)) / 0.87962566103423978
+    nn.init.trunc_normal_(layer.weight, std=deviation, a=-2 * deviation, b=2 * deviation)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels: int, config: VQGANConfig, *, affine: bool = True) -> nn.GroupNorm:
+    """Builds a GroupNorm with the epsilon of the released weights."""
+    return nn.GroupNorm(config.num_groups, channels, eps=_NORM_EPSILON, affine=affine)
+
+
+class ResidualBlock(nn.Module):
+    """A residual block: norm, activation, 3x3 convolution, twice, plus a shortcut.
+
+    If the number of channels changes, the input passes through a 1x1 convolution. The released code applies it to the
+    *output* of the two convolutions instead and drops the input: f(x) + conv(f(x)).
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        config: Groups of the norms, activation and layout.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        bias = config.layout == "taming"
+        self.keeps_input = config.layout != "maskgit"
+        self.norm1 = group_norm(in_channels, config)
+        self.conv1 = conv(in_channels, out_channels, 3, bias=bias)
+        self.norm2 = group_norm(out_channels, config)
+        self.conv2 = conv(out_channels, out_channels, 3, bias=bias)
+        source = in_channels if self.keeps_input else out_channels
+        self.shortcut = conv(source, out_channels, 1, bias=bias) if in_channels != out_channels else None
+        self.activation = _activation(config)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the features (B, out_channels, h, w) of x (B, in_channels, h, w)."""
+        hidden = self.conv1(self.activation(self.norm1(x)))
+        hidden = self.conv2(self.activation(self.norm2(hidden)))
+        if self.shortcut is not None:
+            x = self.shortcut(x if self.keeps_input else hidden)
+        out: Tensor = hidden + x
+        return out
+
+
+class StridedDownsample(nn.Module):
+    """A 4x4 convolution of stride 2 with "SAME" padding: (1, 1) at even sizes, (1, 2) at odd ones.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 4, bias=True, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at half the resolution, rounded up."""
+        # The convolution pads 1 on each side; an odd size needs one more row or column at the end.
+        height, width = x.shape[-2:]
+        out: Tensor = self.conv(F.pad(x, (0, width % 2, 0, height % 2)))
+        return out
+
+
+class SameDownsample(nn.Module):
+    """A 3x3 convolution of stride 2 with "SAME" padding: (0, 1) at even sizes, (1, 1) at odd ones.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, bias=True, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at half the resolution, rounded up."""
+        height, width = x.shape[-2:]
+        out: Tensor = self.conv(F.pad(x, (width % 2, 1, height % 2, 1)))
+        return out
+
+
+class Upsample(nn.Module):
+    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, channels, 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
+        out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return out
+
+
+class ShuffleUpsample(nn.Module):
+    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space.
+
+    Args:
+        channels: Channels of input and output.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = conv(channels, 4 * channels, 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
+        return F.pixel_shuffle(self.conv(x), 2)
+
+
+class SelfAttention(nn.Module):
+    """Self-attention with one head over all places: x + output(softmax(q k / sqrt(channels)) v), q, k, v of norm(x).
+
+    Args:
+        channels: Channels of input and output.
+        config: Groups of the norm.
+    """
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, config)
+        self.query = conv(channels, channels, 1, bias=True)
+        self.key = conv(channels, channels, 1, bias=True)
+        self.value = conv(channels, channels, 1, bias=True)
+        self.output = conv(channels, channels, 1, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, channels, h, w) plus what each place attends to, of the same shape."""
+        normed = self.norm(x)
+        query, key, value = (
+            rearrange(layer(normed), "b c h w -> b 1 (h w) c") for layer in (self.query, self.key, self.value)
+        )
+        # One head of C channels, so that the scores are divided by sqrt(C).
+        attended = F.scaled_dot_product_attention(query, key, value)  # (B, 1, h w, C)
+        out: Tensor = x + self.output(rearrange(attended, "b 1 (h w) c -> b c h w", h=x.shape[-2]))
+        return out
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """A GroupNorm whose scale and shift are linear in the standard deviation and the mean of the codes of an image.
+
+    norm(x) gamma(sqrt(var(codes) + 1e-6)) + beta(mean(codes)), moments over all places of an image
+
+    Args:
+        channels: Channels of input and output.
+        config: Groups of the norm, and size of a code.
+    """
+
+    def __init__(self, channels: int, config: VQGANConfig) -> None:
+        super().__init__()
+        self.norm = group_norm(channels, config, affine=False)
+        self.gamma = nn.Linear(config.code_dim, channels)
+        self.beta = nn.Linear(config.code_dim, channels)
+
+    def forward(self, x: Tensor, codes: Tensor) -> Tensor:
+        """Returns x (B, channels, h', w') normalised, with the scale and the shift of codes (B, D, h, w)."""
+        places = codes.flatten(2)
+        # One place has no unbiased variance.
+        deviation = (places.var(-1, correction=min(1, places.shape[-1] - 1)) + _NORM_EPSILON).sqrt()
+        scale, shift = self.gamma(deviation), self.beta(places.mean(-1))
+        out: Tensor = self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
+        return out

@@ -167,6 +167,16 @@ class VQGANConfig:
         return tuple(self.base_channels * multiplier for multiplier in self.channel_multipliers)
 
     @property
+    def is_signed(self) -> bool:
+        """A flag: True if images are in [-1, 1] inside the network."""
+        return self.layout != "maskgit" and self.signed_images
+
+    @property
+    def head_channels(self) -> int:
+        """The channels of the encoder's head and of the decoder's stem: D, or ``latent_channels`` if it is given."""
+        return self.latent_channels or self.code_dim
+
+    @property
     def num_blocks(self) -> int:
         """The number of residual blocks of the encoder, each with several tensors."""
         return len(self.channel_multipliers) * self.num_res_blocks + self.num_middle_blocks

@@ -16,8 +16,7 @@ from einops import rearrange
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, plain_list, plain_number, shorten
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.plan import DrawMethod
-from maskgit_pl.decoding.sampling import Temperature
+from maskgit_pl.decoding.sampling import DrawMethod, Temperature
 from maskgit_pl.pipeline.regions import check_blend, check_dilation
 from maskgit_pl.registry import nearest
 

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from typing import Unpack
 
 from maskgit_pl.checks import ImageSize, height_width
-from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.plan import check_parallel
+from maskgit_pl.decoding import DecodingConfig, check_parallel
 from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.options import (
     Classes,
@@ -87,7 +86,7 @@ class Outline:
         return replace_settings(self.decoding, settings)
 
     def check_parallel(self, task: str) -> None:
-        """Raises for an autoregressive model. See ``decoding.plan.check_parallel``."""
+        """Raises for an autoregressive model. See ``decoding.check_parallel``."""
         check_parallel(task, is_autoregressive=self.is_autoregressive)
 
     def check_decoding(self, decoding: DecodingConfig, *, has_negative_class: bool = True) -> None:

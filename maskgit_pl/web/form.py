@@ -238,8 +238,7 @@ def count_kept(pipe: MaskGIT, decoding: DecodingConfig) -> list[int]:
     """
     num_tokens = pipe.outline.num_tokens
     decoder = decoding.build_decoder(pipe.transformer.schedule_for("web"))
-    masked = [row[0] for row in decoder.count_masked([num_tokens], num_tokens)]
-    return [before - after for before, after in pairwise(masked)]
+    return [step.before[0] - step.after[0] for step in decoder.plan([num_tokens], num_tokens)]
 
 
 def describe_counts(counts: Sequence[int], decoding: DecodingConfig) -> str:

@@ -72,7 +72,7 @@ def made(tmp_path_factory) -> Path:
         if case is not None:
             mask_schedule, temperatures, scales, choice_temperature = case
             decoder = decoder_of(mask_schedule, temperatures, choice_temperature)
-            num_masked = [row[0] for row in decoder.count_masked([49], 49)]
+            num_masked = [*(step.before[0] for step in decoder.plan([49], 49)), 0]
             settings = f"{num_masked}, {temperatures}, {scales}, {choice_temperature}"
             more += f"np.save({name!r} + '.npy', generate(labels, np.random.default_rng(0), {settings}))\n"
     done = subprocess.run(

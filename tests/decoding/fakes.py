@@ -42,4 +42,10 @@ def run(
     return list(made.steps(predictor, tokens, noise, mask_token_id=MASK, **options))
 
 
+def count_masked(made: ParallelDecoder, at_start: list[int], num_tokens: int = 16, **options: int) -> list[list[int]]:
+    """Returns the planned number of masked tokens of each row before each step, and after the last."""
+    plan = made.plan(at_start, num_tokens, **options)
+    return [plan[0].before, *(step.after for step in plan)]
+
+
 MIXED = [16, 9, 3, 1, 0]  # unknown tokens of the rows

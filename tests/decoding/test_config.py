@@ -25,7 +25,7 @@ from tests.decoding.fakes import partly_known, run
         ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step must be integers >= 1, got"),
         (
             {"num_steps": 2, "tokens_per_step": (8, 9)},
-            "tokens_per_step must sum to 16, the tokens per image, got a sum of 17",
+            r"tokens_per_step must sum to 16, the tokens per image, in 2 integers >= 1, got \[8, 9\] with sum 17",
         ),
         (
             {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},

@@ -26,12 +26,24 @@ from maskgit_pl.decoding import (
     build_class_predictor,
     decode_classes,
 )
+from maskgit_pl.decoding.decoder import count_after
 from maskgit_pl.decoding.predictors import apply_guidance
 from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from tests.conftest import random_transformer
-from tests.decoding.fakes import CPU, LOGITS, MASK, MIXED, NUM_CODES, decoder, fake_predictor, partly_known, run
+from tests.decoding.fakes import (
+    CPU,
+    LOGITS,
+    MASK,
+    MIXED,
+    NUM_CODES,
+    count_masked,
+    decoder,
+    fake_predictor,
+    partly_known,
+    run,
+)
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5, 12, 16])
@@ -65,7 +77,7 @@ def test_a_token_that_was_kept_never_changes_again():
 
 
 def test_counts_follow_the_schedule_of_each_row_between_one_and_one_less_than_before():
-    made = decoder(4, schedule="linear").count_masked([16, 9, 3, 1, 0], 16)
+    made = count_masked(decoder(4, schedule="linear"), [16, 9, 3, 1, 0])
     assert [list(column) for column in zip(*made, strict=True)] == [
         [16, 12, 8, 4, 0],
         [9, 6, 4, 2, 0],
@@ -73,13 +85,58 @@ def test_counts_follow_the_schedule_of_each_row_between_one_and_one_less_than_be
         [1, 1, 1, 1, 0],
         [0, 0, 0, 0, 0],
     ]
-    made = decoder(8, schedule="exp").count_masked([16], 16)  # exp wants 14, 14, 13, 12: at most one less
+    made = count_masked(decoder(8, schedule="exp"), [16])  # exp wants 14, 14, 13, 12: at most one less
     assert [row[0] for row in made] == [16, 14, 13, 12, 11, 10, 8, 4, 0]
 
 
 def test_counts_of_a_late_start_follow_the_later_part_of_the_schedule():
-    made = decoder(4, schedule="linear").count_masked([8], 16, first_step=2)
+    made = count_masked(decoder(4, schedule="linear"), [8], first_step=2)
     assert made == [[8], [2], [0]]  # 8 * (1 - 3 / 4)
+
+
+def test_a_list_counts_in_proportion_to_what_is_unknown():
+    assert count_masked(decoder(3, tokens_per_step=(1, 5, 10)), [16, 8, 3])[1:] == [[15, 7, 2], [10, 5, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("masked", "planned", "remasked", "expected"),
+    [
+        (8, 5, 0, (5, 0)),
+        (8, 8, 0, (7, 0)),  # one of those drawn is kept
+        (8, 0, 0, (1, 0)),  # the next step has something to decide
+        (1, 0, 0, (1, 0)),
+        (0, 0, 0, (0, 0)),  # a row that is done stays done
+        (8, 5, 3, (5, 3)),  # the number masked follows the plan: three more candidates are kept
+        (8, 8, 3, (8, 3)),
+        (4, 9, 3, (4, 3)),  # never more than before
+        (4, 1, 3, (3, 3)),  # what is masked again is masked
+        (2, 1, 5, (2, 2)),
+        (0, 3, 2, (0, 0)),
+    ],
+)
+def test_what_stays_masked_is_bounded_on_both_sides(masked, planned, remasked, expected):
+    assert count_after(masked, planned, remasked) == expected
+
+
+class Asked(Confidence):
+    """A selector that would mask all decided tokens again, and keeps what it is asked."""
+
+    asked: ClassVar[list] = []
+
+    def num_remasked(self, **counts):
+        self.asked.append(tuple(counts.values()))
+        return 99
+
+
+def test_a_selector_is_asked_with_what_is_decided_and_cannot_mask_more_than_that():
+    plan = ParallelDecoder(mask_schedules.build("linear"), Asked(), num_steps=4).plan([8], 16)
+    assert Asked.asked == [(0, 6, 0.25), (2, 4, 0.5), (4, 2, 0.75)]  # not at the last step
+    assert [(counts.after, counts.remasked, counts.undecided) for counts in plan] == [
+        ([6], [0], [6]),
+        ([4], [2], [2]),
+        ([4], [4], [0]),
+        ([0], [0], [0]),
+    ]
 
 
 @pytest.mark.parametrize("first_step", [0, 2])
@@ -87,7 +144,7 @@ def test_the_steps_mask_as_many_tokens_as_planned(first_step):
     tokens = partly_known(MIXED)
     made = decoder(6)
     steps = run(tokens, made, first_step=first_step)
-    planned = made.count_masked(MIXED, 16, first_step=first_step)
+    planned = count_masked(made, MIXED, first_step=first_step)
     assert [step.was_masked.sum(1).tolist() for step in steps] == planned[:-1]
     assert [step.still_masked.sum(1).tolist() for step in steps] == planned[1:]
     assert [step.step for step in steps] == list(range(first_step, 6))
@@ -162,7 +219,7 @@ def test_nothing_is_predicted_where_nothing_is_masked():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: decoder(0), "num_steps must be >= 1, got 0"),
+        (lambda: decoder(0), r"num_steps must be an integer in \[1, inf\), got 0"),
         (lambda: decoder(sampling=CodeSampling(-1.0)), "sampling_temperature must be a number in .* got -1.0"),
         (
             lambda: decoder(sampling=CodeSampling(float("nan"))),
@@ -483,7 +540,7 @@ def test_only_selectors_that_ask_for_it_pay_for_decided_tokens(name):
     predictor, made = Misled(), correcting_decoder(name)
     noise = SeededNoise(torch.arange(2), 16)
     list(made.steps(predictor, torch.full((2, 16), MASK), noise, mask_token_id=MASK, grid=(4, 4)))
-    counts = [before for (before, _) in made.count_masked([16, 16], 16)[:-1]]
+    counts = [before for (before, _) in count_masked(made, [16, 16])[:-1]]
     assert predictor.shapes == ([16] * 6 if made.token_selector.needs_decided_logits else counts)
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
+from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules, step_progress
 
 
 def test_constant_is_the_same_at_every_step_and_no_guidance_by_default():
@@ -63,3 +63,8 @@ def test_interval_guides_within_its_bounds_alone():
 def test_numbers_out_of_range_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         guidance_schedules.build(spec)
+
+
+def test_progress_goes_from_0_at_the_first_step_to_1_at_the_last():
+    assert [step_progress(step, 5) for step in range(5)] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert step_progress(0, 1) == 1.0

@@ -12,6 +12,7 @@ from torch import Tensor
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.selectors import Candidates, Confidence, Decided, TokenSelector, token_selectors
 from maskgit_pl.schedules import halton_order, mask_schedules
+from tests.decoding.fakes import count_masked
 
 NUM_CODES, MASK, GRID = 7, 7, (3, 8)
 NUM_TOKENS = math.prod(GRID)
@@ -109,7 +110,7 @@ def test_contract_every_position_ends_known_and_known_ones_never_change(spec, nu
 @every_selector
 def test_contract_the_number_masked_follows_the_schedule_where_it_is_promised(spec):
     made = decoder(spec)
-    counts = made.count_masked(MIXED, NUM_TOKENS)
+    counts = count_masked(made, MIXED, NUM_TOKENS)
     steps = run(partly_known(MIXED), made)
     masked = [step.still_masked.sum(1).tolist() for step in steps]
     if made.token_selector.follows_schedule:
@@ -326,7 +327,7 @@ def test_remdm_masks_decided_tokens_again_as_many_as_its_strategy_says():
             before = step
         return counts
 
-    masked = decoder("confidence").count_masked([24], NUM_TOKENS)
+    masked = count_masked(decoder("confidence"), [24], NUM_TOKENS)
     decided = [24 - row[0] for row in masked[1:-1]]
     planned = [row[0] for row in masked[2:]]
     most = [min(1, after / done) for after, done in zip(planned, decided, strict=True)]
@@ -350,7 +351,7 @@ def test_remdm_without_masking_again_is_confidence():
 def test_remdm_stands_still_in_its_loop_and_changes_tokens_there():
     spec = {"name": "remdm", "strategy": "loop", "eta": 0.3, "start": 0.3, "stop": 0.9, "hold": 0.7}
     made = decoder(spec, 20)
-    counts = [row[0] for row in made.count_masked([NUM_TOKENS], NUM_TOKENS)]
+    counts = [row[0] for row in count_masked(made, [NUM_TOKENS], NUM_TOKENS)]
     held = int(NUM_TOKENS * math.cos(math.pi / 2 * 0.7))
     assert counts[6:18] == [held] * 12
     assert counts[-1] == 0

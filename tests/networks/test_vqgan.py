@@ -8,8 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.vqgan import VQGAN, ResidualBlock, StridedDownsample, VQGANConfig
-from maskgit_pl.networks.vqgan_layouts import PaddedDownsample, SelfAttention, TamingResidualBlock
+from maskgit_pl.networks.vqgan import (
+    VQGAN,
+    AdaptiveGroupNorm,
+    ResidualBlock,
+    SameDownsample,
+    SelfAttention,
+    StridedDownsample,
+    VQGANConfig,
+)
 
 SMALL = {
     "base_channels": 8,
@@ -29,6 +36,10 @@ TAMING = {**SMALL, "num_middle_blocks": 2, "layout": "taming", "attention_levels
 
 def taming(**changes):
     return small(**{**TAMING, **changes})
+
+
+def magvit2(**changes):
+    return small(**{"layout": "magvit2", "quantizer": "lfq", "code_dim": 4, **changes})
 
 
 def count(module):
@@ -202,14 +213,14 @@ def test_the_zeros_beyond_an_edge_are_grey_in_the_taming_layout():
 
 
 def test_a_taming_block_that_changes_width_passes_its_input_on():
-    block = TamingResidualBlock(8, 16, 4)
+    block = ResidualBlock(8, 16, taming())
     torch.nn.init.zeros_(block.conv2.weight)
     x = torch.rand(1, 8, 4, 4)
     torch.testing.assert_close(block(x), F.conv2d(x, block.shortcut.weight, block.shortcut.bias))
 
 
 def test_self_attention_is_the_formula():
-    layer = SelfAttention(8, 4)
+    layer = SelfAttention(8, taming())
     x = torch.randn(2, 8, 3, 5)
     rows = layer.norm(x).flatten(2).transpose(1, 2)  # (B, h w, C)
 
@@ -222,7 +233,7 @@ def test_self_attention_is_the_formula():
 
 
 def test_the_strided_convolution_of_taming_pads_right_and_bottom():
-    layer = PaddedDownsample(2)
+    layer = SameDownsample(2)
     x = torch.rand(1, 2, 4, 6)
     wide = torch.zeros(1, 2, 5, 7)
     wide[..., :4, :6] = x
@@ -286,3 +297,53 @@ def stripes(number):
         phase % 3 == 0, picture.transpose(2, 3).expand(-1, -1, 16, 16), picture.expand(-1, -1, 16, 16)
     )
     return 0.1 + 0.8 * flipped
+
+
+@pytest.mark.parametrize("size", [(8, 8), (4, 10), (2, 2)])
+def test_the_magvit2_layout_returns_images_of_their_size_and_every_parameter_has_a_finite_gradient(size):
+    made = VQGAN(magvit2())
+    output = made(torch.rand(2, 1, *size))
+    assert output.reconstruction.shape == (2, 1, *size)
+    (output.reconstruction.square().mean() + output.quantized.loss).backward()
+    for name, parameter in made.named_parameters():
+        assert parameter.grad is not None, name
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+def test_the_scale_and_the_shift_of_an_adaptive_norm_are_those_of_the_codes():
+    layer = AdaptiveGroupNorm(8, magvit2())
+    x, codes = torch.randn(3, 8, 6, 6), torch.randn(3, 4, 3, 3)
+    out = layer(x, codes).view(3, 8, 36)
+    spread = (codes.flatten(2).double().var(2) + 1e-6).sqrt().float()
+    # A norm without scale has mean 0 and variance 1 in each group of two channels.
+    plain = (out - layer.beta(codes.mean((2, 3))).unsqueeze(2)) / layer.gamma(spread).unsqueeze(2)
+    torch.testing.assert_close(plain.view(3, 4, 72).mean(2), torch.zeros(3, 4), rtol=0, atol=1e-4)
+    torch.testing.assert_close(plain.view(3, 4, 72).var(2, correction=0), torch.ones(3, 4), rtol=1e-3, atol=1e-3)
+
+
+def test_another_image_of_the_batch_changes_nothing_in_the_magvit2_layout():
+    made = VQGAN(magvit2()).eval()
+    first, second = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8)
+    alone = made.decode(made.encode(first), (4, 4))
+    together = made.decode(made.encode(torch.cat([first, second])), (4, 4))
+    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activation": "relu"}, "activation must be 'swish' in layout 'magvit2', got 'relu'"),
+        ({"patch_size": 2}, "patch_size must be 1 in layout 'magvit2'"),
+        ({"middle_attention": False}, "middle_attention must be True in layout 'magvit2'"),
+        ({"latent_channels": 8}, "latent_channels must be None in layout 'magvit2'"),
+        ({"layout": "magvit"}, "layout must be one of maskgit, taming, magvit2.*did you mean 'magvit2'"),
+    ],
+)
+def test_what_the_magvit2_layout_fixes_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        VQGAN(magvit2(**changes))
+
+
+def test_a_size_that_the_factor_does_not_divide_is_refused():
+    with pytest.raises(ValueError, match="multiple of the downsampling factor 2, got 5"):
+        VQGAN(magvit2()).encode(torch.rand(1, 1, 5, 4))

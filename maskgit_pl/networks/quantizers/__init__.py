@@ -16,7 +16,6 @@ from maskgit_pl.networks.quantizers.base import (
     entropy_loss,
     quantizers,
 )
-from maskgit_pl.networks.quantizers.binary import BSQ, LFQ, BSQSpec, LFQSpec
 from maskgit_pl.networks.quantizers.codebooks import (
     IBQ,
     EMAQuantizer,
@@ -27,7 +26,7 @@ from maskgit_pl.networks.quantizers.codebooks import (
     SimVQ,
     SimVQSpec,
 )
-from maskgit_pl.networks.quantizers.fsq import FSQ, FSQSpec
+from maskgit_pl.networks.quantizers.lookup_free import BSQ, FSQ, LFQ, BSQSpec, FSQSpec, LFQSpec
 
 __all__ = [
     "BSQ",

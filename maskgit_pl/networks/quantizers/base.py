@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_number, shorten
+from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry
 
@@ -34,11 +34,9 @@ __all__ = [
     "SizedQuantizerSpec",
     "build_sized",
     "check_estimator",
-    "check_losses",
     "entropy_loss",
     "estimate",
     "initial_codes",
-    "nearest_and_entropy",
     "quantizer_output",
     "quantizers",
     "rotate_to_codes",
@@ -154,14 +152,7 @@ class CodebookQuantizer(Quantizer):
         return squared_distances(rows, self.codebook)
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the id of the nearest code at each place; the lowest of equally near ones.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the id of the nearest code at each place; the lowest of equally near ones."""
         tokens = self.distances(rows_of(features)).argmin(1)
         return tokens.view(features.shape[0], -1)
 
@@ -323,29 +314,6 @@ def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "s
     return -(probabilities * log_probabilities).sum(-1).mean() - mean_entropy
 
 
-def nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: _LossNumbers) -> tuple[Tensor, Tensor]:
-    """Returns (M,) nearest codes and the weighted ``entropy_loss`` of -distance; weight 0 omits it and its graph."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_weight > 0):
-        distances = quantizer.distances(rows)
-    tokens = distances.argmin(1)
-    if spec.entropy_weight == 0:
-        return tokens, rows.new_zeros(())
-    loss = entropy_loss(-distances, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
-    return tokens, spec.entropy_weight * loss
-
-
-def check_losses(spec: _LossNumbers) -> None:
-    """Checks the numbers of commitment and entropy.
-
-    Raises:
-        ValueError: if one is out of range.
-    """
-    check_number("commitment", spec.commitment, WEIGHTS)
-    check_number("entropy_weight", spec.entropy_weight, WEIGHTS)
-    check_number("entropy_temperature", spec.entropy_temperature, "[0.00001, 1000000]")
-    check_choice("entropy_kind", spec.entropy_kind, get_args(EntropyKind))
-
-
 def check_estimator(value: object) -> None:
     """Checks the name of a gradient estimator.
 
@@ -353,27 +321,3 @@ def check_estimator(value: object) -> None:
         ValueError: if it is unknown.
     """
     check_choice("gradient_estimator", value, get_args(GradientEstimator))
-
-
-class _LossNumbers(Protocol):
-    """The fields of a spec that ``check_losses`` and ``nearest_and_entropy`` read."""
-
-    @property
-    def commitment(self) -> float:
-        """The weight of the commitment loss."""
-        ...
-
-    @property
-    def entropy_weight(self) -> float:
-        """The weight of the entropy loss."""
-        ...
-
-    @property
-    def entropy_temperature(self) -> float:
-        """The divisor of the affinity."""
-        ...
-
-    @property
-    def entropy_kind(self) -> EntropyKind:
-        """The form of the assignment."""
-        ...

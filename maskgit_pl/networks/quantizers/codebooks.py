@@ -25,11 +25,9 @@ from maskgit_pl.networks.quantizers.base import (
     Quantizer,
     QuantizerOutput,
     check_estimator,
-    check_losses,
     entropy_loss,
     estimate,
     initial_codes,
-    nearest_and_entropy,
     quantizer_output,
     quantizers,
     rows_of,
@@ -55,19 +53,43 @@ _ITERATIONS = 10  # of k-means; that of lucidrains/vector-quantize-pytorch
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
 
 
+@dataclass(frozen=True)
+class CodebookSpec:
+    """The numbers of the losses that all quantizers with a table of codes have, by default the released code's.
+
+    Attributes:
+        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
+        entropy_weight: Weight of the entropy loss, in [0, 1e6].
+        entropy_temperature: T, temperature of its softmax, in [1e-5, 1e6].
+        entropy_kind: ``softmax``, or ``argmax`` for one-hot assignments with the gradient of the softmax.
+
+    Raises:
+        ValueError: if a number is out of range, or the kind is unknown.
+    """
+
+    commitment: float = 0.25
+    entropy_weight: float = 0.1
+    entropy_temperature: float = 0.01
+    entropy_kind: EntropyKind = "softmax"
+
+    def __post_init__(self) -> None:
+        check_number("commitment", self.commitment, WEIGHTS)
+        check_number("entropy_weight", self.entropy_weight, WEIGHTS)
+        check_number("entropy_temperature", self.entropy_temperature, "[0.00001, 1000000]")
+        check_choice("entropy_kind", self.entropy_kind, get_args(EntropyKind))
+
+
 @quantizers.register("gradient")
 @dataclass(frozen=True)
-class GradientQuantizerSpec:
+class GradientQuantizerSpec(CodebookSpec):
     """The released code's quantizer: nearest code, straight-through, codebook trained by gradient.
 
     loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
 
+    ``CodebookSpec`` has the numbers of commitment and entropy.
+
     Attributes:
-        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
         codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
-        entropy_weight: Weight of the entropy loss, in [0, 1e6].
-        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
-        entropy_kind: ``softmax`` (released) or ``argmax``.
         gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
         initial_codes: ``random`` (released): uniform; ``kmeans``: after the first step, the k-means of the features of
             its global batch, which should have well over K features.
@@ -78,18 +100,14 @@ class GradientQuantizerSpec:
     Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
     """
 
-    commitment: float = 0.25
     codebook_weight: float = 1.0
-    entropy_weight: float = 0.1
-    entropy_temperature: float = 0.01
-    entropy_kind: EntropyKind = "softmax"
     gradient_estimator: GradientEstimator = "straight-through"
     initial_codes: InitialCodes = "random"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
         check_choice("initial_codes", self.initial_codes, get_args(InitialCodes))
-        check_losses(self)
+        super().__post_init__()
         check_estimator(self.gradient_estimator)
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
@@ -97,7 +115,24 @@ class GradientQuantizerSpec:
         return GradientQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
-class GradientQuantizer(CodebookQuantizer):
+class TrainedQuantizer(CodebookQuantizer):
+    """The base of quantizers whose codes follow the gradient of a codebook loss."""
+
+    spec: GradientQuantizerSpec | SimVQSpec
+
+    def forward(self, features: Tensor) -> QuantizerOutput:
+        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
+        rows = rows_of(features).float()  # (M, D)
+        tokens, entropy = _nearest_and_entropy(self, rows, self.spec)
+        codes = self.lookup(tokens)
+        # Each loss moves one side only: the commitment the features, the codebook loss the codes.
+        commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
+        codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
+        loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
+        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
+
+
+class GradientQuantizer(TrainedQuantizer):
     """A quantizer whose codes are a parameter that the optimizer trains; see ``GradientQuantizerSpec``."""
 
     def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
@@ -109,17 +144,6 @@ class GradientQuantizer(CodebookQuantizer):
             self.register_buffer("is_initialized", torch.zeros(()))
 
     is_initialized: Tensor  # () float32, 1 after k-means
-
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
-        rows = rows_of(features).float()  # (M, D)
-        tokens, entropy = nearest_and_entropy(self, rows, self.spec)
-        codes = self.lookup(tokens)
-        # Each loss moves one side only: the commitment the features, the codebook loss the codes.
-        commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
-        codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
-        loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
-        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
 
     @torch.no_grad()
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
@@ -134,21 +158,19 @@ class GradientQuantizer(CodebookQuantizer):
 
 @quantizers.register("ema")
 @dataclass(frozen=True)
-class EMAQuantizerSpec:
+class EMAQuantizerSpec(CodebookSpec):
     """Codes that are exponential moving averages of features; dead codes restart from features of the batch.
 
     counts <- decay counts + (1 - decay) n,  sums <- decay sums + (1 - decay) s,  codebook = sums / counts
 
     n and s are the number and the sum of the features whose nearest code it is, in the global batch.
 
+    ``CodebookSpec`` has the numbers of commitment and entropy.
+
     Attributes:
         decay: Decay of the averages, in [0, 1).
-        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
         restart_below: Fraction in [0, 1) of the count that each code would have if all were used equally; a code with
             at most that count is dead, as is one with at most 1e-12, too few to compute a mean.
-        entropy_weight: Weight of the entropy loss on the encoder, in [0, 1e6].
-        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
-        entropy_kind: ``softmax`` or ``argmax``.
         gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
 
     Raises:
@@ -158,17 +180,14 @@ class EMAQuantizerSpec:
     """
 
     decay: float = 0.99
-    commitment: float = 0.25
     restart_below: float = 0.05
     entropy_weight: float = 0.0
-    entropy_temperature: float = 0.01
-    entropy_kind: EntropyKind = "softmax"
     gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("decay", self.decay, "[0, 1)")
         check_number("restart_below", self.restart_below, "[0, 1)")
-        check_losses(self)
+        super().__post_init__()
         check_estimator(self.gradient_estimator)
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
@@ -196,7 +215,7 @@ class EMAQuantizer(CodebookQuantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
         rows = rows_of(features).float()
-        tokens, entropy = nearest_and_entropy(self, rows, self.spec)
+        tokens, entropy = _nearest_and_entropy(self, rows, self.spec)
         codes = self.lookup(tokens)
         commitment = self.spec.commitment * F.mse_loss(rows, codes)
         loss = self._total(commitment=commitment, entropy=entropy)
@@ -235,17 +254,15 @@ class EMAQuantizer(CodebookQuantizer):
 
 @quantizers.register("simvq")
 @dataclass(frozen=True)
-class SimVQSpec:
+class SimVQSpec(CodebookSpec):
     """Codes C W + b of frozen Gaussian C (K, D), and one trained layer W (D, D), b (D), which moves all codes at once.
 
     loss = commitment |z - sg(q)|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
 
+    ``CodebookSpec`` has the numbers of commitment and entropy.
+
     Attributes:
-        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
         codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
-        entropy_weight: Weight of the entropy loss, in [0, 1e6]; 0 as published.
-        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
-        entropy_kind: ``softmax`` or ``argmax``.
         gradient_estimator: ``straight-through`` or ``rotation``.
 
     Raises:
@@ -255,16 +272,13 @@ class SimVQSpec:
     start as in torch's Linear.
     """
 
-    commitment: float = 0.25
     codebook_weight: float = 1.0
     entropy_weight: float = 0.0
-    entropy_temperature: float = 0.01
-    entropy_kind: EntropyKind = "softmax"
     gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
-        check_losses(self)
+        super().__post_init__()
         check_estimator(self.gradient_estimator)
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
@@ -272,7 +286,7 @@ class SimVQSpec:
         return SimVQ(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
-class SimVQ(CodebookQuantizer):
+class SimVQ(TrainedQuantizer):
     """A quantizer of frozen random codes times one trained matrix; see ``SimVQSpec``."""
 
     frozen_codes: Tensor  # (K, D) float32
@@ -292,22 +306,10 @@ class SimVQ(CodebookQuantizer):
         with torch.autocast(self.projection.device.type, enabled=False):
             return F.linear(self.frozen_codes, self.projection, self.offset)
 
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
-        spec, rows = self.spec, rows_of(features).float()
-        tokens, entropy = nearest_and_entropy(self, rows, spec)
-        codes = self.lookup(tokens)
-        loss = self._total(
-            commitment=spec.commitment * F.mse_loss(rows, codes.detach()),
-            codebook=spec.codebook_weight * F.mse_loss(codes, rows.detach()),
-            entropy=entropy,
-        )
-        return quantizer_output(features, estimate(rows, codes, spec.gradient_estimator), tokens, loss)
-
 
 @quantizers.register("ibq")
 @dataclass(frozen=True)
-class IBQSpec:
+class IBQSpec(CodebookSpec):
     """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
 
     p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C
@@ -315,12 +317,10 @@ class IBQSpec:
 
     c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
 
+    ``CodebookSpec`` has the numbers of commitment and entropy.
+
     Attributes:
-        commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
         codebook_weight: Weight of the loss that moves codes towards their features, in [0, 1e6].
-        entropy_weight: Weight of the entropy loss, in [0, 1e6].
-        entropy_temperature: Temperature of its softmax, in [1e-5, 1e6].
-        entropy_kind: ``softmax`` or ``argmax``.
 
     Raises:
         ValueError: if a number is out of range.
@@ -331,13 +331,10 @@ class IBQSpec:
 
     commitment: float = 1.0
     codebook_weight: float = 0.25
-    entropy_weight: float = 0.1  # that of the released MaskGIT tokenizer
-    entropy_temperature: float = 0.01
-    entropy_kind: EntropyKind = "softmax"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, WEIGHTS)
-        check_losses(self)
+        super().__post_init__()
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module."""
@@ -353,14 +350,7 @@ class IBQ(Quantizer):
         self.codebook = nn.Parameter(torch.randn(codebook_size, code_dim))
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the id of the code with the largest inner product at each place.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the id of the code with the largest inner product at each place."""
         return self._logits(rows_of(features)).argmax(1).view(features.shape[0], -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -397,6 +387,17 @@ class IBQ(Quantizer):
             entropy = entropy_loss(logits, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
             losses["entropy"] = spec.entropy_weight * entropy
         return self._total(**losses)
+
+
+def _nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: CodebookSpec) -> tuple[Tensor, Tensor]:
+    """Returns (M,) nearest codes and the weighted ``entropy_loss`` of -distance; weight 0 omits it and its graph."""
+    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_weight > 0):
+        distances = quantizer.distances(rows)
+    tokens = distances.argmin(1)
+    if spec.entropy_weight == 0:
+        return tokens, rows.new_zeros(())
+    loss = entropy_loss(-distances, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
+    return tokens, spec.entropy_weight * loss
 
 
 def kmeans(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:

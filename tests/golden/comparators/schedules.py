@@ -88,4 +88,4 @@ def _lengths(method: str, num_steps: int, num_tokens: int) -> list[int]:
 def _decoder_counts(method: str, num_steps: int, num_tokens: int) -> list[int]:
     """Returns the number of tokens masked before each step of our decoder and after the last."""
     decoder = ParallelDecoder(schedule_of(method), Confidence(), num_steps=num_steps)
-    return [row[0] for row in decoder.count_masked([num_tokens], num_tokens)]
+    return [*(step.before[0] for step in decoder.plan([num_tokens], num_tokens)), 0]
