@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from maskgit_pl.checks import CHANNELS, pixels_text
-from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.plan import check_parallel
+from maskgit_pl.decoding import DecodingConfig, check_parallel
 from maskgit_pl.errors import printable
 from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
