@@ -144,25 +144,15 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """The parts of an evaluation: what is measured, and by which evaluator.
-
-    Args:
-        evaluator: Evaluator with data, networks and ledger.
-        model: The model.
-        accepted: The model with rejection sampling; None for all images.
-        decoding: Decoding of the images.
-        num_images: Number of generated images.
-        options: Seed and other options.
-        lpips: Perceptual distance of reconstructions; None leaves it out.
-    """
+    """The parts of an evaluation: what is measured, and by which evaluator."""
 
     evaluator: Evaluator
     model: EvaluatedModel
-    accepted: EvaluatedModel | None
+    accepted: EvaluatedModel | None  # the model with rejection sampling
     decoding: DecodingConfig
     num_images: int
     options: EvaluationOptions
-    lpips: LPIPS | None
+    lpips: LPIPS | None  # of reconstructions
 
     def generate(self, title: str) -> GeneratedImages:
         """Generates the images of the model, or opens their file."""

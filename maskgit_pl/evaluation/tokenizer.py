@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -195,22 +195,13 @@ def _check_data(folder: Path, tokenizer: PretrainedTokenizer) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """An image with its reconstruction.
+class _Pair(NamedTuple):
+    """An image with its reconstruction."""
 
-    Args:
-        error: Mean squared error, for pixels in [0, 1].
-        index: Number of the image in the val split.
-        label: Class of the image.
-        original: (C, H, W) uint8.
-        reconstruction: (C, H, W) uint8.
-    """
-
-    error: float
-    index: int
+    error: float  # mean squared, for pixels in [0, 1]
+    number: int  # of the image in the val split
     label: int
-    original: Tensor
+    original: Tensor  # (C, H, W) uint8
     reconstruction: Tensor
 
 
@@ -300,7 +291,7 @@ def _content(
         "psnr_db_per_class": by_class,
         "worst": [
             {
-                "index": each.index,
+                "index": each.number,
                 "class": data.class_names[each.label],
                 "psnr_db": min(_BEST_PSNR, psnr(each.error)),
             }
