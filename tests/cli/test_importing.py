@@ -1,7 +1,6 @@
 """``maskgit import-jax``, ``import-tokenizer`` and ``import-transformer``: what they print, and what they refuse."""
 
 import json
-import pickle
 import shlex
 from pathlib import Path
 
@@ -41,13 +40,8 @@ def files(tmp_path, monkeypatch) -> Path:
     """The working folder, with files that are no checkpoints and folders with content."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "full/tokenizer").mkdir(parents=True)
-    (tmp_path / "orbax").mkdir()
     (tmp_path / "cut").write_bytes(JAX_TRANSFORMER.read_bytes()[:100_000])
-    (tmp_path / "pickle").write_bytes(pickle.dumps({"a": 1}))
-    (tmp_path / "page").write_text("<!doctype html>")
     (tmp_path / "lfs").write_text("version https://git-lfs.github.com/spec/v1")
-    (tmp_path / "nine").write_text("a\n" * 9)
-    (tmp_path / "latin").write_bytes("Käse\n".encode("latin-1"))
     return tmp_path
 
 
@@ -77,18 +71,8 @@ def test_an_import_of_jax_says_what_it_made_and_what_to_do_next_and_that_works(t
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"{out}: google-research/maskgit layout, 77,323 parameters"
     assert lines[1] == "  images    3 x 8 x 8 -> 4 x 4 tokens"
-    assert (
-        call(
-            *lines[-1].removeprefix("next: maskgit ").split(),
-            "--per-class",
-            2,
-            "--out",
-            tmp_path / "samples.png",
-            "--device",
-            "cpu",
-        )
-        == 0
-    )
+    next_words = lines[-1].removeprefix("next: maskgit ").split()
+    assert call(*next_words, "--per-class", 2, "--out", tmp_path / "samples.png", "--device", "cpu") == 0
     with Image.open(tmp_path / "samples.png") as picture:
         assert picture.mode == "RGB"
 
@@ -97,19 +81,8 @@ def test_an_import_of_jax_says_what_it_made_and_what_to_do_next_and_that_works(t
     ("flags", "message"),
     [
         ({"tokenizer": "nowhere"}, "nowhere: no such file; download it, or name another"),
-        ({"transformer": "nowhere"}, "nowhere: no such file"),
-        ({"transformer": "pickle"}, "a Python pickle"),
-        ({"transformer": "page"}, "a web page"),
-        ({"transformer": "orbax"}, "got a folder; name the file itself"),
         ({"transformer": "cut"}, "the file of 100,000 bytes is cut off; download it again"),
-        ({"tokenizer": JAX_TRANSFORMER}, "name that file with --transformer"),
-        ({"image-size": 256}, "--image-size must be 8, for 4 x 4 tokens of this transformer, got 256; "),
-        ({"image-size": "large"}, "--image-size must be an integer, got 'large'"),
-        ({"class-names": "nine"}, "must be 10, one for each class of the transformer, got 9"),
-        ({"class-names": "latin"}, "latin must be a text in UTF-8"),
-        ({"class-names": "nowhere"}, "must be a text in UTF-8, one name per line, got [Errno 2]"),
         ({"out": "full"}, "must be a new or empty folder, got one with content"),
-        ({"out": "cut"}, "must be a new or empty folder, got one with content"),
         ({"out": "cut/out"}, "--out must be in a writable folder"),
     ],
 )
@@ -160,11 +133,8 @@ def test_the_next_commands_make_tokens_and_fit_the_tokenizer(codes, tiny_shards,
     ("words", "message"),
     [
         (["vqvae", "--out=full"], "full must be a new or empty folder, got one with content"),
-        (["vqvae", "--out=new", "--image-size=0"], "image size must be a positive multiple of the downsampling factor"),
         (["vqvae", "--out=new", "--layout=taming"], "--layout must be one of taming-transformers, LlamaGen, diffusers"),
-        (["nowhere.pt", "--out=new"], "nowhere.pt: no such file"),
         (["lfs", "--out=new"], "fetch the weights with `git lfs pull`"),
-        (["page", "--out=new"], "a web page; the download went wrong"),
     ],
 )
 def test_import_tokenizer_refuses(words, message, files, refuses):
@@ -218,12 +188,7 @@ def test_the_folder_can_be_sampled_and_the_report_says_what_it_is(kind, layout, 
     ("words", "message"),
     [
         (["a.pth", "--tokenizer=pretrained", "--out=full"], "must be a new or empty folder, got one with content"),
-        (["a.pth", "--tokenizer=pretrained", "--num-heads=0"], "--num-heads must be an integer in [1, inf), got 0"),
-        (["a.pth", "--tokenizer=pretrained"], "the number of attention heads must be given"),
         (["a.pth", "--tokenizer=nowhere"], "nowhere: no config.json there"),
-        (["a.pth", "--tokenizer=pretrained", "--num-heads=4", "--class-names=none"], "class names"),
-        (["nowhere.pth", "--tokenizer=pretrained"], "nowhere.pth: no such file"),
-        (["lfs", "--tokenizer=pretrained"], "fetch the weights with `git lfs pull`"),
     ],
 )
 def test_import_transformer_refuses(words, message, files, tokenizer, refuses):
