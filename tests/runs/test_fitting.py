@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Trainer
 
 from maskgit_pl import MaskGIT, processes, runs
@@ -16,23 +15,14 @@ from maskgit_pl.errors import PreemptedError
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
+from tests.conftest import tiny_flags
 from tests.holding import holder
-
-TINY = Path(__file__).parents[1] / "tiny"
 
 
 def recipe(stage: str, **overrides: object) -> runs.Recipe:
     """Returns the tiny recipe of a stage; ``a__b`` means ``a.b``."""
-    tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
     more = {key.replace("__", "."): value for key, value in overrides.items()}
-    return runs.Recipe.read(stage, overrides=flat(tiny) | more)
-
-
-def flat(tree: dict, path: str = "") -> dict:
-    found = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
+    return runs.Recipe.read(stage, overrides=tiny_flags(stage)).with_overrides(more)
 
 
 @pytest.mark.slow
