@@ -1,10 +1,8 @@
-"""``maskgit tokenize`` as processes: several at once, killed at any moment; and what it refuses and tells."""
+"""``maskgit tokenize``: killed at any moment, called again, and what it refuses and tells."""
 
-import os
 import re
 import signal
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,11 +28,6 @@ def words(shards: Path, tokenizer: Path, runs: Path, *more: object) -> list[str]
     return ["tokenize", *map(str, (*where, *small, *more))]
 
 
-def start(arguments: Sequence[str], **variables: str) -> forked.Command:
-    environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-    return forked.Command(arguments, env=environment | variables)
-
-
 def content(store: Path) -> dict[str, bytes]:
     assert not list(store.glob(".*"))
     return {path.name: path.read_bytes() for path in store.iterdir()}
@@ -48,13 +41,13 @@ def expected(tiny_shards: Path, tiny_pretrained: Path, tmp_path_factory: pytest.
     return content(runs / "one" / "tokens")
 
 
-@pytest.mark.slow  # 45 s with the next on two busy cores
+@pytest.mark.slow
 def test_a_killed_command_is_gone_on_with_and_makes_the_store_of_an_undisturbed_one(
-    tiny_shards, tiny_pretrained, tmp_path, expected
+    environment, tiny_shards, tiny_pretrained, tmp_path, expected
 ):
     store = tmp_path / "one" / "tokens"
     arguments = words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)
-    process = start(arguments)
+    process = forked.Command(arguments)
     while len(list(store.glob(".parts-*/*.npy"))) < 30 and process.poll() is None:  # there will be 84
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
@@ -63,19 +56,6 @@ def test_a_killed_command_is_gone_on_with_and_makes_the_store_of_an_undisturbed_
     assert not (store / "store.json").exists()
     assert main(arguments) == 0
     assert content(store) == expected
-
-
-@pytest.mark.slow
-def test_two_processes_share_the_work_and_the_last_one_finishes(tiny_shards, tiny_pretrained, tmp_path, expected):
-    arguments = words(tiny_shards, tiny_pretrained / "tokenizer", tmp_path)
-    as_torchrun = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}
-    both = [start([*arguments, "--rank", "0", "--world-size", "2"]), start(arguments, **as_torchrun)]
-    answers = [process.communicate(timeout=120) for process in both]
-    assert [process.returncode for process in both] == [0, 0], answers
-    out = "".join(text for text, _ in answers)
-    assert "rank 0 of 2" in out
-    assert "rank 1 of 2" in out
-    assert content(tmp_path / "one" / "tokens") == expected
 
 
 @pytest.mark.parametrize(

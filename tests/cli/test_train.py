@@ -17,7 +17,6 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer
 from maskgit_pl.runs import stage as stage_module
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.cli.commands import Answer, refused
 from tests.conftest import tiny_flags
 
@@ -35,24 +34,6 @@ def add_tokenizer(folder: Path, *, seed: int) -> None:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_a_finished_run_is_left_alone_and_more_steps_go_on(train, runs, stage):
-    assert train(stage).code == 0
-    before = files(runs)
-    again = train(stage)
-    assert again.code == 0
-    assert "finished at step-00000001; nothing to do" in again.out
-    assert files(runs) == before
-
-    longer = train(stage, "--trainer.max_steps=3")
-    assert longer.code == 0
-    assert "resuming from step-00000001" in longer.out
-    newest = newest_checkpoint(runs / "one" / stage / "checkpoints")
-    assert newest.name == "step-00000003"
-    assert FolderCheckpointIO().load_checkpoint(newest)["global_step"] == 3
 
 
 def test_a_run_may_open_more_files_than_a_shell_allows(train):
@@ -245,19 +226,6 @@ def test_a_dry_run_says_and_refuses_what_training_would_and_writes_nothing(train
     refused(train("tokenizer", "--dry-run", "--data.seed=7"), "cannot resume", "data.seed: 0 -> 7")
     refused(train("tokenizer", "--dry-run", "--trainer.strategy=fsdp"), "trainer.strategy")
     assert files(tmp_path) == before
-
-
-@pytest.mark.slow
-def test_fresh_starts_over_and_keeps_the_old_training(train, runs):
-    train("tokenizer")
-    old = files(runs / "one" / "tokenizer")
-    for number in (1, 2):
-        answer = train("tokenizer", "--fresh", "--data.seed=7")
-        assert answer.code == 0, answer
-        assert f"renamed to {runs / 'one'}/tokenizer.old-{number}" in answer.out
-    moved = files(runs / "one" / "tokenizer.old-1")
-    assert {name.replace("tokenizer.old-1", "tokenizer"): time for name, time in moved.items()} == old
-    assert "nothing to do" in train("tokenizer", "--data.seed=7").out
 
 
 def test_fresh_is_refused_for_one_of_several_ranks(train, monkeypatch):

@@ -165,7 +165,7 @@ def test_what_decides_what_is_learned_is_kept_and_nothing_else():
         "model.optimizer.betas": [0.9, 0.99],
         "model.adversarial": None,
         "data.image_size": 8,
-        "data.in_channels": None,
+        "data.in_channels": 1,
         "data.augmentations": None,
         "data.crop": "c",
         "data.global_batch": 4,
