@@ -79,16 +79,6 @@ def test_a_mask_picture_stands_for_a_box(tiny_pretrained: Path, image: Path, tmp
     assert len(list((tmp_path / "box").iterdir())) == 4  # the default
 
 
-def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path) -> None:
-    Image.fromarray(pixels(12, 20).numpy()).save(tmp_path / "large.png")
-    words = [tmp_path / "large.png", "--box", "4,0,16,6", "--class", "1", "--out", tmp_path / "edited.png"]
-    with pytest.raises(ValueError, match=r"large\.png must have the 8 x 8 pixels of the model, got 20 x 12.*--fit"):
-        call(tiny_pretrained, *words)
-    assert not (tmp_path / "edited.png").exists()
-    assert call(tiny_pretrained, *words, "--fit") == 0
-    assert (tmp_path / "edited.png").is_file()
-
-
 def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, tmp_path: Path) -> None:
     Image.fromarray(pixels(40, 80).numpy()).save(tmp_path / "photo.png")
     for name, box in (("pixels", "30,10,50,30"), ("percent", "37.5%,25%,62.5%,75%")):

@@ -9,11 +9,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch
-from maskgit_pl.importers.tokenizers import (
-    LAYOUTS,
-    import_tokenizer,
-    tokenizer_layout_of,
-)
+from maskgit_pl.importers.tokenizers import LAYOUTS, import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer
@@ -84,12 +80,7 @@ PROJECTS = ("taming", "llamagen", "ibq")
 TAMING_CASES = {
     "small": {**SMALL, **attention(1, count=2)},
     "no attention levels": {**SMALL, **attention(count=2)},
-    "four levels": {
-        **SMALL,
-        "block_out_channels": [32, 32, 64, 64],
-        "layers_per_block": 2,
-        **attention(2, 3, count=4),
-    },
+    "four levels": {**SMALL, "block_out_channels": [32, 32, 64, 64], "layers_per_block": 2, **attention(2, 3, count=4)},
     "one level": {**SMALL, "block_out_channels": [64], **attention(0, count=1)},
 }
 
@@ -252,17 +243,6 @@ def test_a_file_or_a_pipeline_of_diffusers_is_named(where, tmp_path):
     folder = save_diffusers(original, config, tmp_path / "amused" / "vqvae", name)
     named = {"file": folder / name, "pipeline": folder.parent, "bin": folder}[where]
     check_same(original, import_tokenizer(named, tmp_path / "out", image_size=16))
-
-
-@pytest.mark.parametrize("signed", [False, True])
-def test_the_range_of_the_images_can_be_given(signed, tmp_path):
-    config = diffusers_config()
-    original = diffusers_model(config)
-    original.signed = signed
-    file = save_diffusers(original, config, tmp_path / "vqvae")
-    made = import_tokenizer(file, tmp_path / "out", image_size=16, signed_images=signed)
-    network = load_tokenizer(made.folder / "tokenizer").network
-    torch.testing.assert_close(network.encoder(images()), original.features(images()), rtol=0, atol=1e-5)
 
 
 def test_old_names_of_the_self_attention_of_diffusers_are_read(tmp_path):

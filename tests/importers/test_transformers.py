@@ -8,12 +8,7 @@ import math
 import pytest
 import torch
 
-from maskgit_pl.importers.transformers import (
-    HALTON,
-    MASKGIL,
-    import_transformer,
-    transformer_layout_of,
-)
+from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transformer, transformer_layout_of
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer

@@ -96,10 +96,7 @@ def test_factors_are_parsed(text: str, factor: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [
-        ("model.network.depth", "--vary must be KEY=VALUE"),
-        ("model.network.depth=", "--vary must be KEY=VALUE"),
-    ],
+    [("model.network.depth", "--vary must be KEY=VALUE"), ("model.network.depth=", "--vary must be KEY=VALUE")],
 )
 def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):

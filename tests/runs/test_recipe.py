@@ -31,10 +31,7 @@ UNKNOWN = [
     ("trainer: inner.yaml", "trainer must be a mapping, got 'inner.yaml'"),
     ("trainer: {val_check_interval: 0.5}", "trainer.val_check_interval must be an integer, got 0.5"),
     ("chekpoint_every: 3", "unknown key 'chekpoint_every': did you mean 'checkpoint_every'?"),
-    (
-        "trainer: {strategy: '{class_path: m.C}'}",
-        "trainer.strategy must be 'auto', 'ddp' or 'fsdp', got '{class_path",
-    ),
+    ("trainer: {strategy: '{class_path: m.C}'}", "trainer.strategy must be 'auto', 'ddp' or 'fsdp', got '{class_path"),
     ("model: {loss_vocabulary: some}", "model.loss_vocabulary must be 'codes' or 'all', got 'some'"),
 ]
 
@@ -99,12 +96,7 @@ def test_the_baseline_is_what_the_merged_recipe_says(tmp_path, text, words, kind
 
 
 @pytest.mark.parametrize(
-    "flag",
-    [
-        "--model.mask_schedule=log",
-        "--model.min_mask_ratio=0.5",
-        "--model.decoding.num_steps=8",
-    ],
+    "flag", ["--model.mask_schedule=log", "--model.min_mask_ratio=0.5", "--model.decoding.num_steps=8"]
 )
 def test_a_flag_that_the_baseline_has_no_use_for_is_refused(tmp_path, flag):
     with pytest.raises(
@@ -261,12 +253,7 @@ def test_a_flag_may_bring_the_values_of_files_into_range(tmp_path):
 @pytest.mark.parametrize(
     ("text", "flags", "stage", "said"),
     [
-        (
-            "",
-            ["--model.network.backbone=null"],
-            "transformer",
-            "flag --model.network.backbone must be a string",
-        ),
+        ("", ["--model.network.backbone=null"], "transformer", "flag --model.network.backbone must be a string"),
         ("", ["--loggers=[{name: [a]}, {name: [a]}]"], "tokenizer", "flag --loggers must be different"),
         (
             "",
@@ -276,12 +263,7 @@ def test_a_flag_may_bring_the_values_of_files_into_range(tmp_path):
         ),
         ("", ["--data.stream={urls: 3, samples: x}"], "tokenizer", "flag --data.stream.*urls must be a string or"),
         ("trainer: {max_steps: abc}", ["--trainer.max_steps=10"], "tokenizer", "recipe .*: trainer.max_steps must be"),
-        (
-            "data: {augmentations: [nope]}",
-            ["--data.seed=3"],
-            "tokenizer",
-            "recipe .*: data: unknown augmentation",
-        ),
+        ("data: {augmentations: [nope]}", ["--data.seed=3"], "tokenizer", "recipe .*: data: unknown augmentation"),
         ("", ["--checkpoint_every=0"], "transformer", "flag --checkpoint_every must be an integer in"),
         ("", ["--model.mask_shedule=log"], "transformer", "flag --model.mask_shedule: unknown key .*'model.mask_sch"),
         ("", ["--trainer.max_epochs=3"], "tokenizer", "flag --trainer.max_epochs cannot be set: runs are counted in"),
