@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.images import encode_png
@@ -59,6 +60,11 @@ def flags(tree: dict, path: str = "") -> list[str]:
         elif value is not None:
             found.append(f"--{path}{key}={value}")
     return found
+
+
+def tiny_flags(stage: str) -> list[str]:
+    """Returns the sizes of ``tests/tiny/STAGE.yaml`` as flags of ``maskgit train``."""
+    return flags(yaml.safe_load((Path(__file__).parent / "tiny" / f"{stage}.yaml").read_text()))
 
 
 def peak_predictions(network: Transformer) -> Transformer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from maskgit_pl import runs
 from maskgit_pl.cli.flags import RunFlags, WantedFolders, check_one_of
-from maskgit_pl.data.token_store import TokenizeOptions
+from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import catch_stop_signals, progress_bars
 from maskgit_pl.runs.plan import plan_run

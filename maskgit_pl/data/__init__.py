@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         split_batch,
     )
     from maskgit_pl.data.stream import StreamError
-    from maskgit_pl.data.token_store import TokenizingConfig
+    from maskgit_pl.data.tokenize_options import TokenizingConfig
     from maskgit_pl.data.tokenizing import describe_store, tokenize
 
 __all__ = [
@@ -60,7 +60,7 @@ __getattr__ = lazy_names(
         "StreamConfig": "config",
         "StreamError": "stream",
         "TokenBatches": "batches",
-        "TokenizingConfig": "token_store",
+        "TokenizingConfig": "tokenize_options",
         "TrainBatchSampler": "order",
         "WindowedStream": "order",
         "describe_store": "tokenizing",

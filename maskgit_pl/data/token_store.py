@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,6 @@ from maskgit_pl.checks import (
     check_image_size,
     check_integer,
     check_keys,
-    check_number,
     check_sha256,
     shorten,
 )
@@ -50,8 +49,6 @@ __all__ = [
     "BadFile",
     "StoreDescription",
     "TokenReader",
-    "TokenizeOptions",
-    "TokenizingConfig",
     "Tokens",
     "array_paths",
     "augmentations_text",
@@ -69,53 +66,6 @@ FORMAT = 2
 REMAKE_HINT = "regenerate it with `maskgit tokenize`"
 _CODEBOOK_SIZE = "num_codes"  # key of codebook_size in the file
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
-
-
-@dataclass(frozen=True)
-class TokenizingConfig:
-    """The settings of the work of ``tokenize``. The tokens do not depend on them.
-
-    Args:
-        batch_size: Images per batch of the tokenizer.
-        part_size: Images per part that is written at a time; a kill loses at most one part.
-        num_workers: Processes that decode images. None: 0 on a CPU, up to 8 with a GPU.
-        unreadable_budget: Allowed fraction of unreadable images, in [0, 1]; see ``UnreadableImages``.
-
-    Raises:
-        ValueError: if a number is out of range.
-    """
-
-    batch_size: int = 256
-    part_size: int = 1024
-    num_workers: int | None = None
-    unreadable_budget: float = 1e-4
-
-    def __post_init__(self) -> None:
-        check_integer("tokenize batch_size", self.batch_size, "[1, inf)")
-        check_integer("tokenize part_size", self.part_size, "[1, inf)")
-        if self.num_workers is not None:
-            check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
-        check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
-
-
-@dataclass(frozen=True)
-class TokenizeOptions(TokenizingConfig):
-    """The options of ``maskgit tokenize``.
-
-    If ``crops``, ``flip`` and ``precision`` are all None, and the recipe sets neither ``data.views`` nor
-    ``data.augmentations``, an existing store of the run keeps its own.
-
-    Args:
-        crops: Crops per training image, beginning with the central crop. Default: ``data.views`` of the recipe, or 1.
-        flip: True adds the mirrored training images. Default: False.
-        precision: Precision of the tokenizer. Default: ``"float32"``.
-        device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.
-    """
-
-    crops: int | None = None
-    flip: bool | None = None
-    precision: Literal["float32", "bfloat16"] | None = None
-    device: str = "auto"
 
 
 @dataclass(frozen=True)

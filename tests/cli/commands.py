@@ -1,13 +1,31 @@
-"""A function that calls a command, and the image that tests edit."""
+"""Functions that call commands and check their answers, and the image that tests edit."""
+
+from typing import NamedTuple
 
 import torch
 
 from maskgit_pl.cli import _call, _parse
 
 
+class Answer(NamedTuple):
+    """The exit code of a command, and what it printed."""
+
+    code: int
+    out: str
+    error: str
+
+
 def call_command(command: str, *words: object) -> int:
     """Runs a command without what ``main`` makes of an error."""
     return _call(_parse((command, *map(str, words))))
+
+
+def refused(answer: Answer, *parts: str) -> None:
+    """Checks for exit code 2 and one line that has all parts."""
+    assert answer.code == 2, answer
+    assert len(answer.error.splitlines()) == 1, answer.error
+    for part in parts:
+        assert part in answer.error
 
 
 def pixels(height: int = 8, width: int = 8) -> torch.Tensor:

@@ -7,10 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.cli import main
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import REQUESTED
-from tests.cli.commands import call_command, pixels
+from tests.cli.commands import call_command, pixels, refused
 
 
 def call(*words: object) -> int:
@@ -73,38 +72,11 @@ def test_a_mask_picture_stands_for_a_box(tiny_pretrained: Path, image: Path, tmp
     mask[0:2, 0:4] = 255
     Image.fromarray(mask).save(tmp_path / "mask.png")
     for way, words in (("box", ["--box", "0,0,4,2"]), ("mask", ["--mask", tmp_path / "mask.png"])):
-        call(
-            tiny_pretrained,
-            image,
-            *words,
-            "--class",
-            2,
-            "--images",
-            tmp_path / way,
-            "--out",
-            tmp_path / f"{way}-sheet.png",
-        )
+        files = ("--images", tmp_path / way, "--out", tmp_path / f"{way}-sheet.png")
+        call(tiny_pretrained, image, *words, "--class", 2, *files)
     for one in (tmp_path / "box").iterdir():
         assert (read(one) == read(tmp_path / "mask" / one.name)).all()
     assert len(list((tmp_path / "box").iterdir())) == 4  # the default
-
-
-def test_dilation_reaches_the_edit(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
-    Image.fromarray(pixels().numpy()).save(tmp_path / "image.png")
-    words = ["--box", "2,2,4,4", "--class", "1", "--out", tmp_path / "edited.png"]
-    for dilation, count in ((0, 1), (1, 9), (2, 16)):
-        call(tiny_pretrained, tmp_path / "image.png", *words, "--dilation", dilation)
-        assert f"{count} of 16 tokens generated" in capsys.readouterr().out
-
-
-def test_a_larger_image_is_cut_where_asked(tiny_pretrained: Path, tmp_path: Path) -> None:
-    Image.fromarray(pixels(12, 20).numpy()).save(tmp_path / "large.png")
-    words = [tmp_path / "large.png", "--box", "4,0,16,6", "--class", "1", "--out", tmp_path / "edited.png"]
-    with pytest.raises(ValueError, match=r"large\.png must have the 8 x 8 pixels of the model, got 20 x 12.*--fit"):
-        call(tiny_pretrained, *words)
-    assert not (tmp_path / "edited.png").exists()
-    assert call(tiny_pretrained, *words, "--fit") == 0
-    assert (tmp_path / "edited.png").is_file()
 
 
 def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, tmp_path: Path) -> None:
@@ -118,37 +90,28 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(tiny_pretrained: Path, t
     assert corners(tiles(page)[1]) == [(2, 2), (6, 6)]
 
 
-def call_canvas(*words: object) -> int:
-    try:
-        return main([*map(str, words), "--device", "cpu"])
-    except SystemExit as stop:  # of argparse
-        return int(stop.code or 0)
-
-
-def read_picture(folder: Path) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(path)) for path in sorted(folder.iterdir())])
+def read_pictures(folder: Path) -> np.ndarray:
+    return np.stack([read(path) for path in sorted(folder.iterdir())])
 
 
 def test_inpaint_needs_no_class(tiny_pretrained: Path, image: Path, tmp_path: Path, capsys) -> None:
-    words = ["--box", "0,0,4,2", "--variants", 2, "--no-blend", "--out", tmp_path / "out.png"]
-    assert call_canvas("inpaint", tiny_pretrained, image, *words, "--images", tmp_path / "none") == 0
-    assert "2 variants of no class, 6 of 16 tokens generated" in capsys.readouterr().out
-    assert [path.name for path in sorted((tmp_path / "none").iterdir())] == [
-        "no-class-seed-000000.png",
-        "no-class-seed-000001.png",
-    ]
+    words = ["--box", "0,0,4,2", "--variants", 2, "--dilation", 0, "--no-blend", "--out", tmp_path / "out.png"]
+    assert call_command("inpaint", tiny_pretrained, image, *words, "--images", tmp_path / "none") == 0
+    assert "2 variants of no class, 2 of 16 tokens generated" in capsys.readouterr().out
+    names = [path.name for path in sorted((tmp_path / "none").iterdir())]
+    assert names == ["no-class-seed-000000.png", "no-class-seed-000001.png"]
     mask = torch.zeros(8, 8, dtype=torch.bool)
     mask[:2, :4] = True
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    expected = pipe.inpaint(pixels().numpy(), mask, classes=[None, None], blend=0, output_type="np")
-    assert (read_picture(tmp_path / "none") == expected[..., 0]).all()
+    expected = pipe.inpaint(pixels().numpy(), mask, classes=[None, None], blend=0, dilation=0, output_type="np")
+    assert (read_pictures(tmp_path / "none") == expected[..., 0]).all()
 
 
 @pytest.mark.slow
 def test_outpaint_writes_what_the_pipeline_makes_and_how_it_was_decoded(
     tiny_pretrained: Path, image: Path, tmp_path: Path, capsys
 ) -> None:
-    code = call_canvas(
+    code = call_command(
         "outpaint", tiny_pretrained, image, "--all", 4, "--left", 6, "--class", "Trouser", "--variants", 2,
         "--no-blend", "--num-steps", 3, "--out", tmp_path / "out.png", "--images", tmp_path / "single",
         "--gif", tmp_path / "out.gif",
@@ -160,7 +123,7 @@ def test_outpaint_writes_what_the_pipeline_makes_and_how_it_was_decoded(
     expected = pipe.outpaint(
         pixels().numpy(), left=6, right=4, up=4, down=4, classes=[2, 2], num_steps=3, blend=0, output_type="np"
     )
-    made = read_picture(tmp_path / "single")
+    made = read_pictures(tmp_path / "single")
     assert (made == expected[..., 0]).all()
     assert (made[:, 4:12, 6:14] == pixels().numpy()).all()
     with Image.open(tmp_path / "out.gif") as animation:
@@ -172,26 +135,26 @@ def test_outpaint_writes_what_the_pipeline_makes_and_how_it_was_decoded(
 
 def test_a_side_of_0_pixels_stays_0_beside_all(tiny_pretrained: Path, image: Path, tmp_path: Path, capsys) -> None:
     words = ["--right", 4, "--left", 0, "--all", 2, "--variants", 1, "--num-steps", 2, "--out", tmp_path / "out.png"]
-    assert call_canvas("outpaint", tiny_pretrained, image, *words) == 0
+    assert call_command("outpaint", tiny_pretrained, image, *words) == 0
     assert "1 variant of no class, 12 x 12 pixels" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_panorama_writes_what_the_pipeline_makes(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
-    code = call_canvas(
+    code = call_command(
         "panorama", tiny_pretrained, "--classes", "T-shirt,2", "--width", 20, "--overlap", 0.25, "--seed", 3,
         "--out", tmp_path / "out.png", "--images", tmp_path / "single", "--gif", tmp_path / "out.gif",
     )  # fmt: skip
     assert code == 0
     assert "2 images of 20 x 8 pixels" in capsys.readouterr().out
     expected = MaskGIT.from_pretrained(tiny_pretrained).panorama([1, 2], 20, overlap=0.25, seed=3, output_type="np")
-    assert (read_picture(tmp_path / "single") == expected[..., 0]).all()
+    assert (read_pictures(tmp_path / "single") == expected[..., 0]).all()
     with Image.open(tmp_path / "out.gif") as animation:
         assert animation.n_frames > 4
 
 
 def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tmp_path: Path) -> None:
-    code = call_canvas(
+    code = call_command(
         "edit", tiny_pretrained, image, "--box", "0,0,4,2", "--class", "1", "--num-steps", 6, "--variants", 3,
         "--batch-size", 2, "--out", tmp_path / "out.png", "--gif", tmp_path / "out.gif",
         "--filmstrip", tmp_path / "strip.png",
@@ -211,52 +174,24 @@ HUGE = "4000000000000"
         (BOX, "one of --box and --mask must be given, got neither"),
         (f"{BOX} --box 0,0,1,1 --mask m.png", "--box must not be given with --mask; choose one of the two"),
         (f"{BOX} --box 0,0,1", "10%,20%,60%,80%, got 0,0,1"),
-        (f"{BOX} --box 0,0,1,x", "10%,20%,60%,80%, got 0,0,1,x"),
-        (f"{BOX} --box 0,0,1.5,2", "10%,20%,60%,80%, got 0,0,1.5,2"),
         (f"{BOX} --box 0,0,9,2", "--box must lie in the image"),
-        (f"{BOX} --box=-1,0,4,2", "--box must lie in the image"),
-        (f"{BOX} --box 4,0,0,2", "--box must be left,top,right,bottom with left < right, got 4,0,0,2"),
-        (f"{BOX} --box 0,2,4,2", "--box must be left,top,right,bottom with top < bottom, got 0,2,4,2"),
         (f"{BOX} --box 0,0,4,2 --variants 0", "--variants must be an integer in [1, 10000], got 0"),
-        (f"{BOX} --box 0,0,4,2 --variants {HUGE}", "--variants must be an integer in [1, 10000]"),
         (f"{BOX} --box 0,0,4,2 --dilation -1", "--dilation must be an integer in [0, 65536], got -1"),
-        (f"{BOX} --mask SMALL", " must have 8 x 8 pixels like the image, got 4 x 6"),
-        (f"{BOX} --mask NOWHERE", "nowhere.png: no such file"),
-        (f"{BOX} --mask TEXT", "text.png must be a JPEG, PNG or WebP file"),
         (f"{BOX} --mask BLACK", "must not be empty"),
         ("edit RUN IMAGE --box 0,0,4,2", "the following arguments are required: --class"),
         ("edit RUN IMAGE --class Trousers --box 0,0,4,2", "unknown class 'Trousers': did you mean 'Trouser'"),
-        ("edit RUN IMAGE --class 17 --box 0,0,4,2", "class must be an index in [0, 3) or a name, got 17"),
-        (f"{BOX} --box 0,0,4,2 --num-steps 17", "--num-steps must be <= 16"),
-        (f"{BOX} --box 0,0,4,2 --batch-size 0", "--batch-size must be an integer in [1, inf), got 0"),
-        ("edit RUN NOWHERE --class 1 --box 0,0,4,2", "nowhere.png: no such file"),
         ("edit RUN TEXT --class 1 --box 0,0,4,2", "text.png must be a JPEG, PNG or WebP"),
         ("inpaint RUN IMAGE", "one of --box and --mask must be given, got neither"),
         ("outpaint RUN IMAGE", "one of --left, --right, --up, --down and --all must be > 0 pixels, got none"),
-        ("outpaint RUN IMAGE --right -4", "--right must be an integer in [0, 64000000], got -4"),
         (f"outpaint RUN IMAGE --right {HUGE}", f"--right must be an integer in [0, 64000000], got {HUGE}"),
-        ("outpaint RUN IMAGE --right 3", "--right must be a multiple of 2 pixels, the size of a token, got 3"),
         ("outpaint RUN IMAGE --all 16000", "width must be smaller, because a canvas has at most 64000000"),
-        (f"outpaint RUN IMAGE --right 4 --dilation {HUGE}", "--dilation must be an integer in [0, 65536]"),
-        ("outpaint RUN IMAGE --right 4 --overlap 1", "--overlap must be a number in (0, 1)"),
-        (f"panorama RUN --width {HUGE}", f"--width must be an integer in [1, 64000000], got {HUGE}"),
-        (f"panorama RUN --width 20 --height {HUGE}", "--height must be an integer in [1, 64000000]"),
-        ("panorama RUN --width 9000 --height 8000", "--width must be smaller, because a canvas has at"),
-        ("panorama RUN --width 6", "--width must be >= 8 pixels, the width of the model's images, got 6"),
         ("panorama RUN --width 20 --classes Trousers", "unknown class 'Trousers': did you mean 'Trouser'"),
-        ("panorama RUN --width 20 --overlap 0", "--overlap must be a number in (0, 1), got 0.0"),
     ],
 )
-def test_bad_input_is_answered_in_one_line(
-    words: str, message: str, tiny_pretrained: Path, image: Path, tmp_path: Path, capsys
-) -> None:
-    Image.new("L", (4, 6), 255).save(tmp_path / "small.png")
+def test_bad_input_is_answered_in_one_line(words, message, maskgit, tiny_pretrained, image, tmp_path) -> None:
     Image.new("L", (8, 8), 0).save(tmp_path / "black.png")
     (tmp_path / "text.png").write_text("not an image")
     places = {"RUN": tiny_pretrained, "IMAGE": image}
     given = [places.get(word, tmp_path / f"{word.lower()}.png" if word.isupper() else word) for word in words.split()]
-    assert call_canvas(*given, "--out", tmp_path / "out.png") == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.count("\n") == 1
+    refused(maskgit(*given, "--out", tmp_path / "out.png"), message)
     assert not (tmp_path / "out.png").exists()

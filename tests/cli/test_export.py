@@ -1,6 +1,5 @@
 """``maskgit export``: what training exports at its end, from any checkpoint of any number of ranks."""
 
-import logging
 import shutil
 from pathlib import Path
 
@@ -12,10 +11,8 @@ from maskgit_pl.cli import main
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
-from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
+from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.observing import Runs, Topology
-
-TINY = Path(__file__).parents[1] / "tiny"
 
 
 @pytest.fixture(scope="module")
@@ -29,22 +26,17 @@ def given(tmp_path_factory) -> Path:
 
 def words(stage: str, given: Path) -> list[str]:
     named = [f"--tokenizer={given / 'pretrained' / 'tokenizer'}"] if stage == "transformer" else []
-    tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
     steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--checkpoint_every=2"]
-    return [stage, f"--data={given / 'shards'}", *named, *tiny, *steps, "--trainer.precision=32-true"]
+    return [stage, f"--data={given / 'shards'}", *named, *tiny_flags(stage), *steps, "--trainer.precision=32-true"]
 
 
 @pytest.fixture(scope="module")
 def run(given, tmp_path_factory) -> Path:
     """Trains both stages to step 4, with checkpoints of steps 2 and 4."""
     runs = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        ours = logging.getLogger("maskgit_pl")
-        for name, value in {"handlers": [], "propagate": True, "level": ours.level}.items():
-            patch.setattr(ours, name, value)  # as they were, when the stages are trained
-        for stage in ("tokenizer", "transformer"):
-            own = [word for word in words(stage, given) if not word.startswith("--tokenizer")]
-            assert main(["train", *own, f"--runs-folder={runs}", "--run=one"]) == 0
+    for stage in ("tokenizer", "transformer"):
+        own = [word for word in words(stage, given) if not word.startswith("--tokenizer")]
+        assert main(["train", *own, f"--runs-folder={runs}", "--run=one"]) == 0
     return runs / "one"
 
 
@@ -119,9 +111,7 @@ def test_files_of_the_user_are_not_removed_by_an_export_or_a_training(run, given
     ("more", "message"),
     [
         (["--step=3"], "must hold a complete checkpoint of step 3, got steps: 2, 4"),
-        (["--step=two"], "--step must be an integer, got 'two'"),
         (["--data=/nowhere"], "data /nowhere of"),
-        (["--stage=decoder"], "--stage must be one of tokenizer, transformer, got 'decoder'"),
         (["--format=torchscript"], "--format must be one of pretrained, onnx, pt2, diffusers, got 'torchscript'"),
     ],
 )

@@ -2,32 +2,31 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 
 from maskgit_pl.cli import main
 from maskgit_pl.importers.released import import_jax
+from maskgit_pl.networks.transformer import MaskedTransformer
+from maskgit_pl.pipeline.fine_tuning import weights_for
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_config
-from tests.conftest import flags, save_tiny_pretrained
+from tests.conftest import flags, save_tiny_pretrained, tiny_flags
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-TINY = Path(__file__).parents[1] / "tiny"
 # A step that moves nothing.
 STILL = ("--model.optimizer.learning_rate.peak=1e-30", "--model.optimizer.learning_rate.warmup_steps=0")
 
 
 @pytest.fixture
-def train(tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def train(tiny_shards: Path, tmp_path: Path):
     """Trains a stage of the run ``tuned``; the tiny data and Trainer, the network's sizes left to the run."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
 
     def call(stage: str, *more: object) -> int:
-        tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
-        words = flags({part: tiny[part] for part in ("data", "trainer")})
+        words = [word for word in tiny_flags(stage) if not word.startswith("--model.")]
         where = ("--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "tuned")
         return main([str(word) for word in ("train", stage, *where, *words, *more)])
 
@@ -85,11 +84,7 @@ def test_a_run_that_has_begun_goes_on_from_its_own_weights(train, tiny_pretraine
         ("tokenizer", ("--pretrained", "nowhere"), ("pretrained nowhere: no tokenizer/config.json there",)),
         ("transformer", ("--pretrained", "nowhere", "--tokenizer", "GIVEN/tokenizer"), ("no transformer/config.json",)),
         ("tokenizer", ("--pretrained", "GIVEN", "--model.network.base_channels=16"), ("weights", "do not fit", "16")),
-        (
-            "transformer",
-            ("--pretrained", "GIVEN", "--model.network.embed_dim=32"),
-            ("model.network.embed_dim", "16", "32"),
-        ),
+        ("transformer", ("--pretrained", "GIVEN", "--model.network.embed_dim=32"), ("model.network.embed_dim", "32")),
     ],
 )
 def test_weights_that_are_missing_or_do_not_fit_are_refused(
@@ -104,48 +99,31 @@ def test_weights_that_are_missing_or_do_not_fit_are_refused(
     assert not list((tmp_path / "runs").rglob("*.safetensors"))
 
 
-def test_the_weights_of_more_classes_are_those_of_the_mean_class(tiny_pretrained):
-    import dataclasses
-
-    from maskgit_pl.networks.transformer import MaskedTransformer
-    from maskgit_pl.pipeline.fine_tuning import weights_for
-
-    given = load_transformer(tiny_pretrained / "transformer")
-    old = given.network.config  # 16 codes, 3 classes, a null class, the mask token
-    table = given.network.token_embedding.weight
+def test_new_classes_begin_as_the_mean_class_and_the_mask_token_stays_last(tiny_pretrained, tmp_path):
+    given = load_transformer(tiny_pretrained / "transformer")  # 16 codes, 3 classes, a null class, the mask token
+    old, table = given.network.config, given.network.token_embedding.weight
     for change, rows in (
         ({"num_classes": 5}, [*range(16), None, None, None, None, None, 19, 20]),
         ({"class_dropout": 0.0}, [*range(19), 20]),
         ({"num_classes": 2, "class_dropout": 0.0}, [*range(16), None, None, 20]),
     ):
-        config = dataclasses.replace(old, **change)
+        config = replace(old, **change)
         made = weights_for(config, given)
         MaskedTransformer(config).load_state_dict(made)
         wanted = torch.stack([table[16:19].mean(0) if row is None else table[row] for row in rows])
         assert torch.equal(made["token_embedding.weight"], wanted)
-
-
-def test_a_null_class_that_was_not_there_begins_as_the_mean_class(tmp_path):
-    import dataclasses
-
-    from maskgit_pl.pipeline.fine_tuning import weights_for
-
     given = load_transformer(save_tiny_pretrained(tmp_path / "given", class_dropout=0.0) / "transformer")
-    made = weights_for(dataclasses.replace(given.network.config, class_dropout=0.1), given)
+    made = weights_for(replace(given.network.config, class_dropout=0.1), given)
     table = given.network.token_embedding.weight
-    assert torch.equal(made["token_embedding.weight"][19], table[16:19].mean(0))
-    assert torch.equal(made["token_embedding.weight"][20], table[19])  # the mask token stays last
+    assert torch.equal(made["token_embedding.weight"][19], table[16:19].mean(0))  # the null class
+    assert torch.equal(made["token_embedding.weight"][20], table[19])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_training_goes_on_from_released_weights_with_other_data(train, imported, tmp_path, stage):
-    more = (
-        ("--data.in_channels=3", "--model.decoding.num_steps=4")
-        if stage == "transformer"
-        else ("--data.in_channels=3",)
-    )
-    assert train(stage, "--pretrained", imported, *more) == 0
+    more = ("--model.decoding.num_steps=4",) if stage == "transformer" else ()
+    assert train(stage, "--pretrained", imported, "--data.in_channels=3", *more) == 0
     made = tmp_path / "runs" / "tuned" / "pretrained" / stage
     before, after = weights(imported / stage), weights(made)
     kept = [name for name in before if name not in ("token_embedding.weight", "head_bias")]
@@ -157,17 +135,15 @@ def test_training_goes_on_from_released_weights_with_other_data(train, imported,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("words", [(), ("--model.network.num_registers=2",)], ids=["bert", "adaln"])
-def test_a_run_on_larger_images_starts_from_the_weights_of_a_smaller_grid(train, tiny_pretrained, tmp_path, words):
-    folder = tmp_path / "small"
-    if words:  # a network of another backbone at 4 x 4 tokens
-        more = ("--model.network.backbone=adaln", "--model.network.embed_dim=16", "--model.network.depth=1")
-        sizes = ("--model.network.num_heads=2", "--model.network.mlp_dim=24", "--model.decoding.num_steps=4")
-        assert train("transformer", "--tokenizer", tiny_pretrained / "tokenizer", *more, *sizes, *words) == 0
-        (tmp_path / "runs" / "tuned").rename(folder)
-        given = folder / "pretrained"
-    else:
-        given = tiny_pretrained
+@pytest.mark.parametrize("backbone", ["bert", "adaln"])
+def test_a_run_on_larger_images_starts_from_the_weights_of_a_smaller_grid(train, tiny_pretrained, tmp_path, backbone):
+    given = tiny_pretrained
+    if backbone == "adaln":  # at 4 x 4 tokens
+        sizes = {"backbone": "adaln", "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 24, "num_registers": 2}
+        words = flags({"model": {"network": sizes, "decoding": {"num_steps": 4}}})
+        assert train("transformer", "--tokenizer", tiny_pretrained / "tokenizer", *words) == 0
+        (tmp_path / "runs" / "tuned").rename(tmp_path / "small")
+        given = tmp_path / "small" / "pretrained"
     # The same tokenizer at twice the image size: 8 x 8 tokens.
     large = tmp_path / "large"
     shutil.copytree(given / "tokenizer", large)

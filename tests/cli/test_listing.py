@@ -38,17 +38,10 @@ def rows(capsys, *words: str) -> list[dict[str, str]]:
     [
         ("recipes show cosin", "did you mean 'cosine'"),
         ("recipes copy log --as=../x", "--as must be letters, digits and ._-, got '../x'"),
-        ("recipes copy log --as='a b'", "--as must be letters, digits and ._-"),
-        ("recipes copy log --as=", "--as must be letters, digits and ._-"),
-        ("recipes copy log --as=-x", "--as must be letters, digits and ._-"),
         ("recipes schema tokeniser", "must be one of tokenizer, transformer, autoregressive, got 'tokeniser'; did you"),
         ("plugins quantisers", "KIND must be one of mask_schedules, .*did you mean 'quantizers'"),
         ("schedules --schedules cosin", "did you mean 'cosine'"),
         ("schedules --schedules '{name'", "--schedules must be a name or a mapping such as"),
-        ("schedules --num-tokens 4", "--num-steps must be <= 4, the tokens per image"),
-        ("schedules --num-tokens 0", r"--num-tokens must be an integer in \[1, inf\), got 0"),
-        ("schedules --num-steps 0", "--num-steps must be >= 1, got 0"),
-        ("schedules --out a.jpg", r"--out must end in \.png, got a\.jpg"),
         ("completion fish", "must be one of bash, zsh, got 'fish'"),
     ],
 )
@@ -127,9 +120,10 @@ def test_recipes_list_has_every_recipe_once_with_a_sentence(capsys) -> None:
     assert all(len(row["description"]) > 20 for row in found)
 
 
-def test_recipes_show_prints_the_files_of_both_stages(capsys) -> None:
+def test_recipes_show_prints_the_files_of_both_stages_and_schema_the_schema_of_editors(capsys) -> None:
     text = printed(capsys, "recipes", "show", "own-images")
     assert all(list_recipes(stage)["own-images"].read_text() in text for stage in STAGES)
+    assert json.loads(printed(capsys, "recipes", "schema", "tokenizer")) == json_schema("tokenizer")
 
 
 def test_a_copied_recipe_is_found_first_and_is_never_overwritten(capsys, tmp_path, monkeypatch) -> None:
@@ -143,11 +137,6 @@ def test_a_copied_recipe_is_found_first_and_is_never_overwritten(capsys, tmp_pat
     assert main(["recipes", "copy", "cosine", "--as", "mine"]) == 2
     assert "mine.yaml: the file exists; choose another name with --as" in capsys.readouterr().err
     assert "77" in copied.read_text()
-
-
-def test_the_schema_of_editors_is_printed(capsys) -> None:
-    for kind in ("tokenizer", "transformer", "autoregressive"):
-        assert json.loads(printed(capsys, "recipes", "schema", kind)) == json_schema(kind)
 
 
 # schedules

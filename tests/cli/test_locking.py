@@ -5,20 +5,17 @@ import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from maskgit_pl.cli import main
 from tests import forked
-from tests.conftest import flags
+from tests.conftest import tiny_flags
 from tests.holding import holder
-
-TINY = Path(__file__).parents[1] / "tiny"
 
 
 def training(shards: Path, runs: Path, *more: str) -> list[str]:
     """The words of a short training."""
-    sizes = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
-    return ["train", "tokenizer", f"--data={shards}", f"--runs-folder={runs}", "--run=one", *sizes, *more]
+    where = [f"--data={shards}", f"--runs-folder={runs}", "--run=one"]
+    return ["train", "tokenizer", *where, *tiny_flags("tokenizer"), *more]
 
 
 def is_refused(words: list[str], target: Path, capsys: pytest.CaptureFixture[str], *, rank: int | None = None) -> None:
@@ -37,13 +34,8 @@ def test_a_run_that_is_trained(tiny_shards, tmp_path, capsys):
 
 
 def test_a_token_store_that_is_made_by_the_same_rank(tiny_shards, tiny_pretrained, tmp_path, capsys):
-    where = [
-        f"--data={tiny_shards}",
-        f"--runs-folder={tmp_path}",
-        "--run=one",
-        f"--tokenizer={tiny_pretrained / 'tokenizer'}",
-    ]
-    words = ["tokenize", *where, "--part-size=10"]
+    where = [f"--data={tiny_shards}", f"--runs-folder={tmp_path}", "--run=one"]
+    words = ["tokenize", *where, f"--tokenizer={tiny_pretrained / 'tokenizer'}", "--part-size=10"]
     assert main([*words, "--rank=1", "--world-size=3"]) == 0
     (store,) = (tmp_path / "tokens").iterdir()
     with holder(store, rank=0):

@@ -1,67 +1,51 @@
-"""``maskgit slurm submit`` and the job's script as far as they go without a cluster; tests/slurm has the rest."""
+"""``maskgit slurm submit`` as far as it goes without a cluster; tests/slurm has the rest."""
 
-import logging
-import os
 import shlex
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
-import yaml
 
-from maskgit_pl.cli import main
-from tests.conftest import flags
-
-ROOT = Path(__file__).parents[2]
-
-
-class Answer(NamedTuple):
-    """The result of a command."""
-
-    code: int
-    out: str
-    error: str
+from tests.cli.commands import Answer, refused
+from tests.conftest import tiny_flags
 
 
 @pytest.fixture
 def submit(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path, tiny_shards: Path,
+    monkeypatch: pytest.MonkeyPatch, maskgit: Callable[..., Answer], tmp_path: Path, tiny_shards: Path,
     tiny_pretrained: Path,
 ) -> Callable[..., Answer]:  # fmt: skip
     """Submits a stage of a tiny run on 2 nodes with a device each; words that are given later count."""
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))  # no Slurm
-    ours = logging.getLogger("maskgit_pl")
 
     def call(stage: str, *more: str) -> Answer:
-        monkeypatch.setattr(ours, "handlers", [])  # a handler holds the stream of the test that made it
         tokenizer = [f"--tokenizer={tiny_pretrained / 'tokenizer'}"] if stage == "transformer" else []
         where = [f"--data={tiny_shards}", f"--runs-folder={tmp_path / 'runs'}", "--run=one", "--nodes=2", "--devices=1"]
-        tiny = flags(yaml.safe_load((ROOT / "tests" / "tiny" / f"{stage}.yaml").read_text()))
-        try:
-            code = main(["slurm", "submit", stage, *where, *tokenizer, *tiny, *more])
-        except SystemExit as stop:  # argparse's own
-            code = int(stop.code or 0)
-        return Answer(code, *capsys.readouterr())
+        return maskgit("slurm", "submit", stage, *where, *tokenizer, *tiny_flags(stage), *more)
 
     return call
 
 
 def command_of(answer: Answer) -> list[str]:
-    """The words that were printed: variables, sbatch and its options, the script and its words."""
+    """Returns the words that were printed: variables, sbatch and its options, the script and its words."""
     printed = answer.out[answer.out.index("STAGE=") : answer.out.index("dry run:")]
     return shlex.split(printed.replace("\\\n", ""))
 
 
 @pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "fsdp")])
 def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(submit, tmp_path, stage, cluster):
-    answer = submit(stage, f"--cluster={cluster}", "--partition=gpu", "--sbatch=--mem=0 --exclusive", "--dry-run")
+    answer = submit(
+        stage, f"--cluster={cluster}", "--partition=gpu", "--sbatch=--mem=0 --exclusive", "--srun=--cpu-bind=cores",
+        "--container=apptainer exec --nv 'my image.sif'", "--dry-run",
+    )  # fmt: skip
     assert answer.code == 0, answer
     words = command_of(answer)
     script = words.index("recipes/slurm/train.sbatch")
-    assert {f"STAGE={stage}", f"CLUSTER={cluster}", "RUN=one", f"RUNS={tmp_path / 'runs'}"} <= set(words[:script])
+    assert {
+        f"STAGE={stage}", f"CLUSTER={cluster}", "RUN=one", f"RUNS={tmp_path / 'runs'}", "SRUN=--cpu-bind=cores",
+        "CONTAINER=apptainer exec --nv 'my image.sif'", "MASKGIT=maskgit",
+    } <= set(words[:script])  # fmt: skip
     options = words[words.index("sbatch") + 1 : script]
     assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--cpus-per-task=1"} <= set(options)
     assert options[-2:] == ["--mem=0", "--exclusive"]  # the user's words come last
@@ -87,105 +71,38 @@ def test_gpus_are_asked_for_in_one_way(submit, words):
     assert "--gpus-per-node=1" in command_of(other)
 
 
-def test_a_task_that_sees_no_gpu_ends_unless_the_accelerator_is_named(submit, tiny_shards, tmp_path, capsys):
+def test_a_task_that_sees_no_gpu_ends_unless_the_accelerator_is_named(submit, maskgit, tiny_shards, tmp_path):
     ask = ["tokenizer", "--data", str(tiny_shards), "--runs-folder", str(tmp_path / "runs"), "--run=one"]
-    assert main(["slurm", "submit", *ask, "--nodes=1", "--devices=1", "--dry-run"]) == 0
-    words = command_of(Answer(0, *capsys.readouterr()))
+    words = command_of(maskgit("slurm", "submit", *ask, "--nodes=1", "--devices=1", "--dry-run"))
     given = words[words.index("recipes/slurm/train.sbatch") + 1 :]
     assert given == ["--trainer.accelerator=gpu"]
     if not torch.cuda.is_available():
-        assert main(["train", *ask, *given]) == 2
-        assert "trainer: accelerator 'gpu'" in capsys.readouterr().err
+        refused(maskgit("train", *ask, *given), "trainer: accelerator 'gpu'")
     assert "--trainer.accelerator=gpu" not in command_of(submit("tokenizer", "--dry-run"))  # its recipe says cpu
     assert command_of(submit("tokenizer", "--trainer.accelerator=auto", "--dry-run"))[-1] == "--trainer.accelerator=gpu"
 
 
-def test_a_container_is_words_before_the_program_on_its_path(submit):
-    answer = submit(
-        "tokenizer", "--container=apptainer exec --nv 'my image.sif'", "--srun=--cpu-bind=cores", "--dry-run"
-    )
-    assert {"CONTAINER=apptainer exec --nv 'my image.sif'", "SRUN=--cpu-bind=cores", "MASKGIT=maskgit"} <= set(
-        command_of(answer)
-    )
-
-
-def test_without_slurm_nothing_can_be_submitted(submit):
-    answer = submit("tokenizer")
-    assert answer.code == 2
-    assert "sbatch" in answer.error
-    assert "--dry-run" in answer.error
-    assert len(answer.error.splitlines()) == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "word", "parts"),
+    ("stage", "words", "parts"),
     [
-        ("tokenizer", "--cluster=fsdp", ("trainer.strategy must", "got 'fsdp'", "--cluster ddp")),
-        ("tokenizer", "--cluster=dpp", ("cluster 'dpp'", "ddp")),
-        ("tokenizer", "--nodes=3", ("data.global_batch", "3 ranks", "got 4")),
-        ("tokenizer", "--nodes=0", ("nodes must be", "[1, inf)", "got 0")),
-        ("tokenizer", "--trainer.devices=4", ("--trainer.devices", "--devices")),
-        ("tokenizer", "--trainer.num_nodes=4", ("--trainer.num_nodes", "--nodes")),
-        ("tokenizer", "--trainer.max_step=4", ("trainer.max_step", "trainer.max_steps")),
-        ("tokenizer", "--recipe=cosin", ("cosin", "cosine")),
-        ("tokenizer", "--data=nowhere", ("data nowhere", "--data")),
-        ("tokenizer", "--trainer.accelerator=gpus", ("trainer.accelerator 'gpus'", "gpu")),
-        ("tokenizer", "--trainer.precision=16-mixed", ("trainer.precision", "bf16-mixed", "got 16-mixed")),
-        ("tokenizer", "--data.num_workers=-1", ("data.num_workers must be", "[0, 1024]", "got -1")),
-        ("tokenizer", "--data.num_workers=many", ("data.num_workers must be an integer", "got 'many'")),
-        ("tokenizer", "--cpu_threads=some", ("cpu_threads must be an integer", "got 'some'")),
-        ("tokenizer", "--cpu_threads=0", ("cpu_threads must be", "[1, 4096]", "got 0")),
-        ("tokenizer", "--sbatch='--mem", ("sbatch must be", "quotes")),
-        ("tokenizer", "--sbatch=--mem=0 --nodes=4", ("sbatch must not have --nodes", "leave it out of --sbatch")),
-        ("tokenizer", "--sbatch=-N4", ("sbatch must not have -N", "set by --nodes")),
-        ("tokenizer", "--sbatch=--ntasks 8", ("sbatch must not have --ntasks", "follows --devices")),
-        ("tokenizer", "--sbatch=-D elsewhere", ("sbatch must not have -D", "current folder")),
-        ("tokenizer", "--sbatch=--array=1-4", ("sbatch must not have --array", "the same run")),
-        ("tokenizer", "--time=tomorrow", ("time must be", "24:00:00", "got 'tomorrow'")),
-        ("transformer", "--tokenizer=nowhere", ("tokenizer nowhere", "config.json")),
-        ("transformer", "--data.source=tokens", ("token store", "maskgit tokenize")),
-        ("transformer", "--model.mask_schedule=cosin", ("cosin", "cosine")),
+        ("tokenizer", [], ("sbatch", "--dry-run")),  # there is no Slurm
+        ("tokenizer", ["--dry-run", "--cluster=fsdp"], ("trainer.strategy must", "got 'fsdp'", "--cluster ddp")),
+        ("tokenizer", ["--dry-run", "--nodes=3"], ("data.global_batch", "3 ranks", "got 4")),
+        ("tokenizer", ["--dry-run", "--cpus=0"], ("--cpus must be an integer in",)),
+        ("tokenizer", ["--dry-run", "--trainer.num_nodes=4"], ("--trainer.num_nodes", "--nodes")),
+        ("tokenizer", ["--dry-run", "--data=nowhere"], ("data nowhere", "--data")),
+        ("tokenizer", ["--dry-run", "--trainer.accelerator=gpus"], ("trainer.accelerator 'gpus'", "gpu")),
+        ("tokenizer", ["--dry-run", "--data.num_workers=-1"], ("data.num_workers must be", "[0, 1024]", "got -1")),
+        ("tokenizer", ["--dry-run", "--sbatch='--mem"], ("sbatch must be", "quotes")),
+        ("tokenizer", ["--dry-run", "--sbatch=-N4"], ("sbatch must not have -N", "set by --nodes")),
+        ("tokenizer", ["--dry-run", "--sbatch=--ntasks 8"], ("sbatch must not have --ntasks", "follows --devices")),
+        ("tokenizer", ["--dry-run", "--sbatch=-D elsewhere"], ("sbatch must not have -D", "current folder")),
+        ("tokenizer", ["--dry-run", "--sbatch=--array=1-4"], ("sbatch must not have --array", "the same run")),
+        ("tokenizer", ["--dry-run", "--time=tomorrow"], ("time must be", "24:00:00", "got 'tomorrow'")),
+        ("transformer", ["--dry-run", "--data.source=tokens"], ("token store", "maskgit tokenize")),
+        ("transformer", ["--dry-run", "--model.mask_schedule=cosin"], ("cosin", "cosine")),
     ],
 )
-def test_what_training_would_refuse_is_refused_before_it_waits_in_a_queue(submit, tmp_path, stage, word, parts):
-    answer = submit(stage, word, "--dry-run")
-    assert answer.code == 2, answer
-    for part in parts:
-        assert part in answer.error
+def test_what_training_would_refuse_is_refused_before_it_waits_in_a_queue(submit, tmp_path, stage, words, parts):
+    refused(submit(stage, *words), *parts)
     assert not (tmp_path / "runs").exists()
-
-
-JOB = {
-    "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1",
-    "STAGE": "tokenizer",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "hint"),
-    [
-        ("STAGE", None, "STAGE=tokenizer"),
-        ("STAGE", "tokeniser", "tokenizer or transformer"),
-        ("SLURM_JOB_NODELIST", None, "sbatch"),
-        ("SLURM_NTASKS_PER_NODE", None, "--ntasks-per-node"),
-    ],
-)
-def test_the_script_names_what_is_missing(tmp_path, name, value, hint):
-    given = {**JOB, "PATH": os.environ["PATH"], name: value}
-    environment = {key: text for key, text in given.items() if text is not None}
-    script = ["bash", ROOT / "recipes" / "slurm" / "train.sbatch"]
-    done = subprocess.run(script, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert name in done.stderr
-    assert hint in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_words_that_begin_with_a_dash_and_numbers_are_explained_by_the_flag(submit):
-    answer = submit("tokenizer", "--sbatch", "--mem=0")
-    assert answer.code == 2
-    assert "--sbatch: expected one argument; give a value that begins with - as FLAG=VALUE" in answer.error
-    answer = submit("tokenizer", "--cpus=0")
-    assert answer.code == 2
-    assert "--cpus must be an integer in" in answer.error

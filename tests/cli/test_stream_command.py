@@ -7,13 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
-from maskgit_pl.cli import main
 from maskgit_pl.training.checkpoint_files import newest_checkpoint
-from tests.conftest import flags, save_uneven_shards
-
-TINY = Path(__file__).parents[1] / "tiny"
+from tests.cli.commands import Answer, refused
+from tests.conftest import save_uneven_shards, tiny_flags
 
 
 class Counting(http.server.SimpleHTTPRequestHandler):
@@ -40,12 +37,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, list
 
 
 @pytest.fixture
-def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
+def train(server, maskgit: Callable[..., Answer], tiny_pretrained: Path, tmp_path: Path) -> Callable[..., Answer]:
     """Trains a stage of the run ``one`` on streams only, without a data folder."""
 
-    def call(stage: str, *more: str) -> int:
-        tiny = flags(yaml.safe_load((TINY / f"{stage}.yaml").read_text()))
-        tiny = [word for word in tiny if "num_classes" not in word]  # the stream says
+    def call(stage: str, *more: str) -> Answer:
+        tiny = [word for word in tiny_flags(stage) if "num_classes" not in word]  # the stream says
         tokenizer = ("--tokenizer", str(tiny_pretrained / "tokenizer")) if stage == "transformer" else ()
         streams = (
             "--data.source=stream", "--data.stream.samples=25", "--data.stream.classes=[boot, shirt, trouser]",
@@ -53,43 +49,35 @@ def train(server, tiny_pretrained: Path, tmp_path: Path) -> Callable[..., int]:
             f"--data.stream.validation_urls={server[0]}/val-{{000000..000001}}.tar",
         )  # fmt: skip
         where = ("--dataset", "remote", "--runs-folder", str(tmp_path), "--run", "one")
-        return main(["train", stage, *where, *tokenizer, *tiny, *streams, *more])
+        return maskgit("train", stage, *where, *tokenizer, *tiny, *streams, *more)
 
     return call
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, capsys, stage):
+def test_a_stage_trains_from_a_stream_and_goes_on(server, train, tmp_path, stage):
     server[1].clear()
-    assert train(stage, "--trainer.max_steps=3") == 0
-    assert "a resumed run starts another order of shards" in capsys.readouterr().out
+    assert "a resumed run starts another order of shards" in train(stage, "--trainer.max_steps=3").out
     assert {path.split("-")[0] for path in server[1]} == {"/train", "/val"}
     assert newest_checkpoint(tmp_path / "one" / stage / "checkpoints").name == "step-00000003"
     assert (tmp_path / "one" / "pretrained" / stage / "model.safetensors").is_file()
     if stage == "transformer":
         assert "boot" in (tmp_path / "one" / "pretrained" / stage / "config.json").read_text()
-    assert train(stage, "--trainer.max_steps=5") == 0
+    assert train(stage, "--trainer.max_steps=5").code == 0
     assert newest_checkpoint(tmp_path / "one" / stage / "checkpoints").name == "step-00000005"
-    assert train(stage, "--trainer.max_steps=6", "--data.stream.urls=other.tar") == 2  # other data is another run
+    assert train(stage, "--trainer.max_steps=6", "--data.stream.urls=other.tar").code == 2  # other data is another run
 
 
 @pytest.mark.parametrize(
     ("more", "part"),
     [
-        (["--data.stream.urls=pipe:cat x"], "'pipe:cat x'"),
-        (["--data.stream.classes=7", "--model.network.num_classes=3"], "num_classes must be 7, the classes of "),
-        (["--data.stream.classes=null"], "remote"),  # neither the stream nor a data folder says
-        (["--data.validation_samples=null"], "data.validation_samples must be given"),
-        (["--data", "nowhere"], "data nowhere: no such folder"),
-        (
-            ["--data.stream.urls=nowhere.tar"],
-            "stream nowhere.tar: cannot be read: FileNotFoundError",
-        ),
+        ("--data.stream.urls=pipe:cat x", "'pipe:cat x'"),
+        ("--data.stream.classes=null", "remote"),  # neither the stream nor a data folder says
+        ("--data.validation_samples=null", "data.validation_samples must be given"),
+        ("--data=nowhere", "data nowhere: no such folder"),
+        ("--data.stream.urls=nowhere.tar", "stream nowhere.tar: cannot be read: FileNotFoundError"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(train, capsys, more, part):
-    assert train("transformer", *more) == 2
-    error = capsys.readouterr().err
-    assert part in error
-    assert len(error.splitlines()) == 1
+def test_what_is_wrong_is_said_in_a_line(train, more, part):
+    refused(train("transformer", more), part)

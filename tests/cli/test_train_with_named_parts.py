@@ -1,17 +1,16 @@
 """``maskgit train`` with loggers, callbacks and a profiler that the recipe names, also of another package."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 
-from maskgit_pl.cli import main
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
-from tests.conftest import flags
+from tests.cli.commands import Answer, refused
 from tests.installed_packages import install
 
-TINY = Path(__file__).parents[1] / "tiny"
 POINTS = """
 [maskgit_pl.loggers]
 notes = trackers_of_mine:Notes
@@ -106,22 +105,20 @@ class Counter(CallbackSpec):
 
 
 @pytest.fixture
-def train(tiny_shards: Path, tiny_pretrained: Path, tmp_path: Path):
-    def call(recipe: dict[str, object], *more: str) -> int:
-        tiny = flags(yaml.safe_load((TINY / "transformer.yaml").read_text()))
+def train_recipe(train: Callable[..., Answer], tmp_path: Path) -> Callable[..., Answer]:
+    """Trains stage 2 of the run ``one`` with a recipe of the user."""
+
+    def call(recipe: dict[str, object], *more: str) -> Answer:
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump(recipe))
-        where = ("--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "one", "--recipe", file)
-        return main(
-            [*map(str, ("train", "transformer", *where, "--tokenizer", tiny_pretrained / "tokenizer")), *tiny, *more]
-        )
+        return train("transformer", "--recipe", file, *more)
 
     return call
 
 
 @pytest.mark.slow
 def test_a_logger_a_callback_an_optimizer_and_an_augmentation_of_a_package_are_named_in_one_recipe(
-    train, tmp_path, monkeypatch, capsys
+    train_recipe, tmp_path, monkeypatch
 ) -> None:
     install(tmp_path / "site", name="trackers-of-mine", entry_points=POINTS, modules={"trackers_of_mine": MODULE})
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
@@ -132,8 +129,9 @@ def test_a_logger_a_callback_an_optimizer_and_an_augmentation_of_a_package_are_n
         "model": {"optimizer": {"algorithm": {"name": "signs", "momentum": 0.5}}},
         "data": {"augmentations": ["random_crop", {"name": "grey", "value": 7}]},
     }
-    assert train(recipe, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1") == 0
-    assert "Trainable params" in capsys.readouterr().out  # of model_summary
+    trained = train_recipe(recipe, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1")
+    assert trained.code == 0, trained
+    assert "Trainable params" in trained.out  # of model_summary
     stage = tmp_path / "runs" / "one" / "transformer"
     lines = (stage / "own" / "version_0" / "metrics.csv").read_text().splitlines()
     assert "train/loss" in lines[0]
@@ -145,22 +143,21 @@ def test_a_logger_a_callback_an_optimizer_and_an_augmentation_of_a_package_are_n
     state = FolderCheckpointIO().load_checkpoint(newest_checkpoint(stage / "checkpoints"))
     assert state["optimizer_states"][0]["param_groups"][0]["momentum"] == 0.5
     # A resumed run restores the state of the callback, and its loggers may be others.
-    assert train({**recipe, "loggers": [], "profiler": None}, "--trainer.max_steps=3") == 0
+    assert train_recipe({**recipe, "loggers": [], "profiler": None}, "--trainer.max_steps=3").code == 0
     assert (stage / "steps.txt").read_text() == "6 [7]"
     # The augmentation and the optimizer decide what is learned.
     for key, other in (("data", {"augmentations": ["grey"]}), ("model", {"optimizer": {"algorithm": "signs"}})):
-        assert train({**recipe, key: other}, "--trainer.max_steps=4") == 2
-        assert "settings changed" in capsys.readouterr().err
+        refused(train_recipe({**recipe, key: other}, "--trainer.max_steps=4"), "settings changed")
 
 
-def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatch, capsys) -> None:
+def test_the_callback_of_the_documentation_is_called(train_recipe, tmp_path, monkeypatch) -> None:
     page = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     points = "[maskgit_pl.callbacks]\nloss_alarm = loss_alarm:LossAlarm\n"
     install(tmp_path / "site", name="loss-alarm", entry_points=points, modules={"loss_alarm": code})
     monkeypatch.syspath_prepend(str(tmp_path / "site"))
-    assert train({"callbacks": [{"name": "loss_alarm", "limit": 0.5}]}) == 0
-    assert re.search(r"step 1: validation loss 3\.\d+ above 0\.5", capsys.readouterr().out)
+    trained = train_recipe({"callbacks": [{"name": "loss_alarm", "limit": 0.5}]})
+    assert re.search(r"step 1: validation loss 3\.\d+ above 0\.5", trained.out)
 
 
 @pytest.mark.parametrize(
@@ -171,36 +168,26 @@ def test_the_callback_of_the_documentation_is_called(train, tmp_path, monkeypatc
         ({"loggers": [{"name": "wandb", "mode": "on"}]}, "logger 'wandb'.mode must be 'online' or 'offline', got 'on'"),
         ({"callbacks": ["lightning.pytorch.callbacks.Timer"]}, "unknown callback 'lightning.pytorch.callbacks.Timer'"),
         ({"callbacks": [{"class_path": "x.Y"}]}, "class_path"),
-        ({"model": {"optimizer": {"algorithm": "lio"}}}, "unknown optimizer 'lio': did you mean 'lion'?"),
-        (
-            {"model": {"optimizer": {"algorithm": {"name": "sgd", "momentum": -1.0}}}},
-            "optimizer 'sgd': momentum must be a number in [0, 1), got -1.0",
-        ),
-        ({"data": {"augmentations": ["flipp"]}}, "unknown augmentation 'flipp': did you mean 'flip'?"),
         (
             {"data": {"augmentations": ["flip"]}, "model": {"flip_probability": 0.5}},
             "model.flip_probability must be 0 if data.augmentations lists flip, got 0.5",
         ),
         ({"profiler": "simpel"}, "unknown profiler 'simpel': did you mean 'simple'?"),
-        ({"trainer": {"logger": "csv"}}, "trainer.logger cannot be set: name the loggers with the key loggers"),
         ({"trainer": {"profiler": "simple"}}, "name it with the key profiler"),
     ],
 )
-def test_a_wrong_name_or_value_is_refused_before_training(recipe, said, train, tmp_path, capsys) -> None:
-    assert train(recipe) == 2
-    error = capsys.readouterr().err
-    assert said in error
-    assert error.count("\n") == 1
-    assert not (tmp_path / "runs").exists()
+def test_a_wrong_name_or_value_is_refused_before_training(recipe, said, train_recipe, runs) -> None:
+    refused(train_recipe(recipe), said)
+    assert not runs.exists()
 
 
-def test_fsdp_is_refused_for_an_optimizer_of_whole_matrices(train, tmp_path, capsys) -> None:
-    assert train({"model": {"optimizer": {"algorithm": "muon"}}}, "--trainer.strategy=fsdp") == 2
-    assert "trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm 'muon'" in capsys.readouterr().err
-    assert not (tmp_path / "runs").exists()
+def test_fsdp_is_refused_for_an_optimizer_of_whole_matrices(train_recipe, runs) -> None:
+    answer = train_recipe({"model": {"optimizer": {"algorithm": "muon"}}}, "--trainer.strategy=fsdp")
+    refused(answer, "trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm 'muon'")
+    assert not runs.exists()
 
 
-def test_the_examples_of_the_documentation_train(train, tmp_path, monkeypatch) -> None:
+def test_the_examples_of_the_documentation_train(train_recipe, tmp_path, monkeypatch) -> None:
     docs = Path(__file__).parents[2] / "docs"
     modules = {}
     for page in ("optimizers.md", "plug-ins.md"):
@@ -215,14 +202,15 @@ def test_the_examples_of_the_documentation_train(train, tmp_path, monkeypatch) -
         "model": {"optimizer": {"algorithm": {"name": "signum", "momentum": 0.8}}},
         "data": {"augmentations": ["random_crop", {"name": "vertical_flip", "probability": 0.3}]},
     }
-    assert train(recipe) == 0
+    assert train_recipe(recipe).code == 0
 
 
-def test_the_page_names_what_is_logged(train, tmp_path) -> None:
+def test_the_page_names_what_is_logged(train_recipe, runs) -> None:
     page = (Path(__file__).parents[2] / "docs" / "trackers.md").read_text()
     named = set(re.findall(r"`([a-z-]+/?[a-z_/-]*)`", page.split("## What is logged")[1].split("\n## ")[0]))
-    assert train({"loggers": ["csv"]}, "--trainer.max_steps=2", "--trainer.log_every_n_steps=1") == 0
-    file = tmp_path / "runs" / "one" / "transformer" / "csv" / "version_0" / "metrics.csv"
+    words = ("--trainer.max_steps=2", "--trainer.log_every_n_steps=1")
+    assert train_recipe({"loggers": ["csv"]}, *words).code == 0
+    file = runs / "one" / "transformer" / "csv" / "version_0" / "metrics.csv"
     columns = set(file.read_text().splitlines()[0].split(",")) - {"step"}
     assert {column.partition("/mask-ratio")[0] for column in columns} <= named
     assert {name for name in named if name.startswith("speed/")} - columns == {"speed/model_flops_utilization"}

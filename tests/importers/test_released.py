@@ -99,15 +99,6 @@ def test_the_imported_networks_compute_what_was_recorded():
     torch.testing.assert_close(images, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float64"])
-def test_other_floating_point_types_become_float32(dtype):
-    arrays = arrays_of(TRANSFORMER)
-    config = transformer_config(arrays, codebook_size=64)
-    found = transformer_weights({name: array.astype(dtype) for name, array in arrays.items()}, config)
-    for name, tensor in transformer_weights(arrays, config).items():
-        torch.testing.assert_close(found[name], tensor, atol=2e-3 if dtype == "float16" else 0, rtol=0)
-
-
 # What is refused.
 
 
@@ -115,17 +106,11 @@ def test_other_floating_point_types_become_float32(dtype):
     ("name", "array", "message"),
     [
         (f"{QUERY}/bias", np.full((4, 16), np.nan, np.float32), f"{QUERY}/bias' must hold finite numbers, got nan"),
-        (f"{QUERY}/bias", np.full((4, 16), -np.inf), f"{QUERY}/bias' must hold finite numbers, got -inf"),
-        (f"{QUERY}/bias", np.ones((4, 16), np.int32), f"{QUERY}/bias' must be floating point .*, got torch.int32"),
         (f"{QUERY}/bias", np.asarray("a"), f"{QUERY}/bias must hold numbers, got a text"),
         (f"{QUERY}/bias", np.ones((64, 1), np.float32), rf"of another shape: {QUERY}/bias \(64, 1\) instead of \(4, 1"),
-        (f"{QUERY}/scale", np.ones(1, np.float32), f"not in the network: {QUERY}/scale"),
         ("MlmLayer_0/mlm_ln/scale", None, "missing: MlmLayer_0/mlm_ln/scale"),
         ("Embed_0/position_embeddings/embedding", np.ones((16, 64)), "a square number .*, got 16; only square"),
-        ("Embed_0/position_embeddings/embedding", np.ones((1, 64)), "a square number .*, got 1; only square"),
-        ("Embed_0/word_embeddings/embedding", np.ones(75), r"must have 2 axes of sizes >= 1, got shape \(75,\)"),
         ("Embed_0/word_embeddings/embedding", np.ones((1 << 30, 0)), r"of sizes >= 1, got shape \(1073741824, 0\)"),
-        ("TransformerLayer_0/Mlp_0/intermediate_output/kernel", None, "missing: TransformerLayer_0/Mlp_0/intermediate"),
         ("TransformerLayer_0/Mlp_0/intermediate_output/kernel", np.ones((64, 9)), r"bias \(128,\) instead of \(9,\)"),
         ("TransformerLayer_2000/x", np.ones(1), "missing: TransformerLayer_2/.*: TransformerLayer_2000/x"),
     ],

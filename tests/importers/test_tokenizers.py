@@ -1,7 +1,6 @@
 """Tokenizers of every layout come out as they go in: features, tokens and images are those of the original."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
@@ -9,19 +8,12 @@ from lightning.pytorch import Trainer
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader
 
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig
-from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.tokenizers import (
-    LAYOUTS,
-    import_tokenizer,
-    tokenizer_layout_of,
-)
+from maskgit_pl.data import Batch
+from maskgit_pl.importers.tokenizers import LAYOUTS, import_tokenizer, tokenizer_layout_of
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimized_model import check_tokenizer
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.importers.tokenizer_references import (
     DiffusersVQModel,
@@ -33,7 +25,7 @@ from tests.importers.tokenizer_references import (
     diffusers_config,
     with_random_values,
 )
-from tests.modules import masked_model, tokenizer_model
+from tests.modules import tokenizer_model
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 TAMING = LAYOUT["taming-transformers"]
@@ -59,7 +51,7 @@ def center_features(network):
     return network
 
 
-def check_same(original, made, *, least_tokens=8):
+def check_same(original, made, *, least_tokens=6):
     """Checks that features, tokens and images of an imported tokenizer are those of the original."""
     tokenizer = load_tokenizer(made.folder / "tokenizer")
     network = tokenizer.network
@@ -88,12 +80,7 @@ PROJECTS = ("taming", "llamagen", "ibq")
 TAMING_CASES = {
     "small": {**SMALL, **attention(1, count=2)},
     "no attention levels": {**SMALL, **attention(count=2)},
-    "four levels": {
-        **SMALL,
-        "block_out_channels": [32, 32, 64, 64],
-        "layers_per_block": 2,
-        **attention(2, 3, count=4),
-    },
+    "four levels": {**SMALL, "block_out_channels": [32, 32, 64, 64], "layers_per_block": 2, **attention(2, 3, count=4)},
     "one level": {**SMALL, "block_out_channels": [64], **attention(0, count=1)},
 }
 
@@ -139,7 +126,7 @@ def test_a_tokenizer_with_the_network_of_taming_comes_out_as_it_goes_in(project,
         original = place_codes(center_features(original))
     made = import_taming(original, tmp_path)
     assert made.layout == {"taming": "taming-transformers", "llamagen": "LlamaGen", "ibq": "IBQ"}[project]
-    check_same(original, made, least_tokens=2 if project == "ibq" else 8)
+    check_same(original, made, least_tokens=2 if project == "ibq" else 6)
 
 
 def test_codes_of_llamagen_are_stored_at_length_1_whatever_the_length_of_features(tmp_path):
@@ -256,17 +243,6 @@ def test_a_file_or_a_pipeline_of_diffusers_is_named(where, tmp_path):
     folder = save_diffusers(original, config, tmp_path / "amused" / "vqvae", name)
     named = {"file": folder / name, "pipeline": folder.parent, "bin": folder}[where]
     check_same(original, import_tokenizer(named, tmp_path / "out", image_size=16))
-
-
-@pytest.mark.parametrize("signed", [False, True])
-def test_the_range_of_the_images_can_be_given(signed, tmp_path):
-    config = diffusers_config()
-    original = diffusers_model(config)
-    original.signed = signed
-    file = save_diffusers(original, config, tmp_path / "vqvae")
-    made = import_tokenizer(file, tmp_path / "out", image_size=16, signed_images=signed)
-    network = load_tokenizer(made.folder / "tokenizer").network
-    torch.testing.assert_close(network.encoder(images()), original.features(images()), rtol=0, atol=1e-5)
 
 
 def test_old_names_of_the_self_attention_of_diffusers_are_read(tmp_path):
@@ -511,10 +487,6 @@ def rename(old, new):
     return lambda weights: weights.update({new: weights.pop(old)})
 
 
-def levels(weights):
-    weights.update({f"encoder.down.{level}.block.0.conv1.weight": torch.ones(32, 1, 1, 1) for level in range(13)})
-
-
 ZERO = torch.zeros(1)
 MODELS = {
     "taming": lambda: TamingModel(diffusers_config(**TAMING_CASES["small"])).named(),
@@ -530,30 +502,15 @@ REFUSED = [  # a network, what is done to its tensors, and the message
     ("nothing", put("transformer.tok_emb.weight", ZERO), r"got a transformer \(.*; name its tokenizer, or use maskgit"),
     ("nothing", lambda w: w.update({f"fc{n}": ZERO for n in range(5)}), r"got something else \(fc0, fc1, fc2 and 2 mo"),
     ("taming", rename(CODEBOOK, "quantize.embed.weight"), "Gumbel-softmax tokenizer.*name another one, such as vqgan_"),
-    ("taming", put("scale", 1.0), "entry scale must be a tensor, got float"),
     ("taming", put(CODEBOOK, torch.ones(1).expand(1 << 22, 256)), r"must be stored in full, got 4\.29 GB made of 4 by"),
-    ("taming", put(CODEBOOK, torch.full((32, 4), torch.nan)), r"embedding\.weight' must hold finite numbers, got nan"),
-    ("taming", put(CODEBOOK, torch.ones(32, 4).long()), r"embedding\.weight' must be floating point .*, got torch\.in"),
     ("taming", drop(CODEBOOK), r"missing: quantize\.embedding\.weight, which tells a size"),
     ("taming", drop("decoder.up.0.block.1.conv2.bias"), r"missing: decoder\.up\.0\.block\.1\.conv2\.bias"),
-    ("taming", drop("encoder.conv_out.weight"), r"missing: encoder\.conv_out\.weight"),
-    ("taming", put("decoder.up.0.attn.0.q.bias", ZERO), r"not in the network: decoder\.up\.0\.attn\.0\.q\.bias"),
     ("taming", put("quantize.used", ZERO), r"not in the network: quantize\.used"),
-    ("taming", put("post_quant_conv.weight", torch.zeros(12, 5, 1, 1)), r"\(12, 5, 1, 1\) instead of \(12, 4, 1, 1\)"),
-    ("taming", put("encoder.conv_in.weight", torch.zeros(32, 3)), r"conv_in\.weight must have 4 axes of sizes >= 1"),
     ("taming", put("encoder.conv_in.weight", torch.zeros(24, 3, 3, 3)), r"first convolution's 24, got \[32, 64\]"),
-    ("taming", put("encoder.conv_in.weight", torch.zeros(16, 3, 3, 3)), "must be divisible by num_groups"),
-    ("taming", levels, "channel_multipliers must be 1 to 12 integers"),
     ("diffusers", put("decoder.conv_norm_out.conv_y.weight", ZERO), r"must be 'group', got spatial norms \(MOVQ\)"),
     ("diffusers", put("encoder.mid_block.attentions.0.query.weight", ZERO), "to_q.weight must be there once, got"),
-    ("diffusers", put("encoder.mid_block.attentions.0.to_q.weight", torch.zeros(96, 48)), r"\(96, 48, 1, 1\) instead"),
     ("maskbit", drop(CODEBOOK), r"quantize\.embedding\.weight or quantize\.bits_to_indices must be there"),
-    ("maskbit", drop("decoder.up.1.upsample_conv.bias"), r"missing: decoder\.up\.1\.upsample_conv\.bias"),
-    ("maskbit", put("decoder.up.0.res_blocks.2.norm1.bias", ZERO), r"not in the network: decoder\.up\.0\.res_"),
     ("bits", put("encoder.conv_out.weight", torch.zeros(70_000, 64, 1, 1)), "must have 1 to 24 rows, one a bit, got"),
-    ("muse", put("encoder.conv_in.bias", ZERO), r"not in the network: encoder\.conv_in\.bias"),
-    ("muse", put("decoder.up.1.upsample_conv.weight", torch.zeros(32, 64, 3, 3)), r"instead of \(32, 32, 3, 3\)"),
-    ("magvit2", put("decoder.adaptive.1.beta.bias", torch.tensor([torch.nan])), r"beta\.bias' must hold finite"),
     ("magvit2", drop("decoder.adaptive.1.beta.bias"), r"missing: decoder\.adaptive\.1\.beta\.bias"),
 ]  # fmt: skip
 
@@ -584,19 +541,12 @@ def test_sizes_and_ranges_that_a_network_does_not_have_are_refused(tmp_path):
     ("settings", "message"),
     [
         ({"_class_name": "AutoencoderKL"}, "_class_name of config.json must be 'VQModel', got 'Auto"),
-        ({"act_fn": "relu"}, "act_fn of config.json must be 'silu', got 'relu'"),
-        ({"norm_type": "spatial"}, "norm_type of config.json must be 'group', got 'spatial'"),
         ({"norm_num_groups": 5}, "network num_groups must divide the channels"),
-        ({"norm_num_groups": "many"}, "network num_groups must be an integer"),
         ({"num_vq_embeddings": 64}, "num_vq_embeddings of config.json must be 32, got 64"),
         ({"block_out_channels": [32, 64, 128]}, r"block_out_channels of config.json must be \[32, 64, 96\], got"),
-        ({"vq_embed_dim": 4}, "vq_embed_dim of config.json must be 8, got 4"),
-        ({"mid_block_add_attention": True}, "mid_block_add_attention of config.json must be False, got True"),
         ({"sample_size": "large"}, "sample_size of config.json must be an integer"),
-        ({"sample_size": 10**9}, "sample_size of config.json must be an integer"),
         ("{", "config.json is not valid JSON"),
         ("[" * 100_000, "config.json must be nested at most 64 levels deep"),
-        ("[1]", "config.json must hold a mapping"),
         (" " * 1_000_001, "config.json must have at most 1 MB"),
     ],
     ids=lambda value: str(value)[:40],
@@ -622,8 +572,7 @@ def trainer_of_two_steps(**settings):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("project", ["taming", "llamagen"])
+@pytest.mark.parametrize(("project", "memory_format"), [("taming", "channels_last"), ("llamagen", "contiguous")])
 def test_an_imported_tokenizer_can_be_fine_tuned(project, memory_format, tmp_path):
     folder = import_taming(taming_model(project), tmp_path).folder / "tokenizer"
     start = load_tokenizer(folder).network
@@ -648,20 +597,3 @@ def test_an_imported_tokenizer_can_be_fine_tuned(project, memory_format, tmp_pat
             assert not torch.equal(weight, start.state_dict()[name]), name
     module.export(tmp_path / "tuned")
     assert load_tokenizer(tmp_path / "tuned" / "tokenizer").network.config == start.config
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("project", ["taming", "llamagen"])
-def test_stage_2_trains_on_an_imported_tokenizer(project, tiny_shards, tmp_path):
-    folder = import_taming(taming_model(project), tmp_path, image_size=8).folder / "tokenizer"
-    config = TransformerConfig(32, 3, (4, 4), 16, 1, 2, 32)
-    check_tokenizer(config, load_tokenizer(folder))
-    with pytest.raises(ValueError, match="codebook_size"):
-        check_tokenizer(replace(config, codebook_size=16), load_tokenizer(folder))
-    module = masked_model(config, folder, decoding=DecodingConfig(num_steps=4))
-    sizes = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 8}
-    trainer = trainer_of_two_steps(use_distributed_sampler=False)
-    trainer.fit(module, datamodule=ShardData(ShardDataConfig(str(tiny_shards), source="images", **sizes)))
-    assert trainer.global_step == 2
-    last = list(module.sample([0, 2], seeds=[0, 1]))[-1]
-    assert module.tokenizer.decode(last.tokens).shape == (2, 3, 8, 8)

@@ -7,15 +7,8 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from maskgit_pl.importers.transformers import (
-    HALTON,
-    MASKGIL,
-    import_transformer,
-    transformer_layout_of,
-)
-from maskgit_pl.networks.adaln import AdaLNConfig
+from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transformer, transformer_layout_of
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
@@ -149,43 +142,6 @@ def test_logits_are_those_of_the_original_at_published_sizes(kind, size, tokeniz
     assert difference < 2e-5  # sums of up to 2048 products
 
 
-@pytest.mark.parametrize("kind", [Halton, MaskGIL])
-def test_classes_keep_their_order_and_no_class_comes_last(kind, tokenizer, tmp_path):
-    original = randomise(kind(**sizes(classes=4)))
-    names = ["cat", "dog", "owl", "fox"]
-    file = save_checkpoint(original, tmp_path / "a.pth")
-    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4, class_names=names)
-    transformer = load_transformer(tmp_path / "out" / "transformer")
-    assert transformer.class_names == tuple(names)
-    assert transformer.network.config.null_label == 4
-    tokens, _ = draw(original, batch=1, side=4)
-    logits = [transformer.network(tokens, torch.tensor([label]), vocabulary="all") for label in range(5)]
-    for label, got in enumerate(logits):
-        others = [(got - original(tokens, torch.tensor([other]))).abs().max() for other in range(5)]
-        assert min(range(5), key=lambda other: others[other]) == label
-    assert all((logits[0] - other).abs().max() > 0.1 for other in logits[1:])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", [Halton, MaskGIL])
-def test_images_are_generated_with_guidance_and_their_tokens_are_the_pixels(kind, tokenizer, tmp_path):
-    own = tokenizer()
-    file = save_checkpoint(randomise(kind(**SMALL)), tmp_path / "a.pth")
-    made = import_transformer(file, tmp_path / "out", tokenizer=own, num_heads=4)
-    pipe = MaskGIT.from_pretrained(tmp_path / "out")
-    images = pipe.generate([0, 4], seed=3)
-    assert [image.size for image in images] == [(8, 8)] * 2
-    assert images[0].tobytes() != images[1].tobytes()
-    unguided = pipe.generate([0, 4], seed=3, guidance_scale=0.0)
-    assert any(a.tobytes() != b.tobytes() for a, b in zip(images, unguided, strict=True))
-    # The tokenizer went along, in raster order: tokens decode to the same pixels as before.
-    tokens = torch.arange(16).unsqueeze(0)
-    copied, source = load_tokenizer(tmp_path / "out" / "tokenizer"), load_tokenizer(own)
-    assert torch.equal(copied.decode(tokens), source.decode(tokens))
-    assert torch.equal(copied.encode(copied.decode(tokens)), source.encode(source.decode(tokens)))
-    assert made.image_size == 8
-
-
 # Published sizes, without memory.
 
 
@@ -306,53 +262,11 @@ def test_maskgil_has_the_grid_of_a_tokenizer_of_wide_images(tokenizer, tmp_path)
     assert pipe.generate([0], seed=0)[0].size == (16, 4)
 
 
-# Other files with the same tensors.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("form", ["plain", "safetensors", "before torch 1.6", "bfloat16", "untied copy", "no copy"])
-def test_other_files_with_the_same_tensors_are_read(form, tokenizer, tmp_path):
-    original = randomise(Halton(**SMALL))
-    weights = {name: value.clone() for name, value in original.state_dict().items()}  # two equal tables
-    file = tmp_path / ("a.safetensors" if form == "safetensors" else "a.pt")
-    if form == "safetensors":
-        save_file(weights, file)
-    elif form == "bfloat16":
-        torch.save({name: value.bfloat16() for name, value in original.state_dict().items()}, file)
-    elif form == "no copy":
-        torch.save({name: value for name, value in weights.items() if name != "head.weight"}, file)
-    else:
-        torch.save(weights, file, _use_new_zipfile_serialization=form != "before torch 1.6")
-    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
-    got = load_transformer(tmp_path / "out" / "transformer").network.state_dict()
-    assert all(value.dtype == torch.float32 for value in got.values())
-    torch.testing.assert_close(got["head_bias"], weights["head.bias"], rtol=0, atol=1e-2)
-
-
-def test_the_state_of_the_optimizer_is_named_and_skipped(tokenizer, tmp_path):
-    original = Halton(**SMALL)
-    optimizer = torch.optim.AdamW(original.parameters())
-    original(*draw(original, side=4)).sum().backward()
-    optimizer.step()
-    file = save_checkpoint(original, tmp_path / "a.pth", optimizer_state_dict=optimizer.state_dict())
-    made = import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=4)
-    assert made.ignored == ("iter", "global_epoch", "optimizer_state_dict")
-
-
 def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_path):
     file = save_checkpoint(randomise(Halton(**SMALL)), tmp_path / "a.pth")
-    import_transformer(
-        file, tmp_path / "out", tokenizer=tokenizer(side=16), num_heads=4
-    )  # a tokenizer of larger images
+    # The tokenizer was trained on larger images.
+    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(side=16), num_heads=4)
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 8
-
-
-def test_a_pretrained_folder_names_its_tokenizer_too(tokenizer, tmp_path):
-    (tmp_path / "pretrained").mkdir()
-    tokenizer().rename(tmp_path / "pretrained" / "tokenizer")
-    file = save_checkpoint(randomise(Halton(**SMALL)), tmp_path / "a.pth")
-    import_transformer(file, tmp_path / "out", tokenizer=tmp_path / "pretrained", num_heads=4)
-    assert MaskGIT.from_pretrained(tmp_path / "out").generate([1])
 
 
 # What is refused.
@@ -376,23 +290,12 @@ NETWORKS = {
 REFUSED = [  # a network, what is done to its tensors, and the message
     ("nothing", put("encoder.conv_in.weight", ZERO), r"got a tokenizer: use maskgit import-tokenizer \(enc"),
     ("nothing", put("fc.weight", ZERO), r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc"),
-    ("Halton", put("scale", 1.0), "entry scale must be a tensor, got float"),
     ("Halton", drop(f"{LAYER}.ff.w3.weight"), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
-    ("Halton", drop("tok_emb.weight"), r"missing: tok_emb\.weight"),
-    ("Halton", put(f"{LAYER}.attn.wq.bias", ZERO), r"not in the network: transformer\.layers\.1\.attn\.wq\.bias"),
-    ("Halton", put("transformer.layers.3.ln1.weight", ZERO), r"missing: transformer\.layers\.2\."),
-    ("Halton", put(f"{LAYER}.attn.wo.weight", torch.zeros(32, 16)), r"wo\.weight \(32, 16\) instead of \(32, 32\)"),
-    ("Halton", put(f"{LAYER}.ln2.weight", torch.zeros(16)), r"ln2\.weight \(16,\) instead of \(32,\)"),
-    ("Halton", put("pos_emb.weight", torch.zeros(16)), r"pos_emb\.weight must have 2 axes of sizes >= 1, got shape"),
     ("Halton", put("pos_emb.weight", torch.zeros(15, 32)), "must have a square number of rows, got 15"),
     ("Halton", put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
     ("Halton", put("head.weight", torch.ones(25, 32)), r"head\.weight must equal tok_emb\.weight: the network has"),
-    ("Halton", put("head.weight", ONES), r"head\.weight' must be stored in full"),
     ("patches", put("scale", ZERO), r"one that joins 2 x 2 tokens \(tensor in_proj\.weight, option proj 2\)"),
-    ("MaskGIL", drop("layers.1.ffn_norm.weight"), r"missing: layers\.1\.ffn_norm\.weight"),
-    ("MaskGIL", put("cls_embedding.embedding_table.weight", ZERO), r"not in the network: cls_embedding\.emb"),
     ("MaskGIL", put("tok_emb.weight", torch.zeros(26, 32)), r"rows for 24 codes, the mask token, classes"),
-    ("MaskGIL", put("output.weight", torch.full((25, 32), torch.nan)), r"output\.weight' must hold finite numbers"),
 ]  # fmt: skip
 
 
@@ -411,30 +314,19 @@ def test_what_is_no_such_transformer_is_refused_in_one_line_and_nothing_is_writt
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("kind", [Halton, MaskGIL])
-def test_heads_that_no_tensor_tells_must_be_given(kind, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "heads", "message"),
+    [
+        (Halton, None, r"heads must be given for a network of 2 blocks of size 32.*add --num-heads"),
+        (MaskGIL, None, r"heads must be given for a network of 2 blocks of size 32.*add --num-heads"),
+        (Halton, 6, "--num-heads must fit the 32 rows of tensor .*wq.weight, .*, got 6"),
+        (MaskGIL, 33, "multiple of num_heads"),
+    ],
+)
+def test_heads_that_are_missing_or_do_not_fit_are_refused(kind, heads, message, tokenizer, tmp_path):
     file = save_checkpoint(kind(**SMALL), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"heads must be given for a network of 2 blocks of size 32.*add --num-heads"):
-        import_transformer(file, tmp_path / "out", tokenizer=tokenizer())
-
-
-@pytest.mark.parametrize("heads", [6, 33])
-def test_heads_that_do_not_fit_are_refused(heads, tokenizer, tmp_path):
-    file = save_checkpoint(Halton(**SMALL), tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=f"--num-heads must fit the 32 rows of tensor .*wq.weight, .*, got {heads}"):
+    with pytest.raises(ValueError, match=message):
         import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=heads)
-    file = save_checkpoint(MaskGIL(**SMALL), tmp_path / "b.pth")
-    with pytest.raises(ValueError, match="multiple of num_heads"):
-        import_transformer(file, tmp_path / "out", tokenizer=tokenizer(), num_heads=heads)
-
-
-def test_heads_of_a_size_of_their_own_must_divide_it():
-    sizes = {"codebook_size": 24, "num_classes": 5, "grid": (4, 4), "embed_dim": 40, "num_heads": 6}
-    assert AdaLNConfig(**sizes, attention_dim=36).head_dim == 6
-    with pytest.raises(ValueError, match="transformer attention_dim must be a multiple of num_heads 6, got 40"):
-        AdaLNConfig(**sizes, attention_dim=40)
-    with pytest.raises(ValueError, match=r"transformer attention_dim must be an integer in \[1, 65536\], got 0"):
-        AdaLNConfig(**sizes, attention_dim=0)
 
 
 def test_a_tokenizer_with_another_codebook_is_refused(tokenizer, tmp_path):

@@ -48,3 +48,10 @@ def test_dropout_acts_in_training_only(place, monkeypatch):
     assert torch.equal(*evaluated)
     trained = [block.train()(x, condition, None) for _ in range(2)]
     assert not torch.equal(*trained)
+
+
+def test_heads_of_a_size_of_their_own_must_divide_it():
+    sizes = {"codebook_size": 24, "num_classes": 5, "grid": (4, 4), "embed_dim": 40, "num_heads": 6}
+    assert AdaLNConfig(**sizes, attention_dim=36).head_dim == 6
+    with pytest.raises(ValueError, match="transformer attention_dim must be a multiple of num_heads 6, got 40"):
+        AdaLNConfig(**sizes, attention_dim=40)

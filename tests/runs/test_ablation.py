@@ -96,11 +96,7 @@ def test_factors_are_parsed(text: str, factor: Any) -> None:
 
 @pytest.mark.parametrize(
     ("text", "match"),
-    [
-        ("model.network.depth", "--vary must be KEY=VALUE"),
-        ("=1", "--vary must be KEY=VALUE"),
-        ("model.network.depth=", "--vary must be KEY=VALUE"),
-    ],
+    [("model.network.depth", "--vary must be KEY=VALUE"), ("model.network.depth=", "--vary must be KEY=VALUE")],
 )
 def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
     with pytest.raises(ValueError, match=match):
@@ -109,9 +105,7 @@ def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
 
 @pytest.mark.parametrize(("options", "match"), [
     ({"factors": (DEPTH,), "seeds": (1, 1)}, "--seeds must be different"),
-    ({"factors": (DEPTH,), "seeds": ()}, "--seeds must be different"),
     ({"factors": (Factor("data.seed", ("1",)),)}, "data.seed must not be set in an ablation: .*--seeds"),
-    ({"factors": (DEPTH,), "overrides": ["--data.seed=3"]}, "data.seed must not be set in an ablation"),
     ({"factors": (Factor("data.image_size", ("8",)),)}, "data.image_size must be that of the base"),
     ({"factors": (SCALE,), "stage": "tokenizer"}, "variant guidance.scale=0: .*decoding"),
     ({"factors": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),

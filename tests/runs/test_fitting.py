@@ -7,32 +7,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 from lightning.pytorch import Trainer
 
 from maskgit_pl import MaskGIT, processes, runs
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.pipeline.pretrained import fingerprint
+from maskgit_pl.training.checkpoint_files import newest_checkpoint
 from maskgit_pl.training.stop_and_nonfinite import StepCheck
+from tests.conftest import tiny_flags
 from tests.holding import holder
-
-TINY = Path(__file__).parents[1] / "tiny"
 
 
 def recipe(stage: str, **overrides: object) -> runs.Recipe:
     """Returns the tiny recipe of a stage; ``a__b`` means ``a.b``."""
-    tiny = yaml.safe_load((TINY / f"{stage}.yaml").read_text())
     more = {key.replace("__", "."): value for key, value in overrides.items()}
-    return runs.Recipe.read(stage, overrides=flat(tiny) | more)
-
-
-def flat(tree: dict, path: str = "") -> dict:
-    found = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
-    return found
+    return runs.Recipe.read(stage, overrides=tiny_flags(stage)).with_overrides(more)
 
 
 @pytest.mark.slow
@@ -62,14 +51,7 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
         runs.fit(recipe("tokenizer", data__seed=7), **where)
     with holder(where["run"] / "tokenizer"), pytest.raises(ValueError, match="is in use by process"):
         runs.fit(recipe("tokenizer", trainer__max_steps=2), **where)
-
-    out = runs.export(where["run"], stage="transformer", step=2, out=tmp_path / "older")
-    assert out == tmp_path / "older"
-    trained = FolderCheckpointIO().load_checkpoint(where["run"] / "transformer/checkpoints/step-00000002")["state_dict"]
-    for name, tensor in load_transformer(out / "transformer").network.state_dict().items():
-        assert torch.equal(tensor, trained[f"ema_network.{name}"])
-    with pytest.raises(FileExistsError, match="exists; replace it"):
-        runs.export(where["run"], stage="transformer")
+    assert runs.export(where["run"], stage="transformer", step=2, out=tmp_path / "older") == tmp_path / "older"
 
 
 @pytest.mark.slow
@@ -91,10 +73,7 @@ def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
     reads_tokens, told = recipe("transformer", data__source="tokens"), Counter()
     options = runs.TokenizeOptions(flip=True, batch_size=4)
     store = runs.tokenize(
-        reads_tokens,
-        **where,
-        options=options,
-        bars=lambda title, total, **_: lambda rows: told.update({title: rows}),
+        reads_tokens, **where, options=options, bars=lambda title, total, **_: lambda rows: told.update({title: rows})
     )
     assert store.parent == tmp_path / "tokens"
     assert store == (tmp_path / "one" / "tokens").resolve()

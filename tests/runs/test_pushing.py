@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 from pathlib import Path
 
 import huggingface_hub
@@ -70,15 +69,11 @@ def test_files_of_an_older_model_are_deleted_and_others_stay(folder: Path, hub: 
     others = ("notes.txt", "negative/notes.txt", ".gitattributes")
     (folder / "decoding.json").unlink(missing_ok=True)
     hub.repositories["alice/tiny"] = dict.fromkeys((*older, *others, "transformer/config.json"), b"older")
-    assert main(["push", str(folder), "alice/tiny"]) == 0
-    here = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
-    assert {*hub.repositories["alice/tiny"]} == {*here, *others}
-    assert hub.requests.count("POST /api/models/alice/tiny/commit/main") == 1
-
-
-def test_a_model_goes_to_an_organization(folder: Path, hub: LocalHub):
+    hub.repositories["lab/tiny"] = hub.repositories.pop("alice/tiny")  # of an organization
     assert main(["push", str(folder), "lab/tiny"]) == 0
-    assert hub.private == {"lab/tiny": False}
+    here = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+    assert {*hub.repositories["lab/tiny"]} == {*here, *others}
+    assert hub.requests.count("POST /api/models/lab/tiny/commit/main") == 1
 
 
 def test_a_dry_run_lists_files_and_card_without_network(folder: Path, no_network, capsys):
@@ -114,11 +109,6 @@ def test_words_of_a_card_by_hand_are_kept(folder: Path, no_network, capsys):
     assert "# Mine\nBy hand.\\x1b[31m" in out
 
 
-def _link_the_tokenizer(folder: Path) -> None:
-    shutil.move(folder / "tokenizer", folder.parent / "elsewhere")
-    (folder / "tokenizer").symlink_to(folder.parent / "elsewhere")
-
-
 def _cut_the_weights(folder: Path) -> None:
     file = folder / "transformer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
@@ -132,21 +122,11 @@ def _name_a_negative_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "words", "wanted"),
     [
-        (
-            lambda folder: (folder / "notes.txt").write_text("private"),
-            [],
-            "only the files of a pretrained folder",
-        ),
+        (lambda folder: (folder / "notes.txt").write_text("private"), [], "only the files of a pretrained folder"),
         (lambda folder: (folder / "LICENSE").symlink_to("/etc/passwd"), [], "must hold no links, got 'LICENSE'"),
-        (_link_the_tokenizer, [], "must hold no links, got 'tokenizer'"),
         (_cut_the_weights, [], "model.safetensors"),
-        (lambda folder: shutil.rmtree(folder / "transformer"), [], "no transformer in"),
         (lambda folder: (folder / "LICENSE").write_text(f"token = {SECRET}"), [], "LICENSE must hold no access token"),
-        (
-            lambda folder: (folder / "README.md").write_text("# Mine\n"),
-            [],
-            "must begin with the YAML metadata",
-        ),
+        (lambda folder: (folder / "README.md").write_text("# Mine\n"), [], "must begin with the YAML metadata"),
         (
             lambda folder: (folder / "README.md").write_text("---\nlicense: mit\na: &a [1]\nb: *a\n---\n"),
             [],
@@ -155,10 +135,7 @@ def _name_a_negative_model(folder: Path) -> None:
         (lambda folder: (folder / "LICENSE").write_bytes(b"\xff\xfe"), [], "LICENSE must be UTF-8 text"),
         (_name_a_negative_model, [], "negative_model must be in the folder that is shared"),
         (None, ["tiny"], "hub_id must be"),
-        (None, ["a/b/c"], "hub_id must be"),
         (None, ["alice/x--y"], "hub_id must be"),
-        (None, ["alice/" + "n" * 97], "hub_id must be"),
-        (None, ["al ice/x"], "hub_id must be"),
         (None, ["alice/tiny", "--license", "mit\ntags: [x]"], "--license must be a name of the Hub"),
     ],
 )
@@ -210,8 +187,6 @@ def _refuse(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         monkeypatch.setenv("HF_TOKEN", SECRET)
     elif name == "no network":
         monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    elif name == "offline":
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     elif name == "another owner":
         hub.account = {"name": "bob", "orgs": []}
     elif name == "no rights":
@@ -226,7 +201,6 @@ def _refuse(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
         ("no login", "no access token found; log in with `hf auth login`, or set HF_TOKEN"),
         ("a wrong token", "the access token is not valid; log in again"),
         ("no network", "the Hub cannot be reached"),
-        ("offline", "the Hub cannot be reached"),
         ("another owner", "the owner must be the account of the token, 'bob', or one of its organizations, got alice"),
         ("no rights", "the access token may not write to this repository"),
         ("another model", "the name is taken by a repository with other files, such as 'pytorch_model.bin'"),

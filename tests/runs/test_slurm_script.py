@@ -53,3 +53,22 @@ def test_a_stop_signal_to_the_script_alone_saves_and_requeues(start, tmp_path, n
     assert process.wait(timeout=30) == 75
     assert (tmp_path / "asked").read_text() == "--signal=USR1 7.0\n"
     assert (tmp_path / "requeued").read_text() == "7\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("STAGE", None, "STAGE=tokenizer"),
+        ("STAGE", "tokeniser", "tokenizer or transformer"),
+        ("SLURM_JOB_NODELIST", None, "sbatch"),
+        ("SLURM_NTASKS_PER_NODE", None, "--ntasks-per-node"),
+    ],
+)
+def test_the_script_names_what_is_missing(tmp_path, name, value, hint):
+    given = {**JOB, "STAGE": "tokenizer", "PATH": os.environ["PATH"], name: value}
+    environment = {key: text for key, text in given.items() if text is not None}
+    done = subprocess.run(["bash", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert name in done.stderr
+    assert hint in done.stderr
+    assert not list(tmp_path.iterdir())

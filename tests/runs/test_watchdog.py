@@ -3,10 +3,8 @@
 import signal
 import time
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
-import yaml
 from lightning.pytorch import LightningModule, Trainer
 
 from maskgit_pl import runs
@@ -15,10 +13,8 @@ from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.watchdog import Watchdog
 from maskgit_pl.training.strategies import build_strategy
-from tests.conftest import flags
+from tests.conftest import tiny_flags
 from tests.forked import Command
-
-TINY = Path(__file__).parents[1] / "tiny"
 
 
 def test_what_has_no_median_has_more_time_from_its_start(tmp_path):
@@ -55,8 +51,7 @@ def test_collectives_wait_longer_than_the_watchdog(tmp_path, strategy, seconds):
 
 
 def test_the_strategy_of_a_run_waits_longer_than_its_watchdog(tmp_path, tiny_shards):
-    tiny = flags(yaml.safe_load((TINY / "tokenizer.yaml").read_text()))
-    words = [*tiny, "--hang_seconds=600", "--trainer.devices=2"]
+    words = [*tiny_flags("tokenizer"), "--hang_seconds=600", "--trainer.devices=2"]
     recipe = runs.Recipe.read("tokenizer", cluster="ddp", overrides=words)
     trainer = build(plan_run(recipe, run=tmp_path / "runs" / "one", data=tiny_shards)).trainer
     assert trainer.strategy._timeout.total_seconds() > 18 * 600
