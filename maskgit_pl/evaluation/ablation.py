@@ -93,7 +93,7 @@ def run_ablation(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
         raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
     check_writable("results", options.results, is_folder=True)
-    ablation = _Ablation(AblationRuns.open(config), options, name, bars)  # 1.
+    ablation = _Ablation(AblationRuns(config), options, name, bars)  # 1.
     failures: list[Failure] = []
     for seed in config.seeds or ():  # 2.
         for place, variant in enumerate(ablation.runs.variants):
@@ -157,63 +157,47 @@ class BuiltVariant:
         return digest_of([self.digest, self.decoding and asdict(self.decoding)])
 
 
-@dataclass(frozen=True)
 class AblationRuns:
-    """The variants of an ablation and their runs. Made by ``open``.
+    """The variants of an ablation and their runs. All variants are built before any of them is trained.
 
     Args:
         config: The ablation.
+
+    Attributes:
         variants: Variants without repetitions of the base.
         reference: Index of the variant that the others are compared with: the base, if it is one of them.
         base: Values that the base has for the varied keys, by their short name.
         shards: Data folder.
         tokenizer: Pretrained tokenizer folder, if all variants share one.
         stage_2: Recipe of the transformers that are trained on tokenizers.
+
+    Raises:
+        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
+        ValueError: if a value of a variant is wrong, or fewer than two are different.
     """
 
-    config: AblationConfig
-    variants: Sequence[BuiltVariant]
-    reference: int
-    base: Mapping[str, Any]
-    shards: Path
-    tokenizer: Path | None
-    stage_2: Recipe | None
-
-    @classmethod
-    def open(cls, config: AblationConfig) -> AblationRuns:
-        """Builds all variants, before any of them is trained.
-
-        Raises:
-            FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
-            ValueError: if a value of a variant is wrong, or fewer than two are different.
-        """
+    def __init__(self, config: AblationConfig) -> None:
         planned = plan_variants(config)
         base = planned[0].recipe
-        shards, tokenizer, stage_2 = find_data(base, config.data), None, None
+        self.config, self.shards = config, find_data(base, config.data)
+        self.tokenizer: Path | None = None
+        self.stage_2: Recipe | None = None
         if config.stage == "transformer":
             folder = config.runs / str(base.run_name)
-            tokenizer = find_tokenizer(base, folder=folder, shards=shards, tokenizer=config.tokenizer)
+            self.tokenizer = find_tokenizer(base, folder=folder, shards=self.shards, tokenizer=config.tokenizer)
         if config.stage_2 is not None:
-            stage_2 = Recipe.read(
-                "transformer",
-                names=base.names,
-                dataset=config.dataset,
-                cluster=config.cluster,
-                overrides=config.stage_2,
-            )
-            stage_2 = in_float32(stage_2)
+            found = Recipe.read("transformer", names=base.names, dataset=config.dataset, cluster=config.cluster,
+                                overrides=config.stage_2)  # fmt: skip
+            self.stage_2 = in_float32(found)
         shared = {
-            "data": read_manifest_summary(shards).fingerprint,
-            "tokenizer": None if tokenizer is None else fingerprint(tokenizer),
-            "stage_2": None if stage_2 is None else stage_2.tree,
+            "data": read_manifest_summary(self.shards).fingerprint,
+            "tokenizer": self.tokenizer and fingerprint(self.tokenizer),
+            "stage_2": self.stage_2 and self.stage_2.tree,
         }
-        built = [
-            _build(each, base, Plan(each.recipe, shards, config.runs / _FOLDER / "variant", tokenizer), shared)
-            for each in planned
-        ]
-        variants, reference = _without_repetitions(built, is_grid=config.grid)
-        values = base_values(config, built[0].values.tree)
-        return cls(config, variants, reference, values, shards, tokenizer, stage_2)
+        run = config.runs / _FOLDER / "variant"
+        built = [_build(each, base, Plan(each.recipe, self.shards, run, self.tokenizer), shared) for each in planned]
+        self.variants, self.reference = _without_repetitions(built, is_grid=config.grid)
+        self.base = base_values(config, built[0].values.tree)
 
     def train(self, built: BuiltVariant, seed: int) -> Path:
         """Trains a variant with one seed, and after a tokenizer also its transformer. Finished runs are not repeated.

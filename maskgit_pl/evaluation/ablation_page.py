@@ -10,15 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from statistics import fmean
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from maskgit_pl.errors import markdown, plain_label
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
 from maskgit_pl.evaluation.pages import Page, figure_to_png, format_seeds, heading, is_metric, markdown_table, paragraph
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 __all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
 
@@ -320,9 +321,6 @@ def _draw_ablation(summary: _Summary, metrics: Sequence[str]) -> bytes:
 
     The colour tells whether a variant differs from the reference by more than the spread of the seeds.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
-
     protocol, labels = summary.protocol, list(summary.values)
     rows = -(-len(metrics) // _FIGURE_COLUMNS)
     columns = min(_FIGURE_COLUMNS, len(metrics))

@@ -16,6 +16,8 @@ from statistics import median
 from typing import Any, Literal, get_args
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from maskgit_pl.decoding import (
     AutoregressiveDecoder,
@@ -331,9 +333,6 @@ def _draw_timings(rows: Sequence[Row]) -> bytes:
 
     Source: paper, Figure 4.
     """
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import EngFormatter, LogLocator
-
     page, first = Figure(figsize=(8.8, 5.4), layout="constrained"), rows[0]
     axes = page.subplots()
     axes.set_xscale("log", base=2)

@@ -29,7 +29,7 @@ def open_runs(
         overrides=(*flags(tiny), *overrides),
         **options,
     )
-    return AblationRuns.open(config)
+    return AblationRuns(config)
 
 
 @pytest.mark.slow
