@@ -257,7 +257,7 @@ def vqvae_set(folder: Path) -> Path:
         "commitment_cost": 0.5, "entropy_loss_ratio": 0.2, "entropy_temperature": 0.5, "entropy_loss_type": "argmax",
     }  # fmt: skip
     tree = weights("tokenizer", recipe.tokenizer(filters=32, channel_multipliers=(1, 1, 2), codes=20, code_dim=6))
-    spec = GradientQuantizerSpec(0.5, 1.0, 0.2, 0.5, "argmax")
+    spec = GradientQuantizerSpec(0.5, 0.2, 0.5, "argmax", codebook_weight=1.0)
     network = tokenizer.network_from(tree, activation="relu", quantizer=spec)
     random = np.random.RandomState(0)
     pixels, chosen = random.rand(1, 16, 32, 3).astype(np.float32), random.randint(20, size=(1, 4, 8), dtype=np.int32)
