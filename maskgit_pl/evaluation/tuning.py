@@ -21,6 +21,7 @@ from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import quote
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
@@ -267,19 +268,17 @@ def _study_key(
 def _open_study(file: Path, metric: str, key: Mapping[str, Any]) -> optuna.Study:
     """Opens the study of a metric and a key in an SQLite file, which holds one for each of them."""
     import optuna
-    from sqlalchemy import URL
-    from sqlalchemy.exc import SQLAlchemyError
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         return optuna.create_study(
-            storage=URL.create("sqlite", database=str(file)).render_as_string(),  # a path may hold ``?`` and ``%``
+            storage=f"sqlite:///{quote(str(file))}",  # a path may hold ``?`` and ``%``
             study_name=f"{metric} {shorten_digest(digest_of(key))}",
             direction="maximize" if find_metric(metric).higher_is_better else "minimize",
             load_if_exists=True,
         )
-    except SQLAlchemyError as error:
+    except Exception as error:  # of SQLAlchemy, which Optuna passes on
         reason = printable(str(error).partition("\n")[0])
         raise ValueError(f"study {file} cannot be opened: {reason}; move it away, or choose another --out") from error
 

@@ -108,7 +108,7 @@ def measured(folder: Path, shards: Path) -> dict[str, Any]:
         "sigma": reference.pooled.covariance,
         "again": again.pooled.covariance,
         **distances(found, reference),
-        **rebuilt.numbers(),
+        **rebuilt,
     }
 
 

@@ -22,6 +22,7 @@ from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, read_sample
 from maskgit_pl.data.sources.labels import number_classes
+from maskgit_pl.data.sources.parquet_pages import check_parquet
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json, size_text
 
@@ -84,8 +85,6 @@ class ParquetFolder:
     ) -> None:
         check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder, self.shown, self.label_field = folder, printable(folder), label_field
-        with self._one_line():
-            from maskgit_pl.data.sources.parquet_pages import check_parquet  # imports pyarrow
         files, unused = self._find_files()
         self.left_out = tuple(f"parquet file {printable(name)}" for name in unused)
         self.has_splits = "val" in files

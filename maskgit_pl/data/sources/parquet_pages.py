@@ -2,8 +2,7 @@
 
 The footer states sizes too, but they may be wrong, so the page headers are read here. A page header is a Thrift struct
 in the compact protocol. Its field 2 is the decompressed length of the page's content, field 3 its length in the file.
-Used by
-``parquet``.
+Used by ``parquet``.
 
 Source: apache/parquet-format, ``parquet.thrift``; apache/thrift, ``thrift-compact-protocol.md``.
 """
@@ -14,8 +13,6 @@ import io
 import os
 from pathlib import Path
 from typing import IO
-
-from pyarrow import parquet
 
 from maskgit_pl.files import open_regular, size_text
 
@@ -44,6 +41,8 @@ def check_parquet(path: str | Path) -> tuple[int, int]:
         ValueError: if it is not a parquet file, its footer has more than 32 MiB, a page more than 512 MiB, or a page
             header is damaged. ``ArrowInvalid`` is one.
     """
+    from pyarrow import parquet
+
     with open(open_regular(path), "rb") as file:
         length = file.seek(0, os.SEEK_END)
         file.seek(max(0, length - 8))
