@@ -33,7 +33,7 @@ def command(file: Path) -> str:
 
 
 def page(name: str) -> Page:
-    """Makes a page anew, with the command that it names."""
+    """Makes a page again from its ledger, with the command that it states."""
     with patch("maskgit_pl.evaluation.pages.typed_command", return_value=command(PAGES[name] / f"{name}.md")):
         return make_page(name)
 

@@ -118,6 +118,8 @@ def tokenize(
     """
     if is_complete(store, description):
         log.info("%s exists already, made by this tokenizer from these data", store)
+        for leftover in Path(store).glob(".parts-*"):  # of a call that was killed while it removed them
+            shutil.rmtree(leftover, ignore_errors=True)
         return True
     config, (rank, world_size) = config or TokenizingConfig(), ranks
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}

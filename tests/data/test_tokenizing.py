@@ -51,8 +51,9 @@ def views(folder, tmp_path_factory) -> Path:
     return path
 
 
-def test_a_second_run_finds_the_store_and_changes_nothing(folder, views):
+def test_a_second_run_finds_the_store_and_removes_only_what_a_kill_left(folder, views):
     before = {path: path.stat().st_mtime_ns for path in views.iterdir()}
+    (views / ".parts-0123").mkdir()
     assert make(folder, views, crops=3, flip=True)
     assert {path: path.stat().st_mtime_ns for path in views.iterdir()} == before
 
