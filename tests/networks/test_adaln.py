@@ -33,16 +33,17 @@ def test_the_gates_of_a_new_network_take_gradients():
         assert gate_2.any()
 
 
-@pytest.mark.parametrize("place", ["_attend", "_gate"])
+@pytest.mark.parametrize("place", ["attention", "proj", "mlp"])
 def test_dropout_acts_in_training_only(place, monkeypatch):
     torch.manual_seed(0)
     network = AdaLNTransformer(dataclasses.replace(SMALL, dropout=0.5))
     for parameter in network.parameters():
         parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
     block, x, condition = network.blocks[0], torch.randn(2, 5, 32), torch.randn(2, 32)
+    drop, width = F.dropout, {"proj": 32, "mlp": 64}.get(place)
     # The other dropouts are switched off, so that a difference comes from this one.
-    monkeypatch.setattr(F, "dropout", F.dropout if place == "_gate" else lambda value, *_: value)
-    if place == "_gate":
+    monkeypatch.setattr(F, "dropout", lambda value, *rest: drop(value, *rest) if value.shape[-1] == width else value)
+    if place != "attention":
         monkeypatch.setattr(type(block), "_attend", lambda self, asking, *_, **__: asking)
     evaluated = [block.eval()(x, condition, None) for _ in range(2)]
     assert torch.equal(*evaluated)
