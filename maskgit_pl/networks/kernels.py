@@ -218,7 +218,7 @@ def feed_forward(
 
     Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the cache. With
     many rows, some of the hidden values are therefore computed and multiplied at once, and the products of these parts
-    are added, which is the same to rounding. ``benchmarks/feed_forward.py`` compares both.
+    are added, which is the same to rounding.
 
     Args:
         x: (..., D).
