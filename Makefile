@@ -202,7 +202,7 @@ mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a t
 	@$(BIN)/python -m tests.mutants $(ARGS)
 
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
-	@WHEEL_TRANSCRIPT="$(WHEEL_TRANSCRIPT)" $(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
+	@$(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
 
 test-gpu: $(DEV_STAMP) ## Run the tests on a GPU; what needs a GPU, or two, is skipped without (docs/gpu.md)
 	$(BIN)/python -m pytest tests/gpu --durations=5 $(ARGS)

@@ -39,11 +39,7 @@ PARSED_ONLY = {
 }
 OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/mine", "runs/RUN")
 MAKE_ONLY = ("demo", "test", "benchmark", "help", "install", "test-slurm", "test-wheel", "mutants", "lint", "format")
-RECORDED = (
-    "docs/slurm-transcript.md",
-    "docs/quick-start-wheel.md",
-    "results/",
-)  # pages that commands print, of the time of the recording
+RECORDED = ("results/",)  # pages that commands print, of the time of the recording
 COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) (?!\w+:)"  # without lines that a command printed
 
 

@@ -1,7 +1,4 @@
-"""The installed wheel in an empty folder: what a newcomer types works without a clone of the repository.
-
-``make test-wheel WHEEL_TRANSCRIPT=docs/quick-start-wheel.md`` writes the page with what is printed.
-"""
+"""The installed wheel in an empty folder: what a newcomer types works without a clone of the repository."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ import subprocess
 import sys
 import sysconfig
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,13 +19,6 @@ from maskgit_pl import __version__
 from maskgit_pl.pipeline.sharing import bundled_models
 
 ROOT = Path(__file__).parents[2]
-HEAD = """# Quick start without a clone
-
-The commands of a newcomer, in an empty folder with nothing but the installed wheel (`pip install maskgit_pl-*.whl`),
-and what they print. Written by `make test-wheel WHEEL_TRANSCRIPT=docs/quick-start-wheel.md`, on 2 CPU cores that
-other work shared.
-"""
-SHOWN = ("--version", "models", "sample", "edit", "data fetch", "demo")  # commands on the page; others print too much
 
 Run = Callable[[str], str]
 
@@ -44,7 +34,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs a command of the wheel in a folder that is empty at first, and returns what it prints."""
     place = tmp_path_factory.mktemp("newcomer")
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place / "env")], check=True)
@@ -56,24 +46,18 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
     command = [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", str(wheel)]
     subprocess.run(command, check=True)
     (place / "here").mkdir()
-    hidden = ("PYTHON", "MASKGIT", "WHEEL_")
+    hidden = ("PYTHON", "MASKGIT")
     environment = {name: value for name, value in os.environ.items() if not name.startswith(hidden)}
     environment["PATH"] = f"{python.parent}{os.pathsep}{environment['PATH']}"
-    transcript = [HEAD]
 
     def call(line: str) -> str:
         done = subprocess.run(shlex.split(line), cwd=place / "here", env=environment, capture_output=True, text=True,
                               check=False)  # fmt: skip
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
-        if line.removeprefix("maskgit ").startswith(SHOWN):
-            transcript.append(f"```\n$ {line}\n{done.stdout.strip()}\n```\n")
         return done.stdout
 
     call.place = place / "here"  # type: ignore[attr-defined]
-    yield call
-    if page := os.environ.get("WHEEL_TRANSCRIPT"):
-        text = "\n".join(transcript).replace(str(place / "here"), "~")
-        (ROOT / page).write_text(text)
+    return call
 
 
 def test_the_wheel_has_the_package_the_recipes_and_the_model_and_nothing_else(wheel: Path) -> None:
