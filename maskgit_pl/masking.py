@@ -35,8 +35,8 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.registry import Registry
-from maskgit_pl.schedules import MaskSchedule, compute_ratios, halton_order, mask_schedules, num_masked
+from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.schedules import MaskSchedule, halton_order, mask_schedules, num_masked
 
 __all__ = [
     "Draws",
@@ -53,7 +53,6 @@ Grid = tuple[int, int]
 
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
 _LEAST_MASS = 1e-6  # probability of the interval that a normal distribution is truncated to
-_BETA_POINTS = 16384  # intervals of the table of a beta distribution
 _NUM_BLOCKS = 32  # blocks drawn per image; positions that none of them covers are masked last
 
 
@@ -214,8 +213,7 @@ class MaskRatio(ABC):
 
 def _check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
     """Checks the contract of a distribution: finite ratios in [0, 1] that never rise or never fall."""
-    if not isinstance(mask_ratio, MaskRatio):
-        raise ValueError(f"mask ratio {name!r} must be a MaskRatio, got {shorten(mask_ratio)}")
+    derives_from(MaskRatio)(name, mask_ratio)
     u = torch.linspace(0, 1, _CHECKED_POINTS)
     ratio = mask_ratio(u, mask_schedules.build("cosine"), 256)
     if not isinstance(ratio, Tensor) or ratio.shape != u.shape or ratio.dtype != u.dtype:
@@ -241,7 +239,7 @@ class ScheduleRatio(MaskRatio):
     follows_schedule: ClassVar[bool] = True
 
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
-        return compute_ratios(mask_schedule, u, num_tokens)
+        return mask_schedule(u, num_tokens)
 
 
 @mask_ratios.register("uniform")
@@ -318,51 +316,6 @@ class TruncatedNormalRatio(MaskRatio):
         return ratio.float().clamp(self.low, self.high)
 
 
-@mask_ratios.register("beta")
-@dataclass(frozen=True)
-class BetaRatio(MaskRatio):
-    """The beta distribution, with the density r^(a - 1) (1 - r)^(b - 1) up to a factor.
-
-    Its inverse cumulative distribution is interpolated linearly in a table of 16,384 intervals.
-
-    Args:
-        a: First parameter, in [0.5, 100]; the mean is a / (a + b).
-        b: Second parameter, in [0.5, 100].
-
-    Raises:
-        ValueError: if a number is out of range.
-
-    Source: none; ``a=2, b=1`` has the mean 2 / 3, like the schedule ``square``.
-    """
-
-    a: float = 2.0
-    b: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("a", self.a, "[0.5, 100]")
-        check_number("b", self.b, "[0.5, 100]")
-
-    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
-        ratios, cumulative = (each.to(u.device) for each in _beta_table(self.a, self.b))
-        wanted = u.double()
-        right = torch.searchsorted(cumulative, wanted.detach(), right=True).clamp(1, len(cumulative) - 1)
-        left = right - 1
-        width = cumulative[right] - cumulative[left]
-        share = (wanted - cumulative[left]) / width.clamp(min=1e-300)
-        return (ratios[left] + share * (ratios[right] - ratios[left])).float().clamp(0.0, 1.0)
-
-
-@lru_cache(maxsize=16)
-def _beta_table(a: float, b: float) -> tuple[Tensor, Tensor]:
-    """Returns ratios in [0, 1] and the cumulative distribution there, two float64 tensors."""
-    # r = sin^2(angle) keeps the density finite at both ends: 2 sin^(2a - 1) cos^(2b - 1), integrated by midpoints.
-    edges = torch.linspace(0, math.pi / 2, _BETA_POINTS + 1, dtype=torch.float64)
-    middle = (edges[1:] + edges[:-1]) / 2
-    mass = ((2 * a - 1) * middle.sin().log() + (2 * b - 1) * middle.cos().log()).exp()
-    cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
-    return edges.sin().square(), cumulative / cumulative[-1].clone()
-
-
 class MaskPositions(ABC):
     """A rule that chooses the masked positions of each image. Subclasses are frozen dataclasses."""
 
@@ -405,8 +358,7 @@ class MaskPositions(ABC):
 
 def _check_mask_positions(name: str, positions: MaskPositions) -> None:
     """Checks the contract of a rule on a grid of 2 x 3 tokens: a permutation of the positions for each row."""
-    if not isinstance(positions, MaskPositions):
-        raise ValueError(f"mask positions {name!r} must be MaskPositions, got {shorten(positions)}")
+    derives_from(MaskPositions)(name, positions)
     index = torch.arange(3)
     order = positions.order(6, grid=(2, 3), seed=0, index=index, epoch=torch.zeros_like(index))
     if not isinstance(order, Tensor) or order.shape != (3, 6) or order.dtype != torch.int64:

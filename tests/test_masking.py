@@ -305,8 +305,6 @@ EVERY_RATIO = [
     *mask_ratios.names(),
     {"name": "uniform", "low": 0.15, "high": 0.9},
     {"name": "truncated_normal", "mean": 0.2, "std": 0.1, "low": 0.0, "high": 1.0},
-    {"name": "beta", "a": 0.5, "b": 3.0},
-    {"name": "beta", "a": 100, "b": 80},
 ]
 every_ratio = pytest.mark.parametrize("spec", EVERY_RATIO, ids=str)
 
@@ -330,10 +328,6 @@ CUMULATIVE = [  # a spec, and the cumulative distribution that it must have
     ("uniform", lambda r: r),
     ({"name": "uniform", "low": 0.15, "high": 0.9}, lambda r: ((r - 0.15) / 0.75).clamp(0, 1)),
     ("truncated_normal", lambda r: truncated_normal(r, 0.55, 0.25, 0.5, 1.0).clamp(0, 1)),
-    ("beta", lambda r: r**2),
-    ({"name": "beta", "a": 1, "b": 1}, lambda r: r),
-    ({"name": "beta", "a": 0.5, "b": 0.5}, lambda r: 2 / math.pi * r.sqrt().asin()),
-    ({"name": "beta", "a": 3, "b": 2}, lambda r: 4 * r**3 - 3 * r**4),
 ]
 
 
@@ -394,9 +388,8 @@ def test_whether_all_counts_can_be_drawn(spec, covers):
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("normal", "unknown mask ratio 'normal': .*known: beta, schedule, truncated_normal, uniform"),
+        ("normal", "unknown mask ratio 'normal': .*known: schedule, truncated_normal, uniform"),
         ({"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
-        ({"name": "beta", "a": 0}, r"a must be a number in \[0.5, 100\], got 0"),
         ({"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
         ({"name": "truncated_normal", "sd": 0.1}, "'sd'.*did you mean 'std'"),
     ],

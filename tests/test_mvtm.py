@@ -21,8 +21,7 @@ from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimized_model import check_tokenizer
-from maskgit_pl.training.token_model import BinnedMeans
+from maskgit_pl.training.token_model import BinnedMeans, check_tokenizer
 from tests.conftest import peak_predictions, save_tiny_pretrained
 from tests.modules import masked_model
 from tests.short_runs import data, fit

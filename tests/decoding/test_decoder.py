@@ -574,30 +574,3 @@ def test_a_decided_code_that_became_impossible_gets_a_finite_score():
         log_probs, torch.ones(1, 1).long(), torch.zeros(1, 1).long(), torch.zeros(1, 1), 0.5, None, torch.ones(1, 1) > 0
     )
     assert token_selectors.build("p2")(given).isfinite().all()
-
-
-@pytest.mark.parametrize(
-    ("attributes", "rule"),
-    [
-        ({"needs_decided_logits": True, "follows_schedule": False}, "follows_schedule must be True"),
-        ({"replaces_decided": True}, "needs_decided_logits must be True"),
-    ],
-)
-def test_attributes_that_contradict_each_other_are_refused(monkeypatch, attributes, rule):
-    @dataclass(frozen=True)
-    class Odd(TokenSelector):
-        kind: ClassVar[str] = "odd"
-
-        def __call__(self, candidates):
-            return candidates.gumbel
-
-    for name, value in attributes.items():
-        setattr(Odd, name, value)
-    monkeypatch.setitem(token_selectors._factories, "odd", Odd)
-    with pytest.raises(ValueError, match=f"token selector 'odd': {rule}"):
-        token_selectors.build("odd")
-
-
-def test_no_replacements_is_named():
-    with pytest.raises(TypeError, match="must define replacements"):
-        token_selectors.build("confidence").replacements(None)
