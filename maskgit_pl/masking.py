@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_number
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.schedules import MaskSchedule, halton_order, mask_schedules, num_masked
@@ -212,14 +212,10 @@ class MaskRatio(ABC):
 
 
 def _check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
-    """Checks the contract of a distribution: finite ratios in [0, 1] that never rise or never fall."""
+    """Checks that the ratios of a distribution are finite, in [0, 1], and never rise or never fall."""
     derives_from(MaskRatio)(name, mask_ratio)
-    u = torch.linspace(0, 1, _CHECKED_POINTS)
-    ratio = mask_ratio(u, mask_schedules.build("cosine"), 256)
-    if not isinstance(ratio, Tensor) or ratio.shape != u.shape or ratio.dtype != u.dtype:
-        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else shorten(ratio)
-        raise ValueError(f"mask ratio {name!r}: it must return a float32 tensor in the shape of u, got {seen}")
-    if not bool(ratio.isfinite().all() and (ratio >= 0).all() and (ratio <= 1).all()):
+    ratio = mask_ratio(torch.linspace(0, 1, _CHECKED_POINTS), mask_schedules.build("cosine"), 256)
+    if not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError(
             f"mask ratio {name!r}: its values must lie in [0, 1], got {float(ratio.min()):g} to {float(ratio.max()):g}"
         )
@@ -357,13 +353,10 @@ class MaskPositions(ABC):
 
 
 def _check_mask_positions(name: str, positions: MaskPositions) -> None:
-    """Checks the contract of a rule on a grid of 2 x 3 tokens: a permutation of the positions for each row."""
+    """Checks that a rule gives a permutation of the positions of a grid of 2 x 3 tokens, for each row."""
     derives_from(MaskPositions)(name, positions)
     index = torch.arange(3)
     order = positions.order(6, grid=(2, 3), seed=0, index=index, epoch=torch.zeros_like(index))
-    if not isinstance(order, Tensor) or order.shape != (3, 6) or order.dtype != torch.int64:
-        seen = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else shorten(order)
-        raise ValueError(f"mask positions {name!r}: the order must be an int64 tensor (B, N), got {seen}")
     if not torch.equal(order.sort(dim=1).values, torch.arange(6).expand(3, 6)):
         raise ValueError(f"mask positions {name!r}: each row must hold all positions once, got {order.tolist()}")
 

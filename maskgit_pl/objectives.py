@@ -30,7 +30,7 @@ from typing import ClassVar, TypeAlias
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_number
 from maskgit_pl.decoding.decoder import draw_codes
 from maskgit_pl.losses import mean_over_rows
 from maskgit_pl.masking import Draws, MaskSampler
@@ -125,17 +125,7 @@ class Objective(ABC):
         sampler.slope(num_tokens, index=first, epoch=first, position=first, global_batch=1)
 
 
-def _check_objective(name: str, objective: Objective) -> None:
-    """Checks the contract of an objective on two images of three tokens: a finite scalar."""
-    derives_from(Objective)(name, objective)
-    check_number(f"objective {name!r}: visible_weight", objective.visible_weight, "[0, 1000000]")
-    rows, ones, is_masked = torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6), torch.arange(6) % 2 == 0
-    loss = objective(TokenLosses(ones, rows, 2, is_masked, ~is_masked, torch.ones(2)))
-    if not isinstance(loss, Tensor) or loss.shape != () or not bool(loss.isfinite()):
-        raise ValueError(f"objective {name!r}: the loss must be a finite scalar tensor, got {shorten(loss)}")
-
-
-objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=_check_objective)
+objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=derives_from(Objective))
 
 
 @objectives.register("masked_cross_entropy")
@@ -268,23 +258,7 @@ class Corruption(ABC):
         return tokens.masked_scatter(replaced, new)
 
 
-def _check_corruption(name: str, corruption: Corruption) -> None:
-    """Checks the contract of a corruption on four tokens of two images."""
-    derives_from(Corruption)(name, corruption)
-    check_number(f"corruption {name!r}: fraction", getattr(corruption, "fraction", None), "(0, 1)")
-    tokens, replaced = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[True, False], [True, True]])
-    uniform = torch.tensor([0.1, 0.5, 0.9])
-    codes = corruption.codes(
-        tokens, replaced, uniform, codebook_size=3, predict=lambda at: torch.zeros(int(at.sum()), 3)
-    )
-    if not isinstance(codes, Tensor) or codes.shape != (3,) or codes.dtype != torch.int64:
-        seen = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else shorten(codes)
-        raise ValueError(f"corruption {name!r}: the codes must be an int64 tensor (R,), got {seen}")
-    if not bool(((codes >= 0) & (codes < 3)).all()):
-        raise ValueError(f"corruption {name!r}: the codes must lie in [0, K), got {codes.tolist()} for K = 3")
-
-
-corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=_check_corruption)
+corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=derives_from(Corruption))
 
 
 @corruptions.register("uniform")

@@ -58,21 +58,6 @@ class MaskSchedule(ABC):
             Mask ratios in [0, 1], with the shape and dtype of ``progress``.
         """
 
-    def _repr_png_(self) -> bytes:
-        """Draws the mask ratio of 256 tokens over progress, for notebooks."""
-        from io import BytesIO
-
-        import torch
-        from matplotlib.figure import Figure
-
-        progress = torch.linspace(0.0, 1.0, _CHECKED_POINTS)
-        page = Figure(figsize=(4.0, 2.6), layout="constrained")
-        axes = page.add_subplot(title=str(self), xlabel="progress", ylabel="mask ratio")
-        axes.plot(progress.numpy(), self(progress, 256).numpy())
-        axes.grid(alpha=0.3)
-        page.savefig(file := BytesIO(), format="png", dpi=100)
-        return file.getvalue()
-
 
 mask_schedules: Registry[MaskSchedule] = Registry(
     "mask schedule", "maskgit_pl.mask_schedules", check=lambda name, made: check_mask_schedule(name, made)

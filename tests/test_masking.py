@@ -280,21 +280,13 @@ def test_a_rule_that_needs_a_grid_says_so(name, grid):
     assert sampler.mask(N, **place, grid=GRID).shape == (4, N)
 
 
-@pytest.mark.parametrize(
-    ("order", "rule"),
-    [
-        (lambda index: torch.zeros(3, 6).long(), "each row must hold all positions once"),
-        (lambda index: torch.arange(6).float().expand(3, 6), "int64 tensor"),
-        (lambda index: None, "int64 tensor .B, N., got None"),
-    ],
-)
-def test_a_broken_rule_is_refused_by_name(monkeypatch, order, rule):
+def test_a_broken_rule_is_refused_by_name(monkeypatch):
     class Broken(MaskPositions):
         def order(self, num_tokens, *, grid, seed, index, epoch):
-            return order(index)
+            return torch.zeros(3, 6).long()
 
     monkeypatch.setitem(mask_positions._factories, "broken", Broken)
-    with pytest.raises(ValueError, match=f"mask positions 'broken': .*{rule}"):
+    with pytest.raises(ValueError, match="mask positions 'broken': each row must hold all positions once"):
         mask_positions.build("broken")
     with pytest.raises(ValueError, match=r"max_side must be a number in \(0, 1\], got 1.2"):
         mask_positions.build({"name": "blocks", "max_side": 1.2})
@@ -405,8 +397,6 @@ def test_wrong_distributions_are_refused_by_name(spec, text):
         (lambda u: u * math.nan, r"its values must lie in \[0, 1\]"),
         (lambda u: 2 * u, r"its values must lie in \[0, 1\], got 0 to 2"),
         (lambda u: (2 * u - 1).abs(), "it must never rise or never fall"),
-        (lambda u: u[:-1], "it must return a float32 tensor in the shape of u"),
-        (lambda u: 0.5, "it must return a float32 tensor in the shape of u, got 0.5"),
     ],
 )
 def test_a_broken_distribution_is_refused_by_name(monkeypatch, function, rule):

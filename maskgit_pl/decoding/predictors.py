@@ -16,7 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, Protocol, TypeVar, cast
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -65,36 +65,11 @@ class Predictor(Protocol):
 class ConditionalNetwork(Protocol):
     """A network that computes the logits of the codes at some positions, given tokens and labels."""
 
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
-
-
-class VectorConditionalNetwork(Protocol):
-    """A network that computes the logits of the codes at some positions, given tokens, labels and vectors."""
-
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,) and vectors (B, C)."""
+        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64.
 
-
-@dataclass(frozen=True)
-class VectorNetwork:
-    """A network with the vectors of a batch, in the form of a network that is conditioned on classes only.
-
-    Guidance doubles the batch: rows i and B + i are the two halves of image i, and both get its vector. With the null
-    label, the network hides the vector.
-
-    Args:
-        network: The network. Its ``forward_at`` takes ``vectors``.
-        vectors: (B, C) float on the network's device.
-    """
-
-    network: VectorConditionalNetwork
-    vectors: Tensor
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Computes logits (b, M, K) at positions (b, M) of tokens (b, N) for labels (b,), with b = B or 2 B."""
-        vectors = self.vectors.repeat(len(tokens) // len(self.vectors), 1)  # (b, C)
-        return self.network.forward_at(tokens, labels, positions, vectors=vectors)
+        A network that is conditioned on vectors takes them too, (B, C) float; the null label hides them.
+        """
 
 
 @dataclass(frozen=True)
@@ -104,13 +79,17 @@ class ClassPredictor:
     Args:
         network: The network, usually a ``networks.transformer.MaskedTransformer``.
         labels: (B,) int64 in [0, num_classes), or the null label.
+        vectors: (B, C) float on the network's device; None for a network without vectors.
     """
 
     network: ConditionalNetwork
     labels: Tensor
+    vectors: Tensor | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.network.forward_at(tokens, self.labels, positions)
+        if self.vectors is None:
+            return self.network.forward_at(tokens, self.labels, positions)
+        return self.network.forward_at(tokens, self.labels, positions, vectors=self.vectors)
 
 
 class GuidedPredictor:
@@ -123,13 +102,21 @@ class GuidedPredictor:
         labels: (B,) int64 in [0, num_classes).
         negative_labels: (B,) int64: class that each image is pushed away from, usually the null label.
         scales: Guidance scale of each call, >= 0.
+        vectors: (B, C) float, for both halves of each image; None for a network without vectors.
     """
 
     def __init__(
-        self, network: ConditionalNetwork, labels: Tensor, *, negative_labels: Tensor, scales: Sequence[float]
+        self,
+        network: ConditionalNetwork,
+        labels: Tensor,
+        *,
+        negative_labels: Tensor,
+        scales: Sequence[float],
+        vectors: Tensor | None = None,
     ) -> None:
-        self.conditional = ClassPredictor(network, labels)
-        self.both = ClassPredictor(network, torch.cat([labels, negative_labels]))  # (2 B,)
+        self.conditional = ClassPredictor(network, labels, vectors)
+        twice = None if vectors is None else vectors.repeat(2, 1)
+        self.both = ClassPredictor(network, torch.cat([labels, negative_labels]), twice)  # (2 B,)
         self._scales = iter(scales)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -157,12 +144,7 @@ class AutoguidedPredictor:
     """
 
     def __init__(
-        self,
-        positive: Predictor,
-        negative: Predictor,
-        *,
-        mask_token_ids: tuple[int, int],
-        scales: Sequence[float],
+        self, positive: Predictor, negative: Predictor, *, mask_token_ids: tuple[int, int], scales: Sequence[float]
     ) -> None:
         self.positive = positive
         self.negative = negative
@@ -281,6 +263,7 @@ class ConditionalModel(Generic[_NetworkT]):
         negative: Weaker model of the same tokens, which guidance pushes images away from (``AutoguidedPredictor``);
             None pushes them away from the negative or null class.
         condition_dim: Size C of the vector of an image; 0 for a network without vectors.
+        vectors: (B, C) float, the vectors of a batch (``bind``).
     """
 
     network: _NetworkT
@@ -291,6 +274,7 @@ class ConditionalModel(Generic[_NetworkT]):
     first_step_logits: FirstStepLogits | None = None
     negative: ConditionalModel[ConditionalNetwork] | None = None
     condition_dim: int = 0
+    vectors: Tensor | None = None
 
     @staticmethod
     def from_network(
@@ -313,21 +297,17 @@ class ConditionalModel(Generic[_NetworkT]):
         """The number of tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
-    def bind(self, vectors: Tensor | None) -> ConditionalModel[ConditionalNetwork]:
+    def bind(self, vectors: Tensor | None) -> ConditionalModel[_NetworkT]:
         """Returns the model for a batch whose images have vectors. A negative model without vectors stays as it is.
 
         Args:
             vectors: (B, C) float on the network's device; None for a network without vectors, which stays as it is.
         """
-        model = cast("ConditionalModel[ConditionalNetwork]", self)
         if vectors is None:
-            return model
-        negative = (
-            None if self.negative is None else self.negative.bind(vectors if self.negative.condition_dim else None)
-        )
-        network = VectorNetwork(cast("VectorConditionalNetwork", self.network), vectors)
+            return self
+        negative = self.negative.bind(vectors) if self.negative and self.negative.condition_dim else self.negative
         # The logits of the first step are cached by class, which a vector makes wrong.
-        return replace(model, network=network, first_step_logits=None, negative=negative)
+        return replace(self, vectors=vectors, first_step_logits=None, negative=negative)
 
     def fill_negative_labels(self, given: Sequence[int] | None, labels: Sequence[int]) -> Sequence[int] | None:
         """Returns the labels of the negative half of guidance.
@@ -368,7 +348,7 @@ def build_class_predictor(
     """
     negative_labels = model.fill_negative_labels(negative_labels, labels)
     check_guidance(scales, has_negative_class=negative_labels is not None)
-    if not all_masked or isinstance(model.network, VectorNetwork):
+    if not all_masked or model.vectors is not None:
         return _build_guided(model, labels, negative_labels, scales)
     logits = _first_logits(model, labels, negative_labels, scales[0] if scales else 0)
     return FirstStepPredictor(logits, _build_guided(model, labels, negative_labels, scales[1:]))
@@ -383,13 +363,13 @@ def _build_guided(
     """Builds the predictor without the shared first step; see ``build_class_predictor``."""
     positive = torch.tensor(list(labels), device=model.device)
     if negative_labels is None or not any(scale > 0 for scale in scales):
-        return ClassPredictor(model.network, positive)
+        return ClassPredictor(model.network, positive, model.vectors)
     negative = torch.tensor(list(negative_labels), device=model.device)
     if model.negative is None:
-        return GuidedPredictor(model.network, positive, negative_labels=negative, scales=scales)
+        return GuidedPredictor(model.network, positive, negative_labels=negative, scales=scales, vectors=model.vectors)
     return AutoguidedPredictor(
-        ClassPredictor(model.network, positive),
-        ClassPredictor(model.negative.network, negative),
+        ClassPredictor(model.network, positive, model.vectors),
+        ClassPredictor(model.negative.network, negative, model.negative.vectors),
         mask_token_ids=(model.mask_token_id, model.negative.mask_token_id),
         scales=scales,
     )
