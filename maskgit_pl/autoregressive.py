@@ -29,21 +29,9 @@ __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
 
 @dataclass(frozen=True)
 class AutoregressiveConfig(TokenModelConfig):
-    """The configuration of ``AutoregressiveModel``.
+    """The configuration of ``AutoregressiveModel``: that of ``TokenModelConfig``, with causal attention.
 
     Args:
-        network: Configuration of the backbone, with causal attention.
-        optimizer: The optimizer and its learning rate.
-        tokenizer: Path of the pretrained tokenizer folder.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
-            With token groups it is ``codes``: the softmax of each group.
-        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
-        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
-        seed: Seed of class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
-            and loss as one graph.
         decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:

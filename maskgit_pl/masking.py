@@ -114,9 +114,6 @@ class MaskSampler:
 
         Returns:
             (B, N) bool, True = masked; each row has 1 to N masked positions.
-
-        Raises:
-            ValueError: if the rule for the positions requires a grid and ``grid`` is None.
         """
         ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
         count = num_masked(ratio, num_tokens, rounding="ceil")  # 3.
@@ -343,9 +340,6 @@ class MaskPositions(ABC):
 
         Returns:
             (B, N) bool, True = masked.
-
-        Raises:
-            ValueError: if the rule requires a grid and ``grid`` is None or does not hold N tokens.
         """
         order = self.order(num_tokens, grid=grid, seed=seed, index=index, epoch=epoch)  # (B, N)
         is_first = torch.arange(num_tokens, device=order.device) < count.unsqueeze(1)  # (B, N): columns in that order
@@ -405,7 +399,7 @@ class BlockPositions(MaskPositions):
         check_number("min_side", self.min_side, "(0, 1]")
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        grid = _check_grid("blocks", grid, num_tokens)
+        assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
         uniform = random_uniform("mask/blocks", seed=seed, index=index, epoch=epoch, count=4 * _NUM_BLOCKS)
         u = uniform.view(-1, _NUM_BLOCKS, 4, 1)  # (B, blocks, numbers, 1)
         place = torch.arange(num_tokens, device=u.device)
@@ -441,7 +435,8 @@ class HaltonPositions(MaskPositions):
     """
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        order = _halton_tensor(_check_grid("halton", grid, num_tokens), index.device)  # (N,)
+        assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
+        order = _halton_tensor(grid, index.device)  # (N,)
         shift = random_bits("mask/halton", seed=seed, index=index, epoch=epoch)[:, :1] % num_tokens  # (B, 1)
         # Decoding begins with the visible tokens, so the masked ones are the last of its order.
         backwards = torch.arange(num_tokens - 1, -1, -1, device=order.device)
@@ -451,15 +446,6 @@ class HaltonPositions(MaskPositions):
 @lru_cache(maxsize=16)
 def _halton_tensor(grid: Grid, device: torch.device) -> Tensor:
     return torch.tensor(halton_order(grid)).to(device)
-
-
-def _check_grid(name: str, grid: Grid | None, num_tokens: int) -> Grid:
-    if grid is None or math.prod(grid) != num_tokens:
-        raise ValueError(
-            f"mask positions {name} require the grid (rows, columns) of the {num_tokens} tokens, got {grid}; call "
-            "MaskSampler.mask(grid=(rows, columns))"
-        )
-    return grid
 
 
 class Draws(NamedTuple):

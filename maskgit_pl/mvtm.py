@@ -38,21 +38,9 @@ _NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; 
 
 @dataclass(frozen=True)
 class MaskedTokenConfig(TokenModelConfig):
-    """The configuration of ``MaskedTokenModel``.
+    """The configuration of ``MaskedTokenModel``: that of ``TokenModelConfig``, with bidirectional attention, and masks.
 
     Args:
-        network: Configuration of the backbone, with bidirectional attention.
-        optimizer: The optimizer and its learning rate.
-        tokenizer: Path of the pretrained tokenizer folder.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
-            With token groups it is ``codes``: the softmax of each group.
-        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
-        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
-        seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
-            and loss as one graph.
         global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the following

@@ -149,17 +149,10 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
     Returns:
         int64 in [0, num_tokens].
 
-    Raises:
-        ValueError: if the rounding is unknown.
-
     Source: paper, section on mask scheduling (ceil); google-research/maskgit, ``parallel_decode.py`` (floor).
     """
     scaled = ratio.float().clamp(_MIN_RATIO, 1.0) * num_tokens
-    if rounding == "ceil":
-        return scaled.ceil().long()
-    if rounding == "floor":
-        return scaled.floor().long()
-    raise ValueError(f"rounding must be 'ceil' or 'floor', got {rounding!r}")
+    return (scaled.ceil() if rounding == "ceil" else scaled.floor()).long()
 
 
 def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:

@@ -269,17 +269,6 @@ def test_uniform_is_random_mask_to_the_last_bit():
     assert torch.equal(draw("uniform", count), random_mask(count, N, seed=3, index=index))
 
 
-@pytest.mark.parametrize("name", ["blocks", "halton"])
-@pytest.mark.parametrize("grid", [None, (4, 8)])
-def test_a_rule_that_needs_a_grid_says_so(name, grid):
-    sampler = MaskSampler(mask_schedules.build("cosine"), 0, mask_positions=mask_positions.build(name))
-    index = torch.arange(4)
-    place = {"index": index, "epoch": index, "position": index, "global_batch": 4}
-    with pytest.raises(ValueError, match=rf"mask positions {name} require the grid .* of the 48 tokens, got"):
-        sampler.mask(N, **place, grid=grid)
-    assert sampler.mask(N, **place, grid=GRID).shape == (4, N)
-
-
 def test_a_broken_rule_is_refused_by_name(monkeypatch):
     class Broken(MaskPositions):
         def order(self, num_tokens, *, grid, seed, index, epoch):

@@ -315,10 +315,7 @@ class Halton(TokenSelector):
             check_seed("seed", self.seed)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        if candidates.grid is None:
-            raise ValueError(
-                "token selector halton requires the grid of tokens, got None; call steps(grid=(rows, columns))"
-            )
+        assert candidates.grid is not None, "ParallelDecoder.steps(grid=(rows, columns))"
         ranks = _halton_ranks(candidates.grid, self.seed, candidates.positions.device)
         return -ranks[candidates.positions]
 

@@ -84,7 +84,25 @@ LossVocabulary = Literal["codes", "all"]
 
 @dataclass(frozen=True)
 class TokenModelConfig:
-    """The common fields of both models' configurations, which document them."""
+    """The fields that both models' configurations share.
+
+    Args:
+        network: Configuration of the backbone.
+        optimizer: The optimizer and its learning rate.
+        tokenizer: Path of the pretrained tokenizer folder.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
+        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
+            With token groups it is ``codes``: the softmax of each group.
+        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
+        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
+        seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
+        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
+            and loss as one graph.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
 
     network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
     optimizer: OptimizerConfig
@@ -259,11 +277,6 @@ class TokenModel(CheckpointedModule):
         return self.transformer if self.ema_network is None else self.ema_network
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """The pretrained tokenizer folder."""
-        return Path(self.config.tokenizer)
-
-    @property
     def tokenizer(self) -> PretrainedTokenizer:
         """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints.
 
@@ -271,7 +284,7 @@ class TokenModel(CheckpointedModule):
             ValueError: if its codebook or grid is not that of the transformer.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_folder)
+            self._tokenizer = load_tokenizer(self.config.tokenizer)
             check_tokenizer(self.config.network, self._tokenizer)
         self._tokenizer.network.to(self.device)
         return self._tokenizer
@@ -558,7 +571,7 @@ class TokenModel(CheckpointedModule):
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
-            copy_stage_folder(self.tokenizer_folder, own)
+            copy_stage_folder(Path(self.config.tokenizer), own)
             save_transformer(
                 own.with_name("transformer"),
                 self.config.network,
