@@ -211,10 +211,10 @@ class MaskedTokenModel(TokenModel):
             return network.forward_selected(seen, draws.labels, positions, vectors=vectors)
 
         size = self.config.network.codebook_size
-        corrupted = self.corruption.corrupt(tokens, replaced, uniform, codebook_size=size, predict=predict)
+        codes = self.corruption.codes(tokens, replaced, uniform, codebook_size=size, predict=predict)  # (R,)
         self.transformer.train(self.training)  # without an average, it is the network that drew
         torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
-        return corrupted
+        return tokens.masked_scatter(replaced, codes)
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""

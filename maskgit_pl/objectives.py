@@ -14,8 +14,6 @@ use to correct them. Used by ``mvtm.MaskedTokenModel``. Yours are registered fro
     @corruptions.register("zero")
     @dataclass(frozen=True)
     class Zero(Corruption):
-        fraction: float = 0.1
-
         def codes(self, tokens, replaced, uniform, *, codebook_size, predict):
             return torch.zeros_like(tokens[replaced])
 """
@@ -200,14 +198,21 @@ class Elbo(Objective):
         return loss + (visible / tokens.sum_rows(1 - masked).clamp(min=1)).mean()
 
 
+@dataclass(frozen=True)
 class Corruption(ABC):
     """A rule that replaces visible tokens. Subclasses are frozen dataclasses.
 
-    Attributes:
+    Args:
         fraction: Probability that a visible token is replaced, in (0, 1).
+
+    Raises:
+        ValueError: if ``fraction`` is out of range.
     """
 
-    fraction: float
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_number("fraction", self.fraction, "(0, 1)")
 
     @abstractmethod
     def codes(
@@ -242,21 +247,6 @@ class Corruption(ABC):
         replaced = (chance < self.fraction) & ~mask
         return replaced, codes[replaced]
 
-    def corrupt(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        """Returns the tokens (B, N) int64 with new codes where ``replaced``; a new code may be the true one.
-
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            replaced: (B, N) bool, from ``draw``.
-            uniform: (R,) float32, from ``draw``.
-            codebook_size: K.
-            predict: (B, N) bool, the positions to replace -> their logits (R, K).
-        """
-        new = self.codes(tokens, replaced, uniform, codebook_size=codebook_size, predict=predict)
-        return tokens.masked_scatter(replaced, new)
-
 
 corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=derives_from(Corruption))
 
@@ -272,11 +262,6 @@ class UniformCorruption(Corruption):
     Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676. NLD-Image,
     arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
     """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
 
     def codes(
         self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
@@ -298,11 +283,6 @@ class ModelCorruption(Corruption):
     Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with the most
     likely codes, and adds a second loss on that sequence.
     """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
 
     def codes(
         self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict

@@ -146,7 +146,8 @@ def seven(replaced: Tensor) -> Tensor:
 def corrupt(name: str, *, rows: slice = slice(None), seed: int = 3, epoch: int = 0, fraction: float = 0.25):
     index, corruption = torch.arange(B)[rows], corruptions.build({"name": name, "fraction": fraction})
     replaced, uniform = corruption.draw(MASK[rows], seed=seed, index=index, epoch=torch.full_like(index, epoch))
-    return corruption.corrupt(TOKENS[rows], replaced, uniform, codebook_size=CODEBOOK_SIZE, predict=seven), replaced
+    codes = corruption.codes(TOKENS[rows], replaced, uniform, codebook_size=CODEBOOK_SIZE, predict=seven)
+    return TOKENS[rows].masked_scatter(replaced, codes), replaced
 
 
 @every_corruption
