@@ -75,7 +75,7 @@ class AutoregressiveModel(TokenModel):
         """Computes the loss of one micro-batch, scalar float32."""
         batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
         self._reseed_dropout(batch_idx)  # 3
-        tokens, _ = self.tokens_and_mask(batch)  # 4
+        tokens = self._encode(batch)  # 4 (B, N)
         losses = self._run_step(batch._replace(content=tokens), tokens)  # 5, 6
         self._log_step(batch, losses, batch_idx)
         return losses.loss

@@ -27,7 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -186,13 +186,7 @@ def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epo
 
 
 class MaskRatio(ABC):
-    """A distribution of the mask ratio, as a monotone function of a uniform number. Subclasses are frozen dataclasses.
-
-    Attributes:
-        follows_schedule: True if the ratio is that of the mask schedule.
-    """
-
-    follows_schedule: ClassVar[bool] = False
+    """A distribution of the mask ratio: a monotone function of a uniform number. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
@@ -228,8 +222,6 @@ mask_ratios: Registry[MaskRatio] = Registry("mask ratio", "maskgit_pl.mask_ratio
 @dataclass(frozen=True)
 class ScheduleRatio(MaskRatio):
     """gamma(u), the mask schedule that decoding follows too. Source: paper, training objective."""
-
-    follows_schedule: ClassVar[bool] = True
 
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
         return mask_schedule(u, num_tokens)

@@ -330,13 +330,8 @@ class TokenModel(CheckpointedModule):
         word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
         torch.manual_seed(int(word))
 
-    def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the tokens of a batch, (B, N) int64 in [0, K), and the mask of those to predict, (B, N) bool."""
-        assert batch.draws is not None
-        return self._encode(batch), batch.draws.mask
-
     def _encode(self, batch: Batch) -> Tensor:
-        """Returns the tokens of a batch, (B, N) int64; images are flipped in training only."""
+        """Returns the tokens of a batch, (B, N) int64 in [0, K); images are flipped in training only."""
         if batch.content.ndim == 2:
             return batch.content
         images, config = batch.content, self.config
@@ -501,8 +496,7 @@ class TokenModel(CheckpointedModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
         batch = self._with_draws(batch)
-        tokens, _ = self.tokens_and_mask(batch)
-        losses = self.compute_losses(self.averaged_network, batch, tokens, smoothing=0.0)
+        losses = self.compute_losses(self.averaged_network, batch, self._encode(batch), smoothing=0.0)
         self._validation_loss.update(losses.token_losses)
         self._validation_accuracy.update(losses.hits)
 
