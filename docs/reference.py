@@ -32,7 +32,7 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.schedules": "Mask schedules.",
     "maskgit_pl.masking": "Masks of training.",
     "maskgit_pl.decoding": "Parallel and autoregressive decoding.",
-    "maskgit_pl.decoding.token_selector": "The interface of token selectors.",
+    "maskgit_pl.decoding.selectors": "Token selectors: the interface and the built-in ones.",
     "maskgit_pl.pipeline.regions": "Regions of pixels and of tokens.",
     "maskgit_pl.pipeline.pixels": "Images and masks that are edited.",
     "maskgit_pl.pipeline.grids": "Pictures.",

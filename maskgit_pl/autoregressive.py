@@ -1,6 +1,6 @@
 """Stage 2 of the autoregressive baseline: the transformer with causal attention learns to predict the next token.
 
-See ``token_model`` for the steps of training.
+The numbers of its comments are those of the steps in ``training.token_model``.
 
 Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser et al., arXiv:2012.09841.
 """
@@ -15,32 +15,23 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_choice
-from maskgit_pl.data import Batch
-from maskgit_pl.decoding import AutoregressiveDecoding, ConditionalModel, DecodingStep, decode_autoregressive
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.decoding.autoregressive import decode_autoregressive
+from maskgit_pl.decoding.config import AutoregressiveDecoding
+from maskgit_pl.decoding.decoder import DecodingStep
+from maskgit_pl.decoding.predictors import ConditionalModel
+from maskgit_pl.masking import Draws
 from maskgit_pl.networks.backbone import AutoregressiveBackbone, create_network
-from maskgit_pl.training.optimized_model import TokenModelConfig, check_decoding
-from maskgit_pl.training.token_model import NUM_BINS, TokenModel
+from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
 
 
 @dataclass(frozen=True)
 class AutoregressiveConfig(TokenModelConfig):
-    """The configuration of ``AutoregressiveModel``.
+    """The configuration of ``AutoregressiveModel``: that of ``TokenModelConfig``, with causal attention.
 
     Args:
-        network: Configuration of the backbone, with causal attention.
-        optimizer: The optimizer and its learning rate.
-        tokenizer: Path of the pretrained tokenizer folder.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
-            With token groups it is ``codes``: the softmax of each group.
-        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
-        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
-        seed: Seed of class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
-            and loss as one graph.
         decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
@@ -80,18 +71,24 @@ class AutoregressiveModel(TokenModel):
         super().__init__(config, create_network(config.network), decoding)
         self.decoder = decoding.build_autoregressive_decoder(num_tokens)
 
-    def _draw_mask(self, batch: Batch) -> Tensor:
-        return torch.ones(len(batch.index), self.config.network.num_tokens, dtype=torch.bool, device=batch.index.device)
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Computes the loss of one micro-batch, scalar float32."""
+        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
+        self._reseed_dropout(batch_idx)  # 3
+        tokens = self._encode(batch)  # 4 (B, N)
+        losses = self._run_step(batch._replace(content=tokens), tokens)  # 5, 6
+        self._log_step(batch, losses, batch_idx)
+        return losses.loss
+
+    def _draw(self, batch: Batch) -> Draws:
+        shape = len(batch.index), self.config.network.num_tokens
+        return self._draws_of(batch, torch.ones(shape, dtype=torch.bool, device=batch.index.device))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by their position in raster order, in four equal parts."""
         return positions % mask.shape[1] * NUM_BINS // mask.shape[1]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
-        return decode_autoregressive(
-            ConditionalModel.from_network(cast("AutoregressiveBackbone", self.averaged_network), self.device),
-            labels,
-            seeds,
-            decoder=self.decoder,
-            scales=self.decoding.scales(),
-        )
+        network = cast("AutoregressiveBackbone", self.averaged_network)
+        model = ConditionalModel.from_network(network, self.device)
+        return decode_autoregressive(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

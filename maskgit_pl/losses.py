@@ -23,12 +23,10 @@ __all__ = [
     "TokenStatistics",
     "adaptive_weight",
     "chunked_statistics",
-    "cluster_cross_entropy",
     "discriminator_loss",
     "entropy_loss",
     "generator_loss",
     "lecam_loss",
-    "masked_cross_entropy",
     "mean_over_rows",
     "needs_chunks",
     "r1_penalty",
@@ -46,47 +44,18 @@ _LEAST_COLUMNS = 2**14  # below, the logits are no larger than the activations o
 _LEAST_ROWS = 128  # of a chunk: with fewer rows, a GPU would wait for the memory of the table
 
 
-def masked_cross_entropy(
-    logits: Tensor,
-    targets: Tensor,
-    rows: Tensor,
-    *,
-    num_rows: int,
-    label_smoothing: float = 0.0,
-    num_token_groups: int = 1,
+def token_cross_entropy(
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, num_token_groups: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Computes the cross-entropy at masked positions.
-
-    loss = mean over rows of (sum over the row's masked tokens / their count)
-
-    The mean is over rows, not over tokens, so the loss of a global batch does not depend on the number of ranks and
-    micro-batches. A row without masked tokens adds 0 to the sum and counts in the mean.
+    """Computes the cross-entropy of each of M tokens.
 
     Args:
-        logits: (M, V) float: logits at the M masked positions of all rows; V = G k with G token groups of k values.
+        logits: (M, V) float: logits of the tokens; V = G k with G token groups of k values.
         targets: (M,) int64 in [0, V), or in [0, k^G).
-        rows: (M,) int64 in [0, num_rows): the row of each masked position.
-        num_rows: B, rows of the batch.
         label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V, as in ``torch.nn.CrossEntropyLoss``; in
             each group (1 - s) one-hot + s / k.
         num_token_groups: G. Above 1, the loss of a token is the sum of the cross-entropies of its groups, whose
             negative log-likelihood is that of the token.
-
-    Returns:
-        Scalar float32 loss, and the detached negative log-likelihoods without smoothing, (M,) float32.
-
-    Source: released code, ``weighted_sequence_cross_entropy`` (it gives NaN for a row without masked tokens).
-    """
-    losses, nll = token_cross_entropy(
-        logits, targets, label_smoothing=label_smoothing, num_token_groups=num_token_groups
-    )
-    return mean_over_rows(losses, rows, num_rows=num_rows), nll.detach()
-
-
-def token_cross_entropy(
-    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, num_token_groups: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Computes the cross-entropy of each token; see ``masked_cross_entropy`` for the arguments.
 
     Returns:
         (M,) float32 cross-entropies with label smoothing, and without.
@@ -95,7 +64,7 @@ def token_cross_entropy(
         rows = rearrange(logits, "m (groups k) -> (m groups) k", groups=num_token_groups)
         digits = split_tokens(targets, num_groups=num_token_groups, group_size=rows.shape[1]).flatten()
         of_digits = token_cross_entropy(rows, digits, label_smoothing=label_smoothing)
-        losses, nll = (each.view(-1, num_token_groups).sum(1) for each in of_digits)
+        losses, nll = (values.view(-1, num_token_groups).sum(1) for values in of_digits)
         return losses, nll
     log_probabilities = F.log_softmax(logits.float(), dim=-1)
     nll = -log_probabilities.gather(1, targets.unsqueeze(1)).squeeze(1)  # (M,)
@@ -106,45 +75,50 @@ def token_cross_entropy(
     return losses, nll
 
 
+def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
+    """Computes the loss of the paper: the mean over images of (sum of the losses of an image's tokens / their number).
+
+    The mean is over images, not over tokens, so the loss of a global batch does not depend on the number of ranks and
+    micro-batches.
+
+    Args:
+        losses: (M,) float32: cross-entropies of the predicted tokens of all images; 0 for padding.
+        rows: (M,) int64 in [0, B]: the image of each token; B for padding.
+        num_rows: B. An image without predicted tokens adds 0 to the sum and counts in the mean.
+
+    Returns:
+        Scalar float32.
+
+    Source: released code, ``weighted_sequence_cross_entropy`` (it gives NaN for an image without masked tokens).
+    """
+    # No bincount: it waits for the device to learn the largest row.
+    counts = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add(0, rows, torch.ones_like(rows))
+    return (losses / counts[rows]).sum() / num_rows
+
+
 class TokenStatistics(NamedTuple):
     """The statistics of the logits of M predicted tokens: everything that training needs of them.
 
     Args:
         losses: (M,) float32: cross-entropies with label smoothing, with a graph.
-        nll: (M,) float32: negative log-likelihoods.
+        nll: (M,) float32: negative log-likelihoods, detached.
         hits: (M,) float32: 1 where the most likely code is the right one.
-        cluster_losses: (M,) float32: cross-entropies of the clusters, with a graph; None without clusters.
     """
 
     losses: Tensor
     nll: Tensor
     hits: Tensor
-    cluster_losses: Tensor | None = None
 
 
 def token_statistics(
-    logits: Tensor,
-    targets: Tensor,
-    *,
-    label_smoothing: float = 0.0,
-    num_token_groups: int = 1,
-    clusters: Tensor | None = None,
+    logits: Tensor, targets: Tensor, *, label_smoothing: float = 0.0, num_token_groups: int = 1
 ) -> TokenStatistics:
-    """Computes the statistics of logits; see ``masked_cross_entropy`` and ``cluster_cross_entropy`` for the arguments.
-
-    Args:
-        logits: (M, V) float.
-        targets: (M,) int64.
-        label_smoothing: s in [0, 1).
-        num_token_groups: G.
-        clusters: (n, K / n) int64; None for no losses of clusters.
-    """
+    """Computes the statistics of logits; see ``token_cross_entropy`` for the arguments."""
     losses, nll = token_cross_entropy(
         logits, targets, label_smoothing=label_smoothing, num_token_groups=num_token_groups
     )
     hits = (likeliest_tokens(logits.detach(), num_groups=num_token_groups) == targets).float()
-    of_clusters = None if clusters is None else cluster_cross_entropy(logits, targets, clusters)
-    return TokenStatistics(losses, nll.detach(), hits, of_clusters)
+    return TokenStatistics(losses, nll.detach(), hits)
 
 
 def needs_chunks(num_tokens: int, num_columns: int) -> bool:
@@ -153,13 +127,6 @@ def needs_chunks(num_tokens: int, num_columns: int) -> bool:
     It is for large codebooks: V >= 16,384 and M V > 2^25. Smaller logits are computed at once.
     """
     return num_columns >= _LEAST_COLUMNS and num_tokens * num_columns > _MOST_LOGITS
-
-
-def _rows_at_once(num_tokens: int, num_columns: int) -> int:
-    """Returns the number of rows of logits (M, V) that a step holds at once: M, or those of a chunk."""
-    if not needs_chunks(num_tokens, num_columns):
-        return num_tokens
-    return max(_LEAST_ROWS, _CHUNK_LOGITS // num_columns)
 
 
 def chunked_statistics(
@@ -180,50 +147,20 @@ def chunked_statistics(
         measure: Logits (m, V) and targets (m,) of some rows -> their statistics; see ``token_statistics``.
 
     Returns:
-        (M, 3) float32, or (M, 4) with clusters: the columns of ``TokenStatistics``. The same up to the order of sums.
+        (M, 3) float32: the columns of ``TokenStatistics``. The same up to the order of sums.
 
     Source: the idea of Liger Kernel, arXiv:2410.10989, and Cut Cross-Entropy, arXiv:2411.09009.
     """
 
     def compute(rows: Tensor, own_targets: Tensor) -> Tensor:
-        found = measure(F.linear(rows, table, bias), own_targets)
-        return torch.stack([each for each in found if each is not None], dim=1)
+        return torch.stack(measure(F.linear(rows, table, bias), own_targets), dim=1)
 
-    size = _rows_at_once(len(x), len(table))
+    size = max(_LEAST_ROWS, _CHUNK_LOGITS // len(table)) if needs_chunks(len(x), len(table)) else len(x)
     parts = [
         checkpoint(compute, *chunk, use_reentrant=False, preserve_rng_state=False)
         for chunk in zip(torch.split(x, size), torch.split(targets, size), strict=True)
     ]
     return torch.cat(parts)
-
-
-def cluster_cross_entropy(logits: Tensor, targets: Tensor, clusters: Tensor) -> Tensor:
-    """Computes the cross-entropy of the cluster of each target: -log of the sum of the probabilities of its codes.
-
-    Args:
-        logits: (M, V) float, the codes in the first K columns.
-        targets: (M,) int64 in [0, K).
-        clusters: (n, K / n) int64: the codes of each cluster; each code is in one cluster.
-
-    Returns:
-        (M,) float32, at most the cross-entropy of the code.
-
-    Source: IAR, arXiv:2501.00880, cluster-oriented cross-entropy loss.
-    """
-    logits = logits.float()
-    cluster_of = clusters.flatten().argsort() // clusters.shape[1]  # (K,): the cluster of each code
-    own = logits.gather(1, clusters[cluster_of[targets]])  # (M, K / n)
-    return logits.logsumexp(-1) - own.logsumexp(-1)
-
-
-def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
-    """Computes the mean over B rows of the mean loss of each row's tokens, a scalar; a row without tokens adds 0.
-
-    Row B may hold tokens that do not count, whose losses are 0.
-    """
-    # No bincount: it waits for the device to learn the largest row.
-    counts = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add(0, rows, torch.ones_like(rows))
-    return (losses / counts[rows]).sum() / num_rows
 
 
 def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: ReconstructionLoss) -> Tensor:

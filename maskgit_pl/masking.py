@@ -27,16 +27,16 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import check_number
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.registry import Registry
-from maskgit_pl.schedules import MaskSchedule, compute_ratios, halton_order, mask_schedules, num_masked
+from maskgit_pl.registry import Registry, derives_from
+from maskgit_pl.schedules import MaskSchedule, halton_order, mask_schedules, num_masked
 
 __all__ = [
     "Draws",
@@ -53,7 +53,6 @@ Grid = tuple[int, int]
 
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
 _LEAST_MASS = 1e-6  # probability of the interval that a normal distribution is truncated to
-_BETA_POINTS = 16384  # intervals of the table of a beta distribution
 _NUM_BLOCKS = 32  # blocks drawn per image; positions that none of them covers are masked last
 
 
@@ -115,9 +114,6 @@ class MaskSampler:
 
         Returns:
             (B, N) bool, True = masked; each row has 1 to N masked positions.
-
-        Raises:
-            ValueError: if the rule for the positions requires a grid and ``grid`` is None.
         """
         ratio = self.ratio(num_tokens, index=index, epoch=epoch, position=position, global_batch=global_batch)
         count = num_masked(ratio, num_tokens, rounding="ceil")  # 3.
@@ -190,13 +186,7 @@ def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epo
 
 
 class MaskRatio(ABC):
-    """A distribution of the mask ratio, as a monotone function of a uniform number. Subclasses are frozen dataclasses.
-
-    Attributes:
-        follows_schedule: True if the ratio is that of the mask schedule.
-    """
-
-    follows_schedule: ClassVar[bool] = False
+    """A distribution of the mask ratio: a monotone function of a uniform number. Subclasses are frozen dataclasses."""
 
     @abstractmethod
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
@@ -213,15 +203,10 @@ class MaskRatio(ABC):
 
 
 def _check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
-    """Checks the contract of a distribution: finite ratios in [0, 1] that never rise or never fall."""
-    if not isinstance(mask_ratio, MaskRatio):
-        raise ValueError(f"mask ratio {name!r} must be a MaskRatio, got {shorten(mask_ratio)}")
-    u = torch.linspace(0, 1, _CHECKED_POINTS)
-    ratio = mask_ratio(u, mask_schedules.build("cosine"), 256)
-    if not isinstance(ratio, Tensor) or ratio.shape != u.shape or ratio.dtype != u.dtype:
-        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else shorten(ratio)
-        raise ValueError(f"mask ratio {name!r}: it must return a float32 tensor in the shape of u, got {seen}")
-    if not bool(ratio.isfinite().all() and (ratio >= 0).all() and (ratio <= 1).all()):
+    """Checks that the ratios of a distribution are finite, in [0, 1], and never rise or never fall."""
+    derives_from(MaskRatio)(name, mask_ratio)
+    ratio = mask_ratio(torch.linspace(0, 1, _CHECKED_POINTS), mask_schedules.build("cosine"), 256)
+    if not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError(
             f"mask ratio {name!r}: its values must lie in [0, 1], got {float(ratio.min()):g} to {float(ratio.max()):g}"
         )
@@ -238,10 +223,8 @@ mask_ratios: Registry[MaskRatio] = Registry("mask ratio", "maskgit_pl.mask_ratio
 class ScheduleRatio(MaskRatio):
     """gamma(u), the mask schedule that decoding follows too. Source: paper, training objective."""
 
-    follows_schedule: ClassVar[bool] = True
-
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
-        return compute_ratios(mask_schedule, u, num_tokens)
+        return mask_schedule(u, num_tokens)
 
 
 @mask_ratios.register("uniform")
@@ -318,51 +301,6 @@ class TruncatedNormalRatio(MaskRatio):
         return ratio.float().clamp(self.low, self.high)
 
 
-@mask_ratios.register("beta")
-@dataclass(frozen=True)
-class BetaRatio(MaskRatio):
-    """The beta distribution, with the density r^(a - 1) (1 - r)^(b - 1) up to a factor.
-
-    Its inverse cumulative distribution is interpolated linearly in a table of 16,384 intervals.
-
-    Args:
-        a: First parameter, in [0.5, 100]; the mean is a / (a + b).
-        b: Second parameter, in [0.5, 100].
-
-    Raises:
-        ValueError: if a number is out of range.
-
-    Source: none; ``a=2, b=1`` has the mean 2 / 3, like the schedule ``square``.
-    """
-
-    a: float = 2.0
-    b: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("a", self.a, "[0.5, 100]")
-        check_number("b", self.b, "[0.5, 100]")
-
-    def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
-        ratios, cumulative = (each.to(u.device) for each in _beta_table(self.a, self.b))
-        wanted = u.double()
-        right = torch.searchsorted(cumulative, wanted.detach(), right=True).clamp(1, len(cumulative) - 1)
-        left = right - 1
-        width = cumulative[right] - cumulative[left]
-        share = (wanted - cumulative[left]) / width.clamp(min=1e-300)
-        return (ratios[left] + share * (ratios[right] - ratios[left])).float().clamp(0.0, 1.0)
-
-
-@lru_cache(maxsize=16)
-def _beta_table(a: float, b: float) -> tuple[Tensor, Tensor]:
-    """Returns ratios in [0, 1] and the cumulative distribution there, two float64 tensors."""
-    # r = sin^2(angle) keeps the density finite at both ends: 2 sin^(2a - 1) cos^(2b - 1), integrated by midpoints.
-    edges = torch.linspace(0, math.pi / 2, _BETA_POINTS + 1, dtype=torch.float64)
-    middle = (edges[1:] + edges[:-1]) / 2
-    mass = ((2 * a - 1) * middle.sin().log() + (2 * b - 1) * middle.cos().log()).exp()
-    cumulative = torch.cat([mass.new_zeros(1), mass.cumsum(0)])
-    return edges.sin().square(), cumulative / cumulative[-1].clone()
-
-
 class MaskPositions(ABC):
     """A rule that chooses the masked positions of each image. Subclasses are frozen dataclasses."""
 
@@ -394,9 +332,6 @@ class MaskPositions(ABC):
 
         Returns:
             (B, N) bool, True = masked.
-
-        Raises:
-            ValueError: if the rule requires a grid and ``grid`` is None or does not hold N tokens.
         """
         order = self.order(num_tokens, grid=grid, seed=seed, index=index, epoch=epoch)  # (B, N)
         is_first = torch.arange(num_tokens, device=order.device) < count.unsqueeze(1)  # (B, N): columns in that order
@@ -404,14 +339,10 @@ class MaskPositions(ABC):
 
 
 def _check_mask_positions(name: str, positions: MaskPositions) -> None:
-    """Checks the contract of a rule on a grid of 2 x 3 tokens: a permutation of the positions for each row."""
-    if not isinstance(positions, MaskPositions):
-        raise ValueError(f"mask positions {name!r} must be MaskPositions, got {shorten(positions)}")
+    """Checks that a rule gives a permutation of the positions of a grid of 2 x 3 tokens, for each row."""
+    derives_from(MaskPositions)(name, positions)
     index = torch.arange(3)
     order = positions.order(6, grid=(2, 3), seed=0, index=index, epoch=torch.zeros_like(index))
-    if not isinstance(order, Tensor) or order.shape != (3, 6) or order.dtype != torch.int64:
-        seen = f"{order.dtype} {tuple(order.shape)}" if isinstance(order, Tensor) else shorten(order)
-        raise ValueError(f"mask positions {name!r}: the order must be an int64 tensor (B, N), got {seen}")
     if not torch.equal(order.sort(dim=1).values, torch.arange(6).expand(3, 6)):
         raise ValueError(f"mask positions {name!r}: each row must hold all positions once, got {order.tolist()}")
 
@@ -460,7 +391,7 @@ class BlockPositions(MaskPositions):
         check_number("min_side", self.min_side, "(0, 1]")
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        grid = _check_grid("blocks", grid, num_tokens)
+        assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
         uniform = random_uniform("mask/blocks", seed=seed, index=index, epoch=epoch, count=4 * _NUM_BLOCKS)
         u = uniform.view(-1, _NUM_BLOCKS, 4, 1)  # (B, blocks, numbers, 1)
         place = torch.arange(num_tokens, device=u.device)
@@ -496,7 +427,8 @@ class HaltonPositions(MaskPositions):
     """
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        order = _halton_tensor(_check_grid("halton", grid, num_tokens), index.device)  # (N,)
+        assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
+        order = _halton_tensor(grid, index.device)  # (N,)
         shift = random_bits("mask/halton", seed=seed, index=index, epoch=epoch)[:, :1] % num_tokens  # (B, 1)
         # Decoding begins with the visible tokens, so the masked ones are the last of its order.
         backwards = torch.arange(num_tokens - 1, -1, -1, device=order.device)
@@ -506,15 +438,6 @@ class HaltonPositions(MaskPositions):
 @lru_cache(maxsize=16)
 def _halton_tensor(grid: Grid, device: torch.device) -> Tensor:
     return torch.tensor(halton_order(grid)).to(device)
-
-
-def _check_grid(name: str, grid: Grid | None, num_tokens: int) -> Grid:
-    if grid is None or math.prod(grid) != num_tokens:
-        raise ValueError(
-            f"mask positions {name} require the grid (rows, columns) of the {num_tokens} tokens, got {grid}; call "
-            "MaskSampler.mask(grid=(rows, columns))"
-        )
-    return grid
 
 
 class Draws(NamedTuple):

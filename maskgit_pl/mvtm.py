@@ -1,7 +1,7 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
-``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and ``ParallelDecoder``. See
-``token_model`` for the steps of training.
+``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and ``ParallelDecoder``. The
+numbers of its comments are those of the steps in ``training.token_model``.
 """
 
 from __future__ import annotations
@@ -12,56 +12,35 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.data import Batch
-from maskgit_pl.decoding import ConditionalModel, DecodingConfig, DecodingStep, decode_classes
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.decoding.config import DecodingConfig, set_specs
+from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
+from maskgit_pl.decoding.predictors import ConditionalModel
 from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios, true_positions
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.objectives import (
     Corruption,
     Objective,
     TokenLosses,
-    balanced_clusters,
     corruptions,
     objectives,
 )
-from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.optimized_model import TokenModelConfig, check_decoding
-from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel
+from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
 
-_PARTS: dict[str, Registry[Any]] = {  # field of the configuration -> registry of its names
-    "mask_schedule": mask_schedules,
-    "mask_ratio": mask_ratios,
-    "mask_positions": mask_positions,
-    "objective": objectives,
-    "corruption": corruptions,
-}
 _NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
 
 
 @dataclass(frozen=True)
 class MaskedTokenConfig(TokenModelConfig):
-    """The configuration of ``MaskedTokenModel``.
+    """The configuration of ``MaskedTokenModel``: that of ``TokenModelConfig``, with bidirectional attention, and masks.
 
     Args:
-        network: Configuration of the backbone, with bidirectional attention.
-        optimizer: The optimizer and its learning rate.
-        tokenizer: Path of the pretrained tokenizer folder.
-        label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
-            With token groups it is ``codes``: the softmax of each group.
-        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
-        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
-        seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
-        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
-            and loss as one graph.
         global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the following
@@ -75,8 +54,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
     Raises:
         ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, guidance
-            is set without a null class, the objective ``elbo`` is given mask ratios that leave out some counts, or an
-            objective with clusters does not fit the codebook.
+            is set without a null class, or the objective ``elbo`` is given mask ratios that leave out some counts.
     """
 
     _: KW_ONLY
@@ -96,11 +74,16 @@ class MaskedTokenConfig(TokenModelConfig):
                 f"network.attention must be 'bidirectional' for MaskedTokenModel, got {self.network.attention!r}; "
                 "AutoregressiveModel trains a causal transformer"
             )
-        for name, registry in _PARTS.items():
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, registry.spec(getattr(self, name)))
+        set_specs(
+            self,
+            mask_schedule=mask_schedules,
+            mask_ratio=mask_ratios,
+            mask_positions=mask_positions,
+            objective=objectives,
+            corruption=corruptions,
+        )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
-        self.built_objective.check(self.sampler, self.network, tokenizer=self.tokenizer)
+        self.built_objective.check(self.sampler, self.network.num_tokens)
         _ = self.built_corruption  # built now, so that it is checked
         check_decoding(self.decoding, self.network, is_autoregressive=False)
 
@@ -138,7 +121,6 @@ class MaskedTokenModel(TokenModel):
     config: MaskedTokenConfig
     config_class = MaskedTokenConfig
     binned_by = "mask-ratio"
-    code_clusters: Tensor | None  # (n, K / n) int64: the codes of each cluster; None if the objective needs none
 
     def __init__(self, config: MaskedTokenConfig) -> None:
         super().__init__(config, create_network(config.network), config.decoding)
@@ -148,53 +130,42 @@ class MaskedTokenModel(TokenModel):
         self.mask_schedule = config.sampler.mask_schedule
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
         self.objective, self.corruption = config.built_objective, config.built_corruption
-        codes, num_clusters = torch.arange(config.network.codebook_size), self.objective.num_clusters
-        self.register_buffer("code_clusters", codes.view(num_clusters, -1) if num_clusters else None)
-
-    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
-        """Computes the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
-        draws = batch.draws
-        assert draws is not None
-        # 5. Mask, and predict the masked tokens.
-        hidden = batch.content.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
-        losses, nll, hits, cluster_losses = self._predict(
-            self.transformer, hidden, batch, tokens, smoothing=self.config.label_smoothing, clusters=self.code_clusters
-        )  # (M,) each
-        # 6. Average over the tokens of each image, then over images.
-        loss = self.objective(TokenLosses.of(losses, draws, cluster_losses=cluster_losses))
-        return StepLosses(loss, nll, hits, draws.counted)
-
-    def setup(self, stage: str) -> None:
-        """Computes the clusters of the tokenizer's codes, if the objective needs them; a checkpoint replaces them."""
-        if stage == TrainerFn.FITTING and self.code_clusters is not None:
-            every = torch.arange(self.config.network.codebook_size, device=self.device)
-            codes = self.tokenizer.network.quantizer.lookup(every)  # (K, D)
-            self.code_clusters.copy_(balanced_clusters(codes, len(self.code_clusters), seed=self.config.seed))
 
     def draw_on_host(self, batch: Batch) -> Batch:
-        """Checks the size of a batch, and adds the random draws of the step.
+        """Checks the size of a batch, which would leave strata empty, and adds the random draws of the step.
 
         Raises:
             ValueError: if the size does not fit ``config.global_batch``.
         """
         if self.training:  # validation batches may have other sizes
-            self._check_batch(len(batch.labels))
+            rows, ranks, accumulated = len(batch.labels), self.trainer.world_size, self.trainer.accumulate_grad_batches
+            if rows * ranks * accumulated != self.config.global_batch:
+                raise ValueError(
+                    f"global_batch must be the samples per step of the data, got {self.config.global_batch} and "
+                    f"{rows} samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's "
+                    "global batch"
+                )
         return super().draw_on_host(batch)
 
-    def _draw_mask(self, batch: Batch) -> Tensor:
-        return self.mask_sampler.mask(
-            self.config.network.num_tokens, **self._place(batch), grid=self.config.network.grid
-        )
-
-    def _place(self, batch: Batch) -> dict[str, Any]:
-        """Returns the arguments of the mask sampler that say which samples of the training a batch holds."""
-        place = {"index": batch.index, "epoch": batch.epoch, "position": batch.position}
-        return {**place, "global_batch": self.config.global_batch}
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Computes the loss of one micro-batch, scalar float32."""
+        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
+        self._reseed_dropout(batch_idx)  # 3
+        tokens = self._encode(batch)  # 4 (B, N)
+        seen = tokens if self.corruption is None else self._corrupt(batch, tokens)  # (B, N)
+        losses = self._run_step(batch._replace(content=seen), tokens)  # 5, 6
+        self._log_step(batch, losses, batch_idx)
+        return losses.loss
 
     def _draw(self, batch: Batch) -> Draws:
-        draws = super()._draw(batch)
+        network = self.config.network
+        samples = {"index": batch.index, "epoch": batch.epoch, "position": batch.position}
+        place: dict[str, Any] = {**samples, "global_batch": self.config.global_batch}
+        # 1. Mask. 2. Drop classes.
+        draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **place, grid=network.grid))
         if not self.training:
             return draws
+        # Corruptions and some objectives need more.
         if self.corruption is not None:
             replaced, uniform = self.corruption.draw(
                 draws.mask, seed=self.config.seed, index=batch.index, epoch=batch.epoch
@@ -202,16 +173,25 @@ class MaskedTokenModel(TokenModel):
             draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
             draws = draws.predict(draws.mask | replaced)
         if self.objective.needs_slopes:
-            draws = draws._replace(slopes=self.mask_sampler.slope(draws.mask.shape[1], **self._place(batch)))
+            draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **place))
         if self.objective.visible_weight > 0:
             return draws.predict(torch.ones_like(draws.mask))
         if self.config.compiled == "step":
             return draws.pad(max(1, draws.mask.numel() // _NUM_SIZES))
         return draws
 
-    def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
-        """Replaces some visible tokens, if there is a corruption; see ``TokenModel``."""
-        return super()._prepare(batch, tokens if self.corruption is None else self._corrupt(batch, tokens))
+    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+        """Computes the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
+        draws = batch.draws
+        assert draws is not None
+        # 5. Mask, and predict the masked tokens.
+        hidden = batch.content.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
+        losses, nll, hits = self._predict(
+            self.transformer, hidden, batch, tokens, smoothing=self.config.label_smoothing
+        )  # (M,) each
+        # 6. Average over the tokens of each image, then over images.
+        loss = self.objective(TokenLosses.of(losses, draws))
+        return StepLosses(loss, nll, hits)
 
     @torch.no_grad()
     def _corrupt(self, batch: Batch, tokens: Tensor) -> Tensor:
@@ -219,35 +199,22 @@ class MaskedTokenModel(TokenModel):
         draws, network = batch.draws, self.averaged_network.eval()
         assert self.corruption is not None
         assert draws is not None
-        mask, labels, wanted, places = draws.mask, draws.labels, draws.replaced, draws.replaced_positions
-        assert wanted is not None
+        mask, replaced, places, uniform = draws.mask, draws.replaced, draws.replaced_positions, draws.uniform
+        assert replaced is not None
         assert places is not None
-        assert draws.uniform is not None
+        assert uniform is not None
         vectors = batch.vectors_for(self.config.network.condition_dim)
 
-        def predict(replaced: Tensor) -> Tensor:
-            positions = places if replaced is wanted else true_positions(replaced)
-            hidden = self._hide(tokens, mask | replaced)
-            return network.forward_selected(hidden, labels, positions, vectors=vectors)
+        def predict(hidden: Tensor) -> Tensor:
+            positions = places if hidden is replaced else true_positions(hidden)
+            seen = self._hide(tokens, mask | hidden)
+            return network.forward_selected(seen, draws.labels, positions, vectors=vectors)
 
         size = self.config.network.codebook_size
-        seen = self.corruption.corrupt(tokens, wanted, draws.uniform, codebook_size=size, predict=predict)
+        codes = self.corruption.codes(tokens, replaced, uniform, codebook_size=size, predict=predict)  # (R,)
         self.transformer.train(self.training)  # without an average, it is the network that drew
         torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
-        return seen
-
-    def _check_batch(self, rows: int) -> None:
-        """Checks the size of the batches against ``config.global_batch``: other sizes would leave strata empty.
-
-        Raises:
-            ValueError: if it differs.
-        """
-        ranks, accumulated = self.trainer.world_size, self.trainer.accumulate_grad_batches
-        if rows * ranks * accumulated != self.config.global_batch:
-            raise ValueError(
-                f"global_batch must be the samples per step of the data, got {self.config.global_batch} and {rows} "
-                f"samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's global batch"
-            )
+        return tokens.masked_scatter(replaced, codes)
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""
@@ -255,12 +222,6 @@ class MaskedTokenModel(TokenModel):
         return row_bins[positions // mask.shape[1]]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
-        return decode_classes(
-            ConditionalModel.from_network(self.averaged_network, self.device).bind(
-                None if vectors is None else vectors.to(self.device)
-            ),
-            labels,
-            seeds,
-            decoder=self.decoder,
-            scales=self.decoding.scales(),
-        )
+        vectors = None if vectors is None else vectors.to(self.device)
+        model = ConditionalModel.from_network(self.averaged_network, self.device).bind(vectors)
+        return decode_classes(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

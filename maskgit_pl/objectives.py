@@ -14,8 +14,6 @@ use to correct them. Used by ``mvtm.MaskedTokenModel``. Yours are registered fro
     @corruptions.register("zero")
     @dataclass(frozen=True)
     class Zero(Corruption):
-        fraction: float = 0.1
-
         def codes(self, tokens, replaced, uniform, *, codebook_size, predict):
             return torch.zeros_like(tokens[replaced])
 """
@@ -24,34 +22,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, check_number, shorten
-from maskgit_pl.decoding.noise import draw_codes
+from maskgit_pl.checks import check_number
+from maskgit_pl.decoding.decoder import draw_codes
 from maskgit_pl.losses import mean_over_rows
 from maskgit_pl.masking import Draws, MaskSampler
-from maskgit_pl.networks.backbone import BackboneConfig
-from maskgit_pl.networks.quantizers.base import squared_distances
-from maskgit_pl.randomness import permutation, random_uniform
-from maskgit_pl.registry import Registry
+from maskgit_pl.randomness import random_uniform
+from maskgit_pl.registry import Registry, derives_from
 
 __all__ = [
     "Corruption",
     "Objective",
     "TokenLosses",
-    "balanced_clusters",
-    "check_clusters",
     "corruptions",
     "objectives",
 ]
 
 Predict: TypeAlias = Callable[[Tensor], Tensor]
-
-_ITERATIONS = 10  # of the balanced k-means
 
 
 @dataclass(frozen=True)
@@ -66,8 +58,6 @@ class TokenLosses:
         is_visible: (M,) bool, True for tokens that the network saw and that no corruption replaced; None if there are
             none.
         slopes: (B,) float32 >= 0: |dr/du| of the mask ratio r; None if the objective needs none.
-        cluster_losses: (M,) float32: cross-entropies of the clusters of the codes, with a graph; None if the objective
-            needs none.
     """
 
     losses: Tensor
@@ -76,16 +66,13 @@ class TokenLosses:
     is_masked: Tensor | None = None
     is_visible: Tensor | None = None
     slopes: Tensor | None = None
-    cluster_losses: Tensor | None = None
 
     @classmethod
-    def of(cls, losses: Tensor, draws: Draws, *, cluster_losses: Tensor | None = None) -> TokenLosses:
+    def of(cls, losses: Tensor, draws: Draws) -> TokenLosses:
         """Returns the cross-entropies (M,) of the tokens that a micro-batch predicts; those of padding become 0."""
         if draws.is_real is not None:
             losses = losses.masked_fill(~draws.is_real, 0.0)
-            cluster_losses = None if cluster_losses is None else cluster_losses.masked_fill(~draws.is_real, 0.0)
-        flags = draws.is_masked, draws.is_visible
-        return cls(losses, draws.rows, len(draws.mask), *flags, draws.slopes, cluster_losses)
+        return cls(losses, draws.rows, len(draws.mask), draws.is_masked, draws.is_visible, draws.slopes)
 
     def weights(self, visible_weight: float) -> Tensor:
         """Returns (M,) float32: ``visible_weight`` for visible tokens, 1 for masked and for replaced ones."""
@@ -104,55 +91,39 @@ class Objective(ABC):
 
     Attributes:
         needs_slopes: True if ``TokenLosses.slopes`` must be given.
-        num_clusters: Number of clusters of codes for ``TokenLosses.cluster_losses``; 0 if they need not be given.
         visible_weight: Weight of visible tokens that no corruption replaced. Above 0, all tokens are predicted.
     """
 
     needs_slopes: ClassVar[bool] = False
-    num_clusters: int = 0
     visible_weight: float = 0.0
 
     @abstractmethod
     def __call__(self, tokens: TokenLosses) -> Tensor:
         """Returns the loss of a batch, scalar float32: a mean over images, so that it does not depend on the ranks."""
 
-    def check(self, sampler: MaskSampler, network: BackboneConfig, *, tokenizer: str) -> None:
-        """Checks that a model can be trained on this objective.
+    def check(self, sampler: MaskSampler, num_tokens: int) -> None:
+        """Checks that the masks of a model suit this objective.
 
         Args:
-            sampler: The sampler of its masks.
-            network: Configuration of its network.
-            tokenizer: Folder of its tokenizer.
+            sampler: The sampler of the masks.
+            num_tokens: N, tokens per image.
 
         Raises:
-            ValueError: if it cannot.
+            ValueError: if a number of masked tokens never occurs, or the mask ratio cannot be differentiated.
         """
-        if self.num_clusters:
-            check_clusters(self.num_clusters, network, tokenizer=tokenizer)
         if not self.needs_slopes:
             return
-        if not sampler.covers_all_counts(network.num_tokens):
+        if not sampler.covers_all_counts(num_tokens):
             raise ValueError(
-                f"objective {self} must be used with mask ratios that give every count from 1 to {network.num_tokens}, "
+                f"objective {self} must be used with mask ratios that give every count from 1 to {num_tokens}, "
                 f"got {sampler.mask_ratio} of {sampler.mask_schedule} with min_mask_ratio {sampler.min_mask_ratio:g}; "
                 "use mask_ratio uniform, or schedule with cosine or linear, and min_mask_ratio 0"
             )
         first = torch.zeros(1, dtype=torch.int64)
-        sampler.slope(network.num_tokens, index=first, epoch=first, position=first, global_batch=1)
+        sampler.slope(num_tokens, index=first, epoch=first, position=first, global_batch=1)
 
 
-def _check_objective(name: str, objective: Objective) -> None:
-    """Checks the contract of an objective on two images of three tokens: a finite scalar."""
-    if not isinstance(objective, Objective):
-        raise ValueError(f"objective {name!r} must be an Objective, got {shorten(objective)}")
-    check_number(f"objective {name!r}: visible_weight", objective.visible_weight, "[0, 1000000]")
-    rows, ones, is_masked = torch.tensor([0, 0, 0, 1, 1, 1]), torch.ones(6), torch.arange(6) % 2 == 0
-    loss = objective(TokenLosses(ones, rows, 2, is_masked, ~is_masked, torch.ones(2), ones))
-    if not isinstance(loss, Tensor) or loss.shape != () or not bool(loss.isfinite()):
-        raise ValueError(f"objective {name!r}: the loss must be a finite scalar tensor, got {shorten(loss)}")
-
-
-objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=_check_objective)
+objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=derives_from(Objective))
 
 
 @objectives.register("masked_cross_entropy")
@@ -227,126 +198,21 @@ class Elbo(Objective):
         return loss + (visible / tokens.sum_rows(1 - masked).clamp(min=1)).mean()
 
 
-@objectives.register("cluster_cross_entropy")
 @dataclass(frozen=True)
-class ClusterCrossEntropy(MaskedCrossEntropy):
-    """The loss of ``masked_cross_entropy``, with l + cluster_weight c in place of l.
-
-    c = -log(sum of the probabilities of the codes in the cluster of the right code). A wrong code costs less if it is
-    similar to the right one. The clusters come from a balanced k-means of the tokenizer's codes
-    (``balanced_clusters``).
-
-    Args:
-        visible_weight: Weight of visible tokens, in [0, 1000000]; see ``masked_cross_entropy``.
-        num_clusters: Number of clusters, in [2, 65536]; the codebook size is a multiple of it. The released code has
-            128 of 16,384 codes.
-        cluster_weight: Weight of c, in [0, 1000000].
-
-    Source: IAR, arXiv:2501.00880, cluster-oriented cross-entropy loss; the weight 1 is that of the released code.
-    """
-
-    num_clusters: int = 128
-    cluster_weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("num_clusters", self.num_clusters, "[2, 65536]")
-        check_number("cluster_weight", self.cluster_weight, "[0, 1000000]")
-
-    def __call__(self, tokens: TokenLosses) -> Tensor:
-        assert tokens.cluster_losses is not None
-        return super().__call__(replace(tokens, losses=tokens.losses + self.cluster_weight * tokens.cluster_losses))
-
-
-def check_clusters(num_clusters: int, network: BackboneConfig, *, tokenizer: str) -> None:
-    """Checks that the codes of a tokenizer can be clustered for a loss.
-
-    Args:
-        num_clusters: n, number of clusters.
-        network: Configuration of the network that is trained.
-        tokenizer: Folder of the tokenizer.
-
-    Raises:
-        ValueError: if there is no tokenizer, n does not divide the codebook size, or the network has token groups.
-    """
-    size = network.codebook_size
-    if not tokenizer:
-        raise ValueError("tokenizer must be a pretrained folder for an objective with clusters of its codes, got ''")
-    if size % num_clusters or size == num_clusters:
-        raise ValueError(
-            f"objective num_clusters must divide the codebook size {size} and be smaller, got {num_clusters}"
-        )
-    if network.num_token_groups > 1:
-        raise ValueError(
-            "network.num_token_groups must be 1 for an objective with clusters of codes, which needs a logit for each "
-            f"code, got {network.num_token_groups}; use the objective masked_cross_entropy"
-        )
-
-
-@torch.no_grad()
-def balanced_clusters(codes: Tensor, num_clusters: int, *, seed: int) -> Tensor:
-    """Divides codes into clusters of equal size, by a balanced k-means.
-
-    1. Start from different codes, drawn by a counter-based permutation.
-    2. Assign the codes to the centers, K / n to each, and move each center to the mean of its codes, 10 times.
-
-    Args:
-        codes: (K, D) float: the codes.
-        num_clusters: n, a divisor of K.
-        seed: Seed of the choice, in [0, 2**32).
-
-    Returns:
-        (n, K / n) int64 on the CPU: the codes of each cluster, in rising order.
-
-    Source: IAR, arXiv:2501.00880, balanced k-means clustering; its code runs up to 100 iterations on normalized codes.
-    """
-    codes = codes.detach().cpu().float()
-    # 1.
-    centers = codes[permutation(torch.arange(num_clusters), len(codes), stream="code-clusters", seed=seed)]
-    # 2.
-    for _ in range(_ITERATIONS):
-        members = _assign(squared_distances(codes, centers)).argsort(stable=True).view(num_clusters, -1)
-        centers = codes[members].mean(1)
-    return members
-
-
-def _assign(distances: Tensor) -> Tensor:
-    """Assigns K / n codes to each of n centers, nearest ones first.
-
-    In each round every free code asks for its nearest center that is not full, and a center takes those that are
-    nearest to it while it has room.
-
-    Args:
-        distances: (K, n) float32.
-
-    Returns:
-        (K,) int64 in [0, n).
-    """
-    codebook_size, num_clusters = distances.shape
-    room = torch.full((num_clusters,), codebook_size // num_clusters)
-    assigned, free = torch.empty(codebook_size, dtype=torch.int64), torch.arange(codebook_size)
-    while len(free):
-        nearest, center = distances[free].masked_fill(room == 0, torch.inf).min(1)
-        order = nearest.argsort(stable=True)
-        order = order[center[order].argsort(stable=True)]  # center after center, the nearest codes first
-        asked = torch.bincount(center, minlength=num_clusters)
-        # The place of each code in the queue of its center.
-        place = torch.arange(len(free)) - (asked.cumsum(0) - asked)[center[order]]
-        taken = order[place < room[center[order]]]
-        assigned[free[taken]] = center[taken]
-        room -= torch.bincount(center[taken], minlength=num_clusters)
-        free = free[torch.ones(len(free), dtype=torch.bool).index_fill(0, taken, value=False)]
-    return assigned
-
-
 class Corruption(ABC):
     """A rule that replaces visible tokens. Subclasses are frozen dataclasses.
 
-    Attributes:
+    Args:
         fraction: Probability that a visible token is replaced, in (0, 1).
+
+    Raises:
+        ValueError: if ``fraction`` is out of range.
     """
 
-    fraction: float
+    fraction: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_number("fraction", self.fraction, "(0, 1)")
 
     @abstractmethod
     def codes(
@@ -381,40 +247,8 @@ class Corruption(ABC):
         replaced = (chance < self.fraction) & ~mask
         return replaced, codes[replaced]
 
-    def corrupt(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        """Returns the tokens (B, N) int64 with new codes where ``replaced``; a new code may be the true one.
 
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            replaced: (B, N) bool, from ``draw``.
-            uniform: (R,) float32, from ``draw``.
-            codebook_size: K.
-            predict: (B, N) bool, the positions to replace -> their logits (R, K).
-        """
-        new = self.codes(tokens, replaced, uniform, codebook_size=codebook_size, predict=predict)
-        return tokens.masked_scatter(replaced, new)
-
-
-def _check_corruption(name: str, corruption: Corruption) -> None:
-    """Checks the contract of a corruption on four tokens of two images."""
-    if not isinstance(corruption, Corruption):
-        raise ValueError(f"corruption {name!r} must be a Corruption, got {shorten(corruption)}")
-    check_number(f"corruption {name!r}: fraction", getattr(corruption, "fraction", None), "(0, 1)")
-    tokens, replaced = torch.tensor([[0, 1], [2, 1]]), torch.tensor([[True, False], [True, True]])
-    uniform = torch.tensor([0.1, 0.5, 0.9])
-    codes = corruption.codes(
-        tokens, replaced, uniform, codebook_size=3, predict=lambda at: torch.zeros(int(at.sum()), 3)
-    )
-    if not isinstance(codes, Tensor) or codes.shape != (3,) or codes.dtype != torch.int64:
-        seen = f"{codes.dtype} {tuple(codes.shape)}" if isinstance(codes, Tensor) else shorten(codes)
-        raise ValueError(f"corruption {name!r}: the codes must be an int64 tensor (R,), got {seen}")
-    if not bool(((codes >= 0) & (codes < 3)).all()):
-        raise ValueError(f"corruption {name!r}: the codes must lie in [0, K), got {codes.tolist()} for K = 3")
-
-
-corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=_check_corruption)
+corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=derives_from(Corruption))
 
 
 @corruptions.register("uniform")
@@ -428,11 +262,6 @@ class UniformCorruption(Corruption):
     Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676. NLD-Image,
     arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
     """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
 
     def codes(
         self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
@@ -454,11 +283,6 @@ class ModelCorruption(Corruption):
     Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with the most
     likely codes, and adds a second loss on that sequence.
     """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
 
     def codes(
         self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict

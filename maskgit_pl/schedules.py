@@ -32,7 +32,6 @@ __all__ = [
     "MaskSchedule",
     "Rounding",
     "check_mask_schedule",
-    "compute_ratios",
     "halton_order",
     "mask_schedules",
     "num_masked",
@@ -58,21 +57,6 @@ class MaskSchedule(ABC):
         Returns:
             Mask ratios in [0, 1], with the shape and dtype of ``progress``.
         """
-
-    def _repr_png_(self) -> bytes:
-        """Draws the mask ratio of 256 tokens over progress, for notebooks."""
-        from io import BytesIO
-
-        import torch
-        from matplotlib.figure import Figure
-
-        progress = torch.linspace(0.0, 1.0, _CHECKED_POINTS)
-        page = Figure(figsize=(4.0, 2.6), layout="constrained")
-        axes = page.add_subplot(title=str(self), xlabel="progress", ylabel="mask ratio")
-        axes.plot(progress.numpy(), self(progress, 256).numpy())
-        axes.grid(alpha=0.3)
-        page.savefig(file := BytesIO(), format="png", dpi=100)
-        return file.getvalue()
 
 
 mask_schedules: Registry[MaskSchedule] = Registry(
@@ -165,42 +149,10 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
     Returns:
         int64 in [0, num_tokens].
 
-    Raises:
-        ValueError: if the rounding is unknown.
-
     Source: paper, section on mask scheduling (ceil); google-research/maskgit, ``parallel_decode.py`` (floor).
     """
     scaled = ratio.float().clamp(_MIN_RATIO, 1.0) * num_tokens
-    if rounding == "ceil":
-        return scaled.ceil().long()
-    if rounding == "floor":
-        return scaled.floor().long()
-    raise ValueError(f"rounding must be 'ceil' or 'floor', got {rounding!r}")
-
-
-def compute_ratios(mask_schedule: MaskSchedule, progress: Tensor, num_tokens: int) -> Tensor:
-    """Computes mask ratios and checks them, since ``check_mask_schedule`` has tried a few numbers of tokens only.
-
-    Args:
-        mask_schedule: gamma.
-        progress: float32 of any shape, in [0, 1].
-        num_tokens: N, tokens per image.
-
-    Returns:
-        Mask ratios in the shape of ``progress``. Values on a GPU are not checked, which would wait for it.
-
-    Raises:
-        ValueError: if the schedule returns no float tensor of this shape, or values outside [0, 1].
-    """
-    ratio = mask_schedule(progress, num_tokens)
-    broken = _find_wrong_form(ratio, progress)
-    if broken is None and ratio.device.type == "cpu":
-        # A list, since a comparison of tensors could not be read where a graph is recorded.
-        wrong = [value for value in ratio.flatten().tolist() if not 0 <= value <= 1]
-        broken = f"its values must be finite and lie in [0, 1], got {wrong[0]:g}" if wrong else None
-    if broken is not None:
-        raise ValueError(f"mask schedule {type(mask_schedule).__name__!r}: {broken} (at {num_tokens} tokens)")
-    return ratio
+    return (scaled.ceil() if rounding == "ceil" else scaled.floor()).long()
 
 
 def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
@@ -224,21 +176,13 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
             raise ValueError(f"mask schedule {name!r}: {broken} (at {num_tokens} tokens)")
 
 
-def _find_wrong_form(ratio: object, progress: Tensor) -> str | None:
-    """Returns the rule that values of a wrong type or shape break; None for a float tensor like progress."""
-    from torch import Tensor
-
-    if isinstance(ratio, Tensor) and ratio.shape == progress.shape and ratio.is_floating_point():
-        return None
-    seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else type(ratio).__name__
-    return f"it must return a float tensor in the shape of progress {tuple(progress.shape)}, got {seen}"
-
-
 def _find_broken_rule(ratio: Any, progress: Tensor, *, tolerance: float) -> str | None:
     """Returns the first rule that the values break; None if they keep all rules."""
-    wrong_form = _find_wrong_form(ratio, progress)
-    if wrong_form is not None:
-        return wrong_form
+    from torch import Tensor
+
+    if not (isinstance(ratio, Tensor) and ratio.shape == progress.shape and ratio.is_floating_point()):
+        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else type(ratio).__name__
+        return f"it must return a float tensor in the shape of progress {tuple(progress.shape)}, got {seen}"
     rules = (
         (bool(ratio.isfinite().all()), "its values must be finite"),
         (bool((ratio >= 0).all() and (ratio <= 1).all()), "its values must lie in [0, 1]"),

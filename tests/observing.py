@@ -23,6 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from maskgit_pl.data import Batch
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from tests.forked import PROCESSES, Command, begin
 from tests.injection import Fault, Injection, Prepare
@@ -67,12 +68,12 @@ class Observer(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Wraps the methods that draw masks or mirrored images, and the one that records the losses of stage 1."""
-        name = "tokens_and_mask" if hasattr(module, "tokens_and_mask") else "_prepare_images"
-        draw, record = getattr(module, name), None if name == "tokens_and_mask" else module._log_metrics
+        name = "_encode" if hasattr(module, "_encode") else "_prepare_images"
+        draw, record = getattr(module, name), None if name == "_encode" else module._log_metrics
 
-        def drawing(*args: Any, **kwargs: Any) -> Any:
-            made = draw(*args, **kwargs)
-            parts = made if isinstance(made, tuple) else (made,)  # tokens and mask, or images
+        def drawing(batch: Batch, **kwargs: Any) -> Any:
+            made = draw(batch, **kwargs)
+            parts = (made,) if batch.draws is None else (made, batch.draws.mask)  # images, or tokens and mask
             self.drawn = [" ".join(map(digest, row)) for row in zip(*parts, strict=True)]
             return made
 

@@ -49,7 +49,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
     tokens, labels, index = torch.randint(16, (5, 16)), torch.randint(3, (5,)), torch.arange(5)
     batch = module.eval()._with_draws(Batch(tokens, labels, index, torch.zeros_like(index), index, index >= 0))
     for smoothing in (0.0, 0.1):
-        loss, each, hits, _ = module.compute_losses(module.transformer, batch, tokens, smoothing=smoothing)
+        loss, each, hits = module.compute_losses(module.transformer, batch, tokens, smoothing=smoothing)
         logits = module.transformer(tokens, labels, vocabulary="all").flatten(0, 1)
         torch.testing.assert_close(loss, F.cross_entropy(logits, tokens.flatten(), label_smoothing=smoothing))
         torch.testing.assert_close(each, F.cross_entropy(logits, tokens.flatten(), reduction="none"))

@@ -12,14 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskgit_pl import losses
 from maskgit_pl.losses import TokenStatistics, chunked_statistics, needs_chunks, token_statistics
 from maskgit_pl.networks.transformer import TransformerConfig
-from tests.modules import masked_model
+from tests.modules import losses_of_step, masked_model
 from tests.test_one_graph import BACKBONES, OBJECTIVES, batch, build, check_one_graph, loss_and_gradients
 
 OPTIONS = {
     "plain": {},
     "smoothed": {"label_smoothing": 0.1},
     "groups": {"label_smoothing": 0.1, "num_token_groups": 2},
-    "clusters": {"label_smoothing": 0.1, "clusters": torch.arange(64).view(8, 8)},
 }
 
 
@@ -51,11 +50,9 @@ def test_values_and_gradients_are_those_of_whole_logits(options, rows, small_chu
     weights = torch.rand(rows, generator=torch.Generator().manual_seed(2))
     gradients = []
     for each in (whole, found):
-        total = each.losses if each.cluster_losses is None else each.losses + 0.5 * each.cluster_losses
-        gradients.append(torch.autograd.grad((total * weights).sum(), given, retain_graph=True))
+        gradients.append(torch.autograd.grad((each.losses * weights).sum(), given, retain_graph=True))
     for mine, expected in zip([*found, *gradients[1]], [*whole, *gradients[0]], strict=True):
-        if expected is not None:
-            torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(mine, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -73,7 +70,7 @@ def test_a_step_has_the_same_loss_and_gradients(backbone, objective, monkeypatch
 
 @pytest.mark.slow
 def test_chunks_are_part_of_the_graph(small_chunks, monkeypatch):
-    check_one_graph("adaln", "cluster_cross_entropy", monkeypatch)
+    check_one_graph("adaln", "masked_cross_entropy", monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +133,7 @@ def test_a_model_of_a_large_codebook_divides_its_logits_by_itself(monkeypatch):
 
 def loss_and_size(module, given):
     drawn = module._with_draws(given)
-    loss = module._run_step(module._prepare(drawn, drawn.content), drawn.content).loss
+    loss = losses_of_step(module, drawn).loss
     loss.backward()
     return loss.detach(), len(drawn.draws.positions)
 
@@ -146,7 +143,7 @@ def test_values_for_the_logs_keep_no_graph(backbone, small_chunks):
     """Sums of them live until the next log: they would keep the graphs of all steps until then."""
     module, given = build(backbone), batch()
     drawn = module._with_draws(given)
-    found = module._run_step(module._prepare(drawn, drawn.content), drawn.content)
+    found = losses_of_step(module, drawn)
     assert found.loss.requires_grad
     assert not found.token_losses.requires_grad
     assert not found.hits.requires_grad

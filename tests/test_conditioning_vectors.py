@@ -15,8 +15,7 @@ from maskgit_pl.data.index import index_shards
 from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
-from maskgit_pl.decoding.predictors import build_class_predictor
-from maskgit_pl.decoding.vectors import VectorPool
+from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
 from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.networks.transformer import TransformerConfig

@@ -359,7 +359,7 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
     above = ("data/__init__", "masking", "pipeline/__init__")
     assert list(upwards("schedules")) == [f"schedules imports {other}" for other in above]
     # Its own floor, another folder.
-    assert list(upwards("decoding/noise")) == [f"decoding/noise imports {other}" for other in above]
+    assert list(upwards("decoding/sampling")) == [f"decoding/sampling imports {other}" for other in above]
     assert list(upwards("masking")) == ["masking imports data/__init__", "masking imports pipeline/__init__"]
     assert list(upwards("pipeline/model")) == []
     assert list(upwards("cli/train")) == []

@@ -16,11 +16,16 @@ def masked_batch(seed=0):
     return logits, targets, mask
 
 
+def masked_cross_entropy(logits, targets, rows, *, num_rows, label_smoothing=0.0):
+    each, nll = losses.token_cross_entropy(logits, targets, label_smoothing=label_smoothing)
+    return losses.mean_over_rows(each, rows, num_rows=num_rows), nll
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_masked_cross_entropy_is_the_mean_over_rows_of_each_rows_mean(smoothing):
     logits, targets, mask = masked_batch()
     rows = mask.nonzero()[:, 0]
-    loss, nll = losses.masked_cross_entropy(logits[mask], targets[mask], rows, num_rows=5, label_smoothing=smoothing)
+    loss, nll = masked_cross_entropy(logits[mask], targets[mask], rows, num_rows=5, label_smoothing=smoothing)
     each = [F.cross_entropy(logits[b][mask[b]], targets[b][mask[b]], label_smoothing=smoothing) for b in range(5)]
     torch.testing.assert_close(loss, torch.stack(each).mean())
     torch.testing.assert_close(nll, F.cross_entropy(logits[mask], targets[mask], reduction="none"))
@@ -31,7 +36,7 @@ def test_masked_cross_entropy_of_a_batch_is_the_mean_of_its_halves():
 
     def loss(part):
         rows = mask[part].nonzero()[:, 0]
-        return losses.masked_cross_entropy(
+        return masked_cross_entropy(
             logits[part][mask[part]], targets[part][mask[part]], rows, num_rows=len(rows.unique())
         )[0]
 
@@ -40,10 +45,10 @@ def test_masked_cross_entropy_of_a_batch_is_the_mean_of_its_halves():
 
 def test_a_row_without_masked_tokens_adds_zero():
     logits, targets = torch.randn(3, 11, requires_grad=True), torch.tensor([1, 2, 3])
-    loss, _ = losses.masked_cross_entropy(logits, targets, torch.tensor([0, 0, 2]), num_rows=3)
+    loss, _ = masked_cross_entropy(logits, targets, torch.tensor([0, 0, 2]), num_rows=3)
     expected = (F.cross_entropy(logits[:2], targets[:2]) + F.cross_entropy(logits[2:], targets[2:])) / 3
     torch.testing.assert_close(loss, expected)
-    empty, nll = losses.masked_cross_entropy(logits[:0], targets[:0], targets[:0], num_rows=2)
+    empty, nll = masked_cross_entropy(logits[:0], targets[:0], targets[:0], num_rows=2)
     assert empty.item() == 0
     assert nll.shape == (0,)
 
@@ -52,8 +57,8 @@ def test_bfloat16_logits_are_summed_in_float32():
     logits, targets, mask = masked_batch()
     rows = mask.nonzero()[:, 0]
     half = logits[mask].bfloat16()
-    loss, _ = losses.masked_cross_entropy(half, targets[mask], rows, num_rows=5)
-    expected, _ = losses.masked_cross_entropy(half.float(), targets[mask], rows, num_rows=5)
+    loss, _ = masked_cross_entropy(half, targets[mask], rows, num_rows=5)
+    expected, _ = masked_cross_entropy(half.float(), targets[mask], rows, num_rows=5)
     assert torch.equal(loss, expected)
 
 

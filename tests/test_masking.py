@@ -269,32 +269,13 @@ def test_uniform_is_random_mask_to_the_last_bit():
     assert torch.equal(draw("uniform", count), random_mask(count, N, seed=3, index=index))
 
 
-@pytest.mark.parametrize("name", ["blocks", "halton"])
-@pytest.mark.parametrize("grid", [None, (4, 8)])
-def test_a_rule_that_needs_a_grid_says_so(name, grid):
-    sampler = MaskSampler(mask_schedules.build("cosine"), 0, mask_positions=mask_positions.build(name))
-    index = torch.arange(4)
-    place = {"index": index, "epoch": index, "position": index, "global_batch": 4}
-    with pytest.raises(ValueError, match=rf"mask positions {name} require the grid .* of the 48 tokens, got"):
-        sampler.mask(N, **place, grid=grid)
-    assert sampler.mask(N, **place, grid=GRID).shape == (4, N)
-
-
-@pytest.mark.parametrize(
-    ("order", "rule"),
-    [
-        (lambda index: torch.zeros(3, 6).long(), "each row must hold all positions once"),
-        (lambda index: torch.arange(6).float().expand(3, 6), "int64 tensor"),
-        (lambda index: None, "int64 tensor .B, N., got None"),
-    ],
-)
-def test_a_broken_rule_is_refused_by_name(monkeypatch, order, rule):
+def test_a_broken_rule_is_refused_by_name(monkeypatch):
     class Broken(MaskPositions):
         def order(self, num_tokens, *, grid, seed, index, epoch):
-            return order(index)
+            return torch.zeros(3, 6).long()
 
     monkeypatch.setitem(mask_positions._factories, "broken", Broken)
-    with pytest.raises(ValueError, match=f"mask positions 'broken': .*{rule}"):
+    with pytest.raises(ValueError, match="mask positions 'broken': each row must hold all positions once"):
         mask_positions.build("broken")
     with pytest.raises(ValueError, match=r"max_side must be a number in \(0, 1\], got 1.2"):
         mask_positions.build({"name": "blocks", "max_side": 1.2})
@@ -305,8 +286,6 @@ EVERY_RATIO = [
     *mask_ratios.names(),
     {"name": "uniform", "low": 0.15, "high": 0.9},
     {"name": "truncated_normal", "mean": 0.2, "std": 0.1, "low": 0.0, "high": 1.0},
-    {"name": "beta", "a": 0.5, "b": 3.0},
-    {"name": "beta", "a": 100, "b": 80},
 ]
 every_ratio = pytest.mark.parametrize("spec", EVERY_RATIO, ids=str)
 
@@ -330,10 +309,6 @@ CUMULATIVE = [  # a spec, and the cumulative distribution that it must have
     ("uniform", lambda r: r),
     ({"name": "uniform", "low": 0.15, "high": 0.9}, lambda r: ((r - 0.15) / 0.75).clamp(0, 1)),
     ("truncated_normal", lambda r: truncated_normal(r, 0.55, 0.25, 0.5, 1.0).clamp(0, 1)),
-    ("beta", lambda r: r**2),
-    ({"name": "beta", "a": 1, "b": 1}, lambda r: r),
-    ({"name": "beta", "a": 0.5, "b": 0.5}, lambda r: 2 / math.pi * r.sqrt().asin()),
-    ({"name": "beta", "a": 3, "b": 2}, lambda r: 4 * r**3 - 3 * r**4),
 ]
 
 
@@ -394,9 +369,8 @@ def test_whether_all_counts_can_be_drawn(spec, covers):
 @pytest.mark.parametrize(
     ("spec", "text"),
     [
-        ("normal", "unknown mask ratio 'normal': .*known: beta, schedule, truncated_normal, uniform"),
+        ("normal", "unknown mask ratio 'normal': .*known: schedule, truncated_normal, uniform"),
         ({"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
-        ({"name": "beta", "a": 0}, r"a must be a number in \[0.5, 100\], got 0"),
         ({"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
         ({"name": "truncated_normal", "sd": 0.1}, "'sd'.*did you mean 'std'"),
     ],
@@ -412,8 +386,6 @@ def test_wrong_distributions_are_refused_by_name(spec, text):
         (lambda u: u * math.nan, r"its values must lie in \[0, 1\]"),
         (lambda u: 2 * u, r"its values must lie in \[0, 1\], got 0 to 2"),
         (lambda u: (2 * u - 1).abs(), "it must never rise or never fall"),
-        (lambda u: u[:-1], "it must return a float32 tensor in the shape of u"),
-        (lambda u: 0.5, "it must return a float32 tensor in the shape of u, got 0.5"),
     ],
 )
 def test_a_broken_distribution_is_refused_by_name(monkeypatch, function, rule):

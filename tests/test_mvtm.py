@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.masking import MaskSampler, true_positions
+from maskgit_pl.masking import true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.grids import to_unit_range
@@ -21,8 +21,7 @@ from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimized_model import check_tokenizer
-from maskgit_pl.training.token_model import BinnedMeans
+from maskgit_pl.training.token_model import BinnedMeans, check_tokenizer
 from tests.conftest import peak_predictions, save_tiny_pretrained
 from tests.modules import masked_model
 from tests.short_runs import data, fit
@@ -312,11 +311,6 @@ def test_the_trained_and_the_averaged_network_begin_from_pretrained_weights(tiny
             assert torch.equal(value, wanted[name]), name
 
 
-def test_the_sampler_has_the_seed_and_the_bound_of_the_recipe(tiny_pretrained):
-    module = model(tiny_pretrained, seed=5, min_mask_ratio=0.3)
-    assert module.mask_sampler == MaskSampler(module.mask_schedule, 5, 0.3)
-
-
 def test_more_steps_than_tokens_and_guidance_without_a_null_class_are_refused_at_once(tiny_pretrained):
     with pytest.raises(ValueError, match=r"num_steps.* 17"):
         model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))
@@ -343,15 +337,6 @@ def test_class_dropout_replaces_its_share_by_the_null_class(tiny_pretrained):
     assert torch.equal(dropped, module._drop_classes(batch) == CONFIG.num_classes)
     later = module._drop_classes(batch._replace(epoch=batch.epoch + 1)) == CONFIG.num_classes
     assert not torch.equal(later, dropped)
-
-
-def test_samples_depend_on_the_seed_alone(tiny_pretrained):
-    module = model(tiny_pretrained).eval()
-    together = list(module.sample([0, 1, 2, 0], [5, 6, 7, 8]))[-1].tokens
-    alone = [
-        list(module.sample([label], [seed]))[-1].tokens for label, seed in zip([0, 1, 2, 0], [5, 6, 7, 8], strict=True)
-    ]
-    assert torch.equal(together, torch.cat(alone))
 
 
 def test_a_part_of_a_decoding_leaves_the_network_in_its_mode(tiny_pretrained):

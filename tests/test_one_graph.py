@@ -18,7 +18,7 @@ from maskgit_pl.objectives import objectives
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.strategies import check_compiled
 from maskgit_pl.training.token_model import TokenModel
-from tests.modules import RATE, autoregressive_model, masked_model
+from tests.modules import RATE, autoregressive_model, losses_of_step, masked_model
 
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}
 BERT = TransformerConfig(16, 3, (4, 4), **SIZES)
@@ -38,8 +38,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "visible": {"objective": {"name": "masked_cross_entropy", "visible_weight": 0.5}, "corruption": "uniform"},
     "elbo": {"objective": "elbo", "corruption": "uniform", "mask_positions": "halton"},
     "elbo-visible": {"objective": {"name": "elbo", "visible_weight": 0.3}, "mask_positions": "blocks"},
-    "cluster_cross_entropy": {"objective": {"name": "cluster_cross_entropy", "num_clusters": 4}},
-    "model": {"corruption": "model", "mask_ratio": "beta"},
+    "model": {"corruption": "model", "mask_ratio": "truncated_normal"},
 }
 STEPS = 3
 
@@ -69,7 +68,7 @@ def batch(step: int = 0) -> Batch:
 def loss_and_gradients(module: TokenModel, step: int) -> tuple[Tensor, Tensor, int]:
     given = module._with_draws(batch(step))
     module.zero_grad()
-    loss = module._run_step(module._prepare(given, given.content), given.content).loss
+    loss = losses_of_step(module, given).loss
     loss.backward()
     gradients = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
     return loss.detach(), torch.cat(gradients), len(given.draws.positions)

@@ -63,11 +63,6 @@ def test_the_number_of_tokens_may_differ_by_row():
     assert made.tolist() == [[5, 10, 15], [1, 2, 3]]
 
 
-def test_an_unknown_rounding_is_refused():
-    with pytest.raises(ValueError, match="rounding must be 'ceil' or 'floor', got 'round'"):
-        num_masked(torch.tensor(0.5), 16, rounding="round")
-
-
 @pytest.mark.parametrize(
     ("spec", "at_quarter", "at_half"),
     [  # written out by hand for 256 tokens, log2(256) = 8

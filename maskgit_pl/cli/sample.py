@@ -173,7 +173,7 @@ def _give_vectors(pipe: MaskGIT, file: Path | None, *, seed: int) -> int | None:
     import torch
 
     from maskgit_pl.data.vectors import open_array
-    from maskgit_pl.decoding.vectors import VectorPool
+    from maskgit_pl.decoding.predictors import VectorPool
 
     try:
         array = open_array(file)

@@ -29,7 +29,7 @@ from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.stream import StreamBatches, StreamEval
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
 from maskgit_pl.data.vectors import VectorReader
-from maskgit_pl.decoding.vectors import VectorPool
+from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
 
 __all__ = ["ShardData"]

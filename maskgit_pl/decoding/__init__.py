@@ -26,8 +26,7 @@ if TYPE_CHECKING:
         check_parallel,
         read_settings_file,
     )
-    from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, decode_classes
-    from maskgit_pl.decoding.noise import SeededNoise
+    from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, decode_classes
     from maskgit_pl.decoding.predictors import (
         ClassPredictor,
         ConditionalModel,
@@ -83,7 +82,7 @@ __getattr__ = lazy_names(
         "ParallelDecoder": "decoder",
         "Predictor": "predictors",
         "SETTINGS_FORMAT": "config",
-        "SeededNoise": "noise",
+        "SeededNoise": "decoder",
         "build_class_predictor": "predictors",
         "check_parallel": "config",
         "decode_autoregressive": "autoregressive",

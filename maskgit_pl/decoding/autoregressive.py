@@ -17,9 +17,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding.decoder import DecodingStep
+from maskgit_pl.decoding.decoder import DecodingStep, SeededNoise
 from maskgit_pl.decoding.guidance import check_guidance, step_progress
-from maskgit_pl.decoding.noise import SeededNoise
 from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.networks.backbone import AutoregressiveBackbone

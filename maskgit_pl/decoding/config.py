@@ -22,7 +22,14 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
 
-__all__ = ["SETTINGS_FORMAT", "AutoregressiveDecoding", "DecodingConfig", "check_parallel", "read_settings_file"]
+__all__ = [
+    "SETTINGS_FORMAT",
+    "AutoregressiveDecoding",
+    "DecodingConfig",
+    "check_parallel",
+    "read_settings_file",
+    "set_specs",
+]
 
 SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
@@ -63,12 +70,7 @@ class DecodingConfig:
     draw_method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
-        parts: tuple[tuple[str, Registry[Any]], ...] = (
-            ("token_selector", token_selectors), ("guidance", guidance_schedules), ("mask_schedule", mask_schedules)
-        )  # fmt: skip
-        for name, registry in parts:
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, registry.spec(getattr(self, name)))
+        set_specs(self, token_selector=token_selectors, guidance=guidance_schedules, mask_schedule=mask_schedules)
         for name in ("num_steps", "sampling_temperature", "top_k", "top_p"):
             several = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if several is None else tuple(several)  # JSON has no tuples
@@ -161,6 +163,7 @@ class DecodingConfig:
         check_guidance(self.scales(), has_negative_class=has_negative_class)
 
     def _build_sampling(self) -> CodeSampling:
+
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p, self.draw_method)
 
     def scales(self) -> tuple[float, ...]:
@@ -222,6 +225,21 @@ def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
         )
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))
     return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content
+
+
+def set_specs(config: object, **registries: Registry[Any]) -> None:
+    """Replaces the parts of a frozen configuration by their specs, plain values from which a registry builds them.
+
+    Args:
+        config: Dataclass whose field is a name, a mapping, an object of a registered class, or None.
+        registries: Registry of the names of each field.
+
+    Raises:
+        ValueError: if a class is not registered.
+    """
+    for name, registry in registries.items():
+        if getattr(config, name) is not None:
+            object.__setattr__(config, name, registry.spec(getattr(config, name)))
 
 
 def check_parallel(task: str, *, is_autoregressive: bool) -> None:

@@ -1,16 +1,20 @@
 """The parallel decoder of MaskGIT: fills all masked tokens of an image in T steps.
 
-Each step processes all images of the batch together:
+Each step processes all images of the batch together (``_Run.steps`` repeats the numbers):
 
     1. Predict. The predictor returns logits (B, M, K) at the masked positions.
     2. Draw. A code is drawn for each of these positions.
     3. Score. The token selector scores the draws. High scores are kept.
-    4. Count. The mask schedule (``plan``) or the selector sets how many tokens stay masked.
+    4. Count. The mask schedule (``ParallelDecoder.plan``) or the selector sets how many tokens stay masked.
     5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that earlier
        steps decided.
 
-The last step keeps all of its draws. They are the result. A selector with ``needs_decided_logits`` compares the draws
-with the tokens that earlier steps decided; ``_CorrectingRun`` has its steps.
+The last step keeps all of its draws. They are the result.
+
+A selector with ``needs_decided_logits`` compares the draws with the tokens that earlier steps decided: the M positions
+are then all that were masked at the start. In 2, decided ones keep their code; in 3, they are scored by their current
+logits, and may get another code; in 5, the tokens with the lowest scores are masked, new or old. Source: P2, Peng et
+al., arXiv:2502.03540, algorithm 1.
 
 ``decode_classes`` decodes images of given classes and seeds for the pipeline, and for the sample images of
 ``mvtm.MaskedTokenModel``.
@@ -25,7 +29,7 @@ Source: paper, section on iterative decoding; google-research/maskgit, ``paralle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 
 import torch
@@ -33,19 +37,20 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding.guidance import step_progress
-from maskgit_pl.decoding.noise import SeededNoise
 from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, Predictor, build_class_predictor
-from maskgit_pl.decoding.sampling import CodeSampling, Noise
+from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
-from maskgit_pl.decoding.token_selector import CheckedSelector
-from maskgit_pl.schedules import MaskSchedule, compute_ratios, num_masked
+from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, uniform_of
+from maskgit_pl.schedules import MaskSchedule, num_masked
 
 __all__ = [
     "DecodingStep",
     "ParallelDecoder",
+    "SeededNoise",
     "StepCounts",
     "count_after",
     "decode_classes",
+    "draw_codes",
 ]
 
 
@@ -111,8 +116,7 @@ class ParallelDecoder:
             A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked. A
             selector that sets the number of tokens to keep may finish before the last step.
         """
-        kind = _CorrectingRun if self.token_selector.needs_decided_logits else _Run
-        run = kind(self, predictor, tokens, noise, mask_token_id=mask_token_id, grid=grid)
+        run = _Run(self, predictor, tokens, noise, mask_token_id=mask_token_id, grid=grid)
         at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
         yield from run.steps(self.plan(at_start, tokens.shape[1], first_step=first_step), first_step)
 
@@ -150,13 +154,14 @@ class ParallelDecoder:
             raise ValueError(f"num_steps must be <= {num_tokens}, the tokens per image, got {self.num_steps}")
         if not 0 <= first_step < self.num_steps:
             raise ValueError(f"first_step must be in [0, {self.num_steps}), got {first_step}")
-        selector, planned = CheckedSelector(self.token_selector), self._plan_by_schedule(at_start, num_tokens)
+        selector, planned = self.token_selector, self._plan_by_schedule(at_start, num_tokens)
         steps, before = [], list(at_start)
         for step in range(first_step, self.num_steps - 1):
             progress, rows = (step + 1) / self.num_steps, []
             for unknown, masked, wanted in zip(at_start, before, planned[step], strict=True):
-                decided = unknown - masked
-                asked = selector.num_remasked(decided=decided, planned=wanted, progress=progress)
+                decided, asked = unknown - masked, 0
+                if not selector.needs_decided_logits:
+                    asked = selector.num_remasked(decided=decided, planned=wanted, progress=progress)
                 rows.append(count_after(masked, wanted, max(0, min(asked, decided))))
             after, remasked = (list(column) for column in zip(*rows, strict=True))
             steps.append(StepCounts(before, after, remasked))
@@ -167,8 +172,8 @@ class ParallelDecoder:
         """Returns the counts that the schedule or ``tokens_per_step`` leaves masked: T lists, one count per row."""
         if self.tokens_per_step is None:
             progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps
-            warped = CheckedSelector(self.token_selector).schedule_progress(progress)
-            ratios = compute_ratios(self.mask_schedule, warped, num_tokens).unsqueeze(1)  # (T, 1)
+            warped = self.token_selector.schedule_progress(progress).float()
+            ratios = self.mask_schedule(warped, num_tokens).unsqueeze(1)  # (T, 1)
             counts: list[list[int]] = num_masked(ratios, torch.tensor(list(at_start)), rounding="floor").tolist()
             return counts
         decided = list(accumulate(self.tokens_per_step))
@@ -238,8 +243,7 @@ class _Run:
         mask_token_id: int,
         grid: tuple[int, int] | None,
     ) -> None:
-        self.selector = CheckedSelector(decoder.token_selector)
-        self.sampling, self.num_steps = decoder.sampling, decoder.num_steps
+        self.selector, self.sampling, self.num_steps = decoder.token_selector, decoder.sampling, decoder.num_steps
         self.predictor, self.noise = predictor, noise
         self.mask_token_id, self.grid = mask_token_id, grid
         self.tokens = tokens
@@ -249,39 +253,44 @@ class _Run:
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
         """Runs the steps of the module docstring, with the counts of ``plan`` or of the selector."""
-        num_masked = plan[0].before
-        positions = _sort_masked_first(self.masked, num_masked)  # (B, M)
+        selector, widths = self.selector, plan[0].before  # widths: number of columns of each row, without padding
+        positions = _sort_masked_first(self.masked, widths)  # (B, M)
         for step, counts in enumerate(plan, start=first_step):
-            if max(num_masked) == 0:  # a selector may finish early
+            if max(widths) == 0 or max(counts.before) == 0:  # a selector may finish early
                 return
             # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
             logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
-            # 3. Score.
-            is_masked = _mark_masked_columns(num_masked, positions)  # (B, M); None if no row is padded
-            scores, drawn = self._score(candidates, is_masked)  # (B, M)
+            # 3. Score. Padding, which +inf sorts last, keeps its code and confidence.
+            is_real = _mark_real_columns(widths, positions)  # (B, M); None if no row is padded
+            scores = selector(candidates).float()  # (B, M)
+            scores = scores if is_real is None else scores.where(is_real, torch.inf)
+            all_drawn = self._keep_draws(candidates, is_real)  # (B, N)
             # 4. Count. A selector with its own counts treats the plan as an upper bound.
-            if not self.selector.selector.follows_schedule and step < self.num_steps - 1:
-                counts = self._count_by_selector(candidates, scores, is_masked, num_masked)
+            if not selector.follows_schedule and step < self.num_steps - 1:
+                counts = self._count_by_selector(candidates, scores, is_real, widths)
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
             by_score = positions.gather(1, scores.argsort(dim=1, stable=True))  # (B, M)
-            all_drawn = self.tokens.scatter(1, positions, drawn)  # (B, N)
             was_masked = self.masked
             self.tokens = _mask_first(all_drawn, by_score, counts.undecided, self.mask_token_id)
             has_remasked = max(counts.remasked) > 0
             if has_remasked:
                 self._mask_decided(counts.remasked, step)
             self.masked = self.tokens == self.mask_token_id
+            if candidates.is_decided is not None:
+                scores = scores.masked_fill(candidates.is_decided, torch.inf)
             all_scores = self.no_scores.scatter(1, positions, scores)  # (B, N)
             yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
+            if selector.needs_decided_logits:
+                continue  # the same positions in every step
             # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
             # when the selector has masked positions that are not among the columns.
-            num_masked = counts.after
-            positions = _sort_masked_first(self.masked, num_masked) if has_remasked else by_score[:, : max(num_masked)]
+            widths = counts.after
+            positions = _sort_masked_first(self.masked, widths) if has_remasked else by_score[:, : max(widths)]
 
-    def _draw(self, logits: Tensor, positions: Tensor, step: int, *, is_decided: Tensor | None = None) -> Candidates:
-        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K), except where ``is_decided``."""
+    def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
+        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K); decided ones keep their code."""
         # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling temperature and
         # guidance run from 0 at the first step to 1 at the last (``step_progress``).
         progress = (step + 1) / self.num_steps
@@ -293,7 +302,9 @@ class _Run:
             progress=step_progress(step, self.num_steps),
             sharpness=self.selector.sharpness(progress),
         )
-        if is_decided is not None:
+        is_decided = None
+        if self.selector.needs_decided_logits:
+            is_decided = ~self.masked.gather(1, positions)  # (B, M), True in padding too
             drawn = self.tokens.gather(1, positions).where(is_decided, drawn)
         return Candidates(
             log_probs=logits.log_softmax(-1),
@@ -305,32 +316,34 @@ class _Run:
             is_decided=is_decided,
         )
 
-    def _score(self, candidates: Candidates, is_masked: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Scores the draws, and keeps their probabilities as the confidence.
+    def _keep_draws(self, candidates: Candidates, is_real: Tensor | None) -> Tensor:
+        """Returns all tokens (B, N) after the draw, and keeps the probabilities of new codes as their confidence.
 
         Args:
-            candidates: The draws.
-            is_masked: (B, M) bool, False in padding, which keeps its code and confidence, and which +inf sorts last.
-
-        Returns:
-            The scores (B, M) float32, and the codes (B, M) int64.
+            candidates: The draws. A selector may replace the codes of decided ones.
+            is_real: (B, M) bool, False in padding; None if there is none.
         """
-        positions, drawn = candidates.positions, candidates.tokens
-        scores, probability = self.selector(candidates), candidates.drawn_log_probs.exp()
-        if is_masked is not None:
-            scores = scores.where(is_masked, torch.inf)
-            drawn = drawn.where(is_masked, self.tokens.gather(1, positions))
-            probability = probability.where(is_masked, self.confidence.gather(1, positions))
-        self.selector.check_values(scores)
-        self.confidence = self.confidence.scatter(1, positions, probability)
-        return scores, drawn
+        positions, is_decided, is_new = candidates.positions, candidates.is_decided, is_real
+        if is_decided is not None:
+            drawn = candidates.tokens
+            if self.selector.replaces_decided:
+                is_replaceable = is_decided if is_real is None else is_decided & is_real
+                codes = self.selector.replacements(candidates).where(is_replaceable, drawn)
+                candidates = replace(candidates, tokens=codes)
+            is_new = ~is_decided | (candidates.tokens != drawn)
+        codes, confidence = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
+        if is_new is not None:
+            codes = codes.where(is_new, self.tokens.gather(1, positions))
+            confidence = confidence.where(is_new, self.confidence.gather(1, positions))
+        self.confidence = self.confidence.scatter(1, positions, confidence)
+        return self.tokens.scatter(1, positions, codes)
 
     def _count_by_selector(
-        self, candidates: Candidates, scores: Tensor, is_masked: Tensor | None, num_masked: list[int]
+        self, candidates: Candidates, scores: Tensor, is_real: Tensor | None, num_masked: list[int]
     ) -> StepCounts:
         """Reads the counts that the selector sets from the device; the step waits here, and only here."""
-        valid = torch.ones_like(scores, dtype=torch.bool) if is_masked is None else is_masked
-        kept = self.selector.num_kept(candidates, scores, valid)
+        valid = torch.ones_like(scores, dtype=torch.bool) if is_real is None else is_real
+        kept = self.selector.num_kept(candidates, scores, valid).tolist()
         after = [max(0, masked - max(1, count)) for masked, count in zip(num_masked, kept, strict=True)]
         return StepCounts(num_masked, after, [0] * len(after))
 
@@ -339,13 +352,8 @@ class _Run:
         # ``self.masked`` still is the mask before this step, so the draws of this step are not among them.
         is_decided = self.unknown & ~self.masked  # (B, N)
         every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
-        scores = self.selector.remasking_scores(
-            Decided(
-                confidence=self.confidence,
-                gumbel=self.noise.gumbel(every_position, step),
-                progress=(step + 1) / self.num_steps,
-            )
-        )  # (B, N)
+        noise, progress = self.noise.gumbel(every_position, step), (step + 1) / self.num_steps
+        scores = self.selector.remasking_scores(Decided(self.confidence, noise, progress)).float()  # (B, N)
         order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
         self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
 
@@ -372,63 +380,6 @@ class DecodingStep:
     confidence: Tensor
 
 
-class _CorrectingRun(_Run):
-    """A decoding run with self-correction, for selectors that ask for the current logits of decided tokens.
-
-    Each step processes all images together:
-
-    1. Predict. The predictor returns logits (B, U, K) at all U positions that were masked at the start.
-    2. Draw. A code is drawn for each of these positions that is masked. Decided positions keep their current code.
-    3. Score. The selector scores draws and decided tokens alike, both by the current logits.
-    4. Replace. A selector may give decided positions another code.
-    5. Mask. The tokens with the lowest scores are masked, as many as the plan says, new or old.
-
-    Source: P2, Peng et al., arXiv:2502.03540, algorithm 1.
-    """
-
-    def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the steps of the class docstring, with the counts of ``plan``."""
-        positions = _sort_masked_first(self.masked, plan[0].before)  # (B, U), the same in every step
-        is_unknown = _mark_masked_columns(plan[0].before, positions)  # (B, U); None if no row is padded
-        for step, counts in enumerate(plan, start=first_step):
-            if max(counts.before) == 0:
-                return
-            # 1.
-            logits = self.predictor(self.tokens, positions).float()  # (B, U, K)
-            # 2.
-            is_decided = ~self.masked.gather(1, positions)  # (B, U), True in padding too
-            candidates = self._draw(logits, positions, step, is_decided=is_decided)
-            # 3.
-            scores = self.selector(candidates)  # (B, U)
-            if is_unknown is not None:
-                scores = scores.where(is_unknown, torch.inf)
-            self.selector.check_values(scores)
-            # 4.
-            codes = self._replace(candidates, is_decided if is_unknown is None else is_decided & is_unknown)
-            self._update_confidence(candidates, codes, is_decided)
-            # 5. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
-            all_drawn = self.tokens.scatter(1, positions, codes)  # (B, N)
-            by_score = positions.gather(1, scores.argsort(dim=1, stable=True))
-            was_masked = self.masked
-            self.tokens = _mask_first(all_drawn, by_score, counts.after, self.mask_token_id)
-            self.masked = self.tokens == self.mask_token_id
-            all_scores = self.no_scores.scatter(1, positions, scores.masked_fill(is_decided, torch.inf))  # (B, N)
-            yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
-
-    def _replace(self, candidates: Candidates, is_replaceable: Tensor) -> Tensor:
-        """Returns the codes (B, U) after the selector has replaced decided ones."""
-        if not self.selector.selector.replaces_decided:
-            return candidates.tokens
-        return self.selector.replacements(candidates).where(is_replaceable, candidates.tokens)
-
-    def _update_confidence(self, candidates: Candidates, codes: Tensor, is_decided: Tensor) -> None:
-        """Sets the confidence of codes that are new at this step to their current probability."""
-        probability = candidates.log_probs.gather(-1, codes.unsqueeze(-1)).squeeze(-1).exp()  # (B, U)
-        is_new = ~is_decided | (codes != candidates.tokens)
-        old = self.confidence.gather(1, candidates.positions)
-        self.confidence = self.confidence.scatter(1, candidates.positions, probability.where(is_new, old))
-
-
 def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     """Returns (B, M) int64: the masked positions of each row in raster order, then known positions as padding."""
     num_tokens = masked.shape[1]
@@ -437,7 +388,7 @@ def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
 
 
-def _mark_masked_columns(counts: list[int], positions: Tensor) -> Tensor | None:
+def _mark_real_columns(counts: list[int], positions: Tensor) -> Tensor | None:
     """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
     return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
 
@@ -454,6 +405,73 @@ def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token
         return tokens.scatter(1, positions[:, : counts[0]], mask_token_id)
     kept = tokens.gather(1, positions).masked_fill(_mark_first_columns(counts, positions), mask_token_id)
     return tokens.scatter(1, positions, kept)
+
+
+def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
+    """Draws codes by inverting the cumulative distribution of the softmax.
+
+    Args:
+        logits: (..., K) float32.
+        uniform: (...) float32 in (0, 1): one random number for each code.
+
+    Returns:
+        (...) int64 in [0, K).
+    """
+    cumulative = logits.softmax(-1).cumsum(-1)  # (..., K)
+    # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.
+    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]  # (..., 1)
+    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+@dataclass(frozen=True)
+class SeededNoise:
+    """Noise that is a function of (seed of the image, step, position): the batch does not change an image.
+
+    Args:
+        seeds: (B,) int64 in [0, 2**32), one per image.
+        num_tokens: N, tokens per image.
+        steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
+            steps launches an eighth of the kernels.
+        method: Method by which codes are drawn; see ``sampling.DrawMethod``.
+    """
+
+    seeds: Tensor
+    num_tokens: int
+    steps_at_once: int = 8
+    method: DrawMethod = "inverse_cdf"
+    _made: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
+        """Draws codes with one uniform number per position, or with K Gumbel numbers."""
+        first = self._at(0, positions, step)
+        if self.method == "inverse_cdf":
+            return draw_codes(logits, uniform_of(first))
+        return gumbel_rows(first, self._at(1, positions, step), logits.shape[-1]).add_(logits).argmax(-1)
+
+    def gumbel(self, positions: Tensor, step: int) -> Tensor:
+        """Returns Gumbel noise (B, M) float32 from one uniform number per position."""
+        return self._at(2, positions, step)
+
+    def _at(self, number: int, positions: Tensor, step: int) -> Tensor:
+        """Returns the generated numbers (B, M) of some positions: 0 and 1 are words for codes, 2 is Gumbel noise."""
+        first = self._generate(step)
+        return self._made[first][number][:, step - first].gather(1, positions)
+
+    def _generate(self, step: int) -> int:
+        """Generates the numbers of the group of steps that holds ``step``, if needed, and returns its first step."""
+        first = step - step % self.steps_at_once
+        if first not in self._made:
+            self._made.clear()  # one group of steps is kept: 3 B N numbers per step
+            steps = torch.arange(first, first + self.steps_at_once, device=self.seeds.device)
+            first_words, second_words, choice = random_bits(
+                ["decode/codes", "decode/codes/second", "decode/choice"],
+                seed=self.seeds.unsqueeze(1),
+                index=0,
+                epoch=steps,
+                count=self.num_tokens,
+            )  # (B, steps, N) each
+            self._made[first] = first_words, second_words, gumbel(uniform_of(choice))
+        return first
 
 
 def decode_classes(

@@ -74,9 +74,17 @@ guidance_schedules: Registry[GuidanceSchedule] = Registry(
 )
 
 
+@dataclass(frozen=True)
+class _Scaled(GuidanceSchedule):
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_number("scale", self.scale, _SCALES)
+
+
 @guidance_schedules.register("constant")
 @dataclass(frozen=True)
-class Constant(GuidanceSchedule):
+class Constant(_Scaled):
     """The same scale at every step.
 
     Args:
@@ -85,16 +93,13 @@ class Constant(GuidanceSchedule):
 
     scale: float = 0.0
 
-    def __post_init__(self) -> None:
-        check_number("scale", self.scale, _SCALES)
-
     def __call__(self, progress: float) -> float:
         return self.scale
 
 
 @guidance_schedules.register("linear")
 @dataclass(frozen=True)
-class Linear(GuidanceSchedule):
+class Linear(_Scaled):
     """scale * progress: from 0 at the first step, for variety, to ``scale`` at the last.
 
     Args:
@@ -103,18 +108,13 @@ class Linear(GuidanceSchedule):
     Source: MUSE, arXiv:2301.00704; xyfJASON/maskgit-pytorch.
     """
 
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("scale", self.scale, _SCALES)
-
     def __call__(self, progress: float) -> float:
         return self.scale * progress
 
 
 @guidance_schedules.register("power-cosine")
 @dataclass(frozen=True)
-class PowerCosine(GuidanceSchedule):
+class PowerCosine(_Scaled):
     """scale (1 - cos(pi progress^power)) / 2: from 0 to ``scale``; a larger ``power`` rises later.
 
     Args:
@@ -127,11 +127,10 @@ class PowerCosine(GuidanceSchedule):
     Source: MDT, arXiv:2303.14389; TiTok, arXiv:2406.07550.
     """
 
-    scale: float = 1.0
     power: float = 4.0
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, _SCALES)
+        super().__post_init__()
         check_number("power", self.power, "[0.001, 1000]")
 
     def __call__(self, progress: float) -> float:
@@ -140,7 +139,7 @@ class PowerCosine(GuidanceSchedule):
 
 @guidance_schedules.register("cosine")
 @dataclass(frozen=True)
-class Cosine(GuidanceSchedule):
+class Cosine(_Scaled):
     """scale (1 - cos(pi progress)) / 2: power-cosine with power 1.
 
     Args:
@@ -149,18 +148,13 @@ class Cosine(GuidanceSchedule):
     Source: MaskBit, arXiv:2409.16211.
     """
 
-    scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_number("scale", self.scale, _SCALES)
-
     def __call__(self, progress: float) -> float:
         return PowerCosine(self.scale, power=1.0)(progress)
 
 
 @guidance_schedules.register("interval")
 @dataclass(frozen=True)
-class Interval(GuidanceSchedule):
+class Interval(_Scaled):
     """``scale`` for progress in [start, stop], else 0. Steps with scale 0 need no second forward pass.
 
     Args:
@@ -174,12 +168,11 @@ class Interval(GuidanceSchedule):
     Source: Kynkäänniemi et al., arXiv:2404.07724.
     """
 
-    scale: float = 1.0
     start: float = 0.25
     stop: float = 1.0
 
     def __post_init__(self) -> None:
-        check_number("scale", self.scale, _SCALES)
+        super().__post_init__()
         check_number("start", self.start, "[0, 1]")
         check_number("stop", self.stop, f"[{self.start}, 1]")
 

@@ -2,7 +2,8 @@
 
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
 ``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
-``FirstStepPredictor`` shares the first step between images of a class.
+``FirstStepPredictor`` shares the first step between images of a class. ``VectorPool`` and ``check_condition_vectors``
+give the vectors of images, such as text embeddings, that ``ConditionalModel.bind`` hands to the network.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704; of
 guidance by a second network: Karras et al., arXiv:2406.02507.
@@ -10,14 +11,17 @@ guidance by a second network: Karras et al., arXiv:2406.02507.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar, cast
+from functools import cached_property
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.decoding.guidance import check_guidance
 from maskgit_pl.networks.backbone import Backbone
 
@@ -30,8 +34,10 @@ __all__ = [
     "FirstStepPredictor",
     "GuidedPredictor",
     "Predictor",
+    "VectorPool",
     "apply_guidance",
     "build_class_predictor",
+    "check_condition_vectors",
 ]
 
 _NetworkT = TypeVar("_NetworkT", covariant=True)
@@ -59,36 +65,11 @@ class Predictor(Protocol):
 class ConditionalNetwork(Protocol):
     """A network that computes the logits of the codes at some positions, given tokens and labels."""
 
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64."""
-
-
-class VectorConditionalNetwork(Protocol):
-    """A network that computes the logits of the codes at some positions, given tokens, labels and vectors."""
-
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,) and vectors (B, C)."""
+        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64.
 
-
-@dataclass(frozen=True)
-class VectorNetwork:
-    """A network with the vectors of a batch, in the form of a network that is conditioned on classes only.
-
-    Guidance doubles the batch: rows i and B + i are the two halves of image i, and both get its vector. With the null
-    label, the network hides the vector.
-
-    Args:
-        network: The network. Its ``forward_at`` takes ``vectors``.
-        vectors: (B, C) float on the network's device.
-    """
-
-    network: VectorConditionalNetwork
-    vectors: Tensor
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Computes logits (b, M, K) at positions (b, M) of tokens (b, N) for labels (b,), with b = B or 2 B."""
-        vectors = self.vectors.repeat(len(tokens) // len(self.vectors), 1)  # (b, C)
-        return self.network.forward_at(tokens, labels, positions, vectors=vectors)
+        A network that is conditioned on vectors takes them too, (B, C) float; the null label hides them.
+        """
 
 
 @dataclass(frozen=True)
@@ -98,13 +79,17 @@ class ClassPredictor:
     Args:
         network: The network, usually a ``networks.transformer.MaskedTransformer``.
         labels: (B,) int64 in [0, num_classes), or the null label.
+        vectors: (B, C) float on the network's device; None for a network without vectors.
     """
 
     network: ConditionalNetwork
     labels: Tensor
+    vectors: Tensor | None = None
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        return self.network.forward_at(tokens, self.labels, positions)
+        if self.vectors is None:
+            return self.network.forward_at(tokens, self.labels, positions)
+        return self.network.forward_at(tokens, self.labels, positions, vectors=self.vectors)
 
 
 class GuidedPredictor:
@@ -117,13 +102,21 @@ class GuidedPredictor:
         labels: (B,) int64 in [0, num_classes).
         negative_labels: (B,) int64: class that each image is pushed away from, usually the null label.
         scales: Guidance scale of each call, >= 0.
+        vectors: (B, C) float, for both halves of each image; None for a network without vectors.
     """
 
     def __init__(
-        self, network: ConditionalNetwork, labels: Tensor, *, negative_labels: Tensor, scales: Sequence[float]
+        self,
+        network: ConditionalNetwork,
+        labels: Tensor,
+        *,
+        negative_labels: Tensor,
+        scales: Sequence[float],
+        vectors: Tensor | None = None,
     ) -> None:
-        self.conditional = ClassPredictor(network, labels)
-        self.both = ClassPredictor(network, torch.cat([labels, negative_labels]))  # (2 B,)
+        self.conditional = ClassPredictor(network, labels, vectors)
+        twice = None if vectors is None else vectors.repeat(2, 1)
+        self.both = ClassPredictor(network, torch.cat([labels, negative_labels]), twice)  # (2 B,)
         self._scales = iter(scales)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -151,12 +144,7 @@ class AutoguidedPredictor:
     """
 
     def __init__(
-        self,
-        positive: Predictor,
-        negative: Predictor,
-        *,
-        mask_token_ids: tuple[int, int],
-        scales: Sequence[float],
+        self, positive: Predictor, negative: Predictor, *, mask_token_ids: tuple[int, int], scales: Sequence[float]
     ) -> None:
         self.positive = positive
         self.negative = negative
@@ -275,6 +263,7 @@ class ConditionalModel(Generic[_NetworkT]):
         negative: Weaker model of the same tokens, which guidance pushes images away from (``AutoguidedPredictor``);
             None pushes them away from the negative or null class.
         condition_dim: Size C of the vector of an image; 0 for a network without vectors.
+        vectors: (B, C) float, the vectors of a batch (``bind``).
     """
 
     network: _NetworkT
@@ -285,6 +274,7 @@ class ConditionalModel(Generic[_NetworkT]):
     first_step_logits: FirstStepLogits | None = None
     negative: ConditionalModel[ConditionalNetwork] | None = None
     condition_dim: int = 0
+    vectors: Tensor | None = None
 
     @staticmethod
     def from_network(
@@ -307,21 +297,17 @@ class ConditionalModel(Generic[_NetworkT]):
         """The number of tokens per image, N."""
         return self.grid[0] * self.grid[1]
 
-    def bind(self, vectors: Tensor | None) -> ConditionalModel[ConditionalNetwork]:
+    def bind(self, vectors: Tensor | None) -> ConditionalModel[_NetworkT]:
         """Returns the model for a batch whose images have vectors. A negative model without vectors stays as it is.
 
         Args:
             vectors: (B, C) float on the network's device; None for a network without vectors, which stays as it is.
         """
-        model = cast("ConditionalModel[ConditionalNetwork]", self)
         if vectors is None:
-            return model
-        negative = (
-            None if self.negative is None else self.negative.bind(vectors if self.negative.condition_dim else None)
-        )
-        network = VectorNetwork(cast("VectorConditionalNetwork", self.network), vectors)
+            return self
+        negative = self.negative.bind(vectors) if self.negative and self.negative.condition_dim else self.negative
         # The logits of the first step are cached by class, which a vector makes wrong.
-        return replace(model, network=network, first_step_logits=None, negative=negative)
+        return replace(self, vectors=vectors, first_step_logits=None, negative=negative)
 
     def fill_negative_labels(self, given: Sequence[int] | None, labels: Sequence[int]) -> Sequence[int] | None:
         """Returns the labels of the negative half of guidance.
@@ -362,7 +348,7 @@ def build_class_predictor(
     """
     negative_labels = model.fill_negative_labels(negative_labels, labels)
     check_guidance(scales, has_negative_class=negative_labels is not None)
-    if not all_masked or isinstance(model.network, VectorNetwork):
+    if not all_masked or model.vectors is not None:
         return _build_guided(model, labels, negative_labels, scales)
     logits = _first_logits(model, labels, negative_labels, scales[0] if scales else 0)
     return FirstStepPredictor(logits, _build_guided(model, labels, negative_labels, scales[1:]))
@@ -377,13 +363,13 @@ def _build_guided(
     """Builds the predictor without the shared first step; see ``build_class_predictor``."""
     positive = torch.tensor(list(labels), device=model.device)
     if negative_labels is None or not any(scale > 0 for scale in scales):
-        return ClassPredictor(model.network, positive)
+        return ClassPredictor(model.network, positive, model.vectors)
     negative = torch.tensor(list(negative_labels), device=model.device)
     if model.negative is None:
-        return GuidedPredictor(model.network, positive, negative_labels=negative, scales=scales)
+        return GuidedPredictor(model.network, positive, negative_labels=negative, scales=scales, vectors=model.vectors)
     return AutoguidedPredictor(
-        ClassPredictor(model.network, positive),
-        ClassPredictor(model.negative.network, negative),
+        ClassPredictor(model.network, positive, model.vectors),
+        ClassPredictor(model.negative.network, negative, model.negative.vectors),
         mask_token_ids=(model.mask_token_id, model.negative.mask_token_id),
         scales=scales,
     )
@@ -412,3 +398,107 @@ def _obtain_first_step(model: ConditionalModel[ConditionalNetwork]) -> FirstStep
     return model.first_step_logits or FirstStepLogits(
         model.network, num_tokens=model.num_tokens, mask_token_id=model.mask_token_id
     )
+
+
+@dataclass(frozen=True)
+class VectorPool:
+    """Vectors from which images that are given none take theirs, such as those of the val split of the data.
+
+    The image of seed s takes row (s - ``first_seed``) mod n of the n vectors of its class: it depends on its class and
+    its seed only, and the images of a class with consecutive seeds take its vectors in turn.
+
+    Args:
+        vectors: (m, C) float32.
+        labels: (m,) int64, class of each vector; None if every class takes all vectors. A class without vectors takes
+            all of them too.
+        first_seed: Seed of the image that takes the first vector.
+
+    Raises:
+        ValueError: if there are no vectors, or their shape differs from that of the labels.
+    """
+
+    vectors: Tensor
+    labels: Tensor | None = None
+    first_seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.vectors.ndim != 2 or not len(self.vectors):
+            raise ValueError(f"vectors must have shape (m, C) with m >= 1, got {tuple(self.vectors.shape)}")
+        if self.labels is not None and self.labels.shape != self.vectors.shape[:1]:
+            raise ValueError(f"labels must be one for each of {len(self.vectors)} vectors, got {len(self.labels)}")
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256, hex, of vectors, labels and first seed, which identifies the pool in plans and ledgers."""
+        digest = hashlib.sha256(f"{tuple(self.vectors.shape)} {self.first_seed}".encode())
+        for tensor in (self.vectors, self.labels):
+            digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
+        """Returns the vectors (n, C) of n images with their labels and seeds."""
+        rows = [self._rows(label) for label in labels]
+        chosen = [own[(seed - self.first_seed) % len(own)] for own, seed in zip(rows, seeds, strict=True)]
+        return self.vectors[torch.stack(chosen)]
+
+    def _rows(self, label: int) -> Tensor:
+        """Returns the rows of the vectors of a class, in order."""
+        if label not in self._rows_of_label:
+            found = torch.arange(len(self.vectors))
+            if self.labels is not None and bool((self.labels == label).any()):
+                found = (self.labels == label).nonzero()[:, 0]
+            self._rows_of_label[label] = found
+        return self._rows_of_label[label]
+
+    @cached_property
+    def _rows_of_label(self) -> dict[int, Tensor]:
+        return {}
+
+
+def check_condition_vectors(
+    vectors: object, labels: Sequence[int], *, condition_dim: int, null_label: int | None
+) -> Tensor | None:
+    """Checks the vectors of a request against the network.
+
+    Args:
+        vectors: (n, C) float array or tensor, or (C,) for all images; None if none are given.
+        labels: Label of each image; the null label hides its vector.
+        condition_dim: C of the network; 0 if it takes no vectors.
+        null_label: Label of "no class and no vector"; None if the network has none.
+
+    Returns:
+        (n, C) float32, zeros if all labels are the null label; None for a network without vectors.
+
+    Raises:
+        ValueError: if vectors are missing or not wanted, have another shape, are not finite, or would all be hidden.
+        TypeError: if they are not an array of numbers.
+    """
+    if not condition_dim:
+        if vectors is not None:
+            raise ValueError("vectors must not be given to a model that was trained without vectors; leave them out")
+        return None
+    expected = len(labels), condition_dim
+    is_hidden = all(label == null_label for label in labels)
+    if vectors is None:
+        if not is_hidden:
+            raise ValueError(
+                f"vectors must be given: the model was trained with a vector of {condition_dim} values for each image, "
+                f"got none; give an array of shape {expected}, or generate images of no class (None)"
+            )
+        return torch.zeros(expected)
+    if is_hidden:
+        raise ValueError("classes must be given with vectors, since no class (None) hides the vector, got none")
+    try:
+        vectors = torch.as_tensor(vectors)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"vectors must be an array of numbers, got {shorten(vectors)}") from error
+    if vectors.ndim == 1:
+        vectors = vectors.expand(len(labels), -1)
+    if tuple(vectors.shape) != expected:
+        raise ValueError(
+            f"vectors must have shape {expected}, one row of the {condition_dim} values that the model was trained "
+            f"with for each image, got {tuple(vectors.shape)}"
+        )
+    if not vectors.isfinite().all():
+        raise ValueError("vectors must be finite, got NaN or infinity")
+    return vectors.float()

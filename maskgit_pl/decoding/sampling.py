@@ -1,6 +1,6 @@
 """The sampling of codes from logits: temperature (constant or annealed), top-k and top-p.
 
-Used by both decoders, for step 2 of ``decoding.decoder``.
+Used by both decoders, for step 2 of ``decoding.decoder``, which has the random numbers too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _GREEDY = 1e30  # factor of the logits from which the likeliest code is taken: t
 
 
 class Noise(Protocol):
-    """A source of the random numbers of a decoding run, such as ``noise.SeededNoise``."""
+    """A source of the random numbers of a decoding run, such as ``decoder.SeededNoise``."""
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Draws codes (B, M) int64 in [0, K) from the softmax of ``logits`` (B, M, K) float32."""

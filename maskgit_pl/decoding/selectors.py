@@ -1,19 +1,29 @@
-"""The built-in token selectors: those that score draws, and those that correct tokens which earlier steps decided.
+"""Token selectors: the rules that choose the tokens that a decoding step keeps, and their registry.
 
-The names of ``token_selector`` are here too, since this module fills its registry. Used by ``decoding.DecodingConfig``,
-by the evaluation, and by packages that add their own selector. Functions import torch where they need it, so the
-command line can refuse an unknown name immediately.
+The mask schedule sets the number of tokens that stay masked. The selector scores the candidates, and those with the
+lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, mask or replace
+tokens that earlier steps decided, or set the number of tokens to keep. Used by ``decoding.ParallelDecoder``.
+
+Functions import torch where they need it, so the command line can list the names immediately. Your own selector is a
+registered frozen dataclass::
+
+    @token_selectors.register("entropy_order")
+    @dataclass(frozen=True)
+    class EntropyOrder(TokenSelector):
+        def __call__(self, candidates: Candidates) -> Tensor:
+            return -candidates.entropies
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from functools import cached_property, lru_cache
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from maskgit_pl.checks import check_choice, check_number, check_seed
-from maskgit_pl.decoding.token_selector import Candidates, Decided, TokenSelector, token_selectors
+from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, shorten
+from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import halton_order
 
 if TYPE_CHECKING:
@@ -34,6 +44,7 @@ __all__ = [
     "Remasking",
     "TokenEditing",
     "TokenSelector",
+    "check_token_selector",
     "token_selectors",
 ]
 
@@ -43,6 +54,213 @@ Remasking = Literal["cap", "rescale", "confidence", "loop"]
 _TEMPERATURES = "[0, 1000000]"
 _LEAST_LOG_PROB = -1e4  # of a decided code whose probability is now 0; finite scores are required
 _KEPT = 1e30  # score of a decided token that is never masked again
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The draws of one decoding step, which a selector scores: M positions per row, with padding.
+
+    Args:
+        log_probs: (B, M, K) float32: log-softmax of the logits at temperature 1.
+        tokens: (B, M) int64 in [0, K): the codes drawn, or the current codes where ``is_decided``.
+        positions: (B, M) int64 in [0, N): the position of each code.
+        gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
+        progress: (t + 1) / T, in (0, 1].
+        grid: Rows and columns of tokens; None if not given.
+        is_decided: (B, M) bool, True = decided by an earlier step; None unless ``needs_decided_logits``.
+    """
+
+    log_probs: Tensor
+    tokens: Tensor
+    positions: Tensor
+    gumbel: Tensor
+    progress: float
+    grid: tuple[int, int] | None = None
+    is_decided: Tensor | None = None
+
+    @cached_property
+    def drawn_log_probs(self) -> Tensor:
+        """The log-probabilities of ``tokens``, (B, M) float32."""
+        return self.log_probs.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+
+    @cached_property
+    def entropies(self) -> Tensor:
+        """The entropies -sum_k p_k log p_k of the distributions in nats, (B, M) float32."""
+        # A code of probability 0 has log p = -inf; the clamp makes 0 log 0 equal to 0 in place of NaN.
+        return -(self.log_probs.exp() * self.log_probs.clamp(min=-1e30)).sum(-1)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """The tokens that earlier steps decided, which a selector may mask again: all N positions of a row.
+
+    Args:
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was drawn. Undecided positions
+            are ignored.
+        gumbel: (B, N) float32: standard Gumbel noise, a function of image, step and position.
+        progress: (t + 1) / T, in (0, 1].
+    """
+
+    confidence: Tensor
+    gumbel: Tensor
+    progress: float
+
+
+class TokenSelector(ABC):
+    """A rule that scores candidates. The candidates with the highest scores are kept.
+
+    Subclasses are frozen dataclasses. ``__call__`` is enough; the defaults of the other methods do nothing.
+
+    Attributes:
+        follows_schedule: True if the mask schedule sets the number of tokens that stay masked. False if the selector
+            sets it (``num_kept``): the counts then depend on the data, so each step waits for the device.
+        needs_decided_logits: True if the candidates of each step are all tokens that were masked at the start, with
+            their current probabilities, decided or not (``Candidates.is_decided``). Those with the lowest scores are
+            masked, so that decided tokens compete with new draws. ``num_remasked`` is not used then.
+        replaces_decided: True if ``replacements`` gives decided tokens other codes; requires ``needs_decided_logits``.
+    """
+
+    follows_schedule: ClassVar[bool] = True
+    needs_decided_logits: ClassVar[bool] = False
+    replaces_decided: ClassVar[bool] = False
+
+    @abstractmethod
+    def __call__(self, candidates: Candidates) -> Tensor:
+        """Returns finite scores (B, M) float32; the tokens with the highest scores are kept.
+
+        Columns that only pad a row are scored too, and ignored.
+        """
+
+    def sharpness(self, progress: float) -> float:
+        """Returns the positive number by which logits are multiplied before codes are drawn; ``progress`` in (0, 1]."""
+        return 1.0
+
+    def schedule_progress(self, progress: Tensor) -> Tensor:
+        """Maps the progress of each step to progress of the mask schedule.
+
+        Args:
+            progress: (T,) float32 in (0, 1], rising.
+
+        Returns:
+            (T,) float32 in (0, 1], never falling.
+        """
+        return progress
+
+    def num_remasked(self, *, decided: int, planned: int, progress: float) -> int:
+        """Returns the number of tokens of a row that are masked again although earlier steps decided them.
+
+        It is called on the host before the loop. The decoder clips the result to [0, decided].
+
+        Args:
+            decided: Number of tokens of the row that earlier steps decided.
+            planned: Number of tokens that the schedule leaves masked after the step.
+            progress: (t + 1) / T, in (0, 1].
+        """
+        return 0
+
+    def remasking_scores(self, decided: Decided) -> Tensor:
+        """Returns finite scores (B, N) float32; the decided tokens with the highest scores are masked again."""
+        raise TypeError(
+            f"token selector {type(self).__name__} must define remasking_scores(), since it masks decided tokens again"
+        )
+
+    def replacements(self, candidates: Candidates) -> Tensor:
+        """Returns codes (B, M) int64 in [0, K) for decided positions; called if ``replaces_decided`` is True.
+
+        Where a code is to stay, it is that of ``candidates.tokens``. Undecided positions are ignored.
+        """
+        raise TypeError(
+            f"token selector {type(self).__name__} must define replacements(), since replaces_decided is True"
+        )
+
+    def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
+        """Returns the number of tokens of each row to keep; called if ``follows_schedule`` is False.
+
+        Args:
+            candidates: The draws.
+            scores: (B, M) float32: this selector's scores.
+            valid: (B, M) bool: False where a position only pads its row.
+
+        Returns:
+            (B,) int64; the decoder keeps at least 1.
+        """
+        raise TypeError(f"token selector {type(self).__name__} must define num_kept(), since follows_schedule is False")
+
+
+def check_token_selector(name: str, selector: TokenSelector) -> None:
+    """Checks the contract of a selector at the first, a middle and the last of 8 steps on a grid of 2 x 2 tokens.
+
+    All methods are called that the decoder calls for this selector: their results must have the right types and shapes,
+    and be finite or in range.
+
+    Raises:
+        TypeError: if a method that the selector needs is not defined.
+        ValueError: if the selector breaks the contract. The message has the name, the rule and the value.
+    """
+    import torch
+
+    where = f"token selector {name!r}"
+    if not isinstance(selector, TokenSelector):
+        raise ValueError(f"{where} must be a TokenSelector, got {shorten(selector)}")
+    # Attributes that contradict one another.
+    if selector.needs_decided_logits and not selector.follows_schedule:
+        raise ValueError(
+            f"{where}: follows_schedule must be True with needs_decided_logits, got False; the counts of masked tokens "
+            "must be known before the loop"
+        )
+    if selector.replaces_decided and not selector.needs_decided_logits:
+        raise ValueError(f"{where}: needs_decided_logits must be True with replaces_decided, got False")
+    warped = selector.schedule_progress(torch.arange(1, 9) / 8)
+    progress = _check_tensor(f"{where}: schedule_progress", warped, (8,)).tolist()
+    if not all(0 < value <= 1 for value in progress) or sorted(progress) != progress:
+        raise ValueError(f"{where}: schedule_progress must lie in (0, 1] and never fall, got {shorten(progress)}")
+    log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
+    positions, gumbel = torch.arange(4).expand(2, 4), torch.linspace(-2, 8, 8).view(2, 4)
+    is_decided = torch.arange(8).view(2, 4) % 3 == 0 if selector.needs_decided_logits else None
+    for step in (1 / 8, 1 / 2, 1.0):
+        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, step, (2, 2), is_decided)
+        _check_step(where, selector, candidates)
+
+
+def _check_step(where: str, selector: TokenSelector, candidates: Candidates) -> None:
+    """Checks the results of a selector for the draws of a step, (2, 4) of 3 codes."""
+    import torch
+
+    progress, log_probs = candidates.progress, candidates.log_probs
+    check_number(f"{where}: sharpness at progress {progress:g}", selector.sharpness(progress), "(0, inf)")
+    scores = _check_tensor(f"{where}: scores", selector(candidates), (2, 4))
+    if selector.replaces_decided:
+        codes = _check_tensor(f"{where}: replacements", selector.replacements(candidates), (2, 4), is_integer=True)
+        if not bool(((codes >= 0) & (codes < 3)).all()):
+            raise ValueError(f"{where}: replacements must be codes in [0, 3), got {codes.tolist()}")
+    if not selector.follows_schedule:
+        kept = selector.num_kept(candidates, scores, torch.ones(2, 4, dtype=torch.bool))
+        _check_tensor(f"{where}: num_kept", kept, (2,), is_integer=True)
+    elif not selector.needs_decided_logits:
+        count = selector.num_remasked(decided=2, planned=1, progress=progress)
+        if check_integer(f"{where}: num_remasked at progress {progress:g}", count, "(-inf, inf)") > 0:
+            decided = Decided(log_probs.exp()[..., 0], candidates.gumbel, progress)
+            _check_tensor(f"{where}: remasking_scores", selector.remasking_scores(decided), (2, 4))
+
+
+def _check_tensor(what: str, values: Any, shape: tuple[int, ...], *, is_integer: bool = False) -> Tensor:
+    """Returns ``values`` if they are a finite tensor of this shape, int64 if ``is_integer`` and float otherwise."""
+    import torch
+
+    kind = "an int64" if is_integer else "a float"
+    if not isinstance(values, torch.Tensor):
+        raise ValueError(f"{what} must be {kind} tensor of shape {shape}, got {shorten(values)}")
+    is_kind = values.dtype == torch.int64 if is_integer else values.is_floating_point()
+    if not is_kind or values.shape != shape:
+        raise ValueError(f"{what} must be {kind} tensor of shape {shape}, got {values.dtype} {tuple(values.shape)}")
+    if not bool(values.isfinite().all()):
+        raise ValueError(f"{what} must be finite, got {shorten(values.tolist())}")
+    return values
+
+
+token_selectors: Registry[TokenSelector] = Registry(
+    "token selector", "maskgit_pl.token_selectors", check=check_token_selector
+)
 
 
 @token_selectors.register("confidence")
@@ -97,10 +315,7 @@ class Halton(TokenSelector):
             check_seed("seed", self.seed)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        if candidates.grid is None:
-            raise ValueError(
-                "token selector halton requires the grid of tokens, got None; call steps(grid=(rows, columns))"
-            )
+        assert candidates.grid is not None, "ParallelDecoder.steps(grid=(rows, columns))"
         ranks = _halton_ranks(candidates.grid, self.seed, candidates.positions.device)
         return -ranks[candidates.positions]
 
@@ -120,7 +335,7 @@ def _halton_ranks(grid: tuple[int, int], seed: int | None, device: torch.device)
 
 @token_selectors.register("margin")
 @dataclass(frozen=True)
-class Margin(TokenSelector):
+class Margin(Confidence):
     """The top probability margin: log(p1 - p2) + choice_temperature (1 - progress) Gumbel.
 
     p1 >= p2 are the probabilities of the two most likely codes. The score is that of the position, not of the code
@@ -131,11 +346,6 @@ class Margin(TokenSelector):
 
     Source: Kim et al., arXiv:2502.06768.
     """
-
-    choice_temperature: float = 4.5
-
-    def __post_init__(self) -> None:
-        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def __call__(self, candidates: Candidates) -> Tensor:
         first, second = _two_likeliest(candidates.log_probs)
@@ -184,7 +394,7 @@ class EntropyBounded(TokenSelector):
 
 @token_selectors.register("moment")
 @dataclass(frozen=True)
-class Moment(TokenSelector):
+class Moment(Confidence):
     """A selector that scores positions by a moment of their distribution, and sharpens the distribution of their codes.
 
     With a = choice_temperature (1 - progress) and b = 1 + 1 / a, the score is log sum_x p(x)^b + Gumbel, and codes are
@@ -196,11 +406,6 @@ class Moment(TokenSelector):
 
     Source: Hayakawa et al., arXiv:2510.04525.
     """
-
-    choice_temperature: float = 4.5
-
-    def __post_init__(self) -> None:
-        check_number("choice_temperature", self.choice_temperature, _TEMPERATURES)
 
     def _exponent(self, progress: float) -> float:
         """Returns b; the bound 1e-4 keeps it finite at temperature 0 and at the last step."""

@@ -18,7 +18,7 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
-from maskgit_pl.decoding.vectors import VectorPool, check_condition_vectors
+from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
 from maskgit_pl.distributed import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.networks.int8 import Int8Linear
@@ -64,7 +64,7 @@ class Generator:
 
     Attributes:
         caches: Packed weights, and the logits of the first step. They follow changes of the weights.
-        vector_pool: Vectors of images that are given none; None requires them. See ``decoding.vectors.VectorPool``.
+        vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts

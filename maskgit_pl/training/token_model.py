@@ -1,9 +1,9 @@
-"""Stage 2: the base class of both models, with training, averaged weights, samples and export.
+"""Stage 2: the base of both models and of their configurations, with optimization, averages, samples and export.
 
 ``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A training step
-does for each micro-batch (the code repeats the numbers):
+does for each micro-batch (the code of both repeats the numbers):
 
-1. Draw the mask (B, N) of the tokens to predict (``_draw_mask``). MaskedTokenModel draws it from (seed, sample, epoch,
+1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample, epoch,
    position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
    tokens.
 2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
@@ -29,34 +29,171 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from pydantic import BeforeValidator
 from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_class_names
-from maskgit_pl.data import Batch, flip
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.checks import check_choice, check_class_names, check_number, check_seed, height_width
+from maskgit_pl.data.batches import Batch, check_batch, flip
+from maskgit_pl.decoding.config import DecodingConfig
+from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.losses import TokenStatistics, chunked_statistics, mean_over_rows, needs_chunks, token_statistics
 from maskgit_pl.masking import Draws, true_positions
-from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, weights_for
-from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import copy_stage_folder, load_tokenizer, load_transformer, save_transformer
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.training.checkpoints import full_state
-from maskgit_pl.training.optimized_model import OptimizedModel, TokenModelConfig, check_samples, check_tokenizer
-from maskgit_pl.training.optimizers import frozen_copy
-from maskgit_pl.training.strategies import prepare_blocks
+from maskgit_pl.training.checkpoints import CheckpointedModule, full_state
+from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema
+from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
+from maskgit_pl.training.strategies import (
+    ActivationCheckpointing,
+    Compiled,
+    check_precision,
+    prepare_blocks,
+    shard_blocks,
+)
 
-__all__ = ["NUM_BINS", "BinnedMeans", "StepLosses", "TokenModel"]
+__all__ = [
+    "NUM_BINS",
+    "BinnedMeans",
+    "LossVocabulary",
+    "StepLosses",
+    "TokenModel",
+    "TokenModelConfig",
+    "check_decoding",
+    "check_samples",
+    "check_tokenizer",
+]
 
 NUM_BINS = 4
 """The number of groups of predicted tokens whose losses are logged separately."""
+
+LossVocabulary = Literal["codes", "all"]
+
+
+@dataclass(frozen=True)
+class TokenModelConfig:
+    """The fields that both models' configurations share.
+
+    Args:
+        network: Configuration of the backbone.
+        optimizer: The optimizer and its learning rate.
+        tokenizer: Path of the pretrained tokenizer folder.
+        label_smoothing: Label smoothing of the training loss, in [0, 1).
+        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
+            With token groups it is ``codes``: the softmax of each group.
+        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
+        flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
+        seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
+        activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
+            and loss as one graph.
+
+    Raises:
+        ValueError: if a number is out of range.
+    """
+
+    network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
+    optimizer: OptimizerConfig
+    tokenizer: str
+    _: KW_ONLY
+    label_smoothing: float = 0.1
+    loss_vocabulary: LossVocabulary = "all"
+    ema_decay: float = 0.999
+    flip_probability: float = 0.0
+    seed: int = 0
+    activation_checkpointing: ActivationCheckpointing = "none"
+    compiled: Compiled = "none"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "tokenizer", str(self.tokenizer))  # a Path is no plain value
+        check_number("label_smoothing", self.label_smoothing, "[0, 1)")
+        check_choice("loss_vocabulary", self.loss_vocabulary, get_args(LossVocabulary))
+        check_number("ema_decay", self.ema_decay, "[0, 1)")
+        check_number("flip_probability", self.flip_probability, "[0, 1]")
+        check_seed("seed", self.seed)
+        check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
+        check_choice("compiled", self.compiled, get_args(Compiled))
+
+    @property
+    def loss_columns(self) -> Vocabulary:
+        """The columns of the logits of the loss: ``loss_vocabulary``, or those of the token groups if there are any."""
+        return self.network.loss_columns(self.loss_vocabulary)
+
+
+def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
+    """Checks that a network supports decoding settings.
+
+    Raises:
+        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not support a
+            setting, or guidance is set without a null class.
+    """
+    try:
+        decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
+    except ValueError as error:
+        raise ValueError(f"decoding: {error}") from error
+    if any(decoding.scales()) and network.null_label is None:
+        raise ValueError(
+            f"decoding.guidance must have scale 0 for a network without a null class, got {decoding.guidance!r} with "
+            "class_dropout 0; set model.network.class_dropout above 0 or model.decoding.guidance to constant"
+        )
+
+
+def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> None:
+    """Checks that a transformer has the codebook size and the grid of a tokenizer.
+
+    Raises:
+        ValueError: if it does not. The message has both values and the recipe key.
+    """
+    pairs = (
+        ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
+        ("grid", config.grid, tokenizer.grid),
+    )
+    for name, wanted, has in pairs:
+        if wanted != has:
+            raise ValueError(
+                f"model.network.{name} must be {has}, that of the tokenizer, got {wanted}; leave the key out, or name "
+                "another tokenizer"
+            )
+
+
+def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
+    """Checks that the samples of a batch are those of a transformer.
+
+    Labels are checked because the rows of the embedding before and after those of the classes are codes, the null class
+    and the mask token.
+
+    Args:
+        batch: The batch that the Trainer passes.
+        config: Sizes of the transformer.
+        tokenizer: Returns the tokenizer of images.
+
+    Raises:
+        TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
+        ValueError: if the samples have another shape, or a label is no class of the transformer.
+    """
+    if isinstance(batch, Batch) and batch.content.ndim == 4:
+        images_of = tokenizer()
+        check_batch(batch, shape=(images_of.network.config.in_channels, *height_width(images_of.image_size)))
+    else:
+        check_batch(batch, shape=(config.num_tokens,))
+    wrong = batch.labels[(batch.labels < 0) | (batch.labels >= config.num_classes)]
+    if len(wrong):
+        raise ValueError(
+            f"labels of the data must be in [0, {config.num_classes}), the classes of the model, got {int(wrong[0])}; "
+            "number the classes from 0, and build the model with num_classes of the data"
+        )
 
 
 class StepLosses(NamedTuple):
@@ -66,31 +203,36 @@ class StepLosses(NamedTuple):
         loss: Scalar float32, with a graph.
         token_losses: (M,) float32: negative log-likelihoods of the predicted tokens, detached.
         hits: (M,) float32: 1 where the most likely code is the right one.
-        counted: (M,) bool: the tokens that are masked and no padding, for the logs; None for all.
     """
 
     loss: Tensor
     token_losses: Tensor
     hits: Tensor
-    counted: Tensor | None = None
 
 
-class TokenModel(OptimizedModel):
+class TokenModel(CheckpointedModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
-    A subclass defines the tokens to predict (``_draw_mask``), the groups of logged values (``_assign_bins``) and the
-    decoding of images (``_decode``), and may train on another loss (``_compute_training_losses``).
+    A subclass defines the random draws of a step (``_draw``), ``training_step``, the groups of logged values
+    (``_assign_bins``) and the decoding of images (``_decode``).
 
     Args:
         config: Network, optimizer, tokenizer and loss.
-        transformer: The network, with initial weights.
+        transformer: The network that trains, with initial weights.
         decoding: Decoding settings for sample images, and of the exported model.
+
+    Attributes:
+        ema_network: The averaged network; None without averages.
+        step_check: Set by a callback; without it no update is skipped.
 
     Source: paper, training; the numbers of the released configuration are in ``recipes/transformer``.
     """
 
+    config: TokenModelConfig
     mask_schedule_spec: str | dict[str, Any] | None = None  # in the form of a recipe; None with causal attention
     binned_by: str  # the quantity that ``_assign_bins`` groups by, in the names of logged values
+    step_check: StepCheck | None = None
+    _skips_update = False
 
     def __init__(self, config: TokenModelConfig, transformer: Backbone, decoding: DecodingConfig) -> None:
         super().__init__()
@@ -113,8 +255,8 @@ class TokenModel(OptimizedModel):
             self._run_step = torch.compile(self._compute_training_losses, fullgraph=True, dynamic=False)
 
     @abstractmethod
-    def _draw_mask(self, batch: Batch) -> Tensor:
-        """Returns the tokens to predict, (B, N) bool, as a function of the samples only."""
+    def _draw(self, batch: Batch) -> Draws:
+        """Returns the tokens to predict and the labels, as a function of the samples only (``_draws_of``)."""
 
     @abstractmethod
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
@@ -135,11 +277,6 @@ class TokenModel(OptimizedModel):
         return self.transformer if self.ema_network is None else self.ema_network
 
     @property
-    def tokenizer_folder(self) -> Path:
-        """The pretrained tokenizer folder."""
-        return Path(self.config.tokenizer)
-
-    @property
     def tokenizer(self) -> PretrainedTokenizer:
         """The frozen tokenizer on this module's device. It is loaded at its first use and stays out of checkpoints.
 
@@ -147,10 +284,12 @@ class TokenModel(OptimizedModel):
             ValueError: if its codebook or grid is not that of the transformer.
         """
         if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.tokenizer_folder)
+            self._tokenizer = load_tokenizer(self.config.tokenizer)
             check_tokenizer(self.config.network, self._tokenizer)
         self._tokenizer.network.to(self.device)
         return self._tokenizer
+
+    # 1, 2: the draws of a step
 
     def draw_on_host(self, batch: Batch) -> Batch:
         """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
@@ -160,39 +299,204 @@ class TokenModel(OptimizedModel):
         return drawn._replace(draws=drawn.draws.pin_memory())
 
     def _with_draws(self, batch: Batch) -> Batch:
-        """Returns the batch with its random draws (steps 1 and 2), unless it has them already."""
+        """Returns the batch with its random draws, unless it has them already."""
         if isinstance(batch, Batch) and batch.draws is not None:
             return batch
         check_samples(batch, self.config.network, lambda: self._tokenizer or self.tokenizer)
         return batch._replace(draws=self._draw(batch))
 
-    def _draw(self, batch: Batch) -> Draws:
-        """Draws what a batch needs; in validation without class dropout."""
-        mask = self._draw_mask(batch)  # 1
+    def _draws_of(self, batch: Batch, mask: Tensor) -> Draws:
+        """Returns the draws that predict the tokens of ``mask`` (B, N) bool; in validation without class dropout."""
         if self.training:
-            return Draws(self._drop_classes(batch), mask, true_positions(mask))  # 2
+            return Draws(self._drop_classes(batch), mask, true_positions(mask))
         # Rows that only pad the last batch do not count.
         return Draws(batch.labels, mask, true_positions(mask & batch.valid.unsqueeze(1)))
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes the loss of one micro-batch, scalar float32."""
-        batch = self._with_draws(batch)  # 1, 2, if the module is called without a Trainer
-        assert batch.draws is not None
-        self._reseed_dropout(batch_idx)  # 3
-        tokens, mask = self.tokens_and_mask(batch)  # 4
-        loss, token_loss, hits, counted = self._run_step(self._prepare(batch, tokens), tokens)  # 5, 6
-        bins = self._assign_bins(mask, batch.draws.positions)
-        self._bins.add(bins if counted is None else bins.masked_fill(~counted, NUM_BINS), token_loss, hits)
+    def _drop_classes(self, batch: Batch) -> Tensor:
+        """Returns the labels (B,) int64, some of them replaced by the null label."""
+        network = self.config.network
+        if network.null_label is None:
+            return batch.labels
+        chance = random_uniform("class-dropout", seed=self.config.seed, index=batch.index, epoch=batch.epoch)[:, 0]
+        return batch.labels.masked_fill(chance < network.class_dropout, network.null_label)
+
+    # 3 to 6: dropout, tokens and losses
+
+    def _reseed_dropout(self, batch_idx: int) -> None:
+        """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
+        if self.config.network.dropout == 0:
+            return
+        place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
+        word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
+        torch.manual_seed(int(word))
+
+    def _encode(self, batch: Batch) -> Tensor:
+        """Returns the tokens of a batch, (B, N) int64 in [0, K); images are flipped in training only."""
+        if batch.content.ndim == 2:
+            return batch.content
+        images, config = batch.content, self.config
+        if self.training and config.flip_probability > 0:
+            images = flip(
+                images, probability=config.flip_probability, seed=config.seed, index=batch.index, epoch=batch.epoch
+            )
+        # In float32 in any precision of the Trainer, as `maskgit tokenize` and the pipeline encode.
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            return self.tokenizer.network.encode(images.to(torch.float32) / 255)
+
+    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+        """Returns loss and statistics of the trained network; ``compiled: step`` compiles it.
+
+        Args:
+            batch: The batch with its draws; its content is the tokens that the network sees where they are not masked.
+            tokens: (B, N) int64, the true tokens.
+        """
+        return self.compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
+
+    def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
+        """Computes the mean over rows of their cross-entropies, and the values for the logs."""
+        draws = batch.draws
+        assert draws is not None
+        found = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
+        return StepLosses(mean_over_rows(found.losses, draws.rows, num_rows=len(tokens)), found.nll, found.hits)
+
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Returns tokens (B, N) with the mask token where ``mask`` is True; causal attention hides tokens itself."""
+        network = self.config.network
+        return tokens if network.attention == "causal" else tokens.masked_fill(mask, network.mask_token_id)
+
+    def _predict(
+        self,
+        network: Backbone,
+        hidden: Tensor,
+        batch: Batch,
+        tokens: Tensor,
+        *,
+        smoothing: float,
+    ) -> TokenStatistics:
+        """Computes logits at the M predicted tokens, in chunks if they are very large, and their cross-entropies.
+
+        Args:
+            network: The network.
+            hidden: (B, N) int64, the tokens that the network sees, some of them the mask token.
+            batch: The batch with its draws.
+            tokens: (B, N) int64, the true tokens.
+            smoothing: Label smoothing.
+        """
+        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
+        assert draws is not None
+        targets = tokens.flatten()[draws.positions]  # (M,)
+        vectors = batch.vectors_for(config.condition_dim)
+        compute = partial(
+            network.forward_selected, hidden, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
+        )
+        groups = config.num_token_groups
+        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups)
+        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
+            project = partial(chunked_statistics, targets=targets, measure=measure)
+            losses, nll, hits = compute(project=project).unbind(1)
+            # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
+            return TokenStatistics(losses, nll.detach(), hits.detach())
+        return measure(compute(), targets)
+
+    # 7, 8: the optimizer and the average
+
+    def configure_model(self) -> None:
+        """Checks the precision, and shards the networks block by block under FSDP2.
+
+        The token embedding, which is tied to the output layer, stays in the root group.
+
+        Raises:
+            ValueError: if the stage does not support the Trainer's precision.
+        """
+        check_precision(self.trainer.precision)
+        if self.device_mesh is None:
+            return
+        mesh = self.device_mesh["data_parallel"]
+        shard_blocks(self.transformer, self.transformer.blocks, mesh, precision=self.trainer.precision)
+        if self.ema_network is not None:  # it samples and is evaluated in float32, without mixed precision
+            shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Builds the optimizer and its learning rate schedule, which advances with each step."""
+        config = self.config.optimizer
+        groups = parameter_groups(self.transformer, config.weight_decay, prefix="transformer.")
+        optimizer = build_optimizer(groups, config)
+        max_steps = int(self.trainer.max_steps)
+        scheduler = LambdaLR(optimizer, lambda step: config.learning_rate.factor(step, max_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Sets the learning rate of the first step: a resumed run may have another decay or number of steps.
+
+        A subclass with optimizers of its own keeps their rates.
+        """
+        if type(self).configure_optimizers is not TokenModel.configure_optimizers:
+            return
+        rate = self.config.optimizer.learning_rate
+        factor = rate.factor(self.trainer.global_step, int(self.trainer.max_steps))
+        for optimizer in self.trainer.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm.
+
+        Raises:
+            ValueError: if the algorithm is not ``norm``.
+        """
+        if gradient_clip_algorithm not in (None, "norm"):
+            raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
+        # 7. Clip, and vote.
+        norm = clip_gradients(optimizer, gradient_clip_val)
+        if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
+            self._log_metrics({"train/gradient_norm": float(norm)}, self.trainer.global_step + 1)
+        self._skips_update = self.step_check is not None and self.step_check.should_skip_update(self.trainer, [norm])
+        if self._skips_update:
+            optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Does nothing: ``optimizer_step`` leaves no gradients."""
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer | Any, *args: Any, **kwargs: Any) -> None:
+        """Runs Lightning's closure (forward and backward pass), the optimizer step, and the update of the average."""
+        # 8. Step, free, average.
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
+        if self.ema_network is not None and not self._skips_update:
+            step = self.trainer.global_step  # the current step is not counted yet
+            update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)
+
+    # Logs and validation
+
+    def _log_step(self, batch: Batch, losses: StepLosses, batch_idx: int) -> None:
+        """Adds the predicted tokens of a micro-batch to the means, which the last one of a logged step logs."""
+        draws = batch.draws
+        assert draws is not None
+        bins = self._assign_bins(draws.mask, draws.positions)
+        if draws.counted is not None:
+            bins = bins.masked_fill(~draws.counted, NUM_BINS)
+        self._bins.add(bins, losses.token_losses, losses.hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
-        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # the step's last micro-batch
-            self._log_training(loss.detach())
-        return loss
+        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self._log_means(losses.loss.detach())
+
+    def _log_means(self, loss: Tensor) -> None:
+        """Logs the means of each group since the last call, over this rank's tokens only."""
+        metrics = self._bins.take(loss)
+        self.log("train/loss", loss, prog_bar=True, logger=False)
+        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
         batch = self._with_draws(batch)
-        tokens, _ = self.tokens_and_mask(batch)
-        losses = self.compute_losses(self.averaged_network, batch, tokens, smoothing=0.0)
+        losses = self.compute_losses(self.averaged_network, batch, self._encode(batch), smoothing=0.0)
         self._validation_loss.update(losses.token_losses)
         self._validation_accuracy.update(losses.hits)
 
@@ -207,10 +511,12 @@ class TokenModel(OptimizedModel):
         for metric in metrics.values():
             metric.reset()
 
-    def tokens_and_mask(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Returns the tokens of a batch, (B, N) int64 in [0, K), and the mask of those to predict, (B, N) bool."""
-        mask = self._draw_mask(batch) if batch.draws is None else batch.draws.mask
-        return self._encode(batch), mask
+    def _log_metrics(self, metrics: dict[str, float], step: int) -> None:
+        """Writes metrics to all loggers; ``step`` counts finished steps."""
+        for logger in self.loggers:
+            logger.log_metrics(metrics, step=step)
+
+    # Samples and weights
 
     @torch.no_grad()
     def sample(
@@ -241,7 +547,7 @@ class TokenModel(OptimizedModel):
             ValueError: if the folder holds no transformer, or one of other sizes.
         """
         weights = weights_for(self.config.network, load_transformer(folder))
-        for network in self._networks():
+        for network in dict.fromkeys((self.transformer, self.averaged_network)):
             network.load_state_dict(weights)
 
     def export(self, folder: Path | str, *, class_names: Sequence[str]) -> None:
@@ -259,7 +565,7 @@ class TokenModel(OptimizedModel):
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
-            copy_stage_folder(self.tokenizer_folder, own)
+            copy_stage_folder(Path(self.config.tokenizer), own)
             save_transformer(
                 own.with_name("transformer"),
                 self.config.network,
@@ -269,108 +575,6 @@ class TokenModel(OptimizedModel):
                 class_names=names,
                 tokenizer_fingerprint=self.tokenizer.fingerprint,
             )
-
-    def _encode(self, batch: Batch) -> Tensor:
-        """Returns the tokens of a batch, (B, N) int64; images are flipped in training only."""
-        if batch.content.ndim == 2:
-            return batch.content
-        images, config = batch.content, self.config
-        if self.training and config.flip_probability > 0:
-            images = flip(
-                images, probability=config.flip_probability, seed=config.seed, index=batch.index, epoch=batch.epoch
-            )
-        # In float32 in any precision of the Trainer, as `maskgit tokenize` and the pipeline encode.
-        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.tokenizer.network.encode(to_unit_range(images))
-
-    def _drop_classes(self, batch: Batch) -> Tensor:
-        """Returns the labels (B,) int64, some of them replaced by the null label."""
-        network = self.config.network
-        if network.null_label is None:
-            return batch.labels
-        chance = random_uniform("class-dropout", seed=self.config.seed, index=batch.index, epoch=batch.epoch)[:, 0]
-        return batch.labels.masked_fill(chance < network.class_dropout, network.null_label)
-
-    def _networks(self) -> list[Backbone]:
-        """Returns the trained network, and the average if there is one."""
-        return [self.transformer] if self.ema_network is None else [self.transformer, self.ema_network]
-
-    def _prepare(self, batch: Batch, tokens: Tensor) -> Batch:
-        """Returns the batch with the tokens that the network sees where they are not masked, (B, N), as its content."""
-        return batch._replace(content=tokens)
-
-    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
-        """Computes the results of ``compute_losses`` for the trained network; a subclass may train on another loss.
-
-        Args:
-            batch: The batch with its draws, from ``_prepare``.
-            tokens: (B, N) int64, the true tokens.
-        """
-        return self.compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
-
-    def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
-        """Computes the mean over rows of their cross-entropies, and the values for the logs."""
-        draws = batch.draws
-        assert draws is not None
-        found = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
-        return StepLosses(mean_over_rows(found.losses, draws.rows, num_rows=len(tokens)), found.nll, found.hits)
-
-    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, N) with the mask token where ``mask`` is True; causal attention hides tokens itself."""
-        network = self.config.network
-        return tokens if network.attention == "causal" else tokens.masked_fill(mask, network.mask_token_id)
-
-    def _predict(
-        self,
-        network: Backbone,
-        hidden: Tensor,
-        batch: Batch,
-        tokens: Tensor,
-        *,
-        smoothing: float,
-        clusters: Tensor | None = None,
-    ) -> TokenStatistics:
-        """Computes logits at the M predicted tokens, in chunks if they are very large, and their cross-entropies.
-
-        Args:
-            network: The network.
-            hidden: (B, N) int64, the tokens that the network sees, some of them the mask token.
-            batch: The batch with its draws.
-            tokens: (B, N) int64, the true tokens.
-            smoothing: Label smoothing.
-            clusters: Clusters of the codes, for their losses.
-        """
-        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
-        assert draws is not None
-        targets = tokens.flatten()[draws.positions]  # (M,)
-        vectors = batch.vectors_for(config.condition_dim)
-        compute = partial(
-            network.forward_selected, hidden, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
-        )
-        groups = config.num_token_groups
-        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups, clusters=clusters)
-        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
-            project = partial(chunked_statistics, targets=targets, measure=measure)
-            losses, nll, hits, *of_clusters = compute(project=project).unbind(1)
-            # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
-            return TokenStatistics(losses, nll.detach(), hits.detach(), *of_clusters)
-        return measure(compute(), targets)
-
-    def _reseed_dropout(self, batch_idx: int) -> None:
-        """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
-        if self.config.network.dropout == 0:
-            return
-        place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
-        word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
-        torch.manual_seed(int(word))
-
-    def _log_training(self, loss: Tensor) -> None:
-        """Logs the means of each group since the last call, over this rank's tokens only."""
-        metrics = self._bins.take(loss)
-        self.log("train/loss", loss, prog_bar=True, logger=False)
-        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
-        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
 
 class BinnedMeans:

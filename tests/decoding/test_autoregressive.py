@@ -80,18 +80,6 @@ def test_chance_is_asked_for_once_a_position():
     assert last.tokens.tolist() == [[0, 1, 2, 3, 4, 5]] * 2
 
 
-def test_the_temperature_goes_from_the_first_to_the_last_token():
-    seen = []
-
-    class Spy(Recorded):
-        def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-            seen.append(9.0 / float(logits.max()))
-            return super().draw(logits, positions, step)
-
-    list(AutoregressiveDecoder(4, CodeSampling((2.0, 0.5))).steps(successor, Spy(), batch_size=1, device=CPU))
-    assert seen == pytest.approx([2.0, 1.5, 1.0, 0.5])
-
-
 def test_a_cache_changes_no_token(network):
     labels, seeds = [0, 1, 2, NULL], [3, 4, 5, 6]
     scales = [step / 4 for step in range(N)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import ParallelDecoder
-from maskgit_pl.decoding.noise import SeededNoise
+from maskgit_pl.decoding.decoder import SeededNoise
 from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules

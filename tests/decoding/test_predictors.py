@@ -1,4 +1,4 @@
-""""""
+"""Guidance by classes and by another network, and the caches of the first step."""
 
 import dataclasses
 

@@ -53,12 +53,6 @@ def test_the_temperature_goes_linearly_from_the_first_to_the_last_step() -> None
         assert made[0] / made[1] == pytest.approx(4 ** (1 / temperature), rel=1e-5)
 
 
-def test_the_temperature_goes_from_the_first_to_the_last_step():
-    sampling = CodeSampling((2.0, 0.5))
-    assert [sampling.temperature_at(step / 3) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
-    assert CodeSampling(0.7).temperature_at(0.3) == 0.7
-
-
 def test_a_temperature_that_falls_to_0_takes_the_likeliest_code_at_the_last_step():
     made = decoder(3, sampling=CodeSampling((1.0, 0.0)))
     *_, last = run(partly_known([16]), made, lambda tokens, positions: LOGITS[positions])
@@ -84,20 +78,6 @@ def test_top_k_leaves_the_likeliest_codes_alone():
     assert torch.equal(CodeSampling(top_k=99).truncate(LOGITS), LOGITS)
 
 
-def test_top_p_leaves_the_fewest_codes_that_reach_the_probability():
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25], [0.97, 0.01, 0.01, 0.01]]).log()
-    for top_p, kept in ((0.4, [1, 1]), (0.6, [2, 1]), (0.8, [3, 1]), (0.985, [4, 3]), (1.0, [4, 4])):
-        made = CodeSampling(top_p=top_p).truncate(logits)
-        assert made.isfinite().sum(-1).tolist() == kept, top_p
-        assert torch.equal(made.where(made.isfinite(), logits), logits)
-
-
 def test_top_k_and_top_p_are_taken_one_after_the_other():
     logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()  # the first of the two most likely codes has 2 / 3
     assert CodeSampling(top_k=2, top_p=0.6).truncate(logits).isfinite().tolist() == [[False, True, False, False]]
-
-
-def test_only_codes_that_are_left_are_drawn():
-    made = decoder(4, sampling=CodeSampling(top_k=1))
-    for step in run(partly_known([16, 5]), made, lambda tokens, positions: LOGITS[positions]):
-        assert torch.equal(step.tokens[step.was_masked], LOGITS[:16].argmax(-1).repeat(2, 1)[step.was_masked])

@@ -10,7 +10,13 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep, ParallelDecoder, SeededNoise
-from maskgit_pl.decoding.selectors import Candidates, Confidence, Decided, TokenSelector, token_selectors
+from maskgit_pl.decoding.selectors import (
+    Candidates,
+    Decided,
+    TokenSelector,
+    check_token_selector,
+    token_selectors,
+)
 from maskgit_pl.schedules import halton_order, mask_schedules
 from tests.decoding.fakes import count_masked
 
@@ -197,11 +203,6 @@ def test_confidence_adds_noise_that_fades_with_progress(progress, noise_scale):
     torch.testing.assert_close(token_selectors.build("confidence")(given), expected)
 
 
-def test_choice_temperature_0_is_the_probability_alone():
-    given = candidates()
-    assert torch.equal(Confidence(choice_temperature=0)(given), given.drawn_log_probs)
-
-
 def test_random_does_not_look_at_the_probabilities():
     given = candidates()
     other = replace(given, log_probs=given.log_probs * 3)
@@ -232,18 +233,6 @@ def test_halton_keeps_places_in_its_order_whatever_is_drawn_and_a_seed_begins_el
     assert len({tuple(order) for order in orders.values()}) == 3
     start = orders[None].index(orders[1][0])
     assert orders[None][start:] + orders[None][:start] == orders[1]
-
-
-def test_halton_without_a_grid_says_what_to_do():
-    with pytest.raises(ValueError, match=r"halton requires the grid of tokens, got None; call steps\(grid="):
-        token_selectors.build("halton")(replace(candidates(), grid=None))
-
-
-def test_margin_is_the_log_of_the_difference_of_the_two_likeliest():
-    given = candidates()
-    likeliest = given.log_probs.exp().sort(-1, descending=True).values
-    made = token_selectors.build({"name": "margin", "choice_temperature": 0})(given)
-    torch.testing.assert_close(made, (likeliest[..., 0] - likeliest[..., 1]).log())
 
 
 def test_entropy_keeps_the_most_tokens_whose_sum_without_the_largest_is_within_the_budget():
@@ -392,7 +381,7 @@ def test_numbers_out_of_range_are_refused(spec, message):
         token_selectors.build(spec)
 
 
-def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks():
+def test_a_selector_of_ones_own_needs_one_method():
     class Own(TokenSelector):
         def __call__(self, candidates: Candidates) -> Tensor:
             return candidates.gumbel
@@ -401,10 +390,6 @@ def test_a_selector_of_ones_own_needs_one_method_and_is_told_what_else_it_lacks(
     plain = ParallelDecoder(mask_schedules.build("cosine"), token_selectors.build("random"), num_steps=4)
     tokens = partly_known(MIXED)
     assert torch.equal(run(tokens, own)[-1].tokens, run(tokens, plain)[-1].tokens)
-    with pytest.raises(TypeError, match=r"Own must define num_kept"):
-        Own().num_kept(candidates(), candidates().gumbel, candidates().gumbel > 0)
-    with pytest.raises(TypeError, match=r"Own must define remasking_scores"):
-        Own().remasking_scores(Decided(torch.ones(1, 1), torch.ones(1, 1), 0.5))
 
 
 @dataclass(frozen=True)
@@ -423,19 +408,6 @@ class Greedy(TokenSelector):
     def remasking_scores(self, decided: Decided) -> Tensor:
         self.noises.append(decided.gumbel)
         return decided.gumbel
-
-
-def test_no_more_is_masked_again_than_was_decided_and_every_step_decides_something():
-    made = ParallelDecoder(mask_schedules.build("cosine"), Greedy(), num_steps=6)
-    tokens, before = partly_known(MIXED), None
-    plan = made.plan(MIXED, NUM_TOKENS)
-    for step, counts in zip(run(tokens, made), plan, strict=True):
-        for row, unknown in enumerate(MIXED):
-            assert 0 <= counts.remasked[row] <= unknown - counts.before[row]
-            assert counts.after[row] <= max(0, unknown - 1) or unknown == 1
-        again = step.still_masked & ~(step.was_masked if before is None else before.still_masked)
-        assert again.sum(1).tolist() == counts.remasked
-        before = step
 
 
 def test_every_step_has_noise_of_its_own_for_what_is_kept_and_what_is_doubted():
@@ -462,3 +434,60 @@ def test_a_selector_that_would_keep_none_keeps_one():
     made = ParallelDecoder(mask_schedules.build("cosine"), Reluctant(), num_steps=5)
     counts = [int(step.still_masked.sum()) for step in run(torch.full((1, NUM_TOKENS), MASK), made)]
     assert counts == [23, 22, 21, 20, 0]
+
+
+# Selectors that break the contract
+
+
+NAN = float("nan")
+CORRECTING = {"needs_decided_logits": True, "replaces_decided": True}
+REMASKING = {"num_remasked": lambda self, **counts: 2}
+OWN_COUNT = {"follows_schedule": False}
+BROKEN = [
+    ({"__call__": lambda self, c: c.drawn_log_probs * NAN}, "scores must be finite, got"),
+    ({"__call__": lambda self, c: c.drawn_log_probs[:1]}, r"scores must be a float tensor of shape \(2, 4\)"),
+    ({"__call__": lambda self, c: c.tokens}, "scores must be a float tensor"),
+    ({"sharpness": lambda self, progress: NAN}, "sharpness at progress .* must be a finite number"),
+    ({"schedule_progress": lambda self, p: 1 - p}, r"schedule_progress must lie in \(0, 1\] and never fall"),
+    ({"schedule_progress": lambda self, p: p * 2}, r"schedule_progress must lie in \(0, 1\]"),
+    ({"schedule_progress": lambda self, p: p[:1]}, "schedule_progress must be a float tensor"),
+    ({"schedule_progress": lambda self, p: p * NAN}, "schedule_progress must be finite"),
+    ({"num_remasked": lambda self, **counts: 2.5}, "num_remasked at progress .* must be an integer .* got 2.5"),
+    (REMASKING | {"remasking_scores": lambda self, d: d.confidence[0]}, "remasking_scores must be a float tensor"),
+    (REMASKING | {"remasking_scores": lambda self, d: d.confidence * NAN}, "remasking_scores must be finite"),
+    (OWN_COUNT | {"num_kept": lambda self, c, s, v: 3}, r"num_kept must be an int64 tensor of shape \(2,\), got 3"),
+    (OWN_COUNT | {"num_kept": lambda self, c, s, v: v.sum(1) / 2}, "num_kept must be an int64 tensor"),
+    (CORRECTING | {"replacements": lambda self, c: c.tokens + 7}, r"replacements must be codes in \[0, "),
+    (CORRECTING | {"replacements": lambda self, c: c.tokens.float()}, "replacements must be an int64 tensor"),
+    (OWN_COUNT | CORRECTING, "follows_schedule must be True with needs_decided_logits"),
+    ({"replaces_decided": True}, "needs_decided_logits must be True with replaces_decided"),
+]
+
+
+@dataclass(frozen=True)
+class Given(TokenSelector):
+    """A selector that returns scores of equal height, unless a subclass says otherwise."""
+
+    def __call__(self, candidates):
+        return torch.zeros(candidates.tokens.shape)
+
+
+def selector(**methods: object) -> TokenSelector:
+    """Returns a selector with other methods or attributes."""
+    return dataclass(frozen=True)(type("Mine", (Given,), methods))()
+
+
+@pytest.mark.parametrize(("methods", "message"), BROKEN)
+def test_a_broken_result_is_refused_when_the_selector_is_built(methods, message):
+    with pytest.raises(ValueError, match=f"token selector 'mine': {message}"):
+        check_token_selector("mine", selector(**methods))
+
+
+@pytest.mark.parametrize("methods", [REMASKING, OWN_COUNT, CORRECTING])
+def test_a_missing_method_is_found_when_the_selector_is_built(methods):
+    with pytest.raises(TypeError, match="Mine must define "):
+        check_token_selector("mine", selector(**methods))
+
+
+def test_scores_of_half_precision_are_accepted():
+    check_token_selector("mine", selector(__call__=lambda self, c: c.drawn_log_probs.half()))

@@ -430,7 +430,7 @@ def test_a_plugin_may_have_lists_and_mappings_as_fields():
         create_network(replace(config, fault="module"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["adaln", "bert"])  # those that have both kinds of attention
 def test_a_network_is_not_built_with_the_attention_of_another(name):
     registers = {"num_registers": 0} if name == "adaln" else {}
     config, causal = small_config(name, **registers), small_config(name, attention="causal", **registers)

@@ -1,17 +1,16 @@
 """Pictures of objects in notebooks: a sheet of images, the animation of a decoding, the curve of a schedule."""
 
 from base64 import b64decode
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from io import BytesIO
 
 import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl import MaskGIT, mask_schedules
+from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.pipeline.display import ImageList, Recording, describe_settings
-from maskgit_pl.schedules import MaskSchedule
 from tests.pipeline.decoding_steps import STEPS, random_images
 
 
@@ -151,14 +150,3 @@ def test_no_class_is_named_in_a_recording(pipe):
 
 def test_a_pipeline_names_its_model(pipe):
     assert repr(pipe).startswith("MaskGIT(fashion-mnist-demo: 10 classes")
-
-
-def test_a_schedule_draws_its_curve():
-    @dataclass(frozen=True)
-    class Mine(MaskSchedule):
-        def __call__(self, progress: torch.Tensor, num_tokens: int) -> torch.Tensor:
-            return 1 - progress
-
-    pictures = [schedule._repr_png_() for schedule in (mask_schedules.build("cosine"), Mine())]
-    assert opened(pictures[0]).size == opened(pictures[1]).size
-    assert pictures[0] != pictures[1]

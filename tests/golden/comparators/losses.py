@@ -16,8 +16,9 @@ from maskgit_pl.losses import (
     discriminator_loss,
     entropy_loss,
     generator_loss,
-    masked_cross_entropy,
+    mean_over_rows,
     reconstruction_loss,
+    token_cross_entropy,
 )
 from maskgit_pl.networks.quantizers import GradientQuantizerSpec
 
@@ -34,10 +35,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing:
         raise ValueError("loss weights must be 0 or 1, since our loss takes a mask")
     mask = weights > 0
     rows = mask.nonzero()[:, 0]
-    loss, _ = masked_cross_entropy(
-        logits[mask], labels[mask].long(), rows, num_rows=len(logits), label_smoothing=smoothing
-    )
-    return loss
+    losses, _ = token_cross_entropy(logits[mask], labels[mask].long(), label_smoothing=smoothing)
+    return mean_over_rows(losses, rows, num_rows=len(logits))
 
 
 def adversarial_losses(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
