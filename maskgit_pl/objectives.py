@@ -35,7 +35,7 @@ from maskgit_pl.decoding.noise import draw_codes
 from maskgit_pl.losses import mean_over_rows
 from maskgit_pl.masking import Draws, MaskSampler
 from maskgit_pl.networks.backbone import BackboneConfig
-from maskgit_pl.networks.quantizers.base import squared_distances
+from maskgit_pl.networks.quantizers import squared_distances
 from maskgit_pl.randomness import permutation, random_uniform
 from maskgit_pl.registry import Registry
 

@@ -10,15 +10,17 @@ from torch import Tensor, nn
 
 from maskgit_pl.decoding.predictors import apply_guidance
 from maskgit_pl.losses import token_cross_entropy
-from maskgit_pl.networks.backbone import LARGEST_COMPOSED, Backbone, BackboneConfig
-from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.token_groups import (
+from maskgit_pl.networks.backbone import (
+    LARGEST_COMPOSED,
+    Backbone,
+    BackboneConfig,
     TokenEmbedding,
     compose_logits,
     join_digits,
     likeliest_tokens,
     split_tokens,
 )
+from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.networks.backbone_cases import create, inputs, small_config
 

@@ -19,7 +19,7 @@ from maskgit_pl.losses import (
     masked_cross_entropy,
     reconstruction_loss,
 )
-from maskgit_pl.networks.quantizers import GradientQuantizerSpec
+from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 
 __all__ = ["adversarial_losses", "compare_losses", "cross_entropy"]
 
