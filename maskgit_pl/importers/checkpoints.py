@@ -103,8 +103,8 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
         f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
-    if kind == "zip" and (others := [name for name in _list_classes(file) if not _is_record(name)]):
-        text = f"must hold tensors only, got also {printable(others[0])}, a Python object"
+    if kind == "zip" and (objects := [name for name in _list_classes(file) if not _is_record(name)]):
+        text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
         raise ValueError(f"checkpoint {file} {text}; {way_out}")
     try:
         content: Any = read_tensors(file) if kind == "safetensors" else _load_tensors(file, is_zip=kind == "zip")

@@ -120,7 +120,6 @@ class DiscriminatorConfig:
         channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
             doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small
             images.
-        channels: Channels at each resolution, from the image's down to the last, instead of the released ones.
         pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
 
     Raises:
@@ -128,17 +127,11 @@ class DiscriminatorConfig:
     """
 
     channel_multiplier: float = 1.0
-    channels: tuple[int, ...] | None = None
     pooling: Pooling = "blur"
 
     def __post_init__(self) -> None:
         check_number("discriminator channel_multiplier", self.channel_multiplier, "(0, 16]")
         check_choice("discriminator pooling", self.pooling, ("blur", "average"))
-        if self.channels is not None:
-            object.__setattr__(self, "channels", tuple(self.channels))
-            check_integer("length of discriminator channels", len(self.channels), "[1, 16]")
-            for width in self.channels:
-                check_integer("discriminator channels", width, "[1, 8192]")
 
     def widths(self, image_size: ImageSize) -> tuple[int, ...]:
         """Returns the channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
@@ -147,29 +140,15 @@ class DiscriminatorConfig:
 
         Args:
             image_size: Side of square images, or (height, width), in pixels.
-
-        Raises:
-            ValueError: if ``channels`` has not one number for each resolution.
         """
         # 28 px: 28, 14, 7, 3.
         resolutions = [min(height_width(image_size))]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
-        if self.channels is None:
-            return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
-        if len(self.channels) != len(resolutions):
-            raise ValueError(
-                f"discriminator channels must have one number for each of the resolutions {resolutions}, "
-                f"got {len(self.channels)}: {self.channels}"
-            )
-        return self.channels
+        return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
 
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
-        """Builds the network.
-
-        Raises:
-            ValueError: if ``channels`` has not one number for each resolution.
-        """
+        """Builds the network."""
         return Discriminator(self, in_channels=in_channels, image_size=image_size)
 
 

@@ -47,7 +47,6 @@ __all__ = [
     "FrozenNetwork",
     "SmallClassifier",
     "TimmClassifier",
-    "check_model",
     "check_timm_model",
     "create_classifier",
     "describe_classifier",
@@ -162,7 +161,8 @@ class ClassifierSizes:
             check_integer(f"classifier {name}", getattr(self, name), f"[1, {most}]")
         size = check_image_size("classifier image_size", self.image_size, f"[1, {_LARGEST_IMAGE}]")
         object.__setattr__(self, "image_size", size)
-        check_model(self.model)
+        if self.model != SMALL:
+            check_timm_model("classifier model", self.model, others=(SMALL,))
 
 
 class SmallClassifier(nn.Module):
@@ -294,16 +294,6 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
 
 
-def check_model(name: str) -> None:
-    """Checks that a classifier of a name exists.
-
-    Raises:
-        ValueError: if it does not. The message has the nearest names.
-    """
-    if name != SMALL:
-        check_timm_model("classifier model", name, others=(SMALL,))
-
-
 def check_timm_model(what: str, name: str, *, others: tuple[str, ...] = ()) -> None:
     """Checks that timm has a model of a name.
 
@@ -355,6 +345,8 @@ def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
     model.eval()  # BatchNorm needs no batch then, and keeps its statistics
     try:
         model(torch.zeros(1, sizes.in_channels, *height_width(sizes.image_size)))
+    except NotImplementedError:  # an operation without shapes on the meta device: the size is not known
+        raise
     except (RuntimeError, AssertionError):
         return False
     finally:

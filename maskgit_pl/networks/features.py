@@ -108,7 +108,8 @@ class Inception(FrozenNetwork, nn.Sequential):
     fc: nn.Linear
 
     def __init__(self) -> None:
-        from torch_fidelity import feature_extractor_inceptionv3 as blocks  # imports for a second
+        with torch.device("cpu"):  # also in ``skeletons``; the import takes a second
+            from torch_fidelity import feature_extractor_inceptionv3 as blocks
 
         super().__init__(
             OrderedDict(

@@ -89,15 +89,12 @@ class VQGANConfig:
         quantizer: Name or mapping of a registered quantizer.
         initial_scale: Factor of the initial convolution weights, in (0, 1000]. 1 is the released LeCun normal; 0.577
             gives the variance of torch's default, with which short runs learn faster.
-        layout: ``maskgit``: the released MaskGIT code's; ``taming``: that of taming-transformers and LlamaGen, with
-            biases, self-attention and one more block at each level of the decoder. ``taming`` fixes
-            ``num_middle_blocks``, ``downsampling``, ``activation`` and ``patch_size``; image sizes
-            are multiples of the downsampling factor. ``magvit2``: that of Open-MAGVIT2, without self-attention, whose
-            decoder has norms that depend on the codes; it fixes ``downsampling``, ``activation`` and ``patch_size``,
-            and has the same image sizes.
+        layout: ``maskgit``, ``taming`` or ``magvit2``; see the module. ``taming`` fixes ``num_middle_blocks``, and both
+            others fix ``downsampling``, ``activation`` and ``patch_size``; their image sizes are multiples of the
+            downsampling factor.
         attention_levels: Levels (0: full resolution) with self-attention after each block; layout ``taming`` only.
-        middle_attention: True for self-attention between the two middle blocks; layout ``taming`` only. False is the
-            tokenizer of aMUSEd (arXiv:2401.01808).
+        middle_attention: True for self-attention between the two middle blocks; layout ``taming`` only. aMUSEd
+            (arXiv:2401.01808) has none.
         latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; required by layout
             ``taming``, and for it only.
         signed_images: True: images are in [-1, 1] inside; False: in [0, 1], as the tokenizer of aMUSEd needs; layout

@@ -13,7 +13,7 @@ import tracemalloc
 import zipfile
 from collections import defaultdict
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import msgpack
@@ -28,7 +28,6 @@ from maskgit_pl.importers.checkpoints import (
     check_weights,
     read_checkpoint,
     read_flax,
-    remove_wrappers,
     select_tensors,
 )
 
@@ -66,11 +65,6 @@ def test_a_file_of_another_kind_is_named(name, tmp_path):
         _check_format(tmp_path / "checkpoint", "an archive", "hdf5")
     assert str(caught.value).startswith(f"checkpoint {tmp_path / 'checkpoint'} must be an archive, got ")
     assert "\n" not in str(caught.value)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: no such file; download it"):
-        _check_format(tmp_path / "nowhere", "an archive", "hdf5")
 
 
 @pytest.mark.parametrize("form", ["torch", "before torch 1.6", "safetensors"])
@@ -162,21 +156,9 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
 
     content = {"model": WEIGHTS, "args": argparse.Namespace(x=Hostile())}
     torch.save(content, tmp_path / "a.ckpt", _use_new_zipfile_serialization=not old)
-    with pytest.raises(ValueError, match=r"posix\.mkdir, a Python object|or holds a Python object; on a machine"):
+    with pytest.raises(ValueError, match=r"posix\.mkdir, a Python object; .* such as model$|or holds a Python object"):
         read_checkpoint(tmp_path / "a.ckpt", entries=("model",))
     assert not (tmp_path / "canary").exists()
-
-
-def test_the_way_out_names_the_entries_that_are_read(tmp_path):
-    torch.save({"model": WEIGHTS, "other": SimpleNamespace(b=3)}, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=r"got also types\.SimpleNamespace, a Python object") as refusal:
-        read_checkpoint(tmp_path / "a.pth", entries=("model_state_dict", "model"))
-    way_out = (
-        'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as model_state_dict or model'
-    )
-    assert way_out in str(refusal.value)
-    torch.save(torch.load(tmp_path / "a.pth", weights_only=False)["model"], tmp_path / "weights.pt")
-    assert read_checkpoint(tmp_path / "weights.pt", entries=("model",))[0].keys() == WEIGHTS.keys()
 
 
 # State dicts.
@@ -198,13 +180,6 @@ def test_an_odd_state_dict_is_refused_in_one_line(content, message, tmp_path):
         read_checkpoint(tmp_path / "odd.pt", entries=("model",))
     assert str(caught.value).startswith(f"checkpoint {tmp_path / 'odd.pt'}")
     assert "\n" not in str(caught.value)
-
-
-def test_names_of_wrappers_are_removed_and_others_stay():
-    names = ["module.a", "_orig_mod.module.b", "c._orig_mod.d._fsdp_wrapped_module.e"]
-    assert list(remove_wrappers(dict.fromkeys(names))) == ["a", "b", "c.d.e"]
-    names = ["encoder.module.weight", "modules.0.weight", "module", "loss.module.weight"]
-    assert list(remove_wrappers(dict.fromkeys(names))) == names
 
 
 def test_only_known_entries_are_left_out():
@@ -374,9 +349,3 @@ def test_a_large_file_is_held_once(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
     unit = 1 if sys.platform == "darwin" else 1024
     assert int(done.stdout) * unit < 1.4 * file.stat().st_size
-
-
-def test_without_msgpack_the_way_to_install_it_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "msgpack", None)
-    with pytest.raises(ValueError, match=r'requires msgpack; run pip install "maskgit_pl\[import-jax\]"'):
-        read_flax(CHECKPOINT)

@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 
-from maskgit_pl.data import Batch
 from maskgit_pl.importers.tokenizers import LAYOUTS, import_tokenizer, tokenizer_layout_of
-from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer
-from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.importers.tokenizer_references import (
     DiffusersVQModel,
     Magvit2Model,
@@ -25,7 +19,6 @@ from tests.importers.tokenizer_references import (
     diffusers_config,
     with_random_values,
 )
-from tests.modules import tokenizer_model
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 TAMING = LAYOUT["taming-transformers"]
@@ -511,40 +504,3 @@ def test_a_config_of_diffusers_that_does_not_fit_is_refused(settings, message, t
         import_tokenizer(folder, tmp_path / "out")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
-
-
-# What an imported tokenizer is good for
-
-
-def trainer_of_two_steps(**settings):
-    return Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, **settings,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-def test_an_imported_tokenizer_can_be_fine_tuned(tmp_path):
-    folder = import_taming(taming_model(), tmp_path).folder / "tokenizer"
-    start = load_tokenizer(folder).network
-    adversarial = AdversarialConfig(
-        DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_weight=0
-    )
-    module = tokenizer_model(
-        start.config, image_size=16, rate=LearningRate(1e-4), adversarial=adversarial, memory_format="channels_last",
-        ema_decay=0.0,
-    )  # fmt: skip
-    module.network.load_state_dict(start.state_dict())
-    module.ema_network.load_state_dict(start.state_dict())
-    number = torch.arange(4)
-    content = (images(4) * 255).to(torch.uint8)
-    batch = Batch(content, number, number, torch.zeros_like(number), number, torch.ones(4, dtype=torch.bool))
-    trainer = trainer_of_two_steps()
-    trainer.fit(module, DataLoader([batch] * 2, batch_size=None), DataLoader([batch], batch_size=None))
-    assert torch.isfinite(trainer.callback_metrics["val/psnr"])
-    for name, weight in module.network.named_parameters():
-        assert torch.isfinite(weight).all()
-        if name != "quantizer.codebook":
-            assert not torch.equal(weight, start.state_dict()[name]), name
-    module.export(tmp_path / "tuned")
-    assert load_tokenizer(tmp_path / "tuned" / "tokenizer").network.config == start.config

@@ -12,7 +12,6 @@ from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transforme
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
-from maskgit_pl.schedules import halton_order
 from tests.importers.transformer_references import (
     HALTON_SIZES,
     MASKGIL_SIZES,
@@ -209,24 +208,6 @@ def test_small_grids_have_steps_too(side):
         decoding = layout.decoding(layout.read_config(tensors, (side, side), 4))
         decoding.check(side**2, is_autoregressive=False)
         assert decoding.num_steps == min(32, side**2)
-
-
-@pytest.mark.parametrize("side", [16, 24])
-def test_the_order_of_the_halton_selector_is_that_of_their_sampler(side):
-    # Theirs, by its description: 10,000 points of bases 2 (rows) and 3 (columns) from 1/2 and 1/3 on, first visits.
-    def inverse(number, base):
-        digits = []
-        while number:
-            number, digit = divmod(number, base)
-            digits.append(digit)
-        return sum(digit * base ** (len(digits) - 1 - place) for place, digit in enumerate(digits)) / base ** len(
-            digits
-        )
-
-    cells = [(math.floor(side * inverse(i, 2)), math.floor(side * inverse(i, 3))) for i in range(1, 10_001)]
-    visited = list(dict.fromkeys(cells))
-    assert len(visited) == side**2
-    assert halton_order((side, side)) == [row * side + column for row, column in visited]
 
 
 def test_maskgil_has_the_grid_of_a_tokenizer_of_wide_images(tokenizer, tmp_path):
