@@ -135,17 +135,6 @@ def test_a_layer_packs_only_when_asked_and_without_gradients(dtype):
         assert not module._packed
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_new_weight_in_the_memory_of_an_old_one_is_packed_too(dtype):
-    """A freed weight's address is given to the next tensor of its size; the packed one keeps its source alive."""
-    module, x = layer(dtype), torch.ones(2, 48).to(dtype)
-    for factor in range(1, 20):
-        module.weight = torch.nn.Parameter(torch.full((80, 48), float(factor)).to(dtype), requires_grad=False)
-        torch.testing.assert_close(module(x).double(), plain(module, x), rtol=1e-2, atol=1e-2)
-        module.weight = torch.nn.Parameter(torch.zeros(80, 48).to(dtype), requires_grad=False)  # not packed
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_weight_whose_changes_are_not_counted_is_not_packed(dtype):
     with torch.inference_mode():
@@ -214,16 +203,6 @@ def test_the_parts_add_up_to_the_output(in_parts, gate, bias, num_parts):
 
 @torch.no_grad()
 @needs_bfloat16
-def test_another_number_of_parts_replaces_the_packed_weights(in_parts):
-    inner, outer = layers()
-    for num_parts in (2, 3, 1, 3):
-        in_parts(num_parts)
-        feed_forward(torch.ones(4, 32).bfloat16(), inner, outer)
-        assert len(inner._packed) == len(outer._packed) == num_parts
-
-
-@torch.no_grad()
-@needs_bfloat16
 def test_the_parts_follow_a_changed_weight(in_parts):
     in_parts(2)
     inner, outer = layers()
@@ -252,17 +231,6 @@ def test_what_is_not_packed_is_computed_as_a_whole(in_parts, gate):
         set_packing(nn.ModuleList([inner, outer]), enabled=False)
         feed_forward(x, inner.bfloat16(), outer.bfloat16(), chosen)
         assert not inner._packed
-
-
-@torch.no_grad()
-def test_a_product_without_packed_weights_is_exact():
-    """The outer layer may have another dtype, or an input in inference mode."""
-    _, outer = layers()
-    outer.float()
-    x = torch.randn(4, HIDDEN)
-    first = outer.add_part(None, x[:, :40], 0, 40)
-    torch.testing.assert_close(outer.add_part(first, x[:, 40:], 40, HIDDEN), outer(x))
-    assert {part[0] for part in outer._packed} <= {0}
 
 
 @torch.no_grad()

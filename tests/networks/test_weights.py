@@ -136,15 +136,6 @@ def test_a_network_has_its_shapes_and_no_memory(build):
         assert made.state_dict()[name].shape == tensor.shape
 
 
-@pytest.mark.parametrize(
-    "draw", [nn.init.normal_, nn.init.kaiming_normal_, nn.init.trunc_normal_, nn.init.xavier_normal_]
-)
-def test_initial_weights_may_be_drawn_by_any_function(draw):
-    with skeletons():
-        weight = nn.Parameter(torch.empty(3, 4))
-        assert draw(weight) is weight
-
-
 def test_no_normal_draw_reaches_torch():
     """For one on the meta device, torch imports its compiler: `tests/test_benchmarks_import_time.py`."""
 
