@@ -14,7 +14,8 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_READ
+from mmap import mmap as map_file
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -103,11 +104,13 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
         f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
-    if kind == "zip" and (objects := [name for name in _list_classes(file) if not _is_record(name)]):
+    classes = _list_classes(file) if kind == "zip" else []
+    objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
+    if objects:
         text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
         raise ValueError(f"checkpoint {file} {text}; {way_out}")
     try:
-        content: Any = read_tensors(file) if kind == "safetensors" else _load_tensors(file, is_zip=kind == "zip")
+        content: Any = read_tensors(file) if kind == "safetensors" else _load_tensors(file, classes, mmap=kind == "zip")
     except pickle.UnpicklingError as error:  # a file from before torch 1.6
         raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
@@ -223,38 +226,36 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
 
 
 def _list_classes(file: Path) -> list[str]:
-    """Returns the names of the classes and functions in a file of torch.save, except those of tensors; sorted.
+    """Returns the names of the classes and functions in a zip archive of torch.save, except those of tensors; sorted.
 
     Raises:
-        ValueError: if the file is damaged.
+        ValueError: if the file is damaged, or unpacks to more than its size.
     """
     try:
+        with file.open("rb") as stream:
+            check_archive(stream, file.stat().st_size)  # before anything is unpacked
         return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception as error:  # depending on where it is damaged
-        raise ValueError(f"checkpoint {file}: damaged, or not a file of torch.save; download it again") from error
+    except Exception as error:  # of many types, depending on where the file is damaged
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {file} is no file of torch.save, or damaged ({text}); download it again"
+        ) from error
 
 
-def _is_record(name: str) -> bool:
-    return name.startswith(_RECORDS) or name in _TYPES
-
-
-def _load_tensors(file: Path, *, is_zip: bool) -> Any:
+def _load_tensors(file: Path, classes: Sequence[str], *, mmap: bool) -> Any:
     """Reads a file with torch's loader for tensors, with a stand-in for each class of a training program.
 
     Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
     of Halton-MaskGIT has a learning rate of numpy. The classes are never imported. Files from before torch 1.6, which
     are no zip archives, must hold tensors only.
     """
-    stand_ins: list[tuple[type, str]] = []
-    if is_zip:
-        with file.open("rb") as stream:
-            check_archive(stream, file.stat().st_size)
-        for name in _list_classes(file):
-            # The loader fills mappings of a few classes only.
-            made = OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {})
-            stand_ins.append((made, name))
+    # The loader fills mappings of a few classes only.
+    stand_ins = [
+        (OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {}), name)
+        for name in classes
+    ]
     with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=is_zip)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 class _Record:
@@ -309,7 +310,7 @@ def read_flax(path: Path) -> dict[str, Array]:
     limits = {"max_map_len": _MAX_ENTRIES, "max_str_len": _MAX_TEXT}
     no_lists = {"max_array_len": 0, "max_bin_len": 0}  # flax writes lists as maps, and bytes only inside extensions
     try:
-        with path.open("rb") as stream, mmap(stream.fileno(), 0, access=ACCESS_READ) as content:
+        with path.open("rb") as stream, map_file(stream.fileno(), 0, access=ACCESS_READ) as content:
             tree = msgpack.unpackb(content, object_pairs_hook=as_map, ext_hook=as_array, **limits, **no_lists)
             return dict(_flatten(tree, ""))
     except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:

@@ -161,6 +161,21 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
+def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    file = tmp_path / "a.pth"
+    torch.save({"a": torch.zeros(1_000_000)}, file)
+    with zipfile.ZipFile(file) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, value in content.items():
+            archive.writestr(name, value)
+    monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    with pytest.raises(
+        ValueError, match=r"a\.pth is .* must not be compressed, got .* of 4 MB in .*; download it again"
+    ):
+        read_checkpoint(file, entries=("model",))
+
+
 # State dicts.
 
 
