@@ -274,7 +274,8 @@ def load_classifier(folder: Path) -> FrozenClassifier:
     """
     sizes, class_names = _read_config(folder)
     file = folder / WEIGHT_FILE
-    network = load_network(partial(create_classifier, sizes), read_tensors(file), file)
+    weights = {name: tensor.clone() for name, tensor in read_tensors(file).items()}  # see ``weights.read_weights``
+    network = load_network(partial(create_classifier, sizes), weights, file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload
     return FrozenClassifier(network, class_names)
 

@@ -93,7 +93,7 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
         sha256: First digits of the expected sha256; empty accepts any file.
 
     Returns:
-        Tensors by name.
+        Tensors by name, in memory of their own: products may round otherwise if a weight starts at an odd address.
 
     Raises:
         ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
@@ -107,7 +107,7 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
             "it was not loaded: download it again"
         )
     if path.suffix == ".safetensors":
-        return read_tensors(path)
+        return {name: tensor.clone() for name, tensor in read_tensors(path).items()}
     size = path.stat().st_size
     try:
         with path.open("rb") as stream:
@@ -119,7 +119,7 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
     except Exception as error:  # the loader raises many types, depending on where a file is damaged
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{thing} weights {path} must hold tensors only, got an error: {text}") from error
-    return dict(state)
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def load_network(create: Callable[[], _Network], weights: Mapping[str, Tensor], where: Path | str) -> _Network:
