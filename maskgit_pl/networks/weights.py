@@ -93,7 +93,8 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
         sha256: First digits of the expected sha256; empty accepts any file.
 
     Returns:
-        Tensors by name, in memory of their own: products may round otherwise if a weight starts at an odd address.
+        Tensors by name, contiguous in memory of their own: the place and the strides of a weight change how products
+        round.
 
     Raises:
         ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
@@ -119,7 +120,7 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
     except Exception as error:  # the loader raises many types, depending on where a file is damaged
         text = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{thing} weights {path} must hold tensors only, got an error: {text}") from error
-    return {name: tensor.clone() for name, tensor in state.items()}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
 def load_network(create: Callable[[], _Network], weights: Mapping[str, Tensor], where: Path | str) -> _Network:
