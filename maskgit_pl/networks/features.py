@@ -541,5 +541,6 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
     if backbone not in _BACKBONES:
         raise ValueError(f"lpips {text!r}: unknown backbone {backbone!r}; {nearest(backbone, _BACKBONES)}")
     spec = {"name": "lpips", "backbone": backbone, "weights": place, "sha256": sha256}
-    network: LPIPS = perceptual_networks.build(spec).create().to(device)
+    network = perceptual_networks.build(spec).create().to(device)
+    assert isinstance(network, LPIPS)
     return network
