@@ -47,6 +47,7 @@ __all__ = [
     "FrozenNetwork",
     "SmallClassifier",
     "TimmClassifier",
+    "check_model",
     "check_timm_model",
     "create_classifier",
     "describe_classifier",
@@ -161,8 +162,7 @@ class ClassifierSizes:
             check_integer(f"classifier {name}", getattr(self, name), f"[1, {most}]")
         size = check_image_size("classifier image_size", self.image_size, f"[1, {_LARGEST_IMAGE}]")
         object.__setattr__(self, "image_size", size)
-        if self.model != SMALL:
-            check_timm_model("classifier model", self.model, others=(SMALL,))
+        check_model(self.model)
 
 
 class SmallClassifier(nn.Module):
@@ -293,6 +293,12 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     check_keys(where, config, known=config, required=("network", "class_names"))
     sizes = build_dataclass(ClassifierSizes, config["network"], f"{where}: network")
     return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)
+
+
+def check_model(name: str) -> None:
+    """Checks that a classifier of a name exists; see ``check_timm_model``."""
+    if name != SMALL:
+        check_timm_model("classifier model", name, others=(SMALL,))
 
 
 def check_timm_model(what: str, name: str, *, others: tuple[str, ...] = ()) -> None:
