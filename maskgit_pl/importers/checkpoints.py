@@ -14,8 +14,6 @@ import zipfile
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from mmap import ACCESS_READ
-from mmap import mmap as map_file
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -306,13 +304,18 @@ def read_flax(path: Path) -> dict[str, Array]:
         count(1)
         return _read_array(code, data)
 
-    # The limits hold while msgpack parses, before it allocates what a hostile file claims.
-    limits = {"max_map_len": _MAX_ENTRIES, "max_str_len": _MAX_TEXT}
-    no_lists = {"max_array_len": 0, "max_bin_len": 0}  # flax writes lists as maps, and bytes only inside extensions
+    # The limits hold while msgpack parses, before it allocates what a hostile file claims. The file is read array by
+    # array, so that its bytes are in memory only once. flax writes lists as maps, and bytes only inside extensions.
+    size = path.stat().st_size
+    limits = {"max_map_len": _MAX_ENTRIES, "max_str_len": _MAX_TEXT, "max_array_len": 0, "max_bin_len": 0}
+    limits |= {"max_ext_len": size, "max_buffer_size": size}
     try:
-        with path.open("rb") as stream, map_file(stream.fileno(), 0, access=ACCESS_READ) as content:
-            tree = msgpack.unpackb(content, object_pairs_hook=as_map, ext_hook=as_array, **limits, **no_lists)
-            return dict(_flatten(tree, ""))
+        with path.open("rb") as stream:
+            unpacker = msgpack.Unpacker(stream, object_pairs_hook=as_map, ext_hook=as_array, **limits)
+            arrays = dict(_flatten(unpacker.unpack(), ""))
+        if unpacker.tell() != size:
+            raise ValueError(f"{size - unpacker.tell():,} more bytes after the tree")
+        return arrays
     except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:
         text = " ".join(str(error).split())[:_ERROR_LENGTH] or type(error).__name__
         raise ValueError(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.networks.quantizers import quantizers, rotate_to_codes
-from tests.networks.test_quantizers_formulas import build, features, rows_of
+from tests.networks.test_lookup_free import build, features, rows_of
 
 
 def test_the_tokens_of_a_product_are_the_digits_of_its_groups_and_its_loss_their_mean():
