@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -61,20 +60,16 @@ from maskgit_pl.decoding import (
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
-from maskgit_pl.networks.int8 import quantize
-from maskgit_pl.networks.kernels import PackingLinear, feed_forward, set_packing
-from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer, TransformerConfig
-from maskgit_pl.networks.transformer_block import Block
+from maskgit_pl.networks.kernels import feed_forward, set_packing
+from maskgit_pl.networks.transformer import AutoregressiveTransformer, Block, MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
 _CPU = torch.device("cpu")
 _ENCODER = "encoder layers of torch, as dome272"
 _AUTOREGRESSIVE = ("autoregressive, KV cache", "autoregressive, no cache")
-_UNPACKED, _INT8 = "ours, weights not packed", "ours, int8"
+_UNPACKED = "ours, weights not packed"
 _LINEAR, _PRODUCTS = "only the linear layers of ours", "only linear layers and attention of ours"
-_SMALL_PAGES = "ours, weights in small pages"
-_ALIKE = ("ours", "ours, first step cached", _SMALL_PAGES, _UNPACKED, _INT8)
-_DECODINGS_BEFORE = 5  # of ours: its weights move to large pages in the fifth
+_ALIKE = ("ours", "ours, first step cached", _UNPACKED)
 
 
 def build_network_config(task: Task) -> TransformerConfig:
@@ -158,14 +153,6 @@ class Autoregressive:
             cache=self.cache,
         )
         return last.tokens
-
-
-def keep_small_pages(network: MaskedTransformer) -> MaskedTransformer:
-    """Lets the packed weights of a network stay in small pages. Returns the network."""
-    for layer in network.modules():
-        if isinstance(layer, PackingLinear):
-            layer.uses_in_small_pages = sys.maxsize
-    return network
 
 
 def make_autoregressive(network: MaskedTransformer) -> AutoregressiveTransformer:
@@ -314,9 +301,7 @@ def list_contenders(task: Task, dtype: torch.dtype = torch.float32) -> dict[str,
         "ours": exact,
         "ours, first step cached": partial(exact, hit=True),
         "ours, guided": partial(exact, guidance={"name": "linear", "scale": 3.0}),
-        _SMALL_PAGES: lambda: Ours(keep_small_pages(copy.deepcopy(network)), task),
         _UNPACKED: lambda: Ours(unpacked, task),
-        _INT8: lambda: Ours(quantize(unpacked), task),
         _LINEAR: lambda: build_products(network, task, attention=False),
         _PRODUCTS: lambda: build_products(network, task, attention=True),
         _ENCODER: lambda: build_plain(EncoderPeer(task).to(dtype), task),
@@ -326,8 +311,8 @@ def list_contenders(task: Task, dtype: torch.dtype = torch.float32) -> dict[str,
         _AUTOREGRESSIVE[0]: lambda: Autoregressive(make_autoregressive(network), task, cache=True),
         _AUTOREGRESSIVE[1]: lambda: Autoregressive(make_autoregressive(network), task, cache=False),
     }
-    if dtype != torch.float32:  # int8 rounds float32 weights; the loops of these peers draw in float32
-        for name in (_INT8, MUSE, AMUSED):
+    if dtype != torch.float32:  # the loops of these peers draw in float32
+        for name in (MUSE, AMUSED):
             del contenders[name]
     return contenders
 
@@ -356,8 +341,6 @@ def measure(
     """
     makers = list_contenders(task, dtype)
     decoders = {name: makers[name]() for name in names}
-    for _ in range(_DECODINGS_BEFORE):
-        decoders["ours"]()
     # Counting also warms up: it runs each decoder once before the first round.
     works = {
         name: count_autoregressive_work(d) if isinstance(d, Autoregressive) else count_work(d)
@@ -395,8 +378,7 @@ def measure(
 def profile_ours(task: Task, dtype: torch.dtype, *, most: int = 8) -> str:
     """Returns a table of the operations that take the most time in a decoding of ours."""
     ours = list_contenders(task, dtype)["ours"]()
-    for _ in range(_DECODINGS_BEFORE):
-        ours()
+    ours()  # packs the weights
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         ours()
     averages = profiled.key_averages()

@@ -28,8 +28,7 @@ from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures, extract, iter_image_batches
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
-from maskgit_pl.networks.features import InceptionSpec
-from maskgit_pl.networks.inception import Inception
+from maskgit_pl.networks.features import Inception, InceptionSpec
 
 _SPLITS, _SEED = 10, 2020  # torch-fidelity's parts of the inception score, and the seed of its subsets
 _NAMES = {

@@ -21,8 +21,7 @@ from measuring import format_table, read_cpu_name
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-from maskgit_pl.networks.vqgan import VQGAN
-from maskgit_pl.networks.vqgan_config import VQGANConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
 

@@ -14,8 +14,8 @@ from einops import rearrange
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
 from maskgit_pl.networks.quantizers import entropy_loss
-from maskgit_pl.networks.token_groups import likeliest_tokens, split_tokens
 
 __all__ = [
     "AdversarialLoss",

@@ -18,7 +18,8 @@ from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.sources.opening import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
-from maskgit_pl.networks.transformer import Attention, Transformer, TransformerConfig
+from maskgit_pl.networks.backbone import Attention
+from maskgit_pl.networks.transformer import Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer

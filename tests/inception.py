@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from maskgit_pl.networks.inception import Inception
+from maskgit_pl.networks.features import Inception
 
 
 def save_inception(file: Path) -> tuple[Path, str]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from maskgit_pl.networks.vqgan_config import VQGANConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
 from tests.benchmark_scripts import benchmark_script
 
 TINY = VQGANConfig(

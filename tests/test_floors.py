@@ -39,7 +39,6 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "__main__": 13,
 }
 INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
-    ("networks/quantizers", "networks"),
     ("data", "data/sources"),
 )
 LIGHTNING_FROM = 3
@@ -279,7 +278,7 @@ NAMES_CONTRIB = {  # modules with a registry or a table of names, which import p
     "cli/__init__": "the table of commands",
     "cli/export": "the formats of an export",
     "data/sources/public": "the public data sets",
-    "networks/quantizers/base": "the registry of quantizers",
+    "networks/quantizers": "the registry of quantizers",
 }
 
 
@@ -378,13 +377,10 @@ def test_the_check_of_hidden_imports_finds_what_it_is_for(monkeypatch):
 
 
 def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
-    quantizer = "networks/quantizers/codebooks"
-    own_of = {quantizer, "networks/backbone", "decoding/decoder"}
+    own_of = {"data/reader", "data/sources/public", "decoding/decoder"}
     monkeypatch.setattr(f"{__name__}.own", lambda module: own_of)
-    assert list(backwards("networks/quantizers/codebooks", INNER[0])) == [
-        "networks/quantizers/codebooks imports networks/backbone"
-    ]
-    assert list(backwards("networks/backbone", INNER[0])) == []
+    assert list(backwards("data/reader", INNER[0])) == ["data/reader imports data/sources/public"]
+    assert list(backwards("data/sources/public", INNER[0])) == []
 
 
 def test_the_check_of_circles_finds_one(monkeypatch):

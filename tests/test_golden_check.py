@@ -16,7 +16,7 @@ from comparators.folder import Folder
 from comparators.full import check_model
 
 from maskgit_pl.losses import discriminator_loss, entropy_loss, generator_loss, r1_penalty, reconstruction_loss
-from maskgit_pl.networks.quantizers import GradientQuantizerSpec
+from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 
 GOLDEN = Path(__file__).parent / "golden"
 LOSSES, EDIT = "losses.npz", "decode_n16_T12_edit_start2.npz"

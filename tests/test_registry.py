@@ -16,8 +16,7 @@ from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guid
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
 from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, PatchDiscriminatorConfig, discriminators
-from maskgit_pl.networks.features import feature_networks
-from maskgit_pl.networks.perceptual import LPIPSSpec, perceptual_networks
+from maskgit_pl.networks.features import LPIPSSpec, feature_networks, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.objectives import Corruption, Objective, TokenLosses, corruptions, objectives
 from maskgit_pl.registry import PluginError, Registry, describe, nearest

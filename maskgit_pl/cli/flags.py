@@ -136,7 +136,6 @@ class ModelFlags:
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
         dtype: Arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32 (default:
             that of the weights).
-        int8: 8-bit linear layers in the transformer; approximate, and only on a CPU.
         decoding: Read all settings from a decoding.json; other flags override it.
         negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a run or a
             folder of `maskgit export` (default: that of decoding.json, or none).
@@ -144,7 +143,6 @@ class ModelFlags:
 
     device: Device | None = None
     dtype: Dtype | None = None
-    int8: bool = False
     decoding: Annotated[Path, Word("FILE.json")] | None = None
     negative_model: Folder | None = None
 
@@ -155,21 +153,16 @@ class ModelFlags:
             folder: The run or model that the user names. See ``MaskGIT.from_pretrained``.
             local_rank: Local rank of a process that shares the GPUs of its node with others.
         """
-        check_one_of(int8=self.int8, dtype=self.dtype)
         from maskgit_pl.distributed import check_device, default_device, parse_dtype
 
-        # int8 works on the CPU only, so that it is the default device with --int8.
-        device = self.device
-        if device is None:
-            device = "cpu" if self.int8 else default_device(local_rank=local_rank)
-        pipe = pipeline.MaskGIT.from_pretrained(
+        device = self.device or default_device(local_rank=local_rank)
+        return pipeline.MaskGIT.from_pretrained(
             folder,
             decoding=self.decoding,
             negative_model=self.negative_model,
             device=check_device(device),
             dtype=parse_dtype(self.dtype, device),
         )
-        return pipe.quantize() if self.int8 else pipe
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "quantizers": "networks.quantizers",
     "tokenizer_losses": "training.tokenizer_losses",
     "discriminators": "networks.discriminators",
-    "perceptual_networks": "networks.perceptual",
+    "perceptual_networks": "networks.features",
     "feature_networks": "networks.features",
     "token_selectors": "decoding.selectors",
     "guidance_schedules": "decoding.guidance",

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.networks.quantizers.base import (
+from maskgit_pl.networks.quantizers import (
     GradientEstimator,
     Quantizer,
     QuantizerOutput,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.distributed import rank_and_world
-from maskgit_pl.networks.quantizers.base import (
+from maskgit_pl.networks.quantizers import (
     WEIGHTS,
     CodebookQuantizer,
     Quantizer,

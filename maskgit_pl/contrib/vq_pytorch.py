@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_number, did_you_mean, shorten
 from maskgit_pl.distributed import rank_and_world, sum_over_ranks
-from maskgit_pl.networks.quantizers.base import Quantizer, QuantizerOutput, quantizer_output, quantizers, rows_of
+from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizer_output, quantizers, rows_of
 from maskgit_pl.randomness import random_bits
 
 __all__ = ["VQPyTorchQuantizer", "VQPyTorchSpec"]

@@ -20,7 +20,7 @@ Temperature = float | tuple[float, float]
 DrawMethod = Literal["gumbel", "inverse_cdf"]
 """Methods of drawing codes from the softmax. They draw from the same distribution, but different codes for a seed.
 
-- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16, int8 or
+- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16 or
   another device, changes few draws. The released code draws so.
 - ``inverse_cdf``: by inverting the cumulative distribution, with one uniform number for a position. A small change of
   one probability moves the intervals of all later codes.

@@ -57,7 +57,7 @@ from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.files import write_text
-from maskgit_pl.networks.perceptual import LPIPS, load_lpips
+from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.display import Recording

@@ -21,7 +21,7 @@ from maskgit_pl.evaluation.distances import frechet_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector
 from maskgit_pl.evaluation.metrics import metric_name
 from maskgit_pl.evaluation.reference import Reference, Statistics
-from maskgit_pl.networks.perceptual import LPIPS
+from maskgit_pl.networks.features import LPIPS
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import CodebookUsage

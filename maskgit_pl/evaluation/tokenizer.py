@@ -50,7 +50,7 @@ from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph,
 from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_atomically, write_text
-from maskgit_pl.networks.perceptual import LPIPS, load_lpips
+from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config

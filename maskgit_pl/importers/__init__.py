@@ -1,9 +1,8 @@
 """Importers: convert weights that other projects released to pretrained folders.
 
-- ``checkpoints`` reads files of torch and safetensors, ``flax`` those of JAX, as tensors by name.
+- ``checkpoints`` reads files of torch, safetensors and flax as tensors by name.
 - ``tokenizers``, ``transformers`` and ``released`` (the JAX code of MaskGIT) hold a table of names for each project.
-- ``rules`` converts tensors by such a table, after it has compared names and shapes with our network.
-- ``folder`` writes the pretrained folder and describes it.
+- ``conversion`` converts tensors by such a table, writes the pretrained folder, and describes it.
 """
 
 from typing import Literal, get_args

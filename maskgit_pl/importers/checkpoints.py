@@ -1,11 +1,13 @@
-"""Reads checkpoints in torch that other projects released, as tensors by name. Used by all importers.
+"""Reads checkpoints that other projects released, as tensors by name: of torch, of safetensors, and flax's msgpack.
 
 Files are untrusted, and none is executed: torch's loader for tensors reads them, known records of training programs are
-passed over without their classes, and no tensor may describe more than its file holds.
+passed over without their classes, no tensor may describe more than its file holds, and flax's files are read without
+flax or jax, in a small multiple of their size. Used by all importers.
 """
 
 from __future__ import annotations
 
+import math
 import pickle
 import re
 import zipfile
@@ -13,8 +15,10 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -23,15 +27,18 @@ from maskgit_pl.errors import printable
 from maskgit_pl.networks.weights import check_archive, check_held, check_tensor, read_tensors
 
 __all__ = [
-    "check_format",
+    "Array",
     "check_weights",
     "find_weights",
     "name_file",
     "name_some",
     "read_checkpoint",
+    "read_flax",
     "remove_wrappers",
     "select_tensors",
 ]
+
+Array: TypeAlias = npt.NDArray[Any]
 
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 # Format -> its name for people, and how its files begin. The first bytes of msgpack are the least distinctive.
@@ -47,14 +54,19 @@ _FORMATS = {
 }
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 
-# Classes that training programs store beside weights; numpy's are learning rates and scores.
+# Classes that training programs store beside weights: numpy's are learning rates and scores, the types are those in
+# containers of omegaconf.
 _RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
-# Types that the containers of omegaconf hold; the loader names built-in ones without their module.
-_TYPES = ("typing.Any", "collections.defaultdict")
-_BUILT_IN_TYPES = ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")
+_TYPES = {"typing.Any", "collections.defaultdict"}
+_TYPES |= {f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")}
 _MAPPING = ".AttributeDict"  # end of the name of Lightning's class of hyper-parameters
-_MAX_RECORDS = 100  # each class is found by another try, so that very many of them would take hours
 _WRAPPED = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")  # parts that torch adds to names
+
+_ARRAY, _SCALAR = 1, 3  # flax's extension types; 2 is a complex number
+_NUMBERS = ("float16", "float32", "float64", "bool", *(f"{u}int{bits}" for u in ("", "u") for bits in (8, 16, 32, 64)))
+# Far above the released transformer: 393 arrays, names below 30 letters.
+_MAX_NODES, _MAX_ENTRIES, _MAX_TEXT, _MAX_DIMENSIONS = 50_000, 256, 512, 32
+_ERROR_LENGTH = 300
 
 
 def find_weights(path: Path) -> Path:
@@ -68,36 +80,8 @@ def find_weights(path: Path) -> Path:
     return next((name for name in names if name.is_file()), path)
 
 
-def check_format(path: Path, description: str, *accepted: str) -> str:
-    """Returns the format of a file, by its first bytes.
-
-    Args:
-        path: Path of the file.
-        description: The accepted files, for the error.
-        accepted: Names of the accepted formats.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is a folder, an empty file, or of another format.
-    """
-    rule = f"checkpoint {path} must be {description}"
-    if path.is_dir():
-        raise ValueError(f"{rule}, got a folder; name the file itself")
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
-    with path.open("rb") as stream:
-        head = stream.read(_HEAD)
-    if not head:
-        raise ValueError(f"{rule}, got an empty file; download it again")
-    found = ((name, text) for name, (text, beginning) in _FORMATS.items() if re.match(beginning, head))
-    kind, text = next(found, ("", ""))
-    if kind not in accepted:
-        raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")
-    return kind
-
-
 def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Reads the state dict of a checkpoint.
+    """Reads the state dict of a checkpoint of torch.
 
     Args:
         file: A file of torch.save or safetensors.
@@ -109,19 +93,24 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, damaged, or holds a Python object, a name that is no text, or a sparse
-            or nested tensor.
+        ValueError: if it is of another format, damaged, or holds a Python object or a name that is no text.
     """
-    kind = check_format(file, "a file of torch.save or of safetensors", "zip", "pickle", "safetensors")
+    kind = _check_format(file, "a file of torch.save or of safetensors", "zip", "pickle", "safetensors")
     if kind == "zip" and not zipfile.is_zipfile(file):  # the directory of a zip is at its end
         raise ValueError(f"checkpoint {file}: the file is cut off; download it again")
+    way_out = (
+        "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
+        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
+    )
+    classes = _list_classes(file) if kind == "zip" else []
+    objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
+    if objects:
+        text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
+        raise ValueError(f"checkpoint {file} {text}; {way_out}")
     try:
-        if kind == "zip":
-            with file.open("rb") as stream:
-                check_archive(stream, file.stat().st_size)
-        content: Any = read_tensors(file) if kind == "safetensors" else _load_tensors(file, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:
-        raise ValueError(_refusal(file, str(error), entries)) from error
+        content: Any = read_tensors(file) if kind == "safetensors" else _load_tensors(file, classes, mmap=kind == "zip")
+    except pickle.UnpicklingError as error:  # a file from before torch 1.6
+        raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"checkpoint {file}: cannot be read ({text}); download it again") from error
@@ -134,24 +123,15 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
 
 
 def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
-    """Returns a state dict by the names of the network itself, without those of torch's wrappers.
-
-    Args:
-        state: State dict of a network, or of one in ``DistributedDataParallel``, ``torch.compile`` or FSDP.
+    """Returns a state dict by the names of the network itself, without those of DDP, FSDP and ``torch.compile``.
 
     Raises:
-        ValueError: if a name is no text, a tensor is there with and without a wrapper, or it is sparse or nested.
+        ValueError: if a name is no text, or a tensor is there with and without a wrapper.
     """
     own: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(name, str):
-            raise ValueError(
-                f"tensors must have names, got the name {shorten(name)}, which is no text; name a file of weights"
-            )
-        # A tensor of another layout has no shape or no memory to compare.
-        if isinstance(value, Tensor) and (value.is_nested or value.layout != torch.strided):
-            got = "a nested tensor" if value.is_nested else value.layout
-            raise ValueError(f"tensor {shorten(name)} must be a dense CPU tensor, got {got}")
+            raise ValueError(f"tensors must have names, got {shorten(name)}, which is no text; name a file of weights")
         inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
         while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
             inner = inner.removeprefix("module.")
@@ -177,11 +157,9 @@ def select_tensors(
     tensors: dict[str, Tensor] = {}
     left_out: Counter[str] = Counter()
     for name, value in contents.items():
-        known = next(
-            (other for other in others if name == other or (other[-1] == "." and name.startswith(other))), None
-        )
-        if known is not None:
-            left_out[known] += 1
+        known = [other for other in others if name == other or (other[-1] == "." and name.startswith(other))]
+        if known:
+            left_out[known[0]] += 1
         elif isinstance(value, Tensor):
             tensors[name] = value
         else:
@@ -217,29 +195,65 @@ def name_some(names: Iterable[str], *, limit: int = 3) -> str:
     return ", ".join(map(printable, shown[:limit])) + more
 
 
-def _load_tensors(file: Path, *, mmap: bool) -> Any:
-    """Reads a file with torch's loader for tensors, and with a stand-in for each known class of training programs.
+def _check_format(path: Path, description: str, *accepted: str) -> str:
+    """Returns the format of a file, by its first bytes.
+
+    Args:
+        path: Path of the file.
+        description: The accepted files, for the error.
+        accepted: Names of the accepted formats.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is a folder, an empty file, or of another format.
+    """
+    rule = f"checkpoint {path} must be {description}"
+    if path.is_dir():
+        raise ValueError(f"{rule}, got a folder; name the file itself")
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
+    with path.open("rb") as stream:
+        head = stream.read(_HEAD)
+    if not head:
+        raise ValueError(f"{rule}, got an empty file; download it again")
+    formats = ((name, text) for name, (text, beginning) in _FORMATS.items() if re.match(beginning, head))
+    kind, text = next(formats, ("", ""))
+    if kind not in accepted:
+        raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")
+    return kind
+
+
+def _list_classes(file: Path) -> list[str]:
+    """Returns the names of the classes and functions in a zip archive of torch.save, except those of tensors; sorted.
+
+    Raises:
+        ValueError: if the file is damaged, or unpacks to more than its size.
+    """
+    try:
+        with file.open("rb") as stream:
+            check_archive(stream, file.stat().st_size)  # before anything is unpacked
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+    except Exception as error:  # of many types, depending on where the file is damaged
+        text = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"checkpoint {file} is no file of torch.save, or damaged ({text}); download it again"
+        ) from error
+
+
+def _load_tensors(file: Path, classes: Sequence[str], *, mmap: bool) -> Any:
+    """Reads a file with torch's loader for tensors, with a stand-in for each class of a training program.
 
     Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
-    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported.
-
-    1. Load with the stand-ins so far.
-    2. If the loader names a class of ``_RECORDS`` that has no stand-in, make one, and try again.
+    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported. Files from before torch 1.6, which
+    are no zip archives, must hold tensors only.
     """
-    stand_ins: dict[str, type] = {}
-    while True:
-        # 1.
-        try:
-            pairs = [(kind, name) for name, kind in stand_ins.items()]
-            with torch.serialization.safe_globals(pairs):  # type: ignore[arg-type]  # torch's type lacks the pairs
-                return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
-        except pickle.UnpicklingError as error:
-            # 2.
-            name = _find_unknown_class(str(error))
-            if name is None or name in stand_ins or not _is_record(name) or len(stand_ins) >= _MAX_RECORDS:
-                raise
-            # The loader fills mappings of a few classes only.
-            stand_ins[name] = OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {})
+    # The loader fills mappings of a few classes only.
+    stand_ins = [
+        (OrderedDict if name.endswith(_MAPPING) else type(name.rpartition(".")[2], (_Record,), {}), name)
+        for name in classes
+    ]
+    with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]  # torch's type lacks the pairs
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 class _Record:
@@ -252,27 +266,93 @@ class _Record:
         return
 
 
-def _find_unknown_class(text: str) -> str | None:
-    """Returns the class that torch's loader for tensors names in its refusal, if there is one."""
-    found = re.search(r"GLOBAL (\S+)", text)
-    if found is None:
-        return None
-    return f"builtins.{found[1]}" if found[1] in _BUILT_IN_TYPES else found[1]
+def read_flax(path: Path) -> dict[str, Array]:
+    """Reads a file that ``flax.serialization.to_bytes`` wrote: one msgpack map of maps, with arrays in extension types.
+
+    Args:
+        path: Path of the file.
+
+    Returns:
+        Arrays by their path in the tree, such as ``params/Embed_0/word_embeddings/embedding``. Numbers become arrays
+        without dimensions; None and empty maps are dropped.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds; or if the package
+            msgpack is not installed.
+
+    Source: flax, serialization.py.
+    """
+    _check_format(path, "a msgpack file of flax (as released, about 200 or 700 MB)", "msgpack")
+    try:
+        import msgpack
+    except ImportError as error:
+        raise ValueError(f'checkpoint {path} requires msgpack; run pip install "maskgit_pl[import-jax]"') from error
+    seen = 0
+
+    def count(nodes: int) -> None:
+        nonlocal seen
+        seen += nodes
+        if seen > _MAX_NODES:
+            raise ValueError(f"it must have at most {_MAX_NODES:,} entries")
+
+    def as_map(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        count(1 + len(pairs))
+        return dict(pairs)
+
+    def as_array(code: int, data: bytes) -> Array:
+        count(1)
+        return _read_array(code, data)
+
+    # The limits hold while msgpack parses, before it allocates what a hostile file claims. The file is read array by
+    # array, so that its bytes are in memory only once. flax writes lists as maps, and bytes only inside extensions.
+    size = path.stat().st_size
+    limits = {"max_map_len": _MAX_ENTRIES, "max_str_len": _MAX_TEXT, "max_array_len": 0, "max_bin_len": 0}
+    limits |= {"max_ext_len": size, "max_buffer_size": size}
+    try:
+        with path.open("rb") as stream:
+            unpacker = msgpack.Unpacker(stream, object_pairs_hook=as_map, ext_hook=as_array, **limits)
+            arrays = dict(_flatten(unpacker.unpack(), ""))
+        if unpacker.tell() != size:
+            raise ValueError(f"{size - unpacker.tell():,} more bytes after the tree")
+        return arrays
+    except (ValueError, OverflowError, RecursionError, msgpack.UnpackException) as error:
+        text = " ".join(str(error).split())[:_ERROR_LENGTH] or type(error).__name__
+        raise ValueError(
+            f"checkpoint {path}: cut off, or not a tree of arrays as flax writes it ({text}); download it again"
+        ) from error
 
 
-def _is_record(name: str) -> bool:
-    """Returns True if a class of this name is passed over."""
-    module, _, last = name.rpartition(".")
-    return name.startswith(_RECORDS) or name in _TYPES or (module == "builtins" and last in _BUILT_IN_TYPES)
+def _flatten(value: Any, name: str) -> Iterator[tuple[str, Array]]:
+    """Yields the leaves with their paths. msgpack parses maps of at most 1024 levels."""
+    if isinstance(value, dict):
+        for key, child in value.items():
+            if not key.isprintable() or not key or "/" in key:  # paths are joined with slashes, and printed
+                raise ValueError(f"names must be printable and without '/', got {key!r}")
+            yield from _flatten(child, f"{name}/{key}" if name else key)
+    elif isinstance(value, np.ndarray | bool | int | float):
+        yield name, np.asarray(value)
+    elif value is not None:
+        raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
 
 
-def _refusal(file: Path, text: str, entries: Sequence[str]) -> str:
-    """Returns the message for a file that torch's loader refuses, with the way out."""
-    found = _find_unknown_class(text)
-    if found is None:
-        return f"checkpoint {file}: damaged, or not a file of torch.save; download it again"
-    return (
-        f"checkpoint {file} must hold tensors only, got also {found}, a Python object; on a machine that trusts the "
-        "file, load it with the program that wrote it and save only the weights: "
-        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
-    )
+def _read_array(code: int, data: bytes) -> Array:
+    """Returns the array or numpy's scalar in an extension, which is msgpack's (shape, dtype, bytes)."""
+    import msgpack
+
+    if code not in (_ARRAY, _SCALAR):
+        raise ValueError(f"extension types must be {_ARRAY} or {_SCALAR} (real numbers), got {code}")
+    limits = {"max_array_len": _MAX_DIMENSIONS, "max_str_len": _MAX_TEXT, "max_map_len": 0, "max_ext_len": 0}
+    match msgpack.unpackb(data, **limits):
+        case [list(shape), str(dtype), bytes(content)] if all(type(size) is int and size >= 0 for size in shape):
+            pass
+        case _:
+            raise ValueError("an array must hold its shape of integers >= 0, its dtype and its bytes")
+    if dtype not in _NUMBERS:
+        raise ValueError(f"dtypes must be one of {', '.join(_NUMBERS)}, got {dtype!r}")
+    # Compared before anything is allocated: the shape may claim more than the file holds.
+    kind = np.dtype(dtype).newbyteorder("<")
+    length = math.prod(shape) * kind.itemsize
+    if length != len(content):
+        raise ValueError(f"an array {dtype} {tuple(shape)} must have {length:,} bytes, got {len(content):,}")
+    return np.ndarray(tuple(shape), kind, bytearray(content))

@@ -17,10 +17,21 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.checkpoints import name_file, name_some
-from maskgit_pl.importers.flax import Array, read_flax
-from maskgit_pl.importers.folder import Imported, ImportedTransformer, check_out, choose_class_names, write_import
-from maskgit_pl.importers.rules import Rule, convert, count_numbers, number_rules, read_widths, shape_of, shapes_of
+from maskgit_pl.importers.checkpoints import Array, name_file, name_some, read_flax
+from maskgit_pl.importers.conversion import (
+    Imported,
+    ImportedTransformer,
+    Rule,
+    check_out,
+    choose_class_names,
+    convert,
+    count_numbers,
+    number_rules,
+    read_widths,
+    shape_of,
+    shapes_of,
+    write_import,
+)
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, Activation, ResidualBlock, VQGANConfig
 from maskgit_pl.networks.weights import check_tensor, skeletons
@@ -100,7 +111,7 @@ def import_jax(
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
         image_size: Side of the images in pixels. Default: the size that follows from the transformer's grid; 256
             without a transformer.
-        class_names: See ``folder.choose_class_names``.
+        class_names: See ``conversion.choose_class_names``.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -201,9 +212,8 @@ def transformer_weights(arrays: Arrays, config: TransformerConfig) -> dict[str, 
     Raises:
         ValueError: if an array is missing, superfluous or of another shape, or does not hold finite numbers.
     """
-    with skeletons():
-        shapes = shapes_of(config.create())
-    return convert(_tensors(arrays), number_rules(_TRANSFORMER, config.depth), shapes, heads=config.num_heads)
+    rules, shapes = number_rules(_TRANSFORMER, config.depth), shapes_of(config.create)
+    return convert(_tensors(arrays), rules, shapes, heads=config.num_heads)
 
 
 def tokenizer_config(arrays: Arrays, *, activation: Activation = "swish") -> VQGANConfig:
@@ -247,7 +257,7 @@ def tokenizer_weights(arrays: Arrays, config: VQGANConfig) -> dict[str, Tensor]:
         network = VQGAN(config)
     halves = [rule for half in ("encoder", "decoder") for rule in _rules_of(network.get_submodule(half), half, half)]
     rules = [Rule("quantizer.codebook", _MARKS["tokenizer"]), *halves]
-    return convert(_tensors(arrays), rules, shapes_of(network))
+    return convert(_tensors(arrays), rules, shapes_of(lambda: network))
 
 
 def _rules_of(module: nn.Module, ours: str, theirs: str) -> Iterator[Rule]:
@@ -285,12 +295,9 @@ def _top(arrays: Arrays) -> list[str]:
 
 def _tensors(arrays: Arrays) -> dict[str, Tensor]:
     """Returns arrays as tensors of the same memory, after a check that they hold finite floating point numbers."""
-    tensors = {}
-    for name, array in arrays.items():
-        if array.dtype.kind == "U":
-            raise ValueError(f"array {name} must hold numbers, got a text; name another file")
-        tensors[name] = torch.from_numpy(array)
-        check_tensor(name, tensors[name])
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    for name, tensor in tensors.items():
+        check_tensor(name, tensor)
     return tensors
 
 
@@ -305,9 +312,7 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
 
 
 def _check_kind(arrays: Arrays, kind: str) -> None:
-    if _MARKS[kind] in arrays:
-        return
-    other = next((name for name, mark in _MARKS.items() if mark in arrays), None)
-    names = name_some(_top(arrays))
-    found = f"those of a {other}; name that file with --{other}" if other else f"{names}; name another file"
-    raise ValueError(f"{kind} arrays must be those of a released {kind}, got {found}")
+    if _MARKS[kind] not in arrays:
+        other = next((name for name, mark in _MARKS.items() if mark in arrays), None)
+        got = f"those of a {other}; name that file with --{other}" if other else f"{name_some(_top(arrays))}"
+        raise ValueError(f"{kind} arrays must be those of a released {kind}, got {got}")

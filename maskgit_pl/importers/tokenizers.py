@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, as_image_size, check_choice, check_image_size, pixels_text, shorten
+from maskgit_pl.checks import ImageSize, as_image_size, check_choice, check_image_size, check_keys, pixels_text, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.importers.checkpoints import (
@@ -31,11 +32,18 @@ from maskgit_pl.importers.checkpoints import (
     read_checkpoint,
     select_tensors,
 )
-from maskgit_pl.importers.folder import Imported, check_out, write_import
-from maskgit_pl.importers.rules import Rule, convert, count_numbers, read_widths, shape_of, shapes_of
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.vqgan_config import Layout
-from maskgit_pl.networks.weights import skeletons
+from maskgit_pl.importers.conversion import (
+    Imported,
+    Rule,
+    check_out,
+    convert,
+    count_numbers,
+    read_widths,
+    shape_of,
+    shapes_of,
+    write_import,
+)
+from maskgit_pl.networks.vqgan import VQGAN, Layout, VQGANConfig
 
 __all__ = ["LAYOUTS", "TokenizerLayout", "import_tokenizer", "tokenizer_layout_of"]
 
@@ -60,9 +68,8 @@ _OF_TAMING = (  # tensors beside the network
 )
 _TAMING_LAYERS = {"shortcut": "nin_shortcut", "query": "q", "key": "k", "value": "v", "output": "proj_out"}
 _PLAIN_LAYERS = {"shortcut": "nin_shortcut", "conv": ""}  # a sampling is its only convolution
-# Old name of a layer of a self-attention of diffusers -> today's.
-_OLD_DIFFUSERS = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-_OLD_ATTENTION = re.compile(rf"(\.attentions\.\d+)\.({'|'.join(_OLD_DIFFUSERS)})\.")
+# Keys of diffusers' config.json that do not change tokens: of diffusion models on latents, of float16, and of the file.
+_NEUTRAL = ("scaling_factor", "lookup_from_codebook", "force_upcast", "_diffusers_version", "_name_or_path")
 
 
 @dataclass(frozen=True)
@@ -131,11 +138,7 @@ class TokenizerLayout:
         last = shape_of(tensors, "encoder.conv_out.weight", axes=4)[0]
         quantizer = self.quantizer
         if self.bits and _CODEBOOK not in tensors:
-            if last > _MAX_BITS:
-                raise ValueError(
-                    f"tensor encoder.conv_out.weight must have 1 to {_MAX_BITS} rows, one a bit, got {last}"
-                )
-            codebook_size, code_dim, quantizer = 2**last, last, self.bits
+            codebook_size, code_dim, quantizer = 2 ** min(last, _MAX_BITS + 1), last, self.bits
         else:
             codebook_size, code_dim = shape_of(tensors, _CODEBOOK)
         more: dict[str, Any]
@@ -172,8 +175,7 @@ class TokenizerLayout:
         Raises:
             ValueError: if a tensor is missing, superfluous, or of another shape.
         """
-        with skeletons():
-            shapes = shapes_of(VQGAN(config))
+        shapes = shapes_of(partial(VQGAN, config))
         return self.finish(convert(tensors, self.rules(config, shapes), shapes))
 
     def rules(self, config: VQGANConfig, names: Iterable[str]) -> list[Rule]:
@@ -226,17 +228,11 @@ def _normalize_codes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _prepare_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the tensors with today's names of the self-attention, whose matrices become 1x1 convolutions."""
-    if any(".conv_norm_out.conv_y." in name or ".norm_layer." in name for name in tensors):
-        raise ValueError("norm_type must be 'group', got spatial norms (MOVQ), which are not supported")
-    prepared = {}
-    for name, tensor in tensors.items():
-        new = _OLD_ATTENTION.sub(lambda match: f"{match[1]}.{_OLD_DIFFUSERS[match[2]]}.", name)
-        if new in prepared or (new != name and new in tensors):
-            raise ValueError(f"tensor {new} must be there once, got it by its old name too")
-        is_matrix = ".attentions." in new and new.endswith(".weight") and tensor.dim() == 2
-        prepared[new] = tensor[:, :, None, None] if is_matrix else tensor
-    return prepared
+    """Returns the tensors with the matrices of the self-attention as 1x1 convolutions."""
+    return {
+        name: tensor[:, :, None, None] if ".attentions." in name and tensor.dim() == 2 else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _order_levels(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -413,8 +409,8 @@ def import_tokenizer(
     Args:
         file: A ``.ckpt``, ``.pt``, ``.bin`` or ``.safetensors`` file of a tokenizer, or a folder of diffusers.
         out: Pretrained folder to make.
-        image_size: Size of the images that it will encode: a side, or (height, width), in pixels. Default: that of
-            diffusers' ``config.json``, otherwise 256.
+        image_size: Side, or (height, width), of the images that it will encode, in pixels. Default: that of diffusers'
+            ``config.json``, otherwise 256.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
         signed_images: True if the network expects images in [-1, 1], False if in [0, 1]; by default as in the published
             networks. Only networks of taming-transformers, LlamaGen, diffusers and IBQ have the choice.
@@ -422,8 +418,7 @@ def import_tokenizer(
     Raises:
         FileNotFoundError: if there is no such file.
         FileExistsError: if ``out`` exists.
-        ValueError: if it is not such a tokenizer, describes more than it holds, has non-finite numbers, or its
-            downsampling factor does not divide the size.
+        ValueError: if it is no such tokenizer, or its downsampling factor does not divide the size.
     """
     # 1.
     check_out(out)
@@ -434,7 +429,8 @@ def import_tokenizer(
     with name_file(file):
         # 2.
         kind = tokenizer_layout_of(contents, layout)
-        settings = _read_settings(file) if kind is DIFFUSERS else {}
+        path = file.with_name("config.json")
+        settings = read_json(path) if kind is DIFFUSERS and path.is_file() else {}
         tensors, ignored = select_tensors(contents, kind.others)
         if kind.has_average and any(name.startswith(_AVERAGE) for name in contents):
             tensors = _average_tensors(tensors, contents)
@@ -463,29 +459,27 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
             they choose, so that averaged weights, which IBQ writes and taming-transformers does not, ask for it.
 
     Raises:
-        ValueError: if it has none of the layouts, not the named one, or two. The message says what it is, if that is
-            known.
+        ValueError: if it has none of the layouts, not the named one, or two.
     """
-    gumbel = next((name for name in _GUMBEL if name in tensors), None)
-    if gumbel:
+    if gumbel := [name for name in _GUMBEL if name in tensors]:
         raise ValueError(
-            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel}); name another "
-            "one, such as vqgan_imagenet_f16_16384 of taming-transformers"
+            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]}); name "
+            "another one, such as vqgan_imagenet_f16_16384 of taming-transformers"
         )
-    found = {layout.name: layout for layout in LAYOUTS if layout.is_of(tensors)}
-    if not found:
-        is_transformer = any(map(_TRANSFORMER.search, tensors))
-        kind = "a transformer" if is_transformer else "something else"
-        way_out = "its tokenizer, or use maskgit import-transformer" if is_transformer else "a file of one of these"
+    fitting = {layout.name: layout for layout in LAYOUTS if layout.is_of(tensors)}
+    if not fitting:
+        kind, way_out = "something else", "a file of one of these"
+        if any(map(_TRANSFORMER.search, tensors)):
+            kind, way_out = "a transformer", "its tokenizer, or use maskgit import-transformer"
         known = ", ".join(TOKENIZER_LAYOUTS)
         raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)}); name {way_out}")
-    names = " or ".join(found)
-    if name is None and len(found) > 1 and any(tensor.startswith(_AVERAGE) for tensor in tensors):
+    names = " or ".join(fitting)
+    if name is None and len(fitting) > 1 and any(tensor.startswith(_AVERAGE) for tensor in tensors):
         raise ValueError(
             f"--layout must be given, {names}: the file has averaged weights ({_AVERAGE}*), and the names of its "
             "tensors are those of both"
         )
-    chosen = found.get(name or next(iter(found)))
+    chosen = fitting.get(name or next(iter(fitting)))
     if chosen is None:
         raise ValueError(f"--layout must be {names} for the names of these tensors, got {name}")
     if chosen is MASKBIT and _CODEBOOK not in tensors and _BITS not in tensors:
@@ -505,33 +499,32 @@ def _average_tensors(tensors: Mapping[str, Tensor], contents: Mapping[str, Any])
     return {name: contents[average] for name, average in names.items()}
 
 
-def _read_settings(file: Path) -> dict[str, Any]:
-    """Returns the ``config.json`` of diffusers beside a file, empty if there is none."""
-    path = file.with_name("config.json")
-    settings = read_json(path) if path.is_file() else {}
-    _check_entries(settings, {"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group"})
-    return settings
-
-
 def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
-    """Checks that ``config.json`` of diffusers has the sizes of the tensors."""
-    sizes = {
+    """Checks that the ``config.json`` of diffusers, if there is one, describes the network of the tensors.
+
+    Each key of ``VQModel`` must have this value, except those that are read and those that do not change tokens.
+    """
+    is_attentive = [level in config.attention_levels for level in range(len(config.widths))]
+    down = ["AttnDownEncoderBlock2D" if attentive else "DownEncoderBlock2D" for attentive in is_attentive]
+    expected = {
+        "_class_name": "VQModel",
+        "act_fn": "silu",
+        "norm_type": "group",
         "in_channels": config.in_channels,
         "out_channels": config.in_channels,
         "block_out_channels": list(config.widths),
+        "down_block_types": down,
+        "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
         "layers_per_block": config.num_res_blocks,
         "latent_channels": config.latent_channels,
         "num_vq_embeddings": config.codebook_size,
+        "vq_embed_dim": config.code_dim,
         "mid_block_add_attention": config.middle_attention,
     }
-    if settings.get("vq_embed_dim") is not None:  # null is latent_channels
-        sizes["vq_embed_dim"] = config.code_dim
-    _check_entries(settings, sizes)
-
-
-def _check_entries(settings: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    check_keys("config.json", settings, known=[*expected, "norm_num_groups", "sample_size", *_NEUTRAL])
     for key, value in expected.items():
-        if settings.get(key, value) != value:
+        is_default = key == "vq_embed_dim" and settings.get(key) is None  # that of the latents, as the tensors say
+        if settings.get(key, value) != value and not is_default:
             raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}; name its own file")
 
 

@@ -22,14 +22,24 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_integer
+from maskgit_pl.checks import check_integer
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.checkpoints import check_weights, name_file, name_some, read_checkpoint, select_tensors
-from maskgit_pl.importers.folder import Imported, ImportedTransformer, check_out, choose_class_names, write_import
-from maskgit_pl.importers.rules import Rule, convert, count_numbers, number_rules, shape_of, shapes_of
+from maskgit_pl.importers.conversion import (
+    Imported,
+    ImportedTransformer,
+    Rule,
+    check_out,
+    choose_class_names,
+    convert,
+    count_numbers,
+    number_rules,
+    shape_of,
+    shapes_of,
+    write_import,
+)
 from maskgit_pl.networks.adaln import AdaLNConfig
-from maskgit_pl.networks.weights import check_held, skeletons
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+from maskgit_pl.networks.weights import check_held
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 
 __all__ = [
@@ -50,7 +60,7 @@ _HALTON_SCALES = {(384, 6): 1.5, (512, 12): 1.0, (768, 12): 0.7, (1024, 24): 0.5
 _HALTON_SCALE = 2.0  # of the example in its README; for networks without a published figure
 _MASKGIL_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24}  # B, L, XL, XXL
 _MASKGIL_SCALE, _CHOICE_TEMPERATURE = 4.0, 4.5  # cfg_scale, r_temp
-_COPY = ("head.weight", "tok_emb.weight")  # Halton-MaskGIT: a second name of the token embedding
+_TABLE, _COPY = "tok_emb.weight", "head.weight"  # Halton-MaskGIT: two names of the token embedding
 
 
 @dataclass(frozen=True)
@@ -82,8 +92,7 @@ class TransformerLayout:
         Raises:
             ValueError: if a tensor is missing, superfluous, or of another shape.
         """
-        with skeletons():
-            shapes = shapes_of(config.create())
+        shapes = shapes_of(config.create)
         rules = number_rules(self.rules, config.depth)
         norms = number_rules([rule for rule in self.rules if rule.ours in self.norms], config.depth)
         return self.finish(convert(tensors, rules, shapes | {rule.ours: (config.embed_dim,) for rule in norms}), config)
@@ -109,7 +118,7 @@ def import_transformer(
         out: Pretrained folder to make.
         tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_tokenizer`` writes it.
         num_heads: Number of attention heads; by default that of the published network of this size.
-        class_names: See ``folder.choose_class_names``.
+        class_names: See ``conversion.choose_class_names``.
 
     Raises:
         FileNotFoundError: if a file or folder is missing.
@@ -127,18 +136,29 @@ def import_transformer(
         # 2.
         tensors, _ = select_tensors(contents)
         layout = transformer_layout_of(tensors)
-        _drop_copy(tensors, size=file.stat().st_size)
+        size, copy = file.stat().st_size, tensors.pop(_COPY, None)
+        check_weights(tensors, size)
+        if copy is not None and _TABLE in tensors:
+            check_held({_COPY: copy}, size)  # before a comparison reads all of it
+            if not torch.equal(copy, tensors[_TABLE]):
+                raise ValueError(f"tensor {_COPY} must equal {_TABLE}: the network has one table for both")
         config = layout.read_config(tensors, source.grid, num_heads)
         # 3.
         weights = layout.convert(tensors, config)
     # 4.
-    image_size = _choose_size(source, config, tokenizer)
+    own = source.network
+    if own.config.codebook_size != config.codebook_size:
+        raise ValueError(
+            f"tokenizer {tokenizer} must have the {config.codebook_size} codes of the transformer, got "
+            f"{own.config.codebook_size}; name the folder of its own tokenizer"
+        )
+    image_size = source.image_size
+    if config.grid != source.grid:
+        image_size = config.grid[0] * own.config.downsampling_factor  # the grid of a table of positions is square
     names, decoding = choose_class_names(class_names, config.num_classes), layout.decoding(config)
     transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
-    own = source.network
-    return write_import(
-        Imported(out, layout.name, own.config, own.state_dict(), image_size, transformer, ignored=beside)
-    )
+    made = Imported(out, layout.name, own.config, own.state_dict(), image_size, transformer, ignored=beside)
+    return write_import(made)
 
 
 def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
@@ -153,35 +173,6 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
         kind = "a tokenizer: use maskgit import-tokenizer" if is_tokenizer else "something else"
         raise ValueError(f"it must be a transformer of Halton-MaskGIT or MaskGIL, got {kind} ({name_some(tensors)})")
     return layout
-
-
-def _drop_copy(tensors: dict[str, Tensor], *, size: int) -> None:
-    """Removes a tensor that is another one under a second name, in a file of ``size`` bytes.
-
-    Raises:
-        ValueError: if the two differ, or tensors describe more than the file holds.
-    """
-    name, original = _COPY
-    copy = tensors.pop(name, None)
-    check_weights(tensors, size)
-    if copy is None or original not in tensors:
-        return  # files without the copy have the same weights
-    check_held({name: copy}, size)  # before a comparison reads all of it
-    if copy.shape != tensors[original].shape or not torch.equal(copy, tensors[original]):
-        raise ValueError(f"tensor {name} must equal {original}: the network has one table for both, got another one")
-
-
-def _choose_size(source: PretrainedTokenizer, config: AdaLNConfig, folder: Path) -> ImageSize:
-    """Returns the size of the images, for a tokenizer that has the codes of a transformer."""
-    network = source.network.config
-    if network.codebook_size != config.codebook_size:
-        raise ValueError(
-            f"tokenizer {folder} must have the {config.codebook_size} codes of the transformer, got "
-            f"{network.codebook_size}; name the folder of its own tokenizer"
-        )
-    if config.grid == source.grid:
-        return source.image_size
-    return config.grid[0] * network.downsampling_factor  # the grid of a table of positions is square
 
 
 def _find_num_heads(given: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int) -> int:

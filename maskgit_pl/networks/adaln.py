@@ -38,18 +38,19 @@ from maskgit_pl.networks.backbone import (
     AutoregressiveBackbone,
     Backbone,
     BackboneConfig,
+    KVCache,
     Project,
+    TokenEmbedding,
     Vocabulary,
     backbones,
-    check_attention,
+    token_logits,
 )
 from maskgit_pl.networks.kernels import PackingLinear, feed_forward
-from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
-from maskgit_pl.networks.transformer_block import KVCache, Positions, rotate, rotation_table
 
 __all__ = ["AdaLNConfig", "AdaLNTransformer", "AutoregressiveAdaLN"]
 
 Conditioning = Literal["adaln", "token"]
+Positions = Literal["learned", "rotary", "rotary-raster"]
 
 _EPS = 1e-5  # of every RMSNorm; both released networks
 _INIT_STD = 0.02  # of embeddings; both released networks
@@ -256,8 +257,6 @@ class AdaLNTransformer(Backbone):
     Attributes:
         attention: Attention that the class computes.
 
-    Raises:
-        ValueError: if the configuration names the other attention.
     """
 
     takes_project = True
@@ -269,7 +268,7 @@ class AdaLNTransformer(Backbone):
 
     def __init__(self, config: AdaLNConfig) -> None:
         super().__init__(config)
-        check_attention(config, type(self), self.attention)
+        assert config.attention == self.attention  # config.create() chooses the class
         dim, has_null = config.embed_dim, config.null_label is not None
         # The order of the modules decides the initial weights.
         self.token_embedding = TokenEmbedding(config, dim)
@@ -459,3 +458,63 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
     elif isinstance(module, nn.Embedding):
         nn.init.normal_(module.weight, std=_INIT_STD)
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """Rotates pairs of neighbouring numbers by angles that grow with their position.
+
+    A pair (a, b) at a place t turns by the angle t w into (a cos - b sin, b cos + a sin), so that the product of a
+    query and a key depends on the difference of their places only.
+
+    Args:
+        x: (..., S, D) float, D even.
+        table: (..., S, D / 2, 2) float: cosine and sine of each pair.
+
+    Returns:
+        (..., S, D) in the dtype of x.
+
+    Source: RoFormer, arXiv:2104.09864; rows and columns: EVA-02, arXiv:2303.11331, and LlamaGen, arXiv:2406.06525.
+    """
+    first, second = rearrange(x.float(), "... (pairs two) -> two ... pairs", two=2)  # (..., S, D / 2)
+    cos, sin = table.unbind(-1)
+    return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).type_as(x)
+
+
+def rotation_table(
+    kind: Positions, grid: tuple[int, int], length: int, size: int, base: float, device: torch.device
+) -> Tensor:
+    """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
+
+    ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all other
+    positions are not rotated. ``rotary-raster`` follows the released MaskGIL code: position t of the sequence is
+    rotated by t - 1, and the first one has a table of zeros, so that its query and key vanish.
+
+    Args:
+        kind: ``rotary`` or ``rotary-raster``.
+        grid: Rows and columns of the tokens.
+        length: S, positions of the sequence.
+        size: D, size of a head.
+        base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
+        device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference mode made
+            would fail in training.
+
+    Returns:
+        (S, D / 2, 2) float32.
+    """
+    if kind == "rotary-raster":
+        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size, base))
+        table[0] = 0
+        return table
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
+    angles = torch.cat([_angles(places.flatten(), size // 2, base) for places in (rows, columns)], dim=1)
+    # Angle 0 leaves class token and registers as they are.
+    return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
+
+
+def _angles(places: Tensor, size: int, base: float) -> Tensor:
+    """Returns the angles (places, size / 2) of ``size`` numbers."""
+    return torch.outer(places.float(), base ** (-torch.arange(0, size, 2, device=places.device).float() / size))
+
+
+def _cos_sin(angles: Tensor) -> Tensor:
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -13,14 +13,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer, check_keys, check_number, shorten, validate
-from maskgit_pl.networks.transformer_block import KVCache
+from maskgit_pl.checks import check_integer, check_keys, check_number, describe_wrong_values, shorten, validate
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.registry import Registry
 
@@ -34,14 +33,20 @@ __all__ = [
     "AutoregressiveBackbone",
     "Backbone",
     "BackboneConfig",
+    "KVCache",
     "Project",
+    "TokenEmbedding",
     "Vocabulary",
     "backbones",
     "build_config",
-    "check_attention",
+    "compose_logits",
     "config_class",
     "create_network",
-    "is_plugin",
+    "join_digits",
+    "likeliest_tokens",
+    "read_config_values",
+    "split_tokens",
+    "token_logits",
 ]
 
 Attention = Literal["bidirectional", "causal"]
@@ -66,8 +71,6 @@ LARGEST_SIZES = {"embed_dim": 2**16, "depth": 1024, "num_heads": 1024, "mlp_dim"
 _LARGEST = {"codebook_size": (1, 2**24), "num_classes": (1, 100_000), "condition_dim": (0, 2**16)}
 _MOST_GROUPS = 24
 
-_checked: set[tuple[type[BackboneConfig], str]] = set()  # configurations of plug-ins whose contract was checked
-
 
 @dataclass(frozen=True)
 class BackboneConfig(ABC):
@@ -88,12 +91,11 @@ class BackboneConfig(ABC):
         num_token_groups: G, groups in which a token is embedded and predicted; K = k^G. With 1, a token is one id.
 
     Raises:
-        ValueError: if a number is out of range, ``backbone`` is the name of another class, K is not k^G, or the
-            backbone has no token groups.
+        ValueError: if a number is out of range, K is not k^G, or the backbone has no token groups.
     """
 
     has_token_groups: ClassVar[bool] = False
-    """True if the network follows ``num_token_groups``; see ``networks.token_groups``."""
+    """True if the network follows ``num_token_groups``; see ``TokenEmbedding``."""
 
     transferable: ClassVar[tuple[str, ...]] = ("num_classes", "grid", "class_dropout", "dropout")
     """Fields in which a network may differ from the pretrained one that it starts from."""
@@ -120,12 +122,6 @@ class BackboneConfig(ABC):
             check_integer("transformer grid", side, f"[1, {LARGEST_GRID}]")
         for name in ("dropout", "class_dropout"):
             check_number(f"transformer {name}", getattr(self, name), "[0, 1)")
-        own = next(each.default for each in fields(self) if each.name == "backbone")
-        if self.backbone != own:
-            raise ValueError(
-                f"transformer backbone must be {own!r} for {type(self).__name__}, got {self.backbone!r}; "
-                "networks.backbone.build_config builds the configuration of any backbone"
-            )
         self._check_groups()
 
     def _check_groups(self) -> None:
@@ -230,7 +226,7 @@ class Backbone(nn.Module):
 
     Attributes:
         config: The configuration.
-        blocks: The repeated parts. Activation checkpointing, compilation, FSDP2 and int8 work block by block. May be
+        blocks: The repeated parts. Activation checkpointing, compilation and FSDP2 work block by block. May be
             empty: the network is then one group.
         entry_points: Methods that are called besides ``forward``. FSDP2 gathers the weights for them too.
         takes_project: True if ``forward_selected`` follows ``project``.
@@ -377,7 +373,7 @@ backbones: Registry[BackboneConfig] = Registry(
 
 
 def build_config(values: object, where: str) -> BackboneConfig:
-    """Builds the configuration of a backbone from plain values, such as ``model.network`` of a recipe.
+    """Builds the configuration of a backbone from the plain values of a file.
 
     Args:
         values: Mapping with the key ``backbone`` (``bert`` without it) and the fields of that backbone.
@@ -388,16 +384,10 @@ def build_config(values: object, where: str) -> BackboneConfig:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
-    name = values.get("backbone", DEFAULT_BACKBONE)
-    if not isinstance(name, str):
-        raise ValueError(f"{where}.backbone must be a string, got {shorten(name)}")
     try:
-        kind = config_class(name)
+        return cast("BackboneConfig", read_config_values(values))
     except ValueError as error:
-        raise ValueError(f"{where}.{error}" if str(error).startswith("backbone") else f"{where}: {error}") from error
-    known = [each.name for each in fields(kind) if each.init]
-    check_keys(where if name == DEFAULT_BACKBONE else f"{where}: backbone {name!r}", values, known=known)
-    return backbones.build({**values, "backbone": name, "name": name}, where=where)
+        raise ValueError(describe_wrong_values(error, values, where)[0].text) from error
 
 
 def read_config_values(values: Any) -> Any:
@@ -413,8 +403,10 @@ def read_config_values(values: Any) -> Any:
     name = values.get("backbone", DEFAULT_BACKBONE)
     if not isinstance(name, str):
         raise ValueError(f"backbone must be a string, got {shorten(name)}")
+    kind = config_class(name)
+    check_keys(f"backbone {name!r}", values, known=[each.name for each in fields(kind) if each.init])
     try:
-        config = validate(config_class(name), {**values, "backbone": name})
+        config = validate(kind, {**values, "backbone": name})
     except ValueError:
         raise
     except (Exception, SystemExit) as error:  # of a plug-in
@@ -438,61 +430,155 @@ def config_class(name: str) -> type[BackboneConfig]:
 
 
 def create_network(config: BackboneConfig) -> Backbone:
-    """Creates the network of a configuration, and checks the contract of a plug-in once for each configuration.
+    """Creates the network of a configuration; the logits of a plug-in's must have a row for each token.
 
     Raises:
-        ValueError: if what ``create`` returns is no ``Backbone`` of this configuration, or its logits have a wrong
-            shape.
+        ValueError: if the logits of another package's network have a wrong shape, which a training would not notice.
     """
-    key = type(config), repr(config)  # a field such as a mapping cannot be hashed
-    if is_plugin(config) and key not in _checked:
-        _check_contract(config)
-        _checked.add(key)
+    if not type(config).__module__.startswith("maskgit_pl."):
+        with skeletons():  # without memory and arithmetic
+            network = config.create().eval()
+            tokens, labels = torch.zeros(2, config.num_tokens, dtype=torch.int64), torch.zeros(2, dtype=torch.int64)
+            vectors = torch.zeros(2, config.condition_dim) if config.condition_dim else None
+            shape = tuple(network(tokens, labels, vectors=vectors).shape)
+        if shape != (expected := (2, config.num_tokens, config.codebook_size)):
+            raise ValueError(
+                f"backbone {config.backbone!r}: forward must return logits of shape (B, N, K) = {expected}, got {shape}"
+            )
     return config.create()
 
 
-def is_plugin(config: BackboneConfig) -> bool:
-    """Returns True if another package defines the backbone; those of this package are tested."""
-    return not type(config).__module__.startswith("maskgit_pl.")
+class KVCache:
+    """The keys and values that a causal block has computed so far, row after row.
 
-
-def _check_contract(config: BackboneConfig) -> None:
-    """Creates a network on the meta device, which takes neither memory nor time, and checks the shapes of its logits.
-
-    Raises:
-        ValueError: if they are wrong; see ``create_network``.
+    Args:
+        capacity: Largest number of rows. ``extend`` allocates all of them at its first call.
     """
-    where = f"backbone {config.backbone!r}"
-    with skeletons():
-        network = config.create()
-        if not isinstance(network, Backbone):
-            raise ValueError(f"{where}: create must return a Backbone, got {type(network).__name__}")
-        if getattr(network, "config", None) != config:
-            raise ValueError(f"{where}: the config of the network must be the one that creates it")
-        if config.attention == "causal" and not isinstance(network, AutoregressiveBackbone):
-            raise ValueError(
-                f"{where}: create must return an AutoregressiveBackbone for causal attention, got "
-                f"{type(network).__name__}"
-            )
-        batch = 2
-        tokens = torch.zeros(batch, config.num_tokens, dtype=torch.int64)
-        labels = torch.zeros(batch, dtype=torch.int64)
-        vectors = torch.zeros(batch, config.condition_dim) if config.condition_dim else None
-        logits = network.eval()(tokens, labels, vectors=vectors)
-    expected = batch, config.num_tokens, config.codebook_size
-    if not isinstance(logits, Tensor) or logits.shape != expected:
-        got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise ValueError(f"{where}: forward must return logits of shape (B, N, K) = {expected}, got {got}")
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.num_rows = 0
+        self._rows: Tensor | None = None
+
+    def extend(self, new: Tensor) -> Tensor:
+        """Adds R rows and returns all rows so far.
+
+        Args:
+            new: (2, B, heads, R, D / heads): keys and values of the next rows.
+
+        Returns:
+            (2, B, heads, S, D / heads), a view of the cache.
+        """
+        if self._rows is None:  # dtype, device and batch are known only now
+            self._rows = new.new_empty(*new.shape[:3], self.capacity, new.shape[4])
+        first, self.num_rows = self.num_rows, self.num_rows + new.shape[3]
+        self._rows[:, :, :, first : self.num_rows] = new
+        return self._rows[:, :, :, : self.num_rows]
 
 
-def check_attention(config: BackboneConfig, network: type[Backbone], attention: Attention) -> None:
-    """Checks that a configuration names the attention that a class computes.
+# Token groups: a token of K = k^G codes as G digits in base k, each embedded and predicted for itself.
+#
+# Tables and heads have G k rows in place of K. The digits are independent given the visible tokens, so the logit of a
+# code is the sum of the logits of its digits: the softmax over the K codes is the product of those of the groups. The
+# most significant digit comes first: token = sum_g digit_g k^(G - 1 - g). For ``lfq`` and ``bsq``, whose bit i is the
+# sign of channel i, group g of B bits holds the channels from D - (g + 1) B on; for ``product``, the group G - 1 - g.
+#
+# Source: MaskBit, arXiv:2409.16211 (groups of bits), and the class ``Bert`` of its code: the sum of an embedding for
+# each group, a head for each group. Factorized prediction: Open-MAGVIT2, arXiv:2409.04410. MaskBit masks and decodes
+# each group for itself; here a token is masked and decoded as a whole.
 
-    Raises:
-        ValueError: if it names the other one.
+
+def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
+    """Returns the digits (..., G) int64 in [0, k) of tokens (...) int64 in [0, k^G), the most significant one first."""
+    # Not a tensor of the powers: its copy to the device would wait.
+    digits = [tokens // group_size**place % group_size for place in reversed(range(num_groups))]
+    return torch.stack(digits, dim=-1)
+
+
+def join_digits(digits: Tensor, *, group_size: int) -> Tensor:
+    """Returns the tokens (...) int64 in [0, k^G) of digits (..., G) int64 in [0, k), the most significant one first."""
+    first, *rest = digits.unbind(-1)
+    for digit in rest:
+        first = first * group_size + digit
+    return first
+
+
+def compose_logits(logits: Tensor, *, num_groups: int) -> Tensor:
+    """Computes the logits of all codes from those of the groups. Exact: the groups are independent.
+
+    Args:
+        logits: (..., G k) float: the logits of the values of each group, group after group.
+        num_groups: G.
+
+    Returns:
+        (..., k^G) float: for each code the sum of the logits of its digits.
     """
-    if config.attention != attention:
-        raise ValueError(
-            f"transformer attention must be {attention!r} for {network.__name__}, got {config.attention!r}; "
-            "config.create() builds the class for either"
-        )
+    first, *rest = logits.chunk(num_groups, dim=-1)
+    for group in rest:
+        first = (first.unsqueeze(-1) + group.unsqueeze(-2)).flatten(-2)
+    return first
+
+
+def likeliest_tokens(logits: Tensor, *, num_groups: int) -> Tensor:
+    """Returns the most likely tokens (...) int64 for logits (..., G k) of the groups; for G = 1, those of codes."""
+    digits = [group.argmax(-1) for group in logits.chunk(num_groups, dim=-1)]
+    return join_digits(torch.stack(digits, dim=-1), group_size=logits.shape[-1] // num_groups)
+
+
+class TokenEmbedding(nn.Embedding):
+    """The embedding of the ids of a vocabulary: the sum of a row for each digit of a code, or the row of another id.
+
+    Rows: the k values of the first group, of the second one and so on, then one for each id from K on (classes, mask
+    token). With one group, it is ``torch.nn.Embedding`` of the vocabulary.
+
+    Args:
+        config: Sizes of the vocabulary and of its groups.
+        embed_dim: D.
+    """
+
+    def __init__(self, config: BackboneConfig, embed_dim: int) -> None:
+        super().__init__(config.num_rows, embed_dim)
+        self.codebook_size = config.codebook_size
+        self.num_groups, self.group_size = config.num_token_groups, config.group_size
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Returns the embeddings (..., D) of ids (...) int64 of the vocabulary."""
+        if self.num_groups == 1:
+            return super().forward(ids)
+        is_code = (ids < self.codebook_size).unsqueeze(-1)
+        codes = ids.clamp(max=self.codebook_size - 1)
+        digits = split_tokens(codes, num_groups=self.num_groups, group_size=self.group_size).unbind(-1)
+        embedded = super().forward(digits[0])
+        for group, digit in enumerate(digits[1:], start=1):
+            embedded = embedded + super().forward(digit + group * self.group_size)
+        first_other = self.num_groups * self.group_size
+        others = super().forward((ids - self.codebook_size).clamp(min=0) + first_other)
+        return torch.where(is_code, embedded, others)
+
+
+def token_logits(
+    x: Tensor,
+    table: Tensor,
+    bias: Tensor,
+    *,
+    config: BackboneConfig,
+    vocabulary: Vocabulary,
+    project: Project = F.linear,
+) -> Tensor:
+    """Computes the logits of hidden states, with a table that has the rows of ``TokenEmbedding``.
+
+    Args:
+        x: (..., D) float.
+        table: (rows, D) float.
+        bias: (rows,) float.
+        config: Sizes of the vocabulary and of its groups.
+        vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all groups. With
+            several groups, the whole vocabulary is that of the codes.
+        project: The product of hidden states and table; see ``Backbone.forward_selected``.
+
+    Returns:
+        (..., V) float.
+    """
+    groups, rows = config.num_token_groups, config.num_columns(vocabulary)
+    logits = project(x, table[:rows], bias[:rows])
+    return logits if groups == 1 or vocabulary == "groups" else compose_logits(logits, num_groups=groups)

@@ -18,9 +18,8 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import override
 
-from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width, shorten
+from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry
 
@@ -38,7 +37,7 @@ __all__ = [
 ]
 
 Pooling = Literal["blur", "average"]
-PatchNorm = Literal["group", "batch", "actnorm"]
+PatchNorm = Literal["group", "batch"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
 _DEFAULT = "stylegan"  # of recipes that name none
@@ -71,15 +70,9 @@ class DiscriminatorSpec(Protocol):
         ...
 
 
-def _check_spec(name: str, spec: DiscriminatorSpec) -> None:
-    if not callable(getattr(spec, "create", None)):
-        raise ValueError(f"discriminator {name!r} must have a method create(), got {shorten(spec)}")
-
-
 discriminators: Registry[DiscriminatorSpec] = Registry(
     "discriminator",
     "maskgit_pl.discriminators",
-    check=_check_spec,
 )
 
 
@@ -98,14 +91,7 @@ def build_discriminator(
     if isinstance(spec, Mapping):
         spec = {"name": _DEFAULT, **spec}
     elif not isinstance(spec, str):
-        _check_spec(type(spec).__name__, spec)
         return spec
-    name = spec if isinstance(spec, str) else spec["name"]
-    try:
-        if isinstance(name, str):
-            discriminators.factory(name)
-    except ValueError as error:  # the message of an unknown name lacks the key
-        raise ValueError(f"{where}: {error}") from error
     return discriminators.build(spec, where=where)
 
 
@@ -134,7 +120,6 @@ class DiscriminatorConfig:
         channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
             doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small
             images.
-        channels: Channels at each resolution, from the image's down to the last, instead of the released ones.
         pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
 
     Raises:
@@ -142,17 +127,11 @@ class DiscriminatorConfig:
     """
 
     channel_multiplier: float = 1.0
-    channels: tuple[int, ...] | None = None
     pooling: Pooling = "blur"
 
     def __post_init__(self) -> None:
         check_number("discriminator channel_multiplier", self.channel_multiplier, "(0, 16]")
         check_choice("discriminator pooling", self.pooling, ("blur", "average"))
-        if self.channels is not None:
-            object.__setattr__(self, "channels", tuple(self.channels))
-            check_integer("length of discriminator channels", len(self.channels), "[1, 16]")
-            for width in self.channels:
-                check_integer("discriminator channels", width, "[1, 8192]")
 
     def widths(self, image_size: ImageSize) -> tuple[int, ...]:
         """Returns the channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
@@ -161,29 +140,15 @@ class DiscriminatorConfig:
 
         Args:
             image_size: Side of square images, or (height, width), in pixels.
-
-        Raises:
-            ValueError: if ``channels`` has not one number for each resolution.
         """
         # 28 px: 28, 14, 7, 3.
         resolutions = [min(height_width(image_size))]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
-        if self.channels is None:
-            return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
-        if len(self.channels) != len(resolutions):
-            raise ValueError(
-                f"discriminator channels must have one number for each of the resolutions {resolutions}, "
-                f"got {len(self.channels)}: {self.channels}"
-            )
-        return self.channels
+        return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
 
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
-        """Builds the network.
-
-        Raises:
-            ValueError: if ``channels`` has not one number for each resolution.
-        """
+        """Builds the network."""
         return Discriminator(self, in_channels=in_channels, image_size=image_size)
 
 
@@ -285,13 +250,12 @@ class PatchDiscriminatorConfig:
         base_channels: Channels of the first layer, in [1, 1024]; doubled by each further one, at most 8 times as many.
         norm: ``group``: GroupNorm of at most 32 groups, independent of batch, ranks and micro-batches. ``batch``:
             BatchNorm over the micro-batch of all ranks (taming-transformers and LlamaGen), which allows no R1 penalty.
-            ``actnorm``: a scale and an offset per channel that normalise the first micro-batch, then trained.
 
     Raises:
         ValueError: if a number is out of range or the norm is unknown.
 
     Source: Isola et al., arXiv:1611.07004; ``NLayerDiscriminator`` of CompVis/taming-transformers (3 layers, 64
-    channels), which has BatchNorm or ActNorm.
+    channels).
     """
 
     num_layers: int = 3
@@ -381,8 +345,6 @@ def _layers(config: PatchDiscriminatorConfig, in_channels: int) -> Iterator[nn.M
 def _norm(kind: PatchNorm, channels: int) -> nn.Module:
     if kind == "batch":
         return BatchNorm(channels)
-    if kind == "actnorm":
-        return ActNorm(channels)
     # Groups of one channel would amplify the rounding of maps that are nearly constant.
     num_groups = math.gcd(max(1, channels // _MIN_GROUP), _MAX_GROUPS, channels)
     return nn.GroupNorm(num_groups, channels)
@@ -409,44 +371,6 @@ class BatchNorm(nn.Module):
         mean, variance = _statistics(x)
         scale = self.weight.view(1, -1, 1, 1) * (variance + 1e-5).rsqrt()
         return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
-
-
-class ActNorm(nn.Module):
-    """A trained offset and scale per channel, which give the first micro-batch of all ranks mean 0 and variance 1.
-
-    Args:
-        channels: C, number of channels.
-
-    Source: Kingma and Dhariwal, arXiv:1807.03039, section 3.1, as in CompVis/taming-transformers.
-    """
-
-    initialized: Tensor  # () float32: 1 after the first micro-batch
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.offset = nn.Parameter(torch.zeros(1, channels, 1, 1))
-        self.scale = nn.Parameter(torch.ones(1, channels, 1, 1))
-        self.register_buffer("initialized", torch.zeros(()))
-        self._is_initialized = False  # the buffer's value, which is on the device
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Returns scale (x + offset) for x (B, C, h, w)."""
-        if self.training and not self._is_initialized:
-            self._initialize(x)
-        return self.scale * (x + self.offset)
-
-    @torch.no_grad()
-    def _initialize(self, x: Tensor) -> None:
-        mean, variance = _statistics(x.float())
-        self.offset.copy_(-mean)
-        self.scale.copy_(1 / (variance.sqrt() + 1e-6))
-        self.initialized.fill_(1.0)
-        self._is_initialized = True
-
-    @override
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *others)
-        self._is_initialized = bool(self.initialized)
 
 
 def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:

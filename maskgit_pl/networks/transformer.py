@@ -23,32 +23,30 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.networks.backbone import (
-    LARGEST_GRID,
     LARGEST_SIZES,
     Attention,
     AutoregressiveBackbone,
     Backbone,
     BackboneConfig,
+    KVCache,
     Project,
+    TokenEmbedding,
     Vocabulary,
     backbones,
-    check_attention,
+    token_logits,
 )
-from maskgit_pl.networks.kernels import PackingLinear
-from maskgit_pl.networks.token_groups import TokenEmbedding, token_logits
-from maskgit_pl.networks.transformer_block import LAYER_NORM_EPS, Block, KVCache
+from maskgit_pl.networks.kernels import PackingLinear, add_output, feed_forward
 
 __all__ = [
-    "LARGEST_GRID",
-    "Attention",
     "AutoregressiveTransformer",
+    "Block",
     "MaskedTransformer",
     "Transformer",
     "TransformerConfig",
-    "Vocabulary",
 ]
 
 _INIT_STD = 0.02  # released code, also BERT's
+_NORM_EPSILON = 1e-12  # of every layer norm; released code, far below torch's default of 1e-5
 
 
 @backbones.register("bert")
@@ -112,8 +110,6 @@ class Transformer(Backbone):
     Attributes:
         attention: Attention that the class computes.
 
-    Raises:
-        ValueError: if the configuration names the other attention.
     """
 
     takes_project = True
@@ -124,19 +120,19 @@ class Transformer(Backbone):
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__(config)
-        check_attention(config, type(self), self.attention)
+        assert config.attention == self.attention  # config.create() chooses the class
         del self.blocks  # set below: the order of the modules decides the initial weights and the order of parameters
         # One row of positions more than tokens: the class.
         self.token_embedding = TokenEmbedding(config, config.embed_dim)
         self.position_embedding = nn.Embedding(config.num_tokens + 1, config.embed_dim)
-        self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        self.embedding_norm = nn.LayerNorm(config.embed_dim, eps=_NORM_EPSILON)
         sizes = config.embed_dim, config.num_heads, config.mlp_dim
         is_causal = config.attention == "causal"
         self.blocks = nn.ModuleList(
             Block(*sizes, dropout=config.dropout, is_causal=is_causal) for _ in range(config.depth)
         )
         self.head_dense = PackingLinear(config.embed_dim, config.embed_dim, gelu=True)
-        self.head_norm = nn.LayerNorm(config.embed_dim, eps=LAYER_NORM_EPS)
+        self.head_norm = nn.LayerNorm(config.embed_dim, eps=_NORM_EPSILON)
         # The head multiplies by the token embedding (tied weights) and adds a bias of its own.
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
@@ -259,3 +255,106 @@ def _initialise(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
     if isinstance(module, nn.Linear):
         nn.init.zeros_(module.bias)
+
+
+class Block(nn.Module):
+    """A post-norm block, attention and then an MLP: x = LN(x + f(x)), twice.
+
+    Args:
+        embed_dim: D, a multiple of ``num_heads``.
+        num_heads: Number of attention heads.
+        mlp_dim: Hidden size of the MLP.
+        dropout: Dropout probability of attention probabilities and of both outputs, in [0, 1).
+        is_causal: True if a position attends only to itself and to earlier ones.
+
+    Attributes:
+        entry_points: Methods that a network calls besides ``forward``. FSDP gathers the weights for them too.
+    """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_at", "forward_next")
+
+    def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, dropout: float, is_causal: bool) -> None:
+        super().__init__()
+        # The order of the modules decides the initial weights: each draws from the same generator in turn.
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.is_causal = is_causal
+        self.qkv = PackingLinear(embed_dim, 3 * embed_dim)  # rows of the weight: queries, keys, values
+        self.proj = PackingLinear(embed_dim, embed_dim)
+        self.attention_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
+        self.fc1 = PackingLinear(embed_dim, mlp_dim, gelu=True)
+        self.fc2 = PackingLinear(mlp_dim, embed_dim)
+        self.mlp_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
+
+    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Returns the output of the block.
+
+        Args:
+            x: (B, S, D).
+            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output; None for all.
+
+        Returns:
+            (B, S, D), or (M, D) with rows.
+        """
+        query, key, value = self._heads(self.qkv(x), 3)
+        attended = self._attend(query, key, value, is_causal=self.is_causal)
+        if rows is not None:  # the rest works on rows, so all others can be dropped here
+            x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
+        return self._add_and_feed_forward(x, attended)
+
+    def forward_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Returns the output of the block at some positions.
+
+        Args:
+            x: (B, S, D).
+            positions: (B, M) int64 in [0, S).
+
+        Returns:
+            (B, M, D).
+        """
+        assert not self.is_causal  # a position that is left out would shift the causal mask
+        # Only M positions ask, but all S positions answer: keys and values of everything.
+        rows, dim = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])), x.shape[-1]
+        key, value = self._heads(self.qkv.part(x, dim, 3 * dim), 2)
+        (query,) = self._heads(self.qkv.part(rows, 0, dim), 1)
+        return self._add_and_feed_forward(rows, self._attend(query, key, value))
+
+    def forward_next(self, x: Tensor, cache: KVCache) -> Tensor:
+        """Returns the output of a causal block at the next rows, and adds their keys and values to the cache.
+
+        Args:
+            x: (B, R, D): input of the block at the next R rows: any R for the first rows, later R = 1.
+            cache: Cache of this block, changed in place.
+
+        Returns:
+            (B, R, D).
+        """
+        assert self.is_causal
+        assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
+        heads = self._heads(self.qkv(x), 3)
+        key, value = cache.extend(heads[1:])
+        return self._add_and_feed_forward(x, self._attend(heads[0], key, value, is_causal=x.shape[1] > 1))
+
+    def _heads(self, x: Tensor, parts: int) -> Tensor:
+        """Splits (B, S, parts D) into heads: (parts, B, heads, S, D / heads)."""
+        # einops would take longer, which shows in a decoding of one image.
+        return x.view(*x.shape[:2], parts, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
+        """Computes (B, M, D): queries (B, heads, M, D / heads) attend to keys and values (B, heads, S, D / heads)."""
+        attended = F.scaled_dot_product_attention(
+            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
+        )
+        return attended.transpose(1, 2).flatten(2)
+
+    def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Returns the output (..., D) of the block, given its input and the output of its attention, both (..., D)."""
+        # Post-norm: the norm comes after the residual sum.
+        if self.training:
+            x = self.attention_norm(x + F.dropout(self.proj(attended), self.dropout))
+            x = x + F.dropout(feed_forward(x, self.fc1, self.fc2), self.dropout)
+        else:
+            x = self.attention_norm(add_output(x, self.proj, attended))
+            x = feed_forward(x, self.fc1, self.fc2, to=x)
+        normed: Tensor = self.mlp_norm(x)
+        return normed

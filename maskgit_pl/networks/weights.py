@@ -1,4 +1,4 @@
-"""Weights from untrusted files: the header is checked before tensors are read, and tensors before a network takes them.
+"""Weights from untrusted files: tensors are checked before a network takes them, and networks before they take memory.
 
 Pretrained folders, feature networks, classifiers and importers read weights with these functions. No file is executed,
 and no memory is allocated for tensors that a file claims but does not hold. ``skeletons`` creates networks with shapes,
@@ -8,36 +8,32 @@ but without memory and values: to compare names, to count, or to be filled with 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
-import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors import torch as safetensors
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.files import TooLargeDirectoryError, open_zip, size_text
+from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of, size_text
 
 __all__ = [
-    "TensorInfo",
     "ZeroWeights",
     "check_archive",
     "check_fit",
     "check_held",
     "check_tensor",
-    "load_weight_file",
+    "load_network",
     "load_weights",
     "open_tensors",
-    "read_tensor_header",
     "read_tensors",
     "read_weights",
     "skeletons",
@@ -47,23 +43,9 @@ __all__ = [
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_HEADER_FLOATS = ("F16", "BF16", "F32", "F64")  # the same, as a safetensors header spells them
 _SHOWN = 3  # names in a message
-_LONGEST = 300  # letters of torch's own message, which names every tensor
+_LONGEST = 300  # letters of a message of a loader
 _Network = TypeVar("_Network", bound=nn.Module)
-_UNREADABLE = (  # errors of the loaders on a file that is damaged or hostile
-    pickle.UnpicklingError,
-    SafetensorError,
-    RuntimeError,
-    EOFError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    MemoryError,
-    OverflowError,
-)
 
 
 def open_tensors(file: Path) -> safe_open:
@@ -91,18 +73,6 @@ def open_tensors(file: Path) -> safe_open:
         ) from error
 
 
-def read_tensor_header(file: Path) -> dict[str, TensorInfo]:
-    """Reads the names, dtypes and shapes of a safetensors file, without its tensors.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see ``open_tensors``.
-    """
-    with open_tensors(file) as opened:
-        slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
-        return {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
-
-
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Reads a safetensors file.
 
@@ -114,19 +84,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
 
 
-class TensorInfo(NamedTuple):
-    """A tensor as the header of a safetensors file describes it.
-
-    Attributes:
-        dtype: Type as the format spells it, such as ``F32``.
-        shape: Shape of the tensor.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-
-
-def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Tensor]:
+def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tensor]:
     """Reads a ``.safetensors`` file, or one that ``torch.load(weights_only=True)`` reads.
 
     Args:
@@ -135,7 +93,8 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
         sha256: First digits of the expected sha256; empty accepts any file.
 
     Returns:
-        Tensors by name.
+        Tensors by name, contiguous in memory of their own: the place and the strides of a weight change how products
+        round.
 
     Raises:
         ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
@@ -143,49 +102,50 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> Mapping[str, Te
     """
     if not path.is_file():
         raise ValueError(f"{thing} weights must be an existing file, got {path}")
-    content = path.read_bytes()  # read once, so that the bytes that are hashed are those that are parsed
-    found = hashlib.sha256(content).hexdigest()
-    if not found.startswith(sha256):
+    if sha256 and not (digest := sha256_of(path)).startswith(sha256):
         raise ValueError(
-            f"{thing} weights must be a file whose sha256 begins with {sha256}, got {path} with {found[:16]}...; "
+            f"{thing} weights must be a file whose sha256 begins with {sha256}, got {path} with {digest[:16]}...; "
             "it was not loaded: download it again"
         )
+    if path.suffix == ".safetensors":
+        return {name: tensor.clone() for name, tensor in read_tensors(path).items()}
+    size = path.stat().st_size
     try:
-        state = _parse(content, is_safetensors=path.suffix == ".safetensors")
-    except _UNREADABLE as error:
-        raise ValueError(
-            f"{thing} weights: {path} must hold tensors only, got an error: {_first_line(error)}"
-        ) from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{thing} weights: {path} must hold a mapping of names to tensors")
-    try:
-        check_held(state, len(content))
-    except ValueError as error:
-        raise ValueError(f"{thing} weights {path}: {error}") from error
-    return state
+        with path.open("rb") as stream:
+            check_archive(stream, size)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
+            raise ValueError("something else than a mapping of names to tensors")
+        check_held(state, size)
+    except Exception as error:  # the loader raises many types, depending on where a file is damaged
+        text = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{thing} weights {path} must hold tensors only, got an error: {text}") from error
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
 
 
-def load_weight_file(create: Callable[[], _Network], path: Path, *, thing: str, sha256: str = "") -> _Network:
-    """Returns a network with the weights of a file, which are compared with it before it takes memory.
+def load_network(create: Callable[[], _Network], weights: Mapping[str, Tensor], where: Path | str) -> _Network:
+    """Creates a network with weights that come from a file.
+
+    1. Create the network without memory, which is also faster than drawing initial weights.
+    2. Compare the names and shapes of the weights with it, and check their numbers.
+    3. Assign the tensors. A network with tensors outside of its state dict is created again, with memory.
 
     Args:
-        create: Builds the network with the sizes of the weights.
-        path: See ``read_weights``.
-        thing: See ``read_weights``.
-        sha256: See ``read_weights``.
+        create: Creates the network with the sizes of the weights.
+        weights: State dict of the network; floating point numbers of any precision.
+        where: File of the weights, for errors.
 
     Raises:
-        ValueError: see ``read_weights``, ``check_fit`` and ``load_weights``.
+        ValueError: see ``load_weights``.
     """
-    weights, where = read_weights(path, thing=thing, sha256=sha256), f"{thing} {path}"
-    header = {
-        name: TensorInfo("F32" if tensor.is_floating_point() else str(tensor.dtype), tuple(tensor.shape))
-        for name, tensor in weights.items()
-    }
+    # 1.
     with skeletons():
-        check_fit(create(), header, f"weights {where}")
-    network = create()
-    load_weights(network, weights, where)
+        network = create()
+    # 2. and 3.
+    load_weights(network, weights, where, assign=True)
+    if any(tensor.is_meta for tensor in chain(network.parameters(), network.buffers())):
+        network = create()
+        network.load_state_dict(weights)
     return network
 
 
@@ -196,58 +156,48 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
         network: Network with the sizes of the weights.
         weights: State dict of the network.
         where: File or folder of the weights, for the error.
-        assign: True to use these tensors themselves; False to copy their values.
+        assign: True to use these tensors themselves, in the network's dtypes; False to copy their values.
 
     Raises:
         ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
     """
-    # load_state_dict would cast integers and accept nan without a word.
+    check_fit(network, weights, where)
     own = network.state_dict()
+    # In the network's dtypes: a large float64 number is infinite in float32.
+    weights = {name: tensor.to(own[name].dtype) for name, tensor in weights.items()}
     for name, tensor in weights.items():
-        if name not in own:  # load_state_dict reports it
-            continue
-        try:
-            if own[name].is_floating_point():
+        if tensor.is_floating_point():
+            try:
                 check_tensor(name, tensor)
-            elif tensor.is_floating_point():
-                raise ValueError(f"tensor {_kind_rule(name, own[name])}, got {tensor.dtype}")
-        except ValueError as error:
-            raise ValueError(f"weights {where}: {error}") from error
-    try:
-        network.load_state_dict(weights, assign=assign)
-    except RuntimeError as error:
-        text = " ".join(str(error).split())
-        shown = text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."
-        raise ValueError(f"weights {where} do not fit the network's sizes: {shown}") from error
+            except ValueError as error:
+                raise ValueError(f"weights {where}: {error}") from error
+    network.load_state_dict(weights, assign=assign)
 
 
-def check_fit(network: nn.Module, header: Mapping[str, TensorInfo], where: str) -> None:
-    """Checks that a file has exactly the tensors of a network, before the file's tensors are read.
-
-    Args:
-        network: Network, on any device, also ``meta``.
-        header: Result of ``read_tensor_header``.
-        where: Name of the file, for the message.
+def check_fit(network: nn.Module, weights: Mapping[str, Tensor], where: Path | str) -> None:
+    """Checks that weights are exactly the tensors of a network, which may be on any device, also ``meta``.
 
     Raises:
         ValueError: if names, shapes or kinds of numbers differ. The message names the first of these tensors.
     """
     own = network.state_dict()
-    missing = [f"{name} is missing" for name in own if name not in header]
-    unknown = [f"{shorten(name)} is not in the network" for name in header if name not in own]
+    missing = [f"{name} is missing" for name in own if name not in weights]
+    unknown = [f"{shorten(name)} is not in the network" for name in weights if name not in own]
     other = [
-        f"{name} must have shape {tuple(tensor.shape)}, got {header[name].shape}"
+        f"{name} must have shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
         for name, tensor in own.items()
-        if name in header and header[name].shape != tuple(tensor.shape)
+        if name in weights and weights[name].shape != tensor.shape
     ]
     # Wrong shapes come first: they usually explain the others.
-    found = [*other, *missing, *unknown]
-    if found:
-        more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
-        raise ValueError(f"{where} do not fit the network's sizes: {'; '.join(found[:_SHOWN])}{more}")
-    for name, info in header.items():
-        if own[name].is_floating_point() != (info.dtype in _HEADER_FLOATS):
-            raise ValueError(f"{where}: tensor {_kind_rule(name, own[name])}, got {info.dtype}")
+    faults = [*other, *missing, *unknown]
+    if faults:
+        more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+        raise ValueError(f"weights {where} do not fit the network's sizes: {'; '.join(faults[:_SHOWN])}{more}")
+    # load_state_dict would cast integers without a word.
+    for name, tensor in weights.items():
+        if own[name].is_floating_point() != (tensor.dtype in _FLOATS):
+            kind = "floating point" if own[name].is_floating_point() else "integers"
+            raise ValueError(f"weights {where}: tensor {shorten(name)} must be {kind}, got {tensor.dtype}")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -257,7 +207,9 @@ def check_tensor(name: str, tensor: Tensor) -> None:
         ValueError: if it does not. The message names the tensor.
     """
     if tensor.dtype not in _FLOATS:
-        raise ValueError(f"tensor {_kind_rule(name, tensor.new_empty(0, dtype=torch.float32))}, got {tensor.dtype}")
+        raise ValueError(
+            f"tensor {shorten(name)} must be floating point (float16, bfloat16, float32, float64), got {tensor.dtype}"
+        )
     # aminmax reads a tensor once and allocates nothing: 0.1 s for 500 MB; isfinite().all() takes 2 s.
     extremes = [float(value) for value in torch.aminmax(tensor.detach())] if tensor.numel() else []
     bad = next((value for value in extremes if not math.isfinite(value)), None)
@@ -374,23 +326,3 @@ class ZeroWeights(TorchFunctionMode):
             with torch.no_grad():
                 return (args[0] if args else kwargs["tensor"]).zero_()
         return func(*args, **kwargs)
-
-
-def _parse(content: bytes, *, is_safetensors: bool) -> object:
-    """Returns the content of a file."""
-    if is_safetensors:
-        if int.from_bytes(content[:8], "little") > _MAX_HEADER_BYTES:
-            raise ValueError(f"the header must have at most {size_text(_MAX_HEADER_BYTES)}")
-        return safetensors.load(content)
-    check_archive(io.BytesIO(content), len(content))
-    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-
-
-def _kind_rule(name: str, own: Tensor) -> str:
-    """Returns the rule that a file's tensor breaks if its kind of numbers is not the network's."""
-    rule = "floating point (float16, bfloat16, float32, float64)" if own.is_floating_point() else "integers"
-    return f"{shorten(name)} must be {rule}"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

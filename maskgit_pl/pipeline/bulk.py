@@ -25,13 +25,11 @@ from typing import IO, Any, Required, Unpack
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import nn
 
 from maskgit_pl.checks import check_integer, height_width, plain_number
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import open_zip, parse_json, size_text, write_atomically
-from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, DecodingKeywords, StepCallback, read_options
@@ -506,14 +504,7 @@ def _class(pipe: MaskGIT, label: int) -> int | None:
 
 def _digest(network: nn.Module) -> str:
     """Returns the SHA-256 of the weights of a network in their dtype."""
-    return tensors_digest(_weights(network))
-
-
-def _weights(network: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    yield from network.state_dict().items()
-    for name, module in network.named_modules():
-        if isinstance(module, Int8Linear):  # has no state dict; these tensors depend on all its weights
-            yield f"{name}.int8", torch.stack([module.scales, module.row_sums, module.bias])
+    return tensors_digest(network.state_dict().items())
 
 
 def _read_plan(text: bytes) -> dict[str, Any] | None:

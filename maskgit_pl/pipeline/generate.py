@@ -21,7 +21,6 @@ from maskgit_pl.decoding import (
 from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
 from maskgit_pl.distributed import check_device
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
-from maskgit_pl.networks.int8 import Int8Linear
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.negative import Caches, NegativeModel, NegativeModelLike
@@ -149,11 +148,8 @@ class Generator:
             The pipeline itself, for chaining.
 
         Raises:
-            ValueError: if the device is not available, or the transformer is in int8.
+            ValueError: if the device is not available.
         """
-        # The int8 layers have no state dict and run on the CPU only.
-        if str(device) != "cpu" or dtype is not None:
-            self._check_not_int8("moved or cast")
         device = check_device(device)
         for network in (self.tokenizer.network, self.transformer.network):
             network.to(device=device, dtype=dtype)
@@ -259,10 +255,6 @@ class Generator:
         num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
         if schedule is not None:
             decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
-
-    def _check_not_int8(self, what: str) -> None:
-        if any(isinstance(module, Int8Linear) for module in self.transformer.network.modules()):
-            raise ValueError(f"a pipeline in int8 cannot be {what}; use the pipeline that quantize() was called on")
 
     def _request(self, classes: Classes, options: GenerateOptions, decoding: DecodingConfig) -> Request:
         request = Request.of(classes, options, decoding, class_ids=self.class_ids)

@@ -12,7 +12,6 @@ import torch
 from maskgit_pl.checks import CHANNELS, pixels_text
 from maskgit_pl.decoding import DecodingConfig, check_parallel
 from maskgit_pl.errors import printable
-from maskgit_pl.networks import int8
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
 from maskgit_pl.pipeline.edit import Editor
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
@@ -160,9 +159,8 @@ class MaskGIT(Editor):
         Raises:
             FileExistsError: if the folder of a network has other files.
             FileNotFoundError: if there is no such run, or the folder of the negative model is gone.
-            ValueError: if the transformer is in int8, or the negative model was not read from a folder.
+            ValueError: if the negative model was not read from a folder.
         """
-        self._check_not_int8("saved")
         if run is not None:
             check_run(Path(run))
         # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
@@ -212,26 +210,6 @@ class MaskGIT(Editor):
             request.seeds,
             token_size=self.outline.token_size,
         )
-
-    def quantize(self) -> MaskGIT:
-        """Returns the pipeline with 8-bit linear layers in the transformer, which is approximate and faster on a CPU.
-
-        The new pipeline shares the tokenizer and the vectors with this one. It can be neither moved nor saved.
-
-        Raises:
-            ValueError: if the networks are not on the CPU, or torch has no 8-bit matrix product.
-        """
-        transformer = replace(self.transformer, network=int8.quantize(self.transformer.network))
-        made = MaskGIT(
-            self.tokenizer,
-            transformer,
-            decoding=self._decoding,
-            negative_model=self._negative_model,
-            pack_weights=self._pack_weights,
-            origin=self._origin,
-        )
-        made.vector_pool = self.vector_pool
-        return made
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""

@@ -25,14 +25,7 @@ from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_f
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weights import (
-    check_fit,
-    check_tensor,
-    load_weights,
-    read_tensor_header,
-    read_tensors,
-    skeletons,
-)
+from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
@@ -385,37 +378,19 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
 def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: int) -> _Network:
     """Returns a network with the weights of a folder, frozen.
 
-    1. Read the header of the file. Refuse a network with more blocks than the file has tensors before it is built.
-    2. Build the network without memory, which is also faster than drawing initial weights, and compare names and shapes
-       with the header.
-    3. Read the tensors and check their numbers.
-
     Args:
         build: Builds the network.
         folder: Folder with ``model.safetensors``.
         num_blocks: Number of blocks of the network, each of at least one tensor.
     """
     file = folder / _WEIGHTS_FILE
-    # 1.
-    header = read_tensor_header(file)
-    if num_blocks > len(header):
+    weights = read_tensors(file)
+    if num_blocks > len(weights):  # millions of blocks take long to build, also without memory
         raise ValueError(
-            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {_WEIGHTS_FILE}, which holds {len(header)} "
+            f"{folder / _CONFIG}: network of {num_blocks} blocks must fit {_WEIGHTS_FILE}, which holds {len(weights)} "
             "tensors"
         )
-    # 2.
-    with skeletons():
-        network = build()
-    check_fit(network, header, f"weights {file}")
-    # 3.
-    types = {name: tensor.dtype for name, tensor in network.state_dict().items()}
-    weights = {name: tensor.to(types[name]) for name, tensor in read_tensors(file).items()}
-    load_weights(network, weights, file, assign=True)
-    # A tensor that is not in the state dict would still be on meta.
-    empty = [name for name, tensor in (*network.named_parameters(), *network.named_buffers()) if tensor.is_meta]
-    if empty:
-        raise TypeError(f"network of {folder}: all tensors must be in its state dict, got others: {empty}")
-    return network.requires_grad_(requires_grad=False).eval()
+    return load_network(build, weights, file).requires_grad_(requires_grad=False).eval()
 
 
 def _parse_tokenizer(content: Mapping[str, Any], folder: Path) -> tuple[VQGANConfig, ImageSize]:

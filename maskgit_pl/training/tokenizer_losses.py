@@ -28,8 +28,8 @@ from maskgit_pl.checks import (
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator, with_defaults
-from maskgit_pl.networks.perceptual import PerceptualOutput, build_perceptual, create_distance
-from maskgit_pl.networks.quantizers.base import WEIGHTS
+from maskgit_pl.networks.features import PerceptualOutput, build_perceptual, create_distance
+from maskgit_pl.networks.quantizers import WEIGHTS
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.registry import Registry
 from maskgit_pl.training.optimizers import OptimizerConfig

@@ -100,7 +100,7 @@ def test_an_imported_transformer_can_be_sampled_and_the_report_says_what_it_is(m
         "images    3 x 8 x 8 -> 4 x 4 tokens",
         "network   adaln, 2 blocks",
         "classes   3, 'cat' to 'owl'",
-        "decoding  16 steps, halton, guidance constant scale 2.0",
+        "decoding  16 steps, halton, guidance constant (scale 2.0)",
         "ignored   iter, global_epoch, optimizer_state_dict",
         f"next: maskgit sample {out} --classes 0,2",
     ):
@@ -116,7 +116,7 @@ TORCH = "import-transformer a.pth --tokenizer pretrained --num-heads 4 --out new
     ("words", "message"),
     [
         (f"{JAX} --tokenizer nowhere", "nowhere: no such file; download it, or name another"),
-        (f"{JAX} --transformer cut", "the file of 100,000 bytes is cut off; download it again"),
+        (f"{JAX} --transformer cut", "cut off, or not a tree of arrays as flax writes it"),
         (f"{JAX} --out full", "must be a new or empty folder, got one with content"),
         (f"{JAX} --out cut/out", "--out must be in a writable folder"),
         ("import-tokenizer vqvae --out full", "full must be a new or empty folder, got one with content"),

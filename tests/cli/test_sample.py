@@ -63,7 +63,6 @@ def test_a_command_is_a_function_of_the_same_names(tiny_pretrained: Path, tmp_pa
         ("--sampling-temperature 1,2,3", "--sampling-temperature must be a number >= 0, or two"),
         ("--decoding nowhere.json", "decoding nowhere.json: no such file"),
         ("--decoding other.json", "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
-        ("--int8 --dtype float32", "--int8 must not be given with --dtype"),
         ("--num-images 0 --out a.npz", "--num-images must be an integer in [1, inf), got 0"),
         ("--num-images 5", "--out must end in .npz with --num-images, got samples.png"),
         ("--out a.npz", "--out must end in .png without --num-images, got a.npz"),

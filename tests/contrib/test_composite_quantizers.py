@@ -4,9 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.quantizers.base import rotate_to_codes
-from tests.networks.test_quantizers_formulas import build, clusters, features, rows_of
+from maskgit_pl.networks.quantizers import quantizers, rotate_to_codes
+from tests.networks.test_lookup_free import build, features, rows_of
 
 
 def test_the_tokens_of_a_product_are_the_digits_of_its_groups_and_its_loss_their_mean():
@@ -84,21 +83,6 @@ def test_the_decoders_gradient_passes_a_residual_once_and_moves_no_code():
     rows = rows_of(inputs.detach()).requires_grad_()
     total = rotate_to_codes(rows, turned.lookup(output.tokens.flatten()))
     torch.testing.assert_close(rows_of(gradient), torch.autograd.grad((total * rows_of(direction)).sum(), rows)[0])
-
-
-def test_the_levels_of_a_residual_start_from_means_of_what_is_left_over():
-    inner = {"name": "gradient", "initial_codes": "kmeans"}
-    quantizer = build({"name": "residual", "num_levels": 3, "quantizer": inner}, 4**3, 2)
-    inputs = clusters()
-    output = quantizer(inputs)
-    quantizer.update([output.tokens], [output.features], seed=0, step=0)
-    residual = rows_of(inputs)
-    for level in quantizer.levels:
-        nearest = torch.cdist(residual, level.codebook.detach()).argmin(1)
-        for code in nearest.unique():  # a fixed point of Lloyd's algorithm
-            torch.testing.assert_close(level.codebook[code].detach(), residual[nearest == code].mean(0))
-        before, residual = residual.norm(), residual - level.codebook.detach()[nearest]
-        assert residual.norm() < before
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.pretrained import fingerprint
 from tests.networks.backbone_cases import all_configs, create, small_config
-from tests.networks.test_quantizers_contract import CASES
+from tests.networks.test_quantizers import CASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.exports]
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from maskgit_pl.networks.quantizers import quantizers
-from tests.networks.test_quantizers_formulas import build, features, rows_of
+from tests.networks.test_lookup_free import build, features, rows_of
 
 
 def gumbel_output(form="soft", *, seed=0, step=0, micro_batch=0, temperature=1.0):

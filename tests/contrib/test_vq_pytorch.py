@@ -9,7 +9,7 @@ from einops import rearrange
 
 from maskgit_pl.contrib.vq_pytorch import _warn_once
 from maskgit_pl.networks.quantizers import quantizers
-from tests.networks.test_quantizers_formulas import build, features
+from tests.networks.test_lookup_free import build, features
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True, "decay": 0.5}, {"rotation_trick": False}], ids=str)

@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
 from safetensors.torch import save_file
-from torch.utils.data import DataLoader
 
-from maskgit_pl.data import Batch
 from maskgit_pl.importers.tokenizers import LAYOUTS, import_tokenizer, tokenizer_layout_of
-from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer
-from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.importers.tokenizer_references import (
     DiffusersVQModel,
     Magvit2Model,
@@ -25,7 +19,6 @@ from tests.importers.tokenizer_references import (
     diffusers_config,
     with_random_values,
 )
-from tests.modules import tokenizer_model
 
 LAYOUT = {layout.name: layout for layout in LAYOUTS}
 TAMING = LAYOUT["taming-transformers"]
@@ -56,7 +49,8 @@ def check_same(original, made, *, least_tokens=6):
     tokenizer = load_tokenizer(made.folder / "tokenizer")
     network = tokenizer.network
     assert made.tokenizer == network.config
-    assert made.num_parameters == sum(parameter.numel() for parameter in original.parameters())
+    count = sum(parameter.numel() for parameter in original.parameters())
+    assert sum(weight.numel() for weight in made.weights.values()) == count
     features = original.features(images())
     torch.testing.assert_close(network.encoder(images()), features, rtol=0, atol=1e-5)
     expected = original.tokens(features)
@@ -73,10 +67,9 @@ def attention(*levels, count):
     return {"down_block_types": down, "up_block_types": up, "mid_block_add_attention": True}
 
 
-# taming-transformers, LlamaGen and IBQ
+# The models, and the files that their projects write
 
 SMALL = {"block_out_channels": [32, 64], "layers_per_block": 1, "latent_channels": 12, "vq_embed_dim": 4}
-PROJECTS = ("taming", "llamagen", "ibq")
 TAMING_CASES = {
     "small": {**SMALL, **attention(1, count=2)},
     "no attention levels": {**SMALL, **attention(count=2)},
@@ -85,20 +78,20 @@ TAMING_CASES = {
 }
 
 
-def taming_model(project="taming", seed=0, **changes):
+def taming_model(project="taming", case="small", *, seed=0):
     torch.manual_seed(seed)
-    network = with_random_values(TamingModel(diffusers_config(**TAMING_CASES["small"], **changes), project))
+    network = with_random_values(TamingModel(diffusers_config(**TAMING_CASES[case]), project))
     if project == "ibq":
         center_features(network).quantize.embedding.weight.copy_(torch.randn(32, 4))  # in all directions
         return network
-    place_codes(network)
+    place_codes(center_features(network) if case == "one level" else network)
     if project == "llamagen":  # lengths that matter to nothing
         network.quantize.embedding.weight.mul_(torch.rand(32, 1) + 0.5)
     return network
 
 
 def save_taming(network, path, **extra):
-    """The file that the project itself would write, with what it holds besides the network."""
+    """Writes the file that the project itself would write, with what it holds besides the network."""
     weights = network.named()
     if network.project == "llamagen":
         weights["quantize.codebook_used"] = torch.zeros(65536)
@@ -115,18 +108,88 @@ def import_taming(network, folder, **options):
     return import_tokenizer(file, folder / "out", **{"image_size": 16, **layout, **options})
 
 
+def diffusers_model(**changes):
+    torch.manual_seed(0)
+    return place_codes(with_random_values(DiffusersVQModel(diffusers_config(**changes))))
+
+
+def save_diffusers(network, folder, name="diffusion_pytorch_model.safetensors", **changes):
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(diffusers_config(**changes)))
+    (save_file if name.endswith("safetensors") else torch.save)(network.state_dict(), folder / name)
+    return folder
+
+
+def import_diffusers(network, folder, **changes):
+    return import_tokenizer(save_diffusers(network, folder / "vqvae", **changes), folder / "out", image_size=16)
+
+
+def with_table(network, **options):
+    """Returns a model with a table of codes near its features, or with bits."""
+    network = with_random_values(network, 0.03)
+    has_table = hasattr(getattr(network, "quantize", None), "embedding")
+    return place_codes(network, **options) if has_table else center_features(network)
+
+
+def import_plain(network, folder):
+    torch.save(network.state_dict(), folder / "tokenizer.bin")
+    return import_tokenizer(folder / "tokenizer.bin", folder / "out", image_size=16)
+
+
+BITS = ("quantize.bits_to_indices", "quantize.codebook")
+LIGHTNING = ("epoch", "pytorch-lightning_version", "loss.* (2 tensors)")
+ARGUMENTS = ("optimizer", "steps", "quantize.codebook_used")
+OTHER_GROUPS = {"norm_num_groups": 16, "mid_block_add_attention": True}
+SAME = {  # case: the model, how its file is imported, the layout, and what is left out
+    **{
+        f"{project} {case}": (lambda p=project, c=case: taming_model(p, c), import_taming, layout, ignored)
+        for project, layout, ignored in (
+            ("taming", "taming-transformers", LIGHTNING), ("llamagen", "LlamaGen", ARGUMENTS), ("ibq", "IBQ", LIGHTNING)
+        )
+        for case in TAMING_CASES
+    },
+    **{
+        f"diffusers {changes}": (
+            lambda c=changes: diffusers_model(**c), lambda n, f, c=changes: import_diffusers(n, f, **c), "diffusers", ()
+        )
+        for changes in ({}, attention(2, count=3), OTHER_GROUPS, {"vq_embed_dim": 4})
+    },
+    **{
+        f"MaskBit {sizes}": (
+            lambda s=sizes: with_table(MaskBitModel(**s)), import_plain, "MaskBit", () if "table" in sizes else BITS
+        )
+        for sizes in (
+            {"table": 32}, {"table": 32, "down": "mean"}, {"table": 32, "old": True},
+            {"table": 32, "widths": (32,), "blocks": 1}, {}, {"dim": 5, "old": True, "blocks": 1},
+        )
+    },
+    **{
+        f"open-muse {sizes}": (lambda s=sizes: with_table(OpenMuseModel(**s)), import_plain, "open-muse", ())
+        for sizes in ({}, {"widths": (32, 64, 64, 96), "blocks": 1}, {"widths": (32,), "blocks": 1, "dim": 32})
+    },
+    **{
+        f"Open-MAGVIT2 {sizes}": (lambda s=sizes: with_table(Magvit2Model(**s)), import_plain, "Open-MAGVIT2", ())
+        for sizes in ({}, {"widths": (64, 64, 128), "blocks": 1, "dim": 8}, {"widths": (64,), "blocks": 1, "dim": 5})
+    },
+}  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", TAMING_CASES)
-@pytest.mark.parametrize("project", PROJECTS)
-def test_a_tokenizer_with_the_network_of_taming_comes_out_as_it_goes_in(project, case, tmp_path):
-    original = taming_model(project) if case == "small" else None
-    if original is None:
-        torch.manual_seed(0)
-        original = with_random_values(TamingModel(diffusers_config(**TAMING_CASES[case]), project))
-        original = place_codes(center_features(original))
+@pytest.mark.parametrize("case", SAME)
+def test_a_tokenizer_comes_out_as_it_goes_in(case, tmp_path):
+    torch.manual_seed(0)
+    build, convert, layout, ignored = SAME[case]
+    original = build()
+    made = convert(original, tmp_path)
+    assert (made.layout, made.ignored) == (layout, ignored)
+    check_same(original, made, least_tokens=2 if layout == "IBQ" else 6)
+
+
+def test_a_small_tokenizer_comes_out_as_it_goes_in(tmp_path):
+    original = taming_model()
     made = import_taming(original, tmp_path)
-    assert made.layout == {"taming": "taming-transformers", "llamagen": "LlamaGen", "ibq": "IBQ"}[project]
-    check_same(original, made, least_tokens=2 if project == "ibq" else 6)
+    assert made.ignored == LIGHTNING
+    check_same(original, made)
 
 
 def test_codes_of_llamagen_are_stored_at_length_1_whatever_the_length_of_features(tmp_path):
@@ -138,20 +201,18 @@ def test_codes_of_llamagen_are_stored_at_length_1_whatever_the_length_of_feature
     assert torch.equal(network.encode(images()), original.tokens(original.features(images())))
 
 
-def test_what_is_not_the_network_is_named(tmp_path):
-    made = import_taming(taming_model(), tmp_path)
-    assert made.ignored == ("epoch", "pytorch-lightning_version", "loss.* (2 tensors)")
+def test_the_average_of_llamagen_goes_before_its_last_weights(tmp_path):
     last, average = taming_model("llamagen"), taming_model("llamagen")
     average.decoder.conv_out.bias.add_(1)
     file = save_taming(last, tmp_path / "a.pt", ema=average.named())
-    made = import_tokenizer(file, tmp_path / "llamagen", image_size=16)  # the average goes before the last weights
+    made = import_tokenizer(file, tmp_path / "out", image_size=16)
     assert made.ignored == ("model", "optimizer", "steps")
     bias = load_tokenizer(made.folder / "tokenizer").network.decoder.head.bias
     assert torch.equal(bias, average.decoder.conv_out.bias)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["plain", "safetensors", "before torch 1.6", "half", "compiled and sharded"])
+@pytest.mark.parametrize("form", ["safetensors", "before torch 1.6", "half", "compiled and sharded"])
 def test_other_files_with_the_same_tensors_are_read(form, tmp_path):
     weights, file = taming_model().named(), tmp_path / "a"
     if form == "safetensors":
@@ -161,7 +222,7 @@ def test_other_files_with_the_same_tensors_are_read(form, tmp_path):
     elif form == "compiled and sharded":
         torch.save({f"module._orig_mod.{name}": value for name, value in weights.items()}, file)
     else:
-        torch.save({"model": weights}, file, _use_new_zipfile_serialization=form == "plain")
+        torch.save({"model": weights}, file, _use_new_zipfile_serialization=False)
     made = import_tokenizer(file, tmp_path / "out", image_size=16)
     got = load_tokenizer(made.folder / "tokenizer").network.state_dict()
     assert all(value.dtype == torch.float32 for value in got.values())
@@ -175,13 +236,25 @@ def test_the_averaged_weights_of_ibq_are_taken_and_the_largest_inner_product(wra
     torch.save({"state_dict": {f"{wrapper}{name}": value for name, value in weights.items()}}, tmp_path / "last.ckpt")
     made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout="IBQ")
     assert made.ignored == ("the last, not averaged weights",)
-    assert "quantizer ibq" in str(made)
     check_same(average, made, least_tokens=2)
     # The nearest codes are others.
     as_taming = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "t", image_size=16, layout="taming-transformers")
     assert "choose other codes; if this is one, import with --layout IBQ" in str(as_taming)
     tokens = load_tokenizer(as_taming.folder / "tokenizer").network.encode(images())
     assert not torch.equal(tokens, last.tokens(last.features(images())))
+
+
+def test_the_averaged_weights_of_open_magvit2_are_taken(tmp_path):
+    last, average = (with_table(Magvit2Model()) for _ in range(2))
+    weights = add_average(last.state_dict(), average.state_dict()) | {"loss.discriminator.main.0.bias": torch.zeros(3)}
+    torch.save({"state_dict": weights, "epoch": 3, "hyper_parameters": {}}, tmp_path / "last.ckpt")
+    made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16)
+    assert made.ignored == ("epoch", "hyper_parameters", "loss.* (1 tensors)", "the last, not averaged weights")
+    check_same(average, made)
+    del weights["model_ema.decoderconv_inweight"]
+    torch.save({"state_dict": weights}, tmp_path / "part.ckpt")
+    with pytest.raises(ValueError, match=r"averaged tensors are missing: model_ema\.decoderconv_inweight"):
+        import_tokenizer(tmp_path / "part.ckpt", tmp_path / "part", image_size=16)
 
 
 @pytest.mark.parametrize(
@@ -199,63 +272,14 @@ def test_a_layout_that_no_name_tells_must_be_named(layout, message, tmp_path):
         import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout=layout)
 
 
-# diffusers
-
-
-def diffusers_model(config):
-    torch.manual_seed(0)
-    return place_codes(with_random_values(DiffusersVQModel(config)))
-
-
-def save_diffusers(network, config, folder, name="diffusion_pytorch_model.safetensors"):
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    (save_file if name.endswith("safetensors") else torch.save)(network.state_dict(), folder / name)
-    return folder
-
-
-DIFFUSERS_CASES = {
-    "as aMUSEd": {},
-    "self-attention": attention(2, count=3),
-    "other groups": {"norm_num_groups": 16, "mid_block_add_attention": True},
-    "codes of another size": {"vq_embed_dim": 4},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", DIFFUSERS_CASES)
-def test_a_tokenizer_of_diffusers_comes_out_as_it_goes_in(case, tmp_path):
-    config = diffusers_config(**DIFFUSERS_CASES[case])
-    original = diffusers_model(config)
-    made = import_tokenizer(save_diffusers(original, config, tmp_path / "vqvae"), tmp_path / "out", image_size=16)
-    assert made.layout == "diffusers"
-    assert ("self-attention" in str(made)) == config["mid_block_add_attention"]
-    assert ("in [0, 1] inside" in str(made)) != config["mid_block_add_attention"]
-    check_same(original, made)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["file", "pipeline", "bin"])
 def test_a_file_or_a_pipeline_of_diffusers_is_named(where, tmp_path):
-    config = diffusers_config()
-    original = diffusers_model(config)
+    original = diffusers_model()
     name = f"diffusion_pytorch_model.{'bin' if where == 'bin' else 'safetensors'}"
-    folder = save_diffusers(original, config, tmp_path / "amused" / "vqvae", name)
+    folder = save_diffusers(original, tmp_path / "amused" / "vqvae", name)
     named = {"file": folder / name, "pipeline": folder.parent, "bin": folder}[where]
     check_same(original, import_tokenizer(named, tmp_path / "out", image_size=16))
-
-
-def test_old_names_of_the_self_attention_of_diffusers_are_read(tmp_path):
-    original = diffusers_model(diffusers_config(**attention(2, count=3)))
-    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
-    weights = {}
-    for name, value in original.state_dict().items():
-        for new, before in old.items():
-            name = name.replace(new, before)
-        weights[name] = value
-    assert any(".query." in name for name in weights)
-    save_file(weights, tmp_path / "a.safetensors")
-    check_same(original, import_tokenizer(tmp_path / "a.safetensors", tmp_path / "out", image_size=16))
 
 
 @pytest.mark.parametrize(
@@ -264,72 +288,22 @@ def test_old_names_of_the_self_attention_of_diffusers_are_read(tmp_path):
         (32, None, 256, None),  # the default of diffusers, which tells nothing
         (32, 16, 16, None),
         (64, None, 64, None),
-        (64, 64, 64, None),
         ([16, 24], None, (16, 24), None),
         (64, 16, 16, "config.json gives images of 64 x 64, not of 16 x 16"),
     ],
 )
 def test_the_image_size_is_that_of_config_json(declared, given, size, note, tmp_path):
     config = diffusers_config(sample_size=declared)
-    folder = save_diffusers(DiffusersVQModel(config), config, tmp_path / "vqvae")
+    folder = save_diffusers(DiffusersVQModel(config), tmp_path / "vqvae", sample_size=declared)
     made = import_tokenizer(folder, tmp_path / "out", image_size=given)
     assert load_tokenizer(made.folder / "tokenizer").image_size == size
     assert list(made.notes) == ([] if note is None else [note])
 
 
-# MaskBit
-
-
-def maskbit_model(**sizes):
-    torch.manual_seed(0)
-    network = with_random_values(MaskBitModel(**sizes), 0.03)
-    return place_codes(network) if hasattr(network.quantize, "embedding") else center_features(network)
-
-
-MASKBIT_CASES = {
-    "VQGAN+": {"table": 32},
-    "mean": {"table": 32, "down": "mean"},
-    "older weights": {"table": 32, "old": True},
-    "one level": {"table": 32, "widths": (32,), "blocks": 1},
-    "bits": {},
-    "bits of older weights": {"dim": 5, "old": True, "blocks": 1},
-}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", MASKBIT_CASES)
-def test_a_tokenizer_of_maskbit_comes_out_as_it_goes_in(case, tmp_path):
-    original = maskbit_model(**MASKBIT_CASES[case])
-    torch.save(original.state_dict(), tmp_path / "tokenizer.bin")
-    made = import_tokenizer(tmp_path / "tokenizer.bin", tmp_path / "out", image_size=16)
-    assert made.layout == "MaskBit"
-    assert made.ignored == (() if "table" in MASKBIT_CASES[case] else ("quantize.bits_to_indices", "quantize.codebook"))
-    check_same(original, made)
-
-
-# open-muse
-
-
-def open_muse_model(*, size=16, **sizes):
-    torch.manual_seed(0)
-    return place_codes(with_random_values(OpenMuseModel(**sizes), 0.03), size=size)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "sizes", [{}, {"widths": (32, 64, 64, 96), "blocks": 1}, {"widths": (32,), "blocks": 1, "dim": 32}]
-)
-def test_the_tokenizer_of_maskgit_in_the_layout_of_open_muse_comes_out_as_it_goes_in(sizes, tmp_path):
-    original = open_muse_model(**sizes)
-    torch.save(original.state_dict(), tmp_path / "tokenizer.bin")
-    made = import_tokenizer(tmp_path / "tokenizer.bin", tmp_path / "out", image_size=16)
-    assert (made.layout, made.ignored) == ("open-muse", ())
-    check_same(original, made)
-
-
 @pytest.mark.slow
 def test_the_largest_difference_of_a_tokenizer_of_the_released_size_is_the_documented_one(tmp_path):
-    original = open_muse_model(size=64, widths=(128, 128, 256, 256, 512), blocks=2, dim=256, table=1024)
+    torch.manual_seed(0)
+    original = with_table(OpenMuseModel(widths=(128, 128, 256, 256, 512), blocks=2, dim=256, table=1024), size=64)
     torch.save(original.state_dict(), tmp_path / "maskgit-vqgan-imagenet-f16-256.bin")
     made = import_tokenizer(tmp_path / "maskgit-vqgan-imagenet-f16-256.bin", tmp_path / "out", image_size=64)
     network, given = load_tokenizer(made.folder / "tokenizer").network, images(4, size=64)
@@ -345,38 +319,6 @@ def test_the_largest_difference_of_a_tokenizer_of_the_released_size_is_the_docum
     print(f"features up to {features.abs().max():.1f}: {differences[0]:.1e}")
     print(f"images up to {decoded.abs().max():.1f}: {differences[1]:.1e}")
     assert max(differences) < 1e-4
-
-
-# Open-MAGVIT2
-
-
-def magvit2_model(seed=0, **sizes):
-    torch.manual_seed(seed)
-    return center_features(with_random_values(Magvit2Model(**sizes), 0.03))
-
-
-@pytest.mark.parametrize(
-    "sizes", [{}, {"widths": (64, 64, 128), "blocks": 1, "dim": 8}, {"widths": (64,), "blocks": 1, "dim": 5}]
-)
-def test_a_tokenizer_of_open_magvit2_comes_out_as_it_goes_in(sizes, tmp_path):
-    original = magvit2_model(**sizes)
-    save_file(original.state_dict(), tmp_path / "a.safetensors")
-    made = import_tokenizer(tmp_path / "a.safetensors", tmp_path / "out", image_size=16)
-    assert made.layout == "Open-MAGVIT2"
-    check_same(original, made)
-
-
-def test_the_averaged_weights_of_a_lightning_checkpoint_are_taken(tmp_path):
-    last, average = magvit2_model(), magvit2_model(seed=1)
-    weights = add_average(last.state_dict(), average.state_dict()) | {"loss.discriminator.main.0.bias": torch.zeros(3)}
-    torch.save({"state_dict": weights, "epoch": 3, "hyper_parameters": {}}, tmp_path / "last.ckpt")
-    made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16)
-    assert made.ignored == ("epoch", "hyper_parameters", "loss.* (1 tensors)", "the last, not averaged weights")
-    check_same(average, made)
-    del weights["model_ema.decoderconv_inweight"]
-    torch.save({"state_dict": weights}, tmp_path / "part.ckpt")
-    with pytest.raises(ValueError, match=r"averaged tensors are missing: model_ema\.decoderconv_inweight"):
-        import_tokenizer(tmp_path / "part.ckpt", tmp_path / "part", image_size=16)
 
 
 # Published sizes, without memory.
@@ -507,10 +449,9 @@ REFUSED = [  # a network, what is done to its tensors, and the message
     ("taming", drop("decoder.up.0.block.1.conv2.bias"), r"missing: decoder\.up\.0\.block\.1\.conv2\.bias"),
     ("taming", put("quantize.used", ZERO), r"not in the network: quantize\.used"),
     ("taming", put("encoder.conv_in.weight", torch.zeros(24, 3, 3, 3)), r"first convolution's 24, got \[32, 64\]"),
-    ("diffusers", put("decoder.conv_norm_out.conv_y.weight", ZERO), r"must be 'group', got spatial norms \(MOVQ\)"),
-    ("diffusers", put("encoder.mid_block.attentions.0.query.weight", ZERO), "to_q.weight must be there once, got"),
+    ("diffusers", put("decoder.conv_norm_out.conv_y.weight", ZERO), "not in the network: decoder.conv_norm_out.conv_y"),
     ("maskbit", drop(CODEBOOK), r"quantize\.embedding\.weight or quantize\.bits_to_indices must be there"),
-    ("bits", put("encoder.conv_out.weight", torch.zeros(70_000, 64, 1, 1)), "must have 1 to 24 rows, one a bit, got"),
+    ("bits", put("encoder.conv_out.weight", torch.zeros(70_000, 64, 1, 1)), "codebook_size must be an integer in"),
     ("magvit2", drop("decoder.adaptive.1.beta.bias"), r"missing: decoder\.adaptive\.1\.beta\.bias"),
 ]  # fmt: skip
 
@@ -542,6 +483,10 @@ def test_sizes_and_ranges_that_a_network_does_not_have_are_refused(tmp_path):
     [
         ({"_class_name": "AutoencoderKL"}, "_class_name of config.json must be 'VQModel', got 'Auto"),
         ({"norm_num_groups": 5}, "network num_groups must divide the channels"),
+        ({"norm_type": "spatial"}, "norm_type of config.json must be 'group', got 'spatial'"),
+        ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types of config.json must be"),
+        ({"vq_embed_dim": 4}, "vq_embed_dim of config.json must be 8, got 4"),
+        ({"sample_sise": 64}, "config.json: unknown key 'sample_sise': did you mean 'sample_size'"),
         ({"num_vq_embeddings": 64}, "num_vq_embeddings of config.json must be 32, got 64"),
         ({"block_out_channels": [32, 64, 128]}, r"block_out_channels of config.json must be \[32, 64, 96\], got"),
         ({"sample_size": "large"}, "sample_size of config.json must be an integer"),
@@ -553,47 +498,9 @@ def test_sizes_and_ranges_that_a_network_does_not_have_are_refused(tmp_path):
 )
 def test_a_config_of_diffusers_that_does_not_fit_is_refused(settings, message, tmp_path):
     config = diffusers_config()
-    folder = save_diffusers(DiffusersVQModel(config), config, tmp_path / "vqvae")
+    folder = save_diffusers(DiffusersVQModel(config), tmp_path / "vqvae")
     (folder / "config.json").write_text(json.dumps(config | settings) if isinstance(settings, dict) else settings)
     with pytest.raises(ValueError, match=message) as refusal:
         import_tokenizer(folder, tmp_path / "out")
     assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()
-
-
-# What an imported tokenizer is good for
-
-
-def trainer_of_two_steps(**settings):
-    return Trainer(
-        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=1, **settings,
-    )  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("project", "memory_format"), [("taming", "channels_last"), ("llamagen", "contiguous")])
-def test_an_imported_tokenizer_can_be_fine_tuned(project, memory_format, tmp_path):
-    folder = import_taming(taming_model(project), tmp_path).folder / "tokenizer"
-    start = load_tokenizer(folder).network
-    adversarial = AdversarialConfig(
-        DiscriminatorConfig(channel_multiplier=1 / 64), loss="hinge", weight_rule="adaptive", r1_weight=0
-    )
-    module = tokenizer_model(
-        start.config, image_size=16, rate=LearningRate(1e-4), adversarial=adversarial, memory_format=memory_format,
-        ema_decay=0.0,
-    )  # fmt: skip
-    module.network.load_state_dict(start.state_dict())
-    module.ema_network.load_state_dict(start.state_dict())
-    number = torch.arange(4)
-    content = (images(4) * 255).to(torch.uint8)
-    batch = Batch(content, number, number, torch.zeros_like(number), number, torch.ones(4, dtype=torch.bool))
-    trainer = trainer_of_two_steps()
-    trainer.fit(module, DataLoader([batch] * 2, batch_size=None), DataLoader([batch], batch_size=None))
-    assert torch.isfinite(trainer.callback_metrics["val/psnr"])
-    for name, weight in module.network.named_parameters():
-        assert torch.isfinite(weight).all()
-        if name != "quantizer.codebook":
-            assert not torch.equal(weight, start.state_dict()[name]), name
-    module.export(tmp_path / "tuned")
-    assert load_tokenizer(tmp_path / "tuned" / "tokenizer").network.config == start.config

@@ -12,7 +12,6 @@ from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transforme
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
-from maskgit_pl.schedules import halton_order
 from tests.importers.transformer_references import (
     HALTON_SIZES,
     MASKGIL_SIZES,
@@ -94,27 +93,6 @@ def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
     torch.testing.assert_close(network.forward_at(tokens, labels, positions), at, rtol=0, atol=1e-5)
     mask = tokens == original.codes
     torch.testing.assert_close(network.forward_masked(tokens, labels, mask), expected[mask][:, :-1], rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize(("kind", "layout"), [(Halton, HALTON), (MaskGIL, MASKGIL)])
-def test_every_tensor_of_the_file_changes_the_logits(kind, layout):
-    original = randomise(kind(**SMALL))
-    tokens, labels = draw(original, side=4)
-
-    def logits():
-        tensors = {name: tensor for name, tensor in original.state_dict().items() if name != "head.weight"}
-        config = layout.read_config(tensors, (4, 4), 4)
-        network = config.create().eval()
-        network.load_state_dict(layout.convert(tensors, config))
-        return network(tokens, labels, vocabulary="all").detach()
-
-    before = logits()
-    for number, (name, weight) in enumerate(original.named_parameters()):
-        # A constant factor would vanish in a norm.
-        change = 0.3 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(number))
-        weight.add_(change)
-        assert not torch.allclose(before, logits(), atol=1e-3), name
-        weight.sub_(change)
 
 
 @pytest.mark.slow
@@ -230,24 +208,6 @@ def test_small_grids_have_steps_too(side):
         decoding = layout.decoding(layout.read_config(tensors, (side, side), 4))
         decoding.check(side**2, is_autoregressive=False)
         assert decoding.num_steps == min(32, side**2)
-
-
-@pytest.mark.parametrize("side", [16, 24])
-def test_the_order_of_the_halton_selector_is_that_of_their_sampler(side):
-    # Theirs, by its description: 10,000 points of bases 2 (rows) and 3 (columns) from 1/2 and 1/3 on, first visits.
-    def inverse(number, base):
-        digits = []
-        while number:
-            number, digit = divmod(number, base)
-            digits.append(digit)
-        return sum(digit * base ** (len(digits) - 1 - place) for place, digit in enumerate(digits)) / base ** len(
-            digits
-        )
-
-    cells = [(math.floor(side * inverse(i, 2)), math.floor(side * inverse(i, 3))) for i in range(1, 10_001)]
-    visited = list(dict.fromkeys(cells))
-    assert len(visited) == side**2
-    assert halton_order((side, side)) == [row * side + column for row, column in visited]
 
 
 def test_maskgil_has_the_grid_of_a_tokenizer_of_wide_images(tokenizer, tmp_path):

@@ -115,11 +115,6 @@ def test_grey_images_are_the_same_in_one_channel_and_in_three(tmp_path, channels
     torch.testing.assert_close(found(grey).logits, found(grey.float() / 255).logits)
 
 
-def test_images_of_another_size_are_resized(tmp_path):
-    kept(tmp_path, ClassifierSizes(1, 8, 3, width=4))
-    assert load_classifier(tmp_path)(images(1, 20)).logits.shape == (2, 3)
-
-
 def test_weights_and_sizes_of_a_stranger_are_refused_by_file(tmp_path):
     kept(tmp_path, ClassifierSizes(1, 8, 3, width=4))
     file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
@@ -128,7 +123,7 @@ def test_weights_and_sizes_of_a_stranger_are_refused_by_file(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'head\.bias' must hold finite numbers, got nan"):
         load_classifier(tmp_path)
     save_file({**good, "head.bias": torch.ones(3, dtype=torch.int32)}, file)
-    with pytest.raises(ValueError, match=r"tensor 'head\.bias' must be floating point .*, got I32"):
+    with pytest.raises(ValueError, match=r"tensor 'head\.bias' must be floating point, got torch.int32"):
         load_classifier(tmp_path)
     large = {**config["network"], "model": "vit_giant_patch14_224"}  # 4 GB of weights, were it built
     (tmp_path / "config.json").write_text(json.dumps({**config, "network": large}))

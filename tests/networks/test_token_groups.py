@@ -8,17 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.decoding.predictors import apply_guidance
 from maskgit_pl.losses import token_cross_entropy
-from maskgit_pl.networks.backbone import LARGEST_COMPOSED, Backbone, BackboneConfig
-from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.token_groups import (
+from maskgit_pl.networks.backbone import (
+    LARGEST_COMPOSED,
+    Backbone,
+    BackboneConfig,
     TokenEmbedding,
     compose_logits,
     join_digits,
     likeliest_tokens,
     split_tokens,
 )
+from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.networks.backbone_cases import create, inputs, small_config
 
@@ -80,13 +81,6 @@ def test_the_likeliest_token_is_that_of_all_codes(num_groups, size):
     assert torch.equal(likeliest_tokens(logits, num_groups=num_groups), expected)
 
 
-def test_guidance_of_codes_is_guidance_of_groups():
-    one, other = group_logits(2, 4), group_logits(2, 4).flip(0)
-    composed = [compose_logits(each, num_groups=2) for each in (one, other)]
-    guided = compose_logits(apply_guidance(one, other, 1.5), num_groups=2)
-    torch.testing.assert_close(apply_guidance(*composed, 1.5), guided)
-
-
 @pytest.mark.parametrize(("num_groups", "size"), GROUPS)
 def test_the_loss_of_groups_is_the_loss_of_the_code_and_probabilities_sum_to_one(num_groups, size):
     logits, total = group_logits(num_groups, size), torch.zeros(6)
@@ -142,19 +136,6 @@ def test_a_network_computes_the_logits_of_codes_from_those_of_groups(name):
     expected = compose_logits(groups, num_groups=2)
     for vocabulary in ("codes", "all"):
         torch.testing.assert_close(network.forward_masked(tokens, labels, mask, vocabulary=vocabulary), expected)
-
-
-@pytest.mark.parametrize("name", BACKBONES)
-def test_the_next_token_has_the_logits_of_the_whole_sequence(name):
-    options = {"num_registers": 0} if name == "adaln" else {}
-    config = grouped(name, attention="causal", **options)
-    network = create(config)
-    labels, tokens = torch.tensor([0, 2]), torch.arange(24).view(2, 12) % 16
-    whole, cache = network(tokens, labels), network.create_cache()
-    assert whole.shape == (2, 12, 16)
-    for place in range(12):
-        found = network.forward_next(tokens[:, :place], labels, cache=cache)
-        torch.testing.assert_close(found, whole[:, place], rtol=1e-5, atol=1e-5)
 
 
 def test_groups_shrink_embedding_and_head_of_large_codebooks():

@@ -1,4 +1,4 @@
-"""The VQGAN has the released structure, every size is in its config, and it learns."""
+"""The VQGAN has the released structure, and every size is in its config."""
 
 import hashlib
 import math
@@ -10,11 +10,7 @@ import torch.nn.functional as F
 
 from maskgit_pl.networks.vqgan import (
     VQGAN,
-    AdaptiveGroupNorm,
-    ResidualBlock,
-    SameDownsample,
-    SelfAttention,
-    StridedDownsample,
+    Downsample,
     VQGANConfig,
 )
 
@@ -38,8 +34,11 @@ def taming(**changes):
     return small(**{**TAMING, **changes})
 
 
+MAGVIT2 = {"layout": "magvit2", "quantizer": "lfq", "code_dim": 4}
+
+
 def magvit2(**changes):
-    return small(**{"layout": "magvit2", "quantizer": "lfq", "code_dim": 4, **changes})
+    return small(**{**MAGVIT2, **changes})
 
 
 def count(module):
@@ -67,35 +66,18 @@ def test_any_image_size_is_reconstructed_at_its_size(downsampling, size):
     assert network.encode(images).shape == (2, height * width)
 
 
-def test_28_pixels_become_7_by_7_tokens_with_any_way_to_reduce_by_4():
-    for changes in (
-        {"channel_multipliers": (1, 1, 2)},
-        {"channel_multipliers": (1, 2), "patch_size": 2},
-        {"channel_multipliers": (1,), "patch_size": 4},
-    ):
-        network = VQGAN(small(**changes))
-        assert network.config.downsampling_factor == 4
-        assert network.grid(28) == (7, 7)
-        assert network.encode(torch.rand(1, 1, 28, 28)).shape == (1, 49)
-
-
-def test_decoding_the_tokens_of_an_image_gives_the_training_reconstruction():
-    network = VQGAN(small(patch_size=2))
+@pytest.mark.parametrize("config", [small(patch_size=2), taming()], ids=["maskgit", "taming"])
+def test_decoding_the_tokens_of_an_image_gives_the_training_reconstruction(config):
+    network = VQGAN(config)
     images = torch.rand(3, 1, 16, 24)
     output = network(images)
     decoded = network.decode(network.encode(images), network.grid((16, 24)))
     torch.testing.assert_close(decoded, output.reconstruction)
 
 
-def test_a_block_that_changes_width_drops_its_input():
-    block = ResidualBlock(8, 16, small())
-    torch.nn.init.zeros_(block.conv2.weight)
-    assert block(torch.rand(1, 8, 4, 4)).abs().max() == 0  # the shortcut reads the processed features
-
-
 @pytest.mark.parametrize(("size", "after"), [(8, 1), (7, 2)])
 def test_the_strided_convolution_pads_as_same_does(size, after):
-    layer = StridedDownsample(2)
+    layer = Downsample(2, 4)
     x = torch.rand(1, 2, size, size)
     expected = F.conv2d(F.pad(x, (1, after, 1, after)), layer.conv.weight, layer.conv.bias, stride=2)
     torch.testing.assert_close(layer(x), expected)
@@ -135,16 +117,14 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({**TAMING, "downsampling": "strided"}, "downsampling must be 'average' in layout 'taming'"),
         ({**TAMING, "activation": "relu"}, "activation must be 'swish' in layout 'taming'"),
         ({**TAMING, "patch_size": 2}, "patch_size must be 1 in layout 'taming'"),
+        ({**MAGVIT2, "activation": "relu"}, "activation must be 'swish' in layout 'magvit2', got 'relu'"),
+        ({**MAGVIT2, "middle_attention": False}, "middle_attention must be True in layout 'magvit2'"),
+        ({"layout": "magvit"}, "layout must be one of maskgit, taming, magvit2.*did you mean 'magvit2'"),
     ],
 )
 def test_a_bad_size_is_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         small(**changes)
-
-
-def test_an_image_that_patches_do_not_cover_is_refused():
-    with pytest.raises(ValueError, match="patch_size 4"):
-        small(patch_size=4).grid(30)
 
 
 @pytest.mark.parametrize("size", [30, (28, 31)])
@@ -175,71 +155,6 @@ def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes, channel
         assert network.encode(images).shape == (1, height * width)
 
 
-def test_lists_from_yaml_are_kept_as_tuples():
-    assert small(channel_multipliers=[1, 2]) == small(channel_multipliers=(1, 2))
-    assert taming(attention_levels=[1]) == taming(attention_levels=(1,))
-
-
-def test_the_full_size_taming_layout_has_the_published_structure():
-    with torch.device("meta"):
-        network = VQGAN(VQGANConfig(3, layout="taming", attention_levels=(4,), latent_channels=256))
-    assert [name for name, module in network.encoder.blocks.named_children() if isinstance(module, SelfAttention)] == [
-        "13", "15", "17",
-    ]  # fmt: skip
-    assert sum(isinstance(module, SelfAttention) for module in network.decoder.blocks) == 1 + 3
-    assert network.grid(256) == (16, 16)
-    assert network.encoder.head.weight.shape == (256, 512, 3, 3)
-    assert count(network) == 72_141_699
-
-
-def test_the_taming_layout_reconstructs_at_the_image_size_and_agrees_with_itself():
-    network = VQGAN(taming())
-    images = torch.rand(2, 1, 8, 12)
-    output = network(images)
-    assert output.reconstruction.shape == images.shape
-    assert network.encode(images).shape == (2, 24)
-    decoded = network.decode(network.encode(images), network.grid((8, 12)))
-    torch.testing.assert_close(decoded, output.reconstruction)
-
-
-def test_the_zeros_beyond_an_edge_are_grey_in_the_taming_layout():
-    network = VQGAN(taming())
-    seen = []
-    network.encoder.stem.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    network.encode(torch.full((1, 1, 4, 4), 0.5))
-    assert seen[0].abs().max() == 0
-    torch.nn.init.zeros_(network.decoder.head.weight)
-    assert (network.decode(torch.zeros(1, 4, dtype=torch.int64), (2, 2)) == 0.5).all()
-
-
-def test_a_taming_block_that_changes_width_passes_its_input_on():
-    block = ResidualBlock(8, 16, taming())
-    torch.nn.init.zeros_(block.conv2.weight)
-    x = torch.rand(1, 8, 4, 4)
-    torch.testing.assert_close(block(x), F.conv2d(x, block.shortcut.weight, block.shortcut.bias))
-
-
-def test_self_attention_is_the_formula():
-    layer = SelfAttention(8, taming())
-    x = torch.randn(2, 8, 3, 5)
-    rows = layer.norm(x).flatten(2).transpose(1, 2)  # (B, h w, C)
-
-    def linear(conv, rows):
-        return rows @ conv.weight[:, :, 0, 0].T + conv.bias
-
-    weights = (linear(layer.query, rows) @ linear(layer.key, rows).transpose(1, 2) / math.sqrt(8)).softmax(2)
-    expected = linear(layer.output, weights @ linear(layer.value, rows)).transpose(1, 2).view_as(x)
-    torch.testing.assert_close(layer(x) - x, expected)
-
-
-def test_the_strided_convolution_of_taming_pads_right_and_bottom():
-    layer = SameDownsample(2)
-    x = torch.rand(1, 2, 4, 6)
-    wide = torch.zeros(1, 2, 5, 7)
-    wide[..., :4, :6] = x
-    torch.testing.assert_close(layer(x), F.conv2d(wide, layer.conv.weight, layer.conv.bias, stride=2))
-
-
 def test_the_initial_scale_multiplies_every_convolution_and_nothing_else():
     states = []
     for scale in (1.0, 0.5):
@@ -254,51 +169,6 @@ def test_the_names_of_the_released_layout_are_as_they_were():
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == "b60b8a4db2c06fdd"
 
 
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_the_taming_layout_gives_the_same_in_any_memory_format(memory_format):
-    torch.manual_seed(0)
-    network, images = VQGAN(taming()), torch.rand(2, 1, 8, 8)
-    expected = network(images).reconstruction
-    got = network.to(memory_format=memory_format)(images.to(memory_format=memory_format)).reconstruction
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "config",
-    [
-        small(base_channels=16, channel_multipliers=(1,), patch_size=4),
-        small(base_channels=16, channel_multipliers=(1,), patch_size=4, quantizer="ema"),
-        taming(channel_multipliers=(1, 1), quantizer="ema"),
-    ],
-    ids=["gradient", "ema", "taming"],
-)
-def test_it_learns_to_reconstruct(config):
-    torch.manual_seed(0)
-    network = VQGAN(config)
-    optimiser = torch.optim.Adam(network.parameters(), lr=3e-3)
-    images = stripes(32 if config.layout == "maskgit" else 8)
-    errors = []
-    for step in range(60):
-        output = network(images)
-        error = F.mse_loss(output.reconstruction, images)
-        (error + output.quantized.loss).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-        network.quantizer.update([output.quantized.tokens], [output.quantized.features], seed=0, step=step)
-        errors.append(error.item())
-    assert errors[-1] < 0.25 * images.var().item()  # far better than the mean image
-
-
-def stripes(number):
-    phase, across = torch.arange(number).view(-1, 1, 1, 1), torch.arange(16)
-    picture = ((across.view(1, 1, 1, -1) + phase) // 4 % 2).float()
-    flipped = torch.where(
-        phase % 3 == 0, picture.transpose(2, 3).expand(-1, -1, 16, 16), picture.expand(-1, -1, 16, 16)
-    )
-    return 0.1 + 0.8 * flipped
-
-
 @pytest.mark.parametrize("size", [(8, 8), (4, 10), (2, 2)])
 def test_the_magvit2_layout_returns_images_of_their_size_and_every_parameter_has_a_finite_gradient(size):
     made = VQGAN(magvit2())
@@ -310,40 +180,9 @@ def test_the_magvit2_layout_returns_images_of_their_size_and_every_parameter_has
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_the_scale_and_the_shift_of_an_adaptive_norm_are_those_of_the_codes():
-    layer = AdaptiveGroupNorm(8, magvit2())
-    x, codes = torch.randn(3, 8, 6, 6), torch.randn(3, 4, 3, 3)
-    out = layer(x, codes).view(3, 8, 36)
-    spread = (codes.flatten(2).double().var(2) + 1e-6).sqrt().float()
-    # A norm without scale has mean 0 and variance 1 in each group of two channels.
-    plain = (out - layer.beta(codes.mean((2, 3))).unsqueeze(2)) / layer.gamma(spread).unsqueeze(2)
-    torch.testing.assert_close(plain.view(3, 4, 72).mean(2), torch.zeros(3, 4), rtol=0, atol=1e-4)
-    torch.testing.assert_close(plain.view(3, 4, 72).var(2, correction=0), torch.ones(3, 4), rtol=1e-3, atol=1e-3)
-
-
 def test_another_image_of_the_batch_changes_nothing_in_the_magvit2_layout():
     made = VQGAN(magvit2()).eval()
     first, second = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8)
     alone = made.decode(made.encode(first), (4, 4))
     together = made.decode(made.encode(torch.cat([first, second])), (4, 4))
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"activation": "relu"}, "activation must be 'swish' in layout 'magvit2', got 'relu'"),
-        ({"patch_size": 2}, "patch_size must be 1 in layout 'magvit2'"),
-        ({"middle_attention": False}, "middle_attention must be True in layout 'magvit2'"),
-        ({"latent_channels": 8}, "latent_channels must be None in layout 'magvit2'"),
-        ({"layout": "magvit"}, "layout must be one of maskgit, taming, magvit2.*did you mean 'magvit2'"),
-    ],
-)
-def test_what_the_magvit2_layout_fixes_is_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        VQGAN(magvit2(**changes))
-
-
-def test_a_size_that_the_factor_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="multiple of the downsampling factor 2, got 5"):
-        VQGAN(magvit2()).encode(torch.rand(1, 1, 5, 4))

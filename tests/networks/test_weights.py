@@ -1,6 +1,5 @@
 """Weights from files: finite floating point numbers that the file holds, refused by name before they are expanded."""
 
-import json
 import math
 import struct
 import zipfile
@@ -15,9 +14,8 @@ from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.weights import (
     check_held,
     check_tensor,
-    load_weight_file,
+    load_network,
     load_weights,
-    read_tensor_header,
     read_tensors,
     read_weights,
     skeletons,
@@ -39,14 +37,14 @@ def test_a_number_that_is_not_finite_is_refused_by_file_and_tensor(tmp_path, end
     else:
         torch.save(state, file)
     with pytest.raises(ValueError, match=rf"weights judge .*model\.{ending}: tensor '1\.running_var' must hold finite"):
-        load_weight_file(network, file, thing="judge")
+        load_network(network, read_weights(file, thing="judge"), f"judge {file}")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_other_kinds_of_numbers_are_refused_by_tensor(dtype):
     state = network().state_dict()
     state["0.weight"] = torch.ones(4, 3).to(dtype)
-    with pytest.raises(ValueError, match=rf"weights FILE: tensor '0\.weight' must be floating point .*, got {dtype}"):
+    with pytest.raises(ValueError, match=rf"weights FILE: tensor '0\.weight' must be floating point, got {dtype}"):
         load_weights(network(), state, "FILE")
     state = network().state_dict() | {"1.num_batches_tracked": torch.tensor(1.0)}
     with pytest.raises(ValueError, match=r"tensor '1\.num_batches_tracked' must be integers, got torch\.float32"):
@@ -65,19 +63,13 @@ def header_of(length: int, shown: bytes = b"") -> bytes:
     return struct.pack("<Q", length) + shown.ljust(length)
 
 
-@pytest.mark.parametrize("read", [read_tensor_header, read_tensors, lambda file: read_weights(file, thing="judge")])
+@pytest.mark.parametrize("read", [read_tensors, lambda file: read_weights(file, thing="judge")])
 def test_a_large_header_is_refused_before_it_is_parsed(tmp_path, read, monkeypatch):
     file = tmp_path / "model.safetensors"
     file.write_bytes(header_of(9_000_000, b"{}"))
-    for parser in ("safe_open", "safetensors.load"):
-        monkeypatch.setattr(f"maskgit_pl.networks.weights.{parser}", None)
+    monkeypatch.setattr("maskgit_pl.networks.weights.safe_open", None)
     with pytest.raises(ValueError, match=r"model\.safetensors.*header must have at most 8 MB"):
         read(file)
-
-
-def test_a_header_gives_names_kinds_and_shapes(tmp_path):
-    write_tensors(tmp_path / "a.safetensors", {"half": torch.ones(2, 3).half(), "one": torch.tensor(1)})
-    assert read_tensor_header(tmp_path / "a.safetensors") == {"half": ("F16", (2, 3)), "one": ("I64", ())}
 
 
 def test_tensors_that_a_file_does_not_hold_are_refused(tmp_path):
@@ -100,7 +92,7 @@ def test_a_file_of_few_bytes_that_describes_large_tensors_is_refused_by_tensor(t
     state = {"0.weight": torch.ones(1).expand(40_000, 30_000)}  # 4.8 GB in 1 kB
     torch.save(state, file, _use_new_zipfile_serialization=not legacy)
     assert file.stat().st_size < 2000
-    with pytest.raises(ValueError, match=r"model\.pth: tensor '0\.weight' must be stored in full, got 4.8 GB"):
+    with pytest.raises(ValueError, match=r"model\.pth .*: tensor '0\.weight' must be stored in full, got 4.8 GB"):
         read_weights(file, thing="judge")
 
 
@@ -135,12 +127,6 @@ def test_an_archive_whose_entries_share_their_bytes_is_refused(tmp_path):
         read_weights(file, thing="judge")
 
 
-def test_metadata_of_the_header_comes_back(tmp_path):
-    write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, metadata={"who": "me"})
-    content = (tmp_path / "a.safetensors").read_bytes()
-    assert json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])["__metadata__"] == {"who": "me"}
-
-
 @pytest.mark.parametrize("build", [lambda: nn.Embedding(3, 4), lambda: nn.Linear(3, 4), lambda: nn.Conv2d(1, 2, 3)])
 def test_a_network_has_its_shapes_and_no_memory(build):
     with skeletons():
@@ -148,21 +134,6 @@ def test_a_network_has_its_shapes_and_no_memory(build):
     for name, tensor in build().state_dict().items():
         assert made.state_dict()[name].is_meta
         assert made.state_dict()[name].shape == tensor.shape
-
-
-@pytest.mark.parametrize(
-    "draw", [nn.init.normal_, nn.init.kaiming_normal_, nn.init.trunc_normal_, nn.init.xavier_normal_]
-)
-def test_initial_weights_may_be_drawn_by_any_function(draw):
-    with skeletons():
-        weight = nn.Parameter(torch.empty(3, 4))
-        assert draw(weight) is weight
-
-
-def test_networks_outside_are_drawn_as_always():
-    with skeletons():
-        nn.Embedding(3, 4)
-    assert nn.Embedding(3, 4).weight.std() > 0
 
 
 def test_no_normal_draw_reaches_torch():

@@ -116,13 +116,6 @@ def test_its_card_says_what_it_is(pipe, tmp_path) -> None:
     assert "token_selector" not in card
 
 
-def test_in_8_bits_it_generates_too(pipe) -> None:
-    made = pipe.quantize()
-    assert images(made, [0, 1]).shape == (2, 1, 8, 8)
-    with pytest.raises(ValueError, match="pipeline in int8 cannot be saved"):
-        made.save_pretrained("nowhere")
-
-
 def test_in_bfloat16_it_generates_too(tiny_autoregressive) -> None:
     half = MaskGIT.from_pretrained(tiny_autoregressive).to("cpu", dtype=torch.bfloat16)
     assert images(half, [0]).dtype == torch.uint8

@@ -174,7 +174,6 @@ def test_other_weights_are_another_plan(pipe: MaskGIT, tmp_path: Path) -> None:
         generate_many(other, tmp_path / "begun.npz", num_images=4, part_size=2, world_size=2)
     half = MaskGIT.from_pretrained(tmp_path / "other").to("cpu", dtype=torch.bfloat16)
     assert bulk_module._digest(half.transformer.network) != bulk_module._digest(other.transformer.network)
-    assert bulk_module._digest(other.quantize().transformer.network) != bulk_module._digest(other.transformer.network)
 
 
 def test_a_part_of_another_plan_is_made_again(pipe: MaskGIT, tmp_path: Path) -> None:

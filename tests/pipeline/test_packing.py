@@ -68,9 +68,3 @@ def test_a_negative_model_that_is_read_from_a_folder_is_packed_as_the_pipeline_i
     pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=tiny_pretrained)
     pipe.generate([0], guidance_scale=1.0)
     assert packed(pipe.negative_model)
-
-
-def test_an_int8_copy_keeps_the_choice(tiny_pretrained):
-    pipe = MaskGIT.from_pretrained(tiny_pretrained, pack_weights=False).quantize()
-    pipe.generate([0])
-    assert not packed(pipe)

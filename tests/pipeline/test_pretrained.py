@@ -203,7 +203,7 @@ def test_weights_of_another_size_are_refused_by_their_file(saved):
 )
 def test_an_unknown_key_is_refused_by_its_file(saved, kind, part):
     edit(saved / kind, **{part: {**read_config(saved / kind, kind)[part], "colour": "red"}})
-    with pytest.raises(ValueError, match=rf"{kind}/config\.json: {part}: unknown key 'colour'"):
+    with pytest.raises(ValueError, match=rf"{kind}/config\.json: {part}: .*unknown key 'colour'"):
         LOADERS[kind](saved / kind)
 
 
@@ -287,7 +287,7 @@ def test_weights_that_are_not_finite_floating_point_numbers_are_refused_by_file_
         with pytest.raises(ValueError, match=rf"{where} hold finite numbers, got"):
             LOADERS[kind](saved / kind)
     edit_weights(saved / kind, name, torch.ones(32 if kind == "transformer" else 16, dtype=torch.int64))
-    with pytest.raises(ValueError, match=rf"{where} be floating point .*, got I64"):
+    with pytest.raises(ValueError, match=rf"{where} be floating point, got torch.int64"):
         LOADERS[kind](saved / kind)
 
 

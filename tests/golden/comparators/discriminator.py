@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -15,6 +16,7 @@ from comparators.comparison import TOLERANCE, Comparison, given, gradients, pres
 from comparators.folder import Folder
 from comparators.losses import adversarial_losses
 from comparators.tokenizer import nhwc, to_images
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.importers.released import parameters
 from maskgit_pl.losses import r1_penalty
 from maskgit_pl.networks.discriminators import Discriminator, DiscriminatorConfig, Pooling
@@ -60,9 +62,19 @@ def _our_name(owner: list[str]) -> str:
     return f"blocks.{owner[0].removeprefix('ResBlock_')}.{inner[owner[1]]}"
 
 
+@dataclass(frozen=True)
+class _Recorded(DiscriminatorConfig):
+    """The sizes of a recorded network, which is smaller than the released one."""
+
+    channels: tuple[int, ...] = ()
+
+    def widths(self, image_size: ImageSize) -> tuple[int, ...]:
+        return self.channels
+
+
 def network_from(arrays: Mapping[str, np.ndarray], *, image_size: int, pooling: Pooling) -> Discriminator:
     """Returns the network with a checkpoint's parameters."""
-    config = DiscriminatorConfig(channels=widths(arrays), pooling=pooling)
+    config = _Recorded(pooling=pooling, channels=widths(arrays))
     network = Discriminator(config, in_channels=arrays["Conv_0/kernel"].shape[2], image_size=image_size)
     network.load_state_dict(weights(arrays))
     return network

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from maskgit_pl.importers.flax import read_flax
+from maskgit_pl.importers.checkpoints import read_flax
 
 __all__ = ["Folder", "FolderError"]
 

@@ -19,7 +19,7 @@ from comparators.folder import Folder
 from comparators.tokenizer import nhwc, to_images
 from comparators.transformer import everywhere
 from comparators.transformer import network_from as transformer_from
-from maskgit_pl.importers.flax import read_flax
+from maskgit_pl.importers.checkpoints import read_flax
 from maskgit_pl.importers.released import parameters
 
 __all__ = ["check_full", "check_model"]

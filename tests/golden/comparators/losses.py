@@ -20,7 +20,7 @@ from maskgit_pl.losses import (
     reconstruction_loss,
     token_cross_entropy,
 )
-from maskgit_pl.networks.quantizers import GradientQuantizerSpec
+from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 
 __all__ = ["adversarial_losses", "compare_losses", "cross_entropy"]
 

@@ -17,8 +17,9 @@ from comparators.folder import Folder
 from comparators.transformer import recorded_outputs
 from maskgit_pl.importers.released import parameters, tokenizer_config, tokenizer_weights
 from maskgit_pl.losses import entropy_loss, reconstruction_loss
-from maskgit_pl.networks.quantizers import GradientQuantizerSpec, QuantizerOutput
-from maskgit_pl.networks.vqgan import VQGAN, Activation, Encoder, ResidualBlock, StridedDownsample, VQGANConfig
+from maskgit_pl.networks.codebooks import GradientQuantizerSpec
+from maskgit_pl.networks.quantizers import QuantizerOutput
+from maskgit_pl.networks.vqgan import VQGAN, Activation, Downsample, Encoder, ResidualBlock, VQGANConfig
 
 __all__ = ["coded", "compare_vqvae", "network_from", "nhwc", "to_images"]
 
@@ -123,7 +124,7 @@ def _stages(network: VQGAN, arrays: Mapping[str, np.ndarray]) -> Iterator[tuple[
 def _modules(encoder: Encoder) -> dict[str, nn.Module]:
     """The encoder's parts under the names that flax numbers them by."""
     blocks = [block for block in encoder.blocks if isinstance(block, ResidualBlock)]
-    halvings = [block for block in encoder.blocks if isinstance(block, StridedDownsample)]
+    halvings = [block for block in encoder.blocks if isinstance(block, Downsample)]
     convolutions = [encoder.stem, *halvings, encoder.head]
     return {
         "enc_GroupNorm_0": encoder.norm,

@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.quantizers.base import rotate_to_codes
+from maskgit_pl.networks.quantizers import quantizers, rotate_to_codes
 
 
 def features(dim, *, batch=2, seed=0):
@@ -109,13 +108,6 @@ def test_the_losses_of_bsq_are_those_on_the_unit_sphere():
     )
 
 
-def test_bsq_does_not_depend_on_the_length_of_a_feature():
-    quantizer, inputs = build("bsq", 32, 5), features(5)
-    first, second = quantizer(inputs), quantizer(7 * inputs)
-    assert torch.equal(first.tokens, second.tokens)
-    torch.testing.assert_close(first.loss, second.loss)
-
-
 @pytest.mark.parametrize("name", ["lfq", "bsq"])
 def test_entropies_of_signs_stay_finite_at_extreme_features(name):
     inputs = (1e4 * features(5)).requires_grad_()
@@ -205,46 +197,6 @@ def test_the_rotation_is_an_option_of_codebooks(name):
     assert not torch.allclose(outputs[0][1], outputs[1][1])
 
 
-def clusters(step=0):
-    """Features (2, 2, 3, 4) of 4 clusters in turn, close to (+-1, +-2)."""
-    centers = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [1.0, -2.0], [-1.0, -2.0]])
-    return centers.repeat(6, 1).view(2, 3, 4, 2).permute(0, 3, 1, 2) + 0.01 * features(2, seed=step)
-
-
-def test_kmeans_puts_the_codes_at_means_of_features_of_the_first_batch_only():
-    quantizer = build({"name": "gradient", "initial_codes": "kmeans"}, 4, 2)
-    output = quantizer(clusters())
-    quantizer.update([output.tokens], [output.features], seed=0, step=0)
-    rows = rows_of(clusters())
-    nearest = torch.cdist(rows, quantizer.codebook).argmin(1)
-    for code in nearest.unique():  # a fixed point of Lloyd's algorithm
-        torch.testing.assert_close(quantizer.codebook[code].detach(), rows[nearest == code].mean(0))
-    assert torch.cdist(rows, quantizer.codebook).min(1).values.mean() < 1.1  # half of the clusters' distances
-    kept = quantizer.codebook.detach().clone()
-    quantizer.update([output.tokens], [features(2)], seed=0, step=1)
-    assert torch.equal(quantizer.codebook, kept)
-    loaded = build({"name": "gradient", "initial_codes": "kmeans"}, 4, 2)
-    loaded.load_state_dict(quantizer.state_dict())
-    loaded.update([output.tokens], [features(2)], seed=0, step=0)
-    assert torch.equal(loaded.codebook, kept)
-
-
-def test_kmeans_starts_from_different_features_and_depends_on_the_seed():
-    def codes(seed, size=24):
-        quantizer = build({"name": "gradient", "initial_codes": "kmeans"}, size, 2)
-        output = quantizer(features(2))
-        quantizer.update([output.tokens], [output.features], seed=seed, step=0)
-        return quantizer.codebook.detach()
-
-    # As many codes as features: each is one of them.
-    torch.testing.assert_close(
-        codes(0)[codes(0)[:, 0].argsort()], rows_of(features(2))[rows_of(features(2))[:, 0].argsort()]
-    )
-    assert torch.equal(codes(0, 6), codes(0, 6))
-    assert not torch.equal(codes(0, 6), codes(1, 6))
-    assert codes(0, 40).isfinite().all()  # more codes than features
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -252,17 +204,9 @@ def test_kmeans_starts_from_different_features_and_depends_on_the_seed():
         ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
         ({"name": "fsq", "levels": [4096, 4096, 2]}, "levels must have a product of at most 16777216, got 33554432"),
         ({"name": "lfq", "diversity": -1.0}, "diversity"),
-        ({"name": "gradient", "initial_codes": "k-means"}, "did you mean 'kmeans'"),
         ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),
     ],
 )
 def test_a_wrong_value_is_refused_with_the_way_out(spec, message):
     with pytest.raises(ValueError, match=message):
         quantizers.build(spec)
-
-
-def test_kmeans_leaves_codes_without_features_where_they_are():
-    quantizer = build({"name": "gradient", "initial_codes": "kmeans"}, 4, 2)
-    output = quantizer(torch.full((1, 2, 3, 3), 5.0))
-    quantizer.update([output.tokens], [output.features], seed=0, step=0)
-    assert torch.equal(quantizer.codebook, torch.full((4, 2), 5.0))

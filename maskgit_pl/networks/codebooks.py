@@ -1,7 +1,7 @@
 """Quantizers with a table of codes: learnt by gradient, as moving averages of features, by one layer, by a softmax.
 
-Batch statistics (the mean probability of the entropy loss, the moving averages, the candidates of a restart, k-means)
-are those of the global batch: they are all-reduced if a process group exists, and equal for any number of ranks and
+Batch statistics (the mean probability of the entropy loss, the moving averages, the candidates of a restart) are those
+of the global batch: they are all-reduced if a process group exists, and equal for any number of ranks and
 micro-batches. SimVQ trains all codes at once by one linear layer, IBQ by a softmax over all codes.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,23 +17,21 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.distributed import rank_and_world, sum_over_ranks
-from maskgit_pl.networks.quantizers.base import (
+from maskgit_pl.networks.quantizers import (
     WEIGHTS,
     CodebookQuantizer,
     EntropyKind,
     GradientEstimator,
     Quantizer,
     QuantizerOutput,
-    check_estimator,
     entropy_loss,
     estimate,
     initial_codes,
     quantizer_output,
     quantizers,
     rows_of,
-    squared_distances,
 )
-from maskgit_pl.randomness import permutation, random_bits
+from maskgit_pl.randomness import random_bits
 
 __all__ = [
     "IBQ",
@@ -44,12 +42,8 @@ __all__ = [
     "IBQSpec",
     "SimVQ",
     "SimVQSpec",
-    "kmeans",
 ]
 
-InitialCodes = Literal["random", "kmeans"]
-
-_ITERATIONS = 10  # of k-means; that of lucidrains/vector-quantize-pytorch
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
 
 
@@ -91,8 +85,6 @@ class GradientQuantizerSpec(CodebookSpec):
     Attributes:
         codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
         gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
-        initial_codes: ``random`` (released): uniform; ``kmeans``: after the first step, the k-means of the features of
-            its global batch, which should have well over K features.
 
     Raises:
         ValueError: if a number is out of range, or a name is unknown.
@@ -102,13 +94,11 @@ class GradientQuantizerSpec(CodebookSpec):
 
     codebook_weight: float = 1.0
     gradient_estimator: GradientEstimator = "straight-through"
-    initial_codes: InitialCodes = "random"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
-        check_choice("initial_codes", self.initial_codes, get_args(InitialCodes))
         super().__post_init__()
-        check_estimator(self.gradient_estimator)
+        check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module, with codes uniform in +-sqrt(3 / K)."""
@@ -139,21 +129,6 @@ class GradientQuantizer(TrainedQuantizer):
         super().__init__(codebook_size=codebook_size, code_dim=code_dim)
         self.spec = spec
         self.codebook = nn.Parameter(initial_codes(codebook_size, code_dim))
-        self._waits = spec.initial_codes == "kmeans"
-        if self._waits:  # no entry in the state dict of others
-            self.register_buffer("is_initialized", torch.zeros(()))
-
-    is_initialized: Tensor  # () float32, 1 after k-means
-
-    @torch.no_grad()
-    def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
-        """Replaces the codes by the k-means of the first global batch if the spec says so, else does nothing."""
-        # The flag is read once, since reading waits for the device: a resumed or pretrained codebook is kept.
-        if self._waits and not self.is_initialized.item():
-            rows = torch.cat([rows_of(part) for part in features])
-            self.codebook.copy_(kmeans(rows, len(features), self.codebook_size, seed=seed, step=step))
-            self.is_initialized.fill_(1)
-        self._waits = False
 
 
 @quantizers.register("ema")
@@ -188,7 +163,7 @@ class EMAQuantizerSpec(CodebookSpec):
         check_number("decay", self.decay, "[0, 1)")
         check_number("restart_below", self.restart_below, "[0, 1)")
         super().__post_init__()
-        check_estimator(self.gradient_estimator)
+        check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module; its codes come from the first global batch."""
@@ -279,7 +254,7 @@ class SimVQSpec(CodebookSpec):
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
         super().__post_init__()
-        check_estimator(self.gradient_estimator)
+        check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module."""
@@ -400,39 +375,6 @@ def _nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: Codeb
     return tokens, spec.entropy_weight * loss
 
 
-def kmeans(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
-    """Computes the centers of ``count`` clusters of the rows of the global batch, by Lloyd's algorithm.
-
-    1. Start from different rows, drawn by a counter-based permutation; from repeated ones if there are too few.
-    2. Assign each row to its nearest center, and move each center to the mean of its rows, 10 times. A center without
-       rows stays.
-
-    Args:
-        rows: (A M, D) float32, the rows of this rank's A micro-batches.
-        micro_batches: A.
-        count: K.
-        seed: Seed of the choice.
-        step: Number of the step.
-
-    Returns:
-        (K, D) float32, the same on each rank.
-
-    Source: Lloyd, "Least squares quantization in PCM", 1982.
-    """
-    # 1.
-    total = rows.shape[0] * rank_and_world()[1]
-    places = permutation(torch.arange(count) % total, total, stream="kmeans", seed=seed, epoch=step)
-    centers = _rows_at(places, rows, micro_batches)
-    # 2.
-    for _ in range(_ITERATIONS):
-        # Distances of one micro-batch at a time: the training held as many.
-        parts = [squared_distances(part, centers).argmin(1) for part in rows.chunk(micro_batches)]
-        counts, sums = _code_statistics(torch.cat(parts), rows, count)
-        means = sums / counts.clamp(min=1).unsqueeze(1)
-        centers = torch.where(counts.unsqueeze(1) > 0, means, centers)
-    return centers
-
-
 def _code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:
     """Returns the number of rows of each code in the global batch, (K,), and their sum, (K, D)."""
     statistics = rows.new_zeros(codebook_size, rows.shape[1] + 1)  # sums and counts: one all-reduce for both
@@ -443,14 +385,7 @@ def _code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[
 
 
 def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
-    """Draws ``count`` rows of the global batch, the same for every number of ranks and of micro-batches."""
-    total = rows.shape[0] * rank_and_world()[1]
-    chosen = random_bits("restart", seed=seed, index=0, epoch=step, count=count)[0] % total
-    return _rows_at(chosen, rows, micro_batches)
-
-
-def _rows_at(chosen: Tensor, rows: Tensor, micro_batches: int) -> Tensor:
-    """Returns the rows at places (count,) of the global batch, (count, D) on each rank.
+    """Draws rows of the global batch, (count, D), the same for every number of ranks and of micro-batches.
 
     1. With W ranks and M rows a micro-batch, row j of micro-batch a on rank r is at (a W + r) M + j: the order in which
        the data module deals samples out.
@@ -459,6 +394,7 @@ def _rows_at(chosen: Tensor, rows: Tensor, micro_batches: int) -> Tensor:
     """
     # 1.
     (rank, ranks), size = rank_and_world(), rows.shape[0] // micro_batches
+    chosen = random_bits("restart", seed=seed, index=0, epoch=step, count=count)[0] % (rows.shape[0] * ranks)
     micro_batch, owner, row = chosen // (size * ranks), chosen // size % ranks, chosen % size
     # 2.
     local = rows[(micro_batch * size + row).to(rows.device)]  # (count, D)

@@ -12,14 +12,13 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, Protocol, get_args, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry
 
@@ -31,9 +30,7 @@ __all__ = [
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",
-    "SizedQuantizerSpec",
     "build_sized",
-    "check_estimator",
     "entropy_loss",
     "estimate",
     "initial_codes",
@@ -162,39 +159,23 @@ class CodebookQuantizer(Quantizer):
 
 
 class QuantizerSpec(Protocol):
-    """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module."""
+    """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module.
+
+    One that does not fit every K and D also has a method ``check(*, codebook_size, code_dim)``, which raises a
+    ``ValueError`` that names the values that fit. Recipes are checked with it before anything is built.
+    """
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the quantizer of K = ``codebook_size`` codes of size D = ``code_dim``."""
         ...
 
 
-@runtime_checkable
-class SizedQuantizerSpec(QuantizerSpec, Protocol):
-    """A registered quantizer that does not fit every K and D. Recipes are checked before anything is built."""
-
-    def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that the quantizer can have K = ``codebook_size`` codes of size D = ``code_dim``.
-
-        Raises:
-            ValueError: if it cannot; the message names the values that fit.
-        """
-        ...
-
-
-def _check_quantizer(name: str, spec: QuantizerSpec) -> None:
-    """Checks that a registered quantizer can build its module."""
-    if not callable(getattr(spec, "create", None)):
-        raise ValueError(
-            f"quantizer {name!r} must have a method create(*, codebook_size, code_dim), got {shorten(spec)}"
-        )
-
-
 quantizers: Registry[QuantizerSpec] = Registry(
     "quantizer",
     "maskgit_pl.quantizers",
-    check=_check_quantizer,
     modules=(
+        "maskgit_pl.networks.codebooks",
+        "maskgit_pl.networks.lookup_free",
         "maskgit_pl.contrib.gumbel_quantizer",
         "maskgit_pl.contrib.composite_quantizers",
         "maskgit_pl.contrib.vq_pytorch",
@@ -214,8 +195,9 @@ def build_sized(spec: str | Mapping[str, Any], *, codebook_size: int, code_dim: 
         ValueError: if the spec is invalid, or K or D does not fit it; the message names the values that fit.
     """
     built = quantizers.build(spec)
-    if isinstance(built, SizedQuantizerSpec):
-        built.check(codebook_size=codebook_size, code_dim=code_dim)
+    check = getattr(built, "check", None)
+    if check is not None:
+        check(codebook_size=codebook_size, code_dim=code_dim)
     return built
 
 
@@ -312,12 +294,3 @@ def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "s
     mean = mean_over_ranks(probabilities.mean(0))
     mean_entropy = -(mean * (mean + 1e-5).log()).sum()
     return -(probabilities * log_probabilities).sum(-1).mean() - mean_entropy
-
-
-def check_estimator(value: object) -> None:
-    """Checks the name of a gradient estimator.
-
-    Raises:
-        ValueError: if it is unknown.
-    """
-    check_choice("gradient_estimator", value, get_args(GradientEstimator))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_integer, check_number, shorten
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.networks.quantizers.base import (
+from maskgit_pl.networks.quantizers import (
     WEIGHTS,
     Quantizer,
     QuantizerOutput,

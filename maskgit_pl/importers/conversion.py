@@ -1,0 +1,330 @@
+"""Converts tensors of another project by a table of names, writes the pretrained folder, and describes it.
+
+A project is a list of ``Rule``. ``convert`` compares the names and shapes of a file with those that follow from our
+network, which is built without memory, before it takes memory for a tensor. The sizes of a network are read off the
+shapes of a file. Released checkpoints hold no class names, so that they are given here too. Used by all importers.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from maskgit_pl.checks import ImageSize, height_width
+from maskgit_pl.data.folders import has_content, resolve_folder, write_folder
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.importers.checkpoints import name_some
+from maskgit_pl.networks.backbone import BackboneConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.networks.weights import skeletons
+from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.registry import describe
+
+__all__ = [
+    "Imported",
+    "ImportedTransformer",
+    "Rule",
+    "check_out",
+    "choose_class_names",
+    "convert",
+    "count_numbers",
+    "number_rules",
+    "read_widths",
+    "shape_of",
+    "shapes_of",
+    "write_import",
+]
+
+_IMAGENET_CLASSES = 1000
+_RECIPE, _CODES, _GRID = "paper-256", 1024, (16, 16)  # a recipe, and the sizes that it sets
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule that makes tensors of ours from tensors of another project.
+
+    The rows of theirs, in their order, are the rows of ours. Names are separated by spaces.
+
+    Attributes:
+        ours: Names of one or more of our tensors.
+        theirs: Names of one or more tensors of the project, all of one shape.
+        axes: Pattern of einops from the axes of each of theirs to ours; empty if they are the same.
+    """
+
+    ours: str
+    theirs: str
+    axes: str = ""
+
+
+def number_rules(rules: Iterable[Rule], depth: int) -> list[Rule]:
+    """Returns rules for a network of ``depth`` blocks: one with ``{}`` in its names stands for every block."""
+    return [
+        Rule(rule.ours.replace("{}", str(number)), rule.theirs.replace("{}", str(number)), rule.axes)
+        for rule in rules
+        for number in range(depth if "{}" in rule.ours else 1)
+    ]
+
+
+def shapes_of(create: Callable[[], nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each tensor of a network, which is created without memory."""
+    with skeletons():
+        return {name: tuple(tensor.shape) for name, tensor in create().state_dict().items()}
+
+
+def convert(
+    tensors: Mapping[str, Tensor], rules: Iterable[Rule], shapes: Mapping[str, tuple[int, ...]], **axes: int
+) -> dict[str, Tensor]:
+    """Converts tensors by rules.
+
+    Args:
+        tensors: Tensors of a network by the project's names.
+        rules: The table of the project; rules of tensors that our network does not have are not applied.
+        shapes: Shape of each of our tensors.
+        axes: Sizes of axes that patterns name.
+
+    Returns:
+        float32 tensors by our names. They share memory with ``tensors`` where nothing had to change.
+
+    Raises:
+        ValueError: if a tensor is missing, superfluous or of another shape.
+    """
+    rules = [rule for rule in rules if all(name in shapes for name in rule.ours.split())]
+    _check_shapes(tensors, {name: shape for rule in rules for name, shape in _their_shapes(rule, shapes, axes)})
+    weights: dict[str, Tensor] = {}
+    for rule in rules:
+        parts = [tensors[name].float() for name in rule.theirs.split()]
+        if rule.axes:
+            parts = [rearrange(part, rule.axes, **_named_in(rule, axes)) for part in parts]
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        names = rule.ours.split()
+        if len(names) == 1:
+            weights[names[0]] = rows.contiguous()
+        else:  # copies, as a file of weights cannot hold two views of one tensor
+            sizes = [shapes[name][0] for name in names]
+            weights |= {name: part.clone() for name, part in zip(names, torch.split(rows, sizes), strict=True)}
+    return weights
+
+
+def count_numbers(names: Iterable[str], prefix: str) -> int:
+    """Returns the number of different numbers that follow a prefix in names."""
+    pattern = re.compile(re.escape(prefix) + r"(\d+)")
+    return len({match[1] for name in names if (match := pattern.match(name))})
+
+
+def shape_of(tensors: Mapping[str, Any], name: str, axes: int = 2) -> tuple[int, ...]:
+    """Returns the shape of a tensor from which a size is read.
+
+    Raises:
+        ValueError: if there is no such tensor, or it has another number of axes or no element.
+    """
+    if name not in tensors:
+        raise ValueError(f"tensors are missing: {name}, which tells a size of the network")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != axes or not all(shape):
+        raise ValueError(f"tensor {name} must have {axes} axes of sizes >= 1, got shape {shape}")
+    return shape
+
+
+def read_widths(channels: int, widths: list[int]) -> tuple[int, ...]:
+    """Returns the channels of each level as multiples of those of the first convolution.
+
+    Raises:
+        ValueError: if there is no level, or a level is no multiple.
+    """
+    if not widths or any(width % channels for width in widths):
+        raise ValueError(
+            f"channels of each level must be multiples of the first convolution's {channels}, got {widths}"
+        )
+    return tuple(width // channels for width in widths)
+
+
+def _their_shapes(
+    rule: Rule, shapes: Mapping[str, tuple[int, ...]], axes: Mapping[str, int]
+) -> list[tuple[str, tuple[int, ...]]]:
+    """Returns the names and shapes of the tensors that a rule reads: the pattern, backwards."""
+    ours, theirs = rule.ours.split(), rule.theirs.split()
+    shape = (sum(shapes[name][0] for name in ours) // len(theirs), *shapes[ours[0]][1:])
+    if rule.axes:
+        before, after = rule.axes.split(" -> ")
+        like = torch.empty(shape, device="meta")
+        shape = tuple(rearrange(like, f"{after} -> {before}", **_named_in(rule, axes)).shape)
+    return [(name, shape) for name in theirs]
+
+
+def _named_in(rule: Rule, axes: Mapping[str, int]) -> dict[str, int]:
+    return {name: size for name, size in axes.items() if name in rule.axes}
+
+
+def _check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that tensors have exactly these names and shapes; one message lists all differences."""
+    differences = {
+        "missing": [name for name in wanted if name not in tensors],
+        "not in the network": [name for name in tensors if name not in wanted],
+        "of another shape": [
+            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
+            for name, shape in wanted.items()
+            if name in tensors and tuple(tensors[name].shape) != shape
+        ],
+    }
+    faults = [f"{kind}: {name_some(names)}" for kind, names in differences.items() if names]
+    if faults:
+        raise ValueError(f"tensors must have the names and shapes of the network, got {'; '.join(faults)}")
+
+
+@dataclass(frozen=True)
+class ImportedTransformer:
+    """A transformer that was read.
+
+    Attributes:
+        config: Sizes of the network.
+        weights: State dict of the network that ``config`` creates.
+        mask_schedule: Mask schedule of its training.
+        decoding: Decoding settings that the project publishes.
+        class_names: Name of each class.
+    """
+
+    config: BackboneConfig
+    weights: Mapping[str, Tensor]
+    mask_schedule: str
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A pretrained folder and what it is made of; ``str`` is text for people.
+
+    Attributes:
+        folder: Pretrained folder with ``tokenizer/`` and perhaps ``transformer/``.
+        layout: Name of the project whose file was read.
+        tokenizer: Sizes of the tokenizer.
+        weights: State dict of the tokenizer.
+        image_size: Side of the images in pixels, or (height, width).
+        transformer: The transformer, or None.
+        ignored: Entries of the file that were left out.
+        notes: Sentences for the user.
+    """
+
+    folder: Path
+    layout: str
+    tokenizer: VQGANConfig
+    weights: Mapping[str, Tensor]
+    image_size: ImageSize
+    transformer: ImportedTransformer | None = None
+    ignored: Sequence[str] = ()
+    notes: Sequence[str] = ()
+
+    def __str__(self) -> str:
+        """Returns sizes, entries that were left out, notes, and the next commands."""
+        config, (height, width) = self.tokenizer, height_width(self.image_size)
+        rows, columns = config.grid(self.image_size)
+        weights = self.weights if self.transformer is None else self.transformer.weights
+        lines = [
+            f"{self.folder}: {self.layout} layout, {sum(map(Tensor.numel, weights.values())):,} parameters",
+            f"  images    {config.in_channels} x {height} x {width} -> {rows} x {columns} tokens"
+            f"{'' if config.signed_images else ', in [0, 1] inside'}",
+            f"  codebook  {config.codebook_size} codes of size {config.code_dim}, quantizer "
+            f"{describe(config.quantizer)}",
+            f"  tokenizer channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level",
+        ]
+        if self.transformer is not None:
+            network, decoding, names = self.transformer.config, self.transformer.decoding, self.transformer.class_names
+            lines += [
+                f"  network   {network.backbone}, {network.num_blocks} blocks",
+                f"  classes   {network.num_classes}, {names[0]!r} to {names[-1]!r}",
+                f"  decoding  {decoding.num_steps} steps, {describe(decoding.token_selector)}, guidance "
+                f"{describe(decoding.guidance)}",
+            ]
+        lines.append(f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}")
+        return "\n".join([*lines, *(f"  note      {note}" for note in self.notes), *self._next()])
+
+    def _next(self) -> list[str]:
+        """Returns the next commands: sample, or make tokens and train a transformer on them."""
+        if self.transformer is not None:
+            return [f"next: maskgit sample {self.folder} --classes 0,{self.transformer.config.num_classes - 1}"]
+        config, grid = self.tokenizer, self.tokenizer.grid(self.image_size)
+        words = ["--dataset", "NAME", "--recipe", _RECIPE, "--tokenizer", str(self.folder / "tokenizer")]
+        if config.codebook_size != _CODES:
+            words += ["--model.network.codebook_size", str(config.codebook_size)]
+        if grid != _GRID:
+            words += ["--model.network.grid", f"[{grid[0]},{grid[1]}]"]
+        options = shlex.join(words)
+        return [f"next: maskgit tokenize {options}", f"then: maskgit train transformer {options}"]
+
+
+def write_import(imported: Imported) -> Imported:
+    """Writes a pretrained folder, which appears when all of it is complete, and returns its description.
+
+    Raises:
+        ValueError: if ``image_size`` is not a multiple of the tokenizer's downsampling factor.
+        FileExistsError: see ``check_out``.
+    """
+    imported.tokenizer.grid(imported.image_size)
+    with write_folder(imported.folder, name="--out", check=check_out) as fresh:
+        tokenizer, transformer = fresh / "tokenizer", imported.transformer
+        save_tokenizer(tokenizer, imported.tokenizer, imported.weights, image_size=imported.image_size)
+        if transformer is not None:
+            save_transformer(
+                fresh / "transformer",
+                transformer.config,
+                transformer.weights,
+                mask_schedule=transformer.mask_schedule,
+                decoding=transformer.decoding,
+                class_names=transformer.class_names,
+                tokenizer_fingerprint=fingerprint(tokenizer),
+            )
+    return imported
+
+
+def check_out(folder: Path) -> None:
+    """Checks that an import can write a folder without overwriting anything: transformers may depend on what is there.
+
+    Raises:
+        FileExistsError: if it exists, unless it is an empty folder.
+        ValueError: if it cannot be written (``folders.resolve_folder``).
+    """
+    if folder.is_symlink() or has_content(folder) or (folder.exists() and not folder.is_dir()):
+        raise FileExistsError(
+            f"import {folder} must be a new or empty folder, got one with content; name another with --out"
+        )
+    resolve_folder("--out", folder)
+
+
+def choose_class_names(given: Path | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes of an imported transformer, whose file has none.
+
+    Args:
+        given: One name per class, or a text file with one name per line; None for ImageNet's names if there are 1000
+            classes, otherwise numbers.
+        num_classes: Number of classes of the transformer.
+
+    Raises:
+        ValueError: if there is no such file in UTF-8, the number of names is wrong, or one is empty.
+    """
+    if given is None and num_classes == _IMAGENET_CLASSES:
+        from timm.data.imagenet_info import ImageNetInfo  # half of the import time of an importer
+
+        info = ImageNetInfo()  # in the order of the synset ids of ILSVRC 2012
+        return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(num_classes))
+    if isinstance(given, Path):
+        try:
+            # Windows writes a byte order mark.
+            given = [line.strip() for line in given.read_text(encoding="utf-8-sig").splitlines()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"class names {given} must be a text in UTF-8, one name per line, got {error}") from error
+    names = tuple(map(str, range(num_classes)) if given is None else given)
+    if len(names) != num_classes or not all(name.strip() for name in names):
+        empty = sum(not name.strip() for name in names)
+        raise ValueError(
+            f"class names must be {num_classes}, one for each class of the transformer, got {len(names)}, {empty} of "
+            "them empty; change the list, or leave it out"
+        )
+    return names
