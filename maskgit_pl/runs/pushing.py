@@ -7,6 +7,7 @@ deletes those of an older model that the new one does not have. Other files of t
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,14 +79,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
         raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {shorten(hub_id)}")
     # 1.
     folder = local_folder(model)
-    files = {path: folder / path for path in sorted(_OURS) if (folder / path).exists()}
-    for path, file in files.items():
-        if file.is_symlink():
-            raise ValueError(f"{folder} must hold no links, got {path}; put the file in its place")
-        if not path.endswith(".safetensors") and _SECRET.search(file.read_bytes()):
-            raise ValueError(
-                f"{file} must hold no access token of the Hub, and one is in it; delete it there and on the Hub"
-            )
+    files = dict(_find_files(folder))
     check_diffusers_files(folder)
     # 2.
     negative = MaskGIT.from_pretrained(folder, pack_weights=False).negative_model
@@ -104,12 +98,32 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
         card = ModelCard(text.replace(python_string(PLACEHOLDER), python_string(hub_id)))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{folder / _CARD}: the YAML metadata is wrong: {' '.join(str(error).split())}") from error
-    card.data.license = license or card.data.license
-    if not isinstance(card.data.license, str):
+    if license is not None:
+        card.data["license"] = license
+    if not isinstance(card.data.get("license"), str):
         raise ValueError(
             f"{folder / _CARD} must name the license of the weights; add it with --license, such as --license mit"
         )
     return Push(hub_id, str(card), files)
+
+
+def _find_files(folder: Path) -> Iterator[tuple[str, Path]]:
+    """Yields the path in the repository and the file of everything in a folder that belongs to a model.
+
+    Raises:
+        ValueError: if a file is a link, or holds an access token.
+    """
+    for path in sorted(_OURS):
+        file = folder / path
+        if file.is_symlink():
+            raise ValueError(f"{folder} must hold no links, got {path}; put the file in its place")
+        if not file.exists():
+            continue
+        if not path.endswith(".safetensors") and _SECRET.search(file.read_bytes()):
+            raise ValueError(
+                f"{file} must hold no access token of the Hub, and one is in it; delete it there and on the Hub"
+            )
+        yield path, file
 
 
 def push(plan: Push, *, private: bool = False) -> str:
@@ -153,7 +167,8 @@ def push(plan: Push, *, private: bool = False) -> str:
             )
         address = api.create_repo(plan.hub_id, private=private, exist_ok=True)
         # 2. A decoding.json or a negative model of an older version would change the images of the new one.
-        added = [CommitOperationAdd(path, file) for path, file in {**plan.files, _CARD: plan.card.encode()}.items()]
+        added = [CommitOperationAdd(_CARD, plan.card.encode())]
+        added += [CommitOperationAdd(path, file) for path, file in plan.files.items()]
         deleted = [CommitOperationDelete(path, is_folder=False) for path in sorted((there & _OURS) - {*plan.files})]
         api.create_commit(plan.hub_id, [*added, *deleted], commit_message="Upload a model of maskgit_pl")
     except HfHubHTTPError as error:
