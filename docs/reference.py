@@ -36,7 +36,7 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.pipeline.regions": "Regions of pixels and of tokens.",
     "maskgit_pl.pipeline.pixels": "Images and masks that are edited.",
     "maskgit_pl.pipeline.grids": "Pictures.",
-    "maskgit_pl.pipeline.decoding_figures": "Filmstrips and animations.",
+    "maskgit_pl.pipeline.display": "Filmstrips and animations.",
     "maskgit_pl.pipeline.pretrained": "Folders with the weights of one stage.",
     "maskgit_pl.data.sources.public": "Data sets that `maskgit data fetch` downloads.",
     "maskgit_pl.networks.backbone": "The interface of backbones.",

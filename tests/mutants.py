@@ -52,7 +52,7 @@ MOST_FILES = 6  # of tests that a mutant is shown to
 TEST_SECONDS = 120  # for one test or the import of its file
 NOT_MUTATED = (  # what people look at, and faces
     "cli", "web", "contrib", "ablation_page.py", "figures.py", "schedule_table.py", "tables.py", "flops.py",
-    "memory.py", "gpus.py", "grids.py", "decoding_figures.py", "public.py", "diffusers_export.py",
+    "memory.py", "gpus.py", "grids.py", "display.py", "public.py",
     "diffusers_pipeline.py", "__init__.py", "__main__.py",
 )  # fmt: skip
 NOT_QUICK = ("gpu", "slurm", "web", "wheel")  # folders of tests with targets of their own

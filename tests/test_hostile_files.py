@@ -239,7 +239,6 @@ READERS = {  # each JSON or YAML file that a command reads -> the command
     "images/metadata.jsonl": MAKE,
     "made/made_from.json": MAKE,
     ".made.partial/made_from.json": MAKE,
-    "images.npz.parts/plan.json": SAMPLE,
     "images.npz": SAMPLE,
 }
 

@@ -16,7 +16,7 @@ NOT_INSTALLED = re.compile(
 ALLOWED = {  # file and text -> reason
     ("pipeline/card.py", "README.md"): "the file of the model card, which a pretrained folder has",
     ("pipeline/sharing.py", "README.md"): "the same file",
-    ("pipeline/diffusers_export.py", "README.md"): "the same file",
+    ("pipeline/diffusers_pipeline.py", "README.md"): "the same file",
     ("runs/pushing.py", "README.md"): "the same file, which is uploaded",
 }
 

@@ -104,7 +104,7 @@ IMPORTS = sorted(
 
 @pytest.mark.parametrize("line", IMPORTS)
 def test_a_name_that_a_page_imports_is_there(line: str):
-    if "diffusers_export" in line:
+    if "diffusers_pipeline" in line:
         pytest.importorskip("diffusers")
     exec(line, {})
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of, print_json
 from maskgit_pl.data.sources.public import Dataset, public_datasets
 from maskgit_pl.processes import named_bars
+
+if TYPE_CHECKING:
+    from maskgit_pl.data.stats import DataStatistics
 
 __all__ = ["fetch", "index", "make", "stats", "verify"]
 
@@ -208,11 +211,37 @@ def stats(
         if duplicates is not None:
             print("\n".join(["", *duplicate_lines(duplicates)]))
     if out is not None:
-        from maskgit_pl.pipeline.grids import draw_contact_sheet
-
-        draw_contact_sheet(statistics, out)
+        _draw_first_images(statistics, out)
         if not json:
             print(f"{out}: first images of each class")
+
+
+def _draw_first_images(statistics: DataStatistics, out: Path) -> None:
+    """Draws a row of images for each class, or for 40 evenly spread classes if there are more."""
+    import numpy as np
+    import torch
+
+    from maskgit_pl.data.images import decode_image, fit_image
+    from maskgit_pl.data.stats import images_of_classes
+    from maskgit_pl.pipeline.grids import TILE_SIZE, image_grid, save_png
+
+    summary, columns = statistics.summary, 8
+    (height, highest), (width, widest) = summary.images.height, summary.images.width
+    side = TILE_SIZE if min(highest, widest) > TILE_SIZE else min(TILE_SIZE, height, width)
+    size = side, side
+    if (height, width) == (highest, widest):  # all images have one shape
+        scale = min(1.0, TILE_SIZE / max(height, width))
+        size = max(1, round(scale * height)), max(1, round(scale * width))
+    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(40, summary.num_classes)).round().astype(int))
+    # Classes with fewer images than columns end with white tiles.
+    tiles = torch.full((len(shown), columns, summary.channels, *size), 255, dtype=torch.uint8)
+    for row, files in enumerate(images_of_classes(statistics.manifests["train"], shown.tolist(), each=columns)):
+        for column, (data, name) in enumerate(files):
+            image = decode_image(data, channels=summary.channels, name=name)
+            tiles[row, column] = fit_image(image, image_size=size, crop=None)
+    names = [summary.classes[label] for label in shown]
+    captions = [name if len(name) <= 32 else f"{name[:31]}…" for name in names]
+    save_png(image_grid(tiles.flatten(0, 1), columns=columns, row_captions=captions), out)
 
 
 def fetch(

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from maskgit_pl import runs
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, Run, print_rows
 from maskgit_pl.errors import printable
-from maskgit_pl.files import size_text
+from maskgit_pl.files import sha256_of, size_text
 from maskgit_pl.runs.recipe import Stage
-
-if TYPE_CHECKING:
-    from maskgit_pl.runs.pushing import Push
 
 __all__ = ["export", "push"]
 
@@ -63,8 +60,13 @@ def export(
     if out is None:
         raise ValueError(f"--out must name the folder to write with --format {format_}, such as --out exported")
     if format_ == "diffusers":
-        from maskgit_pl.pipeline.diffusers_export import export_diffusers
-
+        try:
+            from maskgit_pl.pipeline.diffusers_pipeline import export_diffusers
+        except ImportError as error:
+            raise ValueError(
+                f"--format diffusers must have the package diffusers, which cannot be imported ({error}); install it "
+                "with `pip install 'maskgit_pl[diffusers]'`"
+            ) from error
         export_diffusers(folder, out, replace=replace)
         print(f"{out}: load it with DiffusionPipeline.from_pretrained({str(out)!r}, trust_remote_code=True)")
         return
@@ -97,19 +99,16 @@ def push(
     from maskgit_pl.runs import pushing
 
     plan = pushing.plan_push(folder, repository, license=license_)
-    if dry_run:
-        _show(plan, private=private)
-    else:
+    if not dry_run:
         print(pushing.push(plan, private=private))
-
-
-def _show(plan: Push, *, private: bool) -> None:
-    """Prints the files with size and digest, then the card."""
+        return
+    rows: list[dict[str, Any]] = [
+        {"file": path, "bytes": file.stat().st_size, "sha256": sha256_of(file)} for path, file in plan.files.items()
+    ]
+    total = size_text(sum(row["bytes"] for row in rows) + len(plan.card.encode()))
     visibility = "private" if private else "public"
-    total = size_text(sum(each.num_bytes for each in plan.files))
-    print(f"{plan.hub_id} ({visibility}): {len(plan.files)} files, {total}; nothing is uploaded (--dry-run)\n")
-    rows = [{"file": each.path, "bytes": each.num_bytes, "sha256": each.sha256} for each in plan.files]
+    print(f"{repository} ({visibility}): {len(rows) + 1} files, {total}; nothing is uploaded (--dry-run)\n")
     print_rows(rows, as_json=False)
-    print()
+    print("\nCard:\n")
     for line in plan.card.splitlines():  # may be of somebody else: no control characters
         print(printable(line, limit=None))

@@ -136,14 +136,11 @@ def recipes_list(*, json: bool = False) -> None:
     for name in sorted({name for kind in _KINDS for name in recipe.list_recipes(kind)}):
         files = _recipe_files(name)
         is_own = bool(shipped) and any(file.is_relative_to(here) for file in files.values())
-        rows.append(
-            {
-                "recipe": name,
-                "of": ", ".join(files),
-                "from": "recipes/" if is_own else "maskgit_pl",
-                "description": _first_sentence([*files.values()][-1]),
-            }
-        )
+        comment = re.match(r"(?:#.*\w.*\n)*", [*files.values()][-1].read_text())  # which opens the file
+        words = re.sub(r"(?m)^#", "", comment[0] if comment else "").split()
+        sentence = re.split(r"(?<=\.) |:$", " ".join(words))[0]
+        origin = "recipes/" if is_own else "maskgit_pl"
+        rows.append({"recipe": name, "of": ", ".join(files), "from": origin, "description": sentence})
     print_rows(rows, as_json=json)
 
 
@@ -207,19 +204,9 @@ def _recipe_files(name: str) -> dict[str, Path]:
         FileNotFoundError: if there is none. The message lists the names and the closest one.
     """
     known = {kind: recipe.list_recipes(kind) for kind in _KINDS}
-    found: dict[str, Path] = {kind: files[name] for kind, files in known.items() if name in files}
-    if not found:
-        every = {each for files in known.values() for each in files}
-        raise FileNotFoundError(f"recipe {name!r}: no such recipe: {nearest(name, every)}")
-    return found
-
-
-def _first_sentence(file: Path) -> str:
-    """Returns the first sentence of the comment that opens a recipe."""
-    opening = re.match(r"(?:#.*\w.*\n)*", file.read_text())
-    assert opening is not None
-    words = re.sub(r"(?m)^#", "", opening[0]).split()
-    return re.split(r"(?<=\.) |:$", " ".join(words))[0]
+    if name not in set().union(*known.values()):
+        raise FileNotFoundError(f"recipe {name!r}: no such recipe: {nearest(name, set().union(*known.values()))}")
+    return {kind: files[name] for kind, files in known.items() if name in files}
 
 
 def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = False) -> None:
@@ -235,15 +222,12 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = Fa
         json: Print JSON, a list of objects, instead of the table.
     """
     kinds = REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]
-    print_rows([row for each in kinds for row in _plugin_rows(each)], as_json=json)
-
-
-def _plugin_rows(kind: str) -> list[dict[str, Any]]:
-    registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[kind]}"), kind)
-    return [
-        {"kind": kind, "name": name, "package": package, "description": registry.summary(name)}
-        for name, package in registry.origins().items()
-    ]
+    rows = []
+    for each in kinds:
+        registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[each]}"), each)
+        for name, package in registry.origins().items():
+            rows.append({"kind": each, "name": name, "package": package, "description": registry.summary(name)})
+    print_rows(rows, as_json=json)
 
 
 def env(*, json: bool = False) -> None:
@@ -300,9 +284,8 @@ def schedules(
     from maskgit_pl.schedules import mask_schedules
 
     check_integer("num_tokens", num_tokens, "[1, inf)")
-    if schedules is None:
-        shown = mask_schedules.build_all()
-    else:
+    shown = mask_schedules.build_all()
+    if schedules is not None:
         shown = {describe(spec): mask_schedules.build(spec) for spec in schedules}
     known = {
         name: count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
@@ -337,18 +320,11 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
 
     from maskgit_pl.cli import build_parser
 
-    parser = build_parser()
-    _complete_files(parser)
-    print(shtab.complete(parser, shell))
-
-
-def _complete_files(parser: argparse.ArgumentParser) -> None:
-    """Marks the arguments that are paths, in the parser and in those of its commands."""
-    import shtab
-
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for inner in action.choices.values():
-                _complete_files(inner)
-        elif action.type is Path:
-            action.complete = shtab.FILE  # type: ignore[attr-defined]  # read by shtab
+    parsers = [build_parser()]
+    for parser in parsers:  # the list grows by the parsers of commands
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif action.type is Path:
+                action.complete = shtab.FILE  # type: ignore[attr-defined]  # read by shtab
+    print(shtab.complete(parsers[0], shell))

@@ -115,7 +115,7 @@ def record_steps(
     """
     from rich.progress import Progress
 
-    from maskgit_pl.pipeline.decoding_figures import StepRecorder
+    from maskgit_pl.pipeline.display import StepRecorder
 
     record = StepRecorder()
     # The bar disappears at the end, so that only the names of the files stay on the terminal.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +14,7 @@ from maskgit_pl.cli.flags import Folder, ModelFlags, Run, make_folder
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
-from maskgit_pl.processes import launcher_rank, local_rank, progress_bars
+from maskgit_pl.processes import launcher_rank, local_rank, named_bars, progress_bars
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingConfig
@@ -32,17 +31,15 @@ _MAX_CLASSES = 10  # number of classes that ``--classes all`` shows in a picture
 
 @dataclass(frozen=True)
 class ManyImages:
-    """Many images in one .npz file, as evaluators read it. The same command resumes after a stop.
+    """Many images in one .npz file, as evaluators read it.
 
     Args:
         num_images: Number of images, spread evenly over the classes.
-        part_size: Images written to disk at a time.
         rank: Index of this process, from 0 (default: from torchrun or Slurm).
         world_size: Number of processes that share the work (default: from torchrun or Slurm).
     """
 
     num_images: int | None = None
-    part_size: int = 500
     rank: int | None = None
     world_size: int | None = None
 
@@ -119,7 +116,6 @@ def sample(
         classes=labels,
         seed=seed,
         negative_class=negative,
-        part_size=many_images.part_size,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
@@ -292,22 +288,20 @@ def _generate_many(
     make = generate_many if acceptance is None else partial(generate_accepted, acceptance=acceptance)
     assert isinstance(options.classes, list)
     count, classes = options.num_images, len(options.classes)
-    advance: list[Callable[[int], None]] = []  # set by on_start, which knows the number of images
+    own = -(-num_candidates(acceptance, count, classes) // options.world_size)  # images of this process
     make_folder(out.parent)
     lock = hold_lock(out, hint="give another --out", rank=options.rank)
-    with lock, progress_bars() as bars:
+    with lock, named_bars("images") as advance:
         result = make(
             pipe,
             out,
-            on_start=lambda total, found: advance.append(bars("sampling", total, done=found, unit="images")),
-            on_images=lambda count: advance[0](count),
+            on_images=lambda made: advance("sampling", made, own),
             decoding=decoding,
             **asdict(options),
         )
     if result.missing_parts:
         who = f"rank {options.rank} of {options.world_size}"
-        done = result.made + result.found
-        print(f"{out}: {who} finished its {done} images; other ranks have {result.missing_parts} parts left")
+        print(f"{out}: {who} has finished its images; {result.missing_parts} other ranks have not")
     elif result.made == 0:
         print(f"{out}: already complete with {count_text(count, 'image')}")
     else:

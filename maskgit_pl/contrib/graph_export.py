@@ -18,7 +18,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -38,7 +37,6 @@ from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.errors import printable
 from maskgit_pl.files import sha256_of, size_text, write_text
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
@@ -54,8 +52,11 @@ Call: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # of the format ``onnx``
 DESCRIPTION = "export.json"  # the file that describes the graphs of a folder
 _FORMAT, _VERSION = "maskgit_pl.graphs", 1
-# The second file of a graph in ONNX holds weights over 1 GB.
-_FILE_NAME = re.compile(r"(tokenizer-decoder|tokenizer-encoder|transformer)\.(onnx|onnx\.data|pt2)")
+_FILES = {
+    f"{graph}.{suffix}"
+    for graph in ("tokenizer-decoder", "tokenizer-encoder", "transformer")
+    for suffix in ("onnx", "onnx.data", "pt2")
+}
 _MOST_IN_ONE_FILE = 10**9  # bytes of weights
 _TRACED_BATCH = 2  # torch.export treats 0 and 1 as special
 _COMPARED_BATCHES = (1, 3)
@@ -96,9 +97,8 @@ def export_graphs(
             computes something else than ours.
     """
     _check_packages(kind)
-    check = partial(
-        check_new_folder, replace=replace, description=DESCRIPTION, entry=("format", _FORMAT), known=_listed_files
-    )
+    entry = ("format", _FORMAT)
+    check = partial(check_new_folder, replace=replace, description=DESCRIPTION, entry=entry, known=lambda _: _FILES)
     # The folder is locked and checked before the model is loaded.
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.
@@ -148,49 +148,36 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
     return largest
 
 
-def _listed_files(content: Mapping[str, Any]) -> set[str]:
-    """Returns the files of an export that ``export.json`` lists; it is untrusted, and a damaged one lists none."""
-    graphs = content.get("graphs")
-    entries = (
-        [each.get("files") for each in graphs.values() if isinstance(each, dict)] if isinstance(graphs, dict) else []
-    )
-    listed = {name for files in entries if isinstance(files, dict) for name in files}
-    return {name for name in listed if _FILE_NAME.fullmatch(name)}  # others are not ours to replace
-
-
 def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[tuple[str, dict[str, Any]]]:
     """Writes and compares the graphs, and yields the name and the description of each."""
     for graph in graphs:
+        file = folder / f"{graph.name}.{kind}"
         try:
-            yield graph.name, _write_and_compare(graph, folder, kind)
+            write_graph(graph, file, kind)
         except NotExportableError as error:
             if not graph.is_optional:
                 raise
             for part in folder.glob(f"{graph.name}.*"):
                 part.unlink()
             _log.warning("%s is left out: %s", graph.name, error)
-
-
-def _write_and_compare(graph: Graph, folder: Path, kind: Format) -> dict[str, Any]:
-    """Writes a graph, compares it, and describes its files, inputs and output."""
-    file = folder / f"{graph.name}.{kind}"
-    write_graph(graph, file, kind)
-    difference = compare_graph(graph, file, kind)
-    parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
-    num_bytes = sum(each.stat().st_size for each in parts)
-    _log.info(
-        "%s: %s, largest difference %.2g (tolerance %g)", file.name, size_text(num_bytes), difference, graph.tolerance
-    )
-    inputs = graph.draw(1, torch.Generator())
-    with torch.no_grad():
-        output = graph.module(*inputs.values())
-    return {
-        "files": {each.name: {"bytes": each.stat().st_size, "sha256": sha256_of(each)} for each in parts},
-        "inputs": {name: _describe_tensor(value) for name, value in inputs.items()},
-        "outputs": {graph.output: _describe_tensor(output)},
-        "largest_difference": difference,
-        "tolerance": graph.tolerance,
-    }
+            continue
+        difference = compare_graph(graph, file, kind)
+        parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
+        size = size_text(sum(each.stat().st_size for each in parts))
+        _log.info("%s: %s, largest difference %.2g (tolerance %g)", file.name, size, difference, graph.tolerance)
+        inputs = graph.draw(1, torch.Generator())
+        with torch.no_grad():
+            output = graph.module(*inputs.values())
+        yield (
+            graph.name,
+            {
+                "files": {each.name: {"bytes": each.stat().st_size, "sha256": sha256_of(each)} for each in parts},
+                "inputs": {name: _describe_tensor(value) for name, value in inputs.items()},
+                "outputs": {graph.output: _describe_tensor(output)},
+                "largest_difference": difference,
+                "tolerance": graph.tolerance,
+            },
+        )
 
 
 def _describe_tensor(value: Tensor) -> dict[str, Any]:
@@ -391,10 +378,7 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
 
     Raises:
         NotExportableError: if ``torch.export`` or the ONNX exporter cannot translate the network.
-        ValueError: if ONNX Runtime cannot open a file of this name.
     """
-    if kind == "onnx":
-        _utf8_path(file)
     with _quiet(), torch.no_grad():
         try:
             program = _trace(graph)
@@ -404,11 +388,6 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
             raise
         except Exception as error:  # the exporters raise many types
             raise NotExportableError(f"{graph.part} cannot be exported as {kind}: {_reason(error)}") from error
-
-
-def load_graph(graph: Graph, file: Path, kind: Format) -> Call:
-    """Loads a file that ``write_graph`` has just written, as a function of the graph's inputs by name."""
-    return _load_onnx(graph, file) if kind == "onnx" else _load_pt2(file)
 
 
 def _trace(graph: Graph) -> torch.export.ExportedProgram:
@@ -440,18 +419,6 @@ def _write_pt2(graph: Graph, program: torch.export.ExportedProgram, file: Path) 
             assert not name.endswith((".pkl", ".pickle")), f"{file}: {name} is a pickle"
 
 
-def _load_pt2(file: Path) -> Call:
-    with open(file, "rb") as stream:
-        module = torch.export.load(stream).module()
-
-    def call(inputs: Mapping[str, Tensor]) -> Tensor:
-        with torch.no_grad():
-            found: Tensor = module(*inputs.values())
-        return found
-
-    return call
-
-
 def _write_onnx(graph: Graph, program: torch.export.ExportedProgram, file: Path) -> None:
     names = list(graph.draw(1, torch.Generator()))
     exported = torch.onnx.export(program, dynamo=True, input_names=names, output_names=[graph.output], verbose=False)
@@ -464,30 +431,25 @@ def _write_onnx(graph: Graph, program: torch.export.ExportedProgram, file: Path)
     exported.save(file, external_data=num_bytes > _MOST_IN_ONE_FILE)
 
 
-def _load_onnx(graph: Graph, file: Path) -> Call:
+def load_graph(graph: Graph, file: Path, kind: Format) -> Call:
+    """Loads a file that ``write_graph`` has just written, as a function of the graph's inputs by name."""
+    if kind == "pt2":
+        with open(file, "rb") as stream:
+            module = torch.export.load(stream).module()
+        return torch.no_grad()(lambda inputs: module(*inputs.values()))
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    session = onnxruntime.InferenceSession(_utf8_path(file), options, providers=["CPUExecutionProvider"])
+    # ONNX Runtime takes UTF-8 in every locale.
+    name = os.fsencode(file).decode()
+    session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
-        (found,) = session.run([graph.output], {name: tensor.numpy() for name, tensor in inputs.items()})
+        (found,) = session.run([graph.output], {key: tensor.numpy() for key, tensor in inputs.items()})
         return torch.from_numpy(found)
 
     return call
-
-
-def _utf8_path(file: Path) -> str:
-    """Returns a path for ONNX Runtime, which takes UTF-8 in every locale.
-
-    Raises:
-        ValueError: if the path is not in UTF-8.
-    """
-    try:
-        return os.fsencode(file).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--out must be a path in UTF-8, got {printable(file)}; give another path") from error
 
 
 @contextmanager

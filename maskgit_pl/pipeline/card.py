@@ -19,7 +19,7 @@ from torch import nn
 
 from maskgit_pl.checks import pixels_text, shorten
 from maskgit_pl.errors import code_span, markdown, printable, python_string
-from maskgit_pl.files import parse_any_json, read_json, read_yaml, write_text
+from maskgit_pl.files import parse_any_json, read_yaml, write_text
 from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 __all__ = [
+    "PLACEHOLDER",
     "STAGES",
     "RunOrigin",
     "check_run",
-    "check_run_facts",
     "describe_folder",
-    "describe_run",
     "fingerprints",
     "model_card",
     "refresh_card",
@@ -42,6 +41,8 @@ __all__ = [
 ]
 
 STAGES = ("tokenizer", "transformer")
+PLACEHOLDER = "path/to/this/folder"
+"""The name of a model in the example of a card, if it has none."""
 # Keys of the recipe and of the environment that a card shows. The files of the run have all of them.
 _SETTINGS = (
     "trainer.max_steps",
@@ -98,18 +99,13 @@ def write_card(
     """
     folder = Path(folder)
     # Facts of a run come from the run itself, if there is one, else from the older config.json.
-    run = _run_of(folder) if run is None else Path(run)
-    known = known or {}
+    run, known = _run_of(folder) if run is None else Path(run), known or {}
     content = describe_folder(folder)
     content["license"] = license or known.get("license")
-    content["run"] = (
-        check_run_facts(known.get("run")) if run is None else describe_run(run, weights=content["fingerprints"])
-    )
-    for file, text in (
-        ("config.json", json.dumps(content, indent=2) + "\n"),
-        ("README.md", model_card(folder, content, name=name)),
-    ):
-        write_text(folder / file, text)
+    content["run"] = known.get("run") if run is None else _describe_run(run, weights=content["fingerprints"])
+    card = model_card(folder, content, name=name)
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
+    write_text(folder / "README.md", card)
     return content
 
 
@@ -121,9 +117,7 @@ def refresh_card(folder: Path) -> None:
     if _run_of(folder) is None:
         return
     try:
-        config = folder / "config.json"
-        written = read_json(config) if config.is_file() else {}
-        write_card(folder, license=written.get("license"))
+        write_card(folder, license=_json(folder / "config.json").get("license"))
     except Exception as error:
         _log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
 
@@ -144,11 +138,7 @@ class RunOrigin:
 
     @classmethod
     def of(cls, folder: Path, *, tuned: bool) -> RunOrigin:
-        """Reads the facts of a pretrained folder, which may have no ``config.json``.
-
-        Args:
-            folder: Pretrained folder.
-            tuned: True if the pipeline uses the settings of its ``decoding.json``.
+        """Reads the facts of a pretrained folder; ``tuned``: its ``decoding.json`` is used.
 
         Raises:
             ValueError: if a file has another format.
@@ -215,15 +205,12 @@ def describe_folder(folder: Path) -> dict[str, Any]:
     }
 
 
-def describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
+def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
     """Describes the training and the evaluation of a run, from those of its files that exist.
 
     Args:
         run: Run folder, ``runs/RUN``.
         weights: ``fingerprints`` of the pretrained folder. Metrics of other weights are left out.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
     """
     check_run(run)
     stages = {stage: _stage(run / stage) for stage in STAGES}
@@ -240,24 +227,6 @@ def check_run(run: Path) -> None:
         raise FileNotFoundError(f"run {run}: no such folder; name a run folder that training wrote, or leave it out")
 
 
-def check_run_facts(run: Any) -> Mapping[str, Any] | None:
-    """Checks the entry ``run`` of an older ``config.json`` and returns it.
-
-    Raises:
-        ValueError: if ``describe_run`` could not have written it.
-    """
-
-    def has(tree: Any, **kinds: type) -> bool:
-        return isinstance(tree, Mapping) and all(isinstance(tree.get(key), kind) for key, kind in kinds.items())
-
-    if run is None:
-        return None
-    good = has(run, name=str) and all(has(run.get(s), recipe=list, settings=dict, environment=dict) for s in STAGES)
-    if not good or (run.get("measured") is not None and not has(run["measured"], protocol=dict, figures=dict)):
-        raise ValueError(f"config.json: run must be an entry that save_pretrained wrote, got {shorten(run)}; delete it")
-    return {**run, "measured": run.get("measured")}
-
-
 def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
     """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
 
@@ -268,11 +237,18 @@ def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = N
         folder: Pretrained folder, which names the classes.
         content: Content of ``config.json``.
         name: See ``write_card``.
+
+    Raises:
+        ValueError: if ``run`` in the content, which may be of a stranger, has another form.
     """
     classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
-    return "\n".join(
-        [*_metadata(content), *_introduction(content, classes, name or "path/to/this/folder"), *_run(content)]
-    )
+    try:
+        return "\n".join([*_metadata(content), *_introduction(content, classes, name or PLACEHOLDER), *_run(content)])
+    except (AttributeError, KeyError, TypeError) as error:
+        run = shorten(content.get("run"))
+        raise ValueError(
+            f"config.json: run must be an entry that save_pretrained wrote, got {run}; delete it"
+        ) from error
 
 
 def _run_of(folder: Path) -> Path | None:
@@ -336,9 +312,9 @@ def _value(tree: Any, path: str) -> Any:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """Returns the mapping in a JSON file; an empty one if there is no file."""
-    content = parse_any_json(file.read_bytes(), str(file)) if file.is_file() else {}
-    return content if isinstance(content, dict) else {}
+    """Returns the content of a JSON file; an empty mapping if there is no file."""
+    content: dict[str, Any] = parse_any_json(file.read_bytes(), str(file)) if file.is_file() else {}
+    return content
 
 
 def _metadata(content: Mapping[str, Any]) -> list[str]:
@@ -354,9 +330,7 @@ def _metadata(content: Mapping[str, Any]) -> list[str]:
         model_name=(printable(run["name"]) or "MaskGIT") if results else None,
         eval_results=results or None,
     )
-    # A comment in the YAML is visible to the author of the model and ignored by the Hub.
-    missing = [] if known else ["# license: unknown; add the license of the weights and of their data"]
-    return ["---", *missing, data.to_yaml(), "---", ""]
+    return ["---", data.to_yaml(), "---", ""]
 
 
 def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:

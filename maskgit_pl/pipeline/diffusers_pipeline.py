@@ -7,9 +7,11 @@ diffusers.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
@@ -20,19 +22,34 @@ from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_number
+from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.card import RunOrigin
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, GenerateOptions, OutputType, Seeds, check_output_type, read_options
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding
-from maskgit_pl.pipeline.sharing import CLASSES, HubOptions, find_folder, write_diffusers_files
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
+from maskgit_pl.pipeline.sharing import (
+    CLASS_NAME,
+    CLASSES,
+    DIFFUSERS_FILES,
+    INDEX_FILE,
+    HubOptions,
+    find_folder,
+    write_diffusers_files,
+)
 
-__all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer"]
+__all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer", "export_diffusers"]
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
 _NAMES_HERE = {"num_steps": "num_inference_steps", "callback": "callback_on_step_end"}
 # Options of diffusers that would be ignored here, although they change what is loaded or where.
+_FILES = {
+    "README.md", "config.json", *DIFFUSERS_FILES,
+    *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
+}  # fmt: skip
+"""The files of a folder."""
+_log = logging.getLogger(__name__)
 _REFUSED = ("device_map", "quantization_config", "variant", "use_flashpack")
 
 
@@ -56,7 +73,10 @@ class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
             FileNotFoundError: if a file is missing.
             ValueError: if a file is damaged, or an option is not supported.
         """
-        _check_options(options)
+        for name in (name for name in _REFUSED if options.get(name)):
+            raise ValueError(
+                f"{name} must be left out, got {options[name]!r}; load the pipeline, then move it with pipe.to(device)"
+            )
         made = cls._read(Path(folder))
         made.network.to(dtype=torch_dtype)
         return made
@@ -66,21 +86,9 @@ class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
         """Reads the folder of a network of this class."""
         raise NotImplementedError
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:
-        """Refuses to write one network, because tokenizer and transformer belong together.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(f"{type(self).__name__} must be saved with its pipeline: pipe.save_pretrained(folder)")
-
 
 class MaskGITTokenizer(_Network):
-    """The tokenizer.
-
-    Args:
-        pretrained: The network and its image size.
-    """
+    """The tokenizer: its network and its image size."""
 
     def __init__(self, pretrained: PretrainedTokenizer) -> None:
         super().__init__()
@@ -93,12 +101,7 @@ class MaskGITTokenizer(_Network):
 
 
 class MaskGITTransformer(_Network):
-    """The transformer.
-
-    Args:
-        pretrained: The network, its classes and its decoding settings.
-        origin: Folder that the weights come from, for the model card.
-    """
+    """The transformer: its network, classes and decoding settings, and the folder that its weights come from."""
 
     def __init__(self, pretrained: PretrainedTransformer, *, origin: RunOrigin) -> None:
         super().__init__()
@@ -110,7 +113,7 @@ class MaskGITTransformer(_Network):
     def _read(cls, folder: Path) -> Self:
         pretrained = load_transformer(folder)
         return cls(
-            replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
+            dataclasses.replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
             origin=RunOrigin.of(folder.parent, tuned=False),
         )
 
@@ -186,9 +189,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             TypeError: if an option is unknown.
             ValueError: if a class is unknown, a number is out of range, or both ``seed`` and ``generator`` are given.
         """
-        for name, instead in _NAMES_HERE.items():
-            if name in options:
-                raise TypeError(f"option {name!r}: its name here is {instead!r}")
+        for name in _NAMES_HERE.keys() & options:
+            raise TypeError(f"option {name!r}: its name here is {_NAMES_HERE[name]!r}")
         check_output_type(output_type)
         maskgit = self.maskgit
         count = len(maskgit.class_ids(class_labels))
@@ -260,17 +262,44 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         return {"_class_name": cls.__name__, **{part: [__name__, name] for part, name in CLASSES.items()}}
 
 
-def _check_options(options: Mapping[str, Any]) -> None:
-    """Checks the options of diffusers that load a network.
+def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = False) -> None:
+    """Writes a model as a folder that ``DiffusionPipeline.from_pretrained`` loads.
+
+    1. Find and load the model.
+    2. Write the folder beside ``out``. The decoding settings of ``decoding.json`` become those of the transformer,
+       because diffusers does not download that file from the Hub.
+    3. Load the folder with diffusers, and compare two images with those of ``MaskGIT``.
+    4. Give the folder its name.
+
+    After an error there is no new folder, and an older one is unchanged.
+
+    Args:
+        model: Run, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
+        out: Folder to write.
+        replace: True replaces an earlier export in ``out``.
 
     Raises:
-        ValueError: if one is set that is not supported.
+        FileNotFoundError: if there is no such model.
+        FileExistsError: if ``out`` has files, and ``replace`` is False or not all are of an earlier export.
+        ValueError: if ``out`` cannot be replaced, a file is damaged, or the images differ.
     """
-    for name in _REFUSED:
-        if options.get(name):
-            raise ValueError(
-                f"{name} must be left out, got {options[name]!r}; load the pipeline, then move it with pipe.to(device)"
+    entry = ("_class_name", CLASS_NAME)
+    check = partial(check_new_folder, replace=replace, description=INDEX_FILE, entry=entry, known=lambda _: _FILES)
+    # The folder is locked and checked before the model is loaded.
+    with write_folder(Path(out), name="--out", check=check) as fresh:
+        # 1.
+        folder = find_folder(model)
+        if read_negative_model(folder / "decoding.json") is not None:
+            _log.warning(
+                "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )
+        pipe = MaskGITPipeline.from_pretrained(folder, low_cpu_mem_usage=False)
+        # 2.
+        pipe.save_pretrained(fresh)
+        # 3.
+        expected = MaskGIT.from_pretrained(folder, decoding=read_decoding(folder), pack_weights=False)
+        _compare_images(MaskGITPipeline.from_pretrained(fresh, low_cpu_mem_usage=False), expected)
+        # 4. On leaving the block.
 
 
 def _seeds(seed: Seeds | None, generator: torch.Generator | Sequence[torch.Generator] | None, count: int) -> Seeds:
@@ -290,3 +319,19 @@ def _seeds(seed: Seeds | None, generator: torch.Generator | Sequence[torch.Gener
         int(torch.randint(2**32, (), generator=each, device="cpu" if each is None else each.device))
         for each in generators
     ]
+
+
+def _compare_images(pipe: MaskGITPipeline, model: MaskGIT) -> None:
+    """Generates images of two classes with two seeds by both pipelines, and compares each pixel.
+
+    Raises:
+        ValueError: if a pixel differs.
+    """
+    classes, options = [0, len(model.class_names) - 1], dict[str, Any](seed=[0, 1], output_type="pt")
+    if condition_dim := model.transformer.network.config.condition_dim:
+        options["vectors"] = torch.randn(2, condition_dim, generator=torch.Generator().manual_seed(0))
+    pipe.set_progress_bar_config(disable=True)
+    found = pipe(classes, **options).images
+    if not torch.equal(found, model.generate(classes, **options).float() / 255):
+        raise ValueError("the images of the folder must be those of MaskGIT, but pixels differ; nothing was written")
+    _log.info("images of 2 classes are equal in diffusers and in MaskGIT")

@@ -1,12 +1,16 @@
-"""Objects that a notebook shows as pictures: generated images as a contact sheet, a decoding as an animation."""
+"""Pictures of a decoding: its steps are recorded, and shown as an animation or as a filmstrip, in notebooks too.
+
+``MaskGIT.record`` returns a ``Recording``. The web page draws its panels one by one.
+"""
 
 from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
+from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,18 +18,49 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.errors import printable
-from maskgit_pl.pipeline.decoding_figures import decoding_filmstrip, decoding_frames, number_windows, select_steps
-from maskgit_pl.pipeline.grids import image_grid, save_gif, save_png, to_pil
+from maskgit_pl.pipeline.grids import (
+    MASKED,
+    NEW,
+    PANEL_SIZE,
+    PAPER,
+    REMASKED,
+    REQUESTED,
+    add_legend,
+    add_title,
+    draw_color_bar,
+    draw_outline,
+    enlarge,
+    image_grid,
+    lay_out,
+    panel_scale,
+    save_gif,
+    save_png,
+    swatch,
+    to_pil,
+    viridis,
+)
 
-__all__ = ["ImageList", "Recording", "describe_settings"]
+__all__ = [
+    "ImageList",
+    "Recording",
+    "StepRecorder",
+    "confidence_panel",
+    "describe_settings",
+    "number_windows",
+    "select_steps",
+    "token_panel",
+    "undrawn_tokens",
+]
 
 _COLUMNS, _MOST_IMAGES = 8, 64  # of a contact sheet
+_MAX_COLUMNS, _MAX_FRAMES = 12, 64  # number of steps in a filmstrip and in an animation
+_WIDE = 2  # width / height from which a filmstrip has a row for each step
 _FRAME, _ANIMATION, _SHORTEST = 600, 9600, 40  # milliseconds: a frame, at most all frames together, at least a frame
 
 
@@ -40,6 +75,32 @@ class ImageList(list[Image.Image]):
         file = BytesIO()
         image_grid(images, columns=min(_COLUMNS, len(images))).save(file, format="PNG")
         return file.getvalue()
+
+
+class StepRecorder:
+    """A callback of ``MaskGIT.generate`` that keeps the decoding steps of the first images of the first batch.
+
+    Args:
+        max_images: Number of images whose steps are kept.
+
+    Attributes:
+        steps: Steps recorded so far.
+    """
+
+    def __init__(self, *, max_images: int = 4) -> None:
+        self.max_images = max_images
+        self.steps: list[DecodingStep] = []
+        self._batch_size: int | None = None
+
+    def __call__(self, step: DecodingStep) -> None:
+        self._batch_size = self._batch_size or len(step.tokens)
+        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another batch may
+        # have another size.
+        is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
+        if is_complete or len(step.tokens) != self._batch_size:
+            return
+        names = [each.name for each in fields(step) if each.name != "step"]
+        self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))
 
 
 @dataclass(frozen=True)
@@ -91,7 +152,8 @@ class Recording:
         Raises:
             ValueError: if there is no such step.
         """
-        self._check_steps()
+        if not self.steps:
+            raise ValueError("a recording must have at least one decoding step, got none; decode images first")
         check_integer("number", number, f"[0, {len(self.steps)})")
         step = self.steps[number]
         if id(step) not in self._decoded:
@@ -106,16 +168,9 @@ class Recording:
         Raises:
             ValueError: if the name of the file has another ending, or there are no steps.
         """
-        self._check_steps()
         path = Path(path)
         if path.suffix.lower() == ".gif":
-            captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
-            frames = decoding_frames(
-                **self._shown("animation"),
-                title=describe_settings(self.decoding),
-                num_steps=self.decoding.num_steps,
-                captions=captions,
-            )
+            frames = self.frames()
             # More frames are shown for a shorter time each, so that the animation stays under ten seconds.
             save_gif(frames, path, milliseconds=max(_SHORTEST, min(_FRAME, _ANIMATION // len(frames))))
         elif path.suffix.lower() == ".png":
@@ -123,24 +178,80 @@ class Recording:
         else:
             raise ValueError(f"path must end with .gif (animation) or .png (filmstrip), got {str(path)!r}")
 
+    def frames(self) -> list[Image.Image]:
+        """Draws a frame for each of at most 64 steps: above, the decided tokens; below, the image of all tokens.
+
+        In the upper row, masked tokens are grey, tokens kept at this step have an orange frame, tokens masked again
+        have a blue frame, and decided tokens show their part of the image. A legend says so.
+
+        Source: paper, Figure 2.
+        """
+        size, legend = self.token_pixels, self._legend("animation")
+        numbers, windows = select_steps(len(self.steps), "animation"), number_windows(self.steps)
+        captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
+        frames = []
+        for number in numbers:
+            step, images = self.steps[number], self.images_at(number)
+            above = [token_panel(step, row, image, size, requested=self.requested) for row, image in enumerate(images)]
+            below = [enlarge(image, panel_scale(images, PANEL_SIZE)) for image in images]
+            frame = lay_out([*above, *below], rows=2, columns=len(images), column_captions=captions)
+            counts = sorted(set(step.still_masked.sum(1).tolist()))
+            masked = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+            where = f"window {windows[number]}, " if windows[-1] > 1 else ""
+            text = f"step {step.step + 1}/{self.decoding.num_steps}, {masked} of {step.tokens.shape[1]} masked"
+            frame = add_title(frame, f"{where}{text}")
+            frames.append(add_title(add_legend(frame, legend), describe_settings(self.decoding)))
+        return frames
+
     def filmstrip(self, title: str | None = None) -> Image.Image:
-        """Draws at most 12 steps of the first image below a head line, which is ``self.title`` by default."""
-        return decoding_filmstrip(**self._shown("filmstrip"), title=self.title if title is None else title)
+        """Draws at most 12 steps of the first image, one in each column; of a wide image, one in each row.
 
-    def _shown(self, kind: Literal["animation", "filmstrip"]) -> dict[str, Any]:
-        """Returns the arguments of both figures: only the steps that they show are decoded."""
-        numbers, windows = select_steps(len(self.steps), kind), number_windows(self.steps)
-        return {
-            "steps": [self.steps[number] for number in numbers],
-            "images": [self.images_at(number) for number in numbers],
-            "windows": [windows[number] for number in numbers],
-            "token_size": self.token_pixels,
-            "requested": self.requested,
-        }
+        The four pictures of a step show, from above or from the left:
 
-    def _check_steps(self) -> None:
-        if not self.steps:
-            raise ValueError("a recording must have at least one decoding step, got none; decode images first")
+        1. The mask before the step, in grey.
+        2. Confidence, the probability of each code when it was last drawn, from dark (0) to bright (the highest value).
+           The legend has the color bar with its numbers.
+        3. Newly kept tokens in an orange frame, and tokens masked again in a blue frame.
+        4. The image of all tokens of the step.
+
+        Args:
+            title: Head line; None for ``self.title``.
+        """
+        size, requested = self.token_pixels, self.requested
+        numbers, windows = select_steps(len(self.steps), "filmstrip"), number_windows(self.steps)
+        steps, images = [self.steps[number] for number in numbers], [self.images_at(number)[0] for number in numbers]
+        undrawn = [undrawn_tokens(step, steps[0])[0] for step in steps]
+        # The highest confidence that was drawn is the brightest color. 1e-9 avoids a division by zero.
+        drawn = [step.was_masked[0] & ~hidden for step, hidden in zip(steps, undrawn, strict=True)]
+        top = max(1e-9, *(float((step.confidence[0] * own).max()) for step, own in zip(steps, drawn, strict=True)))
+        panels: dict[str, list[Image.Image]] = {"mask": [], "confidence": [], "newly kept": [], "image": []}
+        for step, image, hidden in zip(steps, images, undrawn, strict=True):
+            panels["mask"].append(_cells_panel(image, size, filled=step.was_masked[0], requested=requested))
+            panels["confidence"].append(confidence_panel(step.confidence[0] / top, image, size, undrawn=hidden))
+            panels["newly kept"].append(token_panel(step, 0, image, size, requested=requested))
+            panels["image"].append(enlarge(image, panel_scale(image, PANEL_SIZE)))
+        texts = [f"step {step.step + 1}: {int(step.still_masked[0].sum())} masked" for step in steps]
+        if windows[-1] > 1:
+            texts = [f"window {windows[number]}, step {self.steps[number].step + 1}" for number in numbers]
+        height, width = images[0].shape[-2:]
+        if width >= _WIDE * height:
+            tiles = [tile for step in zip(*panels.values(), strict=True) for tile in step]
+            page = lay_out(tiles, rows=len(steps), columns=4, row_captions=texts, column_captions=list(panels))
+        else:
+            tiles = [tile for kind in panels.values() for tile in kind]
+            page = lay_out(tiles, rows=4, columns=len(steps), row_captions=list(panels), column_captions=texts)
+        legend = [*self._legend("filmstrip"), (draw_color_bar(top), "confidence")]
+        if any(bool(hidden.any()) for hidden in undrawn):
+            legend.append((swatch(frame=MASKED), "no confidence: given, or not drawn yet"))
+        return add_title(add_legend(page, legend), self.title if title is None else title)
+
+    def _legend(self, kind: Literal["animation", "filmstrip"]) -> list[tuple[Image.Image, str]]:
+        """Returns the entries of the legend; what does not occur in the shown steps has none."""
+        entries = [(swatch(fill=MASKED), "masked tokens"), (swatch(frame=NEW), "newly kept")]
+        shown = [self.steps[number] for number in select_steps(len(self.steps), kind)]
+        if any(bool((step.still_masked & ~step.was_masked).any()) for step in shown):
+            entries.append((swatch(frame=REMASKED), "masked again"))
+        return entries if self.requested is None else [*entries, (swatch(frame=REQUESTED), "requested pixels")]
 
     def __repr__(self) -> str:
         return f"Recording({len(self.steps)} steps of {', '.join(map(printable, self.captions))})"
@@ -154,7 +265,7 @@ class Recording:
 
 def describe_settings(decoding: DecodingConfig) -> str:
     """Returns the number of steps and the token selector with its arguments, for head lines of pictures."""
-    steps = f"{decoding.num_steps} step{'s' if decoding.num_steps != 1 else ''}"
+    steps = count_text(decoding.num_steps, "step")
     if decoding.token_selector is None:
         return f"{steps}, one token each, in raster order"
     spec = {"name": decoding.token_selector} if isinstance(decoding.token_selector, str) else decoding.token_selector
@@ -164,3 +275,109 @@ def describe_settings(decoding: DecodingConfig) -> str:
         if name != "name"
     )
     return f"{steps}, token selector {spec['name']}{f' ({arguments})' if arguments else ''}"
+
+
+def select_steps(count: int, kind: Literal["animation", "filmstrip"]) -> list[int]:
+    """Returns the steps of range(count) that a picture shows, evenly spread with the first and the last."""
+    most = _MAX_FRAMES if kind == "animation" else _MAX_COLUMNS
+    if count <= most:
+        return list(range(count))
+    # Rounding keeps 0 and count - 1 exactly.
+    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+
+
+def number_windows(steps: Sequence[DecodingStep]) -> list[int]:
+    """Returns the number of the window of each step, from 1; a window of a canvas begins where step numbers restart."""
+    restarts = [False, *(after.step <= before.step for before, after in pairwise(steps))]
+    return [1 + count for count in accumulate(restarts[: len(steps)])]
+
+
+def token_panel(
+    step: DecodingStep,
+    row: int,
+    image: Tensor,
+    token_size: int,
+    *,
+    size: int = PANEL_SIZE,
+    requested: Tensor | None = None,
+) -> Image.Image:
+    """Draws an image with masked tokens in grey, and tokens just kept or masked again in a frame.
+
+    Args:
+        step: Decoding step of n images.
+        row: Index of the image in [0, n).
+        image: Decoded tokens of the step, (C, H, W) uint8.
+        token_size: Height and width of a token in pixels.
+        size: Smallest length of the longer edge of the picture in pixels, and twice that of the shorter edge.
+        requested: (H, W) bool, the pixels that the user of an edit named, which get an outline; None for no edit.
+    """
+    was, still = step.was_masked[row], step.still_masked[row]
+    framed = {NEW: was & ~still, REMASKED: still & ~was}
+    return _cells_panel(image, token_size, filled=still, framed=framed, size=size, requested=requested)
+
+
+def confidence_panel(
+    values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor, size: int = PANEL_SIZE
+) -> Image.Image:
+    """Draws values of the tokens as colors of viridis, from dark (0) to bright (1), as large as the image.
+
+    Args:
+        values: (N,) float; those above 1 are as bright as 1.
+        image: (C, H, W) uint8, which gives the size.
+        token_size: Height and width of a token in pixels.
+        undrawn: (N,) bool, the tokens that are white. See ``undrawn_tokens``.
+        size: See ``token_panel``.
+    """
+    scale, colors = panel_scale(image, size), viridis(values.tolist())
+    panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
+    draw, boxes = ImageDraw.Draw(panel), _boxes(image.shape[-2:], token_size, scale)
+    for box, color, is_undrawn in zip(boxes, colors, undrawn.tolist(), strict=True):
+        draw.rectangle(box, PAPER if is_undrawn else color, MASKED if is_undrawn else None)
+    return panel
+
+
+def undrawn_tokens(step: DecodingStep, first: DecodingStep) -> Tensor:
+    """Returns the tokens without a confidence, (n, N) bool: given ones, and those of windows that are still to come.
+
+    Args:
+        step: A step of n images.
+        first: The first step of the same images.
+    """
+    return (step.confidence >= 1) & (step.still_masked | ~first.was_masked)
+
+
+def _cells_panel(
+    image: Tensor,
+    token_size: int,
+    *,
+    filled: Tensor,
+    framed: Mapping[tuple[int, int, int], Tensor] | None = None,
+    size: int = PANEL_SIZE,
+    requested: Tensor | None = None,
+) -> Image.Image:
+    """Draws an image (C, H, W) uint8 with tokens filled in grey or framed in a color, each given as (N,) bool."""
+    scale = panel_scale(image, size)
+    panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], token_size, scale)
+    draw = ImageDraw.Draw(panel)
+    for box, masked in zip(boxes, filled.tolist(), strict=True):
+        if masked:
+            draw.rectangle(box, fill=MASKED, outline=PAPER)
+    # Frames are drawn last, so that no fill covers them.
+    for color, tokens in (framed or {}).items():
+        for box, wanted in zip(boxes, tokens.tolist(), strict=True):
+            if wanted:
+                draw.rectangle(box, outline=color, width=2)
+    return panel if requested is None else draw_outline(panel, requested, REQUESTED)
+
+
+def _boxes(size: Sequence[int], token_size: int, scale: int) -> list[tuple[int, int, int, int]]:
+    """Returns (left, top, right, bottom), all inclusive, of each token in an image (H, W) enlarged by ``scale``.
+
+    The tokens are in raster order. Those in the last row and column may reach beyond the image.
+    """
+    (rows, columns), side = (math.ceil(pixels / token_size) for pixels in size), token_size * scale
+    return [
+        (column * side, row * side, (column + 1) * side - 1, (row + 1) * side - 1)
+        for row in range(rows)
+        for column in range(columns)
+    ]

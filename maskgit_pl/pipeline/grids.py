@@ -1,14 +1,15 @@
 """Draws pages of images with captions, head lines and legends, and writes PNG and GIF files.
 
-All pictures of this folder use its parts of a page: tiles with captions, head lines, legends and color bars.
+ASCII texts are drawn in Pillow's own font, and others in DejaVu Sans of matplotlib, which has
+accents, Greek and Cyrillic, among others, and no Chinese, Japanese or Korean.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,10 +18,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, height_width, image_file_name
-from maskgit_pl.data.images import decode_image, fit_image
-from maskgit_pl.data.manifest import ImageRange
-from maskgit_pl.data.stats import DataStatistics, images_of_classes
+from maskgit_pl.checks import image_file_name
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_atomically
 
@@ -35,7 +33,6 @@ __all__ = [
     "add_legend",
     "add_title",
     "draw_color_bar",
-    "draw_contact_sheet",
     "draw_mask",
     "draw_outline",
     "edit_sheet",
@@ -62,11 +59,9 @@ PAPER, _INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 1
 REQUESTED = (0, 158, 115)
 _GAP, _MARGIN, _FONT_SIZE = 4, 8, 14  # pixels
 _NARROWEST = 420  # pixels: a head line or a legend widens a narrower picture to it
+_Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter in a Pillow without FreeType
 _BAR = (160, 12)  # width and height of a color bar in pixels
 _LINE = 2  # pixels of an outline
-# Of a contact sheet: classes, images of each class, largest height and width of an image in pixels.
-_MOST_ROWS, _COLUMNS, _SIDE = 40, 8, 84
-_LONGEST_CAPTION = 32  # characters of the name of a class
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -105,8 +100,8 @@ def lay_out(
     column_captions: Sequence[str] = (),
 ) -> Image.Image:
     """Lays out tiles of the same size in raster order, with captions on the left and above."""
-    font = ImageFont.load_default(_FONT_SIZE)
     row_captions, column_captions = (list(map(printable, texts)) for texts in (row_captions, column_captions))
+    font = _font([*row_captions, *column_captions])
     width, height = tiles[0].size
     # The longest caption sets the left margin.
     left = _MARGIN + math.ceil(max((font.getlength(text) + _MARGIN for text in row_captions), default=0))
@@ -128,8 +123,7 @@ def lay_out(
 
 def add_title(picture: Image.Image, title: str) -> Image.Image:
     """Returns a picture with a head line above it. A long one is wrapped; a narrow picture is widened to 420 pixels."""
-    font = ImageFont.load_default(_FONT_SIZE)
-    width, line = max(picture.width, _NARROWEST), _FONT_SIZE + _MARGIN
+    font, width, line = _font([title]), max(picture.width, _NARROWEST), _FONT_SIZE + _MARGIN
     lines = list(_wrap(printable(title, limit=None), width - 2 * _MARGIN, font))
     page = Image.new("RGB", (width, picture.height + len(lines) * line), PAPER)
     page.paste(picture, (0, len(lines) * line))
@@ -146,7 +140,7 @@ def add_legend(picture: Image.Image, entries: Sequence[tuple[Image.Image, str]])
         picture: The picture. A narrow one is widened to 420 pixels.
         entries: A small picture, from ``swatch`` or ``draw_color_bar``, and its meaning, each.
     """
-    font = ImageFont.load_default(_FONT_SIZE)
+    font = _font(text for _, text in entries)
     width, line = max(picture.width, _NARROWEST), max(sample.height for sample, _ in entries) + _MARGIN
     places, left, top = [], _MARGIN, picture.height
     for sample, text in entries:
@@ -226,13 +220,9 @@ def image_grid(
         row_captions: Text left of each row; empty for none.
         column_captions: Text above each column; empty for none.
         scale: Factor of the enlargement, at least 1; None enlarges small images to about 84 px.
-
-    Raises:
-        ValueError: if there are no images, fewer than one column, or more captions than rows or columns.
     """
-    rows = _count_rows(images, columns, row_captions, column_captions)
     scale = scale_to(images, TILE_SIZE) if scale is None else scale
-    tiles = [enlarge(image, scale) for image in images]
+    tiles, rows = [enlarge(image, scale) for image in images], math.ceil(len(images) / columns)
     return lay_out(tiles, rows=rows, columns=columns, row_captions=row_captions, column_captions=column_captions)
 
 
@@ -283,30 +273,6 @@ def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> 
     return draw_outline(enlarge(masked, scale), mask, REQUESTED)
 
 
-def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
-    """Draws a row of images for each class, or for 40 evenly spread classes if there are more.
-
-    Args:
-        statistics: Statistics of the data folder.
-        out: PNG file to write.
-    """
-    summary = statistics.summary
-    size = _tile_size(summary.images)
-    # With many classes, the shown ones are evenly spread over the indices.
-    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
-    # Classes with fewer images than columns end with white tiles.
-    paper = torch.full((summary.channels, *height_width(size)), 255, dtype=torch.uint8)
-    tiles = []
-    for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
-        row = [
-            fit_image(decode_image(data, channels=summary.channels, name=name), image_size=size, crop=None)
-            for data, name in files
-        ]
-        tiles += row + [paper] * (_COLUMNS - len(row))
-    captions = [_caption(summary.classes[label]) for label in shown]
-    save_png(image_grid(torch.stack(tiles), columns=_COLUMNS, row_captions=captions), out)
-
-
 def save_png(picture: Image.Image, path: Path) -> None:
     """Writes a PNG file atomically, and makes the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -345,7 +311,16 @@ def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 6
         first.save(file, format="GIF", save_all=True, append_images=rest, duration=durations, loop=0, disposal=1)
 
 
-def _wrap(text: str, width: int, font: Any) -> Iterator[str]:
+def _font(texts: Iterable[str]) -> _Font:
+    """Returns the font in which all texts of a part of a page are drawn."""
+    if all(map(str.isascii, texts)):
+        return ImageFont.load_default(_FONT_SIZE)
+    import matplotlib
+
+    return ImageFont.truetype(f"{matplotlib.get_data_path()}/fonts/ttf/DejaVuSans.ttf", _FONT_SIZE)
+
+
+def _wrap(text: str, width: int, font: _Font) -> Iterator[str]:
     """Yields the lines of a text: as many words in each as ``width`` pixels hold, and at least one."""
     line = ""
     for word in text.split(" "):
@@ -357,35 +332,10 @@ def _wrap(text: str, width: int, font: Any) -> Iterator[str]:
     yield _shorten(line, width, font)
 
 
-def _shorten(text: str, width: int, font: Any) -> str:
+def _shorten(text: str, width: int, font: _Font) -> str:
     """Returns a text, shortened with an ellipsis if it is wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text + "…"
-
-
-def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], column_captions: Sequence[str]) -> int:
-    if images.ndim != 4 or images.dtype != torch.uint8 or len(images) == 0:
-        raise ValueError(f"images must be (n, C, H, W) uint8 with n >= 1, got {tuple(images.shape)} {images.dtype}")
-    if columns < 1:
-        raise ValueError(f"columns must be >= 1, got {columns}")
-    rows = math.ceil(len(images) / columns)
-    for name, captions, most in (("row", row_captions, rows), ("column", column_captions, columns)):
-        if len(captions) > most:
-            raise ValueError(f"{name}_captions must be at most {most}, one per {name}, got {len(captions)}")
-    return rows
-
-
-def _tile_size(images: ImageRange) -> ImageSize:
-    """Returns the size of all tiles: the shape of the images, if all have the same, else a square of at most 84 px."""
-    (height, highest), (width, widest) = images.height, images.width
-    if (height, width) == (highest, widest):
-        scale = min(1.0, _SIDE / max(height, width))
-        return max(1, round(scale * height)), max(1, round(scale * width))
-    return _SIDE if min(highest, widest) > _SIDE else min(_SIDE, height, width)
-
-
-def _caption(name: str) -> str:
-    return name if len(name) <= _LONGEST_CAPTION else f"{name[: _LONGEST_CAPTION - 1]}…"

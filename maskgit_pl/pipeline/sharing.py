@@ -1,13 +1,11 @@
 """Finds a pretrained folder on this machine, in the package or on the Hugging Face Hub. Imports no torch.
 
-``ModelHubMixin`` does not fit: it writes the arguments of ``__init__`` to a ``config.json`` of its own, and the
-arguments of a pipeline are networks. ``snapshot_download`` is enough; ``runs.pushing`` uploads. Downloaded files are
-read as data and never executed.
+Downloaded files are read as data and never executed.
 
-Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers.
-``model_index.json`` names the classes and their file. From the Hub, diffusers loads only classes whose file is in the
-folder of their network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_pipeline``.
-``diffusers_pipeline`` writes them, and ``maskgit push`` sends no other code.
+Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers. The first
+names the classes and their file. From the Hub, diffusers loads only classes whose file is in the folder of their
+network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_pipeline``, and
+``maskgit push`` sends no other code.
 """
 
 from __future__ import annotations
@@ -27,11 +25,10 @@ __all__ = [
     "CLASS_NAME",
     "DIFFUSERS_FILES",
     "FILES",
-    "INDEX",
+    "INDEX_FILE",
     "HubOptions",
     "bundled_models",
     "check_diffusers_files",
-    "check_hub_id",
     "check_token",
     "find_folder",
     "find_transformer",
@@ -50,23 +47,24 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN = re.compile(r"[!-~]+")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
-INDEX = "model_index.json"
-_FILES_OF_CODE = ("pipeline.py", "tokenizer/pipeline.py", "transformer/pipeline.py")
-DIFFUSERS_FILES = (INDEX, *_FILES_OF_CODE)
-"""The files that a pretrained folder does not have otherwise."""
 CLASSES = {"tokenizer": "MaskGITTokenizer", "transformer": "MaskGITTransformer"}
 """The class of each network."""
 CLASS_NAME = ["pipeline", "MaskGITPipeline"]
 """The entry ``_class_name`` of ``model_index.json``: the file without its suffix, and the class in it."""
+INDEX_FILE = "model_index.json"
 _INDEX = {"_class_name": CLASS_NAME, **{part: ["pipeline", name] for part, name in CLASSES.items()}}
+_FILES_OF_CODE = ("pipeline.py", "tokenizer/pipeline.py", "transformer/pipeline.py")
+DIFFUSERS_FILES = (INDEX_FILE, *_FILES_OF_CODE)
+"""The files that a pretrained folder does not have otherwise."""
+_NAMES = (CLASS_NAME[1], *CLASSES.values())
 _CODE = f'''"""The classes of this folder. Their code is in a package: pip install 'maskgit_pl[diffusers]'."""
 
 try:
-    from maskgit_pl.pipeline.diffusers_pipeline import {", ".join((CLASS_NAME[1], *CLASSES.values()))}
+    from maskgit_pl.pipeline.diffusers_pipeline import {", ".join(_NAMES)}
 except ImportError as error:
     raise ImportError("this pipeline requires maskgit_pl; run pip install 'maskgit_pl[diffusers]'") from error
 
-__all__ = {json.dumps([CLASS_NAME[1], *CLASSES.values()])}
+__all__ = {json.dumps(_NAMES)}
 '''
 _CARD = "README.md"
 _EXAMPLE = """
@@ -176,16 +174,6 @@ def bundled_models() -> dict[str, Path]:
     return {config.parents[1].name: config.parents[1] for config in sorted(_FOLDER.glob("*/transformer/config.json"))}
 
 
-def check_hub_id(text: str) -> None:
-    """Checks the name of a repository before weights are written.
-
-    Raises:
-        ValueError: if it is not ``owner/name``.
-    """
-    if _HUB_ID.fullmatch(text) is None:
-        raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {text}")
-
-
 def check_token(hub_id: str, *, token: str | bool | None = None) -> None:
     """Checks that the access token can stand in a header of HTTP, without showing it.
 
@@ -210,7 +198,8 @@ def write_diffusers_files(folder: Path) -> None:
     """Adds ``model_index.json`` and ``pipeline.py`` to a pretrained folder, and an example to its card."""
     for path in _FILES_OF_CODE:
         write_text(folder / path, _CODE)
-    write_text(folder / INDEX, json.dumps({**_INDEX, "_diffusers_version": version("diffusers")}, indent=2) + "\n")
+    index = {**_INDEX, "_diffusers_version": version("diffusers")}
+    write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
     write_text(folder / _CARD, (folder / _CARD).read_text(encoding="utf-8") + _EXAMPLE)
 
 
@@ -221,7 +210,7 @@ def check_diffusers_files(folder: Path) -> None:
         ValueError: if one differs, and could run other code.
     """
     for file in (folder / path for path in DIFFUSERS_FILES if (folder / path).is_file()):
-        if file.name == INDEX:
+        if file.name == INDEX_FILE:
             is_ours = {**read_json(file), "_diffusers_version": ""} == {**_INDEX, "_diffusers_version": ""}
         else:
             is_ours = file.read_bytes() == _CODE.encode()
@@ -247,28 +236,25 @@ def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
 
     if not hub.get("local_files_only"):
         check_token(hub_id, token=hub.get("token"))
-    advice = "or name a folder, such as runs/RUN/pretrained"
     try:
         folder = snapshot_download(hub_id, **hub, allow_patterns=list(FILES))
-    except LocalEntryNotFoundError as error:
-        raise FileNotFoundError(
-            f"hub {hub_id}: no such folder, not in the cache, and the Hub cannot be reached or is switched off; "
-            f"download it once with a connection, {advice}"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise FileNotFoundError(f"hub {hub_id}: no revision {hub.get('revision')!r}; leave it out, {advice}") from error
-    except RepositoryNotFoundError as error:  # also a private or gated one
-        raise FileNotFoundError(
-            f"hub {hub_id}: no such folder, and no such repository with read access; check the name, give token= for a "
-            f"repository that is not public, {advice}"
-        ) from error
-    except (HfHubHTTPError, HFValidationError) as error:
-        raise FileNotFoundError(f"hub {hub_id}: {' '.join(str(error).split())}; try again, {advice}") from error
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        reasons = {
+            LocalEntryNotFoundError: "no such folder, not in the cache, and the Hub cannot be reached or is switched "
+            "off; download it once with a connection",
+            RevisionNotFoundError: f"no revision {hub.get('revision')!r}; leave it out",
+            # Also if it is private or gated.
+            RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, give "
+            "token= for a repository that is not public",
+        }
+        other = f"{' '.join(str(error).split())}; try again"
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), other)
+        raise FileNotFoundError(f"hub {hub_id}: {reason}, or name a folder, such as runs/RUN/pretrained") from error
     # A repository of another kind downloads without an error.
     missing = [file for file in _READ if not (Path(folder) / file).is_file()]
     if missing:
         raise ValueError(
-            f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; {advice[3:]}"
+            f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; name a folder"
         )
     return Path(folder)
 

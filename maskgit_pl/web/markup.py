@@ -14,7 +14,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from maskgit_pl.errors import printable
-from maskgit_pl.pipeline.decoding_figures import confidence_panel, number_windows, token_panel, undrawn_tokens
+from maskgit_pl.pipeline.display import confidence_panel, number_windows, token_panel, undrawn_tokens
 from maskgit_pl.pipeline.grids import enlarge, panel_scale, to_pil, viridis
 
 if TYPE_CHECKING:

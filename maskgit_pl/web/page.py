@@ -13,8 +13,7 @@ from typing import Any
 
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.figures import draw_schedules
-from maskgit_pl.pipeline.decoding_figures import select_steps
-from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.display import Recording, select_steps
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.web.form import (
     MODEL,

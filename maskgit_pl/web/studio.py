@@ -14,8 +14,7 @@ from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any, Literal
 
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig
-from maskgit_pl.pipeline.decoding_figures import StepRecorder
-from maskgit_pl.pipeline.display import Recording
+from maskgit_pl.pipeline.display import Recording, StepRecorder
 from maskgit_pl.pipeline.grids import save_png, to_pil
 from maskgit_pl.pipeline.regions import Margins, check_canvas
 from maskgit_pl.schedules import mask_schedules

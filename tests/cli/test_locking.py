@@ -45,7 +45,7 @@ def test_a_token_store_that_is_made_by_the_same_rank(tiny_shards, tiny_pretraine
 
 
 def test_a_file_of_images_that_is_made_by_the_same_rank(tiny_pretrained, tmp_path, capsys):
-    words = ["sample", str(tiny_pretrained), "--num-images=4", "--part-size=2", f"--out={tmp_path / 'many.npz'}"]
+    words = ["sample", str(tiny_pretrained), "--num-images=4", f"--out={tmp_path / 'many.npz'}"]
     with holder(tmp_path / "many.npz", rank=1):
         assert main([*words, "--rank=0", "--world-size=2"]) == 0
     is_refused([*words, "--rank=1", "--world-size=2"], tmp_path / "many.npz", capsys, rank=1)

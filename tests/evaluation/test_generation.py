@@ -26,7 +26,7 @@ from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import generate_many
 from tests.conftest import CLASSES
 
-OPTIONS = {"num_images": 6, "part_size": 4, "batch_size": 3, "seed": 5}
+OPTIONS = {"num_images": 6, "batch_size": 3, "seed": 5}
 
 
 @pytest.fixture(scope="module")

@@ -123,9 +123,9 @@ def test_in_bfloat16_it_generates_too(tiny_autoregressive) -> None:
 
 def test_images_by_thousands_are_those_of_generate(pipe, tmp_path) -> None:
     file = tmp_path / "samples.npz"
-    assert generate_many(pipe, file, num_images=7, part_size=3, batch_size=2, seed=5).made == 7
+    assert generate_many(pipe, file, num_images=7, batch_size=2, seed=5).made == 7
     with np.load(file) as arrays:
         made, labels = arrays["arr_0"], arrays["arr_1"]
     expected = pipe.generate(labels.tolist(), seed=5, output_type="np")
     assert np.abs(made[..., :1].astype(int) - expected.astype(int)).max() <= 1  # rounding to bytes
-    assert generate_many(pipe, file, num_images=7, part_size=3, seed=5).made == 0
+    assert generate_many(pipe, file, num_images=7, seed=5).made == 0

@@ -284,14 +284,10 @@ def test_figures_of_a_strangers_run_and_data_are_listed_under_their_printed_name
 
 
 @pytest.mark.parametrize(
-    "run",
-    ["x", [], 3, {}, {"name": "x"}, {"name": 3}, {"name": "x", "tokenizer": {}, "transformer": {}}, {"measured": {}}],
-    ids=str,
+    "run", ["x", 3, [1], {"name": "x"}, {"name": "x", "tokenizer": {}, "transformer": {}}], ids=str
 )
 def test_facts_of_another_form_are_refused(shared: tuple[Path, dict], run: object) -> None:
     folder, facts = shared
-    with pytest.raises(ValueError, match=r"config.json: run must be an entry that save_pretrained wrote, got"):
-        write_card(folder, known={"run": run})
-    if isinstance(run, dict):
-        with pytest.raises(ValueError, match=r"config.json: run must be"):
-            write_card(folder, known={"run": {**facts, "measured": {"protocol": 3}, **run}})
+    for known in (run, {**facts, "measured": {"protocol": 3}}):
+        with pytest.raises(ValueError, match=r"config.json: run must be an entry that save_pretrained wrote, got"):
+            write_card(folder, known={"run": known})

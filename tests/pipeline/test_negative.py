@@ -278,17 +278,17 @@ def test_a_cast_pipeline_keeps_its_negative_model(tiny_pretrained, weaker):
 
 def test_many_images_are_not_mixed_with_those_of_another_negative_model(pipe, tiny_pretrained, weaker, tmp_path):
     file = tmp_path / "made.npz"
-    generate_many(pipe, file, num_images=6, part_size=3)
+    generate_many(pipe, file, num_images=6)
     guided = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
     with pytest.raises(ValueError, match="negative_model None -> "):
-        generate_many(guided, file, num_images=6, part_size=3)
+        generate_many(guided, file, num_images=6)
     other = tmp_path / "other.npz"
-    generate_many(guided, other, num_images=6, part_size=3)
+    generate_many(guided, other, num_images=6)
     with np.load(file) as first, np.load(other) as second:
         assert (first["arr_0"] != second["arr_0"]).any()
     # Without guidance the negative model changes nothing, and is not part of the plan.
-    generate_many(guided, tmp_path / "plain.npz", num_images=6, part_size=3, guidance_scale=0)
-    assert generate_many(pipe, tmp_path / "plain.npz", num_images=6, part_size=3, guidance_scale=0).made == 0
+    generate_many(guided, tmp_path / "plain.npz", num_images=6, guidance_scale=0)
+    assert generate_many(pipe, tmp_path / "plain.npz", num_images=6, guidance_scale=0).made == 0
 
 
 def train(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
