@@ -460,7 +460,7 @@ def _add_editor(pipe: MaskGIT) -> Any:
     height, width = height_width(pipe.outline.image_size)
     scale = scale_to(torch.empty(height, width), _CANVAS)
     return gr.ImageEditor(
-        label="Paint over the part to generate", sources=(), transforms=(), layers=False, type="pil", format="png",
+        label="Paint here", sources=(), transforms=(), layers=False, type="pil", format="png",
         image_mode="RGBA", canvas_size=(width * scale, height * scale), fixed_canvas=True,
         height=f"min({height * scale + 100}px, 115vw)",  # the picture and the toolbar above it
         brush=gr.Brush(default_size=max(16, width * scale // 12), colors=[_BRUSH], color_mode="fixed"),
