@@ -131,7 +131,7 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
 
-web: $(WEB_STAMP) ## Show a page in the browser: generate, compare, edit with a brush; RUN=name for your own model, else the demo's
+web: $(WEB_STAMP) ## Show a page in the browser: generate, edit with a brush; RUN=name for your own model, else the demo's
 	@$(BIN)/maskgit web $(if $(filter file,$(origin RUN)),,"runs/$(RUN)") $(ARGS)
 
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures

@@ -1,4 +1,4 @@
-"""``maskgit web``: shows a page in the browser that generates, compares and edits."""
+"""``maskgit web``: shows a page in the browser that generates and edits."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ def web(
     port: int = 7860,
     device: Device | None = None,
 ) -> None:
-    """Shows a page in the browser that generates, compares and edits.
+    """Shows a page in the browser that generates and edits.
 
-    The page generates an image step by step, compares settings, edits with a brush, and shows the mask schedules.
-    Ctrl-C ends it. Requires the extra web: pip install 'maskgit_pl[web]'.
+    The page generates images step by step, compares settings, and edits with a brush. Ctrl-C ends it. Requires the
+    extra web: pip install 'maskgit_pl[web]'.
 
     Example: maskgit web runs/fashion-mnist-adaln --port 7861
 
     Args:
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or a model in the package.
         host: Address that the page is bound to; others than 127.0.0.1 let other machines use it, without a password.
+            0.0.0.0 and :: are all addresses of this machine.
         port: Port of the page.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
     """

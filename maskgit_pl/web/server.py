@@ -1,4 +1,4 @@
-"""The server of the page: bound to one address, with a temporary folder that is removed at the end."""
+"""The server of the page: an address, a guard in front of gradio, and a temporary folder, removed at the end."""
 
 from __future__ import annotations
 
@@ -9,23 +9,34 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeAlias
+from urllib.parse import urlsplit
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
+from maskgit_pl.files import size_text
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.web.regions import MAX_UPLOAD_BYTES, MAX_UPLOAD_PIXELS
 
-__all__ = ["check_port", "serve"]
+__all__ = ["MAX_UPLOAD_BYTES", "Guard", "names_of", "open_socket", "serve"]
 
+Message: TypeAlias = MutableMapping[str, Any]
+Send: TypeAlias = Callable[[Message], Awaitable[None]]
+App: TypeAlias = Callable[[Message, Any, Send], Awaitable[None]]
+
+MAX_UPLOAD_BYTES = 16 * 2**20
+_MAX_REQUEST_BYTES = 2**20  # of other requests
+_MAX_FOLDER_BYTES = 512 * 2**20
+_MULTIPART_BYTES = 2**16  # of an upload besides the file
+_MAX_PIXELS = 64_000_000  # of a picture that gradio opens
 _LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine can reach
-_MAX_WAITING = 64  # events in the queue
-_MAX_SESSIONS = 200  # whose results are kept
+_EVERY = ("0.0.0.0", "::")  # every address of this machine
 _ATTEMPTS = 20  # to remove the temporary folder
 _log = logging.getLogger(__name__)
 
@@ -37,7 +48,8 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
 
     Args:
         folder: Run folder, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
-        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a password.
+        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a password;
+            0.0.0.0 and :: are all addresses of this machine.
         port: Port in [1, 65535].
         device: Device of the model; None for a GPU if there is one.
 
@@ -50,41 +62,41 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
     chosen = find_device(device)
     if find_spec("gradio") is None:
         raise ValueError("web requires the package gradio: pip install 'maskgit_pl[web]'")
-    check_port(host, port)
-    pipe = MaskGIT.from_pretrained(folder, device=chosen)
-    if host not in _LOCAL:
-        _log.warning(
-            "warning: everyone who can reach %s can use this page and the computing time of this machine. It has no "
-            "password. Leave out --host to keep it to this machine.",
-            host,
-        )
-    _skip_proxies(host)
-    _interrupt_once()
-    with _temporary_folder() as temporary:
-        url = _launch(pipe, str(folder), temporary, host=host, port=port)
-        with suppress(KeyboardInterrupt):
-            _log.info("%s shows %s; Ctrl-C ends it", url, folder)
-            while True:
-                time.sleep(3600)
-        # A thread whose files disappear has errors that concern nobody.
-        logging.disable()
+    with open_socket(host, port) as listening:
+        pipe = MaskGIT.from_pretrained(folder, device=chosen)
+        if host not in _LOCAL:
+            _log.warning(
+                "warning: everyone who can reach %s can use this page and the computing time of this machine. It has "
+                "no password. Leave out --host to keep it to this machine.",
+                host,
+            )
+        _interrupt_once()
+        with _temporary_folder() as temporary:
+            _start(pipe, str(folder), temporary, listening, host)
+            shown = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
+            with suppress(KeyboardInterrupt):
+                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", shown, port, folder)
+                while True:
+                    time.sleep(3600)
+            # A thread whose files disappear has errors that concern nobody.
+            logging.disable()
     logging.disable(logging.NOTSET)
     _log.info("\nmaskgit web: ended; its temporary files are removed")
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
-    os._exit(0)  # threads of gradio would wait for open pages and for the model
+    os._exit(0)  # threads would wait for open pages and for the model
 
 
-def check_port(host: str, port: int) -> None:
-    """Checks that the page can be shown at an address.
+def open_socket(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens to an address; :: listens to IPv4, too.
 
     Raises:
         ValueError: if the port is out of range or used, or the address is not one of this machine.
     """
     check_integer("port", port, "[1, 65535]")
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET):
-            pass
+        return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::", backlog=128)
     except OSError as error:
         raise ValueError(
             f"--host and --port must name a free port of this machine, got {host}:{port} ({error.strerror}); choose "
@@ -92,22 +104,127 @@ def check_port(host: str, port: int) -> None:
         ) from error
 
 
-def _launch(pipe: MaskGIT, name: str, folder: Path, *, host: str, port: int) -> str:
-    """Starts the server of the page in threads, and returns its URL."""
+def names_of(host: str) -> set[str]:
+    """Returns the names, in small letters, under which a browser may ask for a page that is bound to ``host``.
+
+    IP addresses are not among them: ``Guard`` lets them pass.
+    """
+    names = {"localhost", host}
+    if host not in _LOCAL:
+        own = socket.gethostname()
+        names |= {own, f"{own}.local", socket.getfqdn()}
+    return {name.lower() for name in names}
+
+
+class Guard:
+    """An ASGI application in front of another one, which refuses what a foreign web site can make a browser send.
+
+    1. ``Host`` must be an IP address or one of ``names``, else 403. A site that lets its own name point to this machine
+       (DNS rebinding) is refused, because its name stays in ``Host``; an address cannot point elsewhere.
+    2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and with
+       every request whose answer a script of another site could read.
+    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413. Uploads stop
+       with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
+
+    No site can show the answers in a frame.
+
+    Args:
+        app: Application that gets the other requests.
+        names: Names of this machine, in small letters.
+        folder: Temporary folder, with all files that the application writes.
+    """
+
+    def __init__(self, app: App, *, names: Collection[str], folder: Path) -> None:
+        self._app, self._names, self._folder = app, names, folder
+        self._under_way = 0  # bytes of uploads
+
+    async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
+        if scope["type"] != "http":  # "lifespan"; websockets are not served
+            await self._app(scope, receive, send)
+            return
+
+        async def send_framed(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", b"frame-ancestors 'none'")]
+            await send(message)
+
+        given: dict[str, list[str]] = {}
+        for name, value in scope["headers"]:
+            given.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        length = int(given.get("content-length", ["0"])[0])
+        is_upload = scope["path"].endswith("/upload")
+        refusal = self._refuse_site(given) or self._refuse_length(given, length, is_upload=is_upload)
+        if refusal:
+            status, text = refusal
+            content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+            await send_framed({"type": "http.response.start", "status": status, "headers": content})
+            await send_framed({"type": "http.response.body", "body": f"{text}\n".encode()})
+            return
+        held = length if is_upload else 0
+        self._under_way += held
+        try:
+            await self._app(scope, receive, send_framed)
+        finally:
+            self._under_way -= held
+
+    def _refuse_site(self, given: dict[str, list[str]]) -> tuple[int, str] | None:
+        """Returns the status and the text of the answer to a request of another site; None for one of the page."""
+        host, origins = ",".join(given.get("host", [])).lower(), given.get("origin", [])
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+            if name not in self._names:
+                ip_address(name)
+        except ValueError:
+            return 403, "Host must be an address or a name of the machine that serves the page; see --host"
+        if any(urlsplit(origin).netloc.lower() != host for origin in origins):
+            return 403, "Origin must be the page itself"
+        return None
+
+    def _refuse_length(self, given: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
+        """Returns the status and the text of the answer to a request that is too long; None for others."""
+        if "transfer-encoding" in given:
+            return 411, "a request must have a length"
+        most = MAX_UPLOAD_BYTES + _MULTIPART_BYTES if is_upload else _MAX_REQUEST_BYTES
+        if length > most:
+            return 413, f"a request must have at most {size_text(most)}, got {size_text(length)}"
+        if is_upload and _folder_bytes(self._folder) + self._under_way + length > _MAX_FOLDER_BYTES:
+            return 507, "the page holds too many files; try again in half an hour"
+        return None
+
+
+def _folder_bytes(folder: Path) -> int:
+    total = 0
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # removed in the meantime
+            total += path.stat().st_size
+    return total
+
+
+def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, host: str) -> None:
+    """Starts the server of the page in a thread, and waits until it answers."""
+    import gradio as gr
+    import uvicorn
+    from fastapi import FastAPI
     from PIL import Image
 
     from maskgit_pl.web.page import STYLE, build_page
-    from maskgit_pl.web.studio import Studio
 
-    Image.MAX_IMAGE_PIXELS = MAX_UPLOAD_PIXELS // 2  # PIL refuses twice as many
-    page = build_page(Studio(pipe, name, folder))
-    page.queue(max_size=_MAX_WAITING, api_open=False)
-    _, url, _ = page.launch(
-        server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, footer_links=[],
-        max_file_size=MAX_UPLOAD_BYTES, state_session_capacity=_MAX_SESSIONS, theme=_theme(), css_paths=STYLE,
-        pwa=False, ssr_mode=False, mcp_server=False, enable_monitoring=False,
+    Image.MAX_IMAGE_PIXELS = _MAX_PIXELS // 2  # PIL refuses twice as many
+    theme = gr.themes.Default(  # with fonts of the system, so that the page loads none
+        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="orange"
+    )
+    app = gr.mount_gradio_app(
+        FastAPI(), build_page(pipe, name, folder), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
+        max_file_size=MAX_UPLOAD_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
     )  # fmt: skip
-    return str(url)
+    guard = Guard(app, names=names_of(host), folder=folder)
+    server = uvicorn.Server(uvicorn.Config(guard, http="h11", ws="none", lifespan="on", log_level="critical"))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise RuntimeError("the server of the page ended while it started")
+        time.sleep(0.02)
 
 
 def _interrupt_once() -> None:
@@ -125,25 +242,11 @@ def _interrupt_once() -> None:
         signal.signal(number, interrupt)
 
 
-def _skip_proxies(host: str) -> None:
-    """Excepts this machine from the proxies of the environment: gradio asks its own server whether it is up."""
-    for name in ("no_proxy", "NO_PROXY"):
-        os.environ[name] = ",".join(filter(None, [os.environ.get(name), *_LOCAL, host]))
-
-
-def _theme() -> Any:
-    """Returns a theme whose fonts are those of the system, so that the page loads none."""
-    import gradio as gr
-
-    return gr.themes.Default(
-        font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="orange"
-    )
-
-
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
     """Makes the folder of all files of the page, and removes it at the end."""
     folder = Path(tempfile.mkdtemp(prefix="maskgit-web-"))
+    tempfile.tempdir = str(folder)
     # gradio and matplotlib, which caches its list of fonts, read these variables when they are imported.
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")

@@ -1,4 +1,4 @@
-"""A server of the page in a process of its own, and a Chromium that opens it."""
+"""A server of the page in a process of its own, and a Chromium that opens it: one of each for all tests."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 ROOT = Path(__file__).parents[2]
+STRANGER = "rebound.example"  # a name of a stranger that leads to this machine
 FLAGS = (
     "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync",
+    "--disable-component-update", "--disable-sync", f"--host-resolver-rules=MAP {STRANGER} 127.0.0.1",
 )  # fmt: skip
 SECONDS = 120  # that a busy machine may take for a step of a test
+expect.set_options(timeout=SECONDS * 1000)
 
 
 @dataclass
@@ -40,6 +42,11 @@ class Server:
     process: subprocess.Popen[str]
     url: str
 
+    @property
+    def port(self) -> int:
+        """The port of its address."""
+        return int(self.url.rsplit(":", 1)[1].rstrip("/"))
+
     def written(self) -> list[str]:
         """Returns the files in its home, its temporary folder and its working directory."""
         return sorted(str(path.relative_to(self.place)) for path in self.place.rglob("*") if path.is_file())
@@ -51,7 +58,7 @@ class Server:
 
     def wait_until_idle(self) -> None:
         """Waits until no thread computes, or waits for a CPU that other processes use."""
-        samples: deque[bool] = deque([True] * 30, maxlen=30)  # 1.5 s
+        samples: deque[bool] = deque([True] * 20, maxlen=20)  # 1 s
         end = time.monotonic() + SECONDS
         while sum(samples) > len(samples) // 2:  # gradio itself wakes up now and then
             assert time.monotonic() < end, "the server never became idle"
@@ -65,25 +72,14 @@ class Server:
                 states.append((task / "stat").read_text().rpartition(")")[2].split()[0])
         return "R" in states
 
-    def stop(self, number: int = signal.SIGTERM) -> tuple[int, str]:
-        """Ends it with a signal, and returns its exit code and what it printed since the address of the page."""
-        self.process.send_signal(number)
-        said, _ = self.process.communicate(timeout=SECONDS)
-        return self.process.returncode, said
-
-
-def free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
 
 @contextmanager
-def starting(place: Path, *, is_background: bool = False) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+def starting(place: Path, *flags: str, is_background: bool = False) -> Iterator[subprocess.Popen[str]]:
     """Starts ``maskgit web``, and ends it after the block.
 
     Args:
         place: Folder for ``Server.place``.
+        flags: Further flags.
         is_background: True ignores Ctrl-C when the process starts, as a shell does for a job in the background.
     """
     for name in ("home", "tmp", "here"):
@@ -91,14 +87,17 @@ def starting(place: Path, *, is_background: bool = False) -> Iterator[tuple[Path
     environment = {
         name: value for name, value in os.environ.items() if not name.startswith(("MPLCONFIG", "XDG_", "GRADIO_"))
     }
-    # A proxy that is not there: the server asks no other machine, and reaches itself.
+    # A proxy that is not there: the server asks no other machine.
     environment |= dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9")
     environment |= {
         "HOME": str(place / "home"),
         "TMPDIR": str(place / "tmp"),
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
-    command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(free_port()), "--device", "cpu"]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(port), "--device", "cpu", *flags]
     handler = signal.SIG_IGN if is_background else signal.SIG_DFL
     process = subprocess.Popen(
         command, cwd=place / "here", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -106,35 +105,23 @@ def starting(place: Path, *, is_background: bool = False) -> Iterator[tuple[Path
     )  # fmt: skip
     with process:
         try:
-            yield place, process
+            yield process
         finally:
             process.kill()
 
 
 @contextmanager
-def running(place: Path, *, is_background: bool = False) -> Iterator[Server]:
+def running(place: Path, *flags: str, is_background: bool = False) -> Iterator[Server]:
     """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block. See ``starting``."""
-    with starting(place, is_background=is_background) as (_, process):
+    with starting(place, *flags, is_background=is_background) as process:
         assert process.stdout is not None
-        said = list(takewhile_shown(process.stdout))
-        assert " shows " in said[-1], "".join(said)
-        yield Server(place, process, said[-1].split()[0])
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Waits until a condition holds."""
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, "the condition never held"
-        time.sleep(0.01)
-
-
-def takewhile_shown(lines: Iterable[str]) -> Iterator[str]:
-    """Yields lines up to the one that names the page."""
-    for line in lines:
-        yield line
-        if " shows " in line:
-            return
+        said = ""
+        for line in process.stdout:
+            said += line
+            if " shows " in line:
+                break
+        assert " shows " in said, said
+        yield Server(place, process, line.split()[0])
 
 
 @pytest.fixture(scope="session")
@@ -154,25 +141,23 @@ def browser() -> Iterator[Browser]:
         found.close()
 
 
-def open_page(browser: Browser, url: str, *, width: int = 1280) -> Page:
-    page = browser.new_page(viewport={"width": width, "height": 900})
-    page.set_default_timeout(SECONDS * 1000)
-    page.goto(url)
-    page.get_by_role("button", name="Generate", exact=True).wait_for()
-    return page
+@contextmanager
+def opened(browser: Browser, url: str, *, width: int = 1280, height: int = 900) -> Iterator[Page]:
+    """Opens the page, whose requests all go to the server and whose scripts raise no error."""
+    faults: list[str] = []
+    found = browser.new_page(viewport={"width": width, "height": height})
+    found.set_default_timeout(SECONDS * 1000)
+    local = (url, "data:", "blob:", "about:")
+    found.on("request", lambda request: None if request.url.startswith(local) else faults.append(request.url))
+    found.on("pageerror", lambda error: faults.append(str(error)))
+    found.goto(url)
+    expect(found.locator("#generated img")).to_have_count(4)
+    yield found
+    found.close()
+    assert faults == []
 
 
 @pytest.fixture
 def page(browser: Browser, server: Server) -> Iterator[Page]:
-    """The page, whose requests all go to the server and whose scripts raise no error."""
-    faults: list[str] = []
-    found = browser.new_page(viewport={"width": 1280, "height": 900})
-    found.set_default_timeout(SECONDS * 1000)
-    local = (server.url, "data:", "blob:")
-    found.on("request", lambda request: None if request.url.startswith(local) else faults.append(request.url))
-    found.on("pageerror", lambda error: faults.append(str(error)))
-    found.goto(server.url)
-    found.get_by_role("button", name="Generate", exact=True).wait_for()
-    yield found
-    found.close()
-    assert faults == []
+    with opened(browser, server.url) as found:
+        yield found
