@@ -1,4 +1,4 @@
-"""``maskgit data``: fetches public data sets, makes shards from images, indexes, verifies and counts shards."""
+"""``maskgit data``: fetches public data sets, makes shards from images, indexes and verifies shards."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
-from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of, print_json
+from maskgit_pl.cli.arguments import Word
+from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import Dataset, public_datasets
 from maskgit_pl.processes import named_bars
 
-__all__ = ["fetch", "index", "make", "stats", "verify"]
+__all__ = ["fetch", "index", "make", "verify"]
 
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
@@ -105,11 +105,10 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.index import index_shards
+    from maskgit_pl.data.index import index_shards, locate_shards, split_shards
     from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.reader import locate_shards, split_shards
     from maskgit_pl.data.samples import find_class_names
-    from maskgit_pl.data.verify import describe_data, index_lines, untrained_lines
+    from maskgit_pl.data.verify import class_lines, describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, found = locate_shards(shards)
@@ -131,14 +130,14 @@ def index(
     if names is not None and class_names is None:
         print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, splits, how, indexed)))
-    for line in untrained_lines(folder):
+    for line in class_lines(folder):
         print(f"  {line}")
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
     """Reads every shard or token file and lists the damaged ones.
 
-    The files of a data folder or a token store are compared with their manifests.
+    The files of a data folder or a token store are compared with their manifests, and their content is printed.
 
     Example: maskgit data verify data/shards/fashion-mnist
 
@@ -147,8 +146,9 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
+    from maskgit_pl.data.manifest import read_manifest_summary
     from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT
-    from maskgit_pl.data.verify import describe_bad_files, verify_shards, verify_store
+    from maskgit_pl.data.verify import class_lines, describe_bad_files, describe_data, verify_shards, verify_store
 
     if (folder / DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
@@ -165,54 +165,8 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
     if found.bad:
         raise ValueError(f"data {folder}: {describe_bad_files(found.bad, 'the manifest')}")
     print(f"{folder}: {found.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
-
-
-def stats(
-    folder: Folder,
-    *,
-    no_duplicates: bool = False,
-    decode: bool = False,
-    json: bool = False,
-    out: Annotated[Path, Output(".png")] | None = None,
-) -> None:
-    """Counts the classes, images and bytes of a data folder.
-
-    Sizes are printed too, and images that are equal to others.
-
-    Example: maskgit data stats data/shards/fashion-mnist --out sheet.png
-
-    Args:
-        folder: Data folder.
-        no_duplicates: Do not read all images to find equal ones.
-        decode: Compare decoded pixels (default: the files' bytes).
-        json: Print JSON.
-        out: Draw the first images of each class.
-    """
-    from maskgit_pl.data.stats import find_duplicates, read_statistics, statistics_as_json
-    from maskgit_pl.data.verify import duplicate_lines, statistics_lines
-
-    check_one_of(no_duplicates=no_duplicates, decode=decode)
-    statistics = read_statistics(folder)
-    duplicates = None
-    if not no_duplicates:
-        with named_bars("images") as advance:
-            duplicates = find_duplicates(
-                statistics.manifests,
-                compare="pixels" if decode else "bytes",
-                on_image=lambda split, total: advance(split, 1, total),
-            )
-    if json:
-        print_json(statistics_as_json(statistics, duplicates))
-    else:
-        print("\n".join(statistics_lines(folder, statistics)))
-        if duplicates is not None:
-            print("\n".join(["", *duplicate_lines(duplicates)]))
-    if out is not None:
-        from maskgit_pl.pipeline.grids import draw_contact_sheet
-
-        draw_contact_sheet(statistics, out)
-        if not json:
-            print(f"{out}: first images of each class")
+    if (folder / "train.json").is_file():
+        print(describe_data(folder, read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  ")
 
 
 def fetch(

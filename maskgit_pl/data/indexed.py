@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.batches import Batch, StepDataModule, make_loader, stack_batch
+from maskgit_pl.data.batches import Batch, stack_batch
 from maskgit_pl.data.images import fit_image, from_pil
+from maskgit_pl.data.loader import StepDataModule, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]

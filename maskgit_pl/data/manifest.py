@@ -9,6 +9,9 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
     train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
+``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into workers: it
+shares no file position, and each process opens its own files.
+
 Used by everything that reads data. Imports neither torch nor PIL, so that summaries are fast.
 """
 
@@ -17,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
@@ -26,8 +30,9 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size, shorten
-from maskgit_pl.data.tar import BLOCK, parse_header
-from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
+from maskgit_pl.data.tar import BLOCK, member_label, parse_header
+from maskgit_pl.data.vectors import VectorKind, VectorReader, has_all_bytes, map_array, vectors_path
+from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "ImageRange",
     "Manifest",
     "Shard",
+    "ShardReader",
     "Split",
     "VectorArray",
     "check_vectors",
@@ -52,6 +58,7 @@ __all__ = [
 Split = Literal["train", "val"]
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
+_MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
 # Offset and size are those of the image's bytes inside the tar, so that one pread reads them.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
@@ -342,6 +349,119 @@ def check_vectors(manifest: Manifest) -> None:
             f"vectors {path} changed since they were indexed: sha256 {manifest.vectors.sha256[:12]} expected, got "
             f"{actual[:12]}; {_remake_hint(manifest.folder)}"
         )
+
+
+class ShardReader:
+    """A reader with random access to the samples of a split.
+
+    Args:
+        manifest: The split.
+    """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._index: npt.NDArray[np.void] | None = None
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    @property
+    def index(self) -> npt.NDArray[np.void]:
+        """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process.
+
+        Raises:
+            ValueError: if a label is not in [0, num_classes). The message names the first sample.
+            DataChangedError: if the file was truncated after it was mapped.
+        """
+        if self._index is None:
+            rows = self.manifest.index()
+            # Checked here: on a GPU, a wrong label would be an index error without a name.
+            self._check_labels(rows)
+            self._index = rows
+        if not has_all_bytes(self._index):
+            raise self._data_changed_error(f"{self.manifest.split}.npy", "the file was truncated")
+        return self._index
+
+    def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the labels, (B,) int64 in [0, num_classes), of samples, (B,) int64 in [0, len(self))."""
+        labels: npt.NDArray[np.int64] = self.index["label"][indices].astype(np.int64)
+        return labels
+
+    def read(self, index: int) -> bytes:
+        """Reads the bytes of a sample's image file.
+
+        Args:
+            index: Number of the sample in its split, in [0, len(self)).
+
+        Raises:
+            DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
+        """
+        shard, offset, size, _ = self.index[index].item()
+        data = self._pread(shard, size, offset)
+        if len(data) != size:
+            fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
+            raise self._data_changed_error(self.manifest.shards[shard].name, fault)
+        return data
+
+    def shard(self, index: int) -> str:
+        """Returns the file name of the tar that contains a sample."""
+        return self.manifest.shards[int(self.index["shard"][index])].name
+
+    def name(self, index: int) -> str:
+        """Returns the name of a sample for error messages: ``SHARD:MEMBER``, with the member's name from the tar."""
+        return self._name(*self.index[index].item()[:2])
+
+    def _name(self, shard: int, offset: int) -> str:
+        header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
+        return member_label(self.manifest.shards[shard].name, header, offset)
+
+    def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
+        folder = self.manifest.folder
+        return DataChangedError(
+            f"data {folder}: {name} changed while it was in use: {fault}; restore it, or regenerate the manifest "
+            f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
+        )
+
+    def _check_labels(self, rows: npt.NDArray[np.void]) -> None:
+        labels, classes = rows["label"], len(self.manifest.classes)
+        if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
+            return
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        first = rows[wrong[0]]
+        raise ValueError(
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), got "
+            f"{first['label']} in {self._name(*first.item()[:2])}, the first of {len(wrong)}; correct them and "
+            f"regenerate the index with `maskgit data index {self.manifest.folder}`"
+        )
+
+    def _pread(self, number: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._file(number), size, offset)
+        except (OSError, OverflowError) as error:
+            raise self._data_changed_error(self.manifest.shards[number].name, str(error)) from error
+
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            shard = self.manifest.shards[number]
+            descriptor = open_regular(self.manifest.folder / shard.name)
+            if (length := os.fstat(descriptor).st_size) != shard.bytes:
+                os.close(descriptor)
+                raise self._data_changed_error(shard.name, f"{shard.bytes} bytes expected, got {length}")
+            self._files[number] = descriptor
+            if len(self._files) > _MAX_OPEN:
+                # The first is the least recently used.
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(number)
+        return self._files[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Descriptors and maps are not valid in another process.
+        return {**self.__dict__, "_index": None, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:

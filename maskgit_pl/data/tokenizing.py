@@ -30,10 +30,10 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.checks import ImageSize, height_width, pixels_text
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
-from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
-from maskgit_pl.data.manifest import ImageRange, Split, load_manifest, read_manifest_summary
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.data.loader import ImageBatches, make_loader
+from maskgit_pl.data.manifest import ImageRange, ShardReader, Split, load_manifest, read_manifest_summary
 from maskgit_pl.data.order import Rows
-from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
     FORMAT,

@@ -9,14 +9,24 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from maskgit_pl.checks import CHANNELS, count_text, pixels_text
+from maskgit_pl.checks import count_text
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, check_vectors, load_manifest, splits_of
+from maskgit_pl.data.index import IndexResult
+from maskgit_pl.data.manifest import (
+    DataSummary,
+    Manifest,
+    Shard,
+    ShardReader,
+    Split,
+    check_vectors,
+    load_manifest,
+    splits_of,
+)
 from maskgit_pl.data.scan import format_counts
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, member_label, read_members
 from maskgit_pl.data.token_store import BadFile, TokenReader, read_description
@@ -26,19 +36,13 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of, size_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-if TYPE_CHECKING:
-    from maskgit_pl.data.index import IndexResult
-    from maskgit_pl.data.stats import DataStatistics, Duplicates
-
 __all__ = [
     "Verification",
+    "class_lines",
     "describe_bad_files",
     "describe_data",
-    "duplicate_lines",
     "index_lines",
-    "statistics_lines",
     "unreadable_lines",
-    "untrained_lines",
     "verify_shards",
     "verify_store",
 ]
@@ -136,14 +140,18 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
     return f"{folder}: {done}: {counts}; {classes}; {size} pixels, {colour}{vectors}"
 
 
-def untrained_lines(folder: Path) -> Iterator[str]:
-    """Yields one line about the classes without images in train, which a model cannot learn, if there are any."""
+def class_lines(folder: Path) -> Iterator[str]:
+    """Yields lines about the number of train images of each class, and about classes that a model cannot learn."""
     manifest = load_manifest(folder, "train", check=False)
-    missing = sorted(set(range(len(manifest.classes))) - set(np.unique(manifest.index()["label"]).tolist()))
-    if missing:
-        names = [printable(manifest.classes[label]) for label in missing[:_SHOWN_CLASSES]]
-        more = ["..."] * (len(missing) > _SHOWN_CLASSES)
-        yield f"no image in train of {len(missing)} of {len(manifest.classes)} classes: {', '.join([*names, *more])}"
+    names = manifest.classes
+    counts = np.bincount(ShardReader(manifest).index["label"], minlength=len(names)).tolist()
+    most = sorted(range(len(names)), key=counts.__getitem__, reverse=True)
+    listed = [f"{printable(names[label])} {counts[label]}" for label in most]
+    if len(listed) > 2 * _SHOWN_CLASSES:
+        listed = [*listed[:_SHOWN_CLASSES], "...", *listed[-_SHOWN_CLASSES:]]
+    yield f"train images of each class: {', '.join(listed)}"
+    if missing := counts.count(0):
+        yield f"no image in train of {missing} of {len(names)} classes, which a model cannot learn"
 
 
 def unreadable_lines(folder: Path) -> Iterator[str]:
@@ -186,40 +194,6 @@ def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
     files = "1 file differs" if len(bad) == 1 else f"{len(bad)} files differ"
     return "\n  ".join([f"{files} from {source}", *lines])
-
-
-def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
-    """Yields lines about the splits, classes and image sizes of a data folder."""
-    for split, manifest in statistics.manifests.items():
-        total = size_text(sum(shard.bytes for shard in manifest.shards))
-        yield f"{folder}: {split}: {manifest.samples} samples in {count_text(len(manifest.shards), 'shard')}, {total}"
-        yield from (f"  left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
-    yield from (f"  left out: {printable(line)}" for line in unreadable_lines(folder))
-    yield ""
-    yield from _class_table(statistics)
-    yield ""
-    yield from _size_lines(statistics)
-
-
-def duplicate_lines(found: Duplicates) -> Iterator[str]:
-    """Yields lines about the duplicates of a data folder."""
-    kind = "the same bytes" if found.compared == "bytes" else "the same pixels"
-    total = sum(found.repeated.values()) + found.val_in_train
-    if not total:
-        yield f"duplicates: no two images have {kind}"
-        return
-    counts = ", ".join(f"{count} in {split}" for split, count in found.repeated.items() if count)
-    within = f" ({counts} of the same split)" if counts else ""
-    images = "1 image has" if total == 1 else f"{total} images have"
-    yield f"duplicates: {images} {kind} as an earlier one{within}"
-    if found.val_in_train:
-        share = f"{found.val_in_train} of {found.images['val']} val images ({found.share_of_val:.1%})"
-        yield f"  {share} are in train, so val does not measure new images"
-    if found.other_label:
-        yield f"  {found.other_label} have another class than the earlier one"
-    yield from (f"  {printable(repeated)} = {printable(first)}" for first, repeated in found.pairs)
-    if total > len(found.pairs):
-        yield f"  ... and {total - len(found.pairs)} more"
 
 
 class _Task(NamedTuple):
@@ -300,25 +274,3 @@ def _find_bad_images(
                 decode_image(data, channels=3, name=name)
         except UnreadableImageError as error:
             yield str(error)
-
-
-def _class_table(statistics: DataStatistics) -> Iterator[str]:
-    names, splits = [printable(name) for name in statistics.summary.classes], list(statistics.classes)
-    width = max(map(len, ["class", *names]))
-    # Columns are right-aligned; each is as wide as its header or its largest number.
-    digits = {split: max(len(split), len(str(statistics.classes[split].max()))) for split in splits}
-    yield "  ".join(["label", "class".ljust(width), *(split.rjust(digits[split]) for split in splits)])
-    for label, name in enumerate(names):
-        counts = (str(statistics.classes[split][label]).rjust(digits[split]) for split in splits)
-        yield "  ".join([str(label).rjust(5), name.ljust(width), *counts])
-
-
-def _size_lines(statistics: DataStatistics) -> Iterator[str]:
-    heights, widths = statistics.summary.images.height, statistics.summary.images.width
-    channels = ", ".join(CHANNELS[channel] for channel in statistics.summary.images.channels)
-    if heights[0] == heights[1] and widths[0] == widths[1]:
-        yield f"all images {pixels_text((heights[0], widths[0]))} pixels (width x height), {channels}"
-        return
-    sizes = ((heights[0], widths[0]), statistics.medians, (heights[1], widths[1]))
-    smallest, median, largest = map(pixels_text, sizes)
-    yield f"width x height: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"

@@ -22,9 +22,8 @@ from maskgit_pl.checks import ImageSize, check_image_size, check_integer, height
 from maskgit_pl.data.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_image, parse_image_header
-from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import Split, load_manifests, splits_of
-from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
 from maskgit_pl.data.vectors import VECTOR_EXTENSION
 from maskgit_pl.errors import printable

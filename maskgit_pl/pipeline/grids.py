@@ -17,10 +17,8 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, height_width, image_file_name
-from maskgit_pl.data.images import decode_image, fit_image
+from maskgit_pl.checks import ImageSize, image_file_name
 from maskgit_pl.data.manifest import ImageRange
-from maskgit_pl.data.stats import DataStatistics, images_of_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_atomically
 
@@ -35,7 +33,6 @@ __all__ = [
     "add_legend",
     "add_title",
     "draw_color_bar",
-    "draw_contact_sheet",
     "draw_mask",
     "draw_outline",
     "edit_sheet",
@@ -281,30 +278,6 @@ def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> 
     pixels = original.expand(3, -1, -1)
     masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
     return draw_outline(enlarge(masked, scale), mask, REQUESTED)
-
-
-def draw_contact_sheet(statistics: DataStatistics, out: Path) -> None:
-    """Draws a row of images for each class, or for 40 evenly spread classes if there are more.
-
-    Args:
-        statistics: Statistics of the data folder.
-        out: PNG file to write.
-    """
-    summary = statistics.summary
-    size = _tile_size(summary.images)
-    # With many classes, the shown ones are evenly spread over the indices.
-    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(_MOST_ROWS, summary.num_classes)).round().astype(int))
-    # Classes with fewer images than columns end with white tiles.
-    paper = torch.full((summary.channels, *height_width(size)), 255, dtype=torch.uint8)
-    tiles = []
-    for files in images_of_classes(statistics.manifests["train"], shown.tolist(), each=_COLUMNS):
-        row = [
-            fit_image(decode_image(data, channels=summary.channels, name=name), image_size=size, crop=None)
-            for data, name in files
-        ]
-        tiles += row + [paper] * (_COLUMNS - len(row))
-    captions = [_caption(summary.classes[label]) for label in shown]
-    save_png(image_grid(torch.stack(tiles), columns=_COLUMNS, row_captions=captions), out)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -122,22 +122,13 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
     }
     network = {
         "codebook_size": sizes.codebook_size,
-        "num_classes": _num_classes(plan),
+        "num_classes": read_manifest_summary(plan.shards).num_classes,
         "grid": list(grid),
     }
     if plan.recipe.get("data.vectors"):  # without vectors, ``ShardData`` reports it
         kind = read_manifest_summary(plan.shards).vectors
         network |= {} if kind is None else {"condition_dim": kind.dim}
     return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
-
-
-def _num_classes(plan: Plan) -> int:
-    """Returns the number of classes of the stream, if the recipe gives it, else of the data folder."""
-    if plan.recipe.get("data.source") == "stream":
-        classes = plan.recipe.get("data.stream.classes")
-        if classes is not None:
-            return classes if isinstance(classes, int) else len(classes)
-    return read_manifest_summary(plan.shards).num_classes
 
 
 def _values_of_pretrained(plan: Plan) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from maskgit_pl.cli import main
-from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.training.checkpoint_files import newest_checkpoint, read_settings, step_of

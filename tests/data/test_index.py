@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader, locate_shards, split_shards
+from maskgit_pl.data.index import expand_braces, find_shards, index_shards, locate_shards, split_shards
+from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from tests.data_folders import spy_on_disk
 
 
@@ -167,3 +166,69 @@ def test_workers_end_when_the_command_is_killed(tars, tmp_path):
     assert not (tmp_path / "train.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert sum(read_manifest_summary(tmp_path).samples.values()) == 8000
+
+
+def test_names_come_in_the_order_of_a_shell():
+    assert expand_braces("{train,val}-{00..02}.tar") == [f"{s}-0{n}.tar" for s in ("train", "val") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..1099511627776}.tar",
+        "{-600000..600000}.tar",
+        "{0..999999}{a,b}.tar",
+        "{a,b}" * 60,
+        "{{a,b},c}.tar",
+        "{0..999999}" + "x" * 4000,
+        "{0..1}" * 683,
+        "x-{0..1.tar",
+        "{" * 2000 + "}" * 2000,
+    ],
+    ids=lambda pattern: pattern[:20],
+)
+def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
+    with pytest.raises(ValueError, match=r"shard pattern: (a pattern|braces) must .*got"):
+        find_shards(tmp_path, pattern)
+
+
+def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
+    for name in ("imagenet1k-train-0000", "imagenet1k-validation-00", "imagenet1k-test-00"):
+        tars.write(tmp_path / f"{name}.tar", tars.samples(1))
+    shards, _ = split_shards(*locate_shards(str(tmp_path)))
+    assert {split: [path.name for path in paths] for split, paths in shards.items()} == {
+        "train": ["imagenet1k-train-0000.tar"],
+        "val": ["imagenet1k-validation-00.tar"],
+    }
+
+
+def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
+    tars.write(tmp_path / "a.tar", tars.samples(1))
+    with pytest.raises(ValueError, match="must have at least 2 shards"):
+        split_shards(*locate_shards(str(tmp_path)))
+    tars.write(tmp_path / "b.tar", tars.samples(1))
+    with pytest.raises(ValueError, match=r"a\.tar must not be both"):
+        split_shards(*locate_shards(str(tmp_path)), train="*.tar", val="a.tar")
+    with pytest.raises(ValueError, match="train must have at least 1 shard"):
+        split_shards(*locate_shards(str(tmp_path)), val="*.tar")
+    with pytest.raises(ValueError, match="val_fraction"):
+        split_shards(*locate_shards(str(tmp_path)), val_fraction=1.5)
+
+
+@pytest.mark.parametrize("place", ["pipe:curl https://x/a.tar", "https://x/{0..3}.tar", "s3://bucket/a.tar"])
+def test_urls_and_commands_are_refused_by_name(place):
+    with pytest.raises(ValueError, match="local files, got"):
+        locate_shards(place)
+
+
+def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
+    names = ["train-000000.tar", "train-000001.tar"]
+    assert [p.name for p in find_shards(folder, "train-{000000..000001}.tar")] == names
+    assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
+    with pytest.raises(ValueError, match="train-000002"):
+        find_shards(folder, "train-{000000..000002}.tar")
+    for pattern in ("../*.tar", "/etc/*"):
+        with pytest.raises(ValueError, match="got a path outside"):
+            find_shards(folder, pattern)
+    with pytest.raises(ValueError, match="nowhere"):
+        locate_shards(f"{folder}/nowhere/*.tar")

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from maskgit_pl.data import (
+from maskgit_pl.data.order import (
     EvalBatchSampler,
     InOrder,
     ShuffledStream,

@@ -11,12 +11,12 @@ from maskgit_pl.data import (
     ShardData,
     ShardDataConfig,
     ShuffledStream,
-    TokenBatches,
     TokenizingConfig,
     describe_store,
     tokenize,
 )
 from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.loader import TokenBatches
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.processes import no_bars

@@ -168,7 +168,7 @@ def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path
         data(plain)
     assert data(folder, vectors=False).vector_dim == 0
     assert data(folder).vector_dim == DIM
-    with pytest.raises(ValueError, match=r"data\.vectors must be false for data\.source: stream"):
+    with pytest.raises(ValueError, match=r"data\.vectors be false for data\.source: stream"):
         ShardDataConfig(str(folder), source="stream", stream=StreamConfig("x.tar", 1), vectors=True)
 
 

@@ -12,11 +12,10 @@ import pytest
 import torch
 
 from maskgit_pl.data.images import decode_image, encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import check_vectors, load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader, find_shards
+from maskgit_pl.data.index import find_shards, index_shards
+from maskgit_pl.data.manifest import ShardReader, check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.data.samples import UnreadableSample
-from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.vectors import VectorKind, parse_vector
 from maskgit_pl.data.verify import verify_shards
 from maskgit_pl.data.writer import make_shards

@@ -4,9 +4,8 @@ import tarfile
 import pytest
 from PIL import Image
 
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import load_manifest, load_manifests
-from maskgit_pl.data.reader import ShardReader, find_shards
+from maskgit_pl.data.index import find_shards, index_shards
+from maskgit_pl.data.manifest import ShardReader, load_manifest, load_manifests
 from maskgit_pl.data.verify import verify_shards
 
 SECOND = 4 * 512  # where the second sample begins: image and label take two blocks each

@@ -18,10 +18,9 @@ import webdataset
 from PIL import Image
 
 from maskgit_pl.data.images import decode_image, fit_image
-from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.sources.idx import IdxFiles
+from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from maskgit_pl.data.sources.image_folder import ImageFolder
+from maskgit_pl.data.sources.public import IdxFiles
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
 from tests.data_folders import spy_on_disk
 
