@@ -48,7 +48,7 @@ from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["IndexResult", "expand_braces", "find_shards", "index_shards", "locate_shards", "split_shards"]
+__all__ = ["expand_braces", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
 _MAX_NAMES = 1_000_000  # of a pattern
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
@@ -223,13 +223,6 @@ def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
     return [shard for shard in shards if pattern.search(shard.relative_to(folder).as_posix().lower())]
 
 
-class IndexResult(NamedTuple):
-    """The manifest of each split, and the number of its members that were not read, by extension."""
-
-    manifests: dict[Split, Manifest]
-    ignored: dict[Split, dict[str, int]]
-
-
 def index_shards(
     folder: str | Path,
     shards: Mapping[Split, Sequence[Path]],
@@ -240,8 +233,8 @@ def index_shards(
     lenient: bool = False,
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
-) -> IndexResult:
-    """Scans the shards of every split and writes their manifests.
+) -> dict[Split, Manifest]:
+    """Scans the shards of every split, writes their manifests and returns them.
 
     1. Scan each shard, in parallel.
     2. Reject all faults in one error, unless ``lenient``.
@@ -286,14 +279,13 @@ def index_shards(
             classes = [str(label) for label in range(largest + 1)]
         # All indexes are made before the first is written: an error leaves none.
         indexes = {split: _make_index(folder, split, of_split) for split, of_split in scans.items()}
-        manifests = {}
+        manifests: dict[Split, Manifest] = {}
         for split, rows in indexes.items():
             manifests[split] = _make_manifest(  # 3.
                 task, split, scans[split], rows, classes=tuple(classes), kind=kind
             )
             save_manifest(manifests[split], rows)  # 4.
-    ignored = {split: _sum_counts(scan.ignored for scan in of_split.values()) for split, of_split in scans.items()}
-    return IndexResult(manifests, ignored)
+    return manifests
 
 
 class _ScanTask(NamedTuple):
@@ -392,6 +384,9 @@ def _make_manifest(
         offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
         with write_atomically(vectors_path(task.folder, split)) as file:
             vectors = VectorArray(kind, copy_vectors(file, offsets, kind))
+    left_out: Counter[str] = Counter()
+    for scan in scans.values():
+        left_out.update({fault: found.samples for fault, found in scan.faults.items()})
     return Manifest(
         task.folder,
         split,
@@ -400,13 +395,6 @@ def _make_manifest(
         images=union([scan.images for scan in scans.values() if scan.images is not None]),
         index_sha256=index_sha256(rows),
         labels=task.labels.source,
-        left_out=_sum_counts({fault: found.samples for fault, found in scan.faults.items()} for scan in scans.values()),
+        left_out=dict(sorted(left_out.items())),
         vectors=vectors,
     )
-
-
-def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for of_shard in counts:
-        total.update(of_shard)
-    return dict(sorted(total.items()))

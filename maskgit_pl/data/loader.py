@@ -84,17 +84,11 @@ class ImageBatches(Dataset[Batch]):
     seed: int = 0
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions.
+        """Returns the batch at some positions; content is (B, in_channels, H, W) uint8, channels-last.
 
         1. Map the positions to samples.
         2. Decode each sample into its row, or the next readable sample.
         3. Take the labels of the samples shown.
-
-        Args:
-            positions: Consecutive positions of the stream; B is their number.
-
-        Returns:
-            The batch; content is (B, in_channels, H, W) uint8, channels-last.
         """
         rows = self.order(positions)  # 1.
         shape, count = (len(positions), *height_width(self.image_size), self.in_channels), len(self.reader)
@@ -111,11 +105,7 @@ class ImageBatches(Dataset[Batch]):
         return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
-        """Reads an unreadable image again and describes its fault.
-
-        Args:
-            index: Number of the sample in its split.
-        """
+        """Reads an unreadable image again, by its number in the split, and describes its fault."""
         # Workers report only the number of an image; the reason is found here, once per image.
         name = self.reader.name(index)
         try:
@@ -126,15 +116,10 @@ class ImageBatches(Dataset[Batch]):
         return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
 
     def _load(self, place: Tensor, index: int, crop: Place) -> int:
-        """Fills a row with the first readable image at or after an index, and returns the number of unreadable ones.
+        """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
-        After ``MAX_IN_A_ROW`` unreadable images, or all of the split, the row is black, and ``UnreadableImages`` ends
-        the run.
-
-        Args:
-            place: (in_channels, H, W) uint8, the row to fill.
-            index: Number of the sample in its split.
-            crop: Place of the crop.
+        Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black, and
+        ``UnreadableImages`` ends the run.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
@@ -244,15 +229,11 @@ class UnreadableImages:
         return sum(self.times.values())
 
     def add(self, index: npt.NDArray[np.int64], replacement: npt.NDArray[np.int64]) -> None:
-        """Counts the unreadable images of a batch.
+        """Counts the unreadable images of a batch: of samples drawn and their replacements, both (B,) int64.
 
         1. Every sample from the drawn one up to its replacement, which is excluded, is unreadable.
         2. A long series of unreadable samples ends the run: a shard is damaged.
         3. More different samples than are always allowed, above the budget, end the run.
-
-        Args:
-            index: (B,) int64, the samples drawn.
-            replacement: (B,) int64, the samples shown in their place; -1 if the sample itself is shown.
 
         Raises:
             DataBudgetError: if the run must end. The message lists the images.

@@ -24,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -103,14 +103,8 @@ class ImageRange:
     channels: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class VectorArray:
-    """The array of the vectors of a split, ``SPLIT-vectors.npy``.
-
-    Args:
-        kind: Size and type of the vectors.
-        sha256: Hash of the whole file, hex.
-    """
+class VectorArray(NamedTuple):
+    """The array of the vectors of a split, ``SPLIT-vectors.npy``: their size and type, and the hash of the file."""
 
     kind: VectorKind
     sha256: str
@@ -154,13 +148,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
-        """Maps the index into memory and checks its shape and type.
-
-        Args:
-            check: True compares all rows with their hash, too.
-
-        Returns:
-            (samples,) INDEX_DTYPE, one row per sample.
+        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash.
 
         Raises:
             FileNotFoundError: if the file is missing.
@@ -253,17 +241,10 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
 
 
 def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
-    """Describes that images are resized for a model, and how to avoid it.
+    """Describes in a sentence that all images are resized for a model, and how to avoid it.
 
-    Only resizing that concerns all images is described: every image is enlarged, or all images have one size and are
-    reduced. Photos of several sizes are expected to be resized.
-
-    Args:
-        images: Range of the image sizes.
-        image_size: Size of the model's images: a side, or (height, width), in pixels.
-
-    Returns:
-        A sentence; None if not all images are resized, or this cannot be known from the range.
+    Every image is enlarged, or all images have one size and are reduced; None in other cases, since photos of several
+    sizes are expected to be resized.
     """
     size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
     # An image is resized by the larger of the two ratios, and the rest of it is cropped.
@@ -282,13 +263,7 @@ def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Reads the manifest of a split and compares the files on disk with it.
-
-    Args:
-        folder: The data folder.
-        split: ``"train"`` or ``"val"``.
-        check: True compares the whole index, and length, first and last header of each shard, which is fast enough for
-            the start of each run; ``maskgit data verify`` reads everything.
+    """Reads the manifest of a split; see ``load_manifests``, which ``check`` calls.
 
     Raises:
         FileNotFoundError: if the folder or the manifest is missing.
@@ -298,25 +273,28 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
         return load_manifests(folder, (split,))[split]
     folder = Path(folder)
     path = folder / f"{split}.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data folder {folder} does not exist; make it with `maskgit data make SOURCE --out {folder}`, "
-            f"or get the default data with `maskgit data fetch fashion-mnist --out {folder}`"
-        )
     if not path.exists():
         raise FileNotFoundError(
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
-            f"images with `maskgit data make {folder} --out DIR`"
+            f"images with `maskgit data make SOURCE --out {folder}`"
         )
-    return _read_manifest(path, split)
+    try:
+        content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
+        if content.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path} must have format {_FORMAT}")
+        content.pop("samples", None)  # for people who read the file, as is the split
+        dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
+        vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
+        return build_dataclass(Manifest, {**content, "folder": folder, "split": split, "vectors": vectors}, str(path))
+    except ValueError as error:
+        raise ValueError(f"manifest {error}; {_remake_hint(folder)}") from error
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Reads the manifests of some splits and compares all their files on disk with them.
+    """Reads the manifests of some splits and compares the files on disk with them; lists all bad shards in one error.
 
-    Args:
-        folder: The data folder.
-        splits: The splits; all their bad shards are listed in one error.
+    Compares the whole index, and length, first and last header of each shard, which is fast enough for the start of
+    each run; ``maskgit data verify`` reads everything.
 
     Raises:
         FileNotFoundError: if the folder or a manifest is missing.
@@ -465,12 +443,7 @@ class ShardReader:
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Writes the two files of a split, each atomically; the JSON last, when the index is on disk with its name.
-
-    Args:
-        manifest: The manifest.
-        rows: (samples,) INDEX_DTYPE, the index.
-    """
+    """Writes the index, (samples,) INDEX_DTYPE, and then the manifest, each atomically."""
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
@@ -533,21 +506,6 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "index_sha256": manifest.index_sha256,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
-
-
-def _read_manifest(path: Path, split: Split) -> Manifest:
-    try:
-        content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
-        if content.pop("format", None) != _FORMAT:
-            raise ValueError(f"{path} must have format {_FORMAT}")
-        content.pop("samples", None)  # for people who read the file, as is the split
-        dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
-        vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
-        return build_dataclass(
-            Manifest, {**content, "folder": path.parent, "split": split, "vectors": vectors}, str(path)
-        )
-    except ValueError as error:
-        raise ValueError(f"manifest {error}; {_remake_hint(path.parent)}") from error
 
 
 def _remake_hint(folder: Path) -> str:

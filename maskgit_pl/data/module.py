@@ -40,7 +40,7 @@ from maskgit_pl.data.manifest import (
     load_manifests,
     read_manifest_summary,
 )
-from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, WindowedStream, split_batch
+from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.stream import StreamBatches, StreamConfig
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
 from maskgit_pl.data.vectors import VectorReader
@@ -77,8 +77,6 @@ class ShardDataConfig:
         validation_samples: Number of samples to validate on, the first of the split; None takes all.
         num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
         seed: Seed of order and crops, in [0, 2**32).
-        shuffle_window: Number of shards to shuffle within at a time, for disks with slow seeks; None shuffles the whole
-            split. See ``WindowedStream`` for its effect on batches.
         stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above 0, 10
             different images are always allowed; 0 allows none. See ``UnreadableImages``.
@@ -102,7 +100,6 @@ class ShardDataConfig:
     validation_samples: int | None = None
     num_workers: int = 0
     seed: int = 0
-    shuffle_window: int | None = None
     stream: StreamConfig | None = None
     unreadable_budget: float = 1e-4
     vectors: bool = False
@@ -120,8 +117,6 @@ class ShardDataConfig:
         for name, interval in (("views", "[1, 65536]"), ("validation_samples", "[1, 4294967296]")):
             if getattr(self, name) is not None:
                 check_integer(f"data.{name}", getattr(self, name), interval)
-        if self.shuffle_window is not None:
-            check_integer("data.shuffle_window", self.shuffle_window, "[1, inf)")
         check_choice("data.source", self.source, ("images", "tokens", "stream"))
         if self.source == "stream" and (self.stream is None or self.vectors):
             raise ValueError("data.stream.urls must be given and data.vectors be false for data.source: stream")
@@ -274,7 +269,8 @@ class ShardData(StepDataModule):
                 first_step=self._current_step(),
             )
             return self._loader(batches, order)
-        dataset = self.batches("train", self._order(), augmentations=self.config.train_augmentations)
+        order_of_samples = ShuffledStream(self.summary.samples["train"], self.config.seed)
+        dataset = self.batches("train", order_of_samples, augmentations=self.config.train_augmentations)
         return self._loader(dataset, order, vectors_of="train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
@@ -357,14 +353,6 @@ class ShardData(StepDataModule):
     def _validation_samples(self) -> int:
         samples, limit = self.summary.samples["val"], self.config.validation_samples
         return samples if limit is None else min(samples, limit)
-
-    def _order(self) -> Order:
-        if self.config.shuffle_window is None:
-            return ShuffledStream(self.summary.samples["train"], self.config.seed)
-        shards = load_manifest(self.config.path, "train", check=False).shards
-        return WindowedStream(
-            [shard.samples for shard in shards], window=self.config.shuffle_window, seed=self.config.seed
-        )
 
     def _loader(
         self, dataset: Dataset[Batch], order: Sampler[range], *, vectors_of: Split | None = None

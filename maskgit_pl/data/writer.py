@@ -119,29 +119,26 @@ class _Plan:
     size: ImageSize | None
     shard_size: int
 
+    def shards(self, split: Split) -> range:
+        """Returns the numbers of a split's shards."""
+        return range(-(-self.source.counts[split] // self.shard_size))
+
     def places(self, split: Split, shard: int) -> range:
         """Returns the places of a shard's samples in the split's order."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.source.counts[split]))
+        return range(self.source.counts[split])[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def path(self, split: Split, shard: int) -> Path:
         """Returns the path of a complete shard."""
         return self.folder / f"{split}-{shard:06d}.tar"
 
     def left_out_path(self, split: Split, shard: int) -> Path:
-        """Returns the path of the temporary list of a shard's unreadable images."""
+        """Returns the path of the temporary list of a shard's unreadable images; without any, there is no list."""
         return self.folder / f".left-out-{split}-{shard:06d}"
 
     def left_out(self, split: Split, shard: int) -> list[str]:
-        """Returns the lines of this list; none if there is no list."""
-        try:
-            return self.left_out_path(split, shard).read_bytes().decode().split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-
-    def shards(self, split: Split) -> range:
-        """Returns the numbers of a split's shards."""
-        return range(-(-self.source.counts[split] // self.shard_size))
+        """Returns the lines of this list."""
+        path = self.left_out_path(split, shard)
+        return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
     def is_done(self, split: Split, shard: int, *, lenient: bool) -> bool:
         """Returns whether a shard need not be written: it exists, or has no readable images.

@@ -54,7 +54,7 @@ _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  #
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 # Settings that must not change: these of data and Trainer, and all of the model but _FREE_MODEL.
-_DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed", "shuffle_window")
+_DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {
     "model.activation_checkpointing",

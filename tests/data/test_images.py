@@ -166,12 +166,6 @@ def test_a_strip_of_one_pixel_is_decoded(kind, shape):
     assert (image.int() - torch.tensor(RED)[:, None, None]).abs().max() <= 6
 
 
-def test_of_several_pictures_in_a_jpeg_the_first_is_the_photo():
-    data = save(Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
-    assert (decode_image(data, channels=3, name="x")[:, 4, 4].int() - torch.tensor(RED)).abs().max() <= 6
-    assert parse_image_header(data, name="x").format == "JPEG"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
@@ -353,13 +347,6 @@ def test_images_of_any_size_follow_one_another_through_the_same_memory(channels)
 
 
 SIZES = [8, (8, 16), (24, 40), (7, 3), (1, 9)]
-
-
-@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_an_image_that_fits_is_untouched(size, channels):
-    image = torch.randint(0, 256, (channels, *size), dtype=torch.uint8)
-    assert torch.equal(fit_image(image, image_size=size, crop=(0.9, 0.9)), image)
 
 
 def test_a_crop_cuts_the_part_that_was_asked_for():

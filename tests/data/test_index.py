@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import signal
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from maskgit_pl.data.index import expand_braces, find_shards, index_shards, locate_shards, split_shards
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
@@ -17,7 +15,7 @@ from tests.data_folders import spy_on_disk
 
 
 def index_one(path, **options):
-    return index_shards(path.parent, {"train": [path]}, **options).manifests["train"]
+    return index_shards(path.parent, {"train": [path]}, **options)["train"]
 
 
 def content(folder):
@@ -43,7 +41,7 @@ def test_img2dataset_without_labels(tars, tmp_path):
     assert how == "the last 1 of 3 shards are val (--val-fraction 0.1)"
     with pytest.raises(ValueError, match=r"3 of 3 shards[\s\S]*4 without a label \(first 0000[\s\S]*--no-labels"):
         index_shards(folder, shards)
-    manifests = index_shards(folder, shards, labels="none").manifests
+    manifests = index_shards(folder, shards, labels="none")
     summary = read_manifest_summary(tmp_path)
     assert summary.samples == {"train": 8, "val": 4}
     assert summary.classes == ("image",)
@@ -54,27 +52,14 @@ def test_img2dataset_with_labels_in_json(tars, tmp_path):
     folder, found = locate_shards(f"{img2dataset(tars, tmp_path)}/{{00000..00002}}.tar")
     shards, _ = split_shards(folder, found, val_fraction=0.6)
     assert [len(shards[split]) for split in ("train", "val")] == [1, 2]
-    manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"]).manifests
+    manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"])
     assert ShardReader(manifests["train"]).labels(np.arange(4)).tolist() == [0, 1, 0, 1]
     with pytest.raises(
         ValueError, match=r"label .*'caption' must be a class number or one of the class names, got 'a caption'"
     ):
         index_shards(folder, shards, labels="json:caption")
-    named = index_shards(folder, shards, labels="json:caption", classes=["other", "a caption"]).manifests
+    named = index_shards(folder, shards, labels="json:caption", classes=["other", "a caption"])
     assert ShardReader(named["train"]).labels(np.arange(4)).tolist() == [1, 1, 1, 1]
-
-
-def test_splits_in_sub_folders(tars, tmp_path):
-    for split, start in (("train", 0), ("test", 20)):
-        for shard in range(2):
-            tars.write(tmp_path / split / f"{shard}.tar", tars.samples(3, start=start + 3 * shard))
-    folder, found = locate_shards(str(tmp_path))
-    shards, how = split_shards(folder, found)
-    assert how == "val shards were found by their names"
-    manifest = index_shards(folder, shards).manifests["val"]
-    assert [shard.name for shard in manifest.shards] == ["test/0.tar", "test/1.tar"]
-    value = Image.open(io.BytesIO(ShardReader(load_manifest(tmp_path, "val")).read(5))).getpixel((0, 0))
-    assert value == 25
 
 
 def test_all_bad_shards_are_in_one_list(tars, tmp_path):
@@ -103,15 +88,6 @@ def test_lenient_leaves_out_samples_with_a_fault_and_counts_them_in_the_manifest
     manifest = index_one(path, lenient=True)
     assert (manifest.samples, manifest.left_out) == (2, {"without a label": 1, "without an image": 1})
     assert load_manifest(tmp_path, "train") == manifest
-
-
-def test_class_names_of_unlabelled_data(tars, tmp_path):
-    path = tars.write(tmp_path / "x.tar", tars.samples(2, label=False))
-    assert index_one(path, labels="none", classes=["photo"]).classes == ("photo",)
-    with pytest.raises(ValueError, match="must have 1 name, got 2"):
-        index_one(path, labels="none", classes=["a", "b"])
-    with pytest.raises(ValueError, match="cls, json:FIELD or none"):
-        index_one(path, labels="json")
 
 
 def test_workers_make_no_difference(tars, tmp_path):

@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.loader import (
     ALWAYS_ALLOWED,
     MAX_IN_A_ROW,
-    ImageBatches,
     Unreadable,
     UnreadableImages,
     write_unreadable,
@@ -105,15 +104,6 @@ def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_worke
         list(loader)
 
 
-def test_batches_lie_channels_last_as_they_were_decoded(folder):
-    module = data(folder)
-    batches = module.batches("val", InOrder(NUM_VAL))
-    assert isinstance(batches, ImageBatches)
-    content = batches.__getitems__(range(4)).content
-    assert content.shape == (4, 3, 8, 8)
-    assert content.is_contiguous(memory_format=torch.channels_last)
-
-
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_of_a_worker_arrives_as_it_is(tmp_path, num_workers):
     folder = save_data(tmp_path, {"train": [(jpeg(n), 0) for n in range(16)], "val": [(jpeg(0), 0)]})
@@ -179,12 +169,6 @@ def test_more_than_ten_are_allowed_within_the_share():
     assert images.count == 20
     with pytest.raises(DataBudgetError):
         add(images, *((2 * number, 2 * number + 1) for number in range(30, 70)))
-
-
-def test_budget_0_allows_none():
-    add(counter(budget=0.0))
-    with pytest.raises(DataBudgetError, match=r"shard 0:5.jpg: damaged: bad code word"):
-        add(counter(budget=0.0), (5, 6))
 
 
 @pytest.mark.parametrize(("num_samples", "length"), [(1000, MAX_IN_A_ROW), (23, 23)])

@@ -33,12 +33,6 @@ def test_every_sample_is_read_by_index(folder):
     assert reader.labels(np.arange(10)).tolist() == [0, 1, 2, 3, 4] * 2
 
 
-def test_summary_tells_classes_counts_and_sizes(folder):
-    summary = read_manifest_summary(folder)
-    assert (summary.num_classes, summary.samples, summary.channels) == (5, {"train": 10, "val": 3}, 1)
-    assert summary.images.height == (8, 8)
-
-
 def test_manifest_needs_no_torch(folder):
     code = (
         "import sys; from maskgit_pl.data.manifest import read_manifest_summary as read; "
@@ -176,13 +170,6 @@ def test_a_fifo_in_a_data_folder_is_refused_and_not_waited_for(folder, name):
 def test_images_that_are_all_resized_are_described_with_the_way_out(height, width, size, expected):
     found = describe_resizing(ImageRange(height, width, (3,)), size)
     assert found is None if expected is None else expected in found
-
-
-def test_a_sample_is_named_by_its_shard_and_member(tmp_path):
-    folder = save_data(tmp_path, {"train": [(b"image", 0)] * 12})
-    reader = ShardReader(load_manifest(folder, "train"))
-    assert (reader.name(0), reader.name(11)) == ("train-000000.tar:00000000.jpg", "train-000001.tar:00000011.jpg")
-    assert (reader.read(11), reader.shard(11)) == (b"image", "train-000001.tar")
 
 
 @pytest.mark.parametrize("label", [-1, 3, 9999])

@@ -122,15 +122,6 @@ def test_order_depends_on_the_seed_and_on_the_step_at_which_it_begins(folder):
     assert first != images(taken(stream(urls, place={"first_step": 3}), 20))
 
 
-def test_epoch_counts_samples_and_random_crops_depend_on_the_row(tmp_path):
-    wide = [(encode_png(torch.arange(8 * 30).reshape(1, 8, 30).to(torch.uint8)), 0)] * 3
-    save_data(tmp_path, {"train": wide})
-    one = stream(str(tmp_path / "train-000000.tar"), crop="random", shuffle_buffer=1)
-    batch = one.__getitems__(range(NUM_TRAIN - 4, NUM_TRAIN + 5))
-    assert batch.epoch.tolist() == [0, 0, 0, 0, 1, 1, 1, 1, 1]
-    assert len({image.numpy().tobytes() for image in batch.content}) > 4
-
-
 @pytest.mark.parametrize(
     ("spoil", "text"),
     [

@@ -9,7 +9,6 @@ import pytest
 
 from maskgit_pl.data.token_store import StoreDescription, is_complete, open_store
 from maskgit_pl.data.tokenizing import StoreParts
-from maskgit_pl.data.verify import verify_store
 from maskgit_pl.errors import DataChangedError
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
@@ -45,12 +44,6 @@ def test_rows_come_back_as_written(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "store.json", "train-labels.npy", "train-tokens.npy", "val-labels.npy", "val-tokens.npy"
     ]  # fmt: skip
-
-
-def test_arrays_are_what_numpy_would_save(tmp_path):
-    make(tmp_path)
-    np.save(tmp_path / "expected.npy", np.repeat(np.arange(10, dtype=np.uint16)[:, None] * 10, 6, axis=1))
-    assert (tmp_path / "train-tokens.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
 
 
 def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
@@ -214,17 +207,8 @@ def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, ro
         ValueError, match=rf"token store .*/{array}\.npy: changed since it was made.* `maskgit tokenize`"
     ):
         open_store(tmp_path, data="data")
-    assert [bad.name for bad in verify_store(tmp_path).bad] == [f"{array}.npy"]
     assert make(tmp_path)  # the way out
-    assert not verify_store(tmp_path).bad
-
-
-def test_verify_names_every_bad_array(tmp_path):
-    make(tmp_path)
-    assert verify_store(tmp_path) == ("13 rows, 260 bytes", ())
-    overwrite(tmp_path / "train-labels.npy", 0, 1)
-    (tmp_path / "val-tokens.npy").unlink()
-    assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-labels.npy", "val-*.npy"]
+    open_store(tmp_path, data="data")
 
 
 @pytest.mark.parametrize(("array", "value"), [("labels", -1), ("labels", 2), ("labels", 2**40), ("tokens", 32767)])

@@ -94,23 +94,6 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
         assert content(tmp_path / name) == expected
 
 
-def test_earlier_rows_are_told_first_and_all_are_told(folder, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path, encode=lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
-    make(folder, tmp_path, flip=True, ranks=(0, 2))
-    told, new = [], {}
-
-    def bars(title, total, *, done=0, unit=""):
-        told.append((title, total, done, unit))
-        new[title] = []
-        return new[title].append
-
-    make(folder, tmp_path, flip=True, bars=bars)
-    assert told[0] == ("tokens of train", 2 * NUM_TRAIN, 2 * (6 + 6), "images")  # parts 0 and 2 of 4
-    assert sum(new["tokens of train"]) == 2 * NUM_TRAIN - told[0][2]
-    assert sum(new["tokens of val"]) == NUM_VAL - told[1][2]
-
-
 def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
     reader = open_store(views, data=None)["train"]
     stored = np.load(views / "train-tokens.npy").reshape(NUM_TRAIN, 6, 4)

@@ -80,14 +80,6 @@ def test_a_bad_shard_is_named_before_the_first_step_and_by_verify(folder, case):
     assert bad.expected
 
 
-def test_bad_shards_of_all_splits_are_in_one_list(folder):
-    for name in ("train-2.tar", "val-0.tar"):
-        inject(folder, name, cut(SECOND))
-    assert [bad.name for bad in verify_shards(folder).bad] == ["train-2.tar", "val-0.tar"]
-    with pytest.raises(ValueError, match=r"2 of 4 shards[\s\S]*train-2\.tar[\s\S]*val-0\.tar"):
-        load_manifests(folder)
-
-
 def test_no_permission_is_named(tars, unprivileged):
     folder, not_root = unprivileged
     for name in ("train-0", "train-1", "val-0"):

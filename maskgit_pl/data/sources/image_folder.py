@@ -25,7 +25,7 @@ from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
-from maskgit_pl.data.sources.archives import Entries, EntryError, open_entries
+from maskgit_pl.data.sources.archives import Entries, EntryError
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
@@ -86,7 +86,7 @@ class ImageFolder:
         label_field: str = "label",
         vectors: bool = True,
     ) -> None:
-        self._entries = open_entries(Path(path))
+        self._entries = Entries(Path(path))
         self._shown = printable(self._entries.path)
         self._left_out = self._entries.left_out
         self._roots = self._split_roots()

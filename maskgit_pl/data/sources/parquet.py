@@ -1,23 +1,19 @@
 """A folder of parquet files with images and labels as a source. Used by ``open_source``.
 
-A child process reads each file with pyarrow and writes records to a pipe: damaged bytes may abort pyarrow, and a page
-of a few bytes may expand to gigabytes. The child may take 2 GiB of memory, and its end is an error of one line here.
+A child process reads each file with pyarrow, in at most 2 GiB of memory; its end is an error of one line here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from struct import Struct
 from typing import Any
 
 import numpy as np
@@ -26,6 +22,8 @@ import numpy.typing as npt
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import MAX_CLASSES, Sample, UnreadableSample, is_val, number_classes, read_sample
+from maskgit_pl.data.sources import parquet_child
+from maskgit_pl.data.sources.parquet_child import END, ERROR, HEADER, NOTHING, TOO_LARGE
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, parse_any_json, size_text
 
@@ -34,11 +32,6 @@ __all__ = ["ParquetFolder", "find_parquet", "split_of"]
 _SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
 _MAX_ROWS = 2**25  # of all files together
 _CHILD_BYTES = 2**31  # memory of the child
-_ROWS_AT_ONCE, _LABELS_AT_ONCE = 16, 2**12  # images and labels in memory of the child, for row groups of any size
-_MAX_LABEL_BYTES = 2**24  # of so many labels together
-_PROGRAM = "from maskgit_pl.data.sources.parquet import _serve; _serve()"
-# A record: its kind and the length of its bytes. The last record of a file that was read whole is an end.
-_HEADER, _BYTES, _NOTHING, _ERROR, _END = Struct("<cI"), b"b", b"n", b"e", b"."
 
 
 def find_parquet(folder: Path) -> list[Path]:
@@ -173,21 +166,26 @@ class ParquetFolder:
         Returns:
             Names of the columns of images and of the classes, and for each row the place of its label in ``first_row``.
         """
+        shown = f"source {self.shown}:{printable(name)}"
         place, codes = {label: number for number, label in enumerate(first_row)}, list[int]()
-        with self._one_line(name):
-            records = _read(self.folder / name, "labels", self.label_field)
-            head: dict[str, Any] = parse_any_json(next(records) or b"", "columns")
-            for record in records:
-                for label in parse_any_json(record or b"", "labels"):
-                    if label not in place:
-                        place[label] = len(place)
-                        first_row[label] = f"source {self.shown}:{printable(name)}: row {len(codes)}"
-                    codes.append(place[label])
-                if len(codes) > _MAX_ROWS or len(place) > MAX_CLASSES:
-                    raise ValueError(f"must have at most {_MAX_ROWS} rows and {MAX_CLASSES} classes, got more")
-            if len(set(map(type, first_row))) > 1:
-                raise ValueError(f"{self.label_field} must be a class number in all files, or a name in all, got both")
-        return head, np.array(codes, np.int64)
+        records = _read(self.folder / name, shown, self.label_field)
+        images = parse_any_json(next(records) or b"", shown)
+        try:
+            metadata = parse_any_json(next(records) or b"", shown)
+            names = list(map(str, metadata["info"]["features"][self.label_field]["names"]))
+        except (KeyError, TypeError, ValueError):
+            names = []
+        for record in records:
+            for label in parse_any_json(record or b"", shown):
+                if label not in place:
+                    place[label] = len(place)
+                    first_row[label] = f"{shown}: row {len(codes)}"
+                codes.append(place[label])
+            if len(codes) > _MAX_ROWS or len(place) > MAX_CLASSES:
+                raise ValueError(f"{shown} must have at most {_MAX_ROWS} rows and {MAX_CLASSES} classes, got more")
+        if len(set(map(type, first_row))) > 1:
+            raise ValueError(f"{shown}: {self.label_field} must be a number in all files, or a name in all, got both")
+        return {"images": images, "names": names}, np.array(codes, np.int64)
 
     def _split_rows(
         self, files: Mapping[Split, Sequence[str]], val_fraction: float
@@ -207,142 +205,49 @@ class ParquetFolder:
     def _take(self, file: str, row: int) -> bytes | None:
         """Returns the image of a row; rows that ascend are read in one pass."""
         if self._opened is None or self._opened[0] != file or self._opened[1] > row:
-            self._opened = file, row, _read(self.folder / file, "images", self.image_field, str(row))
+            shown = f"source {self.shown}:{printable(file)}"
+            self._opened = file, row, _read(self.folder / file, shown, self.image_field, str(row))
         _, first, images = self._opened
-        with self._one_line(file):
-            for _ in range(first, row):
-                next(images)
-            image = next(images)
         self._opened = file, row + 1, images
-        return image
-
-    @contextmanager
-    def _one_line(self, file: str) -> Iterator[None]:
-        """Names the file in the errors of its child. A file that has changed since its labels were read ends early."""
-        try:
-            yield
-        except (ValueError, OSError, StopIteration) as error:
-            text = printable(str(error)) or "it has fewer rows than before"
-            raise ValueError(f"source {self.shown}:{printable(file)} cannot be read: {text}") from error
+        return next(islice(images, row - first, None), None)
 
 
-def _read(path: Path, *arguments: str) -> Iterator[bytes | None]:
-    """Yields the records of a file that a child process reads; see ``_serve`` for its arguments.
+def _read(path: Path, shown: str, *arguments: str) -> Iterator[bytes | None]:
+    """Yields the records of a file that a child process reads; see ``parquet_child`` for its arguments.
 
     Raises:
-        ValueError: if the child reports an error, or ends early.
+        ValueError: if the child reports an error, or ends early. The message begins with ``shown``.
     """
-    os.close(open_regular(path))  # rejects a FIFO or a device, which would block
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}
+    try:
+        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
+    except OSError as error:
+        raise ValueError(f"{shown} cannot be read: {error.strerror}") from error
     child = subprocess.Popen(
-        [sys.executable, "-c", _PROGRAM, str(path), *arguments],
-        env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+        [sys.executable, parquet_child.__file__, str(path), str(_CHILD_BYTES), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
     assert child.stdout is not None
     try:
-        while len(header := child.stdout.read(_HEADER.size)) == _HEADER.size:
-            kind, size = _HEADER.unpack(header)
+        while len(header := child.stdout.read(HEADER.size)) == HEADER.size:
+            kind, size = HEADER.unpack(header)
             data = child.stdout.read(size)
-            if kind == _END:
+            if kind == END:
                 return
-            if kind == _ERROR:
-                raise ValueError(data.decode())
-            yield None if kind == _NOTHING else data
-        raise ValueError(f"it is damaged; pyarrow ended with {child.wait()}")
+            if kind == TOO_LARGE:
+                raise ValueError(
+                    f"{shown} cannot be read: its pages take more than {size_text(_CHILD_BYTES)} of memory"
+                )
+            if kind == ERROR:
+                raise ValueError(f"{shown} cannot be read: {printable(data.decode())}")
+            yield None if kind == NOTHING else data
+        raise ValueError(f"{shown} cannot be read: it is damaged, and pyarrow ended with {child.wait()}")
     finally:
         child.stdout.close()
         child.kill()
         child.wait()
-
-
-def _serve() -> None:
-    """Writes the records of a file to stdout, in the child: the column names and the labels, or the images of rows.
-
-    The arguments are the file and either ``labels``, COLUMN, or ``images``, COLUMN and the first ROW.
-    """
-    path, what, *arguments = sys.argv[1:]
-    try:
-        import pyarrow
-        from pyarrow.parquet import ParquetFile
-
-        pyarrow.set_cpu_count(1)
-        resource.setrlimit(resource.RLIMIT_DATA, (_CHILD_BYTES, _CHILD_BYTES))
-        # Without a size of the buffer, the column of a row group is read as a whole.
-        file = ParquetFile(path, buffer_size=2**20)
-        for record in (_label_records if what == "labels" else _image_records)(file, *arguments):
-            _send(_NOTHING if record is None else _BYTES, record or b"")
-        _send(_END)
-    except ImportError:
-        _send(_ERROR, b'pyarrow is missing: pip install "maskgit_pl[parquet]"')
-    except MemoryError:  # also that of pyarrow
-        _send(_ERROR, f"its pages must need at most {size_text(_CHILD_BYTES)} of memory".encode())
-    except Exception as error:
-        _send(_ERROR, (str(error).splitlines() or [type(error).__name__])[0].encode(errors="replace"))
-    sys.stdout.flush()
-    os._exit(0)  # without what pyarrow does at the end
-
-
-def _send(kind: bytes, data: bytes | memoryview = b"") -> None:
-    sys.stdout.buffer.write(_HEADER.pack(kind, len(data)))
-    sys.stdout.buffer.write(data)
-
-
-def _label_records(file: Any, field: str) -> Iterator[bytes]:
-    """Yields the names of the columns of images and of the classes, then lists of labels, as JSON."""
-    from pyarrow import types
-
-    schema = file.schema_arrow
-    if field not in schema.names:
-        raise ValueError(f"it must have a column {field!r}, got {_listed(schema.names)}; set it with --label-field")
-    images = [column.name for column in schema if _holds_bytes(column.type)]
-    if not images:
-        raise ValueError(f"it must have a column of images, got {_listed(schema.names)}")
-    try:
-        metadata = parse_any_json((schema.metadata or {})[b"huggingface"], "metadata")
-        names = list(map(str, metadata["info"]["features"][field]["names"]))
-    except (KeyError, TypeError, ValueError):
-        names = []
-    yield json.dumps({"images": images, "names": names}).encode()
-    kind = schema.field(field).type
-    value = kind.value_type if types.is_dictionary(kind) else kind
-    if not (types.is_integer(value) or types.is_string(value) or types.is_large_string(value)):
-        raise ValueError(f"column {field!r} must hold class numbers or names, got {kind}")
-    row = 0
-    for batch in file.iter_batches(_LABELS_AT_ONCE, columns=[field], use_threads=False):
-        column = batch.column(0)
-        if column.null_count:
-            raise ValueError(f"row {row + column.is_null().index(True).as_py()}: {field} must be a class, got nothing")
-        row += len(column)
-        record = json.dumps(column.to_pylist()).encode()
-        if len(record) > _MAX_LABEL_BYTES:
-            raise ValueError(f"column {field!r} must hold class names of at most {size_text(_MAX_LABEL_BYTES)}")
-        yield record
-
-
-def _image_records(file: Any, field: str, first: str) -> Iterator[memoryview | None]:
-    """Yields the bytes of the image of each row from the given one on; None if it has none."""
-    from pyarrow import types
-
-    group, skipped = 0, int(first)
-    while skipped >= (count := file.metadata.row_group(group).num_rows):
-        group, skipped = group + 1, skipped - count
-    is_struct = types.is_struct(file.schema_arrow.field(field).type)
-    column = f"{field}.bytes" if is_struct else field  # other fields may have any length
-    groups = range(group, file.num_row_groups)
-    for batch in file.iter_batches(_ROWS_AT_ONCE, row_groups=groups, columns=[column], use_threads=False):
-        for image in batch.column(0)[skipped:]:
-            value = image["bytes"] if is_struct and image.is_valid else image
-            yield memoryview(value.as_buffer())[: MAX_IMAGE_BYTES + 1] if value.is_valid else None
-        skipped = max(0, skipped - len(batch))
-
-
-def _holds_bytes(kind: Any) -> bool:
-    """Returns whether a column may hold image files: bytes, or a struct with a field of bytes."""
-    from pyarrow import types
-
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
 
 def _image_bytes(image: bytes | None, name: str) -> bytes:

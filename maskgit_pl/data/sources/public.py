@@ -224,16 +224,10 @@ class IdxFiles:
 
 
 def _read_idx(folder: Path, pattern: str, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
-    """Reads an IDX file, plain or gzipped, and updates a digest with its bytes.
+    """Reads an IDX file, plain or gzipped, of 3 (images) or 1 (labels) dimensions, and updates a digest with its bytes.
 
     IDX: two zero bytes, type 8 (uint8), number of dimensions, each dimension as big-endian uint32, then the values. No
     more bytes are read than the header states, since a small gzip file may expand to any size.
-
-    Args:
-        folder: Folder of the file.
-        pattern: Glob of its name; of several files, the first is read.
-        dimensions: Expected number of dimensions: 3 for images (n, H, W), 1 for labels (n,).
-        digest: A hash object of ``hashlib``.
     """
     import numpy as np
 

@@ -52,11 +52,6 @@ def test_whole_numbers_are_class_numbers(photos):
             open_source(photos)
 
 
-def test_numbers_with_leading_zeros_are_names(photos):
-    write(photos, [f"{number}.png,0{number % 3}" for number in range(20)])
-    assert open_source(photos, val_fraction=0.3).classes == ("00", "01", "02")
-
-
 @pytest.mark.parametrize("odd", ["cat", "01"])
 def test_numbers_that_become_names_because_of_one_label_are_named(photos, odd, caplog):
     write(photos, [f"{number}.png,{number % 3}" for number in range(19)] + [f"19.png,{odd}"])

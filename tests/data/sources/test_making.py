@@ -14,7 +14,7 @@ from PIL import Image
 from maskgit_pl.cli import main
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.sources.making import convert_images, fetch_dataset, open_source
+from maskgit_pl.data.sources.making import convert_images, open_source
 from tests.hostile_images import save
 from tests.local_hub import local_hub
 
@@ -56,11 +56,6 @@ def test_a_folder_that_another_process_makes_is_not_touched(photos, tmp_path):
     ):
         convert_images(photos, tmp_path / "out", label_field="kind")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_data_set_that_there_is_not_is_named():
-    with pytest.raises(ValueError, match="NAME must be one of fashion-mnist"):
-        fetch_dataset("fashion")
 
 
 def test_equal_images_and_those_of_val_that_are_in_train_are_named(tmp_path, caplog):
@@ -121,13 +116,6 @@ def test_a_split_of_parquet_files_is_downloaded_once(hub, tmp_path):
     assert {path.name for path in tmp_path.glob("data/raw/*/data/*")} == {"train-0.parquet"}
     with pytest.raises(ValueError, match=r"test-0\.parquet: row 0: label must be in \[0, 100000\), got -1$"):
         open_source("hf:alice/tables")
-
-
-def test_a_repository_of_images_becomes_shards(hub, capsys):
-    assert main(["data", "make", "hf:alice/files", "--out", "out"]) == 0
-    made = capsys.readouterr().out
-    assert "19 train, 1 val" in made
-    assert "2 classes" in made
 
 
 @pytest.mark.parametrize(

@@ -135,7 +135,7 @@ def test_texts_are_class_names(tars, tmp_path, given, classes):
         ({"labels": [0, None, 1]}, "row 1: label must be a class, got nothing"),
         ({"labels": [0.5, 1, 2]}, "must hold class numbers or names, got double"),
         ({"labels": [[0], [1], [2]]}, r"must hold class numbers or names, got list<"),
-        ({"labels": ["x" * 2**25] * 3}, "must hold class names of at most 16.8 MB"),
+        ({"labels": ["x" * 2**25] * 3}, "must hold class names of at most 16 MiB"),
         ({"names": ["a", "b"]}, "must have the class names of train-0"),
     ],
 )
@@ -179,18 +179,18 @@ def test_pages_that_expand_end_the_child_at_its_bound_and_not_this_process(tars,
     write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
     path = repeated_zeros(tmp_path / "train.parquet", dictionary=dictionary, size=2**24)
     assert path.stat().st_size < 50_000
-    program = "import maskgit_pl.data.sources.parquet as p; p._CHILD_BYTES = 2**28; p._serve()"
-    monkeypatch.setattr("maskgit_pl.data.sources.parquet._PROGRAM", program)
+    monkeypatch.setattr("maskgit_pl.data.sources.parquet._CHILD_BYTES", 2**28)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: its pages must need at most"):
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: its pages take more than 268 MB of memory"):
         list(open_source(tmp_path).samples("train", range(64)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # kB
 
 
 def test_a_child_that_dies_is_an_error_of_one_line(tars, tmp_path, monkeypatch):
     write(tars, tmp_path / "train.parquet", 0, 3)
-    monkeypatch.setattr("maskgit_pl.data.sources.parquet._PROGRAM", "import os; os.abort()")
-    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: it is damaged; pyarrow ended with -6$"):
+    (tmp_path / "abort.py").write_text("import os; os.abort()")
+    monkeypatch.setattr("maskgit_pl.data.sources.parquet_child.__file__", str(tmp_path / "abort.py"))
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: it is damaged, and pyarrow ended with -6$"):
         open_source(tmp_path)
 
 

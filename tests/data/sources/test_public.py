@@ -81,12 +81,6 @@ def test_a_failed_download_names_the_ways_out_in_one_line(name, way_out, capsys,
     assert not Path("data/shards").exists()
 
 
-def test_a_system_without_apt_is_told_so(no_network, capsys, monkeypatch):
-    monkeypatch.setattr(public.shutil, "which", lambda program: None)
-    assert main(["data", "fetch", "fashion-mnist"]) == 2
-    assert "the Debian package: apt-get is not installed" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
