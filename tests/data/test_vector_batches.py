@@ -140,16 +140,6 @@ def test_a_resumed_run_reads_the_same_on_any_number_of_ranks_and_workers(uneven,
     assert resumed == {position: whole[position] for position in range(5 * 12, 8 * 12)}
 
 
-def test_batches_move_with_and_without_vectors(folder: Path) -> None:
-    for vectors in (True, False):
-        module = data(folder, vectors=vectors)
-        batch = next(iter(module.train_dataloader()))
-        moved = module.transfer_batch_to_device(batch, torch.device("meta"), 0)
-        assert {tensor.device.type for tensor in moved if tensor is not None} == {"meta"}
-        assert (moved.vectors is None) == (not vectors)
-        assert vectors is False or batch.vectors.dtype == torch.float32
-
-
 @pytest.mark.parametrize("source", ["images", "tokens"])
 def test_an_unreadable_image_is_replaced_together_with_its_vector(tmp_path: Path, source: str) -> None:
     folder, store = tmp_path / "data", tmp_path / "store"

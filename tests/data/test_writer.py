@@ -1,5 +1,4 @@
 import errno
-import io
 import os
 import re
 import subprocess
@@ -11,14 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import webdataset
 from PIL import Image
 
-from maskgit_pl.data.images import decode_image, fit_image
-from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.public import IdxFiles
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
@@ -79,23 +75,6 @@ def test_size_makes_squares_of_the_same_format(tree, tmp_path):
     with tarfile.open(tmp_path / "out" / "train-000000.tar") as archive:
         extensions = {name.split(".")[1] for name in archive.getnames()}
     assert extensions == {"png", "jpg", "cls"}
-
-
-@pytest.mark.parametrize(("mode", "channels"), [("LA", 1), ("RGBA", 3), ("P", 3)])
-def test_size_composites_transparent_images_over_white(tmp_path, mode, channels):
-    image = Image.new("L", (16, 16), 9)
-    image.putalpha(Image.fromarray(np.repeat(np.array([0, 255], np.uint8), 8)[None].repeat(16, axis=0)))
-    stream = io.BytesIO()
-    image.convert("RGBA").convert(mode).save(stream, "PNG")
-    (tmp_path / "tree" / "cat").mkdir(parents=True)
-    for number in range(4):
-        (tmp_path / "tree" / "cat" / f"{number}.png").write_bytes(stream.getvalue())
-    make_shards(ImageFolder(tmp_path / "tree", val_fraction=0.5), tmp_path / "out", size=8)
-    assert read_manifest_summary(tmp_path / "out").images.channels == (channels,)
-    made = decode_image(ShardReader(load_manifest(tmp_path / "out", "train")).read(0), channels=3, name="x")
-    whole = decode_image(stream.getvalue(), channels=3, name="x")
-    assert torch.equal(made, fit_image(whole, image_size=8, crop=None))
-    assert (made[:, :, 0] == 255).all()
 
 
 def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tmp_path):
