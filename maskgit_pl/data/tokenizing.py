@@ -244,9 +244,6 @@ class StoreParts:
 
         Returns:
             True if the store is finished.
-
-        Raises:
-            ValueError: if a part is damaged; it is removed, so that the next run makes it again.
         """
         try:
             if all(self.is_done(part) for part in self.parts()):
@@ -285,16 +282,8 @@ class StoreParts:
 
     def _read(self, part: Part) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Returns tokens, labels, and pairs (k, 2) of replaced samples and their replacements."""
-        path = self._path(part)
-        try:
-            with open(path, "rb") as file:
-                tokens, labels, replaced = (np.load(file, allow_pickle=False) for _ in range(3))
-        except (EOFError, ValueError) as error:
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"token store {self.folder}: its part {path.name} is damaged ({error}) and was removed; "
-                "run the same command again to make it"
-            ) from error
+        with open(self._path(part), "rb") as file:
+            tokens, labels, replaced = (np.load(file, allow_pickle=False) for _ in range(3))
         return tokens, labels, replaced
 
     def _path(self, part: Part) -> Path:

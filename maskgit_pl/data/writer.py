@@ -93,7 +93,8 @@ def make_shards(
     plan = _Plan(source, partial, size, shard_size)
     _write_missing(plan, lenient=lenient, workers=workers, on_samples=on_samples)  # 2.
     _list_left_out(plan, lenient=lenient)  # 3.
-    _index(plan, workers=workers)  # 4.
+    shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
+    index_shards(partial, shards, classes=source.classes, workers=workers)  # 4.
     replace_folder(partial, folder)  # 5.
     for path in folder.glob(".left-out-*"):  # a run that resumes needs them until here
         path.unlink()
@@ -156,13 +157,7 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.is_symlink() or _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-        except FileExistsError as error:  # a file, a link, or a folder of another user
-            raise ValueError(
-                f"data folder {printable(folder)} must have {printable(partial)} free for its shards, got something "
-                "that is no folder of this command; remove it, or give another --out"
-            ) from error
+        partial.mkdir(parents=True)  # fails for a file, a link, or a folder of another user
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
     remove_partials(partial)
     return partial
@@ -258,18 +253,6 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
             + ("; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else "")
         )
     write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-
-
-def _index(plan: _Plan, *, workers: int) -> None:
-    """Writes the manifests of the shards."""
-    shards = {split: find_shards(plan.folder, f"{split}-*.tar") for split in plan.source.counts}
-    try:
-        index_shards(plan.folder, shards, classes=plan.source.classes, workers=workers)
-    except ValueError as error:  # damaged since they were written
-        raise ValueError(
-            f"{error}\nshards must stay as they were written; remove the rejected ones from "
-            f"{printable(plan.folder)}, then run the same command again to write them again"
-        ) from error
 
 
 def _format_lines(lines: list[str]) -> str:

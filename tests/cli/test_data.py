@@ -129,13 +129,11 @@ def test_make_and_index_name_the_classes_that_train_lacks(tree, tmp_path, logged
         (["tree", "--val-fraction", "2"], "^--val-fraction must be"),
         (["tree", "--image-size", "0"], r"^--image-size must be an integer in \[1, 65536\]"),
         (["split", "--val-fraction", "0.5"], "^--val-fraction must not be set for source split, which has a train and"),
-        (["tree", "--out", "taken"], r"must have \S+/\.taken\.partial free for its shards, .*; remove it, or"),
     ],
 )
 def test_make_refuses(words, message, tree, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
-    (tmp_path / ".taken.partial").touch()
     for folder in ("split/train", "split/val"):
         shutil.copytree(tree, folder)
     before = sorted(tmp_path.rglob("*"))

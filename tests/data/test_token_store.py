@@ -175,15 +175,6 @@ def test_replaced_samples_are_known_to_the_reader(tmp_path):
     assert readers["val"].replacements(np.array([1])).tolist() == [-1]
 
 
-def test_a_damaged_part_is_named_and_made_again(tmp_path):
-    make(tmp_path, share=slice(None, -1))
-    part = next(tmp_path.glob(".parts-*/train-0-0000000004.npy"))
-    part.write_bytes(part.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"train-0-0000000004\.npy is damaged .* again"):
-        make(tmp_path)
-    assert make(tmp_path)
-
-
 def overwrite(path: Path, row: int, value: int) -> None:
     """Changes one value of an array on disk."""
     array = np.load(path, mmap_mode="r+")

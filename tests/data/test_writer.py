@@ -128,19 +128,6 @@ def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with
     assert not partial.exists()
 
 
-def test_a_damaged_shard_of_an_earlier_run_is_named_with_the_way_out(idx, tmp_path, monkeypatch):
-    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
-        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-    shard = tmp_path / ".out.partial" / "train-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(
-        ValueError, match=r"train-000001\.tar: [^\n]+\n(.*\n)?.*remove the rejected ones from .*partial, "
-    ):
-        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-    shard.unlink()
-    assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-
-
 def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
     def interrupt(split, count):
         if split == "val":
