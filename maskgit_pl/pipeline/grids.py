@@ -17,8 +17,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, image_file_name
-from maskgit_pl.data.manifest import ImageRange
+from maskgit_pl.checks import image_file_name
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_atomically
 
@@ -61,9 +60,6 @@ _GAP, _MARGIN, _FONT_SIZE = 4, 8, 14  # pixels
 _NARROWEST = 420  # pixels: a head line or a legend widens a narrower picture to it
 _BAR = (160, 12)  # width and height of a color bar in pixels
 _LINE = 2  # pixels of an outline
-# Of a contact sheet: classes, images of each class, largest height and width of an image in pixels.
-_MOST_ROWS, _COLUMNS, _SIDE = 40, 8, 84
-_LONGEST_CAPTION = 32  # characters of the name of a class
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -349,16 +345,3 @@ def _count_rows(images: Tensor, columns: int, row_captions: Sequence[str], colum
         if len(captions) > most:
             raise ValueError(f"{name}_captions must be at most {most}, one per {name}, got {len(captions)}")
     return rows
-
-
-def _tile_size(images: ImageRange) -> ImageSize:
-    """Returns the size of all tiles: the shape of the images, if all have the same, else a square of at most 84 px."""
-    (height, highest), (width, widest) = images.height, images.width
-    if (height, width) == (highest, widest):
-        scale = min(1.0, _SIDE / max(height, width))
-        return max(1, round(scale * height)), max(1, round(scale * width))
-    return _SIDE if min(highest, widest) > _SIDE else min(_SIDE, height, width)
-
-
-def _caption(name: str) -> str:
-    return name if len(name) <= _LONGEST_CAPTION else f"{name[: _LONGEST_CAPTION - 1]}…"
