@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.data import ImageBatches, ShuffledStream, TokenBatches, TrainBatchSampler
-from maskgit_pl.data.batches import make_loader
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader, find_shards
+from maskgit_pl.data import ShuffledStream
+from maskgit_pl.data.index import find_shards, index_shards
+from maskgit_pl.data.loader import ImageBatches, TokenBatches, make_loader
+from maskgit_pl.data.manifest import ShardReader, load_manifest
+from maskgit_pl.data.order import TrainBatchSampler
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, open_store
 from maskgit_pl.data.tokenizing import StoreParts
 from maskgit_pl.distributed import describe_environment

@@ -25,7 +25,7 @@ from measuring import Stopwatch, format_table, read_cpu_name
 from peers import AMUSED, MUSE, Task, build_amused, build_muse, is_installed
 from torch import Tensor
 
-from maskgit_pl.data.batches import StepDataModule
+from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
 from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.schedules import mask_schedules

@@ -39,7 +39,7 @@ from torch.optim import AdamW
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.data import Batch
-from maskgit_pl.data.batches import StepDataModule
+from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer

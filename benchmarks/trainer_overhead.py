@@ -28,8 +28,7 @@ from webdataset import TarWriter
 
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
+from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig

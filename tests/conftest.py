@@ -13,9 +13,8 @@ import yaml
 
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
-from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.index import find_shards, index_shards
+from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
 from maskgit_pl.networks.backbone import Attention

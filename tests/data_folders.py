@@ -12,9 +12,8 @@ import pytest
 import torch
 
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
-from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.data.writer import write_shard
 

@@ -11,8 +11,7 @@ from PIL import Image
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch, ShardData, TokenizingConfig, describe_store, tokenize
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
+from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.samples import Sample
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl.data import Batch
-from maskgit_pl.data.batches import StepDataModule
+from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import objectives

@@ -28,7 +28,6 @@ MORE = {
         '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "weight_rule": "adaptive", '
         '"start_step": 2, "r1_every": 2, "lecam_weight": 0.1}',
         "--model.gradient_clip=1.0",
-        "--data.shuffle_window=2",
     ],
     "transformer": ["--model.network.dropout=0.1"],
 }

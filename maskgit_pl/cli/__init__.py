@@ -42,7 +42,6 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "data make": "cli.data:make",
     "data index": "cli.data:index",
     "data verify": "cli.data:verify",
-    "data stats": "cli.data:stats",
     "data fetch": "cli.data:fetch",
     "doctor": "cli.doctor:doctor",
     "train": "cli.train:train",

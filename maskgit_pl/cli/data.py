@@ -1,20 +1,17 @@
-"""``maskgit data``: fetches public data sets, makes shards from images, indexes, verifies and counts shards."""
+"""``maskgit data``: fetches public data sets, makes shards from images, indexes and verifies shards."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
-from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of, print_json
+from maskgit_pl.cli.arguments import Word
+from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import Dataset, public_datasets
 from maskgit_pl.processes import named_bars
 
-if TYPE_CHECKING:
-    from maskgit_pl.data.stats import DataStatistics
-
-__all__ = ["fetch", "index", "make", "stats", "verify"]
+__all__ = ["fetch", "index", "make", "verify"]
 
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
@@ -108,11 +105,10 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.index import index_shards
+    from maskgit_pl.data.index import index_shards, locate_shards, split_shards
     from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.reader import locate_shards, split_shards
     from maskgit_pl.data.samples import find_class_names
-    from maskgit_pl.data.verify import describe_data, index_lines, untrained_lines
+    from maskgit_pl.data.verify import class_lines, describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, found = locate_shards(shards)
@@ -120,7 +116,7 @@ def index(
     # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
     names = class_names or (None if no_labels else find_class_names(folder))
     with named_bars("shards") as advance:
-        indexed = index_shards(
+        manifests = index_shards(
             folder,
             splits,
             classes=names,
@@ -133,15 +129,15 @@ def index(
     print(describe_data(folder, read_manifest_summary(folder), "indexed"))
     if names is not None and class_names is None:
         print("  class names: kept from the existing manifest")
-    print("\n".join(index_lines(folder, splits, how, indexed)))
-    for line in untrained_lines(folder):
+    print("\n".join(index_lines(folder, splits, how, manifests)))
+    for line in class_lines(folder):
         print(f"  {line}")
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
     """Reads every shard or token file and lists the damaged ones.
 
-    The files of a data folder or a token store are compared with their manifests.
+    The files of a data folder or a token store are compared with their manifests, and their content is printed.
 
     Example: maskgit data verify data/shards/fashion-mnist
 
@@ -150,98 +146,25 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.token_store import DESCRIPTION_FILE, REMAKE_HINT
-    from maskgit_pl.data.verify import describe_bad_files, verify_shards, verify_store
+    from maskgit_pl.data.manifest import read_manifest_summary
+    from maskgit_pl.data.token_store import DESCRIPTION_FILE, open_store
+    from maskgit_pl.data.verify import class_lines, describe_bad_files, describe_data, verify_shards
 
     if (folder / DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
             raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-        found = verify_store(folder)
-        if found.bad:
-            raise ValueError(f"token store {folder}: {describe_bad_files(found.bad, DESCRIPTION_FILE)}\n{REMAKE_HINT}")
-        print(f"{folder}: {found.amount}: hashes agree with the description")
+        rows = sum(len(reader.arrays[0]) for reader in open_store(folder).values())
+        print(f"{folder}: {rows} rows: hashes agree with the description")
         return
     with named_bars("shards") as advance:
         found = verify_shards(
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
         )
     if found.bad:
-        raise ValueError(f"data {folder}: {describe_bad_files(found.bad, 'the manifest')}")
+        raise ValueError(f"data {folder}: {describe_bad_files(found.bad)}")
     print(f"{folder}: {found.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
-
-
-def stats(
-    folder: Folder,
-    *,
-    no_duplicates: bool = False,
-    decode: bool = False,
-    json: bool = False,
-    out: Annotated[Path, Output(".png")] | None = None,
-) -> None:
-    """Counts the classes, images and bytes of a data folder.
-
-    Sizes are printed too, and images that are equal to others.
-
-    Example: maskgit data stats data/shards/fashion-mnist --out sheet.png
-
-    Args:
-        folder: Data folder.
-        no_duplicates: Do not read all images to find equal ones.
-        decode: Compare decoded pixels (default: the files' bytes).
-        json: Print JSON.
-        out: Draw the first images of each class.
-    """
-    from maskgit_pl.data.stats import find_duplicates, read_statistics, statistics_as_json
-    from maskgit_pl.data.verify import duplicate_lines, statistics_lines
-
-    check_one_of(no_duplicates=no_duplicates, decode=decode)
-    statistics = read_statistics(folder)
-    duplicates = None
-    if not no_duplicates:
-        with named_bars("images") as advance:
-            duplicates = find_duplicates(
-                statistics.manifests,
-                compare="pixels" if decode else "bytes",
-                on_image=lambda split, total: advance(split, 1, total),
-            )
-    if json:
-        print_json(statistics_as_json(statistics, duplicates))
-    else:
-        print("\n".join(statistics_lines(folder, statistics)))
-        if duplicates is not None:
-            print("\n".join(["", *duplicate_lines(duplicates)]))
-    if out is not None:
-        _draw_first_images(statistics, out)
-        if not json:
-            print(f"{out}: first images of each class")
-
-
-def _draw_first_images(statistics: DataStatistics, out: Path) -> None:
-    """Draws a row of images for each class, or for 40 evenly spread classes if there are more."""
-    import numpy as np
-    import torch
-
-    from maskgit_pl.data.images import decode_image, fit_image
-    from maskgit_pl.data.stats import images_of_classes
-    from maskgit_pl.pipeline.grids import TILE_SIZE, image_grid, save_png
-
-    summary, columns = statistics.summary, 8
-    (height, highest), (width, widest) = summary.images.height, summary.images.width
-    side = TILE_SIZE if min(highest, widest) > TILE_SIZE else min(TILE_SIZE, height, width)
-    size = side, side
-    if (height, width) == (highest, widest):  # all images have one shape
-        scale = min(1.0, TILE_SIZE / max(height, width))
-        size = max(1, round(scale * height)), max(1, round(scale * width))
-    shown = np.unique(np.linspace(0, summary.num_classes - 1, min(40, summary.num_classes)).round().astype(int))
-    # Classes with fewer images than columns end with white tiles.
-    tiles = torch.full((len(shown), columns, summary.channels, *size), 255, dtype=torch.uint8)
-    for row, files in enumerate(images_of_classes(statistics.manifests["train"], shown.tolist(), each=columns)):
-        for column, (data, name) in enumerate(files):
-            image = decode_image(data, channels=summary.channels, name=name)
-            tiles[row, column] = fit_image(image, image_size=size, crop=None)
-    names = [summary.classes[label] for label in shown]
-    captions = [name if len(name) <= 32 else f"{name[:31]}…" for name in names]
-    save_png(image_grid(tiles.flatten(0, 1), columns=columns, row_captions=captions), out)
+    if (folder / "train.json").is_file():
+        print(describe_data(folder, read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  ")
 
 
 def fetch(

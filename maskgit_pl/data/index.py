@@ -1,12 +1,18 @@
-"""Indexing: writes manifests beside ordinary WebDataset tars, which stay unchanged.
+"""Indexing: finds ordinary WebDataset tars and writes manifests beside them; the tars stay unchanged.
 
 Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by ``writer``.
 Faults that would silently lose samples are rejected in one list, with the ways out, or left out and counted with
 ``lenient``.
+
+Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for any
+number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
 """
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +20,9 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from braceexpand import braceexpand
 
+from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import (
     INDEX_DTYPE,
@@ -40,7 +48,14 @@ from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["IndexResult", "index_shards"]
+__all__ = ["expand_braces", "find_shards", "index_shards", "locate_shards", "split_shards"]
+
+_MAX_NAMES = 1_000_000  # of a pattern
+_MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
+_VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
@@ -48,11 +63,164 @@ _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
 _Scans = Mapping[str, ShardScan]  # by the name of the shard
 
 
-class IndexResult(NamedTuple):
-    """The manifest of each split, and the number of its members that were not read, by extension."""
+def locate_shards(place: str) -> tuple[Path, list[Path]]:
+    """Returns the data folder and all its shards.
 
-    manifests: dict[Split, Manifest]
-    ignored: dict[Split, dict[str, int]]
+    Args:
+        place: A folder with tars in it or in its sub-folders; or a glob or brace expression of tars, such as
+            ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
+
+    Raises:
+        ValueError: if the place is a URL or a command, or contains no tars.
+    """
+    folder = Path(place)
+    if not os.path.isdir(place):  # Path.is_dir() raises an error for long names
+        if _URL.match(place):
+            kind = place.partition(":")[0]
+            raise ValueError(f"shards {place!r} must be local files, got {kind}:; download the shards first")
+        # The folder ends at the first component with a wildcard.
+        parts = folder.parts
+        magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
+        folder, pattern = Path(*parts[:magic]), "/".join(parts[magic:])
+        return folder, find_shards(folder, pattern)
+    shards = _glob_files(folder, "*.tar") or _glob_files(folder, "*/*.tar")
+    if not shards:
+        raise ValueError(
+            f"data folder {folder} must contain *.tar files, got none; name the tars with a pattern, or convert images "
+            f"with `maskgit data make {folder} --out DIR`"
+        )
+    return folder, shards
+
+
+def find_shards(folder: str | Path, pattern: str) -> list[Path]:
+    """Returns the tars in a folder that match a pattern, sorted.
+
+    Args:
+        folder: The data folder.
+        pattern: A glob with or without braces: ``train-*.tar``, ``{00000..00012}.tar``, ``{a,b}/*.tar``.
+
+    Raises:
+        ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
+    """
+    folder = Path(folder)
+    try:
+        names = expand_braces(pattern)
+    except ValueError as error:
+        raise ValueError(f"shard pattern: {error}") from error
+    found: set[Path] = set()
+    for one in names:
+        if one.startswith("/") or ".." in one.split("/"):
+            raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got a path outside")
+        matches = _glob_files(folder, one)
+        if not matches:
+            raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {one!r}")
+        found.update(matches)
+    return sorted(found)
+
+
+def split_shards(
+    folder: Path,
+    shards: Sequence[Path],
+    *,
+    train: str | None = None,
+    val: str | None = None,
+    val_fraction: float | None = None,
+) -> tuple[dict[Split, list[Path]], str]:
+    """Divides the shards between train and val.
+
+    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose path
+       contains val, valid or validation; else test; else the last tenth.
+    2. train: the shards of the pattern ``train``; else the shards whose path contains train; else all that are not val.
+
+    Args:
+        folder: The data folder.
+        shards: All shards, sorted.
+        train: Pattern of the train shards, or None.
+        val: Pattern of the val shards, or None.
+        val_fraction: Fraction of the shards that become val, in (0, 1), or None.
+
+    Returns:
+        The shards of each split, and a phrase that tells how the splits were chosen.
+
+    Raises:
+        ValueError: if a shard would be in both splits, or a split would be empty.
+    """
+    fraction = 0.1 if val_fraction is None else val_fraction
+    check_number("val_fraction", fraction, "(0, 1)")
+    pool = list(shards) if train is None else find_shards(folder, train)
+    others = shards if train is None else sorted(set(shards) - set(pool))
+    named = _find_named(folder, others, _VAL) or _find_named(folder, others, _TEST)
+    # 1. val
+    if val is not None:
+        val_shards, how = find_shards(folder, val), f"val is {val}"
+    elif named and val_fraction is None:
+        val_shards, how = named, "val shards were found by their names"
+    elif len(pool) < 2:
+        raise ValueError(
+            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(pool)}; give "
+            "others with --val, or make smaller shards"
+        )
+    else:
+        count = min(max(1, round(fraction * len(pool))), len(pool) - 1)  # at least one shard for each split
+        val_shards = pool[-count:]
+        how = f"the last {count} of {len(pool)} shards are val (--val-fraction {fraction:g})"
+    # 2. train
+    train_shards = pool if train is not None and val is not None else sorted(set(pool) - set(val_shards))
+    if train is None:
+        # If some shards are named train, other shards (such as test, beside val) belong to no split.
+        train_shards = _find_named(folder, train_shards, _TRAIN) or train_shards
+    if both := sorted(set(train_shards) & set(val_shards)):
+        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
+    if not train_shards:
+        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
+    return {"train": train_shards, "val": val_shards}, how
+
+
+def _glob_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files in a folder that match a glob, sorted, without hidden files.
+
+    Raises:
+        ValueError: if the pattern is no glob.
+    """
+    try:
+        found = list(folder.glob(pattern))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {pattern!r} must be a glob: {error}") from error
+    return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands the braces of a pattern.
+
+    Args:
+        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; not nested.
+
+    Returns:
+        The names, in the order of a shell; the pattern itself if it has no braces.
+
+    Raises:
+        ValueError: if the braces do not close or are nested, or the pattern has more than 1,000,000 names.
+    """
+    if re.search(r"[{}]", _BRACES.sub("", pattern)):
+        raise ValueError(f"braces must close, and not be nested, got {shorten(pattern)}")
+    count = math.prod(map(_count_choices, _BRACES.findall(pattern)))
+    if count > min(_MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
+        raise ValueError(f"a pattern must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
+    return list(braceexpand(pattern))
+
+
+def _count_choices(braces: str) -> int:
+    """Returns the number of names of the content of braces at most: the step of a range is not counted."""
+    if (ends := _RANGE.fullmatch(braces)) is None:
+        return 1 + braces.count(",")
+    first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups())
+    return abs(last - first) + 1
+
+
+def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
+    """Returns the shards whose path inside the folder contains one of the words, not as a part of another word."""
+    pattern = re.compile(rf"(?<![a-z])({words})(?![a-z])")
+    return [shard for shard in shards if pattern.search(shard.relative_to(folder).as_posix().lower())]
 
 
 def index_shards(
@@ -65,8 +233,8 @@ def index_shards(
     lenient: bool = False,
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
-) -> IndexResult:
-    """Scans the shards of every split and writes their manifests.
+) -> dict[Split, Manifest]:
+    """Scans the shards of every split, writes their manifests and returns them.
 
     1. Scan each shard, in parallel.
     2. Reject all faults in one error, unless ``lenient``.
@@ -111,14 +279,13 @@ def index_shards(
             classes = [str(label) for label in range(largest + 1)]
         # All indexes are made before the first is written: an error leaves none.
         indexes = {split: _make_index(folder, split, of_split) for split, of_split in scans.items()}
-        manifests = {}
+        manifests: dict[Split, Manifest] = {}
         for split, rows in indexes.items():
             manifests[split] = _make_manifest(  # 3.
                 task, split, scans[split], rows, classes=tuple(classes), kind=kind
             )
             save_manifest(manifests[split], rows)  # 4.
-    ignored = {split: _sum_counts(scan.ignored for scan in of_split.values()) for split, of_split in scans.items()}
-    return IndexResult(manifests, ignored)
+    return manifests
 
 
 class _ScanTask(NamedTuple):
@@ -217,6 +384,9 @@ def _make_manifest(
         offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
         with write_atomically(vectors_path(task.folder, split)) as file:
             vectors = VectorArray(kind, copy_vectors(file, offsets, kind))
+    left_out: Counter[str] = Counter()
+    for scan in scans.values():
+        left_out.update({fault: found.samples for fault, found in scan.faults.items()})
     return Manifest(
         task.folder,
         split,
@@ -225,13 +395,6 @@ def _make_manifest(
         images=union([scan.images for scan in scans.values() if scan.images is not None]),
         index_sha256=index_sha256(rows),
         labels=task.labels.source,
-        left_out=_sum_counts({fault: found.samples for fault, found in scan.faults.items()} for scan in scans.values()),
+        left_out=dict(sorted(left_out.items())),
         vectors=vectors,
     )
-
-
-def _sum_counts(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    total: Counter[str] = Counter()
-    for of_shard in counts:
-        total.update(of_shard)
-    return dict(sorted(total.items()))

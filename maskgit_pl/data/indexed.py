@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.batches import Batch, StepDataModule, make_loader, stack_batch
+from maskgit_pl.data.batches import Batch, stack_batch
 from maskgit_pl.data.images import fit_image, from_pil
+from maskgit_pl.data.loader import StepDataModule, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
 
 __all__ = ["IndexedDataModule", "IndexedDataset"]
@@ -74,13 +75,7 @@ class IndexedDataset(Dataset[Batch]):
         return self.num_samples
 
     def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions.
-
-        Args:
-            positions: Consecutive positions of the stream; B is their number.
-
-        Returns:
-            The batch; content is (B, in_channels, H, W) uint8.
+        """Returns the batch at some positions; content is (B, in_channels, H, W) uint8.
 
         Raises:
             TypeError: if an item has another form than those of ``dataset``.
@@ -146,9 +141,9 @@ class IndexedDataModule(StepDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        check_integer("global_batch", global_batch, BATCH_SIZE_RANGE)
-        check_integer("accumulation", accumulation, BATCH_SIZE_RANGE)
-        check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
+        sizes = {"global_batch": global_batch, "accumulation": accumulation, "validation_batch": validation_batch}
+        for name, size in sizes.items():
+            check_integer(name, size, BATCH_SIZE_RANGE)
         check_seed("seed", seed)
         # Validation keeps the dataset's order, with central or random crops as given.
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)

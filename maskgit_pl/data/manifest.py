@@ -9,6 +9,9 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
     train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
+``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into workers: it
+shares no file position, and each process opens its own files.
+
 Used by everything that reads data. Imports neither torch nor PIL, so that summaries are fast.
 """
 
@@ -17,17 +20,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size, shorten
-from maskgit_pl.data.tar import BLOCK, parse_header
-from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
+from maskgit_pl.data.tar import BLOCK, member_label, parse_header
+from maskgit_pl.data.vectors import VectorKind, VectorReader, has_all_bytes, map_array, vectors_path
+from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
 
 __all__ = [
@@ -36,6 +41,7 @@ __all__ = [
     "ImageRange",
     "Manifest",
     "Shard",
+    "ShardReader",
     "Split",
     "VectorArray",
     "check_vectors",
@@ -52,6 +58,7 @@ __all__ = [
 Split = Literal["train", "val"]
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards
+_MAX_OPEN = 64  # shards open at a time, far below the usual limit of 1,024 files per process
 # Offset and size are those of the image's bytes inside the tar, so that one pread reads them.
 INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("label", "<i4")])
 
@@ -96,14 +103,8 @@ class ImageRange:
     channels: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class VectorArray:
-    """The array of the vectors of a split, ``SPLIT-vectors.npy``.
-
-    Args:
-        kind: Size and type of the vectors.
-        sha256: Hash of the whole file, hex.
-    """
+class VectorArray(NamedTuple):
+    """The array of the vectors of a split, ``SPLIT-vectors.npy``: their size and type, and the hash of the file."""
 
     kind: VectorKind
     sha256: str
@@ -147,13 +148,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
-        """Maps the index into memory and checks its shape and type.
-
-        Args:
-            check: True compares all rows with their hash, too.
-
-        Returns:
-            (samples,) INDEX_DTYPE, one row per sample.
+        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash.
 
         Raises:
             FileNotFoundError: if the file is missing.
@@ -246,17 +241,10 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
 
 
 def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
-    """Describes that images are resized for a model, and how to avoid it.
+    """Describes in a sentence that all images are resized for a model, and how to avoid it.
 
-    Only resizing that concerns all images is described: every image is enlarged, or all images have one size and are
-    reduced. Photos of several sizes are expected to be resized.
-
-    Args:
-        images: Range of the image sizes.
-        image_size: Size of the model's images: a side, or (height, width), in pixels.
-
-    Returns:
-        A sentence; None if not all images are resized, or this cannot be known from the range.
+    Every image is enlarged, or all images have one size and are reduced; None in other cases, since photos of several
+    sizes are expected to be resized.
     """
     size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
     # An image is resized by the larger of the two ratios, and the rest of it is cropped.
@@ -275,13 +263,7 @@ def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Reads the manifest of a split and compares the files on disk with it.
-
-    Args:
-        folder: The data folder.
-        split: ``"train"`` or ``"val"``.
-        check: True compares the whole index, and length, first and last header of each shard, which is fast enough for
-            the start of each run; ``maskgit data verify`` reads everything.
+    """Reads the manifest of a split; see ``load_manifests``, which ``check`` calls.
 
     Raises:
         FileNotFoundError: if the folder or the manifest is missing.
@@ -291,25 +273,28 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
         return load_manifests(folder, (split,))[split]
     folder = Path(folder)
     path = folder / f"{split}.json"
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"data folder {folder} does not exist; make it with `maskgit data make SOURCE --out {folder}`, "
-            f"or get the default data with `maskgit data fetch fashion-mnist --out {folder}`"
-        )
     if not path.exists():
         raise FileNotFoundError(
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
-            f"images with `maskgit data make {folder} --out DIR`"
+            f"images with `maskgit data make SOURCE --out {folder}`"
         )
-    return _read_manifest(path, split)
+    try:
+        content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
+        if content.pop("format", None) != _FORMAT:
+            raise ValueError(f"{path} must have format {_FORMAT}")
+        content.pop("samples", None)  # for people who read the file, as is the split
+        dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
+        vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
+        return build_dataclass(Manifest, {**content, "folder": folder, "split": split, "vectors": vectors}, str(path))
+    except ValueError as error:
+        raise ValueError(f"manifest {error}; {_remake_hint(folder)}") from error
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Reads the manifests of some splits and compares all their files on disk with them.
+    """Reads the manifests of some splits and compares the files on disk with them; lists all bad shards in one error.
 
-    Args:
-        folder: The data folder.
-        splits: The splits; all their bad shards are listed in one error.
+    Compares the whole index, and length, first and last header of each shard, which is fast enough for the start of
+    each run; ``maskgit data verify`` reads everything.
 
     Raises:
         FileNotFoundError: if the folder or a manifest is missing.
@@ -344,13 +329,121 @@ def check_vectors(manifest: Manifest) -> None:
         )
 
 
-def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
-    """Writes the two files of a split, each atomically; the JSON last, when the index is on disk with its name.
+class ShardReader:
+    """A reader with random access to the samples of a split.
 
     Args:
-        manifest: The manifest.
-        rows: (samples,) INDEX_DTYPE, the index.
+        manifest: The split.
     """
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self._index: npt.NDArray[np.void] | None = None
+        self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
+
+    def __len__(self) -> int:
+        return self.manifest.samples
+
+    @property
+    def index(self) -> npt.NDArray[np.void]:
+        """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process.
+
+        Raises:
+            ValueError: if a label is not in [0, num_classes). The message names the first sample.
+            DataChangedError: if the file was truncated after it was mapped.
+        """
+        if self._index is None:
+            rows = self.manifest.index()
+            # Checked here: on a GPU, a wrong label would be an index error without a name.
+            self._check_labels(rows)
+            self._index = rows
+        if not has_all_bytes(self._index):
+            raise self._data_changed_error(f"{self.manifest.split}.npy", "the file was truncated")
+        return self._index
+
+    def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Returns the labels, (B,) int64 in [0, num_classes), of samples, (B,) int64 in [0, len(self))."""
+        labels: npt.NDArray[np.int64] = self.index["label"][indices].astype(np.int64)
+        return labels
+
+    def read(self, index: int) -> bytes:
+        """Reads the bytes of a sample's image file.
+
+        Args:
+            index: Number of the sample in its split, in [0, len(self)).
+
+        Raises:
+            DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
+        """
+        shard, offset, size, _ = self.index[index].item()
+        data = self._pread(shard, size, offset)
+        if len(data) != size:
+            fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
+            raise self._data_changed_error(self.manifest.shards[shard].name, fault)
+        return data
+
+    def shard(self, index: int) -> str:
+        """Returns the file name of the tar that contains a sample."""
+        return self.manifest.shards[int(self.index["shard"][index])].name
+
+    def name(self, index: int) -> str:
+        """Returns the name of a sample for error messages: ``SHARD:MEMBER``, with the member's name from the tar."""
+        return self._name(*self.index[index].item()[:2])
+
+    def _name(self, shard: int, offset: int) -> str:
+        header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
+        return member_label(self.manifest.shards[shard].name, header, offset)
+
+    def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
+        folder = self.manifest.folder
+        return DataChangedError(
+            f"data {folder}: {name} changed while it was in use: {fault}; restore it, or regenerate the manifest "
+            f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
+        )
+
+    def _check_labels(self, rows: npt.NDArray[np.void]) -> None:
+        labels, classes = rows["label"], len(self.manifest.classes)
+        if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
+            return
+        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
+        first = rows[wrong[0]]
+        raise ValueError(
+            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), got "
+            f"{first['label']} in {self._name(*first.item()[:2])}, the first of {len(wrong)}; correct them and "
+            f"regenerate the index with `maskgit data index {self.manifest.folder}`"
+        )
+
+    def _pread(self, number: int, size: int, offset: int) -> bytes:
+        try:
+            return os.pread(self._file(number), size, offset)
+        except (OSError, OverflowError) as error:
+            raise self._data_changed_error(self.manifest.shards[number].name, str(error)) from error
+
+    def _file(self, number: int) -> int:
+        if number not in self._files:
+            shard = self.manifest.shards[number]
+            descriptor = open_regular(self.manifest.folder / shard.name)
+            if (length := os.fstat(descriptor).st_size) != shard.bytes:
+                os.close(descriptor)
+                raise self._data_changed_error(shard.name, f"{shard.bytes} bytes expected, got {length}")
+            self._files[number] = descriptor
+            if len(self._files) > _MAX_OPEN:
+                # The first is the least recently used.
+                os.close(self._files.popitem(last=False)[1])
+        self._files.move_to_end(number)
+        return self._files[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Descriptors and maps are not valid in another process.
+        return {**self.__dict__, "_index": None, "_files": OrderedDict()}
+
+    def __del__(self) -> None:
+        for descriptor in self._files.values():
+            os.close(descriptor)
+
+
+def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:
+    """Writes the index, (samples,) INDEX_DTYPE, and then the manifest, each atomically."""
     folder, split = manifest.folder, manifest.split
     with write_atomically(folder / f"{split}.npy") as file:
         np.save(file, rows, allow_pickle=False)
@@ -413,21 +506,6 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
         "index_sha256": manifest.index_sha256,
         "shards": [asdict(shard) for shard in manifest.shards],
     }
-
-
-def _read_manifest(path: Path, split: Split) -> Manifest:
-    try:
-        content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
-        if content.pop("format", None) != _FORMAT:
-            raise ValueError(f"{path} must have format {_FORMAT}")
-        content.pop("samples", None)  # for people who read the file, as is the split
-        dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
-        vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
-        return build_dataclass(
-            Manifest, {**content, "folder": path.parent, "split": split, "vectors": vectors}, str(path)
-        )
-    except ValueError as error:
-        raise ValueError(f"manifest {error}; {_remake_hint(path.parent)}") from error
 
 
 def _remake_hint(folder: Path) -> str:

@@ -1,10 +1,15 @@
-"""The LightningDataModule of shards, token stores and streams, for both training stages. Used by ``maskgit train``."""
+"""The LightningDataModule of shards, token stores and streams, for both training stages, and its configuration.
+
+The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` and the evaluation.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -12,11 +17,22 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskgit_pl.data.augmentations import CENTER, Augmentations
-from maskgit_pl.data.batches import Batch, ImageBatches, StepDataModule, TokenBatches, make_loader
-from maskgit_pl.data.config import ShardDataConfig
+from maskgit_pl.checks import (
+    ImageSize,
+    check_channels,
+    check_choice,
+    check_image_size,
+    check_integer,
+    check_number,
+    check_seed,
+)
+from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.data.images import Crop
+from maskgit_pl.data.loader import ImageBatches, StepDataModule, TokenBatches, make_loader
 from maskgit_pl.data.manifest import (
     DataSummary,
+    ShardReader,
     Split,
     check_vectors,
     describe_resizing,
@@ -24,17 +40,105 @@ from maskgit_pl.data.manifest import (
     load_manifests,
     read_manifest_summary,
 )
-from maskgit_pl.data.order import InOrder, Order, ShuffledStream, WindowedStream, split_batch
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.stream import StreamBatches, StreamEval
+from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
+from maskgit_pl.data.stream import StreamBatches, StreamConfig
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
 from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
 
-__all__ = ["ShardData"]
+__all__ = ["ShardData", "ShardDataConfig"]
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardDataConfig:
+    """The data of a run and its batches.
+
+    Args:
+        path: Data folder: shards with manifests (see data/README.md).
+        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"`` trains on
+            shards that cannot be indexed and uses the folder for validation and the class names.
+        token_store: Folder of the token store; required for ``"tokens"``, else unused.
+        image_size: Side of square images, or [height, width], in pixels. The largest part of an image with this shape
+            is cropped and resized.
+        in_channels: 1 for grey, 3 for RGB. Files are converted, and transparent images are composited over white.
+        augmentations: Crops and flips of the training images: names or mappings of registered augmentations, in the
+            order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None is
+            ``[center_crop]``.
+        crop: Short for ``augmentations: [center_crop]`` (``"center"``) or ``[random_crop]`` (``"random"``).
+        views: Number of views of each training image in the token store: the central crop, then augmented ones (random
+            crops without ``augmentations``). Training draws one of them in each epoch. None is 1, or the number that an
+            existing store has.
+        global_batch: Number of samples per step, over all ranks.
+        max_batch_per_device: Largest micro-batch of a device; micro-batch and accumulation are derived from it.
+        validation_batch: Number of samples of a validation batch on each rank.
+        validation_samples: Number of samples to validate on, the first of the split; None takes all.
+        num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
+        seed: Seed of order and crops, in [0, 2**32).
+        stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
+        unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above 0, 10
+            different images are always allowed; 0 allows none. See ``UnreadableImages``.
+        vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
+
+    Raises:
+        ValueError: if a value is out of range, or a setting of the source is missing.
+    """
+
+    path: str
+    source: Literal["images", "tokens", "stream"] = "images"
+    token_store: str | None = None
+    image_size: ImageSize = 256
+    in_channels: int = 3
+    augmentations: list[str | dict[str, Any]] | None = None
+    crop: Crop = "center"
+    views: int | None = None
+    global_batch: int = 256
+    max_batch_per_device: int = 32
+    validation_batch: int = 64
+    validation_samples: int | None = None
+    num_workers: int = 0
+    seed: int = 0
+    stream: StreamConfig | None = None
+    unreadable_budget: float = 1e-4
+    vectors: bool = False
+
+    def __post_init__(self) -> None:
+        # All values are checked here, before data is read or a process group starts.
+        _ = self.train_augmentations  # raises if a name or a value is wrong
+        object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
+        check_channels("data.in_channels", self.in_channels)
+        check_seed("data.seed", self.seed)
+        check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
+        for name in ("global_batch", "max_batch_per_device", "validation_batch"):
+            check_integer(f"data.{name}", getattr(self, name), BATCH_SIZE_RANGE)
+        check_integer("data.num_workers", self.num_workers, "[0, 1024]")
+        for name, interval in (("views", "[1, 65536]"), ("validation_samples", "[1, 4294967296]")):
+            if getattr(self, name) is not None:
+                check_integer(f"data.{name}", getattr(self, name), interval)
+        check_choice("data.source", self.source, ("images", "tokens", "stream"))
+        if self.source == "stream" and (self.stream is None or self.vectors):
+            raise ValueError("data.stream.urls must be given and data.vectors be false for data.source: stream")
+        if self.source == "tokens" and self.token_store is None:
+            raise ValueError(
+                "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
+            )
+        if self.source == "tokens" and self.crop != "center":
+            raise ValueError(
+                f"data.crop must be 'center' for data.source: tokens, got {self.crop!r}; for random crops, use "
+                "data.views, or data.source: images"
+            )
+
+    @cached_property
+    def train_augmentations(self) -> Augmentations:
+        """The augmentations of the training images."""
+        try:
+            return build_augmentations(self.augmentations, crop=self.crop)
+        except ValueError as error:
+            raise ValueError(
+                f"data.{error}" if str(error).startswith(("crop", "augmentations")) else f"data: {error}"
+            ) from error
 
 
 class ShardData(StepDataModule):
@@ -65,9 +169,8 @@ class ShardData(StepDataModule):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """The class names; label i is ``class_names[i]``. A stream may name its own; else the folder's are used."""
-        named = None if self.stream is None else self.stream.class_names
-        return self.summary.classes if named is None else named
+        """The class names; label i is ``class_names[i]``."""
+        return self.summary.classes
 
     @property
     def num_classes(self) -> int:
@@ -153,16 +256,26 @@ class ShardData(StepDataModule):
         )
         order = self._train_order(self._train_samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
-            place = {"rank": self._rank, "world_size": self._world_size, "first_step": self._current_step()}
-            return self._loader(StreamBatches(self.config, self.class_names, **place), order)
-        batches = self.batches("train", self._order(), augmentations=self.config.train_augmentations)
-        return self._loader(batches, order, vectors_of="train")
+            batches = StreamBatches(
+                self.stream,
+                self.class_names,
+                image_size=self.config.image_size,
+                in_channels=self.config.in_channels,
+                augmentations=self.config.train_augmentations,
+                seed=self.config.seed,
+                unreadable_budget=self.config.unreadable_budget,
+                rank=self._rank,
+                world_size=self._world_size,
+                first_step=self._current_step(),
+            )
+            return self._loader(batches, order)
+        order_of_samples = ShuffledStream(self.summary.samples["train"], self.config.seed)
+        dataset = self.batches("train", order_of_samples, augmentations=self.config.train_augmentations)
+        return self._loader(dataset, order, vectors_of="train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's batches of the val split, each sample once over all ranks."""
         order = self._eval_order(self._validation_samples, per_device=self.config.validation_batch)
-        if self.stream is not None and self.stream.validation_urls is not None:
-            return self._loader(StreamEval(self.config, self.class_names), order)
         return self._loader(self.batches("val", InOrder(self._validation_samples)), order, vectors_of="val")
 
     def batches(
@@ -230,9 +343,7 @@ class ShardData(StepDataModule):
     @property
     def _splits_of_folder(self) -> tuple[Split, ...]:
         """The splits that are read from the data folder."""
-        if self.stream is None:
-            return ("train", "val")
-        return ("val",) if self.stream.validation_urls is None else ()
+        return ("train", "val") if self.stream is None else ("val",)
 
     @property
     def _train_samples(self) -> int:
@@ -240,19 +351,8 @@ class ShardData(StepDataModule):
 
     @property
     def _validation_samples(self) -> int:
-        limit = self.config.validation_samples
-        if limit is not None and "val" not in self._splits_of_folder:
-            return limit
-        samples = self.summary.samples["val"]
+        samples, limit = self.summary.samples["val"], self.config.validation_samples
         return samples if limit is None else min(samples, limit)
-
-    def _order(self) -> Order:
-        if self.config.shuffle_window is None:
-            return ShuffledStream(self.summary.samples["train"], self.config.seed)
-        shards = load_manifest(self.config.path, "train", check=False).shards
-        return WindowedStream(
-            [shard.samples for shard in shards], window=self.config.shuffle_window, seed=self.config.seed
-        )
 
     def _loader(
         self, dataset: Dataset[Batch], order: Sampler[range], *, vectors_of: Split | None = None

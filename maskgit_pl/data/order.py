@@ -5,14 +5,14 @@
 2. Step s takes positions [s G, (s + 1) G) for a global batch G.
 3. Ranks, workers and micro-batches divide this range among themselves; they do not change it.
 
-A split may have up to 2**32 samples: each position is computed independently, from (seed, epoch) and, for windows, the
-lengths of the shards. Used by the data modules, ``tokenize`` and the evaluation.
+A split may have up to 2**32 samples: each position is computed independently, from (seed, epoch). Used by the data
+modules, ``tokenize`` and the evaluation.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -31,7 +31,6 @@ __all__ = [
     "Rows",
     "ShuffledStream",
     "TrainBatchSampler",
-    "WindowedStream",
     "split_batch",
 ]
 
@@ -100,121 +99,30 @@ class ShuffledStream:
     seed: int
 
     def __call__(self, positions: range) -> Rows:
-        """Returns the sample and the epoch of each position."""
-        return _make_rows(
-            positions, self.num_samples, lambda place, epoch: _permute(place, self.num_samples, self.seed, epoch)
-        )
+        """Returns the sample and the epoch of each position; the positions may span several epochs."""
+        position, count = torch.arange(positions.start, positions.stop), self.num_samples
+        index, epoch = torch.empty_like(position), torch.empty_like(position)
+        # Epochs are Python integers here: ten tensor operations would take longer than reading a batch of tokens.
+        for number in range(positions.start // count, (positions.stop - 1) // count + 1):
+            first = number * count
+            places = range(max(positions.start - first, 0), min(positions.stop - first, count))
+            rows = slice(first + places.start - positions.start, first + places.stop - positions.start)
+            index[rows] = _permute(torch.arange(places.start, places.stop), count, self.seed, number)
+            epoch[rows] = number
+        return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 
 
-class WindowedStream:
-    """The endless training stream for disks with slow seeks: only a few shards are read at a time.
-
-    1. Each epoch permutes the shards.
-    2. Every ``window`` consecutive shards of this order are a window; the last window has the rest.
-    3. The samples of each window are permuted.
-
-    Each sample occurs once per epoch. The sample at a position depends only on (seed, epoch, place in the epoch).
-
-    A step sees samples of one window (of two at the border between windows) instead of the whole split. If the shards
-    have a random mixture of classes, the batches are as good as those of ``ShuffledStream``. If the shards are sorted
-    (one class per shard), a batch has only the classes of ``window`` shards, and so have the batches after it.
-
-    Args:
-        shard_samples: Number of samples in each shard, in the order in which samples are numbered.
-        window: Number of shards in a window, at least 1.
-        seed: Seed of the order, in [0, 2**32).
-    """
-
-    def __init__(self, shard_samples: Sequence[int], *, window: int, seed: int) -> None:
-        self.window = window
-        self.seed = seed
-        self._sizes = torch.tensor(shard_samples, dtype=torch.int64)
-        self._firsts = self._sizes.cumsum(0) - self._sizes  # number of each shard's first sample
-        self._layouts: dict[int, _Layout] = {}
-
-    def __call__(self, positions: range) -> Rows:
-        """Returns the sample and the epoch of each position."""
-        return _make_rows(positions, int(self._sizes.sum()), self._samples)
-
-    def _samples(self, place: Tensor, epoch: int) -> Tensor:
-        layout = self._layout(epoch)
-        window = torch.searchsorted(layout.window_ends, place, right=True)
-        numbers = sorted(set(window.tolist()))  # places ascend, and so do their windows
-        return torch.cat(
-            [self._samples_of_window(number, place[window == number], epoch, layout) for number in numbers]
-        )
-
-    def _samples_of_window(self, number: int, place: Tensor, epoch: int, layout: _Layout) -> Tensor:
-        end = int(layout.window_ends[number])
-        start = int(layout.window_ends[number - 1]) if number else 0
-        # 3. Permute the places within the window, then find the shard at each place.
-        place = start + _permute(place - start, end - start, self.seed, epoch, window=number)
-        slot = torch.searchsorted(layout.shard_ends, place, right=True)
-        shard = layout.shards[slot]
-        # First sample of the shard, plus the offset inside the shard.
-        return self._firsts[shard] + place - (layout.shard_ends[slot] - self._sizes[shard])
-
-    def _layout(self, epoch: int) -> _Layout:
-        if epoch not in self._layouts:
-            while len(self._layouts) > 1:  # a batch may span the end of one epoch and the start of the next
-                del self._layouts[min(self._layouts)]
-            # 1. The shards in the order of the epoch.
-            count = len(self._sizes)
-            shards = permutation(torch.arange(count), count, stream="order/shards", seed=self.seed, epoch=epoch)
-            ends = self._sizes[shards].cumsum(0)
-            # 2. The last shard of each window.
-            last = torch.arange(self.window - 1, count + self.window - 1, self.window).clamp(max=count - 1)
-            self._layouts[epoch] = _Layout(shards, ends, ends[last])
-        return self._layouts[epoch]
-
-
-class _Layout(NamedTuple):
-    """The layout of an epoch of a ``WindowedStream``.
-
-    Args:
-        shards: (shards,) int64, numbers of the shards in the order of the epoch.
-        shard_ends: (shards,) int64, place in the epoch at which each of them ends.
-        window_ends: (windows,) int64, place at which each window ends.
-    """
-
-    shards: Tensor
-    shard_ends: Tensor
-    window_ends: Tensor
-
-
-def _make_rows(positions: range, num_samples: int, samples: Callable[[Tensor, int], Tensor]) -> Rows:
-    """Returns the rows at some positions.
-
-    Args:
-        positions: B consecutive positions; they may span several epochs.
-        num_samples: Number of samples in the split.
-        samples: ``samples(places, epoch)`` returns the samples at ascending places of one epoch.
-    """
-    position = torch.arange(positions.start, positions.stop)
-    index, epoch = torch.empty_like(position), torch.empty_like(position)
-    # Epochs are Python integers here: ten tensor operations would take longer than reading a batch of tokens.
-    for number in range(positions.start // num_samples, (positions.stop - 1) // num_samples + 1):
-        first = number * num_samples
-        places = range(max(positions.start - first, 0), min(positions.stop - first, num_samples))
-        rows = slice(first + places.start - positions.start, first + places.stop - positions.start)
-        index[rows] = samples(torch.arange(places.start, places.stop), number)
-        epoch[rows] = number
-    return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
-
-
-def _permute(place: Tensor, size: int, seed: int, epoch: int, *, window: int = 0) -> Tensor:
+def _permute(place: Tensor, size: int, seed: int, epoch: int) -> Tensor:
     if size <= _MAX_CACHED:
-        return _full_permutation(size, seed, epoch, window)[place]
-    return permutation(place, size, stream="order", seed=seed, index=window, epoch=epoch)
+        return _full_permutation(size, seed, epoch)[place]
+    return permutation(place, size, stream="order", seed=seed, index=0, epoch=epoch)
 
 
 @lru_cache(maxsize=2)
-def _full_permutation(size: int, seed: int, epoch: int, window: int) -> Tensor:
+def _full_permutation(size: int, seed: int, epoch: int) -> Tensor:
     """Returns the whole permutation, (size,) int64, computed in pieces that fit the cache of the CPU."""
     pieces = [torch.arange(first, min(first + 2**14, size)) for first in range(0, size, 2**14)]
-    return torch.cat(
-        [permutation(piece, size, stream="order", seed=seed, index=window, epoch=epoch) for piece in pieces]
-    )
+    return torch.cat([permutation(piece, size, stream="order", seed=seed, index=0, epoch=epoch) for piece in pieces])
 
 
 @dataclass(frozen=True)

@@ -1,58 +1,42 @@
-"""Samples and their labels: the interface that all sources share, and the images that cannot be read in training.
+"""Samples, their labels and their class names: the interface that all sources and the readers of tars share.
 
-An unreadable image is replaced by the next readable one of its split (index + 1, + 2, ... modulo n), with its label.
-The replacement is thus a function of the data and the index: equal on all ranks and workers, and after a resume.
-Workers report replacements; the training process counts and lists them, and too many of them end the run.
-
-Used by the sources, ``writer``, ``scan``, streams and the data modules. Imports neither torch nor PIL.
+Imports neither torch nor PIL.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from maskgit_pl.checks import shorten
-from maskgit_pl.data.image_bytes import Reason, UnreadableImageError, check_complete
+from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import Split, read_manifest_summary
-from maskgit_pl.errors import DataBudgetError
-from maskgit_pl.files import parse_any_json, write_text
+from maskgit_pl.files import parse_any_json
 
 __all__ = [
-    "ALWAYS_ALLOWED",
     "MAX_CLASSES",
-    "MAX_IN_A_ROW",
     "Labels",
     "Sample",
     "Source",
-    "Unreadable",
-    "UnreadableImages",
     "UnreadableSample",
     "find_class_names",
     "is_val",
+    "number_classes",
     "parse_class_names",
     "read_sample",
-    "write_unreadable",
 ]
 
 MAX_CLASSES = 100_000  # upper limit if no class names are given
-ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
-MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
 
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of the content, not by the file's name
-_MAX_LISTED = 20  # images in an error message; the JSON file lists all
 
 
 class Sample(NamedTuple):
@@ -202,6 +186,39 @@ class Labels:
         return b"%d" % value
 
 
+def number_classes(
+    found: Mapping[Any, str], given: Sequence[str] | None, *, label_field: str
+) -> tuple[tuple[str, ...], dict[Any, int]]:
+    """Returns the class names, and the class number of each label.
+
+    Integers are class numbers. Texts are class names: in the order of ``given``, or sorted.
+
+    Args:
+        found: Labels, all int or all str, and the row of each one for error messages.
+        given: Class names from the user; None if they are not given.
+        label_field: Column of the labels, for error messages.
+
+    Raises:
+        ValueError: if a label is not a class, or there are more than 100,000 classes.
+    """
+    limit = MAX_CLASSES if given is None else len(given)
+    if all(isinstance(label, int) for label in found):
+        rule = f"in [0, {limit})"
+        wrong = [label for label in sorted(found) if not 0 <= label < limit]
+        numbers = {label: label for label in found}
+        classes = tuple(given or map(str, range(1 + max(found, default=0)))) if not wrong else ()
+    else:
+        rule = "one of the class names"
+        classes = tuple(given or sorted(found))
+        numbers = {name: number for number, name in enumerate(classes)}
+        wrong = sorted(found.keys() - numbers.keys())
+    if wrong:
+        raise ValueError(f"{found[wrong[0]]}: {label_field} must be {rule}, got {shorten(wrong[0])}")
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{found[classes[0]]}: {label_field} must be one of at most {MAX_CLASSES} classes, got more")
+    return classes, numbers
+
+
 def parse_class_names(given: str) -> list[str]:
     """Parses class names, in the order of their labels.
 
@@ -211,8 +228,14 @@ def parse_class_names(given: str) -> list[str]:
     Raises:
         ValueError: if a name is empty or repeated, or the file is not text.
     """
-    is_file = os.path.isfile(given)  # Path.is_file() raises an error if many names make a path that is too long
-    names = _read_lines(Path(given)) if is_file else [name.strip() for name in given.split(",")]
+    if os.path.isfile(given):  # Path.is_file() raises an error if many names make a path that is too long
+        try:
+            lines = Path(given).read_text("utf-8-sig").splitlines()  # Windows writes a byte order mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f"class names {given} must be UTF-8 text, one name per line: {error}") from error
+        names = [line.strip() for line in lines if line.strip()]
+    else:
+        names = [name.strip() for name in given.split(",")]
     doubled = [name for name, count in Counter(names).items() if count > 1]
     if not all(names) or doubled:
         raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else given)}")
@@ -231,138 +254,3 @@ def find_class_names(folder: Path) -> list[str] | None:
         return None
     # Numbers and the name of unlabelled data were not given by a user.
     return None if names == tuple(map(str, range(len(names)))) or len(names) == 1 else list(names)
-
-
-class Unreadable(NamedTuple):
-    """An image that cannot be read.
-
-    Args:
-        index: Number of the sample in its split.
-        shard: File name of its tar.
-        name: The image's name in messages, ``SHARD:MEMBER``.
-        reason: Kind of the fault.
-        error: Message of the decoder.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index
-    shard: str
-    name: str
-    reason: Reason
-    error: str
-
-
-class UnreadableImages:
-    """A counter of the unreadable images of a split, which ends the run if there are too many.
-
-    The counts begin at 0 in each process, also after a resume.
-
-    Args:
-        explain: Maps the number of an unreadable sample to a description; called once per image.
-        num_samples: Number of samples in the split, n.
-        budget: Fraction of the samples seen that may be unreadable, in [0, 1]. Above 0, 10 different images are always
-            allowed; 0 allows none.
-    """
-
-    def __init__(self, explain: Callable[[int], Unreadable], *, num_samples: int, budget: float) -> None:
-        self.budget = budget
-        self.num_samples = num_samples
-        self.seen = 0
-        self.times: Counter[int] = Counter()  # index -> number of times it was drawn
-        self.images: dict[int, Unreadable] = {}
-        self._explain = explain
-
-    @property
-    def count(self) -> int:
-        """The number of times that an unreadable sample was drawn; a sample of two epochs counts twice."""
-        return sum(self.times.values())
-
-    def add(self, index: npt.NDArray[np.int64], replacement: npt.NDArray[np.int64]) -> None:
-        """Counts the unreadable images of a batch.
-
-        1. Every sample from the drawn one up to its replacement, which is excluded, is unreadable.
-        2. A long series of unreadable samples ends the run: a shard is damaged.
-        3. More different samples than are always allowed, above the budget, end the run.
-
-        Args:
-            index: (B,) int64, the samples drawn.
-            replacement: (B,) int64, the samples shown in their place; -1 if the sample itself is shown.
-
-        Raises:
-            DataBudgetError: if the run must end. The message lists the images.
-        """
-        self.seen += len(index)
-        row = np.flatnonzero(replacement >= 0)
-        if not len(row):
-            return
-        # 1. A sample that is its own replacement: all n were tried.
-        longest = 0
-        for drawn, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
-            length = (shown - drawn) % self.num_samples or self.num_samples
-            longest = max(longest, length)
-            for number in (place % self.num_samples for place in range(drawn, drawn + length)):
-                self.times[number] += 1
-                if number not in self.images:
-                    self.images[number] = self._explain(number)
-        # 2.
-        if longest >= min(MAX_IN_A_ROW, self.num_samples):
-            raise self._error(f"{longest} images in a row cannot be read")
-        # 3.
-        allowed = ALWAYS_ALLOWED if self.budget > 0 else 0
-        if len(self.images) > allowed and self.count > self.budget * self.seen:
-            raise self._error(
-                f"unreadable images must be at most {self.budget:g} of all images, or {allowed} in total, "
-                f"got {len(self.images)} ({self.count} times in {self.seen} images)"
-            )
-
-    def by_shard(self) -> dict[str, int]:
-        """Returns the number of times that images of each shard could not be read, in descending order."""
-        return self._count_by(lambda image: image.shard)
-
-    def by_reason(self) -> dict[str, int]:
-        """Returns the number of times that images could not be read for each reason, in descending order."""
-        return self._count_by(lambda image: image.reason)
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns the counts and the list of all images as JSON values."""
-        images = [
-            {"image": image.name, "index": index, "times": self.times[index]}
-            | {"reason": image.reason, "error": image.error}
-            for index, image in sorted(self.images.items())
-        ]
-        counts = {"shards": self.by_shard(), "reasons": self.by_reason()}
-        return {"seen": self.seen, "unreadable": self.count, **counts, "images": images}
-
-    def _count_by(self, key: Callable[[Unreadable], str]) -> dict[str, int]:
-        counts: Counter[str] = Counter()
-        for index, times in self.times.items():
-            counts[key(self.images[index])] += times
-        return dict(counts.most_common())
-
-    def _error(self, rule: str) -> DataBudgetError:
-        lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]
-        more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
-        listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
-        return DataBudgetError(
-            f"data budget: {rule}:\n  {listed}\n"
-            "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
-        )
-
-
-def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
-    """Writes the counts and lists of all splits as JSON, atomically.
-
-    Args:
-        path: The JSON file; its folder is made if it is missing.
-        splits: Counters by the names of their splits.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {name: images.as_json() for name, images in splits.items()}
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def _read_lines(file: Path) -> list[str]:
-    try:
-        lines = file.read_text("utf-8-sig").splitlines()  # Windows writes a byte order mark
-    except UnicodeDecodeError as error:
-        raise ValueError(f"class names {file} must be UTF-8 text, one name per line: {error}") from error
-    return [line.strip() for line in lines if line.strip()]

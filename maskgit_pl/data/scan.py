@@ -161,22 +161,13 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: boo
 
 
 class _Part(NamedTuple):
-    """A kind of member that is read: image, label or vector.
+    """A kind of member that is read: image, label or vector."""
 
-    Args:
-        column: First column of its values in the table.
-        limit: Maximum size in bytes.
-        read: Returns the values from a member, its bytes, and its name for errors; raises a ``ValueError`` for a bad
-            one.
-        bad: Fault of a sample whose member cannot be used.
-        twice: Fault of a sample with two of them.
-    """
-
-    column: int
-    limit: int
-    read: Callable[[Member, bytes, str], tuple[int, ...]]
-    bad: str
-    twice: str
+    column: int  # first column of its values in the table
+    limit: int  # bytes
+    read: Callable[[Member, bytes, str], tuple[int, ...]]  # the values, from a member, its bytes and its name
+    bad: str  # fault of a sample whose member cannot be used
+    twice: str  # fault of a sample with two of them
 
 
 class _Scan:
@@ -236,12 +227,7 @@ class _Scan:
         self.table.extend(row)
 
     def result(self, digest: str, damage: str) -> ShardScan:
-        """Returns the result of the scan; call it after the last member.
-
-        Args:
-            digest: Hash of the file, or empty.
-            damage: The reason if the tar is damaged, or empty.
-        """
+        """Returns the result of the scan, after the last member, with the hash and the damage of the file, if any."""
         # A view, since a copy of millions of samples costs memory; NumPy does not take an empty buffer.
         table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)]
         columns = table.reshape(-1, len(_EMPTY_ROW)).T  # each (n,) int64

@@ -1,4 +1,4 @@
-"""Training and validation batches from shards at URLs or paths that are not indexed. Used by ``ShardData``.
+"""Training batches from shards at URLs or paths that are not indexed. Used by ``ShardData``.
 
 Each worker downloads a shard, scans it as ``maskgit data index`` does, and reads its samples, which ``webdataset``
 shuffles. The order is not exact: it depends on the numbers of ranks and workers, a sample may occur twice in an epoch
@@ -7,15 +7,18 @@ or not at all, and a resumed run starts another order, drawn from (seed, step).
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import random
 import re
-import shutil
 import tempfile
 import urllib.request
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import KW_ONLY, dataclass
+from functools import partial
 from http.client import HTTPException
 from itertools import count, islice
 from pathlib import Path
@@ -25,48 +28,82 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
+from maskgit_pl.checks import ImageSize, check_integer
+from maskgit_pl.data.augmentations import Augmentations
 from maskgit_pl.data.batches import Batch, stack_batch
-from maskgit_pl.data.config import ShardDataConfig, StreamConfig, expand_urls
 from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, fit_image
-from maskgit_pl.data.order import InOrder, Rows
-from maskgit_pl.data.samples import ALWAYS_ALLOWED, MAX_IN_A_ROW, Labels, Sample, UnreadableSample
+from maskgit_pl.data.index import expand_braces
+from maskgit_pl.data.loader import ALWAYS_ALLOWED, MAX_IN_A_ROW
+from maskgit_pl.data.order import Rows
+from maskgit_pl.data.samples import Labels, Sample, UnreadableSample
 from maskgit_pl.data.scan import BAD_IMAGE, scan_shard
 from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.errors import DataBudgetError, printable
-from maskgit_pl.files import open_regular
+from maskgit_pl.files import open_regular, size_text
 from maskgit_pl.randomness import permutation
 
-__all__ = ["StreamBatches", "StreamError", "StreamEval"]
+__all__ = ["StreamBatches", "StreamConfig", "StreamError"]
 
 log = logging.getLogger(__name__)
 
 _SILENT_SECONDS = 60.0  # longest time in which a server may send nothing
+_MAX_SHARD_BYTES = 2**35  # of a copy in TMPDIR
 
 
 class StreamError(ValueError):
     """A shard of a stream cannot be read, or has an incomplete sample. The message names it."""
 
 
-class _Stream(Dataset[Batch]):
-    """A dataset of batches of a stream.
+@dataclass(frozen=True)
+class StreamConfig:
+    """The training shards that ``data.source: stream`` reads. Class names and val are those of the data folder.
 
     Args:
-        config: The shards, sizes, crops, seed and budget of unreadable images; ``source`` is ``"stream"``.
-        class_names: Class names; labels are in [0, len(class_names)).
+        urls: Uncompressed tars (see data/README.md): http or https URLs, or local paths. Braces are expanded:
+            ``https://host/train-{00000..01023}.tar``.
+        samples: Approximate number of samples in all shards; this is an epoch.
+        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
+        shuffle_buffer: Number of samples, as file bytes, that each worker keeps in memory and draws from.
+
+    Raises:
+        ValueError: if a number is out of range, there is no URL, or a URL has another scheme.
     """
 
-    def __init__(self, config: ShardDataConfig, class_names: tuple[str, ...]) -> None:
-        assert config.stream is not None
-        self.config = config
-        self.stream: StreamConfig = config.stream
-        self.labels = Labels(self.stream.labels, class_names)
+    urls: str | list[str]
+    samples: int
+    labels: str = "cls"
+    shuffle_buffer: int = 1000
 
-    def _decode(self, sample: Sample, crop: Place) -> tuple[Tensor, int]:
-        image = decode_image(sample.data, channels=self.config.in_channels, name=sample.name)
-        return fit_image(image, image_size=self.config.image_size, crop=crop), sample.label
+    def __post_init__(self) -> None:
+        check_integer("data.stream.samples", self.samples, "[1, 1099511627776]")
+        check_integer("data.stream.shuffle_buffer", self.shuffle_buffer, "[1, 16777216]")
+        Labels(self.labels)
+        self.expand()
+
+    def expand(self) -> list[str]:
+        """Returns all URLs, with their braces expanded."""
+        try:
+            patterns = [self.urls] if isinstance(self.urls, str) else self.urls
+            urls = [url for pattern in patterns for url in expand_braces(pattern)]
+        except ValueError as error:
+            raise ValueError(f"data.stream.urls: {error}") from error
+        # A recipe may come from elsewhere: "file:" or "ftp:" would read other things.
+        wrong = (url for url in urls if not url or re.match(r"(?!https?://)[a-z][\w+.-]*:", url, re.IGNORECASE))
+        if not urls or (found := next(wrong, None)) is not None:
+            raise ValueError(
+                "data.stream.urls must be paths, or URLs that begin with https:// or http://, got "
+                f"{found if urls else urls!r}; copy the shards of other places to a folder"
+            )
+        return urls
+
+    @property
+    def fingerprint(self) -> str:
+        """The SHA-256, hex, of the URLs and the source of the labels; the samples themselves are not known."""
+        return hashlib.sha256(json.dumps([self.expand(), self.labels]).encode()).hexdigest()
 
 
-class StreamBatches(_Stream):
+@dataclass(eq=False)
+class StreamBatches(Dataset[Batch]):
     """A dataset of training batches from a stream.
 
     1. The list of shards is repeated endlessly, in another random order each time.
@@ -78,26 +115,32 @@ class StreamBatches(_Stream):
     that a sample occurs. Unreadable images are skipped. Each worker ends the run if those exceed the budget.
 
     Args:
-        config: See ``_Stream``.
-        class_names: See ``_Stream``.
+        stream: The shards.
+        class_names: Class names; labels are in [0, len(class_names)).
+        image_size: Side of square images, or (height, width), in pixels.
+        in_channels: Channels of the images, 1 or 3.
+        augmentations: Crops and flips.
+        seed: Seed of the order and the augmentations, in [0, 2**32).
+        unreadable_budget: Fraction of the images seen that may be unreadable, in [0, 1].
         rank: This rank, in [0, world_size).
         world_size: Number of ranks.
         first_step: The step at which the run starts or resumes.
     """
 
-    def __init__(
-        self,
-        config: ShardDataConfig,
-        class_names: tuple[str, ...],
-        *,
-        rank: int = 0,
-        world_size: int = 1,
-        first_step: int = 0,
-    ) -> None:
-        super().__init__(config, class_names)
-        self.rank = rank
-        self.world_size = world_size
-        self.first_step = first_step
+    stream: StreamConfig
+    class_names: tuple[str, ...]
+    _: KW_ONLY
+    image_size: ImageSize
+    in_channels: int
+    augmentations: Augmentations
+    seed: int
+    unreadable_budget: float
+    rank: int = 0
+    world_size: int = 1
+    first_step: int = 0
+
+    def __post_init__(self) -> None:
+        self.labels = Labels(self.stream.labels, self.class_names)
         self._samples: Iterator[Sample | UnreadableSample] | None = None
         self._seen = self._unreadable = 0
 
@@ -112,32 +155,30 @@ class StreamBatches(_Stream):
             self._samples = self._shuffle()
         samples, position = self._samples, torch.arange(positions.start, positions.stop)
         index, epoch = position % 2**32, position // self.stream.samples  # random_bits takes indices below 2**32
-        crops = self.config.train_augmentations.draw(index, epoch, seed=self.config.seed)
+        crops = self.augmentations.draw(index, epoch, seed=self.seed)
         rows = Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
         return stack_batch([self._next(samples, crop) for crop in crops], rows)
 
     def _next(self, samples: Iterator[Sample | UnreadableSample], crop: Place) -> tuple[Tensor, int]:
         """Returns image and label of the next sample that can be decoded."""
-        error = ""
+        budget, error = self.unreadable_budget, ""
         for sample in islice(samples, MAX_IN_A_ROW):
             self._seen += 1
             try:
                 if isinstance(sample, Sample):
-                    return self._decode(sample, crop)
+                    image = decode_image(sample.data, channels=self.in_channels, name=sample.name)
+                    return fit_image(image, image_size=self.image_size, crop=crop), sample.label
                 error = sample.error
             except UnreadableImageError as unreadable:
                 error = str(unreadable)
             log.warning("stream: skipped %s", error)
             self._unreadable += 1
-            budget = self.config.unreadable_budget
-            allowed = ALWAYS_ALLOWED if budget > 0 else 0
-            if self._unreadable > max(allowed, budget * self._seen):
-                raise DataBudgetError(
-                    f"data budget: unreadable images must be at most {budget:g} of all images, or {allowed} in total, "
-                    f"in each worker, got {self._unreadable} in {self._seen} images; the last: {error}; repair or "
-                    "leave out these images, or raise data.unreadable_budget"
-                )
-        raise DataBudgetError(f"data budget: {MAX_IN_A_ROW} images in a row cannot be read; the last: {error}")
+            if self._unreadable > max(ALWAYS_ALLOWED if budget else 0, budget * self._seen):
+                break
+        raise DataBudgetError(
+            f"data budget: unreadable images must be at most {budget:g} of all images of a worker, got "
+            f"{self._unreadable} in {self._seen}; the last: {error}; leave them out, or raise data.unreadable_budget"
+        )
 
     def _shuffle(self) -> Iterator[Sample | UnreadableSample]:
         """Starts the endless sequence of samples of this worker."""
@@ -147,7 +188,7 @@ class StreamBatches(_Stream):
         own = self.rank * workers + number
         urls = islice(self._endless_urls(), own, None, self.world_size * workers)
         # 3. The buffer is full before the first sample is drawn.
-        chance, size = random.Random(f"{self.config.seed}/{self.first_step}/{own}"), self.stream.shuffle_buffer
+        chance, size = random.Random(f"{self.seed}/{self.first_step}/{own}"), self.stream.shuffle_buffer
         samples: Iterator[Sample | UnreadableSample] = webdataset.shuffle(size, initial=size, rng=chance)(
             _read_samples(urls, self.labels)
         )
@@ -155,49 +196,11 @@ class StreamBatches(_Stream):
 
     def _endless_urls(self) -> Iterator[str]:
         # 1. The same order on all workers.
-        urls = expand_urls("urls", self.stream.urls)
-        place, seed = torch.arange(len(urls)), self.config.seed
+        urls = self.stream.expand()
+        place, seed = torch.arange(len(urls)), self.seed
         for epoch in count():
             order = permutation(place, len(urls), stream="order/stream", seed=seed, index=self.first_step, epoch=epoch)
             yield from (urls[number] for number in order.tolist())
-
-
-class StreamEval(_Stream):
-    """A dataset of validation batches from ``stream.validation_urls`` in their order: position i is sample i.
-
-    Each sample occurs once over all ranks and workers. Every worker reads the shards up to its last sample, but decodes
-    only its own samples.
-    """
-
-    _samples: Iterator[tuple[int, Sample | UnreadableSample]] = iter(())
-    _last: tuple[int, Sample | UnreadableSample] | None = None  # the sample that was read last, after its number
-
-    def __getitems__(self, positions: range) -> Batch:
-        """Returns the batch at some positions; those past the end repeat the last sample and are not valid.
-
-        Raises:
-            StreamError: if a shard or an image cannot be read, a sample is incomplete, or there are too few samples.
-        """
-        assert self.config.validation_samples is not None
-        rows = InOrder(self.config.validation_samples)(positions)
-        return stack_batch([self._decode(self._read(number), None) for number in rows.index.tolist()], rows)
-
-    def _read(self, number: int) -> Sample:
-        """Reads on until a sample; the first shard again for an earlier one, as at the start of each validation."""
-        if self._last is None or number < self._last[0]:
-            urls = expand_urls("validation_urls", self.stream.validation_urls or [])
-            self._samples, self._last = enumerate(_read_samples(urls, self.labels)), None
-        while self._last is None or self._last[0] < number:
-            self._last = next(self._samples, None)
-            if self._last is None:
-                raise StreamError(
-                    "data.validation_samples must be at most the number of samples in data.stream.validation_urls, got "
-                    f"{self.config.validation_samples}; sample {number} does not exist"
-                )
-        sample = self._last[1]
-        if isinstance(sample, UnreadableSample):
-            raise StreamError(f"stream {sample.error}")
-        return sample
 
 
 def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | UnreadableSample]:
@@ -207,22 +210,25 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
         StreamError: if a shard cannot be read, is no complete tar, has no samples, or has another fault.
     """
     for url in urls:
+        shown = f"stream {printable(url)}"
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
                 scan = scan_shard(path, labels, vectors=False)
                 faults = dict(scan.faults)
                 unreadable = faults.pop(BAD_IMAGE, None)
                 if scan.damage or not (len(scan.rows) or scan.faults):
-                    raise StreamError(f"stream {url}: must be a complete tar of samples: {scan.damage or 'no images'}")
+                    raise StreamError(f"{shown}: must be a complete tar of samples: {scan.damage or 'no images'}")
                 for fault, found in faults.items():
-                    raise StreamError(f"stream {url}: {found.samples} samples {fault} (first {found.first})")
+                    raise StreamError(f"{shown}: {found.samples} samples {fault} (first {found.first})")
                 if unreadable is not None:
                     yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.samples
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
-        except (OSError, HTTPException) as error:
-            raise StreamError(f"stream {url}: cannot be read: {type(error).__name__}: {error}") from error
+        except StreamError:
+            raise
+        except (OSError, HTTPException, ValueError) as error:  # a ValueError: an invalid address
+            raise StreamError(f"{shown}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager
@@ -232,11 +238,10 @@ def _open_shard(url: str) -> Iterator[Path]:
         yield Path(url)
         return
     with tempfile.TemporaryFile() as file:  # it has no name, so that nothing is left after a kill
-        try:
-            response = urllib.request.urlopen(url, timeout=_SILENT_SECONDS)
-        except ValueError as error:  # of an invalid address
-            raise StreamError(f"stream {printable(url)}: cannot be read: {error}") from error
-        with response:
-            shutil.copyfileobj(response, file)
+        with urllib.request.urlopen(url, timeout=_SILENT_SECONDS) as response:
+            for block in iter(partial(response.read, 2**20), b""):
+                file.write(block)
+                if file.tell() > _MAX_SHARD_BYTES:
+                    raise StreamError(f"stream {url}: must have at most {size_text(_MAX_SHARD_BYTES)}, got more")
         file.flush()
         yield Path(f"/dev/fd/{file.fileno()}")

@@ -17,7 +17,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -30,10 +30,10 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.checks import ImageSize, height_width, pixels_text
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
-from maskgit_pl.data.batches import Batch, ImageBatches, make_loader
-from maskgit_pl.data.manifest import ImageRange, Split, load_manifest, read_manifest_summary
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.data.loader import ImageBatches, make_loader
+from maskgit_pl.data.manifest import ImageRange, ShardReader, Split, load_manifest, read_manifest_summary
 from maskgit_pl.data.order import Rows
-from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -60,12 +60,11 @@ def describe_store(
 
     Args:
         path: The data folder.
-        grid: Height and width of the token grid.
+        grid: See ``StoreDescription``, as for the others.
         codebook_size: Codebook size.
         tokenizer: Fingerprint of the tokenizer's weights.
-        image_size: Size of the images that the tokenizer encodes: a side, or (height, width).
-        views: The views of an image and the precision: the fields ``crops``, ``flip``, ``precision`` and
-            ``augmentations`` of ``StoreDescription``.
+        image_size: Size of the images that the tokenizer encodes.
+        views: The fields ``crops``, ``flip``, ``precision`` and ``augmentations``.
 
     Raises:
         ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of the
@@ -139,7 +138,9 @@ def tokenize(
             columns = []
             for batch in batches:
                 replaced = torch.stack([batch.index, batch.replacement], dim=1)[batch.replacement >= 0]
-                columns.append((_encode(batch.content, encode, mirrors), batch.labels, replaced))
+                views = (batch.content, batch.content.flip(-1))[:mirrors]
+                tokens = torch.stack([encode(view).cpu() for view in views], dim=1)  # (B, mirrors, N)
+                columns.append((tokens, batch.labels, replaced))
                 advance(mirrors * len(batch.labels))
             parts.write(part, *(torch.cat(column).numpy() for column in zip(*columns, strict=True)))
         encoded_rows += rows
@@ -185,8 +186,11 @@ class StoreParts:
         for other in self.folder.glob(".parts-*"):
             if other != self._parts:
                 shutil.rmtree(other, ignore_errors=True)
-        if not self._is_described():  # not in finish(): another process may have just written it
-            (self.folder / DESCRIPTION_FILE).unlink(missing_ok=True)
+        with suppress(FileNotFoundError, ValueError):
+            if read_description(self.folder) == description:
+                return
+        # Not in finish(): another process may have just written it.
+        (self.folder / DESCRIPTION_FILE).unlink(missing_ok=True)
 
     def parts(self) -> list[Part]:
         """Returns all parts of all splits."""
@@ -240,9 +244,6 @@ class StoreParts:
 
         Returns:
             True if the store is finished.
-
-        Raises:
-            ValueError: if a part is damaged; it is removed, so that the next run makes it again.
         """
         try:
             if all(self.is_done(part) for part in self.parts()):
@@ -259,12 +260,6 @@ class StoreParts:
                 raise
         shutil.rmtree(self._parts, ignore_errors=True)  # 4.
         return True
-
-    def _is_described(self) -> bool:
-        try:
-            return read_description(self.folder) == self.description
-        except (FileNotFoundError, ValueError):
-            return False
 
     def _join(self, split: Split) -> list[list[int]]:
         """Writes the arrays of a split, with the tokens of one part in memory at a time; returns what was replaced."""
@@ -287,16 +282,8 @@ class StoreParts:
 
     def _read(self, part: Part) -> tuple[Tokens, npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Returns tokens, labels, and pairs (k, 2) of replaced samples and their replacements."""
-        path = self._path(part)
-        try:
-            with open(path, "rb") as file:
-                tokens, labels, replaced = (np.load(file, allow_pickle=False) for _ in range(3))
-        except (EOFError, ValueError) as error:
-            path.unlink(missing_ok=True)
-            raise ValueError(
-                f"token store {self.folder}: its part {path.name} is damaged ({error}) and was removed; "
-                "run the same command again to make it"
-            ) from error
+        with open(self._path(part), "rb") as file:
+            tokens, labels, replaced = (np.load(file, allow_pickle=False) for _ in range(3))
         return tokens, labels, replaced
 
     def _path(self, part: Part) -> Path:
@@ -369,12 +356,6 @@ class _PartOrder(Sampler[range]):
         """Returns the positions of each batch of a part."""
         starts = range(part.start, part.stop, self.batch_size)
         return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
-
-
-def _encode(images: Tensor, encode: Callable[[Tensor], Tensor], mirrors: int) -> Tensor:
-    """Encodes images (B, C, H, W) uint8, and mirrored ones if ``mirrors`` is 2, to (B, mirrors, N) int64 on the CPU."""
-    views = [images, images.flip(-1)][:mirrors]
-    return torch.stack([encode(view).cpu() for view in views], dim=1)
 
 
 def _check_crops(images: ImageRange, image_size: ImageSize) -> None:

@@ -83,8 +83,11 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
     Raises:
         ValueError: if it is not a complete ``.npy`` file of one finite vector of float16 or float32.
     """
+    # Magic, version, length of the literal: 2 bytes of version 1, 4 of versions 2 and 3; then a Python literal.
+    is_long = data[6:7] >= b"\2"
+    size = int.from_bytes(data[8 : 12 if is_long else 10], "little") + (12 if is_long else 10)
     try:
-        kind, start = _parse_header(data[: _header_bytes(data)])
+        kind, start = _parse_header(data[: min(size, _MAX_HEADER_BYTES + 1)])
     except ValueError as error:
         raise ValueError(f"vector {name} must {error}") from error
     if len(data) != start + kind.num_bytes:
@@ -146,22 +149,11 @@ class VectorReader:
 
     @cached_property
     def array(self) -> npt.NDArray[Any]:
-        """The array (n, C), mapped into memory at first use in each process.
-
-        Raises:
-            FileNotFoundError: if the file is missing.
-            ValueError: if it cannot be read, or has another shape or type.
-        """
+        """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
         return map_array("vectors", self.path, (self.count, self.kind.dim), np.dtype(self.kind.dtype), hint=self.hint)
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Reads the vectors of samples.
-
-        Args:
-            indices: (B,) int64 in [0, n).
-
-        Returns:
-            (B, C) float32, finite.
+        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n).
 
         Raises:
             DataChangedError: if the array was truncated or changed after it was opened.
@@ -234,15 +226,6 @@ def has_all_bytes(array: npt.NDArray[Any]) -> bool:
     while isinstance(mapped.base, np.ndarray):
         mapped = mapped.base
     return not isinstance(mapped.base, mmap.mmap) or mapped.base.size() >= len(mapped.base)
-
-
-def _header_bytes(data: bytes) -> int:
-    """Returns the length of the header of a ``.npy`` file: magic, version, its own length, and a Python literal."""
-    if len(data) < 12:
-        return len(data)
-    is_long = data[6] >= 2  # version 1 has two bytes of length, versions 2 and 3 have four
-    size = int.from_bytes(data[8 : 12 if is_long else 10], "little") + (12 if is_long else 10)
-    return min(size, _MAX_HEADER_BYTES + 1)
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Verification of a data folder or a token store against its description, and the text output of ``maskgit data``.
+"""Verification of a data folder against its manifests, and the text output of ``maskgit data``.
 
 ``maskgit data verify`` reads all bytes; the check before each run, ``manifest.load_manifests``, only a few headers.
 The functions ``describe_*`` and ``*_lines`` turn the content of a data folder and its faults into text.
@@ -9,43 +9,52 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from maskgit_pl.checks import CHANNELS, count_text, pixels_text
+from maskgit_pl.checks import count_text
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.data.manifest import DataSummary, Manifest, Shard, Split, check_vectors, load_manifest, splits_of
-from maskgit_pl.data.scan import format_counts
+from maskgit_pl.data.manifest import (
+    DataSummary,
+    Manifest,
+    Shard,
+    ShardReader,
+    Split,
+    check_vectors,
+    load_manifest,
+    splits_of,
+)
 from maskgit_pl.data.tar import BLOCK, DamagedTarError, member_label, read_members
-from maskgit_pl.data.token_store import BadFile, TokenReader, read_description
 from maskgit_pl.data.vectors import vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of, size_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-if TYPE_CHECKING:
-    from maskgit_pl.data.index import IndexResult
-    from maskgit_pl.data.stats import DataStatistics, Duplicates
-
 __all__ = [
     "Verification",
+    "class_lines",
     "describe_bad_files",
     "describe_data",
-    "duplicate_lines",
     "index_lines",
-    "statistics_lines",
     "unreadable_lines",
-    "untrained_lines",
     "verify_shards",
-    "verify_store",
 ]
 
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
 
 _SHOWN_CLASSES = 10
+
+
+class BadFile(NamedTuple):
+    """A file of a data folder that differs from its manifest."""
+
+    name: str
+    expected: str
+    actual: str
+    reason: str
 
 
 class Verification(NamedTuple):
@@ -85,7 +94,7 @@ def verify_shards(
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     size = sum(shard.bytes for shard in shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
-    task = _Task(manifests, arrays, decode)
+    task = manifests, {split: f"{split}.npy" in (bad.name for bad in arrays[split]) for split in arrays}, decode
     found: dict[tuple[Split, int], BadFile | None] = {}
     for job, result in run_jobs(_verify_shard, task, jobs, workers=workers):
         found[job] = result
@@ -95,38 +104,8 @@ def verify_shards(
     return Verification(amount, tuple(bad for bad in files if bad is not None))
 
 
-def verify_store(folder: str | Path) -> Verification:
-    """Compares shapes and hashes of all arrays of a token store with its ``store.json``.
-
-    Args:
-        folder: The store.
-
-    Raises:
-        FileNotFoundError: if there is no finished store.
-        ValueError: if ``store.json`` is invalid.
-    """
-    description = read_description(folder)
-    rows, size, bad = 0, 0, list[BadFile]()
-    for split in description.samples:
-        reader = TokenReader(Path(folder), split, description)
-        try:
-            tokens, labels = reader.arrays
-            bad += reader.bad_arrays()
-        except (FileNotFoundError, ValueError) as error:
-            bad.append(BadFile(f"{split}-*.npy", "valid arrays", "an invalid array", str(error)))
-            continue
-        rows, size = rows + len(tokens), size + tokens.nbytes + labels.nbytes
-    return Verification(f"{rows} rows, {size_text(size)}", tuple(bad))
-
-
 def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
-    """Returns one line about the samples, classes and images of a data folder.
-
-    Args:
-        folder: The data folder.
-        summary: Summary of its manifests.
-        done: The completed action, such as ``"indexed"``.
-    """
+    """Returns one line about the samples, classes and images of a data folder, after the action that is done."""
     heights, widths = summary.images.height, summary.images.width
     counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
     size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (widths, heights))
@@ -136,14 +115,18 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
     return f"{folder}: {done}: {counts}; {classes}; {size} pixels, {colour}{vectors}"
 
 
-def untrained_lines(folder: Path) -> Iterator[str]:
-    """Yields one line about the classes without images in train, which a model cannot learn, if there are any."""
+def class_lines(folder: Path) -> Iterator[str]:
+    """Yields lines about the number of train images of each class, and about classes that a model cannot learn."""
     manifest = load_manifest(folder, "train", check=False)
-    missing = sorted(set(range(len(manifest.classes))) - set(np.unique(manifest.index()["label"]).tolist()))
-    if missing:
-        names = [printable(manifest.classes[label]) for label in missing[:_SHOWN_CLASSES]]
-        more = ["..."] * (len(missing) > _SHOWN_CLASSES)
-        yield f"no image in train of {len(missing)} of {len(manifest.classes)} classes: {', '.join([*names, *more])}"
+    names = manifest.classes
+    counts = np.bincount(ShardReader(manifest).index["label"], minlength=len(names)).tolist()
+    most = sorted(range(len(names)), key=counts.__getitem__, reverse=True)
+    listed = [f"{printable(names[label])} {counts[label]}" for label in most]
+    if len(listed) > 2 * _SHOWN_CLASSES:
+        listed = [*listed[:_SHOWN_CLASSES], "...", *listed[-_SHOWN_CLASSES:]]
+    yield f"train images of each class: {', '.join(listed)}"
+    if missing := counts.count(0):
+        yield f"no image in train of {missing} of {len(names)} classes, which a model cannot learn"
 
 
 def unreadable_lines(folder: Path) -> Iterator[str]:
@@ -153,81 +136,27 @@ def unreadable_lines(folder: Path) -> Iterator[str]:
             yield f"{sum(1 for _ in file)} images that cannot be read, listed in {LEFT_OUT}"
 
 
-def index_lines(folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, indexed: IndexResult) -> Iterator[str]:
-    """Yields lines about the result of ``index_shards``.
-
-    Args:
-        folder: The data folder.
-        shards: The shards of each split.
-        how: A phrase that tells how the splits were chosen; see ``split_shards``.
-        indexed: The result.
-    """
+def index_lines(
+    folder: Path, shards: Mapping[Split, Sequence[Path]], how: str, manifests: Mapping[Split, Manifest]
+) -> Iterator[str]:
+    """Yields lines about the shards and the phrase of ``split_shards``, and about samples that are left out."""
     for split, paths in shards.items():
         names = [path.relative_to(folder).as_posix() for path in paths]
         span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
         yield f"  {split}: {count_text(len(names), 'shard')}, {span}"
     yield f"  {how}"
-    for split, manifest in indexed.manifests.items():
+    for split, manifest in manifests.items():
         yield from (f"  {split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
-        if indexed.ignored[split]:
-            yield f"  {split}: members not read: {format_counts(indexed.ignored[split])}"
 
 
-def describe_bad_files(bad: Sequence[BadFile], source: str) -> str:
-    """Returns a table of files that differ from their description.
-
-    Args:
-        bad: The files, at least one.
-        source: Name of the description, such as ``"the manifest"``.
-    """
+def describe_bad_files(bad: Sequence[BadFile]) -> str:
+    """Returns a table of files, at least one, that differ from their manifest."""
     # The last column is not padded: reasons are long.
     rows = [("file", "expected", "found", "reason"), *bad]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
     files = "1 file differs" if len(bad) == 1 else f"{len(bad)} files differ"
-    return "\n  ".join([f"{files} from {source}", *lines])
-
-
-def statistics_lines(folder: Path, statistics: DataStatistics) -> Iterator[str]:
-    """Yields lines about the splits, classes and image sizes of a data folder."""
-    for split, manifest in statistics.manifests.items():
-        total = size_text(sum(shard.bytes for shard in manifest.shards))
-        yield f"{folder}: {split}: {manifest.samples} samples in {count_text(len(manifest.shards), 'shard')}, {total}"
-        yield from (f"  left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
-    yield from (f"  left out: {printable(line)}" for line in unreadable_lines(folder))
-    yield ""
-    yield from _class_table(statistics)
-    yield ""
-    yield from _size_lines(statistics)
-
-
-def duplicate_lines(found: Duplicates) -> Iterator[str]:
-    """Yields lines about the duplicates of a data folder."""
-    kind = "the same bytes" if found.compared == "bytes" else "the same pixels"
-    total = sum(found.repeated.values()) + found.val_in_train
-    if not total:
-        yield f"duplicates: no two images have {kind}"
-        return
-    counts = ", ".join(f"{count} in {split}" for split, count in found.repeated.items() if count)
-    within = f" ({counts} of the same split)" if counts else ""
-    images = "1 image has" if total == 1 else f"{total} images have"
-    yield f"duplicates: {images} {kind} as an earlier one{within}"
-    if found.val_in_train:
-        share = f"{found.val_in_train} of {found.images['val']} val images ({found.share_of_val:.1%})"
-        yield f"  {share} are in train, so val does not measure new images"
-    if found.other_label:
-        yield f"  {found.other_label} have another class than the earlier one"
-    yield from (f"  {printable(repeated)} = {printable(first)}" for first, repeated in found.pairs)
-    if total > len(found.pairs):
-        yield f"  ... and {total - len(found.pairs)} more"
-
-
-class _Task(NamedTuple):
-    """The argument that all workers share: manifests, bad arrays of each split, and the kind of check."""
-
-    manifests: dict[Split, Manifest]
-    bad_arrays: dict[Split, list[BadFile]]
-    decode: bool
+    return "\n  ".join([f"{files} from the manifest", *lines])
 
 
 def _find_bad_arrays(manifest: Manifest) -> Iterator[BadFile]:
@@ -243,26 +172,34 @@ def _find_bad_arrays(manifest: Manifest) -> Iterator[BadFile]:
             yield BadFile(name, f"{manifest.samples} vectors of {manifest.vectors.kind}", "damaged", str(error))
 
 
-def _verify_shard(task: _Task, job: tuple[Split, int]) -> BadFile | None:
-    split, number = job
-    manifest = task.manifests[split]
+def _verify_shard(
+    task: tuple[dict[Split, Manifest], dict[Split, bool], bool], job: tuple[Split, int]
+) -> BadFile | None:
+    """Verifies a shard.
+
+    Args:
+        task: Manifests, whether the index of each split is bad, and whether images are decoded.
+        job: The split, and the number of the shard.
+    """
+    (manifests, is_bad, decode), (split, number) = task, job
+    manifest = manifests[split]
     shard = manifest.shards[number]
+    descriptor = None
     try:
         descriptor = open_regular(manifest.folder / shard.name)
-    except OSError as error:
-        return BadFile(shard.name, f"{shard.bytes} bytes", "none", str(error.strerror))
-    try:
         if (bad := _find_difference(descriptor, shard)) is not None:
             return bad
-        if f"{split}.npy" in (array.name for array in task.bad_arrays[split]):  # the places of the images are unknown
+        if is_bad[split]:  # the places of the images are unknown
             return None
         first = sum(earlier.samples for earlier in manifest.shards[:number])
         images = manifest.index()[["offset", "size"]][first : first + shard.samples]
-        faults = list(_find_bad_images(descriptor, shard, images.tolist(), decode=task.decode))
+        faults = list(_find_bad_images(descriptor, shard, images.tolist(), decode=decode))
     except OSError as error:
-        return BadFile(shard.name, f"{shard.bytes} bytes", "unreadable", str(error.strerror))
+        found = "none" if descriptor is None else "unreadable"
+        return BadFile(shard.name, f"{shard.bytes} bytes", found, str(error.strerror))
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
     if not faults:
         return None
     whole = shard.samples - len(faults)
@@ -300,25 +237,3 @@ def _find_bad_images(
                 decode_image(data, channels=3, name=name)
         except UnreadableImageError as error:
             yield str(error)
-
-
-def _class_table(statistics: DataStatistics) -> Iterator[str]:
-    names, splits = [printable(name) for name in statistics.summary.classes], list(statistics.classes)
-    width = max(map(len, ["class", *names]))
-    # Columns are right-aligned; each is as wide as its header or its largest number.
-    digits = {split: max(len(split), len(str(statistics.classes[split].max()))) for split in splits}
-    yield "  ".join(["label", "class".ljust(width), *(split.rjust(digits[split]) for split in splits)])
-    for label, name in enumerate(names):
-        counts = (str(statistics.classes[split][label]).rjust(digits[split]) for split in splits)
-        yield "  ".join([str(label).rjust(5), name.ljust(width), *counts])
-
-
-def _size_lines(statistics: DataStatistics) -> Iterator[str]:
-    heights, widths = statistics.summary.images.height, statistics.summary.images.width
-    channels = ", ".join(CHANNELS[channel] for channel in statistics.summary.images.channels)
-    if heights[0] == heights[1] and widths[0] == widths[1]:
-        yield f"all images {pixels_text((heights[0], widths[0]))} pixels (width x height), {channels}"
-        return
-    sizes = ((heights[0], widths[0]), statistics.medians, (heights[1], widths[1]))
-    smallest, median, largest = map(pixels_text, sizes)
-    yield f"width x height: smallest {smallest}, median {median}, largest {largest} pixels; {channels}"

@@ -22,9 +22,8 @@ from maskgit_pl.checks import ImageSize, check_image_size, check_integer, height
 from maskgit_pl.data.folders import has_content, replace_folder, resolve_folder
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image, encode_jpeg, encode_png, fit_image, parse_image_header
-from maskgit_pl.data.index import index_shards
+from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import Split, load_manifests, splits_of
-from maskgit_pl.data.reader import find_shards
 from maskgit_pl.data.samples import Sample, Source, UnreadableSample
 from maskgit_pl.data.vectors import VECTOR_EXTENSION
 from maskgit_pl.errors import printable
@@ -94,7 +93,8 @@ def make_shards(
     plan = _Plan(source, partial, size, shard_size)
     _write_missing(plan, lenient=lenient, workers=workers, on_samples=on_samples)  # 2.
     _list_left_out(plan, lenient=lenient)  # 3.
-    _index(plan, workers=workers)  # 4.
+    shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
+    index_shards(partial, shards, classes=source.classes, workers=workers)  # 4.
     replace_folder(partial, folder)  # 5.
     for path in folder.glob(".left-out-*"):  # a run that resumes needs them until here
         path.unlink()
@@ -120,29 +120,26 @@ class _Plan:
     size: ImageSize | None
     shard_size: int
 
+    def shards(self, split: Split) -> range:
+        """Returns the numbers of a split's shards."""
+        return range(-(-self.source.counts[split] // self.shard_size))
+
     def places(self, split: Split, shard: int) -> range:
         """Returns the places of a shard's samples in the split's order."""
-        start = shard * self.shard_size
-        return range(start, min(start + self.shard_size, self.source.counts[split]))
+        return range(self.source.counts[split])[shard * self.shard_size : (shard + 1) * self.shard_size]
 
     def path(self, split: Split, shard: int) -> Path:
         """Returns the path of a complete shard."""
         return self.folder / f"{split}-{shard:06d}.tar"
 
     def left_out_path(self, split: Split, shard: int) -> Path:
-        """Returns the path of the temporary list of a shard's unreadable images."""
+        """Returns the path of the temporary list of a shard's unreadable images; without any, there is no list."""
         return self.folder / f".left-out-{split}-{shard:06d}"
 
     def left_out(self, split: Split, shard: int) -> list[str]:
-        """Returns the lines of this list; none if there is no list."""
-        try:
-            return self.left_out_path(split, shard).read_bytes().decode().split("\n")[:-1]
-        except FileNotFoundError:
-            return []
-
-    def shards(self, split: Split) -> range:
-        """Returns the numbers of a split's shards."""
-        return range(-(-self.source.counts[split] // self.shard_size))
+        """Returns the lines of this list."""
+        path = self.left_out_path(split, shard)
+        return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
     def is_done(self, split: Split, shard: int, *, lenient: bool) -> bool:
         """Returns whether a shard need not be written: it exists, or has no readable images.
@@ -160,13 +157,7 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.is_symlink() or _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)
-        except FileExistsError as error:  # a file, a link, or a folder of another user
-            raise ValueError(
-                f"data folder {printable(folder)} must have {printable(partial)} free for its shards, got something "
-                "that is no folder of this command; remove it, or give another --out"
-            ) from error
+        partial.mkdir(parents=True)  # fails for a file, a link, or a folder of another user
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
     remove_partials(partial)
     return partial
@@ -262,18 +253,6 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
             + ("; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else "")
         )
     write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-
-
-def _index(plan: _Plan, *, workers: int) -> None:
-    """Writes the manifests of the shards."""
-    shards = {split: find_shards(plan.folder, f"{split}-*.tar") for split in plan.source.counts}
-    try:
-        index_shards(plan.folder, shards, classes=plan.source.classes, workers=workers)
-    except ValueError as error:  # damaged since they were written
-        raise ValueError(
-            f"{error}\nshards must stay as they were written; remove the rejected ones from "
-            f"{printable(plan.folder)}, then run the same command again to write them again"
-        ) from error
 
 
 def _format_lines(lines: list[str]) -> str:

@@ -29,7 +29,7 @@ from torch.utils.data import Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, as_image_size, pixels_text
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream, flip
-from maskgit_pl.data.batches import make_loader
+from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.order import Order, Rows
 from maskgit_pl.distributed import find_device, on_all_ranks, rank_and_world

@@ -18,10 +18,9 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.checks import plain_size
 from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
-from maskgit_pl.data.batches import make_loader
-from maskgit_pl.data.manifest import Split, load_manifest
+from maskgit_pl.data.loader import make_loader
+from maskgit_pl.data.manifest import ShardReader, Split, load_manifest
 from maskgit_pl.data.order import Order
-from maskgit_pl.data.reader import ShardReader
 from maskgit_pl.evaluation.cache import Arrays, cached, digest_of
 from maskgit_pl.evaluation.features import (
     BATCH_SIZE,

@@ -171,7 +171,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     config = folder / stage / "config.yaml"
     recipe = Recipe.from_run(stage, config, _HERE)
     shards = Path(data or recipe.paths["data.path"])
-    if recipe.get("data.stream") is None and not shards.is_dir():
+    if not shards.is_dir():
         raise FileNotFoundError(f"data {shards} of {config}: no such folder; give its present place with --data")
     tokenizer = None
     if stage == "transformer":

@@ -126,8 +126,6 @@ def folder_of(run: str | Path) -> Path:
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
     """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set.
 
-    If the recipe reads a stream, a folder that is not named need not exist.
-
     Args:
         recipe: Recipe, which gives the data set.
         data: Data folder, if named.
@@ -136,7 +134,7 @@ def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
         FileNotFoundError: if the folder does not exist.
     """
     shards = Path(data or recipe.paths.get("data.path") or _SHARDS / recipe.dataset)
-    if not shards.is_dir() and not (data is None and recipe.get("data.source") == "stream"):
+    if not shards.is_dir():
         raise FileNotFoundError(
             f"data {shards}: no such folder; {how_to_get(recipe.dataset, shards)}, or name another with --data"
         )

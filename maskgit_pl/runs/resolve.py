@@ -54,7 +54,7 @@ _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  #
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 # Settings that must not change: these of data and Trainer, and all of the model but _FREE_MODEL.
-_DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed", "shuffle_window")
+_DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed")
 _TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {
     "model.activation_checkpointing",
@@ -122,22 +122,13 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
     }
     network = {
         "codebook_size": sizes.codebook_size,
-        "num_classes": _num_classes(plan),
+        "num_classes": read_manifest_summary(plan.shards).num_classes,
         "grid": list(grid),
     }
     if plan.recipe.get("data.vectors"):  # without vectors, ``ShardData`` reports it
         kind = read_manifest_summary(plan.shards).vectors
         network |= {} if kind is None else {"condition_dim": kind.dim}
     return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
-
-
-def _num_classes(plan: Plan) -> int:
-    """Returns the number of classes of the stream, if the recipe gives it, else of the data folder."""
-    if plan.recipe.get("data.source") == "stream":
-        classes = plan.recipe.get("data.stream.classes")
-        if classes is not None:
-            return classes if isinstance(classes, int) else len(classes)
-    return read_manifest_summary(plan.shards).num_classes
 
 
 def _values_of_pretrained(plan: Plan) -> dict[str, Any]:

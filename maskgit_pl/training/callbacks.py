@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.data.samples import UnreadableImages, write_unreadable
+from maskgit_pl.data.loader import UnreadableImages, write_unreadable
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.loggers import TolerantLogger

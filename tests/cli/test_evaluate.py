@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator

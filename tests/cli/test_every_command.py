@@ -32,7 +32,6 @@ WORDS = {
     "train-classifier": ["--data", DATA],
     "tokenize": ["--data", DATA, "--tokenizer", f"{RUN}/tokenizer", "--runs-folder", NEW],
     "schedules": [],
-    "data stats": [DATA],
 }
 
 

@@ -12,8 +12,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.reader import find_shards
+from maskgit_pl.data.index import find_shards, index_shards
 
 
 class Tars:

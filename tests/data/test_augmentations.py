@@ -11,10 +11,9 @@ from torchvision.transforms import RandomResizedCrop as Reference
 
 from maskgit_pl.data import InOrder, ShardData, ShardDataConfig, TokenizingConfig, describe_store, flip, tokenize
 from maskgit_pl.data.augmentations import Augmentation, RandomResizedCrop, augmentations, build_augmentations
-from maskgit_pl.data.batches import ImageBatches
 from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.manifest import load_manifest
-from maskgit_pl.data.reader import ShardReader
+from maskgit_pl.data.loader import ImageBatches
+from maskgit_pl.data.manifest import ShardReader, load_manifest
 from maskgit_pl.data.token_store import augmentations_text, open_store
 from tests.data_folders import save_data
 

@@ -157,21 +157,6 @@ def test_a_transparent_pixel_of_palettes_alpha_and_8_bits_is_white_and_no_other(
     assert torch.equal(decode_image(turned, channels=channels, name="x")[:, 0], image.flip(1))
 
 
-@pytest.mark.parametrize("shape", [(1, 60000), (60000, 1)])
-@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_strip_of_one_pixel_is_decoded(kind, shape):
-    data = save(Image.new("RGB", shape, RED), kind, quality=100)
-    image = fit_image(decode_image(data, channels=3, name="x"), image_size=16, crop=None)
-    assert image.shape == (3, 16, 16)
-    assert (image.int() - torch.tensor(RED)[:, None, None]).abs().max() <= 6
-
-
-def test_of_several_pictures_in_a_jpeg_the_first_is_the_photo():
-    data = save(Image.new("RGB", (8, 8), RED), "MPO", save_all=True, append_images=[Image.new("RGB", (8, 8))])
-    assert (decode_image(data, channels=3, name="x")[:, 4, 4].int() - torch.tensor(RED)).abs().max() <= 6
-    assert parse_image_header(data, name="x").format == "JPEG"
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
@@ -353,22 +338,6 @@ def test_images_of_any_size_follow_one_another_through_the_same_memory(channels)
 
 
 SIZES = [8, (8, 16), (24, 40), (7, 3), (1, 9)]
-
-
-@pytest.mark.parametrize("size", [(8, 8), (8, 12)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_an_image_that_fits_is_untouched(size, channels):
-    image = torch.randint(0, 256, (channels, *size), dtype=torch.uint8)
-    assert torch.equal(fit_image(image, image_size=size, crop=(0.9, 0.9)), image)
-
-
-def test_a_crop_cuts_the_part_that_was_asked_for():
-    image = torch.arange(4 * 10, dtype=torch.uint8).reshape(1, 4, 10)
-    assert torch.equal(fit_image(image, image_size=4, crop=None), image[:, :, 3:7])
-    assert torch.equal(fit_image(image, image_size=4, crop=(0.5, 0.0)), image[:, :, :4])
-    assert torch.equal(fit_image(image, image_size=4, crop=(0.5, 1 - 2**-24)), image[:, :, 6:])
-    assert torch.equal(fit_image(image, image_size=(4, 8), crop=None), image[:, :, 1:9])
-    assert torch.equal(fit_image(image, image_size=(2, 10), crop=(1 - 2**-24, 0.0)), image[:, 2:])
 
 
 @pytest.mark.parametrize("shape", [(40, 60), (5, 9), (1, 300), (300, 1), (24, 40)])

@@ -1,4 +1,3 @@
-import io
 import json
 import os
 import signal
@@ -9,16 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from maskgit_pl.data.index import index_shards
-from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader, locate_shards, split_shards
+from maskgit_pl.data.index import expand_braces, find_shards, index_shards, locate_shards, split_shards
+from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from tests.data_folders import spy_on_disk
 
 
 def index_one(path, **options):
-    return index_shards(path.parent, {"train": [path]}, **options).manifests["train"]
+    return index_shards(path.parent, {"train": [path]}, **options)["train"]
 
 
 def content(folder):
@@ -44,7 +41,7 @@ def test_img2dataset_without_labels(tars, tmp_path):
     assert how == "the last 1 of 3 shards are val (--val-fraction 0.1)"
     with pytest.raises(ValueError, match=r"3 of 3 shards[\s\S]*4 without a label \(first 0000[\s\S]*--no-labels"):
         index_shards(folder, shards)
-    manifests = index_shards(folder, shards, labels="none").manifests
+    manifests = index_shards(folder, shards, labels="none")
     summary = read_manifest_summary(tmp_path)
     assert summary.samples == {"train": 8, "val": 4}
     assert summary.classes == ("image",)
@@ -55,27 +52,14 @@ def test_img2dataset_with_labels_in_json(tars, tmp_path):
     folder, found = locate_shards(f"{img2dataset(tars, tmp_path)}/{{00000..00002}}.tar")
     shards, _ = split_shards(folder, found, val_fraction=0.6)
     assert [len(shards[split]) for split in ("train", "val")] == [1, 2]
-    manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"]).manifests
+    manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"])
     assert ShardReader(manifests["train"]).labels(np.arange(4)).tolist() == [0, 1, 0, 1]
     with pytest.raises(
         ValueError, match=r"label .*'caption' must be a class number or one of the class names, got 'a caption'"
     ):
         index_shards(folder, shards, labels="json:caption")
-    named = index_shards(folder, shards, labels="json:caption", classes=["other", "a caption"]).manifests
+    named = index_shards(folder, shards, labels="json:caption", classes=["other", "a caption"])
     assert ShardReader(named["train"]).labels(np.arange(4)).tolist() == [1, 1, 1, 1]
-
-
-def test_splits_in_sub_folders(tars, tmp_path):
-    for split, start in (("train", 0), ("test", 20)):
-        for shard in range(2):
-            tars.write(tmp_path / split / f"{shard}.tar", tars.samples(3, start=start + 3 * shard))
-    folder, found = locate_shards(str(tmp_path))
-    shards, how = split_shards(folder, found)
-    assert how == "val shards were found by their names"
-    manifest = index_shards(folder, shards).manifests["val"]
-    assert [shard.name for shard in manifest.shards] == ["test/0.tar", "test/1.tar"]
-    value = Image.open(io.BytesIO(ShardReader(load_manifest(tmp_path, "val")).read(5))).getpixel((0, 0))
-    assert value == 25
 
 
 def test_all_bad_shards_are_in_one_list(tars, tmp_path):
@@ -104,15 +88,6 @@ def test_lenient_leaves_out_samples_with_a_fault_and_counts_them_in_the_manifest
     manifest = index_one(path, lenient=True)
     assert (manifest.samples, manifest.left_out) == (2, {"without a label": 1, "without an image": 1})
     assert load_manifest(tmp_path, "train") == manifest
-
-
-def test_class_names_of_unlabelled_data(tars, tmp_path):
-    path = tars.write(tmp_path / "x.tar", tars.samples(2, label=False))
-    assert index_one(path, labels="none", classes=["photo"]).classes == ("photo",)
-    with pytest.raises(ValueError, match="must have 1 name, got 2"):
-        index_one(path, labels="none", classes=["a", "b"])
-    with pytest.raises(ValueError, match="cls, json:FIELD or none"):
-        index_one(path, labels="json")
 
 
 def test_workers_make_no_difference(tars, tmp_path):
@@ -167,3 +142,69 @@ def test_workers_end_when_the_command_is_killed(tars, tmp_path):
     assert not (tmp_path / "train.json").exists()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     assert sum(read_manifest_summary(tmp_path).samples.values()) == 8000
+
+
+def test_names_come_in_the_order_of_a_shell():
+    assert expand_braces("{train,val}-{00..02}.tar") == [f"{s}-0{n}.tar" for s in ("train", "val") for n in range(3)]
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "{0..1099511627776}.tar",
+        "{-600000..600000}.tar",
+        "{0..999999}{a,b}.tar",
+        "{a,b}" * 60,
+        "{{a,b},c}.tar",
+        "{0..999999}" + "x" * 4000,
+        "{0..1}" * 683,
+        "x-{0..1.tar",
+        "{" * 2000 + "}" * 2000,
+    ],
+    ids=lambda pattern: pattern[:20],
+)
+def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
+    with pytest.raises(ValueError, match=r"shard pattern: (a pattern|braces) must .*got"):
+        find_shards(tmp_path, pattern)
+
+
+def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
+    for name in ("imagenet1k-train-0000", "imagenet1k-validation-00", "imagenet1k-test-00"):
+        tars.write(tmp_path / f"{name}.tar", tars.samples(1))
+    shards, _ = split_shards(*locate_shards(str(tmp_path)))
+    assert {split: [path.name for path in paths] for split, paths in shards.items()} == {
+        "train": ["imagenet1k-train-0000.tar"],
+        "val": ["imagenet1k-validation-00.tar"],
+    }
+
+
+def test_shards_that_would_be_both_or_none_are_refused(tars, tmp_path):
+    tars.write(tmp_path / "a.tar", tars.samples(1))
+    with pytest.raises(ValueError, match="must have at least 2 shards"):
+        split_shards(*locate_shards(str(tmp_path)))
+    tars.write(tmp_path / "b.tar", tars.samples(1))
+    with pytest.raises(ValueError, match=r"a\.tar must not be both"):
+        split_shards(*locate_shards(str(tmp_path)), train="*.tar", val="a.tar")
+    with pytest.raises(ValueError, match="train must have at least 1 shard"):
+        split_shards(*locate_shards(str(tmp_path)), val="*.tar")
+    with pytest.raises(ValueError, match="val_fraction"):
+        split_shards(*locate_shards(str(tmp_path)), val_fraction=1.5)
+
+
+@pytest.mark.parametrize("place", ["pipe:curl https://x/a.tar", "https://x/{0..3}.tar", "s3://bucket/a.tar"])
+def test_urls_and_commands_are_refused_by_name(place):
+    with pytest.raises(ValueError, match="local files, got"):
+        locate_shards(place)
+
+
+def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
+    names = ["train-000000.tar", "train-000001.tar"]
+    assert [p.name for p in find_shards(folder, "train-{000000..000001}.tar")] == names
+    assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
+    with pytest.raises(ValueError, match="train-000002"):
+        find_shards(folder, "train-{000000..000002}.tar")
+    for pattern in ("../*.tar", "/etc/*"):
+        with pytest.raises(ValueError, match="got a path outside"):
+            find_shards(folder, pattern)
+    with pytest.raises(ValueError, match="nowhere"):
+        locate_shards(f"{folder}/nowhere/*.tar")

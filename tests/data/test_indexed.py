@@ -83,12 +83,6 @@ def test_a_data_set_of_torchvision_is_served_as_it_is() -> None:
     assert (tuple(batch.content.shape), batch.content.dtype) == ((4, 3, 8, 8), torch.uint8)
 
 
-def test_a_grey_image_fills_three_channels() -> None:
-    batch = IndexedDataset(Images(), image_size=4).__getitems__(range(2))
-    assert batch.content.shape == (2, 3, 4, 4)
-    assert torch.equal(batch.content[:, 0], batch.content[:, 2])
-
-
 class OnRank:
     """The part of a Trainer that the data module uses."""
 
@@ -167,14 +161,6 @@ def test_a_trainer_that_accumulates_otherwise_is_refused(tmp_path: Path) -> None
     trainer = plain_trainer(tmp_path, 1)
     with pytest.raises(ValueError, match=r"accumulate_grad_batches=\) must be 2, got 1; .* accumulation=2"):
         trainer.fit(Recording(), datamodule=data(accumulation=2))
-
-
-def test_a_sampler_that_lightning_would_replace_is_refused() -> None:
-    made = data()
-    made.trainer = OnRank(0, 2, step=0)
-    made.trainer._accelerator_connector.use_distributed_sampler = True
-    with pytest.raises(ValueError, match=r"use_distributed_sampler=.* must be False on several devices, got True"):
-        made.train_dataloader()
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.data.index import index_shards
+from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import (
     ImageRange,
+    ShardReader,
     describe_resizing,
     index_sha256,
     load_manifest,
@@ -19,9 +21,9 @@ from maskgit_pl.data.manifest import (
     read_manifest_summary,
     save_manifest,
 )
-from maskgit_pl.data.reader import ShardReader, find_shards
 from maskgit_pl.data.verify import verify_shards
 from maskgit_pl.errors import DataChangedError
+from tests.data_folders import save_data
 
 
 def test_every_sample_is_read_by_index(folder):
@@ -29,12 +31,6 @@ def test_every_sample_is_read_by_index(folder):
     values = [np.asarray(Image.open(io.BytesIO(reader.read(index))))[0, 0] for index in range(len(reader))]
     assert values == list(range(10))
     assert reader.labels(np.arange(10)).tolist() == [0, 1, 2, 3, 4] * 2
-
-
-def test_summary_tells_classes_counts_and_sizes(folder):
-    summary = read_manifest_summary(folder)
-    assert (summary.num_classes, summary.samples, summary.channels) == (5, {"train": 10, "val": 3}, 1)
-    assert summary.images.height == (8, 8)
 
 
 def test_manifest_needs_no_torch(folder):
@@ -55,11 +51,6 @@ def test_fingerprint_follows_content_not_place(folder, tars, tmp_path_factory):
     assert read_manifest_summary(moved).fingerprint != before
 
 
-def test_missing_manifest_names_the_way_out(tmp_path):
-    with pytest.raises(FileNotFoundError, match="maskgit data index"):
-        load_manifest(tmp_path, "train")
-
-
 @pytest.mark.parametrize("name", ["../train-000000.tar", "/etc/passwd", "a/../../x.tar", ".hidden.tar", "a\x1b.tar"])
 def test_shards_of_a_manifest_lie_in_its_folder(folder, name):
     path = folder / "train.json"
@@ -68,11 +59,6 @@ def test_shards_of_a_manifest_lie_in_its_folder(folder, name):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="a path inside the data folder"):
         load_manifest(folder, "train")
-
-
-def test_what_is_usual_does_not_stand_in_the_manifest(folder, tars):
-    """The fingerprint of data is made of the keys of the manifest."""
-    assert not {"labels", "left_out"} & set(json.loads((folder / "train.json").read_text()))
 
 
 @pytest.mark.parametrize("data", [b"", b"garbage", b"\x93NUMPY\x01\x00", b"\x80\x04K\x01."])
@@ -174,3 +160,57 @@ def test_a_fifo_in_a_data_folder_is_refused_and_not_waited_for(folder, name):
 def test_images_that_are_all_resized_are_described_with_the_way_out(height, width, size, expected):
     found = describe_resizing(ImageRange(height, width, (3,)), size)
     assert found is None if expected is None else expected in found
+
+
+@pytest.mark.parametrize("label", [-1, 3, 9999])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_label_that_is_no_class_is_refused_by_name_before_training(tmp_path, split, label):
+    samples = [(b"", 0), (b"", 1), (b"", 2)]
+    splits = {"train": samples, "val": samples}
+    folder = save_data(tmp_path, {**splits, split: [*samples, (b"", label)]})
+    with pytest.raises(
+        ValueError, match=rf"labels must be in \[0, 3\), got {label} in {split}-000000.tar:00000003.jpg, the first of 1"
+    ):
+        ShardData(ShardDataConfig(str(folder), global_batch=2)).setup()
+
+
+def cut(path):
+    os.truncate(path, 700)
+
+
+def replaced(path):
+    path.rename(path.with_suffix(".old"))
+    path.write_bytes(b"another file")
+
+
+def removed(path):
+    path.unlink()
+
+
+@pytest.mark.parametrize("change", [cut, replaced, removed])
+def test_a_shard_that_is_changed_while_it_is_read_is_named(tmp_path, change):
+    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 12}), "train"))
+    reader.read(11)  # the second shard is open, the first is not
+    change(tmp_path / "train-000000.tar")
+    for _ in range(2):
+        with pytest.raises(DataChangedError, match=r"train-000000\.tar changed while .*maskgit data verify"):
+            reader.read(3)
+    assert reader.read(11) == b"image"
+
+
+def test_an_open_shard_that_is_cut_is_named_and_one_that_is_removed_is_read_on(tmp_path):
+    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
+    reader.read(0)
+    (tmp_path / "train-000000.tar").rename(tmp_path / "moved.tar")
+    assert reader.read(1) == b"image"
+    cut(tmp_path / "moved.tar")
+    with pytest.raises(DataChangedError, match=r"train-000000\.tar changed .*5 bytes expected at byte 2\d+, got 0"):
+        reader.read(1)
+
+
+def test_an_index_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it(tmp_path):
+    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
+    reader.read(0)
+    os.truncate(tmp_path / "train.npy", 100)
+    with pytest.raises(DataChangedError, match=r"train\.npy changed .*the file was truncated"):
+        reader.read(1)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from maskgit_pl.data import ShardData, ShardDataConfig, describe_store, flip, tokenize
-from maskgit_pl.pipeline.grids import to_unit_range
 from tests.data_folders import save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
@@ -82,17 +81,13 @@ def test_the_share_of_mirrored_images_is_the_probability(probability, least, mos
     assert least <= int((flipped != images).flatten(1).any(1).sum()) <= most
 
 
-def test_unit_range_maps_0_and_255_to_the_ends():
-    assert to_unit_range(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [0.0, 1.0]
-
-
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         ("global_batch", 2**40), ("global_batch", 0), ("global_batch", 8.0), ("max_batch_per_device", 0),
         ("validation_batch", -1), ("validation_samples", 0), ("num_workers", -1), ("num_workers", 10**6), ("seed", -1),
         ("seed", 2**32), ("image_size", 0), ("image_size", 10**9), ("in_channels", 5), ("in_channels", 0),
-        ("shuffle_window", 0), ("shuffle_window", True), ("unreadable_budget", 2), ("unreadable_budget", "x"),
+        ("unreadable_budget", 2), ("unreadable_budget", "x"),
         ("source", "image"),
     ],
 )  # fmt: skip

@@ -5,21 +5,15 @@ import time
 import pytest
 import torch
 
-from maskgit_pl.data import (
+from maskgit_pl.data.order import (
     EvalBatchSampler,
     InOrder,
     ShuffledStream,
     TrainBatchSampler,
-    WindowedStream,
     split_batch,
 )
 
 NUM_TRAIN = 23
-
-
-def stream(shards: tuple[int, ...], window: int | None, *, seed: int = 0):
-    """Returns the order of a split with these shards."""
-    return ShuffledStream(sum(shards), seed) if window is None else WindowedStream(shards, window=window, seed=seed)
 
 
 def test_batch_that_ranks_cannot_share_is_refused_with_sizes_that_work():
@@ -47,13 +41,12 @@ def test_each_epoch_visits_every_sample_once_in_another_order():
     assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(NUM_TRAIN))
 
 
-@pytest.mark.parametrize("window", [None, 2])
-def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut(window, monkeypatch):
-    shards = (40_000, 3, 17, 60)  # more than one piece of a held permutation
-    held = torch.cat([stream(shards, window)(range(first, first + 7_000)).index for first in range(0, 84_000, 7_000)])
+def test_order_is_the_same_whether_held_or_not_and_whatever_the_cut(monkeypatch):
+    order = ShuffledStream(40_080, seed=0)  # more than one piece of a held permutation
+    held = torch.cat([order(range(first, first + 7_000)).index for first in range(0, 84_000, 7_000)])
     monkeypatch.setattr("maskgit_pl.data.order._MAX_CACHED", 0)
-    assert torch.equal(stream(shards, window)(range(84_000)).index, held)
-    assert not torch.equal(stream(shards, window, seed=2)(range(84_000)).index, held)
+    assert torch.equal(order(range(84_000)).index, held)
+    assert not torch.equal(ShuffledStream(40_080, seed=2)(range(84_000)).index, held)
 
 
 def test_epochs_follow_on_without_gap_or_repeat():
@@ -82,35 +75,6 @@ def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_s
     assert InOrder(3)(range(1, 6)).index.tolist() == [1, 2, 2, 2, 2]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("shards", [(1, 7, 100), (5,), (3, 0, 5, 1, 0), (4,) * 9, (0, 0, 2)])
-@pytest.mark.parametrize("window", [1, 2, 3, 50])
-def test_with_windows_each_epoch_visits_every_sample_once_in_another_order(shards, window):
-    size = sum(shards)
-    rows = stream(shards, window)(range(3 * size))
-    epochs = rows.index.reshape(3, size)
-    assert torch.equal(epochs.sort(dim=1).values, torch.arange(size).expand(3, -1))
-    assert torch.equal(rows.epoch, torch.arange(3).repeat_interleave(size))
-    if size > 5:
-        assert len({tuple(epoch) for epoch in epochs.tolist()}) == 3
-
-
-def test_a_window_is_so_many_shards_in_an_order_of_its_epoch():
-    shard_of = torch.arange(8).repeat_interleave(5)
-    epochs = shard_of[stream((5,) * 8, 3)(range(40 * 40)).index.reshape(40, 40)]
-    orders = [tuple(frozenset(part.tolist()) for part in epoch.split(15)) for epoch in epochs]
-    assert {tuple(map(len, order)) for order in orders} == {(3, 3, 2)}  # the last window has the rest
-    assert len(set(orders)) > 30
-    assert not any(epoch[:5].unique().numel() == 1 for epoch in epochs)  # samples are mixed over a window's shards
-
-
-def test_the_windows_of_an_epoch_are_permuted_differently_and_each_differently_in_another_epoch():
-    orders = [epoch.split(60) for epoch in stream((60,) * 8, 1)(range(2 * 480)).index.reshape(2, 480)]
-    within = [tuple((window % 60).tolist()) for epoch in orders for window in epoch]  # shards begin at multiples of 60
-    assert all(sorted(window) == list(range(60)) for window in within)
-    assert len(set(within)) == 16
-
-
 @pytest.mark.parametrize(("b", "A", "W"), [(4, 1, 1), (2, 3, 1), (3, 1, 4), (2, 3, 2)])  # as in the text
 @pytest.mark.parametrize("step", [0, 5, 1000])
 def test_positions_of_step_rank_and_micro_batch_follow_the_formula(b, A, W, step):  # noqa: N803
@@ -122,15 +86,6 @@ def test_positions_of_step_rank_and_micro_batch_follow_the_formula(b, A, W, step
             range(step * b * A * W + (micro * W + rank) * b, step * b * A * W + (micro * W + rank + 1) * b)
             for micro in range(A)
         ]
-
-
-def test_windows_depend_on_the_seed_and_not_on_what_was_asked_before():
-    shards = (40, 3, 17, 60)
-    whole = stream(shards, 2)(range(480)).index
-    jumping = stream(shards, 2)
-    for first in (300, 0, 470, 119, 240):
-        assert torch.equal(jumping(range(first, first + 10)).index, whole[first : first + 10])
-    assert not torch.equal(stream(shards, 2, seed=1)(range(480)).index, whole)
 
 
 def seconds_per_batch(order, positions: int) -> tuple[float, float]:
@@ -145,13 +100,10 @@ def seconds_per_batch(order, positions: int) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("window", [None, 64])
 @pytest.mark.parametrize("size", [10**7, 10**9])
-def test_a_position_of_a_large_split_costs_the_same_anywhere(size, window):
-    order = stream((10_000,) * (size // 10_000), window, seed=1)
-    first, next_ones = seconds_per_batch(order, size)
-    print(f"{size:.0e} samples, window {window}: first batch {1e3 * first:.1f} ms, then {1e3 * next_ones:.1f} ms")
-    assert first < 5
+def test_a_position_of_a_large_split_costs_the_same_anywhere(size):
+    order = ShuffledStream(size, seed=1)
+    assert seconds_per_batch(order, size)[0] < 5
     border = order(range(size - 2, size + 2))  # of two epochs
     assert border.epoch.tolist() == [0, 0, 1, 1]
     assert torch.equal(border.index[2:], order(range(size, size + 2)).index)

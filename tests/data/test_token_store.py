@@ -9,7 +9,6 @@ import pytest
 
 from maskgit_pl.data.token_store import StoreDescription, is_complete, open_store
 from maskgit_pl.data.tokenizing import StoreParts
-from maskgit_pl.data.verify import verify_store
 from maskgit_pl.errors import DataChangedError
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
@@ -47,12 +46,6 @@ def test_rows_come_back_as_written(tmp_path):
     ]  # fmt: skip
 
 
-def test_arrays_are_what_numpy_would_save(tmp_path):
-    make(tmp_path)
-    np.save(tmp_path / "expected.npy", np.repeat(np.arange(10, dtype=np.uint16)[:, None] * 10, 6, axis=1))
-    assert (tmp_path / "train-tokens.npy").read_bytes() == (tmp_path / "expected.npy").read_bytes()
-
-
 def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     make(tmp_path, VIEWS)
     stored = np.load(tmp_path / "train-tokens.npy")
@@ -62,12 +55,6 @@ def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     tokens, labels = readers["train"].read(np.array([7, 2]), np.array([3, 1]))
     assert (tokens[:, 0].tolist(), labels.tolist()) == ([73, 21], [1, 0])
     assert np.load(tmp_path / "val-tokens.npy")[:, 0].tolist() == [100, 110, 120]
-
-
-@pytest.mark.parametrize(("codebook_size", "bytes_a_token"), [(2**16, 2), (2**16 + 1, 4)])
-def test_token_width_follows_the_codebook(tmp_path, codebook_size, bytes_a_token):
-    make(tmp_path, dataclasses.replace(DESCRIPTION, codebook_size=codebook_size))
-    assert np.load(tmp_path / "train-tokens.npy").dtype.itemsize == bytes_a_token
 
 
 def test_all_that_differs_from_the_wanted_origin_is_named_at_once(tmp_path):
@@ -188,15 +175,6 @@ def test_replaced_samples_are_known_to_the_reader(tmp_path):
     assert readers["val"].replacements(np.array([1])).tolist() == [-1]
 
 
-def test_a_damaged_part_is_named_and_made_again(tmp_path):
-    make(tmp_path, share=slice(None, -1))
-    part = next(tmp_path.glob(".parts-*/train-0-0000000004.npy"))
-    part.write_bytes(part.read_bytes()[:-3])
-    with pytest.raises(ValueError, match=r"train-0-0000000004\.npy is damaged .* again"):
-        make(tmp_path)
-    assert make(tmp_path)
-
-
 def overwrite(path: Path, row: int, value: int) -> None:
     """Changes one value of an array on disk."""
     array = np.load(path, mmap_mode="r+")
@@ -214,17 +192,8 @@ def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, ro
         ValueError, match=rf"token store .*/{array}\.npy: changed since it was made.* `maskgit tokenize`"
     ):
         open_store(tmp_path, data="data")
-    assert [bad.name for bad in verify_store(tmp_path).bad] == [f"{array}.npy"]
     assert make(tmp_path)  # the way out
-    assert not verify_store(tmp_path).bad
-
-
-def test_verify_names_every_bad_array(tmp_path):
-    make(tmp_path)
-    assert verify_store(tmp_path) == ("13 rows, 260 bytes", ())
-    overwrite(tmp_path / "train-labels.npy", 0, 1)
-    (tmp_path / "val-tokens.npy").unlink()
-    assert [bad.name for bad in verify_store(tmp_path).bad] == ["train-labels.npy", "val-*.npy"]
+    open_store(tmp_path, data="data")
 
 
 @pytest.mark.parametrize(("array", "value"), [("labels", -1), ("labels", 2), ("labels", 2**40), ("tokens", 32767)])
@@ -256,7 +225,6 @@ def without(key: str):
 
 HOSTILE = {
     "format": changed_fields(format=[[]]),
-    "grid": changed_fields(grid=[10**9, 10**9]),
     "grid ": changed_fields(grid=[2, 3, 4]),
     "codebook_size": changed_fields(num_codes=10**30),
     "codebook_size ": changed_fields(num_codes=True),
@@ -265,7 +233,6 @@ HOSTILE = {
     "samples ": changed_fields(samples={"../x": 10}),
     "samples  ": changed_fields(samples={}),
     "classes": changed_fields(classes={"a": 1}),
-    "crops": changed_fields(crops=10**9),
     "flip": changed_fields(flip=1),
     "precision": changed_fields(precision="int4"),
     "tokenizer": changed_fields(tokenizer=None),

@@ -11,12 +11,12 @@ from maskgit_pl.data import (
     ShardData,
     ShardDataConfig,
     ShuffledStream,
-    TokenBatches,
     TokenizingConfig,
     describe_store,
     tokenize,
 )
 from maskgit_pl.data.images import encode_png
+from maskgit_pl.data.loader import TokenBatches
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.processes import no_bars
@@ -94,23 +94,6 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
         assert content(tmp_path / name) == expected
 
 
-def test_earlier_rows_are_told_first_and_all_are_told(folder, tmp_path):
-    with pytest.raises(KeyboardInterrupt):
-        make(folder, tmp_path, encode=lambda images: (_ for _ in ()).throw(KeyboardInterrupt))
-    make(folder, tmp_path, flip=True, ranks=(0, 2))
-    told, new = [], {}
-
-    def bars(title, total, *, done=0, unit=""):
-        told.append((title, total, done, unit))
-        new[title] = []
-        return new[title].append
-
-    make(folder, tmp_path, flip=True, bars=bars)
-    assert told[0] == ("tokens of train", 2 * NUM_TRAIN, 2 * (6 + 6), "images")  # parts 0 and 2 of 4
-    assert sum(new["tokens of train"]) == 2 * NUM_TRAIN - told[0][2]
-    assert sum(new["tokens of val"]) == NUM_VAL - told[1][2]
-
-
 def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
     reader = open_store(views, data=None)["train"]
     stored = np.load(views / "train-tokens.npy").reshape(NUM_TRAIN, 6, 4)
@@ -151,13 +134,6 @@ def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_pat
     assert torch.equal(top_row(images.content), tokens.content)
     assert torch.equal(images.labels, tokens.labels)
     assert tokens.labels[[4, 5, 22]].tolist() == [6 % 3, 6 % 3, 0]
-
-
-@pytest.mark.parametrize("options", [{"crops": 0}, {"batch_size": 0}, {"part_size": 0}, {"num_workers": -1}])
-def test_numbers_out_of_range_are_refused(folder, tmp_path, options):
-    with pytest.raises(ValueError, match=rf"{next(iter(options))} must be an integer in .* got -?\d"):
-        make(folder, tmp_path / "store", **options)
-    assert not (tmp_path / "store").exists()
 
 
 def test_several_crops_of_square_images_are_refused(tiny_shards, tmp_path):

@@ -1,5 +1,4 @@
 import errno
-import io
 import os
 import re
 import subprocess
@@ -11,17 +10,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
 import webdataset
 from PIL import Image
 
-from maskgit_pl.data.images import decode_image, fit_image
-from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.sources.idx import IdxFiles
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.sources.image_folder import ImageFolder
+from maskgit_pl.data.sources.public import IdxFiles
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
 from tests.data_folders import spy_on_disk
 
@@ -82,23 +77,6 @@ def test_size_makes_squares_of_the_same_format(tree, tmp_path):
     assert extensions == {"png", "jpg", "cls"}
 
 
-@pytest.mark.parametrize(("mode", "channels"), [("LA", 1), ("RGBA", 3), ("P", 3)])
-def test_size_composites_transparent_images_over_white(tmp_path, mode, channels):
-    image = Image.new("L", (16, 16), 9)
-    image.putalpha(Image.fromarray(np.repeat(np.array([0, 255], np.uint8), 8)[None].repeat(16, axis=0)))
-    stream = io.BytesIO()
-    image.convert("RGBA").convert(mode).save(stream, "PNG")
-    (tmp_path / "tree" / "cat").mkdir(parents=True)
-    for number in range(4):
-        (tmp_path / "tree" / "cat" / f"{number}.png").write_bytes(stream.getvalue())
-    make_shards(ImageFolder(tmp_path / "tree", val_fraction=0.5), tmp_path / "out", size=8)
-    assert read_manifest_summary(tmp_path / "out").images.channels == (channels,)
-    made = decode_image(ShardReader(load_manifest(tmp_path / "out", "train")).read(0), channels=3, name="x")
-    whole = decode_image(stream.getvalue(), channels=3, name="x")
-    assert torch.equal(made, fit_image(whole, image_size=8, crop=None))
-    assert (made[:, :, 0] == 255).all()
-
-
 def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tmp_path):
     assert make_shards(IdxFiles(idx), tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -150,19 +128,6 @@ def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with
     assert not partial.exists()
 
 
-def test_a_damaged_shard_of_an_earlier_run_is_named_with_the_way_out(idx, tmp_path, monkeypatch):
-    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt):
-        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-    shard = tmp_path / ".out.partial" / "train-000001.tar"
-    shard.write_bytes(shard.read_bytes()[:700])
-    with pytest.raises(
-        ValueError, match=r"train-000001\.tar: [^\n]+\n(.*\n)?.*remove the rejected ones from .*partial, "
-    ):
-        make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-    shard.unlink()
-    assert make_shards(IdxFiles(idx), tmp_path / "out", shard_size=3)
-
-
 def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
     def interrupt(split, count):
         if split == "val":
@@ -208,12 +173,6 @@ def test_shards_that_changed_are_noticed_by_the_second_run(idx, tmp_path):
     with pytest.raises(ValueError, match=r"val-000000\.tar"):
         make_shards(IdxFiles(idx), tmp_path / "out")
     assert (tmp_path / "out" / RECORD).exists()
-
-
-@pytest.mark.parametrize("name", ["50% of: it", "pipe:echo"])
-def test_odd_folder_names_are_only_names(idx, tmp_path, name):
-    make_shards(IdxFiles(idx), tmp_path / name)
-    assert read_manifest_summary(tmp_path / name).samples == {"train": 12, "val": 5}
 
 
 def spoil(tree: Path) -> dict[str, str]:
@@ -309,18 +268,6 @@ def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, 
     make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
     assert {shard for _, shard in written} == {0, 2}
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
-
-
-def test_damage_that_only_resizing_meets_is_listed_too(tree, tmp_path):
-    path = tree / "dog" / "noise.jpeg"
-    Image.effect_noise((64, 64), 90).save(path)
-    data = bytearray(path.read_bytes())
-    data[-300:-200] = bytes(100)
-    path.write_bytes(data)
-    assert make_shards(ImageFolder(tree), tmp_path / "as-it-is")
-    with pytest.raises(ValueError, match=r"1 of 61 images cannot be read:\n  image .*noise\.jpeg cannot be decoded: "):
-        make_shards(ImageFolder(tree), tmp_path / "out", size=4)
-    assert make_shards(ImageFolder(tree), tmp_path / "out", size=4, lenient=True)
 
 
 def test_a_split_without_a_readable_image_is_refused(tree, tmp_path):

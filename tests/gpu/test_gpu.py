@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch
-from maskgit_pl.data.batches import StepDataModule
+from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, decode_classes
 from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.training.strategies import shard_blocks

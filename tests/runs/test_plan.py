@@ -7,7 +7,7 @@ import pytest
 from maskgit_pl.runs.plan import find_data, find_pretrained, find_tokenizer, plan_run, run_folder
 from maskgit_pl.runs.recipe import Recipe
 
-CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], classes: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
+CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], samples: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
 
 
 @pytest.fixture
@@ -31,11 +31,7 @@ def test_the_data_are_the_named_ones_else_those_of_the_repeated_run_else_the_dat
     assert find_data(recipe) == Path("data/shards/fashion-mnist")
 
 
-def test_a_stream_needs_no_folder_unless_it_is_named(tmp_path):
-    again = repeated(tmp_path, data="gone", source="stream")
-    assert find_data(again) == Path("gone")
-    with pytest.raises(FileNotFoundError, match="data elsewhere: no such folder"):
-        find_data(again, "elsewhere")
+def test_a_data_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="data gone: no such folder"):
         find_data(repeated(tmp_path, data="gone", source="images"))
 

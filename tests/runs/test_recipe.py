@@ -145,7 +145,7 @@ def test_values_from_python_mean_what_flags_mean(tmp_path):
         "model.mask_schedule": {"name": "pow", "exponent": 1e-3},
         "data.validation_samples": None,
         "data.num_workers": 0,
-        "data.stream": {"urls": ["'a'", "#b: c"], "classes": 3},
+        "data.stream": {"urls": ["'a'", "#b: c"], "samples": 3},
     }
     recipe = Recipe.from_files("transformer", [], values)
     expected = {**values, "data.path": str(tmp_path), "model.optimizer.betas": [0.9, 0.99]}

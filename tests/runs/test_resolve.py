@@ -170,7 +170,6 @@ def test_what_decides_what_is_learned_is_kept_and_nothing_else():
         "data.crop": "c",
         "data.global_batch": 4,
         "data.seed": 0,
-        "data.shuffle_window": None,
         "trainer.gradient_clip_val": 1.0,
         "trainer.gradient_clip_algorithm": None,
     }

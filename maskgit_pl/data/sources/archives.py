@@ -16,20 +16,18 @@ import tempfile
 import weakref
 import zipfile
 import zlib
-from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
 from maskgit_pl.data.tar import DamagedTarError, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
-__all__ = ["Entries", "EntryError", "LeftOut", "open_entries"]
-
-LeftOut = defaultdict[str, list[str]]  # names of files that are not samples, by kind
+__all__ = ["Entries", "EntryError"]
 
 _HIDDEN = "hidden"
 _UNSAFE = "with an absolute name, '..', a NUL character or more than 4096 characters"
@@ -41,7 +39,7 @@ _MAX_ENTRIES = 10**7  # of a zip: 6 GB of memory. ImageNet has 1.3 million image
 _BLOCK = 2**20
 
 _ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
-_ENCRYPTED = 0x1  # flag of a member of a zip
+_TAR_FAULTS = {"link": "links", "device": "devices", "sparse file": "sparse files"}
 # zipfile raises any of these on damaged bytes.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
 
@@ -50,24 +48,80 @@ class EntryError(ValueError):
     """An entry of an archive cannot be read. The message is a predicate: ``is damaged: ...``."""
 
 
-class Entries(ABC):
-    """Files of a source by their names.
+class _Member(NamedTuple):
+    """A member of an archive."""
+
+    name: str  # as stored
+    size: int  # in bytes, as the archive states it
+    place: int  # position of its bytes in a tar, number of its entry in the directory of a zip
+    fault: str = ""  # kind under which it is left out, such as "links"
+    is_folder: bool = False
+
+
+class Entries:
+    """The files of a folder, a zip, a tar or a tar compressed with gzip, by their names; the first bytes decide which.
+
+    In a folder, a symbolic link to a file of the folder is that file. Links to folders are not followed, so there are
+    no loops.
+
+    If everything in an archive lies in one folder, its names begin inside that folder. Absolute names, names with
+    ``..``, links and ``__MACOSX`` are left out. Of several members with one name, the last one counts, as it would
+    after unpacking. A compressed tar has no random access: it is decompressed to a temporary file, which ends with this
+    object. Names that begin with a dot are left out everywhere.
 
     Args:
         path: The folder or the archive.
-        title: Its name without an ending, which names the class of images without classes.
 
     Attributes:
+        title: Its name without an ending, which names the class of images without classes.
         sizes: Length in bytes of each file.
         folders: Names of all folders.
         left_out: Names of what is not a readable file, by kind.
+
+    Raises:
+        FileNotFoundError: if it does not exist.
+        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in the folder
+            leads out of it.
     """
 
-    def __init__(self, path: Path, title: str) -> None:
-        self.path, self.title = path, title
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.sizes: dict[str, int] = {}
         self.folders: set[str] = set()
-        self.left_out: LeftOut = defaultdict(list)
+        self.left_out: defaultdict[str, list[str]] = defaultdict(list)
+        self._places: dict[str, int] = {}  # of the members of an archive
+        self._archive = path  # or its decompressed copy
+        self._read: Callable[[Path, str, int, int], bytes] = _read_file
+        if path.is_dir():
+            self.title = path.resolve().name
+            waiting = [""]
+            while waiting:
+                waiting += self._scan(waiting.pop())
+            return
+        ending = max((end for end in _ENDINGS if path.name.lower().endswith(end)), key=len, default=path.suffix)
+        self.title = path.name[: len(path.name) - len(ending)]
+        try:
+            with open(open_regular(path), "rb") as file:
+                first = file.read(2)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"source {printable(path)} does not exist; name a folder or an archive ({', '.join(_ENDINGS)}) of "
+                "images"
+            ) from error
+        except OSError as error:
+            raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
+        if first == b"PK":
+            self._read, members = _read_zip, _zip_members(path)
+        else:
+            if first == b"\x1f\x8b":
+                # Without a name, so that also a killed process leaves nothing; worker processes can open it.
+                plain = tempfile.TemporaryFile()  # noqa: SIM115
+                weakref.finalize(self, plain.close)
+                self._archive = Path(f"/proc/{os.getpid()}/fd/{plain.fileno()}")
+                _decompress(path, plain)
+            self._read, members = _read_tar, _tar_members(path, self._archive)
+        _check_expansion(path, sum(member.size for member in members))
+        self._take(members)
 
     def read(self, name: str, *, limit: int = MAX_IMAGE_BYTES) -> bytes:
         """Returns the bytes of a file.
@@ -80,50 +134,7 @@ class Entries(ABC):
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         if self.sizes[name] > limit:
             raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
-        return self._read(name)
-
-    @abstractmethod
-    def _read(self, name: str) -> bytes:
-        """Returns the bytes of a file, whose length is checked."""
-
-
-def open_entries(path: Path) -> Entries:
-    """Opens a folder, a zip, a tar or a tar compressed with gzip; the first bytes decide which.
-
-    Args:
-        path: The folder or the archive.
-
-    Raises:
-        FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in the folder
-            leads out of it.
-    """
-    if path.is_dir():
-        return _Folder(path)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"source {printable(path)} does not exist; name a folder or an archive ({', '.join(_ENDINGS)}) of images"
-        )
-    try:
-        with open(open_regular(path), "rb") as file:
-            first = file.read(2)
-    except OSError as error:
-        raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
-    return _Zip(path) if first == b"PK" else _Tar(path, is_compressed=first == b"\x1f\x8b")
-
-
-class _Folder(Entries):
-    """The files of a folder and of its sub-folders.
-
-    A symbolic link to a file of the folder is that file. Links to folders are not followed, so there are no loops.
-    Names that begin with a dot are left out.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, path.resolve().name)
-        waiting = [""]
-        while waiting:
-            waiting += self._scan(waiting.pop())
+        return self._read(self._archive, name, self._places.get(name, 0), self.sizes[name])
 
     def _scan(self, folder: str) -> Iterator[str]:
         """Takes the files of a folder, and yields the names of its sub-folders with a trailing ``/``."""
@@ -147,62 +158,9 @@ class _Folder(Entries):
                 else:
                     self.sizes[name] = entry.stat().st_size
 
-    def _read(self, name: str) -> bytes:
-        with open(open_regular(self.path / name), "rb") as file:
-            return file.read(self.sizes[name])
-
-
-class _Member(NamedTuple):
-    """A member of an archive.
-
-    Args:
-        name: Name as stored.
-        size: Length in bytes, as the archive states it.
-        place: Position of its bytes in a tar, number of its entry in the directory of a zip.
-        fault: Kind under which it is left out, such as ``"links"``; empty for a file or folder.
-        is_folder: True for a folder.
-    """
-
-    name: str
-    size: int
-    place: int
-    fault: str = ""
-    is_folder: bool = False
-
-
-class _Archive(Entries):
-    """The files of an archive.
-
-    If everything in the archive lies in one folder, its names begin inside that folder. Absolute names, names with
-    ``..``, links, hidden names and ``__MACOSX`` are left out. Of several members with one name, the last one counts, as
-    it would after unpacking.
-
-    Args:
-        path: The archive.
-        members: Its members in their order.
-
-    Raises:
-        ValueError: if the members together are implausibly large for the archive.
-    """
-
-    def __init__(self, path: Path, members: Sequence[_Member]) -> None:
-        ending = max((end for end in _ENDINGS if path.name.lower().endswith(end)), key=len, default=path.suffix)
-        super().__init__(path, path.name[: len(path.name) - len(ending)])
-        _check_expansion(path, sum(member.size for member in members))
-        files, folders = self._sort(members)
-        folders |= {parent for name in files for parent in _parents(name)}
-        tops = {name.partition("/")[0] for name in files.keys() | folders}
-        top = ""
-        if len(tops) == 1 and tops <= folders:
-            (self.title,) = tops
-            top = f"{self.title}/"
-        self.places = {name.removeprefix(top): member.place for name, member in files.items()}
-        self.sizes = {name.removeprefix(top): member.size for name, member in files.items()}
-        self.folders = {name.removeprefix(top) for name in folders if f"{name}/" != top}
-
-    def _sort(self, members: Iterable[_Member]) -> tuple[dict[str, _Member], set[str]]:
-        """Returns the files by their cleaned names and the names of folders, and notes what is left out."""
-        files, folders, hidden = dict[str, _Member](), set[str](), dict[str, None]()
+    def _take(self, members: Sequence[_Member]) -> None:
+        """Takes the files and folders of an archive, and notes what is left out."""
+        files, hidden = dict[str, _Member](), dict[str, None]()
         for member in members:
             name = _clean_name(member.name)
             if name is None:
@@ -214,14 +172,21 @@ class _Archive(Entries):
             elif member.fault:
                 self.left_out[member.fault].append(name)
             elif member.is_folder:
-                folders |= {name, *_parents(name)}
+                self.folders |= {name, *_parents(name)}
             else:
                 if name in files:
                     self.left_out[_REPEATED].append(name)
                 files[name] = member
         if hidden:
             self.left_out[_HIDDEN] = list(hidden)
-        return files, folders
+        self.folders |= {parent for name in files for parent in _parents(name)}
+        tops, top = {name.partition("/")[0] for name in files.keys() | self.folders}, ""
+        if len(tops) == 1 and tops <= self.folders:
+            (self.title,) = tops
+            top = f"{self.title}/"
+        self._places = {name.removeprefix(top): member.place for name, member in files.items()}
+        self.sizes = {name.removeprefix(top): member.size for name, member in files.items()}
+        self.folders = {name.removeprefix(top) for name in self.folders if f"{name}/" != top}
 
 
 def _check_expansion(path: Path, size: int) -> None:
@@ -247,82 +212,68 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-class _Zip(_Archive):
-    """The files of a zip; see ``_Archive``."""
+def _read_file(folder: Path, name: str, _: int, size: int) -> bytes:
+    with open(open_regular(folder / name), "rb") as file:
+        return file.read(size)
 
-    def __init__(self, path: Path) -> None:
-        self._zip: zipfile.ZipFile | None = None
-        shown = printable(path)
-        try:
-            with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-                members = [_zip_member(info, place) for place, info in enumerate(archive.infolist())]
-        except TooLargeDirectoryError as error:
-            raise ValueError(
-                f"archive {shown} must have {error}; extract it and name the folder, or make a tar of it"
-            ) from error
-        except _ZIP_ERRORS as error:
-            raise ValueError(f"archive {shown} must be a complete zip, got: {printable(error)}") from error
-        super().__init__(path, members)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_zip": None}  # a worker process opens the file itself
-
-    def _read(self, name: str) -> bytes:
-        self._zip = self._zip or zipfile.ZipFile(self.path)
-        size = self.sizes[name]
-        try:
-            info = self._zip.infolist()[self.places[name]]
-            with self._zip.open(info) as stream:  # gives at most the length in the directory
-                data = stream.read(size)
-                stream.read(1)  # compares the checksum, also of a member of no bytes
-        except (*_ZIP_ERRORS, zlib.error) as error:
-            raise EntryError(f"is damaged: {printable(error)}") from error
-        if len(data) < size:
-            raise EntryError(f"is damaged: {len(data)} bytes in the zip for {size}")
-        return data
+def _zip_members(path: Path) -> list[_Member]:
+    try:
+        with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
+            return [_zip_member(info, place) for place, info in enumerate(archive.infolist())]
+    except TooLargeDirectoryError as error:
+        raise ValueError(
+            f"archive {printable(path)} must have {error}; extract it and name the folder, or make a tar of it"
+        ) from error
+    except _ZIP_ERRORS as error:
+        raise ValueError(f"archive {printable(path)} must be a complete zip, got: {printable(error)}") from error
 
 
 def _zip_member(info: zipfile.ZipInfo, place: int) -> _Member:
     fault = "links" if stat.S_ISLNK(info.external_attr >> 16) else ""  # 0 if the zip was not made on Unix
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 and LZMA may take any memory
         fault = "with a compression other than deflate"
-    if info.flag_bits & _ENCRYPTED:
+    if info.flag_bits & 0x1:
         fault = "encrypted"
     name = info.filename.replace("\\", "/")  # as some programs of Windows write it
     return _Member(name, info.file_size, place, fault, is_folder=name.endswith("/"))
 
 
-class _Tar(_Archive):
-    """The files of a tar; see ``_Archive``.
+@lru_cache(maxsize=1)
+def _open_zip(path: Path, _: int) -> zipfile.ZipFile:
+    """Opens a zip once in each process, of the given time of change."""
+    return zipfile.ZipFile(path)
 
-    A compressed one has no random access: it is decompressed to a temporary file, which ends with this object.
-    """
 
-    def __init__(self, path: Path, *, is_compressed: bool) -> None:
-        self._tar = path
-        if is_compressed:
-            # Without a name, so that also a killed process leaves nothing; worker processes can open it.
-            plain = tempfile.TemporaryFile()  # noqa: SIM115
-            weakref.finalize(self, plain.close)
-            self._tar = Path(f"/proc/{os.getpid()}/fd/{plain.fileno()}")
-            _decompress(path, plain)
-        faults = {"link": "links", "device": "devices", "sparse file": "sparse files"}
-        try:
-            with open(self._tar, "rb") as file:
-                members = [
-                    _Member(each.name, each.size, each.offset, faults.get(each.kind, ""), each.kind == "folder")
-                    for each in read_members(file.fileno())
-                ]
-        except DamagedTarError as error:
-            raise ValueError(
-                f"source {printable(path)} must be a folder, a zip, a tar or a .tar.gz, got: {error}"
-            ) from error
-        super().__init__(path, members)
+def _read_zip(path: Path, _: str, place: int, size: int) -> bytes:
+    try:
+        archive = _open_zip(path, path.stat().st_mtime_ns)
+        with archive.open(archive.infolist()[place]) as stream:  # gives at most the length in the directory
+            data = stream.read(size)
+            stream.read(1)  # compares the checksum, also of a member of no bytes
+    except (*_ZIP_ERRORS, zlib.error) as error:
+        raise EntryError(f"is damaged: {printable(error)}") from error
+    if len(data) < size:
+        raise EntryError(f"is damaged: {len(data)} bytes in the zip for {size}")
+    return data
 
-    def _read(self, name: str) -> bytes:
-        with open(self._tar, "rb") as file:
-            file.seek(self.places[name])
-            return file.read(self.sizes[name])
+
+def _tar_members(path: Path, tar: Path) -> list[_Member]:
+    try:
+        with open(tar, "rb") as file:
+            return [
+                _Member(each.name, each.size, each.offset, _TAR_FAULTS.get(each.kind, ""), each.kind == "folder")
+                for each in read_members(file.fileno())
+            ]
+    except DamagedTarError as error:
+        rule = "must be a folder, a zip, a tar or a .tar.gz"
+        raise ValueError(f"source {printable(path)} {rule}, got: {error}") from error
+
+
+def _read_tar(path: Path, _: str, place: int, size: int) -> bytes:
+    with open(path, "rb") as file:
+        file.seek(place)
+        return file.read(size)
 
 
 def _decompress(path: Path, file: IO[bytes]) -> None:

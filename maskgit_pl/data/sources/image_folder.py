@@ -1,32 +1,44 @@
 """Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a metadata file.
 
-Files ``NAME.npy`` beside the images are their vectors.
+A row of ``metadata.csv`` or ``metadata.jsonl`` names an image relative to the folder of the file, and its label, as in
+Hugging Face's ImageFolder. Files ``NAME.npy`` beside the images are their vectors.
+
+Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
 """
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
+import logging
 import os
+import re
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from maskgit_pl.checks import check_number
+from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, read_sample
+from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
-from maskgit_pl.data.sources.archives import EntryError, open_entries
-from maskgit_pl.data.sources.labels import find_metadata, number_metadata, read_metadata
+from maskgit_pl.data.sources.archives import Entries, EntryError
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
+from maskgit_pl.files import parse_any_json
 
 __all__ = ["ImageFolder"]
 
+log = logging.getLogger(__name__)
+
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _MAX_LISTED = 3  # names of files that are left out
+_METADATA = ("metadata.csv", "metadata.jsonl")
+_MAX_METADATA_BYTES = 2**29  # 100 bytes for each of five million files
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})")
 
 
 class _File(NamedTuple):
@@ -74,14 +86,13 @@ class ImageFolder:
         label_field: str = "label",
         vectors: bool = True,
     ) -> None:
-        check_number("val_fraction", val_fraction, "(0, 1)")
-        self._entries = open_entries(Path(path))
+        self._entries = Entries(Path(path))
         self._shown = printable(self._entries.path)
         self._left_out = self._entries.left_out
         self._roots = self._split_roots()
         self.has_splits = None not in self._roots
         roots = dict.fromkeys(["", *self._roots.values()])
-        found = [name for root in roots if (name := find_metadata(self._entries, root))]
+        found = [name for root in roots if (name := _find_metadata(self._entries, root))]
         if len(found) > 1 and "/" not in found[0]:
             raise ValueError(f"source {self._shown} must have one metadata file, got {' and '.join(found)}")
         self._has_metadata = bool(found)
@@ -163,7 +174,7 @@ class ImageFolder:
         # train too: it has images in it, not folders.
         above = {folder.partition("/")[0] for folder in folders if "/" in folder}
         for name in ("train", *_VAL_FOLDERS):
-            if name in above or (name in folders and find_metadata(self._entries, f"{name}/")):
+            if name in above or (name in folders and _find_metadata(self._entries, f"{name}/")):
                 other = "val/ (or test/)" if name == "train" else "train/"
                 raise ValueError(
                     f"source {self._shown} must have {other} beside {name}/, got no such folder; add it, or name "
@@ -217,16 +228,13 @@ class ImageFolder:
         self, found: Sequence[str], given: Sequence[str] | None, *, label_field: str
     ) -> tuple[tuple[str, ...], dict[str, int]]:
         """Returns class names, and the label of each row that names an image; some may not exist."""
-        parts = [read_metadata(self._entries, name, label_field=label_field) for name in found]
-        classes, labels = number_metadata(parts, given, label_field=label_field)
+        parts = {name: _read_metadata(self._entries, name, label_field=label_field) for name in found}
+        classes, labels = _number_metadata(parts, given, label_field=label_field)
         for name in sorted(labels.keys() | self._entries.sizes.keys() - set(found)):
             if not _is_image(name):
                 self._left_out[_suffix_kind(name)].append(name)
             elif name not in labels:
                 self._left_out[f"without a row in {' and '.join(found)}"].append(name)
-        for part in parts:
-            self._left_out[f"repeated rows in {part.name}"] += part.repeated
-            self._left_out[f"unused columns in {part.name}"] += part.unused
         return classes, {name: label for name, label in labels.items() if _is_image(name)}
 
     def _label_by_folder(self, given: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, int]]:
@@ -354,3 +362,133 @@ def _suffix_kind(name: str) -> str:
 
 def _vector_name(image: str) -> str:
     return f"{os.path.splitext(image)[0]}.{VECTOR_EXTENSION}"
+
+
+def _find_metadata(entries: Entries, root: str) -> str | None:
+    """Returns the name of the metadata file of a folder; None if it has none.
+
+    Args:
+        entries: Files of the source.
+        root: The folder inside the source, with a trailing ``/``, or an empty string.
+
+    Raises:
+        ValueError: if there are two.
+    """
+    found = [root + name for name in _METADATA if root + name in entries.sizes]
+    if len(found) > 1:
+        raise ValueError(f"source {printable(entries.path)} must have one metadata file, got {' and '.join(found)}")
+    return found[0] if found else None
+
+
+def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str, str]:
+    """Returns the label of each file that a metadata file names, a class number or a class name, as text.
+
+    Args:
+        entries: Files of the source.
+        name: Name of the metadata file inside the source.
+        label_field: Column of the labels.
+
+    Raises:
+        ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder, or has
+            two labels for one file.
+    """
+    shown = f"metadata {printable(entries.path / name)}"
+    try:
+        text = entries.read(name, limit=_MAX_METADATA_BYTES).decode("utf-8-sig")  # Excel writes a BOM
+        rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
+    except EntryError as error:
+        raise ValueError(f"{shown} {error}") from error
+    except (ValueError, csv.Error, RecursionError, OSError) as error:
+        kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
+        raise ValueError(f"{shown} must be UTF-8 text with {kind}, got: {printable(error)}") from error
+    columns = dict.fromkeys(column for _, values in rows for column in values)
+    for field in ("file_name", label_field):
+        if field not in columns:
+            got = ", ".join(map(printable, columns)) or "no rows"
+            hint = "; set it with --label-field, or remove the file to take the classes from folders"
+            raise ValueError(f"{shown} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
+    folder = name.rpartition("/")[0]
+    labels = dict[str, str]()
+    for line, values in rows:
+        where = f"{shown}: line {line}"
+        file = _file_name(values.get("file_name"), folder, where)
+        label = _label(values.get(label_field), label_field, where)
+        if labels.setdefault(file, label) != label:
+            got = f"{shorten(labels[file])} and {shorten(label)}"
+            raise ValueError(f"{where}: {printable(file)} must have one label, got {got}")
+    return labels
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line and the values of each row."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    columns = [column.strip() for column in next(reader, [])]
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"a repeated column in {columns}")
+    for values in reader:
+        if values and len(values) != len(columns):  # a blank line has no values
+            raise ValueError(f"{len(values)} values for {len(columns)} columns in line {reader.line_num}")
+        if values:
+            yield reader.line_num, dict(zip(columns, values, strict=True))
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yields the line and the values of each row."""
+    # Not splitlines(): JSON allows the line separators of Unicode inside strings.
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            values = parse_any_json(line, f"line {number}")
+            if not isinstance(values, dict):
+                raise ValueError(f"line {number} is not an object")
+            yield number, values
+
+
+def _file_name(name: Any, folder: str, where: str) -> str:
+    parts = [part for part in str(name).split("/") if part not in ("", ".")]
+    if not isinstance(name, str) or not parts or ".." in parts or name.startswith("/"):
+        wanted = "a path inside the folder of the metadata file"
+        raise ValueError(f"{where}: file_name must be {wanted}, got {shorten(name)}")
+    return "/".join([folder, *parts] if folder else parts)
+
+
+def _label(value: Any, field: str, where: str) -> str:
+    if type(value) not in (int, str) or not str(value).strip():  # bool is a subclass of int
+        raise ValueError(f"{where}: {field} must be a class name or a class number, got {shorten(value)}")
+    return str(value).strip()
+
+
+def _number_metadata(
+    parts: Mapping[str, Mapping[str, str]], given: Sequence[str] | None, *, label_field: str
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """Returns the class names, and the class number of each file.
+
+    If every label is a whole number, labels are class numbers. Else they are class names; if some of them are such
+    numbers, a warning says so.
+
+    Args:
+        parts: Labels of the files in each metadata file.
+        given: Class names from the user; None if they are not given.
+        label_field: Column of the labels, for messages.
+
+    Raises:
+        ValueError: See ``number_classes``.
+    """
+    labels = {file: label for part in parts.values() for file, label in part.items()}
+    found: dict[Any, str] = {}
+    for name, part in parts.items():
+        for file, label in part.items():
+            if label not in found:
+                found[label] = f"metadata {name}: {printable(file)}"
+    others = sorted(label for label in found if not _NUMBER.fullmatch(label))
+    if not others:
+        classes, numbers = number_classes(
+            {int(label): row for label, row in found.items()}, given, label_field=label_field
+        )
+        return classes, {file: numbers[int(label)] for file, label in labels.items()}
+    if given is None and len(others) < len(found):
+        log.warning(
+            "%s: %s is %s, which is no class number; so all labels are class names, also numbers such as %s",
+            *(found[others[0]], label_field, shorten(others[0]), printable(min(found.keys() - {*others}))),
+        )
+    classes, numbers = number_classes(found, given, label_field=label_field)
+    return classes, {file: numbers[label] for file, label in labels.items()}

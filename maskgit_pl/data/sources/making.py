@@ -1,31 +1,41 @@
-"""Makes a data folder in one call: from images of your own, or from a public data set. Logs its content.
+"""Makes a data folder in one call, from images of your own or from a public data set, and logs its content.
 
-The commands ``maskgit data make`` and ``maskgit data fetch`` and the demo call these functions. The same call resumes
-after a stop, and does nothing if the folder is complete.
+The sources of images are files in folders and archives, IDX and parquet files, and the Hub. A source counts the samples
+of its splits, yields samples one by one, and describes itself, so that a second run of the same command finds that the
+data are complete; see ``samples.Source``. The commands ``maskgit data make`` and ``maskgit data fetch`` and the demo
+call these functions. The same call resumes after a stop, and does nothing if the folder is complete.
 """
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from maskgit_pl.checks import ImageSize, check_choice
+import numpy as np
+
+from maskgit_pl.checks import ImageSize, check_choice, check_number
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.data.manifest import load_manifests, read_manifest_summary
+from maskgit_pl.data.manifest import ShardReader, load_manifests, read_manifest_summary
 from maskgit_pl.data.samples import Source
-from maskgit_pl.data.sources.opening import open_source
-from maskgit_pl.data.sources.public import public_datasets
-from maskgit_pl.data.stats import find_duplicates
-from maskgit_pl.data.verify import describe_data, duplicate_lines, unreadable_lines, untrained_lines
+from maskgit_pl.data.sources.image_folder import ImageFolder
+from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet, split_of
+from maskgit_pl.data.sources.public import IdxFiles, public_datasets
+from maskgit_pl.data.verify import class_lines, describe_data, unreadable_lines
 from maskgit_pl.data.writer import make_shards
+from maskgit_pl.errors import printable
 from maskgit_pl.processes import named_bars
 
-__all__ = ["convert_images", "fetch_dataset"]
+__all__ = ["convert_images", "fetch_dataset", "open_source"]
 
 log = logging.getLogger(__name__)
 
-_MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made
+_HUB = "hf:"
+_NAME = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
+_MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made, to find equal images
+_MOST_LISTED = 5  # pairs of equal images
 
 
 def convert_images(  # noqa: PLR0913  # the options of its source and of its shards
@@ -61,12 +71,9 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
     """
     source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)
-    if sum(file.stat().st_size for file in out.glob("*.tar")) > _MOST_COMPARED:
-        log.info("  duplicates: not searched for in so much data; `maskgit data stats %s` does", out)
-        return
-    found = find_duplicates(load_manifests(out))
-    if found.val_in_train or any(found.repeated.values()):
-        log.info("%s", "\n".join(f"  {line}" for line in duplicate_lines(found)))
+    if sum(file.stat().st_size for file in out.glob("*.tar")) <= _MOST_COMPARED:
+        for line in _duplicate_lines(out):
+            log.info("  %s", line)
 
 
 def fetch_dataset(
@@ -123,4 +130,100 @@ def _make(
     done = "made" if made else "complete already, nothing to do"
     lines = [describe_data(out, read_manifest_summary(out), done)]
     lines += [f"  left out: {line}" for line in [*source.left_out, *unreadable_lines(out)]]
-    log.info("%s", "\n".join([*lines, *(f"  {line}" for line in untrained_lines(out))]))
+    log.info("%s", "\n".join([*lines, *(f"  {line}" for line in class_lines(out))]))
+
+
+def _duplicate_lines(folder: Path) -> Iterator[str]:
+    """Yields lines about the images of a data folder whose bytes equal those of an earlier one; train before val."""
+    readers = [ShardReader(manifest) for manifest in load_manifests(folder).values()]
+    # Only files of equal length can have equal bytes, so the others are not read.
+    lengths, counts = np.unique(np.concatenate([reader.index["size"] for reader in readers]), return_counts=True)
+    first: dict[bytes, tuple[ShardReader, int]] = {}
+    pairs, in_train = list[str](), 0
+    for reader in readers:
+        for place in np.flatnonzero(np.isin(reader.index["size"], lengths[counts > 1])).tolist():
+            digest = hashlib.blake2b(reader.read(place), digest_size=16).digest()
+            original, number = first.setdefault(digest, (reader, place))
+            if (original, number) != (reader, place):
+                pairs.append(f"{printable(reader.name(place))} = {printable(original.name(number))}")
+                in_train += original is not reader
+    if pairs:
+        more = f", ... and {len(pairs) - _MOST_LISTED} more" if len(pairs) > _MOST_LISTED else ""
+        yield f"duplicates: {len(pairs)} images equal an earlier one: {', '.join(pairs[:_MOST_LISTED])}{more}"
+    if in_train:
+        share = f"{in_train} of {len(readers[1])} val images ({in_train / len(readers[1]):.1%})"
+        yield f"duplicates: {share} are in train, so val does not measure new images"
+
+
+def open_source(
+    path: str | Path,
+    *,
+    classes: Sequence[str] | None = None,
+    val_fraction: float | None = None,
+    label_field: str = "label",
+    vectors: bool = True,
+) -> Source:
+    """Opens a source; its content decides the kind.
+
+    Args:
+        path: A folder of IDX, parquet or image files, an archive of image files, or ``hf:NAME[@REVISION][:SPLIT]`` for
+            a data set of the Hugging Face Hub, which is downloaded to ``data/raw``.
+        classes: Class names, if the source has none.
+        val_fraction: Fraction of the samples that become val, in (0, 1), for a source without splits; None for 0.1.
+        label_field: Column of the labels in parquet and metadata files.
+        vectors: True to take the ``.npy`` files beside images as their vectors.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, archive or data set.
+        ValueError: if it is not a valid source, or has splits and ``val_fraction`` is set.
+    """
+    fraction = 0.1 if val_fraction is None else check_number("val_fraction", val_fraction, "(0, 1)")
+    folder = _download(str(path).removeprefix(_HUB)) if str(path).startswith(_HUB) else Path(path)
+    source: IdxFiles | ParquetFolder | ImageFolder
+    if folder.is_dir() and any(folder.glob("*-images?idx3-ubyte*")):
+        source = IdxFiles(folder, classes=classes)
+    elif folder.is_dir() and find_parquet(folder):
+        source = ParquetFolder(folder, classes=classes, val_fraction=fraction, label_field=label_field)
+    else:
+        source = ImageFolder(folder, classes=classes, val_fraction=fraction, label_field=label_field, vectors=vectors)
+    if val_fraction is not None and source.has_splits:
+        raise ValueError(
+            f"val_fraction must not be set for source {printable(path)}, which has a train and a val split; leave it "
+            "out"
+        )
+    return source
+
+
+def _download(name: str) -> Path:
+    """Downloads the files of a data set of the Hub that are not there yet, and returns their folder.
+
+    Of a data set with a split, only the files that have the split in their path are downloaded. A file of the data set
+    is never run.
+    """
+    shown = f"source {_HUB}{printable(name)}"
+    if (found := _NAME.fullmatch(name)) is None:
+        raise ValueError(f"{shown} must be {_HUB}OWNER/NAME[@REVISION][:SPLIT]")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    folder = Path("data/raw", re.sub(r"[^\w.-]+", "-", name))
+    try:
+        snapshot_download(
+            found["name"],
+            repo_type="dataset",
+            revision=found["revision"],
+            allow_patterns=found["split"] and f"*{found['split']}*",
+            local_dir=folder,
+        )
+    except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
+        got = " ".join(str(error).split())
+        raise FileNotFoundError(
+            f"{shown} must be a data set of the Hub, with a connection to it, got: {got}"
+        ) from error
+    parts = sorted({path.relative_to(folder).parts[0] for path in find_parquet(folder) if path.parent != folder})
+    if len(several := [name for name in parts if not split_of(name)]) > 1:
+        raise ValueError(
+            f"{shown} must have parquet files of one configuration, got {', '.join(map(printable, several))}; they are "
+            f"downloaded: name the folder of one, such as {printable(folder / several[0])}"
+        )
+    return folder

@@ -1,42 +1,37 @@
 """A folder of parquet files with images and labels as a source. Used by ``open_source``.
 
-pyarrow reads the files, a few rows at a time: 4,000 images of 100 kB in one row group take 160 MB. The streams of the
-package ``datasets`` take 1.2 GB for them, and ten times as long.
+A child process reads each file with pyarrow, in at most 2 GiB of memory; its end is an error of one line here.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import check_number
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, read_sample
-from maskgit_pl.data.sources.labels import number_classes
-from maskgit_pl.data.sources.parquet_pages import check_parquet
+from maskgit_pl.data.samples import MAX_CLASSES, Sample, UnreadableSample, is_val, number_classes, read_sample
+from maskgit_pl.data.sources import parquet_child
+from maskgit_pl.data.sources.parquet_child import END, ERROR, HEADER, NOTHING, TOO_LARGE
 from maskgit_pl.errors import printable
-from maskgit_pl.files import parse_any_json, size_text
-
-if TYPE_CHECKING:
-    from pyarrow.parquet import ParquetFile
+from maskgit_pl.files import open_regular, parse_any_json, size_text
 
 __all__ = ["ParquetFolder", "find_parquet", "split_of"]
 
 _SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
-_ROWS_AT_ONCE = 64  # images in memory, for row groups of any size
-_LABELS_AT_ONCE = 2**16
-_BYTES_AT_ONCE = 2**28  # limit for pages of any size: with a dictionary, each row may repeat a whole page
 _MAX_ROWS = 2**25  # of all files together
-_MAX_CLASS_BYTES = 2**24  # of the texts in a dictionary of labels
+_CHILD_BYTES = 2**31  # memory of the child
 
 
 def find_parquet(folder: Path) -> list[Path]:
@@ -71,8 +66,8 @@ class ParquetFolder:
         label_field: Column of the labels.
 
     Raises:
-        ValueError: if pyarrow is missing, a file is not parquet or would expand to too many bytes, it lacks a column, a
-            label is not a class, or the class names of the files differ.
+        ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class, or the
+            class names of the files differ.
     """
 
     def __init__(
@@ -83,35 +78,30 @@ class ParquetFolder:
         val_fraction: float = 0.1,
         label_field: str = "label",
     ) -> None:
-        check_number("val_fraction", val_fraction, "(0, 1)")
         self.folder, self.shown, self.label_field = folder, printable(folder), label_field
         files, unused = self._find_files()
         self.left_out = tuple(f"parquet file {printable(name)}" for name in unused)
         self.has_splits = "val" in files
         self._files = [name for names in files.values() for name in names]
-        checked: list[tuple[int, int]] = []
-        for name in self._files:
-            with self._one_line(name):
-                checked.append(check_parquet(folder / name))
-        if (count := sum(rows for rows, _ in checked)) > _MAX_ROWS:
-            raise ValueError(f"source {self.shown} must have at most {_MAX_ROWS} rows, got {count}")
-        self._rows_at_once = min(_ROWS_AT_ONCE, 1 + _BYTES_AT_ONCE // max(1, *(page for _, page in checked)))
-        self.image_field, names = self._read_columns()
-        if names and classes is not None and tuple(classes) != names:
+        first_row: dict[Any, str] = {}  # of each label
+        heads, codes = zip(*(self._read_labels(name, first_row) for name in self._files), strict=True)
+        for name, head in zip(self._files, heads, strict=True):
+            if head["names"] != heads[0]["names"]:
+                raise ValueError(
+                    f"source {self.shown}:{printable(name)} must have the class names of {printable(self._files[0])}"
+                )
+        names, images = heads[0]["names"], heads[0]["images"]
+        self.image_field: str = next((field for field in ("image", "img") if field in images), images[0])
+        if names and classes is not None and list(classes) != names:
             raise ValueError(f"source {self.shown}: class names must not be given, since the data set has its own")
-        labels = [self._read_labels(name) for name in self._files]
-        found: dict[Any, str] = {}
-        for name, values in zip(self._files, labels, strict=True):
-            for row, label in enumerate(values):
-                if label not in found:
-                    found[label] = f"source {self.shown}:{printable(name)}: row {row}"
-        self.classes, numbers = number_classes(found, names or classes, label_field=label_field)
-        self._labels = [np.array([numbers[label] for label in values], np.int64) for values in labels]
+        self.classes, numbers = number_classes(first_row, names or classes, label_field=label_field)
+        number_of_code = np.array([numbers[label] for label in first_row], np.int64)
+        self._labels = [number_of_code[of_file] for of_file in codes]
         self._rows = self._split_rows(files, val_fraction)
         for split, rows in self._rows.items():
             if not len(rows):
                 raise ValueError(f"source {self.shown}: the {split} split must have at least 1 row, got 0")
-        self._opened: tuple[str, int, Iterator[tuple[int, Any]]] | None = None  # file, next row, rows
+        self._opened: tuple[str, int, Iterator[bytes | None]] | None = None  # file, next row, images from it on
 
     @property
     def counts(self) -> dict[Split, int]:
@@ -141,28 +131,14 @@ class ParquetFolder:
         """
         for number, row in self._rows[split][places.start : places.stop].tolist():
             file = self._files[number]
-            with self._one_line(file):
-                image = self._take(file, row)
             name = f"{self.shown}:{printable(file)} row {row}"
-            yield read_sample(partial(_image_bytes, image, name), label=int(self._labels[number][row]), name=name)
+            image = partial(_image_bytes, self._take(file, row), name)
+            yield read_sample(image, label=int(self._labels[number][row]), name=name)
         if places.stop >= len(self._rows[split]):
-            self._opened = None  # closes its file
+            self._opened = None  # ends the child
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_opened": None}  # a worker process opens files itself
-
-    @contextmanager
-    def _one_line(self, file: str = "") -> Iterator[None]:
-        """Turns the errors of pyarrow into a ``ValueError`` of one line."""
-        try:
-            yield
-        except ImportError as error:
-            install = 'pip install "maskgit_pl[parquet]"'
-            raise ValueError(f"source {self.shown} requires {error.name}: {install}") from error
-        except Exception as error:
-            text = printable((str(error).splitlines() or [type(error).__name__])[0])
-            shown = f"{self.shown}:{printable(file)}" if file else self.shown
-            raise ValueError(f"source {shown} cannot be read: {text}") from error
+        return {**self.__dict__, "_opened": None}  # a worker process starts children itself
 
     def _find_files(self) -> tuple[dict[Split, list[str]], list[str]]:
         """Returns the files of each split, by their names relative to the folder, and those that are not used."""
@@ -180,68 +156,36 @@ class ParquetFolder:
         every = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.parquet")}
         return files, sorted(every - used)
 
-    def _read_columns(self) -> tuple[str, tuple[str, ...]]:
-        """Returns the column of the images, and the class names in the metadata of the files, if there are any."""
-        image_field, first = "", None
-        for name in self._files:
-            with self._one_line(name):
-                schema = self._open(name).schema_arrow
-            if self.label_field not in schema.names:
-                raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have a column {self.label_field!r}, got "
-                    f"{_listed(schema.names)}; set it with --label-field"
-                )
-            label = schema.field(self.label_field).type
-            if label.num_fields:
-                raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have class numbers or names in {self.label_field!r}, "
-                    f"got {label}"
-                )
-            try:
-                metadata = parse_any_json((schema.metadata or {})[b"huggingface"], "metadata")
-                classes = tuple(map(str, metadata["info"]["features"][self.label_field]["names"]))
-            except (KeyError, TypeError, ValueError):
-                classes = ()
-            if first is None:
-                first, images = classes, [field.name for field in schema if _holds_bytes(field.type)]
-                if not images:
-                    raise ValueError(f"source {self.shown} must have a column of images, got {_listed(schema.names)}")
-                image_field = next((field for field in ("image", "img") if field in images), images[0])
-            if classes != first:
-                raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have the class names of {printable(self._files[0])}"
-                )
-        return image_field, first or ()
+    def _read_labels(self, name: str, first_row: dict[Any, str]) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
+        """Reads the labels of a file.
 
-    def _open(self, name: str, *dictionaries: str) -> ParquetFile:
-        from pyarrow.parquet import ParquetFile
+        Args:
+            name: The file.
+            first_row: For each label of the files before it, the name of its first row; new labels are added.
 
-        # Without a size of the buffer, the column of a row group is read as a whole.
-        return ParquetFile(self.folder / name, buffer_size=2**20, read_dictionary=list(dictionaries))
-
-    def _read_labels(self, name: str) -> list[Any]:
-        """Returns the label of each row, a class number or a text."""
-        from pyarrow import types
-
-        labels: list[Any] = []
-        with self._one_line(name):
-            file = self._open(name, self.label_field)  # a text that many rows repeat is in memory once
-            for batch in file.iter_batches(_LABELS_AT_ONCE, columns=[self.label_field]):
-                column = batch.column(0)
-                if column.null_count:
-                    row = len(labels) + column.is_null().index(True).as_py()
-                    raise ValueError(f"row {row}: {self.label_field} must be a class, got nothing")
-                if types.is_integer(column.type):
-                    labels += column.to_pylist()
-                    continue
-                if not types.is_dictionary(column.type) or not types.is_string(column.type.value_type):
-                    raise ValueError(f"column {self.label_field!r} must hold class numbers or names, got {column.type}")
-                if column.dictionary.nbytes > _MAX_CLASS_BYTES:
-                    limit = size_text(_MAX_CLASS_BYTES)
-                    raise ValueError(f"column {self.label_field!r} must hold class names of at most {limit}, got more")
-                words = column.dictionary.to_pylist()
-                labels += [words[place] for place in column.indices.to_pylist()]
-        return labels
+        Returns:
+            Names of the columns of images and of the classes, and for each row the place of its label in ``first_row``.
+        """
+        shown = f"source {self.shown}:{printable(name)}"
+        place, codes = {label: number for number, label in enumerate(first_row)}, list[int]()
+        records = _read(self.folder / name, shown, self.label_field)
+        images = parse_any_json(next(records) or b"", shown)
+        try:
+            metadata = parse_any_json(next(records) or b"", shown)
+            names = list(map(str, metadata["info"]["features"][self.label_field]["names"]))
+        except (KeyError, TypeError, ValueError):
+            names = []
+        for record in records:
+            for label in parse_any_json(record or b"", shown):
+                if label not in place:
+                    place[label] = len(place)
+                    first_row[label] = f"{shown}: row {len(codes)}"
+                codes.append(place[label])
+            if len(codes) > _MAX_ROWS or len(place) > MAX_CLASSES:
+                raise ValueError(f"{shown} must have at most {_MAX_ROWS} rows and {MAX_CLASSES} classes, got more")
+        if len(set(map(type, first_row))) > 1:
+            raise ValueError(f"{shown}: {self.label_field} must be a number in all files, or a name in all, got both")
+        return {"images": images, "names": names}, np.array(codes, np.int64)
 
     def _split_rows(
         self, files: Mapping[Split, Sequence[str]], val_fraction: float
@@ -258,47 +202,61 @@ class ParquetFolder:
                 rows[split].append((number, row))
         return {split: np.array(places, np.int64).reshape(-1, 2) for split, places in rows.items()}
 
-    def _take(self, file: str, row: int) -> Any:
+    def _take(self, file: str, row: int) -> bytes | None:
         """Returns the image of a row; rows that ascend are read in one pass."""
         if self._opened is None or self._opened[0] != file or self._opened[1] > row:
-            self._opened = file, 0, self._read_images(file, row)
-        rows = self._opened[2]
-        image = next(value for number, value in rows if number == row)
-        self._opened = file, row + 1, rows
-        return image
-
-    def _read_images(self, name: str, row: int) -> Iterator[tuple[int, Any]]:
-        """Yields the number and the image of each row from the row group of the given one on."""
-        from pyarrow import types
-
-        file, group, start = self._open(name), 0, 0
-        while start + (count := file.metadata.row_group(group).num_rows) <= row:
-            group, start = group + 1, start + count
-        is_struct = types.is_struct(file.schema_arrow.field(self.image_field).type)
-        column = f"{self.image_field}.bytes" if is_struct else self.image_field  # other fields may have any length
-        groups = range(group, file.num_row_groups)
-        batches = file.iter_batches(self._rows_at_once, row_groups=groups, columns=[column])
-        images = (image for batch in batches for image in batch.column(0))
-        images = (image["bytes"] if is_struct and image.is_valid else image for image in images)
-        return enumerate((image.as_buffer() if image.is_valid else None for image in images), start)
+            shown = f"source {self.shown}:{printable(file)}"
+            self._opened = file, row, _read(self.folder / file, shown, self.image_field, str(row))
+        _, first, images = self._opened
+        self._opened = file, row + 1, images
+        return next(islice(images, row - first, None), None)
 
 
-def _holds_bytes(kind: Any) -> bool:
-    """Returns whether a column may hold image files: bytes, or a struct with a field of bytes."""
-    from pyarrow import types
+def _read(path: Path, shown: str, *arguments: str) -> Iterator[bytes | None]:
+    """Yields the records of a file that a child process reads; see ``parquet_child`` for its arguments.
 
-    if types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
-        kind = kind.field("bytes").type
-    return bool(types.is_binary(kind) or types.is_large_binary(kind))
+    Raises:
+        ValueError: if the child reports an error, or ends early. The message begins with ``shown``.
+    """
+    try:
+        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
+    except OSError as error:
+        raise ValueError(f"{shown} cannot be read: {error.strerror}") from error
+    child = subprocess.Popen(
+        [sys.executable, parquet_child.__file__, str(path), str(_CHILD_BYTES), *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"},
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    assert child.stdout is not None
+    try:
+        while len(header := child.stdout.read(HEADER.size)) == HEADER.size:
+            kind, size = HEADER.unpack(header)
+            data = child.stdout.read(size)
+            if kind == END:
+                return
+            if kind == TOO_LARGE:
+                raise ValueError(
+                    f"{shown} cannot be read: its pages take more than {size_text(_CHILD_BYTES)} of memory"
+                )
+            if kind == ERROR:
+                raise ValueError(f"{shown} cannot be read: {printable(data.decode())}")
+            yield None if kind == NOTHING else data
+        raise ValueError(f"{shown} cannot be read: it is damaged, and pyarrow ended with {child.wait()}")
+    finally:
+        child.stdout.close()
+        child.kill()
+        child.wait()
 
 
-def _image_bytes(image: Any, name: str) -> bytes:
+def _image_bytes(image: bytes | None, name: str) -> bytes:
     if image is None:
         raise UnreadableImageError(f"image {name} must be inside the data set, got a path outside of it or nothing")
     if len(image) > MAX_IMAGE_BYTES:
-        limit, size = size_text(MAX_IMAGE_BYTES), size_text(len(image))
-        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size}", reason="too large")
-    return bytes(image)
+        limit = size_text(MAX_IMAGE_BYTES)
+        raise UnreadableImageError(f"image {name} must have at most {limit}, got more", reason="too large")
+    return image
 
 
 def _listed(names: Sequence[str]) -> str:

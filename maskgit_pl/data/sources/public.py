@@ -1,7 +1,8 @@
 """Public data sets that ``maskgit data fetch`` downloads, checks and opens as sources of samples.
 
-Fashion-MNIST is here. Each of the others is a file of ``contrib`` with a subclass of ``Dataset`` and an object
-``DATASET``. Imports no torch.
+Fashion-MNIST is here, with the reader of the IDX files of MNIST and similar data. Each of the others is a file of
+``contrib`` with a subclass of ``Dataset`` and an object ``DATASET``. Imports neither torch nor NumPy: each ``--help``
+reads it.
 """
 
 from __future__ import annotations
@@ -10,22 +11,30 @@ import gzip
 import hashlib
 import http.client
 import logging
+import math
 import shutil
 import subprocess
 import tempfile
 import urllib.request
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from maskgit_pl.errors import printable
+from maskgit_pl.files import size_text
 
 if TYPE_CHECKING:
-    from maskgit_pl.data.samples import Source
+    import numpy as np
+    import numpy.typing as npt
 
-__all__ = ["Dataset", "FashionMNIST", "how_to_get", "public_datasets", "run_command"]
+    from maskgit_pl.data.manifest import Split
+    from maskgit_pl.data.samples import Sample, Source
+
+__all__ = ["Dataset", "FashionMNIST", "IdxFiles", "how_to_get", "public_datasets", "run_command"]
 
 _CONTRIB = ("maskgit_pl.contrib.blue_marble", "maskgit_pl.contrib.emoji")  # each with a ``DATASET``
 _CLASSES = (
@@ -43,6 +52,8 @@ _MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # check
 _MIRROR_SECONDS = 5  # without an answer; a blocked network gives no error
 _APT_SECONDS = 120
 _PACKAGE = "dataset-fashion-mnist"
+_MAX_IDX_BYTES = 2**30  # of a decompressed file; EMNIST's largest has 640 MB
+_IDX_SPLITS: dict[Split, str] = {"train": "train", "val": "t10k"}
 _log = logging.getLogger(__name__)
 
 
@@ -149,9 +160,99 @@ class FashionMNIST(Dataset):
         """Checks the four files and opens them."""
         if faults := _faults_of(path):
             raise ValueError(f"{path}: {faults}")
-        from maskgit_pl.data.sources.idx import IdxFiles
-
         return IdxFiles(path, classes=_CLASSES)
+
+
+class IdxFiles:
+    """The four IDX files of MNIST, Fashion-MNIST and similar data, plain or gzipped; images become PNG.
+
+    Samples keep the order of the files: sample i of val is image i of the official test set.
+
+    Args:
+        folder: Folder of ``train-images-idx3-ubyte[.gz]``, ``train-labels-idx1-ubyte[.gz]`` and the t10k pair.
+        classes: Class names; None names the classes by their numbers.
+
+    Raises:
+        ValueError: if a file is missing, is not IDX, is larger than 1 GiB decompressed, or has another length than its
+            header states.
+    """
+
+    left_out: tuple[str, ...] = ()
+    has_splits = True
+
+    def __init__(self, folder: Path, *, classes: Sequence[str] | None = None) -> None:
+        from maskgit_pl.data.samples import number_classes
+
+        self.folder = folder
+        self._images: dict[Split, npt.NDArray[np.uint8]] = {}
+        self._labels: dict[Split, npt.NDArray[np.uint8]] = {}
+        self._hashes: dict[Split, str] = {}
+        for split, name in _IDX_SPLITS.items():
+            # The digest covers decompressed bytes: a recompressed file is the same data.
+            digest = hashlib.sha256()
+            images = self._images[split] = _read_idx(folder, f"{name}-images?idx3-ubyte*", 3, digest)
+            labels = self._labels[split] = _read_idx(folder, f"{name}-labels?idx1-ubyte*", 1, digest)
+            self._hashes[split] = digest.hexdigest()
+            if len(images) != len(labels):
+                raise ValueError(
+                    f"source {printable(folder)}: {split} must have {len(images)} labels for its images, got "
+                    f"{len(labels)}"
+                )
+        largest = {int(labels.max()): f"source {printable(folder)}:{split}" for split, labels in self._labels.items()}
+        self.classes, _ = number_classes(largest, classes, label_field="label")
+
+    @property
+    def counts(self) -> dict[Split, int]:
+        """The number of images of each split."""
+        return {split: len(labels) for split, labels in self._labels.items()}
+
+    def describe(self) -> dict[str, Any]:
+        """Returns class names, and a hash of the decompressed images and labels of each split."""
+        return {"kind": "idx", "classes": list(self.classes), "files": self._hashes}
+
+    def samples(self, split: Split, places: range) -> Iterator[Sample]:
+        """Yields the images of a split at some places as PNG."""
+        import torch
+
+        from maskgit_pl.data.images import encode_png
+        from maskgit_pl.data.samples import Sample
+
+        for number in places:
+            pixels = torch.from_numpy(self._images[split][number].copy())[None]  # (1, H, W); the bytes are read-only
+            label = int(self._labels[split][number])
+            yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
+
+
+def _read_idx(folder: Path, pattern: str, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
+    """Reads an IDX file, plain or gzipped, of 3 (images) or 1 (labels) dimensions, and updates a digest with its bytes.
+
+    IDX: two zero bytes, type 8 (uint8), number of dimensions, each dimension as big-endian uint32, then the values. No
+    more bytes are read than the header states, since a small gzip file may expand to any size.
+    """
+    import numpy as np
+
+    if (path := min(folder.glob(pattern), default=None)) is None:
+        raise ValueError(f"source {printable(folder)} must have the four IDX files, got no {pattern}")
+    name = f"IDX file {printable(path)}"
+    try:
+        with open(path, "rb") as file:
+            is_packed = file.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if is_packed else open(path, "rb") as stream:
+            header = stream.read(4 + 4 * dimensions)
+            shape = tuple(np.frombuffer(header, ">u4", offset=4).tolist()) if len(header) == 4 + 4 * dimensions else ()
+            count = math.prod(shape)
+            if header[:4] != bytes((0, 0, 8, dimensions)) or not shape or not 0 < count <= _MAX_IDX_BYTES:
+                limit = size_text(_MAX_IDX_BYTES)
+                raise ValueError(f"{name} must hold 1 byte to {limit} in {dimensions} dimensions, got {header[:16]!r}")
+            values = stream.read(count + 1)  # one more, to notice a file that is too long
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name} must be a complete file, got: {error}") from error
+    if len(values) != count:
+        got = "more" if len(values) > count else str(len(values))
+        raise ValueError(f"{name} must hold the {count} values of {shape}, got {got}")
+    digest.update(header)
+    digest.update(values)
+    return np.frombuffer(values, np.uint8).reshape(shape)
 
 
 def _faults_of(folder: Path) -> str:

@@ -1,9 +1,10 @@
 """Folders of parquet files: rows, labels and splits are kept, and memory is bounded."""
 
-import builtins
 import io
 import json
 import os
+import random
+import resource
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,10 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.data.images import parse_image_header
-from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
-from maskgit_pl.data.reader import ShardReader
-from maskgit_pl.data.sources.opening import open_source
+from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
+from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from tests.data.sources.test_image_folder import ODD_IMAGES
-from tests.data.sources.test_parquet_pages import repeated_zeros
 
 NAMES = ["cat", "dog", "tench, Tinca tinca"]
 
@@ -135,8 +134,8 @@ def test_texts_are_class_names(tars, tmp_path, given, classes):
         ({"labels": [0, -1, 1]}, r"row 1: label must be in \[0, 3\), got -1"),
         ({"labels": [0, None, 1]}, "row 1: label must be a class, got nothing"),
         ({"labels": [0.5, 1, 2]}, "must hold class numbers or names, got double"),
-        ({"labels": [[0], [1], [2]]}, r"must have class numbers or names in 'label', got list<"),
-        ({"labels": ["x" * 2**25] * 3}, "must hold class names of at most 16.8 MB, got more"),
+        ({"labels": [[0], [1], [2]]}, r"must hold class numbers or names, got list<"),
+        ({"labels": ["x" * 2**25] * 3}, "must hold class names of at most 16 MiB"),
         ({"names": ["a", "b"]}, "must have the class names of train-0"),
     ],
 )
@@ -160,45 +159,73 @@ def test_what_is_no_table_of_images_for_training_is_refused_by_its_folder(tars, 
 
 
 def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypatch):
-    write(tars, tmp_path / "train.parquet", 0, 3)
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    write(tars, tmp_path / "in" / "train.parquet", 0, 3)
+    (tmp_path / "pyarrow.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match=r'pip install "maskgit_pl\[parquet\]"'):
+        open_source(tmp_path / "in")
+
+
+def repeated_zeros(path: Path, *, dictionary: bool = True, size: int = 2**21) -> Path:
+    """Writes 64 rows whose images are the same zeros, which zstd and the dictionary compress to a few bytes."""
+    table = pa.table({"image": pa.array([bytes(size)] * 64, pa.binary()), "label": [0] * 64})
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "data_page_size": 2**30}
+    pq.write_table(table, path, use_dictionary=dictionary, **options)
+    return path
+
+
+@pytest.mark.parametrize("dictionary", [True, False], ids=["a dictionary", "one large page"])
+def test_pages_that_expand_end_the_child_at_its_bound_and_not_this_process(tars, tmp_path, monkeypatch, dictionary):
+    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
+    path = repeated_zeros(tmp_path / "train.parquet", dictionary=dictionary, size=2**24)
+    assert path.stat().st_size < 50_000
+    monkeypatch.setattr("maskgit_pl.data.sources.parquet._CHILD_BYTES", 2**28)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: its pages take more than 268 MB of memory"):
+        list(open_source(tmp_path).samples("train", range(64)))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # kB
+
+
+def test_a_child_that_dies_is_an_error_of_one_line(tars, tmp_path, monkeypatch):
+    write(tars, tmp_path / "train.parquet", 0, 3)
+    (tmp_path / "abort.py").write_text("import os; os.abort()")
+    monkeypatch.setattr("maskgit_pl.data.sources.parquet_child.__file__", str(tmp_path / "abort.py"))
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: it is damaged, and pyarrow ended with -6$"):
         open_source(tmp_path)
 
 
-def test_rows_that_repeat_one_large_image_are_read_few_at_a_time(tars, tmp_path, monkeypatch):
-    monkeypatch.setattr("maskgit_pl.data.sources.parquet._BYTES_AT_ONCE", 2**21)
-    write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
-    repeated_zeros(tmp_path / "train.parquet")
-    before = pa.total_allocated_bytes()
-    held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(64))]
-    assert len(held) == 64
-    assert max(held) < 16 * 2**20  # 64 of them have 128 MiB
+@pytest.mark.slow
+def test_a_damaged_file_gives_its_samples_or_one_line(tars, tmp_path):
+    path = write(tars, tmp_path / "train.parquet", 0, 8, struct=False)
+    write(tars, tmp_path / "validation.parquet", 8, 3, struct=False)
+    whole, chance, errors = path.read_bytes(), random.Random(0), list[str]()
+    for _ in range(20):
+        data = bytearray(whole)
+        for _ in range(3):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        path.write_bytes(data)
+        try:
+            assert len(list(open_source(tmp_path).samples("train", range(8)))) <= 8
+        except ValueError as error:
+            errors.append(str(error))
+    assert errors
+    assert not any("\n" in error for error in errors)
 
 
-def test_a_long_path_beside_an_image_is_not_decompressed(tars, tmp_path):
-    write(tars, tmp_path / "validation.parquet", 0, 3, names=None)
-    images = [{"bytes": tars.png(n), "path": "a" * 2**25 if n == 0 else ""} for n in range(4)]
-    table = pa.table({"image": images, "label": [0, 1, 0, 1]})
-    pq.write_table(table, tmp_path / "train.parquet", compression="zstd", use_dictionary=False, write_statistics=False)
-    del images, table
-    before = pa.total_allocated_bytes()
-    held = [pa.total_allocated_bytes() - before for _ in open_source(tmp_path).samples("train", range(4))]
-    assert len(held) == 4
-    assert max(held) < 4 * 2**20  # the path has 32 MiB
+def test_more_rows_than_can_be_numbered_are_refused(tars, tmp_path, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.data.sources.parquet._MAX_ROWS", 10)
+    write(tars, tmp_path / "train.parquet", 0, 11)
+    with pytest.raises(ValueError, match="must have at most 10 rows and 100000 classes, got more"):
+        open_source(tmp_path)
 
 
-def test_more_rows_than_can_be_numbered_are_refused(tmp_path):
-    columns = {"image": pa.nulls(2**25 + 1, pa.binary()), "label": pa.nulls(2**25 + 1, pa.int8())}
-    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
-    with pytest.raises(ValueError, match="must have at most 33554432 rows, got 33554433"):
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"PAR1 no", "Parquet file size is 7 bytes"), (None, "must be a regular file")]
+)
+def test_a_file_that_is_no_parquet_is_named(tmp_path, content, message):
+    path = tmp_path / "train.parquet"
+    path.symlink_to("/dev/zero") if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^source .*:train\.parquet cannot be read: .*{message}"):
         open_source(tmp_path)
 
 

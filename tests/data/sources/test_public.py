@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from maskgit_pl.cli import main
 from maskgit_pl.contrib import blue_marble, emoji
+from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.sources import public
-from maskgit_pl.data.sources.public import public_datasets
+from maskgit_pl.data.sources.making import open_source
+from maskgit_pl.data.sources.public import IdxFiles, public_datasets
 
 ROOT = Path(__file__).parents[3]
 
@@ -78,12 +81,6 @@ def test_a_failed_download_names_the_ways_out_in_one_line(name, way_out, capsys,
     assert not Path("data/shards").exists()
 
 
-def test_a_system_without_apt_is_told_so(no_network, capsys, monkeypatch):
-    monkeypatch.setattr(public.shutil, "which", lambda program: None)
-    assert main(["data", "fetch", "fashion-mnist"]) == 2
-    assert "the Debian package: apt-get is not installed" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -125,3 +122,53 @@ def test_the_script_of_a_data_set_is_the_command(name):
     script = ROOT / "data" / f"{name.replace('-', '_')}.py"
     done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
     assert done.stdout.startswith("usage: maskgit data fetch")
+
+
+def test_idx_files_keep_order_pixels_and_class_names(idx):
+    source = IdxFiles(idx, classes=["a", "b", "c"])
+    samples = list(source.samples("train", range(12)))
+    images = torch.stack([decode_image(sample.data, channels=1, name="x") for sample in samples])
+    assert images.shape == (12, 1, 6, 7)
+    assert images[:, 0, 0, 0].tolist() == list(range(12))
+    assert [sample.label for sample in samples] == [0, 1, 2] * 4
+    assert (source.classes, source.counts) == (("a", "b", "c"), {"train": 12, "val": 5})
+    with pytest.raises(ValueError, match=r"^val_fraction must not be set .* a train and a val split"):
+        open_source(idx, val_fraction=0.5)
+
+
+def idx_header(*shape: int) -> bytes:
+    return bytes((0, 0, 8, len(shape))) + b"".join(size.to_bytes(4, "big") for size in shape)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (idx_header(5, 6, 7) + bytes(2**24), r"the 210 values of \(5, 6, 7\), got more"),
+        (idx_header(2**31, 6, 7), "must hold 1 byte to 1.07 GB in 3 dimensions"),
+        (idx_header(5, 0, 7), "must hold 1 byte to 1.07 GB in 3 dimensions"),
+        (idx_header(5, 6, 7) + bytes(9), r"the 210 values of \(5, 6, 7\), got 9"),
+        (b"\0\0\x0d\3" + bytes(2**24), "must hold 1 byte to 1.07 GB in 3 dimensions"),
+    ],
+    ids=["a small header", "a large one", "an empty one", "few values", "no header"],
+)
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_more_of_an_idx_file_is_unpacked_than_its_header_says(idx, content, text, packed):
+    (idx / "t10k-images-idx3-ubyte.gz").unlink()
+    path = idx / f"t10k-images-idx3-ubyte{'.gz' if packed else ''}"
+    path.write_bytes(gzip.compress(content, 1) if packed else content)
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=rf"IDX file \S+t10k-images-idx3-ubyte\S* .*{text}"):
+        open_source(idx)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 2**20
+
+
+def test_an_idx_file_that_is_cut_or_missing_is_named(idx):
+    path = idx / "t10k-images-idx3-ubyte.gz"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match=r"t10k-images-idx3-ubyte\.gz must be a complete file"):
+        open_source(idx)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"must have the four IDX files, got no t10k-images"):
+        open_source(idx)
