@@ -390,9 +390,74 @@ def test_a_box_and_a_number_of_variants_that_are_none_are_refused(pipe) -> None:
         pipe.edit_class(picture(), BOX, 1, variants=0)
 
 
-def test_an_unknown_setting_is_refused(pipe) -> None:
-    with pytest.raises(TypeError, match="option 'guidance_scael': did you mean 'guidance_scale'"):
-        pipe.generate([0], guidance_scael=3.0)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda pipe: pipe.generate([0], guidance_scael=3.0), "option 'guidance_scael': did you mean 'guidance_scale'"),
+        (lambda pipe: pipe.generate([0], num_inference_steps=8), "'num_inference_steps': its name here is num_steps"),
+        (lambda pipe: pipe.generate([0], generator=torch.Generator()), "'generator': its name here is seed"),
+        (lambda pipe: pipe.generate([0], cfg_scale=3.0), "guidance_scale, which is that of diffusers - 1"),
+        (lambda pipe: pipe([0]), r"use pipe\.generate\(classes"),
+        (lambda pipe: pipe.to(torch.float16), r"use pipe\.to\('cpu', dtype=torch\.float16\)"),
+        (lambda pipe: MaskGIT.from_pretrained("x", torch_dtype=torch.float16), "'torch_dtype': its name here is dtype"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_the_one_to_use(pipe, call, message) -> None:
+    with pytest.raises(TypeError, match=message):
+        call(pipe)
+
+
+# Image-to-image
+
+
+def test_strength_1_generates_all_tokens(pipe) -> None:
+    for settings in ({"num_steps": 12}, {"num_steps": 12, "guidance_scale": 3.0}):
+        made = pipe.edit(picture(), strength=1, classes=[2, 0, 2], seed=5, output_type="pt", **settings)
+        assert torch.equal(made, images(pipe, [2, 0, 2], seed=5, **settings))
+
+
+@pytest.mark.parametrize(("strength", "count"), [(1e-3, 1), (0.25, 4), (0.26, 5), (0.6, 10), (0.99, 16)])
+def test_strength_is_the_share_of_the_tokens_that_are_masked(pipe, strength, count) -> None:
+    _, steps = recorded(pipe.edit, picture(), strength=strength, classes=[0, 1], num_steps=8)
+    assert steps[0].was_masked.sum(1).tolist() == [count, count]
+    known = ~steps[0].was_masked
+    assert torch.equal(steps[-1].tokens[known], tokens_of(pipe, picture()).expand(2, -1)[known])
+    assert steps[0].step == (0 if count == 16 else 1)
+
+
+def test_an_image_to_image_result_depends_on_its_image_class_and_seed_only(pipe) -> None:
+    given, options = [picture(number) for number in range(3)], {"strength": 0.5, "output_type": "pt"}
+    whole = pipe.edit(given, classes=[0, 1, 2], seed=3, **options)
+    for row in range(3):
+        alone = pipe.edit(given[row], classes=[row], seed=3 + row, **options)
+        assert (alone[0].int() - whole[row].int()).abs().max() <= 1  # rounding to bytes
+    _, steps = recorded(pipe.edit, picture(), strength=0.5, classes=[0, 0], seed=[3, 4])
+    assert not torch.equal(*steps[0].was_masked)  # each seed has its own positions
+
+
+def test_a_larger_strength_masks_more_tokens_and_the_same(pipe) -> None:
+    masks = [recorded(pipe.edit, picture(), strength=share)[1][0].was_masked for share in (0.3, 0.7)]
+    assert (masks[1] >= masks[0]).all()
+
+
+def test_larger_images_are_fitted_for_image_to_image_where_asked(pipe) -> None:
+    made = pipe.edit(picture(size=16), strength=0.5, fit=True, output_type="pt")
+    assert torch.equal(made, pipe.edit(fit_image(picture(size=16), image_size=8, crop=None), strength=0.5,
+                                       output_type="pt"))  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strength": 0}, r"strength must be a number in \(0, 1\], got 0"),
+        ({"strength": math.nan}, "strength must be a finite number"),
+        ({"strength": 0.5, "image": picture(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
+        ({"strength": 0.5, "dilation": 1}, "option 'dilation': "),
+    ],
+)
+def test_image_to_image_refuses_what_it_cannot_do(pipe, options, message) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        pipe.edit(options.pop("image", picture()), **options)
 
 
 # Settings of decoding
@@ -544,6 +609,7 @@ def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
         (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
         (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image must be a multiple of 2 pixels"),
         (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
+        (lambda pipe: pipe.outpaint(picture(), right=2, fit=True), "option 'fit': "),
         (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a number in \(0, 1\)"),
         (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the width of the model's images, got 6"),
         (
@@ -553,14 +619,8 @@ def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
     ],
 )
 def test_what_cannot_lie_on_a_canvas_is_refused(pipe, call, message) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         call(pipe)
-
-
-def test_outpainting_does_not_take_the_option_to_crop(pipe) -> None:
-    for fit in (True, False):
-        with pytest.raises(TypeError, match="option 'fit': outpaint takes images of any size and crops none"):
-            pipe.outpaint(picture(), right=2, fit=fit)
 
 
 def test_a_class_is_edited_under_a_mask_as_in_a_box(pipe) -> None:

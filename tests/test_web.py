@@ -24,8 +24,7 @@ from maskgit_pl.cli.arguments import read_call
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.display import Recording
-from maskgit_pl.pipeline.options import replace_settings
-from maskgit_pl.pipeline.outline import Outline
+from maskgit_pl.pipeline.options import Outline, replace_settings
 from maskgit_pl.web import form as plots
 from maskgit_pl.web import markup, server
 from maskgit_pl.web.form import add_settings, explain, pace

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -233,9 +232,8 @@ def _generate(
     seeds = [seed + row for row in range(len(labels))]
     if acceptance is not None:
         seeds = _choose_seeds(pipe, labels, acceptance, seed=seed, batch_size=batch_size, **options)
-    # The bar counts decoding steps of all batches.
-    total = math.ceil(len(labels) / max(1, batch_size)) * decoding.num_steps
-    with record_steps("sampling", is_recording=False, total=total) as (after_step, _):
+    num_tokens = len(labels) * pipe.outline.num_tokens
+    with record_steps("sampling", num_tokens, is_recording=False) as (after_step, _):
         images = pipe.generate(
             labels, output_type="pt", seed=seeds, batch_size=batch_size, callback=after_step, **options
         )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from torch import Tensor
 
-    from maskgit_pl.pipeline.outline import Outline
+    from maskgit_pl.pipeline.options import Outline
 
 __all__ = ["MAX_UPLOAD_BYTES", "MAX_UPLOAD_PIXELS", "EditRegion", "canvas_picture", "read_brush", "read_upload"]
 

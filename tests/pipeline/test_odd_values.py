@@ -35,6 +35,7 @@ METHODS = {
         {"image": IMAGE, "region": MASK, "class_": 1},
         ("image", "region", "class_", "variants", "seed", "classes", *EDITING),
     ),
+    "edit": ({"image": IMAGE, "strength": 0.5}, ("image", "strength", "classes", "seed", "fit")),
     "outpaint": (
         {"image": IMAGE, "right": 2},
         ("image", "left", "right", "up", "down", "classes", "overlap", "seed", *EDITING[:2]),
@@ -45,6 +46,7 @@ METHODS = {
 WORDS = {
     "classes": ("class",),
     "class_": ("class",),
+    "negative_classes": ("class",),
     "region": ("box", "mask"),
     "token_selector": ("token selector",),
     "mask_schedule": ("mask schedule",),

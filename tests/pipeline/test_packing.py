@@ -5,13 +5,15 @@ import torch
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes
-from maskgit_pl.pipeline.negative import NegativeModel
+from maskgit_pl.pipeline.fine_tuning import PretrainedTransformer
 
 pytestmark = pytest.mark.skipif(torch.float32 not in _packed_dtypes(), reason="torch is built without MKL")
 
 
-def packed(pipe: MaskGIT | NegativeModel) -> list[torch.Tensor]:
-    layers = [each for each in pipe.transformer.network.modules() if isinstance(each, PackingLinear)]
+def packed(given: MaskGIT | PretrainedTransformer) -> list[torch.Tensor]:
+    layers = [
+        each for each in getattr(given, "transformer", given).network.modules() if isinstance(each, PackingLinear)
+    ]
     assert layers
     return [each.data for layer in layers for each in layer._packed.values()]
 

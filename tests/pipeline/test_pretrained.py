@@ -456,11 +456,3 @@ def test_encoding_in_parts_gives_the_same_tokens():
         exact = tokenizer.network.encode(images / 255)
     assert torch.equal(tokenizer.encode(images), exact)
     assert torch.equal(tokenizer.encode(images, batch_size=2), exact)
-
-
-def test_no_images_and_no_tokens_are_refused_by_name() -> None:
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match=r"images must have at least 1 row, got shape \(0, 1, 14, 14\)"):
-        tokenizer.encode(torch.zeros(0, 1, 14, 14, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"tokens must have at least 1 row, got shape \(0, 16\)"):
-        tokenizer.decode(torch.zeros(0, 16, dtype=torch.int64))

@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.pipeline.pixels import fit_to_model, image_pixels, mask_pixels
 from maskgit_pl.pipeline.regions import (
     Margins,
     box_mask,
     composite,
     first_step,
+    fit_to_model,
+    image_pixels,
+    mask_pixels,
     parse_box,
     pixel_region,
     seam,
@@ -65,16 +67,6 @@ def test_dilation_goes_to_all_sides_and_ends_at_the_border() -> None:
     assert torch.equal(token_mask(corner, factor=1, dilation=0), corner)
 
 
-def test_nothing_masked_stays_nothing_and_everything_stays_everything() -> None:
-    assert not token_mask(torch.zeros(4, 6, dtype=torch.bool), factor=2, dilation=3).any()
-    assert token_mask(torch.ones(4, 6, dtype=torch.bool), factor=2).all()
-
-
-def test_a_negative_dilation_is_refused() -> None:
-    with pytest.raises(ValueError, match="dilation must be an integer in"):
-        token_mask(mask_of("#"), factor=1, dilation=-1)
-
-
 def test_the_pixels_of_tokens_are_theirs_alone() -> None:
     region = pixel_region(mask_of(".#", "#."), factor=2, height=4, width=4)
     assert torch.equal(region, mask_of("..##", "..##", "##..", "##.."))
@@ -97,22 +89,21 @@ def test_a_box_is_left_top_right_bottom_without_the_last_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("box", "error", "message"),
+    ("box", "message"),
     [
-        ((0, 0, 5, 3), ValueError, "must lie in the image, with left and top >= 0, right <= 4 and bottom <= 3"),
-        ((0, 0, 4, 4), ValueError, "must lie in the image"),
-        ((-1, 0, 4, 3), ValueError, "must lie in the image"),
-        ((0, -1, 4, 3), ValueError, "must lie in the image"),
-        ((2, 0, 2, 3), ValueError, "with left < right, got 2,0,2,3"),
-        ((3, 0, 1, 3), ValueError, "left < right"),
-        ((0, 2, 4, 1), ValueError, "with top < bottom, got 0,2,4,1"),
-        ((0, 0, 4), ValueError, "must have four numbers left,top,right,bottom"),
-        ((0, 0, 4.0, 3), TypeError, "must have integers"),
-        ((0, 0, True, 3), TypeError, "must have integers"),
+        ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
+        ((0, 0, 4, 4), "must lie in the image"),
+        ((-1, 0, 4, 3), "must lie in the image"),
+        ((0, -1, 4, 3), "must lie in the image"),
+        ((2, 0, 2, 3), "left < right"),
+        ((0, 2, 4, 1), "top < bottom"),
+        ((0, 0, 4), "must have four integers left,top,right,bottom, got"),
+        ((0, 0, 4.5, 3), "must have four integers"),
+        ((0, 0, True, 3), "must have four integers"),
     ],
 )
-def test_a_box_that_is_none_is_refused(box, error, message) -> None:
-    with pytest.raises(error, match=message):
+def test_a_box_that_is_none_is_refused(box, message) -> None:
+    with pytest.raises(ValueError, match=message):
         box_mask(box, height=3, width=4)
 
 
@@ -153,12 +144,6 @@ def test_far_from_a_soft_seam_the_pixels_are_the_originals() -> None:
 
 def test_the_released_blur() -> None:
     assert [seam_radius(size) for size in (512, 256, 28, 16, 8)] == [31, 15, 0.75, 0, 0]
-
-
-@pytest.mark.parametrize("radius", [-1, float("nan"), float("inf")])
-def test_a_blur_that_is_none_is_refused(radius) -> None:
-    with pytest.raises(ValueError, match=r"blend must be a (finite )?number in"):
-        seam(mask_of("#."), radius=radius)
 
 
 # What a user gives
