@@ -48,6 +48,13 @@ def test_image_i_has_seed_plus_i(pipe) -> None:
 def test_names_and_ids_name_the_same_classes(pipe) -> None:
     assert pipe.class_ids(["T-shirt", "ankle BOOT", 1, np.int64(2)]) == [1, 0, 1, 2]
     assert torch.equal(images(pipe, ["Trouser"]), images(pipe, [2]))
+    assert pipe.class_ids(np.array([0, 2])) == pipe.class_ids(torch.tensor([0, 2])) == [0, 2]
+
+
+def test_output_types_hold_the_same_pixels(pipe) -> None:
+    array = pipe.generate([0, 1], output_type="np")
+    assert (array == images(pipe, [0, 1]).permute(0, 2, 3, 1).numpy()).all()
+    assert (np.stack([np.asarray(picture) for picture in pipe.generate([0, 1])]) == array[..., 0]).all()
 
 
 @pytest.mark.parametrize("one", ["Trouser", 2, np.int64(2)])
@@ -55,11 +62,6 @@ def test_one_class_is_one_image_in_a_list(pipe, one) -> None:
     made = pipe.generate(one)
     assert [np.asarray(picture).tolist() for picture in made] == [np.asarray(pipe.generate([2])[0]).tolist()]
     assert pipe.inpaint(picture(), box_pixels(), classes=one, output_type="pt").shape == (1, 1, 8, 8)
-
-
-def test_classes_may_be_an_array(pipe) -> None:
-    for classes in (np.array([0, 2]), torch.tensor([0, 2])):
-        assert pipe.class_ids(classes) == [0, 2]
 
 
 def test_a_pipeline_says_in_one_line_what_it_is(pipe) -> None:
@@ -76,18 +78,6 @@ def test_a_device_that_is_not_here_is_refused_before_anything_moves(pipe, device
     with pytest.raises(ValueError, match=rf"device must be one of cpu.*, got '{device}'"):
         pipe.to(device)
     assert pipe.device.type == "cpu"
-
-
-def test_output_types_hold_the_same_pixels(pipe) -> None:
-    tensor = images(pipe, [0, 1])
-    assert tensor.dtype == torch.uint8
-    assert tensor.shape == (2, 1, 8, 8)
-    array = pipe.generate([0, 1], output_type="np")
-    assert array.shape == (2, 8, 8, 1)
-    assert (array == tensor.permute(0, 2, 3, 1).numpy()).all()
-    pictures = pipe.generate([0, 1])
-    assert [picture.mode for picture in pictures] == ["L", "L"]
-    assert (np.stack([np.asarray(picture) for picture in pictures]) == array[..., 0]).all()
 
 
 def test_settings_reach_the_decoder(pipe) -> None:
@@ -179,10 +169,7 @@ def test_missing_folders_are_named(tmp_path) -> None:
         (["Trousers"], ValueError, "unknown class 'Trousers': did you mean 'Trouser'"),
         ([3], ValueError, r"class must be an index in \[0, 3\)"),
         ([-1], ValueError, "class must be an index .* got -1"),
-        ([True], TypeError, "class must be .* got True"),
         ([1.5], TypeError, "class must be .* got 1.5"),
-        ("Trousers", ValueError, "unknown class 'Trousers': did you mean 'Trouser'"),
-        (3, ValueError, r"class must be an index in \[0, 3\)"),
         (True, TypeError, "class must be .* got True"),
         (1.5, TypeError, "classes must be class indices or names, got 1.5"),
         ([], ValueError, "at least one"),
@@ -343,13 +330,6 @@ def test_colour_is_edited_and_larger_images_are_cut_where_asked(tmp_path) -> Non
         pipe.edit_class(large, (0, 0, 8, 4), 1)
 
 
-def test_a_pipeline_in_bfloat16_edits(tiny_pretrained) -> None:
-    half = MaskGIT.from_pretrained(tiny_pretrained).to("cpu", dtype=torch.bfloat16)
-    image = picture()
-    made = half.edit_class(image, BOX, 1, blend=0, output_type="pt")
-    assert torch.equal(made[0, :, 4:], image[:, 4:])
-
-
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
@@ -370,24 +350,12 @@ def test_a_pipeline_in_bfloat16_edits(tiny_pretrained) -> None:
         ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, ValueError, "image 1 must have 8 x 4"),
         ({"dilation": -1}, ValueError, "dilation must be an integer in"),
         ({"blend": -1.0}, ValueError, "blend must be a number in"),
-        ({"num_steps": 17}, ValueError, "num_steps must be <= 16"),
-        ({"batch_size": 0}, ValueError, "batch_size must be an integer in"),
-        ({"output_type": "pill"}, ValueError, "did you mean 'pil'"),
-        ({"seed": -1}, ValueError, "seed must be an integer in"),
-        ({"num_stesp": 3}, TypeError, "option 'num_stesp': did you mean 'num_steps'"),
     ],
 )
 def test_what_cannot_be_edited_is_refused(pipe, options, error, message) -> None:
     given = {"image": picture(), "mask": box_pixels(), "classes": [0], **options}
     with pytest.raises(error, match=message):
         pipe.inpaint(given.pop("image"), given.pop("mask"), **given)
-
-
-def test_a_box_and_a_number_of_variants_that_are_none_are_refused(pipe) -> None:
-    with pytest.raises(ValueError, match="box must lie in the image"):
-        pipe.edit_class(picture(), (0, 0, 9, 2), 1)
-    with pytest.raises(ValueError, match="variants must be an integer in"):
-        pipe.edit_class(picture(), BOX, 1, variants=0)
 
 
 @pytest.mark.parametrize(
@@ -487,25 +455,6 @@ def test_each_setting_changes_what_is_generated(pipe, settings) -> None:
     assert not torch.equal(steps[-1].tokens, plain)
 
 
-def test_settings_replace_parts_of_a_decoding_that_is_given_whole(pipe) -> None:
-    whole = DecodingConfig(6, "margin", top_k=3)
-    made = pipe.decoding_with(decoding=whole, choice_temperature=2.0, guidance="cosine", guidance_scale=4.0)
-    assert made == DecodingConfig(
-        6,
-        {"name": "margin", "choice_temperature": 2.0},
-        guidance={"name": "cosine", "scale": 4.0},
-        top_k=3,
-    )
-
-
-def test_a_list_of_tokens_says_the_steps_and_other_steps_put_it_aside(pipe) -> None:
-    made = pipe.decoding_with(tokens_per_step=[4, 4, 8])
-    assert (made.num_steps, made.tokens_per_step) == (3, (4, 4, 8))
-    assert pipe.decoding_with(decoding=made, num_steps=5).tokens_per_step is None
-    with pytest.raises(ValueError, match="tokens_per_step must hold a number for each of the 2 steps"):
-        pipe.decoding_with(tokens_per_step=[4, 4, 8], num_steps=2)
-
-
 def test_no_class_is_a_class_where_the_model_was_trained_with_it(pipe, tmp_path) -> None:
     assert pipe.class_ids([None, 1]) == [3, 1]
     assert not torch.equal(images(pipe, [None] * 4), images(pipe, [0] * 4))
@@ -563,13 +512,6 @@ def test_outpainting_keeps_the_image_bit_by_bit_and_goes_on_beyond_it(pipe) -> N
         assert made[:, 0, outside].float().std() > 0
 
 
-def test_the_seam_of_an_outpainting_is_soft_where_it_is_asked_for(pipe) -> None:
-    image = picture()
-    hard, soft = (pipe.outpaint(image, right=8, classes=[1], blend=blend, output_type="pt") for blend in (0, 2))
-    assert not torch.equal(hard[..., :8], soft[..., :8])
-    assert torch.equal(hard[..., 15:], soft[..., 15:])
-
-
 def test_half_of_an_image_is_completed_as_in_the_papers_table_2(pipe) -> None:
     half = picture()[..., :4]
     made, steps = recorded(pipe.outpaint, half, right=4, classes=[1], blend=0)
@@ -621,11 +563,6 @@ def test_windows_of_a_panorama_have_noise_of_their_own(pipe) -> None:
 def test_what_cannot_lie_on_a_canvas_is_refused(pipe, call, message) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         call(pipe)
-
-
-def test_a_class_is_edited_under_a_mask_as_in_a_box(pipe) -> None:
-    in_box = pipe.edit_class(picture(), BOX, 1, output_type="pt")
-    assert torch.equal(pipe.edit_class(picture(), box_pixels(), 1, output_type="pt"), in_box)
 
 
 def test_without_classes_a_region_is_filled_as_no_class(pipe) -> None:

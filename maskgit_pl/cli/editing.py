@@ -15,10 +15,9 @@ from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from torch import Tensor
 
-    from maskgit_pl.decoding import DecodingConfig, DecodingStep
+    from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["edit", "inpaint", "outpaint", "panorama"]
@@ -146,7 +145,8 @@ def edit(
     if strength is None:
         job.inpaint(region)
     else:
-        job.redraw(region.read(image, job.pipe)[0], strength)
+        pixels, everything = region.read(image, job.pipe)
+        job.run("editing", partial(job.pipe.edit, pixels, strength=strength), pixels, mask=everything, share=strength)
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def outpaint(
     # the border of the image are generated again too.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
     task = partial(job.pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
-    job.paste("outpainting", task, original, outside, variants.dilation or 0)
+    job.run("outpainting", task, original, mask=outside, dilation=variants.dilation or 0)
 
 
 @dataclass(frozen=True)
@@ -249,10 +249,19 @@ class _Edit:
         pixels, mask = region.read(self.file, self.pipe)
         dilation = 1 if self.variants.dilation is None else self.variants.dilation
         task = partial(self.pipe.inpaint, pixels, mask, **self.variants.seam)
-        self.paste("inpainting", task, pixels, mask, dilation)
+        self.run("inpainting", task, pixels, mask=mask, dilation=dilation)
 
-    def paste(self, title: str, task: Callable[..., Any], original: Tensor, mask: Tensor, dilation: int) -> None:
-        """Generates the region of a mask, and draws the original, the region and the results.
+    def run(
+        self,
+        title: str,
+        task: Callable[..., Any],
+        original: Tensor,
+        *,
+        mask: Tensor,
+        dilation: int = 0,
+        share: float = 1,
+    ) -> None:
+        """Generates the results, draws them beside the original and the region, and writes all files.
 
         Args:
             title: Title of the progress bar.
@@ -260,78 +269,44 @@ class _Edit:
             original: (C, H, W) uint8, on its canvas.
             mask: (H, W) bool, the region that the user named; the picture also shows the larger one of whole tokens.
             dilation: Tokens by which the region grows.
+            share: Share of the tokens of the region that are generated; the picture shows those of the first result.
         """
-        from maskgit_pl.pipeline.grids import edit_sheet
-        from maskgit_pl.pipeline.regions import pixel_region, token_mask
-
-        factor, (height, width) = self.pipe.outline.token_size, mask.shape
-        unknown = token_mask(mask, factor=factor, dilation=dilation)
-        images, steps = self._generate(title, task, int(unknown.sum()))
-        region = pixel_region(unknown, factor=factor, height=height, width=width)
-        sheet = edit_sheet(original, images, mask=mask, region=region, title=self._title, captions=self._captions)
-        is_canvas = (height, width) != height_width(self.pipe.outline.image_size)
-        tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
-        self._write(images, sheet, steps, f"{width} x {height} pixels" if is_canvas else tokens, mask)
-
-    def redraw(self, original: Tensor, strength: float) -> None:
-        """Generates a random share of the tokens of an image (C, H, W) uint8, and draws it beside the results."""
         import torch
 
-        from maskgit_pl.pipeline.grids import add_title, image_grid
+        from maskgit_pl.pipeline.display import describe_settings
+        from maskgit_pl.pipeline.grids import edit_sheet
+        from maskgit_pl.pipeline.regions import pixel_region, token_mask
         from maskgit_pl.schedules import num_masked
 
-        num_tokens = self.pipe.outline.num_tokens
-        masked = int(num_masked(torch.tensor(strength), num_tokens, rounding="ceil"))
-        images, steps = self._generate("editing", partial(self.pipe.edit, original, strength=strength), masked)
-        captions = ["original", *self._captions]
-        sheet = image_grid(torch.cat([original[None], images]), columns=len(captions), column_captions=captions)
-        self._write(images, add_title(sheet, self._title), steps, f"{masked} of {num_tokens} tokens generated")
-
-    def _generate(self, title: str, task: Callable[..., Any], num_tokens: int) -> tuple[Tensor, list[DecodingStep]]:
-        count, is_recording = self.variants.variants, self.pictures.show_decoding
+        outline, variants, (height, width) = self.pipe.outline, self.variants, mask.shape
+        unknown = token_mask(mask, factor=outline.token_size, dilation=dilation)
+        num_tokens = int(num_masked(torch.tensor(share), int(unknown.sum()), rounding="ceil"))
+        count, is_recording = variants.variants, self.pictures.show_decoding or share < 1
+        labels, seeds = [self.label] * count, [variants.seed + number for number in range(count)]
         with record_steps(title, num_tokens * count, is_recording=is_recording) as (after_step, steps):
-            images = task(
-                classes=[self.label] * count,
-                seed=self.variants.seed,
-                batch_size=self.variants.batch_size,
+            images: Tensor = task(
+                classes=labels,
+                seed=seeds,
+                batch_size=variants.batch_size,
                 decoding=self.decoding,
                 callback=after_step,
                 output_type="pt",
             )
-        return images, steps
-
-    @property
-    def _seeds(self) -> list[int]:
-        return [self.variants.seed + number for number in range(self.variants.variants)]
-
-    @property
-    def _captions(self) -> list[str]:
-        return [f"seed {seed}" for seed in self._seeds]
-
-    @property
-    def _title(self) -> str:
-        from maskgit_pl.pipeline.display import describe_settings
-
-        described = self.pipe.outline.describe_class(self.label)
-        return f"{self.file.name}: {described}, {describe_settings(self.decoding)}"
-
-    def _write(
-        self, images: Tensor, sheet: Image, steps: list[DecodingStep], what: str, requested: Tensor | None = None
-    ) -> None:
-        """Writes all pictures, and prints the number of results and ``what`` was generated."""
-        described, count = self.pipe.outline.describe_class(self.label), len(images)
-        summary = f"{count_text(count, 'variant')} of {described}, {what}"
-        made = Generated(
+        if share < 1:
+            unknown = steps[0].was_masked[0].view(unknown.shape).cpu()
+        described = outline.describe_class(self.label)
+        sheet = edit_sheet(
+            original,
             images,
-            [self.label] * count,
-            self._seeds,
-            sheet,
-            summary,
-            steps,
-            [described] * count,
-            self._seeds,
-            requested,
+            mask=mask,
+            region=pixel_region(unknown, factor=outline.token_size, height=height, width=width),
+            title=f"{self.file.name}: {described}, {describe_settings(self.decoding)}",
+            captions=[f"seed {seed}" for seed in seeds],
         )
+        is_canvas = (height, width) != height_width(outline.image_size)
+        size = f"{width} x {height} pixels" if is_canvas else f"{num_tokens} of {unknown.numel()} tokens generated"
+        summary = f"{count_text(count, 'variant')} of {described}, {size}"
+        made = Generated(images, labels, seeds, sheet, summary, steps, [described] * count, seeds, mask)
         self.pictures.write(made, self.out, pipe=self.pipe, decoding=self.decoding)
 
 

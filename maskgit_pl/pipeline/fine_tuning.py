@@ -9,7 +9,7 @@ moves away. It is usually an early checkpoint of the same run, or a smaller mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,6 @@ __all__ = [
 ]
 
 _MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
-_Convert = Callable[[Tensor, BackboneConfig, BackboneConfig], Tensor]
 
 
 @dataclass(frozen=True)
@@ -269,9 +268,12 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
     source = pretrained.network
     _check_same(config, source.config)
     weights = source.state_dict()
-    for name, convert in _tables(source):
-        if name in weights:
-            weights[name] = convert(weights[name], source.config, config)
+    for names, convert in (
+        (source.vocabulary_tables, _fit_vocabulary),
+        (source.class_tables, _fit_classes),
+        (source.position_tables, _fit_positions),
+    ):
+        weights |= {name: convert(weights[name], source.config, config) for name in names if name in weights}
     with skeletons():
         needed = config.create().state_dict()
     # A network with a null class may have tensors that one without it lacks; they keep their initial values.
@@ -279,7 +281,11 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
     weights = {name: weights.get(name, fresh.get(name, needed[name])) for name in needed}
     for name, tensor in weights.items():
         if tensor.shape != needed[name].shape:
-            raise ValueError(_explain_shape(config, source.config, name, tensor.shape, needed[name].shape))
+            raise ValueError(
+                f"model.network: tensor {name} must have shape {tuple(needed[name].shape)}, got {tuple(tensor.shape)} "
+                f"in the pretrained transformer: backbone {config.backbone!r} does not list it in vocabulary_tables, "
+                "class_tables or position_tables; leave the sizes of the pretrained transformer as they are"
+            )
     return weights
 
 
@@ -299,30 +305,6 @@ def _check_same(new: BackboneConfig, old: BackboneConfig) -> None:
         raise ValueError(
             f"model.network.{name} must be {wanted}, as in the pretrained transformer, got {has}; {way_out}"
         )
-
-
-def _explain_shape(
-    new: BackboneConfig, old: BackboneConfig, name: str, got: Sequence[int], needed: Sequence[int]
-) -> str:
-    changed = [each for each in old.transferable if getattr(new, each) != getattr(old, each)]
-    field = changed[0] if changed else "backbone"
-    return (
-        f"model.network.{field} must be {getattr(old, field)}, as in the pretrained transformer, got "
-        f"{getattr(new, field)}: tensor {name} must have shape {tuple(needed)}, got {tuple(got)}, and the "
-        f"backbone {old.backbone!r} does not list it in vocabulary_tables, class_tables or position_tables; leave the "
-        "key out"
-    )
-
-
-def _tables(network: Backbone) -> Iterator[tuple[str, _Convert]]:
-    """Yields the names of the tables of a network, each with the function that converts its rows."""
-    for names, convert in (
-        (network.vocabulary_tables, _fit_vocabulary),
-        (network.class_tables, _fit_classes),
-        (network.position_tables, _fit_positions),
-    ):
-        for name in names:
-            yield name, convert
 
 
 def _fit_vocabulary(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:

@@ -71,6 +71,14 @@ def test_an_argument_of_a_plug_in_is_replaced_in_whatever_spec_there_is():
     assert replace_settings(OWN, {"guidance": "cosine", "guidance_scale": 3}).guidance == {"name": "cosine", "scale": 3}
 
 
+def test_a_list_of_tokens_gives_the_number_of_steps_and_another_number_removes_it():
+    made = replace_settings(OWN, {"tokens_per_step": [4, 4, 8]})
+    assert (made.num_steps, made.tokens_per_step) == (3, (4, 4, 8))
+    assert replace_settings(OWN, {"decoding": made, "num_steps": 5}).tokens_per_step is None
+    with pytest.raises(ValueError, match="tokens_per_step must hold a number for each of the 2 steps"):
+        replace_settings(OWN, {"tokens_per_step": [4, 4, 8], "num_steps": 2})
+
+
 def test_a_mask_schedule_takes_the_place_of_the_model_s_own_list():
     made = replace_settings(OWN, {"mask_schedule": "cosine"})
     assert (made.mask_schedule, made.tokens_per_step, made.num_steps) == ("cosine", None, 4)

@@ -67,12 +67,6 @@ def test_dilation_goes_to_all_sides_and_ends_at_the_border() -> None:
     assert torch.equal(token_mask(corner, factor=1, dilation=0), corner)
 
 
-def test_the_pixels_of_tokens_are_theirs_alone() -> None:
-    region = pixel_region(mask_of(".#", "#."), factor=2, height=4, width=4)
-    assert torch.equal(region, mask_of("..##", "..##", "##..", "##.."))
-    assert torch.equal(token_mask(region, factor=2), mask_of(".#", "#."))
-
-
 def test_an_edit_begins_at_the_released_step_and_a_generation_at_the_first() -> None:
     part, everything = mask_of("#."), mask_of("##")
     assert [first_step(part, num_steps=steps) for steps in (1, 4, 5, 6, 8, 12, 16)] == [0, 0, 0, 1, 1, 2, 2]
@@ -128,18 +122,6 @@ def test_a_soft_seam_falls_from_the_region_outwards() -> None:
     assert 0.4 < row[31] < 0.6  # half of each at the seam
     assert 0.80 < row[27] < 0.90  # a standard deviation inside: 0.84 of a Gaussian
     assert torch.allclose(weight, row.expand(64, -1))  # nothing is lost at the border
-
-
-def test_far_from_a_soft_seam_the_pixels_are_the_originals() -> None:
-    original, edited = pixels(1, 64, 64), pixels(1, 64, 64, seed=1)
-    weight = seam(box_mask((0, 0, 20, 64), height=64, width=64), radius=2)
-    made = composite(original, edited, weight)
-    assert torch.equal(made[..., 32:], original[..., 32:])
-    assert torch.equal(made[..., :8], edited[..., :8])
-    between = made[..., 18:22].float()
-    low, high = torch.minimum(original, edited)[..., 18:22], torch.maximum(original, edited)[..., 18:22]
-    assert ((low <= between) & (between <= high)).all()
-    assert not torch.equal(made[..., 18:22], original[..., 18:22])
 
 
 def test_the_released_blur() -> None:
