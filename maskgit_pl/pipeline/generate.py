@@ -150,8 +150,9 @@ def inpaint(
     height, width = masks.shape[1:]
     regions = (pixel_region(each, factor=factor, height=height, width=width) for each in unknown)
     weights = torch.stack([seam(each, radius=radius) for each in regions])
-    parts = (pixels.expand_as(edited), edited, weights.expand(len(edited), -1, -1))
-    return torch.stack([composite(*each) for each in zip(*parts, strict=True)])
+    for row, original in enumerate(pixels.expand_as(edited)):
+        edited[row] = composite(original, edited[row], weights[row % len(weights)])
+    return edited
 
 
 def redraw(
@@ -249,15 +250,15 @@ def _regenerate(
     tokens = tokens.masked_fill(unknown, transformer.network.config.mask_token_id)
     tokens, unknown = (each.expand(len(request.labels), -1) for each in (tokens, unknown))
     first_steps = [first_step(row, num_steps=request.decoding.num_steps) for row in unknown]
-    images: dict[int, Tensor] = {}
+    shape = (len(tokens), tokenizer.network.config.in_channels, *height_width(tokenizer.image_size))
+    images = torch.empty(shape, dtype=torch.uint8)
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for start in sorted(set(first_steps)):
         for rows in request.batches([row for row, own in enumerate(first_steps) if own == start]):
             known = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
             steps = decode(transformer, request.part(rows), tokens=known, first_step=start)
-            made = yield from _decode_images(tokenizer, steps)
-            images |= zip(rows, made, strict=True)
-    return torch.stack([images[row] for row in range(len(tokens))])
+            images[rows] = yield from _decode_images(tokenizer, steps)
+    return images
 
 
 def _fill(

@@ -38,6 +38,7 @@ from maskgit_pl.pipeline.options import (
     Request,
     SeamKeywords,
     check_foreign,
+    replace_settings,
 )
 from maskgit_pl.pipeline.pretrained import (
     NEGATIVE,
@@ -127,6 +128,7 @@ class MaskGIT:
         self.vector_pool: VectorPool | None = None
         self._decoding, self._origin, self._pack_weights = decoding, origin or RunOrigin(), pack_weights
         set_packing(transformer.network, enabled=pack_weights)
+        transformer.caches.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
 
     @classmethod
@@ -338,7 +340,7 @@ class MaskGIT:
             TypeError: if a setting is unknown.
             ValueError: if a value is out of range.
         """
-        return self.outline.decoding_with(**settings)
+        return replace_settings(self.decoding, settings)
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
         """Checks that the model can use decoding settings.

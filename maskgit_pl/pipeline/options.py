@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, Union, Unpack, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, Union, cast
 
 from maskgit_pl.checks import (
     ImageSize,
@@ -278,10 +278,6 @@ class Outline:
     def describe_class(self, label: int | None) -> str:
         """Returns ``class NAME`` or ``no class``, for messages and titles."""
         return "no class" if label is None else f"class {printable(self.class_names[label])}"
-
-    def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
-        """Returns the default settings with some of them replaced. See ``replace_settings``."""
-        return replace_settings(self.decoding, settings)
 
     def check_parallel(self, task: str) -> None:
         """Raises for an autoregressive model. See ``decoding.check_parallel``."""

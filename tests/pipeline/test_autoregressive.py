@@ -125,11 +125,6 @@ def test_in_8_bits_it_generates_too(pipe) -> None:
         made.save_pretrained("nowhere")
 
 
-def test_in_bfloat16_it_generates_too(tiny_autoregressive) -> None:
-    half = MaskGIT.from_pretrained(tiny_autoregressive).to("cpu", dtype=torch.bfloat16)
-    assert images(half, [0]).dtype == torch.uint8
-
-
 def test_images_by_thousands_are_those_of_generate(pipe, tmp_path) -> None:
     file = tmp_path / "samples.npz"
     assert generate_many(pipe, file, num_images=7, part_size=3, batch_size=2, seed=5).made == 7

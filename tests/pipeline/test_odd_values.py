@@ -33,7 +33,7 @@ METHODS = {
     "inpaint": ({"image": IMAGE, "mask": MASK}, ("image", "mask", "classes", "batch_size", "seed", *EDITING)),
     "edit_class": (
         {"image": IMAGE, "region": MASK, "class_": 1},
-        ("image", "region", "class_", "variants", "seed", "classes", *EDITING),
+        ("image", "region", "class_", "variants", "seed", *EDITING),
     ),
     "edit": ({"image": IMAGE, "strength": 0.5}, ("image", "strength", "classes", "seed", "fit")),
     "outpaint": (
