@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack, cast
 
@@ -15,7 +17,7 @@ from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from maskgit_pl.decoding import DecodingConfig, DecodingStep
+    from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
 
 __all__ = ["edit", "inpaint", "outpaint", "panorama"]
@@ -45,16 +47,13 @@ class Region:
 
     def read(self, file: Path, pipe: MaskGIT) -> tuple[Tensor, Tensor]:
         """Returns the image (C, H, W) uint8 and the mask (H, W) bool, both of the size of the model."""
-        from maskgit_pl.pipeline.pixels import fit_to_model, image_pixels, mask_pixels
-        from maskgit_pl.pipeline.regions import box_mask, parse_box
+        from maskgit_pl.pipeline.regions import box_mask, fit_to_model, image_pixels, mask_pixels, parse_box
 
         image = image_pixels(file, channels=pipe.outline.channels)
         height, width = image.shape[-2:]
+        mask = None if self.mask is None else mask_pixels(self.mask)
         if self.box is not None:
             mask = box_mask(parse_box(self.box, height=height, width=width), height=height, width=width)
-        else:
-            assert self.mask is not None  # checked
-            mask = mask_pixels(self.mask)
         return fit_to_model(image, mask, image_size=pipe.outline.image_size, fit=self.fit, name=f"image {file}")
 
 
@@ -77,15 +76,9 @@ class Variants:
     dilation: int | None = None
 
     @property
-    def seeds(self) -> list[int]:
-        """The seed of each result."""
-        return [self.seed + number for number in range(self.variants)]
-
-    def options(self, label: int | None) -> dict[str, Any]:
-        """Returns the options of the editing methods of ``MaskGIT``."""
-        check_integer("variants", self.variants, f"[1, {MAX_RESULTS}]")
-        options = {"classes": [label] * self.variants, "seed": self.seed, "batch_size": self.batch_size}
-        return {**options, "dilation": self.dilation, "blend": None if self.blend else 0.0}
+    def seam(self) -> dict[str, Any]:
+        """The options of the methods of ``MaskGIT`` that paste a region into an image."""
+        return {"dilation": self.dilation, "blend": None if self.blend else 0.0}
 
 
 def inpaint(
@@ -113,17 +106,8 @@ def inpaint(
         out: Picture of the image and all results.
     """
     check_one_of(box=region.box, mask=region.mask, required=True)
-    pipe = model.open(folder)
-    label = pipe.outline.parse_class(class_)
-    decoding = pipe.decoding_with(**decoding_settings)
-    pixels, mask = region.read(image, pipe)
-    with record_steps("inpainting", is_recording=pictures.show_decoding) as (after_step, steps):
-        made = pipe.inpaint(
-            pixels, mask, output_type="pt", callback=after_step, decoding=decoding, **variants.options(label)
-        )
-    dilation = 1 if variants.dilation is None else variants.dilation
-    generated = _make_sheet(pipe, cast("Tensor", made), image, pixels, mask, dilation, label, variants, decoding, steps)
-    pictures.write(generated, out, pipe=pipe, decoding=decoding)
+    job = _Edit.open(model, folder, class_, decoding_settings, image, out, variants, pictures)
+    job.inpaint(region)
 
 
 def edit(
@@ -131,6 +115,7 @@ def edit(
     image: ImageFile,
     *,
     class_: str,
+    strength: float | None = None,
     out: Picture = Path("edited.png"),
     region: Region = Region(),
     variants: Variants = Variants(),
@@ -138,9 +123,10 @@ def edit(
     model: ModelFlags = ModelFlags(),
     **decoding_settings: Unpack[DecodingSettings],
 ) -> None:
-    """Turns part of an image into another class.
+    """Turns an image, or a part of it, into another class.
 
-    What is in a box or under a mask is generated again, and the result is pasted into the image.
+    What is in a box or under a mask is generated again and pasted into the image; or with --strength, a random share of
+    all tokens is generated again.
 
     Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'
 
@@ -148,19 +134,19 @@ def edit(
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
         image: JPEG, PNG or WebP file.
         class_: Class name or index.
+        strength: Share of the tokens of the whole image that are generated again, above 0 and up to 1, in place of
+            --box and --mask.
         out: Picture of the image and all results.
     """
-    inpaint(
-        folder,
-        image,
-        class_=class_,
-        out=out,
-        region=region,
-        variants=variants,
-        pictures=pictures,
-        model=model,
-        **decoding_settings,
-    )
+    check_one_of(box=region.box, mask=region.mask, strength=strength, required=True)
+    check_one_of(dilation=variants.dilation, strength=strength)
+    check_one_of(no_blend=not variants.blend, strength=strength)
+    job = _Edit.open(model, folder, class_, decoding_settings, image, out, variants, pictures)
+    if strength is None:
+        job.inpaint(region)
+    else:
+        pixels, everything = region.read(image, job.pipe)
+        job.run("editing", partial(job.pipe.edit, pixels, strength=strength), pixels, mask=everything, share=strength)
 
 
 @dataclass(frozen=True)
@@ -208,91 +194,120 @@ def outpaint(
         overlap: Fraction of a window that is known before it is decoded.
         out: Picture of the image and all results.
     """
-    from maskgit_pl.pipeline.pixels import image_pixels
-    from maskgit_pl.pipeline.regions import Margins
+    from maskgit_pl.pipeline.regions import Margins, image_pixels
 
-    given = (sides.left, sides.right, sides.up, sides.down)
-    added = Margins(*(sides.all if side is None else side for side in given))
-    if not any(added.sides):
+    added: dict[str, Any] = {
+        name: sides.all if getattr(sides, name) is None else getattr(sides, name)
+        for name in ("left", "right", "up", "down")
+    }
+    margins = Margins(**added)
+    if not any(margins.sides):
         raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
-    pipe = model.open(folder)
-    label = pipe.outline.parse_class(class_)
-    decoding = pipe.decoding_with(**decoding_settings)
-    pixels = image_pixels(image, channels=pipe.outline.channels)
-    left, right, up, down = added.sides
-    with record_steps("outpainting", is_recording=pictures.show_decoding) as (after_step, steps):
-        made = pipe.outpaint(
-            pixels,
-            left=left,
-            right=right,
-            up=up,
-            down=down,
-            overlap=overlap,
-            output_type="pt",
-            callback=after_step,
-            decoding=decoding,
-            **variants.options(label),
-        )
-    # (H + up + down, W + left + right): True outside the image, and the image on the canvas.
-    outside, original = added.outside(*pixels.shape[-2:]), added.pad(pixels, size=1)
-    # With --dilation, tokens along the border of the image are generated again too.
-    dilation = variants.dilation or 0
-    images = cast("Tensor", made)
-    generated = _make_sheet(pipe, images, image, original, outside, dilation, label, variants, decoding, steps)
-    pictures.write(generated, out, pipe=pipe, decoding=decoding)
+    job = _Edit.open(model, folder, class_, decoding_settings, image, out, variants, pictures)
+    pixels = image_pixels(image, channels=job.pipe.outline.channels)
+    # (H + up + down, W + left + right): the image on the canvas, and True outside of it. With --dilation, tokens along
+    # the border of the image are generated again too.
+    original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
+    task = partial(job.pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
+    job.run("outpainting", task, original, mask=outside, dilation=variants.dilation or 0)
 
 
-def _make_sheet(
-    pipe: MaskGIT,
-    images: Tensor,
-    file: Path,
-    original: Tensor,
-    mask: Tensor,
-    dilation: int,
-    label: int | None,
-    variants: Variants,
-    decoding: DecodingConfig,
-    steps: list[DecodingStep],
-) -> Generated:
-    """Draws the original, the region that was generated, and the results.
+@dataclass(frozen=True)
+class _Edit:
+    """The edit of an image: the model, and what the user wants.
 
     Args:
         pipe: Model.
-        images: (n, C, H, W) uint8 results.
-        file: File of the original, for the title.
-        original: (C, H, W) uint8.
-        mask: (H, W) bool, the region that the user named; the sheet also shows the larger one of whole tokens.
-        dilation: Tokens by which the region grew.
-        label: Class of the results.
-        variants: Seeds of the results.
-        decoding: Settings, for the title.
-        steps: Recorded decoding steps.
+        label: Class of the results; None is "no class".
+        decoding: Decoding settings.
+        file: File of the image, for the title.
+        out: Picture to write.
+        variants: Number, seeds and batches of the results.
+        pictures: Files beside the picture.
     """
-    from maskgit_pl.pipeline.display import describe_settings
-    from maskgit_pl.pipeline.grids import edit_sheet
-    from maskgit_pl.pipeline.regions import pixel_region, token_mask
 
-    factor = pipe.outline.token_size
-    height, width = mask.shape
-    unknown = token_mask(mask, factor=factor, dilation=dilation)
-    region = pixel_region(unknown, factor=factor, height=height, width=width)
-    described = pipe.outline.describe_class(label)
-    sheet = edit_sheet(
-        original,
-        images,
-        mask=mask,
-        region=region,
-        title=f"{file.name}: {described}, {describe_settings(decoding)}",
-        captions=[f"seed {seed}" for seed in variants.seeds],
-    )
-    tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
-    pixels = f"{width} x {height} pixels"
-    is_canvas = (height, width) != height_width(pipe.outline.image_size)
-    summary = f"{count_text(len(images), 'variant')} of {described}, {pixels if is_canvas else tokens}"
-    count = len(images)
-    return Generated(
-        images, [label] * count, variants.seeds, sheet, summary, steps, [described] * count, variants.seeds, mask
-    )
+    pipe: MaskGIT
+    label: int | None
+    decoding: DecodingConfig
+    file: Path
+    out: Path
+    variants: Variants
+    pictures: Pictures
+
+    @classmethod
+    def open(
+        cls, model: ModelFlags, folder: Path, class_: str | None, settings: DecodingSettings, *given: Any
+    ) -> _Edit:
+        """Loads the model, and checks the class, the settings and the number of results."""
+        pipe = model.open(folder)
+        made = cls(pipe, pipe.outline.parse_class(class_), pipe.decoding_with(**settings), *given)
+        check_integer("variants", made.variants.variants, f"[1, {MAX_RESULTS}]")
+        return made
+
+    def inpaint(self, region: Region) -> None:
+        """Generates a region of the image again."""
+        pixels, mask = region.read(self.file, self.pipe)
+        dilation = 1 if self.variants.dilation is None else self.variants.dilation
+        task = partial(self.pipe.inpaint, pixels, mask, **self.variants.seam)
+        self.run("inpainting", task, pixels, mask=mask, dilation=dilation)
+
+    def run(
+        self,
+        title: str,
+        task: Callable[..., Any],
+        original: Tensor,
+        *,
+        mask: Tensor,
+        dilation: int = 0,
+        share: float = 1,
+    ) -> None:
+        """Generates the results, draws them beside the original and the region, and writes all files.
+
+        Args:
+            title: Title of the progress bar.
+            task: Method of ``MaskGIT`` with its arguments.
+            original: (C, H, W) uint8, on its canvas.
+            mask: (H, W) bool, the region that the user named; the picture also shows the larger one of whole tokens.
+            dilation: Tokens by which the region grows.
+            share: Share of the tokens of the region that are generated; the picture shows those of the first result.
+        """
+        import torch
+
+        from maskgit_pl.pipeline.display import describe_settings
+        from maskgit_pl.pipeline.grids import edit_sheet
+        from maskgit_pl.pipeline.regions import pixel_region, token_mask
+        from maskgit_pl.schedules import num_masked
+
+        outline, variants, (height, width) = self.pipe.outline, self.variants, mask.shape
+        unknown = token_mask(mask, factor=outline.token_size, dilation=dilation)
+        num_tokens = int(num_masked(torch.tensor(share), int(unknown.sum()), rounding="ceil"))
+        count, is_recording = variants.variants, self.pictures.show_decoding or share < 1
+        labels, seeds = [self.label] * count, [variants.seed + number for number in range(count)]
+        with record_steps(title, num_tokens * count, is_recording=is_recording) as (after_step, steps):
+            images: Tensor = task(
+                classes=labels,
+                seed=seeds,
+                batch_size=variants.batch_size,
+                decoding=self.decoding,
+                callback=after_step,
+                output_type="pt",
+            )
+        if share < 1:
+            unknown = steps[0].was_masked[0].view(unknown.shape).cpu()
+        described = outline.describe_class(self.label)
+        sheet = edit_sheet(
+            original,
+            images,
+            mask=mask,
+            region=pixel_region(unknown, factor=outline.token_size, height=height, width=width),
+            title=f"{self.file.name}: {described}, {describe_settings(self.decoding)}",
+            captions=[f"seed {seed}" for seed in seeds],
+        )
+        is_canvas = (height, width) != height_width(outline.image_size)
+        size = f"{width} x {height} pixels" if is_canvas else f"{num_tokens} of {unknown.numel()} tokens generated"
+        summary = f"{count_text(count, 'variant')} of {described}, {size}"
+        made = Generated(images, labels, seeds, sheet, summary, steps, [described] * count, seeds, mask)
+        self.pictures.write(made, self.out, pipe=self.pipe, decoding=self.decoding)
 
 
 def panorama(
@@ -327,12 +342,20 @@ def panorama(
     """
     from maskgit_pl.pipeline.display import describe_settings
     from maskgit_pl.pipeline.grids import add_title, image_grid
+    from maskgit_pl.pipeline.regions import check_canvas
 
     pipe = model.open(folder)
     outline = pipe.outline
     labels = outline.parse_classes(classes)
     decoding = pipe.decoding_with(**decoding_settings)
-    with record_steps("panorama", is_recording=pictures.show_decoding) as (after_step, steps):
+    height, width = check_canvas(
+        outline.least_canvas[0] if height is None else height,
+        width,
+        factor=outline.token_size,
+        least=outline.image_size,
+    )
+    num_tokens = len(labels) * height * width // outline.token_size**2
+    with record_steps("panorama", num_tokens, is_recording=pictures.show_decoding) as (after_step, steps):
         made = pipe.panorama(
             labels,
             width,
@@ -345,7 +368,6 @@ def panorama(
             decoding=decoding,
         )
     images = cast("Tensor", made)
-    height = images.shape[-2]
     names, seeds = [outline.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
     captions = [f"{name}, seed {each}" for name, each in zip(names, seeds, strict=True)]
     sheet = image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 from maskgit_pl.checks import count_text, height_width
 from maskgit_pl.cli.arguments import Output
 from maskgit_pl.cli.flags import make_folder
+from maskgit_pl.processes import progress_bars
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -101,29 +102,27 @@ class Pictures:
 
 @contextmanager
 def record_steps(
-    title: str, *, is_recording: bool, total: int | None = None
+    title: str, num_tokens: int, *, is_recording: bool
 ) -> Iterator[tuple[Callable[[DecodingStep], None], list[DecodingStep]]]:
-    """Shows a progress bar, and records the decoding steps of the first images.
+    """Shows how many tokens are decided, as a bar or as log lines, and records the decoding steps of the first images.
 
     Args:
         title: Text of the progress bar.
+        num_tokens: Number of tokens that are decoded, of all results.
         is_recording: True records steps, False only shows the bar.
-        total: Number of steps of all batches; None if it is unknown.
 
     Yields:
         The ``callback`` for a method of ``MaskGIT``, and the list of recorded steps.
     """
-    from rich.progress import Progress
-
-    from maskgit_pl.pipeline.display import StepRecorder
+    from maskgit_pl.pipeline.display import StepRecorder  # which imports torch
 
     record = StepRecorder()
     # The bar disappears at the end, so that only the names of the files stay on the terminal.
-    with Progress(transient=True) as progress:
-        bar = progress.add_task(title, total=total)
+    with progress_bars() as bars:
+        advance = bars(title, num_tokens, unit="tokens")
 
         def after_step(step: DecodingStep) -> None:
-            progress.advance(bar)
+            advance(int(step.was_masked.sum() - step.still_masked.sum()))
             if is_recording:
                 record(step)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -156,30 +155,26 @@ def _give_vectors(pipe: MaskGIT, file: Path | None, *, seed: int) -> int | None:
         ValueError: if the file is missing or must not be given, or is no array of finite vectors of the model's size.
     """
     dim = pipe.outline.condition_dim
-    if file is None and not dim:
+    if not dim:
+        if file is not None:
+            raise ValueError(f"--vectors must be left out: the model was trained without vectors, got {file}")
         return None
     if file is None:
         raise ValueError(
             f"--vectors must be given: the model was trained with a vector of {dim} values for each image; give a .npy "
             f"file of shape (n, {dim})"
         )
-    if not dim:
-        raise ValueError(f"--vectors must be left out: the model was trained without vectors, got {file}")
-    import numpy as np
     import torch
 
     from maskgit_pl.data.vectors import open_array
     from maskgit_pl.decoding.predictors import VectorPool
 
-    try:
-        array = open_array(file)
-    except ValueError as error:
-        raise ValueError(f"--vectors {error}") from error
+    array = open_array(file)
     if array.ndim != 2 or array.shape[1] != dim or not len(array) or array.dtype.kind != "f":
         raise ValueError(
             f"--vectors {file} must hold floats of shape (n, {dim}), one vector a row, got {array.dtype} {array.shape}"
         )
-    vectors = torch.from_numpy(array.astype(np.float32))
+    vectors = torch.from_numpy(array.astype("float32"))
     if not vectors.isfinite().all():
         raise ValueError(f"--vectors {file} must be finite, got NaN or infinity")
     pipe.vector_pool = VectorPool(vectors, first_seed=seed)
@@ -229,27 +224,21 @@ def _generate(
     seeds = [seed + row for row in range(len(labels))]
     if acceptance is not None:
         seeds = _choose_seeds(pipe, labels, acceptance, seed=seed, batch_size=batch_size, **options)
-    # The bar counts decoding steps of all batches.
-    total = math.ceil(len(labels) / max(1, batch_size)) * decoding.num_steps
-    with record_steps("sampling", is_recording=False, total=total) as (after_step, _):
+    with record_steps("sampling", len(labels) * pipe.outline.num_tokens, is_recording=False) as (after_step, _):
         images = pipe.generate(
             labels, output_type="pt", seed=seeds, batch_size=batch_size, callback=after_step, **options
         )
-    shown = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]  # the first image of each class
-    first = [seeds[row] for row in shown]
     # The first images of the classes lie in different batches, so they are decoded again for the animation.
+    shown = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]
+    first = [seeds[row] for row in shown]
     steps = pipe.steps([labels[row] for row in shown], seed=first, **options) if pictures.show_decoding else ()
-    counts = (
-        count_text(len(images), "image"),
-        count_text(len(classes), "class"),
-        count_text(decoding.num_steps, "step"),
-    )
+    what = f"{count_text(len(images), 'image')} of {count_text(len(classes), 'class')}"
     return Generated(
         images,
         labels,
         seeds,
         image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes]),
-        "{} of {} in {}".format(*counts),
+        f"{what} in {count_text(decoding.num_steps, 'step')}",
         list(steps),
         [pipe.class_names[labels[row]] for row in shown],
         first,
@@ -264,10 +253,8 @@ def _choose_seeds(
 
     with progress_bars() as bars:
         total = sum(acceptance.num_candidates(labels.count(label)) for label in set(labels))
-        on_images = bars("candidates", total, unit="images")
-        chosen = choose_seeds(
-            pipe, labels, acceptance, seed=seed, batch_size=batch_size, on_images=on_images, **options
-        )
+        advance = bars("candidates", total, unit="images")
+        chosen = choose_seeds(pipe, labels, acceptance, seed=seed, batch_size=batch_size, on_images=advance, **options)
     print(_describe_acceptance(acceptance, len(labels), chosen.num_candidates))
     print(f"seeds: {', '.join(map(str, chosen.seeds))}")
     return chosen.seeds

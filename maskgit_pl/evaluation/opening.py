@@ -222,7 +222,7 @@ def open_model(
     """
     place = find_device(device)
     pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
-    models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model.transformer]
+    models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model]
     for model in models:  # the tokenizer stays: reconstructions remain comparable
         model.network.to(dtype=parse_dtype(dtype, place))
     return pipe

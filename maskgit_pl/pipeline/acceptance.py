@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Unpack, cast
+from typing import NamedTuple, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,12 +25,11 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier, weights_digest
-from maskgit_pl.pipeline.generate import Generator
+from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, DecodingKeywords
 
 __all__ = ["Acceptance", "AcceptedSeeds", "choose_seeds"]
 
-_RATES = "(0, 1]"
 _ROUNDING = 1e-9  # 21 / 0.7 is 30.000000000000004 in floating point
 _BATCH = 50  # images that are classified at a time
 
@@ -53,7 +52,7 @@ class Acceptance:
     name: str = "classifier"
 
     def __post_init__(self) -> None:
-        check_number("accept_rate", self.rate, _RATES)
+        check_number("accept_rate", self.rate, "(0, 1]")
 
     @classmethod
     def load(cls, folder: Path | str, rate: float, *, device: torch.device | str = "cpu") -> Acceptance:
@@ -61,9 +60,8 @@ class Acceptance:
 
         Raises:
             FileNotFoundError: if there are no weights.
-            ValueError: if ``rate`` is out of range, or the folder holds no classifier.
+            ValueError: if the folder holds no classifier. See also the class.
         """
-        check_number("accept_rate", rate, _RATES)
         return cls(rate, load_classifier(Path(folder)).to(device), str(folder))
 
     @cached_property
@@ -127,11 +125,10 @@ class Acceptance:
         return torch.cat(kept).sort().values
 
 
-@dataclass(frozen=True)
-class AcceptedSeeds:
+class AcceptedSeeds(NamedTuple):
     """The seeds of accepted images, in the order of the classes that were asked for.
 
-    Args:
+    Attributes:
         seeds: Seed of each image, for ``MaskGIT.generate(classes, seed=seeds)``.
         log_probs: Logarithm of the probability of its class for each image.
         num_candidates: Number of images that were generated to choose from.
@@ -141,14 +138,9 @@ class AcceptedSeeds:
     log_probs: list[float]
     num_candidates: int
 
-    @property
-    def accept_rate(self) -> float:
-        """The fraction of the candidates that was accepted."""
-        return len(self.seeds) / self.num_candidates
-
 
 def choose_seeds(
-    pipe: Generator,
+    pipe: MaskGIT,
     classes: Classes,
     acceptance: Acceptance,
     *,

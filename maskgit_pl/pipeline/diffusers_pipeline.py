@@ -27,7 +27,7 @@ from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.card import RunOrigin
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import Classes, GenerateOptions, OutputType, Seeds, check_output_type, read_options
+from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
 from maskgit_pl.pipeline.sharing import (
     CLASS_NAME,
@@ -191,15 +191,13 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         """
         for name in _NAMES_HERE.keys() & options:
             raise TypeError(f"option {name!r}: its name here is {_NAMES_HERE[name]!r}")
-        check_output_type(output_type)
         maskgit = self.maskgit
         count = len(maskgit.class_ids(class_labels))
         options |= {"num_steps": num_inference_steps, "seed": _seeds(seed, generator, count)}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
-        given, decoding = read_options(GenerateOptions, options, maskgit.decoding)
-        num_batches = -(-count // given.batch_size)
-        with self.progress_bar(total=decoding.num_steps * num_batches) as bar:
+        request = Request.of(maskgit.outline, class_labels, options, GenerateKeywords)
+        with self.progress_bar(total=request.decoding.num_steps * len(request.batches())) as bar:
 
             def end_step(step: DecodingStep) -> None:
                 bar.update()

@@ -1,27 +1,36 @@
 """A pretrained tokenizer and a pretrained transformer, and initial weights for fine-tuning on other classes or grids.
 
+``MaskGIT`` holds one of each, and perhaps a second transformer: the negative model of autoguidance, from which guidance
+moves away. It is usually an early checkpoint of the same run, or a smaller model (Karras et al., arXiv:2406.02507).
+
 ``TokenModel`` fine-tunes from ``weights_for``. A backbone declares its tables with a row for each id, class or token
 (``Backbone.vocabulary_tables``, ``class_tables``, ``position_tables``); all other tensors are copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol, TypeAlias, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, height_width
-from maskgit_pl.decoding import DecodingConfig, check_parallel
+from maskgit_pl.checks import ImageSize, height_width, shorten
+from maskgit_pl.decoding import ConditionalNetwork, DecodingConfig, FirstStepLogits, check_parallel
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
+from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN
-from maskgit_pl.networks.weights import skeletons
+from maskgit_pl.networks.weights import skeletons, tensors_digest
 from maskgit_pl.schedules import MaskSchedule
 
 __all__ = [
+    "Caches",
+    "NegativeModelLike",
     "PretrainedTokenizer",
     "PretrainedTransformer",
     "images_at_once",
@@ -29,7 +38,6 @@ __all__ = [
 ]
 
 _MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
-_Convert = Callable[[Tensor, BackboneConfig, BackboneConfig], Tensor]
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,7 @@ class PretrainedTokenizer:
 
         Returns:
             (B, N) int64 in [0, K), on the CPU.
-
-        Raises:
-            ValueError: if there is no image.
         """
-        _check_not_empty("images", images)
         like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
         tokens = []
@@ -83,11 +87,7 @@ class PretrainedTokenizer:
 
         Returns:
             (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or with ``grid`` those of all tokens.
-
-        Raises:
-            ValueError: if there are no tokens.
         """
-        _check_not_empty("tokens", tokens)
         # Without a grid, an image of image_size may cover only a part of its last tokens: the rest is cut off.
         height, width = height_width(self.image_size) if grid is None else (None, None)
         rows, columns = grid or self.grid
@@ -110,6 +110,7 @@ class PretrainedTransformer:
         decoding: Default configuration of decoding.
         class_names: Name of each class.
         tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
+        folder: Folder that it was read from; None if it came from memory.
     """
 
     network: Backbone
@@ -117,6 +118,22 @@ class PretrainedTransformer:
     decoding: DecodingConfig
     class_names: tuple[str, ...]
     tokenizer_fingerprint: str
+    folder: Path | None = None
+
+    @cached_property
+    def caches(self) -> Caches:
+        """The values that are kept of the weights to decode faster."""
+        return Caches(self.network)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 in hex of the weights, which identifies a negative model in plans and ledgers."""
+        return tensors_digest(self.network.state_dict().items())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.network.parameters()).device
 
     def schedule_for(self, task: str) -> MaskSchedule:
         """Returns the mask schedule, for a task that needs parallel decoding.
@@ -130,6 +147,92 @@ class PretrainedTransformer:
         check_parallel(task, is_autoregressive=self.mask_schedule is None)
         assert self.mask_schedule is not None
         return self.mask_schedule
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
+        """Moves the network, and casts it if a ``dtype`` is given."""
+        self.network.to(device=device, dtype=dtype)
+        # The packed weights and the logits of the first step belong to the old device and dtype.
+        self.caches.clear()
+
+    def check_negative(self, negative: PretrainedTransformer) -> None:
+        """Checks that another transformer predicts the same tokens of the same classes, in any order, on this device.
+
+        Raises:
+            ValueError: if it does not. The message names the difference.
+        """
+        self.schedule_for("negative_model")
+        own, other = self.network.config, negative.network.config
+        for name, wanted, got in (
+            ("attention", own.attention, other.attention),
+            ("the tokenizer", self.tokenizer_fingerprint[:12], negative.tokenizer_fingerprint[:12]),
+            ("codebook_size", own.codebook_size, other.codebook_size),
+            ("grid", own.grid, other.grid),
+            ("class_names", self.class_names, negative.class_names),
+            ("condition_dim", own.condition_dim, other.condition_dim or own.condition_dim),  # it may have no vectors
+        ):
+            if wanted != got:
+                raise ValueError(
+                    f"negative_model must have {name} {shorten(wanted)}, as the model that generates, got "
+                    f"{shorten(got)}; choose another checkpoint of the same run, or a run on the same tokens"
+                )
+        if self.device != negative.device:
+            raise ValueError(
+                f"negative_model must be on {self.device}, the device of the model that generates, got "
+                f"{negative.device}; move it with .to(), or name its folder"
+            )
+
+    def check_labels(self, labels: Sequence[int]) -> None:
+        """Checks that the network knows all labels, of which the null label may be missing in a negative model.
+
+        Raises:
+            ValueError: if it has no null class, and a label is the null label.
+        """
+        config = self.network.config
+        if config.null_label is None and max(labels) >= config.num_classes:
+            raise ValueError(
+                'negative_model must have a null class for results of "no class", but it was trained with '
+                "class_dropout 0; name classes, or choose another negative_model"
+            )
+
+
+class Caches:
+    """The packed weights of a transformer, and the logits of the first step of each class.
+
+    Args:
+        network: The network of the transformer.
+
+    Attributes:
+        first_step: Logits of the first step. An autoregressive model does not use them.
+    """
+
+    def __init__(self, network: Backbone) -> None:
+        config = network.config
+        self._network = network
+        self._watch = WeightWatch(network)
+        self.first_step = FirstStepLogits(
+            cast("ConditionalNetwork", network), num_tokens=config.num_tokens, mask_token_id=config.mask_token_id
+        )
+
+    def clear(self) -> None:
+        """Removes everything."""
+        self._watch = WeightWatch(self._network)  # the old one keeps the memory of the old weights
+        free_packed(self._network)
+        self.first_step.clear()
+
+    def follow_weights(self) -> None:
+        """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""
+        if self._watch.has_changed():
+            free_packed(self._network)
+            self.first_step.clear()
+
+
+class _Pipeline(Protocol):
+    """A pipeline such as ``MaskGIT``, whose transformer is used."""
+
+    transformer: PretrainedTransformer
+
+
+NegativeModelLike: TypeAlias = Path | str | PretrainedTransformer | _Pipeline
 
 
 def images_at_once(height: int, width: int) -> int:
@@ -165,9 +268,12 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
     source = pretrained.network
     _check_same(config, source.config)
     weights = source.state_dict()
-    for name, convert in _tables(source):
-        if name in weights:
-            weights[name] = convert(weights[name], source.config, config)
+    for names, convert in (
+        (source.vocabulary_tables, _fit_vocabulary),
+        (source.class_tables, _fit_classes),
+        (source.position_tables, _fit_positions),
+    ):
+        weights |= {name: convert(weights[name], source.config, config) for name in names if name in weights}
     with skeletons():
         needed = config.create().state_dict()
     # A network with a null class may have tensors that one without it lacks; they keep their initial values.
@@ -175,13 +281,12 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
     weights = {name: weights.get(name, fresh.get(name, needed[name])) for name in needed}
     for name, tensor in weights.items():
         if tensor.shape != needed[name].shape:
-            raise ValueError(_explain_shape(config, source.config, name, tensor.shape, needed[name].shape))
+            raise ValueError(
+                f"model.network: tensor {name} must have shape {tuple(needed[name].shape)}, got {tuple(tensor.shape)} "
+                f"in the pretrained transformer: backbone {config.backbone!r} does not list it in vocabulary_tables, "
+                "class_tables or position_tables; leave the sizes of the pretrained transformer as they are"
+            )
     return weights
-
-
-def _check_not_empty(name: str, batch: Tensor) -> None:
-    if not len(batch):
-        raise ValueError(f"{name} must have at least 1 row, got shape {tuple(batch.shape)}")
 
 
 def _check_same(new: BackboneConfig, old: BackboneConfig) -> None:
@@ -200,30 +305,6 @@ def _check_same(new: BackboneConfig, old: BackboneConfig) -> None:
         raise ValueError(
             f"model.network.{name} must be {wanted}, as in the pretrained transformer, got {has}; {way_out}"
         )
-
-
-def _explain_shape(
-    new: BackboneConfig, old: BackboneConfig, name: str, got: Sequence[int], needed: Sequence[int]
-) -> str:
-    changed = [each for each in old.transferable if getattr(new, each) != getattr(old, each)]
-    field = changed[0] if changed else "backbone"
-    return (
-        f"model.network.{field} must be {getattr(old, field)}, as in the pretrained transformer, got "
-        f"{getattr(new, field)}: tensor {name} must have shape {tuple(needed)}, got {tuple(got)}, and the "
-        f"backbone {old.backbone!r} does not list it in vocabulary_tables, class_tables or position_tables; leave the "
-        "key out"
-    )
-
-
-def _tables(network: Backbone) -> Iterator[tuple[str, _Convert]]:
-    """Yields the names of the tables of a network, each with the function that converts its rows."""
-    for names, convert in (
-        (network.vocabulary_tables, _fit_vocabulary),
-        (network.class_tables, _fit_classes),
-        (network.position_tables, _fit_positions),
-    ):
-        for name in names:
-            yield name, convert
 
 
 def _fit_vocabulary(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:

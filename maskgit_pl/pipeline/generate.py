@@ -1,344 +1,423 @@
-"""``Generator``: generates images of classes with a tokenizer and a transformer. The base class of ``Editor``."""
+"""The decoding of a request: whole images, regions of images, and canvases that are filled window by window.
+
+The methods of ``MaskGIT`` with the same names call these functions. Each yields the decoding steps while they are
+decoded and returns the images, (n, C, H, W) uint8 on the CPU; ``finish`` runs them to the end.
+
+Source: paper, sections on iterative decoding and on class-conditional image editing; released code, its editing
+functions.
+"""
 
 from __future__ import annotations
 
 import collections.abc
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Literal, Self, TypeAlias, Unpack, overload
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeAlias, cast, get_args
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import pixels_text
+from maskgit_pl.checks import check_choice, check_number, height_width, plain_number
 from maskgit_pl.decoding import (
     ConditionalModel,
-    DecodingConfig,
+    ConditionalNetwork,
     DecodingStep,
     decode_autoregressive,
     decode_classes,
 )
-from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
-from maskgit_pl.distributed import check_device
+from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
-from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.pipeline.negative import Caches, NegativeModel, NegativeModelLike
-from maskgit_pl.pipeline.options import (
-    Classes,
-    DecodingKeywords,
-    GenerateKeywords,
-    GenerateOptions,
-    Images,
-    OutputType,
-    StepCallback,
-    as_output,
-    check_output_type,
-    read_options,
+from maskgit_pl.pipeline.options import Images, OutputType, Request, StepCallback
+from maskgit_pl.pipeline.regions import (
+    ImageLike,
+    Margins,
+    MaskLike,
+    Window,
+    composite,
+    first_step,
+    fit_to_model,
+    image_pixels,
+    mask_pixels,
+    pixel_region,
+    seam,
+    seam_radius,
+    token_mask,
+    windows,
 )
-from maskgit_pl.pipeline.outline import Outline
-from maskgit_pl.pipeline.requests import Request
+from maskgit_pl.randomness import random_bits
+from maskgit_pl.schedules import num_masked
 
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-    from PIL import Image
-
-__all__ = ["Generator", "StepsOfImages", "finish"]
+__all__ = ["StepsOfImages", "decode", "finish", "generate", "inpaint", "outpaint", "panorama", "redraw"]
 
 StepsOfImages: TypeAlias = collections.abc.Generator[DecodingStep, None, Tensor]
 """Decoding steps, and the images (n, C, H, W) uint8 as the value that the generator returns."""
 
 
-class Generator:
-    """Generates images of classes.
+def decode(
+    transformer: PretrainedTransformer, request: Request, *, tokens: Tensor | None = None, first_step: int = 0
+) -> Iterator[DecodingStep]:
+    """Yields the decoding steps of all results of a request, in one batch.
 
     Args:
-        tokenizer: Decodes tokens to images.
-        transformer: Predicts the tokens of a class.
-        decoding: Decoding settings; by default those that were exported with the transformer.
-        negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
-        pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products on a CPU;
-            see ``networks.kernels``.
+        transformer: The network, its mask schedule and its caches.
+        request: Labels, seeds and decoding settings of B results.
+        tokens: (B, N) int64 to start from; None starts from masked tokens only.
+        first_step: First step in [0, T).
+    """
+    network, device, decoding = transformer.network, transformer.device, request.decoding
+    if isinstance(network, AutoregressiveBackbone):
+        return decode_autoregressive(
+            ConditionalModel.from_network(network, device),
+            request.labels,
+            request.seeds,
+            decoder=decoding.build_autoregressive_decoder(network.config.num_tokens),
+            scales=decoding.scales(),
+            negative_labels=request.negative_labels,
+        )
+    model = _conditional_model(transformer)
+    if request.negative_model is not None:
+        model = replace(model, negative=_conditional_model(request.negative_model))
+    return decode_classes(
+        model.bind(None if request.vectors is None else request.vectors.to(device)),
+        request.labels,
+        request.seeds,
+        decoder=decoding.build_decoder(transformer.mask_schedule),
+        scales=decoding.scales(),
+        negative_labels=request.negative_labels,
+        tokens=tokens,
+        first_step=first_step,
+    )
 
-    Attributes:
-        caches: Packed weights, and the logits of the first step. They follow changes of the weights.
-        vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
+
+def finish(steps: StepsOfImages, output_type: OutputType, callback: StepCallback | None) -> Images:
+    """Runs all decoding steps, calls ``callback`` after each, and returns the images as ``output_type``.
 
     Raises:
-        ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
-            other tokens.
+        ValueError: if the output type is unknown. The message names the nearest one.
     """
-
-    def __init__(
-        self,
-        tokenizer: PretrainedTokenizer,
-        transformer: PretrainedTransformer,
-        *,
-        decoding: DecodingConfig | None = None,
-        negative_model: NegativeModelLike | None = None,
-        pack_weights: bool = True,
-    ) -> None:
-        # The same codes mean other patches in another tokenizer: the images would be noise without an error.
-        if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
-                f"{transformer.tokenizer_fingerprint[:12]}, got {tokenizer.fingerprint[:12]}; load that tokenizer, or "
-                "train the transformer on this one"
-            )
-        grid = transformer.network.config.grid
-        if tokenizer.grid != grid:
-            raise ValueError(
-                f"image_size of the tokenizer must give the transformer's grid of {grid[0]} x {grid[1]} tokens, got "
-                f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
-            )
-        self.tokenizer = tokenizer
-        self.transformer = transformer
-        self._pack_weights = pack_weights
-        set_packing(transformer.network, enabled=pack_weights)
-        self._decoding = decoding
-        self.vector_pool: VectorPool | None = None
-        self.caches = Caches(transformer)
-        self._negative_model = None if negative_model is None else self._open_negative(negative_model)
-
-    @property
-    def class_names(self) -> tuple[str, ...]:
-        """The names of the classes in the order of their indices."""
-        return self.transformer.class_names
-
-    @property
-    def decoding(self) -> DecodingConfig:
-        """The default decoding settings of ``generate`` and the editing methods."""
-        return self._decoding or self.transformer.decoding
-
-    @property
-    def negative_model(self) -> NegativeModel | None:
-        """The default negative model of guidance; None for guidance by classes."""
-        return self._negative_model
-
-    @property
-    def device(self) -> torch.device:
-        """The device of the networks."""
-        return next(self.transformer.network.parameters()).device
-
-    @property
-    def outline(self) -> Outline:
-        """The classes, sizes and default settings of the model, by which a request is checked."""
-        config, tokenizer = self.transformer.network.config, self.tokenizer
-        return Outline(
-            self.class_names,
-            config.null_label,
-            config.num_tokens,
-            isinstance(self.transformer.network, AutoregressiveBackbone),
-            self.decoding,
-            tokenizer.image_size,
-            tokenizer.network.config.downsampling_factor,
-            tokenizer.network.config.in_channels,
-            config.condition_dim,
-        )
-
-    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Self:
-        """Moves both networks, and casts them if a ``dtype`` is given.
-
-        Args:
-            device: Device such as ``cpu``, ``cuda`` or ``cuda:1``.
-            dtype: Type of the weights such as ``torch.bfloat16``; None keeps it.
-
-        Returns:
-            The pipeline itself, for chaining.
-
-        Raises:
-            ValueError: if the device is not available.
-        """
-        device = check_device(device)
-        for network in (self.tokenizer.network, self.transformer.network):
-            network.to(device=device, dtype=dtype)
-        if self._negative_model is not None:
-            self._negative_model.to(device, dtype=dtype)
-        # The packed weights and the logits of the first step belong to the old device and dtype.
-        self.caches.clear()
-        return self
-
-    def clear_caches(self) -> None:
-        """Removes all that was computed from the weights: packed weights, and the logits of the first step.
-
-        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them. Call it
-        after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
-        """
-        self.caches.clear()
-        if self._negative_model is not None:
-            self._negative_model.caches.clear()
-
-    @overload
-    def generate(
-        self, classes: Classes, *, output_type: Literal["pt"], **options: Unpack[GenerateKeywords]
-    ) -> Tensor: ...
-
-    @overload
-    def generate(
-        self, classes: Classes, *, output_type: Literal["np"], **options: Unpack[GenerateKeywords]
-    ) -> npt.NDArray[np.uint8]: ...
-
-    @overload
-    def generate(
-        self, classes: Classes, *, output_type: Literal["pil"] = ..., **options: Unpack[GenerateKeywords]
-    ) -> list[Image.Image]: ...
-
-    def generate(
-        self, classes: Classes, *, output_type: OutputType = "pil", **options: Unpack[GenerateKeywords]
-    ) -> Images:
-        """Generates one image for each class.
-
-        An image depends on its class, its seed and the settings only, not on the batch that it is decoded in. An
-        autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``, ``top_k`` and
-        ``top_p``, and refuses settings of parallel decoding.
-
-        Args:
-            classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is "no
-                class", if the model was trained with it.
-            output_type: ``"pil"`` for PIL images (L or RGB), ``"pt"`` for (n, C, H, W) uint8 on the CPU,
-                ``"np"`` for (n, H, W, C) uint8.
-            options: Fields of ``GenerateOptions`` such as ``seed``, ``batch_size`` and ``negative_model``;
-                ``decoding``, a ``DecodingConfig``; and single settings that override it: its fields such as
-                ``num_steps``, ``guidance_scale`` and ``choice_temperature``.
-
-        Returns:
-            n images in the form of ``output_type``.
-
-        Raises:
-            FileNotFoundError: if ``negative_model`` names no model.
-            ValueError: if a class is unknown, a number is out of range, or ``negative_model`` predicts other tokens.
-            TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not take an
-                argument.
-        """
-        check_output_type(output_type)
-        read, decoding = read_options(GenerateOptions, options, self.decoding)
-        request = self._request(classes, read, decoding)
-        # Each batch: (B, N) tokens of its last step -> (B, C, H, W) pixels.
-        parts = [finish(self._images(self._decode(request, rows)), request.callback) for rows in request.batches()]
-        return as_output(output_type, torch.cat(parts))
-
-    def steps(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Iterator[DecodingStep]:
-        """Yields the decoding steps of one batch. See ``generate`` for the arguments.
-
-        ``pipe.tokenizer.decode(step.tokens)`` gives the images at a step.
-        """
-        read, decoding = read_options(GenerateOptions, options, self.decoding)
-        request = self._request(classes, read, decoding)
-        return self._decode(request, range(len(request.labels)))
-
-    def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
-        return self.outline.class_ids(classes)
-
-    def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
-        """Returns the default decoding settings with some of them replaced. See ``generate`` for their names.
-
-        Raises:
-            TypeError: if a setting is unknown.
-            ValueError: if a value is out of range.
-        """
-        return self.outline.decoding_with(**settings)
-
-    def check_decoding(self, decoding: DecodingConfig) -> None:
-        """Checks that the model can use decoding settings.
-
-        Guidance of a model without a null class passes, because it works with negative classes.
-
-        Raises:
-            TypeError: if a plug-in does not take an argument.
-            ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or a setting
-                of parallel decoding is given to an autoregressive model.
-        """
-        self.outline.check_decoding(decoding)
-        # The outline has no mask schedule: the schedule of the training is checked here.
-        num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
-        if schedule is not None:
-            decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
-
-    def _request(self, classes: Classes, options: GenerateOptions, decoding: DecodingConfig) -> Request:
-        request = Request.of(classes, options, decoding, class_ids=self.class_ids)
-        negative = (
-            self._negative_model if options.negative_model is None else self._open_negative(options.negative_model)
-        )
-        self.caches.follow_weights()
-        if negative is not None:
-            negative.check_labels(request.negative_labels or request.labels)
-            negative.caches.follow_weights()
-        config, vectors = self.transformer.network.config, options.vectors
-        if vectors is None and self.vector_pool is not None:
-            vectors = self.vector_pool.draw(request.labels, request.seeds)
-        vectors = check_condition_vectors(
-            vectors,
-            request.labels,
-            condition_dim=config.condition_dim,
-            null_label=config.null_label,
-        )
-        return replace(request, negative_model=negative, vectors=vectors)
-
-    def _open_negative(self, given: NegativeModelLike) -> NegativeModel:
-        """Returns the negative model, checked and on the device of the pipeline."""
-        negative = NegativeModel.of(given)
-        negative.check(self.transformer)
-        if negative.folder is not None and negative is not given:  # read here, so that no one else uses it
-            weight = next(self.transformer.network.parameters())
-            negative.to(weight.device, dtype=weight.dtype)
-            set_packing(negative.transformer.network, enabled=self._pack_weights)
-        negative.check_device(self.device)
-        return negative
-
-    def _decode(
-        self, request: Request, rows: Sequence[int], *, tokens: Tensor | None = None, first_step: int = 0
-    ) -> Iterator[DecodingStep]:
-        """Yields the decoding steps of some results.
-
-        Args:
-            request: Labels, seeds and decoding settings of all results.
-            rows: Indices of the B results to decode.
-            tokens: (B, N) int64 to start from; None starts from masked tokens only.
-            first_step: First step in [0, T).
-        """
-        network, part = self.transformer.network, request.part(rows)
-        scales, negative_labels = part.decoding.scales(), part.negative_labels
-        if isinstance(network, AutoregressiveBackbone):
-            assert tokens is None
-            return decode_autoregressive(
-                ConditionalModel.from_network(network, self.device),
-                part.labels,
-                part.seeds,
-                decoder=part.decoding.build_autoregressive_decoder(network.config.num_tokens),
-                scales=scales,
-                negative_labels=negative_labels,
-            )
-        # The first step of a class without context is the same for all seeds, so its logits are cached.
-        model = ConditionalModel.from_network(network, self.device, first_step_logits=self.caches.first_step)
-        if part.negative_model is not None:
-            model = replace(model, negative=part.negative_model.conditional_model())
-        return decode_classes(
-            model.bind(None if part.vectors is None else part.vectors.to(self.device)),
-            part.labels,
-            part.seeds,
-            decoder=part.decoding.build_decoder(self.transformer.mask_schedule),
-            scales=scales,
-            negative_labels=negative_labels,
-            tokens=tokens,
-            first_step=first_step,
-        )
-
-    def _images(self, steps: Iterator[DecodingStep]) -> StepsOfImages:
-        """Yields decoding steps, and returns the images of the last one, (B, C, H, W) uint8 on the CPU."""
-        for step in steps:
-            yield step
-        return self.tokenizer.decode(step.tokens)
-
-
-def finish(steps: StepsOfImages, callback: StepCallback | None) -> Tensor:
-    """Runs all decoding steps, calls ``callback`` after each, and returns the images."""
+    check_choice("output_type", output_type, get_args(OutputType))
     while True:
         try:
             step = next(steps)
         except StopIteration as end:
             images: Tensor = end.value
-            return images
+            break
         if callback is not None:
             callback(step)
+    if output_type == "pt":
+        return images
+    if output_type == "np":
+        pixels: npt.NDArray[np.uint8] = rearrange(images.numpy(), "n c h w -> n h w c")
+        return pixels
+    from maskgit_pl.pipeline.display import ImageList  # which imports Pillow
+    from maskgit_pl.pipeline.grids import to_pil
+
+    return ImageList(to_pil(image) for image in images)
+
+
+def generate(tokenizer: PretrainedTokenizer, transformer: PretrainedTransformer, request: Request) -> StepsOfImages:
+    """Generates one image for each label."""
+    images = []
+    for rows in request.batches():
+        steps = decode(transformer, request.part(rows))
+        images.append((yield from _decode_images(tokenizer, steps)))
+    return torch.cat(images)
+
+
+def inpaint(
+    tokenizer: PretrainedTokenizer,
+    transformer: PretrainedTransformer,
+    request: Request,
+    image: ImageLike | Sequence[ImageLike],
+    mask: MaskLike | Sequence[MaskLike],
+) -> StepsOfImages:
+    """Regenerates the masked part of images. See ``MaskGIT.inpaint`` for the arguments and the numbered steps."""
+    transformer.schedule_for("inpaint")
+    factor, dilation = tokenizer.network.config.downsampling_factor, 1 if request.dilation is None else request.dilation
+    radius = seam_radius(tokenizer.image_size) if request.blend is None else request.blend
+    # 1. (m, C, H, W) pixels and (m, H, W) masks -> (m, N) tokens and (m, h, w) masks of tokens, with m = 1 or n.
+    pixels, masks = _read_images(tokenizer, request, image, mask)
+    unknown = torch.stack([token_mask(each, factor=factor, dilation=dilation) for each in masks])
+    tokens = tokenizer.encode(pixels, batch_size=request.batch_size)
+    # 2.
+    edited = yield from _regenerate(tokenizer, transformer, request, tokens, unknown.flatten(1))
+    # 3. The region of the tokens is larger than the mask.
+    height, width = masks.shape[1:]
+    regions = (pixel_region(each, factor=factor, height=height, width=width) for each in unknown)
+    weights = torch.stack([seam(each, radius=radius) for each in regions])
+    for row, original in enumerate(pixels.expand_as(edited)):
+        edited[row] = composite(original, edited[row], weights[row % len(weights)])
+    return edited
+
+
+def redraw(
+    tokenizer: PretrainedTokenizer,
+    transformer: PretrainedTransformer,
+    request: Request,
+    image: ImageLike | Sequence[ImageLike],
+    strength: float,
+) -> StepsOfImages:
+    """Regenerates a random share of the tokens of images. See ``MaskGIT.edit`` for the arguments and numbered steps."""
+    transformer.schedule_for("edit")
+    share = check_number("strength", plain_number(strength), "(0, 1]")
+    num_tokens = transformer.network.config.num_tokens
+    # 1. (m, C, H, W) pixels -> (m, N) tokens, with m = 1 or n.
+    pixels, _ = _read_images(tokenizer, request, image, None)
+    tokens = tokenizer.encode(pixels, batch_size=request.batch_size)
+    # 2. The positions of a seed are in one order, so that a larger share masks the same tokens and others.
+    keys = random_bits("strength", seed=torch.tensor(request.seeds), index=0, count=num_tokens)  # (n, N)
+    masked = num_masked(torch.tensor(share), num_tokens, rounding="ceil")
+    unknown = keys.argsort(dim=1, stable=True).argsort(dim=1) < masked
+    # 3.
+    return (yield from _regenerate(tokenizer, transformer, request, tokens, unknown))
+
+
+def outpaint(
+    tokenizer: PretrainedTokenizer,
+    transformer: PretrainedTransformer,
+    request: Request,
+    image: ImageLike,
+    added: Margins,
+    overlap: float,
+) -> StepsOfImages:
+    """Extends an image beyond its borders. See ``MaskGIT.outpaint`` for the arguments and the numbered steps."""
+    transformer.schedule_for("outpaint")
+    factor, size = tokenizer.network.config.downsampling_factor, tokenizer.image_size
+    pixels = image_pixels(image, channels=tokenizer.network.config.in_channels)
+    added.check(pixels.shape[-2:], factor=factor, least=size)
+    # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
+    mask = added.outside(*pixels.shape[-2:])
+    unknown = token_mask(mask, factor=factor, dilation=request.dilation or 0)
+    tokens = added.pad(_encode_within(tokenizer, pixels, added), size=factor)
+    # 2. (n, C, H, W): the filled canvases as pixels.
+    filled = yield from _fill(tokenizer, transformer, request, tokens, unknown, overlap)
+    # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
+    weight = seam(mask, radius=seam_radius(size) if request.blend is None else request.blend)
+    original = added.pad(pixels, size=1)
+    return torch.stack([composite(original, edited, weight) for edited in filled])
+
+
+def panorama(
+    tokenizer: PretrainedTokenizer,
+    transformer: PretrainedTransformer,
+    request: Request,
+    size: tuple[int, int],
+    overlap: float,
+) -> StepsOfImages:
+    """Generates images of any size, a (height, width) in pixels of whole tokens. See ``MaskGIT.panorama``."""
+    transformer.schedule_for("panorama")
+    factor = tokenizer.network.config.downsampling_factor
+    unknown = torch.ones(size[0] // factor, size[1] // factor, dtype=torch.bool)
+    tokens = torch.zeros(unknown.shape, dtype=torch.int64)
+    return (yield from _fill(tokenizer, transformer, request, tokens, unknown, overlap))
+
+
+def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel[ConditionalNetwork]:
+    # The first step of a class without context is the same for all seeds, so its logits are cached.
+    first_step = transformer.caches.first_step
+    made = ConditionalModel.from_network(transformer.network, transformer.device, first_step_logits=first_step)
+    return cast("ConditionalModel[ConditionalNetwork]", made)
+
+
+def _decode_images(tokenizer: PretrainedTokenizer, steps: Iterator[DecodingStep]) -> StepsOfImages:
+    """Yields decoding steps, and returns the images of the last one, (B, C, H, W)."""
+    for step in steps:
+        yield step
+    return tokenizer.decode(step.tokens)
+
+
+def _regenerate(
+    tokenizer: PretrainedTokenizer,
+    transformer: PretrainedTransformer,
+    request: Request,
+    tokens: Tensor,
+    unknown: Tensor,
+) -> StepsOfImages:
+    """Decodes the unknown tokens of each result, and returns the images of all tokens.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        transformer: Predicts the tokens.
+        request: Labels, seeds and decoding settings of n results.
+        tokens: (n, N) int64, any code where ``unknown``; or (1, N) for all results.
+        unknown: (n, N) bool, or (1, N).
+    """
+    tokens = tokens.masked_fill(unknown, transformer.network.config.mask_token_id)
+    tokens, unknown = (each.expand(len(request.labels), -1) for each in (tokens, unknown))
+    first_steps = [first_step(row, num_steps=request.decoding.num_steps) for row in unknown]
+    shape = (len(tokens), tokenizer.network.config.in_channels, *height_width(tokenizer.image_size))
+    images = torch.empty(shape, dtype=torch.uint8)
+    # A batch shares its steps, so rows with different first steps cannot be in one.
+    for start in sorted(set(first_steps)):
+        for rows in request.batches([row for row, own in enumerate(first_steps) if own == start]):
+            known = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
+            steps = decode(transformer, request.part(rows), tokens=known, first_step=start)
+            images[rows] = yield from _decode_images(tokenizer, steps)
+    return images
+
+
+def _fill(
+    tokenizer: PretrainedTokenizer,
+    transformer: PretrainedTransformer,
+    request: Request,
+    tokens: Tensor,
+    unknown: Tensor,
+    overlap: float,
+) -> StepsOfImages:
+    """Fills a canvas window by window, yields the steps of the whole canvas, and decodes it to pixels.
+
+    1. Places the known tokens on a canvas for each result of a batch.
+    2. For each window: decodes its unknown tokens with the known ones as context, and copies them to the canvas.
+    3. Decodes the tokens of the whole canvas.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        transformer: Predicts the tokens.
+        request: Labels, seeds and decoding settings of n results.
+        tokens: (R, C) int64, any value where ``unknown``.
+        unknown: (R, C) bool.
+        overlap: See ``MaskGIT.outpaint``.
+    """
+    config = transformer.network.config
+    overlap = check_number("overlap", plain_number(overlap), "(0, 1)")
+    filled = []
+    for rows in request.batches():
+        batch = request.part(rows)
+        # 1. (B, R, C) tokens.
+        canvas = _Canvas.of(tokens, unknown, count=len(rows), device=transformer.device)
+        seeds = torch.tensor(batch.seeds)
+        for number, window in enumerate(windows(unknown, size=config.grid, overlap=overlap)):
+            first = first_step(window.unknown, num_steps=request.decoding.num_steps)
+            known = canvas.window(window, mask_token_id=config.mask_token_id)
+            # 2. Each window has its own noise: with the same noise, windows would repeat one another.
+            own = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
+            part = replace(batch, seeds=own.tolist())
+            start = None if bool(window.unknown.all()) else known  # None: a window without context
+            for step in decode(transformer, part, tokens=start, first_step=first):
+                yield canvas.step(window, step)
+            canvas.keep(window, step)
+        # 3. (B, R C) tokens -> (B, C, H, W) pixels.
+        filled.append(tokenizer.decode(canvas.tokens.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
+    return torch.cat(filled)
+
+
+@dataclass
+class _Canvas:
+    """The state of a canvas while it is filled.
+
+    Attributes:
+        tokens: (B, R, C) int64 codes, 0 where unknown.
+        unknown: (R, C) bool on the CPU, True where no window has decided yet.
+        confidence: (B, R, C) float32. See ``DecodingStep``.
+    """
+
+    tokens: Tensor
+    unknown: Tensor
+    confidence: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, unknown: Tensor, *, count: int, device: torch.device) -> _Canvas:
+        """Returns ``count`` equal canvases.
+
+        Args:
+            tokens: (R, C) int64, any value where ``unknown``.
+            unknown: (R, C) bool.
+            count: B, the number of canvases.
+            device: Device of the tokens.
+        """
+        known = tokens.masked_fill(unknown, 0).to(device)
+        every = known.expand(count, *known.shape).clone()
+        return cls(every, unknown.clone(), torch.ones(every.shape, device=device))
+
+    def window(self, window: Window, *, mask_token_id: int) -> Tensor:
+        """Returns the input of the transformer: (B, h w) int64, ``mask_token_id`` where unknown."""
+        hidden = window.unknown.to(self.tokens.device)
+        return self.tokens[window.index].masked_fill(hidden, mask_token_id).flatten(1)
+
+    def step(self, window: Window, step: DecodingStep) -> DecodingStep:
+        """Returns a decoding step of a window as a step of the whole canvas. Tokens of later windows are masked."""
+
+        def place(values: Tensor, background: Tensor) -> Tensor:
+            whole = background.clone()  # (B, R, C)
+            whole[window.index] = window.as_grid(values)
+            return whole.flatten(1)
+
+        waiting = self.unknown.to(self.tokens.device).expand(self.tokens.shape)
+        return DecodingStep(
+            step.step,
+            place(step.tokens, self.tokens),
+            place(step.was_masked, waiting),
+            place(step.still_masked, waiting),
+            place(step.scores, torch.full_like(self.confidence, torch.inf)),
+            place(self._confidence(window, step).flatten(1), self.confidence),
+        )
+
+    def keep(self, window: Window, last: DecodingStep) -> None:
+        """Copies the tokens of the last step of a window to the canvas."""
+        self.tokens[window.index] = window.as_grid(last.tokens)
+        self.confidence[window.index] = self._confidence(window, last)
+        self.unknown[window.index[1:]] = False
+
+    def _confidence(self, window: Window, step: DecodingStep) -> Tensor:
+        """Returns the confidence of the tokens of a window, (B, h, w)."""
+        hidden = window.unknown.to(self.tokens.device)
+        # Tokens that were known before the window keep the confidence of the window that decided them.
+        return window.as_grid(step.confidence).where(hidden, self.confidence[window.index])
+
+
+def _encode_within(tokenizer: PretrainedTokenizer, pixels: Tensor, added: Margins) -> Tensor:
+    """Encodes an image that will be extended: (C, H, W) uint8 -> tokens (h, w) int64 on the CPU.
+
+    The pixels at the border are repeated outwards before the image is encoded. Its border tokens then look like
+    tokens inside an image. Without this, pixels that are decoded next to them are too bright or too dark.
+    """
+    config = tokenizer.network.config
+    factor = config.downsampling_factor
+    # Half an image of repeated pixels, in whole tokens, is enough context on each side.
+    around = added.at_most(*(side // 2 // factor * factor for side in height_width(tokenizer.image_size)))
+    repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
+    tokens = tokenizer.encode(repeated[None])
+    rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
+    grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
+    # Keeps the tokens of the image itself.
+    left, right, up, down = (side // factor for side in around.sides)
+    return grid[up : rows - down, left : columns - right]
+
+
+def _read_images(
+    tokenizer: PretrainedTokenizer,
+    request: Request,
+    image: ImageLike | Sequence[ImageLike],
+    mask: MaskLike | Sequence[MaskLike] | None,
+) -> tuple[Tensor, Tensor]:
+    """Reads images and masks, and fits them to the size of the model; see ``regions.fit_to_model``.
+
+    Returns:
+        (m, C, H, W) uint8 and (m, H, W) bool: m = 1 for one image and at most one mask, else one for each result.
+    """
+    count, channels = len(request.labels), tokenizer.network.config.in_channels
+    images, masks = _as_list("image", image, count), [None] if mask is None else _as_list("mask", mask, count)
+    number, read = max(len(images), len(masks)), []
+    for row in range(number):
+        # One image goes with every mask, and one mask with every image.
+        given, given_mask = images[row % len(images)], masks[row % len(masks)]
+        name = f"image {row}" if number > 1 else "image"
+        name = f"image {printable(str(given))}" if isinstance(given, str | Path) else name
+        pixels = image_pixels(given, channels=channels, name=name)
+        wanted = None if given_mask is None else mask_pixels(given_mask, name=f"mask of {name}")
+        read.append(fit_to_model(pixels, wanted, image_size=tokenizer.image_size, fit=request.fit, name=name))
+    return torch.stack([pixels for pixels, _ in read]), torch.stack([wanted for _, wanted in read])
+
+
+def _as_list(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
+    """Returns a list of one image or mask for all results, or of one for each of the ``count`` results."""
+    if not isinstance(given, list | tuple):
+        return [cast("ImageLike", given)]
+    if len(given) not in (1, count):
+        raise ValueError(f"{name} must be one {name}, or one for each of the {count} classes, got {len(given)}")
+    return list(given)

@@ -1,23 +1,46 @@
-"""``MaskGIT``: the pipeline that users load, from a run, a folder or the Hub, and save or share."""
+"""``MaskGIT``: the pipeline that users load, from a run, a folder or the Hub, and save or share.
+
+It holds the networks, reads what a call wants into a ``Request``, and hands both to the functions of
+``pipeline.generate``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Unpack
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast, overload
 
 import torch
+from torch import Tensor
 
-from maskgit_pl.checks import CHANNELS, pixels_text
-from maskgit_pl.decoding import DecodingConfig, check_parallel
+from maskgit_pl.checks import CHANNELS, check_integer, pixels_text, plain_number
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
+from maskgit_pl.distributed import check_device
 from maskgit_pl.errors import printable
+from maskgit_pl.networks.kernels import set_packing
+from maskgit_pl.pipeline import generate as tasks
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
-from maskgit_pl.pipeline.edit import Editor
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.pipeline.negative import NegativeModelLike
-from maskgit_pl.pipeline.options import Classes, GenerateKeywords, GenerateOptions, read_options
+from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.generate import StepsOfImages
+from maskgit_pl.pipeline.options import (
+    MAX_RESULTS,
+    Classes,
+    DecodingKeywords,
+    EditKeywords,
+    FitKeywords,
+    GenerateKeywords,
+    Images,
+    Outline,
+    OutputType,
+    Request,
+    SeamKeywords,
+    check_foreign,
+    replace_settings,
+)
 from maskgit_pl.pipeline.pretrained import (
+    NEGATIVE,
     check_stage_folder,
     fingerprint,
     load_decoding,
@@ -27,20 +50,24 @@ from maskgit_pl.pipeline.pretrained import (
     read_negative_model,
     remove_negative_model,
     save_decoding,
-    save_negative_model,
     save_tokenizer,
     save_transformer,
 )
-from maskgit_pl.pipeline.sharing import HubOptions, find_folder
+from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, box_mask, check_canvas, image_pixels
+from maskgit_pl.pipeline.sharing import HubOptions, find_folder, find_transformer
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from PIL import Image
+
     from maskgit_pl.pipeline.display import Recording
 
 __all__ = ["MaskGIT"]
 
 
-class MaskGIT(Editor):
+class MaskGIT:
     """Generates and edits images of classes with a tokenizer and a transformer.
 
     Example::
@@ -55,9 +82,13 @@ class MaskGIT(Editor):
         mask_schedule: Mask schedule to decode with and to save, in place of that of the transformer's training: a name,
             a mapping, or an object of a registered class.
         decoding: Decoding settings; by default those that were exported with the transformer.
-        negative_model: Default of the option ``negative_model``; see ``GenerateOptions``.
-        pack_weights: See ``Generator``.
+        negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
+        pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products on a CPU;
+            see ``networks.kernels``.
         origin: Folder that the networks were loaded from, for the card that ``save_pretrained`` writes.
+
+    Attributes:
+        vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
 
     Raises:
         ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
@@ -76,13 +107,28 @@ class MaskGIT(Editor):
         origin: RunOrigin | None = None,
     ) -> None:
         if mask_schedule is not None:
-            check_parallel("mask_schedule", is_autoregressive=transformer.mask_schedule is None)
+            transformer.schedule_for("mask_schedule")
             schedule = mask_schedules.build(mask_schedules.spec(mask_schedule))
             transformer = replace(transformer, mask_schedule=schedule)
-        super().__init__(
-            tokenizer, transformer, decoding=decoding, negative_model=negative_model, pack_weights=pack_weights
-        )
-        self._origin = origin or RunOrigin()
+        # The same codes mean other patches in another tokenizer: the images would be noise without an error.
+        if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
+            raise ValueError(
+                "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
+                f"{transformer.tokenizer_fingerprint[:12]}, got {tokenizer.fingerprint[:12]}; load that tokenizer, or "
+                "train the transformer on this one"
+            )
+        grid = transformer.network.config.grid
+        if tokenizer.grid != grid:
+            raise ValueError(
+                f"image_size of the tokenizer must give the transformer's grid of {grid[0]} x {grid[1]} tokens, got "
+                f"{pixels_text(tokenizer.image_size)} pixels with a grid of {tokenizer.grid[0]} x {tokenizer.grid[1]}"
+            )
+        self.tokenizer, self.transformer = tokenizer, transformer
+        self.vector_pool: VectorPool | None = None
+        self._decoding, self._origin, self._pack_weights = decoding, origin or RunOrigin(), pack_weights
+        set_packing(transformer.network, enabled=pack_weights)
+        transformer.caches.follow_weights()  # from here on, changes of the weights are found
+        self.negative_model = None if negative_model is None else self._open_negative(negative_model)
 
     @classmethod
     def from_pretrained(
@@ -104,8 +150,8 @@ class MaskGIT(Editor):
                 never executed.
             decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json`` in the
                 folder (``maskgit tune`` writes it), else those exported with the transformer.
-            negative_model: Default of the option ``negative_model`` (see ``GenerateOptions``). Without it, the one that
-                the file of decoding settings names.
+            negative_model: Default of the option ``negative_model``. Without it, the one that the file of decoding
+                settings names.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
             pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster matrix
@@ -118,6 +164,7 @@ class MaskGIT(Editor):
             ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the negative model
                 predicts other tokens.
         """
+        check_foreign(hub)
         folder = find_folder(path_or_hub_id, **hub)
         # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
         own = decoding is None
@@ -127,15 +174,13 @@ class MaskGIT(Editor):
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
             decoding = load_decoding(decoding)
-        origin = RunOrigin.of(folder, tuned=own)
-        tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
         pipe = cls(
-            tokenizer,
-            transformer,
+            load_tokenizer(folder / "tokenizer"),
+            load_transformer(folder / "transformer"),
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
-            origin=origin,
+            origin=RunOrigin.of(folder, tuned=own),
         )
         return pipe.to(device, dtype=dtype)
 
@@ -158,24 +203,36 @@ class MaskGIT(Editor):
 
         Raises:
             FileExistsError: if the folder of a network has other files.
-            FileNotFoundError: if there is no such run, or the folder of the negative model is gone.
-            ValueError: if the negative model was not read from a folder.
+            FileNotFoundError: if there is no such run.
+            ValueError: if weights are not finite.
         """
         if run is not None:
             check_run(Path(run))
         # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
         folder, before = Path(folder), self._origin.weights()
-        for stage in STAGES:
+        for stage in STAGES if self.negative_model is None else (*STAGES, NEGATIVE):
             check_stage_folder(folder / stage)
-        # First, because it may be read from a folder that is overwritten next.
-        negative = None if self._negative_model is None else save_negative_model(folder, self._negative_model.folder)
-        self._save_networks(folder)
+        network = self.tokenizer.network
+        save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
+        tokenizer = fingerprint(folder / "tokenizer")
+        for transformer, name_of_folder in zip(self._transformers(), ("transformer", NEGATIVE), strict=False):
+            schedule = transformer.mask_schedule
+            save_transformer(
+                folder / name_of_folder,
+                transformer.network.config,
+                transformer.network.state_dict(),
+                mask_schedule=None if schedule is None else mask_schedules.spec(schedule),
+                decoding=transformer.decoding,
+                class_names=transformer.class_names,
+                tokenizer_fingerprint=tokenizer,
+            )
+        negative = None if self.negative_model is None else folder / NEGATIVE
+        if negative is None:
+            remove_negative_model(folder)
         if self._decoding is not None or negative is not None:
             save_decoding(folder, self.decoding, tuned=self._origin.tuned, negative_model=negative)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
-        if negative is None:
-            remove_negative_model(folder)
         # Facts of the run are kept only if the weights are still those of the run.
         after = fingerprints(folder)
         write_card(
@@ -186,6 +243,156 @@ class MaskGIT(Editor):
             name=name,
         )
 
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes in the order of their indices."""
+        return self.transformer.class_names
+
+    @property
+    def decoding(self) -> DecodingConfig:
+        """The default decoding settings of ``generate`` and the editing methods."""
+        return self._decoding or self.transformer.decoding
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the networks."""
+        return self.transformer.device
+
+    @property
+    def outline(self) -> Outline:
+        """The classes, sizes and default settings of the model, by which a request is checked."""
+        config, tokenizer = self.transformer.network.config, self.tokenizer
+        return Outline(
+            self.class_names,
+            config.null_label,
+            config.num_tokens,
+            config.attention == "causal",
+            self.decoding,
+            tokenizer.image_size,
+            tokenizer.network.config.downsampling_factor,
+            tokenizer.network.config.in_channels,
+            config.condition_dim,
+        )
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Self:
+        """Moves both networks, and casts them if a ``dtype`` is given.
+
+        Args:
+            device: Device such as ``cpu``, ``cuda`` or ``cuda:1``.
+            dtype: Type of the weights such as ``torch.bfloat16``; None keeps it.
+
+        Returns:
+            The pipeline itself, for chaining.
+
+        Raises:
+            TypeError: if the device is a type of the weights.
+            ValueError: if the device is not available.
+        """
+        if isinstance(device, torch.dtype):
+            raise TypeError(f"device must be a device such as 'cpu', got {device}; use pipe.to('cpu', dtype={device})")
+        device = check_device(device)
+        self.tokenizer.network.to(device=device, dtype=dtype)
+        for transformer in self._transformers():
+            transformer.to(device, dtype=dtype)
+        return self
+
+    def clear_caches(self) -> None:
+        """Removes all that was computed from the weights: packed weights, and the logits of the first step.
+
+        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them. Call it
+        after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
+        """
+        for transformer in self._transformers():
+            transformer.caches.clear()
+
+    def class_ids(self, classes: Classes) -> list[int]:
+        """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
+        return self.outline.class_ids(classes)
+
+    def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
+        """Returns the default decoding settings with some of them replaced. See ``generate`` for their names.
+
+        Raises:
+            TypeError: if a setting is unknown.
+            ValueError: if a value is out of range.
+        """
+        return replace_settings(self.decoding, settings)
+
+    def check_decoding(self, decoding: DecodingConfig) -> None:
+        """Checks that the model can use decoding settings.
+
+        Guidance of a model without a null class passes, because it works with negative classes.
+
+        Raises:
+            TypeError: if a plug-in does not take an argument.
+            ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or a setting
+                of parallel decoding is given to an autoregressive model.
+        """
+        num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
+        decoding.check(num_tokens, is_autoregressive=schedule is None)
+        if schedule is not None:
+            decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
+
+    def __call__(self, *arguments: object, **options: object) -> NoReturn:
+        """Refuses a call as of a pipeline of diffusers.
+
+        Raises:
+            TypeError: always.
+        """
+        raise TypeError("MaskGIT is not called; use pipe.generate(classes, num_steps=8, guidance_scale=2, seed=0)")
+
+    @overload
+    def generate(
+        self, classes: Classes, *, output_type: Literal["pt"], **options: Unpack[GenerateKeywords]
+    ) -> Tensor: ...
+
+    @overload
+    def generate(
+        self, classes: Classes, *, output_type: Literal["np"], **options: Unpack[GenerateKeywords]
+    ) -> npt.NDArray[np.uint8]: ...
+
+    @overload
+    def generate(
+        self, classes: Classes, *, output_type: Literal["pil"] = ..., **options: Unpack[GenerateKeywords]
+    ) -> list[Image.Image]: ...
+
+    def generate(
+        self, classes: Classes, *, output_type: OutputType = "pil", **options: Unpack[GenerateKeywords]
+    ) -> Images:
+        """Generates one image for each class.
+
+        An image depends on its class, its seed and the settings only, not on the batch that it is decoded in. An
+        autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``, ``top_k`` and
+        ``top_p``, and refuses settings of parallel decoding.
+
+        Args:
+            classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is "no
+                class", if the model was trained with it.
+            output_type: ``"pil"`` for PIL images (L or RGB), ``"pt"`` for (n, C, H, W) uint8 on the CPU,
+                ``"np"`` for (n, H, W, C) uint8.
+            options: ``seed``, ``batch_size`` and others of ``options.GenerateKeywords``; ``decoding``, a
+                ``DecodingConfig``; and single settings that override it: its fields such as ``num_steps``,
+                ``guidance_scale`` and ``choice_temperature``.
+
+        Returns:
+            n images in the form of ``output_type``.
+
+        Raises:
+            FileNotFoundError: if ``negative_model`` names no model.
+            ValueError: if a class is unknown, a number is out of range, or ``negative_model`` predicts other tokens.
+            TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not take an
+                argument.
+        """
+        steps = tasks.generate(self.tokenizer, self.transformer, self._request(classes, options))
+        return tasks.finish(steps, output_type, options.get("callback"))
+
+    def steps(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Iterator[DecodingStep]:
+        """Yields the decoding steps of one batch. See ``generate`` for the arguments.
+
+        ``pipe.tokenizer.decode(step.tokens)`` gives the images at a step.
+        """
+        return tasks.decode(self.transformer, self._request(classes, options))
+
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
         """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
 
@@ -195,21 +402,282 @@ class MaskGIT(Editor):
         """
         from maskgit_pl.pipeline.display import Recording  # which imports Pillow
 
-        read, decoding = read_options(GenerateOptions, options, self.decoding)
-        request = self._request(classes, read, decoding)
-        names = [
-            "no class" if label == self.outline.null_label else self.class_names[label] for label in request.labels
-        ]
-        steps = list(self._decode(request, range(len(names))))
+        request, outline = self._request(classes, options), self.outline
         return Recording(
-            steps,
+            list(tasks.decode(self.transformer, request)),
             self.tokenizer.decode,
             self.tokenizer.grid,
-            decoding,
-            names,
+            request.decoding,
+            ["no class" if label == outline.null_label else self.class_names[label] for label in request.labels],
             request.seeds,
-            token_size=self.outline.token_size,
+            token_size=outline.token_size,
         )
+
+    def inpaint(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        *,
+        classes: Classes | None = None,
+        output_type: OutputType = "pil",
+        **options: Unpack[EditKeywords],
+    ) -> Images:
+        """Regenerates the masked part of images, one result for each class.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
+            variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
+            variants[0].save("inpainted.png")
+
+        1. Encodes the images, and masks the tokens under the mask and their neighbours.
+        2. Decodes the masked tokens. All other tokens stay.
+        3. Pastes the decoded image into the original along a blurred seam.
+
+        A result depends on its image, mask, class, seed and the settings only, not on the batch.
+
+        Args:
+            image: One image for all results, or a list with one for each: a file, a PIL image, or uint8 pixels as a
+                tensor (C, H, W) or an array (H, W) or (H, W, C).
+            mask: One mask for all results, or a list with one for each: a file or a PIL image, white where pixels
+                are generated, or (H, W) bool.
+            classes: Index or name of the class of each result. None gives one result of "no class" (see ``generate``).
+            output_type: See ``generate``.
+            options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``options.EditKeywords``. The
+                first floor(T / 6) of T steps are skipped, except for a full mask.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if an image or a mask cannot be read, has another size or is empty, a class is unknown, a number
+                is out of range, or the length of a list differs from that of ``classes``.
+            TypeError: see ``generate``.
+
+        Source: paper, section on class-conditional image editing; released code, its editing functions.
+        """
+        steps = self.inpaint_steps(image, mask, classes=classes, **options)
+        return tasks.finish(steps, output_type, options.get("callback"))
+
+    def inpaint_steps(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        mask: MaskLike | Sequence[MaskLike],
+        *,
+        classes: Classes | None = None,
+        **options: Unpack[EditKeywords],
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``inpaint`` as they are decoded, and returns its images as with ``"pt"``.
+
+        Closing the generator ends the decoding. Errors come before the first step. See ``inpaint`` for them and for the
+        arguments; ``callback`` is not called.
+        """
+        request = self._request(classes, options, EditKeywords)
+        return tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
+
+    def edit_class(
+        self,
+        image: ImageLike,
+        region: Box | MaskLike,
+        class_: int | str,
+        *,
+        variants: int = 1,
+        output_type: OutputType = "pil",
+        **options: Unpack[EditKeywords],
+    ) -> Images:
+        """Turns what is in a box or under a mask into another class. The rest of the image stays.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
+            boots = pipe.edit_class("sneaker.png", (0, 4, 28, 16), "Ankle boot", variants=4)
+            boots[0].save("boot.png")
+
+        Args:
+            image: A file, a PIL image or uint8 pixels. See ``inpaint``.
+            region: (left, top, right, bottom) in pixels of the image, or a mask. See ``inpaint``.
+            class_: Index or name of the class.
+            variants: Number of results, in [1, 10000]. Variant i has seed + i.
+            output_type: See ``generate``.
+            options: See ``inpaint``.
+
+        Raises:
+            ValueError: if the box is empty or not within the image. See also ``inpaint``.
+            FileNotFoundError: if there is no such file.
+            TypeError: see ``inpaint``.
+
+        Source: paper, section on class-conditional image editing.
+        """
+        variants = check_integer("variants", plain_number(variants), f"[1, {MAX_RESULTS}]")
+        mask: MaskLike = cast("MaskLike", region)
+        if isinstance(region, list | tuple):
+            image = image_pixels(image, channels=self.tokenizer.network.config.in_channels)
+            mask = box_mask(region, height=image.shape[-2], width=image.shape[-1])
+        return self.inpaint(image, mask, classes=[class_] * variants, output_type=output_type, **options)
+
+    def edit(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        strength: float,
+        classes: Classes | None = None,
+        output_type: OutputType = "pil",
+        **options: Unpack[FitKeywords],
+    ) -> Images:
+        """Regenerates a random share of the tokens of whole images (image-to-image), one result for each class.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
+            boots = pipe.edit("sneaker.png", strength=0.6, classes=["Ankle boot"] * 4)
+            boots[0].save("boot.png")
+
+        1. Encodes the images.
+        2. Masks ceil(strength N) of the N tokens, at positions that the seed of each result gives.
+        3. Decodes the masked tokens, and all tokens to pixels.
+
+        Args:
+            image: One image for all results, or a list with one for each. See ``inpaint``.
+            strength: Share of the tokens that are generated again, in (0, 1]. With 1 nothing of the image stays: the
+                results are those of ``generate``.
+            classes: See ``inpaint``.
+            output_type: See ``generate``.
+            options: Options of ``generate``, and ``fit`` of ``options.FitKeywords``. The first floor(T / 6) of T steps
+                are skipped, except with strength 1.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if ``strength`` is out of range. See also ``inpaint``.
+            TypeError: see ``generate``.
+        """
+        steps = self.edit_steps(image, strength=strength, classes=classes, **options)
+        return tasks.finish(steps, output_type, options.get("callback"))
+
+    def edit_steps(
+        self,
+        image: ImageLike | Sequence[ImageLike],
+        *,
+        strength: float,
+        classes: Classes | None = None,
+        **options: Unpack[FitKeywords],
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``edit``. See ``inpaint_steps``."""
+        request = self._request(classes, options, FitKeywords)
+        return tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
+
+    def outpaint(
+        self,
+        image: ImageLike,
+        *,
+        left: int = 0,
+        right: int = 0,
+        up: int = 0,
+        down: int = 0,
+        classes: Classes | None = None,
+        overlap: float = 0.5,
+        output_type: OutputType = "pil",
+        **options: Unpack[SeamKeywords],
+    ) -> Images:
+        """Extends an image beyond its borders, one result for each class.
+
+        Example::
+
+            wide = MaskGIT.from_pretrained("pretrained/places512").outpaint("landscape.png", right=256)
+
+        1. Places the tokens of the image on a larger canvas.
+        2. Fills the canvas window by window; each window overlaps known tokens.
+        3. Decodes the whole canvas to pixels, and pastes the original image into it.
+
+        Args:
+            image: A file, a PIL image or uint8 pixels (see ``inpaint``) of any size.
+            left: Pixels to add on the left. All four numbers and the size of the image are multiples of the pixels of
+                a token, and the result is at least as large as the images of the model.
+            right: Pixels to add on the right.
+            up: Pixels to add above.
+            down: Pixels to add below.
+            classes: See ``inpaint``.
+            overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has as much.
+            output_type: See ``generate``.
+            options: Options of ``generate``, and of ``options.SeamKeywords``: ``dilation``, 0 by default, is the number
+                of tokens along the border of the image that are decoded again. With ``blend=0`` all pixels of the image
+                stay.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if the file is not an image, all sides are 0, a size is not a multiple of the pixels of a token,
+                a class is unknown, or a number is out of range.
+            TypeError: see ``generate``.
+
+        Source: paper, Figure 1 and Table 2.
+        """
+        sides = {"left": left, "right": right, "up": up, "down": down}
+        steps = self.outpaint_steps(image, **sides, classes=classes, overlap=overlap, **options)
+        return tasks.finish(steps, output_type, options.get("callback"))
+
+    def outpaint_steps(
+        self,
+        image: ImageLike,
+        *,
+        left: int = 0,
+        right: int = 0,
+        up: int = 0,
+        down: int = 0,
+        classes: Classes | None = None,
+        overlap: float = 0.5,
+        **options: Unpack[SeamKeywords],
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``outpaint``, each of the whole canvas. See ``inpaint_steps``."""
+        request = self._request(classes, options, SeamKeywords)
+        added = Margins(left, right, up, down)
+        return tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
+
+    def panorama(
+        self,
+        classes: Classes,
+        width: int,
+        *,
+        height: int | None = None,
+        overlap: float = 0.5,
+        output_type: OutputType = "pil",
+        **options: Unpack[GenerateKeywords],
+    ) -> Images:
+        """Generates images of any width window by window, one for each class.
+
+        Example::
+
+            pipe = MaskGIT.from_pretrained("pretrained/places512")
+            pipe.panorama(["coast"], width=2048)[0].save("coast.png")
+
+        Args:
+            classes: See ``generate``.
+            width: Width in pixels, a multiple of the pixels of a token, at least the width of the model's images.
+            height: Height in pixels, with the same rule; by default that of the model's images, in whole tokens.
+            overlap: See ``outpaint``.
+            output_type: See ``generate``.
+            options: See ``generate``.
+
+        Raises:
+            ValueError: if a size is too small or not a multiple of the pixels of a token, a class is unknown, or a
+                number is out of range.
+            TypeError: see ``generate``.
+
+        Source: paper, Figure 1.
+        """
+        steps = self.panorama_steps(classes, width, height=height, overlap=overlap, **options)
+        return tasks.finish(steps, output_type, options.get("callback"))
+
+    def panorama_steps(
+        self,
+        classes: Classes,
+        width: int,
+        *,
+        height: int | None = None,
+        overlap: float = 0.5,
+        **options: Unpack[GenerateKeywords],
+    ) -> StepsOfImages:
+        """Yields the decoding steps of ``panorama``, each of the whole canvas. See ``inpaint_steps``."""
+        request, outline = self._request(classes, options), self.outline
+        height = outline.least_canvas[0] if height is None else height
+        size = check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
+        return tasks.panorama(self.tokenizer, self.transformer, request, size, overlap)
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
@@ -225,16 +693,39 @@ class MaskGIT(Editor):
             f"{counts} parameters, {str(parts[1][0].dtype).removeprefix('torch.')} on {self.device})"
         )
 
-    def _save_networks(self, folder: Path) -> None:
-        network = self.tokenizer.network
-        save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
-        schedule = self.transformer.mask_schedule
-        save_transformer(
-            folder / "transformer",
-            self.transformer.network.config,
-            self.transformer.network.state_dict(),
-            mask_schedule=None if schedule is None else mask_schedules.spec(schedule),
-            decoding=self.transformer.decoding,
-            class_names=self.class_names,
-            tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    def _request(self, classes: Classes | None, options: GenerateKeywords, kind: type = GenerateKeywords) -> Request:
+        """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
+        request = Request.of(self.outline, [None] if classes is None else classes, options, kind)
+        given, vectors = options.get("negative_model"), options.get("vectors")
+        negative = self.negative_model if given is None else self._open_negative(given)
+        if negative is not None:
+            negative.check_labels(request.negative_labels or request.labels)
+            negative.caches.follow_weights()
+        self.transformer.caches.follow_weights()
+        if vectors is None and self.vector_pool is not None:
+            vectors = self.vector_pool.draw(request.labels, request.seeds)
+        config = self.transformer.network.config
+        checked = check_condition_vectors(
+            vectors, request.labels, condition_dim=config.condition_dim, null_label=config.null_label
         )
+        return replace(request, negative_model=negative, vectors=checked)
+
+    def _open_negative(self, given: NegativeModelLike) -> PretrainedTransformer:
+        """Returns the transformer from which guidance moves away, checked; one of a folder moves to this device."""
+        negative: PretrainedTransformer | None
+        if isinstance(given, str | Path):
+            negative = load_transformer(find_transformer(given))
+            negative.to(self.device, dtype=next(self.transformer.network.parameters()).dtype)
+            set_packing(negative.network, enabled=self._pack_weights)
+        else:
+            negative = given if isinstance(given, PretrainedTransformer) else getattr(given, "transformer", None)
+        if negative is None:
+            raise TypeError(
+                "negative_model must be a folder, a repository of the Hub, a MaskGIT or a PretrainedTransformer, got "
+                f"{type(given).__name__}"
+            )
+        self.transformer.check_negative(negative)
+        return negative
+
+    def _transformers(self) -> list[PretrainedTransformer]:
+        return [self.transformer] if self.negative_model is None else [self.transformer, self.negative_model]

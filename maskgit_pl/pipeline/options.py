@@ -1,7 +1,6 @@
-"""Options of the methods of ``MaskGIT``: their names, types and checks.
+"""The facts of a model (``Outline``), the wishes of a call (``Request``), and the names, types and checks of options.
 
-A method takes the fields of its options class and the decoding settings as keyword arguments. The command line makes
-flags of them, so that only ``as_output`` imports torch.
+The command line makes flags of the decoding settings, so that nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -9,15 +8,22 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, Union, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, Union, cast
 
-from einops import rearrange
-
-from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, plain_list, plain_number, shorten
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.checks import (
+    ImageSize,
+    check_integer,
+    check_number,
+    check_seed,
+    height_width,
+    plain_list,
+    plain_number,
+    shorten,
+)
+from maskgit_pl.decoding import DecodingConfig, check_parallel
 from maskgit_pl.decoding.sampling import DrawMethod, Temperature
-from maskgit_pl.pipeline.regions import check_blend, check_dilation
+from maskgit_pl.errors import printable
 from maskgit_pl.registry import nearest
 
 if TYPE_CHECKING:
@@ -28,7 +34,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding import DecodingStep
-    from maskgit_pl.pipeline.negative import NegativeModelLike
+    from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTransformer
 
 __all__ = [
     "MAX_RESULTS",
@@ -37,21 +43,18 @@ __all__ = [
     "DecodingKeywords",
     "DecodingSettings",
     "EditKeywords",
-    "EditOptions",
+    "FitKeywords",
     "GenerateKeywords",
-    "GenerateOptions",
     "Images",
+    "Outline",
     "OutputType",
+    "Request",
+    "SeamKeywords",
     "Seeds",
     "StepCallback",
-    "as_output",
-    "check_output_type",
-    "class_ids",
-    "parse_class",
-    "parse_classes",
+    "check_foreign",
     "read_options",
     "replace_settings",
-    "seed_list",
 ]
 
 Classes: TypeAlias = int | str | Sequence[int | str | None]
@@ -64,6 +67,7 @@ Options = TypeVar("Options", bound="DataclassInstance")
 MAX_RESULTS = 10_000
 """The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
 _MAX_LISTED = 20  # with more classes, an error lists the nearest names only
+_MOST_PIXELS = "[0, 65536]"  # of dilation and blend: the sides of the largest image
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -97,13 +101,13 @@ class DecodingSettings(TypedDict, total=False):
     choice_temperature: float | None
 
 
+SETTINGS = tuple(DecodingSettings.__annotations__)
+"""The names of all decoding settings: the fields of ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``."""
 # Settings that replace one argument of a plug-in: name -> (field of DecodingConfig, argument, range).
 _ARGUMENTS = {
     "guidance_scale": ("guidance", "scale", "[0, 10000]"),
     "choice_temperature": ("token_selector", "choice_temperature", "[0, inf)"),
 }
-SETTINGS = tuple(DecodingSettings.__annotations__)
-"""The names of all decoding settings: the fields of ``DecodingConfig``, ``guidance_scale``, ``choice_temperature``."""
 
 
 class DecodingKeywords(DecodingSettings, total=False):
@@ -113,7 +117,20 @@ class DecodingKeywords(DecodingSettings, total=False):
 
 
 class GenerateKeywords(DecodingKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.generate``: decoding settings, and the fields of ``GenerateOptions``."""
+    """Keyword arguments of ``MaskGIT.generate``.
+
+    Args:
+        seed: Seed of the first result in [0, 2**32), 0 by default; result i has seed + i. Or a list with one for each.
+        negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
+            "no class" by default.
+        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no class": a run or
+            pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device. By default the pipeline's
+            own, if it has one.
+        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model that was
+            trained with vectors of C values.
+        batch_size: Number of results decoded at a time, 64 by default. It changes no token.
+        callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
+    """
 
     seed: Seeds
     negative_classes: int | str | Classes | None
@@ -123,77 +140,259 @@ class GenerateKeywords(DecodingKeywords, total=False):
     callback: StepCallback | None
 
 
-class EditKeywords(GenerateKeywords, total=False):
-    """Keyword arguments of the editing methods: those of ``generate``, and the fields of ``EditOptions``."""
+class SeamKeywords(GenerateKeywords, total=False):
+    """Keyword arguments of ``MaskGIT.outpaint``: those of ``generate``, and the seam.
+
+    Args:
+        dilation: Number of tokens by which the region grows on each side, in [0, 65536]. By default 1 inside an image,
+            as in the released code (the seam then lies outside the mask), and 0 beyond its borders.
+        blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
+            region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
+    """
 
     dilation: int | None
     blend: float | None
+
+
+class FitKeywords(GenerateKeywords, total=False):
+    """Keyword arguments of ``MaskGIT.edit``: those of ``generate``, and the size of the image.
+
+    Args:
+        fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
+    """
+
     fit: bool
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions:
-    """Options of ``MaskGIT.generate`` besides the decoding settings.
+class EditKeywords(SeamKeywords, FitKeywords, total=False):
+    """Keyword arguments of ``MaskGIT.inpaint`` and ``edit_class``: all of the above."""
 
-    Args:
-        seed: Seed of the first result in [0, 2**32), result i has seed + i; or a list with one seed for each.
-        negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
-            "no class" by default.
-        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no class": a run or
-            pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device. By default the pipeline's
-            own, if it has one.
-        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model that was
-            trained with vectors of C values.
-        batch_size: Number of results decoded at a time, at least 1. It changes no token.
-        callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
+
+# Names that users of diffusers and of other samplers type -> what to type here. They are never accepted: diffusers
+# counts guidance_scale from 1, and its generators have no seed for each image.
+_FOREIGN = {
+    "callback_on_step_end": "callback, a function of a DecodingStep",
+    "cfg": "guidance_scale, which is that of diffusers - 1",
+    "cfg_scale": "guidance_scale, which is that of diffusers - 1",
+    "class_labels": "classes, the first argument",
+    "device_map": "device",
+    "generator": "seed, an integer: image i has seed + i",
+    "mask_image": "mask, the second argument of inpaint",
+    "negative_prompt": "negative_classes",
+    "num_images_per_prompt": "classes with one entry for each image, such as ['Bag'] * 4",
+    "num_inference_steps": "num_steps",
+    "prompt": "classes, the first argument",
+    "return_dict": "output_type, 'pil', 'pt' or 'np'",
+    "temperature": "sampling_temperature, or choice_temperature",
+    "torch_dtype": "dtype",
+    "variant": "dtype",
+}
+
+
+def check_foreign(given: Iterable[str]) -> None:
+    """Answers the names of options that other libraries use with those of this one.
 
     Raises:
-        ValueError: if ``batch_size`` is not an integer >= 1.
-        TypeError: if ``callback`` is not a function.
+        TypeError: if one is given.
+    """
+    for name in given:
+        if name in _FOREIGN:
+            raise TypeError(f"option {name!r}: its name here is {_FOREIGN[name]}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """Classes, sizes and default settings of a model, by which requests are checked.
+
+    Args:
+        class_names: Names of the classes in order.
+        null_label: Label of "no class"; None if the model was trained without it.
+        num_tokens: N, the number of tokens per image.
+        is_autoregressive: True if the model draws one token after the other.
+        decoding: Default decoding settings.
+        image_size: Size of the images: a side, or (height, width), in pixels.
+        token_size: Height and width of a token in pixels.
+        channels: C, channels of the images.
+        condition_dim: Size of the vector of an image; 0 for a model without vectors.
     """
 
-    seed: Seeds = 0
-    negative_classes: int | str | Classes | None = None
-    negative_model: NegativeModelLike | None = None
-    vectors: npt.ArrayLike | Tensor | None = None
+    class_names: tuple[str, ...]
+    null_label: int | None
+    num_tokens: int
+    is_autoregressive: bool
+    decoding: DecodingConfig
+    image_size: ImageSize
+    token_size: int
+    channels: int
+    condition_dim: int = 0
+
+    @property
+    def least_canvas(self) -> tuple[int, int]:
+        """The height and width of the smallest canvas in pixels: the image size, in whole tokens."""
+        height, width = height_width(self.image_size)
+        return -(-height // self.token_size) * self.token_size, -(-width // self.token_size) * self.token_size
+
+    def class_ids(self, classes: Classes) -> list[int]:
+        """Returns the labels of classes given by index or by name; None is "no class".
+
+        Args:
+            classes: A list of indices in [0, number of classes), names and None; or a single index or name.
+
+        Raises:
+            ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
+                a model that was trained without "no class".
+            TypeError: if a class is neither an integer nor a string.
+        """
+        given = plain_list(classes)
+        if given is None:  # a single class
+            given = [plain_number(classes)]
+            if not isinstance(given[0], str | int):
+                raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
+        if not given:
+            raise ValueError("classes must have at least one class, got none")
+        return [self._class_id(wanted) for wanted in given]
+
+    def parse_class(self, word: str | None) -> int | None:
+        """Returns the label of the class of a command line argument. None is "no class" and stays None.
+
+        Class names take precedence over indices.
+
+        Raises:
+            ValueError: if the class is unknown, or None is given to a model that was trained without "no class".
+        """
+        (label,) = self.class_ids([None if word is None else self._read_word(word)])
+        return None if word is None else label
+
+    def parse_classes(self, text: str, *, max_shown: int = 10) -> list[int]:
+        """Returns the labels of a comma-separated list of classes. See ``class_ids`` for errors.
+
+        Args:
+            text: Indices or names, or ``all`` for at most ``max_shown`` classes, evenly spread.
+            max_shown: Maximum number of classes of ``all``.
+        """
+        if text == "all" and text not in self.class_names:
+            shown = min(len(self.class_names), max_shown)
+            return [number * len(self.class_names) // shown for number in range(shown)]
+        return self.class_ids([self._read_word(word) for word in map(str.strip, text.split(",")) if word])
+
+    def describe_class(self, label: int | None) -> str:
+        """Returns ``class NAME`` or ``no class``, for messages and titles."""
+        return "no class" if label is None else f"class {printable(self.class_names[label])}"
+
+    def check_parallel(self, task: str) -> None:
+        """Raises for an autoregressive model. See ``decoding.check_parallel``."""
+        check_parallel(task, is_autoregressive=self.is_autoregressive)
+
+    def _read_word(self, word: str) -> int | str:
+        return int(word) if word not in self.class_names and _INTEGER.fullmatch(word) else word
+
+    def _class_id(self, wanted: object) -> int:
+        names = self.class_names
+        if wanted is None:
+            if self.null_label is None:
+                raise ValueError(
+                    "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
+                )
+            return self.null_label
+        if isinstance(wanted, bool) or not isinstance(wanted, int | str):
+            raise TypeError(f"class must be an index or a name, got {shorten(wanted)} ({type(wanted).__name__})")
+        if isinstance(wanted, int):
+            if not 0 <= wanted < len(names):
+                raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(wanted)}")
+            return wanted
+        # An exact match wins; without one, the case of letters is ignored.
+        found = [number for number, name in enumerate(names) if name == wanted]
+        found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
+        if not found:
+            # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
+            close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+            known = names if len(names) <= _MAX_LISTED else close
+            raise ValueError(f"unknown class {wanted!r}: {nearest(wanted, known)}")
+        if len(found) > 1:
+            raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
+        return found[0]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """The results that a call of ``MaskGIT`` makes, checked.
+
+    Attributes:
+        labels: Label of each result.
+        seeds: Seed of each result, in [0, 2**32).
+        decoding: Decoding settings of all results.
+        negative_labels: Label that guidance moves each result away from; None is "no class" for all.
+        negative_model: Weaker model from which guidance moves away; None for guidance by classes.
+        vectors: (n, C) float32, vector of each result; None for a model without vectors.
+        batch_size: Number of results decoded at a time.
+        callback: Called after each decoding step of each batch.
+        dilation: See ``SeamKeywords``.
+        blend: See ``SeamKeywords``.
+        fit: See ``FitKeywords``.
+    """
+
+    labels: list[int]
+    seeds: list[int]
+    decoding: DecodingConfig
+    negative_labels: list[int] | None = None
+    negative_model: PretrainedTransformer | None = None
+    vectors: Tensor | None = None
     batch_size: int = 64
     callback: StepCallback | None = None
-
-    def __post_init__(self) -> None:
-        batch_size = check_integer("batch_size", plain_number(self.batch_size), "[1, inf)")
-        object.__setattr__(self, "batch_size", batch_size)
-        if self.callback is not None and not callable(self.callback):
-            raise TypeError(f"callback must be a function of a DecodingStep, got {shorten(self.callback)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class EditOptions(GenerateOptions):
-    """Options of the editing methods besides the decoding settings.
-
-    Args:
-        dilation: Number of tokens by which the region grows on each side, at least 0. By default 1 inside an image, as
-            in the released code (the seam then lies outside the mask), and 0 beyond its borders.
-        blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
-            region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
-        fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
-
-    Raises:
-        ValueError: if a number is out of range.
-        TypeError: if ``fit`` is not a bool.
-    """
-
     dilation: int | None = None
     blend: float | None = None
     fit: bool = False
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dilation is not None:
-            object.__setattr__(self, "dilation", check_dilation(self.dilation))
-        if self.blend is not None:
-            object.__setattr__(self, "blend", check_blend(self.blend))
-        if not isinstance(self.fit, bool):
-            raise TypeError(f"fit must be True or False, got {shorten(self.fit)}")
+    @classmethod
+    def of(cls, outline: Outline, classes: Classes, given: Mapping[str, Any], kind: type) -> Request:
+        """Reads the arguments of a method of ``MaskGIT``, without ``negative_model`` and ``vectors``.
+
+        Args:
+            outline: The model.
+            classes: Classes of the results as indices or names.
+            given: Keyword arguments of the method.
+            kind: ``GenerateKeywords`` or a subclass: the names that the method takes.
+
+        Raises:
+            TypeError: if a name is unknown (the message names the nearest one), or a value has another type.
+            ValueError: if a value is out of range, or a class is unknown.
+        """
+        _check_names(given, kind.__annotations__)
+        settings = {name: given[name] for name in ("decoding", *SETTINGS) if name in given}
+        callback, fit = given.get("callback"), given.get("fit", False)
+        if callback is not None and not callable(callback):
+            raise TypeError(f"callback must be a function of a DecodingStep, got {shorten(callback)}")
+        if not isinstance(fit, bool):
+            raise TypeError(f"fit must be True or False, got {shorten(fit)}")
+        dilation, blend = plain_number(given.get("dilation")), plain_number(given.get("blend"))
+        labels = outline.class_ids(classes)
+        return cls(
+            labels=labels,
+            seeds=_seed_list(given.get("seed", 0), len(labels)),
+            decoding=replace_settings(outline.decoding, settings),
+            negative_labels=_negative_labels(given.get("negative_classes"), len(labels), outline),
+            batch_size=check_integer("batch_size", plain_number(given.get("batch_size", 64)), "[1, inf)"),
+            callback=callback,
+            dilation=None if dilation is None else check_integer("dilation", dilation, _MOST_PIXELS),
+            blend=None if blend is None else check_number("blend", blend, _MOST_PIXELS),
+            fit=fit,
+        )
+
+    def batches(self, rows: Sequence[int] | None = None) -> list[Sequence[int]]:
+        """Returns the indices of the results, or ``rows``, in parts of at most ``batch_size``."""
+        rows = range(len(self.labels)) if rows is None else rows
+        return [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
+
+    def part(self, rows: Sequence[int], *, seeds: Sequence[int] | None = None) -> Request:
+        """Returns the request for some of the results, with other seeds if ``seeds`` is given."""
+        negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
+        return dataclasses.replace(
+            self,
+            labels=[self.labels[row] for row in rows],
+            seeds=[self.seeds[row] for row in rows] if seeds is None else list(seeds),
+            negative_labels=negative,
+            vectors=None if self.vectors is None else self.vectors[list(rows)],
+        )
 
 
 def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingConfig) -> tuple[Options, DecodingConfig]:
@@ -262,85 +461,11 @@ def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> Decodi
     return dataclasses.replace(config, **given)
 
 
-def class_ids(classes: Classes, names: Sequence[str], *, null_label: int | None) -> list[int]:
-    """Returns the labels of classes given by index or by name; None is "no class".
-
-    Args:
-        classes: A list of indices in [0, number of classes), names and None; or a single index or name.
-        names: Names of all classes in order.
-        null_label: Label of "no class"; None if the model was trained without it.
-
-    Raises:
-        ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
-            a model that was trained without "no class".
-        TypeError: if a class is neither an integer nor a string.
-    """
-    given = plain_list(classes)
-    if given is None:  # a single class
-        given = [plain_number(classes)]
-        if not isinstance(given[0], str | int):
-            raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
-    if not given:
-        raise ValueError("classes must have at least one class, got none")
-    return [_class_id(wanted, names, null_label) for wanted in given]
-
-
-def parse_class(word: str, names: Sequence[str]) -> int | str:
-    """Returns the class of a command line argument. Class names take precedence over indices."""
-    return int(word) if word not in names and _INTEGER.fullmatch(word) else word
-
-
-def parse_classes(text: str, names: Sequence[str], *, max_shown: int) -> list[int | str]:
-    """Returns the classes of a comma-separated list. ``all`` gives at most ``max_shown`` classes, evenly spread."""
-    if text == "all" and text not in names:
-        shown = min(len(names), max_shown)
-        return [number * len(names) // shown for number in range(shown)]
-    return [parse_class(word, names) for word in map(str.strip, text.split(",")) if word]
-
-
-def seed_list(seed: Seeds, count: int) -> list[int]:
-    """Returns the seed of each of ``count`` results.
-
-    Raises:
-        ValueError: if a seed is no integer in [0, 2**32), or the length of a list is not ``count``.
-    """
-    given = plain_list(seed)
-    if given is not None:
-        if len(given) != count:
-            raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(given)}")
-        return [check_seed("seed", each) for each in given]
-    first = check_seed("seed", plain_number(seed))
-    if first + count > 2**32:
-        raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")
-    return list(range(first, first + count))
-
-
-def check_output_type(output_type: str) -> None:
-    """Checks that ``output_type`` is one of ``OutputType``.
-
-    Raises:
-        ValueError: if it is not. The message names the nearest one.
-    """
-    check_choice("output_type", output_type, get_args(OutputType))
-
-
-def as_output(output_type: OutputType, images: Tensor) -> Images:
-    """Converts (n, C, H, W) uint8 images to ``output_type``."""
-    if output_type == "pt":
-        return images
-    if output_type == "np":
-        pixels: npt.NDArray[np.uint8] = rearrange(images.numpy(), "n c h w -> n h w c")
-        return pixels
-    from maskgit_pl.pipeline.display import ImageList
-    from maskgit_pl.pipeline.grids import to_pil
-
-    return ImageList(to_pil(image) for image in images)
-
-
-def _check_names(given: Mapping[str, Any], known: Sequence[str]) -> None:
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
     for name in given:
         if name not in known:
-            raise TypeError(f"option {name!r}: {nearest(name, set(known))}")
+            check_foreign([name])
+            raise TypeError(f"option {name!r}: {nearest(name, known)}")
 
 
 def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
@@ -352,30 +477,27 @@ def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: floa
     return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}
 
 
-def _class_id(wanted: object, names: Sequence[str], null_label: int | None) -> int:
-    if wanted is None:
-        if null_label is None:
-            raise ValueError(
-                "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
-            )
-        return null_label
-    if isinstance(wanted, str):
-        return _find_class(wanted, names)
-    if isinstance(wanted, bool) or not isinstance(wanted, int):
-        raise TypeError(f"class must be an index or a name, got {shorten(wanted)} ({type(wanted).__name__})")
-    if not 0 <= wanted < len(names):
-        raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(wanted)}")
-    return wanted
+def _seed_list(seed: Seeds, count: int) -> list[int]:
+    """Returns the seed of each of ``count`` results."""
+    given = plain_list(seed)
+    if given is not None:
+        if len(given) != count:
+            raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(given)}")
+        return [check_seed("seed", each) for each in given]
+    first = check_seed("seed", plain_number(seed))
+    if first + count > 2**32:
+        raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")
+    return list(range(first, first + count))
 
 
-def _find_class(wanted: str, names: Sequence[str]) -> int:
-    # An exact match wins; without one, the case of letters is ignored.
-    found = [number for number, name in enumerate(names) if name == wanted]
-    found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
-    if not found:
-        # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
-        close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
-        raise ValueError(f"unknown class {wanted!r}: {nearest(wanted, names if len(names) <= _MAX_LISTED else close)}")
-    if len(found) > 1:
-        raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
-    return found[0]
+def _negative_labels(given: int | str | Classes | None, count: int, outline: Outline) -> list[int] | None:
+    """Returns the label that guidance moves each of ``count`` results away from; None for "no class"."""
+    if given is None:
+        return None
+    several = plain_list(given)
+    wanted = [cast("int | str", given)] * count if several is None else several
+    if len(wanted) != count:
+        raise ValueError(
+            f"negative_classes must be one class, or one for each of the {count} classes, got {len(wanted)}"
+        )
+    return outline.class_ids(wanted)

@@ -12,8 +12,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -27,9 +26,10 @@ from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_ne
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import mask_schedules
 
 __all__ = [
+    "NEGATIVE",
     "check_stage_folder",
     "copy_stage_folder",
     "fingerprint",
@@ -42,11 +42,12 @@ __all__ = [
     "read_negative_model",
     "remove_negative_model",
     "save_decoding",
-    "save_negative_model",
     "save_tokenizer",
     "save_transformer",
 ]
 
+NEGATIVE = "negative"
+"""The folder of the transformer from which guidance moves away."""
 Kind = Literal["tokenizer", "transformer", "pipeline"]
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -54,7 +55,6 @@ _WEIGHTS_FILE = "model.safetensors"
 _CONFIG = "config.json"
 _NETWORK_FILES = (_CONFIG, _WEIGHTS_FILE)
 _DECODING = "decoding.json"
-_NEGATIVE = "negative"
 _VERSION = 1
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
@@ -117,7 +117,7 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
             are non-finite.
     """
     folder = Path(folder)
-    config, image_size = _parse_tokenizer(read_config(folder, "tokenizer"), folder)
+    config, image_size = _parse_tokenizer(_read_json(folder, "tokenizer"), folder / _CONFIG)
     network = _read_network(lambda: VQGAN(config), folder, num_blocks=config.num_blocks)
     return PretrainedTokenizer(network, image_size, fingerprint(folder))
 
@@ -131,14 +131,9 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
             configuration or are non-finite.
     """
     folder = Path(folder)
-    config = _parse_transformer(read_config(folder, "transformer"), folder)
-    return PretrainedTransformer(
-        _read_network(lambda: create_network(config.network), folder, num_blocks=config.network.num_blocks),
-        config.mask_schedule,
-        config.decoding,
-        config.class_names,
-        config.tokenizer_fingerprint,
-    )
+    config, facts = _parse_transformer(_read_json(folder, "transformer"), folder / _CONFIG)
+    network = _read_network(lambda: create_network(config), folder, num_blocks=config.num_blocks)
+    return PretrainedTransformer(network, folder=folder, **facts)
 
 
 def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
@@ -155,20 +150,11 @@ def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
         FileNotFoundError: if there is no such folder or file.
         ValueError: if it is not JSON, is of another kind or version, or a value is wrong.
     """
-    folder = Path(folder)
-    file = folder / _CONFIG
-    if not file.exists():
-        raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
-    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
-    if config.get("format") != f"maskgit_pl.{kind}":
-        raise ValueError(f"{kind} {file}: format must be 'maskgit_pl.{kind}', got {shorten(config.get('format'))}")
-    version = config.get("version")
-    if version != _VERSION or isinstance(version, bool):  # True == 1 in Python
-        raise ValueError(f"{kind} {file}: version must be {_VERSION}, got {shorten(version)}; update maskgit_pl")
+    config, file = _read_json(Path(folder), kind), Path(folder) / _CONFIG
     if kind == "tokenizer":
-        _parse_tokenizer(config, folder)
+        _parse_tokenizer(config, file)
     elif kind == "transformer":
-        _parse_transformer(config, folder)
+        _parse_transformer(config, file)
     return config
 
 
@@ -203,7 +189,10 @@ def copy_stage_folder(source: Path, folder: Path) -> None:
         FileExistsError: if the folder has other files.
     """
     if not has_weights_of(folder, source):
-        _copy_network(source, folder, check=check_stage_folder)
+        # Loaded pipelines map the file of the weights to memory, so that overwriting it would change them.
+        with write_folder(folder, check=check_stage_folder) as fresh:
+            for name in _NETWORK_FILES:
+                shutil.copyfile(source / name, fresh / name)
 
 
 def save_decoding(
@@ -233,12 +222,12 @@ def save_decoding(
         "format": SETTINGS_FORMAT,
         "version": _VERSION,
         "decoding": asdict(decoding),
-        "transformer": sha256_of(file.parent / "transformer" / _WEIGHTS_FILE),
+        "transformer": fingerprint(file.parent / "transformer"),
         "tuned": dict(tuned or {}),
     }
     if negative_model is not None:
         place = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
-        content["negative_model"] = {"folder": place, "transformer": sha256_of(negative_model / _WEIGHTS_FILE)}
+        content["negative_model"] = {"folder": place, "transformer": fingerprint(negative_model)}
     old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
     if old is not None:
         shutil.copyfile(file, old)  # a copy: the folder is never without one
@@ -261,11 +250,11 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     if not file.is_file():
         return None
     try:
-        content, decoding = _decoding_file(file)
+        decoding, content = _decoding_file(file)
     except ValueError as error:
         raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
     # Tuned settings fit one set of weights; after more training they may not be the best.
-    weights = sha256_of(file.parent / "transformer" / _WEIGHTS_FILE)
+    weights = fingerprint(file.parent / "transformer")
     if content.get("transformer") != weights:
         _log.warning(
             "decoding %s: tuned for a transformer with fingerprint %s, used with one with %s; run "
@@ -286,7 +275,7 @@ def load_decoding(file: Path | str) -> DecodingConfig:
     """
     if not Path(file).is_file():
         raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
-    return _decoding_file(Path(file))[1]
+    return _decoding_file(Path(file))[0]
 
 
 def read_negative_model(file: Path) -> Path | None:
@@ -301,56 +290,26 @@ def read_negative_model(file: Path) -> Path | None:
         FileNotFoundError: if the folder does not exist.
         ValueError: if the file is not JSON, or its entry ``negative_model`` is wrong.
     """
-    if not file.is_file():
-        return None
-    entry = read_json(file).get("negative_model")
+    entry = read_json(file).get("negative_model") if file.is_file() else None
     if entry is None:
         return None
     where = f"decoding {file}: negative_model"
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
         raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
     folder = file.parent / str(entry["folder"])
-    weights = folder / _WEIGHTS_FILE
-    if not weights.is_file():
+    if not (folder / _WEIGHTS_FILE).is_file():
         raise FileNotFoundError(
             f"{where}: no transformer in {folder}; copy it there, name another with --negative-model, or delete the "
             "file to decode as the model was exported"
         )
-    if sha256_of(weights) != entry["transformer"]:
+    if fingerprint(folder) != entry["transformer"]:
         _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
     return folder
 
 
-def save_negative_model(folder: Path | str, source: Path | None) -> Path:
-    """Copies a transformer folder to ``negative/`` in a pretrained folder, so that the pipeline can be shared.
-
-    Args:
-        folder: Pretrained folder.
-        source: Transformer folder of the negative model; None if the model came from memory.
-
-    Returns:
-        The copy, which is complete: an older one is replaced as a whole.
-
-    Raises:
-        FileExistsError: if an older copy has other files.
-        FileNotFoundError: if a file of ``source`` is missing.
-        ValueError: if ``source`` is None.
-    """
-    if source is None:
-        raise ValueError(
-            "negative_model must be read from a folder to be saved with the pipeline, got a model from memory; save it "
-            "with save_pretrained, and name that folder"
-        )
-    target = Path(folder) / _NEGATIVE
-    if target.exists() and target.samefile(source):
-        return target
-    _copy_network(source, target, check=partial(check_only_known, known=_NETWORK_FILES))
-    return target
-
-
 def remove_negative_model(folder: Path | str) -> None:
-    """Removes the copy that ``save_negative_model`` wrote, if there is one. Other files there stay."""
-    target = Path(folder) / _NEGATIVE
+    """Removes the negative model of a pretrained folder, if there is one. Other files there stay."""
+    target = Path(folder) / NEGATIVE
     if target.is_symlink():
         target.unlink()
     elif target.is_dir():
@@ -393,9 +352,23 @@ def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: in
     return load_network(build, weights, file).requires_grad_(requires_grad=False).eval()
 
 
-def _parse_tokenizer(content: Mapping[str, Any], folder: Path) -> tuple[VQGANConfig, ImageSize]:
-    """Returns the sizes of the network and of the images in a ``config.json``."""
+def _read_json(folder: Path, kind: Kind) -> dict[str, Any]:
+    """Returns the content of a ``config.json`` of our format and version."""
     file = folder / _CONFIG
+    if not file.exists():
+        raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
+    config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
+    if config.get("format") != f"maskgit_pl.{kind}":
+        raise ValueError(f"{kind} {file}: format must be 'maskgit_pl.{kind}', got {shorten(config.get('format'))}")
+    if config.get("version") != _VERSION:
+        raise ValueError(
+            f"{kind} {file}: version must be {_VERSION}, got {shorten(config.get('version'))}; update maskgit_pl"
+        )
+    return config
+
+
+def _parse_tokenizer(content: Mapping[str, Any], file: Path) -> tuple[VQGANConfig, ImageSize]:
+    """Returns the sizes of the network and of the images in a ``config.json``, which a stranger may have written."""
     check_keys(str(file), content, known=content, required=("network", "image_size"))
     try:
         network = build_dataclass(VQGANConfig, content["network"], "network")
@@ -406,74 +379,45 @@ def _parse_tokenizer(content: Mapping[str, Any], folder: Path) -> tuple[VQGANCon
     return network, size
 
 
-@dataclass(frozen=True)
-class _TransformerConfig:
-    """The content of a transformer's ``config.json``."""
-
-    network: BackboneConfig
-    mask_schedule: MaskSchedule | None
-    decoding: DecodingConfig
-    class_names: tuple[str, ...]
-    tokenizer_fingerprint: str
-
-
-def _parse_transformer(content: Mapping[str, Any], folder: Path) -> _TransformerConfig:
-    file = folder / _CONFIG
+def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[BackboneConfig, dict[str, Any]]:
+    """Returns the sizes of the network and the other arguments of ``PretrainedTransformer`` in a ``config.json``."""
     names = ("network", "mask_schedule", "decoding", "class_names", "tokenizer_fingerprint")
     check_keys(str(file), content, known=content, required=names)
     network = build_config(content["network"], f"{file}: network")
-    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
-    return _TransformerConfig(
-        network,
-        _mask_schedule(content["mask_schedule"], network.attention, file),
-        _validate_decoding(decoding, f"{file}: decoding"),
-        check_class_names(f"{file}: class_names", content["class_names"], network.num_classes),
-        _text(content["tokenizer_fingerprint"], f"{file}: tokenizer_fingerprint"),
-    )
-
-
-def _mask_schedule(spec: Any, attention: str, file: Path) -> MaskSchedule | None:
-    if (spec is None) != (attention == "causal"):
+    spec, tokenizer = content["mask_schedule"], content["tokenizer_fingerprint"]
+    if (spec is None) != (network.attention == "causal"):
         raise ValueError(
             f"{file}: mask_schedule must be set for bidirectional and null for causal attention, got {shorten(spec)} "
-            f"for {attention}"
+            f"for {network.attention}"
         )
+    if not isinstance(tokenizer, str):
+        raise ValueError(f"{file}: tokenizer_fingerprint must be a string, got {shorten(tokenizer)}")
+    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
+    class_names = check_class_names(f"{file}: class_names", content["class_names"], network.num_classes)
     try:
-        return None if spec is None else mask_schedules.build(spec)
+        schedule = None if spec is None else mask_schedules.build(spec)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    return network, {
+        "mask_schedule": schedule,
+        "decoding": _check_decoding(decoding, f"{file}: decoding"),
+        "class_names": class_names,
+        "tokenizer_fingerprint": tokenizer,
+    }
 
 
-def _text(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where} must be a string, got {shorten(value)}")
-    return value
-
-
-def _copy_network(source: Path, folder: Path, *, check: Callable[[Path], object]) -> None:
-    """Replaces a folder by the files of a network, unless ``check`` raises an error because its content must stay.
-
-    Loaded pipelines map the file of the weights to memory, so that overwriting it would change them.
-    """
-    with write_folder(folder, check=check) as fresh:
-        for name in _NETWORK_FILES:
-            shutil.copyfile(source / name, fresh / name)
-
-
-def _decoding_file(file: Path) -> tuple[dict[str, Any], DecodingConfig]:
-    """Returns the content of a file, and the configuration in it."""
+def _decoding_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
     decoding, content = read_settings_file(file)
-    return content, _validate_decoding(decoding, f"decoding {file}: decoding")
+    return _check_decoding(decoding, f"decoding {file}: decoding"), content
 
 
-def _validate_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
+def _check_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
     """Returns ``decoding`` after building a decoder from it, which checks its names and numbers."""
     try:
         if decoding.is_autoregressive:
             decoding.build_autoregressive_decoder(decoding.num_steps)
         else:
-            # Any schedule serves: this checks names and numbers.
-            decoding.build_decoder(mask_schedules.build("cosine"))
+            decoding.build_decoder(mask_schedules.build("cosine"))  # any schedule serves
         decoding.scales()
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{where}: {error}") from error

@@ -1,7 +1,7 @@
-"""Regions of an edit: boxes and masks in pixels, the tokens that they cover, and the seam of the result.
+"""Images and masks of an edit: read from files, pictures and arrays, cut to the model, and turned into regions.
 
-Outpainting and panoramas fill a canvas that is larger than the images of the model; ``windows`` says in which order.
-Used by ``pipeline.edit`` and the editing commands.
+A region is a box or a mask in pixels, and then the tokens that it covers. ``windows`` gives the order in which a canvas
+larger than the images of the model is filled. Used by ``pipeline.generate``, the editing commands and the page.
 
 Source: paper, section on class-conditional image editing; google-research/maskgit, the editing functions of its demo.
 """
@@ -13,27 +13,36 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from math import ceil, floor
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
+from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_integer, check_number, height_width, plain_number
+from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, plain_number, shorten
 from maskgit_pl.data.image_bytes import MAX_PIXELS
+from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from PIL import Image
 
 __all__ = [
     "Box",
+    "ImageLike",
     "Margins",
+    "MaskLike",
     "Window",
     "box_mask",
-    "check_blend",
     "check_canvas",
-    "check_dilation",
-    "check_overlap",
     "composite",
     "first_step",
+    "fit_to_model",
+    "image_pixels",
+    "mask_pixels",
     "parse_box",
     "pixel_region",
     "seam",
@@ -43,11 +52,124 @@ __all__ = [
 ]
 
 Box: TypeAlias = Sequence[int]
+ImageLike: TypeAlias = Union[str, Path, "Image.Image", Tensor, npt.NDArray[Any]]
+MaskLike: TypeAlias = ImageLike
 
-_RANGE = "[0, 65536]"  # of dilation and blend: the sides of the largest image
+_WHITE = 128  # pixels of a mask picture with at least this grey value are generated
 _SIDES = f"[0, {MAX_PIXELS}]"  # a canvas has at most as many pixels as an image that can be read
 _STEPS_SKIPPED = 6  # an edit skips one sixth of the steps: the released code skips 2 of 12
 _EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # one edge of a box
+
+
+def image_pixels(image: ImageLike, *, channels: int, name: str = "image", background: str = "white") -> Tensor:
+    """Reads an image for the tokenizer: rotated upright, with the channels of the model.
+
+    Args:
+        image: JPEG, PNG or WebP file, PIL image, or uint8 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C)
+            with C = 1 to 4.
+        channels: 1 for grey, 3 for RGB.
+        name: Word for the image in an error, if it is not a file.
+        background: Colour below transparent pixels.
+
+    Returns:
+        (channels, H, W) uint8.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a PIL image
+            of floats or 32-bit integers.
+        TypeError: if it is something else.
+    """
+    from PIL import Image  # with the first image only
+
+    from maskgit_pl.data.images import decode_image, from_pil, read_image_file
+
+    if isinstance(image, str | Path):
+        shown = printable(image)
+        if not Path(image).exists():
+            raise FileNotFoundError(f"{name.split()[0]} {shown}: no such file; name a JPEG, PNG or WebP file")
+        return decode_image(read_image_file(image, name=shown), channels=channels, name=shown, background=background)
+    # Tensors and arrays go through PIL, so that all sources are converted in the same way.
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
+    # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
+    if picture.mode == "F" or (picture.mode == "I" and picture.format != "PNG"):
+        raise ValueError(
+            f"{name} must have 8 bits per channel, or 16 bits of grey, got a PIL image of mode {picture.mode}; scale "
+            'its values to [0, 255] and convert it to "L"'
+        )
+    return from_pil(picture, channels=channels, name=f"({name})", background=background)
+
+
+def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
+    """Reads a mask.
+
+    Args:
+        mask: File or PIL image, white (grey value >= 128) where pixels are generated, or a bool tensor or array (H, W).
+            Transparent pixels are composited over black, so that they stay as they are.
+        name: Word for the mask in an error, if it is not a file.
+
+    Returns:
+        (H, W) bool, True where pixels are generated.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is neither a picture nor (H, W) bool.
+        TypeError: if it is something else.
+    """
+    if isinstance(mask, np.ndarray) and not mask.dtype.hasobject:
+        mask = torch.from_numpy(mask)
+    if isinstance(mask, Tensor):
+        if mask.dtype != torch.bool or mask.ndim != 2:
+            raise ValueError(
+                f"{name} must be (H, W) bool, got {tuple(mask.shape)} {mask.dtype}; for grey values use mask >= "
+                f"{_WHITE}"
+            )
+        return mask.cpu()
+    # Over black: nothing is painted where the picture is transparent.
+    return image_pixels(mask, channels=1, name=name, background="black")[0] >= _WHITE
+
+
+def fit_to_model(
+    image: Tensor, mask: Tensor | None, *, image_size: ImageSize, fit: bool, name: str = "image"
+) -> tuple[Tensor, Tensor]:
+    """Crops and resizes an image and its mask to the size of the model.
+
+    Args:
+        image: (C, h, w) uint8.
+        mask: (h, w) bool; None for the whole image.
+        image_size: Image size of the model: H = W, or (H, W), in pixels.
+        fit: True crops both to the central part with the model's shape and resizes it; False accepts images of the
+            model's size only.
+        name: Word for the image in an error.
+
+    Returns:
+        (C, H, W) uint8 and (H, W) bool. A pixel of the new mask is True if any pixel of the old mask that it covers is.
+
+    Raises:
+        ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the mask is all
+            False.
+    """
+    from maskgit_pl.data.images import crop_to_shape, fit_image  # which import Pillow
+
+    height, width = image.shape[-2:]
+    mask = torch.ones(height, width, dtype=torch.bool) if mask is None else mask
+    if mask.shape != image.shape[-2:]:
+        raise ValueError(
+            f"mask of {name} must have {width} x {height} pixels like the image, got {mask.shape[1]} x {mask.shape[0]}"
+        )
+    if not fit and (height, width) != height_width(image_size):
+        raise ValueError(
+            f"{name} must have the {pixels_text(image_size)} pixels of the model, got {width} x {height}; fit=True "
+            "(--fit) crops and resizes it"
+        )
+    if not bool(mask.any()):
+        raise ValueError(f"mask of {name} must not be empty; paint the region to generate white, or give a box")
+    part = crop_to_shape(mask[None], image_size=image_size)
+    # Max pooling keeps a masked pixel when the mask becomes smaller; resizing could lose it.
+    cut = F.adaptive_max_pool2d(part.float(), height_width(image_size))[0] > 0
+    if not bool(cut.any()):
+        raise ValueError(f"mask of {name} lies outside the central part that is cut out; crop the image yourself")
+    return fit_image(image, image_size=image_size, crop=None), cut
 
 
 def parse_box(text: str, *, height: int, width: int) -> list[int]:
@@ -80,8 +202,8 @@ def parse_box(text: str, *, height: int, width: int) -> list[int]:
     return box
 
 
-def _check_box(box: Box, *, height: int, width: int) -> None:
-    """Checks that a box lies within an image.
+def box_mask(box: Box, *, height: int, width: int) -> Tensor:
+    """Returns (H, W) bool, True inside a box.
 
     Args:
         box: (left, top, right, bottom) in pixels; right and bottom are exclusive.
@@ -89,30 +211,17 @@ def _check_box(box: Box, *, height: int, width: int) -> None:
         width: W of the image in pixels.
 
     Raises:
-        ValueError: if it does not have four numbers, is empty or reversed, or leaves the image.
-        TypeError: if a number is not an integer.
+        ValueError: if the box does not have four integers, is empty or reversed, or leaves the image.
     """
-    shown = ",".join(map(str, box))
-    if len(box) != 4:
-        raise ValueError(f"box must have four numbers left,top,right,bottom, got {shown}")
-    if any(isinstance(edge, bool) or not hasattr(edge, "__index__") for edge in box):
-        raise TypeError(f"box must have integers, got {shown}; round the pixels")
+    edges = [plain_number(edge) for edge in box]
+    if len(edges) != 4 or not all(type(edge) is int for edge in edges):
+        raise ValueError(f"box must have four integers left,top,right,bottom, got {shorten(edges)}")
     left, top, right, bottom = box
-    for low, high, names in ((left, right, "left < right"), (top, bottom, "top < bottom")):
-        if low >= high:
-            raise ValueError(f"box must be left,top,right,bottom with {names}, got {shown}")
-    if left < 0 or top < 0 or right > width or bottom > height:
+    if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
-            f"box must lie in the image, with left and top >= 0, right <= {width} and bottom <= {height}, got {shown}"
+            f"box must lie in the image, with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}, got "
+            f"{','.join(map(str, box))}"
         )
-
-
-def box_mask(box: Box, *, height: int, width: int) -> Tensor:
-    """Returns (H, W) bool, True inside a box. See ``_check_box`` for errors."""
-    import torch
-
-    _check_box(box, height=height, width=width)
-    left, top, right, bottom = box
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[top:bottom, left:right] = True
     return mask
@@ -129,15 +238,9 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
     Returns:
         (h, w) bool with h = ceil(H / factor) and w = ceil(W / factor).
 
-    Raises:
-        ValueError: if ``dilation`` is negative or above 65536.
-
     Source: released code, which takes the tokens of the box and one more on each side. It rounds position and size of
     the box down, so that a box between tokens may lose its last pixels; here no pixel is lost.
     """
-    import torch.nn.functional as F
-
-    check_dilation(dilation)
     # Pixels that the last tokens cover beyond the image.
     bottom, right = -mask.shape[0] % factor, -mask.shape[1] % factor
     # Pads with "not masked" to whole tokens, then takes the maximum over the pixels of each token.
@@ -169,24 +272,6 @@ def first_step(tokens: Tensor, *, num_steps: int) -> int:
     return 0 if bool(tokens.all()) else num_steps // _STEPS_SKIPPED
 
 
-def check_dilation(dilation: object) -> int:
-    """Returns ``dilation``, a number of tokens, as an ``int``.
-
-    Raises:
-        ValueError: if it is not an integer in [0, 65536].
-    """
-    return check_integer("dilation", plain_number(dilation), _RANGE)
-
-
-def check_blend(blend: object) -> float:
-    """Returns ``blend``, a blur in pixels.
-
-    Raises:
-        ValueError: if it is not a number in [0, 65536].
-    """
-    return check_number("blend", plain_number(blend), _RANGE)
-
-
 def seam_radius(image_size: ImageSize) -> float:
     """Returns the blur of the seam in the released code: max(0, side / 16 - 1) pixels, here of the shorter side."""
     return max(0.0, min(height_width(image_size)) / 16 - 1)
@@ -202,17 +287,11 @@ def seam(region: Tensor, *, radius: float) -> Tensor:
 
     Returns:
         (H, W) float32 in [0, 1].
-
-    Raises:
-        ValueError: if ``radius`` is negative or above 65536.
     """
-    import numpy as np
-    import torch
-    from PIL import Image, ImageFilter
-
-    check_blend(radius)
     if radius == 0:
         return region.float()
+    from PIL import Image, ImageFilter
+
     # The released code blurs with PIL, on 8 bits.
     picture = Image.fromarray(region.cpu().numpy().astype(np.uint8) * 255)
     return torch.from_numpy(np.array(picture.filter(ImageFilter.GaussianBlur(radius)))).float() / 255
@@ -279,8 +358,6 @@ class Margins:
 
     def outside(self, height: int, width: int) -> Tensor:
         """Returns (H + up + down, W + left + right) bool, False inside the image (H, W)."""
-        import torch
-
         mask = torch.ones(height + self.up + self.down, width + self.left + self.right, dtype=torch.bool)
         mask[self.up : self.up + height, self.left : self.left + width] = False
         return mask
@@ -305,8 +382,6 @@ class Margins:
         Returns:
             (..., H + up + down, W + left + right) elements.
         """
-        import torch.nn.functional as F
-
         return F.pad(image, [side // size for side in self.sides], mode=mode)
 
 
@@ -337,15 +412,6 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
             f"{name} must be smaller, because a canvas has at most {MAX_PIXELS} pixels, got {width} x {height}"
         )
     return height, width
-
-
-def check_overlap(overlap: float) -> None:
-    """Checks ``overlap``, a fraction of a window.
-
-    Raises:
-        ValueError: if it is not in (0, 1).
-    """
-    check_number("overlap", plain_number(overlap), "(0, 1)")
 
 
 @dataclass(frozen=True)
@@ -416,3 +482,20 @@ def _check_whole_tokens(name: str, value: int, factor: int, *, least: int = 0) -
         raise ValueError(
             f"{name} must be a multiple of {factor} pixels, the size of a token, got {value}; use {fitting}"
         )
+
+
+def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
+    """Checks a tensor (C, H, W) or array (H, W) or (H, W, C), and converts it to an array (H, W) or (H, W, C > 1)."""
+    if not isinstance(image, Tensor | np.ndarray):
+        raise TypeError(
+            f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"
+        )
+    shown = f"{tuple(image.shape)} {image.dtype}"
+    if isinstance(image, Tensor):
+        image = image.cpu().numpy()
+        # torch has channels first, numpy and PIL have them last.
+        image = rearrange(image, "c h w -> h w c") if image.ndim == 3 else image
+    pixels = image[..., None] if image.ndim == 2 else image
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 2, 3, 4) or pixels.size == 0:
+        raise ValueError(f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {shown}")
+    return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -153,13 +153,18 @@ def test_panorama_writes_what_the_pipeline_makes(tiny_pretrained: Path, tmp_path
         assert animation.n_frames > 4
 
 
-def test_an_edit_shows_how_it_was_decoded(tiny_pretrained: Path, image: Path, tmp_path: Path) -> None:
-    code = call_command(
-        "edit", tiny_pretrained, image, "--box", "0,0,4,2", "--class", "1", "--num-steps", 6, "--variants", 3,
-        "--batch-size", 2, "--out", tmp_path / "out.png", "--gif", tmp_path / "out.gif",
+def test_strength_writes_what_the_pipeline_makes(tiny_pretrained: Path, image: Path, tmp_path: Path, capsys) -> None:
+    code = call(
+        tiny_pretrained, image, "--strength", 0.5, "--class", 1, "--variants", 2, "--seed", 3, "--num-steps", 6,
+        "--out", tmp_path / "out.png", "--images", tmp_path / "single", "--gif", tmp_path / "out.gif",
         "--filmstrip", tmp_path / "strip.png",
     )  # fmt: skip
     assert code == 0
+    assert (tmp_path / "strip.png").is_file()
+    assert "2 variants of class T-shirt, 8 of 16 tokens generated" in capsys.readouterr().out
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    expected = pipe.edit(pixels().numpy(), strength=0.5, classes=[1, 1], seed=3, num_steps=6, output_type="np")
+    assert (read_pictures(tmp_path / "single") == expected[..., 0]).all()
     with Image.open(tmp_path / "out.gif") as animation:
         assert animation.n_frames == 5  # of 6 steps the first is left out
 
@@ -171,7 +176,11 @@ HUGE = "4000000000000"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (BOX, "one of --box and --mask must be given, got neither"),
+        (BOX, "one of --box and --mask and --strength must be given, got neither"),
+        (f"{BOX} --strength 1.5", "--strength must be a number in (0, 1], got 1.5"),
+        (f"{BOX} --strength 0.5 --box 0,0,4,2", "--box must not be given with --strength"),
+        (f"{BOX} --strength 0.5 --dilation 1", "--dilation must not be given with --strength"),
+        (f"{BOX} --strength 0.5 --no-blend", "--no-blend must not be given with --strength"),
         (f"{BOX} --box 0,0,1,1 --mask m.png", "--box must not be given with --mask; choose one of the two"),
         (f"{BOX} --box 0,0,1", "10%,20%,60%,80%, got 0,0,1"),
         (f"{BOX} --box 0,0,9,2", "--box must lie in the image"),

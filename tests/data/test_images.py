@@ -202,7 +202,7 @@ _MEASURE = """
 import json, sys, time
 from pathlib import Path
 from maskgit_pl.data.images import parse_image_header, read_image_file
-from maskgit_pl.pipeline.pixels import image_pixels
+from maskgit_pl.pipeline.regions import image_pixels
 from maskgit_pl.data.images import UnreadableImageError, decode_image, fit_image
 
 def kilobytes(name):

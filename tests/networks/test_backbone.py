@@ -395,7 +395,7 @@ def test_tables_that_a_plugin_does_not_declare_cannot_follow_another_grid():
 
     given = PretrainedTransformer(create(config), None, DecodingConfig(num_steps=1), ("a", "b", "c"), "")
     assert weights_for(config, given).keys() == {"table.weight", "own.weight"}
-    with pytest.raises(ValueError, match=r"model\.network\.grid must be .* does not list it in .*position_tables"):
+    with pytest.raises(ValueError, match=r"model\.network: tensor .* does not list it in .*position_tables"):
         weights_for(replace(config, grid=(4, 4)), given)
 
 

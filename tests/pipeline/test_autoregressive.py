@@ -82,8 +82,10 @@ def test_editing_is_refused_by_name(pipe) -> None:
     rule = "requires a model with bidirectional attention, .* got an autoregressive one; choose another run"
     with pytest.raises(ValueError, match=f"inpaint {rule}"):
         pipe.inpaint(image, mask, classes=[0])
-    with pytest.raises(ValueError, match=f"edit_class {rule}"):
+    with pytest.raises(ValueError, match=f"inpaint {rule}"):
         pipe.edit_class(image, (0, 0, 4, 4), 1)
+    with pytest.raises(ValueError, match=f"edit {rule}"):
+        pipe.edit(image, strength=0.5)
     with pytest.raises(ValueError, match=f"outpaint {rule}"):
         pipe.outpaint(image, left=2, classes=[0])
     with pytest.raises(ValueError, match=f"panorama {rule}"):

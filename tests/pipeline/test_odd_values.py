@@ -33,8 +33,9 @@ METHODS = {
     "inpaint": ({"image": IMAGE, "mask": MASK}, ("image", "mask", "classes", "batch_size", "seed", *EDITING)),
     "edit_class": (
         {"image": IMAGE, "region": MASK, "class_": 1},
-        ("image", "region", "class_", "variants", "seed", "classes", *EDITING),
+        ("image", "region", "class_", "variants", "seed", *EDITING),
     ),
+    "edit": ({"image": IMAGE, "strength": 0.5}, ("image", "strength", "classes", "seed", "fit")),
     "outpaint": (
         {"image": IMAGE, "right": 2},
         ("image", "left", "right", "up", "down", "classes", "overlap", "seed", *EDITING[:2]),
@@ -45,6 +46,7 @@ METHODS = {
 WORDS = {
     "classes": ("class",),
     "class_": ("class",),
+    "negative_classes": ("class",),
     "region": ("box", "mask"),
     "token_selector": ("token selector",),
     "mask_schedule": ("mask schedule",),

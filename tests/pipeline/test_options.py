@@ -1,17 +1,27 @@
-""""""
+"""Options of a call: their names, the settings that replace one another, and classes."""
 
-import dataclasses
 import inspect
 import re
+from dataclasses import fields, replace
 
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.pipeline import EditOptions, GenerateOptions
 from maskgit_pl.pipeline.bulk import BulkOptions
-from maskgit_pl.pipeline.options import SETTINGS, class_ids, parse_class, parse_classes, read_options, replace_settings
+from maskgit_pl.pipeline.options import (
+    SETTINGS,
+    EditKeywords,
+    GenerateKeywords,
+    Outline,
+    Request,
+    SeamKeywords,
+    read_options,
+    replace_settings,
+)
 
 OWN = DecodingConfig(4, "halton", {"name": "linear", "scale": 1.0}, tokens_per_step=(1, 1, 2, 12))
+NAMES = ("Ankle boot", "T-shirt", "7")
+OUTLINE = Outline(NAMES, 3, 16, False, OWN, 8, 2, 1)
 
 
 def documented_arguments(kind: type) -> set[str]:
@@ -22,23 +32,32 @@ def documented_arguments(kind: type) -> set[str]:
 
 def test_options_and_settings_are_told_apart():
     given = {"seed": 5, "dilation": 2, "num_steps": 3, "guidance_scale": 2.0, "top_k": None}
-    options, decoding = read_options(EditOptions, given, OWN)
-    assert options == EditOptions(seed=5, dilation=2)
-    assert decoding == DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
+    request = Request.of(OUTLINE, ["7", 0], given, EditKeywords)
+    decoding = DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
+    assert request == Request(labels=[2, 0], seeds=[5, 6], decoding=decoding, dilation=2)
+    bulk = {"num_images": 5, "num_steps": 3, "guidance_scale": 2.0}
+    assert read_options(BulkOptions, bulk, OWN) == (BulkOptions(num_images=5), decoding)
 
 
-@pytest.mark.parametrize("kind", [GenerateOptions, EditOptions, BulkOptions])
-def test_no_option_has_the_name_of_a_setting_and_each_is_documented(kind):
-    names = {field.name for field in dataclasses.fields(kind)}
+def test_every_option_is_documented_and_none_has_the_name_of_a_setting():
+    documented = {name for kind in (GenerateKeywords, SeamKeywords) for name in documented_arguments(kind)}
+    assert EditKeywords.__annotations__.keys() - {*SETTINGS, "decoding", "fit"} == documented
+    names = {field.name for field in fields(BulkOptions)}
     assert names & {*SETTINGS, "decoding"} == set()
-    documented = {name for each in kind.__mro__ for name in documented_arguments(each)}
-    assert names <= documented
+    assert names <= documented_arguments(BulkOptions)
 
 
 def test_every_setting_is_a_field_or_an_argument_of_a_plug_in():
-    fields = {field.name for field in dataclasses.fields(DecodingConfig)}
-    assert fields == documented_arguments(DecodingConfig)
-    assert set(SETTINGS) - fields == {"guidance_scale", "choice_temperature"}
+    names = {field.name for field in fields(DecodingConfig)}
+    assert names == documented_arguments(DecodingConfig)
+    assert set(SETTINGS) - names == {"guidance_scale", "choice_temperature"}
+
+
+def test_a_request_in_parts_keeps_the_seed_of_each_result():
+    request = Request.of(OUTLINE, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_classes": [1, 2, 0]}, EditKeywords)
+    parts = [request.part(rows) for rows in request.batches()]
+    assert [part.seeds for part in parts] == [[7, 8], [9]]
+    assert [part.negative_labels for part in parts] == [[1, 2], [0]]
 
 
 def test_nothing_given_changes_nothing():
@@ -52,6 +71,14 @@ def test_an_argument_of_a_plug_in_is_replaced_in_whatever_spec_there_is():
     assert replace_settings(OWN, {"guidance": "cosine", "guidance_scale": 3}).guidance == {"name": "cosine", "scale": 3}
 
 
+def test_a_list_of_tokens_gives_the_number_of_steps_and_another_number_removes_it():
+    made = replace_settings(OWN, {"tokens_per_step": [4, 4, 8]})
+    assert (made.num_steps, made.tokens_per_step) == (3, (4, 4, 8))
+    assert replace_settings(OWN, {"decoding": made, "num_steps": 5}).tokens_per_step is None
+    with pytest.raises(ValueError, match="tokens_per_step must hold a number for each of the 2 steps"):
+        replace_settings(OWN, {"tokens_per_step": [4, 4, 8], "num_steps": 2})
+
+
 def test_a_mask_schedule_takes_the_place_of_the_model_s_own_list():
     made = replace_settings(OWN, {"mask_schedule": "cosine"})
     assert (made.mask_schedule, made.tokens_per_step, made.num_steps) == ("cosine", None, 4)
@@ -59,33 +86,31 @@ def test_a_mask_schedule_takes_the_place_of_the_model_s_own_list():
         replace_settings(OWN, {"mask_schedule": "cosine", "tokens_per_step": [8, 8]})
 
 
-def test_what_is_neither_is_answered_with_the_nearest_name():
+def test_a_name_that_is_neither_is_answered_with_the_nearest():
     with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
-        read_options(GenerateOptions, {"negative_clases": 1}, OWN)
+        Request.of(OUTLINE, 0, {"negative_clases": 1}, GenerateKeywords)
     with pytest.raises(TypeError, match="option 'dilation'"):
-        read_options(GenerateOptions, {"dilation": 1}, OWN)
+        Request.of(OUTLINE, 0, {"dilation": 1}, GenerateKeywords)
     with pytest.raises(TypeError, match="option 'seed'"):
         replace_settings(OWN, {"seed": 1})
 
 
-NAMES = ("Ankle boot", "T-shirt", "7")
-
-
 def test_a_word_is_a_name_if_there_is_one_and_else_a_number():
-    assert parse_class("7", NAMES) == "7"
-    assert parse_class("1", NAMES) == 1
-    assert parse_class("-1", NAMES) == -1  # which is refused later, as a number
-    assert parse_classes(" T-shirt, 0 ,,7", NAMES, max_shown=2) == ["T-shirt", 0, "7"]
-    assert class_ids(parse_classes("7,1", NAMES, max_shown=2), NAMES, null_label=None) == [2, 1]
+    assert [OUTLINE.parse_class(word) for word in ("7", "1", None)] == [2, 1, None]
+    with pytest.raises(ValueError, match=r"class must be an index in \[0, 3\) or a name, got -1"):
+        OUTLINE.parse_class("-1")
+    assert OUTLINE.parse_classes(" T-shirt, 0 ,,7", max_shown=2) == [1, 0, 2]
 
 
 @pytest.mark.parametrize(("most", "shown"), [(10, [0, 1, 2]), (2, [0, 1]), (1, [0])])
 def test_all_is_as_many_classes_as_are_shown_evenly_spread(most, shown):
-    assert parse_classes("all", NAMES, max_shown=most) == shown
-    assert parse_classes("all", ("all", "x"), max_shown=most) == ["all"]  # a class of that name
+    assert OUTLINE.parse_classes("all", max_shown=most) == shown
+    assert replace(OUTLINE, class_names=("x", "all")).parse_classes("all", max_shown=most) == [
+        1
+    ]  # a class of that name
 
 
 def test_no_class_is_the_null_class_of_models_that_have_it():
-    assert class_ids([None, "t-SHIRT"], NAMES, null_label=3) == [3, 1]
+    assert OUTLINE.class_ids([None, "t-SHIRT"]) == [3, 1]
     with pytest.raises(ValueError, match="class must not be None: the model was trained without a null class"):
-        class_ids([None], NAMES, null_label=None)
+        replace(OUTLINE, null_label=None).class_ids([None])

@@ -3,7 +3,6 @@ import logging
 import math
 import os
 import resource
-import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -131,31 +130,11 @@ def test_a_causal_transformer_comes_back_as_it_was_saved(tiny_autoregressive):
         made.schedule_for("tune")
 
 
-def test_an_attention_and_a_schedule_that_do_not_go_together_are_refused(saved, tiny_autoregressive, tmp_path):
-    shutil.copytree(tiny_autoregressive / "transformer", tmp_path / "causal")
-    edit(tmp_path / "causal", mask_schedule="cosine")
-    edit(saved / "transformer", mask_schedule=None)
-    for folder, got in (
-        (tmp_path / "causal", "'cosine' for causal"),
-        (saved / "transformer", "None for bidirectional"),
-    ):
-        with pytest.raises(ValueError, match=rf"config\.json: mask_schedule must be .*, got {got}"):
-            load_transformer(folder)
-
-
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
 def test_loaded_networks_are_frozen_and_in_evaluation_mode(saved, kind):
     network = LOADERS[kind](saved / kind).network
     assert not any(module.training for module in network.modules())
     assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
-def test_a_folder_holds_tensors_and_plain_json_alone(saved):
-    for kind in LOADERS:
-        assert sorted(file.name for file in (saved / kind).iterdir()) == ["config.json", "model.safetensors"]
-        config = read_config(saved / kind, kind)
-        assert config["format"] == f"maskgit_pl.{kind}"
-        assert config["version"] == 1
 
 
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer"])
@@ -199,24 +178,26 @@ def test_weights_of_another_size_are_refused_by_their_file(saved):
 
 
 @pytest.mark.parametrize(
-    ("kind", "part"), [("tokenizer", "network"), ("transformer", "network"), ("transformer", "decoding")]
+    ("kind", "changes", "message"),
+    [
+        ("tokenizer", {"version": 2}, "version must be 1, got 2; update maskgit_pl"),
+        ("tokenizer", {"network": {"colour": "red"}}, "network: unknown key 'colour'"),
+        ("tokenizer", {"image_size": 7.5}, "image_size must be an integer in"),
+        ("transformer", {"network": {"colour": "red"}}, "network: unknown key 'colour'"),
+        ("transformer", {"decoding": {"colour": "red"}}, "decoding: unknown key 'colour'"),
+        ("transformer", {"mask_schedule": "cosin"}, "unknown mask schedule 'cosin': did you mean 'cosine'"),
+        ("transformer", {"mask_schedule": None}, "mask_schedule must be .*, got None for bidirectional"),
+        ("transformer", {"tokenizer_fingerprint": 3}, "tokenizer_fingerprint must be a string, got 3"),
+        ("transformer", {"class_names": ["cat"]}, "class_names must be a list of 2 strings"),
+    ],
 )
-def test_an_unknown_key_is_refused_by_its_file(saved, kind, part):
-    edit(saved / kind, **{part: {**read_config(saved / kind, kind)[part], "colour": "red"}})
-    with pytest.raises(ValueError, match=rf"{kind}/config\.json: {part}: .*unknown key 'colour'"):
+def test_a_wrong_value_is_refused_by_its_file(saved, kind, changes, message):
+    old = read_config(saved / kind, kind)
+    edit(
+        saved / kind, **{name: {**old[name], **new} if isinstance(new, dict) else new for name, new in changes.items()}
+    )
+    with pytest.raises(ValueError, match=rf"{kind}/config\.json: .*{message}"):
         LOADERS[kind](saved / kind)
-
-
-def test_an_unknown_schedule_answers_with_the_nearest(saved):
-    edit(saved / "transformer", mask_schedule="cosin")
-    with pytest.raises(ValueError, match="unknown mask schedule 'cosin': did you mean 'cosine'"):
-        load_transformer(saved / "transformer")
-
-
-def test_a_newer_format_is_refused(saved):
-    edit(saved / "tokenizer", version=2)
-    with pytest.raises(ValueError, match=r"tokenizer/config\.json: version must be 1, got 2; update maskgit_pl"):
-        load_tokenizer(saved / "tokenizer")
 
 
 @pytest.mark.parametrize("text", ["{", "", "[]", '"text"'])
@@ -250,28 +231,6 @@ def test_an_older_folder_is_replaced_unless_it_holds_other_files(saved):
     assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan(seed=1).state_dict())
     assert load_tokenizer(saved / "tokenizer").image_size == 16
     assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]  # nothing is left beside them
-
-
-def test_a_write_that_fails_leaves_the_older_folder_and_nothing_else(saved, monkeypatch):
-    def fail(*given: object) -> None:
-        raise OSError("no space left on device")
-
-    monkeypatch.setattr("maskgit_pl.pipeline.pretrained.write_tensors", fail)
-    with pytest.raises(OSError, match="no space left"):
-        save_tokenizer(saved / "tokenizer", VQGAN_CONFIG, vqgan(seed=1).state_dict(), image_size=16)
-    monkeypatch.undo()
-    assert equal(load_tokenizer(saved / "tokenizer").network.state_dict(), vqgan().state_dict())
-    assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]
-
-
-def test_leftovers_of_a_killed_write_do_not_stand_in_the_way(tmp_path, monkeypatch):
-    monkeypatch.setattr("os.getpid", lambda: 17)
-    left = tmp_path / ".tokenizer.partial-17"
-    left.mkdir()
-    (left / "model.safetensors").write_bytes(b"half")
-    save_tokenizer(tmp_path / "tokenizer", VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
-    assert load_tokenizer(tmp_path / "tokenizer").image_size == 8
-    assert not left.exists()
 
 
 def edit_weights(folder: Path, name: str, tensor: Tensor) -> None:
@@ -336,11 +295,6 @@ def test_exports_have_the_permissions_of_any_new_file(tmp_path, mask):
     assert all(mode == (0o777 if path.is_dir() else 0o666) & ~mask for path, mode in modes.items())
 
 
-def test_a_folder_can_be_moved(saved, tmp_path):
-    shutil.move(saved / "transformer", tmp_path / "elsewhere")
-    assert load_transformer(tmp_path / "elsewhere").class_names == ("cat", "dog")
-
-
 RECIPE = DecodingConfig(
     5,
     {"name": "remdm", "strategy": "loop"},
@@ -355,10 +309,6 @@ RECIPE = DecodingConfig(
 def edit_decoding(folder: Path, **changes: object) -> None:
     file = folder / "decoding.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
-
-
-def test_without_a_recipe_there_is_none(saved: Path) -> None:
-    assert read_decoding(saved) is None
 
 
 def test_a_recipe_comes_back_as_it_was_saved_and_an_older_one_is_kept(saved: Path, caplog) -> None:
@@ -409,12 +359,6 @@ def test_a_recipe_that_is_none_is_refused_by_name(saved: Path, changes: dict[str
     assert str(saved / "decoding.json") in str(caught.value)
 
 
-def test_a_recipe_that_is_no_json_is_refused_by_name(saved: Path) -> None:
-    (saved / "decoding.json").write_bytes(b"{\xff")
-    with pytest.raises(ValueError, match=r"decoding\.json is not valid JSON"):
-        read_decoding(saved)
-
-
 # Pixels and tokens
 
 
@@ -456,11 +400,3 @@ def test_encoding_in_parts_gives_the_same_tokens():
         exact = tokenizer.network.encode(images / 255)
     assert torch.equal(tokenizer.encode(images), exact)
     assert torch.equal(tokenizer.encode(images, batch_size=2), exact)
-
-
-def test_no_images_and_no_tokens_are_refused_by_name() -> None:
-    tokenizer = tiny_tokenizer()
-    with pytest.raises(ValueError, match=r"images must have at least 1 row, got shape \(0, 1, 14, 14\)"):
-        tokenizer.encode(torch.zeros(0, 1, 14, 14, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"tokens must have at least 1 row, got shape \(0, 16\)"):
-        tokenizer.decode(torch.zeros(0, 16, dtype=torch.int64))

@@ -6,12 +6,14 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.pipeline.pixels import fit_to_model, image_pixels, mask_pixels
 from maskgit_pl.pipeline.regions import (
     Margins,
     box_mask,
     composite,
     first_step,
+    fit_to_model,
+    image_pixels,
+    mask_pixels,
     parse_box,
     pixel_region,
     seam,
@@ -65,22 +67,6 @@ def test_dilation_goes_to_all_sides_and_ends_at_the_border() -> None:
     assert torch.equal(token_mask(corner, factor=1, dilation=0), corner)
 
 
-def test_nothing_masked_stays_nothing_and_everything_stays_everything() -> None:
-    assert not token_mask(torch.zeros(4, 6, dtype=torch.bool), factor=2, dilation=3).any()
-    assert token_mask(torch.ones(4, 6, dtype=torch.bool), factor=2).all()
-
-
-def test_a_negative_dilation_is_refused() -> None:
-    with pytest.raises(ValueError, match="dilation must be an integer in"):
-        token_mask(mask_of("#"), factor=1, dilation=-1)
-
-
-def test_the_pixels_of_tokens_are_theirs_alone() -> None:
-    region = pixel_region(mask_of(".#", "#."), factor=2, height=4, width=4)
-    assert torch.equal(region, mask_of("..##", "..##", "##..", "##.."))
-    assert torch.equal(token_mask(region, factor=2), mask_of(".#", "#."))
-
-
 def test_an_edit_begins_at_the_released_step_and_a_generation_at_the_first() -> None:
     part, everything = mask_of("#."), mask_of("##")
     assert [first_step(part, num_steps=steps) for steps in (1, 4, 5, 6, 8, 12, 16)] == [0, 0, 0, 1, 1, 2, 2]
@@ -97,22 +83,21 @@ def test_a_box_is_left_top_right_bottom_without_the_last_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    ("box", "error", "message"),
+    ("box", "message"),
     [
-        ((0, 0, 5, 3), ValueError, "must lie in the image, with left and top >= 0, right <= 4 and bottom <= 3"),
-        ((0, 0, 4, 4), ValueError, "must lie in the image"),
-        ((-1, 0, 4, 3), ValueError, "must lie in the image"),
-        ((0, -1, 4, 3), ValueError, "must lie in the image"),
-        ((2, 0, 2, 3), ValueError, "with left < right, got 2,0,2,3"),
-        ((3, 0, 1, 3), ValueError, "left < right"),
-        ((0, 2, 4, 1), ValueError, "with top < bottom, got 0,2,4,1"),
-        ((0, 0, 4), ValueError, "must have four numbers left,top,right,bottom"),
-        ((0, 0, 4.0, 3), TypeError, "must have integers"),
-        ((0, 0, True, 3), TypeError, "must have integers"),
+        ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
+        ((0, 0, 4, 4), "must lie in the image"),
+        ((-1, 0, 4, 3), "must lie in the image"),
+        ((0, -1, 4, 3), "must lie in the image"),
+        ((2, 0, 2, 3), "left < right"),
+        ((0, 2, 4, 1), "top < bottom"),
+        ((0, 0, 4), "must have four integers left,top,right,bottom, got"),
+        ((0, 0, 4.5, 3), "must have four integers"),
+        ((0, 0, True, 3), "must have four integers"),
     ],
 )
-def test_a_box_that_is_none_is_refused(box, error, message) -> None:
-    with pytest.raises(error, match=message):
+def test_a_box_that_is_none_is_refused(box, message) -> None:
+    with pytest.raises(ValueError, match=message):
         box_mask(box, height=3, width=4)
 
 
@@ -139,26 +124,8 @@ def test_a_soft_seam_falls_from_the_region_outwards() -> None:
     assert torch.allclose(weight, row.expand(64, -1))  # nothing is lost at the border
 
 
-def test_far_from_a_soft_seam_the_pixels_are_the_originals() -> None:
-    original, edited = pixels(1, 64, 64), pixels(1, 64, 64, seed=1)
-    weight = seam(box_mask((0, 0, 20, 64), height=64, width=64), radius=2)
-    made = composite(original, edited, weight)
-    assert torch.equal(made[..., 32:], original[..., 32:])
-    assert torch.equal(made[..., :8], edited[..., :8])
-    between = made[..., 18:22].float()
-    low, high = torch.minimum(original, edited)[..., 18:22], torch.maximum(original, edited)[..., 18:22]
-    assert ((low <= between) & (between <= high)).all()
-    assert not torch.equal(made[..., 18:22], original[..., 18:22])
-
-
 def test_the_released_blur() -> None:
     assert [seam_radius(size) for size in (512, 256, 28, 16, 8)] == [31, 15, 0.75, 0, 0]
-
-
-@pytest.mark.parametrize("radius", [-1, float("nan"), float("inf")])
-def test_a_blur_that_is_none_is_refused(radius) -> None:
-    with pytest.raises(ValueError, match=r"blend must be a (finite )?number in"):
-        seam(mask_of("#."), radius=radius)
 
 
 # What a user gives
