@@ -25,17 +25,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
-from maskgit_pl.evaluation.cache import digest_of, shorten_digest
-from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.opening import (
-    RunFolders,
-    create_evaluated_model,
-    data_name,
-    open_images,
-    open_model,
-    open_networks,
-)
+from maskgit_pl.evaluation.evaluator import collect_numbers
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
+from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_images, open_model
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
@@ -291,21 +283,15 @@ class _Ablation:
         data = runs.variants[runs.reference].values.data
         images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
         self.num_images = round_to_classes(options.num_images, images.num_classes)
-        self.evaluator = Evaluator(
+        self.evaluator = open_evaluator(
+            self._folders(runs.config.runs),
             images,
-            dataset=data_name(runs.shards),
-            networks=open_networks(
-                self._folders(runs.config.runs),
-                images,
-                features=options.features,
-                reference=options.reference,
-                device=self.device,
-                bars=bars,
-            ),
-            ledger=self.ledger,
-            bars=bars,
-            batch_size=options.batch_size,
+            self.ledger,
             device=self.device,
+            batch_size=options.batch_size,
+            features=options.features,
+            reference=options.reference,
+            bars=bars,
         )
         self.protocol = self._describe()
 
@@ -320,7 +306,6 @@ class _Ablation:
         reference = runs.variants[runs.reference]
         first, network = next(iter(self.evaluator.networks.items()))
         origin, count = network.reference.origin, network.columns["real_images"]
-        assert origin is not None
         of = origin.file or f"the {origin.split} split"
         return {
             "command": typed_command(),
@@ -362,8 +347,7 @@ class _Ablation:
 
     def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:
         """Measures generated images and the likelihood of real ones, with noise that differs between seeds."""
-        folders = self._folders(run)
-        model = create_evaluated_model(folders, open_model(folders, self.device))
+        model = open_model(self._folders(run), self.device)
         first = self.options.seed + seed * self.num_images
         decoding = built.decoding or model.pipe.decoding
         rows = self.evaluator.measure_samples(model, decoding, num_images=self.num_images, seed=first)

@@ -107,33 +107,21 @@ class EvaluationOptions(ModelOptions):
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
         lpips: Also measure LPIPS of the reconstructions with vgg=FILE, alex=FILE or squeeze=FILE.
         likelihood_images: Number of real images for the likelihood.
-        accept_rate: Generate 1 / X times as many images, and also measure the fraction X of each class to which a
-            classifier gives the highest probability of that class.
-        accept_classifier: Classifier of --accept-rate; another one than --classifier, which would judge its own choice,
-            is better (default: --classifier).
         resume: Keep the measurements of an interrupted evaluation.
 
     Raises:
-        ValueError: if a number is out of range, or a classifier is given without a rate.
+        ValueError: if a number is out of range.
     """
 
     num_steps: int | None = None
     reference: Path | None = None
     lpips: str | None = None
     likelihood_images: int = 2000
-    accept_rate: float | None = None
-    accept_classifier: Path | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
-        if self.accept_rate is not None:
-            check_number("accept_rate", self.accept_rate, "(0, 1]")
-        elif self.accept_classifier is not None:
-            raise ValueError(
-                f"accept_classifier must be given with accept_rate, got only {self.accept_classifier}; give the rate"
-            )
 
 
 @dataclass(frozen=True)
@@ -161,9 +149,8 @@ class TuningOptions(ModelOptions):
         selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: loop}, whose arguments are
             fixed (default: all).
         schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow, exponent: 2.5},
-            pow (any exponent), or free (any number of tokens per step); own: only the model's (default: all).
+            or pow (any exponent); own: only the model's (default: all).
         seconds: Start no further trial after this time (default: no limit).
-        plot: Measure and draw the figure of mask schedules, which takes longer than the search (default: --plot).
 
     Raises:
         ValueError: if a number is out of range.
@@ -173,7 +160,6 @@ class TuningOptions(ModelOptions):
     selectors: Sequence[Spec] | None = None
     schedules: Sequence[Spec] | None = None
     seconds: float | None = None
-    plot: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

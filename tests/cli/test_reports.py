@@ -367,7 +367,7 @@ def test_tokenizers_are_judged_by_their_reconstructions_and_their_transformers(
         (("--features", "bogus"), "unknown feature network 'bogus'"),
         (("--features", "lite0,inception=nowhere"), "nowhere"),
         (("--results", __file__), "--results must be a folder, got the file"),
-        (("--reference", "nowhere.npz"), "reference nowhere.npz: no such file"),
+        (("--reference", "nowhere.npz"), "reference nowhere.npz must be an existing"),
         (("--device", "cuda:99"), "--device must be one of"),
     ],
 )

@@ -64,7 +64,7 @@ def test_the_functions_return_numbers_write_files_and_share_a_ledger(run: Path, 
     assert [row["selector"] for row in made.rows] == ["halton"]
     assert {path.name for path in made.folder.iterdir()} == {"comparison.md", "comparison.csv", "selectors.png"}
 
-    search = evaluation.TuningOptions(num_steps=[2], device="cpu", plot=False)
+    search = evaluation.TuningOptions(num_steps=[2], device="cpu")
     result = evaluation.tune(run, data=tiny_shards, trials=2, num_images=6, options=search)
     assert result.winner.numbers[result.metric] <= result.before.numbers[result.metric]
     rows = evaluation.Ledger(run / "evaluation" / "ledger.jsonl").rows("samples")

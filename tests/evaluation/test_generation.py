@@ -19,7 +19,7 @@ from maskgit_pl.evaluation.generation import (
     make_hidden_mask,
     num_candidates,
 )
-from maskgit_pl.evaluation.npz import open_samples
+from maskgit_pl.evaluation.reference import open_samples
 from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
@@ -137,7 +137,7 @@ READ = """
 import sys
 import torch
 from maskgit_pl.evaluation.generation import GeneratedImages
-from maskgit_pl.evaluation.npz import open_samples
+from maskgit_pl.evaluation.reference import open_samples
 
 file = open_samples(sys.argv[1])
 images = GeneratedImages(file, 3, file.labels, None)

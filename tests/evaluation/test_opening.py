@@ -11,7 +11,6 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.opening import (
     check_data,
     check_model_decoding,
-    create_evaluated_model,
     data_name,
     describe_held_out,
     find_run,
@@ -107,7 +106,7 @@ def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
     [
         ({"source": {"kind": "idx"}}, "idx", "the official test set"),
         ({"source": {"kind": "image folder"}}, "image folder", "about a tenth"),
-        ({"source": "odd"}, "unknown", "maskgit_pl did not choose"),
+        ({"source": {"kind": "odd"}}, "unknown", "maskgit_pl did not choose"),
         (None, "unknown", "--data"),
     ],
 )
@@ -123,7 +122,7 @@ def test_the_split_that_judges_is_named(tiny_shards: Path, tmp_path: Path, recor
 @pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
 def test_a_model_in_bfloat16_has_other_rows_and_the_same_tokenizer(tiny_pretrained: Path, dtype: Any) -> None:
     folders = find_run(tiny_pretrained, data=Path("data"))
-    plain, cast = (create_evaluated_model(folders, open_model(folders, "cpu", dtype=each)) for each in (None, dtype))
+    plain, cast = (open_model(folders, "cpu", dtype=each) for each in (None, dtype))
     assert next(cast.pipe.tokenizer.network.parameters()).dtype == torch.float32
     expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
     assert next(cast.pipe.transformer.network.parameters()).dtype == expected
