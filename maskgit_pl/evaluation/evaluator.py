@@ -374,7 +374,6 @@ class Evaluator:
             seed: Seed of the first generated image.
         """
         config = config.for_images(self.data.config.image_size)
-        name = REAL if model is None else model.run
 
         def measure() -> dict[str, Any]:
             source: TrainingImages | Tensor
@@ -383,10 +382,10 @@ class Evaluator:
                 available = self.data.summary.samples["train"]
                 source = draw_order(available, num_images)(range(min(num_images, available))).index
             else:
-                title = f"{name}: {num_images} images for CAS"
+                title = f"{model.run}: {num_images} images for CAS"
                 made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-                source = TrainingImages(made.read_at, made.shape, made.labels, self.data.class_names)
-            bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
+                source = TrainingImages(made.read, made.shape, made.labels, self.data.class_names)
+            bar = self.bars(f"CAS: {config.model}", config.max_steps)
             found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
             return {"top1": found.top1, "top5": found.top5, "real_images": found.images}
 

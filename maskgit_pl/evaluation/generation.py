@@ -19,7 +19,6 @@ from typing import Literal, Unpack
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.checks import height_width
@@ -68,7 +67,6 @@ class GeneratedImages:
     Args:
         file: File of the images, which are read on demand.
         channels: Channels of an image.
-        labels: (n,) int64: requested classes, in ascending order.
         seconds_per_image: Wall-clock seconds of this rank per image, for tokens and pixels; None if the images already
             existed.
         steps_taken: Mean number of steps in which an image still had masked tokens, over this rank's images. It is T
@@ -78,34 +76,23 @@ class GeneratedImages:
 
     file: SampleFile
     channels: int
-    labels: Tensor
     seconds_per_image: float | None
     steps_taken: float | None = None
 
-    def read(self, rows: range) -> Tensor:
-        """Returns the (b, C, H, W) uint8 images of a range of rows."""
+    def read(self, rows: range | Tensor) -> Tensor:
+        """Returns the (b, C, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
         return self.file.read(rows)[:, : self.channels]
+
+    @property
+    def labels(self) -> Tensor:
+        """The (n,) int64 requested classes, in ascending order."""
+        assert self.file.labels is not None  # generate_many writes them
+        return self.file.labels
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """The shape (C, H, W) of an image."""
         return (self.channels, *self.file.images.shape[1:3])
-
-    def read_at(self, rows: Tensor) -> Tensor:
-        """Returns the (b, C, H, W) uint8 images of (b,) int64 rows, in any order.
-
-        It reads the file instead of its memory map, because pages of a map count as memory of this process until the
-        system evicts them.
-        """
-        images = self.file.images
-        assert isinstance(images, np.memmap)  # ``write_samples`` does not compress
-        found = np.empty((len(rows), *images.shape[1:]), np.uint8)
-        with open(self.file.path, "rb", buffering=0) as file:
-            # The images lie one after another; each is read directly into its row of the result.
-            for place, row in zip(found, rows.tolist(), strict=True):
-                file.seek(images.offset + row * place.nbytes)
-                file.readinto(place.data)
-        return rearrange(torch.from_numpy(found), "b h w c -> b c h w")[:, : self.channels]
 
 
 def generate_images(
@@ -158,11 +145,10 @@ def generate_images(
     seconds = time.perf_counter() - start
     barrier()  # the last rank to finish has assembled the file from the parts
     samples = open_samples(file)
-    assert samples.labels is not None  # generate_many writes them
     channels = pipe.tokenizer.network.config.in_channels
     # Times and steps are those of images that this call made; images from an earlier call have none.
     each = (seconds / result.made, taken / result.made) if result.made else (None, None)
-    return GeneratedImages(samples, channels, samples.labels, *each)
+    return GeneratedImages(samples, channels, *each)
 
 
 def delete_generated(file: Path) -> None:

@@ -142,7 +142,7 @@ def evaluate(
             **measured,
             "model": _describe_model(model),
             "environment": {**describe_environment(), "device": str(pipe.device)},
-            "held_out": describe_held_out(folders.data, real.summary),
+            "held_out": describe_held_out(real.summary),
         }
         report = Report({**content, "limiting_stage": describe_limit(content)}, file)
         # The file of the measured images still exists.

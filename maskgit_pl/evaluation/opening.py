@@ -15,7 +15,6 @@ import torch
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import DataSummary
-from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
@@ -46,18 +45,6 @@ __all__ = [
 
 _VALIDATION_BATCH = 200  # images
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
-_ADVICE = (
-    "to judge on an official test set, put its images into test/ beside train/, or give a data folder whose val split "
-    "it is with --data"
-)
-_SOURCES = {  # kind of source in the data folder's record -> origin of its val split
-    "idx": "the official test set of the IDX files",
-    "emoji": "pictures of the emoji that `maskgit data fetch` holds out",
-    "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
-    "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
-    "parquet": "those of its validation or test files if it has them, else about a tenth of all",
-}
-_UNKNOWN = f"the val shards, which maskgit_pl did not choose; {_ADVICE}"
 
 
 @dataclass(frozen=True)
@@ -185,22 +172,15 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     return read_yaml(file) if file.is_file() else {}
 
 
-def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:
-    """Describes the val split of a data folder, which has this summary, in plain values.
+def describe_held_out(summary: DataSummary) -> dict[str, Any]:
+    """Describes the val split of a data folder, which has this summary, in plain values: a sentence and its numbers.
 
-    Returns:
-        ``split``, ``images``, ``fraction`` (of train and val together), ``source`` (``idx``, ``image folder``, ... or
-        ``unknown``), and ``text``, a sentence.
+    The fraction is that of train and val together.
     """
-    file = folder / RECORD
-    made_from = read_json(file, max_bytes=MAX_RECORD_BYTES)["source"] if file.is_file() else {}
-    source = made_from["kind"] if made_from.get("kind") in _SOURCES else "unknown"
     images = summary.samples["val"]
     fraction = images / sum(summary.samples.values())
-    text = (
-        f"Held out: {images:,} images of the val split ({fraction:.0%} of the data), {_SOURCES.get(source, _UNKNOWN)}."
-    )
-    return {"split": "val", "images": images, "fraction": fraction, "source": source, "text": text}
+    text = f"Held out: {images:,} images of the val split ({fraction:.0%} of the data)."
+    return {"split": "val", "images": images, "fraction": fraction, "text": text}
 
 
 def open_model(

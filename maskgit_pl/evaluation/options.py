@@ -19,7 +19,6 @@ __all__ = [
     "CAS_TRAINING",
     "CLASSIFIER",
     "FEATURES",
-    "LEAST_IMAGES",
     "NUM_TOKENS",
     "PLOT_STEPS",
     "SMALL_TRAINING",
@@ -50,7 +49,6 @@ Precision = Literal["32-true", "bf16-mixed"]
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
-LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
 NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
 
@@ -206,19 +204,14 @@ class ReportOptions(MeasurementOptions):
             raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
 
 
-def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
+def round_to_classes(num_images: int, num_classes: int) -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes.
-
-    Args:
-        num_images: Number of images.
-        num_classes: Number of classes.
-        name: Name of the number in errors.
 
     Raises:
         ValueError: if there are fewer than 2 images per class.
     """
     if num_images < 2 * num_classes:
-        raise ValueError(f"{name} must be >= {2 * num_classes} (2 per class), got {num_images}")
+        raise ValueError(f"num_images must be >= {2 * num_classes} (2 per class), got {num_images}")
     return num_images - num_images % num_classes
 
 
@@ -243,7 +236,7 @@ class TokenizerOptions(MeasurementOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_images is not None:
-            check_integer("num_images", self.num_images, f"[{LEAST_IMAGES}, inf)")
+            check_integer("num_images", self.num_images, "[4, inf)")  # each half needs two for a covariance
 
 
 @dataclass(frozen=True)

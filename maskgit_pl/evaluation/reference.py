@@ -178,9 +178,10 @@ class SampleFile:
     def __len__(self) -> int:
         return len(self.images)
 
-    def read(self, rows: range) -> Tensor:
-        """Returns the (b, 3, H, W) uint8 images of a range of rows."""
-        return rearrange(torch.from_numpy(np.array(self.images[rows.start : rows.stop])), "b h w c -> b c h w")
+    def read(self, rows: range | Tensor) -> Tensor:
+        """Returns the (b, 3, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
+        chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows.numpy()
+        return rearrange(torch.from_numpy(np.array(self.images[chosen])), "b h w c -> b c h w")
 
 
 def open_samples(file: ArrayFile | Path | str) -> SampleFile:

@@ -184,7 +184,7 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
 
     Raises:
         FileNotFoundError: if a tokenizer or the data do not exist.
-        ValueError: if there is no run, or the data do not fit a tokenizer.
+        ValueError: if there is no run.
     """
     options = options or ReportOptions()
     _check_runs("table tokenizers", runs)
@@ -196,7 +196,7 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     tokenizers = [open_tokenizer(replace(each, data=shared), options.features, own, bars) for each in folders]
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
-    held_out = describe_held_out(shared, tokenizers[0].data.summary)["text"]
+    held_out = describe_held_out(tokenizers[0].data.summary)["text"]
     return _make_tokenizer_page(rows, held_out, options.results / data_name(shared))
 
 

@@ -24,9 +24,8 @@ from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from maskgit_pl.checks import height_width, pixels_text, plain_size
+from maskgit_pl.checks import height_width, plain_size
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.distributed import (
     default_device,
     describe_environment,
@@ -48,7 +47,7 @@ from maskgit_pl.evaluation.opening import (
     find_tokenizer_folders,
     open_images,
 )
-from maskgit_pl.evaluation.options import LEAST_IMAGES, Spec, TokenizerOptions
+from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_table, paragraph
 from maskgit_pl.evaluation.reference import Reference, Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
@@ -254,7 +253,7 @@ def evaluate_tokenizer(
     Raises:
         FileNotFoundError: if there is no tokenizer, or no data.
         TypeError: if a feature network does not accept its arguments.
-        ValueError: if the data do not fit the tokenizer, a network is unknown, or a number is out of range.
+        ValueError: if a network is unknown, or a number is out of range.
     """
     options = options or TokenizerOptions()
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
@@ -332,7 +331,6 @@ def open_tokenizer(
     """
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
-    _check_data(folders.data, tokenizer)
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
     channels = tokenizer.network.config.in_channels
@@ -342,23 +340,6 @@ def open_tokenizer(
         folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
     )
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
-
-
-def _check_data(folder: Path, tokenizer: PretrainedTokenizer) -> None:
-    """Checks that there are enough images, of the channels of a tokenizer, and none smaller than it takes."""
-    summary, size = read_manifest_summary(folder), height_width(tokenizer.image_size)
-    images, smallest = summary.samples.get("val", 0), (summary.images.height[0], summary.images.width[0])
-    if images < LEAST_IMAGES:
-        raise ValueError(f"data {folder}: the val split must have >= {LEAST_IMAGES} images, got {images}")
-    if tokenizer.network.config.in_channels == 1 and summary.channels != 1:
-        raise ValueError(
-            f"data {folder}: the images must be grey for this tokenizer, got colour; choose others with --data"
-        )
-    if any(have < need for have, need in zip(smallest, size, strict=True)):
-        raise ValueError(
-            f"data {folder}: the images must have >= {pixels_text(size)} pixels, those of the tokenizer, got "
-            f"{pixels_text(smallest)}; choose larger images with --data"
-        )
 
 
 class _Pair(NamedTuple):
@@ -448,7 +429,7 @@ def _content(
             "lpips": opened.options.lpips,
             "dtype": opened.dtype,
         },
-        "held_out": describe_held_out(opened.folders.data, data.summary),
+        "held_out": describe_held_out(data.summary),
         "numbers": numbers,
         "psnr_db_per_class": by_class,
         "worst": [
