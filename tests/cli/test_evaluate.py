@@ -402,20 +402,6 @@ def test_a_model_of_the_package_is_not_changed(tiny_shards: Path, *, by_path: bo
     assert not (folder / "decoding.json.old").exists()
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_judge")
-def test_the_page_is_written_even_if_the_decoding_cannot_be(
-    run_folder: Path, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError("no space left")
-
-    monkeypatch.setattr("maskgit_pl.evaluation.tuning.save_decoding", full)
-    with pytest.raises(OSError, match="no space left"):
-        call_tune(run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
-    assert "## Second measurement" in (run_folder / "tuning" / "tuning.md").read_text()
-
-
 # evaluate-tokenizer
 
 

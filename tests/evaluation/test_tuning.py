@@ -136,10 +136,6 @@ def test_a_search_that_was_stopped_continues_to_the_trials_of_one_that_was_not(s
     assert resume(Measure(), trials=15).trials[:14] == whole.trials
 
 
-def test_another_seed_gives_other_trials(study) -> None:
-    assert run(study, Measure()).trials[1:] != run(optuna.create_study(), Measure(), seed=1).trials[1:]
-
-
 def test_the_current_decoding_takes_part_also_if_another_search_wrote_it(study) -> None:
     first = run(study, Measure())
     written = replace(SMALL, start=first.winner.decoding)
@@ -207,12 +203,6 @@ def test_the_page_names_the_winner_and_the_value_before() -> None:
     assert '"token_selector": "halton"' in page.markdown
     page = make_page(replace(result, confirmed=(PLAIN,)), REAL)
     assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
-
-
-def test_a_trial_without_a_time_has_an_empty_cell() -> None:
-    timeless = replace(PLAIN, numbers={name: value for name, value in numbers(2.0).items() if "seconds" not in name})
-    page = make_page(TuningResult(FID, (timeless,), (timeless,), 10), REAL)
-    assert "| **0.800** |  |" in page.markdown
 
 
 @pytest.mark.slow
