@@ -78,17 +78,6 @@ def test_a_second_call_does_nothing_and_another_rate_is_refused(pipe, acceptance
         generate_many(pipe, file, **OPTIONS)
 
 
-def test_processes_share_the_candidates(pipe, acceptance, tmp_path):
-    generate_accepted(pipe, tmp_path / "one.npz", acceptance, **OPTIONS)
-    results = [
-        generate_accepted(pipe, tmp_path / "two.npz", acceptance, rank=rank, world_size=2, **OPTIONS)
-        for rank in range(2)
-    ]
-    assert [result.missing_parts > 0 for result in results] == [True, False]
-    one, two = read(tmp_path / "one.npz"), read(tmp_path / "two.npz")
-    assert all((one[name] == two[name]).all() for name in one)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -42,20 +42,6 @@ def test_every_method_is_timed_at_every_n_and_a_second_call_measures_nothing(tmp
     assert measure(file, sizes=TINY, num_tokens=(4, 16)) == made
 
 
-def test_each_point_is_written_immediately_and_a_second_call_measures_the_rest(tmp_path):
-    file = tmp_path / "ledger.jsonl"
-
-    def stop(count: int) -> None:
-        if count:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        measure(file, sizes=TINY, num_tokens=(4,), bars=lambda title, total: stop)
-    kept = json.loads(file.read_text())
-    assert kept in measure(file, sizes=TINY, num_tokens=(4,))
-    assert len(file.read_text().splitlines()) == 3
-
-
 def test_slow_methods_have_fewer_runs_in_turn_with_fast_ones(tmp_path, monkeypatch):
     order: list[str] = []
     costs = dict(zip(METHODS, (0.75, 4.0, 30.0), strict=True))

@@ -11,8 +11,6 @@ from maskgit_pl.evaluation.options import TuningOptions
 from maskgit_pl.evaluation.tuning import SearchSpace, Trial, TuningResult, make_page, search, tune
 from maskgit_pl.registry import describe
 from maskgit_pl.schedules import mask_schedules
-from tests.hostile_words import HOSTILE
-from tests.test_errors import structure
 
 FID = "fid/classifier"
 OWN = DecodingConfig(4, guidance={"name": "linear", "scale": 1.0})
@@ -203,15 +201,3 @@ def test_the_page_names_the_winner_and_the_value_before() -> None:
     assert '"token_selector": "halton"' in page.markdown
     page = make_page(replace(result, confirmed=(PLAIN,)), REAL)
     assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
-def test_no_name_of_a_selector_becomes_markup(word: str) -> None:
-    def page(name: str) -> list[str]:
-        trials = Trial(0, DecodingConfig(8, name), numbers(2.0)), Trial(7, DecodingConfig(8, name), numbers(1.5))
-        text = make_page(TuningResult(FID, trials, trials, 10), REAL).markdown
-        assert all(line.isprintable() for line in text.split("\n"))
-        return [each for each in structure(text) if each != "code_inline"]
-
-    assert page(word) == page("name")
