@@ -103,8 +103,8 @@ def evaluate_tokenizer(
     """Measures a tokenizer on the val split.
 
     That is the reconstructions, codes, bits per pixel, speed and memory of a trained, exported or imported tokenizer.
-    The command writes tokenizer.json, tokenizer.md and a picture of the worst reconstructions. `maskgit table
-    tokenizers` compares several.
+    The command writes tokenizer.json, tokenizer.md, tokenizer.csv and a picture of the worst reconstructions. `maskgit
+    table tokenizers` compares several.
 
     Example: maskgit evaluate-tokenizer runs/fashion-mnist-adaln --num-images 2000
 
@@ -112,7 +112,7 @@ def evaluate_tokenizer(
         folder: Run folder, pretrained folder or tokenizer folder.
         data: Data folder (default: that of the training).
         features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
-        json: Print the JSON in place of a table.
+        json: Print the JSON in place of the page.
         out: Results; the others are written beside it (default: RUN/tokenizer.json).
     """
     with progress_bars() as bars:
@@ -121,12 +121,9 @@ def evaluate_tokenizer(
         )
     if json:
         print(dumps(report.content, indent=2))
-        return
-    from rich.console import Console
-
-    Console().print(report.table())
-    print(report.content["held_out"]["text"])
-    print(f"{report.file}: results; beside it {report.file.stem}.md and {report.picture.name}")
+    else:
+        print_page(report.page)
+        print(f"{report.file}: results")
 
 
 @dataclass(frozen=True)
@@ -199,8 +196,8 @@ def tune(
     """Searches for better decoding settings of a model.
 
     The search tries token selectors, temperatures, truncation, guidance, mask schedules and numbers of steps T on the
-    val split, confirms the best settings with new noise, and writes decoding.json beside the weights, a page and a
-    figure. Every command uses decoding.json from then on. The same command resumes after a stop. Requires the extra
+    val split, confirms the best settings with new noise, and writes decoding.json beside the weights, and a page. Every
+    command uses decoding.json from then on. The same command resumes after a stop. Requires the extra
     tune: pip install 'maskgit_pl[tune]'.
 
     Example: maskgit tune runs/fashion-mnist-adaln --trials 40 --metric fid
@@ -212,8 +209,7 @@ def tune(
         metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own classifier,
             or agreement with it.
         num_images: Images generated for each trial.
-        out: Folder of the study, the page, the figure and the ledger (default: RUN/tuning, and the ledger of
-            RUN/evaluation).
+        out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
     """
     with progress_bars() as bars:
         result = evaluation.tune(

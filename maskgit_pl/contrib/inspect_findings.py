@@ -21,7 +21,7 @@ from torch import Tensor
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data import Batch
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.reconstruction import psnr
+from maskgit_pl.evaluation.tokenizer import psnr
 from maskgit_pl.files import parse_any_json, size_text
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer

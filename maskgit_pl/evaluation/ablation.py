@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,9 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
-from maskgit_pl.evaluation.cache import digest_of, shorten_digest
-from maskgit_pl.evaluation.evaluator import Evaluator, collect_numbers
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.opening import (
-    RunFolders,
-    create_evaluated_model,
-    data_name,
-    open_images,
-    open_model,
-    open_networks,
-)
+from maskgit_pl.evaluation.evaluator import collect_numbers
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
+from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_images, open_model
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
@@ -151,11 +143,6 @@ class BuiltVariant:
         """The name of the variant in tables."""
         return self.variant.label
 
-    @property
-    def key(self) -> str:
-        """The digest of everything that determines its images."""
-        return digest_of([self.digest, self.decoding and asdict(self.decoding)])
-
 
 class AblationRuns:
     """The variants of an ablation and their runs. All variants are built before any of them is trained.
@@ -164,8 +151,7 @@ class AblationRuns:
         config: The ablation.
 
     Attributes:
-        variants: Variants without repetitions of the base.
-        reference: Index of the variant that the others are compared with: the base, if it is one of them.
+        variants: The variants; the first one is the base, which the others are compared with.
         base: Values that the base has for the varied keys, by their short name.
         shards: Data folder.
         tokenizer: Pretrained tokenizer folder, if all variants share one.
@@ -173,7 +159,7 @@ class AblationRuns:
 
     Raises:
         FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
-        ValueError: if a value of a variant is wrong, or fewer than two are different.
+        ValueError: if a value of a variant is wrong.
     """
 
     def __init__(self, config: AblationConfig) -> None:
@@ -195,9 +181,10 @@ class AblationRuns:
             "stage_2": self.stage_2 and self.stage_2.tree,
         }
         run = config.runs / _FOLDER / "variant"
-        built = [_build(each, base, Plan(each.recipe, self.shards, run, self.tokenizer), shared) for each in planned]
-        self.variants, self.reference = _without_repetitions(built, is_grid=config.grid)
-        self.base = base_values(config, built[0].values.tree)
+        self.variants = [
+            _build(each, base, Plan(each.recipe, self.shards, run, self.tokenizer), shared) for each in planned
+        ]
+        self.base = base_values(config, self.variants[0].values.tree)
 
     def train(self, built: BuiltVariant, seed: int) -> Path:
         """Trains a variant with one seed, and after a tokenizer also its transformer. Finished runs are not repeated.
@@ -256,28 +243,6 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
     return BuiltVariant(variant, run.values, digest_of([tree, shared]), decoding, parameters)
 
 
-def _without_repetitions(built: Sequence[BuiltVariant], *, is_grid: bool) -> tuple[list[BuiltVariant], int]:
-    """Returns the variants without those that repeat the base, and the index of the reference.
-
-    The first one is the base. In a grid, it only tells which combination is the base.
-
-    Raises:
-        ValueError: if fewer than two variants are left, or two of them are the same.
-    """
-    base, *others = built
-    found = {} if is_grid else {base.key: base}
-    for each in others:
-        if each.key in found and found[each.key] is not base:
-            raise ValueError(
-                f"variants must be different, got {found[each.key].label} and {each.label}, which are the same"
-            )
-        found.setdefault(each.key, each)
-    variants = list(found.values())
-    if len(variants) < 2:
-        raise ValueError(f"an ablation must have at least two variants, got only {variants[0].label}; add a value")
-    return variants, list(found).index(base.key) if base.key in found else 0
-
-
 class _Ablation:
     """The measurements of an ablation: its runs, its evaluator and its ledger."""
 
@@ -288,24 +253,18 @@ class _Ablation:
             raise ValueError("--reference must not be given with --stage tokenizer, which compares with the val split")
         self.device = find_device(options.device)
         self.ledger = Ledger(options.results / FILE_NAME)
-        data = runs.variants[runs.reference].values.data
+        data = runs.variants[0].values.data
         images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
         self.num_images = round_to_classes(options.num_images, images.num_classes)
-        self.evaluator = Evaluator(
+        self.evaluator = open_evaluator(
+            self._folders(runs.config.runs),
             images,
-            dataset=data_name(runs.shards),
-            networks=open_networks(
-                self._folders(runs.config.runs),
-                images,
-                features=options.features,
-                reference=options.reference,
-                device=self.device,
-                bars=bars,
-            ),
-            ledger=self.ledger,
-            bars=bars,
-            batch_size=options.batch_size,
+            self.ledger,
             device=self.device,
+            batch_size=options.batch_size,
+            features=options.features,
+            reference=options.reference,
+            bars=bars,
         )
         self.protocol = self._describe()
 
@@ -317,10 +276,9 @@ class _Ablation:
     def _describe(self) -> dict[str, Any]:
         """Returns the column ``protocol`` of the rows: everything that the variants share, in plain values."""
         config, runs = self.runs.config, self.runs
-        reference = runs.variants[runs.reference]
+        reference = runs.variants[0]
         first, network = next(iter(self.evaluator.networks.items()))
         origin, count = network.reference.origin, network.columns["real_images"]
-        assert origin is not None
         of = origin.file or f"the {origin.split} split"
         return {
             "command": typed_command(),
@@ -362,8 +320,7 @@ class _Ablation:
 
     def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:
         """Measures generated images and the likelihood of real ones, with noise that differs between seeds."""
-        folders = self._folders(run)
-        model = create_evaluated_model(folders, open_model(folders, self.device))
+        model = open_model(self._folders(run), self.device)
         first = self.options.seed + seed * self.num_images
         decoding = built.decoding or model.pipe.decoding
         rows = self.evaluator.measure_samples(model, decoding, num_images=self.num_images, seed=first)

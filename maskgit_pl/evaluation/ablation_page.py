@@ -1,7 +1,6 @@
-"""The page of an ablation, made from ledger rows: results, differences from the base, trainings and a figure.
+"""The page of an ablation, made from ledger rows: results, differences from the base, and trainings.
 
 The results are the mean and the range over the seeds. A difference counts only if it exceeds the spread of the seeds.
-The figure has a panel per metric, with the mean, the range and the single seeds of each variant.
 """
 
 from __future__ import annotations
@@ -12,27 +11,20 @@ from math import comb
 from statistics import fmean
 from typing import Any, Literal
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-
-from maskgit_pl.errors import markdown, plain_label
+from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
-from maskgit_pl.evaluation.pages import Page, figure_to_png, format_seeds, heading, is_metric, markdown_table, paragraph
+from maskgit_pl.evaluation.pages import Page, format_seeds, heading, is_metric, markdown_table, paragraph
 
 __all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
 
-# Metrics of tables and figures, in their order, before others; those of a network come once per network.
+# Metrics of tables, in their order, before others; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
           "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
 _NOT_SHOWN = ("sfid", "kid", "is", "density", "coverage", "steps_taken")  # the CSV has them
 _OF_FIRST = ("precision", "recall")  # shown only for the network that ranks the variants
 _COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "training_seconds", "kind", "device",
             "failure")  # fmt: skip
-_PANELS = 6
-_FIGURE_COLUMNS = 3
-_COLOURS = {"better": "#1b7837", "worse": "#b2182b", "unclear": "#555555", "reference": "#2166ac"}
 
 Values = Mapping[str, list[float]]  # values of all seeds by metric
 
@@ -61,12 +53,11 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
         rows: Rows of ``select_rows``, at least one.
     """
     summary = _summarize(rows)
-    protocol, panels = summary.protocol, _choose_panels(summary)
+    protocol = summary.protocol
     lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", protocol["command"])
     lines += [*_explain(summary), ""]
     if summary.values:
         lines += ["## Results", "", *_result_lines(summary), ""]
-        lines += [f"![results]({name}.png)", ""] if panels else []
         lines += [f"## Difference from {markdown(protocol['reference'])}", "", *_difference_lines(summary), ""]
     lines += ["## Training", "", *_training_lines(summary), ""]
     failed = _failure_lines(summary)
@@ -74,8 +65,7 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
     lines += paragraph(f"Measured on: {_long(protocol['machine'])}.")
     # One column of the CSV per metric, unrounded.
     flat = [{**{name: row.get(name) for name in _COLUMNS if name in row}, **row["numbers"]} for row in rows]
-    pictures = {f"{name}.png": _draw_ablation(summary, panels)} if panels else {}
-    return Page(name, "\n".join(lines) + "\n", flat, pictures)
+    return Page(name, "\n".join(lines) + "\n", flat)
 
 
 def compare_seeds(
@@ -113,7 +103,7 @@ class _Summary:
     Args:
         protocol: Everything that the variants share; see ``ablation``.
         rows: Rows of the ledger, sorted by variant and seed.
-        metrics: Names of the metrics, in the order of tables and figures; the first one ranks the variants.
+        metrics: Names of the metrics, in the order of tables; the first one ranks the variants.
         compared: Those in which variants are compared.
         values: Values of all seeds by variant and metric; a variant without any result is missing.
     """
@@ -306,63 +296,3 @@ def _failure_lines(summary: _Summary) -> list[str]:
 def _long(text: str) -> str:
     """Returns a text as Markdown without a limit on its length; single words are limited."""
     return " ".join(markdown(word) for word in text.split())
-
-
-def _choose_panels(summary: _Summary) -> list[str]:
-    """Returns the metrics of the panels: each kind once, in the first network."""
-    chosen: dict[str, str] = {}
-    for name in summary.compared:
-        chosen.setdefault(name.partition("/")[0], name)
-    return list(chosen.values())[:_PANELS]
-
-
-def _draw_ablation(summary: _Summary, metrics: Sequence[str]) -> bytes:
-    """Draws a panel for each metric, with one line per variant.
-
-    The colour tells whether a variant differs from the reference by more than the spread of the seeds.
-    """
-    protocol, labels = summary.protocol, list(summary.values)
-    rows = -(-len(metrics) // _FIGURE_COLUMNS)
-    columns = min(_FIGURE_COLUMNS, len(metrics))
-    height = rows * (1.3 + 0.3 * len(labels)) + 0.6
-    page = Figure(figsize=(4.0 * columns + 2.0, height), layout="constrained")
-    panels = page.subplots(rows, columns, squeeze=False, sharey=True)
-    for axes, name in zip(panels.flat, metrics, strict=False):
-        _draw_panel(axes, summary, name)
-    for axes in list(panels.flat)[len(metrics) :]:
-        axes.set_visible(False)
-    for row in panels:
-        row[0].set_yticks(range(len(labels)), [plain_label(label) for label in labels], fontsize=9)
-        row[0].set_ylim(len(labels) - 0.4, -0.6)  # the first variant on top
-    seeds = f"seeds {', '.join(map(str, protocol['seeds']))}"
-    page.suptitle(plain_label(f"{protocol['dataset']}, budget {protocol['budget']}, {seeds}"), fontsize=11)
-    words = {"reference": f"reference: {plain_label(protocol['reference'])}", "better": "better", "worse": "worse",
-             "unclear": "ranges overlap"}  # fmt: skip
-    handles = [Line2D([], [], color=_COLOURS[key], marker="o", label=text) for key, text in words.items()]
-    page.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    return figure_to_png(page)
-
-
-def _draw_panel(axes: Axes, summary: _Summary, name: str) -> None:
-    factor, label_of_reference = find_metric(name).factor, summary.protocol["reference"]
-    reference = summary.values.get(label_of_reference, {}).get(name, [])
-    if reference:
-        axes.axvline(
-            fmean(reference) * factor, color=_COLOURS["reference"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
-        )
-    if len(reference) > 1:
-        axes.axvspan(min(reference) * factor, max(reference) * factor, color=_COLOURS["reference"], alpha=0.12)
-    for place, (label, found) in enumerate(summary.values.items()):
-        values = found.get(name)
-        if values:
-            verdict = "reference" if label == label_of_reference else compare_seeds(name, values, reference or values)
-            low, high, mean = (value * factor for value in (min(values), max(values), fmean(values)))
-            colour = _COLOURS[verdict]
-            axes.plot([low, high], [place, place], color=colour, linewidth=2, alpha=0.6)
-            axes.plot([value * factor for value in values], [place] * len(values), linestyle="", marker="|",
-                      markersize=9, color=colour, alpha=0.7)  # fmt: skip
-            axes.plot([mean], [place], marker="o", markersize=6, color=colour, zorder=3)
-    axes.set_title(f"{plain_label(title(name))}\n{direction(name)}", fontsize=10, loc="left")
-    axes.grid(axis="x", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.margins(x=0.08)

@@ -1,8 +1,8 @@
 """Classifiers of a data set: training, accuracy, the folder that stores one, and the classification accuracy score.
 
 For small images, features of a classifier of the same data set are more informative than those of an ImageNet
-classifier; the small network takes half a minute on two CPU cores. ``metrics`` opens it with ``obtain_classifier``, and
-``maskgit train-classifier`` calls ``train_classifier``.
+classifier; the small network takes half a minute on two CPU cores. ``features`` opens it with ``obtain_classifier``,
+and ``maskgit train-classifier`` calls ``train_classifier``.
 
 The classification accuracy score (CAS) trains the same module on generated images, and tests it on real ones. It is low
 for a model whose images look good but cover only a part of each class. The same network, trained on the same number of
@@ -60,7 +60,6 @@ __all__ = [
     "fit_classifier",
     "measure_accuracy",
     "obtain_classifier",
-    "read_classifier_config",
     "train_classifier",
 ]
 
@@ -283,62 +282,40 @@ def obtain_classifier(
     def train() -> None:
         if rank_and_world()[0] == 0 and not _is_stored(folder, data, config, replaces=replaces):
             training = config or SMALL_TRAINING
-            _save(folder, fit_classifier(data, config=training, on_step=on_step, device=device), data, training)
+            network = fit_classifier(data, config=training, on_step=on_step, device=device).network
+            folder.mkdir(parents=True, exist_ok=True)
+            # An old configuration is removed first and the new one is written last: it never describes other weights.
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+            write_tensors(
+                folder / WEIGHT_FILE, {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+            )
+            write_text(folder / CONFIG_FILE, json.dumps(_describe(data, training), indent=2) + "\n")
 
     on_all_ranks(train)
     # Every rank reads the files, also the one that has trained, so that all have the same weights.
     return load_classifier(folder)
 
 
-def read_classifier_config(folder: Path, *, replaces: bool = False) -> dict[str, Any] | None:
-    """Reads the configuration of the classifier in a folder; None if one can be trained there.
-
-    Args:
-        folder: Folder of the classifier.
-        replaces: True if weights without a configuration, which a killed process leaves, may be replaced.
-
-    Raises:
-        FileExistsError: if the folder holds another model.
-        ValueError: if the file is damaged.
-    """
-    file = folder / CONFIG_FILE
-    if not file.exists() and (replaces or not (folder / WEIGHT_FILE).exists()):
-        return None
-    stored = read_json(file, max_bytes=MAX_CONFIG_BYTES) if file.exists() else {}
-    if stored.get("format") != FORMAT:
-        raise _another_model(folder)
-    return stored
-
-
 def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *, replaces: bool) -> bool:
-    stored = read_classifier_config(folder, replaces=replaces)
-    if stored is None:
+    """Returns True if a folder holds a classifier, and False if it can be trained there; see ``obtain_classifier``."""
+    file = folder / CONFIG_FILE
+    # Weights without a configuration are those of a killed process.
+    if not file.exists() and (replaces or not (folder / WEIGHT_FILE).exists()):
         return False
+    stored = read_json(file, max_bytes=MAX_CONFIG_BYTES) if file.exists() else {}
+    is_classifier = stored.get("format") == FORMAT
     try:
-        if stored == _describe(data, config or ClassifierConfig(**stored["training"])):
+        if is_classifier and stored == _describe(data, config or ClassifierConfig(**stored["training"])):
             return True
     except (KeyError, TypeError, ValueError):  # not written by this version
         pass
-    if replaces:
+    if is_classifier and replaces:
         return False
-    raise _another_model(folder)
-
-
-def _another_model(folder: Path) -> FileExistsError:
-    return FileExistsError(
+    raise FileExistsError(
         f"classifier {folder} must hold a classifier of these data, classes, image size and settings, or no model, got "
         f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or "
         f"measure with a classifier of other data as the feature network classifier={folder}"
     )
-
-
-def _save(folder: Path, classifier: FrozenClassifier, data: ShardData, config: ClassifierConfig) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    # An old configuration is removed first and the new one is written last: it never describes other weights.
-    (folder / CONFIG_FILE).unlink(missing_ok=True)
-    weights = {name: tensor.contiguous() for name, tensor in classifier.network.state_dict().items()}
-    write_tensors(folder / WEIGHT_FILE, weights)
-    write_text(folder / CONFIG_FILE, json.dumps(_describe(data, config), indent=2) + "\n")
 
 
 def _describe(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:

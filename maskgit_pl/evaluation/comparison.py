@@ -15,14 +15,7 @@ from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
 from maskgit_pl.evaluation.metrics import Metrics, title
-from maskgit_pl.evaluation.opening import (
-    check_model_decoding,
-    create_evaluated_model,
-    find_run,
-    open_data,
-    open_evaluator,
-    open_model,
-)
+from maskgit_pl.evaluation.opening import check_model_decoding, find_run, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.options import ComparisonOptions, Spec, default_steps, round_to_classes, with_steps
 from maskgit_pl.evaluation.pages import (
     Page,
@@ -79,7 +72,8 @@ def compare(
     """
     options = options or ComparisonOptions()
     folders = find_run(run, data=data, classifier=options.classifier)
-    pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
+    model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
+    pipe = model.pipe
     pipe.outline.check_parallel("compare")
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
     steps = sorted(num_steps or default_steps(pipe.outline.num_tokens, _STEPS))
@@ -94,9 +88,8 @@ def compare(
         check_model_decoding(pipe, decoding)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
-    model = create_evaluated_model(folders, pipe, out)
     ledger = Ledger(model.folder / FILE_NAME)
-    evaluator = open_evaluator(folders, pipe, images, ledger, batch_size=options.batch_size, bars=bars)
+    evaluator = open_evaluator(folders, images, ledger, device=pipe.device, batch_size=options.batch_size, bars=bars)
 
     real, rows, advance = measure_real(evaluator, count), list[Row](), bars("token selectors", len(plan))
     for (_, label), decoding in plan.items():

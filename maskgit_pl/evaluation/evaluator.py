@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
-from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.classifier import TrainingImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
@@ -34,9 +33,8 @@ from maskgit_pl.evaluation.generation import (
     edit,
     generate_images,
     hide_pixels,
-    num_candidates,
 )
-from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, read_number
+from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.likelihood import (
     bind_conditions,
     encode_real_images,
@@ -58,7 +56,6 @@ from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, ReferenceOrigin, draw_order, read_real_vectors
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
@@ -86,14 +83,12 @@ class EvaluatedModel:
         pipe: The model.
         pretrained: Folder that the model was read from.
         folder: Folder of the generated images, such as ``RUN/evaluation``.
-        acceptance: Rejection sampling of the generated images; None for all images. Edited images are not rejected.
     """
 
     run: str
     pipe: MaskGIT
     pretrained: Path
     folder: Path
-    acceptance: Acceptance | None = None
 
     @property
     def kind(self) -> str:
@@ -126,10 +121,8 @@ class EvaluatedModel:
         }
 
     def decoding_key(self, decoding: DecodingConfig) -> dict[str, Any]:
-        """Returns the ledger key of images: that of the decoding, and the negative model and acceptance if any."""
+        """Returns the ledger key of images: that of the decoding, with the vectors and the negative model if any."""
         key, negative = decoding_key(decoding), self.pipe.negative_model
-        if self.acceptance is not None:
-            key |= {"accept_rate": self.acceptance.rate, "classifier": shorten_digest(self.acceptance.digest)}
         if self.pipe.vector_pool is not None:
             key["vectors"] = shorten_digest(self.pipe.vector_pool.digest)
         if negative is not None and any(decoding.scales()):  # without guidance it changes nothing
@@ -158,22 +151,16 @@ class FeatureMetrics:
     labels: Tensor | None = None
 
     @property
-    def origin(self) -> ReferenceOrigin:
-        """The source of the real images."""
-        assert self.reference.origin is not None
-        return self.reference.origin
-
-    @property
     def columns(self) -> dict[str, Any]:
         """The ledger columns that identify the network and its reference."""
-        features = self.reference.features
+        features, origin = self.reference.features, self.reference.origin
         return {
             "network": self.extractor.label,
             "judge": shorten_digest(self.extractor.digest),
             "knows_classes": self.extractor.knows_classes,
             "real_images": None if features is None else len(features),
-            "reference_file": self.origin.file,
-            "reference": shorten_digest(self.origin.digest),
+            "reference_file": origin.file,
+            "reference": shorten_digest(origin.digest),
         }
 
     @property
@@ -299,8 +286,7 @@ class Evaluator:
             num_images=num_images,
             seed=seed,
             batch_size=self.batch_size,
-            acceptance=model.acceptance,
-            on_images=self.bars(title, num_candidates(model.acceptance, num_images, len(model.pipe.class_names))),
+            on_images=self.bars(title, num_images),
         )
 
     def measure_real(
@@ -388,7 +374,6 @@ class Evaluator:
             seed: Seed of the first generated image.
         """
         config = config.for_images(self.data.config.image_size)
-        name = REAL if model is None else model.run
 
         def measure() -> dict[str, Any]:
             source: TrainingImages | Tensor
@@ -397,10 +382,10 @@ class Evaluator:
                 available = self.data.summary.samples["train"]
                 source = draw_order(available, num_images)(range(min(num_images, available))).index
             else:
-                title = f"{name}: {num_images} images for CAS"
+                title = f"{model.run}: {num_images} images for CAS"
                 made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-                source = TrainingImages(made.read_at, made.shape, made.labels, self.data.class_names)
-            bar = self.bars(f"CAS: {config.model} on {name}", config.max_steps)
+                source = TrainingImages(made.read, made.shape, made.labels, self.data.class_names)
+            bar = self.bars(f"CAS: {config.model}", config.max_steps)
             found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
             return {"top1": found.top1, "top5": found.top5, "real_images": found.images}
 
@@ -464,7 +449,7 @@ class Evaluator:
             network = self.networks[label]
             own = {**columns, **network.columns}
             if kind == "samples":  # the split is that of the reference; a file has none
-                own["split"] = network.origin.split
+                own["split"] = network.reference.origin.split
             # A row with the fast metrics must not answer a request for all of them.
             chosen = network.choose(amount)
             for name in chosen:
@@ -518,15 +503,13 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     """
     # Values of images come before those of networks, and deviations last.
     known = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
-    names = [*(name for name, _ in known), *(f"{name}{DEVIATION}" for name, _ in known)]
-    of_images = {name for name, metric in known if not metric.of_network}
-    found = {}
-    for label, row in rows.items():
-        for name in names:
-            value = read_number(row, name)
-            if value is not None:
-                found[name if name.removesuffix(DEVIATION) in of_images else metric_name(name, label)] = value
-    return found
+    return {
+        metric_name(f"{name}{suffix}", label) if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
+        for label, row in rows.items()
+        for suffix in ("", DEVIATION)
+        for name, metric in known
+        if row.get(f"{name}{suffix}") is not None
+    }
 
 
 def _estimate(name: str, values: Tensor, factor: float = 1) -> dict[str, float]:

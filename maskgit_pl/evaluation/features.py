@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
-from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.classifier import obtain_classifier, read_classifier_config
-from maskgit_pl.evaluation.options import CLASSIFIER, SMALL_TRAINING
+from maskgit_pl.evaluation.classifier import obtain_classifier
+from maskgit_pl.evaluation.options import CLASSIFIER, SMALL_TRAINING, Spec
 from maskgit_pl.networks.feature_networks import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
 from maskgit_pl.processes import Bars, no_bars
@@ -30,7 +29,6 @@ __all__ = [
     "Extractor",
     "FeatureCollector",
     "ImageFeatures",
-    "check_features",
     "extract",
     "iter_image_batches",
     "iter_row_batches",
@@ -203,8 +201,8 @@ def iter_image_batches(
 def open_extractors(
     classifier: Path,
     data: ShardData,
+    features: Sequence[Spec],
     *,
-    features: Sequence[str | dict[str, Any]],
     device: torch.device | str,
     bars: Bars = no_bars,
     replaces: bool = False,
@@ -225,33 +223,15 @@ def open_extractors(
         ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
     # The training of the classifier takes minutes: all other networks are opened before.
-    others = [None if each == CLASSIFIER else _open(each, device=device) for each in features]
+    others = {
+        number: Extractor.create(parse_feature_network(each), device=device)
+        for number, each in enumerate(features)
+        if each != CLASSIFIER
+    }
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
         obtain_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
-    return [each or Extractor.create(ClassifierSpec(str(classifier)), device=device) for each in others]
-
-
-def check_features(
-    features: Sequence[str | dict[str, Any]], reference: Path | None = None, *, classifier: Path | None = None
-) -> None:
-    """Checks the networks and the reference file of a measurement that comes after hours of training.
-
-    Args:
-        features: Feature networks: names or mappings. The classifier of the data may be missing.
-        reference: File in the layout of ADM to compare with; None for the val split.
-        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
-
-    Raises: see ``open_extractors``; FileNotFoundError if there is no reference file.
-    """
-    for each in features:
-        if each != CLASSIFIER:
-            _open(each)
-    if classifier is not None and CLASSIFIER in features:
-        read_classifier_config(classifier)
-    if reference is not None and not reference.is_file():
-        raise FileNotFoundError(f"reference {printable(reference)}: no such file; name another one")
-
-
-def _open(feature: str | dict[str, Any], *, device: torch.device | str = "cpu") -> Extractor:
-    return Extractor.create(parse_feature_network(feature), device=device)
+    return [
+        others[number] if number in others else Extractor.create(ClassifierSpec(str(classifier)), device=device)
+        for number in range(len(features))
+    ]

@@ -1,8 +1,7 @@
 """Figures 2 and 8 of the paper, and the curves of mask schedules.
 
 Figure 2 shows the decoding of models step by step. The panels of Figure 8 are the mask ratio of each schedule, and the
-FID of its model over the number of steps T; ``tune`` draws the second one of a single model. ``timing`` has Figure 4.
-Loads no Lightning to draw schedules.
+FID of its model over the number of steps T. ``timing`` has Figure 4. Loads no Lightning to draw schedules.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figures 2 and 8.
 """
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from PIL import Image
 
-__all__ = ["count_known_tokens", "draw_curves", "draw_figure_8", "draw_schedules", "figure_2"]
+__all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules", "figure_2"]
 
 _COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
     "exp": "#5b2a86",
@@ -165,19 +164,6 @@ def draw_figure_8(
     return figure_to_png(page)
 
 
-def draw_curves(
-    curves: Mapping[str, Mapping[int, float]], *, metric: str, num_images: int, floor: float | None, heading: str
-) -> bytes:
-    """Draws the right panel of ``draw_figure_8``. The first curve is emphasised."""
-    from matplotlib.figure import Figure
-
-    page = Figure(figsize=(8.4, 5.2), layout="constrained")
-    axes = page.subplots()
-    _plot_quality(axes, curves, metric=metric, num_images=num_images, floor=floor, front=next(iter(curves)))
-    axes.set_title(heading, fontsize=11, loc="left")
-    return figure_to_png(page)
-
-
 def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
     """Draws the mask ratio of each schedule over the progress.
 
@@ -238,8 +224,7 @@ def _plot_quality(
     *,
     metric: str,
     num_images: int,
-    floor: float | None,
-    front: str | None = None,
+    floor: float,
 ) -> None:
     """Plots a metric over T with a line per schedule, a star at its best T, and a dashed line for real images.
 
@@ -256,14 +241,12 @@ def _plot_quality(
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
     for name, curve in sorted(curves.items(), key=lambda item: -item[1][max(item[1])]):
-        best, is_front = choose(curve, key=lambda steps: curve[steps]), name == front
+        best = choose(curve, key=lambda steps: curve[steps])
         axes.plot(list(curve), [value * factor for value in curve.values()], color=colours[name], marker="o",
-                  linewidth=3 if is_front else 1.5, markersize=5.5 if is_front else 3.5, zorder=3 if is_front else 2,
-                  label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
+                  linewidth=1.5, markersize=3.5, zorder=2, label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
         axes.plot([best], [curve[best] * factor], color=colours[name], marker="*", markersize=14,
                   markeredgecolor="white", zorder=5)  # fmt: skip
-    if floor is not None:
-        axes.axhline(floor * factor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1,
+    axes.axhline(floor * factor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1,
                  label=f"real images: {format_value(metric, floor)}")  # fmt: skip
     steps = sorted({step for curve in curves.values() for step in curve})
     axes.set_xticks(steps, [str(step) for step in steps])

@@ -1,33 +1,48 @@
-"""The ledger of measurements: a JSON Lines file with the values, settings and inputs of each measurement.
+"""The ledger of measurements, and the cache of features of real images, so that nothing is computed twice.
 
-``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` read and write it. Each line is one
-measurement in plain values; ``pandas.read_json(file, lines=True)`` reads the file. A line is appended as soon as it is
-measured, and a measurement that the file holds is not repeated. Lines are never changed: if the same measurement occurs
-twice, the last line counts.
+The ledger is a JSON Lines file with the values, settings and inputs of each measurement, which ``evaluate``,
+``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` read and write. A line is appended as soon as it is
+measured and never changed: if the same measurement occurs twice, the last line counts.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import hashlib
 import json
 import logging
 import os
+import re
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import numpy as np
+import numpy.typing as npt
 from filelock import lock_descriptor
 
-__all__ = ["FILE_NAME", "REAL", "Ledger", "Row", "format_csv", "has_column", "read_number"]
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
+from maskgit_pl.files import write_atomically
+
+__all__ = ["FILE_NAME", "REAL", "Arrays", "Ledger", "Row", "cached", "digest_of", "shorten_digest"]
 
 Row: TypeAlias = dict[str, Any]
+Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 FILE_NAME = "ledger.jsonl"
 REAL = "real images"  # value of the column "model" in a row of real images
 _log = logging.getLogger(__name__)
+
+
+def digest_of(values: Any) -> str:
+    """Returns the SHA-256 in hex of plain values; the order of mapping keys does not matter."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def shorten_digest(digest: str) -> str:
+    """Returns the first 16 hex digits (64 bits), which file names and ledger rows hold."""
+    return digest[:16]
 
 
 class Ledger:
@@ -45,10 +60,19 @@ class Ledger:
 
     def __init__(self, file: Path, *, writes: bool = True, reuse: bool = True) -> None:
         self.file, self.writes = file, writes
-        self._rows: dict[str, list[Row]] = _read(file) if file.exists() else defaultdict(list)
+        self._rows: dict[str, list[Row]] = defaultdict(list)
+        for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.exists() else (), start=1):
+            if not line.endswith(b"\n"):
+                _log.info("ledger %s: line %d is incomplete; it will be measured again", file, number)
+                break
+            try:
+                row = json.loads(line)
+                self._rows[row["measurement"]].append(row)
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                raise ValueError(
+                    f"ledger {file}: line {number} is not a measurement; remove the line, or move the file away"
+                ) from error
         self._skipped = {} if reuse else {kind: len(rows) for kind, rows in self._rows.items()}
-        # Rows by kind of measurement and columns of the key, then by the values of the key.
-        self._index: dict[tuple[str, tuple[str, ...]], dict[Hashable, list[Row]]] = {}
 
     def rows(self, measurement: str) -> list[Row]:
         """Returns all rows of a kind of measurement, in the order of the file."""
@@ -64,14 +88,9 @@ class Ledger:
             key: Values of the columns that determine the measurement.
             having: Names of columns that the row must have; a column without a value counts.
         """
-        columns = tuple(sorted(key))
-        index = self._index.get((measurement, columns))
-        if index is None:
-            index = self._index[measurement, columns] = {}
-            for row in self._rows[measurement][self._skipped.get(measurement, 0) :]:
-                _insert(index, columns, row)
-        rows = index.get(_values(columns, key), [])
-        return next((row for row in reversed(rows) if all(name in row for name in having)), None)
+        wanted: Row = json.loads(json.dumps(key))  # as a row is read: tuples become lists
+        rows = self._rows[measurement][self._skipped.get(measurement, 0) :]
+        return next((row for row in reversed(rows) if wanted.items() <= row.items() and row.keys() >= {*having}), None)
 
     def add(self, measurement: str, row: Mapping[str, object]) -> Row:
         """Appends a measurement, which is on disk when the method returns.
@@ -84,85 +103,55 @@ class Ledger:
             The row, as ``find`` returns it.
         """
         line = json.dumps({"measurement": measurement, **row})
-        added: Row = json.loads(line)
-        self._rows[measurement].append(added)
-        for (kind, columns), index in self._index.items():
-            if kind == measurement:
-                _insert(index, columns, added)
+        self._rows[measurement].append(json.loads(line))
         if self.writes:
-            self._append(line.encode() + b"\n")
-        return added
-
-    def _append(self, line: bytes) -> None:
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a+b") as stream:
-            # The lock keeps lines of several commands apart; closing the file releases it. Some file systems have none.
-            with suppress(OSError):
-                lock_descriptor(stream.fileno())
-            stream.seek(0)
-            stream.truncate(stream.read().rfind(b"\n") + 1)  # without an incomplete last line
-            stream.write(line)
-            # A measurement may have taken hours: it must survive a crash of the machine.
-            stream.flush()
-            os.fsync(stream.fileno())
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a+b") as stream:
+                # The lock keeps lines of several commands apart; closing the file releases it. Some file systems have
+                # none.
+                with suppress(OSError):
+                    lock_descriptor(stream.fileno())
+                stream.seek(0)
+                stream.truncate(stream.read().rfind(b"\n") + 1)  # without an incomplete last line
+                stream.write(line.encode() + b"\n")
+                # A measurement may have taken hours: it must survive a crash of the machine.
+                stream.flush()
+                os.fsync(stream.fileno())
+        return self._rows[measurement][-1]
 
 
-def _read(file: Path) -> dict[str, list[Row]]:
-    rows: dict[str, list[Row]] = defaultdict(list)
-    with file.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.endswith(b"\n"):  # a killed process left it
-                _log.info("ledger %s: line %d is incomplete; it will be measured again", file, number)
-                break
-            try:
-                row = json.loads(line)
-                rows[row["measurement"]].append(row)
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
-                raise ValueError(
-                    f"ledger {file}: line {number} is not a measurement; remove the line, or move the file away"
-                ) from error
-    return rows
+def cached(
+    folder: Path | None,
+    keys: Mapping[str, Mapping[str, Any]],
+    make: Callable[[Sequence[str]], dict[str, Arrays]],
+) -> dict[str, Arrays]:
+    """Returns arrays that are read from files if possible, else made by all ranks together and written by the first.
 
+    Args:
+        folder: Folder of the files, which several caches may share; None for no files.
+        keys: Plain values that determine the arrays, by name. Name and digest of the values make the file name.
+        make: Makes the arrays of some of the names.
 
-def _insert(index: dict[Hashable, list[Row]], columns: Sequence[str], row: Row) -> None:
-    if all(name in row for name in columns):
-        index.setdefault(_values(columns, row), []).append(row)
+    Returns:
+        Arrays by name, the same on every rank.
+    """
+    files = {
+        name: folder / f"{re.sub('[^A-Za-z0-9_.]+', '-', name)}-{shorten_digest(digest_of(key))}.npz"
+        for name, key in keys.items()
+        if folder is not None
+    }
+    # Making is collective: all ranks make what any of them does not have.
+    kept = on_all_ranks(lambda: [name for name, file in files.items() if file.exists()])
+    missing = [name for name in keys if not all(name in names for names in kept)]
+    found = {name: dict(np.load(files[name])) for name in keys if name not in missing}
+    made = make(missing) if missing else {}
 
+    def write() -> None:
+        for name, arrays in made.items():
+            if name in files and rank_and_world()[0] == 0:
+                files[name].parent.mkdir(parents=True, exist_ok=True)
+                with write_atomically(files[name]) as stream:
+                    np.savez(stream, **cast("dict[str, Any]", arrays))
 
-def _values(columns: Sequence[str], row: Mapping[str, object]) -> Hashable:
-    return tuple(_freeze(row[name]) for name in columns)
-
-
-def _freeze(value: Any) -> Hashable:
-    """Returns a plain value as a hashable one; tuples equal lists, and 1 equals 1.0."""
-    if isinstance(value, dict):
-        return frozenset((name, _freeze(each)) for name, each in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(map(_freeze, value))
-    return value  # type: ignore[no-any-return]  # a string, a number or None
-
-
-def read_number(row: Mapping[str, Any], name: str) -> float | None:
-    """Returns a number of a row, or None if the row has no value in that column."""
-    value = row.get(name)
-    return None if value is None else float(value)
-
-
-def has_column(rows: Sequence[Mapping[str, Any]], name: str) -> bool:
-    """Returns True if any row has a value in a column."""
-    return any(row.get(name) is not None for row in rows)
-
-
-def format_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Returns rows as CSV with every column that any row has: values unrounded, mappings as JSON."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    stream = io.StringIO()
-    writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({name: _cell(value) for name, value in row.items()})
-    return stream.getvalue()
-
-
-def _cell(value: object) -> object:
-    return json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+    on_all_ranks(write)
+    return {**found, **made}

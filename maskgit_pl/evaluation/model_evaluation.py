@@ -1,7 +1,5 @@
 """``evaluate`` measures one model.
 
-An evaluation has three parts:
-
 1. It opens the model, the data and the feature networks.
 2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy score. Several
    processes under ``torchrun`` share the work, and the ledger keeps the rows.
@@ -14,31 +12,24 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
 from maskgit_pl.checks import check_integer, plain_size
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import (
-    barrier,
-    default_device,
-    describe_environment,
-    process_group,
-    rank_and_world,
-)
-from maskgit_pl.evaluation.classifier import check_cas, obtain_classifier
+from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
+from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
-from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated, num_candidates
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
-    RunFolders,
     check_model_decoding,
-    create_evaluated_model,
     describe_held_out,
     find_run,
     open_data,
@@ -54,21 +45,16 @@ from maskgit_pl.evaluation.options import (
     round_to_classes,
 )
 from maskgit_pl.evaluation.pages import choose_classes
-from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import iter_real_batches
+from maskgit_pl.evaluation.tokenizer import measure_reconstruction
 from maskgit_pl.files import write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
-from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
-__all__ = [
-    "Report",
-    "describe_limit",
-    "evaluate",
-]
+__all__ = ["Report", "describe_limit", "evaluate"]
 
 _DRAWS = 4  # masks per image for likelihoods
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
@@ -116,178 +102,127 @@ def evaluate(
     folders = find_run(run, data=data, classifier=options.classifier)
     file = out or folders.run / "evaluation.json"
     with process_group():  # all ranks measure; the first one writes
-        plan = _open(folders, num_images, features, options, bars)
-        measured = {
-            "reconstruction": _measure_reconstruction(plan),
-            **_measure_images(plan),
-            "likelihood": _measure_likelihood(plan),
-        }
-        scores = {} if cas is None else {"classification_accuracy_score": _measure_cas(plan, cas)}
+        # 1.
+        rank, world_size = rank_and_world()
+        device = options.device
+        if device is None and world_size > 1:  # one GPU for each process
+            device = default_device(local_rank=local_rank())
+        model = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model)
+        pipe = model.pipe
+        decoding = pipe.decoding_with(num_steps=options.num_steps)
+        check_model_decoding(pipe, decoding)
+        real = open_data(folders, pipe, num_workers=options.num_workers)
+        round_to_classes(num_images, real.num_classes)
+        lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
+        evaluator = open_evaluator(
+            folders,
+            real,
+            Ledger(folders.evaluation / FILE_NAME, writes=rank == 0, reuse=options.resume),
+            device=pipe.device,
+            batch_size=options.batch_size,
+            features=features,
+            reference=options.reference,
+            bars=bars,
+        )
+        barrier()  # every rank has read the ledger before the first one writes to it
+
+        measured = _measure(model, evaluator, decoding, num_images, options, lpips)  # 2.
+        images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
+        if cas is not None:
+            scores = {
+                "generated_images": evaluator.measure_cas(model, decoding, cas, **images),
+                "real_images": evaluator.measure_cas(None, None, cas, **images),
+            }
+            measured["classification_accuracy_score"] = {
+                trained_on: {name: row[name] for name in _SCORE} for trained_on, row in scores.items()
+            }
+        # 3.
         content = {
-            "protocol": _describe_protocol(plan),
+            "protocol": {**images, **_describe_protocol(model, evaluator, decoding)},
             **measured,
-            "model": _describe_model(plan.model),
-            "environment": {**describe_environment(), "device": str(plan.model.pipe.device)},
-            **_describe_classifier(plan.evaluator),
-            **_describe_acceptance(plan),
-            **scores,
-            "held_out": describe_held_out(folders.data, plan.evaluator.data.summary),
+            "model": _describe_model(model),
+            "environment": {**describe_environment(), "device": str(pipe.device)},
+            "held_out": describe_held_out(real.summary),
         }
         report = Report({**content, "limiting_stage": describe_limit(content)}, file)
-        generated = plan.generate(f"{plan.model.run}: pictures")  # the file of the measured images still exists
-        if rank_and_world()[0] == 0:
-            _write_pictures(plan, generated, folder=file.parent)
+        # The file of the measured images still exists.
+        generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
+        if rank == 0:
+            originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
+            _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
             report.save()
             refresh_card(folders.pretrained)
     return report
 
 
-@dataclass(frozen=True)
-class _Evaluation:
-    """The parts of an evaluation: what is measured, and by which evaluator."""
-
-    evaluator: Evaluator
-    model: EvaluatedModel
-    accepted: EvaluatedModel | None  # the model with rejection sampling
-    decoding: DecodingConfig
-    num_images: int
-    options: EvaluationOptions
-    lpips: LPIPS | None  # of reconstructions
-
-    def generate(self, title: str) -> GeneratedImages:
-        """Generates the images of the model, or opens their file."""
-        return self.evaluator.generate(
-            self.model, self.decoding, num_images=self.num_images, seed=self.options.seed, title=title
-        )
-
-
-def _open(
-    folders: RunFolders, num_images: int, features: Sequence[Spec], options: EvaluationOptions, bars: Bars
-) -> _Evaluation:
-    """Opens model, data, ledger and networks, and checks all options that depend on them."""
-    rank, world_size = rank_and_world()
-    device = options.device
-    if device is None and world_size > 1:  # one GPU for each process
-        device = default_device(local_rank=local_rank())
-    pipe = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model)
-    decoding = pipe.decoding_with(num_steps=options.num_steps)
-    check_model_decoding(pipe, decoding)
-    data = open_data(folders, pipe, num_workers=options.num_workers)
-    round_to_classes(num_images, data.num_classes, name="num_images")
-    lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
-    evaluator = open_evaluator(
-        folders,
-        pipe,
-        data,
-        Ledger(folders.evaluation / FILE_NAME, writes=rank == 0, reuse=options.resume),
-        features=features,
-        reference=options.reference,
-        batch_size=options.batch_size,
-        bars=bars,
-    )
-    barrier()  # every rank has read the ledger before the first one writes to it
-    model = create_evaluated_model(folders, pipe)
-    acceptance = _open_acceptance(folders, evaluator, options, num_images)
-    accepted = None if acceptance is None else replace(model, acceptance=acceptance)
-    return _Evaluation(evaluator, model, accepted, decoding, num_images, options, lpips)
-
-
-def _open_acceptance(
-    folders: RunFolders, evaluator: Evaluator, options: EvaluationOptions, num_images: int
-) -> Acceptance | None:
-    """Reads the classifier that accepts images; that of the data is trained if it is missing."""
-    if options.accept_rate is None:
-        return None
-    folder = options.accept_classifier
-    if folder is None:
-        folder = folders.classifier
-        obtain_classifier(folder, evaluator.data, replaces=folders.shares_classifier)
-    acceptance = Acceptance.load(folder, options.accept_rate, device=evaluator.device)
-    acceptance.check_classes(evaluator.data.class_names)
-    num_candidates(acceptance, num_images, evaluator.data.num_classes)  # refuses an uneven number
-    return acceptance
-
-
-def _measure_reconstruction(plan: _Evaluation) -> dict[str, float]:
-    """Measures reconstructions of the val split, which have no ledger row."""
-    data = plan.evaluator.data
-    # A reference file is not the val split.
-    networks = {} if plan.options.reference is not None else plan.evaluator.networks
-    return measure_reconstruction(
-        plan.model.pipe.tokenizer,
+def _measure(
+    model: EvaluatedModel,
+    evaluator: Evaluator,
+    decoding: DecodingConfig,
+    num_images: int,
+    options: EvaluationOptions,
+    lpips: LPIPS | None,
+) -> dict[str, Any]:
+    """Measures reconstructions, images with and without guidance, as many real images, and the likelihood."""
+    data, networks = evaluator.data, evaluator.networks
+    compared = {} if options.reference is not None else networks  # a reference file is not the val split
+    rebuilt = measure_reconstruction(
+        model.pipe.tokenizer,
         iter_real_batches(data, "val"),
-        extractors=[network.extractor for network in networks.values()],
-        references={label: network.reference for label, network in networks.items()},
-        lpips=plan.lpips,
-        on_images=plan.evaluator.bars("reconstructing", data.summary.samples["val"]),
+        extractors=[network.extractor for network in compared.values()],
+        references={label: network.reference for label, network in compared.items()},
+        lpips=lpips,
+        on_images=evaluator.bars("reconstructing", data.summary.samples["val"]),
     )
-
-
-def _measure_images(plan: _Evaluation) -> dict[str, Any]:
-    """Measures generated images with and without guidance and acceptance, and as many real ones."""
-    evaluator, model, decoding = plan.evaluator, plan.model, plan.decoding
-    options: dict[str, Any] = {"num_images": plan.num_images, "seed": plan.options.seed}
-    images = {"exported_guidance": (model, decoding)}
+    images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
+    decodings = {"exported_guidance": decoding}
     if any(decoding.scales()):
-        images["without_guidance"] = model, model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
-    if plan.accepted is not None:
-        images["accepted"] = plan.accepted, decoding
-    if not plan.options.resume:  # images of an earlier evaluation would be reused by their file name
-        for source, each in images.values():
-            delete_generated(source.samples_file(each, **options))
+        decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
+    if not options.resume:  # images of an earlier evaluation would be reused by their file name
+        for each in decodings.values():
+            delete_generated(model.samples_file(each, **images))
     samples = {
-        name: evaluator.measure_samples(source, each, keep=True, **options) for name, (source, each) in images.items()
+        name: collect_numbers(evaluator.measure_samples(model, each, keep=True, **images))
+        for name, each in decodings.items()
     }
-    real = evaluator.measure_real(num_images=plan.num_images)
-    floor = next(iter(real.values()))
-    numbers = {name: collect_numbers(rows) for name, rows in samples.items()}
-    for values in numbers.values():
-        values.pop("steps_taken", None)
-    return {"samples": numbers, "real_against_real": {**collect_numbers(real), "images": floor["num_images"]}}
-
-
-def _measure_likelihood(plan: _Evaluation) -> dict[str, Any]:
-    row = plan.evaluator.measure_likelihood(plan.model, num_images=plan.options.likelihood_images, draws=_DRAWS)
-    return {name: value for name, value in row.items() if name.startswith(_LIKELIHOOD)}
-
-
-def _measure_cas(plan: _Evaluation, cas: CASConfig) -> dict[str, Row]:
-    """Measures the classification accuracy score of generated, accepted and real images."""
-    models = {"generated_images": plan.model, "accepted_images": plan.accepted, "real_images": None}
-    rows = {
-        trained_on: plan.evaluator.measure_cas(
-            model, None if model is None else plan.decoding, cas, num_images=plan.num_images, seed=plan.options.seed
-        )
-        for trained_on, model in models.items()
-        if model is not None or trained_on == "real_images"
+    for numbers in samples.values():
+        numbers.pop("steps_taken", None)
+    floor = evaluator.measure_real(num_images=num_images)
+    likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)
+    measured = {
+        "reconstruction": rebuilt,
+        "samples": samples,
+        "real_against_real": {**collect_numbers(floor), "images": next(iter(floor.values()))["num_images"]},
+        "likelihood": {name: value for name, value in likelihood.items() if name.startswith(_LIKELIHOOD)},
     }
-    return {trained_on: {name: row[name] for name in _SCORE} for trained_on, row in rows.items()}
+    judge = networks.get(CLASSIFIER)
+    if judge is not None and judge.accuracy is not None and judge.labels is not None:
+        # The class agreement is read relative to the accuracy of the classifier.
+        measured["classifier"] = {"accuracy_on_real_images": judge.accuracy, "real_images": len(judge.labels)}
+    return measured
 
 
-def _describe_protocol(plan: _Evaluation) -> dict[str, Any]:
-    pipe, networks, negative = plan.model.pipe, plan.evaluator.networks, plan.model.pipe.negative_model
-    origins = [network.origin for network in networks.values()]
-    protocol = {
-        "num_images": plan.num_images,
-        "num_steps": plan.decoding.num_steps,
-        "seed": plan.options.seed,
-        "data": plan.evaluator.data.summary.fingerprint,
+def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: DecodingConfig) -> dict[str, Any]:
+    """Describes everything that the values depend on, besides the number of images and the seed."""
+    origins = {label: network.reference.origin for label, network in evaluator.networks.items()}
+    negative = model.pipe.negative_model
+    return {
+        "num_steps": decoding.num_steps,
+        "data": evaluator.data.summary.fingerprint,
         "split": "val",
-        "reference": ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins)),
-        "mask_schedule": repr(pipe.transformer.mask_schedule),
-        "decoding": asdict(plan.decoding),
+        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in origins.values())),
+        "mask_schedule": repr(model.pipe.transformer.mask_schedule),
+        "decoding": asdict(decoding),
+        **({} if negative is None else {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}),
+        "features": {
+            label: {
+                "weights": network.extractor.digest,
+                "real_images": network.columns["real_images"],
+                "reference": origins[label].digest,
+            }
+            for label, network in evaluator.networks.items()
+        },
     }
-    if negative is not None:
-        protocol["negative_model"] = {"folder": str(negative.folder), "digest": negative.digest}
-    protocol["features"] = {
-        label: {
-            "weights": network.extractor.digest,
-            "real_images": network.columns["real_images"],
-            "reference": network.origin.digest,
-        }
-        for label, network in networks.items()
-    }
-    return protocol
 
 
 def _describe_model(model: EvaluatedModel) -> dict[str, Any]:
@@ -303,24 +238,6 @@ def _describe_model(model: EvaluatedModel) -> dict[str, Any]:
         "transformer_digest": model.identity["transformer"],
         "config_digest": model.identity["config"],
     }
-
-
-def _describe_classifier(evaluator: Evaluator) -> dict[str, Any]:
-    """Describes the classifier of the data, whose accuracy the class agreement is read relative to."""
-    classifier = evaluator.networks.get(CLASSIFIER)
-    if classifier is None or classifier.accuracy is None or classifier.labels is None:
-        return {}
-    return {"classifier": {"accuracy_on_real_images": classifier.accuracy, "real_images": len(classifier.labels)}}
-
-
-def _describe_acceptance(plan: _Evaluation) -> dict[str, Any]:
-    if plan.accepted is None or plan.accepted.acceptance is None:
-        return {}
-    acceptance, networks = plan.accepted.acceptance, plan.evaluator.networks
-    count = num_candidates(acceptance, plan.num_images, len(plan.model.pipe.class_names))
-    judges = [label for label, network in networks.items() if network.extractor.digest == acceptance.digest]
-    described = {"accept_rate": plan.num_images / count, "num_candidates": count, "classifier": acceptance.name}
-    return {"acceptance": {**described, "digest": acceptance.digest, "also_judges": judges}}
 
 
 @dataclass(frozen=True)
@@ -362,8 +279,6 @@ class Report:
                 if f"r{name}" in rebuilt:  # the floor of the FID above it
                     table.add_row("  of reconstructions", format_value(name, rebuilt[f"r{name}"]))
         _add_model_rows(table, self.content)
-        if "acceptance" in self.content:
-            table.caption = _acceptance_caption(self.content["acceptance"])
         return table
 
     def findings(self) -> list[str]:
@@ -392,21 +307,6 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
     table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
     parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
     table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
-
-
-def _acceptance_caption(acceptance: Mapping[str, Any]) -> str:
-    """Returns a sentence about the accepted images; it warns if their classifier also judges them."""
-    text = (
-        f"accepted: the best {acceptance['accept_rate']:.1%} of {acceptance['num_candidates']} candidates by "
-        f"classifier {acceptance['classifier']}"
-    )
-    if acceptance["also_judges"]:
-        text += (
-            ", which also judges them: their class agreement and the metrics of "
-            f"{', '.join(acceptance['also_judges'])} are better than the images are; compare precision, recall and "
-            "diversity, and use another --accept-classifier"
-        )
-    return text
 
 
 def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -448,9 +348,16 @@ def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**described, "stage": stage, "reconstruction_share": rebuilt / fid, "text": f"{text} {of_tokens}"}
 
 
-def _write_pictures(plan: _Evaluation, generated: GeneratedImages, *, folder: Path) -> None:
+def _write_pictures(
+    model: EvaluatedModel,
+    decoding: DecodingConfig,
+    generated: GeneratedImages,
+    originals: Tensor,
+    folder: Path,
+    seed: int,
+) -> None:
     """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``; ``generated`` is sorted by class."""
-    pipe = plan.model.pipe
+    pipe = model.pipe
     classes = choose_classes(len(pipe.class_names))
     rows = []
     for label in classes:
@@ -463,16 +370,18 @@ def _write_pictures(plan: _Evaluation, generated: GeneratedImages, *, folder: Pa
     grid = image_grid(torch.cat([row[:least] for row in rows]), columns=least, row_captions=names)
     save_png(grid, folder / "samples.png")
 
-    originals = plan.evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
     reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
     save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 
-    shown = classes[:_ANIMATED]
-    seeds = [plan.options.seed + number for number in range(len(shown))]
-    steps = list(pipe.steps(shown, seed=seeds, decoding=plan.decoding))
-    captions = [pipe.class_names[label] for label in shown]
-    token_size = pipe.outline.token_size
+    seeds = [seed + number for number, _ in enumerate(classes[:_ANIMATED])]
+    steps = list(pipe.steps(classes[:_ANIMATED], seed=seeds, decoding=decoding))
     recording = Recording(
-        steps, pipe.tokenizer.decode, pipe.tokenizer.grid, plan.decoding, captions, seeds, token_size=token_size
+        steps,
+        pipe.tokenizer.decode,
+        pipe.tokenizer.grid,
+        decoding,
+        names[:_ANIMATED],
+        seeds,
+        token_size=pipe.outline.token_size,
     )
     recording.save(folder / "decoding.gif")

@@ -15,13 +15,12 @@ import torch
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import DataSummary
-from maskgit_pl.data.writer import MAX_RECORD_BYTES, RECORD
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
 from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.evaluation.options import CLASSIFIER
+from maskgit_pl.evaluation.options import CLASSIFIER, Spec
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
@@ -33,34 +32,19 @@ __all__ = [
     "can_guide",
     "check_data",
     "check_model_decoding",
-    "create_evaluated_model",
     "data_name",
     "describe_held_out",
     "find_run",
     "find_tokenizer_folders",
-    "give_val_vectors",
     "open_data",
     "open_evaluator",
     "open_images",
     "open_model",
-    "open_networks",
     "read_run_recipe",
 ]
 
 _VALIDATION_BATCH = 200  # images
-_MAX_CONFIG_BYTES = 8_000_000
-_ADVICE = (
-    "to judge on an official test set, put its images into test/ beside train/, or give a data folder whose val split "
-    "it is with --data"
-)
-_SOURCES = {  # kind of source in the data folder's record -> origin of its val split
-    "idx": "the official test set of the IDX files",
-    "emoji": "pictures of the emoji that `maskgit data fetch` holds out",
-    "blue marble": "tiles of the blocks that `maskgit data fetch` holds out",
-    "image folder": f"those in val/ or test/ of the image folder if it has one, else about a tenth of all; {_ADVICE}",
-    "parquet": "those of its validation or test files if it has them, else about a tenth of all",
-}
-_UNKNOWN = f"the val shards, which maskgit_pl did not choose; {_ADVICE}"
+_MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 
 
 @dataclass(frozen=True)
@@ -188,23 +172,15 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     return read_yaml(file) if file.is_file() else {}
 
 
-def describe_held_out(folder: Path, summary: DataSummary) -> dict[str, Any]:
-    """Describes the val split of a data folder, which has this summary, in plain values.
+def describe_held_out(summary: DataSummary) -> dict[str, Any]:
+    """Describes the val split of a data folder, which has this summary, in plain values: a sentence and its numbers.
 
-    Returns:
-        ``split``, ``images``, ``fraction`` (of train and val together), ``source`` (``idx``, ``image folder``, ... or
-        ``unknown``), and ``text``, a sentence.
+    The fraction is that of train and val together.
     """
-    record = read_json(folder / RECORD, max_bytes=MAX_RECORD_BYTES) if (folder / RECORD).is_file() else {}
-    made_from = record.get("source") if isinstance(record, dict) else None
-    kind = made_from.get("kind") if isinstance(made_from, dict) else None
-    source = kind if kind in _SOURCES else "unknown"
     images = summary.samples["val"]
     fraction = images / sum(summary.samples.values())
-    text = (
-        f"Held out: {images:,} images of the val split ({fraction:.0%} of the data), {_SOURCES.get(source, _UNKNOWN)}."
-    )
-    return {"split": "val", "images": images, "fraction": fraction, "source": source, "text": text}
+    text = f"Held out: {images:,} images of the val split ({fraction:.0%} of the data)."
+    return {"split": "val", "images": images, "fraction": fraction, "text": text}
 
 
 def open_model(
@@ -213,8 +189,11 @@ def open_model(
     *,
     dtype: str | None = None,
     negative_model: Path | str | None = None,
-) -> MaskGIT:
+    out: Path | None = None,
+) -> EvaluatedModel:
     """Reads the model of a run; see ``options.ModelOptions`` for the arguments.
+
+    ``out`` is the folder of its images; None for ``RUN/evaluation``.
 
     Raises:
         FileNotFoundError: if the negative model does not exist.
@@ -225,52 +204,48 @@ def open_model(
     models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model]
     for model in models:  # the tokenizer stays: reconstructions remain comparable
         model.network.to(dtype=parse_dtype(dtype, place))
-    return pipe
+    return EvaluatedModel(folders.run.name, pipe, folders.pretrained, out or folders.evaluation)
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
-    """Opens the real images that a model is compared with.
-
-    A model that needs vectors gets those of the val images: a generated image takes one of its class.
-
-    Raises:
-        ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
-    """
+    """Opens the real images that a model is compared with; see ``check_data``."""
     channels = pipe.tokenizer.network.config.in_channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
     data.warn_if_resized()
-    give_val_vectors(pipe, data)
     return data
-
-
-def give_val_vectors(pipe: MaskGIT, data: ShardData) -> None:
-    """Gives a model that needs vectors those of the val images."""
-    if pipe.transformer.network.config.condition_dim:
-        pipe.vector_pool = data.vector_pool("val")
 
 
 def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_workers: int = 0) -> ShardData:
     """Opens a data folder as images of one size: a side or (height, width) in pixels, and 1 or 3 channels."""
-    config = ShardDataConfig(
-        str(folder),
-        image_size=image_size,
-        in_channels=in_channels,
-        validation_batch=_VALIDATION_BATCH,
-        num_workers=num_workers,
+    data = ShardData(
+        ShardDataConfig(
+            str(folder),
+            image_size=image_size,
+            in_channels=in_channels,
+            validation_batch=_VALIDATION_BATCH,
+            num_workers=num_workers,
+        )
     )
-    data = ShardData(config)
     data.setup()
     return data
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Checks that the classes of the data are those of the model."""
+    """Checks that the data suit a model, and gives it the vectors of the val images if it needs any.
+
+    A generated image takes a vector of its class.
+
+    Raises:
+        ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
+    """
     if data.class_names != pipe.class_names:
         raise ValueError(
             f"data {data.config.path}: the classes must be the model's {list(pipe.class_names[:10])}, "
             f"got {list(data.class_names[:10])}; choose the data of the training with --data"
         )
+    if pipe.transformer.network.config.condition_dim:
+        pipe.vector_pool = data.vector_pool("val")
 
 
 def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
@@ -282,11 +257,7 @@ def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
             guidance for a model without a null class and without a negative model.
     """
     pipe.check_decoding(decoding)
-    if any(decoding.scales()) and not can_guide(pipe):
-        raise ValueError(
-            f"guidance {decoding.guidance}: the scale must be 0, because this model has no null class (it was trained "
-            "with class_dropout 0); for guidance, train with model.network.class_dropout 0.1, or give --negative-model"
-        )
+    pipe.outline.check_decoding(decoding, has_negative_class=can_guide(pipe))
 
 
 def can_guide(pipe: MaskGIT) -> bool:
@@ -296,22 +267,22 @@ def can_guide(pipe: MaskGIT) -> bool:
 
 def open_evaluator(
     folders: RunFolders,
-    pipe: MaskGIT,
     data: ShardData,
     ledger: Ledger,
     *,
+    device: torch.device | str,
     batch_size: int,
-    features: Sequence[str | dict[str, Any]] = (CLASSIFIER,),
+    features: Sequence[Spec] = (CLASSIFIER,),
     reference: Path | None = None,
     bars: Bars = no_bars,
 ) -> Evaluator:
     """Opens the evaluator of the runs of a data set, and trains the classifier of the data if it is missing.
 
     Args:
-        folders: Folders of the first run; see ``open_networks``.
-        pipe: Model of the first run; the feature networks use its device.
+        folders: Folders of the first run: those of the classifier and of the features of real images.
         data: The real images.
         ledger: Ledger of the measurements.
+        device: Device of the feature networks.
         batch_size: Images per batch of generation; it does not change results.
         features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.classifier``.
         reference: File in the layout of ADM to compare with; None for the val split.
@@ -319,32 +290,8 @@ def open_evaluator(
 
     Raises: see ``features.open_extractors``.
     """
-    return Evaluator(
-        data,
-        dataset=data_name(folders.data),
-        networks=open_networks(folders, data, features=features, reference=reference, device=pipe.device, bars=bars),
-        ledger=ledger,
-        bars=bars,
-        batch_size=batch_size,
-        device=pipe.device,
-    )
-
-
-def open_networks(
-    folders: RunFolders,
-    data: ShardData,
-    *,
-    features: Sequence[str | dict[str, Any]],
-    reference: Path | None = None,
-    device: torch.device | str,
-    bars: Bars = no_bars,
-) -> dict[str, FeatureMetrics]:
-    """Opens feature networks by label, with the real images that they compare with; see ``open_evaluator``.
-
-    ``folders`` name the folder of the classifier and that of the features of real images.
-    """
     extractors = open_extractors(
-        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+        folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
     )
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
@@ -353,9 +300,13 @@ def open_networks(
     else:
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)
-    return {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
-
-
-def create_evaluated_model(folders: RunFolders, pipe: MaskGIT, folder: Path | None = None) -> EvaluatedModel:
-    """Returns the model of a run for the evaluator; ``folder`` is for its images, by default ``RUN/evaluation``."""
-    return EvaluatedModel(folders.run.name, pipe, folders.pretrained, folder or folders.evaluation)
+    networks = {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
+    return Evaluator(
+        data,
+        dataset=data_name(folders.data),
+        networks=networks,
+        ledger=ledger,
+        bars=bars,
+        batch_size=batch_size,
+        device=device,
+    )

@@ -19,7 +19,6 @@ __all__ = [
     "CAS_TRAINING",
     "CLASSIFIER",
     "FEATURES",
-    "LEAST_IMAGES",
     "NUM_TOKENS",
     "PLOT_STEPS",
     "SMALL_TRAINING",
@@ -50,7 +49,6 @@ Precision = Literal["32-true", "bf16-mixed"]
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
 PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
-LEAST_IMAGES = 4  # each half of the real images needs two for a covariance
 NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
 
@@ -107,33 +105,21 @@ class EvaluationOptions(ModelOptions):
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
         lpips: Also measure LPIPS of the reconstructions with vgg=FILE, alex=FILE or squeeze=FILE.
         likelihood_images: Number of real images for the likelihood.
-        accept_rate: Generate 1 / X times as many images, and also measure the fraction X of each class to which a
-            classifier gives the highest probability of that class.
-        accept_classifier: Classifier of --accept-rate; another one than --classifier, which would judge its own choice,
-            is better (default: --classifier).
         resume: Keep the measurements of an interrupted evaluation.
 
     Raises:
-        ValueError: if a number is out of range, or a classifier is given without a rate.
+        ValueError: if a number is out of range.
     """
 
     num_steps: int | None = None
     reference: Path | None = None
     lpips: str | None = None
     likelihood_images: int = 2000
-    accept_rate: float | None = None
-    accept_classifier: Path | None = None
     resume: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
-        if self.accept_rate is not None:
-            check_number("accept_rate", self.accept_rate, "(0, 1]")
-        elif self.accept_classifier is not None:
-            raise ValueError(
-                f"accept_classifier must be given with accept_rate, got only {self.accept_classifier}; give the rate"
-            )
 
 
 @dataclass(frozen=True)
@@ -161,9 +147,8 @@ class TuningOptions(ModelOptions):
         selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: loop}, whose arguments are
             fixed (default: all).
         schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow, exponent: 2.5},
-            pow (any exponent), or free (any number of tokens per step); own: only the model's (default: all).
+            or pow (any exponent); own: only the model's (default: all).
         seconds: Start no further trial after this time (default: no limit).
-        plot: Measure and draw the figure of mask schedules, which takes longer than the search (default: --plot).
 
     Raises:
         ValueError: if a number is out of range.
@@ -173,7 +158,6 @@ class TuningOptions(ModelOptions):
     selectors: Sequence[Spec] | None = None
     schedules: Sequence[Spec] | None = None
     seconds: float | None = None
-    plot: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -220,19 +204,14 @@ class ReportOptions(MeasurementOptions):
             raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
 
 
-def round_to_classes(num_images: int, num_classes: int, *, name: str = "num_images") -> int:
+def round_to_classes(num_images: int, num_classes: int) -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes.
-
-    Args:
-        num_images: Number of images.
-        num_classes: Number of classes.
-        name: Name of the number in errors.
 
     Raises:
         ValueError: if there are fewer than 2 images per class.
     """
     if num_images < 2 * num_classes:
-        raise ValueError(f"{name} must be >= {2 * num_classes} (2 per class), got {num_images}")
+        raise ValueError(f"num_images must be >= {2 * num_classes} (2 per class), got {num_images}")
     return num_images - num_images % num_classes
 
 
@@ -257,7 +236,7 @@ class TokenizerOptions(MeasurementOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_images is not None:
-            check_integer("num_images", self.num_images, f"[{LEAST_IMAGES}, inf)")
+            check_integer("num_images", self.num_images, "[4, inf)")  # each half needs two for a covariance
 
 
 @dataclass(frozen=True)

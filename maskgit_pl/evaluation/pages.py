@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import io
+import json
 import shlex
 import sys
 import textwrap
@@ -13,14 +15,12 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.errors import code_span, printable
-from maskgit_pl.evaluation.ledger import format_csv, has_column, read_number
 from maskgit_pl.evaluation.metrics import computed_metrics, find_metric, format_value
 from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
-    from rich.table import Table
 
 __all__ = [
     "Page",
@@ -35,7 +35,6 @@ __all__ = [
     "metric_cell",
     "metrics_of",
     "paragraph",
-    "terminal_table",
     "typed_command",
 ]
 
@@ -62,8 +61,17 @@ class Page:
 
     @property
     def csv(self) -> str:
-        """The rows as CSV, with every column that any row has."""
-        return format_csv(self.rows)
+        """The rows as CSV with every column that any row has: values unrounded, mappings as JSON."""
+        stream = io.StringIO()
+        names = list(dict.fromkeys(name for row in self.rows for name in row))
+        writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
+        writer.writeheader()
+        for row in self.rows:
+            writer.writerow(
+                {name: json.dumps(each, sort_keys=True) if isinstance(each, Mapping) else each
+                 for name, each in row.items()}
+            )  # fmt: skip
+        return stream.getvalue()
 
     @property
     def contents(self) -> dict[str, bytes]:
@@ -106,7 +114,7 @@ def code_cell(text: str) -> str:
 def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the metrics that any row has: those of features in the order of tables, then others in that of rows."""
     names = dict.fromkeys([*computed_metrics(), *(name for row in rows for name in row)])
-    return [name for name in names if is_metric(name) and has_column(rows, name)]
+    return [name for name in names if is_metric(name) and any(row.get(name) is not None for row in rows)]
 
 
 def is_metric(name: str) -> bool:
@@ -120,7 +128,7 @@ def is_metric(name: str) -> bool:
 
 def metric_cell(row: Mapping[str, Any], name: str, *, more_digits: int = 0) -> str:
     """Returns the value of a metric as a table cell, which is empty if the row has none; see ``format_value``."""
-    value = read_number(row, name)
+    value = row.get(name)
     return "" if value is None else format_value(name, value, more_digits=more_digits)
 
 
@@ -146,19 +154,6 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, le
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
-
-
-def terminal_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    """Returns a table for a terminal; the cells are in Rich's markup, and the first column is aligned left."""
-    from rich.box import SIMPLE
-    from rich.table import Table
-
-    table = Table(title=title, box=SIMPLE, padding=0)
-    for place, text in enumerate(headings):
-        table.add_column(text, justify="right" if place else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
 
 
 def choose_classes(num_classes: int) -> list[int]:

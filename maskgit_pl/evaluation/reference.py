@@ -1,18 +1,29 @@
 """Statistics and features of real images, which generated images are compared with.
 
-They are computed once per network and kept in files, or read from a file in the layout of ADM. ``opening`` opens
-them for the ``Evaluator``.
+They are computed once per network and kept in files, or read from a file in the layout of ADM's evaluator: ``arr_0``
+(n, H, W, 3) uint8 holds images and ``arr_1`` (n,) integers their labels; ``mu`` and ``sigma`` are the statistics of
+Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial features. Such files come from strangers:
+only plain numbers are read, never pickled objects.
+
+Source: openai/guided-diffusion, evaluations/README.md and evaluator.py.
 """
 
 from __future__ import annotations
 
+import io
+import math
+import struct
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import numpy.typing as npt
 import torch
+from einops import rearrange
 from torch import Tensor
 from torch.utils.data import Sampler
 
@@ -21,7 +32,7 @@ from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
 from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import ShardReader, Split, load_manifest
 from maskgit_pl.data.order import Order
-from maskgit_pl.evaluation.cache import Arrays, cached, digest_of
+from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.features import (
     BATCH_SIZE,
     Extractor,
@@ -30,23 +41,161 @@ from maskgit_pl.evaluation.features import (
     iter_image_batches,
     iter_row_batches,
 )
-from maskgit_pl.evaluation.npz import ArrayFile, open_samples
-from maskgit_pl.files import sha256_of
+from maskgit_pl.evaluation.ledger import Arrays, cached, digest_of
+from maskgit_pl.files import open_zip, sha256_of, size_text
 from maskgit_pl.pipeline import MaskGIT
 
 __all__ = [
+    "ArrayFile",
     "Reference",
     "ReferenceOrigin",
+    "SampleFile",
     "Statistics",
     "draw_order",
     "iter_real_batches",
     "obtain_references",
+    "open_samples",
     "read_real_labels",
     "read_real_vectors",
     "read_references",
 ]
 
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
+_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+_LOCAL_HEADER = 30  # bytes of a zip member's local header, before its name
+_MAX_HEADER = 2**16  # bytes of an array's header; numpy parses at most 10,000 of them
+_MAX_MEMBERS = 100  # arrays per file
+# A compressed array may expand to 100 times the size of the file (images reach 10 times), or to 64 MiB.
+_MAX_RATIO = 100
+_ALWAYS_EXPANDED = 2**26
+_NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
+
+
+class ArrayFile:
+    """The arrays of an ``.npz`` file of a stranger; objects are never unpickled.
+
+    Args:
+        path: Path of the file.
+        thing: Kind of the file for error messages, e.g. ``"reference"``.
+
+    Raises:
+        ValueError: if the file is missing, damaged, not an ``.npz`` file, or holds more than 100 arrays.
+    """
+
+    def __init__(self, path: Path | str, *, thing: str) -> None:
+        self.path, self.thing = Path(path), thing
+        if not self.path.is_file():
+            raise ValueError(f"{thing} {path} must be an existing .npz file")
+        with (
+            self._refusing("the file"),
+            open(self.path, "rb") as stream,
+            open_zip(stream, max_entries=_MAX_MEMBERS) as archive,
+        ):
+            self._members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._members
+
+    def error(self, name: str, why: str) -> ValueError:
+        """Returns an error that names file and array."""
+        return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
+
+    def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
+        """Reads an array; an uncompressed one is memory-mapped.
+
+        Args:
+            name: Name of the array, without ``.npy``.
+            shape: Required shape; None stands for any size >= 1.
+            kinds: Accepted numpy kinds, ``"f"`` or ``"iu"`` of any precision, or ``"uint8"``.
+
+        Raises:
+            ValueError: if the array is missing or damaged, or has another shape or dtype.
+        """
+        if name not in self._members:
+            raise self.error(name, f"it is missing; the file holds {', '.join(map(printable, self._members))}")
+        info = self._members[name]
+        most = max(_ALWAYS_EXPANDED, _MAX_RATIO * self.path.stat().st_size)  # zipfile never reads more than file_size
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # the others expand without a limit
+            raise self.error(name, f"it must be stored or deflated, got compression type {info.compress_type}")
+        if info.compress_type == zipfile.ZIP_DEFLATED and info.file_size > most:
+            raise self.error(
+                name, f"it must expand to at most {size_text(most)}, got {size_text(info.file_size)}; use np.savez"
+            )
+        with self._refusing(f"array {name!r}"), zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+            stream = io.BytesIO(member.read(_MAX_HEADER))  # the length that a header claims may be huge
+            found, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+            header = stream.tell()
+        fits = (size >= 1 if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=False))
+        if len(found) != len(shape) or not all(fits):
+            wanted = ", ".join("n" if size is None else str(size) for size in shape)
+            raise self.error(name, f"the shape must be ({wanted}), got {found}")
+        # Objects, which are pickled, records and text are of other kinds.
+        if dtype != kinds if kinds == "uint8" else dtype.kind not in kinds:
+            raise self.error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
+        if header + math.prod(found) * dtype.itemsize != info.file_size:
+            raise self.error(name, f"its size does not match its shape {found}; the file is damaged")
+        with self._refusing(f"array {name!r}"):
+            if info.compress_type == zipfile.ZIP_STORED:
+                # The member is a plain .npy file within the zip file, so that its values can be mapped. Its name and an
+                # extra field follow its local header; their lengths may differ from those of the central directory.
+                with open(self.path, "rb") as file:
+                    file.seek(info.header_offset)
+                    name_length, extra_length = struct.unpack("<26xHH", file.read(_LOCAL_HEADER))
+                start = info.header_offset + _LOCAL_HEADER + name_length + extra_length + header
+                return np.memmap(self.path, dtype, "r", start, found, "F" if is_fortran else "C")
+            with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+
+    @contextmanager
+    def _refusing(self, what: str) -> Iterator[None]:
+        """Turns any error of zipfile, zlib or numpy, which a damaged file may raise, into a ``ValueError``."""
+        try:
+            yield
+        except Exception as error:
+            # Python's parser, which numpy reads headers with, gives no text for some.
+            why = printable(error) or type(error).__name__
+            raise ValueError(f"{self.thing} {printable(str(self.path))}: {what} cannot be read: {why}") from error
+
+
+@dataclass(frozen=True)
+class SampleFile:
+    """The images of a file, read in parts.
+
+    Args:
+        path: Path of the file.
+        images: (n, H, W, 3) uint8, memory-mapped if the file is not compressed.
+        labels: (n,) int64; None if the file has no labels.
+    """
+
+    path: Path
+    images: npt.NDArray[np.uint8]
+    labels: Tensor | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, rows: range | Tensor) -> Tensor:
+        """Returns the (b, 3, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
+        chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows.numpy()
+        return rearrange(torch.from_numpy(np.array(self.images[chosen])), "b h w c -> b c h w")
+
+
+def open_samples(file: ArrayFile | Path | str) -> SampleFile:
+    """Opens the images of a file, and their labels if there are any.
+
+    Raises:
+        ValueError: if there are no images, or an array has another shape or dtype than the layout.
+    """
+    arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
+    images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")
+    if "arr_1" not in arrays:
+        return SampleFile(arrays.path, images, None)
+    return SampleFile(
+        arrays.path, images, torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
+    )
 
 
 @dataclass(frozen=True)
@@ -107,14 +256,14 @@ class Reference:
         pooled: Statistics of the pooled features.
         spatial: Statistics of the spatial features; None if there are none.
         features: Pooled features and logits of each image; None if only statistics are known.
-        origin: Source of the images; None if it is not recorded.
+        origin: Source of the images.
     """
 
     label: str
     pooled: Statistics
     spatial: Statistics | None
     features: ImageFeatures | None
-    origin: ReferenceOrigin | None = None
+    origin: ReferenceOrigin = ReferenceOrigin("")
 
     @classmethod
     def from_features(cls, features: ImageFeatures) -> Reference:
@@ -240,10 +389,10 @@ def read_references(
     # A file without images has only Inception's statistics, which serve no other network.
     if "arr_0" not in file:
         if statistics is None:
-            raise file.make_error("mu", "the file must have statistics (mu, sigma) or images (arr_0), got neither")
+            raise file.error("mu", "the file must have statistics (mu, sigma) or images (arr_0), got neither")
         for extractor in extractors:
             if extractor.label != "inception":
-                raise file.make_error(
+                raise file.error(
                     "arr_0",
                     f"the file must have images for the network {extractor.label!r}, got only Inception's statistics",
                 )
@@ -292,7 +441,7 @@ def _obtain(
         name: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for name, each in by_name.items()
     }
-    found = cached(folder, keys, make, required=("mu", "sigma", "pooled"))
+    found = cached(folder, keys, make)
     return {each.label: _from_arrays(each.label, found[name]) for name, each in by_name.items()}
 
 
@@ -322,13 +471,6 @@ def _read_inception_statistics(file: ArrayFile) -> Reference | None:
 
 
 def _read_statistics(file: ArrayFile, suffix: str, width: int) -> Statistics:
-    arrays = {f"mu{suffix}": file.read(f"mu{suffix}", (width,), kinds="f")}
-    arrays[f"sigma{suffix}"] = file.read(f"sigma{suffix}", (width, width), kinds="f")
-    for name, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise file.make_error(name, "all values must be finite")
-    mean, covariance = (torch.from_numpy(np.array(array, np.float64)) for array in arrays.values())
-    # A tolerance, because files may hold float32 statistics.
-    if not torch.allclose(covariance, covariance.T, rtol=1e-3, atol=1e-6) or bool((covariance.diagonal() < 0).any()):
-        raise file.make_error(f"sigma{suffix}", "it must be a covariance: symmetric, with a diagonal >= 0")
-    return Statistics(mean, covariance)
+    mean = file.read(f"mu{suffix}", (width,), kinds="f")
+    covariance = file.read(f"sigma{suffix}", (width, width), kinds="f")
+    return Statistics(*(torch.from_numpy(np.array(array, np.float64)) for array in (mean, covariance)))

@@ -25,16 +25,14 @@ from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
-from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row, read_number
+from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
 from maskgit_pl.evaluation.metrics import metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
-    create_evaluated_model,
     data_name,
     describe_held_out,
     find_run,
     find_tokenizer_folders,
-    give_val_vectors,
     open_data,
     open_evaluator,
     open_model,
@@ -186,30 +184,26 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
 
     Raises:
         FileNotFoundError: if a tokenizer or the data do not exist.
-        ValueError: if there is no run, or the data do not fit a tokenizer.
+        ValueError: if there is no run.
     """
     options = options or ReportOptions()
     _check_runs("table tokenizers", runs)
     folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
     shared = folders[0].data  # all rows compare with the same real images
     own = TokenizerOptions(
-        batch_size=options.batch_size,
-        device=options.device,
-        num_workers=options.num_workers,
-        classifier=options.classifier,
-        num_images=options.num_images,
+        options.batch_size, options.device, options.num_workers, options.classifier, num_images=options.num_images
     )
     tokenizers = [open_tokenizer(replace(each, data=shared), options.features, own, bars) for each in folders]
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
-    held_out = describe_held_out(shared, tokenizers[0].data.summary)["text"]
+    held_out = describe_held_out(tokenizers[0].data.summary)["text"]
     return _make_tokenizer_page(rows, held_out, options.results / data_name(shared))
 
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
     """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
     row = ledger.find("tokenizer", opened.key)
-    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row())
+    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row)
 
 
 def _make_tokenizer_page(rows: Sequence[Row], held_out: str, folder: Path) -> Page:
@@ -254,13 +248,11 @@ def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> Op
     """
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
-    models = [create_evaluated_model(each, open_model(each, options.device)) for each in folders]
-    first, pipe = folders[0], models[0].pipe
-    data = open_data(first, pipe, num_workers=options.num_workers)
+    models = [open_model(each, options.device) for each in folders]
+    data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
     # All rows of a table must compare with the same real images.
     for model in models[1:]:
         check_data(model.pipe, data)
-        give_val_vectors(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
             raise ValueError(
                 f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
@@ -268,13 +260,13 @@ def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> Op
             )
     options.check_classes(data.num_classes)
     evaluator = open_evaluator(
-        first,
-        pipe,
+        folders[0],
         data,
         Ledger(options.results / FILE_NAME),
+        device=models[0].pipe.device,
+        batch_size=options.batch_size,
         features=options.features,
         reference=options.reference,
-        batch_size=options.batch_size,
         bars=bars,
     )
     return OpenedModels(evaluator, models, options.results / evaluator.dataset)
@@ -473,5 +465,5 @@ def _word(row: Mapping[str, Any], name: str) -> str:
 
 
 def _millions(row: Mapping[str, Any]) -> str:
-    value = read_number(row, "parameters")
+    value = row.get("parameters")
     return "" if value is None else f"{value / 1e6:.2f}M"

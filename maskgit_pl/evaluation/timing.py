@@ -39,7 +39,7 @@ from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = ["METHODS", "SIZES", "Method", "figure_4", "make_timing_page", "measure_timings"]
+__all__ = ["METHODS", "SIZES", "figure_4", "make_timing_page", "measure_timings"]
 
 Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -53,14 +53,6 @@ _WARM_UP = 8  # steps before the clock starts
 _CSV = ("method", "num_tokens", "num_steps", "seconds", "least", "runs", "network", "device", "torch", "dtype", "kind")
 
 _COLOURS = {"MaskGIT": "#0d7d6c", "autoregressive, KV cache": "#d98b1f", "autoregressive, no cache": "#c0392b"}
-_EXPLANATIONS = {  # by type of the device
-    "cpu": "The paper reports ratios of 30 to 64 on a GPU, which computes all tokens of an image in about the time of "
-    "one. On a CPU, as here, the time is proportional to the work, and a cache saves most of it.",
-    "cuda": "The paper reports ratios of 30 to 64, also on a GPU. If the tokens of an image do not fill the GPU, a "
-    "step for all tokens takes about as long as a step for one, and the ratio approaches N / T. With more tokens, the "
-    "time is proportional to the work.",
-}
-_OTHER_DEVICE = "The paper reports ratios of 30 to 64 on a GPU."
 
 
 def figure_4(
@@ -84,16 +76,16 @@ def figure_4(
         FileNotFoundError: if the run does not exist.
         ValueError: if a size is out of range, a number of tokens is not a square, or the device does not exist.
     """
-    options, sizes = options or ReportOptions(), dict(sizes or {})
+    options = options or ReportOptions()
     config: BackboneConfig = SIZES
     if run is not None:
         folder = local_folder(run) / "transformer"
         config = build_config(read_config(folder, "transformer").get("network"), f"{folder / 'config.json'}: network")
     rows = measure_timings(
         Ledger(options.results / FILE_NAME),
-        sizes=replace(config, **sizes),  # type: ignore[arg-type]  # fields of another backbone raise a TypeError
+        sizes=replace(config, **(sizes or {})),  # type: ignore[arg-type]  # fields of another backbone: a TypeError
         num_tokens=num_tokens,
-        device=find_device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+        device=find_device(options.device),
         bars=bars,
     )
     return replace(make_timing_page(rows), folder=options.results)
@@ -109,8 +101,6 @@ def measure_timings(
 ) -> list[Row]:
     """Times each method at each number of tokens with batch size 1. Points in the ledger are not measured again.
 
-    The methods take turns, so that a change in the speed of the machine affects all of them.
-
     Args:
         ledger: Ledger, to which each point is added as soon as it is measured.
         sizes: Configuration of the networks; the grid is replaced at each point. Vectors are not timed.
@@ -124,38 +114,46 @@ def measure_timings(
     Raises:
         ValueError: if a number of tokens is not a square, or the backbone has no causal form.
     """
+    device, matmul = torch.device(device), torch.get_float32_matmul_precision()
     for count in num_tokens:
         if count < 1 or math.isqrt(count) ** 2 != count:
             raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
-    device = torch.device(device)
-    _with_attention(sizes, "causal")  # raises if there is none
+    causal: dict[str, Any] = {"attention": "causal", "condition_dim": 0}
+    try:
+        replace(sizes, **causal)
+    except (TypeError, ValueError) as error:  # TypeError: no such field
+        raise ValueError(
+            f"figure 4 must have a backbone with causal attention, got {sizes.backbone!r} ({error}); name another run"
+        ) from error
     rows, advance = [], bars("figure 4: points", len(METHODS) * len(set(num_tokens)))
     for count in sorted(set(num_tokens)):
-        keys = {method: _key_columns(method, count, sizes, device) for method in METHODS}
+        # Source of T: paper, Table 1: 12 steps from 1,024 tokens, 8 below, and at most one per token.
+        num_steps = min(count, 12 if count >= 1024 else 8)
+        # The key of a point is everything that changes the time.
+        keys = {
+            method: {
+                "method": method,
+                "num_tokens": count,
+                "num_steps": num_steps if method == "MaskGIT" else count,
+                "network": _describe(sizes),
+                "device": device_name(device),
+                "torch": torch.__version__,
+                "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
+                "kind": device.type,
+            }
+            for method in METHODS
+        }
         found = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
         advance(len(found))
         missing = [method for method in METHODS if method not in found]
-        # Each point is written as soon as it is measured, so that a command that is stopped loses at most one.
-        for method, seconds in _measure(missing, sizes, count, device) if missing else ():
-            found[method] = ledger.add("timing", {**keys[method], **_summarize(seconds)})
+        decoders = _build_decoders(sizes, count, num_steps, device) if missing else {}
+        for method, seconds in _time({method: decoders[method] for method in missing}, device):
+            measured = {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds)}
+            commit = describe_environment()["commit"]
+            found[method] = ledger.add("timing", {**keys[method], **measured, "commit": commit})
             advance(1)
         rows += [found[method] for method in METHODS]
     return rows
-
-
-def _with_attention(config: BackboneConfig, attention: Attention) -> BackboneConfig:
-    """Returns a configuration with another attention and without conditioning vectors.
-
-    Raises:
-        ValueError: if the backbone does not support it.
-    """
-    changes: dict[str, Any] = {"attention": attention, "condition_dim": 0}
-    try:
-        return replace(config, **changes)
-    except (TypeError, ValueError) as error:  # TypeError: no such field
-        raise ValueError(
-            f"figure 4 must have a backbone with causal attention, got {config.backbone!r} ({error}); name another run"
-        ) from error
 
 
 def _describe(sizes: BackboneConfig) -> str:
@@ -170,54 +168,23 @@ def _describe(sizes: BackboneConfig) -> str:
     return ", ".join([sizes.backbone, *own, codes])
 
 
-def _key_columns(method: Method, num_tokens: int, sizes: BackboneConfig, device: torch.device) -> dict[str, Any]:
-    """Returns the ledger columns that identify a point: everything that changes the time."""
-    matmul = torch.get_float32_matmul_precision()
-    return {
-        "method": method,
-        "num_tokens": num_tokens,
-        "num_steps": _choose_steps(num_tokens) if method == "MaskGIT" else num_tokens,
-        "network": _describe(sizes),
-        "device": device_name(device),
-        "torch": torch.__version__,
-        "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
-        "kind": device.type,
-    }
-
-
-def _choose_steps(num_tokens: int) -> int:
-    """Returns the T of MaskGIT: 12 steps from 1,024 tokens, 8 below, and at most one per token.
-
-    Source: paper, Table 1.
-    """
-    return min(num_tokens, 12 if num_tokens >= 1024 else 8)
-
-
-def _summarize(seconds: Sequence[float]) -> dict[str, Any]:
-    commit = describe_environment()["commit"]
-    return {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds), "commit": commit}
-
-
-def _measure(
-    methods: Sequence[Method], sizes: BackboneConfig, num_tokens: int, device: torch.device
+def _time(
+    decoders: Mapping[Method, Callable[[], Iterator[DecodingStep]]], device: torch.device
 ) -> Iterator[tuple[Method, list[float]]]:
     """Yields each method with the seconds of its runs, as soon as it has enough runs.
 
-    1. Warm up each method, since the first calls allocate memory and choose kernels.
-    2. Take the next method of a queue and time one run.
-    3. If it may run again, put it back to the end of the queue.
+    The methods take turns, so that a change in the speed of the machine affects all of them. The last run is the
+    estimate of the next one.
     """
-    decoders = _build_decoders(sizes, num_tokens, device)
-    seconds: dict[Method, list[float]] = {method: [] for method in methods}
-    for method in methods:  # 1.
-        for _ in zip(range(_WARM_UP), decoders[method](), strict=False):
+    for decode in decoders.values():  # the first calls allocate memory and choose kernels
+        for _ in zip(range(_WARM_UP), decode(), strict=False):
             pass
-    waiting = deque(methods)
+    seconds: dict[Method, list[float]] = {method: [] for method in decoders}
+    waiting = deque(decoders)
     while waiting:
         method = waiting.popleft()
-        own = seconds[method]  # 2.
+        own = seconds[method]
         own.append(_time_run(decoders[method], device))
-        # 3. The last run is the estimate of the next one.
         if len(own) < _MAX_RUNS and sum(own) + own[-1] <= _SECONDS:
             waiting.append(method)
         else:
@@ -225,34 +192,31 @@ def _measure(
 
 
 def _time_run(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
-    """Returns the seconds of one run."""
-    # A GPU works asynchronously: wait for it before and after the run.
-    _synchronize(device)
+    """Returns the seconds of one run. A GPU works asynchronously: waits for it before and after the run."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     start = time.perf_counter()
     deque(decode(), maxlen=0)
-    _synchronize(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _build_decoders(
-    sizes: BackboneConfig, num_tokens: int, device: torch.device
+    sizes: BackboneConfig, num_tokens: int, num_steps: int, device: torch.device
 ) -> dict[Method, Callable[[], Iterator[DecodingStep]]]:
     """Returns a function per method that decodes one image, without guidance and with random weights."""
-    side, steps = math.isqrt(num_tokens), _choose_steps(num_tokens)
-    config = replace(sizes, grid=(side, side))
+    side = math.isqrt(num_tokens)
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
-        masked, causal = (
-            create_network(_with_attention(config, each)).eval().requires_grad_(requires_grad=False)
-            for each in get_args(Attention)
-        )
+        networks = []
+        for attention in get_args(Attention):
+            changes: dict[str, Any] = {"attention": attention, "condition_dim": 0, "grid": (side, side)}
+            networks.append(create_network(replace(sizes, **changes)).eval().requires_grad_(requires_grad=False))
+    masked, causal = networks
     assert isinstance(causal, AutoregressiveBackbone)
-    autoregressive = partial(
+    parallel = DecodingConfig(num_steps).build_decoder(mask_schedules.build("cosine"))
+    one_by_one = partial(
         decode_autoregressive,
         ConditionalModel.from_network(causal, device),
         [0],
@@ -260,18 +224,11 @@ def _build_decoders(
         decoder=AutoregressiveDecoder(num_tokens),
         scales=[0.0] * num_tokens,
     )
-    parallel = partial(
-        decode_classes,
-        ConditionalModel.from_network(masked, device),
-        [0],
-        [0],
-        decoder=DecodingConfig(steps).build_decoder(mask_schedules.build("cosine")),
-        scales=[0.0] * steps,
-    )
+    model = ConditionalModel.from_network(masked, device)
     return {
-        "MaskGIT": parallel,
-        "autoregressive, KV cache": autoregressive,
-        "autoregressive, no cache": partial(autoregressive, cache=False),
+        "MaskGIT": partial(decode_classes, model, [0], [0], decoder=parallel, scales=[0.0] * num_steps),
+        "autoregressive, KV cache": one_by_one,
+        "autoregressive, no cache": partial(one_by_one, cache=False),
     }
 
 
@@ -281,8 +238,17 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
     Args:
         rows: See ``measure_timings``.
     """
-    first, lines = rows[0], _group_by_method(rows)
-    counts = list(lines["MaskGIT"])
+    first = rows[0]
+    lines = {method: {row["num_tokens"]: row for row in rows if row["method"] == method} for method in METHODS}
+    cells = []
+    for count, own in lines["MaskGIT"].items():
+        points = [lines[method][count] for method in METHODS]
+        seconds = [row["seconds_per_image"] for row in points]
+        times = [f"{each:.3g} s" if each >= 1 else f"{1000 * each:.3g} ms" for each in seconds]
+        times = [f"{text} (n = {row['runs']})" for text, row in zip(times, points, strict=True)]
+        ratios = [each / seconds[0] for each in seconds[1:]]
+        cells.append([str(count), str(own["num_steps"]), *times, *(f"{each:.{int(each < 9.95)}f}" for each in ratios)])
+    headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
     text = [
         *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT"),
         "![time per image over the number of tokens](figure-4.png)",
@@ -293,59 +259,34 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
             "random weights, autoregressive decoding with a causal attention mask. MaskGIT decodes with the cosine",
             "schedule, the most confident tokens first; its first step, of an all-masked image, is computed, too.",
             f"Network: {markdown(first['network'])}, {markdown(first['dtype'])}. Machine:",
-            f"{markdown(first['device'])}, torch {markdown(first['torch'])}.",
+            f"{markdown(first['device'])}, torch {markdown(first['torch'])}. The paper reports ratios of 30 to 64",
+            "on a GPU, on which a step for all tokens of an image takes about as long as a step for one. On a CPU, the",
+            "time is proportional to the work, and a cache saves most of it.",
         ),
         "",
+        *markdown_table(headings, cells, left=0),
     ]
-    cells = []
-    for count in counts:
-        times = [f"{_format_seconds(lines[method][count])} (n = {lines[method][count]['runs']})" for method in METHODS]
-        ratios = [_format_ratio(lines, method, count) for method in METHODS[1:]]
-        cells.append([str(count), str(lines["MaskGIT"][count]["num_steps"]), *times, *ratios])
-    headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
-    text += markdown_table(headings, cells, left=0)
-    cached, uncached = (_format_ratio(lines, method, counts[-1]) for method in METHODS[1:])
-    conclusion = paragraph(
-        f"At N = {counts[-1]}, autoregressive decoding takes {cached} times as long as MaskGIT with a cache, and",
-        f"{uncached} times without one. {_EXPLANATIONS.get(first['kind'], _OTHER_DEVICE)}",
-    )
     values = [{name: row["seconds_per_image" if name == "seconds" else name] for name in _CSV} for row in rows]
-    return Page("figure-4", "\n".join([*text, "", *conclusion, ""]), values, {"figure-4.png": _draw_timings(rows)})
+    return Page("figure-4", "\n".join([*text, ""]), values, {"figure-4.png": _draw_timings(lines)})
 
 
-def _format_seconds(row: Row) -> str:
-    seconds = row["seconds_per_image"]
-    return f"{seconds:.3g} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
-
-
-def _format_ratio(lines: Mapping[Method, Mapping[int, Row]], method: Method, count: int) -> str:
-    """Returns the ratio of a time to MaskGIT's, with two digits."""
-    factor = lines[method][count]["seconds_per_image"] / lines["MaskGIT"][count]["seconds_per_image"]
-    return f"{factor:.1f}" if factor < 9.95 else f"{factor:.0f}"
-
-
-def _group_by_method(rows: Sequence[Row]) -> dict[Method, dict[int, Row]]:
-    return {method: {row["num_tokens"]: row for row in rows if row["method"] == method} for method in METHODS}
-
-
-def _draw_timings(rows: Sequence[Row]) -> bytes:
+def _draw_timings(lines: Mapping[Method, Mapping[int, Row]]) -> bytes:
     """Draws the seconds per image over the number of tokens as a PNG, with a line per method.
 
     Source: paper, Figure 4.
     """
-    page, first = Figure(figsize=(8.8, 5.4), layout="constrained"), rows[0]
-    axes = page.subplots()
+    page, counts = Figure(figsize=(8.8, 5.4), layout="constrained"), sorted(lines["MaskGIT"])
+    axes, first = page.subplots(), lines["MaskGIT"][counts[0]]
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    for method, points in _group_by_method(rows).items():
-        steps = " and ".join(map(str, sorted({row["num_steps"] for row in points.values()})))
+    steps = " and ".join(map(str, sorted({row["num_steps"] for row in lines["MaskGIT"].values()})))
+    for method, points in lines.items():
         is_front = method == "MaskGIT"
         axes.plot(
             list(points), [row["seconds_per_image"] for row in points.values()], color=_COLOURS[method], marker="o",
             linewidth=3 if is_front else 1.8, zorder=3 if is_front else 2,
             label=f"MaskGIT, T = {steps}" if is_front else method,
         )  # fmt: skip
-    counts = sorted({row["num_tokens"] for row in rows})
     axes.set_xticks(counts, [f"{count}\n{math.isqrt(count)} x {math.isqrt(count)}" for count in counts])
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(EngFormatter("s"))

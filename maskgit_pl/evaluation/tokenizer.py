@@ -1,9 +1,9 @@
-"""``evaluate_tokenizer``: measures a tokenizer without a transformer, and writes its report.
+"""Measures tokenizers: the reconstruction error, and ``evaluate_tokenizer``, which needs no transformer.
 
-The report has reconstructions, codes, bits per pixel, speed and memory: ``tokenizer.json``, ``tokenizer.md``, a picture
-of the worst reconstructions, and a row of the ledger. Originals and reconstructions go through the feature networks in
-the same pass over the val images, so that any random choice of images has its own reference. The table of tokenizers
-in ``tables`` uses the same functions.
+``evaluate`` calls ``measure_reconstruction``. ``evaluate_tokenizer`` measures more with the same meter, and writes
+``tokenizer.json``, a page with a picture of the worst reconstructions, and a row of the ledger. Originals and
+reconstructions go through the feature networks in the same pass over the val images, so that any random choice of
+images has its own reference.
 """
 
 from __future__ import annotations
@@ -11,32 +11,34 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
 
-from maskgit_pl.checks import height_width, pixels_text, plain_size
-from maskgit_pl.data import ShardData
-from maskgit_pl.data.manifest import read_manifest_summary
+from maskgit_pl.checks import height_width, plain_size
+from maskgit_pl.data import Batch, ShardData
 from maskgit_pl.distributed import (
     default_device,
     describe_environment,
     device_name,
     find_device,
+    gather_rows,
     parse_dtype,
     peak_memory,
 )
 from maskgit_pl.errors import markdown
-from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
     RunFolders,
@@ -45,26 +47,188 @@ from maskgit_pl.evaluation.opening import (
     find_tokenizer_folders,
     open_images,
 )
-from maskgit_pl.evaluation.options import LEAST_IMAGES, Spec, TokenizerOptions
-from maskgit_pl.evaluation.pages import image_to_png, markdown_table, paragraph, terminal_table
-from maskgit_pl.evaluation.reconstruction import ReconstructionMeter, psnr
-from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
-from maskgit_pl.files import check_writable, write_atomically, write_text
+from maskgit_pl.evaluation.options import Spec, TokenizerOptions
+from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_table, paragraph
+from maskgit_pl.evaluation.reference import Reference, Statistics, iter_real_batches
+from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once
-from maskgit_pl.pipeline.grids import image_grid
+from maskgit_pl.pipeline.grids import image_grid, to_unit_range
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.tokenizer import CodebookUsage
 
-if TYPE_CHECKING:
-    from rich.table import Table
+__all__ = [
+    "OpenedTokenizer",
+    "ReconstructionMeter",
+    "TokenizerReport",
+    "evaluate_tokenizer",
+    "measure_reconstruction",
+    "measure_tokenizer",
+    "open_tokenizer",
+    "psnr",
+]
 
-__all__ = ["OpenedTokenizer", "TokenizerReport", "evaluate_tokenizer", "measure_tokenizer", "open_tokenizer"]
-
+_SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 _BEST_PSNR = 100.0  # dB, of an image without any error
 _SHOWN = 8  # worst reconstructions
 _SHOWN_EDGE = 256  # pixels of the picture's images
 _FLOORS = ("rfid", "rkid")  # metrics whose value for real halves stands beside them
+
+
+def psnr(mean_squared_error: float) -> float:
+    """Computes the PSNR -10 log10(error) in dB, for pixels in [0, 1]; an error of 0 gives infinity."""
+    return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)
+
+
+def measure_reconstruction(
+    tokenizer: PretrainedTokenizer,
+    batches: Iterable[Batch],
+    *,
+    extractors: Sequence[Extractor] = (),
+    references: Mapping[str, Reference] = MappingProxyType({}),
+    lpips: LPIPS | None = None,
+    on_images: Callable[[int], object] = lambda count: None,
+) -> dict[str, float]:
+    """Measures the reconstruction error of a tokenizer, for pixels in [0, 1] and clipped reconstructions.
+
+    The ranks share the batches; the result does not depend on their number if each rank takes whole batches.
+
+    Args:
+        tokenizer: The tokenizer, on its device.
+        batches: This rank's batches of uint8 images. Rows that are not valid are ignored.
+        extractors: Feature networks of the reconstruction FID, which see reconstructions rounded to uint8.
+        references: References of the originals, by label of the network.
+        lpips: Perceptual distance; None leaves it out.
+        on_images: Called after each batch with its number of images, for a progress bar.
+
+    Returns:
+        Values by name: ``psnr_db`` (from the mean squared error of all images together), ``ssim`` (for images of 11
+        pixels or more), ``rfid/NETWORK``, ``lpips/BACKBONE``, ``codebook_usage``, ``perplexity``, and ``images``, their
+        number.
+    """
+    meter = ReconstructionMeter(tokenizer, extractors, lpips)
+    for batch in batches:
+        if batch.valid.any():
+            meter.add(batch.content[batch.valid], batch.position[batch.valid])
+        on_images(int(batch.valid.sum()))
+    values = meter.values()
+    means = {name: float(of_image.mean()) for name, of_image in values.items()}
+    distances = {
+        metric_name("rfid", label): frechet_distance(
+            Statistics.from_features(collector.gather().pooled), references[label].pooled
+        )
+        for label, collector in meter.collectors.items()
+    }
+    perceptual = {} if lpips is None else {lpips.label: means.pop(lpips.label)}
+    error = means.pop("error")
+    return {
+        "psnr_db": psnr(error),
+        **means,
+        **distances,
+        **perceptual,
+        **meter.code_usage(),
+        "images": len(values["error"]),
+    }
+
+
+class ReconstructionMeter:
+    """The measurements of this rank's reconstructions, image by image.
+
+    Args:
+        tokenizer: The tokenizer, on its device.
+        extractors: Feature networks, which see reconstructions rounded to uint8.
+        lpips: Perceptual distance; None leaves it out.
+
+    Attributes:
+        collectors: Features of the reconstructions, by label of the network.
+        seconds: Seconds of encoding and decoding.
+    """
+
+    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
+        self.tokenizer = tokenizer
+        self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
+        self.seconds = 0.0
+        self._codes = CodebookUsage(tokenizer.network.config.codebook_size)
+        # An empty update, so that the counts exist on a rank without images.
+        self._codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
+        self._measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
+        if min(height_width(tokenizer.image_size)) >= _SSIM_WINDOW:
+            self._measures["ssim"] = _ssim
+        if lpips is not None:
+            self._measures[lpips.label] = lpips
+        self._rows = [torch.empty(0, len(self._measures), dtype=torch.float64)]
+        self._positions = [torch.empty(0, dtype=torch.int64)]
+
+    @torch.inference_mode()
+    def add(self, pixels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Reconstructs and measures images.
+
+        Args:
+            pixels: (b, C, H, W) uint8.
+            positions: (b,) int64: indices among all images.
+
+        Returns:
+            (b, C, H, W) uint8: the reconstructions; and (b,) float64: the mean squared errors before rounding. Both are
+            on the CPU.
+        """
+        network, (height, width) = self.tokenizer.network, height_width(self.tokenizer.image_size)
+        like = next(network.parameters())  # for device and dtype
+        images = to_unit_range(pixels.to(like.device))
+        start = _now(like.device)
+        tokens = network.encode(images.to(like.dtype))
+        # The decoder may add a margin, since it produces whole tokens; crop it.
+        decoded = network.decode(tokens, self.tokenizer.grid)[..., :height, :width].float().clamp(0, 1)
+        self.seconds += _now(like.device) - start
+        self._codes.update(tokens.cpu(), torch.ones(len(tokens)))
+        # One value per image and measure, in float64: the means do not depend on the batch size.
+        rows = torch.stack([measure(decoded, images).double().cpu() for measure in self._measures.values()], 1)
+        self._rows.append(rows)
+        self._positions.append(positions)
+        # Feature networks see uint8 images, as they do for the originals.
+        rounded = (decoded * 255).round().to(torch.uint8)
+        for collector in self.collectors.values():
+            collector.add(rounded, positions)
+        return rounded.cpu(), rows[:, 0]
+
+    def values(self) -> dict[str, Tensor]:
+        """Returns the (n,) float64 values of each measure, in the order of the images of all ranks.
+
+        ``error`` is the mean squared error.
+        """
+        rows = gather_rows(torch.cat(self._rows), torch.cat(self._positions))  # (n, measures)
+        return dict(zip(self._measures, rows.unbind(1), strict=True))
+
+    def code_usage(self) -> dict[str, float]:
+        """Returns ``codebook_usage`` and ``perplexity`` of the tokens of all ranks, see ``CodebookUsage``."""
+        return {name: float(value) for name, value in self._codes.compute().items()}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # kernels run asynchronously
+    return time.perf_counter()
+
+
+def _mean_squared_error(images: Tensor, others: Tensor) -> Tensor:
+    return (images - others).double().square().flatten(1).mean(1)
+
+
+def _ssim(images: Tensor, others: Tensor) -> Tensor:
+    """Computes the structural similarity with a Gaussian window of 11 x 11 pixels and sigma 1.5.
+
+    Args:
+        images: (B, C, H, W) float in [0, 1].
+        others: Images of the same shape.
+
+    Returns:
+        (B,) float64, <= 1.
+
+    Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
+    """
+    similarity = structural_similarity_index_measure(images.double(), others.double(), data_range=1.0, reduction="none")
+    assert isinstance(similarity, Tensor)
+    return similarity.reshape(len(images))
 
 
 def evaluate_tokenizer(
@@ -76,7 +240,7 @@ def evaluate_tokenizer(
     options: TokenizerOptions | None = None,
     bars: Bars = no_bars,
 ) -> TokenizerReport:
-    """Measures a tokenizer, and writes ``tokenizer.json``, ``tokenizer.md``, a picture and a ledger row.
+    """Measures a tokenizer, and writes ``tokenizer.json``, its page and a ledger row.
 
     Args:
         folder: Run folder, pretrained folder, or the folder of a tokenizer.
@@ -89,7 +253,7 @@ def evaluate_tokenizer(
     Raises:
         FileNotFoundError: if there is no tokenizer, or no data.
         TypeError: if a feature network does not accept its arguments.
-        ValueError: if the data do not fit the tokenizer, a network is unknown, or a number is out of range.
+        ValueError: if a network is unknown, or a number is out of range.
     """
     options = options or TokenizerOptions()
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
@@ -99,8 +263,9 @@ def evaluate_tokenizer(
     ledger = Ledger(folders.evaluation / FILE_NAME)
 
     report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
-    report.save()
-    ledger.add("tokenizer", report.row())
+    report.page.write()
+    write_text(file, json.dumps(report.content, indent=2) + "\n")
+    ledger.add("tokenizer", report.row)
     return report
 
 
@@ -166,33 +331,15 @@ def open_tokenizer(
     """
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
-    _check_data(folders.data, tokenizer)
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
     channels = tokenizer.network.config.in_channels
     data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
     data.warn_if_resized()
     extractors = open_extractors(
-        folders.classifier, data, features=features, device=device, bars=bars, replaces=folders.shares_classifier
+        folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
     )
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
-
-
-def _check_data(folder: Path, tokenizer: PretrainedTokenizer) -> None:
-    """Checks that there are enough images, of the channels of a tokenizer, and none smaller than it takes."""
-    summary, size = read_manifest_summary(folder), height_width(tokenizer.image_size)
-    images, smallest = summary.samples.get("val", 0), (summary.images.height[0], summary.images.width[0])
-    if images < LEAST_IMAGES:
-        raise ValueError(f"data {folder}: the val split must have >= {LEAST_IMAGES} images, got {images}")
-    if tokenizer.network.config.in_channels == 1 and summary.channels != 1:
-        raise ValueError(
-            f"data {folder}: the images must be grey for this tokenizer, got colour; choose others with --data"
-        )
-    if any(have < need for have, need in zip(smallest, size, strict=True)):
-        raise ValueError(
-            f"data {folder}: the images must have >= {pixels_text(size)} pixels, those of the tokenizer, got "
-            f"{pixels_text(smallest)}; choose larger images with --data"
-        )
 
 
 class _Pair(NamedTuple):
@@ -231,7 +378,8 @@ def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> Tokeni
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
     numbers["peak_memory_mb"] = peak_memory(device) / 2**20
     psnr_db = _psnr_of_images(meter.values()["error"])
-    by_class = _means_by_class(psnr_db, torch.cat(labels), data.class_names)
+    label = torch.cat(labels)
+    by_class = {data.class_names[each]: float(psnr_db[label == each].mean()) for each in sorted(set(label.tolist()))}
     return TokenizerReport(_content(opened, numbers, by_class, worst), opened.key, file, worst)
 
 
@@ -265,11 +413,6 @@ def _psnr_of_images(errors: Tensor) -> Tensor:
     return (-10 * errors.log10()).clamp(max=_BEST_PSNR)
 
 
-def _means_by_class(values: Tensor, labels: Tensor, names: Sequence[str]) -> dict[str, float]:
-    """Returns the mean value of the images of each class that has any."""
-    return {names[label]: float(values[labels == label].mean()) for label in sorted(set(labels.tolist()))}
-
-
 def _content(
     opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[_Pair]
 ) -> dict[str, Any]:
@@ -286,7 +429,7 @@ def _content(
             "lpips": opened.options.lpips,
             "dtype": opened.dtype,
         },
-        "held_out": describe_held_out(opened.folders.data, data.summary),
+        "held_out": describe_held_out(data.summary),
         "numbers": numbers,
         "psnr_db_per_class": by_class,
         "worst": [
@@ -317,7 +460,7 @@ class TokenizerReport:
     Args:
         content: Content of ``tokenizer.json``, in plain values.
         key: Columns of the ledger that determine the values.
-        file: Path of the JSON file.
+        file: Path of the JSON file, beside which the page is written.
         worst: The worst reconstructions.
     """
 
@@ -326,8 +469,9 @@ class TokenizerReport:
     file: Path
     worst: Sequence[_Pair]
 
+    @property
     def row(self) -> dict[str, Any]:
-        """Returns the row of the ledger."""
+        """The row of the ledger."""
         model, environment = self.content["model"], self.content["environment"]
         return {
             **self.key,
@@ -341,32 +485,27 @@ class TokenizerReport:
             "device": environment["device_name"],
         }
 
-    def save(self) -> None:
-        """Writes the JSON file, and the Markdown and the picture beside it."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, json.dumps(self.content, indent=2) + "\n")
-        write_text(self.file.with_suffix(".md"), self.markdown())
-        with write_atomically(self.picture) as stream:
-            stream.write(image_to_png(_draw_pairs(self.worst)))
-
-    @property
-    def picture(self) -> Path:
-        """The path of the picture of the worst reconstructions."""
-        return self.file.with_name(f"{self.file.stem}-worst.png")
-
-    def markdown(self) -> str:
-        """Returns the page: all values, the floors beside them, the PSNR of each class and the worst images."""
-        content = self.content
+    @cached_property
+    def page(self) -> Page:
+        """The page: all values, the floors beside them, the PSNR of each class and the worst images."""
+        content, picture = self.content, f"{self.file.stem}-worst.png"
+        numbers: Mapping[str, float] = content["numbers"]
+        rows = []
+        for name, value in numbers.items():
+            metric, _, network = name.partition("/")
+            if not metric.endswith("_floor"):
+                floor = numbers[metric_name(f"{metric}_floor", network)] if metric in _FLOORS else None
+                cells = ["" if each is None else format_value(name, each) for each in (value, floor)]
+                rows.append([title(name), *cells])
         classes = sorted(content["psnr_db_per_class"].items(), key=lambda pair: pair[1])
         worst = "; ".join(
             f"image {each['index']} ({markdown(each['class'])}) {each['psnr_db']:.2f} dB" for each in content["worst"]
         )
         lines = [
-            f"# Tokenizer of {markdown(content['run'])}",
-            "",
+            *heading(f"Tokenizer of {markdown(content['run'])}"),
             *paragraph(content["held_out"]["text"], f"{content['protocol']['num_images']} of them were measured."),
             "",
-            *markdown_table(["metric", "value", "real halves"], self._cells()),
+            *markdown_table(["metric", "value", "real halves"], rows),
             "",
             *paragraph(
                 "Real halves: the distance between two halves of the real images, each of half as many images, is what "
@@ -378,24 +517,10 @@ class TokenizerReport:
             "",
             *paragraph(f"The worst reconstructions: {worst}."),
             "",
-            f"![originals above, reconstructions below]({self.picture.name})",
+            f"![originals above, reconstructions below]({picture})",
         ]
-        return "\n".join([*lines, ""])
-
-    def table(self) -> Table:
-        """Returns all values as a table for the terminal."""
-        heading = f"tokenizer of {self.content['run']}, {self.content['protocol']['num_images']} images"
-        return terminal_table(heading, ["", "value", "real halves"], self._cells())
-
-    def _cells(self) -> Iterator[tuple[str, str, str]]:
-        """Yields name, value and floor of each metric."""
-        numbers = self.content["numbers"]
-        for name, value in numbers.items():
-            metric, _, network = name.partition("/")
-            if metric.endswith("_floor"):
-                continue
-            floor = numbers.get(metric_name(f"{metric}_floor", network)) if metric in _FLOORS else None
-            yield title(name), format_value(name, value), "" if floor is None else format_value(name, floor)
+        png = image_to_png(_draw_pairs(self.worst))
+        return Page(self.file.stem, "\n".join([*lines, ""]), [numbers], {picture: png}, self.file.parent)
 
 
 def _draw_pairs(pairs: Sequence[_Pair]) -> Image.Image:

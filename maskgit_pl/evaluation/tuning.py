@@ -4,9 +4,6 @@
    is an SQLite file, so that the same command continues it.
 2. Measure trial 0, the best trials and the current decoding again, with other noise and twice the number of images.
 3. The best of step 2 wins. Without the second measurement, the winner would be the trial with the luckiest noise.
-
-The figure shows the best decoding with every mask schedule, as a metric over the number of steps (paper, Figure 8,
-right). The paper trains a model for each schedule; here one model is decoded with all.
 """
 
 from __future__ import annotations
@@ -29,33 +26,21 @@ from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.errors import markdown, printable
-from maskgit_pl.evaluation.cache import digest_of, shorten_digest
 from maskgit_pl.evaluation.comparison import list_selectors, measure_real
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
-from maskgit_pl.evaluation.figures import draw_curves
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.metrics import (
-    Metrics,
-    direction,
-    find_metric,
-    format_value,
-    is_fast,
-    title,
-    tuning_column,
-)
+from maskgit_pl.evaluation.evaluator import collect_numbers
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
+from maskgit_pl.evaluation.metrics import Metrics, direction, find_metric, is_fast, title, tuning_column
 from maskgit_pl.evaluation.opening import (
-    RunFolders,
     can_guide,
     check_model_decoding,
-    create_evaluated_model,
     find_run,
     open_data,
     open_evaluator,
     open_model,
 )
 from maskgit_pl.evaluation.options import (
+    Spec,
     TuningOptions,
-    choose_plot_steps,
     decoding_key,
     default_steps,
     describe_decoding,
@@ -63,7 +48,6 @@ from maskgit_pl.evaluation.options import (
     with_steps,
 )
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_cell, paragraph
-from maskgit_pl.evaluation.search_space import SearchSpace, list_schedules
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card
@@ -71,12 +55,13 @@ from maskgit_pl.pipeline.pretrained import save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.randomness import random_bits
+from maskgit_pl.registry import describe
 from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["Trial", "TuningResult", "add_curves", "make_page", "measure_curves", "search", "tune"]
+__all__ = ["SearchSpace", "Trial", "TuningResult", "make_page", "search", "tune"]
 
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 """Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger."""
@@ -85,9 +70,110 @@ _FINALISTS = 3  # trials of step 2, besides trial 0 and the current decoding
 _STEPS = (4, 6, 8, 12, 16)
 _CONFIRMATION_OFFSET = 1_000_000  # between the seeds of steps 1 and 2, so that no image has the same noise
 _SHOWN_TRIALS = 10  # of the table of trials
+# Arguments that are searched for every selector that has them, on a logarithmic scale.
+_ARGUMENTS = {"choice_temperature": (1.0, 20.0), "gamma": (1.0, 60.0), "eta": (0.02, 0.5)}
+_EXPONENTS = (0.5, 4.0)  # of the schedule pow: from sqrt to beyond cubic, which Table 3 of the paper spans
+_OWN, _POW = "own", "pow"
 _COLUMNS = ("class_agreement", "fid/classifier", "kid/classifier", "diversity", "seconds_per_image")
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """The decodings of a search: steps, token selector, guidance, temperature, truncation and mask schedule.
+
+    Args:
+        start: Decoding that gives the settings which are not searched.
+        selectors: Token selectors: names and mappings; the arguments in a mapping are fixed.
+        num_steps: Numbers of steps.
+        schedules: Mask schedules besides that of ``start``: names and mappings, and ``pow`` with any exponent. Empty
+            keeps the mask schedule.
+        codebook_size: Number K of codes.
+        can_guide: True if guidance has something to move away from.
+
+    Raises:
+        ValueError: if a mask schedule is unknown, or does not accept its arguments.
+    """
+
+    start: DecodingConfig
+    selectors: tuple[Spec, ...]
+    num_steps: tuple[int, ...]
+    schedules: tuple[Spec, ...]
+    codebook_size: int
+    can_guide: bool
+
+    def __post_init__(self) -> None:
+        for spec in self.schedules:
+            if spec != _POW:
+                mask_schedules.build(spec)
+
+    def draw(self, trial: optuna.trial.BaseTrial) -> DecodingConfig:
+        """Returns the decoding of a trial, whose sampler makes the choices."""
+        num_steps = trial.suggest_categorical("num_steps", self.num_steps)
+        selector = _choose(trial, "token_selector", self.selectors)
+        guidance = _draw_guidance(trial) if self.can_guide else self.start.guidance
+        match trial.suggest_categorical("temperature", ["one", "constant", "annealed"]):
+            case "constant":
+                temperature: float | tuple[float, float] = _draw(trial, "sampling_temperature", 0.6, 1.3)
+            case "annealed":
+                temperature = _draw(trial, "first_temperature", 0.8, 1.6), _draw(trial, "last_temperature", 0.3, 1.0)
+            case _:
+                temperature = 1.0
+        truncation = trial.suggest_categorical("truncation", ["none", "top_k", "top_p"])
+        least = min(4, self.codebook_size)
+        decoding = replace(
+            with_steps(self.start, num_steps),
+            token_selector=_draw_arguments(trial, selector),
+            guidance=guidance,
+            sampling_temperature=temperature,
+            top_k=trial.suggest_int("top_k", least, self.codebook_size, log=True) if truncation == "top_k" else None,
+            top_p=_draw(trial, "top_p", 0.8, 0.99) if truncation == "top_p" else None,
+        )
+        # Other selectors count the tokens of a step themselves.
+        if self.schedules and token_selectors.build(selector).follows_schedule:
+            return self._draw_schedule(trial, decoding)
+        return decoding
+
+    def _draw_schedule(self, trial: optuna.trial.BaseTrial, decoding: DecodingConfig) -> DecodingConfig:
+        schedule = _choose(trial, "mask_schedule", (_OWN, *self.schedules))
+        if schedule == _OWN:
+            return decoding
+        if schedule == _POW:
+            schedule = {"name": _POW, "exponent": _draw(trial, "exponent", *_EXPONENTS, log=True)}
+        return replace(decoding, mask_schedule=schedule)
+
+
+def _draw(trial: optuna.trial.BaseTrial, name: str, low: float, high: float, *, log: bool = False) -> float:
+    """Suggests a number with 3 digits, which are short in tables and on the command line."""
+    return float(f"{trial.suggest_float(name, low, high, log=log):.3g}")
+
+
+def _choose(trial: optuna.trial.BaseTrial, name: str, specs: Sequence[Spec]) -> Spec:
+    """Suggests one of several specs, which Optuna stores by their description."""
+    described = {describe(spec): spec for spec in specs}
+    return described[trial.suggest_categorical(name, list(described))]
+
+
+def _draw_arguments(trial: optuna.trial.BaseTrial, spec: Spec) -> Spec:
+    """Returns a selector with the arguments that are searched and not fixed by its mapping."""
+    fixed = {"name": spec} if isinstance(spec, str) else spec
+    selector = token_selectors.build(spec)
+    drawn = {
+        name: _draw(trial, name, *bounds, log=True)
+        for name, bounds in _ARGUMENTS.items()
+        if hasattr(selector, name) and name not in fixed
+    }
+    return {**fixed, **drawn} if drawn else spec
+
+
+def _draw_guidance(trial: optuna.trial.BaseTrial) -> Spec:
+    scaled = [name for name, schedule in guidance_schedules.build_all().items() if hasattr(schedule, "scale")]
+    name = trial.suggest_categorical("guidance", ["none", *scaled])
+    if name == "none":  # which a continuous scale would never reach
+        return {"name": "constant", "scale": 0.0}
+    guidance: dict[str, Any] = {"name": name, "scale": _draw(trial, "guidance_scale", 0.1, 3.0)}
+    return {**guidance, "start": _draw(trial, "guidance_start", 0.0, 0.6)} if name == "interval" else guidance
 
 
 @dataclass(frozen=True)
@@ -155,7 +241,7 @@ def tune(
     options: TuningOptions | None = None,
     bars: Bars = no_bars,
 ) -> TuningResult:
-    """Searches for the best decoding of a model, and writes it next to the weights, with a page and a figure.
+    """Searches for the best decoding of a model, and writes it next to the weights, and a page.
 
     The same call continues a search that was stopped, to the same result.
 
@@ -182,14 +268,20 @@ def tune(
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
     folders = find_run(run, data=data, classifier=options.classifier)
-    _check_model_folder(folders.pretrained)
-    pipe = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model)
+    if folders.pretrained.resolve() in (each.resolve() for each in bundled_models().values()):
+        bundled = folders.pretrained.name
+        raise ValueError(
+            f"tune must have a model outside of the package, next to whose weights it writes, got {bundled}; copy it "
+            f"with MaskGIT.from_pretrained({bundled!r}).save_pretrained('DIR'), and tune DIR"
+        )
+    check_writable("decoding.json", folders.pretrained / "decoding.json")  # before a search that takes hours
+    model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
+    pipe = model.pipe
     space = _make_space(pipe, options)
     images = open_data(folders, pipe, num_workers=options.num_workers)
     count = round_to_classes(num_images, images.num_classes)
-    model = create_evaluated_model(folders, pipe, out)
     ledger = Ledger(model.folder / FILE_NAME)
-    evaluator = open_evaluator(folders, pipe, images, ledger, batch_size=options.batch_size, bars=bars)
+    evaluator = open_evaluator(folders, images, ledger, device=pipe.device, batch_size=options.batch_size, bars=bars)
     amount: Metrics = "fast" if is_fast(name) else "all"
 
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
@@ -203,66 +295,61 @@ def tune(
             )
         return numbers
 
-    folder = out or folders.run / "tuning"
-    key = _study_key(evaluator, model, space, num_images=count, seed=options.seed)
+    folder, negative = out or folders.run / "tuning", pipe.negative_model
+    key = {  # what determines the trials of a study, besides the decoding that it begins with
+        **{name: model.identity[name] for name in ("tokenizer", "transformer", "config")},
+        "negative_model": None if negative is None else negative.digest,
+        "data": images.summary.fingerprint,
+        "classifier": [network.extractor.digest for network in evaluator.networks.values()],
+        "space": [space.selectors, space.num_steps, space.schedules, guidance_schedules.names()],
+        "num_images": count,
+        "seed": options.seed,
+    }
     study = _open_study(folder / "study.db", name, key)
     result = search(study, space, measure, metric=name, trials=trials, num_images=count, options=options, bars=bars)
     page = replace(make_page(result, measure_real(evaluator, 2 * count, amount)), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
     page.write()
-    result = _save_decoding(folders, pipe, evaluator, result, options)
-    if options.plot and (best := _best_that_follows_a_schedule(result)) is not None:
-        curves = measure_curves(measure, pipe, best, result, seed=options.seed, bars=bars)
-        floor = measure_real(evaluator, count, amount).get(name.partition("/")[0])
-        page = add_curves(page, result, curves, best, floor)
-        page.write()
-    return replace(result, page=page)
-
-
-def _check_model_folder(folder: Path) -> None:
-    """Checks that the decoding can be written, before a search that takes hours."""
-    name = folder.name
-    if folder.resolve() in (each.resolve() for each in bundled_models().values()):
-        raise ValueError(
-            f"tune must have a model outside of the package, next to whose weights it writes, got {name}; copy it with "
-            f"MaskGIT.from_pretrained({name!r}).save_pretrained('DIR'), and tune DIR"
-        )
-    check_writable("decoding.json", folder / "decoding.json")
+    result = replace(result, page=page)
+    if result.winner.decoding == pipe.decoding and options.negative_model is None:
+        return result
+    tuned = {
+        "metric": result.metric,
+        "value": result.winner.numbers[result.metric],
+        "before": result.before.numbers[result.metric],
+        "trials": len(result.trials),
+        "num_images": 2 * result.num_images,
+        "seed": options.seed,
+        "data": images.summary.fingerprint,
+        "split": "val",
+        "commit": describe_environment()["commit"],
+    }
+    # The previous decoding is kept next to it, and the model card shows the new one.
+    old = save_decoding(
+        folders.pretrained,
+        result.winner.decoding,
+        tuned=tuned,
+        negative_model=None if negative is None else negative.folder,
+    )
+    refresh_card(folders.pretrained)
+    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
 
 
 def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
     """Returns the space of a search, all of whose selectors, numbers of steps and schedules the model can decode."""
     pipe.outline.check_parallel("tune")
-    num_tokens = pipe.outline.num_tokens
     space = SearchSpace(
         pipe.decoding,
         tuple(options.selectors or (spec for _, spec in list_selectors())),
-        tuple(options.num_steps or default_steps(num_tokens, _STEPS)),
-        list_schedules() if options.schedules is None else tuple(options.schedules),
+        tuple(options.num_steps or default_steps(pipe.outline.num_tokens, _STEPS)),
+        tuple(sorted({*mask_schedules.build_all(), _POW}) if options.schedules is None else options.schedules),
         pipe.tokenizer.network.config.codebook_size,
-        num_tokens,
         can_guide=can_guide(pipe),
     )
     check_model_decoding(pipe, pipe.decoding)
     for selector, num_steps in product(space.selectors, space.num_steps):
         check_model_decoding(pipe, replace(with_steps(pipe.decoding, num_steps), token_selector=selector))
     return space
-
-
-def _study_key(
-    evaluator: Evaluator, model: EvaluatedModel, space: SearchSpace, *, num_images: int, seed: int
-) -> dict[str, Any]:
-    """Returns what determines the trials of a study, besides the decoding that it begins with."""
-    negative = model.pipe.negative_model
-    return {
-        **{name: model.identity[name] for name in ("tokenizer", "transformer", "config")},
-        "negative_model": None if negative is None else negative.digest,
-        "data": evaluator.data.summary.fingerprint,
-        "classifier": [network.extractor.digest for network in evaluator.networks.values()],
-        "space": [space.selectors, space.num_steps, space.schedules, guidance_schedules.names()],
-        "num_images": num_images,
-        "seed": seed,
-    }
 
 
 def _open_study(file: Path, metric: str, key: Mapping[str, Any]) -> optuna.Study:
@@ -355,30 +442,6 @@ def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingCon
     return chosen
 
 
-def _save_decoding(
-    folders: RunFolders, pipe: MaskGIT, evaluator: Evaluator, result: TuningResult, options: TuningOptions
-) -> TuningResult:
-    """Writes the winner to ``decoding.json`` next to the weights, with a negative model that the user names."""
-    if result.winner.decoding == pipe.decoding and options.negative_model is None:
-        return result
-    tuned = {
-        "metric": result.metric,
-        "value": result.winner.numbers[result.metric],
-        "before": result.before.numbers[result.metric],
-        "trials": len(result.trials),
-        "num_images": 2 * result.num_images,
-        "seed": options.seed,
-        "data": evaluator.data.summary.fingerprint,
-        "split": "val",
-        "commit": describe_environment()["commit"],
-    }
-    negative = None if pipe.negative_model is None else pipe.negative_model.folder
-    # The previous decoding is kept next to it, and the model card shows the new one.
-    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned, negative_model=negative)
-    refresh_card(folders.pretrained)
-    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
-
-
 def make_page(result: TuningResult, real: Row) -> Page:
     """Returns the page of a search.
 
@@ -423,82 +486,3 @@ def _explain_winner(result: TuningResult) -> list[str]:
         return [f"Trial 0 wins, with {metric} {before:.4g}: no other decoding is better."]
     verdict = f"Trial {winner.number} wins: {metric} was {before:.4g} and is now {after:.4g}. The new decoding is:"
     return [verdict, "", "```json", json.dumps(asdict(winner.decoding), indent=2), "```"]
-
-
-def _best_that_follows_a_schedule(result: TuningResult) -> DecodingConfig | None:
-    """Returns the best decoding whose selector follows the mask schedule; None if there is none."""
-    for trial in (result.winner, *_rank(result.trials, result.metric)):
-        assert trial.decoding.token_selector is not None  # the model is not autoregressive
-        if token_selectors.build(trial.decoding.token_selector).follows_schedule:
-            return trial.decoding
-    _log.info("no figure is drawn, because no trial follows a mask schedule")
-    return None
-
-
-def measure_curves(
-    measure: Measure, pipe: MaskGIT, best: DecodingConfig, result: TuningResult, *, seed: int, bars: Bars = no_bars
-) -> dict[str, dict[int, float]]:
-    """Measures a decoding with each mask schedule at several numbers of steps.
-
-    Args:
-        measure: Measures a decoding.
-        pipe: The model.
-        best: The decoding.
-        result: The search, whose metric and number of images are used.
-        seed: Seed of the first image of each point: the curves differ by the schedule, not by the noise.
-        bars: Progress bars.
-
-    Returns:
-        Values by schedule and T; the schedule of the training comes first.
-    """
-    trained, built = pipe.transformer.schedule_for("tune"), mask_schedules.build_all()
-    # The schedule of the training may have arguments that no registered name has.
-    own = next((name for name, schedule in built.items() if schedule == trained), repr(trained))
-    specs = {f"{own} (trained)": None, **{name: name for name in sorted(built) if name != own}}
-    steps = choose_plot_steps(pipe.outline.num_tokens)
-    advance = bars("mask schedules", len(specs) * sum(steps))
-    curves: dict[str, dict[int, float]] = {name: {} for name in specs}
-    for num_steps, (name, spec) in product(steps, specs.items()):
-        point = replace(with_steps(best, num_steps), mask_schedule=spec)
-        numbers = measure(point, result.num_images, seed, f"mask schedule {name}, {num_steps} steps")
-        curves[name][num_steps] = numbers[result.metric]
-        advance(num_steps)
-    return curves
-
-
-def add_curves(
-    page: Page,
-    result: TuningResult,
-    curves: Mapping[str, Mapping[int, float]],
-    best: DecodingConfig,
-    floor: float | None,
-) -> Page:
-    """Returns a page with a figure of mask schedules, and a table of its points.
-
-    Args:
-        page: Page of a search.
-        result: The search.
-        curves: See ``measure_curves``.
-        best: The decoding of all points.
-        floor: Value of as many real images as each point has; None if they have none.
-    """
-    metric, count, steps = result.metric, result.num_images, list(next(iter(curves.values())))
-    shared = describe_decoding(replace(best, mask_schedule=None), steps=False)
-    rows = [
-        [markdown(name), *(format_value(metric, curve[number], more_digits=1) for number in steps)]
-        for name, curve in curves.items()
-    ]
-    lines = [
-        *["", "## Mask schedules", ""],
-        *[f"![{metric} against the number of steps for each mask schedule](tuning.png)", ""],
-        *paragraph(
-            f"{title(metric)} ({direction(metric)}) from {count} images per point, with the same noise for all points.",
-            f"The model is decoded with each schedule and {markdown(shared)}.",
-        ),
-        "",
-        *markdown_table(["mask schedule", *(f"T = {number}" for number in steps)], rows),
-    ]
-    figure = draw_curves(
-        curves, metric=metric, num_images=count, floor=floor, heading="one model, decoded with each mask schedule"
-    )
-    return replace(page, markdown=page.markdown + "\n".join([*lines, ""]), pictures={"tuning.png": figure})

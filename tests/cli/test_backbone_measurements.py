@@ -44,4 +44,4 @@ def test_a_model_of_any_backbone_is_measured_compared_and_tuned(run_folder: Path
     assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
     assert report["likelihood"]["elbo_bits_per_token"] > 0
     assert call_command("compare", *words, "--num-steps", 2, "--selectors", "halton,margin") == 0
-    assert call_command("tune", *words, "--num-steps", 2, "--trials", 2, "--no-plot") == 0
+    assert call_command("tune", *words, "--num-steps", 2, "--trials", 2) == 0

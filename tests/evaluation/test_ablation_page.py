@@ -4,12 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-from PIL import Image
 
-from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.ablation_page import chance_of_separation, compare_seeds, make_ablation_page, select_rows
-from tests.hostile_words import HOSTILE
-from tests.test_errors import structure
 
 PROTOCOL = {
     "command": "maskgit ablation --vary model.network.depth=2,6",
@@ -75,27 +71,11 @@ def test_a_training_whose_weights_are_those_of_the_base_is_flagged() -> None:
     assert "(the weights" not in make_ablation_page("x", of_decoding).markdown  # one run, decoded in another way
 
 
-def test_the_training_table_has_each_run_once() -> None:
-    shared = [
-        each | {"run": "run-base-0"} if each["seed"] == 0 and each["variant"] == "depth=6" else each for each in rows()
-    ]
-    lines = make_ablation_page("x", shared).markdown.split("## Training")[1].splitlines()
-    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")][2:]
-    assert found[0] == ["base", "0", "0.85M", "400", "64", "104.2"]
-    assert [(each[0], each[1]) for each in found] == [
-        ("base", "0"), ("base", "1"), ("depth=2", "0"), ("depth=2", "1"), ("depth=6", "1")
-    ]  # fmt: skip
-
-
-def test_the_csv_has_every_run_unrounded_and_the_figure_can_be_read() -> None:
-    page = make_ablation_page("x", rows())
-    found = list(csv.DictReader(io.StringIO(page.csv)))
+def test_the_csv_has_every_run_unrounded() -> None:
+    found = list(csv.DictReader(io.StringIO(make_ablation_page("x", rows()).csv)))
     assert [(each["variant"], each["seed"], float(each["fid/classifier"])) for each in found] == [
         (variant, str(seed), fid) for variant, fids in FIDS.items() for seed, fid in enumerate(fids)
     ]
-    with Image.open(io.BytesIO(page.pictures["x.png"])) as picture:
-        assert picture.width > 1000
-        assert picture.height > 300
 
 
 def test_failed_and_missing_runs_are_listed_and_the_others_shown() -> None:
@@ -106,16 +86,7 @@ def test_failed_and_missing_runs_are_listed_and_the_others_shown() -> None:
     assert cells(page, "depth=2", "Results")[1] == "failed"
     assert "- depth=2, seed 0: model.network.depth must be &gt;= 1, got 0" in page
     assert "- depth=2, seed 1: not trained or not measured" in page
-    nothing = make_ablation_page("x", [row("base", 0, None, **failed)])
-    assert nothing.pictures == {}
-    assert "## Results" not in nothing.markdown
-
-
-def test_one_seed_gives_no_verdict() -> None:
-    protocol = {**PROTOCOL, "seeds": [0]}
-    page = make_ablation_page("x", [row(name, 0, fid, protocol) for name, (fid, _) in FIDS.items()]).markdown
-    assert cells(page, "depth=2", "Difference")[1] == "+1.00 unclear"
-    assert "nothing is known about the spread" in page
+    assert "## Results" not in make_ablation_page("x", [row("base", 0, None, **failed)]).markdown
 
 
 @pytest.mark.parametrize(("values", "reference", "verdict"), [
@@ -144,27 +115,3 @@ def test_only_the_newest_plan_and_the_last_row_of_a_run_count() -> None:
     assert chosen[0]["numbers"]["fid/classifier"] == 7.0
     assert {each["plan"] for each in chosen} == {"p"}
     assert [(each["variant"], each["seed"]) for each in chosen[:3]] == [("base", 0), ("base", 1), ("depth=2", 0)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in HOSTILE if printable(word).strip()])
-def test_a_page_of_a_stranger_s_words_keeps_its_structure(word: str) -> None:
-    pages = []
-    for text in ("word", word):
-        strange = {"machine": text, "dataset": text, "decoding": text, "variants": ["base", text], "base": {text: text}}
-        protocol = {**PROTOCOL, **strange}
-        some = [
-            row("base", 0, 2.0, protocol),
-            row(text, 0, 3.0, protocol),
-            row(text, 1, None, protocol, failure=text),
-        ]
-        pages.append(structure(make_ablation_page("x", some).markdown))
-    assert pages[0] == pages[1]
-
-
-@pytest.mark.parametrize("numbers", [{"zzz": 1.0}, {"seconds_per_image": 1.0}])
-def test_a_page_without_compared_metrics_has_no_figure(numbers: dict[str, float]) -> None:
-    page = make_ablation_page("x", rows(numbers=numbers))
-    assert page.pictures == {}
-    assert "x.png" not in page.markdown
-    assert ("ms per image" in page.markdown) == ("seconds_per_image" in numbers)

@@ -8,8 +8,6 @@ import pytest
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation.comparison import label_selectors, list_selectors, make_comparison_page
 from maskgit_pl.evaluation.pages import Page
-from tests.hostile_words import HOSTILE
-from tests.test_errors import structure
 
 OWN = {"name": "confidence", "choice_temperature": 9.0}
 REAL = {"fid": 0.5, "kid": 0.0, "class_agreement": 0.9, "num_images": 12}
@@ -85,14 +83,3 @@ def test_the_page_tells_a_mask_schedule_that_is_not_that_of_the_training() -> No
 def test_an_unknown_time_is_an_empty_cell() -> None:
     made = page_of([measured("random", 8, 1.0), measured("halton", 8, 1.0, seconds_per_image=None)])
     assert "| 4.0 |  |" in made.markdown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
-def test_no_name_of_a_selector_becomes_markup(word: str) -> None:
-    def page(name: str) -> list[str]:
-        text = page_of([measured(name, 8, 2.0)]).markdown
-        assert all(line.isprintable() for line in text.split("\n"))
-        return structure(text)
-
-    assert page(word) == page("name")

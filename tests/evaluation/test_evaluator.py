@@ -181,17 +181,6 @@ def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path,
     assert (val["split"], val["reference_file"]) == ("val", "")
 
 
-def test_shipped_rows_of_another_classifier_or_reference_are_not_reused(folder: Path, tmp_path: Path) -> None:
-    """A ledger that comes with a run: as many images, the same names, other weights or other real images."""
-    shipped = measure("samples", Case(judge_seed=1), folder, tmp_path)
-    other = measure("samples", Case(reference="a.npz"), folder, tmp_path)
-    own = measure("samples", Case(), folder, tmp_path)
-    assert shipped["network"] == other["network"] == own["network"]
-    assert shipped["real_images"] == other["real_images"] == own["real_images"] == 24
-    assert len({row["fid"] for row in (shipped, other, own)}) == 3
-    assert len((tmp_path / "ledger.jsonl").read_text().splitlines()) == 3
-
-
 def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
     """An evaluator of the tiny data with labels, whose numbers are those of a classifier."""
     data = ShardData(ShardDataConfig(str(folder / "shoes"), image_size=8, in_channels=1, validation_batch=10))
@@ -228,24 +217,6 @@ def test_values_are_those_of_the_features_of_the_network(folder: Path, tmp_path:
     assert numbers["diversity"] > 0
     assert evaluator.ledger.rows("samples")[0]["purpose"] == "a test"
     assert not list(tmp_path.glob("*.npz"))  # forgotten
-
-
-def test_few_or_equal_real_images_of_a_class_leave_only_the_diversity_out(folder: Path, tmp_path: Path) -> None:
-    save_uneven_shards(tmp_path / "single", [30, 30], [3])  # one of each class
-    data = ShardData(ShardDataConfig(str(tmp_path / "single"), image_size=8, in_channels=1, validation_batch=10))
-    data.setup()
-    network = few()
-    reference = obtain_references(tmp_path / "kept", data, [network])["classifier"]
-    single = FeatureMetrics(network, reference, read_real_labels(data))
-    equal = FeatureMetrics(network, reference, torch.zeros(3, dtype=torch.int64))
-    equal.reference.features.pooled[:] = 0
-    for each in (single, equal):
-        evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-        evaluator.networks = {"classifier": each}
-        numbers = collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=0))
-        assert "diversity" not in numbers
-        assert numbers["class_agreement"] >= 0
-        (tmp_path / "ledger.jsonl").unlink()
 
 
 def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Path, tmp_path: Path) -> None:
@@ -285,12 +256,6 @@ def test_likelihoods_are_means_with_standard_errors_in_bits() -> None:
             "elbo_bits_per_image_error": error,
         }
     )
-
-
-def test_of_several_ranks_one_writes(folder: Path, tmp_path: Path) -> None:
-    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", writes=False))
-    evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
-    assert not (tmp_path / "ledger.jsonl").exists()
 
 
 def test_fast_metrics_leave_the_neighbours_out_and_are_found_in_a_row_of_all(folder: Path, tmp_path: Path) -> None:

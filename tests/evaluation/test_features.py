@@ -8,8 +8,8 @@ import torch.distributed as dist
 
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches, iter_row_batches
-from maskgit_pl.evaluation.reconstruction import measure_reconstruction
 from maskgit_pl.evaluation.reference import Reference, obtain_references
+from maskgit_pl.evaluation.tokenizer import measure_reconstruction
 from maskgit_pl.networks.features import Lite0Spec
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from tests.evaluation.feature_networks import Few, distances, few, pictures

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl import evaluation
-from maskgit_pl.evaluation.figures import count_known_tokens, draw_curves, draw_figure_8, draw_schedules
+from maskgit_pl.evaluation.figures import count_known_tokens, draw_figure_8, draw_schedules
 from maskgit_pl.schedules import mask_schedules
 
 
@@ -39,14 +39,6 @@ def test_figure_8_is_drawn_for_any_schedules_and_floor(floor: float) -> None:
     picture = figure_8(curves, floor=floor)
     assert picture.format == "PNG"
     assert picture.width > 1.5 * picture.height
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("metric", ["fid/classifier", "kid/classifier", "class_agreement"])
-def test_the_curves_of_one_model_are_drawn_for_every_metric(metric: str) -> None:
-    curves = {"cosine (trained)": {2: 3.0, 4: -2.0}, "log": {2: 40.0, 4: 2.01}}
-    picture = draw_curves(curves, metric=metric, num_images=10, floor=0.5, heading="one model")
-    assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

@@ -1,6 +1,4 @@
 import json
-import subprocess
-import sys
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +17,7 @@ from maskgit_pl.evaluation.generation import (
     make_hidden_mask,
     num_candidates,
 )
-from maskgit_pl.evaluation.npz import open_samples
+from maskgit_pl.evaluation.reference import open_samples
 from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
@@ -80,17 +78,6 @@ def test_a_second_call_does_nothing_and_another_rate_is_refused(pipe, acceptance
         generate_many(pipe, file, **OPTIONS)
 
 
-def test_processes_share_the_candidates(pipe, acceptance, tmp_path):
-    generate_accepted(pipe, tmp_path / "one.npz", acceptance, **OPTIONS)
-    results = [
-        generate_accepted(pipe, tmp_path / "two.npz", acceptance, rank=rank, world_size=2, **OPTIONS)
-        for rank in range(2)
-    ]
-    assert [result.missing_parts > 0 for result in results] == [True, False]
-    one, two = read(tmp_path / "one.npz"), read(tmp_path / "two.npz")
-    assert all((one[name] == two[name]).all() for name in one)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -104,48 +91,16 @@ def test_refuses_before_anything_is_generated(pipe, acceptance, tmp_path, change
     assert not list(tmp_path.iterdir())
 
 
-def as_generated(file: Path, channels: int) -> GeneratedImages:
-    samples = open_samples(file)
-    return GeneratedImages(samples, channels, samples.labels, None)
-
-
 @pytest.mark.parametrize("channels", [1, 3])
 def test_generated_images_are_read_in_any_order(tmp_path: Path, channels: int) -> None:
     pixels = torch.randint(0, 256, (9, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     file = tmp_path / "a.npz"
     np.savez(file, arr_0=pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy(), arr_1=np.arange(9))
-    made = as_generated(file, channels)
+    made = GeneratedImages(open_samples(file), channels, None)
     assert made.shape == (channels, 8, 8)
     order = torch.tensor([8, 0, 3, 3])
-    assert torch.equal(made.read_at(order), pixels[order])
+    assert torch.equal(made.read(order), pixels[order])
     assert torch.equal(made.read(range(2, 5)), pixels[2:5])
-
-
-@pytest.mark.slow
-def test_memory_does_not_grow_with_the_number_of_images(tmp_path: Path) -> None:
-    """Compares the peak memory of processes that read files of two sizes in random order."""
-    peaks = []
-    for count in (1000, 6000):
-        file = tmp_path / f"{count}.npz"
-        np.savez(file, arr_0=np.zeros((count, 64, 64, 3), np.uint8), arr_1=np.zeros(count, np.int64))
-        done = subprocess.run([sys.executable, "-c", READ, file], capture_output=True, text=True, check=True)
-        peaks.append(int(done.stdout))
-    assert peaks[1] - peaks[0] < 20_000  # kB; the images are 61 MB more
-
-
-READ = """
-import sys
-import torch
-from maskgit_pl.evaluation.generation import GeneratedImages
-from maskgit_pl.evaluation.npz import open_samples
-
-file = open_samples(sys.argv[1])
-images = GeneratedImages(file, 3, file.labels, None)
-for rows in torch.randperm(len(file)).split(64):
-    assert images.read_at(rows).shape == (len(rows), 3, 64, 64)
-(peak,) = [line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM:")]
-print(peak)  # not ru_maxrss, which starts from that of the parent
-"""
 
 
 TASKS = get_args(Task)

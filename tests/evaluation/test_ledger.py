@@ -1,11 +1,12 @@
-import json
 import multiprocessing
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from maskgit_pl.evaluation.ledger import Ledger, format_csv, has_column, read_number
+from maskgit_pl.evaluation.ledger import Arrays, Ledger, cached, digest_of
 
 KEY = {"data": "shoes", "seed": 0, "decoding": {"sampling_temperature": (1.2, 0.6)}}
 
@@ -20,17 +21,14 @@ def file(tmp_path: Path) -> Path:
 
 
 def test_a_measurement_is_found_again_bit_exact(file: Path) -> None:
-    value = 0.1 + 0.2
-    added = Ledger(file).add("likelihood", key(nll=value, note=None))
+    added = Ledger(file).add("likelihood", key(nll=0.1 + 0.2, note=None))
     again = Ledger(file)
     found = again.find("likelihood", KEY)
     assert found == added
-    assert read_number(found, "nll") == value
-    assert read_number(found, "note") is read_number(found, "no such column") is None
+    assert found["nll"] == 0.1 + 0.2
     assert again.find("likelihood", key(seed=1)) is None
     assert again.find("likelihood", key(decoding={"sampling_temperature": (1.2, 0.7)})) is None
     assert again.find("cas", KEY) is None
-    assert [path.name for path in file.parent.iterdir()] == ["ledger.jsonl"]
 
 
 def test_the_last_of_equal_measurements_counts_and_all_are_kept(file: Path) -> None:
@@ -41,16 +39,13 @@ def test_the_last_of_equal_measurements_counts_and_all_are_kept(file: Path) -> N
     assert [row["nll"] for row in Ledger(file).rows("likelihood")] == [1.0, 2.0]
 
 
-def test_rows_may_have_new_columns_and_a_row_without_a_wanted_one_is_not_found(file: Path) -> None:
+def test_a_row_without_a_wanted_column_is_not_found(file: Path) -> None:
     ledger = Ledger(file)
     ledger.add("samples", key(fid=1.0, precision=None))
     ledger.add("samples", key(fid=1.0))
     assert ledger.find("samples", KEY, having=["fid", "precision"])["precision"] is None
     assert ledger.find("samples", KEY, having=["recall"]) is None
     assert ledger.find("samples", key(network="lite0")) is None
-    rows = ledger.rows("samples")
-    assert has_column(rows, "fid")
-    assert not has_column(rows, "precision")
 
 
 def test_a_process_that_does_not_write_finds_its_own_rows(file: Path) -> None:
@@ -66,7 +61,6 @@ def test_a_ledger_that_is_not_reused_finds_only_what_it_added(file: Path) -> Non
     assert ledger.find("likelihood", KEY) is None
     ledger.add("likelihood", key(nll=2.0))
     assert ledger.find("likelihood", KEY)["nll"] == 2.0
-    assert [row["nll"] for row in Ledger(file).rows("likelihood")] == [1.0, 2.0]
 
 
 @pytest.mark.parametrize("cut", [1, 20])
@@ -82,7 +76,7 @@ def test_an_incomplete_last_line_is_removed_before_the_next_one(file: Path, cut:
     assert [row["seed"] for row in Ledger(file).rows("likelihood")] == [1, 3]
 
 
-@pytest.mark.parametrize("line", ["a,1,many", "3", "{}", '{"measurement": []}', "[" * 100_000])
+@pytest.mark.parametrize("line", ["a,1,many", "3", "{}", '{"measurement": []}'])
 def test_a_line_that_is_no_measurement_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "ledger.jsonl"
     file.write_text('{"measurement": "samples"}\n' + line + "\n")
@@ -107,27 +101,22 @@ def test_processes_that_write_at_once_lose_nothing(file: Path) -> None:
     assert sorted((row["data"], row["seed"]) for row in Ledger(file).rows("likelihood")) == expected
 
 
-def test_finding_takes_as_long_in_a_long_ledger(tmp_path: Path) -> None:
-    file = tmp_path / "ledger.jsonl"
-    file.write_text("".join(json.dumps({"measurement": "samples", **key(seed=seed)}) + "\n" for seed in range(3000)))
-    ledger = Ledger(file)
-    assert ledger.find("samples", key(seed=0))["seed"] == 0  # makes the index
-    compared = []
+def test_only_arrays_that_the_folder_lacks_are_made(tmp_path: Path) -> None:
+    asked: list[list[str]] = []
 
-    class Counted(str):
-        """A value that records its comparisons."""
+    def make(names: Sequence[str]) -> dict[str, Arrays]:
+        asked.append(list(names))
+        return {name: {"a": np.full(3, len(name))} for name in names}
 
-        __hash__ = str.__hash__
-
-        def __eq__(self, other: object) -> bool:
-            compared.append(other)
-            return str.__eq__(self, other)
-
-    for seed in range(100):
-        assert ledger.find("samples", key(seed=seed, data=Counted("shoes")))["seed"] == seed
-    assert len(compared) <= 200
+    keys = {"val-lite0": {"seed": 0}, "val-timm:x/y": {"seed": 0}}
+    for folder in (tmp_path / "deep", tmp_path / "deep", None):
+        found = cached(folder, keys, make)
+        assert {name: arrays["a"].tolist() for name, arrays in found.items()} == {
+            name: [len(name)] * 3 for name in keys
+        }
+    cached(tmp_path / "deep", {"val-lite0": {"seed": 1}, "val-timm:x/y": {"seed": 0}}, make)
+    assert asked == [list(keys), list(keys), ["val-lite0"]]
 
 
-def test_a_spreadsheet_has_every_column_unrounded() -> None:
-    rows = [{"a": 0.1 + 0.2, "b": None}, {"a": 1, "c": {"z": 1, "d": True}}]
-    assert format_csv(rows) == 'a,b,c\n0.30000000000000004,,\n1,,"{""d"": true, ""z"": 1}"\n'
+def test_the_order_of_keys_does_not_change_a_digest() -> None:
+    assert digest_of({"a": 1, "b": [2, 3]}) == digest_of({"b": (2, 3), "a": 1}) != digest_of({"a": 1, "b": [3, 2]})

@@ -46,8 +46,8 @@ def test_schedules_are_drawn_at_a_few_numbers_of_steps_up_to_half_the_tokens() -
 
 def test_all_classes_have_the_same_number_of_images_at_least_two() -> None:
     assert [round_to_classes(count, 3) for count in (6, 7, 14)] == [6, 6, 12]
-    with pytest.raises(ValueError, match=r"^plot_images must be >= 20 \(2 per class\), got 19"):
-        round_to_classes(19, 10, name="plot_images")
+    with pytest.raises(ValueError, match=r"^num_images must be >= 20 \(2 per class\), got 19"):
+        round_to_classes(19, 10)
 
 
 def test_the_usual_steps_go_as_far_as_there_are_tokens() -> None:

@@ -14,8 +14,6 @@ from maskgit_pl.evaluation.schedule_table import SCHEDULES, compare_with_paper, 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.schedules import mask_schedules
 from tests.evaluation.test_tables import row
-from tests.hostile_words import HOSTILE
-from tests.test_errors import structure
 
 
 def page(*runs: tuple[str, float, int], **words: Any) -> Page:
@@ -81,17 +79,6 @@ def test_the_printed_formulas_are_those_of_the_schedules(name: str) -> None:
         expected = float(eval(formula, {**names, "r": progress}))  # of this project's own text
         ratio = mask_schedules.build(name)(torch.tensor([progress]), 49)
         assert float(ratio) == pytest.approx(expected, abs=1e-5)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
-def test_no_word_of_the_ledger_becomes_markup(word: str) -> None:
-    texts = [
-        page((each, 1.0, 8), **dict.fromkeys(("commit", "dataset", "data", "split", "date", "device"), each))
-        for each in (word, "name")
-    ]
-    of_page, of_plain = ([kind for kind in structure(text.markdown) if kind != "code_inline"] for text in texts)
-    assert of_page == of_plain
 
 
 @pytest.mark.slow

@@ -6,8 +6,6 @@ import pytest
 from maskgit_pl import evaluation
 from maskgit_pl.evaluation.ledger import REAL
 from maskgit_pl.evaluation.tables import make_editing_page, make_generation_page
-from tests.hostile_words import HOSTILE
-from tests.test_errors import structure
 
 
 def row(model: str, network: str, **numbers: object) -> dict[str, object]:
@@ -54,21 +52,3 @@ def test_a_table_is_made_in_one_process_of_at_least_one_run(monkeypatch: pytest.
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="table 3 must run in one process"):
         evaluation.table_3(["runs/a"])
-
-
-def pages(word: str) -> list[str]:
-    """Returns both pages, with all words of their rows replaced by one word."""
-    words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
-    rows = [{**row("", ""), **words, "fid": 1.5, "task": task} for task in ("outpaint-right", "inpaint-centre")]
-    cas = {**rows[0], "classifier": word, "training_images": 5, "training_steps": 4, "top1": 0.8, "top5": 0.9}
-    made = make_generation_page(rows, [cas]), make_editing_page(rows)
-    return [page.markdown for page in made]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
-def test_no_word_of_the_ledger_becomes_markup(word: str) -> None:
-    for page, plain in zip(pages(word), pages("name"), strict=True):
-        of_page, of_plain = ([each for each in structure(text) if each != "code_inline"] for text in (page, plain))
-        assert of_page == of_plain
-        assert all(line.isprintable() for line in page.split("\n"))

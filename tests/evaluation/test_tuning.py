@@ -1,5 +1,4 @@
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import optuna
@@ -7,15 +6,68 @@ import pytest
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import tuning
+from maskgit_pl.evaluation.comparison import list_selectors
 from maskgit_pl.evaluation.options import TuningOptions
-from maskgit_pl.evaluation.search_space import SearchSpace
-from maskgit_pl.evaluation.tuning import Trial, TuningResult, add_curves, make_page, measure_curves, search, tune
-from maskgit_pl.schedules import Pow, mask_schedules
-from tests.evaluation.searching import FID, OWN, SPACE, numbers
-from tests.hostile_words import HOSTILE
-from tests.test_errors import structure
+from maskgit_pl.evaluation.tuning import SearchSpace, Trial, TuningResult, make_page, search, tune
+from maskgit_pl.registry import describe
+from maskgit_pl.schedules import mask_schedules
 
+FID = "fid/classifier"
+OWN = DecodingConfig(4, guidance={"name": "linear", "scale": 1.0})
+SELECTORS = tuple(spec for _, spec in list_selectors())
+SCHEDULES = tuple(sorted({*mask_schedules.build_all(), "pow"}))
+SPACE = SearchSpace(OWN, SELECTORS, (2, 4, 8), SCHEDULES, codebook_size=256, can_guide=True)
 SMALL = replace(SPACE, selectors=("halton", "confidence"), schedules=())
+
+
+def numbers(fid: float) -> dict[str, float]:
+    measured = {"class_agreement": 0.5, "diversity": 0.8, FID: fid, "kid/classifier": fid / 10}
+    return {**measured, "steps_taken": 4.0, "seconds_per_image": 0.01}
+
+
+def draw(space: SearchSpace, count: int) -> list[DecodingConfig]:
+    """Returns the decodings of random trials."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    return [space.draw(study.ask()) for _ in range(count)]
+
+
+def names(specs: list) -> set[str]:
+    return {spec if isinstance(spec, str) else spec["name"] for spec in specs}
+
+
+@pytest.mark.slow
+def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
+    drawn = draw(SPACE, 200)
+    for decoding in drawn:
+        decoding.check(49, is_autoregressive=False)
+    assert names([each.token_selector for each in drawn]) == {describe(spec).split()[0] for spec in SPACE.selectors}
+    assert names([each.guidance for each in drawn]) >= {"constant", "linear", "cosine", "interval"}
+    assert {each.num_steps for each in drawn} == {2, 4, 8}
+    assert {type(each.sampling_temperature) for each in drawn} == {float, tuple}
+    assert any(each.top_k for each in drawn)
+    assert any(each.top_p for each in drawn)
+    assert any(not any(each.scales()) for each in drawn)
+    schedules = [each.mask_schedule for each in drawn if each.mask_schedule is not None]
+    assert names(schedules) == {*mask_schedules.build_all(), "pow"}
+    assert len({spec["exponent"] for spec in schedules if isinstance(spec, dict)}) > 5
+    assert any(each.mask_schedule is None for each in drawn)
+
+
+def test_what_is_fixed_is_not_searched() -> None:
+    remdm = {"name": "remdm", "strategy": "loop", "eta": 0.33}
+    for decoding in draw(replace(SPACE, selectors=(remdm,), schedules=(), can_guide=False), 20):
+        assert decoding.token_selector == remdm | {"choice_temperature": decoding.token_selector["choice_temperature"]}
+        assert (decoding.guidance, decoding.mask_schedule) == (OWN.guidance, OWN.mask_schedule)
+
+
+def test_a_codebook_of_two_codes_is_searched() -> None:
+    assert {each.top_k for each in draw(replace(SPACE, codebook_size=2), 20)} == {None, 2}
+
+
+def test_unknown_schedules_are_refused() -> None:
+    with pytest.raises(ValueError, match="did you mean 'cosine'"):
+        replace(SPACE, schedules=("pow", "cosin"))
 
 
 @pytest.fixture
@@ -82,10 +134,6 @@ def test_a_search_that_was_stopped_continues_to_the_trials_of_one_that_was_not(s
     assert resume(Measure(), trials=15).trials[:14] == whole.trials
 
 
-def test_another_seed_gives_other_trials(study) -> None:
-    assert run(study, Measure()).trials[1:] != run(optuna.create_study(), Measure(), seed=1).trials[1:]
-
-
 def test_the_current_decoding_takes_part_also_if_another_search_wrote_it(study) -> None:
     first = run(study, Measure())
     written = replace(SMALL, start=first.winner.decoding)
@@ -139,70 +187,17 @@ def test_invalid_options_are_refused_before_the_run_is_opened() -> None:
 
 
 PLAIN = Trial(0, OWN, numbers(2.0))
-ENTROPY = Trial(1, DecodingConfig(4, "entropy"), numbers(1.0))
-CURVES = {"cosine (trained)": {2: 3.0, 4: 2.0}, "log": {2: 40.0, 4: 2.01}}
 REAL = {"fid": 0.5, "kid": 0.001, "class_agreement": 0.9, "num_images": 20}
-
-
-def model(schedule: Any) -> Any:
-    transformer = SimpleNamespace(schedule_for=lambda task: schedule)
-    return SimpleNamespace(transformer=transformer, outline=SimpleNamespace(num_tokens=8))
-
-
-@pytest.mark.parametrize(
-    ("schedule", "name"), [(mask_schedules.build("cosine"), "cosine"), (Pow(2.5), "Pow(exponent=2.5)")]
-)
-def test_curves_have_each_schedule_at_each_number_of_steps_and_that_of_the_training_first(schedule, name) -> None:
-    measure, points = Measure(), []
-    result = TuningResult(FID, (PLAIN,), (PLAIN,), 10)
-    curves = measure_curves(measure, model(schedule), OWN, result, seed=0, bars=lambda title, total: points.append)
-    assert list(curves) == [f"{name} (trained)", *sorted(set(mask_schedules.build_all()) - {name})]
-    assert all(list(line) == [2, 3, 4] for line in curves.values())
-    assert len(points) == len(measure.calls) == 3 * len(curves)
-    assert {(call[0].mask_schedule, call[0].num_steps) for call in measure.calls} >= {(None, 2), ("linear", 4)}
-    assert {call[0].token_selector for call in measure.calls} == {"confidence"}
-
-
-def test_the_curves_are_those_of_the_best_decoding_that_follows_a_schedule() -> None:
-    found = tuning._best_that_follows_a_schedule(TuningResult(FID, (PLAIN, ENTROPY), (PLAIN, ENTROPY), 10))
-    assert found == OWN
-    assert tuning._best_that_follows_a_schedule(TuningResult(FID, (ENTROPY,), (ENTROPY,), 10)) is None
 
 
 def test_the_page_names_the_winner_and_the_value_before() -> None:
     other = Trial(7, DecodingConfig(8, "halton"), numbers(1.5))
     result = TuningResult(FID, (PLAIN, other), (PLAIN, other), 10)
-    plain = make_page(result, REAL)
-    page = add_curves(plain, result, CURVES, OWN, 0.5)
+    page = make_page(result, REAL)
     assert "Trial 7 wins: fid/classifier was 2 and is now 1.5" in page.markdown
     assert "2 trials of 10 images were compared by fid/classifier (lower is better)" in page.markdown
     assert "have FID 0.50 and KID x 1000 1.00." in page.markdown.replace("\n", " ")
     assert "| trial | decoding | FID (classifier) | class agreement % |" in page.markdown
     assert '"token_selector": "halton"' in page.markdown
-    assert "| cosine (trained) | 3.000 | 2.000 |" in page.markdown
-    assert list(page.pictures) == ["tuning.png"]
     page = make_page(replace(result, confirmed=(PLAIN,)), REAL)
     assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
-    assert not page.pictures
-
-
-def test_a_trial_without_a_time_has_an_empty_cell() -> None:
-    timeless = replace(PLAIN, numbers={name: value for name, value in numbers(2.0).items() if "seconds" not in name})
-    page = make_page(TuningResult(FID, (timeless,), (timeless,), 10), REAL)
-    assert "| **0.800** |  |" in page.markdown
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", [word for word in HOSTILE if word.strip()], ids=lambda word: ascii(word[:30]))
-def test_no_name_of_a_schedule_or_selector_becomes_markup(word: str, monkeypatch) -> None:
-    monkeypatch.setattr(tuning, "draw_curves", lambda *_, **__: b"")
-
-    def page(name: str) -> list[str]:
-        trials = Trial(0, DecodingConfig(8, name), numbers(2.0)), Trial(7, DecodingConfig(8, name), numbers(1.5))
-        result = TuningResult(FID, trials, trials, 10)
-        curves = {name: {2: 1.0}, "log": {2: 2.0}}
-        text = add_curves(make_page(result, REAL), result, curves, trials[0].decoding, 0.5).markdown
-        assert all(line.isprintable() for line in text.split("\n"))
-        return [each for each in structure(text) if each != "code_inline"]
-
-    assert page(word) == page("name")
