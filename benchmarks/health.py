@@ -24,7 +24,7 @@ from stage1_step import Ours, Task
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.training.health import HealthConfig, HealthMonitor
 from maskgit_pl.training.speed import SpeedMonitor
-from maskgit_pl.training.stop_and_nonfinite import clip_gradients
+from maskgit_pl.training.stopping import clip_gradients
 from maskgit_pl.training.tokenizer_losses import gradient_norm
 
 LOG_EVERY = 50  # of recipes/tokenizer/base.yaml

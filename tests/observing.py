@@ -23,7 +23,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.forked import PROCESSES, Command, begin
 from tests.injection import Fault, Injection, Prepare
 

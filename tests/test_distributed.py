@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import Runs, Seen, Topology, run_on_ranks, same, trained_state, write_part
 

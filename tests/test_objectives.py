@@ -29,7 +29,7 @@ from maskgit_pl.objectives import (
 )
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.modules import masked_model
 from tests.short_runs import data, fit
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests import forked
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state, write_part

@@ -26,7 +26,7 @@ from maskgit_pl.errors import (
     PreemptedError,
     exit_code_of,
 )
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints, newest_checkpoint, step_of
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, complete_checkpoints, newest_checkpoint, step_of
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
 from tests.injection import Disk, Fault, kill_in_saving, kill_in_writing
 from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state

@@ -30,7 +30,6 @@ from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Stage
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, TrainerSettings, resolve
-from maskgit_pl.runs.watchdog import Watchdog
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import (
     ProgressLines,
@@ -40,13 +39,12 @@ from maskgit_pl.training.callbacks import (
     callbacks,
     profilers,
 )
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
-from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.speed import SpeedMonitor
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
+from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
 from maskgit_pl.training.strategies import (
     build_strategy,
     check_accelerator,

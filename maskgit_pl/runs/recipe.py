@@ -8,38 +8,37 @@ class, a function or another file to read. ``settings`` checks the values, and i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from maskgit_pl.files import parse_yaml, read_yaml
+from maskgit_pl.checks import shorten
+from maskgit_pl.files import check_plain, parse_yaml, read_yaml
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.layers import (
-    DERIVED_KEYS,
-    Kind,
-    Layer,
-    Overrides,
-    flag_layer,
-    flag_words,
-    merge,
-    remove_key,
-    split_flags,
-    value_at,
-)
 
 __all__ = [
+    "DEFAULT_BACKBONE",
     "DEFAULT_DATASET",
+    "DERIVED_KEYS",
     "STAGES",
+    "Kind",
+    "Layer",
+    "Overrides",
     "Recipe",
     "Stage",
-    "find_in_recipes",
+    "flag_words",
     "list_recipes",
+    "merge",
     "read_run_config",
     "recipe_files",
     "recipes_folders",
+    "remove_key",
+    "split_flags",
+    "value_at",
 ]
 
 Stage = Literal["tokenizer", "transformer"]
@@ -61,6 +60,51 @@ _MASKED_ONLY = (
     "model.decoding.tokens_per_step",
     "model.decoding.mask_schedule",
 )
+
+Kind = Literal["tokenizer", "transformer", "autoregressive"]
+"""The kinds of modules that a recipe trains."""
+
+DEFAULT_BACKBONE = "bert"
+"""The backbone of recipes that name none; ``networks.backbone`` has the same."""
+
+DERIVED_KEYS = {
+    "model.seed": "data.seed",
+    "model.image_size": "data.image_size",
+    "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
+    "model.accumulation": "data.global_batch and data.max_batch_per_device",
+}
+"""Keys of modules that no recipe can set, each with the key that determines it."""
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
+
+_COMMON = (  # keys of all backbones
+    "codebook_size",
+    "num_classes",
+    "grid",
+    "class_dropout",
+    "dropout",
+    "condition_dim",
+    "num_token_groups",
+)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values of one file or flag.
+
+    Args:
+        origin: Name of the file or flag, for messages.
+        tree: Nested mappings of plain values.
+        readings: Other trees that the text of a flag may mean, if the first does not fit the type of its key.
+        fault: The reason why the text of a flag is not YAML.
+    """
+
+    origin: str
+    tree: Mapping[str, Any]
+    readings: tuple[Mapping[str, Any], ...] = ()
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -205,11 +249,6 @@ def recipes_folders() -> list[Path]:
     return [here, *(folder for folder in complete if not here.samefile(folder))]
 
 
-def find_in_recipes(name: str) -> Path | None:
-    """Returns the file of a relative path, such as ``slurm/train.sbatch``, in the first folder that has it."""
-    return next((file for folder in recipes_folders() if (file := folder / name).is_file()), None)
-
-
 def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
     """Returns the files of a kind of recipe by name, sorted by name."""
     found = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
@@ -239,7 +278,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
     for name in names:
         found = _files_by_stage(name, known)
         files += [found[stage]] if stage in found else []
-    return [*files, _cluster_file(cluster)]
+    return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
 def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
@@ -250,22 +289,14 @@ def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dic
             raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
         homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
         return dict.fromkeys(homes, file)
-    found = {each: files[name] for each, files in known.items() if name in files}
-    if not found:
-        every = {each for files in known.values() for each in files}
-        raise FileNotFoundError(
-            f"recipe {name!r}: no such file in {' or '.join(map(str, recipes_folders()))}: {nearest(name, every)}"
-        )
-    return found
+    _find_named("recipe", name, {each: file for files in known.values() for each, file in files.items()})
+    return {each: files[name] for each, files in known.items() if name in files}
 
 
-def _cluster_file(name: str) -> Path:
-    """Finds a file of ``recipes/cluster``."""
-    known = list_recipes("cluster")
+def _find_named(what: str, name: str, known: Mapping[str, Path]) -> Path:
     if name not in known:
-        raise FileNotFoundError(
-            f"cluster {name!r}: no such file in {recipes_folders()[-1] / 'cluster'}: {nearest(name, known)}"
-        )
+        folders = " or ".join(map(str, recipes_folders()))
+        raise FileNotFoundError(f"{what} {name!r}: no such file in {folders}: {nearest(name, known)}")
     return known[name]
 
 
@@ -293,30 +324,35 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tree, paths
 
 
-def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
+def _find_kind(stage: Stage, layers: Sequence[Layer], words: Sequence[str]) -> Kind:
     """Returns the kind of module that files and flags select."""
-    # Flags count, too, and the last one wins. They are parsed again by ``flag_layer``.
-    network = [value_at(layer.tree, "model.network") for layer in files]
-    for key, text in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE):
-        if key in (_BACKBONE, _ATTENTION):
-            with suppress(ValueError):  # invalid YAML raises later, where the flag is read
-                network.append({key.rpartition(".")[2]: parse_yaml(text)})
     if stage == "tokenizer":
         return "tokenizer"
-    merged = merge({"network": each} for each in network if isinstance(each, Mapping)).get("network", {})
+    flags = [
+        flag.tree for flag in _flag_layers(words) if flag.origin in (f"flag --{_BACKBONE}", f"flag --{_ATTENTION}")
+    ]
     # Backbones without causal attention refuse the key.
-    return "autoregressive" if merged.get("attention") == "causal" else "transformer"
+    is_causal = value_at(merge([*(layer.tree for layer in layers), *flags]), _ATTENTION) == "causal"
+    return "autoregressive" if is_causal else "transformer"
+
+
+def _flag_layers(words: Sequence[str]) -> list[Layer]:
+    """Returns the layers of flags: first that of the backbone, which decides on other keys."""
+    return [flag_layer(*pair) for pair in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)]
 
 
 def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
     """Checks layers together with flags on top of them, and returns the trees of the flags."""
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    # The backbone decides on other keys.
-    flags = [flag_layer(*pair) for pair in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)]
-    if kind == "autoregressive":
-        for flag in flags:
-            _refuse_masking(flag)
+    flags = _flag_layers(words)
+    for flag in flags if kind == "autoregressive" else ():
+        for key in _MASKED_ONLY:
+            if value_at(flag.tree, key) is not None:
+                raise ValueError(
+                    f"{flag.origin}: with causal attention no token is masked, and tokens are drawn one after another; "
+                    f"{key} is for bidirectional attention; leave the flag out"
+                )
     return tuple(flag.tree for flag in check_layers(kind, [*layers, *flags])[len(layers) :])
 
 
@@ -332,10 +368,98 @@ def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, l
     return kept, left_out
 
 
-def _refuse_masking(layer: Layer) -> None:
-    for key in _MASKED_ONLY:
-        if value_at(layer.tree, key) is not None:
-            raise ValueError(
-                f"{layer.origin}: with causal attention no token is masked, and tokens are drawn one after another; "
-                f"{key} is for bidirectional attention; leave the flag out"
-            )
+def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merges trees recursively; later values override earlier ones.
+
+    A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping without
+    ``name`` adds arguments to the object that an earlier tree names.
+
+    A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
+    keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout,
+    condition_dim and num_token_groups. The keys of the new one start from its defaults.
+    """
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            result[key] = _override(result.get(key), value)
+    return result
+
+
+def _override(old: Any, new: Any) -> Any:
+    if not isinstance(new, Mapping):
+        return new
+    if "name" in new:
+        return dict(new)
+    # The earlier tree names the object without arguments.
+    if isinstance(old, str):
+        return {"name": old, **new}
+    kept = old if isinstance(old, Mapping) else {}
+    if "backbone" in new and new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
+        kept = {key: value for key, value in kept.items() if key in _COMMON}
+    return merge([kept, new])
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """Returns the value of a dotted key such as ``data.source``, or None if the tree does not have it."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def remove_key(tree: Any, key: str) -> bool:
+    """Removes a dotted key from a tree in place. Returns True if it was there."""
+    *groups, leaf = key.split(".")
+    for group in groups:
+        tree = tree.get(group) if isinstance(tree, dict) else None
+    return isinstance(tree, dict) and tree.pop(leaf, remove_key) is not remove_key
+
+
+def flag_words(overrides: Overrides) -> tuple[str, ...]:
+    """Returns overrides as flags. Python values become JSON, which is also YAML."""
+    if isinstance(overrides, Mapping):
+        return tuple(f"--{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the dotted key and the text of each flag.
+
+    Raises:
+        ValueError: if a word is not a flag, or a flag has no value.
+    """
+    waiting = list(reversed(words))
+    while waiting:
+        word = waiting.pop()
+        if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
+            raise ValueError(f"unrecognized argument {shorten(word)}; recipe values are set with --KEY=VALUE")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not waiting or waiting[-1].startswith("--"):
+                raise ValueError(f"flag --{key} must have a value")
+            text = waiting.pop()
+        yield key, text
+
+
+def flag_layer(key: str, text: str) -> Layer:
+    """Returns the layer of one flag, whose text is YAML.
+
+    A name such as ``on``, which YAML reads as a bool, and a path such as ``[a`` are strings where the key takes one; a
+    single item is the list of this item where the key takes a list.
+    """
+    readings: list[Any] = [text]
+    fault = None
+    try:
+        value = parse_yaml(text)
+        check_plain(value, key)
+        readings = [value, *([text] if value != text else []), [value]]
+    except ValueError as error:
+        fault = str(error)
+    trees = []
+    for reading in readings:
+        # a.b.c = value becomes {a: {b: {c: value}}}.
+        tree: Any = reading
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        trees.append(tree)
+    check_plain(trees[0])
+    return Layer(f"flag --{key}", trees[0], tuple(trees[1:]), fault)

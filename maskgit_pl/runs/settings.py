@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from types import UnionType
 from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -27,10 +28,11 @@ from maskgit_pl.checks import (
     validate,
 )
 from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.files import NO_CODE
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, explain_unknown_key, merge, value_at
+from maskgit_pl.runs.recipe import DERIVED_KEYS, Kind, Layer, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
@@ -47,6 +49,24 @@ __all__ = [
 ]
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
+_STEPS = "runs are counted in steps; set trainer.max_steps"
+_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
+    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
+    "trainer.max_epochs": _STEPS,
+    "trainer.min_epochs": _STEPS,
+    "trainer.min_steps": _STEPS,
+    "trainer.fast_dev_run": _STEPS,
+    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
+    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
+    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
+    "trainer.default_root_dir": "use --runs-folder and --run",
+    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
+    "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
+    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
+    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
+    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
+    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
+}
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
 
 
@@ -363,13 +383,41 @@ def _check_names(
         where = f"{path}.{key}" if path else str(key)
         if where in DERIVED_KEYS or key not in groups:
             backbone = "" if kind is VQGANConfig else value_at(root, "model.network.backbone") or DEFAULT_BACKBONE
-            raise ValueError(explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
+            raise ValueError(_explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
         inner, is_optional = groups[key]
         if inner is None or (value is None and is_optional):
             continue
         if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
             raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
         _check_names(value, inner, run=run, root=root, path=where)
+
+
+def _explain_unknown_key(key: str, known: Sequence[str], *, backbone: str) -> str:
+    """Returns the message for a key that a recipe cannot have.
+
+    Args:
+        key: The dotted key.
+        known: All dotted keys of the recipe.
+        backbone: Name of the backbone, whose keys ``model.network`` has; empty for stage 1.
+    """
+    if key in _REASONS:
+        return f"{key} cannot be set: {_REASONS[key]}"
+    group, _, leaf = key.rpartition(".")
+    known = [name for name in known if name not in DERIVED_KEYS]
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    # First candidates: similar names in the same group.
+    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    # Second: the same name in another group.
+    close += [name for name in known if name.rpartition(".")[2] == leaf]
+    if backbone and group == "model.network":
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}: {hint}keys of backbone {backbone}: {', '.join(sorted(beside))}"
+    if not close:
+        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
+    if key in close:  # a key with dots in a file
+        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
+        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
+    return f"unknown key {key!r}: did you mean {close[0]!r}?"
 
 
 def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, tuple[type[Any] | None, bool]]:

@@ -21,7 +21,7 @@ from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, r
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.training.checkpoints import CheckpointedModule
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, parameter_groups, update_ema
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
+from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import ActivationCheckpointing, Compiled, check_precision, shard_blocks
 
 __all__ = [

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
 from maskgit_pl.registry import nearest
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, local_rows
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, SavedTensor, local_rows
 
 __all__ = [
     "PRECISIONS",

@@ -13,7 +13,7 @@ from maskgit_pl.importers.tokenizers import LAYOUTS, import_tokenizer, tokenizer
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.importers.tokenizer_references import (
     DiffusersVQModel,

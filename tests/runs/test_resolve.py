@@ -84,7 +84,7 @@ def test_doctor_knows_the_width_of_pretrained_weights(tiny_pretrained, tmp_path)
     (tmp_path / "wide.yaml").write_text("model: {network: {embed_dim: 256}}")  # the weights have 16
     recipe = runs.Recipe.read("transformer", names=[str(tmp_path / "wide.yaml")])
     for given, chosen in ((tiny_pretrained, "32-true"), (None, "bf16-mixed")):
-        found = runs.preflight(recipe, run=tmp_path / "one", machines=runs.Machines(gpu="h100"), pretrained=given)
+        found = runs.preflight(recipe, run=tmp_path / "one", machines=runs.Machines(device="h100"), pretrained=given)
         (check,) = [check for check in found.checks if check.name == "strategy"]
         assert check.text == f"auto, {chosen}"
 

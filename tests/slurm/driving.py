@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
+from maskgit_pl.training.checkpoints import newest_checkpoint, step_of
 
 SECONDS = 180.0  # after which a job counts as hanging
 _FENCE = "```\n"

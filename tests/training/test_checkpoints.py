@@ -20,7 +20,7 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.schedules import Pow
-from maskgit_pl.training.checkpoint_files import (
+from maskgit_pl.training.checkpoints import (
     FolderCheckpointIO,
     complete_checkpoints,
     find_leftovers,
@@ -183,7 +183,7 @@ def test_a_removal_that_is_cut_short_leaves_no_complete_checkpoint(tmp_path, mon
     def cut(path, **_):
         raise OSError("killed")
 
-    monkeypatch.setattr("maskgit_pl.training.checkpoint_files.shutil.rmtree", cut)
+    monkeypatch.setattr("maskgit_pl.training.checkpoints.shutil.rmtree", cut)
     with pytest.raises(OSError, match="killed"):
         FolderCheckpointIO().remove_checkpoint(folder)
     assert complete_checkpoints(tmp_path) == []

@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from maskgit_pl.training.learning_rates import LearningRate, LearningRateSchedule, learning_rate_schedules
+from maskgit_pl.training.optimizers import LearningRate, LearningRateSchedule, learning_rate_schedules
 
 
 @pytest.mark.parametrize("max_steps", [0, -1])

@@ -15,8 +15,8 @@ from torch.nn.parallel import DistributedDataParallel
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.checkpoints import FolderCheckpointIO
+from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.optimizers import (
     OptimizerConfig,
     build_optimizer,

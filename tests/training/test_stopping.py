@@ -17,10 +17,10 @@ from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
+from maskgit_pl.training.optimizers import LearningRate
+from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.injection import Fault, Injection
 from tests.modules import masked_model, tokenizer_model

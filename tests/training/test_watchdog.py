@@ -11,7 +11,7 @@ from maskgit_pl import runs
 from maskgit_pl.errors import INTERNAL_ERROR, PreemptedError
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.runs.watchdog import Watchdog
+from maskgit_pl.training.stopping import Watchdog
 from maskgit_pl.training.strategies import build_strategy
 from tests.conftest import tiny_flags
 from tests.forked import Command
