@@ -20,8 +20,8 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, load_tra
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
-from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.optimized_model import check_tokenizer
+from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.token_model import BinnedMeans
 from tests.conftest import peak_predictions, save_tiny_pretrained
 from tests.modules import masked_model

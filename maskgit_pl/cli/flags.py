@@ -15,7 +15,7 @@ from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
-from maskgit_pl.runs.flag_values import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
+from maskgit_pl.runs.layers import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 if TYPE_CHECKING:

@@ -19,7 +19,8 @@ from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
-from maskgit_pl.runs.recipe import STAGES, Kind, Stage
+from maskgit_pl.runs.layers import Kind
+from maskgit_pl.runs.recipe import STAGES, Stage
 
 if TYPE_CHECKING:
     from maskgit_pl.registry import Registry

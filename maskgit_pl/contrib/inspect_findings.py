@@ -25,7 +25,7 @@ from maskgit_pl.evaluation.reconstruction import psnr
 from maskgit_pl.files import parse_any_json, size_text
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.runs.recipe import value_at
+from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems
 
 __all__ = [

@@ -39,7 +39,7 @@ from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, to_pil
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.runs.fitting import export
-from maskgit_pl.runs.recipe import value_at
+from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import Problem
 
 __all__ = ["inspect_run"]

@@ -45,8 +45,9 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
+from maskgit_pl.runs.layers import merge, remove_key
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
-from maskgit_pl.runs.recipe import Recipe, merge, remove_key
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.training.speed import read_training_time

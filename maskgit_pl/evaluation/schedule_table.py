@@ -30,8 +30,9 @@ from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
 from maskgit_pl.runs.ablation import AblationConfig, Failure, TrainingError, train
+from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.runs.recipe import Recipe, value_at
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.schedules import MaskSchedule
 

@@ -30,8 +30,9 @@ from maskgit_pl.processes import available_cores
 from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, max_num_checkpoints, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_start
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
-from maskgit_pl.runs.recipe import Recipe, merge
+from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.tokenizer import Tokenizer

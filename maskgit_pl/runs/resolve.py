@@ -24,8 +24,9 @@ from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.runs.layers import DERIVED_KEYS, merge, remove_key, value_at
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import DERIVED_KEYS, Recipe, Stage, merge, remove_key, value_at
+from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.settings import ResolvedRun, TrainerSettings, resolve
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.strategies import PRECISIONS

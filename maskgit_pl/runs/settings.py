@@ -32,7 +32,7 @@ from maskgit_pl.files import NO_CODE
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.recipe import DERIVED_KEYS, Kind, Layer, merge, value_at
+from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig

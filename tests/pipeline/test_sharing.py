@@ -20,7 +20,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT, sharing
 from maskgit_pl.pipeline.pretrained import read_decoding, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models, find_folder
-from maskgit_pl.runs.recipe import merge
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.recipe import STAGES, Recipe
 from maskgit_pl.runs.resolve import choose_precision, values_without_data
 from maskgit_pl.runs.settings import resolve

@@ -23,8 +23,7 @@ from maskgit_pl.runs.costs import (
     step_memory,
     useful_flops,
 )
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, complete_checkpoints, newest_checkpoint
-from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints, newest_checkpoint
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import tiny_flags
 from tests.modules import autoregressive_model, masked_model, tokenizer_model

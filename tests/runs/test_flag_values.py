@@ -1,6 +1,6 @@
 import pytest
 
-from maskgit_pl.runs.flag_values import (
+from maskgit_pl.runs.layers import (
     parse_features,
     parse_image_size,
     parse_integers,

@@ -16,7 +16,7 @@ import yaml
 
 from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.build import build
-from maskgit_pl.runs.recipe import Layer
+from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from tests.conftest import tiny_flags

@@ -1,4 +1,4 @@
-from maskgit_pl.runs.recipe import merge, remove_key, value_at
+from maskgit_pl.runs.layers import merge, remove_key, value_at
 
 
 def test_later_files_win_key_by_key_and_a_named_thing_is_replaced():

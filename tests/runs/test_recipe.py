@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.recipe import merge
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.recipe import Recipe, read_run_config, recipe_files
 from maskgit_pl.runs.settings import resolve
 

@@ -6,7 +6,7 @@ import pytest
 
 from maskgit_pl.files import parse_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, config_class
-from maskgit_pl.runs.recipe import Layer, merge
+from maskgit_pl.runs.layers import Layer, merge
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import config_text, values_without_data
 from maskgit_pl.runs.settings import json_schema, resolve

@@ -14,7 +14,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.build import StageRun
-from maskgit_pl.runs.recipe import Layer
+from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values

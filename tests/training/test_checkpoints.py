@@ -21,13 +21,13 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoints import (
+    Checkpoints,
     FolderCheckpointIO,
     complete_checkpoints,
     find_leftovers,
     newest_checkpoint,
     read_settings,
 )
-from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
 from tests.modules import autoregressive_model, masked_model, tokenizer_model

@@ -14,8 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.checkpoints import FolderCheckpointIO
-from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 from maskgit_pl.training.health import (
     CodeHistory,
     HealthConfig,

@@ -16,8 +16,8 @@ from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
-from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.optimizers import (
+    LearningRate,
     OptimizerConfig,
     build_optimizer,
     check_sharding,

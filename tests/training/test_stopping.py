@@ -17,8 +17,7 @@ from maskgit_pl.errors import NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.checkpoints import FolderCheckpointIO, complete_checkpoints
-from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig

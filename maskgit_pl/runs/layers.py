@@ -1,0 +1,268 @@
+"""The values of recipes and flags before they are checked: layers of plain values, their merge, and the text of flags.
+
+A flag overrides one value of a recipe by its dotted key: ``--KEY=VALUE``. Other flags of commands hold numbers, names
+or mappings: their parsers take the name of the flag, for errors, and its text, and raise a ``ValueError`` for a text of
+another form. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from maskgit_pl.checks import ImageSize, as_image_size, shorten
+from maskgit_pl.files import check_plain, parse_yaml
+
+__all__ = [
+    "DEFAULT_BACKBONE",
+    "DERIVED_KEYS",
+    "Kind",
+    "Layer",
+    "Overrides",
+    "flag_layer",
+    "flag_words",
+    "merge",
+    "parse_features",
+    "parse_image_size",
+    "parse_integers",
+    "parse_named_spec",
+    "parse_numbers",
+    "parse_spec",
+    "parse_specs",
+    "remove_key",
+    "split_flags",
+    "split_values",
+    "value_at",
+]
+
+Kind = Literal["tokenizer", "transformer", "autoregressive"]
+"""The kinds of modules that a recipe trains."""
+
+DEFAULT_BACKBONE = "bert"
+"""The backbone of recipes that name none; ``networks.backbone`` has the same."""
+
+DERIVED_KEYS = {
+    "model.seed": "data.seed",
+    "model.image_size": "data.image_size",
+    "model.network.in_channels": "data.in_channels",
+    "model.global_batch": "data.global_batch",
+    "model.accumulation": "data.global_batch and data.max_batch_per_device",
+}
+"""Keys of modules that no recipe can set, each with the key that determines it."""
+
+Overrides = Sequence[str] | Mapping[str, Any]
+"""Overrides of single recipe values: flags, or a mapping of dotted keys."""
+
+_COMMON = (  # keys of all backbones
+    "codebook_size",
+    "num_classes",
+    "grid",
+    "class_dropout",
+    "dropout",
+    "condition_dim",
+    "num_token_groups",
+)
+_MAX_NUMBER = 100_000  # more than the tokens of any image; a range is a list of its numbers
+
+
+@dataclass(frozen=True)
+class Layer:
+    """The values of one file or flag.
+
+    Args:
+        origin: Name of the file or flag, for messages.
+        tree: Nested mappings of plain values.
+        readings: Other trees that the text of a flag may mean, if the first does not fit the type of its key.
+        fault: The reason why the text of a flag is not YAML.
+    """
+
+    origin: str
+    tree: Mapping[str, Any]
+    readings: tuple[Mapping[str, Any], ...] = ()
+    fault: str | None = None
+
+
+def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Merges trees recursively; later values override earlier ones.
+
+    A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping without
+    ``name`` adds arguments to the object that an earlier tree names.
+
+    A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
+    keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout,
+    condition_dim and num_token_groups. The keys of the new one start from its defaults.
+    """
+    result: dict[str, Any] = {}
+    for tree in trees:
+        for key, value in tree.items():
+            result[key] = _override(result.get(key), value)
+    return result
+
+
+def _override(old: Any, new: Any) -> Any:
+    if not isinstance(new, Mapping):
+        return new
+    if "name" in new:
+        return dict(new)
+    # The earlier tree names the object without arguments.
+    if isinstance(old, str):
+        return {"name": old, **new}
+    kept = old if isinstance(old, Mapping) else {}
+    if "backbone" in new and new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
+        kept = {key: value for key, value in kept.items() if key in _COMMON}
+    return merge([kept, new])
+
+
+def value_at(tree: Any, key: str) -> Any:
+    """Returns the value of a dotted key such as ``data.source``, or None if the tree does not have it."""
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return tree
+
+
+def remove_key(tree: Any, key: str) -> bool:
+    """Removes a dotted key from a tree in place. Returns True if it was there."""
+    *groups, leaf = key.split(".")
+    for group in groups:
+        tree = tree.get(group) if isinstance(tree, dict) else None
+    return isinstance(tree, dict) and tree.pop(leaf, remove_key) is not remove_key
+
+
+def flag_words(overrides: Overrides) -> tuple[str, ...]:
+    """Returns overrides as flags. Python values become JSON, which is also YAML."""
+    if isinstance(overrides, Mapping):
+        return tuple(f"--{key}={json.dumps(value, default=str)}" for key, value in overrides.items())
+    return tuple(overrides)
+
+
+def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Yields the dotted key and the text of each flag.
+
+    Raises:
+        ValueError: if a word is not a flag, or a flag has no value.
+    """
+    waiting = list(reversed(words))
+    while waiting:
+        word = waiting.pop()
+        if not re.fullmatch(r"--[A-Za-z_][\w.]*(=.*)?", word, re.DOTALL):
+            raise ValueError(f"unrecognized argument {shorten(word)}; recipe values are set with --KEY=VALUE")
+        key, equals, text = word[2:].partition("=")
+        if not equals:
+            if not waiting or waiting[-1].startswith("--"):
+                raise ValueError(f"flag --{key} must have a value")
+            text = waiting.pop()
+        yield key, text
+
+
+def flag_layer(key: str, text: str) -> Layer:
+    """Returns the layer of one flag, whose text is YAML.
+
+    A name such as ``on``, which YAML reads as a bool, and a path such as ``[a`` are strings where the key takes one; a
+    single item is the list of this item where the key takes a list.
+    """
+    readings: list[Any] = [text]
+    fault = None
+    try:
+        value = parse_yaml(text)
+        check_plain(value, key)
+        readings = [value, *([text] if value != text else []), [value]]
+    except ValueError as error:
+        fault = str(error)
+    trees = []
+    for reading in readings:
+        # a.b.c = value becomes {a: {b: {c: value}}}.
+        tree: Any = reading
+        for part in reversed(key.split(".")):
+            tree = {part: tree}
+        trees.append(tree)
+    check_plain(trees[0])
+    return Layer(f"flag --{key}", trees[0], tuple(trees[1:]), fault)
+
+
+def split_values(text: str) -> list[str]:
+    """Splits a text at the commas that are not inside a mapping or a list. Empty parts are dropped."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
+
+
+def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Parses numbers in [1, 100000] and ranges, such as ``4,8,16`` or ``4-16``; each number counts once."""
+    numbers: dict[int, None] = {}
+    for word in split_values(text) or [text]:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
+        first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if not 1 <= first <= last <= _MAX_NUMBER:
+            raise ValueError(
+                f"{flag} must be numbers such as 4,8,16 or a range such as 4-16, got {shorten(word)}; the smallest is "
+                f"1, the largest {_MAX_NUMBER}"
+            )
+        numbers.update(dict.fromkeys(range(first, last + 1)))
+    return tuple(numbers)
+
+
+def parse_integers(flag: str, text: str) -> tuple[int, ...]:
+    """Parses integers separated by commas, such as ``0,1``."""
+    words = split_values(text)
+    if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
+        raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {shorten(text)}")
+    return tuple(map(int, words))
+
+
+def parse_image_size(flag: str, text: str) -> ImageSize:
+    """Parses the size of images in pixels: a side such as ``64``, or height and width such as ``48,64``."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*)?", text)
+    if match is None:
+        raise ValueError(f"{flag} must be a side such as 64, or height,width such as 48,64, got {shorten(text)}")
+    return as_image_size([int(match[1]), int(match[2] or match[1])])
+
+
+def parse_spec(flag: str, text: str) -> Any:
+    """Parses one name, number or mapping in YAML. ``{"name": "remdm"}`` and ``{name: remdm}`` are the same."""
+    rule = f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}'"
+    try:
+        spec = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{rule}, got {shorten(text)} ({error})") from error
+    if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
+        raise ValueError(f"{rule}, got {spec!r}")
+    return spec
+
+
+def parse_named_spec(flag: str, text: str) -> str | dict[str, Any]:
+    """Parses a plug-in: a mapping with its name and arguments; what does not begin like one is its name, as it is."""
+    if not text.lstrip().startswith(("{", "[", '"')):
+        return text
+    spec = parse_spec(flag, text)
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise ValueError(f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {text}")
+    return spec
+
+
+def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``."""
+    specs = [parse_spec(flag, word) for word in split_values(text)]
+    if not specs:
+        raise ValueError(f"{flag} must have at least one name, got {text!r}")
+    for spec in specs:
+        if not isinstance(spec, str | dict):
+            raise ValueError(f"{flag} must be names or mappings, got {spec!r} in {text}")
+    return specs
+
+
+def parse_features(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Parses feature networks: names, ``NAME=PATH``, ``timm:MODEL=FILE`` or mappings, each network once."""
+    specs = parse_specs(flag, text)
+    names = [str(spec if isinstance(spec, str) else spec.get("name")).partition("=")[0] for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{flag} must name each network once, got {', '.join(twice)} twice")
+    return specs
