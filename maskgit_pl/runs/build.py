@@ -42,16 +42,9 @@ from maskgit_pl.training.callbacks import (
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.loggers import TolerantLogger, loggers
-from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
-from maskgit_pl.training.strategies import (
-    build_strategy,
-    check_accelerator,
-    check_compiled,
-    check_precision,
-    check_strategy,
-)
+from maskgit_pl.training.strategies import build_strategy, check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
 __all__ = ["StageRun", "build", "build_without_weights", "leave_no_trace", "restore_process_state"]
@@ -234,13 +227,6 @@ class StageRun:
         if newest is not None:
             self._check_resumes(newest)
         given = self.values.trainer
-        check_accelerator(given.accelerator)
-        # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
-        check_precision(given.precision)
-        assert isinstance(self.model, Tokenizer | TokenModel)
-        check_sharding(self.model.config.optimizer, given.strategy)
-        if isinstance(self.model, TokenModel):
-            check_compiled(self.model.config.compiled, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
@@ -263,7 +249,7 @@ class StageRun:
             if is_user_error(error):
                 raise
             raise ValueError(_describe_missing_devices(given, error)) from error
-        check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
+        check_strategy(given.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
         # A signal sets a flag that the ranks exchange once a step.
         disable_sigterm_handler(trainer)
         self.trainer = trainer

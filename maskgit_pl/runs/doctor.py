@@ -38,7 +38,7 @@ from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
 from maskgit_pl.training.gpus import GPUS, Machines
-from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.strategies import check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
 __all__ = ["Check", "Machines", "Preflight", "preflight", "slurm_faults"]
@@ -181,7 +181,7 @@ def preflight(
         encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
     per_device = _share_batch(found, values, summary, nodes * devices)
     _describe_run(found, plan, module, values, summary, encoder)
-    options = {  # the run was built for one CPU
+    options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
         "ranks": nodes * devices,
         "precision": values.trainer.precision,
@@ -285,10 +285,7 @@ def _build(
     trainer = values.trainer
     precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
     with found.catch("strategy"):
-        build_strategy(trainer.strategy)
-        check_accelerator(trainer.accelerator)
-        check_precision(precision)
-        check_strategy(trainer.strategy, stage=recipe.stage, ranks=ranks)
+        check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         found.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
         run = StageRun(plan.stage, replace(values, trainer=replace(trainer, precision=precision)), folder)

@@ -39,6 +39,7 @@ from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __all__ = [
     "RUNS",
+    "Precision",
     "ResolvedRun",
     "RunSettings",
     "TokenizerRun",
@@ -67,7 +68,29 @@ _REASONS = {  # keys that users of Lightning expect -> the reason why a recipe h
     "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
     "trainer.profiler": "name it with the key profiler, such as profiler: simple",
 }
+Precision = Literal["32-true", "bf16-mixed", "auto"]
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
+_TRAINER_RANGES = {
+    "num_nodes": "[1, 100000]",
+    "max_steps": f"[-1, {_INT64}]",
+    "log_every_n_steps": f"[1, {_INT64}]",
+    "num_sanity_val_steps": f"[-1, {_INT64}]",
+    "val_check_interval": f"[1, {_INT64}]",
+}
+_RUN_RANGES = {
+    "checkpoint_every": f"[1, {_INT64}]",
+    "keep_last": "[1, 1000000]",
+    "keep_every": f"[1, {_INT64}]",
+    "cpu_threads": "[1, 4096]",
+    "max_passes": f"[1, {_INT64}]",
+}
+
+
+def _check_integers(settings: object, ranges: Mapping[str, str], prefix: str = "") -> None:
+    """Checks the integers of a dataclass that are not None."""
+    for name, interval in ranges.items():
+        if getattr(settings, name) is not None:
+            check_integer(f"{prefix}{name}", getattr(settings, name), interval)
 
 
 @dataclass(frozen=True)
@@ -96,11 +119,11 @@ class TrainerSettings:
         ValueError: if a number is out of range.
     """
 
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     devices: int | str | list[int] = "auto"
     num_nodes: int = 1
-    precision: str = "32-true"
+    precision: Precision = "32-true"
     max_steps: int = -1
     val_check_interval: int | None = None
     limit_val_batches: int | float | None = None
@@ -117,15 +140,9 @@ class TrainerSettings:
             check_choice("trainer.devices", self.devices, ("auto",))
         elif isinstance(self.devices, int):
             check_integer("trainer.devices", self.devices, "[-1, 1024]")
-        check_integer("trainer.num_nodes", self.num_nodes, "[1, 100000]")
-        check_integer("trainer.max_steps", self.max_steps, f"[-1, {_INT64}]")
-        check_integer("trainer.log_every_n_steps", self.log_every_n_steps, f"[1, {_INT64}]")
-        if self.num_sanity_val_steps is not None:
-            check_integer("trainer.num_sanity_val_steps", self.num_sanity_val_steps, f"[-1, {_INT64}]")
+        _check_integers(self, _TRAINER_RANGES, "trainer.")
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
-        if self.val_check_interval is not None:
-            check_integer("trainer.val_check_interval", self.val_check_interval, f"[1, {_INT64}]")
         if isinstance(self.limit_val_batches, int):  # a number of batches; a float is a fraction
             check_integer("trainer.limit_val_batches", self.limit_val_batches, f"[0, {_INT64}]")
         elif self.limit_val_batches is not None:
@@ -166,15 +183,8 @@ class RunSettings:
     profiler: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_integer("checkpoint_every", self.checkpoint_every, f"[1, {_INT64}]")
-        check_integer("keep_last", self.keep_last, "[1, 1000000]")
+        _check_integers(self, _RUN_RANGES)
         check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
-        if self.keep_every is not None:
-            check_integer("keep_every", self.keep_every, f"[1, {_INT64}]")
-        if self.cpu_threads is not None:
-            check_integer("cpu_threads", self.cpu_threads, "[1, 4096]")
-        if self.max_passes is not None:
-            check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
         names = [each if isinstance(each, str) else each.get("name") for each in self.loggers]
         if any(names.count(name) > 1 for name in names):
             raise ValueError(f"loggers must be different, got {shorten(names)}")

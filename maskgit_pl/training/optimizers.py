@@ -1,8 +1,10 @@
-"""The registry of optimizers, the parameter groups of both stages, and the averaged weights.
+"""The optimizers and learning rates of both stages, their parameter groups, and the averaged weights.
 
 A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default
 is AdamW of torch. The others are timm's, which is imported when one of them is named. Registered are algorithms with
 decoupled weight decay that resume bit-exactly: none that draws random numbers or needs a second backward pass.
+
+The learning rate is a warm-up to a peak, and a registered schedule after it.
 
 The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is a
 submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and
@@ -12,11 +14,10 @@ exports use it.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
-from functools import cache, cached_property, partial
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -26,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import build_dataclass, check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.registry import Registry, derives_from, describe
 
 __all__ = [
@@ -40,9 +41,7 @@ __all__ = [
     "LinearRate",
     "OptimizerConfig",
     "OptimizerSpec",
-    "TimmOptimizer",
     "build_optimizer",
-    "check_sharding",
     "frozen_copy",
     "learning_rate_schedules",
     "optimizers",
@@ -103,320 +102,68 @@ class AdamWSpec(OptimizerSpec):
         return optimizer
 
 
-_RANGES = {  # of options, by their name
-    "eps": "(0, 1]", "momentum": "[0, 1)", "alpha": "[0, 1)", "gamma": "[0, 1]", "ns_steps": "[1, 20]",
-    "clip_threshold": "(0, 1000000]",
-}  # fmt: skip
+@optimizers.register("lion")
+@dataclass(frozen=True)
+class LionSpec(OptimizerSpec):
+    """Lion, the sign of a momentum: one moment, and a peak of about a tenth of AdamW's. Source: arXiv:2302.06675."""
 
-
-class TimmOptimizer(OptimizerSpec):
-    """The base of the optimizers of timm: dataclasses whose fields are options of the recipe; see ``_register``.
-
-    Attributes:
-        factory: The optimizer class of timm with its defaults.
-        has_betas: True if the algorithm takes the two betas of the recipe.
-    """
-
-    factory: ClassVar[Callable[..., Optimizer]]
-    has_betas: ClassVar[bool]
-
-    def __post_init__(self) -> None:
-        for name, interval in _RANGES.items():  # which timm does not check for each optimizer
-            if hasattr(self, name):
-                check_number(name, getattr(self, name), interval)
-        self._build([nn.Parameter(torch.zeros(1))])  # timm raises ValueError for an option out of range
+    elementwise: ClassVar[bool] = True
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-        """Builds the optimizer, for which a step without gradients changes nothing."""
-        betas = {"betas": config.betas} if self.has_betas else {}
-        optimizer = self._build(groups, lr=config.learning_rate.peak, weight_decay=0.0, **betas)
-        _keep_idle_steps(optimizer)
-        return optimizer
+        from timm.optim.lion import Lion  # takes a second
 
-    def _build(self, parameters: Sequence[Any], **arguments: Any) -> Optimizer:
-        return self.factory(parameters, **asdict(self), **arguments)  # type: ignore[call-overload]  # its subclasses are dataclasses
+        return Lion(groups, lr=config.learning_rate.peak, betas=config.betas)
 
 
-def _keep_idle_steps(optimizer: Optimizer) -> None:
-    """Lets a step without gradients change nothing: Adan and LAMB count it in their parameter groups."""
-    before: list[Any] = []
-
-    def remember(*_: Any) -> None:
-        before[:] = [copy.deepcopy(group.get("step")) for group in optimizer.param_groups]  # a number or a tensor
-
-    def restore(*_: Any) -> None:
-        # After the step, whose closure computes the gradients.
-        if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
-            for group, step in zip(optimizer.param_groups, before, strict=True):
-                group.pop("step", None)
-                group.update({} if step is None else {"step": step})
-
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(restore)
-
-
-def _register(
-    name: str,
-    timm_name: str,
-    options: Sequence[str],
-    text: str,
-    *,
-    elementwise: bool = True,
-    other_options: Mapping[str, Any] = MappingProxyType({}),
-    **arguments: Any,
-) -> None:
-    """Registers an optimizer of timm, whose options have the defaults and types of the signature of its class.
-
-    Args:
-        name: Name in recipes.
-        timm_name: Name in ``timm.optim.list_optimizers()``, of the variant with decoupled weight decay.
-        options: Arguments that a recipe can set.
-        text: The algorithm and its source.
-        elementwise: See ``OptimizerSpec``.
-        other_options: See ``OptimizerSpec``.
-        arguments: Arguments with another value than timm's default.
-    """
-
-    @cache
-    def define() -> type[TimmOptimizer]:
-        from timm.optim import get_optimizer_class  # type: ignore[attr-defined]  # its public name; takes a second
-
-        factory = partial(get_optimizer_class(timm_name), **arguments)
-        defaults = {key: each.default for key, each in inspect.signature(factory).parameters.items()}
-        attributes = {
-            "factory": staticmethod(factory),
-            "has_betas": len(defaults.get("betas") or ()) == 2,
-            "elementwise": elementwise,
-            "other_options": other_options,
-        }
-        own = [(key, _type_of(defaults[key]), defaults[key]) for key in options]
-        return make_dataclass(f"Timm{name.title()}", own, bases=(TimmOptimizer,), frozen=True, namespace=attributes)
-
-    def build(**given: Any) -> TimmOptimizer:
-        return build_dataclass(define(), given, f"optimizer {name!r}")
-
-    build.__doc__ = text
-    optimizers.register(name)(build)
-
-
-def _type_of(default: Any) -> Any:
-    return tuple[(float,) * len(default)] if isinstance(default, tuple) else type(default)  # type: ignore[misc]
-
-
-_register(
-    "adafactor",
-    "adafactor",
-    ["clip_threshold"],
-    "Adafactor without momentum: second moments of rows and columns, at the learning rate of the recipe. "
-    "Source: arXiv:1804.04235.",
-    elementwise=False,
-    scale_parameter=False,
-)
-_register(
-    "adan",
-    "adanw",
-    ["betas", "eps"],
-    "Adan, with Nesterov momentum and three betas of its own. Source: arXiv:2208.06677.",
-)
-_register("adopt", "adoptw", ["eps"], "ADOPT, an Adam that converges with any second beta. Source: arXiv:2411.02853.")
-_register(
-    "lamb",
-    "lambw",
-    ["eps"],
-    "LAMB, an Adam with a trust ratio for each tensor. Source: arXiv:1904.00962.",
-    elementwise=False,
-    max_grad_norm=None,  # the stages clip
-    always_adapt=True,  # a weight decay of 0 is no special case
-)
-_register("laprop", "laprop", ["eps"], "LaProp, momentum of normalized gradients. Source: arXiv:2002.04839.")
-_register(
-    "lion",
-    "lion",
-    [],
-    "Lion, the sign of a momentum: one moment, and a peak of about a tenth of AdamW's. Source: arXiv:2302.06675.",
-)
-_register(
-    "mars",
-    "mars",
-    ["eps", "gamma"],
-    "MARS, an AdamW with variance reduction. Source: arXiv:2411.10438.",
-    elementwise=False,
-)
-_register(
-    "muon",
-    "muon",
-    ["momentum", "nesterov", "ns_steps"],
-    "Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others. "
-    "Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.",
-    elementwise=False,
-    other_options={"use_fallback": True},
-)
-_register(
-    "nadamw",
-    "nadamw",
-    ["eps"],
-    "NAdam with decoupled weight decay. Source: Dozat, 2016, Incorporating Nesterov momentum into Adam.",
-)
-_register("radam", "radamw", ["eps"], "RAdam, an Adam that rectifies its first steps. Source: arXiv:1908.03265.")
-_register(
-    "rmsprop",
-    "rmsproptfw",
-    ["alpha", "momentum", "eps"],
-    "RMSprop as in TensorFlow: eps inside of the root, and a second moment that starts at 1. Source: timm.",
-)
-_register(
-    "sgd",
-    "sgdw",
-    ["momentum", "nesterov"],
-    "SGD with momentum and decoupled weight decay. Source: arXiv:1711.05101.",
-    momentum=0.9,
-)
-
-
+@optimizers.register("muon")
 @dataclass(frozen=True)
-class OptimizerConfig:
-    """The configuration of an optimizer and its learning rate.
+class MuonSpec(OptimizerSpec):
+    """Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others.
 
     Args:
-        learning_rate: Peak, warm-up and decay.
-        betas: Decay rates of the first and the second moment, each in [0, 1), of algorithms that have these two.
-        weight_decay: Weight decay of Linear and Conv weights, in [0, 10]; see ``parameter_groups``.
-        adamw: Implementation of the step of AdamW. All implementations compute the same up to rounding.
-        algorithm: Name or mapping of a registered optimizer.
+        momentum: Decay rate of the momentum, in [0, 1).
+        nesterov: True for Nesterov momentum.
+        ns_steps: Newton-Schulz iterations, in [1, 20].
 
-    Raises:
-        ValueError: if a number is out of range, or the algorithm or its implementation is unknown.
+    Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.
     """
 
-    learning_rate: LearningRate
-    betas: tuple[float, float]
-    weight_decay: float
-    adamw: AdamWKind = "fused"
-    algorithm: str | Mapping[str, Any] = "adamw"
+    other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_fallback": True})
+    momentum: float = 0.95
+    nesterov: bool = False
+    ns_steps: int = 5
 
     def __post_init__(self) -> None:
-        for beta in self.betas:
-            check_number("betas", beta, "[0, 1)")
-        check_number("weight_decay", self.weight_decay, "[0, 10]")
-        check_choice("adamw", self.adamw, get_args(AdamWKind))
-        _ = self.spec  # raises if it is unknown
+        check_number("momentum", self.momentum, "[0, 1)")
+        check_integer("ns_steps", self.ns_steps, "[1, 20]")
 
-    @cached_property
-    def spec(self) -> OptimizerSpec:
-        """The registered optimizer that ``algorithm`` names."""
-        return optimizers.build(self.algorithm)
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+        from timm.optim.muon import Muon
+
+        return Muon(groups, lr=config.learning_rate.peak, betas=config.betas, **asdict(self))
 
 
-def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
-    """Divides the trained parameters into weights of Linear and Conv layers, which decay, and all others.
-
-    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters are in
-    neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
+@optimizers.register("sgd")
+@dataclass(frozen=True)
+class SGDSpec(OptimizerSpec):
+    """SGD with momentum and decoupled weight decay. Source: arXiv:1711.05101.
 
     Args:
-        module: The trained network.
-        weight_decay: Weight decay of the first group.
-        prefix: Prefix of the parameter names in the LightningModule, such as ``"transformer."``.
-
-    Returns:
-        Two parameter groups for ``torch.optim``.
-
-    Source: the released configuration of MaskGIT, which decays kernels only.
+        momentum: Decay rate of the momentum, in [0, 1).
+        nesterov: True for Nesterov momentum, which needs a momentum above 0.
     """
-    # By identity: a tied weight belongs to one group, under its first name.
-    decayed = {id(part.weight) for part in module.modules() if isinstance(part, _DECAYED)}
-    trained = [(f"{prefix}{name}", p) for name, p in module.named_parameters() if p.requires_grad]
-    return [
-        {"params": [(name, p) for name, p in trained if id(p) in decayed], "weight_decay": weight_decay},
-        {"params": [(name, p) for name, p in trained if id(p) not in decayed], "weight_decay": 0.0},
-    ]
 
+    elementwise: ClassVar[bool] = True
+    momentum: float = 0.9
+    nesterov: bool = True
 
-def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-    """Builds an optimizer, with the peak as its learning rate.
+    def __post_init__(self) -> None:
+        check_number("momentum", self.momentum, "(0, 1)" if self.nesterov else "[0, 1)")
 
-    Args:
-        groups: The two groups of ``parameter_groups``. A frozen network may leave one empty, which torch refuses.
-        config: Algorithm, betas and peak.
-    """
-    decayed, others = groups
-    filled = [group for group in (decayed, {**others, **config.spec.other_options}) if group["params"]]
-    return config.spec.create(filled, config)
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+        from timm.optim.sgdw import SGDW
 
-
-def check_sharding(config: OptimizerConfig, strategy: str) -> None:
-    """Checks that a strategy of the Trainer supports an optimizer.
-
-    Raises:
-        ValueError: if FSDP2 is set for an optimizer whose step needs whole matrices.
-    """
-    if strategy == "fsdp" and not config.spec.elementwise:
-        raise ValueError(
-            f"trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm {describe(config.algorithm)!r}, "
-            "whose step needs whole matrices, got 'fsdp'; use --cluster ddp, or another algorithm"
-        )
-
-
-def state_values(config: OptimizerConfig) -> float:
-    """Measures the values that an optimizer keeps for each value of a weight matrix, such as 2.0 for AdamW.
-
-    A step on a 256 x 256 matrix shows it. Statistics of rows and columns are a smaller part in larger matrices.
-    """
-    weight = nn.Parameter(torch.ones(256, 256))
-    none: list[tuple[str, nn.Parameter]] = []
-    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": none, "weight_decay": 0.0}]
-    optimizer = build_optimizer(groups, config)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
-    kept = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, Tensor))
-    return round(kept / weight.numel(), 2)
-
-
-def frozen_copy(network: _Network) -> _Network:
-    """Returns a deep copy that requires no gradients and stays in evaluation mode."""
-    duplicate = copy.deepcopy(network).requires_grad_(requires_grad=False).eval()
-    duplicate.train = lambda mode=True: duplicate  # type: ignore[method-assign]  # Lightning calls train() on every submodule
-    return duplicate
-
-
-@torch.no_grad()
-def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) -> None:
-    """Updates the moving average in place.
-
-        ema <- d ema + (1 - d) source,  d = min(decay, (1 + step) / (10 + step))
-
-    Buffers are copied. Sharded parameters are updated shard by shard, without communication.
-
-    Args:
-        ema: The average, made by ``frozen_copy`` from ``source``.
-        source: The trained network.
-        decay: Upper bound of d, in [0, 1).
-        step: Number of steps before this one, >= 0. The ramp lets early averages forget the initial weights.
-    """
-    _reshard(ema)
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    # lerp: ema + (1 - d) (source - ema), in one kernel for many tensors.
-    averaged = [_local(parameter) for parameter in ema.parameters()]
-    torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
-    for kept, new in zip(ema.buffers(), source.buffers(), strict=True):
-        kept.copy_(new)
-
-
-def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict in which the groups have the implementation of ``optimizer``."""
-    kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
-    return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}
-
-
-def _reshard(network: nn.Module) -> None:
-    """Frees gathered parameters: FSDP2 keeps those of the root after a forward pass without a backward pass."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
+        return SGDW(groups, lr=config.learning_rate.peak, **asdict(self))
 
 
 class LearningRateSchedule:
@@ -564,3 +311,136 @@ class LearningRate:
             return (step + 1) / self.warmup_steps
         factor = self.schedule(step, warmup_steps=self.warmup_steps, max_steps=max_steps)
         return 1.0 if factor == 1 else self.final_fraction + (1 - self.final_fraction) * factor
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """The configuration of an optimizer and its learning rate.
+
+    Args:
+        learning_rate: Peak, warm-up and decay.
+        betas: Decay rates of the first and the second moment, each in [0, 1), of algorithms that have these two.
+        weight_decay: Weight decay of Linear and Conv weights, in [0, 10]; see ``parameter_groups``.
+        adamw: Implementation of the step of AdamW. All implementations compute the same up to rounding.
+        algorithm: Name or mapping of a registered optimizer.
+
+    Raises:
+        ValueError: if a number is out of range, or the algorithm or its implementation is unknown.
+    """
+
+    learning_rate: LearningRate
+    betas: tuple[float, float]
+    weight_decay: float
+    adamw: AdamWKind = "fused"
+    algorithm: str | Mapping[str, Any] = "adamw"
+
+    def __post_init__(self) -> None:
+        for beta in self.betas:
+            check_number("betas", beta, "[0, 1)")
+        check_number("weight_decay", self.weight_decay, "[0, 10]")
+        check_choice("adamw", self.adamw, get_args(AdamWKind))
+        _ = self.spec  # raises if it is unknown
+
+    @cached_property
+    def spec(self) -> OptimizerSpec:
+        """The registered optimizer that ``algorithm`` names."""
+        return optimizers.build(self.algorithm)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
+    """Divides the trained parameters into weights of Linear and Conv layers, which decay, and all others.
+
+    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters are in
+    neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
+
+    Args:
+        module: The trained network.
+        weight_decay: Weight decay of the first group.
+        prefix: Prefix of the parameter names in the LightningModule, such as ``"transformer."``.
+
+    Returns:
+        Two parameter groups for ``torch.optim``.
+
+    Source: the released configuration of MaskGIT, which decays kernels only.
+    """
+    # By identity: a tied weight belongs to one group, under its first name.
+    decayed = {id(part.weight) for part in module.modules() if isinstance(part, _DECAYED)}
+    trained = [(f"{prefix}{name}", p) for name, p in module.named_parameters() if p.requires_grad]
+    return [
+        {"params": [(name, p) for name, p in trained if id(p) in decayed], "weight_decay": weight_decay},
+        {"params": [(name, p) for name, p in trained if id(p) not in decayed], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+    """Builds an optimizer, with the peak as its learning rate.
+
+    Args:
+        groups: The two groups of ``parameter_groups``. A frozen network may leave one empty, which torch refuses.
+        config: Algorithm, betas and peak.
+    """
+    decayed, others = groups
+    filled = [group for group in (decayed, {**others, **config.spec.other_options}) if group["params"]]
+    return config.spec.create(filled, config)
+
+
+def state_values(config: OptimizerConfig) -> float:
+    """Measures the values that an optimizer keeps for each value of a weight matrix, such as 2.0 for AdamW.
+
+    A step on a 256 x 256 matrix shows it. Statistics of rows and columns are a smaller part in larger matrices.
+    """
+    weight = nn.Parameter(torch.ones(256, 256))
+    none: list[tuple[str, nn.Parameter]] = []
+    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": none, "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, config)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    kept = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, Tensor))
+    return round(kept / weight.numel(), 2)
+
+
+def frozen_copy(network: _Network) -> _Network:
+    """Returns a deep copy that requires no gradients and stays in evaluation mode."""
+    duplicate = copy.deepcopy(network).requires_grad_(requires_grad=False).eval()
+    duplicate.train = lambda mode=True: duplicate  # type: ignore[method-assign]  # Lightning calls train() on every submodule
+    return duplicate
+
+
+@torch.no_grad()
+def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) -> None:
+    """Updates the moving average in place.
+
+        ema <- d ema + (1 - d) source,  d = min(decay, (1 + step) / (10 + step))
+
+    Buffers are copied. Sharded parameters are updated shard by shard, without communication.
+
+    Args:
+        ema: The average, made by ``frozen_copy`` from ``source``.
+        source: The trained network.
+        decay: Upper bound of d, in [0, 1).
+        step: Number of steps before this one, >= 0. The ramp lets early averages forget the initial weights.
+    """
+    _reshard(ema)
+    weight = 1 - min(decay, (1 + step) / (10 + step))
+    # lerp: ema + (1 - d) (source - ema), in one kernel for many tensors.
+    averaged = [_local(parameter) for parameter in ema.parameters()]
+    torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
+    for kept, new in zip(ema.buffers(), source.buffers(), strict=True):
+        kept.copy_(new)
+
+
+def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict in which the groups have the implementation of ``optimizer``."""
+    kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
+    return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}
+
+
+def _reshard(network: nn.Module) -> None:
+    """Frees gathered parameters: FSDP2 keeps those of the root after a forward pass without a backward pass."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
