@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from maskgit_pl import runs
-from maskgit_pl.cli.flags import RunFlags, WantedFolders, check_one_of
+from maskgit_pl.cli.flags import RunFlags, check_one_of
 from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import catch_stop_signals, progress_bars
-from maskgit_pl.runs.plan import plan_run
+from maskgit_pl.runs.plan import Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
 
@@ -54,7 +54,7 @@ def train(
             runs.fit(recipe, **folders, fresh=fresh)
 
 
-def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
+def _print_config(recipe: Recipe, folders: Folders) -> None:
     """Prints the complete recipe; without data or tokenizer, if they are not named, only the keys that need neither."""
     from maskgit_pl.runs.resolve import config_text, config_text_without_data, merge_values
     from maskgit_pl.runs.settings import resolve
@@ -62,7 +62,7 @@ def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
     try:
         plan = plan_run(recipe, **folders)
     except FileNotFoundError as error:
-        if any(folders[name] is not None for name in ("data", "tokenizer", "pretrained")):
+        if any(folders.get(name) is not None for name in ("data", "tokenizer", "pretrained")):
             raise
         text = config_text_without_data(recipe)
         print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {error}")

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
@@ -31,7 +31,7 @@ from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, max_num_checkpoints, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_start
 from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, name_folders, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import ResolvedRun, resolve
@@ -135,26 +135,17 @@ class Preflight:
 
 
 def preflight(
-    recipe: Recipe | None = None,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-    machines: Machines | None = None,
+    recipe: Recipe | None = None, *, machines: Machines | None = None, **folders: Unpack[Folders]
 ) -> Preflight:
     """Checks a run on any machine: data, tokenizer, ranks, strategy, recipe, batch, memory, disk.
 
-    A failed check stops only those that need its result. The arguments up to ``pretrained`` are those of ``runs.fit``.
+    A failed check stops only those that need its result. Without data, sizes are those of the paper.
 
     Args:
         recipe: Values of the run, and the stage. None checks this machine instead.
-        run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``. Without data, sizes are those of the paper.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
-        pretrained: Pretrained folder with the initial weights of a new run.
         machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
             it has a GPU.
+        folders: See ``Folders``.
 
     Raises:
         ValueError: if the run has no name, or a reserved one.
@@ -164,8 +155,7 @@ def preflight(
         _check_machine(found)
         return found
     nodes, devices = count_devices(machines, recipe)
-    folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
-    plan, summary = _find_inputs(found, recipe, run_folder(recipe, run), folders)
+    plan, summary = _find_inputs(found, recipe, name_folders(**folders))
     is_complete = found.ok
     _check_ranks(found, os.environ, nodes, devices)
     stage_run = None
@@ -215,13 +205,12 @@ def _device_memory(machines: Machines) -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def _find_inputs(
-    found: Preflight, recipe: Recipe, folder: Path, named: Mapping[str, str | Path | None]
-) -> tuple[Plan, DataSummary | None]:
+def _find_inputs(found: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan, DataSummary | None]:
     """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
-    plan, summary = Plan(recipe, shards=Path(named["data"] or ""), folder=folder), None
+    folder, data = run_folder(recipe, named["run"]), named["data"]
+    plan, summary = Plan(recipe, shards=Path(data or ""), folder=folder), None
     with found.catch("data"):
-        plan = replace(plan, shards=find_data(recipe, named["data"]))
+        plan = replace(plan, shards=find_data(recipe, data))
         if recipe.get("data.source") != "stream":
             for split in ("train", "val"):
                 load_manifest(plan.shards, split, check=False)

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Unpack
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -31,7 +32,7 @@ from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
 from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
 from maskgit_pl.runs.build import StageRun, build, restore_process_state
-from maskgit_pl.runs.plan import Plan, folder_of, plan_run
+from maskgit_pl.runs.plan import Folders, Plan, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
 from maskgit_pl.runs.resolve import AUTO, config_text
 from maskgit_pl.tokenizer import Tokenizer
@@ -42,7 +43,6 @@ from maskgit_pl.training.checkpoints import (
     newest_checkpoint,
     step_of,
 )
-from maskgit_pl.training.loggers import TolerantLogger
 from maskgit_pl.training.token_model import TokenModel
 
 __all__ = [
@@ -89,15 +89,7 @@ class FitResult:
         return self.folder / "pretrained"
 
 
-def fit(
-    recipe: Recipe,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-    fresh: bool = False,
-) -> FitResult:
+def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> FitResult:
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
     During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
@@ -106,11 +98,8 @@ def fit(
 
     Args:
         recipe: Values of the run, and the stage.
-        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
-        pretrained: Pretrained folder with the initial weights of a new run.
         fresh: True starts over: an existing stage folder is renamed to ``STAGE.old-N``. Nothing is deleted.
+        folders: See ``Folders``.
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
@@ -120,7 +109,7 @@ def fit(
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
-    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    plan = plan_run(recipe, **folders)
     # The other ranks start when the folder has its new name.
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
@@ -298,14 +287,7 @@ def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
 
 
 @restore_process_state()
-def dry_run(
-    recipe: Recipe,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-) -> dict[str, str]:
+def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
     """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
 
     Returns:
@@ -316,7 +298,7 @@ def dry_run(
         FileNotFoundError: see ``runs.fit``.
         ValueError: see ``runs.fit``.
     """
-    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    plan = plan_run(recipe, **folders)
     stage_run = build(plan)
     check_run_outputs(plan)
     stage_run.datamodule.setup()
@@ -438,9 +420,6 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
         log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
         log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
-    for logger in run.trainer.loggers:
-        if isinstance(logger, TolerantLogger) and (to := logger.spec.destination()):
-            log.info("%s: logger %s sends metrics, pictures and the recipe to %s", plan.stage_folder, logger.name, to)
     run.datamodule.warn_if_resized()
     if run.datamodule.stream is not None:
         log.info(
@@ -457,20 +436,15 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
     elif isinstance(module, TokenModel):
         module.export(folder, class_names=data.class_names)
         if module.global_rank == 0:
-            _write_card(folder)
+            try:
+                write_card(folder)
+            except Exception as error:  # the weights are exported already
+                log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
     if module.global_rank == 0 and folder == plan.folder / "pretrained":
         record = {"step": step, "sha256": fingerprint(folder / plan.stage)}
         write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
     if module.global_rank == 0:
         log.info("exported %s", folder)
-
-
-def _write_card(folder: Path) -> None:
-    """Writes the model card. Its errors do not end the run, since the weights are already exported."""
-    try:
-        write_card(folder)
-    except Exception as error:
-        log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
 
 
 def _describe_data(run: StageRun, plan: Plan) -> str:

@@ -27,11 +27,12 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.layers import split_flags
-from maskgit_pl.runs.plan import Plan, plan_run
+from maskgit_pl.runs.plan import Folders, Plan, plan_run
 from maskgit_pl.runs.recipe import Recipe, recipes_folders
 
 __all__ = [
@@ -189,26 +190,13 @@ class Submission:
         return " \\\n    ".join([*variables, *map(shlex.quote, self.command)])
 
 
-def plan_submission(
-    recipe: Recipe,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-    job: JobOptions | None = None,
-) -> Submission:
+def plan_submission(recipe: Recipe, *, job: JobOptions | None = None, **folders: Unpack[Folders]) -> Submission:
     """Plans a job that trains a stage of a run. Submits nothing, and works without Slurm.
-
-    The arguments up to ``pretrained`` are those of ``runs.fit``.
 
     Args:
         recipe: Values of the run, and the stage.
-        run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
-        pretrained: Pretrained folder with the initial weights of a new run.
         job: Options of the job. Default: 1 node with 8 devices.
+        folders: See ``Folders``.
 
     Raises:
         ValueError: if a flag of the recipe sets nodes or devices, or its number of workers or threads is out of range.
@@ -218,7 +206,7 @@ def plan_submission(
     for key, _ in split_flags(recipe.words):
         if key in _SET_BY_JOB:
             raise ValueError(f"flag --{key} must be left out, since the job sets it; use {_SET_BY_JOB[key]} instead")
-    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    plan = plan_run(recipe, **folders)
     folder = str(plan.stage_folder).replace("%", "%%")  # sbatch replaces patterns
     # singleton: a second job of the same name waits for the first one.
     options = (
@@ -229,7 +217,7 @@ def plan_submission(
     repeated = [] if recipe.config is None else [f"--config={recipe.config}"]
     # A task without a GPU must fail; with `auto` it would train on the CPU for days.
     gpu = ["--trainer.accelerator=gpu"] if recipe.get("trainer.accelerator") in (None, "auto") else []
-    variables = _variables(plan, job, data=data, pretrained=pretrained)
+    variables = _variables(plan, job, folders)
     return Submission(plan, job, options, (*repeated, *recipe.words, *gpu), variables)
 
 
@@ -336,9 +324,7 @@ def _resources(plan: Plan, job: JobOptions) -> list[str]:
     return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *given]
 
 
-def _variables(
-    plan: Plan, job: JobOptions, *, data: str | Path | None, pretrained: str | Path | None
-) -> dict[str, str]:
+def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:
     """Returns the variables that the script reads, without those that have their default value."""
     program = job.program or ("maskgit" if job.container else str(_this_program()))
     values = {
@@ -346,11 +332,11 @@ def _variables(
         "RUN": plan.folder.name,
         "RUNS": "" if plan.folder.parent == Path("runs") else str(plan.folder.parent),
         "DATASET": plan.recipe.dataset,
-        "DATA": str(data or ""),
+        "DATA": str(folders.get("data") or ""),
         "RECIPE": " ".join(plan.recipe.names),
         "CLUSTER": plan.recipe.cluster,
         "TOKENIZER": str(plan.tokenizer or ""),
-        "PRETRAINED": str(pretrained or ""),
+        "PRETRAINED": str(folders.get("pretrained") or ""),
         "CONTAINER": _requote("container", job.container),
         "SRUN": _requote("srun", job.srun),
         "MASKGIT": "" if program == str(_PROGRAM) else program,

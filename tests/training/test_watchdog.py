@@ -61,12 +61,12 @@ WATCHED = """
 import os, time
 from pathlib import Path
 from lightning.pytorch import Trainer
-from maskgit_pl.runs import watchdog
+from maskgit_pl.training import stopping
 
-watchdog._GRACE_SECONDS = watchdog._REPORT_SECONDS = 1.0
+stopping._GRACE_SECONDS = stopping._REPORT_SECONDS = 1.0
 trainer = Trainer(accelerator="cpu", logger=False, barebones=True)
 {before}
-with watchdog.Watchdog(Path({folder!r}), seconds={limit} / 18).watch(trainer):
+with stopping.Watchdog(Path({folder!r}), seconds={limit} / 18).watch(trainer):
     Path({folder!r}, "begun").touch()
     time.sleep({sleep})
 """
