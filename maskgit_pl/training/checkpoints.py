@@ -1,4 +1,6 @@
-"""The checkpoint folder: Lightning's checkpoint as safetensors and JSON, written atomically, without pickle.
+"""The checkpoints of a run: their folder, and the callback that saves, removes and handles failed writes of them.
+
+A folder holds Lightning's checkpoint as safetensors and JSON, written atomically, without pickle:
 
     step-00001000/
       tensors-00000-of-00002.safetensors   rank 0: its rows of sharded tensors, and all other tensors

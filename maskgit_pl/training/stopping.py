@@ -1,4 +1,6 @@
-"""The checks after each step: skips non-finite updates, and stops the run after a signal, on all ranks together.
+"""The early end of a training, on all ranks together: a signal, non-finite losses, a hang, an error of one rank.
+
+``StepCheck``, after each step:
 
 1. Each rank collects the losses and sample indices of the micro-batches of a step.
 2. When the gradients of the step are complete, the module passes their norms to ``StepCheck.should_skip_update``.
@@ -6,6 +8,20 @@
 4. If a loss or a norm of any rank is non-finite, no rank updates its weights. The fourth such step in a row ends the
    run, after each rank has written the samples of these steps.
 5. If any rank has received a stop signal, all ranks save the step when its batch ends, and stop.
+
+``Watchdog``: ranks wait for each other in collectives, so a rank never ends without the others:
+
+1. A thread checks once per second for a finished micro-batch, validation batch or checkpoint. After a time without
+   progress that exceeds the limit, it writes the stacks of all threads and ends the process.
+2. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit silently
+   with the same exit code.
+3. A rank with any other error prints it and exits with its exit code, without cleanup, which would wait for the other
+   ranks. Their collectives then fail: with gloo immediately, with NCCL after its timeout, so that the launcher
+   (``torchrun``, ``srun --wait``) or the watchdog ends them first.
+4. If Lightning's own launcher has started the ranks of this machine, the first process exits with the code of a rank
+   that has ended with an error, and the other ranks exit when the first process has ended.
+
+With a single process, an error is only raised, so that a notebook keeps its kernel.
 """
 
 from __future__ import annotations
