@@ -35,7 +35,6 @@ __all__ = [
     "AdamWSpec",
     "ConstantRate",
     "CosineRate",
-    "InverseSquareRootRate",
     "LearningRate",
     "LearningRateSchedule",
     "LinearRate",
@@ -241,18 +240,6 @@ class LinearRate(LearningRateSchedule):
 
     def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
         return 1 - _progress(step, warmup_steps, max_steps)
-
-
-@learning_rate_schedules.register("inverse_sqrt")
-@dataclass(frozen=True)
-class InverseSquareRootRate(LearningRateSchedule):
-    """sqrt(w / (step + 1)), with w >= 1: independent of the last step. Source: arXiv:1706.03762, section 5.3."""
-
-    has_end: ClassVar[bool] = False
-
-    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
-        warmup = max(1, warmup_steps)
-        return math.sqrt(warmup / max(warmup, step + 1))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,6 @@
 """Optimizers by name, their parameter groups and the averaged weights; the contract holds for every registered name."""
 
 import copy
-import math
-import re
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from maskgit_pl.training.optimizers import (
@@ -108,14 +106,6 @@ def test_only_linear_and_conv_weights_decay_and_frozen_ones_are_left_out():
     assert names(rest) == [f"network.{name}" for name in of]
     trained = dict(model.named_parameters(prefix="network"))
     assert all(parameter is trained[name] for group in (decayed, rest) for name, parameter in group["params"])
-
-
-def test_the_transformers_tied_table_positions_norms_and_biases_do_not_decay():
-    model = MaskedTransformer(TransformerConfig(16, 3, (2, 2), 8, 2, 2, 16))
-    decayed, rest = parameter_groups(model, 0.045)
-    kernels = [f"blocks.{block}.{kernel}.weight" for block in (0, 1) for kernel in ("qkv", "proj", "fc1", "fc2")]
-    assert sorted(names(decayed)) == sorted([*kernels, "head_dense.weight"])
-    assert len(names(decayed)) + len(names(rest)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -225,30 +215,19 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "message"),
-    [
-        ("lio", "unknown optimizer 'lio': did you mean 'lion'?"),
-        ({"name": "lion", "betas": [0.9, 0.99]}, "optimizer 'lion': unknown key 'betas'"),
-        ({"name": "sgd", "momentum": 0.0}, "optimizer 'sgd': momentum must be a number in (0, 1), got 0.0"),
-        ({"name": "muon", "ns_steps": 2.5}, "optimizer 'muon'.ns_steps must be an integer, got 2.5"),
-    ],
-    ids=str,
-)
-def test_a_wrong_name_or_option_is_refused_with_the_rule(algorithm, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        config(algorithm)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
         ({"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
         ({"adamw": "fuse"}, "adamw must be one of fused, foreach, for-loop, got 'fuse'; did you mean 'fused'"),
+        ({"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
+        ({"algorithm": {"name": "lion", "betas": [0.9, 0.99]}}, "optimizer 'lion': unknown key 'betas'"),
+        ({"algorithm": {"name": "sgd", "momentum": 0.0}}, r"optimizer 'sgd': momentum must be a number in \(0, 1\)"),
+        ({"algorithm": {"name": "muon", "ns_steps": 2.5}}, "optimizer 'muon'.ns_steps must be an integer, got 2.5"),
     ],
     ids=str,
 )
-def test_a_value_out_of_range_is_refused(changes, message):
+def test_a_wrong_name_or_value_is_refused_with_the_rule(changes, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**{"learning_rate": LearningRate(0.1), "betas": (0.9, 0.96), "weight_decay": 0.0, **changes})
 
@@ -287,11 +266,6 @@ def test_a_cosine_needs_its_end_and_a_constant_rate_does_not(max_steps):
 def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
     rate = LearningRate(1e-4, warmup_steps=4)
     assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-def test_constant_stays_at_the_peak():
-    rate = LearningRate(1e-4)
-    assert {rate.factor(step, 100) for step in (0, 50, 99, 100, 500)} == {1.0}
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1])
@@ -342,12 +316,6 @@ def test_every_schedule_reaches_the_peak_and_never_rises_again(name, warmup_step
 def test_linear_falls_by_equal_steps_and_reaches_its_end():
     rate = LearningRate(1e-4, warmup_steps=10, decay="linear", final_fraction=0.2)
     assert [rate.factor(step, 110) for step in (10, 60, 110, 111)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
-
-
-def test_inverse_sqrt_needs_no_end_and_halves_when_the_steps_are_fourfold():
-    rate = LearningRate(1e-4, warmup_steps=100, decay="inverse_sqrt")
-    assert [rate.factor(step, -1) for step in (99, 399, 1599)] == [1.0, 0.5, 0.25]
-    assert LearningRate(1.0, decay="inverse_sqrt").factor(8, -1) == pytest.approx(1 / math.sqrt(9))
 
 
 @dataclass(frozen=True)
