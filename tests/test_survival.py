@@ -129,7 +129,7 @@ rank: `torchrun` 30 s after the first rank has ended, `srun --wait=60` 60 s afte
 ranks itself after a second.
 
 Other pages and tests cover bit-exact resume ([reproducibility.md](reproducibility.md)), Slurm
-([slurm-transcript.md](slurm-transcript.md)), and memory and open files over 2,000 steps (`tests/test_memory.py`).
+(`make test-slurm`), and memory and open files over 2,000 steps (`tests/test_memory.py`).
 
 ## Exit codes
 
