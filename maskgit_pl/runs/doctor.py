@@ -41,7 +41,7 @@ from maskgit_pl.training.gpus import GPUS, Machines
 from maskgit_pl.training.strategies import check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["Check", "Machines", "Preflight", "preflight", "slurm_faults"]
+__all__ = ["Check", "Machines", "Preflight", "preflight"]
 
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
 _SHARED_MEMORY = Path("/dev/shm")  # through which data workers send their batches
@@ -157,7 +157,11 @@ def preflight(
     nodes, devices = count_devices(machines, recipe)
     plan, summary = _find_inputs(found, recipe, name_folders(**folders))
     is_complete = found.ok
-    _check_ranks(found, os.environ, nodes, devices)
+    ranks = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
+    if nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
+        found.add("ranks", f"{ranks}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
+    else:
+        found.add("ranks", ranks)
     stage_run = None
     with found.catch("recipe"), leave_no_trace():
         stage_run = _build(found, plan, summary, nodes * devices, machines.device, is_complete=is_complete)
@@ -227,39 +231,6 @@ def _find_inputs(found: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan
     with found.catch("pretrained"):
         plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
     return plan, summary
-
-
-def _check_ranks(found: Preflight, environment: Mapping[str, str], nodes: int, devices: int) -> None:
-    """Checks Slurm's variables, and that several nodes know the address of rank 0."""
-    text = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
-    faults = slurm_faults(environment, nodes=nodes, devices=devices)
-    for fault in faults:
-        found.add("ranks", fault, "FAIL")
-    if nodes > 1 and not environment.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
-        found.add("ranks", f"{text}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
-    elif not faults:
-        found.add("ranks", text)
-
-
-def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) -> list[str]:
-    """Returns an error message for each Slurm variable that contradicts nodes x devices; none outside a job."""
-    if "SLURM_JOB_ID" not in environment:
-        return []
-    # Slurm sets a variable only if the job asked for it. Lightning needs the tasks of a node.
-    tasks = environment.get("SLURM_NTASKS_PER_NODE", "nothing" if environment.get("SLURM_NTASKS", "1") != "1" else None)
-    given = {**environment, **({} if tasks is None else {"SLURM_NTASKS_PER_NODE": tasks})}
-    expected = {
-        "SLURM_NNODES": (nodes, "--nodes"),
-        "SLURM_NTASKS_PER_NODE": (devices, "--ntasks-per-node"),
-        "SLURM_GPUS_ON_NODE": (devices, "--gpus-per-node"),
-        "SLURM_NTASKS": (nodes * devices, "--ntasks-per-node and --nodes"),
-    }
-    return [
-        f"{name} must be {wanted} for {nodes} nodes x {devices} devices, got {given[name]}; change {flag} of sbatch, "
-        "or nodes and devices here"
-        for name, (wanted, flag) in expected.items()
-        if name in given and given[name] != str(wanted)
-    ]
 
 
 def _build(

@@ -55,17 +55,15 @@ _REASONS = {  # keys that users of Lightning expect -> the reason why a recipe h
     **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
     "trainer.max_epochs": _STEPS,
     "trainer.min_epochs": _STEPS,
-    "trainer.min_steps": _STEPS,
     "trainer.fast_dev_run": _STEPS,
     "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
     "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
     "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
     "trainer.default_root_dir": "use --runs-folder and --run",
     "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
-    "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
+    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
     "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
     "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
-    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
     "trainer.profiler": "name it with the key profiler, such as profiler: simple",
 }
 Precision = Literal["32-true", "bf16-mixed", "auto"]

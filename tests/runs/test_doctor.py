@@ -10,7 +10,7 @@ import torch
 
 from maskgit_pl import runs
 from maskgit_pl.cli import main
-from maskgit_pl.runs.doctor import _EXTRAS, Machines, count_devices, slurm_faults
+from maskgit_pl.runs.doctor import _EXTRAS, Machines, count_devices
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
 ROOT = Path(__file__).parents[2]
@@ -159,24 +159,6 @@ def test_devices_that_are_not_given_are_those_of_the_recipe(monkeypatch):
 def test_machines_that_cannot_be(wrong):
     with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
         Machines(**wrong)
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "flag"),
-    [
-        ("SLURM_NTASKS_PER_NODE", "1", "change --ntasks-per-node"),
-        ("SLURM_NTASKS_PER_NODE", None, "must be 2 for 2 nodes x 2 devices, got nothing; change --ntasks-per-node"),
-        ("SLURM_GPUS_ON_NODE", "4", "change --gpus-per-node"),
-    ],
-)
-def test_slurm_variables_that_contradict_the_run(examine, monkeypatch, variable, value, flag):
-    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NTASKS": "4"}
-    assert slurm_faults(job, nodes=2, devices=2) == slurm_faults({}, nodes=3, devices=2) == []
-    for name, right in {**job, variable: value}.items():
-        if right is not None:
-            monkeypatch.setenv(name, right)
-    fails(examine(machines=Machines(nodes=2, devices=2)), "ranks", variable, flag)
-    assert os.environ["SLURM_NNODES"]  # hidden while the run was built, and back
 
 
 def test_several_nodes_need_an_address(examine, monkeypatch):
