@@ -11,7 +11,6 @@ size, precision, and the execution of blocks and optimizer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -41,8 +40,6 @@ __all__ = [
     "merge_values",
     "values_without_data",
 ]
-
-log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
