@@ -1,4 +1,4 @@
-"""The commands of runs: ``train``, ``tokenize``, ``slurm submit``, ``doctor`` before a run, ``demo`` for all at once."""
+"""The commands of runs: ``train``, ``tokenize``, ``slurm submit``, ``doctor`` before a run, ``demo`` for everything."""
 
 from __future__ import annotations
 
