@@ -220,7 +220,7 @@ SLURM_MISSING = Slurm must be installed (slurmctld, slurmd, slurm-client); on De
 
 test-slurm: $(DEV_STAMP) ## Run the tests on a real Slurm cluster on this machine (needs root or sudo; installs Slurm)
 	@export PATH="$$PATH:/usr/sbin"; { command -v slurmctld && command -v slurmd && command -v scontrol; } >/dev/null || { $(SLURM_INSTALL); } || { echo "$(SLURM_MISSING)" >&2; exit 2; }
-	@$(AS_ROOT) env PATH="$$PATH:/usr/sbin" OMP_WAIT_POLICY=PASSIVE SLURM_TRANSCRIPT="$(SLURM_TRANSCRIPT)" $(BIN)/python -m pytest tests/slurm --durations=10 --durations-min=1 $(ARGS)
+	@$(AS_ROOT) env PATH="$$PATH:/usr/sbin" OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest tests/slurm --durations=10 --durations-min=1 $(ARGS)
 
 docs: $(DEV_STAMP) ## Build the documentation site in build/site; warnings and broken links are errors
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto --conf-dir docs . build/site $(ARGS)

@@ -48,8 +48,7 @@ from maskgit_pl.networks.feature_networks import FrozenNetwork
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimizers import OptimizerConfig
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from maskgit_pl.training.tokenizer_losses import (
     AdversarialConfig,
     LossInputs,

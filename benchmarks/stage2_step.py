@@ -43,8 +43,7 @@ from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer
-from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimizers import OptimizerConfig
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from maskgit_pl.training.strategies import Compiled
 
 Precision = Literal["fp32", "bf16"]

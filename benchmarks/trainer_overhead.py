@@ -38,7 +38,7 @@ from maskgit_pl.runs.build import StageRun, build
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, list_recipes
 from maskgit_pl.training.optimizers import update_ema
-from maskgit_pl.training.stop_and_nonfinite import clip_gradients
+from maskgit_pl.training.stopping import clip_gradients
 
 Callbacks = Literal["ours", "none"]
 

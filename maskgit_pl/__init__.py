@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
     from maskgit_pl.tokenizer import Tokenizer
-    from maskgit_pl.training.learning_rates import LearningRate
-    from maskgit_pl.training.optimizers import OptimizerConfig
+    from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
     from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __version__ = "0.2.0"
@@ -42,7 +41,7 @@ __all__ = [
 _HOMES = {
     "AutoregressiveConfig": "autoregressive",
     "AutoregressiveModel": "autoregressive",
-    "LearningRate": "training.learning_rates",
+    "LearningRate": "training.optimizers",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
     "MaskedTokenConfig": "mvtm",

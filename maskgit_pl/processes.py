@@ -5,7 +5,7 @@ work without a process group (see ``distributed`` for those that have one) and c
 
 Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else. A handler that saved
 or talked to other ranks would do so in the middle of other work, and ranks that are not at the same place wait for each
-other forever. ``training.stop_and_nonfinite.StepCheck`` reads the flag after each step, on all ranks together. A second
+other forever. ``training.stopping.StepCheck`` reads the flag after each step, on all ranks together. A second
 Ctrl-C ends a command immediately, with exit code 130. A separate thread does this, because a Python handler runs only
 when the main thread does, and that may be waiting for other ranks. In a notebook, the second Ctrl-C raises
 KeyboardInterrupt. The files on disk are complete in either case, as after a kill.

@@ -43,7 +43,7 @@ from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.training.checkpoints import CheckpointedModule
 from maskgit_pl.training.optimizers import build_optimizer, frozen_copy, parameter_groups, update_ema
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
+from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
 from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, Part, TokenizerConfig
 

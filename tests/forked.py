@@ -23,7 +23,7 @@ import torch
 SECONDS = 300  # limit for one command on a busy machine
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(
-    ["maskgit_pl.runs.stage", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"]
+    ["maskgit_pl.runs.fitting", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard"]
 )
 
 

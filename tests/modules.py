@@ -11,8 +11,7 @@ from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.learning_rates import LearningRate
-from maskgit_pl.training.optimizers import OptimizerConfig
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from maskgit_pl.training.token_model import StepLosses, TokenModel
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import signal
 import socket
 import sys
@@ -24,7 +23,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.data import Batch
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.forked import PROCESSES, Command, begin
 from tests.injection import Fault, Injection, Prepare
 
@@ -313,16 +312,3 @@ def same(left: Any, right: Any) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.dtype == right.dtype and torch.equal(left, right)
     return type(left) is type(right) and left == right
-
-
-def write_part(file: Path, text: str) -> None:
-    """Writes a section of a page: in place of the section with the same heading, or at the end."""
-    heading, _, _ = text.partition("\n")
-    parts = re.split(r"^(?=#{1,2} )", file.read_text() if file.is_file() else "", flags=re.MULTILINE)
-    kept = [part.strip() for part in parts if part.strip()]
-    places = [number for number, part in enumerate(kept) if part.partition("\n")[0] == heading]
-    if places:
-        kept[places[0]] = text.strip()
-    else:
-        kept.append(text.strip())
-    file.write_text("\n\n".join(kept) + "\n")

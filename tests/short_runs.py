@@ -7,8 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.data import ShardData, ShardDataConfig
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
-from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 
 
 class Recorder(Callback):

@@ -11,8 +11,8 @@ from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import load_transformer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import autoregressive_model, masked_model
 from tests.short_runs import data, fit
 

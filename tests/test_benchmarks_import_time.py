@@ -58,7 +58,7 @@ def test_inference_loads_nothing_of_training() -> None:
 
 @pytest.mark.slow
 def test_training_loads_timm_only_for_networks_of_timm() -> None:
-    done = forked.run("import sys; import maskgit_pl.runs.stage; print('timm' in sys.modules)")
+    done = forked.run("import sys; import maskgit_pl.runs.fitting; print('timm' in sys.modules)")
     assert (done.returncode, done.stdout) == (0, "False\n"), done.stderr
 
 

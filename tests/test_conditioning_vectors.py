@@ -20,7 +20,7 @@ from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import LearningRate
 from tests.data.test_vectors import npy
 from tests.data_folders import write_split
 from tests.modules import masked_model

@@ -1,10 +1,8 @@
 """Two processes on one machine give the results of one process.
 
-``REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_distributed.py`` writes it.
+docs/reproducibility.md lists what was measured.
 """
 
-import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,9 +11,9 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
-from tests.observing import Runs, Seen, Topology, run_on_ranks, same, trained_state, write_part
+from tests.observing import Runs, Seen, Topology, run_on_ranks, same, trained_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.survival]
 
@@ -170,70 +168,37 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("distributed"))
 
 
-HEAD = f"""## Several processes against one
-
-Written by `REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_distributed.py`.
-
-{LONG} steps of {GLOBAL_BATCH} samples in float32 without dropout, from the same seed, with gradients clipped by norm.
-Each run is killed with SIGKILL after step {KILL_AT} (or after 14 and 33, where the topology changes) and resumes from
-its last checkpoint. Samples, tokens and masks are bit-exact. Losses are those of whole global batches. The tolerance
-is {NEAR:.0e}: relative for losses, absolute for weights, averages included. All ranks are on one machine, on CPUs.
-
-| transformer on | largest difference of a loss, relative | of a weight |
-|---|---:|---:|
-"""
-TOKENIZER_HEAD = f"""
-The tokenizer has an EMA quantizer, and a discriminator from step 3 on. Each forward pass sums over ranks, and each
-feature goes to its nearest code. A difference in the last bit may send a feature to another code, and later steps
-then drift apart. The tolerance of {NEAR:.0e} holds for the first 10 steps.
-
-| tokenizer on 2 ranks of DDP, after step | largest difference of a weight | of a sum of the quantizer |
-|---|---:|---:|
-"""
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[dict[str, list[str]]]:
-    """Yields the rows of both tables, and writes them to the page in REPRODUCIBILITY."""
-    rows: dict[str, list[str]] = {"transformer": [], "tokenizer": []}
-    yield rows
-    if "REPRODUCIBILITY" in os.environ:
-        parts = (HEAD, *rows["transformer"], TOKENIZER_HEAD, *rows["tokenizer"])
-        write_part(Path(os.environ["REPRODUCIBILITY"]), "".join(parts))
-
-
 def apart(state: dict, other: dict) -> dict[str, float]:
     """Returns the largest difference of each tensor of weights, averages and buffers."""
     assert state.keys() == other.keys()
     return {name: float((value.double() - other[name].double()).abs().max()) for name, value in state.items()}
 
 
-def near_to_one_process(bench: Bench, name: str) -> str:
-    """Asserts that a run equals that of one process. Returns the differences as cells of the table."""
+def near_to_one_process(bench: Bench, name: str) -> None:
+    """Asserts that a run equals that of one process."""
     one, seen = bench.of_one_process("transformer"), bench.runs["transformer"].seen(name)
     assert seen.rows() == one.rows()
     losses, weights = bench.losses_apart(seen), max(apart(one.state["state_dict"], seen.state["state_dict"]).values())
     assert max(losses, weights) < NEAR
-    return f"{losses:.1e} | {weights:.1e} |"
 
 
 @pytest.mark.parametrize("where", STRAIGHT)
-def test_ranks_train_as_one_process_over_50_steps_with_a_kill(bench, table, where):
+def test_ranks_train_as_one_process_over_50_steps_with_a_kill(bench, where):
     runs, topology, name = bench.runs["transformer"], STRAIGHT[where], f"straight{list(STRAIGHT).index(where)}"
     runs.leg(name, topology, kill_at=KILL_AT)
     runs.leg(name, topology)
-    table["transformer"].append(f"| {where} | {near_to_one_process(bench, name)}\n")
+    near_to_one_process(bench, name)
 
 
 @pytest.mark.parametrize("where", MOVES)
-def test_a_run_that_moves_between_ranks_and_strategies_trains_as_one_process(bench, table, where):
+def test_a_run_that_moves_between_ranks_and_strategies_trains_as_one_process(bench, where):
     runs, name = bench.runs["transformer"], f"moves{list(MOVES).index(where)}"
     for topology, kill_at in zip(MOVES[where], (14, 33, None), strict=True):
         runs.leg(name, topology, kill_at=kill_at)
-    table["transformer"].append(f"| {where} | {near_to_one_process(bench, name)}\n")
+    near_to_one_process(bench, name)
 
 
-def test_ranks_train_the_tokenizer_of_one_process_over_10_steps_and_drift_is_reported(bench, table):
+def test_ranks_train_the_tokenizer_of_one_process_over_10_steps_and_drift_is_reported(bench):
     one = bench.of_one_process("tokenizer")
     bench.runs["tokenizer"].leg("ddp", DDP)
     assert bench.runs["tokenizer"].seen("ddp").rows() == one.rows()
@@ -243,7 +208,6 @@ def test_ranks_train_the_tokenizer_of_one_process_over_10_steps_and_drift_is_rep
         assert any("discriminator" in name for name in found)
         sums = max(value for name, value in found.items() if ".quantizer." in name and ".codebook" not in name)
         weights = max(value for name, value in found.items() if ".quantizer." not in name or ".codebook" in name)
-        table["tokenizer"].append(f"| {step} | {weights:.1e} | {sums:.1e} |\n")
         assert step > 10 or max(weights, sums) < NEAR
 
 
@@ -286,11 +250,3 @@ def test_a_compiled_run_under_fsdp_trains_as_one_process_and_goes_on_uncompiled(
     runs.leg("compiled", FSDP, "--model.compiled=blocks", kill_at=KILL_AT, prepare=without_inductor)
     runs.leg("compiled", WHOLE)
     near_to_one_process(bench, "compiled")
-
-
-@pytest.mark.skipif("REPRODUCIBILITY" in os.environ, reason="the table is being written")
-def test_the_table_has_a_row_for_each_topology():
-    written = (Path(__file__).parents[1] / "docs" / "reproducibility.md").read_text()
-    for where in (*STRAIGHT, *MOVES):
-        assert f"| {where} |" in written
-    assert f"| {LONG} |" in written

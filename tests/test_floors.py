@@ -196,7 +196,7 @@ READERS = {  # modules that parse JSON or YAML themselves, and why; all others u
     "evaluation/ledger": "its own values; rows of files are read with parse_json",
     "pipeline/bulk": "its own plan",
     "data/tokenizing": "its own values",
-    "training/checkpoint_files": "what the run has written, whose SHA-256 is in the marker",
+    "training/checkpoints": "what the run has written, whose SHA-256 is in the marker",
 }
 
 

@@ -13,7 +13,7 @@ from maskgit_pl.networks.backbone import BackboneConfig, build_config
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import autoregressive_model, masked_model
 from tests.short_runs import data, fit

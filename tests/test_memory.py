@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, Trainer
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.training.callbacks import UnreadableReport
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import masked_model
 
 STEPS, WARM_UP, EVERY = 2000, 550, 50

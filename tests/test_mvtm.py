@@ -19,8 +19,8 @@ from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.token_model import BinnedMeans, check_tokenizer
 from tests.conftest import peak_predictions, save_tiny_pretrained
 from tests.modules import masked_model

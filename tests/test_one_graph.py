@@ -16,7 +16,6 @@ from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import objectives
 from maskgit_pl.training.optimizers import OptimizerConfig
-from maskgit_pl.training.strategies import check_compiled
 from maskgit_pl.training.token_model import TokenModel
 from tests.modules import RATE, autoregressive_model, losses_of_step, masked_model
 
@@ -181,12 +180,6 @@ def test_no_operation_of_a_step_waits_for_a_value(backbone, objective, monkeypat
 def test_the_meta_device_finds_an_operation_that_waits(read):
     with NoWaits(), pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
         read(torch.ones(4, device="meta"))
-
-
-def test_the_whole_step_cannot_be_one_graph_under_fsdp():
-    check_compiled("step", "ddp")
-    with pytest.raises(ValueError, match=r"model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp'"):
-        check_compiled("step", "fsdp")
 
 
 def test_statistics_are_kept_until_they_are_logged():

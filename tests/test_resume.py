@@ -1,12 +1,10 @@
 """A run that is killed and resumed equals an uninterrupted one: order, masks, losses and weights are bit-exact.
 
-``REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_resume.py`` writes the table.
+docs/reproducibility.md lists the cases.
 """
 
-import os
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +12,12 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests import forked
 from tests.conftest import flags, save_tiny_pretrained, save_uneven_shards
-from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state, write_part
+from tests.observing import KILLED, Runs, Seen, Topology, same, trained_state
 
 HERE = Path(__file__).parent
-TABLE = HERE.parent / "docs" / "reproducibility.md"
 GLOBAL_BATCH, STEPS = 12, 12
 SHARDS = (1, 7, 100)  # an epoch is 9 steps
 MORE = {
@@ -31,7 +28,6 @@ MORE = {
     ],
     "transformer": ["--model.network.dropout=0.1"],
 }
-DRAWN = {"tokenizer": "images", "transformer": "tokens and masks"}
 
 
 @dataclass(frozen=True)
@@ -96,43 +92,8 @@ def bench(tmp_path_factory) -> Bench:
     return Bench(tmp_path_factory.mktemp("resume"))
 
 
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[str]]:
-    """Yields the rows of the table, and writes them to the page in REPRODUCIBILITY."""
-    rows: list[str] = []
-    yield rows
-    if "REPRODUCIBILITY" in os.environ:
-        write_part(Path(os.environ["REPRODUCIBILITY"]), HEAD + "\n".join(rows))
-
-
-HEAD = f"""## A resumed run against an uninterrupted one
-
-Written by `REPRODUCIBILITY=docs/reproducibility.md make test-survival WORKERS=0 ARGS=tests/test_resume.py`.
-
-Each run is `maskgit train` in its own processes: {STEPS} steps of {GLOBAL_BATCH} samples from a data set of
-{sum(SHARDS)} samples in shards of {", ".join(map(str, SHARDS))}, with validations in between. It is killed with
-SIGKILL after a step that is not saved yet, and the same command resumes from the last checkpoint. Steps that run
-twice must give the same values both times.
-
-The tokenizer trains with a discriminator, R1, LeCam, the adaptive weight, an EMA quantizer with restarts, random
-horizontal flips, and shuffling within windows of 2 shards. The transformer trains with dropout 0.1 and class dropout.
-
-The runs in the last two rows change the number of ranks. There the tokenizer has a fixed adversarial weight and no
-LeCam (both depend on the micro-batch), and the transformer has no dropout. Sums over ranks round differently then,
-and a feature that lies between two codes may go to the other one, so the codebook is not compared.
-
-All runs were on CPUs.
-
-Losses are compared as `float.hex`, samples by number and order, images, tokens and masks by hash, tensors by
-`torch.equal`.
-
-| stage | topology | killed | compared with the uninterrupted run | result |
-|---|---|---|---|---|
-"""
-
-
-def compared(stage: str, left: Seen, right: Seen) -> str:
-    """Asserts that two runs of the same topology are equal. Returns a description of the comparison."""
+def assert_equal(left: Seen, right: Seen) -> None:
+    """Asserts that two runs of the same topology are equal."""
     one, other = left.batches(), right.batches()
     assert one.keys() == other.keys()
     for positions, batch in one.items():
@@ -141,18 +102,14 @@ def compared(stage: str, left: Seen, right: Seen) -> str:
     assert states[0].keys() == states[1].keys()
     for name, value in states[0].items():
         assert same(value, states[1][name]), name
-    rows, losses = len(left.rows()), sum(len(batch["losses"]) for batch in one.values())
-    assert rows == STEPS * GLOBAL_BATCH
-    assert losses >= STEPS
-    tensors = sum(isinstance(value, torch.Tensor) for value in states[0].values())
-    kept = f"{tensors} tensors of weights, EMA and optimizers"
-    return f"{rows} samples in order, their {DRAWN[stage]}, {losses} losses, {kept}"
+    assert len(left.rows()) == STEPS * GLOBAL_BATCH
+    assert sum(len(batch["losses"]) for batch in one.values()) >= STEPS
 
 
 @pytest.mark.slow  # 70 s, all of them, on two cores that others use too
 @pytest.mark.survival
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_killed_run_goes_on_to_the_last_bit(bench, table, case):
+def test_a_killed_run_goes_on_to_the_last_bit(bench, case):
     straight, runs = bench.straight(case.stage, case.topology), bench.runs[case.stage]
     name = f"case{CASES.index(case)}"
     for step in case.kills:
@@ -161,16 +118,14 @@ def test_a_killed_run_goes_on_to_the_last_bit(bench, table, case):
         assert runs.newest(name).name == f"step-{saved:08d}"
     runs.leg(name, case.topology, f"--checkpoint_every={case.every}")
     seen = runs.seen(name)
-    what = compared(case.stage, seen, straight)
+    assert_equal(seen, straight)
     assert seen.repeated() > 0
-    after = " and ".join(map(str, case.kills))
-    table.append(f"| {case.stage} | {case.topology} | after step {after}, {case.where} | {what} | bit-exact |")
 
 
 @pytest.mark.slow  # 20 s
 @pytest.mark.survival
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_a_process_that_is_killed_from_outside_at_any_moment_goes_on(bench, table, stage):
+def test_a_process_that_is_killed_from_outside_at_any_moment_goes_on(bench, stage):
     runs, alone = bench.runs[stage], Topology()
     straight = bench.straight(stage, alone)
     words = runs.words("outside", alone, "--checkpoint_every=1")
@@ -190,9 +145,6 @@ def test_a_process_that_is_killed_from_outside_at_any_moment_goes_on(bench, tabl
     states = trained_state(seen.state), trained_state(straight.state)
     assert states[0].keys() == states[1].keys()
     assert all(same(value, states[1][name]) for name, value in states[0].items())
-    tensors = sum(isinstance(value, torch.Tensor) for value in states[0].values())
-    what = f"all after step {stopped}: samples, {DRAWN[stage]}, losses; {tensors} tensors at the end"
-    table.append(f"| {stage} | {alone} | from outside, at a random moment | {what} | bit-exact |")
 
 
 # The adaptive weight and LeCam are of the micro-batch, and so depend on the accumulation.
@@ -203,40 +155,23 @@ LEGS = (Topology(), Topology(ranks=2, workers=2, accumulation=3), Topology(worke
 @pytest.mark.slow  # 10 s
 @pytest.mark.survival
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_on_other_ranks_and_workers_the_order_and_what_is_drawn_are_the_same(bench, table, stage):
+def test_on_other_ranks_and_workers_the_order_and_what_is_drawn_are_the_same(bench, stage):
     more = ("--model.network.dropout=0",) if stage == "transformer" else (FIXED_WEIGHT,)
     straight, runs = bench.straight(stage, Topology(), *more), bench.runs[stage]
     for topology, kill_at in zip(LEGS, (5, 9, None), strict=True):
         runs.leg("moved", topology, *more, "--checkpoint_every=2", kill_at=kill_at)
     seen = runs.seen("moved")
     assert seen.rows() == straight.rows()
-    what = f"{len(seen.rows())} samples in order, their {DRAWN[stage]}"
-    result = "equal"
     if stage == "transformer":
         wanted = dict(straight.step_losses(GLOBAL_BATCH))
         losses = seen.step_losses(GLOBAL_BATCH)
         assert {step for step, _ in losses} == set(range(STEPS))
         assert losses == [(step, pytest.approx(wanted[step], rel=1e-5)) for step, _ in losses]
-        apart = max(abs(loss / wanted[step] - 1) for step, loss in losses)
-        what, result = f"{what}; {len(losses)} losses (dropout 0)", f"{result}; losses within {apart:.0e}, relative"
     else:
         ends = (seen.state["state_dict"], straight.state["state_dict"])
         names = [name for name in ends[0] if ".quantizer." not in name]
         apart = max(float((ends[0][name] - ends[1][name]).abs().max()) for name in names)
-        what, result = f"{what}; {len(names)} tensors of weights", f"{result}; weights within {apart:.0e}"
         assert apart < 1e-3
-    legs = ", then ".join(map(str, LEGS))
-    table.append(f"| {stage} | {legs} | after step 5 and 9 | {what} | {result} |")
-
-
-@pytest.mark.skipif("REPRODUCIBILITY" in os.environ, reason="the table is being written")
-def test_the_table_has_a_row_for_each_case():
-    written = TABLE.read_text()
-    for case in CASES:
-        assert f"| {case.stage} | {case.topology} |" in written
-    for stage in ("tokenizer", "transformer"):
-        assert f"| {stage} | {', then '.join(map(str, LEGS))} |" in written
-        assert f"| {stage} | {Topology()} | from outside" in written
 
 
 def test_a_difference_of_one_bit_is_a_difference():

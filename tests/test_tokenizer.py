@@ -19,7 +19,7 @@ from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.tokenizer import CodebookUsage, _to_uint8
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, LossInputs, PerceptualConfig
 from tests.forked import run_ranks

@@ -13,8 +13,8 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import Elbo
 from maskgit_pl.runs.costs import count_predicted
 from maskgit_pl.schedules import Pow
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.optimizers import LearningRate
 from tests.modules import losses_of_step, masked_model
 from tests.short_runs import data, fit
 
@@ -202,4 +202,4 @@ def test_what_cannot_be_trained_is_refused_before_the_first_step(options, text):
     ],
 )
 def test_costs_count_the_tokens_that_are_predicted(options, count):
-    assert count_predicted(model(**options))[0] == pytest.approx(count, abs=0.01)
+    assert count_predicted(model(**options)) == pytest.approx(count, abs=0.01)

@@ -37,13 +37,13 @@ from maskgit_pl.errors import (
 __all__ = ["build_parser", "main"]
 
 _COMMANDS = {  # the function of each command, in the order of the help
-    "demo": "cli.demo:demo",
+    "demo": "cli.train:demo",
     "models": "cli.listing:models",
     "data make": "cli.data:make",
     "data index": "cli.data:index",
     "data verify": "cli.data:verify",
     "data fetch": "cli.data:fetch",
-    "doctor": "cli.doctor:doctor",
+    "doctor": "cli.train:doctor",
     "train": "cli.train:train",
     "slurm submit": "cli.train:submit",
     "tokenize": "cli.train:tokenize",

@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice, is_image_file_name, shorten
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.flag_values import parse_named_spec
+from maskgit_pl.runs.layers import parse_named_spec
 
 __all__ = ["Output", "Word", "add_command", "flag_of", "read_call", "summary_of"]
 

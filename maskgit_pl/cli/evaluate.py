@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.options import (
     default_training,
 )
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.flag_values import parse_spec, parse_specs
+from maskgit_pl.runs.layers import parse_spec, parse_specs
 
 __all__ = ["compare", "evaluate", "evaluate_tokenizer", "train_classifier", "tune"]
 

@@ -8,14 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Annotated, Any
 
 from maskgit_pl import pipeline
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
-from maskgit_pl.runs.flag_values import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
+from maskgit_pl.runs.layers import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
+from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ __all__ = [
     "RunFlags",
     "Seeds",
     "Specs",
-    "WantedFolders",
     "check_one_of",
     "make_folder",
     "print_json",
@@ -53,15 +53,6 @@ Seeds = Annotated[tuple[int, ...], Word("N,...", parse_integers)]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
 Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_features)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
-
-
-class WantedFolders(TypedDict):
-    """Folders that the flags name: arguments of ``runs.fit`` and similar functions."""
-
-    run: Path
-    data: Path | None
-    tokenizer: Path | None
-    pretrained: Path | None
 
 
 @dataclass(frozen=True)
@@ -95,10 +86,10 @@ class NewRunFlags:
             stage, names=self.recipe, dataset=self.dataset, cluster=self.cluster, overrides=list(overrides)
         )
 
-    def folders(self, recipe: Recipe) -> WantedFolders:
+    def folders(self, recipe: Recipe) -> Folders:
         """Returns the folders of the run. The recipe gives its default name."""
         run = self.runs_folder / (self.run or str(recipe.run_name))
-        return WantedFolders(run=run, data=self.data, tokenizer=self.tokenizer, pretrained=self.pretrained)
+        return Folders(run=run, data=self.data, tokenizer=self.tokenizer, pretrained=self.pretrained)
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "metrics": "evaluation.metrics",
     "augmentations": "data.augmentations",
     "optimizers": "training.optimizers",
-    "learning_rate_schedules": "training.learning_rates",
+    "learning_rate_schedules": "training.optimizers",
     "loggers": "training.loggers",
     "callbacks": "training.callbacks",
     "profilers": "training.callbacks",

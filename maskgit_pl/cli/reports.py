@@ -16,7 +16,7 @@ from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Factor, Failure, parse_factor
-from maskgit_pl.runs.flag_values import parse_numbers, split_values
+from maskgit_pl.runs.layers import parse_numbers, split_values
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
 
 if TYPE_CHECKING:

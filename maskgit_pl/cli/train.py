@@ -1,21 +1,26 @@
-"""``maskgit train``, ``tokenize`` and ``slurm submit``: train a stage here or on a cluster, and encode its images."""
+"""The commands of runs: ``train``, ``tokenize``, ``slurm submit``, ``doctor`` before a run, ``demo`` for everything."""
 
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
 
 from maskgit_pl import runs
-from maskgit_pl.cli.flags import RunFlags, WantedFolders, check_one_of
+from maskgit_pl.cli.arguments import Word
+from maskgit_pl.cli.flags import NewRunFlags, RunFlags, check_one_of, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
-from maskgit_pl.errors import printable
+from maskgit_pl.errors import BAD_INPUT, printable
 from maskgit_pl.processes import catch_stop_signals, progress_bars
-from maskgit_pl.runs.plan import plan_run
+from maskgit_pl.runs.plan import Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
+from maskgit_pl.training.gpus import Machines
 
-__all__ = ["submit", "tokenize", "train"]
+__all__ = ["demo", "doctor", "submit", "tokenize", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +59,7 @@ def train(
             runs.fit(recipe, **folders, fresh=fresh)
 
 
-def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
+def _print_config(recipe: Recipe, folders: Folders) -> None:
     """Prints the complete recipe; without data or tokenizer, if they are not named, only the keys that need neither."""
     from maskgit_pl.runs.resolve import config_text, config_text_without_data, merge_values
     from maskgit_pl.runs.settings import resolve
@@ -62,7 +67,7 @@ def _print_config(recipe: Recipe, folders: WantedFolders) -> None:
     try:
         plan = plan_run(recipe, **folders)
     except FileNotFoundError as error:
-        if any(folders[name] is not None for name in ("data", "tokenizer", "pretrained")):
+        if any(folders.get(name) is not None for name in ("data", "tokenizer", "pretrained")):
             raise
         text = config_text_without_data(recipe)
         print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {error}")
@@ -127,3 +132,62 @@ def submit(
         return
     number = runs.submit(submission)
     log.info("job %s: %s", number, submission.log_file(number))
+
+
+def doctor(
+    stage: Stage | None = None,
+    *,
+    json: bool = False,
+    run: RunFlags = RunFlags(),
+    machines: Machines = Machines(),
+    overrides: Sequence[str] = (),
+) -> int:
+    """Checks a run before it starts: recipe, data, batch, memory, disk; or this machine.
+
+    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it checks this
+    machine. The exit code is 0 if all checks pass, else 2.
+
+    Example: maskgit doctor transformer --recipe paper-256 --cluster fsdp --nodes 4 --devices 8
+
+    Args:
+        stage: Stage of the run.
+        json: Print JSON, an object with ok, checks and figures.
+    """
+    if stage is None:
+        if run != RunFlags() or machines != Machines() or overrides:
+            raise ValueError("stage must be tokenizer or transformer for a run, got none; put it after `doctor`")
+        found = runs.preflight()
+    else:
+        found = runs.Preflight()
+        with found.catch("recipe"):
+            recipe = run.read(stage, overrides)
+            found = runs.preflight(recipe, **run.folders(recipe), machines=machines)
+    print_json(found.as_dict()) if json else print(found)
+    return 0 if found.ok else BAD_INPUT
+
+
+def demo(
+    *,
+    images: Annotated[Path, Word("DIR")] | None = None,
+    lenient: bool = False,
+    short: bool = False,
+    run: NewRunFlags = NewRunFlags(),
+    overrides: Sequence[str] = (),
+) -> None:
+    """Does everything once: fetches data, trains both stages, makes pictures, measures.
+
+    Fashion-MNIST takes about 10 minutes on 2 CPU cores. The same command resumes after a stop. Without --recipe, it
+    trains the recipe adaln, and on other data than Fashion-MNIST 'adaln 15m'. Further flags override recipe values of
+    both stages.
+
+    Example: maskgit demo --dataset mine --images path/to/folder
+
+    Args:
+        images: Folder or archive of your own images, one sub-folder per class, for a --dataset of your own.
+        lenient: Skip and list images that cannot be read.
+        short: Train 60 steps per stage, as a quick check (run: demo-short).
+    """
+    from maskgit_pl.evaluation import demo_steps  # torch takes seconds to import
+
+    folder = demo_steps.demo(**asdict(run), images=images, lenient=lenient, short=short, overrides=overrides)
+    print(f"\nThe model is in {folder}. Next: maskgit sample {shlex.quote(str(folder))} --out sampled.png")

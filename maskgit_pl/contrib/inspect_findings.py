@@ -23,7 +23,6 @@ from maskgit_pl.data import Batch
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.tokenizer import psnr
 from maskgit_pl.files import parse_any_json, size_text
-from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems
@@ -242,22 +241,20 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse |
         recipe: The recipe of the run, unchecked; may be empty.
         measured: Measurements on validation images; None without them.
     """
-    config, quantizer = _health_config(recipe), _quantizer(recipe)
+    config = _health_config(recipe)
     step, max_steps = logs.last_step, _number(value_at(recipe, "trainer.max_steps")) or 0
     found: list[Problem] = []
     if measured is not None:
         metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
         num_tokens = float(measured.counts.sum())
-        found += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens, quantizer=quantizer)
+        found += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens)
     logged_size = int(_number(value_at(recipe, "model.network.codebook_size")) or 0)
     if logged_size >= 1 and step > config.grace(int(max_steps)):
         # The number of tokens is at least that of images since the last logging step.
         every, batch = (
             _number(value_at(recipe, key)) or 1 for key in ("trainer.log_every_n_steps", "data.global_batch")
         )
-        found += find_problems(
-            logs.last("train"), config, codebook_size=logged_size, num_tokens=every * batch, quantizer=quantizer
-        )
+        found += find_problems(logs.last("train"), config, codebook_size=logged_size, num_tokens=every * batch)
     first: dict[str, Problem] = {}
     for problem in found:
         first.setdefault(problem.cause, problem)
@@ -304,16 +301,6 @@ def _health_config(recipe: Mapping[str, Any]) -> HealthConfig:
         return build_dataclass(HealthConfig, values, "health") if isinstance(values, Mapping) else HealthConfig()
     except ValueError:
         return HealthConfig()
-
-
-def _quantizer(recipe: Mapping[str, Any]) -> str | Mapping[str, Any] | None:
-    """Returns the name or mapping of the quantizer; None if the recipe has none that can be built."""
-    spec: Any = value_at(recipe, "model.network.quantizer")
-    try:
-        quantizers.build(spec)
-    except ValueError:
-        return None
-    return spec  # type: ignore[no-any-return]  # the line above checks it
 
 
 def _number(value: object) -> float | None:

@@ -20,11 +20,10 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.doctor import Machines, Preflight, preflight
-    from maskgit_pl.runs.fitting import export, fit
+    from maskgit_pl.runs.fitting import FitResult, dry_run, export, fit
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
-    from maskgit_pl.runs.stage import FitResult, dry_run
     from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
 
 __all__ = [
@@ -49,7 +48,7 @@ __all__ = [
 __getattr__ = lazy_names(
     __name__,
     {
-        "FitResult": "stage",
+        "FitResult": "fitting",
         "JobOptions": "slurm",
         "Machines": "doctor",
         "Plan": "plan",
@@ -57,7 +56,7 @@ __getattr__ = lazy_names(
         "Recipe": "recipe",
         "Submission": "slurm",
         "TokenizeOptions": "tokenizing",
-        "dry_run": "stage",
+        "dry_run": "fitting",
         "export": "fitting",
         "fit": "fitting",
         "plan_run": "plan",

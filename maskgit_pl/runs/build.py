@@ -17,7 +17,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
@@ -29,8 +29,7 @@ from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Stage
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
-from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, TrainerSettings, resolve
-from maskgit_pl.runs.watchdog import Watchdog
+from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import (
     ProgressLines,
@@ -40,20 +39,12 @@ from maskgit_pl.training.callbacks import (
     callbacks,
     profilers,
 )
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint, read_settings, step_of
-from maskgit_pl.training.checkpoints import Checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.health import HealthMonitor
 from maskgit_pl.training.loggers import TolerantLogger, loggers
-from maskgit_pl.training.optimizers import check_sharding
 from maskgit_pl.training.speed import SpeedMonitor
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, disable_sigterm_handler
-from maskgit_pl.training.strategies import (
-    build_strategy,
-    check_accelerator,
-    check_compiled,
-    check_precision,
-    check_strategy,
-)
+from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
+from maskgit_pl.training.strategies import build_strategy, check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
 __all__ = ["StageRun", "build", "build_without_weights", "leave_no_trace", "restore_process_state"]
@@ -127,8 +118,12 @@ def build(plan: Plan) -> StageRun:
     _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
-        _check_classes(module, data)
-        _check_vectors(module, data)
+        for key, wanted in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
+            if (value := getattr(module.config.network, key)) != wanted:
+                raise ValueError(
+                    f"model.network.{key} must be {wanted} for {data.config.path} with data.vectors "
+                    f"{data.config.vectors}, got {value}; leave the key out or use other data"
+                )
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(
             tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
@@ -166,24 +161,6 @@ def leave_no_trace() -> Iterator[None]:
     with hide_launcher(), restore_process_state(), ZeroWeights():
         warnings.simplefilter("ignore")
         yield
-
-
-def _check_classes(module: TokenModel, data: ShardData) -> None:
-    num_classes = module.config.network.num_classes
-    if num_classes != data.num_classes:
-        raise ValueError(
-            f"model.network.num_classes must be {data.num_classes}, the classes of {data.config.path}, got "
-            f"{num_classes}; leave the key out or use other data"
-        )
-
-
-def _check_vectors(module: TokenModel, data: ShardData) -> None:
-    condition_dim, vector_dim = module.config.network.condition_dim, data.vector_dim
-    if condition_dim != vector_dim:
-        what = f"the size of the vectors of {data.config.path}" if vector_dim else "without data.vectors: true"
-        raise ValueError(
-            f"model.network.condition_dim must be {vector_dim}, {what}, got {condition_dim}; leave the key out"
-        )
 
 
 class StageRun:
@@ -236,19 +213,13 @@ class StageRun:
         if newest is not None:
             self._check_resumes(newest)
         given = self.values.trainer
-        check_accelerator(given.accelerator)
-        # Checked before the Trainer is built, which silently replaces float16 by bfloat16 on a CPU.
-        check_precision(given.precision)
-        assert isinstance(self.model, Tokenizer | TokenModel)
-        check_sharding(self.model.config.optimizer, given.strategy)
-        if isinstance(self.model, TokenModel):
-            check_compiled(self.model.config.compiled, given.strategy)
         if self.stage == "tokenizer" and given.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
+        profiler = self.values.profiler
         ours = {
             "strategy": build_strategy(given.strategy, longest_wait=self.watchdog.longest_limit),
-            "profiler": self._build_profiler(),
+            "profiler": _NoProfiler() if profiler is None else profilers.build(profiler).create(self.folder),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
@@ -264,8 +235,12 @@ class StageRun:
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             if is_user_error(error):
                 raise
-            raise ValueError(_describe_missing_devices(given, error)) from error
-        check_strategy(given.strategy, stage=self.stage, ranks=trainer.world_size)
+            raise ValueError(
+                f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this "
+                f"machine ({' '.join(str(error).split())}); choose others with --trainer.accelerator and "
+                "--trainer.devices, or use a machine that has them, with a torch that is built for them"
+            ) from error
+        check_strategy(given.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
         # A signal sets a flag that the ranks exchange once a step.
         disable_sigterm_handler(trainer)
         self.trainer = trainer
@@ -301,10 +276,6 @@ class StageRun:
             built.append(TolerantLogger(tracker, self.folder, name=name, settings=self.values.tree))
         return built
 
-    def _build_profiler(self) -> Profiler:
-        spec = self.values.profiler
-        return _NoProfiler() if spec is None else profilers.build(spec).create(self.folder)
-
     def _build_callbacks(self) -> list[Callback]:
         self.checkpoints = Checkpoints(
             self.folder / "checkpoints",
@@ -315,15 +286,10 @@ class StageRun:
         )
         # A progress bar for a terminal, lines for a log file.
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
-        pictures: Callback
-        if self.stage == "tokenizer":
-            pictures = ReconstructionPictures(self.folder)
-        else:
-            pictures = SamplePictures(
-                self.folder,
-                class_names=self.datamodule.class_names,
-                find_vectors=self._find_vectors if self.datamodule.config.vectors else None,
-            )
+        pictures: Callback = ReconstructionPictures(self.folder)
+        if self.stage == "transformer":
+            find_vectors = self._find_vectors if self.datamodule.config.vectors else None
+            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         # Health comes first: another callback may save a step and end the run. Speed comes last, so that it does not
         # count the pictures after a validation.
@@ -341,15 +307,6 @@ class StageRun:
         if isinstance(self.model, TokenModel) and data.source != "tokens":
             encoder = self.model.tokenizer.network.config, self.model.tokenizer.image_size
         return useful_flops(self.model, global_batch=data.global_batch, encoder=encoder)
-
-
-def _describe_missing_devices(given: TrainerSettings, error: Exception) -> str:
-    reason = " ".join(str(error).split()).rstrip(".")
-    return (
-        f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this machine "
-        f"({reason}); choose others with --trainer.accelerator (auto takes what is available) and --trainer.devices, "
-        "or use a machine that has them, with a torch that is built for them"
-    )
 
 
 class _NoProfiler(PassThroughProfiler):

@@ -44,7 +44,6 @@ __all__ = [
     "checkpoint_bytes",
     "count_predicted",
     "max_num_checkpoints",
-    "shard_numel",
     "step_memory",
     "useful_flops",
 ]
@@ -90,15 +89,12 @@ def step_memory(
     """Calculates the peak memory of a training step whose tokens are all masked, the largest that there can be.
 
     With AdamW, each trained parameter takes 20 bytes: 4 as a weight, 4 as a gradient, 8 in two moments and 4 in the
-    average. ``auto`` and ``ddp`` hold all of them (DDP's buckets are the gradients themselves), ``fsdp`` holds shards.
-    At its peak, FSDP2 also holds, unsharded:
+    average. ``auto`` and ``ddp`` hold all of them (DDP's buckets are the gradients themselves), ``fsdp`` holds a share.
+    At its peak, FSDP2 also holds weights and gradients of the root (all parameters outside of blocks), and five blocks:
+    weights of this block and of the next, the buffer of that all-gather, gradients, and the buffer of their
+    reduce-scatter. Under bf16-mixed, it gathers weights in bfloat16, and autocast makes no copies.
 
-    - weights and gradients of the root, which are all parameters outside of blocks;
-    - weights of the current block and of the next one, which is prefetched, and the buffer of that all-gather;
-    - gradients of one block, and the buffer of their reduce-scatter.
-
-    Under bf16-mixed, FSDP2 gathers weights in bfloat16, and autocast makes no copies. Stage 1 is then counted in
-    float32, an upper bound, since norms and the R1 penalty stay in float32.
+    Stage 1 is counted in float32, an upper bound under bf16-mixed: norms and the R1 penalty stay in float32.
 
     Args:
         module: The module that would be trained. It stays as it is.
@@ -122,15 +118,10 @@ def step_memory(
             checkpointing=config.activation_checkpointing, is_half=is_half,
         ).peak  # fmt: skip
         if strategy == "fsdp":
-            blocks: list[list[Tensor]] = [list(block.parameters()) for block in module.transformer.blocks]
-            inside = {id(each) for block in blocks for each in block}
-            root = [each for each in trained if id(each) not in inside]
-            own = shard_numel(trained, ranks)
-            averaged = own if averaged else 0
-            # Collectives need equal parts, so each rank sends as much as rank 0: on 512 ranks, a bias of 768 is 1024.
-            rest = ranks * shard_numel(root, ranks)
-            block = ranks * max((shard_numel(each, ranks) for each in blocks), default=0)
-            gathered = (_HALF if is_half else _FLOAT) * (rest + 3 * block) + _FLOAT * (rest + 2 * block)
+            block = max((_count(block.parameters()) for block in module.transformer.blocks), default=0)
+            root = own - sum(_count(block.parameters()) for block in module.transformer.blocks)
+            gathered = (_HALF if is_half else _FLOAT) * (root + 3 * block) + _FLOAT * (root + 2 * block)
+            own, averaged = -(-own // ranks), -(-averaged // ranks)
             activations -= copies
     else:
         step = _first_full_step(module)
@@ -142,24 +133,11 @@ def step_memory(
     return Memory(round(states), gathered, activations)
 
 
-def shard_numel(tensors: Iterable[Tensor], ranks: int, rank: int = 0) -> int:
-    """Returns the number of values of tensors that a rank holds under FSDP2; rank 0 holds the most.
-
-    FSDP2 splits each tensor along its first dimension, as ``torch.chunk`` does: with n ranks and c = ceil(rows / n),
-    rank r holds the existing rows of [r c, (r + 1) c). With more ranks than rows, the last ranks hold none.
-    """
-    total = 0
-    for tensor in tensors:
-        rows = -(-len(tensor) // ranks)
-        total += max(0, min(rows, len(tensor) - rank * rows)) * math.prod(tensor.shape[1:])
-    return total
-
-
 def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: Encoder | None = None) -> float:
     """Returns the FLOPs of a step over all ranks: matrix products and convolutions, forward and backward.
 
-    What activation checkpointing computes again does not count. The masked tokens are the mean of the training; the R1
-    penalty counts in the mean over the steps from one to the next.
+    What activation checkpointing computes again does not count, nor the forward pass of a corruption. The masked tokens
+    are the mean of the training; the R1 penalty counts in the mean over the steps from one to the next.
 
     Args:
         module: The module that trains. It stays as it is.
@@ -167,8 +145,8 @@ def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: 
         encoder: Tokenizer, if stage 2 encodes images instead of reading tokens.
     """
     if isinstance(module, TokenModel):
-        masked, replaced = map(round, count_predicted(module))
-        return global_batch * _run_token_step(module, images=1, masked=masked, replaced=replaced, encoder=encoder).flops
+        masked = round(count_predicted(module))
+        return global_batch * _run_token_step(module, images=1, masked=masked, encoder=encoder).flops
     step, config = _first_full_step(module), module.config.adversarial
     flops = float(_run_tokenizer_step(module, images=1, step=step).flops)
     if config is not None and config.r1_weight > 0 and config.r1_every > 1:
@@ -177,16 +155,15 @@ def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: 
     return global_batch * flops
 
 
-def count_predicted(module: TokenModel) -> tuple[float, float]:
-    """Returns the mean numbers of tokens per image at which training computes logits, and which it replaces."""
+def count_predicted(module: TokenModel) -> float:
+    """Returns the mean number of tokens per image at which training computes logits."""
     num_tokens = module.config.network.num_tokens
-    if not isinstance(module, MaskedTokenModel):
-        return float(num_tokens), 0.0
+    if not isinstance(module, MaskedTokenModel) or module.objective.visible_weight > 0:
+        return float(num_tokens)
     progress, sampler = (torch.arange(4096) + 0.5) / 4096, module.mask_sampler
     ratios = sampler.mask_ratio(progress, module.mask_schedule, num_tokens).clamp(min=sampler.min_mask_ratio)
     masked = float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
-    replaced = 0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked)
-    return float(num_tokens) if module.objective.visible_weight > 0 else masked + replaced, replaced
+    return masked + (0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked))
 
 
 def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
@@ -228,7 +205,6 @@ def _run_token_step(
     *,
     images: int,
     masked: int,
-    replaced: int = 0,
     encoder: Encoder | None = None,
     checkpointing: ActivationCheckpointing = "none",
     is_half: bool = False,
@@ -239,7 +215,6 @@ def _run_token_step(
         module: The module.
         images: Images of the micro-batch.
         masked: Tokens of each image that the network predicts.
-        replaced: Tokens of each image that a corruption replaces.
         encoder: Tokenizer that encodes the images; None for tokens.
         checkpointing: See ``prepare_blocks``.
         is_half: True for bf16-mixed. The dtypes are those of autocast on a CPU, which are those on a GPU for the layers
@@ -261,17 +236,6 @@ def _run_token_step(
         tokens = number.unsqueeze(1).repeat(1, config.num_tokens)
         vectors = torch.empty(images, config.condition_dim) if config.condition_dim else None
         draws = Draws(number, tokens == 0, torch.arange(images * masked))
-        if replaced and isinstance(module, MaskedTokenModel) and module.corruption is not None:
-
-            def predict(_: Tensor) -> Tensor:
-                places = torch.arange(images * replaced)
-                return network.forward_selected(tokens, number, places, vectors=vectors)
-
-            with torch.no_grad():
-                uniform = torch.empty(images * replaced)
-                module.corruption.codes(
-                    tokens, draws.mask, uniform, codebook_size=config.codebook_size, predict=predict
-                )
         batch = Batch(tokens, number, number, number, number, number == 0, vectors=vectors, draws=draws)
         with _GPUKernels():
             losses = module.compute_losses(network, batch, tokens, smoothing=module.config.label_smoothing)

@@ -14,94 +14,44 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Unpack
 
 import torch
 
-from maskgit_pl.checks import as_image_size, check_choice, check_integer, check_number, count_text
+from maskgit_pl.checks import as_image_size, count_text
 from maskgit_pl.data import split_batch
 from maskgit_pl.data.manifest import DataSummary, load_manifest, read_manifest_summary
 from maskgit_pl.distributed import device_name, device_names
 from maskgit_pl.errors import is_user_error, printable
-from maskgit_pl.files import size_text
+from maskgit_pl.files import parse_size, size_text
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import available_cores
 from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, max_num_checkpoints, step_memory, useful_flops
+from maskgit_pl.runs.fitting import check_run_outputs, describe_start
 from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Plan, find_data, find_pretrained, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, name_folders, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import ResolvedRun, resolve
-from maskgit_pl.runs.stage import check_run_outputs, describe_start
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.checkpoint_files import complete_checkpoints
-from maskgit_pl.training.gpus import GPUS
-from maskgit_pl.training.strategies import build_strategy, check_accelerator, check_precision, check_strategy
+from maskgit_pl.training.checkpoints import complete_checkpoints
+from maskgit_pl.training.gpus import GPUS, Machines
+from maskgit_pl.training.strategies import check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-__all__ = ["Check", "Machines", "Preflight", "preflight", "rank_rows", "slurm_faults"]
+__all__ = ["Check", "Machines", "Preflight", "preflight"]
 
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
-_MAX_ROWS = 16  # of the table of ranks: with more ranks, a row is a node
 _SHARED_MEMORY = Path("/dev/shm")  # through which data workers send their batches
 _EXTRAS = {  # the module that shows that an optional extra is installed
     "diffusers": "diffusers", "export": "onnxruntime", "import-jax": "msgpack", "mlflow": "mlflow",
     "parquet": "pyarrow", "quantizers": "vector_quantize_pytorch", "tune": "optuna",
     "wandb": "wandb", "web": "gradio",
 }  # fmt: skip
-_STYLES = {"ok": "green", "warning": "yellow", "FAIL": "bold red"}
 
 Verdict = Literal["ok", "warning", "FAIL"]
-
-
-@dataclass(frozen=True)
-class Machines:
-    """The machines of a planned run, as far as they are known.
-
-    Attributes:
-        nodes: Number of nodes, >= 1; None means that of the recipe.
-        devices: Number of devices per node, >= 1; None means that of the recipe.
-        gpu: Name of a GPU with known memory, a key of ``training.gpus.GPUS``.
-        memory: Memory per device in bytes; None means that of ``gpu``, or of this machine's GPU.
-
-    Raises:
-        ValueError: if a number is out of range, or the GPU is unknown.
-    """
-
-    nodes: int | None = None
-    devices: int | None = None
-    gpu: str | None = None
-    memory: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("nodes", "devices"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), "[1, inf)")
-        if self.memory is not None:
-            check_number("memory", self.memory, "(0, inf)")
-        if self.gpu is not None:
-            check_choice("gpu", self.gpu, GPUS)
-
-    def count(self, recipe: Recipe) -> tuple[int, int]:
-        """Returns the numbers of nodes and of devices per node; those of a recipe where none is given."""
-        nodes, devices = recipe.get("trainer.num_nodes"), recipe.get("trainer.devices")
-        if isinstance(devices, list):  # the indices of the devices
-            devices = len(devices)
-        if not isinstance(devices, int) or devices < 1:
-            # On a CPU, Lightning's auto is one process.
-            devices = 1 if recipe.get("trainer.accelerator") == "cpu" else max(1, torch.cuda.device_count())
-        return self.nodes or (nodes if isinstance(nodes, int) and nodes > 0 else 1), self.devices or devices
-
-    def device_memory(self) -> float | None:
-        """Returns the memory of a device in bytes, or None if it is unknown."""
-        if self.memory is not None or self.gpu is not None:
-            return self.memory or GPUS[str(self.gpu)].memory
-        return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
 @dataclass(frozen=True)
@@ -121,18 +71,16 @@ class Check:
 
 @dataclass
 class Preflight:
-    """The result of the checks. ``print`` shows it as a text, and ``rich`` in colour.
+    """The result of the checks. ``print`` shows a line for each.
 
     Attributes:
         checks: All checks in the order in which they were done.
-        ranks: Rows of a table: node, local rank, global rank and samples of a step; see ``rank_rows``.
         num_parameters: Number of trained parameters; None if the module could not be built.
         memory: Peak memory of a rank, calculated.
         step_flops: FLOPs of a step of all ranks, without the recomputation of activation checkpointing.
     """
 
     checks: list[Check] = field(default_factory=list)
-    ranks: list[tuple[str, ...]] = field(default_factory=list)
     num_parameters: int | None = None
     memory: Memory | None = None
     step_flops: float | None = None
@@ -152,32 +100,14 @@ class Preflight:
         return {"ok": self.ok, **asdict(self)}
 
     def __str__(self) -> str:
-        from rich.console import Console
-
-        console = Console(width=120, color_system=None, highlight=False)
-        with console.capture() as captured:
-            console.print(self)
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
-
-    def __rich__(self) -> RenderableType:
-        from rich.box import SIMPLE
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
-
-        lines, ranks = (
-            Table.grid(padding=(0, 2, 0, 0)),
-            Table("node", "local rank", "global rank", "samples", box=SIMPLE),
-        )
-        for check in self.checks:
-            # A text may contain names from untrusted files, and line breaks.
-            text = " ".join(printable(line, limit=None) for line in check.text.split("\n"))
-            lines.add_row(Text(check.verdict, _STYLES[check.verdict]), check.name, Text(text))
-        for row in self.ranks:
-            ranks.add_row(*row)
+        # A text may contain names from untrusted files, and line breaks.
+        lines = [
+            f"{check.verdict:9}{check.name:15}{printable(' '.join(check.text.splitlines()), limit=None)}"
+            for check in self.checks
+        ]
         failed, count = len(self.errors), len(self.checks)
         end = f"{failed} of {count} checks fail." if failed else f"All {count} checks pass."
-        return Group(lines, *[ranks] * bool(self.ranks), Text(end, _STYLES["FAIL" if failed else "ok"]))
+        return "\n".join([*lines, end])
 
     def add(self, name: str, text: str, verdict: Verdict = "ok") -> None:
         """Adds a check. A failure that is already in the list is not repeated."""
@@ -194,28 +124,28 @@ class Preflight:
                 raise
             self.add(name, str(error), "FAIL")
 
+    @contextmanager
+    def count(self, name: str) -> Iterator[None]:
+        """Adds a warning if a step of a plug-in cannot run without values."""
+        try:
+            yield
+        except Exception as error:
+            reason = (str(error).splitlines() or [""])[0]
+            self.add(name, f"cannot be calculated ({type(error).__name__}: {reason})", "warning")
+
 
 def preflight(
-    recipe: Recipe | None = None,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-    machines: Machines | None = None,
+    recipe: Recipe | None = None, *, machines: Machines | None = None, **folders: Unpack[Folders]
 ) -> Preflight:
     """Checks a run on any machine: data, tokenizer, ranks, strategy, recipe, batch, memory, disk.
 
-    A failed check stops only those that need its result. The arguments up to ``pretrained`` are those of ``runs.fit``.
+    A failed check stops only those that need its result. Without data, sizes are those of the paper.
 
     Args:
         recipe: Values of the run, and the stage. None checks this machine instead.
-        run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``. Without data, sizes are those of the paper.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
-        pretrained: Pretrained folder with the initial weights of a new run.
         machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
             it has a GPU.
+        folders: See ``Folders``.
 
     Raises:
         ValueError: if the run has no name, or a reserved one.
@@ -224,14 +154,17 @@ def preflight(
     if recipe is None:
         _check_machine(found)
         return found
-    nodes, devices = machines.count(recipe)
-    folders = {"data": data, "tokenizer": tokenizer, "pretrained": pretrained}
-    plan, summary = _find_inputs(found, recipe, run_folder(recipe, run), folders)
+    nodes, devices = count_devices(machines, recipe)
+    plan, summary = _find_inputs(found, recipe, name_folders(**folders))
     is_complete = found.ok
-    _check_ranks(found, os.environ, nodes, devices)
+    ranks = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
+    if nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
+        found.add("ranks", f"{ranks}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
+    else:
+        found.add("ranks", ranks)
     stage_run = None
     with found.catch("recipe"), leave_no_trace():
-        stage_run = _build(found, plan, summary, nodes * devices, machines.gpu, is_complete=is_complete)
+        stage_run = _build(found, plan, summary, nodes * devices, machines.device, is_complete=is_complete)
     if stage_run is None:
         return found
     module, values = stage_run.model, stage_run.values
@@ -240,28 +173,48 @@ def preflight(
     if plan.tokenizer is not None:
         config = read_config(plan.tokenizer, "tokenizer")
         encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
-    per_device = _share_batch(found, values, summary, nodes, devices)
+    per_device = _share_batch(found, values, summary, nodes * devices)
     _describe_run(found, plan, module, values, summary, encoder)
-    options = {  # the run was built for one CPU
+    options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
         "ranks": nodes * devices,
         "precision": values.trainer.precision,
         "encoder": encoder,
         "encodes": values.data.source != "tokens",
     }
-    with _may_be_uncountable(found, "memory"):
-        _check_memory(found, module, options, per_device, machines.device_memory())
+    with found.count("memory"):
+        found.memory = step_memory(module, per_device=per_device, **options)
+        _check_memory(found, found.memory, module, options, per_device, _device_memory(machines))
     _check_disk(found, plan, module, values)
     return found
 
 
-def _find_inputs(
-    found: Preflight, recipe: Recipe, folder: Path, named: Mapping[str, str | Path | None]
-) -> tuple[Plan, DataSummary | None]:
+def count_devices(machines: Machines, recipe: Recipe) -> tuple[int, int]:
+    """Returns the numbers of nodes and of devices per node; those of a recipe where none is given."""
+    nodes, devices = recipe.get("trainer.num_nodes"), recipe.get("trainer.devices")
+    if isinstance(devices, list):  # the indices of the devices
+        devices = len(devices)
+    if not isinstance(devices, int) or devices < 1:
+        # On a CPU, Lightning's auto is one process.
+        devices = 1 if recipe.get("trainer.accelerator") == "cpu" else max(1, torch.cuda.device_count())
+    return machines.nodes or nodes or 1, machines.devices or devices
+
+
+def _device_memory(machines: Machines) -> float | None:
+    """Returns the memory of a device in bytes, or None if it is unknown."""
+    if machines.device_memory is not None:
+        return parse_size(machines.device_memory)
+    if machines.device is not None:
+        return GPUS[machines.device].memory
+    return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
+
+
+def _find_inputs(found: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan, DataSummary | None]:
     """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
-    plan, summary = Plan(recipe, shards=Path(named["data"] or ""), folder=folder), None
+    folder, data = run_folder(recipe, named["run"]), named["data"]
+    plan, summary = Plan(recipe, shards=Path(data or ""), folder=folder), None
     with found.catch("data"):
-        plan = replace(plan, shards=find_data(recipe, named["data"]))
+        plan = replace(plan, shards=find_data(recipe, data))
         if recipe.get("data.source") != "stream":
             for split in ("train", "val"):
                 load_manifest(plan.shards, split, check=False)
@@ -280,39 +233,6 @@ def _find_inputs(
     return plan, summary
 
 
-def _check_ranks(found: Preflight, environment: Mapping[str, str], nodes: int, devices: int) -> None:
-    """Checks Slurm's variables, and that several nodes know the address of rank 0."""
-    text = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
-    faults = slurm_faults(environment, nodes=nodes, devices=devices)
-    for fault in faults:
-        found.add("ranks", fault, "FAIL")
-    if nodes > 1 and not environment.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
-        found.add("ranks", f"{text}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
-    elif not faults:
-        found.add("ranks", text)
-
-
-def slurm_faults(environment: Mapping[str, str], *, nodes: int, devices: int) -> list[str]:
-    """Returns an error message for each Slurm variable that contradicts nodes x devices; none outside a job."""
-    if "SLURM_JOB_ID" not in environment:
-        return []
-    # Slurm sets a variable only if the job asked for it. Lightning needs the tasks of a node.
-    tasks = environment.get("SLURM_NTASKS_PER_NODE", "nothing" if environment.get("SLURM_NTASKS", "1") != "1" else None)
-    given = {**environment, **({} if tasks is None else {"SLURM_NTASKS_PER_NODE": tasks})}
-    expected = {
-        "SLURM_NNODES": (nodes, "--nodes"),
-        "SLURM_NTASKS_PER_NODE": (devices, "--ntasks-per-node"),
-        "SLURM_GPUS_ON_NODE": (devices, "--gpus-per-node"),
-        "SLURM_NTASKS": (nodes * devices, "--ntasks-per-node and --nodes"),
-    }
-    return [
-        f"{name} must be {wanted} for {nodes} nodes x {devices} devices, got {given[name]}; change {flag} of sbatch, "
-        "or nodes and devices here"
-        for name, (wanted, flag) in expected.items()
-        if name in given and given[name] != str(wanted)
-    ]
-
-
 def _build(
     found: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
 ) -> StageRun:
@@ -325,10 +245,7 @@ def _build(
     trainer = values.trainer
     precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
     with found.catch("strategy"):
-        build_strategy(trainer.strategy)
-        check_accelerator(trainer.accelerator)
-        check_precision(precision)
-        check_strategy(trainer.strategy, stage=recipe.stage, ranks=ranks)
+        check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         found.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
         run = StageRun(plan.stage, replace(values, trainer=replace(trainer, precision=precision)), folder)
@@ -344,12 +261,11 @@ def _build(
     return run
 
 
-def _share_batch(found: Preflight, values: ResolvedRun, summary: DataSummary | None, nodes: int, devices: int) -> int:
+def _share_batch(found: Preflight, values: ResolvedRun, summary: DataSummary | None, ranks: int) -> int:
     """Divides the global batch among the ranks, and returns the samples of a micro-batch."""
-    batch, most, ranks = values.data.global_batch, values.data.max_batch_per_device, nodes * devices
+    batch, most = values.data.global_batch, values.data.max_batch_per_device
     with found.catch("batch"):
         per_device, micro_batches = split_batch(batch, most, ranks)
-        found.ranks = rank_rows(nodes, devices, per_device, micro_batches) if ranks > 1 else []
         parts = (count_text(ranks, "rank"), count_text(micro_batches, "accumulation step"))
         text = f"{batch} = {' x '.join(parts)} x {count_text(per_device, 'sample')}"
         is_small = summary is not None and summary.samples["train"] < batch
@@ -357,29 +273,6 @@ def _share_batch(found: Preflight, values: ResolvedRun, summary: DataSummary | N
         found.add("batch", text + more, "warning" if is_small else "ok")
         return per_device
     return most
-
-
-def rank_rows(nodes: int, devices: int, per_device: int, micro_batches: int) -> list[tuple[str, ...]]:
-    """Returns node, local rank, global rank and samples of a step for each rank, or each node if there are many ranks.
-
-    Micro-batch a of rank r has the samples [(a W + r) b, (a W + r + 1) b) of the global batch, with W ranks and b
-    samples per micro-batch. The first three micro-batches show the pattern.
-    """
-    ranks = nodes * devices
-    rows: list[tuple[str, ...]] = []
-    width = 1 if ranks <= _MAX_ROWS else devices  # ranks per row
-    for rank in range(0, ranks, width)[:_MAX_ROWS]:
-        firsts = [(micro_batch * ranks + rank) * per_device for micro_batch in range(min(3, micro_batches))]
-        samples = ", ".join(_span(first, width * per_device) for first in firsts)
-        row = (str(rank // devices), _span(rank % devices, width), _span(rank, width))
-        rows.append((*row, samples + ", ..." * (micro_batches > 3)))
-    if ranks > _MAX_ROWS * width:
-        rows.append(("...", "...", "...", f"up to rank {ranks - 1}"))
-    return rows
-
-
-def _span(first: int, count: int) -> str:
-    return str(first) if count == 1 else f"{first}-{first + count - 1}"
 
 
 def _describe_run(
@@ -402,36 +295,23 @@ def _describe_run(
     )
     found.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     work = ""
-    with _may_be_uncountable(found, "work"):
+    with found.count("work"):
         reads_tokens = values.data.source == "tokens"
         found.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
-        work = f", {_flops_text(found.step_flops)} per step"
+        count = found.step_flops / 1e12
+        work = f", {f'{count:,.0f}' if count >= 1000 else f'{count:.3g}'} TFLOP per step"
     found.add("model", f"{found.num_parameters:,} trained parameters{work}")
 
 
-def _flops_text(count: float) -> str:
-    """Formats a number of floating-point operations with three digits, such as ``1.2 TFLOP``."""
-    unit, factor = next(
-        (each for each in (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9)) if count >= each[1]), ("MFLOP", 1e6)
-    )
-    return f"{count / factor:.3g} {unit}"
-
-
-@contextmanager
-def _may_be_uncountable(found: Preflight, name: str) -> Iterator[None]:
-    """Adds a warning if a step of a plug-in cannot run without values."""
-    try:
-        yield
-    except Exception as error:
-        reason = (str(error).splitlines() or [""])[0]
-        found.add(name, f"cannot be calculated ({type(error).__name__}: {reason})", "warning")
-
-
 def _check_memory(
-    found: Preflight, module: Any, options: Mapping[str, Any], per_device: int, device: float | None
+    found: Preflight,
+    memory: Memory,
+    module: TokenModel | Tokenizer,
+    options: Mapping[str, Any],
+    per_device: int,
+    device: float | None,
 ) -> None:
-    """Checks that a micro-batch fits into the memory of a device, and otherwise names the largest that does."""
-    memory = found.memory = step_memory(module, per_device=per_device, **options)
+    """Checks that a micro-batch fits into the memory of a device, and otherwise names one that does."""
     gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
     text = (
         f"{size_text(memory.total)} per device with {count_text(per_device, 'sample')}: {size_text(memory.states)} "
@@ -444,13 +324,9 @@ def _check_memory(
     if memory.total <= limit:
         found.add("memory", f"{text}; {size_text(device)} available")
         return
-    # Activations of images grow linearly with the micro-batch; a step on tokens is counted in a second.
-    fixed, each = memory.total - memory.activations, memory.activations / per_device
     sizes = [size for size in range(per_device - 1, 0, -1) if per_device % size == 0]
-    largest = next((size for size in sizes if fixed + size * each <= limit), None)
-    if isinstance(module, TokenModel):
-        fitting = (size for size in sizes if step_memory(module, per_device=size, **options).total <= limit)
-        largest = next(fitting, None)
+    fitting = (size for size in sizes if step_memory(module, per_device=size, **options).total <= limit)
+    largest = next(fitting, None)
     hint = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
     is_transformer = isinstance(module, TokenModel)  # stage 1 counts float32 in both precisions
     savings = {

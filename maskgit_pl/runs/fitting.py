@@ -1,29 +1,65 @@
-"""``runs.fit`` and ``runs.export``: train a stage of a run, and write a checkpoint of a run as a pretrained folder.
+"""``fit`` trains a stage of a run and exports it, ``dry_run`` says what it would do, ``export`` exports a checkpoint.
 
-``maskgit train`` and ``maskgit export`` call them. All checks come before torch and Lightning are imported.
+``maskgit train`` and ``maskgit export`` call them.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import logging
-from collections.abc import Sequence
+import os
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Unpack
 
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+
+from maskgit_pl.checks import count_text
+from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.files import check_writable
+from maskgit_pl.distributed import describe_environment
+from maskgit_pl.files import check_writable, read_json, write_text
+from maskgit_pl.networks.weights import load_weights
+from maskgit_pl.pipeline.card import write_card
+from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
 from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
-from maskgit_pl.runs.plan import Plan, folder_of, plan_run
+from maskgit_pl.runs.build import StageRun, build, restore_process_state
+from maskgit_pl.runs.plan import Folders, Plan, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
+from maskgit_pl.runs.resolve import AUTO, config_text
+from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.training.checkpoints import (
+    FolderCheckpointIO,
+    SavedTensor,
+    complete_checkpoints,
+    newest_checkpoint,
+    step_of,
+)
+from maskgit_pl.training.token_model import TokenModel
 
-if TYPE_CHECKING:
-    from maskgit_pl.runs.stage import FitResult
-
-__all__ = ["export", "fit"]
+__all__ = [
+    "FitResult",
+    "check_run_outputs",
+    "describe_start",
+    "dry_run",
+    "export",
+    "fit",
+    "fit_stage",
+]
 
 log = logging.getLogger(__name__)
 
+_RECORDS = ("config.yaml", "environment.json")
+_EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
+_OPEN_FILES = 1 << 16  # more than any run needs
 # Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
 _HERE = (
     "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1",
@@ -31,15 +67,29 @@ _HERE = (
 )  # fmt: skip
 
 
-def fit(
-    recipe: Recipe,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-    fresh: bool = False,
-) -> FitResult:
+@dataclass(frozen=True)
+class FitResult:
+    """The result of a fit.
+
+    Args:
+        folder: ``runs/RUN``.
+        step: Step of the exported weights.
+        was_finished: True if the run was finished before, so that nothing was trained.
+        metrics: Last validation metrics by name, ``val/...``; empty if there was no validation.
+    """
+
+    folder: Path
+    step: int
+    was_finished: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def pretrained(self) -> Path:
+        """The pretrained folder that the run has exported, for ``MaskGIT.from_pretrained``."""
+        return self.folder / "pretrained"
+
+
+def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> FitResult:
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
     During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
@@ -48,11 +98,8 @@ def fit(
 
     Args:
         recipe: Values of the run, and the stage.
-        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
-        pretrained: Pretrained folder with the initial weights of a new run.
         fresh: True starts over: an existing stage folder is renamed to ``STAGE.old-N``. Nothing is deleted.
+        folders: See ``Folders``.
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
@@ -62,13 +109,11 @@ def fit(
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
-    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    plan = plan_run(recipe, **folders)
     # The other ranks start when the folder has its new name.
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with catch_stop_signals():
-            from maskgit_pl.runs.stage import fit_stage  # lightning and torch take seconds to import
-
             return fit_stage(plan)
     except SystemExit as stop:
         # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
@@ -142,16 +187,13 @@ def export(
         for each in stages:
             if (out / each).exists() and not replace:
                 raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
-        # Everything is found before torch is imported and before anything is written.
+        # Everything is found before anything is written.
         plans = [_plan(folder, each, data, out) for each in stages]
         chosen = [_checkpoint(plan, step) for plan in plans]
-        from maskgit_pl.pipeline.pretrained import check_stage_folder  # lightning and torch take seconds to import
-        from maskgit_pl.runs.stage import export_checkpoint
-
         for each in stages:
             check_stage_folder(out / each)
         for plan, checkpoint in zip(plans, chosen, strict=True):
-            export_checkpoint(plan, checkpoint, out)
+            _export_checkpoint(plan, checkpoint, out)
     return out
 
 
@@ -188,8 +230,6 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
 
 def _checkpoint(plan: Plan, step: int | None) -> Path:
     """Returns the complete checkpoint of a step, or the newest one."""
-    from maskgit_pl.training.checkpoint_files import complete_checkpoints, step_of
-
     found = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
     if not found or step not in {None, *found}:
         there = ", ".join(map(str, found)) or "none"
@@ -199,3 +239,226 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
             "--stage"
         )
     return found[max(found) if step is None else step]
+
+
+@restore_process_state()
+def fit_stage(plan: Plan) -> FitResult:
+    """Trains a stage and exports it; does nothing if the run is finished.
+
+    Raises:
+        FileExistsError: if there are other files in the folder of the export.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the settings of
+            the run have changed, or another process trains it.
+        RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
+    """
+    # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    run = build(plan)
+    trainer = run.trainer
+    newest = newest_checkpoint(plan.checkpoints)
+    if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):
+        if trainer.is_global_zero:
+            log.info("%s: finished at %s; nothing to do", plan.stage_folder, newest.name)
+        return FitResult(plan.folder, step_of(newest), was_finished=True)
+    _check_tasks(trainer)
+    check_run_outputs(plan)
+    with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
+        _fit(run, plan)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    return FitResult(plan.folder, trainer.global_step, metrics=metrics)
+
+
+@restore_process_state()
+def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
+    """Exports the averaged weights of a checkpoint, which any number of ranks wrote, by a plan of one CPU process."""
+    run = build(plan)
+    module = run.model
+
+    def only_weights(key: str, saved: SavedTensor) -> Tensor:
+        # Optimizer states are not read.
+        return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
+
+    load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
+    log.info("%s: %s", plan.stage_folder, checkpoint.name)
+    _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
+
+
+@restore_process_state()
+def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
+    """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
+
+    Returns:
+        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``, ``steps``,
+        ``devices``. Names without content are left out.
+
+    Raises:
+        FileNotFoundError: see ``runs.fit``.
+        ValueError: see ``runs.fit``.
+    """
+    plan = plan_run(recipe, **folders)
+    stage_run = build(plan)
+    check_run_outputs(plan)
+    stage_run.datamodule.setup()
+    trainer = stage_run.trainer
+    lines: Mapping[str, str | None] = {
+        "run": describe_start(plan.stage_folder, trainer.max_steps),
+        "recipe": recipe.title,
+        "data": _describe_data(stage_run, plan),
+        "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
+        "weights": None if plan.pretrained is None else f"a new run starts from those of {plan.pretrained}",
+        "model": f"{sum(each.numel() for each in stage_run.model.parameters() if each.requires_grad):,} parameters",
+        "steps": f"{trainer.max_steps:,}, with a global batch of {_describe_batch(stage_run)}",
+        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
+    }
+    return {name: text for name, text in lines.items() if text is not None}
+
+
+def describe_start(stage_folder: Path, max_steps: int) -> str:
+    """Returns a line: whether the training starts, resumes or has nothing to do."""
+    newest = newest_checkpoint(stage_folder / "checkpoints")
+    if newest is None:
+        return f"{stage_folder}: starts from scratch"
+    if max_steps <= step_of(newest):
+        return f"{stage_folder}: {newest.name} has all of {max_steps} steps; training has nothing to do"
+    return f"{stage_folder}: resumes from {newest.name}"
+
+
+def _check_tasks(trainer: Trainer) -> None:
+    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job.
+
+    Raises:
+        ValueError: if the training was started in a batch script or an interactive job of several tasks without it.
+    """
+    if not isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
+        return
+    if os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1" and trainer.world_size > 1:
+        raise ValueError(
+            f"{trainer.world_size} ranks must be started with srun, got 1 task in a Slurm job of several; put `srun` "
+            "before the command, use recipes/slurm/train.sbatch, or start the ranks with torchrun"
+        )
+
+
+def check_run_outputs(plan: Plan) -> None:
+    """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
+
+    Raises:
+        FileExistsError: if there are other files in the folder of the export.
+        ValueError: if an output cannot be written, or would replace the tokenizer of the run by another one.
+    """
+    exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
+    for folder in (plan.checkpoints, exported):
+        check_writable(name, folder, is_folder=True)
+    for file in (*_RECORDS, _EXPORTED):
+        check_writable(name, plan.stage_folder / file)
+    check_stage_folder(exported)  # which the export at the end replaces
+    own = plan.folder / "pretrained" / "tokenizer"
+    if plan.tokenizer is None or has_weights_of(own, plan.tokenizer):
+        return
+    check_stage_folder(own)
+    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file():
+        raise ValueError(
+            f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
+            "replace; name another run with --run, or leave out --tokenizer"
+        )
+
+
+def _is_exported(plan: Plan, step: int) -> bool:
+    """Returns True if the pretrained folder of the run holds the weights of this step, not of an earlier one."""
+    try:
+        record: object = read_json(plan.stage_folder / _EXPORTED)
+        return record == {"step": step, "sha256": fingerprint(plan.folder / "pretrained" / plan.stage)}
+    except (OSError, ValueError):
+        return False
+
+
+def _fit(run: StageRun, plan: Plan) -> None:
+    """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage folder."""
+    module, data, trainer = run.model, run.datamodule, run.trainer
+    newest = newest_checkpoint(plan.checkpoints)
+    if plan.pretrained is not None and newest is None:
+        assert isinstance(module, Tokenizer | TokenModel)
+        module.start_from(plan.pretrained)  # only a new run: a checkpoint has its own weights
+    if trainer.is_global_zero:
+        _write_records(run, plan)
+        _log_start(run, plan, newest)
+    # All ranks compare it before they train.
+    run.checkpoints.resumes_from = newest
+    with run.watchdog.watch(trainer):
+        trainer.fit(module, datamodule=data, ckpt_path=newest)
+        _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
+        # Launchers end the remaining ranks soon after the first one exits, so all exit together.
+        trainer.strategy.barrier("exported")
+
+
+def _write_records(run: StageRun, plan: Plan) -> None:
+    """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
+    folder = plan.stage_folder
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / _RECORDS[0], config_text(run.values))
+    recipe = plan.recipe
+    environment = {
+        "command": sys.argv,
+        "recipe": recipe.names,
+        "dataset": recipe.dataset,
+        "data": str(plan.shards),
+        **describe_environment(),
+        "world_size": run.trainer.world_size,
+    }
+    if plan.pretrained is not None:
+        environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
+    write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
+
+
+def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
+    """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
+    if plan.pretrained is not None and newest is None:
+        log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
+    for origin, keys in plan.recipe.left_out.items():
+        log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
+    if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
+        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
+    run.datamodule.warn_if_resized()
+    if run.datamodule.stream is not None:
+        log.info(
+            "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
+        )
+    resuming = f"; resuming from {newest.name}" if newest else ""
+    log.info("%s: global batch %s%s", plan.stage_folder, _describe_batch(run), resuming)
+
+
+def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
+    """Writes the averaged weights; must be called on every rank."""
+    if isinstance(module, Tokenizer):
+        module.export(folder)
+    elif isinstance(module, TokenModel):
+        module.export(folder, class_names=data.class_names)
+        if module.global_rank == 0:
+            try:
+                write_card(folder)
+            except Exception as error:  # the weights are exported already
+                log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
+    if module.global_rank == 0 and folder == plan.folder / "pretrained":
+        record = {"step": step, "sha256": fingerprint(folder / plan.stage)}
+        write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
+    if module.global_rank == 0:
+        log.info("exported %s", folder)
+
+
+def _describe_data(run: StageRun, plan: Plan) -> str:
+    if run.datamodule.config.source == "stream":
+        return "a stream of shards"
+    summary = run.datamodule.summary
+    counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
+    parts = (f"{plan.shards}: {counts}", count_text(summary.num_classes, "class"), run.datamodule.resizing)
+    return "; ".join(part for part in parts if part is not None)
+
+
+def _describe_batch(run: StageRun) -> str:
+    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``."""
+    config, ranks = run.datamodule.config, run.trainer.world_size
+    per_device, accumulation = split_batch(config.global_batch, config.max_batch_per_device, ranks)
+    parts = (count_text(ranks, "rank"), count_text(accumulation, "accumulation step"), count_text(per_device, "sample"))
+    return f"{config.global_batch} = {' x '.join(parts)}"

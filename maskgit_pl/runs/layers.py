@@ -1,6 +1,8 @@
-"""Layers of recipe values from files and flags, and their merge. Used by ``Recipe``.
+"""The values of recipes and flags before they are checked: layers of plain values, their merge, and the text of flags.
 
-A flag overrides one value by its dotted key: ``--KEY=VALUE``.
+A flag overrides one value of a recipe by its dotted key: ``--KEY=VALUE``. Other flags of commands hold numbers, names
+or mappings: their parsers take the name of the flag, for errors, and its text, and raise a ``ValueError`` for a text of
+another form. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,11 +11,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, Literal
 
-from maskgit_pl.checks import shorten
-from maskgit_pl.files import NO_CODE, check_plain, parse_yaml
+from maskgit_pl.checks import ImageSize, as_image_size, shorten
+from maskgit_pl.files import check_plain, parse_yaml
 
 __all__ = [
     "DEFAULT_BACKBONE",
@@ -21,12 +22,19 @@ __all__ = [
     "Kind",
     "Layer",
     "Overrides",
-    "explain_unknown_key",
     "flag_layer",
     "flag_words",
     "merge",
+    "parse_features",
+    "parse_image_size",
+    "parse_integers",
+    "parse_named_spec",
+    "parse_numbers",
+    "parse_spec",
+    "parse_specs",
     "remove_key",
     "split_flags",
+    "split_values",
     "value_at",
 ]
 
@@ -57,24 +65,7 @@ _COMMON = (  # keys of all backbones
     "condition_dim",
     "num_token_groups",
 )
-_STEPS = "runs are counted in steps; set trainer.max_steps"
-_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
-    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
-    "trainer.max_epochs": _STEPS,
-    "trainer.min_epochs": _STEPS,
-    "trainer.min_steps": _STEPS,
-    "trainer.fast_dev_run": _STEPS,
-    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
-    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
-    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
-    "trainer.default_root_dir": "use --runs-folder and --run",
-    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
-    "trainer.use_distributed_sampler": "the data module divides the samples among the ranks",
-    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
-    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
-    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
-    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
-}
+_MAX_NUMBER = 100_000  # more than the tokens of any image; a range is a list of its numbers
 
 
 @dataclass(frozen=True)
@@ -191,29 +182,87 @@ def flag_layer(key: str, text: str) -> Layer:
     return Layer(f"flag --{key}", trees[0], tuple(trees[1:]), fault)
 
 
-def explain_unknown_key(key: str, known: Sequence[str], *, backbone: str) -> str:
-    """Returns the message for a key that a recipe cannot have.
+def split_values(text: str) -> list[str]:
+    """Splits a text at the commas that are not inside a mapping or a list. Empty parts are dropped."""
+    words, depth = [""], 0
+    for letter in text:
+        depth += (letter in "{[") - (letter in "}]")
+        if letter == "," and depth == 0:
+            words.append("")
+        else:
+            words[-1] += letter
+    return [word.strip() for word in words if word.strip()]
 
-    Args:
-        key: The dotted key.
-        known: All dotted keys of the recipe.
-        backbone: Name of the backbone, whose keys ``model.network`` has; empty for stage 1.
-    """
-    if key in _REASONS:
-        return f"{key} cannot be set: {_REASONS[key]}"
-    group, _, leaf = key.rpartition(".")
-    known = [name for name in known if name not in DERIVED_KEYS]
-    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
-    # First candidates: similar names in the same group.
-    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
-    # Second: the same name in another group.
-    close += [name for name in known if name.rpartition(".")[2] == leaf]
-    if backbone and group == "model.network":
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}: {hint}keys of backbone {backbone}: {', '.join(sorted(beside))}"
-    if not close:
-        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
-    if key in close:  # a key with dots in a file
-        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
-        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
-    return f"unknown key {key!r}: did you mean {close[0]!r}?"
+
+def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
+    """Parses numbers in [1, 100000] and ranges, such as ``4,8,16`` or ``4-16``; each number counts once."""
+    numbers: dict[int, None] = {}
+    for word in split_values(text) or [text]:
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
+        first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if not 1 <= first <= last <= _MAX_NUMBER:
+            raise ValueError(
+                f"{flag} must be numbers such as 4,8,16 or a range such as 4-16, got {shorten(word)}; the smallest is "
+                f"1, the largest {_MAX_NUMBER}"
+            )
+        numbers.update(dict.fromkeys(range(first, last + 1)))
+    return tuple(numbers)
+
+
+def parse_integers(flag: str, text: str) -> tuple[int, ...]:
+    """Parses integers separated by commas, such as ``0,1``."""
+    words = split_values(text)
+    if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
+        raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {shorten(text)}")
+    return tuple(map(int, words))
+
+
+def parse_image_size(flag: str, text: str) -> ImageSize:
+    """Parses the size of images in pixels: a side such as ``64``, or height and width such as ``48,64``."""
+    match = re.fullmatch(r"\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*)?", text)
+    if match is None:
+        raise ValueError(f"{flag} must be a side such as 64, or height,width such as 48,64, got {shorten(text)}")
+    return as_image_size([int(match[1]), int(match[2] or match[1])])
+
+
+def parse_spec(flag: str, text: str) -> Any:
+    """Parses one name, number or mapping in YAML. ``{"name": "remdm"}`` and ``{name: remdm}`` are the same."""
+    rule = f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}'"
+    try:
+        spec = parse_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{rule}, got {shorten(text)} ({error})") from error
+    if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
+        raise ValueError(f"{rule}, got {spec!r}")
+    return spec
+
+
+def parse_named_spec(flag: str, text: str) -> str | dict[str, Any]:
+    """Parses a plug-in: a mapping with its name and arguments; what does not begin like one is its name, as it is."""
+    if not text.lstrip().startswith(("{", "[", '"')):
+        return text
+    spec = parse_spec(flag, text)
+    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
+        raise ValueError(f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {text}")
+    return spec
+
+
+def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``."""
+    specs = [parse_spec(flag, word) for word in split_values(text)]
+    if not specs:
+        raise ValueError(f"{flag} must have at least one name, got {text!r}")
+    for spec in specs:
+        if not isinstance(spec, str | dict):
+            raise ValueError(f"{flag} must be names or mappings, got {spec!r} in {text}")
+    return specs
+
+
+def parse_features(flag: str, text: str) -> list[str | dict[str, Any]]:
+    """Parses feature networks: names, ``NAME=PATH``, ``timm:MODEL=FILE`` or mappings, each network once."""
+    specs = parse_specs(flag, text)
+    names = [str(spec if isinstance(spec, str) else spec.get("name")).partition("=")[0] for spec in specs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{flag} must name each network once, got {', '.join(twice)} twice")
+    return specs

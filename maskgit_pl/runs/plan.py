@@ -9,6 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import read_yaml, sha256_of
@@ -18,11 +19,13 @@ from maskgit_pl.runs.recipe import Recipe, Stage
 
 __all__ = [
     "SHARED_TOKENS",
+    "Folders",
     "Plan",
     "find_data",
     "find_pretrained",
     "find_tokenizer",
     "folder_of",
+    "name_folders",
     "plan_run",
     "run_folder",
 ]
@@ -69,32 +72,49 @@ class Plan:
         return self.stage_folder / "checkpoints"
 
 
-def plan_run(
-    recipe: Recipe,
-    *,
+class Folders(TypedDict, total=False):
+    """The folders of a run, which ``fit``, ``dry_run``, ``tokenize``, ``preflight`` and ``plan_submission`` take.
+
+    Attributes:
+        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.
+        data: Data folder. Default: ``data/shards/DATASET``.
+        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
+        pretrained: Pretrained folder with the initial weights of a new run.
+    """
+
+    run: str | Path | None
+    data: str | Path | None
+    tokenizer: str | Path | None
+    pretrained: str | Path | None
+
+
+def name_folders(
     run: str | Path | None = None,
     data: str | Path | None = None,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
-) -> Plan:
+) -> Folders:
+    """Returns the folders that a caller names, with None for the others; Python refuses another argument."""
+    return Folders(run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+
+
+def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
     """Finds the folders of a run, and checks them as far as possible without torch.
 
     Args:
         recipe: Values of the run, and the stage.
-        run: See ``run_folder``.
-        data: See ``find_data``.
-        tokenizer: See ``find_tokenizer``.
-        pretrained: See ``find_pretrained``.
+        folders: See ``Folders``.
 
     Raises:
         ValueError: if the name of the run is reserved, or several tokenizers match.
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
     """
-    shards, folder = find_data(recipe, data), run_folder(recipe, run)
-    found = None
+    named = name_folders(**folders)
+    shards, folder, found = find_data(recipe, named["data"]), run_folder(recipe, named["run"]), None
     if recipe.stage == "transformer":
-        found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
-    return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, pretrained))
+        others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
+        found = find_tokenizer(recipe, folder=folder, shards=shards, **others)
+    return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, named["pretrained"]))
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
@@ -178,16 +198,11 @@ def find_tokenizer(
     if folder.name != recipe.run_name:
         _refuse_unknown_run(folder)
     found = _tokenizers_of(shards, folder.parent)
-    if not found:
-        raise FileNotFoundError(
-            f"tokenizer {own}: no such folder; train one with `maskgit train tokenizer`, or name another with "
+    if len(found) != 1:
+        several = f", and there are several others for these data: {', '.join(map(str, found))}" if found else ""
+        raise (ValueError if found else FileNotFoundError)(
+            f"tokenizer {own}: no such folder{several}; train one with `maskgit train tokenizer`, or name another with "
             "--tokenizer"
-        )
-    if len(found) > 1:
-        choices = ", ".join(map(str, found))
-        raise ValueError(
-            f"tokenizer {own}: no such folder, and there are several others for these data; name one with --tokenizer: "
-            f"{choices}"
         )
     log.info("tokenizer: %s, the only one trained on %s", found[0], shards)
     return found[0]

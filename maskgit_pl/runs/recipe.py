@@ -9,13 +9,12 @@ class, a function or another file to read. ``settings`` checks the values, and i
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from maskgit_pl.files import parse_yaml, read_yaml
+from maskgit_pl.files import read_yaml
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import (
     DERIVED_KEYS,
@@ -35,7 +34,6 @@ __all__ = [
     "STAGES",
     "Recipe",
     "Stage",
-    "find_in_recipes",
     "list_recipes",
     "read_run_config",
     "recipe_files",
@@ -205,11 +203,6 @@ def recipes_folders() -> list[Path]:
     return [here, *(folder for folder in complete if not here.samefile(folder))]
 
 
-def find_in_recipes(name: str) -> Path | None:
-    """Returns the file of a relative path, such as ``slurm/train.sbatch``, in the first folder that has it."""
-    return next((file for folder in recipes_folders() if (file := folder / name).is_file()), None)
-
-
 def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
     """Returns the files of a kind of recipe by name, sorted by name."""
     found = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
@@ -239,7 +232,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
     for name in names:
         found = _files_by_stage(name, known)
         files += [found[stage]] if stage in found else []
-    return [*files, _cluster_file(cluster)]
+    return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
 def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
@@ -250,22 +243,14 @@ def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dic
             raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
         homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
         return dict.fromkeys(homes, file)
-    found = {each: files[name] for each, files in known.items() if name in files}
-    if not found:
-        every = {each for files in known.values() for each in files}
-        raise FileNotFoundError(
-            f"recipe {name!r}: no such file in {' or '.join(map(str, recipes_folders()))}: {nearest(name, every)}"
-        )
-    return found
+    _find_named("recipe", name, {each: file for files in known.values() for each, file in files.items()})
+    return {each: files[name] for each, files in known.items() if name in files}
 
 
-def _cluster_file(name: str) -> Path:
-    """Finds a file of ``recipes/cluster``."""
-    known = list_recipes("cluster")
+def _find_named(what: str, name: str, known: Mapping[str, Path]) -> Path:
     if name not in known:
-        raise FileNotFoundError(
-            f"cluster {name!r}: no such file in {recipes_folders()[-1] / 'cluster'}: {nearest(name, known)}"
-        )
+        folders = " or ".join(map(str, recipes_folders()))
+        raise FileNotFoundError(f"{what} {name!r}: no such file in {folders}: {nearest(name, known)}")
     return known[name]
 
 
@@ -293,30 +278,35 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     return tree, paths
 
 
-def _find_kind(stage: Stage, files: Sequence[Layer], words: Sequence[str]) -> Kind:
+def _find_kind(stage: Stage, layers: Sequence[Layer], words: Sequence[str]) -> Kind:
     """Returns the kind of module that files and flags select."""
-    # Flags count, too, and the last one wins. They are parsed again by ``flag_layer``.
-    network = [value_at(layer.tree, "model.network") for layer in files]
-    for key, text in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE):
-        if key in (_BACKBONE, _ATTENTION):
-            with suppress(ValueError):  # invalid YAML raises later, where the flag is read
-                network.append({key.rpartition(".")[2]: parse_yaml(text)})
     if stage == "tokenizer":
         return "tokenizer"
-    merged = merge({"network": each} for each in network if isinstance(each, Mapping)).get("network", {})
+    flags = [
+        flag.tree for flag in _flag_layers(words) if flag.origin in (f"flag --{_BACKBONE}", f"flag --{_ATTENTION}")
+    ]
     # Backbones without causal attention refuse the key.
-    return "autoregressive" if merged.get("attention") == "causal" else "transformer"
+    is_causal = value_at(merge([*(layer.tree for layer in layers), *flags]), _ATTENTION) == "causal"
+    return "autoregressive" if is_causal else "transformer"
+
+
+def _flag_layers(words: Sequence[str]) -> list[Layer]:
+    """Returns the layers of flags: first that of the backbone, which decides on other keys."""
+    return [flag_layer(*pair) for pair in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)]
 
 
 def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
     """Checks layers together with flags on top of them, and returns the trees of the flags."""
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    # The backbone decides on other keys.
-    flags = [flag_layer(*pair) for pair in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)]
-    if kind == "autoregressive":
-        for flag in flags:
-            _refuse_masking(flag)
+    flags = _flag_layers(words)
+    for flag in flags if kind == "autoregressive" else ():
+        for key in _MASKED_ONLY:
+            if value_at(flag.tree, key) is not None:
+                raise ValueError(
+                    f"{flag.origin}: with causal attention no token is masked, and tokens are drawn one after another; "
+                    f"{key} is for bidirectional attention; leave the flag out"
+                )
     return tuple(flag.tree for flag in check_layers(kind, [*layers, *flags])[len(layers) :])
 
 
@@ -330,12 +320,3 @@ def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, l
         if keys:
             left_out[layer.origin] = keys
     return kept, left_out
-
-
-def _refuse_masking(layer: Layer) -> None:
-    for key in _MASKED_ONLY:
-        if value_at(layer.tree, key) is not None:
-            raise ValueError(
-                f"{layer.origin}: with causal attention no token is masked, and tokens are drawn one after another; "
-                f"{key} is for bidirectional attention; leave the flag out"
-            )

@@ -11,10 +11,9 @@ size, precision, and the execution of blocks and optimizer.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -27,9 +26,8 @@ from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.runs.layers import DERIVED_KEYS, merge, remove_key, value_at
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.runs.settings import ResolvedRun, TrainerSettings, resolve
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
-from maskgit_pl.training.strategies import PRECISIONS
+from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings, resolve
+from maskgit_pl.training.checkpoints import newest_checkpoint
 
 __all__ = [
     "AUTO",
@@ -42,8 +40,6 @@ __all__ = [
     "merge_values",
     "values_without_data",
 ]
-
-log = logging.getLogger(__name__)
 
 AUTO = "auto"
 
@@ -148,7 +144,7 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
 
 def choose_precision(
     trainer: TrainerSettings, network: object, stage: Stage, folder: Path, *, gpu: str | None = None
-) -> str:
+) -> Precision:
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
     1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
@@ -164,31 +160,15 @@ def choose_precision(
     """
     if trainer.precision != AUTO:
         return trainer.precision
-    recorded = _recorded_precision(folder)  # 1.
-    if recorded is not None:
-        return recorded
+    if newest_checkpoint(folder / "checkpoints") is not None and (folder / "config.yaml").is_file():  # 1.
+        return cast(Precision, value_at(read_yaml(folder / "config.yaml"), "trainer.precision"))
     key, width = _WIDE[stage]
     own = getattr(network, key, None)
     is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
     # All devices of GPUS have the instructions.
-    is_fast = trainer.strategy == "auto" and (gpu is not None or has_bfloat16(_device(trainer.accelerator)))
+    device = "cpu" if trainer.accelerator == "cpu" else default_device()
+    is_fast = trainer.strategy == "auto" and (gpu is not None or has_bfloat16(device))
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
-
-
-def _recorded_precision(folder: Path) -> str | None:
-    """Returns the precision of the last start of a run, or None if it has no checkpoint or no readable record."""
-    if newest_checkpoint(folder / "checkpoints") is None:
-        return None
-    try:
-        recorded = value_at(read_yaml(folder / "config.yaml"), "trainer.precision")
-    except (OSError, ValueError) as error:
-        log.warning("%s; trainer.precision is chosen again", error)
-        return None
-    return recorded if recorded in PRECISIONS else None
-
-
-def _device(accelerator: str) -> str:
-    return "cpu" if accelerator == "cpu" else default_device()
 
 
 def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from difflib import get_close_matches
 from functools import cached_property
 from types import UnionType
 from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
@@ -27,16 +28,18 @@ from maskgit_pl.checks import (
     validate,
 )
 from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.files import NO_CODE
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, explain_unknown_key, merge, value_at
+from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __all__ = [
     "RUNS",
+    "Precision",
     "ResolvedRun",
     "RunSettings",
     "TokenizerRun",
@@ -47,7 +50,45 @@ __all__ = [
 ]
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
+_STEPS = "runs are counted in steps; set trainer.max_steps"
+_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
+    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
+    "trainer.max_epochs": _STEPS,
+    "trainer.min_epochs": _STEPS,
+    "trainer.fast_dev_run": _STEPS,
+    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
+    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
+    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
+    "trainer.default_root_dir": "use --runs-folder and --run",
+    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
+    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
+    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
+    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
+    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
+}
+Precision = Literal["32-true", "bf16-mixed", "auto"]
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
+_TRAINER_RANGES = {
+    "num_nodes": "[1, 100000]",
+    "max_steps": f"[-1, {_INT64}]",
+    "log_every_n_steps": f"[1, {_INT64}]",
+    "num_sanity_val_steps": f"[-1, {_INT64}]",
+    "val_check_interval": f"[1, {_INT64}]",
+}
+_RUN_RANGES = {
+    "checkpoint_every": f"[1, {_INT64}]",
+    "keep_last": "[1, 1000000]",
+    "keep_every": f"[1, {_INT64}]",
+    "cpu_threads": "[1, 4096]",
+    "max_passes": f"[1, {_INT64}]",
+}
+
+
+def _check_integers(settings: object, ranges: Mapping[str, str], prefix: str = "") -> None:
+    """Checks the integers of a dataclass that are not None."""
+    for name, interval in ranges.items():
+        if getattr(settings, name) is not None:
+            check_integer(f"{prefix}{name}", getattr(settings, name), interval)
 
 
 @dataclass(frozen=True)
@@ -76,11 +117,11 @@ class TrainerSettings:
         ValueError: if a number is out of range.
     """
 
-    accelerator: str = "auto"
+    accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
     devices: int | str | list[int] = "auto"
     num_nodes: int = 1
-    precision: str = "32-true"
+    precision: Precision = "32-true"
     max_steps: int = -1
     val_check_interval: int | None = None
     limit_val_batches: int | float | None = None
@@ -97,15 +138,9 @@ class TrainerSettings:
             check_choice("trainer.devices", self.devices, ("auto",))
         elif isinstance(self.devices, int):
             check_integer("trainer.devices", self.devices, "[-1, 1024]")
-        check_integer("trainer.num_nodes", self.num_nodes, "[1, 100000]")
-        check_integer("trainer.max_steps", self.max_steps, f"[-1, {_INT64}]")
-        check_integer("trainer.log_every_n_steps", self.log_every_n_steps, f"[1, {_INT64}]")
-        if self.num_sanity_val_steps is not None:
-            check_integer("trainer.num_sanity_val_steps", self.num_sanity_val_steps, f"[-1, {_INT64}]")
+        _check_integers(self, _TRAINER_RANGES, "trainer.")
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
-        if self.val_check_interval is not None:
-            check_integer("trainer.val_check_interval", self.val_check_interval, f"[1, {_INT64}]")
         if isinstance(self.limit_val_batches, int):  # a number of batches; a float is a fraction
             check_integer("trainer.limit_val_batches", self.limit_val_batches, f"[0, {_INT64}]")
         elif self.limit_val_batches is not None:
@@ -146,15 +181,8 @@ class RunSettings:
     profiler: str | dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_integer("checkpoint_every", self.checkpoint_every, f"[1, {_INT64}]")
-        check_integer("keep_last", self.keep_last, "[1, 1000000]")
+        _check_integers(self, _RUN_RANGES)
         check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
-        if self.keep_every is not None:
-            check_integer("keep_every", self.keep_every, f"[1, {_INT64}]")
-        if self.cpu_threads is not None:
-            check_integer("cpu_threads", self.cpu_threads, "[1, 4096]")
-        if self.max_passes is not None:
-            check_integer("max_passes", self.max_passes, f"[1, {_INT64}]")
         names = [each if isinstance(each, str) else each.get("name") for each in self.loggers]
         if any(names.count(name) > 1 for name in names):
             raise ValueError(f"loggers must be different, got {shorten(names)}")
@@ -363,13 +391,41 @@ def _check_names(
         where = f"{path}.{key}" if path else str(key)
         if where in DERIVED_KEYS or key not in groups:
             backbone = "" if kind is VQGANConfig else value_at(root, "model.network.backbone") or DEFAULT_BACKBONE
-            raise ValueError(explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
+            raise ValueError(_explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
         inner, is_optional = groups[key]
         if inner is None or (value is None and is_optional):
             continue
         if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
             raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
         _check_names(value, inner, run=run, root=root, path=where)
+
+
+def _explain_unknown_key(key: str, known: Sequence[str], *, backbone: str) -> str:
+    """Returns the message for a key that a recipe cannot have.
+
+    Args:
+        key: The dotted key.
+        known: All dotted keys of the recipe.
+        backbone: Name of the backbone, whose keys ``model.network`` has; empty for stage 1.
+    """
+    if key in _REASONS:
+        return f"{key} cannot be set: {_REASONS[key]}"
+    group, _, leaf = key.rpartition(".")
+    known = [name for name in known if name not in DERIVED_KEYS]
+    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    # First candidates: similar names in the same group.
+    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    # Second: the same name in another group.
+    close += [name for name in known if name.rpartition(".")[2] == leaf]
+    if backbone and group == "model.network":
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"unknown key {key!r}: {hint}keys of backbone {backbone}: {', '.join(sorted(beside))}"
+    if not close:
+        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
+    if key in close:  # a key with dots in a file
+        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
+        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
+    return f"unknown key {key!r}: did you mean {close[0]!r}?"
 
 
 def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, tuple[type[Any] | None, bool]]:

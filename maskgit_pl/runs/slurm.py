@@ -27,12 +27,13 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Unpack
 
-from maskgit_pl.checks import check_integer, shorten
+from maskgit_pl.checks import check_integer
 from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.layers import split_flags
-from maskgit_pl.runs.plan import Plan, plan_run
-from maskgit_pl.runs.recipe import Recipe, find_in_recipes
+from maskgit_pl.runs.plan import Folders, Plan, plan_run
+from maskgit_pl.runs.recipe import Recipe, recipes_folders
 
 __all__ = [
     "JobOptions",
@@ -57,7 +58,6 @@ _REFUSED = {  # options of sbatch that the job sets itself -> the reason
     "--export": "the script needs all variables of the submission",
     "--wrap": "the job runs a script of its own",
 }  # fmt: skip
-_REFUSED_OF_TASKS = {flag: reason for flag, reason in _REFUSED.items() if reason in (_NODES, _TASKS)}
 
 _SIGNALS = ("USR1", "USR2", "TERM", "INT", "10", "12", "15", "2")  # those that script and training catch
 _SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
@@ -67,9 +67,6 @@ _VARIABLES = (  # of the environment, which the script reads
     "MASKGIT",
 )  # fmt: skip
 _PROGRAM = Path(".venv/bin/maskgit")  # the script's own default
-
-_NEXT_LINE = " \\\n    "
-_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class JobOptions:
 
     Raises:
         ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax, or
-            ``sbatch`` or ``srun`` has an option that the job sets itself, or a word that is no option.
+            ``sbatch`` or ``srun`` has an option that the job sets itself.
     """
 
     nodes: int = 1
@@ -109,42 +106,32 @@ class JobOptions:
     program: str | None = None
 
     def __post_init__(self) -> None:
-        check_integer("nodes", self.nodes, "[1, inf)")
-        check_integer("devices", self.devices, "[1, inf)")
-        if self.cpus is not None:
-            check_integer("cpus", self.cpus, "[1, inf)")
+        for name in ("nodes", "devices", "cpus"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), "[1, inf)")
         if not _TIME.fullmatch(self.time):
-            raise ValueError(
-                f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {shorten(self.time)}"
-            )
-        self._check_texts()
+            raise ValueError(f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {self.time!r}")
+        _split("container", self.container)
+        for name in ("sbatch", "srun"):
+            for flag, _ in _flags(_split(name, getattr(self, name))):
+                reason = _REFUSED.get(flag)
+                if reason is not None and (name == "sbatch" or reason in (_NODES, _TASKS)):
+                    raise ValueError(f"{name} must not have {flag}: {reason}; leave it out of --{name}")
         self._check_signal()
 
-    def _check_texts(self) -> None:
-        for name in ("sbatch", "srun", "container"):
-            words = _split(name, getattr(self, name))
-            # The script reads the words of srun and container with xargs, which takes no line breaks in quotes.
-            if name != "sbatch" and any("\n" in word for word in words):
-                raise ValueError(
-                    f"{name} must have no line break within a word, got {getattr(self, name)!r}; write it in one line"
-                )
-        for name, refused in (("sbatch", _REFUSED), ("srun", _REFUSED_OF_TASKS)):
-            words = _split(name, getattr(self, name))
-            _check_words(name, words)
-            for flag, _ in _flags(words):
-                if flag in refused:
-                    raise ValueError(f"{name} must not have {flag}: {refused[flag]}; leave it out of --{name}")
-
     def _check_signal(self) -> None:
+        """Checks that the job is told to save, by a signal that training catches, only after it has started.
+
+        Otherwise it would be requeued again and again.
+        """
         limit, lead = _limit_seconds(self.time), _SIGNAL_LEAD
         for value in (value for flag, value in _flags(self.sbatch_words) if flag == "--signal"):
             name, _, seconds = value.partition("@")
             if name.rpartition(":")[2].upper().removeprefix("SIG") not in _SIGNALS:
                 raise ValueError(
-                    f"sbatch must have a --signal at which training saves, got {shorten(value)}; use USR1@SECONDS"
+                    f"sbatch must have a --signal at which training saves, got {value!r}; use USR1@SECONDS"
                 )
             lead = int(seconds) if seconds.isdecimal() else _SIGNAL_LEAD
-        # A job that is told to save as soon as it starts would be requeued again and again.
         if 0 < limit <= lead:
             raise ValueError(
                 f"time must be longer than the {lead} s before its end when the job saves, got {self.time}; give a "
@@ -155,22 +142,6 @@ class JobOptions:
     def sbatch_words(self) -> list[str]:
         """The options in ``sbatch`` as a list of words."""
         return _split("sbatch", self.sbatch)
-
-    @property
-    def srun_text(self) -> str:
-        """The options in ``srun`` with quotes that the script, which uses ``xargs``, reads as a shell does."""
-        return shlex.join(_split("srun", self.srun))
-
-    @property
-    def container_text(self) -> str:
-        """The command in ``container`` with such quotes."""
-        return shlex.join(_split("container", self.container))
-
-    @property
-    def output(self) -> str | None:
-        """The log file that ``sbatch`` names with ``--output``, as it is written there; None if it names none."""
-        named = [value for flag, value in _flags(self.sbatch_words) if flag in ("--output", "-o")]
-        return named[-1] if named else None
 
     @property
     def names_gpus(self) -> bool:
@@ -206,40 +177,26 @@ class Submission:
     @property
     def command(self) -> list[str]:
         """The ``sbatch`` command as a list of words."""
-        return ["sbatch", *self.options, str(_script()), *self.words]
+        script = next(file for folder in recipes_folders() if (file := folder / "slurm" / "train.sbatch").is_file())
+        return ["sbatch", *self.options, str(script), *self.words]
 
     def log_file(self, number: str) -> str:
         """Returns the log file of the job with this ID; of the patterns in ``--output``, only ``%j`` is replaced."""
-        if self.job.output is not None:
-            return self.job.output.replace("%j", number)
-        return str(_log_file(self.plan, number))
+        named = [value for flag, value in _flags(self.job.sbatch_words) if flag in ("--output", "-o")]
+        return named[-1].replace("%j", number) if named else str(self.plan.stage_folder / f"slurm-{number}.log")
 
     def __str__(self) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
-        options, words = map(shlex.quote, self.options), map(shlex.quote, (str(_script()), *self.words))
-        return _NEXT_LINE.join(_wrap([*part]) for part in (variables, ("sbatch", *options), words))
+        return " \\\n    ".join([*variables, *map(shlex.quote, self.command)])
 
 
-def plan_submission(
-    recipe: Recipe,
-    *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
-    job: JobOptions | None = None,
-) -> Submission:
+def plan_submission(recipe: Recipe, *, job: JobOptions | None = None, **folders: Unpack[Folders]) -> Submission:
     """Plans a job that trains a stage of a run. Submits nothing, and works without Slurm.
-
-    The arguments up to ``pretrained`` are those of ``runs.fit``.
 
     Args:
         recipe: Values of the run, and the stage.
-        run: A name in ``runs/``, or a folder. Default: ``DATASET-RECIPE``.
-        data: Data folder. Default: ``data/shards/DATASET``.
-        tokenizer: Pretrained tokenizer folder, for stage 2. Default: the run's own, or the only one for these data.
-        pretrained: Pretrained folder with the initial weights of a new run.
         job: Options of the job. Default: 1 node with 8 devices.
+        folders: See ``Folders``.
 
     Raises:
         ValueError: if a flag of the recipe sets nodes or devices, or its number of workers or threads is out of range.
@@ -249,17 +206,18 @@ def plan_submission(
     for key, _ in split_flags(recipe.words):
         if key in _SET_BY_JOB:
             raise ValueError(f"flag --{key} must be left out, since the job sets it; use {_SET_BY_JOB[key]} instead")
-    plan = plan_run(recipe, run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
+    plan = plan_run(recipe, **folders)
+    folder = str(plan.stage_folder).replace("%", "%%")  # sbatch replaces patterns
     # singleton: a second job of the same name waits for the first one.
     options = (
         "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}", f"--comment={_job_comment(plan)}",
-        "--dependency=singleton", f"--output={_log_pattern(plan)}", f"--nodes={job.nodes}",
+        "--dependency=singleton", f"--output={folder}/slurm-%j.log", f"--nodes={job.nodes}",
         f"--ntasks-per-node={job.devices}", *_resources(plan, job), *job.sbatch_words,
     )  # fmt: skip
     repeated = [] if recipe.config is None else [f"--config={recipe.config}"]
     # A task without a GPU must fail; with `auto` it would train on the CPU for days.
     gpu = ["--trainer.accelerator=gpu"] if recipe.get("trainer.accelerator") in (None, "auto") else []
-    variables = _variables(plan, job, data=data, pretrained=pretrained)
+    variables = _variables(plan, job, folders)
     return Submission(plan, job, options, (*repeated, *recipe.words, *gpu), variables)
 
 
@@ -273,24 +231,16 @@ def check_submission(submission: Submission) -> str:
     plan, job = submission.plan, submission.job
     log.info("%s: checking the run as training will, which takes some seconds ...", plan.stage_folder)
     from maskgit_pl.runs.build import build, restore_process_state  # lightning and torch take seconds to import
-    from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
-    from maskgit_pl.training.strategies import check_accelerator
+    from maskgit_pl.runs.fitting import describe_start
 
-    check_accelerator(str(plan.recipe.get("trainer.accelerator") or "auto"))
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={job.nodes}", f"--trainer.devices={job.devices}"]
     with hide_launcher(), restore_process_state():
         run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
-    data = run.datamodule
+    data, steps = run.datamodule, run.trainer.max_steps
     if data.config.source != "stream":
         data.setup()
-    newest, steps = newest_checkpoint(plan.checkpoints), run.trainer.max_steps
-    start = "starts from scratch" if newest is None else f"resumes from {newest.name}"
-    if newest is not None and step_of(newest) >= steps:
-        start = "already complete: the job only checks the export"
-    return (
-        f"{plan.stage_folder}: {job.nodes * job.devices} ranks share a global batch of "
-        f"{data.config.global_batch}; {steps} steps, {start}"
-    )
+    start = describe_start(plan.stage_folder, steps)
+    return f"{start}; {job.nodes * job.devices} ranks share a global batch of {data.config.global_batch}; {steps} steps"
 
 
 def submit(submission: Submission) -> str:
@@ -332,6 +282,11 @@ def _split(name: str, text: str) -> list[str]:
         raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
 
 
+def _requote(name: str, text: str) -> str:
+    """Returns the words of a text with quotes that the script, which uses ``xargs``, reads as a shell does."""
+    return shlex.join(_split(name, text))
+
+
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
@@ -340,17 +295,6 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield flag, value if equals else following
         elif word.startswith("-"):
             yield word[:2], word[2:] or following
-
-
-def _check_words(name: str, words: Sequence[str]) -> None:
-    """Checks that words are options with values: sbatch and srun take another word for the program to run."""
-    for before, word in itertools.pairwise(["", *words]):
-        is_value = before.startswith("-") and "=" not in before
-        if word == "--" or not (word.startswith("-") or is_value):
-            raise ValueError(
-                f"{name} must be options, got the word {shorten(word)}, which would be run in place of the training; "
-                "write an option as --NAME=VALUE"
-            )
 
 
 def _limit_seconds(text: str) -> int:
@@ -364,47 +308,23 @@ def _limit_seconds(text: str) -> int:
     return -(-seconds // 60) * 60
 
 
-def _script() -> Path:
-    found = find_in_recipes("slurm/train.sbatch")
-    if found is None:
-        raise FileNotFoundError("recipes/slurm/train.sbatch: no such file; reinstall maskgit_pl")
-    return found
-
-
-def _log_file(plan: Plan, number: str) -> Path:
-    return plan.stage_folder / f"slurm-{number}.log"
-
-
-def _log_pattern(plan: Plan) -> str:
-    """Returns the log file for ``sbatch``, which replaces % in it; the folder of the run is taken as it is."""
-    file = _log_file(plan, "%j")
-    return str(Path(str(file.parent).replace("%", "%%")) / file.name)
-
-
 def _job_comment(plan: Plan) -> str:
     """Returns the comment that identifies a job of this stage of this run in the queue."""
     return f"maskgit {plan.stage_folder.resolve()}"
 
 
 def _resources(plan: Plan, job: JobOptions) -> list[str]:
-    workers, threads = _integer(plan, "data.num_workers", default=0), _integer(plan, "cpu_threads", default=1)
+    recipe = plan.recipe
     # One core for the task and one per data worker, but at least the threads of torch.
-    is_on_cpu = plan.recipe.get("trainer.accelerator") == "cpu"
+    cpus = job.cpus or max(1 + (recipe.get("data.num_workers") or 0), recipe.get("cpu_threads") or 1)
+    is_on_cpu = recipe.get("trainer.accelerator") == "cpu"
     options = [] if is_on_cpu or job.names_gpus else [f"--gpus-per-node={job.devices}"]
-    options += [f"--cpus-per-task={job.cpus or max(1 + workers, threads)}", f"--time={job.time}"]
     named = ("partition", "account", "qos", "constraint")
-    return [*options, *(f"--{name}={value}" for name in named if (value := getattr(job, name)))]
+    given = [f"--{name}={value}" for name in named if (value := getattr(job, name))]
+    return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *given]
 
 
-def _integer(plan: Plan, key: str, *, default: int) -> int:
-    """Returns an integer of the recipe, or ``default`` if it is not set."""
-    value = plan.recipe.get(key)
-    return default if value is None else value
-
-
-def _variables(
-    plan: Plan, job: JobOptions, *, data: str | Path | None, pretrained: str | Path | None
-) -> dict[str, str]:
+def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:
     """Returns the variables that the script reads, without those that have their default value."""
     program = job.program or ("maskgit" if job.container else str(_this_program()))
     values = {
@@ -412,13 +332,13 @@ def _variables(
         "RUN": plan.folder.name,
         "RUNS": "" if plan.folder.parent == Path("runs") else str(plan.folder.parent),
         "DATASET": plan.recipe.dataset,
-        "DATA": str(data or ""),
+        "DATA": str(folders.get("data") or ""),
         "RECIPE": " ".join(plan.recipe.names),
         "CLUSTER": plan.recipe.cluster,
         "TOKENIZER": str(plan.tokenizer or ""),
-        "PRETRAINED": str(pretrained or ""),
-        "CONTAINER": job.container_text,
-        "SRUN": job.srun_text,
+        "PRETRAINED": str(folders.get("pretrained") or ""),
+        "CONTAINER": _requote("container", job.container),
+        "SRUN": _requote("srun", job.srun),
         "MASKGIT": "" if program == str(_PROGRAM) else program,
     }
     return {name: value for name, value in values.items() if value}
@@ -427,16 +347,6 @@ def _variables(
 def _this_program() -> Path:
     here = Path(sys.executable).parent / "maskgit"
     return _PROGRAM if _PROGRAM.exists() and _PROGRAM.samefile(here) else here
-
-
-def _wrap(words: Sequence[str]) -> str:
-    """Returns the words of a shell command, wrapped at ``_WIDTH`` characters."""
-    lines = [""]
-    for word in words:
-        if lines[-1] and len(lines[-1]) + len(word) > _WIDTH:
-            lines.append("")
-        lines[-1] += f" {word}" if lines[-1] else word
-    return _NEXT_LINE.join(lines)
 
 
 def _environment_outside_job() -> dict[str, str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.processes import Bars, available_cores, launcher_rank, local_rank, no_bars
-from maskgit_pl.runs.plan import SHARED_TOKENS, find_data, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, find_data, find_tokenizer, name_folders, run_folder
 from maskgit_pl.runs.recipe import Recipe
 
 __all__ = ["TokenizeOptions", "tokenize"]
@@ -48,26 +48,20 @@ _VIEWS = ("crops", "flip", "precision", "augmentations")
 def tokenize(
     recipe: Recipe,
     *,
-    run: str | Path | None = None,
-    data: str | Path | None = None,
-    tokenizer: str | Path | None = None,
-    pretrained: str | Path | None = None,
     options: TokenizeOptions | None = None,
     ranks: tuple[int | None, int | None] = (None, None),
     bars: Bars = no_bars,
+    **folders: Unpack[Folders],
 ) -> Path | None:
     """Makes the token store of a run if its recipe reads tokens. Resumes an interrupted store.
 
     Args:
         recipe: Recipe of stage 2.
-        run: A name in ``runs/``, or a folder; see ``fit``.
-        data: Data folder; see ``fit``.
-        tokenizer: Pretrained tokenizer folder; see ``fit``.
-        pretrained: Pretrained folder of both stages with the tokenizer, if ``tokenizer`` is None.
         options: Options of the store.
         ranks: Rank of this process among those that share the work, and their number. Default: those of torchrun or
             srun, or (0, 1).
         bars: Shows the progress of each split.
+        folders: See ``Folders``. ``pretrained`` may hold the tokenizer.
 
     Returns:
         The folder of the store; None if the recipe does not read tokens.
@@ -77,16 +71,15 @@ def tokenize(
         ValueError: if an option is out of range, or another process of the same rank makes the store.
         DataBudgetError: if too many images are unreadable.
     """
-    source = recipe.get("data.source")
+    named, source = name_folders(**folders), recipe.get("data.source")
     if source != "tokens":
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return None
     options = options or TokenizeOptions()
     rank, world_size, on_machine = _find_rank(*ranks)
-    shards, folder = find_data(recipe, data), run_folder(recipe, run)
-    loaded = load_tokenizer(
-        find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
-    )
+    shards, folder = find_data(recipe, named["data"]), run_folder(recipe, named["run"])
+    others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
+    loaded = load_tokenizer(find_tokenizer(recipe, folder=folder, shards=shards, **others))
     is_auto = options.device == "auto"  # the processes of a machine take its accelerators in turn
     device = check_device(default_device(local_rank=on_machine) if is_auto else options.device, name="--device")
     if options.num_workers is None:  # on a CPU, decoding processes would slow down the encoder

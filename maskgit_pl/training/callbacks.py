@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
-from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from PIL import Image
 from torch import Tensor
 
@@ -116,15 +116,6 @@ class Simple(ProfilerSpec):
 
     def create(self, folder: Path) -> Profiler:
         return SimpleProfiler(dirpath=folder, filename="profile")
-
-
-@profilers.register("advanced")
-@dataclass(frozen=True)
-class Advanced(ProfilerSpec):
-    """Python's cProfile of each part of Lightning's loop, written to ``fit-profile.txt`` at the end."""
-
-    def create(self, folder: Path) -> Profiler:
-        return AdvancedProfiler(dirpath=folder, filename="profile")
 
 
 @profilers.register("pytorch")

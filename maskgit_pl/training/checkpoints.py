@@ -1,38 +1,403 @@
-"""The callback that saves the checkpoints of a run, removes old ones, and handles failed writes.
+"""The checkpoints of a run: their folder, and the callback that saves, removes and handles failed writes of them.
 
-``CheckpointedModule`` is the base of the modules of both stages, which are built from a checkpoint again.
+A folder holds Lightning's checkpoint as safetensors and JSON, written atomically, without pickle:
+
+    step-00001000/
+      tensors-00000-of-00002.safetensors   rank 0: its rows of sharded tensors, and all other tensors
+      tensors-00001-of-00002.safetensors   rank 1: its rows of sharded tensors
+      state.json                           plain values, with names in place of tensors
+      COMPLETE.json                        the marker, written last: size and sha256 of each file
+
+A single process and DDP write one tensor file; FSDP2 writes one per rank. The header of a tensor file has the first row
+of each piece, so that any number of ranks reads a checkpoint of any other number.
+
+JSON has no tuples and no numeric keys, so in ``state.json`` a mapping with one key stands for what is neither a number,
+a text nor a list: ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``.
+
+Protocol of a save, on all ranks together; an error of one rank is raised on all of them:
+
+1. Each rank splits the checkpoint into plain values and tensors, and selects the tensors that it writes.
+2. Rank 0 checks the free disk space and makes a temporary folder beside the final one.
+3. Each rank with tensors writes one file and computes its sha256.
+4. Rank 0 writes ``state.json``, then the marker, and renames the temporary folder.
+5. Rank 0 removes the temporary folder if a step has failed.
+
+Protocol of a load: the ranks verify the sizes and hashes together, then each rank reads the rows that it needs. A
+folder without a marker is ignored; it is removed when the run resumes.
 """
 
 from __future__ import annotations
 
+import errno
+import json
 import logging
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from typing_extensions import override
 
 from maskgit_pl.checks import build_dataclass
-from maskgit_pl.distributed import on_all_ranks
+from maskgit_pl.data.folders import replace_folder
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.errors import CannotWriteError
-from maskgit_pl.training.checkpoint_files import (
-    SETTINGS,
-    FolderCheckpointIO,
-    complete_checkpoints,
-    find_leftovers,
-    step_of,
-)
+from maskgit_pl.files import sha256_of, size_text, write_tensors, write_text
+from maskgit_pl.networks.weights import open_tensors
 
-__all__ = ["CheckpointedModule", "Checkpoints", "full_state"]
+__all__ = [
+    "SETTINGS",
+    "CheckpointedModule",
+    "Checkpoints",
+    "FolderCheckpointIO",
+    "SavedTensor",
+    "complete_checkpoints",
+    "find_leftovers",
+    "full_state",
+    "local_rows",
+    "newest_checkpoint",
+    "read_settings",
+    "step_of",
+]
 
 log = logging.getLogger(__name__)
+
+SETTINGS = "maskgit_pl.settings"
+
+_STATE, _MARKER = "state.json", "COMPLETE.json"
+_VERSION = 3
+_FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece, if not 0
+_STEP_FOLDER = re.compile(r"step-(\d{8,})")
+
+
+class FolderCheckpointIO(CheckpointIO):
+    """A Lightning checkpoint plugin that writes and reads a folder of tensor files and plain values.
+
+    All ranks must call its methods together. An error of one rank is raised on all of them.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
+
+        Raises:
+            TypeError: if the checkpoint holds a value that is neither a tensor nor plain. The message names its key.
+            OSError: if the disk is full or not writable. No partial folder is left.
+        """
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.partial")
+        # 1. Split the checkpoint, and select the tensors of this rank.
+        tensors: dict[str, Tensor] = {}
+        state = _split_state(checkpoint, "", tensors)
+        rank, _ = rank_and_world()
+        pieces = _own_pieces(tensors, rank)
+        sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
+        writers = [each for each, size in enumerate(sizes) if size]
+        try:
+            # 2. Check the disk space and make the temporary folder.
+            on_all_ranks(lambda: _make_temporary_folder(temporary, sum(sizes)) if rank == 0 else None)
+            # 3. Write the tensor files.
+            written = on_all_ranks(
+                lambda: _write_tensors(temporary, pieces, writers.index(rank), len(writers)) if rank in writers else {}
+            )
+            # 4. Write the plain values and the marker, and rename the folder.
+            on_all_ranks(lambda: _finish(temporary, target, state, written) if rank == 0 else None)
+        finally:
+            # 5. After step 4 the temporary folder no longer exists.
+            if rank == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    @override
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Reads a complete folder, with whole tensors on the CPU.
+
+        Raises:
+            ValueError: if the folder is incomplete or a file has changed.
+        """
+        return self.load_pieces(path, lambda _, saved: saved.read_all())
+
+    def load_pieces(self, path: str | Path, read: Callable[[str, SavedTensor], Tensor]) -> dict[str, Any]:
+        """Reads a complete folder, with the part of each tensor that ``read`` selects.
+
+        Args:
+            path: The folder.
+            read: Function of a tensor's key, such as ``/state_dict/layer.weight``, and of the saved tensor.
+
+        Raises:
+            ValueError: if the folder is incomplete or a file has changed.
+        """
+        folder = Path(path)
+        rank, world_size = rank_and_world()
+        files = on_all_ranks(lambda: _read_marker(folder))[rank]  # a rank may see an older state of a shared folder
+        # Each rank hashes a part of the files.
+        on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
+        with _TensorFiles(folder, [name for name in sorted(files) if name != _STATE], rank) as opened:
+            return _read_state(folder, lambda key: read(key, SavedTensor(key, opened)))
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Deletes a checkpoint. The marker goes first, so that a partly deleted checkpoint is never used."""
+        (Path(path) / _MARKER).unlink(missing_ok=True)
+        shutil.rmtree(path)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Returns the complete checkpoint with the highest step in a ``checkpoints`` folder, or None."""
+    return max(complete_checkpoints(folder), default=None, key=step_of)
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Returns all complete checkpoints of a ``checkpoints`` folder, the oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
+    return sorted(found, key=step_of)
+
+
+def find_leftovers(folder: Path) -> list[Path]:
+    """Returns the incomplete checkpoints in a ``checkpoints`` folder, which a kill has left."""
+    torn = [path for path in folder.glob("step-*") if _STEP_FOLDER.fullmatch(path.name) and path.is_dir()]
+    return [*folder.glob(".step-*"), *(path for path in torn if not (path / _MARKER).exists())]
+
+
+def step_of(checkpoint: Path) -> int:
+    """Returns the step in a checkpoint's name."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """Reads the settings of the run from a complete checkpoint.
+
+    Raises:
+        ValueError: if the file has changed.
+    """
+    _verify(folder, [_STATE], _read_marker(folder))
+    settings: dict[str, Any] = _read_state(folder, lambda _: None)[SETTINGS]
+    return settings
+
+
+def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    """Returns a value as plain JSON, and adds its tensors to ``tensors``, named by their keys.
+
+    Args:
+        value: Tensors and plain values in mappings, lists and tuples.
+        key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
+        tensors: Mapping to which the tensors are added.
+
+    Raises:
+        TypeError: if a value is neither a tensor nor plain. The message names its key.
+    """
+    if isinstance(value, Tensor):
+        assert key not in tensors, f"checkpoint {key}: two tensors with this key"
+        tensors[key] = value
+        return {"tensor": key}
+    if isinstance(value, Mapping):
+        return {"items": [[_plain(k, key), _split_state(v, f"{key}/{k}", tensors)] for k, v in value.items()]}
+    if isinstance(value, list | tuple):
+        items = [_split_state(item, f"{key}/{i}", tensors) for i, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    return _plain(value, key)
+
+
+def _plain(value: Any, key: str) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"checkpoint {key or '/'}: tensors and plain values only, got {type(value).__name__}")
+
+
+def _join_state(node: Any, read: Callable[[str], Any]) -> Any:
+    """Inverts ``_split_state``: ``read`` returns the tensor of a name."""
+    if isinstance(node, list):
+        return [_join_state(item, read) for item in node]
+    if not isinstance(node, dict):
+        return node
+    ((kind, content),) = node.items()
+    if kind == "tensor":
+        return read(content)
+    if kind == "tuple":
+        return tuple(_join_state(item, read) for item in content)
+    return {key: _join_state(value, read) for key, value in content}
+
+
+def _make_temporary_folder(folder: Path, needed: int) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < needed:
+        text = f"a checkpoint needs {size_text(needed)}, {size_text(free)} are free"
+        raise OSError(errno.ENOSPC, text, str(folder.parent))
+    folder.mkdir()
+
+
+def _own_pieces(tensors: Mapping[str, Tensor], rank: int) -> dict[str, tuple[Tensor, int]]:
+    """Returns the tensors that this rank writes, each with its first row: its shards, and on rank 0 all others."""
+    pieces: dict[str, tuple[Tensor, int]] = {}
+    for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):
+            pieces[key] = tensor.to_local(), local_rows(tensor)[0]
+        elif rank == 0:
+            pieces[key] = tensor, 0
+    return pieces
+
+
+def local_rows(tensor: DTensor) -> tuple[int, int]:
+    """Returns the range [start, stop) of this rank's rows of a tensor that is sharded along its first dimension."""
+    (chunk,) = tensor.__create_chunk_list__()  # type: ignore[no-untyped-call]  # torch has no types for it
+    assert chunk.sizes[1:] == tensor.shape[1:]
+    return chunk.offsets[0], chunk.offsets[0] + chunk.sizes[0]
+
+
+def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], number: int, count: int) -> dict[str, Any]:
+    """Writes a tensor file, and returns its entry for the marker."""
+    file = folder / f"tensors-{number:05d}-of-{count:05d}.safetensors"
+    tensors = {key: rows.detach().cpu().contiguous().clone() for key, (rows, _) in pieces.items()}
+    starts = {key: start for key, (_, start) in pieces.items() if start}
+    write_tensors(file, tensors, metadata={_FIRST_ROWS: json.dumps(starts)})
+    return {file.name: _describe_file(file)}
+
+
+def _finish(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
+    write_text(temporary / _STATE, json.dumps(state))
+    files = {name: entry for each in written for name, entry in each.items()}
+    files[_STATE] = _describe_file(temporary / _STATE)
+    write_text(temporary / _MARKER, json.dumps({"version": _VERSION, "files": files}))
+    replace_folder(temporary, target)
+
+
+def _describe_file(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _read_marker(folder: Path) -> dict[str, Any]:
+    """Returns size and sha256 of each file.
+
+    Raises:
+        ValueError: if there is no marker, or it is damaged or of another version.
+    """
+    file = folder / _MARKER
+    if not file.is_file():
+        raise ValueError(f"checkpoint {folder} is incomplete: it has no {_MARKER}; use an older one or train again")
+    try:
+        marker = json.loads(file.read_bytes())
+        version, files = marker["version"], dict(marker["files"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise _changed(folder, _MARKER) from error
+    if version != _VERSION:
+        raise ValueError(f"checkpoint {folder}: version must be {_VERSION}, got {version}; start a new run with --run")
+    return files
+
+
+def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> None:
+    for name in names:
+        if not (folder / name).is_file() or files.get(name) != _describe_file(folder / name):
+            raise _changed(folder, name)
+
+
+def _changed(folder: Path, name: str) -> ValueError:
+    return ValueError(
+        f"checkpoint {folder}: {name} has changed since it was written; remove the folder to resume from an older one"
+    )
+
+
+def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
+    """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
+    state: dict[str, Any] = _join_state(json.loads((folder / _STATE).read_bytes()), read)
+    return state
+
+
+class _Piece(NamedTuple):
+    """Rows of a tensor in an open file."""
+
+    file: Any  # an open safetensors file
+    key: str
+    start: int
+    shape: list[int]
+
+    @property
+    def end(self) -> int:
+        return self.start + self.shape[0]
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Reads rows [start, stop) of the tensor, which this piece holds."""
+        rows: Tensor = self.file.get_slice(self.key)[start - self.start : stop - self.start]
+        return rows
+
+
+class _TensorFiles:
+    """The tensor files of a checkpoint, which are opened on first use, beginning with the file of this rank."""
+
+    def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
+        self.folder = folder
+        # With an unchanged number of ranks, each rank finds its rows in its own file.
+        self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
+        self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
+        self._files = ExitStack()
+
+    def __enter__(self) -> _TensorFiles:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def find(self, key: str) -> Iterator[_Piece]:
+        """Yields the pieces of a tensor."""
+        for name in self._names:
+            if name not in self._open:
+                file = self._files.enter_context(open_tensors(self.folder / name))
+                self._open[name] = file, set(file.keys()), json.loads(file.metadata()[_FIRST_ROWS])
+            file, keys, starts = self._open[name]
+            if key in keys:
+                yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
+
+
+class SavedTensor(NamedTuple):
+    """A tensor of a checkpoint, whole or in pieces. Any of its rows can be read.
+
+    Attributes:
+        key: Key in the checkpoint, such as ``/state_dict/layer.weight``.
+        files: Open files of the checkpoint.
+    """
+
+    key: str
+    files: _TensorFiles
+
+    @property
+    def is_scalar(self) -> bool:
+        """A bool: the tensor has no dimensions."""
+        return not next(self.files.find(self.key)).shape
+
+    def read_all(self) -> Tensor:
+        """Reads the whole tensor to the CPU."""
+        pieces = list(self.files.find(self.key))
+        if not pieces[0].shape:
+            scalar: Tensor = pieces[0].file.get_tensor(self.key)
+            return scalar
+        return self.read_rows(0, max(piece.end for piece in pieces))
+
+    def read_rows(self, start: int, stop: int) -> Tensor:
+        """Reads rows [start, stop) of the first dimension to the CPU."""
+        parts: dict[int, Tensor] = {}  # by their first row
+        for piece in self.files.find(self.key):
+            if piece.start <= start and stop <= piece.end:  # all rows are in this piece: no copy, and no other file
+                return piece.read(start, stop)
+            first, last = max(start, piece.start), min(stop, piece.end)
+            if first < last:
+                parts[first] = piece.read(first, last)
+        rows = torch.cat([parts[first] for first in sorted(parts)])
+        assert len(rows) == stop - start, f"checkpoint {self.files.folder}: {self.key} is incomplete"
+        return rows
+
 
 _CONFIG = "maskgit_pl.config"  # key of the module's configuration in a checkpoint
 _MOST_FAILURES = 3

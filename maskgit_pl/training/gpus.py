@@ -1,10 +1,16 @@
-"""Memory and peak rates of common GPUs. Imports no torch, since command-line flags list the names."""
+"""Common GPUs, and the machines of a planned run. Imports no torch, since command-line flags list the names."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-__all__ = ["GPU", "GPUS", "find_gpu"]
+from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.files import parse_size
+
+__all__ = ["GPU", "GPUS", "Machines", "find_gpu"]
+
+GPUName = Literal["a100-40", "a100-80", "h100", "h200", "l40s", "rtx4090"]
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,7 @@ class GPU:
         return self.tensor_float32 if tensor_float32 else self.float32
 
 
-GPUS = {
+GPUS: dict[GPUName, GPU] = {
     "a100-40": GPU(40e9, 19.5e12, 156e12, 312e12),
     "a100-80": GPU(80e9, 19.5e12, 156e12, 312e12),
     "h100": GPU(80e9, 67e12, 495e12, 989e12),
@@ -49,7 +55,8 @@ Source: NVIDIA's data sheets of the SXM modules and of the L40S, and its whitepa
 """
 
 
-_NAMES = {  # end of the driver's name -> key of GPUS; variants with more words (Laptop GPU, D, NVL, MIG) are slower
+# End of the driver's name -> key of GPUS. Variants with more words (Laptop GPU, D, NVL, MIG) are slower.
+_NAMES: dict[str, GPUName] = {
     "A100 80GB PCIe": "a100-80",
     "A100-SXM4-80GB": "a100-80",
     "A100-SXM4-40GB": "a100-40",
@@ -63,3 +70,35 @@ _NAMES = {  # end of the driver's name -> key of GPUS; variants with more words 
 def find_gpu(name: str) -> GPU | None:
     """Returns the GPU with a name of the driver, such as ``NVIDIA H100 80GB HBM3``, or None if it is not listed."""
     return next((GPUS[key] for end, key in _NAMES.items() if name.endswith(end)), None)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a planned run, as far as they are known.
+
+    Args:
+        nodes: Number of nodes (default: the recipe's).
+        devices: Devices of each node (default: the recipe's).
+        device: GPU whose memory is known.
+        device_memory: Memory of a device, such as 80GB or 24GiB.
+
+    Raises:
+        ValueError: if a number or the memory is out of range, or the GPU is unknown.
+    """
+
+    nodes: int | None = None
+    devices: int | None = None
+    device: GPUName | None = None
+    device_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "devices"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), "[1, inf)")
+        if self.device is not None:
+            check_choice("device", self.device, get_args(GPUName))
+        if self.device_memory is not None:
+            try:
+                parse_size(self.device_memory)
+            except ValueError as error:
+                raise ValueError(f"device_memory {error}") from error

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
 from maskgit_pl.files import parse_any_json, write_text
-from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizers
+from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
 __all__ = [
     "FILE_NAME",
@@ -47,8 +47,13 @@ log = logging.getLogger(__name__)
 
 FILE_NAME = "health.json"  # in the stage folder
 
-_RESTART_BELOW = 0.2  # of recipes/tokenizer/base.yaml, where all codes are used
 _LOWER_RATE = "lower model.optimizer.learning_rate.peak"
+_USE_CODES = [  # what brings unused codes back; the first value is that of recipes/tokenizer/base.yaml
+    "use model.network.quantizer {name: ema, restart_below: 0.2}, simvq or fsq, which keep their codes in use",
+    "set entropy_weight of model.network.quantizer above 0 (0.1 in the released configuration)",
+    _LOWER_RATE,
+    "use a smaller model.network.codebook_size or code_dim",
+]
 
 
 @dataclass(frozen=True)
@@ -146,7 +151,6 @@ def find_problems(
     *,
     codebook_size: int,
     num_tokens: float,
-    quantizer: str | Mapping[str, Any] | None,
     has_codebook: bool = True,
 ) -> Iterator[Problem]:
     """Compares measurements with their healthy ranges.
@@ -156,16 +160,15 @@ def find_problems(
         config: The ranges.
         codebook_size: K, number of codes.
         num_tokens: Number of tokens that usage and perplexity were measured on.
-        quantizer: Name or mapping of the quantizer, for advice; None if unknown.
         has_codebook: True if the quantizer stores its codes as vectors, in the space of the features.
     """
     attainable = attainable_codes(codebook_size, num_tokens)
-    advice = _advise_on_codes(quantizer, has_codebook=has_codebook)
 
     value, limit = metrics.get("codebook_usage", math.inf), config.least_usage * attainable / codebook_size
     if value < limit:
-        text = f"only {value * codebook_size:.0f} of {codebook_size} codes are in use ({value:.1%}, healthy: at least "
-        yield Problem("codebook_usage", value, f"{text}{limit:.1%})", advice)
+        codes = f"{value * codebook_size:.0f} of {codebook_size} codes"
+        text = f"only {codes} are in use ({value:.1%}, healthy: at least {limit:.1%})"
+        yield Problem("codebook_usage", value, text, _USE_CODES)
 
     value, limit = metrics.get("perplexity", math.inf), max(1.0, config.least_perplexity * attainable)
     if value < limit:
@@ -173,7 +176,7 @@ def find_problems(
             f"the tokens are distributed like {value:.1f} equally frequent codes of {codebook_size} (perplexity, "
             f"healthy: at least {limit:.1f}), so a few codes describe nearly everything"
         )
-        yield Problem("perplexity", value, text, advice)
+        yield Problem("perplexity", value, text, _USE_CODES)
 
     value, norm = metrics.get("commitment_distance", 0.0), metrics.get("feature_norm", math.inf)
     limit = config.largest_distance * norm
@@ -184,41 +187,25 @@ def find_problems(
         )
         yield Problem("commitment_distance", value, text, ["raise model.network.quantizer.commitment", _LOWER_RATE])
 
-    accuracy = metrics.get("discriminator_accuracy", 0.5)
-    if accuracy > config.largest_discriminator_accuracy:
+    value, limit = metrics.get("discriminator_accuracy", 0.5), config.largest_discriminator_accuracy
+    if value > limit:
         text = (
-            f"the discriminator is right on {accuracy:.1%} of the images (healthy: at most "
-            f"{config.largest_discriminator_accuracy:.1%}), so the generator learns nearly nothing from it"
+            f"the discriminator is right on {value:.1%} of the images (healthy: at most {limit:.1%}), so the generator "
+            "learns nearly nothing from it"
         )
         advice = [
             "start it later: raise model.adversarial.start_step",
             "raise model.adversarial.r1_weight, or set model.adversarial.lecam_weight above 0",
             "use a smaller discriminator (model.adversarial.discriminator)",
         ]
-        yield Problem("discriminator_wins", accuracy, text, advice)
-    elif accuracy < config.least_discriminator_accuracy:
+        yield Problem("discriminator_wins", value, text, advice)
+    if value < config.least_discriminator_accuracy:
         text = (
-            f"the discriminator is right on only {accuracy:.1%} of the images (healthy: at least "
+            f"the discriminator is right on only {value:.1%} of the images (healthy: at least "
             f"{config.least_discriminator_accuracy:.1%}; guessing gives 50 %), so its training is unstable"
         )
-        advice = ["lower model.adversarial.weight, or set weight_rule: adaptive", "lower model.adversarial.r1_weight"]
-        yield Problem("discriminator_fails", accuracy, text, [_LOWER_RATE, *advice])
-
-
-def _advise_on_codes(quantizer: str | Mapping[str, Any] | None, *, has_codebook: bool) -> list[str]:
-    """Returns the changes that bring unused codes back."""
-    key, advice = "model.network.quantizer", []
-    built = None if quantizer is None else quantizers.build(quantizer)
-    if getattr(built, "restart_below", _RESTART_BELOW) < _RESTART_BELOW:
-        advice.append(f"raise {key}.restart_below to {_RESTART_BELOW}, which replaces rare codes")
-    if has_codebook:
-        name = quantizer if isinstance(quantizer, str | None) else quantizer["name"]
-        cures = {"ema": f"{{name: ema, restart_below: {_RESTART_BELOW}}}", "simvq": "simvq", "fsq": "fsq"}
-        others = " or ".join(cure for cured, cure in cures.items() if cured != name)
-        advice.append(f"use {key} {others}, which keeps its codes in use")
-    if getattr(built, "entropy_weight", None) == 0:
-        advice.append(f"set {key}.entropy_weight above 0 (0.1 in the released configuration)")
-    return [*advice, _LOWER_RATE, "use a smaller model.network.codebook_size or code_dim"]
+        advice = [_LOWER_RATE, "lower model.adversarial.weight or r1_weight, or set its weight_rule: adaptive"]
+        yield Problem("discriminator_fails", value, text, advice)
 
 
 class CodeHistory:
@@ -250,7 +237,7 @@ class CodeHistory:
         self.last_used.index_fill_(0, flat, step)
 
     def state(self) -> dict[str, Tensor]:
-        """Returns the counts and the last uses over all ranks; must be called on every rank."""
+        """Returns counts and last uses over all ranks; must be called on every rank."""
         return {"counts": sum_over_ranks(self.counts), "last_used": max_over_ranks(self.last_used)}
 
     def load(self, state: Mapping[str, Any]) -> None:
@@ -381,7 +368,6 @@ class HealthMonitor(Callback):
                 self.config,
                 codebook_size=self.quantizer.codebook_size,
                 num_tokens=num_tokens,
-                quantizer=pl_module.config.network.quantizer,  # type: ignore[union-attr, arg-type]  # of a tokenizer
                 has_codebook=isinstance(getattr(self.quantizer, "codebook", None), Tensor),
             )
             if "discriminator_accuracy" in metrics and self._first_judged is None:

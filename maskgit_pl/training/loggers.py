@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -60,10 +59,6 @@ class LoggerSpec:
 
         A new run with a name gets the complete recipe by ``logger.log_hyperparams``.
         """
-        return None
-
-    def destination(self) -> str | None:
-        """Returns the address to which the tracker sends what it gets; None if all of it stays in the stage folder."""
         return None
 
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
@@ -131,10 +126,6 @@ class WandB(LoggerSpec):
             job_type=folder.name,
         )
 
-    def destination(self) -> str | None:
-        server = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-        return None if self.mode == "offline" else f"project {self.project} of {_without_user(server)}"
-
     def run_id(self, logger: Logger) -> str | None:
         return str(cast(WandbLogger, logger).experiment.id)
 
@@ -158,9 +149,6 @@ class MLflow(LoggerSpec):
 
     def check(self) -> None:
         _require("mlflow")
-
-    def destination(self) -> str | None:
-        return _without_user(os.environ.get("MLFLOW_TRACKING_URI", "")) or None
 
     def create(self, folder: Path, *, run_id: str | None) -> Logger:
         address = os.environ.get("MLFLOW_TRACKING_URI")
@@ -285,11 +273,6 @@ class TolerantLogger(Logger):
                 write_text(file, f"{run_id}\n")
             self._inner = inner
         return self._inner
-
-
-def _without_user(address: str) -> str:
-    """Returns an address without the user and the password that it may have."""
-    return re.sub(r"//[^/@]*@", "//", address)
 
 
 def _require(package: str) -> None:

@@ -1,8 +1,10 @@
-"""The registry of optimizers, the parameter groups of both stages, and the averaged weights.
+"""The optimizers and learning rates of both stages, their parameter groups, and the averaged weights.
 
 A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default
 is AdamW of torch. The others are timm's, which is imported when one of them is named. Registered are algorithms with
 decoupled weight decay that resume bit-exactly: none that draws random numbers or needs a second backward pass.
+
+The learning rate is a warm-up to a peak, and a registered schedule after it.
 
 The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is a
 submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and
@@ -12,10 +14,10 @@ exports use it.
 from __future__ import annotations
 
 import copy
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, make_dataclass
-from functools import cache, cached_property, partial
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
 
@@ -25,19 +27,22 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import build_dataclass, check_choice, check_number
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.registry import Registry, derives_from, describe
-from maskgit_pl.training.learning_rates import LearningRate
 
 __all__ = [
     "AdamWKind",
     "AdamWSpec",
+    "ConstantRate",
+    "CosineRate",
+    "LearningRate",
+    "LearningRateSchedule",
+    "LinearRate",
     "OptimizerConfig",
     "OptimizerSpec",
-    "TimmOptimizer",
     "build_optimizer",
-    "check_sharding",
     "frozen_copy",
+    "learning_rate_schedules",
     "optimizers",
     "parameter_groups",
     "state_values",
@@ -96,174 +101,203 @@ class AdamWSpec(OptimizerSpec):
         return optimizer
 
 
-_RANGES = {  # of options, by their name
-    "eps": "(0, 1]", "momentum": "[0, 1)", "alpha": "[0, 1)", "gamma": "[0, 1]", "ns_steps": "[1, 20]",
-    "clip_threshold": "(0, 1000000]",
-}  # fmt: skip
+@optimizers.register("lion")
+@dataclass(frozen=True)
+class LionSpec(OptimizerSpec):
+    """Lion, the sign of a momentum: one moment, and a peak of about a tenth of AdamW's. Source: arXiv:2302.06675."""
 
-
-class TimmOptimizer(OptimizerSpec):
-    """The base of the optimizers of timm: dataclasses whose fields are options of the recipe; see ``_register``.
-
-    Attributes:
-        factory: The optimizer class of timm with its defaults.
-        has_betas: True if the algorithm takes the two betas of the recipe.
-    """
-
-    factory: ClassVar[Callable[..., Optimizer]]
-    has_betas: ClassVar[bool]
-
-    def __post_init__(self) -> None:
-        for name, interval in _RANGES.items():  # which timm does not check for each optimizer
-            if hasattr(self, name):
-                check_number(name, getattr(self, name), interval)
-        self._build([nn.Parameter(torch.zeros(1))])  # timm raises ValueError for an option out of range
+    elementwise: ClassVar[bool] = True
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-        """Builds the optimizer, for which a step without gradients changes nothing."""
-        betas = {"betas": config.betas} if self.has_betas else {}
-        optimizer = self._build(groups, lr=config.learning_rate.peak, weight_decay=0.0, **betas)
-        _keep_idle_steps(optimizer)
-        return optimizer
+        from timm.optim.lion import Lion  # takes a second
 
-    def _build(self, parameters: Sequence[Any], **arguments: Any) -> Optimizer:
-        return self.factory(parameters, **asdict(self), **arguments)  # type: ignore[call-overload]  # its subclasses are dataclasses
+        return Lion(groups, lr=config.learning_rate.peak, betas=config.betas)
 
 
-def _keep_idle_steps(optimizer: Optimizer) -> None:
-    """Lets a step without gradients change nothing: Adan and LAMB count it in their parameter groups."""
-    before: list[Any] = []
-
-    def remember(*_: Any) -> None:
-        before[:] = [copy.deepcopy(group.get("step")) for group in optimizer.param_groups]  # a number or a tensor
-
-    def restore(*_: Any) -> None:
-        # After the step, whose closure computes the gradients.
-        if all(parameter.grad is None for group in optimizer.param_groups for parameter in group["params"]):
-            for group, step in zip(optimizer.param_groups, before, strict=True):
-                group.pop("step", None)
-                group.update({} if step is None else {"step": step})
-
-    optimizer.register_step_pre_hook(remember)
-    optimizer.register_step_post_hook(restore)
-
-
-def _register(
-    name: str,
-    timm_name: str,
-    options: Sequence[str],
-    text: str,
-    *,
-    elementwise: bool = True,
-    other_options: Mapping[str, Any] = MappingProxyType({}),
-    **arguments: Any,
-) -> None:
-    """Registers an optimizer of timm, whose options have the defaults and types of the signature of its class.
+@optimizers.register("muon")
+@dataclass(frozen=True)
+class MuonSpec(OptimizerSpec):
+    """Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others.
 
     Args:
-        name: Name in recipes.
-        timm_name: Name in ``timm.optim.list_optimizers()``, of the variant with decoupled weight decay.
-        options: Arguments that a recipe can set.
-        text: The algorithm and its source.
-        elementwise: See ``OptimizerSpec``.
-        other_options: See ``OptimizerSpec``.
-        arguments: Arguments with another value than timm's default.
+        momentum: Decay rate of the momentum, in [0, 1).
+        nesterov: True for Nesterov momentum.
+        ns_steps: Newton-Schulz iterations, in [1, 20].
+
+    Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.
     """
 
-    @cache
-    def define() -> type[TimmOptimizer]:
-        from timm.optim import get_optimizer_class  # type: ignore[attr-defined]  # its public name; takes a second
+    other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_fallback": True})
+    momentum: float = 0.95
+    nesterov: bool = False
+    ns_steps: int = 5
 
-        factory = partial(get_optimizer_class(timm_name), **arguments)
-        defaults = {key: each.default for key, each in inspect.signature(factory).parameters.items()}
-        attributes = {
-            "factory": staticmethod(factory),
-            "has_betas": len(defaults.get("betas") or ()) == 2,
-            "elementwise": elementwise,
-            "other_options": other_options,
-        }
-        own = [(key, _type_of(defaults[key]), defaults[key]) for key in options]
-        return make_dataclass(f"Timm{name.title()}", own, bases=(TimmOptimizer,), frozen=True, namespace=attributes)
+    def __post_init__(self) -> None:
+        check_number("momentum", self.momentum, "[0, 1)")
+        check_integer("ns_steps", self.ns_steps, "[1, 20]")
 
-    def build(**given: Any) -> TimmOptimizer:
-        return build_dataclass(define(), given, f"optimizer {name!r}")
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+        from timm.optim.muon import Muon
 
-    build.__doc__ = text
-    optimizers.register(name)(build)
+        return Muon(groups, lr=config.learning_rate.peak, betas=config.betas, **asdict(self))
 
 
-def _type_of(default: Any) -> Any:
-    return tuple[(float,) * len(default)] if isinstance(default, tuple) else type(default)  # type: ignore[misc]
+@optimizers.register("sgd")
+@dataclass(frozen=True)
+class SGDSpec(OptimizerSpec):
+    """SGD with momentum and decoupled weight decay. Source: arXiv:1711.05101.
+
+    Args:
+        momentum: Decay rate of the momentum, in [0, 1).
+        nesterov: True for Nesterov momentum, which needs a momentum above 0.
+    """
+
+    elementwise: ClassVar[bool] = True
+    momentum: float = 0.9
+    nesterov: bool = True
+
+    def __post_init__(self) -> None:
+        check_number("momentum", self.momentum, "(0, 1)" if self.nesterov else "[0, 1)")
+
+    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
+        from timm.optim.sgdw import SGDW
+
+        return SGDW(groups, lr=config.learning_rate.peak, **asdict(self))
 
 
-_register(
-    "adafactor",
-    "adafactor",
-    ["clip_threshold"],
-    "Adafactor without momentum: second moments of rows and columns, at the learning rate of the recipe. "
-    "Source: arXiv:1804.04235.",
-    elementwise=False,
-    scale_parameter=False,
+class LearningRateSchedule:
+    """The base of registered schedules: a frozen dataclass that maps steps after the warm-up to a factor.
+
+    A schedule is a function of the step only, so that a resumed run continues it exactly.
+
+    Attributes:
+        has_end: True if the schedule depends on the last step of the run.
+    """
+
+    has_end: ClassVar[bool] = True
+
+    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
+        """Computes the factor of a step, in [0, 1]; 1 is the peak.
+
+        Args:
+            step: Number of steps before this one, >= ``warmup_steps``.
+            warmup_steps: w, number of warm-up steps, >= 0.
+            max_steps: Steps of the whole run.
+        """
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(step, *, warmup_steps, max_steps)")
+
+
+def _check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> None:
+    """Checks that a schedule starts at a factor in (0, 1] and stays in [0, 1].
+
+    Raises:
+        ValueError: if it does not. The message names the step.
+    """
+    derives_from(LearningRateSchedule)(name, schedule)
+    for step in (10, 11, 55, 99, 100, 200):
+        factor = schedule(step, warmup_steps=10, max_steps=100)
+        if not (0 <= factor <= 1 and (factor > 0 or step > 10)):
+            raise ValueError(
+                f"learning rate schedule {name!r} must be in [0, 1], and above 0 after the warm-up, got {factor} at "
+                f"step {step} of 100 with 10 steps of warm-up"
+            )
+
+
+learning_rate_schedules: Registry[LearningRateSchedule] = Registry(
+    "learning rate schedule", "maskgit_pl.learning_rate_schedules", check=_check_learning_rate_schedule
 )
-_register(
-    "adan",
-    "adanw",
-    ["betas", "eps"],
-    "Adan, with Nesterov momentum and three betas of its own. Source: arXiv:2208.06677.",
-)
-_register("adopt", "adoptw", ["eps"], "ADOPT, an Adam that converges with any second beta. Source: arXiv:2411.02853.")
-_register(
-    "lamb",
-    "lambw",
-    ["eps"],
-    "LAMB, an Adam with a trust ratio for each tensor. Source: arXiv:1904.00962.",
-    elementwise=False,
-    max_grad_norm=None,  # the stages clip
-    always_adapt=True,  # a weight decay of 0 is no special case
-)
-_register("laprop", "laprop", ["eps"], "LaProp, momentum of normalized gradients. Source: arXiv:2002.04839.")
-_register(
-    "lion",
-    "lion",
-    [],
-    "Lion, the sign of a momentum: one moment, and a peak of about a tenth of AdamW's. Source: arXiv:2302.06675.",
-)
-_register(
-    "mars",
-    "mars",
-    ["eps", "gamma"],
-    "MARS, an AdamW with variance reduction. Source: arXiv:2411.10438.",
-    elementwise=False,
-)
-_register(
-    "muon",
-    "muon",
-    ["momentum", "nesterov", "ns_steps"],
-    "Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others. "
-    "Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.",
-    elementwise=False,
-    other_options={"use_fallback": True},
-)
-_register(
-    "nadamw",
-    "nadamw",
-    ["eps"],
-    "NAdam with decoupled weight decay. Source: Dozat, 2016, Incorporating Nesterov momentum into Adam.",
-)
-_register("radam", "radamw", ["eps"], "RAdam, an Adam that rectifies its first steps. Source: arXiv:1908.03265.")
-_register(
-    "rmsprop",
-    "rmsproptfw",
-    ["alpha", "momentum", "eps"],
-    "RMSprop as in TensorFlow: eps inside of the root, and a second moment that starts at 1. Source: timm.",
-)
-_register(
-    "sgd",
-    "sgdw",
-    ["momentum", "nesterov"],
-    "SGD with momentum and decoupled weight decay. Source: arXiv:1711.05101.",
-    momentum=0.9,
-)
+
+
+def _progress(step: int, warmup_steps: int, max_steps: int) -> float:
+    """Returns p = (step - w) / (max_steps - w), at most 1."""
+    return min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
+
+
+@learning_rate_schedules.register("constant")
+@dataclass(frozen=True)
+class ConstantRate(LearningRateSchedule):
+    """1: the peak until the end."""
+
+    has_end: ClassVar[bool] = False
+
+    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
+        return 1.0
+
+
+@learning_rate_schedules.register("cosine")
+@dataclass(frozen=True)
+class CosineRate(LearningRateSchedule):
+    """(1 + cos(pi p)) / 2. Source: arXiv:1608.03983, without restarts."""
+
+    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
+        return (1 + math.cos(math.pi * _progress(step, warmup_steps, max_steps))) / 2
+
+
+@learning_rate_schedules.register("linear")
+@dataclass(frozen=True)
+class LinearRate(LearningRateSchedule):
+    """1 - p."""
+
+    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
+        return 1 - _progress(step, warmup_steps, max_steps)
+
+
+@dataclass(frozen=True)
+class LearningRate:
+    """A learning rate: linear warm-up to a peak, then a schedule.
+
+    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the rate is not
+    rescaled by their number. With another ``data.global_batch``, choose another peak.
+
+    Args:
+        peak: Maximum learning rate, > 0.
+        warmup_steps: Steps of the linear warm-up, >= 0.
+        decay: Name or mapping of a registered learning rate schedule, such as ``constant``, ``cosine`` or ``linear``.
+        final_fraction: Lowest learning rate of the schedule as a fraction of the peak, in [0, 1].
+
+    Raises:
+        ValueError: if a number is out of range or the schedule is unknown.
+    """
+
+    peak: float
+    warmup_steps: int = 0
+    decay: str | Mapping[str, Any] = "constant"
+    final_fraction: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_number("peak", self.peak, "(0, inf)")
+        check_integer("warmup_steps", self.warmup_steps, "[0, 9e18]")
+        _ = self.schedule  # raises if it is unknown
+        check_number("final_fraction", self.final_fraction, "[0, 1]")
+
+    @cached_property
+    def schedule(self) -> LearningRateSchedule:
+        """The schedule after the warm-up, which is built once and not in each step."""
+        return learning_rate_schedules.build(self.decay)
+
+    def factor(self, step: int, max_steps: int) -> float:
+        """Computes the multiplier of the peak, in [0, 1].
+
+        With w warm-up steps, fraction f = ``final_fraction`` and the schedule g:
+
+            (step + 1) / w              while step < w
+            f + (1 - f) g(step)         then
+
+        Args:
+            step: Number of steps before this one, >= 0.
+            max_steps: Steps of the whole run.
+
+        Raises:
+            ValueError: if the schedule depends on the last step and ``max_steps`` is below 1.
+        """
+        if self.schedule.has_end and max_steps < 1:
+            name = describe(self.decay)
+            raise ValueError(f"learning_rate.decay {name!r}: trainer.max_steps must be >= 1, got {max_steps}")
+        # Step 0 already has a rate above 0.
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        factor = self.schedule(step, warmup_steps=self.warmup_steps, max_steps=max_steps)
+        return 1.0 if factor == 1 else self.final_fraction + (1 - self.final_fraction) * factor
 
 
 @dataclass(frozen=True)
@@ -335,19 +369,6 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Op
     decayed, others = groups
     filled = [group for group in (decayed, {**others, **config.spec.other_options}) if group["params"]]
     return config.spec.create(filled, config)
-
-
-def check_sharding(config: OptimizerConfig, strategy: str) -> None:
-    """Checks that a strategy of the Trainer supports an optimizer.
-
-    Raises:
-        ValueError: if FSDP2 is set for an optimizer whose step needs whole matrices.
-    """
-    if strategy == "fsdp" and not config.spec.elementwise:
-        raise ValueError(
-            f"trainer.strategy must be 'ddp' or 'auto' with model.optimizer.algorithm {describe(config.algorithm)!r}, "
-            "whose step needs whole matrices, got 'fsdp'; use --cluster ddp, or another algorithm"
-        )
 
 
 def state_values(config: OptimizerConfig) -> float:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -30,16 +29,14 @@ from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import override
 
-from maskgit_pl.registry import nearest
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, SavedTensor, local_rows
+from maskgit_pl.registry import describe
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, SavedTensor, local_rows
 
 __all__ = [
     "PRECISIONS",
     "ActivationCheckpointing",
     "Compiled",
     "build_strategy",
-    "check_accelerator",
-    "check_compiled",
     "check_precision",
     "check_strategy",
     "prepare_blocks",
@@ -52,7 +49,6 @@ Compiled = Literal["none", "blocks", "step"]
 PRECISIONS = ("32-true", "bf16-mixed")
 """Precisions of training for both stages, in Lightning's names."""
 
-_STRATEGIES = ("auto", "ddp", "fsdp")
 _LATER = 600.0  # seconds between the limit of the watchdog and the end of a collective
 _LONGEST_WAIT = 365 * 86400.0  # torch counts nanoseconds in 64 bits
 
@@ -75,44 +71,41 @@ def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy
         name: ``auto``, ``ddp`` or ``fsdp``.
         longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later, since it
             ends a rank without a reason, and without the stacks that the watchdog writes.
-
-    Raises:
-        ValueError: if the name is unknown.
     """
     if name == "auto":
         return name
     timeout = timedelta(seconds=min(longest_wait, _LONGEST_WAIT) + _LATER)
     if name == "ddp":
         return _NetworksDDP(gradient_as_bucket_view=True, timeout=timeout)
-    if name == "fsdp":
-        return _FullyShardedDataParallel2(timeout=timeout)
-    raise ValueError(f"trainer.strategy {name!r}: {nearest(name, _STRATEGIES)}")
+    return _FullyShardedDataParallel2(timeout=timeout)
 
 
-def check_strategy(name: str, *, stage: str, ranks: int) -> None:
-    """Checks that a strategy supports a stage and a number of ranks.
+def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
+    """Checks that a strategy supports a module and a number of ranks.
+
+    Args:
+        name: ``auto``, ``ddp`` or ``fsdp``.
+        config: Configuration of the module.
+        stage: ``tokenizer`` or ``transformer``.
+        ranks: Number of ranks.
 
     Raises:
-        ValueError: if FSDP2 is set for stage 1, whose two networks only train with DDP, or ``auto`` is set for several
-            ranks.
+        ValueError: if ``auto`` is set for several ranks; or FSDP2 for stage 1, whose two networks only train with DDP,
+            for one graph of the whole step, or for an optimizer whose step needs whole matrices.
     """
-    if stage == "tokenizer" and name == "fsdp":
-        raise ValueError("trainer.strategy must be 'ddp' or 'auto' for the tokenizer, got 'fsdp'; use --cluster ddp")
     if name == "auto" and ranks > 1:
         raise ValueError(
             f"trainer.strategy must be 'ddp' or 'fsdp' for {ranks} ranks, got 'auto'; use --cluster ddp or fsdp"
         )
-
-
-def check_accelerator(name: str) -> None:
-    """Checks the name of an accelerator. This machine need not have one.
-
-    Raises:
-        ValueError: if the name is unknown.
-    """
-    known = ("auto", "gpu", *AcceleratorRegistry.available_accelerators())
-    if name not in known:
-        raise ValueError(f"trainer.accelerator {name!r}: {nearest(name, known)}")
+    why = None
+    if stage == "tokenizer":
+        why = "for the tokenizer"
+    elif config.compiled == "step":
+        why = "with model.compiled 'step', since the hooks of FSDP2 run between the blocks"
+    elif not config.optimizer.spec.elementwise:
+        why = f"with model.optimizer.algorithm {describe(config.optimizer.algorithm)!r}, which needs whole matrices"
+    if name == "fsdp" and why is not None:
+        raise ValueError(f"trainer.strategy must be 'ddp' or 'auto' {why}, got 'fsdp'; use --cluster ddp")
 
 
 def check_precision(name: str) -> None:
@@ -125,19 +118,6 @@ def check_precision(name: str) -> None:
         raise ValueError(
             f"trainer.precision must be {' or '.join(PRECISIONS)}, got {name}: with 16-bit weights, a moving average "
             "with a decay of 0.999 does not move, and float16 losses are not scaled"
-        )
-
-
-def check_compiled(compiled: Compiled, strategy: str) -> None:
-    """Checks that a strategy of the Trainer supports compilation.
-
-    Raises:
-        ValueError: if FSDP2 is set for one graph of the whole step: its hooks run between the blocks.
-    """
-    if strategy == "fsdp" and compiled == "step":
-        raise ValueError(
-            "model.compiled must be 'none' or 'blocks' with trainer.strategy 'fsdp', whose hooks run between the "
-            "blocks, got 'step'; use --model.compiled=blocks, or --cluster ddp"
         )
 
 

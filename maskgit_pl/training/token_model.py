@@ -55,7 +55,7 @@ from maskgit_pl.pipeline.pretrained import copy_stage_folder, load_tokenizer, lo
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import CheckpointedModule, full_state
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema
-from maskgit_pl.training.stop_and_nonfinite import StepCheck, clip_gradients
+from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import (
     ActivationCheckpointing,
     Compiled,

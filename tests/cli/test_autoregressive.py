@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from maskgit_pl.pipeline.pretrained import load_transformer
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.commands import refused
 from tests.conftest import tiny_flags
 

@@ -30,7 +30,7 @@ def test_a_run_that_can_start_and_one_that_cannot(doctor):
     assert ready.out.endswith("checks pass.\n")
     wrong = doctor("--devices", "3", "--cluster", "ddp")
     assert wrong.code == 2
-    assert "FAIL  batch" in wrong.out
+    assert "FAIL     batch" in wrong.out
     assert "1 of" in wrong.out.splitlines()[-1]
 
 

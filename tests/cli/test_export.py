@@ -10,7 +10,7 @@ import yaml
 from maskgit_pl.cli import main
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
+from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.observing import Runs, Topology
 

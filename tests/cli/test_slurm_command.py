@@ -91,7 +91,11 @@ def test_a_task_that_sees_no_gpu_ends_unless_the_accelerator_is_named(submit, ma
         ("tokenizer", ["--dry-run", "--cpus=0"], ("--cpus must be an integer in",)),
         ("tokenizer", ["--dry-run", "--trainer.num_nodes=4"], ("--trainer.num_nodes", "--nodes")),
         ("tokenizer", ["--dry-run", "--data=nowhere"], ("data nowhere", "--data")),
-        ("tokenizer", ["--dry-run", "--trainer.accelerator=gpus"], ("trainer.accelerator 'gpus'", "gpu")),
+        (
+            "tokenizer",
+            ["--dry-run", "--trainer.accelerator=gpus"],
+            ("trainer.accelerator must be", "'gpu'"),
+        ),
         ("tokenizer", ["--dry-run", "--data.num_workers=-1"], ("data.num_workers must be", "[0, 1024]", "got -1")),
         ("tokenizer", ["--dry-run", "--sbatch='--mem"], ("sbatch must be", "quotes")),
         ("tokenizer", ["--dry-run", "--sbatch=-N4"], ("sbatch must not have -N", "set by --nodes")),

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import pytest
 
-from maskgit_pl.training.checkpoint_files import newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.commands import Answer, refused
 from tests.conftest import save_uneven_shards, tiny_flags
 

@@ -15,7 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer
-from maskgit_pl.runs import stage as stage_module
+from maskgit_pl.runs import fitting
 from maskgit_pl.runs.recipe import Recipe
 from tests.cli.commands import Answer, refused
 from tests.conftest import tiny_flags
@@ -69,7 +69,7 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     def broken(folder: Path) -> None:
         raise RuntimeError("no card today")
 
-    monkeypatch.setattr(stage_module, "write_card", broken)
+    monkeypatch.setattr(fitting, "write_card", broken)
     answer = train("transformer")
     assert answer.code == 0
     assert "cannot write the model card (RuntimeError: no card today)" in answer.out

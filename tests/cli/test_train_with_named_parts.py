@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, newest_checkpoint
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.cli.commands import Answer, refused
 from tests.installed_packages import install
 

@@ -124,4 +124,4 @@ def test_a_recipe_that_takes_vectors_needs_a_backbone_and_data_with_them(
     of_bert = maskgit(*train, place / "shards", "--model.network.backbone=bert")
     refused(of_bert, "condition_dim must be 0 for the backbone bert")
     without = maskgit(*train, place / "shards", "--data.vectors=false", "--model.network.condition_dim=3")
-    refused(without, "model.network.condition_dim must be 0, without data.vectors: true, got 3")
+    refused(without, "model.network.condition_dim must be 0", "data.vectors False, got 3")

@@ -94,13 +94,10 @@ def test_factors_are_parsed(text: str, factor: Any) -> None:
     assert parse_factor("--vary", text) == (factor if isinstance(factor, Factor) else Factor(factor[0], factor[1:]))
 
 
-@pytest.mark.parametrize(
-    ("text", "match"),
-    [("model.network.depth", "--vary must be KEY=VALUE"), ("model.network.depth=", "--vary must be KEY=VALUE")],
-)
-def test_a_wrong_factor_is_refused(text: str, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        parse_factor("--vary", text)
+def test_a_wrong_factor_is_refused() -> None:
+    for text in ("model.network.depth", "model.network.depth="):
+        with pytest.raises(ValueError, match="--vary must be KEY=VALUE"):
+            parse_factor("--vary", text)
 
 
 @pytest.mark.parametrize(("options", "match"), [

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from maskgit_pl import processes, runs
-from maskgit_pl.training.stop_and_nonfinite import StepCheck
+from maskgit_pl.training.stopping import StepCheck
 from tests.runs.test_fitting import recipe
 
 

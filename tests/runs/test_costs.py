@@ -6,10 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.cli import main
@@ -23,13 +20,10 @@ from maskgit_pl.runs.costs import (
     checkpoint_bytes,
     count_predicted,
     max_num_checkpoints,
-    shard_numel,
     step_memory,
     useful_flops,
 )
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO, complete_checkpoints, newest_checkpoint
-from maskgit_pl.training.checkpoints import Checkpoints
-from maskgit_pl.training.strategies import shard_blocks
+from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints, newest_checkpoint
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import tiny_flags
 from tests.modules import autoregressive_model, masked_model, tokenizer_model
@@ -103,7 +97,7 @@ def test_flops_of_stage_2_are_those_that_torch_counts_in_a_real_step(name):
     module = masked_model(
         CONFIGS[name], "", mask_ratio={"name": "uniform", "low": 0.5}, activation_checkpointing="blocks"
     )
-    masked = round(count_predicted(module)[0])
+    masked = round(count_predicted(module))
     plain = masked_model(CONFIGS[name], "")
     plain.transformer.load_state_dict(module.transformer.state_dict())
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -124,13 +118,11 @@ def test_the_work_of_the_paper():
 
 def test_other_work_of_stage_2():
     config = TransformerConfig(16, 3, (8, 8), 16, 2, 2, 32)
-    plain, uniform, model = (
+    plain, corrupted = (
         useful_flops(masked_model(config, "", corruption=each), global_batch=4)
-        for each in (None, {"name": "uniform", "fraction": 0.2}, {"name": "model", "fraction": 0.2})
+        for each in (None, {"name": "uniform", "fraction": 0.2})
     )
-    assert plain < uniform < 1.1 * plain
-    # The forward pass is a third of a step, and has logits at replaced tokens only.
-    assert uniform + plain / 6 < model < uniform + plain / 3
+    assert plain < corrupted < 1.1 * plain
     module = masked_model(config, "")
     before, generator = {k: v.clone() for k, v in module.state_dict().items()}, torch.get_rng_state()
     assert useful_flops(module, global_batch=4, encoder=(VQGAN, 16)) > 2 * plain
@@ -201,18 +193,6 @@ def test_ddp_holds_everything_and_fsdp_its_part():
     )
     assert sharded.gathered == pytest.approx(2 * (root + 3 * block) + 4 * (root + 2 * block), rel=0.01)
     assert 1.8 * whole < mixed.activations - sharded.activations < 2 * whole
-
-
-@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (4, 0), (7, 6), (64, 0), (64, 40), (512, 0)])
-def test_a_ranks_shard_is_that_of_fsdp2(ranks, rank):
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ranks)
-    try:
-        network = TransformerConfig(24, 3, (4, 4), 48, 3, 4, 100).create()
-        expected = shard_numel(network.parameters(), ranks, rank)
-        shard_blocks(network, network.blocks, init_device_mesh("cpu", (ranks,)), precision="32-true")
-        assert sum(parameter.to_local().numel() for parameter in network.parameters()) == expected
-    finally:
-        dist.destroy_process_group()
 
 
 class _Run:

@@ -19,28 +19,13 @@ from maskgit_pl.runs.build import build
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.settings import RUNS, _keys
 from tests.conftest import tiny_flags
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CANARY = "canary_module"
-EVERY = 23  # one attack of so many is tried
-GROUPS = {  # where something that is no plain value could be built
-    "tokenizer": [
-        "trainer", "trainer.callbacks", "trainer.logger", "trainer.strategy", "trainer.accelerator", "trainer.plugins",
-        "trainer.profiler", "trainer.precision", "trainer.devices", "model", "model.network", "model.network.quantizer",
-        "model.optimizer", "model.optimizer.learning_rate", "model.learning_rate", "model.perceptual",
-        "model.perceptual.network", "model.adversarial",
-        "model.adversarial.discriminator", "data", "data.stream", "data.path", "config", "seed_everything", "optimizer",
-        "lr_scheduler",
-    ],
-    "transformer": [
-        "trainer", "trainer.callbacks", "trainer.strategy", "trainer.accelerator", "model", "model.network",
-        "model.optimizer", "model.optimizer.learning_rate", "model.betas", "model.mask_schedule", "model.decoding",
-        "model.decoding.token_selector",
-        "model.decoding.guidance", "model.decoding.mask_schedule", "model.tokenizer", "data", "data.stream",
-        "data.token_store", "data.stream.urls",
-    ],
-}  # fmt: skip
+EVERY = 97  # one attack of so many is tried
+MORE = ["config", "seed_everything", "optimizer", "trainer.callbacks", "trainer.logger", "trainer.plugins"]  # no keys
 
 
 @dataclass(frozen=True)
@@ -91,7 +76,7 @@ def payloads(inner: Path) -> Iterator[Any]:
 
 def attacks(stage: str, inner: Path) -> Iterator[Attack]:
     """Yields each payload at each key, in a file and as a flag."""
-    for key, value, as_flag in itertools.product(GROUPS[stage], payloads(inner), (False, True)):
+    for key, value, as_flag in itertools.product([*_keys(RUNS[stage], {}), *MORE], payloads(inner), (False, True)):
         yield Attack(key, value, as_flag)
 
 
@@ -142,5 +127,4 @@ def test_no_recipe_and_no_flag_runs_code(
         with suppress(ValueError, OSError):
             build(Plan(recipe.with_overrides(tiny), tiny_shards, tmp_path / "run", tokenizer))
         assert not awake(), attack
-    print(f"{stage}: {tried} recipes and flags tried, {tried - taken} refused when read, {taken} when built, none ran")
-    assert tried > 1000 // EVERY
+    assert tried > taken > 0

@@ -1,4 +1,19 @@
-from maskgit_pl.runs.layers import merge, remove_key, value_at
+"""Layers and their merge, and the text of flags."""
+
+import pytest
+
+from maskgit_pl.runs.layers import (
+    merge,
+    parse_features,
+    parse_image_size,
+    parse_integers,
+    parse_named_spec,
+    parse_numbers,
+    parse_spec,
+    parse_specs,
+    remove_key,
+    value_at,
+)
 
 
 def test_later_files_win_key_by_key_and_a_named_thing_is_replaced():
@@ -23,3 +38,53 @@ def test_a_dotted_key_is_found_and_taken_out_in_place():
         True, False, True, False, True,
     ]  # fmt: skip
     assert tree == {"a": {"b": {}}}
+
+
+REMDM = {"name": "remdm", "eta": 0.4}
+
+
+@pytest.mark.parametrize(
+    ("parse", "text", "value"),
+    [
+        (parse_numbers, "4,8, 16", (4, 8, 16)),
+        (parse_numbers, "2-4,4,12", (2, 3, 4, 12)),
+        (parse_integers, "0, 7,", (0, 7)),
+        (parse_image_size, "64", 64),
+        (parse_image_size, "48, 64", (48, 64)),
+        (parse_specs, "halton, {name: remdm, eta: 0.4}", ["halton", REMDM]),
+        (parse_specs, '{"name": "remdm", "eta": 0.4},halton,', [REMDM, "halton"]),
+        (parse_spec, "1.5", 1.5),
+        (parse_spec, "1e-3", 0.001),
+        (parse_spec, "linear", "linear"),
+        (parse_named_spec, "linear", "linear"),
+        (parse_named_spec, "1e-3", "1e-3"),  # a name is no YAML
+        (parse_named_spec, "true", "true"),
+        (parse_named_spec, '{"name": "remdm", "eta": 4e-1}', REMDM),
+        (parse_named_spec, "{name: remdm, eta: 0.4}", REMDM),
+        (parse_features, "classifier,inception=a.pt", ["classifier", "inception=a.pt"]),
+    ],
+)
+def test_a_text_has_a_value(parse, text, value) -> None:
+    assert parse("--x", text) == value
+
+
+@pytest.mark.parametrize(
+    ("parse", "texts", "rule"),
+    [
+        (
+            parse_numbers,
+            ["", ",", "4-", "8-4", "-3", "0", "1.5", "\u00b2", "100001", "1-99999999999", "9" * 5000],
+            "numbers such as 4,8,16 or a range",
+        ),
+        (parse_integers, ["", "-1", "x", "1.0"], "integers >= 0 such as 0,1"),
+        (parse_image_size, ["", "48,", ",48", "1,2,3", "-1", "x"], "a side such as 64, or height,width"),
+        (parse_spec, ["[halton", "true", "[halton]", "}{"], "a name or a mapping such as"),
+        (parse_named_spec, ['{"name"', "[1]", '{"scale": 2}', '"linear"'], "a name or a mapping such as"),
+        (parse_specs, ["4"], "names or mappings, got 4"),
+        (parse_features, ["inception=a.pt,inception=b.pt"], "name each network once, got inception twice"),
+    ],
+)
+def test_another_text_is_refused(parse, texts, rule) -> None:
+    for text in texts:
+        with pytest.raises(ValueError, match=f"^--x must (be )?{rule}"):
+            parse("--x", text)

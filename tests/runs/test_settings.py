@@ -1,9 +1,143 @@
+"""The values of a run: ranges, the keys of backbones, and the JSON Schema of recipes."""
+
+from dataclasses import fields
+
 import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from maskgit_pl.runs.recipe import STAGES, list_recipes
-from maskgit_pl.runs.settings import json_schema
+from maskgit_pl.files import parse_yaml
+from maskgit_pl.networks.backbone import BUILT_IN, config_class
+from maskgit_pl.runs.layers import Layer, merge
+from maskgit_pl.runs.recipe import STAGES, Recipe, list_recipes
+from maskgit_pl.runs.resolve import config_text, values_without_data
+from maskgit_pl.runs.settings import json_schema, resolve
+
+BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
+ADALN = {"model": {"network": {"backbone": "adaln", "positions": "rotary"}}}
+
+
+def read(*trees: dict, flags: tuple[str, ...] = ()) -> Recipe:
+    layers = [Layer(f"recipe {number}.yaml", tree) for number, tree in enumerate(trees)]
+    return Recipe.from_layers("transformer", layers, flags)
+
+
+def network_of(recipe: Recipe) -> dict:
+    return recipe.get("model.network")
+
+
+def test_another_backbone_drops_the_keys_of_the_old_one_and_keeps_the_common_ones():
+    recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary", "num_heads": 2}
+    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"] == "rotary"
+    back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
+    assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
+    named = read(BERT, {"model": {"network": {"backbone": "bert"}}})  # the same backbone as before
+    assert network_of(named) == {**BERT["model"]["network"], "backbone": "bert"}
+    # What data and tokenizer determine comes first, without a backbone.
+    sizes = {"model": {"network": {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}}}
+    assert merge([sizes, ADALN])["model"]["network"].keys() == {
+        "codebook_size", "num_classes", "grid", "backbone", "positions",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_order_of_flags_does_not_matter(turned):
+    flags = ("--model.network.backbone=adaln", "--model.network.positions=rotary", "--model.network.embed_dim=64")
+    recipe = read(BERT, flags=tuple(reversed(flags)) if turned else flags)
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary", "embed_dim": 64}
+    more = recipe.with_overrides(("--model.network.num_registers=2",))
+    assert network_of(more)["num_registers"] == 2
+
+
+def test_missing_keys_get_the_defaults_of_the_backbone_and_the_record_is_a_recipe_again():
+    for tree in (BERT, ADALN):
+        given = merge([values_without_data("transformer"), Recipe.read("transformer").tree, tree])
+        run = resolve("transformer", given)
+        name = tree["model"]["network"].get("backbone", "bert")
+        assert run.model.network == config_class(name)(**{**given["model"]["network"], "grid": (16, 16)})
+        assert run.tree["model"]["network"].keys() == {each.name for each in fields(config_class(name))}
+        again = merge([read(parse_yaml(config_text(run))).tree, {"model": {"tokenizer": ""}}])
+        assert resolve("transformer", again) == run
+
+
+@pytest.mark.parametrize(
+    ("trees", "flags", "said"),
+    [
+        (
+            (BERT, ADALN, {"model": {"network": {"position": "x"}}}),
+            (),
+            r"^recipe 2\.yaml: unknown key 'model\.network\.position': did you mean 'model\.network\.positions'\? "
+            "keys of backbone adaln: .*num_registers",
+        ),
+        (
+            (BERT, {"model": {"network": {"positions": "rotary"}}}),
+            (),
+            r"^recipe 1\.yaml: unknown key 'model\.network\.positions': keys of backbone bert: attention, ",
+        ),
+        (
+            (BERT, {"model": {"network": {"backbone": "adalm"}}}),
+            (),
+            r"^recipe 1\.yaml: model\.network\.backbone: unknown backbone 'adalm': did you mean 'adaln'\? known: adaln",
+        ),
+        ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
+        ((ADALN,), ("--model.network.positions=round",), r"positions must be 'learned', 'rotary' or .*got 'round'"),
+    ],
+)
+def test_a_wrong_key_or_name_is_answered_with_the_backbone_and_its_keys(trees, flags, said):
+    with pytest.raises(ValueError, match=said):
+        read(*trees, flags=flags)
+
+
+def test_the_kind_of_a_recipe_follows_the_attention_of_the_last_backbone():
+    causal = {"model": {"network": {"attention": "causal"}}}
+    assert read(BERT, causal).kind == "autoregressive"
+    assert read(BERT, causal, ADALN).kind == "transformer"  # the key of the other backbone is dropped
+    assert read(BERT, causal, flags=("--model.network.backbone=adaln",)).kind == "transformer"
+    assert read(BERT, ADALN, causal).kind == "autoregressive"
+
+
+def test_the_schema_of_editors_has_the_keys_of_each_backbone():
+    schema = json_schema("transformer")
+    choices = schema["$defs"]["MaskedTokenConfig"]["properties"]["network"]["anyOf"]
+    for name, choice in zip(BUILT_IN, choices, strict=True):
+        own = schema["$defs"][choice["$ref"].rpartition("/")[2]]
+        assert own["properties"].keys() == {each.name for each in fields(config_class(name))}
+        assert not own["additionalProperties"]
+
+
+WIDE = {  # numbers without an upper end
+    "trainer.gradient_clip_val", "model.gradient_clip", "model.optimizer.learning_rate.peak", "data.global_batch",
+}  # fmt: skip
+RANGES = {  # a value of each key that is out of its range
+    "tokenizer": {
+        "trainer.num_nodes": 0, "trainer.max_steps": -2, "trainer.log_every_n_steps": 0, "trainer.devices": -2,
+        "trainer.num_sanity_val_steps": -2, "trainer.val_check_interval": 0, "trainer.limit_val_batches": 1.5,
+        "checkpoint_every": 0, "keep_last": 0, "keep_every": 0, "cpu_threads": 0, "max_passes": 0, "hang_seconds": 0,
+        "model.gradient_clip": 0, "model.ema_decay": 1.5, "model.flip_probability": -0.5,
+        "model.reconstruction_weight": -1, "data.seed": -1, "data.num_workers": -1, "data.global_batch": 0,
+    },
+    "transformer": {
+        "trainer.gradient_clip_val": 0, "model.label_smoothing": 1.5, "model.min_mask_ratio": -0.5,
+        "model.optimizer.weight_decay": -1, "model.optimizer.learning_rate.peak": 0,
+        "model.optimizer.learning_rate.warmup_steps": -1, "model.optimizer.learning_rate.final_fraction": 1.5,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("stage", RANGES)
+def test_a_number_out_of_range_or_not_finite_is_refused_by_its_key(stage):
+    given = merge([{"data": {"path": ""}}, values_without_data(stage), Recipe.read(stage).tree])
+    for key, wrong in RANGES[stage].items():
+        for value in (wrong, 2**70, float("nan"), "inf"):
+            if value == 2**70 and key in WIDE:
+                continue
+            tree = value
+            for part in reversed(key.split(".")):
+                tree = {part: tree}
+            with pytest.raises(ValueError, match=key.rpartition(".")[2]) as caught:
+                resolve(stage, merge([given, tree]))
+            assert "\n" not in str(caught.value)
 
 
 def faults(kind: str, recipe: object) -> list[str]:

@@ -1,69 +1,22 @@
-"""A real Slurm cluster for tests, runs that are submitted to it, and a transcript of both as a page."""
+"""A real Slurm cluster for tests, and runs that are submitted to it."""
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
-from maskgit_pl.training.checkpoint_files import newest_checkpoint, step_of
+from maskgit_pl.training.checkpoints import newest_checkpoint, step_of
 
 SECONDS = 180.0  # after which a job counts as hanging
-_FENCE = "```\n"
 SCRIPT = Path(__file__).parent / "cluster.sh"
-
-
-@dataclass
-class Transcript:
-    """A transcript of commands and their output, in Markdown.
-
-    Attributes:
-        shown: Paths and their names on the page.
-    """
-
-    shown: dict[str, str] = field(default_factory=dict)
-    text: str = ""
-    begun: float = 0.0
-
-    def title(self, text: str) -> None:
-        """Starts the section of a job."""
-        self.text += f"\n## {text}\n"
-        self.begun = time.monotonic()
-
-    def typed(self, command: str, answer: str = "") -> None:
-        """Adds a command and its output."""
-        self._block(f"$ {command}\n{answer}")
-
-    def said(self, text: str) -> None:
-        """Adds an event with its time."""
-        self._block(f"{time.monotonic() - self.begun:6.1f} s  {text}\n")
-
-    def listed(self, name: str, content: str) -> None:
-        """Adds the content of a file."""
-        self._block(f"$ cat {name}\n{content}")
-
-    def page(self) -> str:
-        """Returns the page, with named paths and without the stacks of tracebacks."""
-        text = self.text
-        for path, name in self.shown.items():
-            text = text.replace(path, name)
-        return re.sub(r"(Traceback .*:\n)(?: .*\n)+", r"\1  ...\n", text)
-
-    def _block(self, text: str) -> None:
-        text = text if text.endswith("\n") else text + "\n"
-        goes_on = self.text.endswith(_FENCE)
-        self.text = (
-            f"{self.text.removesuffix(_FENCE)}{text}{_FENCE}" if goes_on else f"{self.text}\n{_FENCE}{text}{_FENCE}"
-        )
 
 
 class Cluster:
@@ -72,13 +25,11 @@ class Cluster:
     Args:
         folder: Folder of the cluster.
         work: Folder in which jobs are submitted.
-        transcript: Transcript of the cluster.
     """
 
-    def __init__(self, folder: Path, work: Path, transcript: Transcript) -> None:
+    def __init__(self, folder: Path, work: Path) -> None:
         self.folder = folder
         self.work = work
-        self.transcript = transcript
 
     def start(self, num_nodes: int) -> None:
         """Starts controller and nodes."""
@@ -93,7 +44,6 @@ class Cluster:
     def start_node(self, number: int) -> None:
         """Starts a node again."""
         self._script("start-node", str(number))
-        self.transcript.said(f"node{number} is there again")
 
     def _script(self, *words: str, **variables: str) -> None:
         name, *more = words
@@ -104,7 +54,6 @@ class Cluster:
         done = subprocess.run(
             ["bash", "-c", command], cwd=self.work, capture_output=True, text=True, check=False, timeout=60
         )
-        self.transcript.typed(command, done.stdout + done.stderr)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
 
@@ -114,18 +63,12 @@ class Cluster:
         shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         return dict(re.findall(r"(\w+)=(\S*)", shown))
 
-    def wait_until(
-        self, condition: Callable[[], bool], what: str, *numbers: str, seconds: float = SECONDS
-    ) -> None:  # fmt: skip
-        """Waits, and records the changes of job states meanwhile."""
-        begun, known = time.monotonic(), dict.fromkeys(numbers, "")
+    def wait_until(self, condition: Callable[[], bool], what: str, *, seconds: float = SECONDS) -> None:
+        """Waits until a condition holds."""
+        begun = time.monotonic()
         while not condition():
-            for number in numbers:
-                known[number] = self._note_state(number, known[number])
             assert time.monotonic() - begun < seconds, f"after {seconds:.0f} s still not: {what}\n{self._queue()}"
             time.sleep(0.2)
-        for number in numbers:
-            self._note_state(number, known[number])
 
     def wait_for_end(self, *numbers: str) -> None:
         """Waits until jobs have ended and are not requeued."""
@@ -135,17 +78,10 @@ class Cluster:
             return all(self.job(number)["JobState"] in ends for number in numbers)
 
         while True:
-            self.wait_until(all_ended, f"jobs {numbers} end", *numbers)
+            self.wait_until(all_ended, f"jobs {numbers} end")
             time.sleep(1.5)  # one that Slurm itself puts back is for a moment as one that has ended
             if all_ended():
                 return
-
-    def _note_state(self, number: str, known: str) -> str:
-        job = self.job(number)
-        state = job["JobState"] + ("" if job["Reason"] == "None" else f" ({job['Reason']})")
-        if state != known:
-            self.transcript.said(f"job {number} of {job['Partition']}: {state}, restarts {job['Restarts']}")
-        return state
 
     def _queue(self) -> str:
         return subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True, check=False).stdout
@@ -176,7 +112,6 @@ class Cluster:
         pids = [daemon, *steps.difference(tasks), *tasks]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        self.transcript.said(f"{node} answers no more: kill -STOP of slurmd, slurmstepd and tasks")
         return pids
 
 
@@ -225,9 +160,7 @@ class Run:
     def ask(self, *more: str) -> tuple[int, str]:
         """Runs ``maskgit slurm``, and returns its exit code and output."""
         words = [*self.words, *more]
-        code, printed = self._call(*words)
-        self.cluster.transcript.typed(shlex.join(["maskgit", *words]), printed)
-        return code, printed
+        return self._call(*words)
 
     @property
     def log(self) -> str:
@@ -247,19 +180,12 @@ class Run:
 
     def wait_beyond(self, step: int) -> None:
         """Waits for a newer checkpoint."""
-        self.cluster.wait_until(lambda: self.step > step, f"a checkpoint beyond step {step}: {self.log}", self.number)
-        self.cluster.transcript.said(f"job {self.number} has saved step {self.step}")
+        self.cluster.wait_until(lambda: self.step > step, f"a checkpoint beyond step {step}: {self.log}")
 
     def finish(self, *, state: str = "COMPLETED") -> None:
-        """Waits for the end of the job, and adds the log to the transcript."""
+        """Waits for the end of the job."""
         self.cluster.wait_for_end(self.number)
-        self.show_log()
         assert self.cluster.job(self.number)["JobState"] == state, self.log
-
-    def show_log(self) -> None:
-        """Adds the log to the transcript."""
-        name = (self.folder / f"slurm-{self.number}.log").relative_to(self.cluster.work)
-        self.cluster.transcript.listed(str(name), self.log)
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The exported weights of the run."""
@@ -272,4 +198,3 @@ def assert_equal(one: Run, other: Run) -> None:
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
-    one.cluster.transcript.said(f"{len(left)} weight tensors, compared with those of the run without a stop: all equal")

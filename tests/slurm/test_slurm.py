@@ -1,8 +1,7 @@
 """Training on a real Slurm cluster of this machine, through ``maskgit slurm submit`` and the job's own script.
 
 Each job trains on two nodes. What disturbs it is what disturbs it elsewhere: a job of a higher partition, the time
-limit, signals, a node that answers no more. `make test-slurm` runs these tests; SLURM_TRANSCRIPT=FILE has what was
-typed and seen written as a page.
+limit, signals, a node that answers no more. `make test-slurm` runs these tests.
 """
 
 import contextlib
@@ -12,7 +11,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -25,21 +23,12 @@ import yaml
 
 from maskgit_pl.cli import main
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
-from tests.slurm.driving import Cluster, Run, Transcript, assert_equal
+from tests.slurm.driving import Cluster, Run, assert_equal
 
 ROOT = Path(__file__).parents[2]
 HERE, ELSEWHERE = "node[1-2]", "node[3-4]"  # where jobs are disturbed, and where they are not
 EVERY = 40  # steps between checkpoints
 SHORT, LONG = 200, 1400  # steps: long enough for a few checkpoints, and for the signal ahead of a time limit
-
-HEADING = """\
-# Multi-GPU and Slurm: transcript
-
-`make test-slurm SLURM_TRANSCRIPT=docs/slurm-transcript.md` writes this page. It records commands and their output on
-a real Slurm controller with four nodes on one machine (`tests/slurm/cluster.sh`); each job runs on two nodes. "Equal"
-weights were compared tensor by tensor with `torch.equal`. Seconds count from the title of the section. The guide is
-[slurm.md](slurm.md).
-"""
 
 pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed: make test-slurm")
 
@@ -98,21 +87,16 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     work = folder / "work"
     work.mkdir()
     make_work_folder(work)
-    page = os.environ.get("SLURM_TRANSCRIPT")
-    shown = {str(work): "~/maskgit", str(folder): "~", str(ROOT): "~/maskgit", f"({socket.gethostname()},": "(node,"}
-    cluster = Cluster(folder / "cluster", work, Transcript(shown))
+    cluster = Cluster(folder / "cluster", work)
     cluster.start(4)
     try:
         yield begin(Site(cluster, {}))
     finally:
         cluster.stop()
-        if page:
-            Path(page).write_text(HEADING + cluster.transcript.page())
 
 
 def begin(site: Site) -> Site:
     """Submits the long runs, which train while the tests run."""
-    site.cluster.transcript.title("Undisturbed runs, and one with a time limit of a minute")
     site.cluster.run("sinfo")
     elsewhere, more = f"--nodelist={ELSEWHERE}", f"--trainer.max_steps={LONG}"
     site.limited = site.run(
@@ -129,7 +113,6 @@ def begin(site: Site) -> Site:
 
 def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturbs(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("Preemption: a job of a higher partition takes the nodes of two others")
     runs = {
         "tokenizer ddp": site.run("preempted-1", "tokenizer ddp"),
         "transformer fsdp": site.run("preempted-2", "transformer fsdp"),
@@ -141,7 +124,6 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
     other = cluster.run(f"sbatch --parsable --partition=high --exclusive --nodelist={HERE} --wrap 'sleep 2'")
     cluster.wait_for_end(other, *(run.number for run in runs.values()))
     for kind, run in runs.items():
-        run.show_log()
         assert run.restarts >= 1
         assert re.search(r"saved at step \d+; requeueing the job", run.log), run.log
         assert "resuming from step-" in run.log
@@ -151,28 +133,26 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
 
 def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("Signals to all tasks, to the batch script and to one task; no scontrol in the container")
     container = """unshare --mount bash -c 'mount --bind /dev/null "$(type -P scontrol)" && exec "$@"' bash"""
     run = site.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
     printed = run.submit()
-    cluster.wait_until(lambda: cluster.job(run.number)["JobState"] == "RUNNING", "the job runs", run.number)
+    cluster.wait_until(lambda: cluster.job(run.number)["JobState"] == "RUNNING", "the job runs")
     code, refusal = run.ask()
     assert code == 2
     assert f"job {run.number} is RUNNING" in refusal
     typed = cluster.run(re.search(r"(?s)STAGE=.*?(?=\njob )", printed)[0])  # type: ignore[index]
-    cluster.wait_until(lambda: cluster.job(typed)["Reason"] == "Dependency", "the second job waits", typed)
+    cluster.wait_until(lambda: cluster.job(typed)["Reason"] == "Dependency", "the second job waits")
     cluster.run(f"scancel {typed}")
 
-    cluster.wait_until(lambda: len(cluster.programs(run.number)) == 2, "both tasks begin", run.number)
+    cluster.wait_until(lambda: len(cluster.programs(run.number)) == 2, "both tasks begin")
     cluster.run(f"scancel --signal=USR1 {run.number}")  # before they can have imported anything
-    cluster.wait_until(lambda: run.restarts == 1, "the job is requeued", run.number)
+    cluster.wait_until(lambda: run.restarts == 1, "the job is requeued")
     run.wait_beyond(run.step)
     for restarts, words in enumerate(("", "--batch ", "--full "), start=2):  # the tasks, the script, both
         cluster.run(f"scancel {words}--signal=USR1 {run.number}")
-        cluster.wait_until(lambda count=restarts: run.restarts == count, "back in the queue", run.number)  # type: ignore[misc]
+        cluster.wait_until(lambda count=restarts: run.restarts == count, "back in the queue")  # type: ignore[misc]
         run.wait_beyond(run.step)
     (task,) = cluster.tasks(run.number, "node2")
-    cluster.transcript.said("kill -TERM of the task on node2")
     os.kill(task, signal.SIGTERM)
     run.finish()
     assert run.restarts == 5
@@ -183,7 +163,6 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
 
 def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Site) -> None:
     cluster, run = site.cluster, site.run("cancelled", "transformer ddp")
-    cluster.transcript.title("A cancelled job")
     run.submit()
     run.wait_beyond(0)
     cluster.run(f"scancel {run.number}")
@@ -199,11 +178,10 @@ def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Si
 
 def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) -> None:
     cluster, run = site.cluster, site.run("node-failure", "transformer ddp")
-    cluster.transcript.title("A node failure")
     run.submit()
     run.wait_beyond(0)
     frozen = cluster.freeze("node2", run.number)
-    cluster.wait_until(lambda: run.restarts == 1, "Slurm requeues the job", run.number)
+    cluster.wait_until(lambda: run.restarts == 1, "Slurm requeues the job")
     cluster.run("sinfo --partition=low")
     for pid in frozen:
         with contextlib.suppress(ProcessLookupError):
@@ -219,15 +197,14 @@ def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) 
 
 def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("Restarts without progress: one job always exits with 75, another is requeued by hand")
     asked = site.run("asked", "transformer ddp", "--container=sh -c 'exit 75'")
     back = site.run("put-back", "transformer ddp", "--container=sh -c 'sleep 600'")  # one that does not come up
     for run in (asked, back):
         run.submit()
     for restart in range(1, 5):
-        cluster.wait_until(lambda: cluster.job(back.number)["JobState"] == "RUNNING", "a start", back.number)
+        cluster.wait_until(lambda: cluster.job(back.number)["JobState"] == "RUNNING", "a start")
         cluster.run(f"scontrol requeue {back.number}")
-        cluster.wait_until(lambda count=restart: back.restarts == count, "a restart", back.number)  # type: ignore[misc]
+        cluster.wait_until(lambda count=restart: back.restarts == count, "a restart")  # type: ignore[misc]
     for run, restarts in ((asked, 3), (back, 4)):
         run.finish(state="FAILED")
         assert cluster.job(run.number)["ExitCode"] == "70:0"
@@ -238,7 +215,6 @@ def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> N
 
 def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
     cluster = site.cluster
-    cluster.transcript.title("Bad input and non-finite losses: not requeued")
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
     data = "--data=data/shards/moved"
     bad = site.run("bad-input", "transformer ddp", data, sbatch=f"--hold --nodelist={HERE}")
@@ -255,11 +231,9 @@ def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
 
 def test_a_task_that_waits_for_one_that_died_is_killed_a_minute_later(site: Site) -> None:
     cluster, run = site.cluster, site.run("died", "transformer ddp", f"--trainer.max_steps={LONG}")
-    cluster.transcript.title("A task that dies while the other one does not answer")
     run.submit("--srun=--wait=60")  # 300 by default
     run.wait_beyond(0)
     (waiting,), (dying,) = (cluster.tasks(run.number, node) for node in ("node1", "node2"))
-    cluster.transcript.said("kill -STOP of task 0, kill -KILL of task 1")
     os.kill(waiting, signal.SIGSTOP)
     os.kill(dying, signal.SIGKILL)
     begun = time.monotonic()
@@ -271,7 +245,6 @@ def test_a_task_that_waits_for_one_that_died_is_killed_a_minute_later(site: Site
 
 def test_a_finished_run_is_left_as_it_is(site: Site) -> None:
     run = site.straight["tokenizer ddp"]
-    site.cluster.transcript.title("A finished run, submitted again")
     site.cluster.wait_for_end(run.number)
     weights = run.folder.parent / "pretrained" / "tokenizer" / "model.safetensors"
     before, begun = weights.stat().st_mtime_ns, time.monotonic()
@@ -285,7 +258,6 @@ def test_a_finished_run_is_left_as_it_is(site: Site) -> None:
 def test_a_job_that_its_time_limit_ends_goes_on(site: Site) -> None:
     run, cluster = site.limited, site.cluster
     assert run is not None
-    cluster.transcript.title("A job with a time limit of a minute")
     run.finish()
     assert run.restarts >= 1
     assert run.log.count("requeueing the job") == run.restarts

@@ -20,14 +20,14 @@ from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.schedules import Pow
-from maskgit_pl.training.checkpoint_files import (
+from maskgit_pl.training.checkpoints import (
+    Checkpoints,
     FolderCheckpointIO,
     complete_checkpoints,
     find_leftovers,
     newest_checkpoint,
     read_settings,
 )
-from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
 from tests.modules import autoregressive_model, masked_model, tokenizer_model
@@ -65,15 +65,6 @@ def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
     with pytest.raises(TypeError):
         save(folder, {"bad": object()})
     assert FolderCheckpointIO().load_checkpoint(folder)["loops"] == STATE["loops"]
-
-
-def test_the_newest_complete_one_is_found_and_the_incomplete_ignored(tmp_path):
-    assert newest_checkpoint(tmp_path / "nowhere") is None
-    for step in (5, 20):
-        save(tmp_path / f"step-{step:08d}")
-    (save(tmp_path / "step-00000030") / "COMPLETE.json").unlink()
-    (tmp_path / ".step-00000040.partial-1").mkdir()
-    assert newest_checkpoint(tmp_path).name == "step-00000020"
 
 
 @pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json", "COMPLETE.json"])
@@ -152,7 +143,7 @@ def test_every_file_is_on_disk_before_the_marker_and_all_names_before_the_checkp
     assert order == ["sync", "rename", "sync", "rename", "sync", "rename", "sync", "rename", "sync"]
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("mask", [0o022, 0o077])
 def test_a_checkpoint_has_the_permissions_of_any_new_file(tmp_path, mask):
     before = os.umask(mask)
     try:
@@ -173,6 +164,8 @@ def test_what_a_kill_left_half_written_or_half_removed_is_never_taken_and_listed
     partial.mkdir()
     (tmp_path / "step-of-mine").mkdir()
     assert complete_checkpoints(tmp_path) == [whole]
+    assert newest_checkpoint(tmp_path) == whole
+    assert newest_checkpoint(tmp_path / "nowhere") is None
     assert set(find_leftovers(tmp_path)) == {removed, emptied, partial}
     assert FolderCheckpointIO().load_checkpoint(save(emptied))["loops"] == STATE["loops"]  # its place can be taken
 
@@ -183,7 +176,7 @@ def test_a_removal_that_is_cut_short_leaves_no_complete_checkpoint(tmp_path, mon
     def cut(path, **_):
         raise OSError("killed")
 
-    monkeypatch.setattr("maskgit_pl.training.checkpoint_files.shutil.rmtree", cut)
+    monkeypatch.setattr("maskgit_pl.training.checkpoints.shutil.rmtree", cut)
     with pytest.raises(OSError, match="killed"):
         FolderCheckpointIO().remove_checkpoint(folder)
     assert complete_checkpoints(tmp_path) == []
@@ -202,14 +195,34 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+def fit_line(
+    folder,
+    *,
+    steps,
+    module=None,
+    disk=None,
+    more=(),
+    accumulation=1,
+    content=None,
+    batch_size=1,
+    resume=None,
+    **options,
+):
+    """Trains a small module, with checkpoints in the folder."""
+    checkpoints = Checkpoints(folder, **{"every_n_steps": 2, **options})
+    trainer = Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints, *(each(checkpoints) for each in more)],
+        accumulate_grad_batches=accumulation,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(torch.ones(60, 1) if content is None else content, batch_size=batch_size)
+    trainer.fit(module or Line(), loader, ckpt_path=resume)
+
+
 def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
     (tmp_path / ".step-00000001.partial-99").mkdir()
     (save(tmp_path / "step-00000003") / "COMPLETE.json").unlink()  # its removal was cut short
-    trainer = Trainer(
-        max_steps=7, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2, keep_last=2)],
-    )  # fmt: skip
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+    fit_line(tmp_path, steps=7)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
     marker = json.loads((tmp_path / "step-00000007" / "COMPLETE.json").read_text())
     assert set(marker["files"]) == {"tensors-00000-of-00001.safetensors", "state.json"}
@@ -217,12 +230,8 @@ def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
 
 def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tmp_path, caplog):
     (tmp_path / ".step-00000002.partial").touch()  # where a folder is to be made
-    trainer = Trainer(
-        max_steps=5, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2)], accumulate_grad_batches=4,
-    )  # fmt: skip
     with caplog.at_level(logging.WARNING):
-        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(40, 1)))
+        fit_line(tmp_path, steps=5, accumulation=4)
     (said,) = [record.message for record in caplog.records if "cannot be written" in record.message]
     assert "checkpoint of step 2 cannot be written: " in said
     assert "next attempt at step 4 (failure 1 of 3)" in said
@@ -230,39 +239,27 @@ def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tm
 
 
 def test_every_so_many_steps_a_checkpoint_stays_for_good(tmp_path):
-    checkpoints = Checkpoints(tmp_path, every_n_steps=1, keep_last=1, keep_every=3)
-    trainer = Trainer(
-        max_steps=8, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[FolderCheckpointIO()], callbacks=[checkpoints],
-    )  # fmt: skip
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+    fit_line(tmp_path, steps=8, every_n_steps=1, keep_last=1, keep_every=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006", "step-00000008"]
 
 
 def test_the_last_step_is_tried_again_at_the_end_and_its_failure_is_an_error(tmp_path, caplog):
     (tmp_path / ".step-00000004.partial").touch()  # where a folder is to be made
-    trainer = Trainer(
-        max_steps=4, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=2)],
-    )  # fmt: skip
     with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match="checkpoint of step 4"):
-        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+        fit_line(tmp_path, steps=4)
     assert sum("checkpoint of step 4" in record.message for record in caplog.records) == 1
 
 
 def test_a_folder_that_cannot_even_be_listed_has_three_tries_as_well(tmp_path, caplog):
-    checkpoints = Checkpoints(tmp_path, every_n_steps=2)
-
     class Unplug(Callback):
-        def on_train_batch_start(self, trainer, *_):
-            checkpoints.folder = tmp_path / ("x" * 300)  # any question about it is an OSError
+        def __init__(self, checkpoints):
+            self.checkpoints = checkpoints
 
-    trainer = Trainer(
-        max_steps=9, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[FolderCheckpointIO()], callbacks=[checkpoints, Unplug()],
-    )  # fmt: skip
+        def on_train_batch_start(self, trainer, *_):
+            self.checkpoints.folder = tmp_path / ("x" * 300)  # any question about it is an OSError
+
     with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match=r"step 6 .*3 failures in a row"):
-        trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
+        fit_line(tmp_path, steps=9, more=[Unplug])
     assert sum("cannot be listed" in record.message for record in caplog.records) == 3
 
 
@@ -278,19 +275,11 @@ class Unwritable(FolderCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def fit_on(disk, folder, *, steps=6):
-    trainer = Trainer(
-        max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[disk], callbacks=[Checkpoints(folder, every_n_steps=1)],
-    )  # fmt: skip
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(20, 1)))
-
-
 def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
-    fit_on(Unwritable(1, 2, 4, 5), tmp_path / "four in all")
+    fit_line(tmp_path / "four in all", steps=6, every_n_steps=1, disk=Unwritable(1, 2, 4, 5))
     assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
     with pytest.raises(CannotWriteError, match=r"step 4 .*step-00000001 is kept; 3 failures in a row"):
-        fit_on(Unwritable(2, 3, 4), tmp_path / "three in a row")
+        fit_line(tmp_path / "three in a row", steps=6, every_n_steps=1, disk=Unwritable(2, 3, 4))
 
 
 def say(rank: int, folder, act, done: str) -> None:
@@ -362,18 +351,14 @@ class Picture(LightningModule):
 
 
 def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path):
-    def fit(module, *, steps, folder, resume=None):
-        trainer = Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(folder, every_n_steps=2)],
-        )  # fmt: skip
-        images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        trainer.fit(module, torch.utils.data.DataLoader(images, batch_size=8), ckpt_path=resume)
+    def fit(folder, steps, resume=None):
+        module, images = Picture(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+        fit_line(tmp_path / folder, steps=steps, module=module, content=images, batch_size=8, resume=resume)
         return module.layer.weight
 
-    straight = fit(Picture(), steps=4, folder=tmp_path / "straight")
-    fit(Picture(), steps=2, folder=tmp_path / "stopped")
-    resumed = fit(Picture(), steps=4, folder=tmp_path / "stopped", resume=newest_checkpoint(tmp_path / "stopped"))
+    straight = fit("straight", 4)
+    fit("stopped", 2)
+    resumed = fit("stopped", 4, newest_checkpoint(tmp_path / "stopped"))
     assert resumed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(straight, resumed)
 
@@ -395,12 +380,7 @@ class Counted(Line):
 def test_steps_are_whole_when_a_run_goes_on_with_another_accumulation(tmp_path, before, after):
     def fit(accumulation, *, steps, resume=None):
         module = Counted()
-        trainer = Trainer(
-            max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-            plugins=[FolderCheckpointIO()], callbacks=[Checkpoints(tmp_path, every_n_steps=100)],
-            accumulate_grad_batches=accumulation,
-        )  # fmt: skip
-        trainer.fit(module, torch.utils.data.DataLoader(torch.ones(60, 1)), ckpt_path=resume)
+        fit_line(tmp_path, steps=steps, module=module, accumulation=accumulation, every_n_steps=100, resume=resume)
         return module.steps
 
     assert fit(before, steps=3) == [step for step in range(3) for _ in range(before)]

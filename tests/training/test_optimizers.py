@@ -1,7 +1,8 @@
 """Optimizers by name, their parameter groups and the averaged weights; the contract holds for every registered name."""
 
 import copy
-import re
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,16 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.checkpoint_files import FolderCheckpointIO
-from maskgit_pl.training.learning_rates import LearningRate
+from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from maskgit_pl.training.optimizers import (
+    LearningRate,
+    LearningRateSchedule,
     OptimizerConfig,
     build_optimizer,
-    check_sharding,
     frozen_copy,
+    learning_rate_schedules,
     optimizers,
     parameter_groups,
     state_values,
@@ -104,14 +106,6 @@ def test_only_linear_and_conv_weights_decay_and_frozen_ones_are_left_out():
     assert names(rest) == [f"network.{name}" for name in of]
     trained = dict(model.named_parameters(prefix="network"))
     assert all(parameter is trained[name] for group in (decayed, rest) for name, parameter in group["params"])
-
-
-def test_the_transformers_tied_table_positions_norms_and_biases_do_not_decay():
-    model = MaskedTransformer(TransformerConfig(16, 3, (2, 2), 8, 2, 2, 16))
-    decayed, rest = parameter_groups(model, 0.045)
-    kernels = [f"blocks.{block}.{kernel}.weight" for block in (0, 1) for kernel in ("qkv", "proj", "fc1", "fc2")]
-    assert sorted(names(decayed)) == sorted([*kernels, "head_dense.weight"])
-    assert len(names(decayed)) + len(names(rest)) == len(list(model.parameters()))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -211,16 +205,6 @@ def test_two_ranks_of_ddp_and_fsdp_train_as_one_process_does(tmp_path):
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=1e-4, msg=f"{case} {key}")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_fsdp_is_refused_for_steps_of_whole_matrices(name):
-    check_sharding(config(name), "ddp")
-    if config(name).spec.elementwise:
-        check_sharding(config(name), "fsdp")
-    else:
-        with pytest.raises(ValueError, match=rf"trainer\.strategy must be 'ddp' or 'auto' .*'{name}'.* got 'fsdp'"):
-            check_sharding(config(name), "fsdp")
-
-
 def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
     page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
     rows = {cells[0].strip(" `"): float(cells[2]) for line in page.splitlines() if len(cells := line.split("|")[1:]) > 4
@@ -231,32 +215,19 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "message"),
-    [
-        ("lio", "unknown optimizer 'lio': did you mean 'lion'?"),
-        ({"name": "lion", "betas": [0.9, 0.99]}, "optimizer 'lion': unknown key 'betas'"),
-        ({"name": "sgd", "momentum": -1.0}, "optimizer 'sgd': momentum must be a number in [0, 1), got -1.0"),
-        ({"name": "sgd", "momentum": 0.0}, "optimizer 'sgd': Nesterov momentum requires a momentum"),
-        ({"name": "adan", "betas": [0.9, 0.9, 1.0]}, "optimizer 'adan': Invalid beta parameter at index 2: 1.0"),
-        ({"name": "muon", "ns_steps": 2.5}, "optimizer 'muon'.ns_steps must be an integer, got 2.5"),
-    ],
-    ids=str,
-)
-def test_a_wrong_name_or_option_is_refused_with_the_rule(algorithm, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        config(algorithm)
-
-
-@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
         ({"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
         ({"adamw": "fuse"}, "adamw must be one of fused, foreach, for-loop, got 'fuse'; did you mean 'fused'"),
+        ({"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
+        ({"algorithm": {"name": "lion", "betas": [0.9, 0.99]}}, "optimizer 'lion': unknown key 'betas'"),
+        ({"algorithm": {"name": "sgd", "momentum": 0.0}}, r"optimizer 'sgd': momentum must be a number in \(0, 1\)"),
+        ({"algorithm": {"name": "muon", "ns_steps": 2.5}}, "optimizer 'muon'.ns_steps must be an integer, got 2.5"),
     ],
     ids=str,
 )
-def test_a_value_out_of_range_is_refused(changes, message):
+def test_a_wrong_name_or_value_is_refused_with_the_rule(changes, message):
     with pytest.raises(ValueError, match=message):
         OptimizerConfig(**{"learning_rate": LearningRate(0.1), "betas": (0.9, 0.96), "weight_decay": 0.0, **changes})
 
@@ -283,6 +254,86 @@ def test_adamw_is_that_of_torch_with_the_peak_and_the_betas_of_the_recipe():
     train(ours, build(config(), ours), range(5))
     train(theirs, reference, range(5))
     assert_equal(weights(ours), weights(theirs))
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_a_cosine_needs_its_end_and_a_constant_rate_does_not(max_steps):
+    assert LearningRate(0.1).factor(0, max_steps) == 1.0
+    with pytest.raises(ValueError, match=rf"decay 'cosine'.*max_steps.* got {max_steps}"):
+        LearningRate(0.1, decay="cosine").factor(0, max_steps)
+
+
+def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
+    rate = LearningRate(1e-4, warmup_steps=4)
+    assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize("final", [0.0, 0.1])
+def test_cosine_falls_from_the_peak_after_the_warm_up_to_its_end_at_max_steps(final):
+    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine", final_fraction=final)
+    factors = [rate.factor(step, 110) for step in range(10, 131)]
+    assert factors[0] == 1.0
+    assert factors[50] == pytest.approx((1 + final) / 2)
+    assert factors[25] == pytest.approx(final + (1 - final) * 0.8535534)
+    assert factors[100] == pytest.approx(final)
+    assert factors[120] == pytest.approx(final)  # and stays there
+    assert all(early >= late for early, late in pairwise(factors))
+
+
+def test_a_run_that_ends_within_its_warm_up_is_no_error():
+    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine")
+    assert [rate.factor(step, 5) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
+    assert 0 <= rate.factor(10, 5) <= 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
+        ({"peak": float("inf")}, r"^peak must be a finite number in \(0, inf\), got inf"),
+        ({"peak": float("nan")}, "^peak"),
+        ({"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
+        ({"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
+        ({"final_fraction": -0.1}, "^final_fraction"),
+        ({"decay": "cosin"}, "^unknown learning rate schedule 'cosin': did you mean 'cosine'"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearningRate(**{"peak": 1e-4, **options})
+
+
+@pytest.mark.parametrize("name", learning_rate_schedules.names())
+@pytest.mark.parametrize("warmup_steps", [0, 10])
+def test_every_schedule_reaches_the_peak_and_never_rises_again(name, warmup_steps):
+    rate = LearningRate(1e-4, warmup_steps=warmup_steps, decay=name, final_fraction=0.1)
+    factors = [rate.factor(step, 110) for step in range(max(0, warmup_steps - 1), 131)]
+    assert factors[0] == 1.0
+    assert all(early >= late >= 0.1 for early, late in pairwise(factors))
+
+
+def test_linear_falls_by_equal_steps_and_reaches_its_end():
+    rate = LearningRate(1e-4, warmup_steps=10, decay="linear", final_fraction=0.2)
+    assert [rate.factor(step, 110) for step in (10, 60, 110, 111)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
+
+
+@dataclass(frozen=True)
+class Late(LearningRateSchedule):
+    """A schedule that is wrong at one step."""
+
+    factor: float = 1.5
+    at: int = 55
+
+    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
+        return self.factor if step == self.at else 1.0
+
+
+@pytest.mark.parametrize(("factor", "at"), [(1.5, 55), (-0.1, 200), (float("nan"), 100), (0.0, 10)])
+def test_a_schedule_out_of_range_is_refused_with_the_step(factor, at, monkeypatch):
+    monkeypatch.setitem(learning_rate_schedules._factories, "late", Late)
+    with pytest.raises(ValueError, match=f"schedule 'late' must be in .* got {factor} at step {at} of 100"):
+        LearningRate(1e-4, decay={"name": "late", "factor": factor, "at": at})
 
 
 def network() -> nn.Sequential:

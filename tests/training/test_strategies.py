@@ -1,6 +1,7 @@
 """Activation checkpointing and compilation change neither the results nor the names in a state dict."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +10,11 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.strategies import (
     _POLICIES,
-    PRECISIONS,
-    build_strategy,
     check_precision,
     check_strategy,
     prepare_blocks,
 )
+from tests.modules import masked_model
 
 
 def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_the_precision_is_mixed():
@@ -25,36 +25,39 @@ def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_
     assert (whole.param_dtype, whole.reduce_dtype, whole.output_dtype) == (None, None, None)
 
 
-@pytest.mark.parametrize("name", PRECISIONS)
-def test_precisions_that_train_have_a_policy_and_are_let_through(name):
-    check_precision(name)
-    assert name in _POLICIES
-
-
 @pytest.mark.parametrize("name", ["bf16-true", "16-true", "16-mixed", "64-true"])
 def test_others_are_refused_with_those_that_train(name):
     with pytest.raises(ValueError, match=rf"trainer\.precision must be 32-true or bf16-mixed, got {name}"):
         check_precision(name)
 
 
-def test_an_unknown_strategy_is_answered_with_the_nearest():
-    with pytest.raises(ValueError, match=r"trainer\.strategy 'fsdp2': did you mean 'fsdp'"):
-        build_strategy("fsdp2")
+CONFIG = masked_model(TransformerConfig(16, 3, (4, 4), 8, 2, 2, 16), "").config
 
 
-@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_several_ranks_need_a_strategy_and_one_does_not(stage):
-    check_strategy("auto", stage=stage, ranks=1)
-    check_strategy("ddp", stage=stage, ranks=2)
-    with pytest.raises(ValueError, match=r"trainer\.strategy must .*for 2 ranks, got 'auto'"):
-        check_strategy("auto", stage=stage, ranks=2)
-
-
-def test_the_tokenizer_is_not_sharded_on_any_number_of_ranks():
-    check_strategy("fsdp", stage="transformer", ranks=2)
-    for ranks in (1, 2):
-        with pytest.raises(ValueError, match=r"trainer\.strategy must .*got 'fsdp'; use --cluster ddp"):
-            check_strategy("fsdp", stage="tokenizer", ranks=ranks)
+@pytest.mark.parametrize(
+    ("name", "stage", "config", "ranks", "why"),
+    [
+        ("auto", "transformer", CONFIG, 1, None),
+        ("ddp", "tokenizer", CONFIG, 2, None),
+        ("fsdp", "transformer", CONFIG, 2, None),
+        ("auto", "transformer", CONFIG, 2, "for 2 ranks, got 'auto'"),
+        ("fsdp", "tokenizer", CONFIG, 1, "for the tokenizer, got 'fsdp'; use --cluster ddp"),
+        ("fsdp", "transformer", replace(CONFIG, compiled="step"), 1, "with model.compiled 'step'"),
+        (
+            "fsdp",
+            "transformer",
+            replace(CONFIG, optimizer=replace(CONFIG.optimizer, algorithm="muon")),
+            1,
+            "'muon', which needs whole matrices",
+        ),
+    ],
+)
+def test_a_strategy_must_support_the_module_and_the_number_of_ranks(name, stage, config, ranks, why):
+    if why is None:
+        check_strategy(name, config, stage=stage, ranks=ranks)
+        return
+    with pytest.raises(ValueError, match=f"trainer.strategy must .*{why}"):
+        check_strategy(name, config, stage=stage, ranks=ranks)
 
 
 SIZES = {

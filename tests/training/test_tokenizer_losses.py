@@ -246,11 +246,6 @@ def test_a_wrong_weight_is_refused(options, message):
         module_of(**options)
 
 
-def test_the_warm_up_is_not_negative():
-    with pytest.raises(ValueError, match=r"adversarial warmup_steps must be an integer in \[0, inf\), got -1"):
-        AdversarialConfig(warmup_steps=-1)
-
-
 def test_the_norm_of_a_gradient_does_not_depend_on_the_micro_batch():
     module, whole = module_of(), batch()
     norms = []
