@@ -275,7 +275,8 @@ def _generate_many(
     make = generate_many if acceptance is None else partial(generate_accepted, acceptance=acceptance)
     assert isinstance(options.classes, list)
     count, classes = options.num_images, len(options.classes)
-    own = -(-num_candidates(acceptance, count, classes) // options.world_size)  # images of this process
+    total = count if acceptance is None else num_candidates(acceptance, count, classes)
+    own = -(-total // options.world_size)  # images of this process
     make_folder(out.parent)
     lock = hold_lock(out, hint="give another --out", rank=options.rank)
     with lock, named_bars("images") as advance:

@@ -257,7 +257,8 @@ def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
             guidance for a model without a null class and without a negative model.
     """
     pipe.check_decoding(decoding)
-    pipe.outline.check_decoding(decoding, has_negative_class=can_guide(pipe))
+    outline = pipe.outline
+    decoding.check(outline.num_tokens, is_autoregressive=outline.is_autoregressive, has_negative_class=can_guide(pipe))
 
 
 def can_guide(pipe: MaskGIT) -> bool:

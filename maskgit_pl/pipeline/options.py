@@ -55,6 +55,7 @@ __all__ = [
     "check_foreign",
     "read_options",
     "replace_settings",
+    "seeds_of",
 ]
 
 Classes: TypeAlias = int | str | Sequence[int | str | None]
@@ -368,7 +369,7 @@ class Request:
         labels = outline.class_ids(classes)
         return cls(
             labels=labels,
-            seeds=_seed_list(given.get("seed", 0), len(labels)),
+            seeds=seeds_of(given.get("seed", 0), len(labels)),
             decoding=replace_settings(outline.decoding, settings),
             negative_labels=_negative_labels(given.get("negative_classes"), len(labels), outline),
             batch_size=check_integer("batch_size", plain_number(given.get("batch_size", 64)), "[1, inf)"),
@@ -477,8 +478,12 @@ def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: floa
     return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}
 
 
-def _seed_list(seed: Seeds, count: int) -> list[int]:
-    """Returns the seed of each of ``count`` results."""
+def seeds_of(seed: Seeds, count: int) -> list[int]:
+    """Returns the seed of each of ``count`` results.
+
+    Raises:
+        ValueError: if there is another number of seeds, or one is out of range.
+    """
     given = plain_list(seed)
     if given is not None:
         if len(given) != count:

@@ -36,7 +36,7 @@ from maskgit_pl.errors import RunError, is_user_error, markdown, printable
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.display import Recording, StepRecorder, describe_settings, token_panel
 from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
-from maskgit_pl.pipeline.options import seed_list
+from maskgit_pl.pipeline.options import seeds_of
 from maskgit_pl.pipeline.regions import Margins, box_mask, parse_box
 from maskgit_pl.schedules import mask_schedules
 
@@ -401,8 +401,8 @@ def _class_name(pipe: MaskGIT, label: int | None) -> str:
 
 
 def _captions(pipe: MaskGIT, labels: Sequence[int | None], seed: int) -> list[str]:
-    """Returns class and seed of each image. See ``options.seed_list`` for errors."""
-    seeds = seed_list(seed, len(labels))
+    """Returns class and seed of each image. See ``options.seeds_of`` for errors."""
+    seeds = seeds_of(seed, len(labels))
     return [f"{_class_name(pipe, label)}, seed {n}" for label, n in zip(labels, seeds, strict=True)]
 
 
