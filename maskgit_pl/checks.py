@@ -36,7 +36,6 @@ __all__ = [
     "check_keys",
     "check_number",
     "check_seed",
-    "check_sha256",
     "count_text",
     "describe_wrong_values",
     "did_you_mean",
@@ -167,20 +166,6 @@ def check_seed(name: str, value: object) -> int:
         ValueError: if it is not.
     """
     return check_integer(name, value, "[0, 2**32)")
-
-
-def check_sha256(name: str, value: object) -> str:
-    """Checks that ``value`` is a SHA-256 in hex.
-
-    Returns:
-        ``value``.
-
-    Raises:
-        ValueError: if it is not.
-    """
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{name} must be a SHA-256 of 64 hex digits, got {shorten(value)}")
-    return value
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:

@@ -46,7 +46,6 @@ __all__ = [
     "read_json",
     "read_yaml",
     "remove_partials",
-    "set_key",
     "sha256_of",
     "size_text",
     "sync",
@@ -416,47 +415,6 @@ def parse_yaml(text: str) -> Any:
         return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
 
 
-def set_key(text: str, key: str, value: str) -> str:
-    """Sets a key of a YAML mapping to a plain word. All other lines stay as they are.
-
-    1. Remove all lines of each entry with this key.
-    2. Add the new entry before the others.
-    3. Check that only this key has changed.
-
-    Args:
-        text: Mapping with one key per line, or nothing.
-        key: Key of the outer mapping.
-        value: Word that needs no quotes.
-
-    Raises:
-        ValueError: if the text is invalid, or no such mapping. The message is one line.
-    """
-    rule = f"it must be a mapping with one key per line, so that {key} can be set"
-    with _one_line():
-        root = yaml.compose(text, Loader=_PlainLoader)
-    if root is not None and (not isinstance(root, yaml.MappingNode) or root.flow_style):
-        raise ValueError(rule)
-    entries = root.value if root is not None else []
-    # 1. From the end, so that the places of the entries before it stay valid.
-    kept = text
-    for name, node in reversed(entries):
-        if name.value == key:
-            # The mark after a block is at the next entry; after another value, it is in its last line.
-            start, stop = _start_of_line(text, name.start_mark.index), node.end_mark.index
-            last = _start_of_line(text, stop)
-            next_line = last if not text[last:stop].strip() else text.find("\n", stop) + 1 or len(text)
-            kept = kept[:start] + kept[next_line:]
-    # 2.
-    indent = " " * root.start_mark.column if root is not None else ""
-    changed = f"{indent}{key}: {value}\n{kept}"
-    # 3. By repr(), since NaN is not equal to itself.
-    others = parse_yaml(kept) or {}
-    is_kept = isinstance(others, dict) and [*others] == [name.value for name, _ in entries if name.value != key]
-    if not is_kept or repr(parse_yaml(changed)) != repr({key: value, **others}):
-        raise ValueError(rule)
-    return changed
-
-
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
     """Checks that a tree is plain data.
 
@@ -484,10 +442,6 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         raise ValueError(f"{path} must be finite, got {node}")
     elif not isinstance(node, str | int | float | bool | None):
         raise ValueError(f"{path} must be a number, a word, a list or a mapping, got {shorten(node)}; quote it")
-
-
-def _start_of_line(text: str, place: int) -> int:
-    return text.rfind("\n", 0, place) + 1
 
 
 @contextmanager

@@ -30,7 +30,6 @@ __all__ = [
     "describe",
     "lazy_names",
     "nearest",
-    "plugin_names",
 ]
 
 T = TypeVar("T")
@@ -297,11 +296,6 @@ def derives_from(base: type) -> Callable[[str, Any], None]:
             raise ValueError(f"{name!r} must derive from {base.__module__}.{base.__qualname__}, got {shorten(made)}")
 
     return check
-
-
-def plugin_names(group: str) -> list[str]:
-    """Returns the sorted names that installed packages announce in an entry point group. Imports no package."""
-    return sorted({plugin.point.name for plugin in _find_plugins(group)})
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

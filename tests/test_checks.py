@@ -22,7 +22,6 @@ from maskgit_pl.checks import (
     check_keys,
     check_number,
     check_seed,
-    check_sha256,
     height_width,
     image_file_name,
     is_image_file_name,
@@ -104,13 +103,6 @@ def test_a_seed_is_an_integer_of_32_bits(value: object) -> None:
     assert [check_seed("seed", each) for each in (0, 2**32 - 1)] == [0, 2**32 - 1]
     with pytest.raises(ValueError, match=r"^--seed must be an integer in \[0, 2\*\*32\), got"):
         check_seed("--seed", value)
-
-
-@pytest.mark.parametrize("value", ["0" * 63, "0" * 65, "G" * 64, "A" * 64, None, 1])
-def test_a_sha256_has_64_hex_digits(value: object) -> None:
-    assert check_sha256("hash", "0a" * 32) == "0a" * 32
-    with pytest.raises(ValueError, match=r"^hash must be a SHA-256 of 64 hex digits, got"):
-        check_sha256("hash", value)
 
 
 def test_a_choice_is_answered_with_the_list_and_the_nearest() -> None:

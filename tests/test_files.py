@@ -24,7 +24,6 @@ from maskgit_pl.files import (
     read_json,
     read_yaml,
     remove_partials,
-    set_key,
     sha256_of,
     write_atomically,
     write_tensors,
@@ -298,51 +297,6 @@ def test_an_unsafe_recipe_is_refused_by_name(tmp_path, text, rule):
     with pytest.raises(ValueError, match=rule) as caught:
         read_yaml(file)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("entry", "others"),
-    [
-        ("license: apache-2.0\n", "a: 1\n"),
-        ("license: >\n  apache\n\n  more\n", "a: 1\n"),
-        ("license: |-\n  apache\n", "# a comment\na: 1\n"),
-        ("license:\n- apache\n- other\n", "a: no\nb: 1e-3 # a comment\n"),
-        ("license:\n  - apache\n", "a: {b: [1,\n  2]}\n"),
-        ("license: [apache,\n  other] # both\n", "a: .nan\n"),
-        ("license:\n", "a: 2020-01-01\n"),
-        ('"license": apache\n', "a: 'x'\n"),
-        ("'license'  : apache\n  more\n", "a: 1\n"),
-        ("? license\n: apache\n", "a: 1\n"),
-        ("license:\n  name: apache\n", "a:\n- license: b\n"),
-        ("license: a\nlicense: b\n", "a: 1\n"),
-        ("", "a: license\n"),
-        ("license: !!str a\n", ""),
-        ("", ""),
-    ],
-)
-def test_a_key_is_set_and_other_lines_stay_as_they_are(entry, others):
-    for text in (others + entry, entry + others):
-        assert set_key(text, "license", "mit") == f"license: mit\n{others}"
-    if entry and others:
-        indented = "".join(f"  {line}\n" if line else "\n" for line in (entry + others).split("\n")[:-1])
-        content = parse_yaml(set_key(indented, "license", "mit"))
-        assert repr(content) == repr({"license": "mit", **parse_yaml(others)})
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "text", ["{license: b, a: 1}\n", "- license\n", "license\n", "a: &x 1\nlicense: *x\n", "a: b: c\n", "? [a]\n: b\n",
-             "a: 1\u2028license: b\n", "a: 1\n---\nlicense: b\n", "a: " + "[" * 5000]
-)  # fmt: skip
-def test_a_key_is_not_set_in_a_text_that_would_change_otherwise(text):
-    with pytest.raises(ValueError, match=r"^[^\n]+$"):
-        set_key(text, "license", "mit")
-
-
-@pytest.mark.parametrize("word", ["no", "null", "1.0"])
-def test_a_key_is_not_set_to_a_word_that_is_read_as_something_else(word):
-    with pytest.raises(ValueError, match="so that license can be set"):
-        set_key("", "license", word)
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ def test_an_unknown_command_is_answered_with_the_nearest_in_one_line(capsys):
         (("sample", "runs/x", "--num-inference-steps", "8"), "; did you mean '--num-steps'?"),
         (("data", "make", "x", "--out", "y", "--val-fractoin=1"), "; did you mean '--val-fraction'?"),
         (("sample", "runs/x", "--foo"), ""),
-        (("data", "mak"), ": did you mean 'make'? commands: make, index, verify, stats, fetch"),
+        (("data", "mak"), ": did you mean 'make'? commands: make, index, verify, fetch"),
         (("train",), "the following arguments are required: tokenizer|transformer; see maskgit train --help"),
         (
             ("sample", "runs/x", "--seed"),

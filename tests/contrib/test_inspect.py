@@ -180,7 +180,7 @@ def test_the_rules_of_the_alarms_judge_the_last_values():
     assert find_in_tokenizer(logs, recipe, None) == []  # in the grace period
     logs.scalars["train/codebook_usage"][300] = 0.1
     (problem,) = find_in_tokenizer(logs, recipe, None)
-    assert "restart_below to 0.2" in problem.advice[0]
+    assert "restart_below: 0.2" in problem.advice[0]
     logs.scalars["train/codebook_usage"][350] = 0.9
     assert find_in_tokenizer(logs, recipe, None) == []
     assert find_in_tokenizer(logs, {"model": 3, "trainer": [], "health": {"patience": "x"}}, None) == []

@@ -183,7 +183,7 @@ def test_weights_of_another_size_are_refused_by_their_file(saved):
         ("tokenizer", {"version": 2}, "version must be 1, got 2; update maskgit_pl"),
         ("tokenizer", {"network": {"colour": "red"}}, "network: unknown key 'colour'"),
         ("tokenizer", {"image_size": 7.5}, "image_size must be an integer in"),
-        ("transformer", {"network": {"colour": "red"}}, "network: unknown key 'colour'"),
+        ("transformer", {"network": {"colour": "red"}}, "network: .*unknown key 'colour'"),
         ("transformer", {"decoding": {"colour": "red"}}, "decoding: unknown key 'colour'"),
         ("transformer", {"mask_schedule": "cosin"}, "unknown mask schedule 'cosin': did you mean 'cosine'"),
         ("transformer", {"mask_schedule": None}, "mask_schedule must be .*, got None for bidirectional"),

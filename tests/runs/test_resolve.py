@@ -248,7 +248,7 @@ def test_the_steps_are_those_of_the_passes(tiny_shards, tmp_path, flags, steps, 
     assert (trainer.max_steps, trainer.val_check_interval) == (steps, interval)
 
 
-def test_a_stream_has_no_passes(tmp_path):
-    flags = {"max_passes": 1, "data.source": "stream", "data.stream.urls": ["a"], "data.stream.classes": 3}
-    plan = plan_run(Recipe.read("tokenizer", overrides=flags), run=tmp_path / "run", data=None)
+def test_a_stream_has_no_passes(tiny_shards, tmp_path):
+    flags = {"max_passes": 1, "data.source": "stream", "data.stream.urls": ["a"]}
+    plan = plan_run(Recipe.read("tokenizer", overrides=flags), run=tmp_path / "run", data=tiny_shards)
     assert merge_values(plan)["trainer"]["max_steps"] == 3000
