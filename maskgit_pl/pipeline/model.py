@@ -23,7 +23,6 @@ from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
 from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
 from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.pipeline.generate import StepsOfImages
 from maskgit_pl.pipeline.options import (
     MAX_RESULTS,
     Classes,
@@ -454,24 +453,9 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
-        steps = self.inpaint_steps(image, mask, classes=classes, **options)
-        return tasks.finish(steps, output_type, options.get("callback"))
-
-    def inpaint_steps(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Sequence[MaskLike],
-        *,
-        classes: Classes | None = None,
-        **options: Unpack[EditKeywords],
-    ) -> StepsOfImages:
-        """Yields the decoding steps of ``inpaint`` as they are decoded, and returns its images as with ``"pt"``.
-
-        Closing the generator ends the decoding. Errors come before the first step. See ``inpaint`` for them and for the
-        arguments; ``callback`` is not called.
-        """
         request = self._request(classes, options, EditKeywords)
-        return tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
+        steps = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
+        return tasks.finish(steps, output_type, options.get("callback"))
 
     def edit_class(
         self,
@@ -548,20 +532,9 @@ class MaskGIT:
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
             TypeError: see ``generate``.
         """
-        steps = self.edit_steps(image, strength=strength, classes=classes, **options)
-        return tasks.finish(steps, output_type, options.get("callback"))
-
-    def edit_steps(
-        self,
-        image: ImageLike | Sequence[ImageLike],
-        *,
-        strength: float,
-        classes: Classes | None = None,
-        **options: Unpack[FitKeywords],
-    ) -> StepsOfImages:
-        """Yields the decoding steps of ``edit``. See ``inpaint_steps``."""
         request = self._request(classes, options, FitKeywords)
-        return tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
+        steps = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
+        return tasks.finish(steps, output_type, options.get("callback"))
 
     def outpaint(
         self,
@@ -608,26 +581,10 @@ class MaskGIT:
 
         Source: paper, Figure 1 and Table 2.
         """
-        sides = {"left": left, "right": right, "up": up, "down": down}
-        steps = self.outpaint_steps(image, **sides, classes=classes, overlap=overlap, **options)
-        return tasks.finish(steps, output_type, options.get("callback"))
-
-    def outpaint_steps(
-        self,
-        image: ImageLike,
-        *,
-        left: int = 0,
-        right: int = 0,
-        up: int = 0,
-        down: int = 0,
-        classes: Classes | None = None,
-        overlap: float = 0.5,
-        **options: Unpack[SeamKeywords],
-    ) -> StepsOfImages:
-        """Yields the decoding steps of ``outpaint``, each of the whole canvas. See ``inpaint_steps``."""
         request = self._request(classes, options, SeamKeywords)
         added = Margins(left, right, up, down)
-        return tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
+        steps = tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
+        return tasks.finish(steps, output_type, options.get("callback"))
 
     def panorama(
         self,
@@ -661,23 +618,11 @@ class MaskGIT:
 
         Source: paper, Figure 1.
         """
-        steps = self.panorama_steps(classes, width, height=height, overlap=overlap, **options)
-        return tasks.finish(steps, output_type, options.get("callback"))
-
-    def panorama_steps(
-        self,
-        classes: Classes,
-        width: int,
-        *,
-        height: int | None = None,
-        overlap: float = 0.5,
-        **options: Unpack[GenerateKeywords],
-    ) -> StepsOfImages:
-        """Yields the decoding steps of ``panorama``, each of the whole canvas. See ``inpaint_steps``."""
         request, outline = self._request(classes, options), self.outline
         height = outline.least_canvas[0] if height is None else height
         size = check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
-        return tasks.panorama(self.tokenizer, self.transformer, request, size, overlap)
+        steps = tasks.panorama(self.tokenizer, self.transformer, request, size, overlap)
+        return tasks.finish(steps, output_type, options.get("callback"))
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""

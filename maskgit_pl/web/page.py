@@ -47,7 +47,7 @@ _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "ap
 _LIGHT: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
 """Options of all other events."""
 _MIX, _ANY = "mix", "any"  # the choice of another class for each image, and of no class
-_PAINT, _EXTEND = "Paint a region", "Extend (outpaint)"
+_PAINT, _EXTEND, _VARY = "Paint a region", "Extend (outpaint)", "Vary the whole image"
 _SIDES = ("left", "right", "up", "down")
 _COUNT, _MOST = 4, 8  # images of a run
 _SEED = 11  # with which the page opens: a good one of the model of the package
@@ -171,7 +171,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
             )  # fmt: skip
             editor = _add_editor(pipe)
         with gr.Column(scale=2, min_width=300):
-            task = gr.Radio([_PAINT, _EXTEND], value=_PAINT, label="Task")
+            task = gr.Radio([_PAINT, _EXTEND, _VARY], value=_PAINT, label="Task")
             with gr.Group() as paint:
                 box = gr.Textbox(
                     label="Box in place of the brush", placeholder="left,top,right,bottom: 0,0,14,28 or 0%,0%,50%,100%"
@@ -182,6 +182,8 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
                     factor, side // factor * factor, max(1, side // 2 // factor) * factor, step=factor, precision=0,
                     label="Pixels to add on each side",
                 )  # fmt: skip
+            with gr.Group(visible=False) as vary:
+                strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Share of the image that changes")
             label = gr.Dropdown(
                 [*classes, *_class_choices(pipe)], value=_ANY if classes else 0, label="Class of the new part"
             )
@@ -192,7 +194,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
 
     @answer
     def edit(canvas: Any, pixels: Tensor | None, task: str, *rest: Any) -> Iterator[list[Any]]:
-        box, sides, margin, label, seed, count, *values = rest
+        box, sides, margin, strength, label, seed, count, *values = rest
         if pixels is None:
             raise ValueError("an image is missing; upload one, or take the generated image")
         labels, settings = [None if label == _ANY else label] * count, settings_of(pipe, values)
@@ -207,6 +209,8 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
             if not bool(mask.any()):
                 raise ValueError("no region is painted; paint over the part to generate, or give a box")
             call = partial(pipe.inpaint, pixels, mask)
+        elif task == _VARY:
+            call, mask = partial(pipe.edit, pixels, strength=strength), None
         else:
             added: dict[str, Any] = {name: margin if name in sides else 0 for name in _SIDES}
             mask = Margins(**added).outside(height, width)
@@ -220,10 +224,10 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
     for given in (upload, drop):
         given.upload(read, given, [drop, editor, source], **_LIGHT)
     task.change(
-        lambda task: [gr.Group(visible=task == _PAINT), gr.Group(visible=task == _EXTEND)],
-        task, [paint, extend], **_LIGHT,
+        lambda chosen: [gr.Group(visible=chosen == task) for task in (_PAINT, _EXTEND, _VARY)],
+        task, [paint, extend, vary], **_LIGHT,
     )  # fmt: skip
-    inputs = [editor, source, task, box, sides, margin, label, seed, count, *fields]
+    inputs = [editor, source, task, box, sides, margin, strength, label, seed, count, *fields]
     _on_run(button, stop, edit, inputs, [images, caption, animation])
     return take, [drop, editor, source]
 

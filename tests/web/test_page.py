@@ -177,6 +177,22 @@ def test_a_box_of_the_chosen_image_becomes_another_class(page: Page, pipe: MaskG
     assert all((one == np.array(other)).all() for one, other in zip(results, [image, *expected], strict=True))
 
 
+def test_a_share_of_the_chosen_image_is_made_again(page: Page, pipe: MaskGIT) -> None:
+    image = shown(page, "generated")[0]
+    page.locator("#generated img").first.click()
+    press(tab(page, "Generate"), "Edit this image")
+    panel = page.get_by_role("tabpanel").filter(visible=True)
+    panel.get_by_label("Vary the whole image").check()
+    choose(page, panel, "Class of the new part", "Ankle boot")
+    set_number(panel, "Results", 2)
+    press(panel, "Edit")
+    finish(page, panel)
+    expected = pipe.edit(image, strength=0.6, classes=[BOOT] * 2, seed=11)
+    assert all(
+        (one == np.array(other)).all() for one, other in zip(shown(page, "edited"), [image, *expected], strict=True)
+    )
+
+
 def test_an_upload_is_extended(page: Page, pipe: MaskGIT) -> None:
     pixels = np.zeros((40, 100, 3), np.uint8)
     pixels[:, 30:70] = 255
