@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import Split, read_manifest_summary
+from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "Sample",
     "Source",
     "UnreadableSample",
+    "check_class_lines",
     "find_class_names",
     "is_val",
     "number_classes",
@@ -215,8 +218,27 @@ def number_classes(
     if wrong:
         raise ValueError(f"{found[wrong[0]]}: {label_field} must be {rule}, got {shorten(wrong[0])}")
     if len(classes) > MAX_CLASSES:
-        raise ValueError(f"{found[classes[0]]}: {label_field} must be one of at most {MAX_CLASSES} classes, got more")
+        raise ValueError(
+            f"{next(iter(found.values()))}: {label_field} must be one of at most {MAX_CLASSES} classes, got more"
+        )
+    check_class_lines(next(iter(found.values()), "classes"), classes)
     return classes, numbers
+
+
+def check_class_lines(where: str, classes: Sequence[str]) -> None:
+    """Checks that the names of classes can be lines of a text file.
+
+    Raises:
+        ValueError: if a name is empty, comes twice, has a line break or control character, or is not UTF-8.
+    """
+    for name in classes:
+        if not name or any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
+            raise ValueError(
+                f"{where}: a class must have a UTF-8 name on one line, got '{printable(name)}'; rename it, or use a "
+                "UTF-8 locale, such as LC_ALL=C.UTF-8"
+            )
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"{where}: each class must have another name, got {shorten(classes)}")
 
 
 def parse_class_names(given: str) -> list[str]:

@@ -204,7 +204,7 @@ class StreamBatches(Dataset[Batch]):
 
 
 def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | UnreadableSample]:
-    """Yields the samples of shards in their order, those whose image header cannot be read at the start of a shard.
+    """Yields the samples of shards in their order, those whose image header cannot be read at the end of a shard.
 
     Raises:
         StreamError: if a shard cannot be read, is no complete tar, has no samples, or has another fault.
@@ -220,11 +220,11 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
                     raise StreamError(f"{shown}: must be a complete tar of samples: {scan.damage or 'no images'}")
                 for fault, found in faults.items():
                     raise StreamError(f"{shown}: {found.samples} samples {fault} (first {found.first})")
-                if unreadable is not None:
-                    yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.samples
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
+                if unreadable is not None:
+                    yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.samples
         except StreamError:
             raise
         except (OSError, HTTPException, ValueError) as error:  # a ValueError: an invalid address

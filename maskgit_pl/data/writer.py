@@ -157,7 +157,10 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     partial = folder.with_name(f".{folder.name}.partial")
     if partial.is_symlink() or _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)  # fails for a file, a link, or a folder of another user
+        try:
+            partial.mkdir(parents=True)  # fails for a file, a link, or a folder of another user
+        except FileExistsError as error:
+            raise ValueError(f"{printable(partial)} must not exist; remove it, or give another --out") from error
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
     remove_partials(partial)
     return partial

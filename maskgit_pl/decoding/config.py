@@ -163,7 +163,6 @@ class DecodingConfig:
         check_guidance(self.scales(), has_negative_class=has_negative_class)
 
     def _build_sampling(self) -> CodeSampling:
-
         return CodeSampling(self.sampling_temperature, self.top_k, self.top_p, self.draw_method)
 
     def scales(self) -> tuple[float, ...]:

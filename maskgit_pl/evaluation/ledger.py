@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
@@ -120,6 +121,13 @@ class Ledger:
         return self._rows[measurement][-1]
 
 
+def _read_arrays(file: Path) -> Arrays:
+    try:
+        return dict(np.load(file))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and it is made again") from error
+
+
 def cached(
     folder: Path | None,
     keys: Mapping[str, Mapping[str, Any]],
@@ -143,7 +151,7 @@ def cached(
     # Making is collective: all ranks make what any of them does not have.
     kept = on_all_ranks(lambda: [name for name, file in files.items() if file.exists()])
     missing = [name for name in keys if not all(name in names for names in kept)]
-    found = {name: dict(np.load(files[name])) for name in keys if name not in missing}
+    found = {name: _read_arrays(files[name]) for name in keys if name not in missing}
     made = make(missing) if missing else {}
 
     def write() -> None:

@@ -42,14 +42,14 @@ Array: TypeAlias = npt.NDArray[Any]
 
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
 # Format -> its name for people, and how its files begin. The first bytes of msgpack are the least distinctive.
-_FORMATS = {
+_FORMATS = {  # the first that matches counts
+    "safetensors": ("a safetensors file", rb"(?s:.{4})\x00{4}\{"),  # the length of the header, below 2^32
     "lfs": ("a Git LFS pointer; fetch the weights with `git lfs pull`", rb"version https://git-lfs"),
     "html": ("a web page; the download went wrong", rb"\s*<"),
     "pickle": ("a Python pickle", rb"\x80[\x02-\x05]"),
     "zip": ("a zip archive, as torch.save and numpy.savez write them", rb"PK\x03\x04"),
     "gzip": ("a gzip archive; unpack it first", rb"\x1f\x8b"),
     "tar": ("a tar archive; unpack it first", rb"(?s:.{257})ustar"),
-    "safetensors": ("a safetensors file", rb"(?s:.{4})\x00{4}\{"),  # the length of the header, below 2^32
     "msgpack": ("", rb"[\x80-\x8f\xde\xdf]"),
 }
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter

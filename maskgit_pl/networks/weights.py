@@ -81,7 +81,10 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         ValueError: see ``open_tensors``.
     """
     with open_tensors(file) as opened:
-        return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+        try:
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
+        except SafetensorError as error:  # a type of numbers that torch lacks
+            raise ValueError(f"weights {file} cannot be read: {error}") from error
 
 
 def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tensor]:
@@ -236,7 +239,7 @@ def check_held(tensors: Mapping[str, Tensor], size: int) -> None:
     """
     total = 0
     for name, tensor in tensors.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
             raise ValueError(f"tensor {shorten(name)} must be a dense CPU tensor, got {tensor.layout} {tensor.dtype}")
         # A copy takes the bytes of all elements; the file holds those of the storage.
         needed, held = tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes()

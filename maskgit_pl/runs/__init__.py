@@ -9,7 +9,7 @@
 
 Messages go to the logger ``maskgit_pl``; ``logging.basicConfig(level="INFO")`` shows them.
 
-The names are imported on first use, and torch and Lightning when something is trained.
+The names are imported on first use, with torch and Lightning if they need them.
 """
 
 from __future__ import annotations

@@ -120,9 +120,10 @@ def build(plan: Plan) -> StageRun:
         trainer.accumulate_grad_batches = accumulation
         for key, wanted in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
             if (value := getattr(module.config.network, key)) != wanted:
+                vectors = f" with data.vectors {data.config.vectors}" if key == "condition_dim" else ""
                 raise ValueError(
-                    f"model.network.{key} must be {wanted} for {data.config.path} with data.vectors "
-                    f"{data.config.vectors}, got {value}; leave the key out or use other data"
+                    f"model.network.{key} must be {wanted} for {data.config.path}{vectors}, got {value}; leave the key "
+                    "out or use other data"
                 )
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(

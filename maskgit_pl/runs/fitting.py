@@ -217,7 +217,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
         raise FileNotFoundError(f"data {shards} of {config}: no such folder; give its present place with --data")
     tokenizer = None
     if stage == "transformer":
-        # The tokenizer may have moved with the run, or may be exported by this call.
+        # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
         tokenizer = next((place for place in places if (place / "config.json").is_file()), None)
         if tokenizer is None:

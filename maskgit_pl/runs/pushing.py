@@ -115,7 +115,7 @@ def _find_files(folder: Path) -> Iterator[tuple[str, Path]]:
     """
     for path in sorted(_OURS):
         file = folder / path
-        if file.is_symlink():
+        if file.is_symlink() or (file.parent.is_symlink() and file.parent != folder):
             raise ValueError(f"{folder} must hold no links, got {path}; put the file in its place")
         if not file.exists():
             continue

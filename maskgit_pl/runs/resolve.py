@@ -12,8 +12,9 @@ size, precision, and the execution of blocks and optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import yaml
 
@@ -160,8 +161,11 @@ def choose_precision(
     """
     if trainer.precision != AUTO:
         return trainer.precision
-    if newest_checkpoint(folder / "checkpoints") is not None and (folder / "config.yaml").is_file():  # 1.
-        return cast(Precision, value_at(read_yaml(folder / "config.yaml"), "trainer.precision"))
+    if newest_checkpoint(folder / "checkpoints") is not None:  # 1.
+        with suppress(OSError, ValueError):  # a damaged record: chosen as for a new run
+            recorded = value_at(read_yaml(folder / "config.yaml"), "trainer.precision")
+            if recorded in get_args(Precision) and recorded != AUTO:
+                return cast(Precision, recorded)
     key, width = _WIDE[stage]
     own = getattr(network, key, None)
     is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs

@@ -111,7 +111,9 @@ class JobOptions:
                 check_integer(name, getattr(self, name), "[1, inf)")
         if not _TIME.fullmatch(self.time):
             raise ValueError(f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {self.time!r}")
-        _split("container", self.container)
+        for name in ("container", "srun"):
+            if any("\n" in word for word in _split(name, getattr(self, name))):  # xargs in the job refuses it
+                raise ValueError(f"{name} must have no line break within a word, got {getattr(self, name)!r}")
         for name in ("sbatch", "srun"):
             for flag, _ in _flags(_split(name, getattr(self, name))):
                 reason = _REFUSED.get(flag)

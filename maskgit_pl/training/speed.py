@@ -38,7 +38,6 @@ __all__ = ["SpeedMonitor", "TrainingTime", "read_training_time", "weight_norm"]
 
 log = logging.getLogger(__name__)
 
-_WARM_UP = 5  # first steps of a process, which allocate memory and choose kernels
 _FILE_NAME = "training_time.json"  # in the stage folder
 
 
@@ -49,23 +48,14 @@ class TrainingTime:
     Args:
         steps: Number of timed steps; all processes of a resumed run together.
         cost: Seconds of rank 0: CPU seconds of all its threads on a CPU, else wall-clock seconds of the device.
-        steady_steps: Number of steps after the first 5 of each process.
-        steady_cost: Seconds of these steps.
         device: Name of the device of rank 0.
         is_cpu: True if the device is a CPU.
     """
 
     steps: int = 0
     cost: float = 0.0
-    steady_steps: int = 0
-    steady_cost: float = 0.0
     device: str = ""
     is_cpu: bool = True
-
-    @property
-    def cost_per_step(self) -> float | None:
-        """The mean cost of a step after the warm-up; None if no step was timed."""
-        return self.steady_cost / self.steady_steps if self.steady_steps else None
 
 
 def read_training_time(folder: Path) -> TrainingTime | None:
@@ -100,7 +90,6 @@ class SpeedMonitor(Callback):
         self._before = TrainingTime()  # of earlier processes
         self._first_step = 0  # of this process
         self._cost = 0.0  # seconds of this process
-        self._warm_up_cost: float | None = None  # of its first steps; None before their end
         self._logged_step = 0
         self._images = 0  # of this rank, since the last logging step
         self._waited = self._passed = 0.0  # seconds since the last logging step
@@ -128,8 +117,6 @@ class SpeedMonitor(Callback):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         self._read_clocks(pl_module.device)
-        if self._warm_up_cost is None and trainer.global_step - self._first_step >= _WARM_UP:
-            self._warm_up_cost = self._cost
         # A micro-batch that ends no step leaves global_step as it is.
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
         if is_logged and trainer.global_step > self._logged_step:
@@ -180,8 +167,6 @@ class SpeedMonitor(Callback):
         total = TrainingTime(
             before.steps + steps,
             before.cost + self._cost,
-            before.steady_steps + max(0, steps - _WARM_UP),
-            before.steady_cost + (0.0 if self._warm_up_cost is None else self._cost - self._warm_up_cost),
             device_name(device),
             device.type == "cpu",
         )

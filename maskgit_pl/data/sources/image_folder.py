@@ -14,7 +14,6 @@ import io
 import logging
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any, NamedTuple
 from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, number_classes, read_sample
+from maskgit_pl.data.samples import Sample, UnreadableSample, check_class_lines, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
 from maskgit_pl.data.sources.archives import Entries, EntryError
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
@@ -100,12 +99,7 @@ class ImageFolder:
             self.classes, labels = self._label_by_metadata(found, classes, label_field=label_field)
         else:
             self.classes, labels = self._label_by_folder(classes)
-        for name in self.classes:
-            if any(unicodedata.category(letter) in ("Cc", "Cs") for letter in name):
-                raise ValueError(
-                    f"source {self._shown}: a class must have a UTF-8 name on one line, got '{printable(name)}'; "
-                    "rename it, or use a UTF-8 locale, such as LC_ALL=C.UTF-8"
-                )
+            check_class_lines(f"source {self._shown}", self.classes)
         outside = (name for name in [*self._entries.sizes, *self._entries.folders] if self._root_of(name) is None)
         used = {root.rstrip("/") for root in self._roots.values()} | {*found}
         self._left_out["beside the folders of the splits"] = sorted({name.partition("/")[0] for name in outside} - used)

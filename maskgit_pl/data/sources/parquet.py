@@ -85,6 +85,8 @@ class ParquetFolder:
         self._files = [name for names in files.values() for name in names]
         first_row: dict[Any, str] = {}  # of each label
         heads, codes = zip(*(self._read_labels(name, first_row) for name in self._files), strict=True)
+        if sum(map(len, codes)) > _MAX_ROWS:
+            raise ValueError(f"source {self.shown} must have at most {_MAX_ROWS} rows in all files, got more")
         for name, head in zip(self._files, heads, strict=True):
             if head["names"] != heads[0]["names"]:
                 raise ValueError(
@@ -92,6 +94,11 @@ class ParquetFolder:
                 )
         names, images = heads[0]["names"], heads[0]["images"]
         self.image_field: str = next((field for field in ("image", "img") if field in images), images[0])
+        for name, head in zip(self._files, heads, strict=True):
+            if self.image_field not in head["images"]:
+                raise ValueError(
+                    f"source {self.shown}:{printable(name)} must have the column {self.image_field!r} of images"
+                )
         if names and classes is not None and list(classes) != names:
             raise ValueError(f"source {self.shown}: class names must not be given, since the data set has its own")
         self.classes, numbers = number_classes(first_row, names or classes, label_field=label_field)
@@ -222,9 +229,12 @@ def _read(path: Path, shown: str, *arguments: str) -> Iterator[bytes | None]:
         os.close(open_regular(path))  # rejects a FIFO or a device, which would block
     except OSError as error:
         raise ValueError(f"{shown} cannot be read: {error.strerror}") from error
+    # A thread of OpenBLAS takes 40 MB of the bound.
+    single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    arrow = {"PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}
     child = subprocess.Popen(
         [sys.executable, parquet_child.__file__, str(path), str(_CHILD_BYTES), *arguments],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"},
+        env={**os.environ, **single, **arrow},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -34,7 +34,9 @@ def _main() -> None:
         from pyarrow.parquet import ParquetFile
 
         pyarrow.set_cpu_count(1)
-        resource.setrlimit(resource.RLIMIT_DATA, (int(limit), int(limit)))
+        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+        bound = int(limit) if hard == resource.RLIM_INFINITY else min(int(limit), hard)
+        resource.setrlimit(resource.RLIMIT_DATA, (bound, bound))
         # Without a size of the buffer, the column of a row group is read as a whole.
         file = ParquetFile(path, buffer_size=2**20)
         for record in _labels(file, *arguments) if len(arguments) == 1 else _images(file, *arguments):

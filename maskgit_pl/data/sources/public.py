@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from maskgit_pl.errors import printable
-from maskgit_pl.files import size_text
+from maskgit_pl.files import open_regular, size_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -235,7 +235,7 @@ def _read_idx(folder: Path, pattern: str, dimensions: int, digest: Any) -> npt.N
         raise ValueError(f"source {printable(folder)} must have the four IDX files, got no {pattern}")
     name = f"IDX file {printable(path)}"
     try:
-        with open(path, "rb") as file:
+        with open(open_regular(path), "rb") as file:
             is_packed = file.read(2) == b"\x1f\x8b"
         with gzip.open(path) if is_packed else open(path, "rb") as stream:
             header = stream.read(4 + 4 * dimensions)
