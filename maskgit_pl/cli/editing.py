@@ -205,6 +205,8 @@ def outpaint(
         raise ValueError("one of --left, --right, --up, --down and --all must be > 0 pixels, got none")
     job = _Edit.open(model, folder, class_, decoding_settings, image, out, variants, pictures)
     pixels = image_pixels(image, channels=job.pipe.outline.channels)
+    outline = job.pipe.outline
+    margins.check(pixels.shape[-2:], factor=outline.token_size, least=outline.image_size)
     # (H + up + down, W + left + right): the image on the canvas, and True outside of it. With --dilation, tokens along
     # the border of the image are generated again too.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])

@@ -211,6 +211,8 @@ def generate_many(
         return BulkResult(file, 0, _join(file, plan, parts))
     rows = range(*(plan.count * rank // bulk.world_size for rank in (bulk.rank, bulk.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
+    for partial in folder.glob(f".{file.name if bulk.world_size == 1 else parts[bulk.rank].name}.*.partial"):
+        partial.unlink()  # of a process that was killed
     needed, free = len(rows) * plan.image[0] * plan.image[1] * 3, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "

@@ -144,7 +144,8 @@ class RunOrigin:
             ValueError: if a file has another format.
         """
         known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
-        return cls(folder, known, (_json(folder / "decoding.json").get("tuned") or {}) if tuned else {})
+        entry = _json(folder / "decoding.json").get("tuned") if tuned else None
+        return cls(folder, known, entry if isinstance(entry, dict) else {})
 
     @property
     def name(self) -> str:

@@ -43,13 +43,13 @@ __all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer", "export_
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
 _NAMES_HERE = {"num_steps": "num_inference_steps", "callback": "callback_on_step_end"}
-# Options of diffusers that would be ignored here, although they change what is loaded or where.
 _FILES = {
     "README.md", "config.json", *DIFFUSERS_FILES,
     *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
 }  # fmt: skip
 """The files of a folder."""
 _log = logging.getLogger(__name__)
+# Options of diffusers that would be ignored here, although they change what is loaded or where.
 _REFUSED = ("device_map", "quantization_config", "variant", "use_flashpack")
 
 

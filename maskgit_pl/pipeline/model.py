@@ -382,8 +382,9 @@ class MaskGIT:
             TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not take an
                 argument.
         """
-        steps = tasks.generate(self.tokenizer, self.transformer, self._request(classes, options))
-        return tasks.finish(steps, output_type, options.get("callback"))
+        request = self._request(classes, options)
+        steps = tasks.generate(self.tokenizer, self.transformer, request)
+        return tasks.finish(steps, output_type, request.callback)
 
     def steps(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Iterator[DecodingStep]:
         """Yields the decoding steps of one batch. See ``generate`` for the arguments.
@@ -455,7 +456,7 @@ class MaskGIT:
         """
         request = self._request(classes, options, EditKeywords)
         steps = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
-        return tasks.finish(steps, output_type, options.get("callback"))
+        return tasks.finish(steps, output_type, request.callback)
 
     def edit_class(
         self,
@@ -534,7 +535,7 @@ class MaskGIT:
         """
         request = self._request(classes, options, FitKeywords)
         steps = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
-        return tasks.finish(steps, output_type, options.get("callback"))
+        return tasks.finish(steps, output_type, request.callback)
 
     def outpaint(
         self,
@@ -584,7 +585,7 @@ class MaskGIT:
         request = self._request(classes, options, SeamKeywords)
         added = Margins(left, right, up, down)
         steps = tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
-        return tasks.finish(steps, output_type, options.get("callback"))
+        return tasks.finish(steps, output_type, request.callback)
 
     def panorama(
         self,
@@ -622,7 +623,7 @@ class MaskGIT:
         height = outline.least_canvas[0] if height is None else height
         size = check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
         steps = tasks.panorama(self.tokenizer, self.transformer, request, size, overlap)
-        return tasks.finish(steps, output_type, options.get("callback"))
+        return tasks.finish(steps, output_type, request.callback)
 
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""

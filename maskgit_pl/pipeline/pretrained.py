@@ -297,10 +297,10 @@ def read_negative_model(file: Path) -> Path | None:
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
         raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
     folder = file.parent / str(entry["folder"])
-    if not (folder / _WEIGHTS_FILE).is_file():
+    if not os.path.isfile(folder / _WEIGHTS_FILE):  # False for a name that is too long
         raise FileNotFoundError(
-            f"{where}: no transformer in {folder}; copy it there, name another with --negative-model, or delete the "
-            "file to decode as the model was exported"
+            f"{where}: no transformer in {shorten(str(folder))}; copy it there, name another with --negative-model, or "
+            "delete the file to decode as the model was exported"
         )
     if fingerprint(folder) != entry["transformer"]:
         _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)

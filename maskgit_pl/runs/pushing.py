@@ -64,7 +64,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
 
     Raises:
         FileNotFoundError: if there is no such folder, or a part of it is missing.
-        ValueError: if a name is wrong, a file is damaged or holds a token, or the license is unknown.
+        ValueError: if a name is wrong, a file is damaged or holds a token, or the card names no license.
     """
     from huggingface_hub import ModelCard
     from huggingface_hub.errors import HFValidationError

@@ -8,6 +8,7 @@ it serves.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -54,6 +55,7 @@ _SEED = 11  # with which the page opens: a good one of the model of the package
 _MOST_WAITING, _MOST_SESSIONS = 64, 200  # events in the queue; visitors whose state is kept
 _CANVAS, _TILE = 448, 168  # pixels of the longer edge of the canvas of the brush, and of a picture of a step
 _SMALL = 128  # pixels below which an image is shown enlarged, with visible pixels
+_MOST_PAINTED = 2**22  # pixels of the canvas
 _BRUSH, _PAINTED = "#009e73", 128  # color of REQUESTED in pipeline/grids.py; alpha from which a pixel counts as painted
 _LONGEST_STEP, _LONGEST_RUN = 0.15, 2.0  # seconds to which a fast step and a fast run are stretched, to be seen
 _SECONDS = 20  # for which an error is shown
@@ -458,11 +460,28 @@ def _on_run(button: Any, stop: Any, handler: Callable[..., Any], inputs: list[An
     stop.click(None, cancels=[event], api_visibility="private")
 
 
+class _Canvas(gr.ImageEditor):  # type: ignore[misc]  # gradio: untyped
+    """A canvas that refuses pictures which it cannot have sent, before any of them is decoded."""
+
+    is_template = True  # it is shown as an ``ImageEditor``
+
+    def preprocess(self, payload: Any) -> Any:
+        files = [] if payload is None else [payload.background, payload.composite, *payload.layers]
+        if len(files) > 3 or any(math.prod(_size(file.path)) > _MOST_PAINTED for file in files if file is not None):
+            raise gr.Error("the canvas must have one layer of its own size")
+        return super().preprocess(payload)
+
+
+def _size(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+
 def _add_editor(pipe: MaskGIT) -> Any:
     """Adds the canvas of the brush, which has the shape of the model's images."""
     height, width = height_width(pipe.outline.image_size)
     scale = scale_to(torch.empty(height, width), _CANVAS)
-    return gr.ImageEditor(
+    return _Canvas(
         label="Paint here", sources=(), transforms=(), layers=False, type="pil", format="png",
         image_mode="RGBA", canvas_size=(width * scale, height * scale), fixed_canvas=True,
         height=f"min({height * scale + 100}px, 115vw)",  # the picture and the toolbar above it

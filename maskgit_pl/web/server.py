@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
+from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
 from maskgit_pl.pipeline import MaskGIT
 
@@ -94,12 +95,15 @@ def open_socket(host: str, port: int) -> socket.socket:
         ValueError: if the port is out of range or used, or the address is not one of this machine.
     """
     check_integer("port", port, "[1, 65535]")
+    if not host:
+        raise ValueError("--host must be an address of this machine, such as 127.0.0.1, got none")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::", backlog=128)
-    except OSError as error:
+    except (OSError, TypeError, UnicodeError) as error:  # a host of odd bytes is no OSError
+        reason = getattr(error, "strerror", None) or error
         raise ValueError(
-            f"--host and --port must name a free port of this machine, got {host}:{port} ({error.strerror}); choose "
+            f"--host and --port must name a free port of this machine, got {printable(host)}:{port} ({reason}); choose "
             f"another one, such as --port {port % 65535 + 1}"
         ) from error
 
@@ -176,7 +180,7 @@ class Guard:
                 ip_address(name)
         except ValueError:
             return 403, "Host must be an address or a name of the machine that serves the page; see --host"
-        if any(urlsplit(origin).netloc.lower() != host for origin in origins):
+        if any(origin.lower() not in (f"http://{host}", f"https://{host}") for origin in origins):
             return 403, "Origin must be the page itself"
         return None
 
@@ -213,8 +217,9 @@ def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, hos
     theme = gr.themes.Default(  # with fonts of the system, so that the page loads none
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"], primary_hue="orange"
     )
+    plain = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts of other sites
     app = gr.mount_gradio_app(
-        FastAPI(), build_page(pipe, name, folder), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
+        plain, build_page(pipe, name, folder), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
         max_file_size=MAX_UPLOAD_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
     )  # fmt: skip
     guard = Guard(app, names=names_of(host), folder=folder)

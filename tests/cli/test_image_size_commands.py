@@ -74,7 +74,6 @@ def test_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path
     assert (judge.in_channels, judge.image_size) == (3, (24, 40))
     assert json.loads((run / "evaluation.json").read_text())["model"]["image_size"] == [24, 40]
     maskgit("evaluate-tokenizer", *measured)
-    maskgit("data", "stats", shards, "--out", tmp_path / "sheet.png")
     maskgit("inspect", run, "--data", shards)
     maskgit("doctor", "tokenizer", *stage_1)
     maskgit("train", "transformer", *stage_2, "--trainer.max_steps=3")  # resumes
