@@ -314,10 +314,7 @@ def test_ctrl_c_ends_a_run_on_all_addresses_and_leaves_no_file(browser: Browser,
         for address in ("localhost", "127.0.0.1", "[::1]"):
             assert browser.new_page().goto(f"http://{address}:{server.port}/").ok  # type: ignore[union-attr]
         with opened(browser, server.url) as page:
-            panel = tab(page, "Generate")
-            set_number(panel, "Images", 8)
-            press(panel, "Generate")
-            expect(panel.get_by_text("Step 2 of 8")).to_be_visible()
+            start_long_run(page)
             written = server.written()
             assert written
             assert [name for name in written if not name.startswith("tmp/maskgit-web-")] == []
