@@ -28,6 +28,7 @@ __all__ = [
     "Registry",
     "derives_from",
     "describe",
+    "has_create",
     "lazy_names",
     "nearest",
 ]
@@ -296,6 +297,16 @@ def derives_from(base: type) -> Callable[[str, Any], None]:
             raise ValueError(f"{name!r} must derive from {base.__module__}.{base.__qualname__}, got {shorten(made)}")
 
     return check
+
+
+def has_create(name: str, made: Any) -> None:
+    """Checks that an object has a method ``create``; for registries whose objects need no base class.
+
+    Raises:
+        ValueError: if it has none.
+    """
+    if not callable(getattr(made, "create", None)):
+        raise ValueError(f"{name!r} must have a method create(), got {shorten(made)}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

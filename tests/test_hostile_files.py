@@ -233,7 +233,7 @@ READERS = {  # each JSON or YAML file that a command reads -> the command
     "runs/tiny/pretrained/transformer/config.json": SAMPLE,
     "runs/tiny/tokenizer/health.json": ("inspect", "runs/tiny", "--data=shards"),
     "runs/tiny/tokens/store.json": ("data", "verify", "runs/tiny/tokens"),
-    "shards/train.json": ("data", "stats", "shards"),
+    "shards/train.json": ("data", "verify", "shards"),
     "shards/sizes.json": ("data", "index", "shards", "--train=train-*.tar"),
     "images/metadata.jsonl": MAKE,
     "made/made_from.json": MAKE,

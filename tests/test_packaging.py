@@ -18,10 +18,14 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
-# Imported, but declared by a package that is: tensorboard (google.protobuf).
-OF_DEPENDENCIES = {"google", "pydantic_core"}
-OF_AN_EXTRA = {"pipeline/diffusers_pipeline.py": "diffusers"}  # modules that subclass what only an extra has
-FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}  # extras whose packages the code does not import
+# Imported, but declared by a package that is: tensorboard (google.protobuf), gradio (fastapi, uvicorn).
+OF_DEPENDENCIES = {"fastapi", "google", "pydantic_core", "uvicorn"}
+OF_AN_EXTRA = {
+    "pipeline/diffusers_pipeline.py": "diffusers",
+    "web/page.py": "gradio",
+}  # modules that only an extra needs
+# Extras whose packages the code does not import.
+FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}
 
 
 def name_of(requirement: str) -> str:

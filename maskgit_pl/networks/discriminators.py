@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.registry import Registry
+from maskgit_pl.registry import Registry, has_create
 
 __all__ = [
     "Discriminator",
@@ -73,6 +73,7 @@ class DiscriminatorSpec(Protocol):
 discriminators: Registry[DiscriminatorSpec] = Registry(
     "discriminator",
     "maskgit_pl.discriminators",
+    check=has_create,
 )
 
 

@@ -31,7 +31,7 @@ from maskgit_pl.networks.feature_networks import (
     load_classifier,
 )
 from maskgit_pl.networks.weights import load_network, load_weights, read_weights, skeletons
-from maskgit_pl.registry import Registry, nearest
+from maskgit_pl.registry import Registry, has_create, nearest
 
 __all__ = [
     "LPIPS",
@@ -89,7 +89,9 @@ class FeatureNetworkSpec(Protocol):
         ...
 
 
-feature_networks: Registry[FeatureNetworkSpec] = Registry("feature network", "maskgit_pl.feature_networks")
+feature_networks: Registry[FeatureNetworkSpec] = Registry(
+    "feature network", "maskgit_pl.feature_networks", check=has_create
+)
 
 
 class Inception(FrozenNetwork, nn.Sequential):
@@ -371,6 +373,7 @@ class PerceptualSpec(Protocol):
 perceptual_networks: Registry[PerceptualSpec] = Registry(
     "perceptual network",
     "maskgit_pl.perceptual_networks",
+    check=has_create,
 )
 
 

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.registry import Registry
+from maskgit_pl.registry import Registry, has_create
 
 __all__ = [
     "WEIGHTS",
@@ -173,6 +173,7 @@ class QuantizerSpec(Protocol):
 quantizers: Registry[QuantizerSpec] = Registry(
     "quantizer",
     "maskgit_pl.quantizers",
+    check=has_create,
     modules=(
         "maskgit_pl.networks.codebooks",
         "maskgit_pl.networks.lookup_free",

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, check_image_size, check_keys, shorten
 from maskgit_pl.data.folders import check_only_known, write_folder
 from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_file
+from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -299,7 +300,7 @@ def read_negative_model(file: Path) -> Path | None:
     folder = file.parent / str(entry["folder"])
     if not os.path.isfile(folder / _WEIGHTS_FILE):  # False for a name that is too long
         raise FileNotFoundError(
-            f"{where}: no transformer in {shorten(str(folder))}; copy it there, name another with --negative-model, or "
+            f"{where}: no transformer in {printable(folder)}; copy it there, name another with --negative-model, or "
             "delete the file to decode as the model was exported"
         )
     if fingerprint(folder) != entry["transformer"]:

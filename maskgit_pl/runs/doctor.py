@@ -298,8 +298,9 @@ def _describe_run(
     with found.count("work"):
         reads_tokens = values.data.source == "tokens"
         found.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
-        count = found.step_flops / 1e12
-        work = f", {f'{count:,.0f}' if count >= 1000 else f'{count:.3g}'} TFLOP per step"
+        units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
+        unit, factor = next((each for each in units if found.step_flops >= each[1]), ("MFLOP", 1e6))
+        work = f", {found.step_flops / factor:.3g} {unit} per step"
     found.add("model", f"{found.num_parameters:,} trained parameters{work}")
 
 

@@ -9,7 +9,6 @@ import itertools
 import json
 import logging
 import os
-import resource
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -252,6 +251,8 @@ def fit_stage(plan: Plan) -> FitResult:
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
+    import resource  # Windows lacks it
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:

@@ -31,7 +31,7 @@ NETWORK = VQGANConfig(
 )  # fmt: skip
 DISCRIMINATORS = {
     "stylegan": {"channel_multiplier": 1 / 64},
-    **{norm: {"name": "patchgan", "base_channels": 4, "num_layers": 2, "norm": norm} for norm in ("group", "batch")},
+    "patchgan": {"name": "patchgan", "base_channels": 4, "num_layers": 2, "norm": "group"},
 }
 MODEL = "mobilenetv3_small_050"
 

@@ -1,0 +1,531 @@
+"""The page of a model: two tabs, Generate and Edit, made of gradio's own components.
+
+Each task is one call of ``MaskGIT``, whose callback hands over the decoding steps: the page shows them as they come.
+A run that nobody waits for any more ends after its current step. This module imports gradio; ``server`` imports it when
+it serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial, wraps
+from html import escape
+from pathlib import Path
+from queue import SimpleQueue
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import gradio as gr
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from maskgit_pl.checks import height_width, pixels_text
+from maskgit_pl.data.images import decode_image, fit_image, read_image_file
+from maskgit_pl.decoding import DecodingStep
+from maskgit_pl.decoding.guidance import guidance_schedules
+from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.errors import RunError, is_user_error, markdown, printable
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.display import Recording, StepRecorder, describe_settings, token_panel
+from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
+from maskgit_pl.pipeline.options import seeds_of
+from maskgit_pl.pipeline.regions import Margins, box_mask, parse_box
+from maskgit_pl.schedules import mask_schedules
+
+__all__ = ["STYLE", "build_page", "painted_pixels", "read_upload", "run_task", "settings_of", "stream_steps"]
+
+_MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
+"""Options of events that use the model: they wait for one another."""
+_LIGHT: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
+"""Options of all other events."""
+_MIX, _ANY = "mix", "any"  # the choice of another class for each image, and of no class
+_PAINT, _EXTEND, _VARY = "Paint a region", "Extend (outpaint)", "Vary the whole image"
+_SIDES = ("left", "right", "up", "down")
+_COUNT, _MOST = 4, 8  # images of a run
+_SEED = 11  # with which the page opens: a good one of the model of the package
+_MOST_WAITING, _MOST_SESSIONS = 64, 200  # events in the queue; visitors whose state is kept
+_CANVAS, _TILE = 448, 168  # pixels of the longer edge of the canvas of the brush, and of a picture of a step
+_SMALL = 128  # pixels below which an image is shown enlarged, with visible pixels
+_MOST_PAINTED = 2**22  # pixels of the canvas
+_BRUSH, _PAINTED = "#009e73", 128  # color of REQUESTED in pipeline/grids.py; alpha from which a pixel counts as painted
+_LONGEST_STEP, _LONGEST_RUN = 0.15, 2.0  # seconds to which a fast step and a fast run are stretched, to be seen
+_SECONDS = 20  # for which an error is shown
+_WORKER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+_log = logging.getLogger(__name__)
+
+STYLE = """
+.gradio-container > main { max-width: 1200px !important; margin: 0 auto !important; }
+.small img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
+.images .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
+.images .thumbnail-lg { aspect-ratio: auto; height: auto; }
+.images .caption-label { position: static; max-width: none; border: 0; background: none; text-align: center; }
+.seed button { align-self: end; }
+@media (max-width: 640px) {
+  .gradio-container > main { padding: 8px 12px !important; }
+  .images .grid-container { grid-template-columns: repeat(2, 1fr) !important; }
+}
+"""
+
+def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
+    """Builds the page of a model, which opens with images of several classes.
+
+    Args:
+        pipe: The model.
+        name: Name of the model, for the title.
+        folder: Folder of temporary files.
+
+    Raises:
+        ValueError: if the model is autoregressive, or needs a vector for each image.
+    """
+    pipe.outline.check_parallel("web")
+    if pipe.outline.condition_dim:
+        raise ValueError(
+            "web requires a model that generates from classes only, got one that needs a vector for each image; "
+            "use `maskgit sample --vectors`"
+        )
+    about = f"{len(pipe.class_names)} classes, {pixels_text(pipe.outline.image_size)} pixels"
+    with gr.Blocks(title=f"MaskGIT: {name}", analytics_enabled=False, delete_cache=(60, 1800)) as page:
+        gr.Markdown(f"## MaskGIT\n{markdown(name)}: {about}, {pipe.outline.num_tokens} tokens")
+        with gr.Tabs() as tabs:
+            with gr.Tab("Generate", id="generate"):
+                edit_this, generated, selected = _add_generate_tab(pipe, folder, page)
+            with gr.Tab("Edit", id="edit"):
+                take, source = _add_edit_tab(pipe, folder)
+
+        @answer
+        def fill(images: list[tuple[str, str]] | None, number: int) -> Iterator[list[Any]]:
+            if not images:
+                raise ValueError("no image is generated yet; press Generate, or upload an image")
+            path = Path(images[min(number, len(images) - 1)][0])
+            yield [gr.Tabs(selected="edit"), *_show_source(read_upload(path, pipe))]
+
+        for button in (edit_this, take):
+            button.click(fill, [generated, selected], [tabs, *source], **_LIGHT)
+    page.queue(max_size=_MOST_WAITING, api_open=False)
+    page.state_session_capacity = _MOST_SESSIONS
+    return page
+
+def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any, Any, Any]:
+    """Adds the tab that generates; returns a button, the images, and the number of the one that is selected."""
+    classes = [("a mix of classes", _MIX), *_class_choices(pipe)]
+    selected = gr.State(0)
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            images, caption, animation = _add_results(pipe, "generated")
+            with gr.Row():
+                keep = gr.Button("Keep to compare", size="sm", min_width=120)
+                edit_this = gr.Button("Edit this image", size="sm", min_width=120)
+            with gr.Column(visible=False) as kept:
+                kept_images = _add_gallery(pipe, "kept")
+                kept_caption = gr.Markdown()
+        with gr.Column(scale=2, min_width=300):
+            label = gr.Dropdown(classes, value=_MIX, label="Class", filterable=True)
+            seed, count = _add_seed(), gr.Slider(1, _MOST, _COUNT, step=1, precision=0, label="Images")
+            button, stop = _add_buttons("Generate")
+            fields = _add_settings(pipe)
+
+    @answer
+    def generate(label: str | int, seed: int, count: int, *values: Any) -> Iterator[list[Any]]:
+        labels = _mix(pipe, count) if label == _MIX else [int(label)] * count
+        yield from run_task(pipe, folder, pipe.generate, labels, seed, settings_of(pipe, values))
+
+    # The page opens with what its settings give.
+    labels = _mix(pipe, _COUNT)
+    made = pipe.generate(labels, seed=_SEED)
+    first = list(zip(made, _captions(pipe, labels, _SEED), strict=True)), describe_settings(pipe.decoding)
+    page.load(lambda: first, None, [images, caption], **_LIGHT)
+    _on_run(button, stop, generate, [label, seed, count, *fields], [images, caption, animation])
+    images.select(_place_of, None, selected, **_LIGHT)
+    keep.click(
+        lambda images, said: [images, said, gr.Column(visible=True)],
+        [images, caption], [kept_images, kept_caption, kept], **_LIGHT,
+    )  # fmt: skip
+    return edit_this, images, selected
+
+def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
+    """Adds the tab that edits; returns a button that takes the generated image, and the outputs that show it."""
+    factor, side = pipe.outline.token_size, min(pipe.outline.least_canvas)
+    classes = [("any class", _ANY)] if pipe.outline.null_label is not None else []
+    source = gr.State()  # (C, H, W) uint8
+    with gr.Row():
+        with gr.Column(scale=3, min_width=320):
+            with gr.Row():
+                upload = gr.UploadButton(
+                    "Upload an image", file_types=["image"], type="filepath", size="sm", min_width=120
+                )
+                take = gr.Button("Take the generated image", size="sm", min_width=120)
+            drop = gr.Image(
+                label="Image to edit", type="filepath", image_mode=None, format="png", height=320,
+                sources=["upload", "clipboard"],
+                placeholder="# Which image shall change?\nDrop one here, or take the one that you generated.",
+            )  # fmt: skip
+            editor = _add_editor(pipe)
+        with gr.Column(scale=2, min_width=300):
+            task = gr.Radio([_PAINT, _EXTEND, _VARY], value=_PAINT, label="Task")
+            with gr.Group() as paint:
+                box = gr.Textbox(
+                    label="Box in place of the brush", placeholder="left,top,right,bottom: 0,0,14,28 or 0%,0%,50%,100%"
+                )
+            with gr.Group(visible=False) as extend:
+                sides = gr.CheckboxGroup(list(_SIDES), value=["right"], label="Sides")
+                margin = gr.Slider(
+                    factor, side // factor * factor, max(1, side // 2 // factor) * factor, step=factor, precision=0,
+                    label="Pixels to add on each side",
+                )  # fmt: skip
+            with gr.Group(visible=False) as vary:
+                strength = gr.Slider(0.05, 1, 0.6, step=0.05, label="Share of the image that changes")
+            label = gr.Dropdown(
+                [*classes, *_class_choices(pipe)], value=_ANY if classes else 0, label="Class of the new part"
+            )
+            seed, count = _add_seed(), gr.Slider(1, _MOST, _COUNT, step=1, precision=0, label="Results")
+            button, stop = _add_buttons("Edit")
+            fields = _add_settings(pipe)
+    images, caption, animation = _add_results(pipe, "edited", columns=_COUNT + 1)
+
+    @answer
+    def edit(canvas: Any, pixels: Tensor | None, task: str, *rest: Any) -> Iterator[list[Any]]:
+        box, sides, margin, strength, label, seed, count, *values = rest
+        if pixels is None:
+            raise ValueError("an image is missing; upload one, or take the generated image")
+        labels, settings = [None if label == _ANY else label] * count, settings_of(pipe, values)
+        height, width = pixels.shape[-2:]
+        if task == _PAINT:
+            is_boxed = bool(box.strip())
+            mask = (
+                box_mask(parse_box(box, height=height, width=width), height=height, width=width)
+                if is_boxed
+                else painted_pixels((canvas or {}).get("layers") or [], height=height, width=width)
+            )
+            if not bool(mask.any()):
+                raise ValueError("no region is painted; paint over the part to generate, or give a box")
+            call = partial(pipe.inpaint, pixels, mask)
+        elif task == _VARY:
+            call, mask = partial(pipe.edit, pixels, strength=strength), None
+        else:
+            added: dict[str, Any] = {name: margin if name in sides else 0 for name in _SIDES}
+            mask = Margins(**added).outside(height, width)
+            call = partial(pipe.outpaint, pixels, **added)
+        yield from run_task(pipe, folder, call, labels, seed, settings, before=pixels, requested=mask)
+
+    @answer
+    def read(path: str) -> Iterator[list[Any]]:
+        yield _show_source(read_upload(Path(path), pipe))
+
+    for given in (upload, drop):
+        given.upload(read, given, [drop, editor, source], **_LIGHT)
+    task.change(
+        lambda chosen: [gr.Group(visible=chosen == task) for task in (_PAINT, _EXTEND, _VARY)],
+        task, [paint, extend, vary], **_LIGHT,
+    )  # fmt: skip
+    inputs = [editor, source, task, box, sides, margin, strength, label, seed, count, *fields]
+    _on_run(button, stop, edit, inputs, [images, caption, animation])
+    return take, [drop, editor, source]
+
+def run_task(
+    pipe: MaskGIT,
+    folder: Path,
+    call: Callable[..., Any],
+    labels: Sequence[int | None],
+    seed: int,
+    settings: Mapping[str, Any],
+    *,
+    before: Tensor | None = None,
+    requested: Tensor | None = None,
+) -> Iterator[list[Any]]:
+    """Runs a task, and yields the values of ``_add_results`` after each step, and at the end.
+
+    Args:
+        pipe: The model.
+        folder: Folder of temporary files.
+        call: Method of the model, with all arguments but those that follow.
+        labels: Class of each result; None is "no class".
+        seed: Seed of the first result.
+        settings: Decoding settings that differ from the model's own.
+        before: (C, H, W) uint8, the image that is edited.
+        requested: (H, W) bool, the pixels that are asked for, of the size of the results; None for all.
+
+    Raises:
+        ValueError: if a value is out of range.
+    """
+    grid, decoding = pipe.tokenizer.grid, pipe.decoding_with(**settings)
+    if requested is not None:
+        grid = pipe.tokenizer.network.config.grid((requested.shape[0], requested.shape[1]))
+    captions = _captions(pipe, labels, seed)
+    original = [] if before is None else [(to_pil(before), "before")]
+    decode, size, first = partial(pipe.tokenizer.decode, grid=grid), pipe.outline.token_size, StepRecorder(max_images=1)
+    call = partial(call, classes=list(labels), seed=seed, **settings)
+    with closing(stream_steps(call, num_steps=decoding.num_steps)) as found:
+        for step in found:
+            if isinstance(step, DecodingStep):
+                first(step)
+                tiles = [
+                    token_panel(step, row, image, size, size=_TILE, requested=requested)
+                    for row, image in enumerate(decode(step.tokens))
+                ]
+                decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
+                said = f"Step {step.step + 1} of {decoding.num_steps}: {decided}"
+                yield [[*original, *zip(tiles, captions, strict=True)], said, gr.skip()]
+                continue
+            recording = Recording(
+                first.steps, decode, grid, decoding, [_class_name(pipe, labels[0])], [seed], requested, size
+            )
+            with TemporaryDirectory(dir=folder) as made:
+                recording.save(animation := Path(made) / "decoding.gif")
+                images = [*original, *zip(step, captions, strict=True)]
+                yield [images, describe_settings(decoding), str(animation)]
+
+def stream_steps(call: Callable[..., Any], *, num_steps: int) -> Generator[DecodingStep | list[Image.Image]]:
+    """Yields the decoding steps of a call as they come, slowly enough to be seen, and then its images.
+
+    Args:
+        call: Function that takes ``callback`` and returns images. It runs in the one thread that uses the model; if the
+            iterator is closed, it ends after its current step.
+        num_steps: Number of decoding steps, about.
+    """
+    found: SimpleQueue[DecodingStep | None] = SimpleQueue()
+    is_closed, least = threading.Event(), min(_LONGEST_STEP, _LONGEST_RUN / num_steps)
+
+    def callback(step: DecodingStep) -> None:
+        if is_closed.is_set():
+            raise InterruptedError("nobody waits for the result")
+        found.put(step)
+
+    result = _WORKER.submit(call, callback=callback)
+    result.add_done_callback(lambda _: found.put(None))
+    try:
+        while (step := found.get()) is not None:
+            began = time.monotonic()
+            yield step
+            time.sleep(max(0.0, least - (time.monotonic() - began)))
+        yield result.result()
+    finally:
+        is_closed.set()
+        result.cancel()
+
+def start_values(pipe: MaskGIT) -> dict[str, Any]:
+    """Returns the value of each field of the settings with which the page begins: the model's own, None for names."""
+    own = pipe.decoding
+    temperature = own.sampling_temperature
+    first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
+    selector = None if own.token_selector is None else token_selectors.build(own.token_selector)
+    return {
+        "num_steps": own.num_steps,
+        "token_selector": None,
+        "mask_schedule": None,
+        "first": float(first),
+        "last": float(last),
+        "choice_temperature": float(getattr(selector, "choice_temperature", 4.5)),
+        "guidance": None,
+        "guidance_scale": float(getattr(guidance_schedules.build(own.guidance), "scale", 0.0)),
+    }
+
+def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
+    """Returns the settings that differ from the model's own, as keyword arguments of ``MaskGIT.generate``.
+
+    Args:
+        pipe: The model.
+        values: Values of the fields, in the order of ``start_values``.
+
+    Raises:
+        ValueError: if the model cannot use them.
+    """
+    start = start_values(pipe)
+    every = dict(zip(start, values, strict=True))
+    given = {name: value for name, value in every.items() if value != start[name]}
+    if given.keys() & {"first", "last"}:
+        given["sampling_temperature"] = (every["first"], every["last"])
+    # Numbers belong to their part: another part has the number that the page shows, and some take none.
+    for part, number in (("token_selector", "choice_temperature"), ("guidance", "guidance_scale")):
+        if part in given:
+            given[number] = every[number]
+    selector = given.get("token_selector", pipe.decoding.token_selector)
+    if selector is None or not hasattr(token_selectors.build(selector), "choice_temperature"):
+        given.pop("choice_temperature", None)
+    settings = {name: value for name, value in given.items() if name not in ("first", "last")}
+    pipe.check_decoding(pipe.decoding_with(**settings))
+    return settings
+
+def _add_settings(pipe: MaskGIT) -> list[Any]:
+    """Adds a field for each of ``start_values``, folded away."""
+    start, own = start_values(pipe), pipe.decoding
+    selectors, schedules, guidances = (
+        [(f"as the model{f' ({name})' if (name := _name(spec)) else ''}", None), *((each, each) for each in built)]
+        for spec, built in (
+            (own.token_selector, token_selectors.build_all()),
+            (own.mask_schedule, mask_schedules.build_all()),
+            (own.guidance, guidance_schedules.build_all()),
+        )
+    )
+
+    def slider(name: str, label: str, least: float, usual: float, step: float, **options: Any) -> Any:
+        # gradio refuses values above the maximum, and any value may be the model's own.
+        return gr.Slider(least, max(usual, start[name]), start[name], step=step, label=label, **options)
+
+    with gr.Accordion("Decoding settings", open=False):
+        return [
+            slider("num_steps", "Decoding steps", 1, pipe.outline.num_tokens, 1, precision=0),
+            gr.Dropdown(selectors, value=None, label="Token selector"),
+            gr.Dropdown(schedules, value=None, label="Mask schedule"),
+            slider("first", "Sampling temperature, first step", 0, 4, 0.05),
+            slider("last", "Sampling temperature, last step", 0, 4, 0.05),
+            slider("choice_temperature", "Choice temperature (noise on the confidence)", 0, 30, 0.5),
+            gr.Dropdown(guidances, value=None, label="Guidance schedule"),
+            slider("guidance_scale", "Guidance scale (0: no guidance)", 0, 10, 0.05),
+        ]
+
+def _name(spec: str | Mapping[str, Any] | None) -> str | None:
+    return str(spec["name"]) if isinstance(spec, Mapping) else spec
+
+def _mix(pipe: MaskGIT, count: int) -> list[int]:
+    """Returns ``count`` classes, evenly spread."""
+    return [n * len(pipe.class_names) // count for n in range(count)]
+
+def _class_name(pipe: MaskGIT, label: int | None) -> str:
+    return "any class" if label is None else printable(pipe.class_names[label])
+
+def _captions(pipe: MaskGIT, labels: Sequence[int | None], seed: int) -> list[str]:
+    """Returns class and seed of each image. See ``options.seeds_of`` for errors."""
+    seeds = seeds_of(seed, len(labels))
+    return [f"{_class_name(pipe, label)}, seed {n}" for label, n in zip(labels, seeds, strict=True)]
+
+def _class_choices(pipe: MaskGIT) -> list[tuple[str, Any]]:
+    return [(printable(name), label) for label, name in enumerate(pipe.class_names)]
+
+def _add_seed() -> Any:
+    """Adds the number of the seed, and a button that draws another one in the browser."""
+    with gr.Row(elem_classes="seed"):
+        seed = gr.Number(_SEED, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120, scale=2)
+        button = gr.Button("Another seed", size="sm", min_width=110, scale=1)
+    button.click(None, None, seed, js="() => Math.floor(Math.random() * 100000)", api_visibility="private")
+    return seed
+
+def _add_buttons(name: str) -> tuple[Any, Any]:
+    with gr.Row():
+        return gr.Button(name, variant="primary", min_width=120, scale=2), gr.Button("Stop", min_width=80, scale=1)
+
+def _add_results(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> list[Any]:
+    """Adds the images of a run, their caption, and the animation of the first of them."""
+    images, caption = _add_gallery(pipe, name, columns=columns), gr.Markdown()
+    with gr.Accordion("Step by step", open=False):
+        animation = gr.Image(
+            label="The decoding of the first image, as an animation", type="filepath", interactive=False,
+            show_label=False, buttons=["download"], placeholder="The animation of the next run comes here.",
+        )  # fmt: skip
+    return [images, caption, animation]
+
+def _add_gallery(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> Any:
+    is_small = max(height_width(pipe.outline.image_size)) < _SMALL
+    return gr.Gallery(
+        label=f"Images, {name}", show_label=False, columns=columns, format="png", object_fit="contain",
+        interactive=False, elem_id=name, elem_classes=["images", *["small"] * is_small],
+        buttons=["download", "fullscreen"],
+    )  # fmt: skip
+
+def _on_run(button: Any, stop: Any, handler: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
+    """Lets a button run a task, and another one end it; the images scroll into view when it begins and ends."""
+    place = f"document.getElementById('{outputs[0].elem_id}')"
+    scroll = f"() => {place}.scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
+    button.click(None, None, None, js=scroll, api_visibility="private")
+    event = button.click(handler, inputs, outputs, show_progress_on=outputs[0], **_MODEL)
+    event.then(None, None, None, js=scroll, api_visibility="private")
+    stop.click(None, cancels=[event], api_visibility="private")
+
+class _Canvas(gr.ImageEditor):  # type: ignore[misc]  # gradio: untyped
+    """A canvas that refuses pictures which it cannot have sent, before any of them is decoded."""
+
+    is_template = True  # it is shown as an ``ImageEditor``
+
+    def preprocess(self, payload: Any) -> Any:
+        files = [] if payload is None else [payload.background, payload.composite, *payload.layers]
+        if len(files) > 3 or any(math.prod(_size(file.path)) > _MOST_PAINTED for file in files if file is not None):
+            raise gr.Error("the canvas must have one layer of its own size")
+        return super().preprocess(payload)
+    from collections.abc import Callable, Sequence
+    from typing import TYPE_CHECKING, Any, Literal
+
+    from gradio.blocks import Block
+
+    if TYPE_CHECKING:
+        from gradio.components import Timer
+        from gradio.components.base import Component
+
+def _size(path: str) -> tuple[int, int]:
+    with Image.open(path) as picture:
+        return picture.size
+
+def _add_editor(pipe: MaskGIT) -> Any:
+    """Adds the canvas of the brush, which has the shape of the model's images."""
+    height, width = height_width(pipe.outline.image_size)
+    scale = scale_to(torch.empty(height, width), _CANVAS)
+    return _Canvas(
+        label="Paint here", sources=(), transforms=(), layers=False, type="pil", format="png",
+        image_mode="RGBA", canvas_size=(width * scale, height * scale), fixed_canvas=True,
+        height=f"min({height * scale + 100}px, 115vw)",  # the picture and the toolbar above it
+        brush=gr.Brush(default_size=max(16, width * scale // 12), colors=[_BRUSH], color_mode="fixed"),
+        buttons=[], visible=False, elem_id="editor",
+    )  # fmt: skip
+
+def _place_of(event: gr.SelectData) -> int:
+    return int(event.index)
+
+def _show_source(pixels: Tensor) -> list[Any]:
+    """Returns the editor with an image (C, H, W) uint8 in place of the drop zone, and its pixels."""
+    value = {"background": enlarge(pixels, scale_to(pixels, _CANVAS)), "layers": [], "composite": None}
+    return [gr.Image(visible=False), gr.ImageEditor(value, visible=True), pixels]
+
+def read_upload(path: Path, pipe: MaskGIT) -> Tensor:
+    """Reads an image of a stranger, crops its centre and resizes it to the size of the model.
+
+    Returns:
+        (C, H, W) uint8.
+
+    Raises:
+        ValueError: if it has over 64 million pixels, or is not a JPEG, PNG or WebP that can be read.
+    """
+    data = read_image_file(path, name=path.name)
+    pixels = decode_image(data, channels=pipe.outline.channels, name=path.name)
+    return fit_image(pixels, image_size=pipe.outline.image_size, crop=None)
+
+def painted_pixels(layers: Sequence[Image.Image], *, height: int, width: int) -> Tensor:
+    """Returns the pixels of an image that a brush has painted, (H, W) bool.
+
+    A pixel of the image is painted if any pixel of the canvas that it covers is.
+
+    Args:
+        layers: Layers of the canvas, of any size, transparent where nothing is painted.
+        height: H of the image.
+        width: W of the image.
+    """
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    for layer in layers:
+        painted = torch.from_numpy(np.array(layer.convert("RGBA"))[..., 3]) >= _PAINTED
+        mask |= F.adaptive_max_pool2d(painted[None].float(), (height, width))[0] > 0
+    return mask
+
+def answer(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
+    """Returns a handler whose errors the page shows as sentences; the terminal shows where an internal one comes from.
+
+    gradio shows the message as HTML, so that it is escaped.
+    """
+
+    @wraps(handler)
+    def run(*values: Any) -> Iterator[Any]:
+        try:
+            yield from handler(*values)
+        except Exception as error:
+            text = printable(error, limit=1000)
+            if not (is_user_error(error) or isinstance(error, RunError)):
+                _log.error("internal error of maskgit_pl or of a library", exc_info=error)
+                text = f"{type(error).__name__}: internal error of maskgit_pl or of a library; the terminal shows where"
+            raise gr.Error(escape(text), duration=_SECONDS, print_exception=False) from None
+
+    return run
