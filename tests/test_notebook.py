@@ -13,7 +13,7 @@ import pytest
 
 NOTEBOOK = Path(__file__).parents[1] / "docs" / "quick-start.ipynb"
 MOST_BYTES = 600_000
-PICTURES = 9
+PICTURES = 8
 
 
 def run(folder: str) -> Any:

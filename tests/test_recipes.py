@@ -50,6 +50,7 @@ PARAMETERS = {
 }
 BELOW = {
     "paper-512": ["paper-256"],
+    "gan-collapse": ["--model.adversarial.discriminator.num_layers=1"],
     "fsq-1000": ["paper-256"],
     "fsq-4375": ["paper-256"],
     **{f"adaln-{size}": ["adaln-b"] for size in "tsl"},
