@@ -50,7 +50,6 @@ PARAMETERS = {
 }
 BELOW = {
     "paper-512": ["paper-256"],
-    "gan-collapse": ["--model.adversarial.discriminator.num_layers=1"],
     "fsq-1000": ["paper-256"],
     "fsq-4375": ["paper-256"],
     **{f"adaln-{size}": ["adaln-b"] for size in "tsl"},
@@ -85,6 +84,7 @@ SMALLER = {  # what does not fit images of 8 px, 16 codes or the tiny network
     "taming-f16": [*TAMING, *PATCHES],
     "llamagen-vq16": [*TAMING, *PATCHES],
     "maskbit-12bit": PATCHES,
+    "gan-collapse": ["--model.adversarial.discriminator.num_layers=1"],
     "fsq-1000": ["--model.network.quantizer.levels=[2,2,2,2]"],
     "fsq-4375": ["--model.network.quantizer.levels=[2,2,2,2]"],
 }
