@@ -449,11 +449,8 @@ class _Canvas(gr.ImageEditor):  # type: ignore[misc]  # gradio: untyped
         if len(files) > 3 or any(math.prod(_size(file.path)) > _MOST_PAINTED for file in files if file is not None):
             raise gr.Error("the canvas must have one layer of its own size")
         return super().preprocess(payload)
-    from collections.abc import Callable, Sequence
-    from typing import TYPE_CHECKING, Any, Literal
-
+    from typing import Callable, Literal, Sequence, Any, TYPE_CHECKING
     from gradio.blocks import Block
-
     if TYPE_CHECKING:
         from gradio.components import Timer
         from gradio.components.base import Component

@@ -364,7 +364,7 @@ def test_the_fields_reach_the_model_s_own_values(pipe: MaskGIT, tmp_path: Path) 
     model = MaskGIT.from_pretrained(MODEL, decoding=own)
     blocks = build_page(model, MODEL, tmp_path)
     sliders = [block for block in blocks.blocks.values() if type(block).__name__ == "Slider"]
-    assert len(sliders) == 13
+    assert len(sliders) == 14
     assert all(slider.minimum <= slider.value <= slider.maximum for slider in sliders)
 
 
