@@ -460,16 +460,11 @@ def _on_run(button: Any, stop: Any, handler: Callable[..., Any], inputs: list[An
     stop.click(None, cancels=[event], api_visibility="private")
 
 
-class _Canvas(gr.ImageEditor):  # type: ignore[misc]  # gradio: untyped
-    """A canvas that refuses pictures which it cannot have sent, before any of them is decoded."""
-
-    is_template = True  # it is shown as an ``ImageEditor``
-
-    def preprocess(self, payload: Any) -> Any:
-        files = [] if payload is None else [payload.background, payload.composite, *payload.layers]
-        if len(files) > 3 or any(math.prod(_size(file.path)) > _MOST_PAINTED for file in files if file is not None):
-            raise gr.Error("the canvas must have one layer of its own size")
-        return super().preprocess(payload)
+def _check_canvas(payload: Any) -> None:
+    """Refuses pictures that the canvas cannot have sent, before any of them is decoded."""
+    files = [] if payload is None else [payload.background, payload.composite, *payload.layers]
+    if len(files) > 3 or any(math.prod(_size(file.path)) > _MOST_PAINTED for file in files if file is not None):
+        raise gr.Error("the canvas must have one layer of its own size")
 
 
 def _size(path: str) -> tuple[int, int]:
@@ -481,13 +476,21 @@ def _add_editor(pipe: MaskGIT) -> Any:
     """Adds the canvas of the brush, which has the shape of the model's images."""
     height, width = height_width(pipe.outline.image_size)
     scale = scale_to(torch.empty(height, width), _CANVAS)
-    return _Canvas(
+    editor = gr.ImageEditor(
         label="Paint here", sources=(), transforms=(), layers=False, type="pil", format="png",
         image_mode="RGBA", canvas_size=(width * scale, height * scale), fixed_canvas=True,
         height=f"min({height * scale + 100}px, 115vw)",  # the picture and the toolbar above it
         brush=gr.Brush(default_size=max(16, width * scale // 12), colors=[_BRUSH], color_mode="fixed"),
         buttons=[], visible=False, elem_id="editor",
     )  # fmt: skip
+    read = editor.preprocess
+
+    def preprocess(payload: Any) -> Any:
+        _check_canvas(payload)
+        return read(payload)
+
+    editor.preprocess = preprocess  # a subclass would write a file beside this module
+    return editor
 
 
 def _place_of(event: gr.SelectData) -> int:

@@ -11,7 +11,9 @@ import re
 import signal
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -23,6 +25,7 @@ from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.pipeline.regions import box_mask
+from maskgit_pl.web import page as page_module
 from maskgit_pl.web.page import STYLE, build_page, painted_pixels, settings_of, start_values, stream_steps
 from tests.web.conftest import ROOT, SECONDS, Server, opened, running, starting
 
@@ -394,6 +397,20 @@ def test_a_painted_canvas_pixel_masks_its_image_pixel() -> None:
     mask = painted_pixels([layer], height=14, width=28)
     assert mask.nonzero().tolist() == [[1, 2], [10, 20], [10, 21]]
     assert not torch.any(painted_pixels([], height=14, width=28))
+
+
+def test_pictures_that_the_canvas_cannot_have_sent_are_refused_before_they_are_decoded(
+    pipe: MaskGIT, tmp_path: Path
+) -> None:
+    def sent(side: int, layers: int) -> SimpleNamespace:
+        Image.new("L", (side, side)).save(tmp_path / "drawn.png")
+        drawn = SimpleNamespace(path=str(tmp_path / "drawn.png"))
+        return SimpleNamespace(background=drawn, composite=drawn, layers=[drawn] * layers)
+
+    page_module._check_canvas(sent(600, 1))
+    for payload in (sent(600, 2), sent(4000, 1)):
+        with pytest.raises(gr.Error, match="one layer of its own size"):
+            page_module._check_canvas(payload)
 
 
 def test_the_style_needs_no_other_machine() -> None:
