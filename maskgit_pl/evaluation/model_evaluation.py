@@ -126,16 +126,8 @@ def evaluate(
         )
         barrier()  # every rank has read the ledger before the first one writes to it
 
-        measured = _measure(model, evaluator, decoding, num_images, options, lpips)  # 2.
         images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
-        if cas is not None:
-            scores = {
-                "generated_images": evaluator.measure_cas(model, decoding, cas, **images),
-                "real_images": evaluator.measure_cas(None, None, cas, **images),
-            }
-            measured["classification_accuracy_score"] = {
-                trained_on: {name: row[name] for name in _SCORE} for trained_on, row in scores.items()
-            }
+        measured = _measure(model, evaluator, decoding, images, options, lpips, cas)  # 2.
         # 3.
         content = {
             "protocol": {**images, **_describe_protocol(model, evaluator, decoding)},
@@ -159,11 +151,12 @@ def _measure(
     model: EvaluatedModel,
     evaluator: Evaluator,
     decoding: DecodingConfig,
-    num_images: int,
+    images: Mapping[str, Any],
     options: EvaluationOptions,
     lpips: LPIPS | None,
+    cas: CASConfig | None,
 ) -> dict[str, Any]:
-    """Measures reconstructions, images with and without guidance, as many real images, and the likelihood."""
+    """Measures reconstructions, generated images (``num_images`` and ``seed``), real ones, likelihood and the score."""
     data, networks = evaluator.data, evaluator.networks
     compared = {} if options.reference is not None else networks  # a reference file is not the val split
     rebuilt = measure_reconstruction(
@@ -174,7 +167,6 @@ def _measure(
         lpips=lpips,
         on_images=evaluator.bars("reconstructing", data.summary.samples["val"]),
     )
-    images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
     decodings = {"exported_guidance": decoding}
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
@@ -187,7 +179,7 @@ def _measure(
     }
     for numbers in samples.values():
         numbers.pop("steps_taken", None)
-    floor = evaluator.measure_real(num_images=num_images)
+    floor = evaluator.measure_real(num_images=images["num_images"])
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)
     measured = {
         "reconstruction": rebuilt,
@@ -199,6 +191,14 @@ def _measure(
     if judge is not None and judge.accuracy is not None and judge.labels is not None:
         # The class agreement is read relative to the accuracy of the classifier.
         measured["classifier"] = {"accuracy_on_real_images": judge.accuracy, "real_images": len(judge.labels)}
+    if cas is not None:
+        scores = {
+            "generated_images": evaluator.measure_cas(model, decoding, cas, **images),
+            "real_images": evaluator.measure_cas(None, None, cas, **images),
+        }
+        measured["classification_accuracy_score"] = {
+            trained_on: {name: row[name] for name in _SCORE} for trained_on, row in scores.items()
+        }
     return measured
 
 

@@ -295,10 +295,10 @@ def tune(
             )
         return numbers
 
-    folder, negative = out or folders.run / "tuning", pipe.negative_model
+    folder = out or folders.run / "tuning"
     key = {  # what determines the trials of a study, besides the decoding that it begins with
         **{name: model.identity[name] for name in ("tokenizer", "transformer", "config")},
-        "negative_model": None if negative is None else negative.digest,
+        "negative_model": None if pipe.negative_model is None else pipe.negative_model.digest,
         "data": images.summary.fingerprint,
         "classifier": [network.extractor.digest for network in evaluator.networks.values()],
         "space": [space.selectors, space.num_steps, space.schedules, guidance_schedules.names()],
@@ -313,26 +313,26 @@ def tune(
     result = replace(result, page=page)
     if result.winner.decoding == pipe.decoding and options.negative_model is None:
         return result
+    return _save_winner(result, folders.pretrained, pipe, data=images.summary.fingerprint, seed=options.seed)
+
+
+def _save_winner(result: TuningResult, folder: Path, pipe: MaskGIT, *, data: str, seed: int) -> TuningResult:
+    """Writes the best decoding into a pretrained folder, keeps the previous one beside it, and draws the card again."""
     tuned = {
         "metric": result.metric,
         "value": result.winner.numbers[result.metric],
         "before": result.before.numbers[result.metric],
         "trials": len(result.trials),
         "num_images": 2 * result.num_images,
-        "seed": options.seed,
-        "data": images.summary.fingerprint,
+        "seed": seed,
+        "data": data,
         "split": "val",
         "commit": describe_environment()["commit"],
     }
-    # The previous decoding is kept next to it, and the model card shows the new one.
-    old = save_decoding(
-        folders.pretrained,
-        result.winner.decoding,
-        tuned=tuned,
-        negative_model=None if negative is None else negative.folder,
-    )
-    refresh_card(folders.pretrained)
-    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
+    negative = None if pipe.negative_model is None else pipe.negative_model.folder
+    old = save_decoding(folder, result.winner.decoding, tuned=tuned, negative_model=negative)
+    refresh_card(folder)
+    return replace(result, decoding_file=folder / "decoding.json", old_decoding_file=old)
 
 
 def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:

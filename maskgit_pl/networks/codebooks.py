@@ -42,6 +42,7 @@ __all__ = [
     "IBQSpec",
     "SimVQ",
     "SimVQSpec",
+    "TrainedSpec",
 ]
 
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
@@ -73,14 +74,9 @@ class CodebookSpec:
         check_choice("entropy_kind", self.entropy_kind, get_args(EntropyKind))
 
 
-@quantizers.register("gradient")
 @dataclass(frozen=True)
-class GradientQuantizerSpec(CodebookSpec):
-    """The released code's quantizer: nearest code, straight-through, codebook trained by gradient.
-
-    loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
-
-    ``CodebookSpec`` has the numbers of commitment and entropy.
+class TrainedSpec(CodebookSpec):
+    """The numbers of the losses whose gradient moves the codes.
 
     Attributes:
         codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
@@ -88,8 +84,6 @@ class GradientQuantizerSpec(CodebookSpec):
 
     Raises:
         ValueError: if a number is out of range, or a name is unknown.
-
-    Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
     """
 
     codebook_weight: float = 1.0
@@ -100,6 +94,19 @@ class GradientQuantizerSpec(CodebookSpec):
         super().__post_init__()
         check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
 
+
+@quantizers.register("gradient")
+@dataclass(frozen=True)
+class GradientQuantizerSpec(TrainedSpec):
+    """The released code's quantizer: nearest code, straight-through, codebook trained by gradient.
+
+    loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
+
+    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
+
+    Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
+    """
+
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module, with codes uniform in +-sqrt(3 / K)."""
         return GradientQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
@@ -108,7 +115,7 @@ class GradientQuantizerSpec(CodebookSpec):
 class TrainedQuantizer(CodebookQuantizer):
     """The base of quantizers whose codes follow the gradient of a codebook loss."""
 
-    spec: GradientQuantizerSpec | SimVQSpec
+    spec: TrainedSpec
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
@@ -229,32 +236,18 @@ class EMAQuantizer(CodebookQuantizer):
 
 @quantizers.register("simvq")
 @dataclass(frozen=True)
-class SimVQSpec(CodebookSpec):
+class SimVQSpec(TrainedSpec):
     """Codes C W + b of frozen Gaussian C (K, D), and one trained layer W (D, D), b (D), which moves all codes at once.
 
     loss = commitment |z - sg(q)|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
 
-    ``CodebookSpec`` has the numbers of commitment and entropy.
-
-    Attributes:
-        codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
-        gradient_estimator: ``straight-through`` or ``rotation``.
-
-    Raises:
-        ValueError: if a number is out of range, or a name is unknown.
+    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
 
     Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W and b
     start as in torch's Linear.
     """
 
-    codebook_weight: float = 1.0
     entropy_weight: float = 0.0
-    gradient_estimator: GradientEstimator = "straight-through"
-
-    def __post_init__(self) -> None:
-        check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
-        super().__post_init__()
-        check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module."""
