@@ -141,10 +141,14 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         sync(partial)
 
 
-def remove_partials(folder: Path) -> None:
-    """Removes the partial files that killed processes have left in a folder, which no other process may be writing."""
+def remove_partials(folder: Path, name: str | None = None) -> None:
+    """Removes the partial files of ``name``, or of all files, that killed processes have left in a folder.
+
+    No other process may be writing these files.
+    """
+    pattern = rf"\.{'.+' if name is None else re.escape(name)}\.[0-9a-f]{{32}}\.partial"
     for path in folder.iterdir():
-        if re.fullmatch(r"\..+\.[0-9a-f]{32}\.partial", path.name):
+        if re.fullmatch(pattern, path.name):
             path.unlink(missing_ok=True)
 
 

@@ -172,6 +172,14 @@ def test_only_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == others
 
 
+def test_the_partial_files_of_one_name_are_removed_and_no_others(tmp_path: Path) -> None:
+    own, other = (tmp_path / f".{name}.{'0f' * 16}.partial" for name in ("a[1].npz", "a1.npz"))
+    for path in (own, other):
+        path.touch()
+    remove_partials(tmp_path, "a[1].npz")
+    assert list(tmp_path.iterdir()) == [other]
+
+
 def test_a_hash_is_that_of_the_whole_file_by_name_or_descriptor(tmp_path: Path) -> None:
     content = os.urandom(3 * 2**20 + 1)
     (tmp_path / "file").write_bytes(content)

@@ -25,7 +25,7 @@ from maskgit_pl.checks import height_width
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.distributed import barrier, rank_and_world
 from maskgit_pl.evaluation.reference import SampleFile, open_samples
-from maskgit_pl.files import write_atomically
+from maskgit_pl.files import remove_partials, write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import (
@@ -154,8 +154,9 @@ def delete_generated(file: Path) -> None:
     The same model, decoding and seed make them again.
     """
     if rank_and_world()[0] == 0:
-        for each in (file, *file.parent.glob(f".{file.name}.*.partial")):
-            each.unlink(missing_ok=True)
+        file.unlink(missing_ok=True)
+        if file.parent.is_dir():
+            remove_partials(file.parent, file.name)
         shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
     barrier()
 

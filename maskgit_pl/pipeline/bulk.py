@@ -26,7 +26,7 @@ from typing_extensions import Buffer
 
 from maskgit_pl.checks import check_integer, height_width, plain_number, shorten
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.files import parse_json, size_text, write_atomically
+from maskgit_pl.files import parse_json, remove_partials, size_text, write_atomically
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, DecodingKeywords, StepCallback, read_options
@@ -211,8 +211,7 @@ def generate_many(
         return BulkResult(file, 0, _join(file, plan, parts))
     rows = range(*(plan.count * rank // bulk.world_size for rank in (bulk.rank, bulk.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
-    for partial in folder.glob(f".{file.name if bulk.world_size == 1 else parts[bulk.rank].name}.*.partial"):
-        partial.unlink()  # of a process that was killed
+    remove_partials(folder, file.name if bulk.world_size == 1 else parts[bulk.rank].name)
     needed, free = len(rows) * plan.image[0] * plan.image[1] * 3, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "

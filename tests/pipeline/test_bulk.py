@@ -229,6 +229,17 @@ def test_parts_are_joined_in_little_memory(pipe: MaskGIT, tmp_path: Path, monkey
     assert read_file(tmp_path / "samples.npz")[0][::1000, 0, 0, 0].tolist() == [0, 0, 1, 1]
 
 
+def test_a_rank_removes_its_own_partial_file_of_a_killed_process(pipe: MaskGIT, tmp_path: Path) -> None:
+    generate_many(pipe, tmp_path / "a.npz", num_images=4, rank=0, world_size=2)
+    (part,) = (folder := tmp_path / "a.npz.parts").iterdir()
+    part.unlink()
+    own, other = (folder / f".{part.name[:-6]}{rank}-of-2.{'0f' * 16}.partial" for rank in (0, 1))
+    for path in (own, other):
+        path.touch()
+    generate_many(pipe, tmp_path / "a.npz", num_images=4, rank=0, world_size=2)
+    assert set(folder.iterdir()) == {part, other}
+
+
 # Real processes
 
 
