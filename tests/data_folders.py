@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import INDEX_DTYPE, ImageRange, Manifest, Shard, Split, save_manifest
@@ -70,6 +71,14 @@ def save_wide_images(folder: Path, counts: Mapping[Split, int]) -> Path:
     """Writes a data folder of wide images; sample n has label n % 3."""
     png = lambda n: Sample(encode_png(wide_image(n)), "png", n % 3, f"{n}")  # noqa: E731
     return save_samples(folder, {split: map(png, range(count)) for split, count in counts.items()})
+
+
+def open_data(folder: Path, **options: object) -> ShardData:
+    """Opens the data module of a folder, by default of grey images of 4 x 4 pixels in steps of 8 samples."""
+    sizes = {"image_size": 4, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
+    module = ShardData(ShardDataConfig(str(folder), **{**sizes, **options}))
+    module.setup()
+    return module
 
 
 def top_row(images: torch.Tensor) -> torch.Tensor:

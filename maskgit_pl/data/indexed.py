@@ -120,6 +120,7 @@ class IndexedDataModule(StepDataModule):
         seed: Seed of the order and of random crops, in [0, 2**32).
 
     Raises:
+        TypeError: if the samples are no ``IndexedDataset``.
         ValueError: if a number is out of range.
 
     Example::
@@ -145,6 +146,12 @@ class IndexedDataModule(StepDataModule):
         for name, size in sizes.items():
             check_integer(name, size, BATCH_SIZE_RANGE)
         check_seed("seed", seed)
+        for name, samples in (("train", train), ("validation", validation)):
+            if not isinstance(samples, IndexedDataset | None):
+                raise TypeError(
+                    f"{name} must be an IndexedDataset, got a {type(samples).__name__}; give "
+                    "IndexedDataset(dataset, image_size=...)"
+                )
         # Validation keeps the dataset's order, with central or random crops as given.
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
         self.validation = None if validation is None else replace(validation, order=None)
@@ -241,10 +248,14 @@ def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
             image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
         is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 2, 3, 4))
         if image.dtype != np.uint8 or not is_image or not image.size:
+            kind, shape, to_bytes, place = (
+                ("tensor", "(C, H, W)", "byte()", "front")
+                if is_tensor
+                else ("NumPy array", "(H, W, C)", "astype('u1')", "end")
+            )
             raise TypeError(
-                f"{name}: a {'tensor' if is_tensor else 'NumPy array'} must be uint8 of the shape (H, W) or "
-                f"{'(C, H, W)' if is_tensor else '(H, W, C)'}, with 1 to 4 channels, got {got}; convert floats in "
-                f"[0, 1] by (255 * x).round(), and move channels to the {'front' if is_tensor else 'end'}"
+                f"{name}: a {kind} must be uint8 of the shape (H, W) or {shape}, with 1 to 4 channels, got {got}; "
+                f"convert floats in [0, 1] by (255 * x).round().{to_bytes}, and move channels to the {place}"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if not isinstance(image, Image.Image):

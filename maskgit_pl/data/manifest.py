@@ -20,8 +20,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple, get_args
@@ -124,6 +125,9 @@ class Manifest:
         labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
         left_out: Number of samples in the tars but not in the index, by kind of fault.
         vectors: The array of the vectors; None if the samples have none.
+
+    Raises:
+        ValueError: if a class name is not UTF-8.
     """
 
     folder: Path
@@ -135,6 +139,11 @@ class Manifest:
     labels: str = "cls"
     left_out: Mapping[str, int] = field(default_factory=dict)
     vectors: VectorArray | None = None
+
+    def __post_init__(self) -> None:
+        wrong = next((name for name in self.classes if re.search("[\ud800-\udfff]", name)), None)
+        if wrong is not None:  # it could be written to no file and printed on no terminal
+            raise ValueError(f"classes must have names in UTF-8, got {shorten(wrong)}")
 
     @property
     def samples(self) -> int:
@@ -437,9 +446,10 @@ class ShardReader:
         # Descriptors and maps are not valid in another process.
         return {**self.__dict__, "_index": None, "_files": OrderedDict()}
 
-    def __del__(self) -> None:
-        for descriptor in self._files.values():
-            os.close(descriptor)
+    # At the exit of the interpreter, ``os`` may be gone; without its arguments, a reader has no files.
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:
+        for descriptor in getattr(self, "_files", {}).values():
+            close(descriptor)
 
 
 def save_manifest(manifest: Manifest, rows: npt.NDArray[np.void]) -> None:

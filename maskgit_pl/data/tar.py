@@ -106,13 +106,11 @@ def member_label(shard: str, block: bytes, offset: int) -> str:
 def _read_header(descriptor: int, offset: int) -> bytes | None:
     """Returns the header at an offset, or None for the zeros that end a tar."""
     block = os.pread(descriptor, BLOCK, offset)
-    if len(block) < BLOCK:
+    if len(block) < BLOCK and offset:
         where = "in a member header" if block else "the end of the archive is missing"
         raise DamagedTarError(f"truncated at byte {os.fstat(descriptor).st_size}, {where}")
-    if _has_checksum(block):
-        return block
-    if not any(block):
-        return None
+    if len(block) == BLOCK and (_has_checksum(block) or not any(block)):
+        return block if any(block) else None
     packed = next((kind for magic, kind in _MAGIC.items() if block.startswith(magic)), None)
     damage = f"not a tar, or its first header is damaged; it begins with {block[:8]!r}"
     if offset or packed:

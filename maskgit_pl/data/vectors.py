@@ -23,6 +23,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from maskgit_pl.checks import shorten
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
 
@@ -206,7 +207,8 @@ def open_array(path: Path) -> npt.NDArray[Any]:
     """
     try:
         os.close(open_regular(path))  # rejects a FIFO or a device, which would block
-        array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
+        with np.errstate(over="raise"):  # NumPy only warns if the product of a shape overflows
+            array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -250,6 +252,6 @@ def _parse_header(header: bytes) -> tuple[VectorKind, int]:
         raise ValueError(f"hold little-endian float16 or float32 values, got {dtype.str}; use array.astype(np.float32)")
     if len(shape) != 1:
         raise ValueError(f"have 1 dimension, got shape {shape}; save one vector per image, such as array[0]")
-    if not 1 <= shape[0] <= _MAX_DIM:
-        raise ValueError(f"have 1 to {_MAX_DIM} values, got {shape[0]}")
-    return VectorKind(int(shape[0]), dtype.name), file.tell()
+    if shape[0] is True or not 1 <= shape[0] <= _MAX_DIM:  # NumPy takes True for an integer
+        raise ValueError(f"have 1 to {_MAX_DIM} values, got {shorten(shape[0])}")
+    return VectorKind(shape[0], dtype.name), file.tell()

@@ -1,10 +1,6 @@
 import gzip
 import io
-import os
-import shutil
 import tarfile
-import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -77,25 +73,3 @@ def folder(tmp_path: Path) -> Path:
                 writer.write(sample)
     index_shards(tmp_path, {s: find_shards(tmp_path, f"{s}-*.tar") for s in ("train", "val")})
     return tmp_path
-
-
-@contextmanager
-def not_root():
-    """Drops the rights of root, which may read every file."""
-    if os.geteuid():
-        yield
-        return
-    os.seteuid(65534)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-
-
-@pytest.fixture
-def unprivileged():
-    """A folder that any user may enter, and a context in which this process is not root."""
-    path = Path(tempfile.mkdtemp(prefix="shards-"))
-    path.chmod(0o755)
-    yield path, not_root
-    shutil.rmtree(path)

@@ -56,7 +56,6 @@ FILES = {
     "WEBP": save(PICTURE, "WEBP"),
     "WEBP lossless": save(PICTURE.convert("RGBA"), "WEBP", lossless=True),
     "WEBP animated": save(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
-    "GIF": save(PICTURE, "GIF"),
 }
 STILL_PNG = [name for name in FILES if name.startswith("PNG") and "animated" not in name]
 
@@ -95,7 +94,7 @@ def with_checksums(data: bytes) -> bytes:
 def test_a_damaged_file_gives_an_image_or_our_error(name, capfd):
     generator, errors = np.random.default_rng(list(name.encode())), []
     readers = (decode, lambda data: parse_image_header(data, name="x"), lambda data: check_complete(data, name="x"))
-    for _ in range(150):
+    for _ in range(60):
         bad = damaged(FILES[name], generator)
         for read in readers:
             try:
@@ -156,7 +155,7 @@ def test_the_orientation_may_be_in_exif_or_xmp_before_or_after_the_pixels(packet
 
 
 def test_many_threads_decode_at_once():
-    names = [name for name in FILES if "animated" not in name and name != "GIF"] * 20
+    names = [name for name in FILES if "animated" not in name] * 20
     expected = {name: decode(FILES[name]) for name in names}
     filters = list(warnings.filters)
     with ThreadPoolExecutor(8) as pool:

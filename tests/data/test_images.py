@@ -46,8 +46,7 @@ def noise(height: int, width: int, channels: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("L", 3), ("RGB", 1), ("RGB", 3)])
 def test_every_format_agrees_with_pil(kind, mode, channels):
     data = save(Image.fromarray(noise(16, 24, 3)).convert(mode), kind)
     expected = np.asarray(Image.open(io.BytesIO(data)).convert("L" if channels == 1 else "RGB"))
@@ -159,7 +158,7 @@ def test_a_transparent_pixel_of_palettes_alpha_and_8_bits_is_white_and_no_other(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_still_image_of_ours_is_refused_by_name_and_reason(name):
+def test_every_hostile_image_is_refused_by_name_and_reason(name):
     make, reason, words = REFUSED[name]
     data, called = make(), f"shard.tar:{name}"
     for read in (
@@ -189,13 +188,6 @@ def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
     for length in (*range(12, len(data), 37), len(data) - 1):
         with pytest.raises(UnreadableImageError, match=rf"x is truncated after {length} bytes"):
             check_complete(data[:length], name="x")
-
-
-def test_a_png_that_is_damaged_in_its_pixels_is_found_without_decoding_it():
-    data = bytearray(save(Image.fromarray(noise(24, 24, 3)), "PNG"))
-    data[len(data) // 2] ^= 1
-    with pytest.raises(UnreadableImageError, match="x is damaged in its IDAT chunk"):
-        check_complete(bytes(data), name="x")
 
 
 _MEASURE = """
@@ -273,7 +265,6 @@ def test_no_hostile_image_takes_200_mb_or_2_s_however_it_is_opened(tmp_path):
     (tmp_path / "good.P").write_bytes(save(Image.new("P", (80, 80)), "PNG"))
     command = [sys.executable, "-c", _MEASURE, str(tmp_path)]
     measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout)
-    print(measured)
     control = [measured.pop(f"bad-control.png {way}")[0] for way in range(3)]
     assert max(control) > 130, "this measures nothing"
     assert len(measured) == 3 * (len(REFUSED | bad) - 1) + 2
@@ -303,14 +294,13 @@ def zeroed(data: bytes, generator: np.random.Generator) -> bytes:
 @pytest.mark.parametrize("spoil", [flipped, zeroed])
 def test_flipped_and_zeroed_bytes_of_a_jpeg_are_mostly_found(spoil, progressive, capfd):
     generator, data = np.random.default_rng(0), photo(progressive=progressive)
-    found = 0
+    num_refused = 0
     for _ in range(40):
         try:
             decode_image(spoil(data, generator), channels=3, name="x")
         except UnreadableImageError as error:
-            found += error.reason == "damaged"
-    print(f"{spoil.__name__}, {'progressive' if progressive else 'baseline'}: {found} of 40")
-    assert found >= 28  # PIL and torchvision find 0 to 3
+            num_refused += error.reason == "damaged"
+    assert num_refused >= 28  # PIL and torchvision find 0 to 3
     assert "Corrupt" not in capfd.readouterr().err  # libjpeg does not write to the terminal
 
 

@@ -1,10 +1,5 @@
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -100,9 +95,7 @@ def test_workers_make_no_difference(tars, tmp_path):
 
 
 @pytest.mark.parametrize("number", range(5))
-def test_a_killed_index_leaves_no_half_of_one_and_the_next_run_removes_what_it_left(
-    tars, tmp_path, monkeypatch, number
-):
+def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, tmp_path, monkeypatch, number):
     path, calls = tars.write(tmp_path / "x.tar", tars.samples(3)), []
 
     def kill(name, path):
@@ -120,32 +113,6 @@ def test_a_killed_index_leaves_no_half_of_one_and_the_next_run_removes_what_it_l
     assert not (tmp_path / "train.json").exists()
     assert index_one(path) == load_manifest(tmp_path, "train")
     assert {file.name for file in tmp_path.iterdir()} == {"x.tar", "train.json", "train.npy"}
-
-
-@pytest.mark.slow  # 6 s
-def test_workers_end_when_the_command_is_killed(tars, tmp_path):
-    for number in range(40):
-        tars.write(tmp_path / f"{number}.tar", tars.samples(200, start=200 * number))
-    command = [sys.executable, "-m", "maskgit_pl", "data", "index", str(tmp_path), "--num-workers", "2"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    children = []
-    while len(children) < 2:
-        assert process.poll() is None
-        time.sleep(0.02)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    deadline = time.monotonic() + 10
-    while any(os.path.exists(f"/proc/{pid}") for pid in children):
-        assert time.monotonic() < deadline, "workers outlive the command"
-        time.sleep(0.1)
-    assert not (tmp_path / "train.json").exists()
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    assert sum(read_manifest_summary(tmp_path).samples.values()) == 8000
-
-
-def test_names_come_in_the_order_of_a_shell():
-    assert expand_braces("{train,val}-{00..02}.tar") == [f"{s}-0{n}.tar" for s in ("train", "val") for n in range(3)]
 
 
 @pytest.mark.parametrize(
@@ -200,6 +167,7 @@ def test_urls_and_commands_are_refused_by_name(place):
 def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     names = ["train-000000.tar", "train-000001.tar"]
     assert [p.name for p in find_shards(folder, "train-{000000..000001}.tar")] == names
+    assert expand_braces("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]  # the order of a shell
     assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
     with pytest.raises(ValueError, match="train-000002"):
         find_shards(folder, "train-{000000..000002}.tar")

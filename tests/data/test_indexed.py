@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, TensorDataset
 from torchvision.datasets import FakeData
 
 from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset, ShardData, ShardDataConfig
@@ -51,8 +51,7 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("crop", ["center", "random"])
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize(("crop", "num_workers"), [("center", 0), ("random", 2)])
 def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop: str, num_workers: int) -> None:
     samples = [(encode_png(wide_image(number)), number % 3) for number in range(COUNT)]
     folder = save_data(tmp_path, {"train": samples, "val": samples})
@@ -70,7 +69,6 @@ def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop
     assert made.steps_per_epoch == 3
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["plane", "array", "array of channels", "picture"])
 def test_an_image_may_be_a_tensor_an_array_or_a_picture(kind: str) -> None:
     expected = next(iter(data().train_dataloader()))
@@ -94,7 +92,7 @@ class OnRank:
         self.lightning_module = type("Module", (), {"automatic_optimization": False})
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (4, 2), (8, 1), (1, 8)])
+@pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 2), (1, 8)])
 def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, accumulation: int) -> None:
     whole = list(data().train_dataloader())[1]
     parts = []
@@ -163,19 +161,29 @@ def test_a_trainer_that_accumulates_otherwise_is_refused(tmp_path: Path) -> None
         trainer.fit(Recording(), datamodule=data(accumulation=2))
 
 
+PAIRS = TensorDataset(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: data(global_batch=0), "global_batch must be an integer"),
         (lambda: data(seed=-1), "seed must be an integer"),
         (lambda: data(accumulation=3).train_dataloader(), "multiple of 1 ranks x 3 micro-batches, got 8"),
         (lambda: IndexedDataset(Images(), image_size=0), "image_size must be an integer"),
         (lambda: IndexedDataset(Images(), image_size=4, in_channels=5), "in_channels must be one of 1 .*, got 5"),
+        (
+            lambda: IndexedDataModule(PAIRS),
+            r"train must be an IndexedDataset, got a TensorDataset; give IndexedDataset\(",
+        ),
+        (
+            lambda: IndexedDataModule(IndexedDataset(PAIRS, 4), PAIRS),
+            "validation must be an IndexedDataset, got a Tens",
+        ),
         (lambda: IndexedDataset([], image_size=4), "number of samples must be an integer in .* got 0"),
     ],
 )
-def test_numbers_out_of_range_are_refused(make, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+def test_arguments_out_of_range_are_refused_with_the_way_out(make, message: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=message):
         make()
 
 
@@ -199,20 +207,19 @@ GREY = wide_image(0)
     ("item", "message"),
     [
         (GREY, r"must be \(image, label\) or \(image, label, vector\), got a Tensor"),
-        ({"image": GREY, "label": 0}, "got a dict of 2"),
         ((GREY, 0, torch.zeros(2), 0), "got a tuple of 4"),
         ((GREY, "cat"), "label must be an integer, the number of its class from 0, got 'cat'"),
-        ((GREY, None), "label must be an integer"),
         ((GREY, 1.7), "label must be an integer"),
-        ((GREY, torch.tensor(1.0)), "label must be an integer"),
         ((GREY, -1), "label must be >= 0"),
         ((GREY, 0, torch.zeros(2, 2)), r"shape \(C,\) and finite values, got the shape \(2, 2\)"),
         ((GREY, 0, torch.tensor([1.0, torch.nan])), "got non-finite values"),
         ((np.zeros((3, 8, 9), np.uint8), 0), r"NumPy array must be uint8 of the shape \(H, W\) or \(H, W, C\)"),
         ((torch.zeros(8, 9, 3, dtype=torch.uint8), 0), r"tensor must be uint8 of the shape \(H, W\) or \(C, H, W\)"),
         ((torch.zeros(5, 8, 9, dtype=torch.uint8), 0), "with 1 to 4 channels"),
-        ((torch.zeros(0, 9, dtype=torch.uint8), 0), "with 1 to 4 channels"),
-        ((torch.rand(1, 8, 9), 0), r"got torch.float32 \(1, 8, 9\); convert floats in \[0, 1\]"),
+        (
+            (torch.rand(1, 8, 9), 0),
+            r"got torch.float32 \(1, 8, 9\); convert floats in \[0, 1\] by \(255 \* x\)\.round\(\)\.byte\(\)",
+        ),
         ((Image.new("F", (9, 8)), 0), "must have integer pixels, got floats"),
         (("a.png", 0), "must be a PIL image"),
     ],
@@ -230,9 +237,7 @@ def test_all_items_have_a_vector_of_one_length_or_none(second: object) -> None:
         samples.__getitems__(range(2))
 
 
-@pytest.mark.parametrize(
-    "label", [2, np.int64(2), np.array([2]), torch.tensor(2), torch.tensor([2], dtype=torch.uint8)]
-)
-def test_a_label_may_be_an_integer_of_any_library(label: object) -> None:
-    batch = IndexedDataset(Items((GREY, label)), image_size=4, in_channels=1).__getitems__(range(1))
-    assert batch.labels.tolist() == [2]
+def test_a_label_may_be_an_integer_of_any_library() -> None:
+    for label in (2, np.int64(2), np.array([2]), torch.tensor(2), torch.tensor([2], dtype=torch.uint8)):
+        batch = IndexedDataset(Items((GREY, label)), image_size=4, in_channels=1).__getitems__(range(1))
+        assert batch.labels.tolist() == [2]

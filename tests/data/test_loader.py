@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data import ShardData
 from maskgit_pl.data.loader import (
     ALWAYS_ALLOWED,
     MAX_IN_A_ROW,
@@ -20,7 +20,7 @@ from maskgit_pl.data.loader import (
     write_unreadable,
 )
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
-from tests.data_folders import save_data
+from tests.data_folders import open_data, save_data
 
 NUM_TRAIN, NUM_VAL = 40, 6
 BAD = {3: "damaged", 4: "empty", 5: "not an image", 17: "too large", 39: "damaged"}
@@ -56,11 +56,8 @@ def folder(tmp_path_factory) -> Path:
     return save_data(tmp_path_factory.mktemp("spoilt"), {"train": train, "val": val})
 
 
-def data(folder: Path, **options) -> ShardData:
-    defaults = {"image_size": 8, "global_batch": 8, "max_batch_per_device": 8, "validation_batch": 4}
-    module = ShardData(ShardDataConfig(str(folder), **{**defaults, **options}))
-    module.setup()
-    return module
+def open_images(folder: Path, **options) -> ShardData:
+    return open_data(folder, image_size=8, in_channels=3, **options)
 
 
 def next_readable(number: int) -> int:
@@ -71,7 +68,7 @@ def next_readable(number: int) -> int:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_unreadable_image_is_replaced_by_the_next_with_its_label(folder, num_workers):
-    loader = data(folder, num_workers=num_workers).train_dataloader()
+    loader = open_images(folder, num_workers=num_workers).train_dataloader()
     batches = list(loader)
     assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(NUM_TRAIN))  # the order stays
     for batch in batches:
@@ -87,19 +84,17 @@ def test_an_unreadable_image_is_replaced_by_the_next_with_its_label(folder, num_
     assert loader.unreadable.seen == NUM_TRAIN
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_budget_of_0_ends_at_the_first_with_its_name(folder, num_workers):
-    loader = data(folder, num_workers=num_workers, unreadable_budget=0.0).train_dataloader()
+def test_a_budget_of_0_ends_at_the_first_unreadable_image_with_its_name(folder):
+    loader = open_images(folder, num_workers=2, unreadable_budget=0.0).train_dataloader()
     with pytest.raises(
         DataBudgetError, match=r"train-00000\d.tar:000000\d\d.jpg: (damaged|empty|not an image|too large): "
     ):
         list(loader)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_workers):
+def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path):
     folder = save_data(tmp_path, {"train": [(b"<html>", 0)] * 150, "val": [(jpeg(0), 0)]})
-    loader = data(folder, num_workers=num_workers, unreadable_budget=1.0).train_dataloader()
+    loader = open_images(folder, unreadable_budget=1.0).train_dataloader()
     with pytest.raises(DataBudgetError, match=r"1\d\d images in a row cannot be read"):
         list(loader)
 
@@ -107,7 +102,7 @@ def test_a_split_without_a_readable_image_ends_with_the_list(tmp_path, num_worke
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_an_error_of_a_worker_arrives_as_it_is(tmp_path, num_workers):
     folder = save_data(tmp_path, {"train": [(jpeg(n), 0) for n in range(16)], "val": [(jpeg(0), 0)]})
-    loader = data(folder, num_workers=num_workers, global_batch=4, max_batch_per_device=4).train_dataloader()
+    loader = open_images(folder, num_workers=num_workers, global_batch=4, max_batch_per_device=4).train_dataloader()
     os.truncate(folder / "train-000001.tar", 512)
     with pytest.raises(DataChangedError, match=r"^data .*: train-000001\.tar changed while it was in use.*$") as caught:
         list(loader)
@@ -117,7 +112,7 @@ def test_an_error_of_a_worker_arrives_as_it_is(tmp_path, num_workers):
 @pytest.mark.slow
 @pytest.mark.parametrize("again", [False, True], ids=["in an epoch", "between epochs"])
 def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, again):
-    loader = data(folder, num_workers=2).train_dataloader()
+    loader = open_images(folder, num_workers=2).train_dataloader()
     batches = iter(loader)
     next(batches)
     if again:
@@ -145,15 +140,6 @@ def add(images: UnreadableImages, *replaced: tuple[int, int], batch: int = 100) 
     images.add(index, replacement)
 
 
-def test_everything_passed_over_is_counted_by_shard_and_reason():
-    images = counter()
-    add(images)
-    add(images, (8, 11), (8, 11), (999, 0))
-    assert (images.seen, images.count, sorted(images.images)) == (200, 7, [8, 9, 10, 999])
-    assert images.by_shard() == {"shard 0": 4, "shard 1": 2, "shard 99": 1}
-    assert images.by_reason() == {"damaged": 7}
-
-
 def test_ten_images_are_allowed_however_often_they_are_met_and_the_eleventh_is_not():
     images = counter()
     for number in range(ALWAYS_ALLOWED):
@@ -178,12 +164,15 @@ def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, 
         add(counter(num_samples, budget=1.0), (5, (5 + length) % num_samples))
 
 
-def test_the_file_lists_every_image(tmp_path):
+def test_every_skipped_image_is_counted_by_shard_and_reason_and_listed_in_the_file(tmp_path):
     images = counter()
-    add(images, (8, 10))
+    add(images)
+    add(images, (8, 11), (8, 11), (999, 0))
+    assert (images.seen, images.count, sorted(images.images)) == (200, 7, [8, 9, 10, 999])
+    assert images.by_shard() == {"shard 0": 4, "shard 1": 2, "shard 99": 1}
+    assert images.by_reason() == {"damaged": 7}
     write_unreadable(tmp_path / "run" / "unreadable.json", {"train": images})
     written = json.loads((tmp_path / "run" / "unreadable.json").read_text())["train"]
-    assert (written["seen"], written["unreadable"], written["shards"]) == (100, 2, {"shard 0": 2})
-    assert written["images"][1] == {
-        "image": "shard 0:9.jpg", "index": 9, "times": 1, "reason": "damaged", "error": "bad code word",
-    }  # fmt: skip
+    assert (written["seen"], written["unreadable"], written["shards"]) == (200, 7, images.by_shard())
+    entry = {"image": "shard 0:9.jpg", "index": 9, "times": 2, "reason": "damaged", "error": "bad code word"}
+    assert written["images"][1] == entry

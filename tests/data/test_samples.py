@@ -1,4 +1,4 @@
-""""""
+"""Class names and labels as users and strangers write them."""
 
 import pytest
 

@@ -42,7 +42,6 @@ FAULTS = {  # the members of bad samples, None for an image, and the fault with 
         [("x.png", None), ("y.png", None), ("x.cls", b"0"), ("y.cls", b"0")],
         "2 whose members do not lie side by side (x.tar:x.png)",
     ),
-    "html for an image": ([("x.png", b"<html>"), ("x.cls", b"0")], "1 with an image that cannot be read (image x.tar:"),
     "empty image": (
         [("x.png", b""), ("x.cls", b"0")],
         "1 with an image that cannot be read (x.tar:x.png: size",
@@ -50,7 +49,6 @@ FAULTS = {  # the members of bad samples, None for an image, and the fault with 
     "label 1_000": ([("x.png", None), ("x.cls", b"1_000")], "1 with a label that is no class (label x.tar:x.cls"),
     "label too high": ([("x.png", None), ("x.cls", b"999999")], "1 with a label that is no class (label x.tar:x.cls"),
     "path out": ([("../x.png", None), ("../x.cls", b"0")], "1 with an unsafe member name (x.tar:../x.png)"),
-    "absolute path": ([("/x.png", None), ("/x.cls", b"0")], "1 with an unsafe member name (x.tar:/x.png)"),
     "control character": ([("x\x1b[2J.png", None)], r"1 with an unsafe member name (x.tar:x\x1b[2J.png)"),
     "two vectors": (
         [("x.png", None), ("x.cls", b"0"), *[("x.npy", npy(np.zeros(2, np.float16)))] * 2],
@@ -76,7 +74,7 @@ def test_samples_with_a_fault_are_counted_and_get_no_row(tars, tmp_path, case):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE])
-def test_links_and_devices_are_faults_as_images_and_passed_over_elsewhere(tars, tmp_path, kind):
+def test_links_and_devices_are_faults_as_images_and_ignored_elsewhere(tars, tmp_path, kind):
     for name, faults in (("x.png", ["with a link, a device or a sparse file"]), ("x.dat", [])):
         path = tars.write(tmp_path / "x.tar", tars.samples(1))
         with tarfile.open(path, "a") as archive:
@@ -141,12 +139,6 @@ HOSTILE = {  # the first bytes of a file, its length, most of which is not on di
     "a sparse member by pax": (header("a.png", 1024, pax=SPARSE), 10240, "with a link, a device or a sparse file"),
     "gzip": (gzip.compress(bytes(2**24)), 2**24, "compressed (gzip), decompress it"),
     "8 EiB": (header("a.png", 2**63), 10240, "9223372036854775808 bytes declared, the file ends after"),
-    "8 EiB by pax": (header("a.png", 0, pax={"size": str(2**63)}), 10240, "9223372036854775808 bytes declared"),
-    "a name of a gigabyte": (
-        header("././@LongLink", 2**30, kind=tarfile.GNUTYPE_LONGNAME),
-        2**30 + 10240,
-        "extended header at byte 0 must have at most 1048576 bytes, got 1073741824",
-    ),
 }  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 import io
 import os
 import tarfile
-from contextlib import contextmanager
 
 import pytest
 
@@ -38,9 +37,9 @@ def test_members_agree_with_tarfile(tmp_path, kind, name):
         archive.addfile(link)
     with tarfile.open(path) as archive:
         expected = [(m.name, m.size, m.offset_data) for m in archive]
-    found = members(path)
-    assert [(m.name.rstrip("/"), m.size, m.offset) for m in found] == expected
-    assert [m.kind for m in found] == ["file", "file", "file", "folder", "link"]
+    parsed = members(path)
+    assert [(m.name.rstrip("/"), m.size, m.offset) for m in parsed] == expected
+    assert [m.kind for m in parsed] == ["file", "file", "file", "folder", "link"]
 
 
 def test_big_sizes_in_base_256_and_in_pax_are_read(tmp_path):
@@ -54,13 +53,6 @@ def test_big_sizes_in_base_256_and_in_pax_are_read(tmp_path):
     assert members(tmp_path / "x.tar")[0].size == 9 * 2**30
 
 
-@contextmanager
-def refused(*words):
-    with pytest.raises(DamagedTarError) as caught:
-        yield
-    assert all(word in str(caught.value) for word in words), caught.value
-
-
 def test_extended_headers_are_bounded_and_checked(tmp_path):
     for kind in (b"L", b"x", b"g"):
         member = tarfile.TarInfo("x")
@@ -69,11 +61,13 @@ def test_extended_headers_are_bounded_and_checked(tmp_path):
         path.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
         with open(path, "r+b") as file:
             file.truncate(2**30 + 4096)
-        with refused("extended header at byte 0 must have at most 1048576 bytes, got 1073741824"):
+        with pytest.raises(
+            DamagedTarError, match="extended header at byte 0 must have at most 1048576 bytes, got 10737"
+        ):
             members(path)
     member.type, member.size = b"x", 8
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"99 a=b\n\0".ljust(512, b"\0") + bytes(1024))
-    with refused("damaged pax header at byte 0"):
+    with pytest.raises(DamagedTarError, match="damaged pax header at byte 0"):
         members(path)
 
 
@@ -83,5 +77,5 @@ def test_negative_lengths_do_not_walk_back(tmp_path):
         header[124:136] = size
         header[148:156] = b"%06o\0 " % (sum(header[:148]) + 8 * 32 + sum(header[156:]))
         (tmp_path / "x.tar").write_bytes(bytes(header) + bytes(1024))
-        with refused("its length is not a number"):
+        with pytest.raises(DamagedTarError, match="its length is not a number"):
             members(tmp_path / "x.tar")

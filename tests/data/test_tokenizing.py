@@ -8,8 +8,6 @@ import torch
 
 from maskgit_pl.data import (
     InOrder,
-    ShardData,
-    ShardDataConfig,
     ShuffledStream,
     TokenizingConfig,
     describe_store,
@@ -20,7 +18,7 @@ from maskgit_pl.data.loader import TokenBatches
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.processes import no_bars
-from tests.data_folders import save_data, save_wide_images, top_row, wide_image
+from tests.data_folders import open_data, save_data, save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
 VIEWS = ("crops", "flip")
@@ -110,10 +108,8 @@ def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
     first = shown(0, 0)
     assert first == shown(9, 0)  # another order, the same views
     assert first != shown(0, 1)
-    for sample in range(NUM_TRAIN):
-        assert (
-            len({first[sample, epoch] for epoch in range(20)}) > 1
-        )  # the probability of one view in all epochs is below 1e-6
+    # The probability of one view in all epochs is below 1e-6.
+    assert all(len({first[sample, epoch] for epoch in range(20)}) > 1 for sample in range(NUM_TRAIN))
     counts = np.bincount(list(first.values()), minlength=6)
     assert counts.min() > 20  # of 460; equal crops count for the first of them
 
@@ -125,9 +121,7 @@ def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_pat
         make(data, tmp_path / "strict")
     assert make(data, tmp_path / "store", unreadable_budget=0.5)
     modules = [
-        ShardData(
-            ShardDataConfig(str(data), image_size=4, in_channels=1, global_batch=8, unreadable_budget=0.5, **source)
-        )
+        open_data(data, unreadable_budget=0.5, **source)
         for source in ({}, {"source": "tokens", "token_store": str(tmp_path / "store")})
     ]
     images, tokens = (module.batches("train", InOrder(NUM_TRAIN)).__getitems__(range(NUM_TRAIN)) for module in modules)

@@ -1,25 +1,38 @@
-"""Vectors of images: what is accepted and refused, and their way from files through shards and back."""
+"""Vectors of images: files that are accepted and refused, and their way through shards and stores to batches."""
 
 import io
+import itertools
 import json
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from maskgit_pl.data import (
+    IndexedDataModule,
+    IndexedDataset,
+    ShardData,
+    ShardDataConfig,
+    StreamConfig,
+    TokenizingConfig,
+    describe_store,
+    tokenize,
+)
 from maskgit_pl.data.images import decode_image, encode_png
 from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import ShardReader, check_vectors, load_manifest, read_manifest_summary
-from maskgit_pl.data.samples import UnreadableSample
+from maskgit_pl.data.samples import Sample, UnreadableSample
 from maskgit_pl.data.sources.making import open_source
-from maskgit_pl.data.vectors import VectorKind, parse_vector
+from maskgit_pl.data.vectors import VectorKind, open_array, parse_vector
 from maskgit_pl.data.verify import verify_shards
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import DataChangedError
+from tests.data_folders import open_data, save_data, save_samples, top_row
 
 DIM = 5
 
@@ -57,6 +70,14 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 HUGE_HEADER = b"\x93NUMPY\x02\x00" + (2**31).to_bytes(4, "little") + b"{'descr': '<f4'}"
+
+
+def header(shape: str) -> bytes:
+    """Returns a float32 array of 4 bytes whose header states another shape."""
+    text = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4)
+
+
 HOSTILE = {
     "pickle": (pickle.dumps([1]), r"must be a \.npy file"),
     "objects": (
@@ -67,14 +88,15 @@ HOSTILE = {
     "a header that is code": (npy(vector(0)).replace(b"'descr'", b"exit(1)"), r"must be a \.npy file"),
     "empty": (b"", r"must be a \.npy file"),
     "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values, got nan at place 1"),
-    "infinity": (npy(np.array([np.inf], np.float16)), "must have finite values, got inf at place 0"),
     "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
-    "integers": (npy(np.zeros(3, np.int64)), "must hold little-endian float16 or float32 values, got <i8"),
     "big-endian": (npy(np.zeros(3, ">f4")), "must hold little-endian float16 or float32 values, got >f4"),
     "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must have 1 dimension, got shape \(1, 3\)"),
-    "a number": (npy(np.float32(1)), r"must have 1 dimension, got shape \(\)"),
     "no values": (npy(np.zeros(0, np.float32)), "must have 1 to 65536 values, got 0"),
     "too many values": (npy(np.zeros(2**16 + 1, np.float16)), "must have 1 to 65536 values, got 65537"),
+    "True values": (header("(True,)"), "must have 1 to 65536 values, got True"),
+    "-1 values": (header("(-1,)"), "must have 1 to 65536 values, got -1"),
+    "1e3000 values": (header(f"(1{'0' * 3000},)"), r"must have 1 to 65536 values, got 10{79}\.\.\.$"),
+    "1.0 values": (header("(1.0,)"), r"must be a \.npy file, got shape is not valid"),
     "truncated": (npy(vector(0))[:-1], "must hold 5 float16 values, 10 bytes, got 9 bytes"),
     "longer": (npy(vector(0)) + b"x", "must hold 5 float16 values, 10 bytes, got 11 bytes"),
 }
@@ -87,14 +109,20 @@ def test_a_file_that_is_no_vector_is_refused_by_name(kind: str) -> None:
         parse_vector(data, name="a/1.npy")
 
 
-@pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("version", [(1, 0), (2, 0)])
-def test_values_start_where_the_header_says(dtype: str, version: tuple[int, int]) -> None:
+def test_values_start_where_the_header_says(version: tuple[int, int]) -> None:
     file = io.BytesIO()
-    np.lib.format.write_array(file, vector(3, dtype), version=version)
+    np.lib.format.write_array(file, vector(3), version=version)
     kind, start = parse_vector(file.getvalue(), name="v")
-    assert kind == VectorKind(DIM, dtype)
-    assert np.array_equal(np.frombuffer(file.getvalue(), dtype, offset=start), vector(3, dtype))
+    assert kind == VectorKind(DIM, "float16")
+    assert np.array_equal(np.frombuffer(file.getvalue(), "float16", offset=start), vector(3))
+
+
+@pytest.mark.parametrize("shape", ["(True, 1)", "(-1,)", "(1.0,)", f"({10**30},)", "(4294967296, 4294967296)"])
+def test_an_array_whose_header_states_an_odd_shape_is_refused_in_one_line(tmp_path: Path, shape: str) -> None:
+    (tmp_path / "a.npy").write_bytes(header(shape))
+    with pytest.raises(ValueError, match=r"^\S+a\.npy: cannot be read \(.+\)$"):
+        open_array(tmp_path / "a.npy")
 
 
 def test_a_vector_that_is_too_large_is_not_read(tmp_path: Path) -> None:
@@ -190,12 +218,8 @@ def test_vectors_of_two_sizes_are_refused_within_and_between_shards(tmp_path: Pa
         index(folder, lenient=True)
 
 
-def copy(folder: Path, to: Path) -> Path:
-    return shutil.copytree(folder, to)
-
-
 def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
-    folder = copy(shards, tmp_path / "shards")
+    folder = shutil.copytree(shards, tmp_path / "shards")
     array = np.load(folder / "train-vectors.npy")
     array[1, 2] += 1
     np.save(folder / "train-vectors.npy", array)
@@ -203,12 +227,10 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     (bad,) = verify_shards(folder).bad
     assert bad.name == "train-vectors.npy"
     assert "changed since they were indexed" in bad.reason
-    with pytest.raises(ValueError, match=r"train-vectors\.npy changed since they were indexed"):
-        check_vectors(load_manifest(folder, "train"))
 
 
 def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, tmp_path: Path) -> None:
-    folder = copy(shards, tmp_path / "shards")
+    folder = shutil.copytree(shards, tmp_path / "shards")
     reader = load_manifest(folder, "train").vector_reader()
     reader.read(np.array([0]))
     with open(folder / "train-vectors.npy", "r+b") as file:
@@ -224,8 +246,152 @@ def test_a_missing_or_truncated_array_is_found_before_it_is_read(shards: Path, t
 
 @pytest.mark.parametrize(("key", "value"), [("vector_dim", 0), ("vector_dim", DIM + 1), ("vector_dtype", "float64")])
 def test_a_manifest_of_other_vectors_is_refused(shards: Path, tmp_path: Path, key: str, value: object) -> None:
-    folder = copy(shards, tmp_path / "shards")
+    folder = shutil.copytree(shards, tmp_path / "shards")
     content = json.loads((folder / "train.json").read_text())
     (folder / "train.json").write_text(json.dumps(content | {key: value}))
     with pytest.raises(ValueError, match=r"train-vectors\.npy must be"):
         load_manifest(folder, "train")
+
+
+NUM_TRAIN, NUM_VAL = 23, 11
+
+
+def image(number: int) -> torch.Tensor:
+    """Returns (1, 4, 4) uint8, whose first pixel is the number."""
+    return (number + torch.arange(16).reshape(1, 4, 4)).to(torch.uint8)
+
+
+def sample(number: int) -> Sample:
+    return Sample(encode_png(image(number)), "png", number % 3, f"{number}", npy(vector(number)))
+
+
+def samples_with_damage(count: int, damaged: int) -> list[Sample]:
+    """Returns samples, one of which has a whole header and damaged pixels."""
+    samples = [sample(number) for number in range(count)]
+    samples[damaged] = samples[damaged]._replace(data=samples[damaged].data[:-20] + bytes(20))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    splits = {"train": map(sample, range(NUM_TRAIN)), "val": map(sample, range(100, 100 + NUM_VAL))}
+    return save_samples(tmp_path_factory.mktemp("data"), splits)
+
+
+def make_store(folder: Path, store: Path, **options: float) -> bool:
+    description = describe_store(folder, grid=(2, 2), codebook_size=256, tokenizer="me", image_size=4)
+    config = TokenizingConfig(**{"batch_size": 4, "part_size": 6, **options})
+    return tokenize(folder, store, description, encode=top_row, in_channels=1, config=config)
+
+
+@pytest.fixture(scope="module")
+def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("store")
+    assert make_store(folder, path)
+    return path
+
+
+def rows(batches) -> dict[int, tuple[int, list[float]]]:
+    """Maps positions to the first pixel or token and the vector of a sample."""
+    return {
+        int(position): (int(content.flatten()[0]), values.tolist())
+        for batch in batches
+        for position, content, values in zip(batch.position, batch.content, batch.vectors, strict=True)
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
+def test_each_sample_has_its_own_vector_in_both_sources(folder, store, loader: str) -> None:
+    images, tokens = (
+        rows(getattr(open_data(folder, vectors=True, num_workers=2, **source), loader)())
+        for source in ({}, {"source": "tokens", "token_store": str(store)})
+    )
+    assert images == tokens
+    assert len(images) >= NUM_VAL
+    for number, values in images.values():
+        assert values == vector(number).tolist()
+
+
+class OnRank:
+    """The part of a Trainer that the data module reads."""
+
+    def __init__(self, rank: int, world_size: int, step: int) -> None:
+        self.global_rank, self.world_size, self.global_step = rank, world_size, step
+
+
+def read_steps(folder: Path, first: int, *, world_size: int = 1, **options: object) -> dict[int, tuple]:
+    """Maps each position from a step to step 8 to all that a batch has of it, read by a run that begins there."""
+    samples = {}
+    starts = [first, *range(first // 2 * 2 + 2, 8, 2)]  # an epoch has 2 steps
+    for rank, step in itertools.product(range(world_size), starts):
+        sizes = {"global_batch": 12, "max_batch_per_device": 2, "unreadable_budget": 0.5}
+        module = open_data(folder, vectors=True, **sizes, **options)
+        module.trainer = OnRank(rank, world_size, step)
+        for batch in module.train_dataloader():
+            *columns, vectors, _ = batch
+            for row, position in enumerate(batch.position.tolist()):
+                samples[position] = tuple(column[row].numpy().tobytes() for column in (*columns, vectors))
+    return samples
+
+
+@pytest.fixture(scope="module")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Data in shards of 9, 9 and 6 samples, one of which cannot be read."""
+    folder = tmp_path_factory.mktemp("uneven")
+    save_samples(folder, dict.fromkeys(("train", "val"), samples_with_damage(24, 7)))
+    make_store(folder, folder / "store", unreadable_budget=0.5)
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world_size", "num_workers"), [(1, 0), (2, 1), (3, 2)])
+@pytest.mark.parametrize("source", ["images", "tokens"])
+def test_a_resumed_run_reads_the_same_on_any_number_of_ranks_and_workers(uneven, source, world_size, num_workers):
+    options = {"images": {"augmentations": ["random_resized_crop", "flip"]}, "tokens": {}}[source]
+    options |= {"source": source, "token_store": str(uneven / "store"), "seed": 3}
+    whole = read_steps(uneven, 0, **options)
+    resumed = read_steps(uneven, 5, world_size=world_size, num_workers=num_workers, **options)
+    assert resumed == {position: whole[position] for position in range(5 * 12, 8 * 12)}
+
+
+@pytest.mark.parametrize("source", ["images", "tokens"])
+def test_an_unreadable_image_is_replaced_together_with_its_vector(tmp_path: Path, source: str) -> None:
+    folder, store = tmp_path / "data", tmp_path / "store"
+    folder.mkdir()
+    save_samples(folder, dict.fromkeys(("train", "val"), samples_with_damage(4, 2)))
+    make_store(folder, store, unreadable_budget=0.5)
+    options = {"validation_batch": 4, "unreadable_budget": 0.5, "source": source, "token_store": str(store)}
+    (batch,) = open_data(folder, vectors=True, **options).val_dataloader()
+    assert batch.replacement.tolist() == [-1, -1, 3, -1]
+    assert batch.vectors[:, 0].tolist() == [0, 1, 3, 3]
+
+
+def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path) -> None:
+    plain = save_data(tmp_path, {split: [(encode_png(image(0)), 0)] * 2 for split in ("train", "val")})
+    with pytest.raises(ValueError, match=r"data\.vectors must be false for .* whose samples have no vectors, got true"):
+        open_data(plain, vectors=True)
+    assert open_data(folder).vector_dim == 0
+    assert open_data(folder, vectors=True).vector_dim == DIM
+    with pytest.raises(ValueError, match=r"data\.vectors be false for data\.source: stream"):
+        ShardDataConfig(str(folder), source="stream", stream=StreamConfig("x.tar", 1), vectors=True)
+
+
+@pytest.mark.parametrize("is_set_up", [False, True])
+def test_a_changed_array_is_refused_where_vectors_are_read_for_an_evaluation(folder, tmp_path, is_set_up) -> None:
+    changed = shutil.copytree(folder, tmp_path / "data")
+    np.save(changed / "val-vectors.npy", np.load(changed / "val-vectors.npy") + 1)
+    config = ShardDataConfig(str(changed), image_size=4, in_channels=1, global_batch=8)
+    module, reading = ShardData(config), ShardData(replace(config, vectors=True))
+    if is_set_up:
+        module.setup()  # without vectors, which a run may leave aside
+    for read in (lambda: module.vector_pool("val"), reading.setup, reading.val_dataloader):
+        with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+            read()
+
+
+def test_a_map_style_dataset_may_have_vectors() -> None:
+    items = [(image(n), n % 3, vector(n)) for n in range(9)]
+    module = IndexedDataModule(IndexedDataset(items, image_size=4, in_channels=1), global_batch=4)
+    for number, values in rows(module.train_dataloader()).values():
+        assert values == vector(number).tolist()

@@ -36,20 +36,14 @@ def zeroed(at):
 # name: (what is done to the bytes, what the start-up check says or None, what verify says: expected, found, reason)
 FAULTS = {
     "cut at a member boundary": (cut(SECOND), "10240 bytes expected, 2048 found", "2048 bytes", "truncated at byte"),
-    "cut in a header": (cut(SECOND + 200), "10240 bytes expected, 2248", "2248 bytes", "byte 2248, in a member"),
     "cut in a payload": (cut(SECOND + 520), "10240 bytes expected, 2568", "2568 bytes", "truncated in member 0011.png"),
-    "cut between .png and .cls": (cut(SECOND + 1024), "expected, 3072", "3072 bytes", "truncated at byte 3072"),
     "flipped header": (flipped(SECOND + 3), None, "sha256", "damaged member header at byte 2048"),
-    "flipped first header": (flipped(3), "expected at byte 0, none found", "sha256", "not a tar"),
     "flipped last image's header": (flipped(3 * SECOND + 3), "expected at byte 6144, none", "sha256", "byte 6144"),
     "header of zeros": (zeroed(SECOND), None, "sha256", "followed by other bytes"),
     "zero bytes": (cut(0), "10240 bytes expected, 0 found", "0 bytes", "empty file"),
-    "zeros of the same length": (lambda data: bytes(len(data)), "byte 0, none found", "sha256", "changed after"),
     "garbage": (lambda data: b"garbage" * 100, "10240 bytes expected, 700 found", "700 bytes", "not a tar"),
-    "garbage of the same length": (lambda data: b"garbage!" * 1280, "byte 0, none", "sha256", "not a tar"),
     "longer": (lambda data: data + bytes(512), "10240 bytes expected, 10752", "10752 bytes", "longer than when"),
     "changed payload, same length": (flipped(SECOND + 600), None, "sha256", "changed after indexing, same length"),
-    "changed label, same length": (flipped(3 * 512), None, "sha256", "changed after indexing"),
     "missing": (None, "10240 bytes expected, No such file or directory", "none", "No such file"),
 }  # fmt: skip
 
@@ -78,19 +72,6 @@ def test_a_bad_shard_is_named_before_the_first_step_and_by_verify(folder, case):
     assert actual in bad.actual
     assert reason in bad.reason
     assert bad.expected
-
-
-def test_no_permission_is_named(tars, unprivileged):
-    folder, not_root = unprivileged
-    for name in ("train-0", "train-1", "val-0"):
-        tars.write(folder / f"{name}.tar", tars.samples(2))
-    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
-    (folder / "train-1.tar").chmod(0)
-    with not_root():
-        with pytest.raises(ValueError, match=r"1 of 3[\s\S]*train-1\.tar: 10240 bytes expected, Permission denied"):
-            load_manifests(folder)
-        (bad,) = verify_shards(folder).bad
-    assert bad == ("train-1.tar", "10240 bytes", "none", "Permission denied")
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:100], lambda data: data[:60] + b"\xff" + data[61:]])
@@ -126,23 +107,3 @@ def test_decode_names_images_whose_pixels_are_damaged(folder, tars, tmp_path):
     (bad,) = verify_shards(folder, decode=True).bad
     assert bad[:3] == ("train-0.tar", "3 images", "2 images")
     assert bad.reason.startswith("unreadable; image train-0.tar:x.jpg cannot be decoded: ")
-
-
-def test_a_changed_index_is_named_and_the_shards_are_read(folder):
-    path = folder / "train.npy"
-    path.write_bytes(path.read_bytes()[:-4] + b"\x09\0\0\0")
-    inject(folder, "train-1.tar", cut(SECOND))
-    index, shard = verify_shards(folder).bad
-    assert (index.name, shard.name) == ("train.npy", "train-1.tar")
-    assert "changed since it was made: sha256" in index.reason
-
-
-def test_left_out_samples_stay_left_out(tars, tmp_path):
-    for split in ("train", "val"):
-        tars.write(tmp_path / f"{split}-0.tar", [("half.png", tars.png()), *tars.samples(2)])
-    shards = {split: find_shards(tmp_path, f"{split}-*.tar") for split in ("train", "val")}
-    index_shards(tmp_path, shards, lenient=True)
-    load_manifests(tmp_path)
-    assert not verify_shards(tmp_path).bad
-    index_shards(tmp_path, shards, labels="none")
-    assert not verify_shards(tmp_path).bad

@@ -1,13 +1,7 @@
 import errno
 import os
 import re
-import subprocess
-import sys
 import tarfile
-import time
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -34,29 +28,8 @@ def tree(tmp_path):
     return folder
 
 
-@contextmanager
-def interrupted_index(monkeypatch) -> Iterator[None]:
-    """Interrupts ``make_shards`` when all shards are written."""
-
-    def interrupt(*args, **rest):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr("maskgit_pl.data.writer.index_shards", interrupt)
-        yield
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
-
-
-def test_a_device_or_pipe_is_not_replaced_by_a_data_folder(idx, tmp_path):
-    os.mkfifo(tmp_path / "out")
-    with pytest.raises(
-        ValueError, match=r"data folder must be a folder, got the device or pipe .*/out; give another path"
-    ):
-        make_shards(IdxFiles(idx), tmp_path / "out")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["idx", "out"]
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
@@ -87,10 +60,9 @@ def test_second_run_does_nothing_and_the_same_input_gives_the_same_bytes(idx, tm
 
 def test_other_data_is_never_overwritten(idx, tree, tmp_path):
     make_shards(IdxFiles(idx), tmp_path / "out")
-    with pytest.raises(ValueError, match="another --out"):
-        make_shards(ImageFolder(tree), tmp_path / "out")
-    with pytest.raises(ValueError, match="another --out"):
-        make_shards(IdxFiles(idx), tmp_path / "out", size=3)
+    for source, options in ((ImageFolder(tree), {}), (IdxFiles(idx), {"size": 3})):
+        with pytest.raises(ValueError, match="another --out"):
+            make_shards(source, tmp_path / "out", **options)
     with pytest.raises(ValueError, match="another --out"):
         make_shards(IdxFiles(idx), tree)
 
@@ -107,7 +79,7 @@ def written(monkeypatch) -> list[tuple[str, int]]:
     return jobs
 
 
-def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with(idx, tmp_path, written):
+def test_an_interrupted_run_leaves_no_data_folder_and_resumes(idx, tmp_path, written):
     make_shards(IdxFiles(idx), tmp_path / "alone", shard_size=3)
     samples = []
 
@@ -128,7 +100,7 @@ def test_interrupted_run_leaves_nothing_that_passes_for_data_and_is_gone_on_with
     assert not partial.exists()
 
 
-def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
+def test_shards_of_an_interrupted_command_with_other_options_are_not_used(idx, tmp_path):
     def interrupt(split, count):
         if split == "val":
             raise KeyboardInterrupt
@@ -138,32 +110,6 @@ def test_what_is_left_of_another_command_is_not_gone_on_with(idx, tmp_path):
     make_shards(IdxFiles(idx), tmp_path / "out")
     make_shards(IdxFiles(idx), tmp_path / "alone")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-
-
-@pytest.mark.slow  # 15 s: each process imports torch
-def test_a_killed_command_goes_on_to_the_bytes_of_one_process(tmp_path):
-    for kind in ("cat", "dog"):
-        (tmp_path / "tree" / kind).mkdir(parents=True)
-        for number in range(150):
-            Image.new("RGB", (90, 70), (number, 9, 9)).save(tmp_path / "tree" / kind / f"{number}.png")
-    command = [sys.executable, "-m", "maskgit_pl", "data", "make", str(tmp_path / "tree"), "--out", tmp_path / "out"]
-    partial = tmp_path / ".out.partial"
-    with subprocess.Popen([*command, "--image-size", "16", "--shard-size", "25", "--num-workers", "2"]) as process:
-        while len(list(partial.glob("*.tar"))) < 3:
-            assert process.poll() is None, "done before it was killed"
-            time.sleep(0.002)
-        process.kill()
-    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("*.tar")}
-    assert not (tmp_path / "out").exists()
-    counted = Counter()
-    source, options = ImageFolder(tmp_path / "tree"), {"size": 16, "shard_size": 25}
-    make_shards(
-        source, tmp_path / "out", workers=2, on_samples=lambda split, count: counted.update({split: count}), **options
-    )
-    make_shards(source, tmp_path / "alone", **options)
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-    assert dict(counted) == source.counts
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in kept} == kept
 
 
 def test_shards_that_changed_are_noticed_by_the_second_run(idx, tmp_path):
@@ -215,15 +161,7 @@ def test_lenient_leaves_bad_images_out_and_lists_them_also_after_a_kill(tree, tm
     source = ImageFolder(tree, val_fraction=0.3)
     with pytest.raises(KeyboardInterrupt):
         make_shards(source, tmp_path / "out", shard_size=7, lenient=True, on_samples=interrupt)
-    counted = Counter()
-    make_shards(
-        source,
-        tmp_path / "out",
-        shard_size=7,
-        lenient=True,
-        on_samples=lambda split, count: counted.update({split: count}),
-    )
-    assert dict(counted) == source.counts
+    make_shards(source, tmp_path / "out", shard_size=7, lenient=True)
     listed = (tmp_path / "out" / LEFT_OUT).read_text().splitlines()
     assert len(listed) == len(said)
     assert all(any(line.startswith(text) for line in listed) for text in said.values())
@@ -254,10 +192,9 @@ def test_lenient_after_an_error_about_images_writes_nothing_again(tree, tmp_path
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
-@pytest.mark.parametrize("lenient", [False, True])
-def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, spoilt, written, monkeypatch, lenient):
-    with interrupted_index(monkeypatch), pytest.raises(KeyboardInterrupt if lenient else ValueError):
-        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=lenient)
+def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, spoilt, written):
+    with pytest.raises(ValueError, match="5 of 60 images cannot be read"):
+        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
     first, *others = spoilt
     first.write_bytes(spoilt[first])
     with pytest.raises(ValueError, match="4 of 60 images cannot be read"):

@@ -266,7 +266,7 @@ def _tar_members(path: Path, tar: Path) -> list[_Member]:
                 for each in read_members(file.fileno())
             ]
     except DamagedTarError as error:
-        rule = "must be a folder, a zip, a tar or a .tar.gz"
+        rule = "must be a folder, a zip, a tar or a .tar.gz of images"
         raise ValueError(f"source {printable(path)} {rule}, got: {error}") from error
 
 

@@ -439,8 +439,9 @@ def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _file_name(name: Any, folder: str, where: str) -> str:
     parts = [part for part in str(name).split("/") if part not in ("", ".")]
-    if not isinstance(name, str) or not parts or ".." in parts or name.startswith("/"):
-        wanted = "a path inside the folder of the metadata file"
+    is_text = isinstance(name, str) and not re.search("[\ud800-\udfff]", name)  # JSON may have lone surrogates
+    if not is_text or not parts or ".." in parts or name.startswith("/"):
+        wanted = "a path inside the folder of the metadata file, in UTF-8"
         raise ValueError(f"{where}: file_name must be {wanted}, got {shorten(name)}")
     return "/".join([folder, *parts] if folder else parts)
 

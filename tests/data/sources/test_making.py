@@ -12,7 +12,6 @@ from huggingface_hub import constants
 from PIL import Image
 
 from maskgit_pl.cli import main
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.data.sources.making import convert_images, open_source
 from tests.hostile_images import save
@@ -47,15 +46,6 @@ def test_images_are_converted_with_every_option_and_once(photos, tmp_path, caplo
     assert (made.classes, sum(made.samples.values())) == (("a", "b", "c"), 39)
     manifest = load_manifest(tmp_path / "out", "train")
     assert len(manifest.shards) == -(-made.samples["train"] // 7)
-
-
-def test_a_folder_that_another_process_makes_is_not_touched(photos, tmp_path):
-    with (
-        hold_lock(tmp_path / "out", hint="wait"),
-        pytest.raises(ValueError, match=r"is in use by .*give another --out$"),
-    ):
-        convert_images(photos, tmp_path / "out", label_field="kind")
-    assert not (tmp_path / "out").exists()
 
 
 def test_equal_images_and_those_of_val_that_are_in_train_are_named(tmp_path, caplog):

@@ -13,11 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
-from tests.data.sources.test_image_folder import ODD_IMAGES
 
 NAMES = ["cat", "dog", "tench, Tinca tinca"]
 
@@ -50,14 +48,11 @@ def folder(tars, tmp_path: Path) -> Path:
     return tmp_path / "photos"
 
 
-@pytest.mark.parametrize(
-    ("struct", "val", "workers"),
-    [(True, "validation", 1), (False, "test", 1), pytest.param(False, "validation", 2, marks=pytest.mark.slow)],
-)
-def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, struct, val, workers):
+@pytest.mark.parametrize(("struct", "val"), [(True, "validation"), (False, "test")])
+def test_files_of_both_splits_keep_rows_labels_and_class_names(tars, tmp_path, struct, val):
     for name, start, count in (("train-00000-of-00002", 0, 7), ("train-00001-of-00002", 7, 6), (f"{val}-00000", 20, 5)):
         write(tars, tmp_path / "data" / f"{name}.parquet", start, count, struct=struct)
-    make_shards(open_source(tmp_path), tmp_path / "out", shard_size=5, workers=workers)
+    make_shards(open_source(tmp_path), tmp_path / "out", shard_size=5)
     assert values(tmp_path / "out", "train") == (list(range(13)), [n % 3 for n in range(13)])
     assert values(tmp_path / "out", "val") == (list(range(20, 25)), [n % 3 for n in range(20, 25)])
     assert read_manifest_summary(tmp_path / "out").classes == tuple(NAMES)
@@ -95,9 +90,7 @@ def test_without_a_val_split_a_hash_of_the_rows_divides_them(tars, tmp_path):
     [
         ({"train/0": 6, "validation/0": 3, "test/0": 2}, {"train": 6, "val": 3}, ["test/0"]),
         ({"train/data-0": 6, "val/data-0": 3, "test/data-0": 2}, {"train": 6, "val": 3}, ["test/data-0"]),
-        ({"latest-train/0": 6, "latest-test/0": 2}, {"train": 6, "val": 2}, []),
         ({"data-0": 6, "train-val-0": 3, "test-0": 2}, {"train": 6, "val": 3}, ["test-0"]),
-        ({"data-0": 6, "test-0": 2}, {"train": 6, "val": 2}, []),
         ({"default/train/0": 6, "default/test/0": 2}, {"train": 6, "val": 2}, []),
     ],
 )
@@ -134,8 +127,7 @@ def test_texts_are_class_names(tars, tmp_path, given, classes):
         ({"labels": [0, -1, 1]}, r"row 1: label must be in \[0, 3\), got -1"),
         ({"labels": [0, None, 1]}, "row 1: label must be a class, got nothing"),
         ({"labels": [0.5, 1, 2]}, "must hold class numbers or names, got double"),
-        ({"labels": [[0], [1], [2]]}, r"must hold class numbers or names, got list<"),
-        ({"labels": ["x" * 2**25] * 3}, "must hold class names of at most 16 MiB"),
+        ({"labels": ["x" * 2**23] * 3}, "must hold class names of at most 16 MiB"),
         ({"names": ["a", "b"]}, "must have the class names of train-0"),
     ],
 )
@@ -146,13 +138,17 @@ def test_bad_files_are_refused_by_name(tars, tmp_path, options, message):
         open_source(tmp_path)
 
 
-def test_what_is_no_table_of_images_for_training_is_refused_by_its_folder(tars, tmp_path):
+def test_tables_without_train_rows_val_rows_or_images_are_refused(tars, tmp_path):
     write(tars, tmp_path / "test" / "0000.parquet", 0, 3)
     with pytest.raises(ValueError, match=r"must have files of the train split, got test/0000\.parquet$"):
         open_source(tmp_path)
     write(tars, tmp_path / "train" / "0000.parquet", 0, 3)
     with pytest.raises(ValueError, match="class names must not be given, since the data set has its own"):
         open_source(tmp_path, classes=["a", "b"])
+    path = write(tars, tmp_path / "train.parquet", 0, 3)
+    pq.write_table(pq.read_table(path).slice(0, 0), tmp_path / "validation.parquet")
+    with pytest.raises(ValueError, match="the val split must have at least 1 row, got 0"):
+        open_source(tmp_path)
     pq.write_table(pa.table({"label": [0, 1]}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"must have a column of images, got label$"):
         open_source(tmp_path)
@@ -166,23 +162,19 @@ def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypa
         open_source(tmp_path / "in")
 
 
-def repeated_zeros(path: Path, *, dictionary: bool = True, size: int = 2**21) -> Path:
-    """Writes 64 rows whose images are the same zeros, which zstd and the dictionary compress to a few bytes."""
-    table = pa.table({"image": pa.array([bytes(size)] * 64, pa.binary()), "label": [0] * 64})
-    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "data_page_size": 2**30}
-    pq.write_table(table, path, use_dictionary=dictionary, **options)
-    return path
-
-
 @pytest.mark.parametrize("dictionary", [True, False], ids=["a dictionary", "one large page"])
 def test_pages_that_expand_end_the_child_at_its_bound_and_not_this_process(tars, tmp_path, monkeypatch, dictionary):
     write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
-    path = repeated_zeros(tmp_path / "train.parquet", dictionary=dictionary, size=2**24)
+    path = tmp_path / "train.parquet"
+    # 16 rows are read at once. Their images are the same zeros, which zstd and the dictionary compress to a few bytes.
+    table = pa.table({"image": pa.array([bytes(2**23)] * 16, pa.binary()), "label": [0] * 16})
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "data_page_size": 2**30}
+    pq.write_table(table, path, use_dictionary=dictionary, **options)
     assert path.stat().st_size < 50_000
-    monkeypatch.setattr("maskgit_pl.data.sources.parquet._CHILD_BYTES", 2**28)
+    monkeypatch.setattr("maskgit_pl.data.sources.parquet._CHILD_BYTES", 2**27)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: its pages take more than 268 MB of memory"):
-        list(open_source(tmp_path).samples("train", range(64)))
+    with pytest.raises(ValueError, match=r"train\.parquet cannot be read: its pages take more than 134 MB of memory"):
+        list(open_source(tmp_path).samples("train", range(16)))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**16  # kB
 
 
@@ -235,17 +227,3 @@ def test_paths_in_a_file_are_not_followed(tmp_path):
     pq.write_table(pa.table({"image": rows, "label": [0] * 40}), tmp_path / "train.parquet")
     with pytest.raises(ValueError, match=r"train\.parquet row \d+ must be inside the data set"):
         make_shards(open_source(tmp_path, val_fraction=0.5), tmp_path / "out")
-
-
-def test_odd_images_are_treated_as_in_folders(tars, folder):
-    images = [data for data, _ in ODD_IMAGES.values()]
-    pq.write_table(pa.table({"image": images, "label": [0] * len(images)}), folder / "train-0.parquet")
-    (folder / "train-1.parquet").unlink()
-    write(tars, folder / "validation-0.parquet", 0, 3, names=None)
-    samples = open_source(folder).samples("train", range(len(images)))
-    for (name, (data, expected)), sample in zip(ODD_IMAGES.items(), samples, strict=True):
-        if isinstance(expected, str):
-            assert expected in sample.error, name
-        else:
-            header = parse_image_header(sample.data, name=name)
-            assert (sample.data, header.height, header.width, header.channels) == (data, *expected)
