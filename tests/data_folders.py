@@ -81,6 +81,17 @@ def open_data(folder: Path, **options: object) -> ShardData:
     return module
 
 
+class OnRank:
+    """The part of a Trainer that the data modules use."""
+
+    accumulate_grad_batches = 1
+
+    def __init__(self, rank: int, world_size: int, step: int) -> None:
+        self.global_rank, self.world_size, self.global_step = rank, world_size, step
+        self._accelerator_connector = type("Connector", (), {"use_distributed_sampler": False})
+        self.lightning_module = type("Module", (), {"automatic_optimization": False})
+
+
 def top_row(images: torch.Tensor) -> torch.Tensor:
     """Encodes images as a tokenizer of four codes would: by their first row."""
     return images[:, 0, 0].long()

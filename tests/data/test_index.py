@@ -119,13 +119,9 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
     "pattern",
     [
         "{0..1099511627776}.tar",
-        "{-600000..600000}.tar",
-        "{0..999999}{a,b}.tar",
         "{a,b}" * 60,
         "{{a,b},c}.tar",
         "{0..999999}" + "x" * 4000,
-        "{0..1}" * 683,
-        "x-{0..1.tar",
         "{" * 2000 + "}" * 2000,
     ],
     ids=lambda pattern: pattern[:20],

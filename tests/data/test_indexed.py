@@ -14,7 +14,7 @@ from torchvision.datasets import FakeData
 
 from maskgit_pl.data import Batch, IndexedDataModule, IndexedDataset, ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
-from tests.data_folders import save_data, wide_image
+from tests.data_folders import OnRank, save_data, wide_image
 
 COUNT = 23
 
@@ -81,17 +81,6 @@ def test_a_data_set_of_torchvision_is_served_as_it_is() -> None:
     assert (tuple(batch.content.shape), batch.content.dtype) == ((4, 3, 8, 8), torch.uint8)
 
 
-class OnRank:
-    """The part of a Trainer that the data module uses."""
-
-    accumulate_grad_batches = 1
-
-    def __init__(self, rank: int, world_size: int, step: int) -> None:
-        self.global_rank, self.world_size, self.global_step = rank, world_size, step
-        self._accelerator_connector = type("Connector", (), {"use_distributed_sampler": False})
-        self.lightning_module = type("Module", (), {"automatic_optimization": False})
-
-
 @pytest.mark.parametrize(("world_size", "accumulation"), [(2, 1), (4, 2), (1, 8)])
 def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, accumulation: int) -> None:
     whole = list(data().train_dataloader())[1]
@@ -125,18 +114,9 @@ class Recording(LightningModule):
 
 
 def plain_trainer(folder: Path, steps: int, **options: object) -> Trainer:
-    return Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        logger=False,
-        default_root_dir=folder,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        enable_checkpointing=False,
-        limit_val_batches=0,
-        **options,
-    )
+    quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False)
+    sizes = {"accelerator": "cpu", "max_steps": steps, "max_epochs": -1, "limit_val_batches": 0}
+    return Trainer(default_root_dir=folder, **quiet, **sizes, **options)
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*num_workers")

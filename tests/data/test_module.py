@@ -62,10 +62,9 @@ def test_arguments_that_contradict_each_other_are_refused(folder, options):
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("global_batch", 2**40), ("global_batch", 0), ("global_batch", 8.0), ("max_batch_per_device", 0),
-        ("validation_batch", -1), ("validation_samples", 0), ("num_workers", -1), ("num_workers", 10**6), ("seed", -1),
-        ("seed", 2**32), ("image_size", 0), ("image_size", 10**9), ("in_channels", 5), ("in_channels", 0),
-        ("unreadable_budget", 2), ("unreadable_budget", "x"),
+        ("global_batch", 2**40), ("global_batch", 8.0), ("validation_batch", -1), ("validation_samples", 0),
+        ("views", 0), ("num_workers", 10**6), ("seed", 2**32), ("image_size", 0), ("in_channels", 5),
+        ("unreadable_budget", 2),
         ("source", "image"),
     ],
 )  # fmt: skip

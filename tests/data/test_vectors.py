@@ -32,7 +32,7 @@ from maskgit_pl.data.vectors import VectorKind, open_array, parse_vector
 from maskgit_pl.data.verify import verify_shards
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import DataChangedError
-from tests.data_folders import open_data, save_data, save_samples, top_row
+from tests.data_folders import OnRank, open_data, save_data, save_samples, top_row
 
 DIM = 5
 
@@ -107,15 +107,6 @@ def test_a_file_that_is_no_vector_is_refused_by_name(kind: str) -> None:
     data, message = HOSTILE[kind]
     with pytest.raises(ValueError, match=rf"vector a/1\.npy {message}"):
         parse_vector(data, name="a/1.npy")
-
-
-@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
-def test_values_start_where_the_header_says(version: tuple[int, int]) -> None:
-    file = io.BytesIO()
-    np.lib.format.write_array(file, vector(3), version=version)
-    kind, start = parse_vector(file.getvalue(), name="v")
-    assert kind == VectorKind(DIM, "float16")
-    assert np.array_equal(np.frombuffer(file.getvalue(), "float16", offset=start), vector(3))
 
 
 @pytest.mark.parametrize("shape", ["(True, 1)", "(-1,)", "(1.0,)", f"({10**30},)", "(4294967296, 4294967296)"])
@@ -284,42 +275,6 @@ def make_store(folder: Path, store: Path, **options: float) -> bool:
     return tokenize(folder, store, description, encode=top_row, in_channels=1, config=config)
 
 
-@pytest.fixture(scope="module")
-def store(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("store")
-    assert make_store(folder, path)
-    return path
-
-
-def rows(batches) -> dict[int, tuple[int, list[float]]]:
-    """Maps positions to the first pixel or token and the vector of a sample."""
-    return {
-        int(position): (int(content.flatten()[0]), values.tolist())
-        for batch in batches
-        for position, content, values in zip(batch.position, batch.content, batch.vectors, strict=True)
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("loader", ["train_dataloader", "val_dataloader"])
-def test_each_sample_has_its_own_vector_in_both_sources(folder, store, loader: str) -> None:
-    images, tokens = (
-        rows(getattr(open_data(folder, vectors=True, num_workers=2, **source), loader)())
-        for source in ({}, {"source": "tokens", "token_store": str(store)})
-    )
-    assert images == tokens
-    assert len(images) >= NUM_VAL
-    for number, values in images.values():
-        assert values == vector(number).tolist()
-
-
-class OnRank:
-    """The part of a Trainer that the data module reads."""
-
-    def __init__(self, rank: int, world_size: int, step: int) -> None:
-        self.global_rank, self.world_size, self.global_step = rank, world_size, step
-
-
 def read_steps(folder: Path, first: int, *, world_size: int = 1, **options: object) -> dict[int, tuple]:
     """Maps each position from a step to step 8 to all that a batch has of it, read by a run that begins there."""
     samples = {}
@@ -393,5 +348,5 @@ def test_a_changed_array_is_refused_where_vectors_are_read_for_an_evaluation(fol
 def test_a_map_style_dataset_may_have_vectors() -> None:
     items = [(image(n), n % 3, vector(n)) for n in range(9)]
     module = IndexedDataModule(IndexedDataset(items, image_size=4, in_channels=1), global_batch=4)
-    for number, values in rows(module.train_dataloader()).values():
-        assert values == vector(number).tolist()
+    for batch in module.train_dataloader():
+        assert batch.vectors.tolist() == [vector(n).tolist() for n in batch.index.tolist()]

@@ -8,6 +8,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from maskgit_pl.data import writer
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.public import IdxFiles
@@ -22,9 +23,8 @@ def tree(tmp_path):
     for kind, suffix, colour in (("cat", "png", "red"), ("dog", "jpeg", "blue")):
         (folder / kind / "more").mkdir(parents=True)
         for number in range(30):
-            Image.new("RGB", (10 + number % 2, 8), colour).save(
-                folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
-            )
+            path = folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
+            Image.new("RGB", (10 + number % 2, 8), colour).save(path)
     return folder
 
 
@@ -70,8 +70,6 @@ def test_other_data_is_never_overwritten(idx, tree, tmp_path):
 @pytest.fixture
 def written(monkeypatch) -> list[tuple[str, int]]:
     """The split and number of each shard that is written, in order."""
-    from maskgit_pl.data import writer
-
     write_job, jobs = writer._write_job, []
     monkeypatch.setattr(
         writer, "_write_job", lambda plan, job, **rest: jobs.append(job) or write_job(plan, job, **rest)

@@ -232,21 +232,3 @@ def test_a_compressed_tar_leaves_no_temporary_file_even_if_the_process_is_killed
     entries = Entries(write_tar(tmp_path / "photos.tar.gz", GOOD))
     assert {name: entries.read(name) for name, _ in GOOD} == dict(GOOD)
     assert not [*(tmp_path / "temporary").iterdir()]
-
-
-def test_a_zip_cannot_make_a_small_file_read_a_gigabyte(tmp_path):
-    """The packed length of a member is a number of the archive, which a file with holes makes true."""
-    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/last.png", png(7))])
-    content, hole = path.read_bytes(), 2**30
-    directory, end = content.index(b"PK\1\2"), content.index(b"PK\5\6")
-    last = content.rindex(b"PK\1\2")
-    (header,) = struct.unpack_from("<L", content, last + 42)
-    changed = bytearray(content[directory:])
-    struct.pack_into("<L", changed, last - directory + 20, hole - header - 64)  # its packed length
-    struct.pack_into("<L", changed, end - directory + 16, hole)  # the place of the directory
-    with path.open("wb") as file:
-        file.write(content[:directory])
-        file.seek(hole)
-        file.write(changed)
-    with less_memory_than(2**22):
-        assert {name: sample.data for name, sample in samples_of(path).items()} == dict([*GOOD, ("a/last.png", png(7))])

@@ -50,11 +50,10 @@ def splits(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def flat(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    for number in range(30):
-        draw(folder / f"{number}.JPG", number)
-    return folder
+def photos(tmp_path: Path) -> Path:
+    for number in range(20):
+        draw(tmp_path / "photos" / f"{number}.png", number)
+    return tmp_path / "photos"
 
 
 def zipped(folder: Path, *, inside: str = "", method: int = zipfile.ZIP_DEFLATED) -> Path:
@@ -130,14 +129,14 @@ def test_metadata_with_the_labels_of_the_folders_give_the_same_shards(splits, tm
     assert expected == found
 
 
-def test_a_flat_folder_has_one_class_with_its_name_or_the_given_one(flat):
-    for path in (flat, zipped(flat), tarred(flat, ending=".tar.gz")):
+def test_a_flat_folder_has_one_class_with_its_name_or_the_given_one(photos):
+    for path in (photos, zipped(photos), tarred(photos, ending=".tar.gz")):
         source = open_source(path, val_fraction=0.3)
         assert source.classes == ("photos",)
         assert {sample.label for sample in source.samples("train", range(30))} == {0}
-    assert open_source(flat, classes=["face"], val_fraction=0.3).classes == ("face",)
+    assert open_source(photos, classes=["face"], val_fraction=0.3).classes == ("face",)
     with pytest.raises(ValueError, match=r"1 class name must be given .* got 2; make one sub-folder per class"):
-        open_source(flat, classes=["a", "b"])
+        open_source(photos, classes=["a", "b"])
 
 
 def test_a_webdataset_tar_is_sent_to_the_index(tars, tmp_path):
@@ -207,22 +206,12 @@ def all_samples(source: ImageFolder) -> dict[str, object]:
     return dict(zip(names, samples, strict=True))
 
 
-FORMS = {"folder": lambda folder: folder, "zip": zipped, "tar": tarred, "tar.gz": ARCHIVES["tar.gz"]}
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_odd_images_are_read_or_named_with_their_fault_in_every_form(odd, form, tmp_path):
+@pytest.mark.parametrize("pack", [lambda folder: folder, tarred], ids=["folder", "tar"])
+def test_odd_images_are_read_or_named_with_their_fault(odd, pack, tmp_path):
     folder = shutil.copytree(odd, tmp_path / "photos", symlinks=True)
-    if form == "zip":  # a zip made here cannot have names that are not UTF-8
-        (folder / "a" / os.fsdecode(b"caf\xe9.png")).unlink()
-    for link in ("loop", "broken.png"):
-        if form == "zip":  # ZipFile.write follows links
-            (folder / "a" / link).unlink()
-    named = all_samples(ImageFolder(FORMS[form](folder)))
+    named = all_samples(ImageFolder(pack(folder)))
     samples = {name.rpartition("/")[2]: sample for name, sample in named.items()}
     for name, (data, expected) in ODD_IMAGES.items():
-        if form == "zip" and name not in samples:
-            continue
         sample = samples.pop(name)
         if isinstance(expected, str):
             assert isinstance(sample, UnreadableSample)
@@ -230,8 +219,7 @@ def test_odd_images_are_read_or_named_with_their_fault_in_every_form(odd, form, 
             assert "\n" not in sample.error
         else:
             header = parse_image_header(sample.data, name=name)
-            assert sample.data == data
-            assert (header.height, header.width, header.channels) == expected
+            assert (sample.data, header.height, header.width, header.channels) == (data, *expected)
             assert decode_image(sample.data, channels=3, name=name).shape == (3, *expected[:2])
     regular = {*(f"{number}.png" for number in range(20)), "copy-of-1.png"}
     assert samples.keys() - {"link.png"} == regular  # which is left out of a tar
@@ -254,15 +242,6 @@ def test_a_link_that_leads_out_of_the_folder_is_refused(classes, tmp_path):
     (classes / "cat" / "0 out.png").symlink_to(tmp_path / "photos-2" / "secret.png")
     with pytest.raises(ValueError, match=r"photos must have no links that lead out of it, got cat/0 out\.png; replace"):
         open_source(classes)
-
-
-def test_a_table_does_not_lead_out_of_the_folder_by_a_link(flat, tmp_path):
-    draw(tmp_path / "secrets" / "0.png", 1)
-    (flat / "inner").symlink_to(tmp_path / "secrets")
-    lines = [f"{number}.JPG,a\n" for number in range(30)]
-    (flat / "metadata.csv").write_text("file_name,label\ninner/0.png,a\n" + "".join(lines))
-    samples = all_samples(ImageFolder(flat, val_fraction=0.3))
-    assert "inner/0.png cannot be read: No such file or directory" in samples["inner/0.png"].error
 
 
 def test_a_folder_without_images_says_what_it_has(tmp_path):
@@ -294,15 +273,6 @@ def test_a_class_folder_of_one_split_or_with_an_odd_name_is_refused(splits, name
     (splits / name).mkdir()
     with pytest.raises(ValueError, match=message):
         ImageFolder(splits)
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(20):
-        Image.new("RGB", (9, 8), (number, 1, 2)).save(folder / f"{number}.png")
-    return folder
 
 
 def write_table(folder: Path, lines: list[str], *, kind: str = "csv", header: str = "file_name,label") -> None:
@@ -337,23 +307,10 @@ def test_whole_numbers_are_class_numbers(photos):
             open_source(photos)
 
 
-@pytest.mark.parametrize("odd", ["cat", "01"])
-def test_numbers_that_become_names_because_of_one_label_are_named(photos, odd, caplog):
-    write_table(photos, [f"{number}.png,{number % 3}" for number in range(19)] + [f"19.png,{odd}"])
-    assert open_source(photos, val_fraction=0.3).classes == tuple(sorted(["0", "1", "2", odd]))
-    assert caplog.messages == [
-        f"metadata metadata.csv: 19.png: label is '{odd}', which is no class number; so all labels are class names, "
-        "also numbers such as 0"
-    ]
-
-
-def test_quotes_bom_and_other_columns_are_read_as_csv(photos):
-    (photos / 'a, "b".png').write_bytes((photos / "0.png").read_bytes())
-    lines = [f'{number}.png,"a cat, asleep\non a mat",kind {number % 2}' for number in range(20)]
-    write_table(photos, [*lines, '"a, ""b"".png",x,kind 0'], header="\ufefffile_name,text,label")
-    source = open_source(photos, val_fraction=0.3)
-    assert source.classes == ("kind 0", "kind 1")
-    assert labels_of(source)['a, "b".png'] == "kind 0"
+def test_numbers_that_become_names_because_of_one_label_are_named(photos, caplog):
+    write_table(photos, [f"{number}.png,{number % 3}" for number in range(19)] + ["19.png,01"])
+    assert open_source(photos, val_fraction=0.3).classes == ("0", "01", "1", "2")
+    assert "19.png: label is '01', which is no class number; so all labels are class names" in caplog.text
 
 
 def test_missing_files_are_unreadable_and_files_without_a_row_are_left_out(photos):

@@ -1,10 +1,8 @@
-"""The functions that make a data folder: each option has its effect, and a second call does nothing."""
+"""Data folders from any source: equal images are reported, and data sets of the Hub are downloaded once."""
 
 import re
 import shutil
-from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -12,40 +10,9 @@ from huggingface_hub import constants
 from PIL import Image
 
 from maskgit_pl.cli import main
-from maskgit_pl.data.manifest import load_manifest, read_manifest_summary
 from maskgit_pl.data.sources.making import convert_images, open_source
 from tests.hostile_images import save
 from tests.local_hub import local_hub
-
-
-@pytest.fixture
-def photos(tmp_path: Path) -> Path:
-    """40 images with labels in a column of their own and vectors, and one that is damaged."""
-    folder = tmp_path / "photos"
-    folder.mkdir()
-    for number in range(40):
-        Image.new("RGB", (9, 8), (number, 1, 2)).save(folder / f"{number}.png")
-        np.save(folder / f"{number}.npy", np.zeros(3, np.float32))
-    (folder / "39.png").write_bytes(b"")
-    rows = "".join(f"{number}.png,{number % 2}\n" for number in range(40))
-    (folder / "metadata.csv").write_text(f"file_name,kind\n{rows}")
-    return folder
-
-
-OPTIONS = {"image_size": (4, 6), "shard_size": 7, "val_fraction": 0.3, "classes": ["a", "b", "c"], "lenient": True}
-
-
-def test_images_are_converted_with_every_option_and_once(photos, tmp_path, caplog):
-    caplog.set_level("INFO")
-    for done in ("made: ", "complete already, nothing to do: "):
-        convert_images(photos, tmp_path / "out", **OPTIONS, label_field="kind", vectors=False, workers=1)
-        assert f"{tmp_path / 'out'}: {done}" in caplog.messages[0]
-        assert "  left out: 1 images that cannot be read, listed in left_out.txt" in caplog.messages[0]
-        caplog.clear()
-    made = read_manifest_summary(tmp_path / "out")
-    assert (made.classes, sum(made.samples.values())) == (("a", "b", "c"), 39)
-    manifest = load_manifest(tmp_path / "out", "train")
-    assert len(manifest.shards) == -(-made.samples["train"] // 7)
 
 
 def test_equal_images_and_those_of_val_that_are_in_train_are_named(tmp_path, caplog):
