@@ -52,13 +52,13 @@ class Augmentation:
         raise NotImplementedError(f"{type(self).__name__} must define __call__(image, random, *, size)")
 
 
-def _check(name: str, made: Augmentation) -> None:
-    derives_from(Augmentation)(name, made)
+def _check(name: str, augmentation: Augmentation) -> None:
+    derives_from(Augmentation)(name, augmentation)
     image = torch.arange(105, dtype=torch.uint8).view(3, 5, 7)
-    result = made(image.clone(), [0.5] * made.num_random, size=(4, 4))
+    result = augmentation(image.clone(), [0.5] * augmentation.num_random, size=(4, 4))
     if not isinstance(result, Tensor) or result.dtype != torch.uint8 or result.ndim != 3 or len(result) != 3:
-        found = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else shorten(result)
-        raise ValueError(f"augmentation {name!r} must return a uint8 image (3, h, w) for one of (3, 5, 7), got {found}")
+        got = f"{result.dtype} {tuple(result.shape)}" if isinstance(result, Tensor) else shorten(result)
+        raise ValueError(f"augmentation {name!r} must return a uint8 image (3, h, w) for one of (3, 5, 7), got {got}")
 
 
 augmentations: Registry[Augmentation] = Registry("augmentation", "maskgit_pl.augmentations", check=_check)
@@ -124,7 +124,7 @@ class RandomResizedCrop(Augmentation):
     ) -> tuple[int, int, int, int]:
         """Returns top, left, height and width of the part of an image of the given height and width."""
         shape = size[1] / size[0]
-        low, high = (math.log(each) for each in self.ratio)
+        low, high = (math.log(bound) for bound in self.ratio)
         for start in range(0, self.num_random, 4):
             area, ratio, top, left = random[start : start + 4]
             pixels = height * width * (self.scale[0] + area * (self.scale[1] - self.scale[0]))  # 1.

@@ -60,10 +60,10 @@ class Batch(NamedTuple):
         Raises:
             ValueError: if the batch has no vectors, or vectors of another size.
         """
-        found = 0 if self.vectors is None else self.vectors.shape[1]
-        if condition_dim not in (0, found):
+        dim = 0 if self.vectors is None else self.vectors.shape[1]
+        if condition_dim not in (0, dim):
             raise ValueError(
-                f"condition_dim of the network must be {found}, the size of the vectors of the data, got "
+                f"condition_dim of the network must be {dim}, the size of the vectors of the data, got "
                 f"{condition_dim}; set data.vectors: true, or give the data a vector for each image"
             )
         return self.vectors if condition_dim else None

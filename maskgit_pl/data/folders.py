@@ -144,7 +144,7 @@ def resolve_folder(name: str, folder: Path) -> Path:
 
 def has_content(folder: Path) -> bool:
     """Returns True if a folder exists and holds more than what file managers put into the folders that they show."""
-    return folder.is_dir() and any(each.name not in _OF_FILE_MANAGERS for each in folder.iterdir())
+    return folder.is_dir() and any(path.name not in _OF_FILE_MANAGERS for path in folder.iterdir())
 
 
 def check_new_folder(
@@ -192,14 +192,14 @@ def check_only_known(folder: Path, known: Collection[str]) -> None:
     Raises:
         FileExistsError: if there are others. The message names up to three.
     """
-    files = (each for each in folder.rglob("*") if each.is_symlink() or not each.is_dir())
-    files = (each for each in files if each.name not in _OF_FILE_MANAGERS)
-    others = (each.relative_to(folder).as_posix() for each in files)
-    found = sorted(islice((each for each in others if each not in known), 3))
-    if found:
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    files = (path for path in files if path.name not in _OF_FILE_MANAGERS)
+    others = (path.relative_to(folder).as_posix() for path in files)
+    unknown = sorted(islice((path for path in others if path not in known), 3))
+    if unknown:
         raise FileExistsError(
             f"{folder} is replaced as a whole and must hold only files of an earlier export, got also "
-            f"{', '.join(found)}; move them, or name a new folder"
+            f"{', '.join(unknown)}; move them, or name a new folder"
         )
 
 
@@ -260,12 +260,12 @@ def _put_back(folder: Path) -> None:
                 path.rename(folder)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(path: Path, other_path: Path) -> bool:
     """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
     if rename is None:
         return False
-    failed: int = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE)
+    failed: int = rename(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(other_path), _RENAME_EXCHANGE)
     return not failed
 
 
@@ -279,6 +279,6 @@ def _write_holder(descriptor: int) -> None:
 def _read_holder(path: Path) -> str:
     """Returns what the holder has written, which is untrusted text in a shared folder."""
     with suppress(OSError), path.open("rb") as file:
-        said = file.read(1000).decode(errors="replace")
-        return "".join(letter for letter in said if letter.isprintable()) or "another process"
+        text = file.read(1000).decode(errors="replace")
+        return "".join(letter for letter in text if letter.isprintable()) or "another process"
     return "another process"

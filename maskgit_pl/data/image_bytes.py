@@ -260,7 +260,7 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
     missing = {*_METADATA}
     for marker in _jpeg_markers(data):
         if marker.kind == _APP1:
-            first = {each for each in missing if data.startswith(each, marker.start + 4)}
+            first = {beginning for beginning in missing if data.startswith(beginning, marker.start + 4)}
             missing -= first
             kept += [marker] * len(first)
         elif marker.kind in _PIXEL_SEGMENTS:
@@ -283,14 +283,16 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
 
 def _jpeg_markers(data: bytes) -> Iterator[_Part]:
     """Yields the markers of a JPEG that have a segment, found as libjpeg finds them, and the end marker."""
-    place = 2  # after the start marker
+    position = 2  # after the start marker
     for _ in range(_MAX_MARKERS):
-        if (found := _MARKER.search(data, place)) is None:
+        if (match := _MARKER.search(data, position)) is None:
             return
-        code, place = data[found.end() - 1], found.end()
+        code, position = data[match.end() - 1], match.end()
         if code != _END_OF_IMAGE:
-            place += int.from_bytes(data[place : place + 2], "big")  # length of the segment, these 2 bytes included
-        yield _Part(code, found.start(), place)
+            position += int.from_bytes(
+                data[position : position + 2], "big"
+            )  # length of the segment, these 2 bytes included
+        yield _Part(code, match.start(), position)
         if code == _END_OF_IMAGE:
             return
 
@@ -366,14 +368,14 @@ def _keep_chunks(chunks: list[_Part], data: bytes, name: str) -> list[_Part]:
 
 def _png_chunks(data: bytes) -> Iterator[_Part]:
     """Yields the chunks of a PNG up to ``IEND`` or the end of the bytes; the last may be truncated."""
-    place = len(_PNG_MAGIC)
+    position = len(_PNG_MAGIC)
     # Each chunk: length (4 bytes), name (4), content, checksum (4).
-    while place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        yield _Part(name, place + 8, place + 8 + length)
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        yield _Part(name, position + 8, position + 8 + length)
         if name == b"IEND":
             return
-        place += 12 + length
+        position += 12 + length
 
 
 def _is_intact(chunk: _Part, data: bytes) -> bool:

@@ -107,15 +107,15 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
         names = expand_braces(pattern)
     except ValueError as error:
         raise ValueError(f"shard pattern: {error}") from error
-    found: set[Path] = set()
-    for one in names:
-        if one.startswith("/") or ".." in one.split("/"):
+    paths: set[Path] = set()
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got a path outside")
-        matches = _glob_files(folder, one)
+        matches = _glob_files(folder, name)
         if not matches:
-            raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {one!r}")
-        found.update(matches)
-    return sorted(found)
+            raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {name!r}")
+        paths.update(matches)
+    return sorted(paths)
 
 
 def split_shards(
@@ -169,8 +169,10 @@ def split_shards(
     if train is None:
         # If some shards are named train, other shards (such as test, beside val) belong to no split.
         train_shards = _find_named(folder, train_shards, _TRAIN) or train_shards
-    if both := sorted(set(train_shards) & set(val_shards)):
-        raise ValueError(f"data folder {folder}: {both[0].name} must not be both train and val; give --train and --val")
+    if shared := sorted(set(train_shards) & set(val_shards)):
+        raise ValueError(
+            f"data folder {folder}: {shared[0].name} must not be both train and val; give --train and --val"
+        )
     if not train_shards:
         raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
     return {"train": train_shards, "val": val_shards}, how
@@ -183,10 +185,10 @@ def _glob_files(folder: Path, pattern: str) -> list[Path]:
         ValueError: if the pattern is no glob.
     """
     try:
-        found = list(folder.glob(pattern))
+        paths = list(folder.glob(pattern))
     except ValueError as error:
         raise ValueError(f"shard pattern {pattern!r} must be a glob: {error}") from error
-    return sorted(path for path in found if not path.name.startswith(".") and not path.is_dir())
+    return sorted(path for path in paths if not path.name.startswith(".") and not path.is_dir())
 
 
 def expand_braces(pattern: str) -> list[str]:

@@ -199,11 +199,11 @@ class IndexedDataModule(StepDataModule):
                 "the samples among the ranks itself"
             )
         # With manual optimization (the tokenizer), the module accumulates itself.
-        wanted = self.accumulation if self.trainer.lightning_module.automatic_optimization else 1
-        if self.trainer.accumulate_grad_batches != wanted:
+        accumulation = self.accumulation if self.trainer.lightning_module.automatic_optimization else 1
+        if self.trainer.accumulate_grad_batches != accumulation:
             raise ValueError(
-                f"Trainer(accumulate_grad_batches=) must be {wanted}, got {self.trainer.accumulate_grad_batches}; the "
-                f"data module was built with accumulation={self.accumulation}"
+                f"Trainer(accumulate_grad_batches=) must be {accumulation}, got "
+                f"{self.trainer.accumulate_grad_batches}; the data module has accumulation={self.accumulation}"
             )
 
 
@@ -224,8 +224,8 @@ def _to_label(label: Any, *, name: str) -> int:
         value: Any = label.item() if isinstance(label, Tensor | np.ndarray) else label
         number = operator.index(value)
     except (TypeError, ValueError, RuntimeError) as error:
-        wanted = "an integer, the number of its class from 0"
-        raise TypeError(f"{name}: the label must be {wanted}, got {shorten(label)}") from error
+        rule = "an integer, the number of its class from 0"
+        raise TypeError(f"{name}: the label must be {rule}, got {shorten(label)}") from error
     if number < 0:
         raise ValueError(f"{name}: the label must be >= 0, the number of its class, got {number}")
     return number

@@ -115,7 +115,7 @@ class ImageBatches(Dataset[Batch]):
             return Unreadable(index, self.reader.shard(index), name, error.reason, text)
         return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
 
-    def _load(self, place: Tensor, index: int, crop: Place) -> int:
+    def _load(self, row: Tensor, index: int, crop: Place) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
         Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black, and
@@ -130,9 +130,9 @@ class ImageBatches(Dataset[Batch]):
                 image = decode_image(data, channels=self.in_channels, name=f"sample {number}", reuse_memory=True)
             except UnreadableImageError:
                 continue
-            place.copy_(fit_image(image, image_size=self.image_size, crop=crop))
+            row.copy_(fit_image(image, image_size=self.image_size, crop=crop))
             return num_skipped
-        place.zero_()
+        row.zero_()
         return max_skipped
 
 
@@ -247,7 +247,7 @@ class UnreadableImages:
         for drawn, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
             length = (shown - drawn) % self.num_samples or self.num_samples
             longest = max(longest, length)
-            for number in (place % self.num_samples for place in range(drawn, drawn + length)):
+            for number in (position % self.num_samples for position in range(drawn, drawn + length)):
                 self.times[number] += 1
                 if number not in self.images:
                     self.images[number] = self._explain(number)
@@ -393,7 +393,7 @@ def make_loader(
     if vectors is not None:
         dataset = _WithVectors(cast("ImageBatches | TokenBatches", dataset), vectors)
     # The sampler yields whole ranges, so torch calls __getitems__ once per batch.
-    made = StepLoader(
+    loader = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # our __getitems__ takes a range
         num_workers=num_workers,
@@ -402,8 +402,8 @@ def make_loader(
         persistent_workers=num_workers > 0,
         worker_init_fn=ignore_job_signals,
     )
-    made.unreadable = unreadable
-    return made
+    loader.unreadable = unreadable
+    return loader
 
 
 class StepDataModule(LightningDataModule):

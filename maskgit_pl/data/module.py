@@ -369,12 +369,12 @@ class ShardData(StepDataModule):
     def _tokens(self) -> dict[Split, TokenReader] | None:
         if self.config.source != "tokens" or self.config.token_store is None:
             return None
-        listed = self.config.augmentations
+        augmentations = self.config.augmentations
         # The values that the store must share with the data and the settings of this run.
         return open_store(
             self.config.token_store,
             crops=self.config.views,
-            augmentations=None if listed is None else augmentations_text(listed),
+            augmentations=None if augmentations is None else augmentations_text(augmentations),
             data=self.summary.fingerprint,
             image_size=self.config.image_size,
             classes=self.summary.classes,

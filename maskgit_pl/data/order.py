@@ -107,15 +107,13 @@ class ShuffledStream:
             first = number * count
             places = range(max(positions.start - first, 0), min(positions.stop - first, count))
             rows = slice(first + places.start - positions.start, first + places.stop - positions.start)
-            index[rows] = _permute(torch.arange(places.start, places.stop), count, self.seed, number)
+            place = torch.arange(places.start, places.stop)
+            if count <= _MAX_CACHED:
+                index[rows] = _full_permutation(count, self.seed, number)[place]
+            else:
+                index[rows] = permutation(place, count, stream="order", seed=self.seed, index=0, epoch=number)
             epoch[rows] = number
         return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
-
-
-def _permute(place: Tensor, size: int, seed: int, epoch: int) -> Tensor:
-    if size <= _MAX_CACHED:
-        return _full_permutation(size, seed, epoch)[place]
-    return permutation(place, size, stream="order", seed=seed, index=0, epoch=epoch)
 
 
 @lru_cache(maxsize=2)

@@ -190,38 +190,38 @@ class Labels:
 
 
 def number_classes(
-    found: Mapping[Any, str], given: Sequence[str] | None, *, label_field: str
+    first_row: Mapping[Any, str], class_names: Sequence[str] | None, *, label_field: str
 ) -> tuple[tuple[str, ...], dict[Any, int]]:
     """Returns the class names, and the class number of each label.
 
-    Integers are class numbers. Texts are class names: in the order of ``given``, or sorted.
+    Integers are class numbers. Texts are class names: in the order of ``class_names``, or sorted.
 
     Args:
-        found: Labels, all int or all str, and the row of each one for error messages.
-        given: Class names from the user; None if they are not given.
+        first_row: Labels, all int or all str, and the first row of each one for error messages.
+        class_names: Class names from the user; None if they are not given.
         label_field: Column of the labels, for error messages.
 
     Raises:
         ValueError: if a label is not a class, or there are more than 100,000 classes.
     """
-    limit = MAX_CLASSES if given is None else len(given)
-    if all(isinstance(label, int) for label in found):
+    limit = MAX_CLASSES if class_names is None else len(class_names)
+    if all(isinstance(label, int) for label in first_row):
         rule = f"in [0, {limit})"
-        wrong = [label for label in sorted(found) if not 0 <= label < limit]
-        numbers = {label: label for label in found}
-        classes = tuple(given or map(str, range(1 + max(found, default=0)))) if not wrong else ()
+        invalid = [label for label in sorted(first_row) if not 0 <= label < limit]
+        numbers = {label: label for label in first_row}
+        classes = tuple(class_names or map(str, range(1 + max(first_row, default=0)))) if not invalid else ()
     else:
         rule = "one of the class names"
-        classes = tuple(given or sorted(found))
+        classes = tuple(class_names or sorted(first_row))
         numbers = {name: number for number, name in enumerate(classes)}
-        wrong = sorted(found.keys() - numbers.keys())
-    if wrong:
-        raise ValueError(f"{found[wrong[0]]}: {label_field} must be {rule}, got {shorten(wrong[0])}")
+        invalid = sorted(first_row.keys() - numbers.keys())
+    if invalid:
+        raise ValueError(f"{first_row[invalid[0]]}: {label_field} must be {rule}, got {shorten(invalid[0])}")
     if len(classes) > MAX_CLASSES:
         raise ValueError(
-            f"{next(iter(found.values()))}: {label_field} must be one of at most {MAX_CLASSES} classes, got more"
+            f"{next(iter(first_row.values()))}: {label_field} must be one of at most {MAX_CLASSES} classes, got more"
         )
-    check_class_lines(next(iter(found.values()), "classes"), classes)
+    check_class_lines(next(iter(first_row.values()), "classes"), classes)
     return classes, numbers
 
 
@@ -241,26 +241,26 @@ def check_class_lines(where: str, classes: Sequence[str]) -> None:
         raise ValueError(f"{where}: each class must have another name, got {shorten(classes)}")
 
 
-def parse_class_names(given: str) -> list[str]:
+def parse_class_names(text: str) -> list[str]:
     """Parses class names, in the order of their labels.
 
     Args:
-        given: Names separated by commas, or the path of a UTF-8 file with one name per line.
+        text: Names separated by commas, or the path of a UTF-8 file with one name per line.
 
     Raises:
         ValueError: if a name is empty or repeated, or the file is not text.
     """
-    if os.path.isfile(given):  # Path.is_file() raises an error if many names make a path that is too long
+    if os.path.isfile(text):  # Path.is_file() raises an error if many names make a path that is too long
         try:
-            lines = Path(given).read_text("utf-8-sig").splitlines()  # Windows writes a byte order mark
+            lines = Path(text).read_text("utf-8-sig").splitlines()  # Windows writes a byte order mark
         except UnicodeDecodeError as error:
-            raise ValueError(f"class names {given} must be UTF-8 text, one name per line: {error}") from error
+            raise ValueError(f"class names {text} must be UTF-8 text, one name per line: {error}") from error
         names = [line.strip() for line in lines if line.strip()]
     else:
-        names = [name.strip() for name in given.split(",")]
+        names = [name.strip() for name in text.split(",")]
     doubled = [name for name, count in Counter(names).items() if count > 1]
     if not all(names) or doubled:
-        raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else given)}")
+        raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else text)}")
     return names
 
 

@@ -182,13 +182,13 @@ class StreamBatches(Dataset[Batch]):
 
     def _shuffle(self) -> Iterator[Sample | UnreadableSample]:
         """Starts the endless sequence of samples of this worker."""
-        # 2. Worker ``own`` of all workers takes every (world_size * workers)-th shard.
+        # 2. Worker ``index`` of all workers takes every (world_size * workers)-th shard.
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
-        own = self.rank * workers + number
-        urls = islice(self._endless_urls(), own, None, self.world_size * workers)
+        index = self.rank * workers + number
+        urls = islice(self._endless_urls(), index, None, self.world_size * workers)
         # 3. The buffer is full before the first sample is drawn.
-        chance, size = random.Random(f"{self.seed}/{self.first_step}/{own}"), self.stream.shuffle_buffer
+        chance, size = random.Random(f"{self.seed}/{self.first_step}/{index}"), self.stream.shuffle_buffer
         samples: Iterator[Sample | UnreadableSample] = webdataset.shuffle(size, initial=size, rng=chance)(
             _read_samples(urls, self.labels)
         )
@@ -210,16 +210,16 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
         StreamError: if a shard cannot be read, is no complete tar, has no samples, or has another fault.
     """
     for url in urls:
-        shown = f"stream {printable(url)}"
+        name = f"stream {printable(url)}"
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
                 scan = scan_shard(path, labels, vectors=False)
                 faults = dict(scan.faults)
                 unreadable = faults.pop(BAD_IMAGE, None)
                 if scan.damage or not (len(scan.rows) or scan.faults):
-                    raise StreamError(f"{shown}: must be a complete tar of samples: {scan.damage or 'no images'}")
+                    raise StreamError(f"{name}: must be a complete tar of samples: {scan.damage or 'no images'}")
                 for fault, found in faults.items():
-                    raise StreamError(f"{shown}: {found.samples} samples {fault} (first {found.first})")
+                    raise StreamError(f"{name}: {found.samples} samples {fault} (first {found.first})")
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
@@ -228,7 +228,7 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
         except StreamError:
             raise
         except (OSError, HTTPException, ValueError) as error:  # a ValueError: an invalid address
-            raise StreamError(f"{shown}: cannot be read: {type(error).__name__}: {error}") from error
+            raise StreamError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
 
 
 @contextmanager

@@ -198,17 +198,17 @@ def _pax_records(data: bytes, offset: int) -> dict[bytes, bytes]:
 
     LENGTH is decimal and counts the whole record, itself included.
     """
-    records, place = {}, 0
+    records, start = {}, 0
     try:
-        while place < len(data):
-            space = data.index(b" ", place, place + 20)  # no length has more than 20 digits
-            end = place + int(data[place:space])
+        while start < len(data):
+            space = data.index(b" ", start, start + 20)  # no length has more than 20 digits
+            end = start + int(data[start:space])
             key, equals, value = data[space + 1 : end - 1].partition(b"=")
             is_record = end > space and data[end - 1 : end] == b"\n" and equals
             if not is_record or (key == b"size" and not (value.isdigit() and len(value) <= 20)):
                 raise ValueError
             records[key] = value
-            place = end
+            start = end
     except ValueError as error:
         raise DamagedTarError(f"damaged pax header at byte {offset}") from error
     return records

@@ -163,12 +163,12 @@ def read_description(folder: str | Path) -> StoreDescription:
             raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(version)}")
         check_keys(str(path), content, known=content, required=(_CODEBOOK_SIZE,))
         content["codebook_size"] = content.pop(_CODEBOOK_SIZE)
-        made = build_dataclass(StoreDescription, content, str(path))
-        if not made.sha256:
+        description = build_dataclass(StoreDescription, content, str(path))
+        if not description.sha256:
             raise ValueError(f"{path}: sha256 must not be empty")
     except ValueError as error:
         raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
-    return made
+    return description
 
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
@@ -196,9 +196,9 @@ def check_origin(description: StoreDescription, folder: str | Path | None, **ori
         ValueError: if the store has other values; all of them are listed.
     """
     foreign = [
-        f"its {name.replace('_', ' ')} must be {_format_value(wanted)}, got {_format_value(getattr(description, name))}"
-        for name, wanted in origin.items()
-        if wanted is not None and wanted != getattr(description, name)
+        f"its {name.replace('_', ' ')} must be {_format_value(expected)}, got {_format_value(actual)}"
+        for name, expected in origin.items()
+        if expected is not None and expected != (actual := getattr(description, name))
     ]
     if foreign:
         raise ValueError(f"token store {folder}: {'; '.join(foreign)}; {REMAKE_HINT}")
@@ -304,12 +304,12 @@ class TokenReader:
 
     def replacements(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns the samples whose tokens some samples have, (B,) int64; -1 for a sample that has its own."""
-        found = np.full(len(indices), -1)
+        replacements = np.full(len(indices), -1)
         if len(self._replaced):
-            place = self._replaced[:, 0].searchsorted(indices).clip(max=len(self._replaced) - 1)
-            is_replaced = self._replaced[place, 0] == indices
-            found[is_replaced] = self._replaced[place[is_replaced], 1]
-        return found
+            row = self._replaced[:, 0].searchsorted(indices).clip(max=len(self._replaced) - 1)
+            is_replaced = self._replaced[row, 0] == indices
+            replacements[is_replaced] = self._replaced[row[is_replaced], 1]
+        return replacements
 
     @cached_property
     def arrays(self) -> tuple[Tokens, npt.NDArray[np.int64]]:

@@ -2,11 +2,9 @@
 
 Several processes write parts without locks, and the last one joins the parts:
 
-1. Each part is one file in a hidden folder inside the store. The folder is named by a hash of the description, so parts
-   of another description or another part size are never used.
-2. A part gets its name when it is complete and on disk. Processes that divide the parts among themselves need no
-   locks, and after a kill only unfinished parts are made again.
-3. When all parts are on disk, they are joined into the arrays. ``store.json`` is written last and completes the store.
+1. Each part is one file in a hidden folder inside the store, which is named by a hash of the description and the size
+   of the parts. A part gets its name when it is complete and on disk, so after a kill only unfinished ones are made.
+2. When all parts are on disk, they are joined into the arrays. ``store.json`` is written last and completes the store.
 """
 
 from __future__ import annotations
@@ -129,9 +127,9 @@ def tokenize(
     share = parts.parts()[rank::world_size]
     for split, reader in readers.items():
         mirrors = description.mirrors_of(split)
-        own = [part for part in share if part.split == split]
-        left = [part for part in own if not parts.is_done(part)]
-        total, rows = (mirrors * sum(part.stop - part.start for part in some) for some in (own, left))
+        of_split = [part for part in share if part.split == split]
+        left = [part for part in of_split if not parts.is_done(part)]
+        total, rows = (mirrors * sum(part.stop - part.start for part in some) for some in (of_split, left))
         advance = bars(f"{name}tokens of {split}", total, done=total - rows, unit="images")
         # 2. Encode and write the parts.
         for part, batches in _read_parts(reader, left, description, in_channels=in_channels, config=config):
@@ -164,8 +162,6 @@ class Part(NamedTuple):
 
 class StoreParts:
     """An unfinished store and its parts.
-
-    The finished store does not depend on which process wrote which part, or on interruptions.
 
     Args:
         folder: The store; it is made if it is missing. A finished store of another description becomes invalid: its

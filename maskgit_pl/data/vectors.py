@@ -95,8 +95,8 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
         raise ValueError(f"vector {name} must hold {kind}, {kind.num_bytes} bytes, got {len(data) - start} bytes")
     values = np.frombuffer(data, kind.dtype, offset=start)
     if not np.isfinite(values).all():
-        place = int(np.isfinite(values).argmin())
-        raise ValueError(f"vector {name} must have finite values, got {values[place]} at place {place}")
+        first = int(np.isfinite(values).argmin())
+        raise ValueError(f"vector {name} must have finite values, got {values[first]} at place {first}")
     return kind, start
 
 

@@ -95,11 +95,11 @@ def verify_shards(
     size = sum(shard.bytes for shard in shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
     task = manifests, {split: f"{split}.npy" in (bad.name for bad in arrays[split]) for split in arrays}, decode
-    found: dict[tuple[Split, int], BadFile | None] = {}
+    results: dict[tuple[Split, int], BadFile | None] = {}
     for job, result in run_jobs(_verify_shard, task, jobs, workers=workers):
-        found[job] = result
+        results[job] = result
         on_shard(job[0], len(manifests[job[0]].shards))
-    files = [*(bad for of_split in arrays.values() for bad in of_split), *(found[job] for job in jobs)]
+    files = [*(bad for of_split in arrays.values() for bad in of_split), *(results[job] for job in jobs)]
     amount = f"{count_text(len(shards), 'shard')}, {sum(shard.samples for shard in shards)} samples, {size_text(size)}"
     return Verification(amount, tuple(bad for bad in files if bad is not None))
 
@@ -195,8 +195,8 @@ def _verify_shard(
         images = manifest.index()[["offset", "size"]][first : first + shard.samples]
         faults = list(_find_bad_images(descriptor, shard, images.tolist(), decode=decode))
     except OSError as error:
-        found = "none" if descriptor is None else "unreadable"
-        return BadFile(shard.name, f"{shard.bytes} bytes", found, str(error.strerror))
+        actual = "none" if descriptor is None else "unreadable"
+        return BadFile(shard.name, f"{shard.bytes} bytes", actual, str(error.strerror))
     finally:
         if descriptor is not None:
             os.close(descriptor)

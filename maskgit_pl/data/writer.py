@@ -224,11 +224,11 @@ def _read_samples(
 ) -> Iterator[Sample]:
     """Yields the readable samples of a shard, resized if ``plan.size`` is given; adds the others to ``left_out``."""
     for sample in plan.source.samples(split, plan.places(split, shard)):
-        made = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resize(sample, plan.size)
-        if isinstance(made, Sample):
-            yield made
+        result = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resize(sample, plan.size)
+        if isinstance(result, Sample):
+            yield result
         else:
-            left_out.append(made)
+            left_out.append(result)
         on_sample(split)
 
 
@@ -240,12 +240,12 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
     """
     source, lines = plan.source, list[str]()
     for split, count in source.counts.items():
-        found = [line for shard in plan.shards(split) for line in plan.left_out(split, shard)]
-        lines += found
-        if len(found) == count:
+        of_split = [line for shard in plan.shards(split) for line in plan.left_out(split, shard)]
+        lines += of_split
+        if len(of_split) == count:
             for shard in plan.shards(split):  # the next run reads all images again: there are no shards to keep
                 plan.left_out_path(split, shard).unlink()
-            raise ValueError(f"all {count} images of {split} are unreadable:\n{_format_lines(found)}")
+            raise ValueError(f"all {count} images of {split} are unreadable:\n{_format_lines(of_split)}")
     if not lines:
         (plan.folder / LEFT_OUT).unlink(missing_ok=True)  # of an interrupted run
         return

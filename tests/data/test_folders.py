@@ -51,7 +51,7 @@ def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monk
         synced.clear()
 
 
-def test_a_folder_that_is_not_finished_leaves_the_older_one_and_nothing_else(tmp_path: Path, swap: str) -> None:
+def test_an_unfinished_folder_leaves_the_older_one_and_nothing_else(tmp_path: Path, swap: str) -> None:
     folder = tmp_path / "folder"
     with write_folder(folder) as fresh:
         write_text(fresh / "file", "old")
@@ -97,7 +97,7 @@ def test_the_older_folder_of_a_killed_swap_is_put_back(tmp_path: Path, is_in_pla
     assert {path.name for path in tmp_path.iterdir()} == {"[a]", other.name}
 
 
-def test_a_folder_replaces_an_empty_one_and_removes_those_of_killed_processes(tmp_path: Path, swap: str) -> None:
+def test_a_folder_replaces_an_empty_one_and_those_of_killed_processes(tmp_path: Path, swap: str) -> None:
     folder, others = tmp_path / "[a]", [".[a]b.partial-17", ".a.partial-17", ".[a].partial-17.zip"]
     folder.mkdir()
     for name in (".[a].partial-17", ".[a].partial-0f", *others):  # also of a process whose PID is another one's now
@@ -182,7 +182,7 @@ def test_no_moment_of_a_replacement_is_without_a_whole_folder(tmp_path: Path, mo
     assert (folder / "file").read_text() == "fresh"
 
 
-def test_a_target_that_another_process_holds_is_refused_by_its_number_and_host(tmp_path: Path) -> None:
+def test_a_target_of_another_process_is_refused_by_its_number_and_host(tmp_path: Path) -> None:
     target = tmp_path / "run" / "tokenizer"
     (tmp_path / "link").symlink_to("run/tokenizer")
     with holder(target) as other:
@@ -201,7 +201,7 @@ def test_a_target_that_another_process_holds_is_refused_by_its_number_and_host(t
 
 
 @pytest.mark.parametrize("how", ["plain", "fork"])
-def test_a_killed_process_leaves_no_lock_that_blocks_even_if_its_children_live(tmp_path: Path, how: str) -> None:
+def test_a_killed_process_leaves_no_lock_even_if_its_children_live(tmp_path: Path, how: str) -> None:
     target = tmp_path / "tokens"
     with holder(target, how) as other:
         other.kill()
@@ -212,7 +212,7 @@ def test_a_killed_process_leaves_no_lock_that_blocks_even_if_its_children_live(t
     assert os.listdir(tmp_path) == []
 
 
-def test_the_text_of_a_lock_file_is_no_lock_and_printed_without_control_characters(tmp_path: Path) -> None:
+def test_the_text_of_a_lock_file_is_no_lock_and_printed_safely(tmp_path: Path) -> None:
     path, holder_text = tmp_path / "a", "process 1 on \x1b[31mmoon"
     (tmp_path / ".a.lock").write_text(holder_text)
     with hold_lock(path, hint=""):

@@ -244,7 +244,7 @@ def test_flipped_and_zeroed_bytes_of_a_jpeg_are_mostly_found(spoil, progressive,
 
 
 @pytest.mark.parametrize("source", [(500, 375), (300, 400), (64, 64)])
-def test_resampling_is_pil_s_bicubic(source):
+def test_resampling_is_bicubic_as_in_pil(source):
     data = save(Image.fromarray(noise(*source[::-1], 3)).resize(source), "JPEG", quality=95)
     side = min(source)
     left, top = (source[0] - side) // 2, (source[1] - side) // 2

@@ -78,13 +78,6 @@ def test_all_bad_shards_are_in_one_list(tars, tmp_path):
         index_shards(tmp_path, {"train": sorted(tmp_path.glob("*.tar"))}, lenient=True)
 
 
-def test_lenient_leaves_out_samples_with_a_fault_and_counts_them_in_the_manifest(tars, tmp_path):
-    path = tars.write(tmp_path / "x.tar", [*tars.samples(2), ("x.png", tars.png()), ("y.cls", b"0")])
-    manifest = index_one(path, lenient=True)
-    assert (manifest.samples, manifest.left_out) == (2, {"without a label": 1, "without an image": 1})
-    assert load_manifest(tmp_path, "train") == manifest
-
-
 def test_workers_make_no_difference(tars, tmp_path):
     shards = [tars.write(tmp_path / f"{n}.tar", tars.samples(4 + n, start=10 * n)) for n in range(4)]
     index_shards(tmp_path, {"train": shards[:3], "val": shards[3:]})

@@ -1,6 +1,5 @@
 """Batches of images, some of which cannot be read."""
 
-import io
 import json
 import os
 import signal
@@ -21,6 +20,7 @@ from maskgit_pl.data.loader import (
 )
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from tests.data_folders import open_data, save_data
+from tests.hostile_images import REFUSED, save
 
 NUM_TRAIN, NUM_VAL = 40, 6
 BAD = {3: "damaged", 4: "empty", 5: "not an image", 17: "too large", 39: "damaged"}
@@ -31,22 +31,12 @@ def colour(number: int) -> tuple[int, int, int]:
 
 
 def jpeg(number: int) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (10, 8), colour(number)).save(buffer, "JPEG", quality=100, subsampling=0)
-    return buffer.getvalue()
+    return save(Image.new("RGB", (10, 8), colour(number)), "JPEG", quality=100, subsampling=0)
 
 
 def spoilt(reason: str) -> bytes:
-    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    buffer = io.BytesIO()
-    noise.save(buffer, "JPEG")
-    data = bytearray(buffer.getvalue())
-    if reason == "damaged":
-        data[1000:1500] = bytes(500)
-    size = data.index(b"\xff\xc0") + 5
-    if reason == "too large":
-        data[size : size + 4] = (9000).to_bytes(2, "big") * 2
-    return {"empty": b"", "not an image": b"<html>404 Not Found</html>"}.get(reason, bytes(data))
+    files = {"damaged": "tables.jpg", "empty": "empty.jpg", "not an image": "page.jpg", "too large": "large.jpg"}
+    return REFUSED[files[reason]][0]()
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +130,7 @@ def add(images: UnreadableImages, *replaced: tuple[int, int], batch: int = 100) 
     images.add(index, replacement)
 
 
-def test_ten_images_are_allowed_however_often_they_are_met_and_the_eleventh_is_not():
+def test_ten_images_are_always_allowed_and_the_eleventh_is_not():
     images = counter()
     for number in range(ALWAYS_ALLOWED):
         add(images, (2 * number, 2 * number + 1), (0, 1))
@@ -164,7 +154,7 @@ def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, 
         add(counter(num_samples, budget=1.0), (5, (5 + length) % num_samples))
 
 
-def test_every_skipped_image_is_counted_by_shard_and_reason_and_listed_in_the_file(tmp_path):
+def test_skipped_images_are_counted_by_shard_and_reason_and_listed(tmp_path):
     images = counter()
     add(images)
     add(images, (8, 11), (8, 11), (999, 0))

@@ -55,7 +55,7 @@ def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, fie
 
 
 @pytest.mark.parametrize("offset", [10**6, 2**64 - 1])
-def test_an_index_of_a_stranger_that_leads_out_of_the_shard_is_refused_with_its_name(folder, offset):
+def test_an_index_that_leads_out_of_its_shard_is_refused_by_name(folder, offset):
     manifest = load_manifest(folder, "val")
     rows = np.array(manifest.index())
     rows["offset"][-1] = offset
@@ -160,7 +160,7 @@ def test_a_reader_closes_its_files_silently_also_at_the_exit_of_python(tmp_path,
     ShardReader.__new__(ShardReader).__del__()  # not initialized
 
 
-def test_an_open_shard_that_is_cut_is_named_and_one_that_is_removed_is_read_on(tmp_path):
+def test_an_open_shard_may_be_moved_and_is_named_if_it_is_cut(tmp_path):
     reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
     reader.read(0)
     (tmp_path / "train-000000.tar").rename(tmp_path / "moved.tar")
@@ -170,7 +170,7 @@ def test_an_open_shard_that_is_cut_is_named_and_one_that_is_removed_is_read_on(t
         reader.read(1)
 
 
-def test_an_index_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it(tmp_path):
+def test_an_index_that_is_cut_while_it_is_read_is_changed_data(tmp_path):
     reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
     reader.read(0)
     os.truncate(tmp_path / "train.npy", 100)

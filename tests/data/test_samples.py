@@ -6,19 +6,19 @@ from maskgit_pl.data.samples import Labels, parse_class_names
 
 
 @pytest.mark.parametrize("content", [" ant\n\nbee \r\n", "\ufeffant\r\nbee\r\n"], ids=["plain", "byte order mark"])
-def test_names_stand_after_commas_or_one_a_line_of_a_file(tmp_path, content):
+def test_class_names_are_separated_by_commas_or_lines_of_a_file(tmp_path, content):
     (tmp_path / "names.txt").write_bytes(content.encode())
     assert parse_class_names("ant, bee") == parse_class_names(str(tmp_path / "names.txt")) == ["ant", "bee"]
     assert len(parse_class_names(",".join(map(str, range(1000))))) == 1000  # too long for a path
 
 
 @pytest.mark.parametrize("given", ["ant,,bee", "ant,bee,ant", ""])
-def test_names_that_are_empty_or_come_twice_are_refused(given):
+def test_class_names_that_are_empty_or_repeated_are_refused(given):
     with pytest.raises(ValueError, match="class names must be unique and not empty"):
         parse_class_names(given)
 
 
-def test_a_file_that_is_no_text_is_refused_by_name(tmp_path):
+def test_class_names_in_a_file_that_is_no_text_are_refused_by_name(tmp_path):
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(ValueError, match=r"names\.txt must be UTF-8 text"):
         parse_class_names(str(tmp_path / "names.txt"))

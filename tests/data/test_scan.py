@@ -1,7 +1,6 @@
 """Samples with a fault, and tars made to exhaust memory or time, each opened in a process of its own."""
 
 import gzip
-import io
 import json
 import subprocess
 import sys
@@ -14,17 +13,12 @@ from PIL import Image
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.scan import scan_shard
 from tests.data.test_vectors import npy
-
-
-def image_of(extension: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new("RGB", (8, 6)).save(buffer, extension)
-    return buffer.getvalue()
+from tests.hostile_images import save
 
 
 @pytest.mark.parametrize("extension", ["jpg", "JPG", "jpeg", "png", "PNG", "webp"])
 def test_images_have_any_extension_in_any_case(tars, tmp_path, extension):
-    data = image_of("JPEG" if "jp" in extension.lower() else extension)
+    data = save(Image.new("RGB", (8, 6)), "JPEG" if "jp" in extension.lower() else extension)
     scan = scan_shard(tars.write(tmp_path / "x.tar", [(f"a.{extension}", data), ("a.CLS", b"2\n")]), Labels())
     assert (scan.rows["label"].tolist(), scan.images.height, scan.images.width) == ([2], (6, 6), (8, 8))
 

@@ -13,14 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig
-from maskgit_pl.data.augmentations import build_augmentations
+from maskgit_pl.data import Batch, ShardData, StreamConfig
+from maskgit_pl.data.augmentations import CENTER
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.stream import StreamBatches, StreamError, _read_samples
 from maskgit_pl.errors import DataBudgetError
 from tests.conftest import save_uneven_shards
-from tests.data_folders import save_data
+from tests.data_folders import open_data, save_data
 
 SIZES = (7, 5, 9, 4, 6, 8)
 NUM_TRAIN = sum(SIZES)
@@ -51,19 +51,14 @@ def web(folder: Path) -> Iterator[str]:
 
 
 def data(path: Path | str, urls, **options) -> ShardData:
-    of_stream = {"shuffle_buffer": options.pop("shuffle_buffer", 4)}
-    sizes = {"image_size": 8, "in_channels": 1, "global_batch": 8, "max_batch_per_device": 4, "validation_batch": 4}
-    config = StreamConfig(urls, samples=NUM_TRAIN, **of_stream)
-    module = ShardData(ShardDataConfig(str(path), source="stream", stream=config, **{**sizes, **options}))
-    module.setup()
-    return module
+    config = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4)
+    return open_data(path, source="stream", stream=config, image_size=8, max_batch_per_device=4, **options)
 
 
 def stream(urls, *, place: dict[str, int] | None = None, **options) -> StreamBatches:
     """Returns the dataset of one worker, with a place among the ranks and steps."""
     of_stream = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=options.pop("shuffle_buffer", 4))
-    augmentations = build_augmentations(None, crop=options.pop("crop", "center"))
-    defaults = {"image_size": 8, "in_channels": 1, "augmentations": augmentations, "seed": 0, "unreadable_budget": 1e-4}
+    defaults = {"image_size": 8, "in_channels": 1, "augmentations": CENTER, "seed": 0, "unreadable_budget": 1e-4}
     return StreamBatches(of_stream, CLASS_NAMES, **{**defaults, **(place or {}), **options})
 
 
@@ -79,7 +74,7 @@ def taken(dataset: StreamBatches, count: int) -> list[Batch]:
 def known(folder: Path) -> dict[bytes, int]:
     """A mapping of every training image of the shards to its label."""
     sizes = {"global_batch": NUM_TRAIN, "max_batch_per_device": NUM_TRAIN}
-    (batch,) = ShardData(ShardDataConfig(str(folder), image_size=8, in_channels=1, **sizes)).train_dataloader()
+    (batch,) = open_data(folder, image_size=8, **sizes).train_dataloader()
     return dict(zip(images([batch]), batch.labels.tolist(), strict=True))
 
 
@@ -97,7 +92,7 @@ def test_all_samples_come_with_their_labels_from_anywhere(folder, web, known, ki
     assert len(set(images(batches))) > 30  # of 39
 
 
-def test_one_worker_sees_each_sample_once_in_each_pass_but_for_what_the_buffer_holds(folder, known):
+def test_one_worker_sees_each_sample_about_once_in_each_pass(folder, known):
     seen = images(taken(stream(f"{folder}/train-{{000000..000005}}.tar"), 5 * NUM_TRAIN))
     counts = [seen.count(image) for image in known]
     assert min(counts) >= 3
@@ -152,7 +147,7 @@ def test_unreadable_images_are_passed_over_until_they_are_too_many(tmp_path):
         taken(stream(str(tmp_path / "all" / "train-000000.tar"), unreadable_budget=0.9999), 1)
 
 
-def test_what_is_not_there_is_named(web, tmp_path):
+def test_a_missing_shard_or_server_is_named(web, tmp_path):
     os.mkfifo(tmp_path / "fifo.tar")
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))

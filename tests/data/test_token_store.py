@@ -147,7 +147,7 @@ def test_a_changed_value_is_refused_when_the_store_is_opened(tmp_path, array, ro
 
 
 @pytest.mark.parametrize(("array", "value"), [("labels", -1), ("labels", 2), ("labels", 2**40), ("tokens", 32767)])
-def test_a_value_that_leaves_its_range_while_the_store_is_read_ends_the_run_as_changed_data(tmp_path, array, value):
+def test_a_value_out_of_range_in_an_open_store_is_changed_data(tmp_path, array, value):
     make(tmp_path)
     reader = open_store(tmp_path, data="data")["train"]
     overwrite(tmp_path / f"train-{array}.npy", 7, value)
@@ -157,7 +157,7 @@ def test_a_value_that_leaves_its_range_while_the_store_is_read_ends_the_run_as_c
 
 
 @pytest.mark.parametrize("array", ["labels", "tokens"])
-def test_an_array_that_is_cut_while_it_is_read_ends_the_run_and_does_not_kill_it(tmp_path, array):
+def test_an_array_that_is_cut_while_it_is_read_is_changed_data(tmp_path, array):
     make(tmp_path)
     reader = open_store(tmp_path, data="data")["train"]
     os.truncate(tmp_path / f"train-{array}.npy", 130)

@@ -144,7 +144,7 @@ def test_each_image_keeps_its_vector_through_make_verify_and_read(tmp_path: Path
     assert seen == set(range(20))
 
 
-def test_without_vectors_the_record_and_the_fingerprint_are_those_of_plain_images(tmp_path: Path) -> None:
+def test_data_without_vectors_have_the_fingerprint_of_plain_images(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images", count=20)
     make_shards(open_source(images, val_fraction=0.3, vectors=False), tmp_path / "ignored")
     for path in images.rglob("*.npy"):
@@ -333,7 +333,7 @@ def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path
 
 
 @pytest.mark.parametrize("is_set_up", [False, True])
-def test_a_changed_array_is_refused_where_vectors_are_read_for_an_evaluation(folder, tmp_path, is_set_up) -> None:
+def test_a_changed_array_is_refused_where_an_evaluation_reads_it(folder, tmp_path, is_set_up) -> None:
     changed = shutil.copytree(folder, tmp_path / "data")
     np.save(changed / "val-vectors.npy", np.load(changed / "val-vectors.npy") + 1)
     config = ShardDataConfig(str(changed), image_size=4, in_channels=1, global_batch=8)

@@ -262,8 +262,10 @@ def _tar_members(path: Path, tar: Path) -> list[_Member]:
     try:
         with open(tar, "rb") as file:
             return [
-                _Member(each.name, each.size, each.offset, _TAR_FAULTS.get(each.kind, ""), each.kind == "folder")
-                for each in read_members(file.fileno())
+                _Member(
+                    member.name, member.size, member.offset, _TAR_FAULTS.get(member.kind, ""), member.kind == "folder"
+                )
+                for member in read_members(file.fileno())
             ]
     except DamagedTarError as error:
         rule = "must be a folder, a zip, a tar or a .tar.gz of images"

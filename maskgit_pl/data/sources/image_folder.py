@@ -91,17 +91,18 @@ class ImageFolder:
         self._roots = self._split_roots()
         self.has_splits = None not in self._roots
         roots = dict.fromkeys(["", *self._roots.values()])
-        found = [name for root in roots if (name := _find_metadata(self._entries, root))]
-        if len(found) > 1 and "/" not in found[0]:
-            raise ValueError(f"source {self._shown} must have one metadata file, got {' and '.join(found)}")
-        self._has_metadata = bool(found)
-        if found:
-            self.classes, labels = self._label_by_metadata(found, classes, label_field=label_field)
+        tables = [name for root in roots for name in self._metadata_in(root)]
+        folders = {name.rpartition("/")[0] for name in tables}
+        if len(folders) < len(tables) or (len(folders) > 1 and "" in folders):
+            raise ValueError(f"source {self._shown} must have one metadata file, got {' and '.join(tables)}")
+        self._has_metadata = bool(tables)
+        if tables:
+            self.classes, labels = self._label_by_metadata(tables, classes, label_field=label_field)
         else:
             self.classes, labels = self._label_by_folder(classes)
             check_class_lines(f"source {self._shown}", self.classes)
         outside = (name for name in [*self._entries.sizes, *self._entries.folders] if self._root_of(name) is None)
-        used = {root.rstrip("/") for root in self._roots.values()} | {*found}
+        used = {root.rstrip("/") for root in self._roots.values()} | {*tables}
         self._left_out["beside the folders of the splits"] = sorted({name.partition("/")[0] for name in outside} - used)
         vector_of = self._take_vectors(labels) if vectors else {}
         self._files = self._split_files(labels, vector_of, val_fraction)
@@ -138,12 +139,7 @@ class ImageFolder:
         return tuple(_format_files(kind, names) for kind, names in sorted(self._left_out.items()) if names)
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """Yields files of a split in the order of their hashes, checked to be complete images without decoding.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-            places: Range of places in the split's order.
-        """
+        """Yields files of a split in the order of their hashes, checked to be complete images without decoding."""
         for file in self._files[split][places.start : places.stop]:
             name = printable(self._entries.path / file.name)
             sample = read_sample(partial(self._read_image, file.name, name), label=file.label, name=name)
@@ -168,13 +164,17 @@ class ImageFolder:
         # train too: it has images in it, not folders.
         above = {folder.partition("/")[0] for folder in folders if "/" in folder}
         for name in ("train", *_VAL_FOLDERS):
-            if name in above or (name in folders and _find_metadata(self._entries, f"{name}/")):
-                other = "val/ (or test/)" if name == "train" else "train/"
+            if name in above or (name in folders and self._metadata_in(f"{name}/")):
+                missing = "val/ (or test/)" if name == "train" else "train/"
                 raise ValueError(
-                    f"source {self._shown} must have {other} beside {name}/, got no such folder; add it, or name "
+                    f"source {self._shown} must have {missing} beside {name}/, got no such folder; add it, or name "
                     f"{printable(self._entries.path / name)} to take the val split from its images"
                 )
         return {None: ""}
+
+    def _metadata_in(self, root: str) -> list[str]:
+        """Returns the metadata files in a folder of the source, with a trailing ``/``, or an empty string."""
+        return [root + name for name in _METADATA if root + name in self._entries.sizes]
 
     def _root_of(self, name: str) -> str | None:
         return next((root for root in self._roots.values() if name.startswith(root)), None)
@@ -219,19 +219,19 @@ class ImageFolder:
         )
 
     def _label_by_metadata(
-        self, found: Sequence[str], given: Sequence[str] | None, *, label_field: str
+        self, metadata_files: Sequence[str], class_names: Sequence[str] | None, *, label_field: str
     ) -> tuple[tuple[str, ...], dict[str, int]]:
         """Returns class names, and the label of each row that names an image; some may not exist."""
-        parts = {name: _read_metadata(self._entries, name, label_field=label_field) for name in found}
-        classes, labels = _number_metadata(parts, given, label_field=label_field)
-        for name in sorted(labels.keys() | self._entries.sizes.keys() - set(found)):
+        parts = {name: _read_metadata(self._entries, name, label_field=label_field) for name in metadata_files}
+        classes, labels = _number_metadata(parts, class_names, label_field=label_field)
+        for name in sorted(labels.keys() | self._entries.sizes.keys() - set(metadata_files)):
             if not _is_image(name):
                 self._left_out[_suffix_kind(name)].append(name)
             elif name not in labels:
-                self._left_out[f"without a row in {' and '.join(found)}"].append(name)
+                self._left_out[f"without a row in {' and '.join(metadata_files)}"].append(name)
         return classes, {name: label for name, label in labels.items() if _is_image(name)}
 
-    def _label_by_folder(self, given: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, int]]:
+    def _label_by_folder(self, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, int]]:
         """Returns class names, and the label of each image by its folder."""
         inside = {root: self._class_folders(root) for root in self._roots.values()}
         # Labels are numbered by train's classes; val may lack some of them.
@@ -240,7 +240,7 @@ class ImageFolder:
         if unknown := sorted({name for root in others for name in inside[root]} - set(classes)):
             names = ", ".join(map(printable, unknown))
             raise ValueError(f"source {self._shown}: train/ must have all classes of {others[0]}; it lacks {names}")
-        if classes and given is not None:
+        if classes and class_names is not None:
             raise ValueError(
                 f"source {self._shown}: class names must not be given, since they are the names of its sub-folders"
             )
@@ -256,32 +256,32 @@ class ImageFolder:
                 self._left_out[_suffix_kind(name)].append(name)
             else:
                 labels[name] = numbers[folder] if classes else 0
-        return classes or self._single_class(given), labels
+        return classes or self._single_class(class_names), labels
 
     def _class_folders(self, root: str) -> tuple[str, ...]:
         inside = (name[len(root) :] for name in self._entries.folders if name.startswith(root))
         return tuple(sorted(name for name in inside if name and "/" not in name))
 
-    def _single_class(self, given: Sequence[str] | None) -> tuple[str, ...]:
+    def _single_class(self, class_names: Sequence[str] | None) -> tuple[str, ...]:
         """Returns the name of the only class of images without sub-folders."""
         if any(name.endswith(".cls") for name in self._entries.sizes):
             raise ValueError(
                 f"source {self._shown} must hold images, got .cls files beside them, as in WebDataset shards; use "
                 "maskgit data index"
             )
-        if given is not None and len(given) != 1:
+        if class_names is not None and len(class_names) != 1:
             raise ValueError(
-                f"source {self._shown}: 1 class name must be given for images without sub-folders, got {len(given)}; "
-                "make one sub-folder per class, or a metadata.csv with the columns file_name and label"
+                f"source {self._shown}: 1 class name must be given for images without sub-folders, got "
+                f"{len(class_names)}; make one sub-folder per class, or a metadata.csv with file_name and label"
             )
-        return tuple(given) if given is not None else (self._entries.title or "image",)
+        return tuple(class_names) if class_names is not None else (self._entries.title or "image",)
 
     def _take_vectors(self, labels: dict[str, int]) -> dict[str, str]:
         """Returns the vector beside each image, and removes these vectors from the files that are left out."""
-        taken = {name: vector for name in labels if (vector := _vector_name(name)) in self._entries.sizes}
+        vector_of = {name: vector for name in labels if (vector := _vector_name(name)) in self._entries.sizes}
         kind = f".{VECTOR_EXTENSION}"
-        self._left_out[kind] = sorted({*self._left_out[kind]} - {*taken.values()})
-        return taken
+        self._left_out[kind] = sorted({*self._left_out[kind]} - {*vector_of.values()})
+        return vector_of
 
     def _find_vector_kind(self) -> tuple[VectorKind, str] | None:
         """Returns size and type of the vectors, which the first valid one decides, and its name; None without any."""
@@ -296,29 +296,29 @@ class ImageFolder:
         return None
 
     def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:
-        shown = printable(self._entries.path / name)
+        path = printable(self._entries.path / name)
         try:
             data = self._entries.read(name, limit=MAX_VECTOR_BYTES)
         except OSError as error:
-            raise ValueError(f"vector {shown} cannot be read: {error.strerror or error}") from error
+            raise ValueError(f"vector {path} cannot be read: {error.strerror or error}") from error
         except EntryError as error:
-            raise ValueError(f"vector {shown} {error}") from error
-        return data, parse_vector(data, name=shown)[0]
+            raise ValueError(f"vector {path} {error}") from error
+        return data, parse_vector(data, name=path)[0]
 
     def _add_vector(self, sample: Sample, file: _File) -> Sample | UnreadableSample:
         """Returns the sample with its vector, or an ``UnreadableSample`` if that is missing or invalid."""
         assert self._vector_kind is not None
         expected, first = self._vector_kind
         if file.vector is None:
-            wanted = _vector_name(file.name).rpartition("/")[2]
-            return UnreadableSample(f"image {sample.name} must have the vector {wanted} beside it, got none")
+            vector_name = _vector_name(file.name).rpartition("/")[2]
+            return UnreadableSample(f"image {sample.name} must have the vector {vector_name} beside it, got none")
         try:
             data, kind = self._read_vector(file.vector)
         except ValueError as error:
             return UnreadableSample(str(error))
         if kind != expected:
-            shown = printable(self._entries.path / file.vector)
-            return UnreadableSample(f"vector {shown} must have {expected}, as {first}, got {kind}")
+            path = printable(self._entries.path / file.vector)
+            return UnreadableSample(f"vector {path} must have {expected}, as {first}, got {kind}")
         return sample._replace(vector=data)
 
     def _digest_vectors(self, files: Sequence[_File]) -> str:
@@ -358,22 +358,6 @@ def _vector_name(image: str) -> str:
     return f"{os.path.splitext(image)[0]}.{VECTOR_EXTENSION}"
 
 
-def _find_metadata(entries: Entries, root: str) -> str | None:
-    """Returns the name of the metadata file of a folder; None if it has none.
-
-    Args:
-        entries: Files of the source.
-        root: The folder inside the source, with a trailing ``/``, or an empty string.
-
-    Raises:
-        ValueError: if there are two.
-    """
-    found = [root + name for name in _METADATA if root + name in entries.sizes]
-    if len(found) > 1:
-        raise ValueError(f"source {printable(entries.path)} must have one metadata file, got {' and '.join(found)}")
-    return found[0] if found else None
-
-
 def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str, str]:
     """Returns the label of each file that a metadata file names, a class number or a class name, as text.
 
@@ -386,25 +370,25 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
         ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder, or has
             two labels for one file.
     """
-    shown = f"metadata {printable(entries.path / name)}"
+    title = f"metadata {printable(entries.path / name)}"
     try:
         text = entries.read(name, limit=_MAX_METADATA_BYTES).decode("utf-8-sig")  # Excel writes a BOM
         rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
     except EntryError as error:
-        raise ValueError(f"{shown} {error}") from error
+        raise ValueError(f"{title} {error}") from error
     except (ValueError, csv.Error, RecursionError, OSError) as error:
         kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
-        raise ValueError(f"{shown} must be UTF-8 text with {kind}, got: {printable(error)}") from error
+        raise ValueError(f"{title} must be UTF-8 text with {kind}, got: {printable(error)}") from error
     columns = dict.fromkeys(column for _, values in rows for column in values)
     for field in ("file_name", label_field):
         if field not in columns:
             got = ", ".join(map(printable, columns)) or "no rows"
             hint = "; set it with --label-field, or remove the file to take the classes from folders"
-            raise ValueError(f"{shown} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
+            raise ValueError(f"{title} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
     folder = name.rpartition("/")[0]
     labels = dict[str, str]()
     for line, values in rows:
-        where = f"{shown}: line {line}"
+        where = f"{title}: line {line}"
         file = _file_name(values.get("file_name"), folder, where)
         label = _label(values.get(label_field), label_field, where)
         if labels.setdefault(file, label) != label:
@@ -441,8 +425,8 @@ def _file_name(name: Any, folder: str, where: str) -> str:
     parts = [part for part in str(name).split("/") if part not in ("", ".")]
     is_text = isinstance(name, str) and not re.search("[\ud800-\udfff]", name)  # JSON may have lone surrogates
     if not is_text or not parts or ".." in parts or name.startswith("/"):
-        wanted = "a path inside the folder of the metadata file, in UTF-8"
-        raise ValueError(f"{where}: file_name must be {wanted}, got {shorten(name)}")
+        rule = "a path inside the folder of the metadata file, in UTF-8"
+        raise ValueError(f"{where}: file_name must be {rule}, got {shorten(name)}")
     return "/".join([folder, *parts] if folder else parts)
 
 
@@ -453,7 +437,7 @@ def _label(value: Any, field: str, where: str) -> str:
 
 
 def _number_metadata(
-    parts: Mapping[str, Mapping[str, str]], given: Sequence[str] | None, *, label_field: str
+    parts: Mapping[str, Mapping[str, str]], class_names: Sequence[str] | None, *, label_field: str
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns the class names, and the class number of each file.
 
@@ -462,28 +446,28 @@ def _number_metadata(
 
     Args:
         parts: Labels of the files in each metadata file.
-        given: Class names from the user; None if they are not given.
+        class_names: Class names from the user; None if they are not given.
         label_field: Column of the labels, for messages.
 
     Raises:
         ValueError: See ``number_classes``.
     """
     labels = {file: label for part in parts.values() for file, label in part.items()}
-    found: dict[Any, str] = {}
+    first_row: dict[Any, str] = {}
     for name, part in parts.items():
         for file, label in part.items():
-            if label not in found:
-                found[label] = f"metadata {name}: {printable(file)}"
-    others = sorted(label for label in found if not _NUMBER.fullmatch(label))
-    if not others:
+            if label not in first_row:
+                first_row[label] = f"metadata {name}: {printable(file)}"
+    names = sorted(label for label in first_row if not _NUMBER.fullmatch(label))
+    if not names:
         classes, numbers = number_classes(
-            {int(label): row for label, row in found.items()}, given, label_field=label_field
+            {int(label): row for label, row in first_row.items()}, class_names, label_field=label_field
         )
         return classes, {file: numbers[int(label)] for file, label in labels.items()}
-    if given is None and len(others) < len(found):
+    if class_names is None and len(names) < len(first_row):
         log.warning(
             "%s: %s is %s, which is no class number; so all labels are class names, also numbers such as %s",
-            *(found[others[0]], label_field, shorten(others[0]), printable(min(found.keys() - {*others}))),
+            *(first_row[names[0]], label_field, shorten(names[0]), printable(min(first_row.keys() - {*names}))),
         )
-    classes, numbers = number_classes(found, given, label_field=label_field)
+    classes, numbers = number_classes(first_row, class_names, label_field=label_field)
     return classes, {file: numbers[label] for file, label in labels.items()}

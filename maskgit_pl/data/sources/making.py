@@ -118,7 +118,7 @@ def _make(
     """Makes a data folder with a progress bar and logs its content."""
     # The lock is held until the manifest is written, so that two processes never write to the same folder.
     with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
-        made = make_shards(
+        is_made = make_shards(
             source,
             out,
             size=image_size,
@@ -127,7 +127,7 @@ def _make(
             workers=workers,
             on_samples=lambda split, count: advance(split, count, source.counts[split]),
         )
-    done = "made" if made else "complete already, nothing to do"
+    done = "made" if is_made else "complete already, nothing to do"
     lines = [describe_data(out, read_manifest_summary(out), done)]
     lines += [f"  left out: {line}" for line in [*source.left_out, *unreadable_lines(out)]]
     log.info("%s", "\n".join([*lines, *(f"  {line}" for line in class_lines(out))]))
@@ -141,11 +141,11 @@ def _duplicate_lines(folder: Path) -> Iterator[str]:
     first: dict[bytes, tuple[ShardReader, int]] = {}
     pairs, in_train = list[str](), 0
     for reader in readers:
-        for place in np.flatnonzero(np.isin(reader.index["size"], lengths[counts > 1])).tolist():
-            digest = hashlib.blake2b(reader.read(place), digest_size=16).digest()
-            original, number = first.setdefault(digest, (reader, place))
-            if (original, number) != (reader, place):
-                pairs.append(f"{printable(reader.name(place))} = {printable(original.name(number))}")
+        for index in np.flatnonzero(np.isin(reader.index["size"], lengths[counts > 1])).tolist():
+            digest = hashlib.blake2b(reader.read(index), digest_size=16).digest()
+            original, number = first.setdefault(digest, (reader, index))
+            if (original, number) != (reader, index):
+                pairs.append(f"{printable(reader.name(index))} = {printable(original.name(number))}")
                 in_train += original is not reader
     if pairs:
         more = f", ... and {len(pairs) - _MOST_LISTED} more" if len(pairs) > _MOST_LISTED else ""
@@ -200,30 +200,30 @@ def _download(name: str) -> Path:
     Of a data set with a split, only the files that have the split in their path are downloaded. A file of the data set
     is never run.
     """
-    shown = f"source {_HUB}{printable(name)}"
-    if (found := _NAME.fullmatch(name)) is None:
-        raise ValueError(f"{shown} must be {_HUB}OWNER/NAME[@REVISION][:SPLIT]")
+    source = f"source {_HUB}{printable(name)}"
+    if (match := _NAME.fullmatch(name)) is None:
+        raise ValueError(f"{source} must be {_HUB}OWNER/NAME[@REVISION][:SPLIT]")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     folder = Path("data/raw", re.sub(r"[^\w.-]+", "-", name))
     try:
         snapshot_download(
-            found["name"],
+            match["name"],
             repo_type="dataset",
-            revision=found["revision"],
-            allow_patterns=found["split"] and f"*{found['split']}*",
+            revision=match["revision"],
+            allow_patterns=match["split"] and f"*{match['split']}*",
             local_dir=folder,
         )
     except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
         got = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"{shown} must be a data set of the Hub, with a connection to it, got: {got}"
+            f"{source} must be a data set of the Hub, with a connection to it, got: {got}"
         ) from error
     parts = sorted({path.relative_to(folder).parts[0] for path in find_parquet(folder) if path.parent != folder})
     if len(several := [name for name in parts if not split_of(name)]) > 1:
         raise ValueError(
-            f"{shown} must have parquet files of one configuration, got {', '.join(map(printable, several))}; they are "
-            f"downloaded: name the folder of one, such as {printable(folder / several[0])}"
+            f"{source} must have parquet files of one configuration, got {', '.join(map(printable, several))}; they "
+            f"are downloaded: name the folder of one, such as {printable(folder / several[0])}"
         )
     return folder

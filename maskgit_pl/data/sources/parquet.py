@@ -37,7 +37,7 @@ _CHILD_BYTES = 2**31  # memory of the child
 def find_parquet(folder: Path) -> list[Path]:
     """Returns the parquet files in a folder, or else those one or two levels below it."""
     levels = (sorted(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"))
-    return next((found for found in levels if found), [])
+    return next((paths for paths in levels if paths), [])
 
 
 def split_of(name: str) -> str | None:
@@ -130,12 +130,7 @@ class ParquetFolder:
         }
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
-        """Yields rows of a split. Successive ranges continue a file; a range before it starts again.
-
-        Args:
-            split: ``"train"`` or ``"val"``.
-            places: Range of places in the split's order.
-        """
+        """Yields rows of a split. Successive ranges continue a file; a range before it starts again."""
         for number, row in self._rows[split][places.start : places.stop].tolist():
             file = self._files[number]
             name = f"{self.shown}:{printable(file)} row {row}"
@@ -150,14 +145,14 @@ class ParquetFolder:
     def _find_files(self) -> tuple[dict[Split, list[str]], list[str]]:
         """Returns the files of each split, by their names relative to the folder, and those that are not used."""
         names = [path.relative_to(self.folder).as_posix() for path in find_parquet(self.folder)]
-        found: dict[str | None, list[str]] = {}
+        names_of: dict[str | None, list[str]] = {}
         for name in names:  # the name of the file counts more than that of its sub-folder
             parent, _, file = name.rpartition("/")
-            found.setdefault(split_of(file.removesuffix(".parquet")) or split_of(parent), []).append(name)
-        files: dict[Split, list[str]] = {"train": found.get("train") or found.get(None) or []}
+            names_of.setdefault(split_of(file.removesuffix(".parquet")) or split_of(parent), []).append(name)
+        files: dict[Split, list[str]] = {"train": names_of.get("train") or names_of.get(None) or []}
         if not files["train"]:
             raise ValueError(f"source {self.shown} must have files of the train split, got {_listed(names)}")
-        if val := found.get("val") or found.get("test"):  # test files are val only without validation files
+        if val := names_of.get("val") or names_of.get("test"):  # test files are val only without validation files
             files["val"] = val
         used = {name for part in files.values() for name in part}
         every = {path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*.parquet")}
@@ -173,25 +168,25 @@ class ParquetFolder:
         Returns:
             Names of the columns of images and of the classes, and for each row the place of its label in ``first_row``.
         """
-        shown = f"source {self.shown}:{printable(name)}"
-        place, codes = {label: number for number, label in enumerate(first_row)}, list[int]()
-        records = _read(self.folder / name, shown, self.label_field)
-        images = parse_any_json(next(records) or b"", shown)
+        title = f"source {self.shown}:{printable(name)}"
+        code_of, codes = {label: number for number, label in enumerate(first_row)}, list[int]()
+        records = _read(self.folder / name, title, self.label_field)
+        images = parse_any_json(next(records) or b"", title)
         try:
-            metadata = parse_any_json(next(records) or b"", shown)
+            metadata = parse_any_json(next(records) or b"", title)
             names = list(map(str, metadata["info"]["features"][self.label_field]["names"]))
         except (KeyError, TypeError, ValueError):
             names = []
         for record in records:
-            for label in parse_any_json(record or b"", shown):
-                if label not in place:
-                    place[label] = len(place)
-                    first_row[label] = f"{shown}: row {len(codes)}"
-                codes.append(place[label])
-            if len(codes) > _MAX_ROWS or len(place) > MAX_CLASSES:
-                raise ValueError(f"{shown} must have at most {_MAX_ROWS} rows and {MAX_CLASSES} classes, got more")
+            for label in parse_any_json(record or b"", title):
+                if label not in code_of:
+                    code_of[label] = len(code_of)
+                    first_row[label] = f"{title}: row {len(codes)}"
+                codes.append(code_of[label])
+            if len(codes) > _MAX_ROWS or len(code_of) > MAX_CLASSES:
+                raise ValueError(f"{title} must have at most {_MAX_ROWS} rows and {MAX_CLASSES} classes, got more")
         if len(set(map(type, first_row))) > 1:
-            raise ValueError(f"{shown}: {self.label_field} must be a number in all files, or a name in all, got both")
+            raise ValueError(f"{title}: {self.label_field} must be a number in all files, or a name in all, got both")
         return {"images": images, "names": names}, np.array(codes, np.int64)
 
     def _split_rows(
@@ -212,8 +207,8 @@ class ParquetFolder:
     def _take(self, file: str, row: int) -> bytes | None:
         """Returns the image of a row; rows that ascend are read in one pass."""
         if self._opened is None or self._opened[0] != file or self._opened[1] > row:
-            shown = f"source {self.shown}:{printable(file)}"
-            self._opened = file, row, _read(self.folder / file, shown, self.image_field, str(row))
+            title = f"source {self.shown}:{printable(file)}"
+            self._opened = file, row, _read(self.folder / file, title, self.image_field, str(row))
         _, first, images = self._opened
         self._opened = file, row + 1, images
         return next(islice(images, row - first, None), None)

@@ -119,8 +119,7 @@ def how_to_get(name: str, folder: Path) -> str:
 class FashionMNIST(Dataset):
     """Fashion-MNIST, the default data: 60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT licence).
 
-    Sources of the download, each with a timeout of seconds: the mirror that torchvision uses, and the Debian package
-    dataset-fashion-mnist, downloaded with apt into a temporary folder (without root).
+    Sources of the download: the mirror that torchvision uses, and the Debian package dataset-fashion-mnist.
 
     Source: Xiao, Rasul, Vollgraf, arXiv:1708.07747.
     """
@@ -286,8 +285,8 @@ def _from_debian(folder: Path) -> None:
     for name in ("apt-get", "dpkg-deb"):
         if shutil.which(name) is None:
             raise FileNotFoundError(f"{name} is not installed (not a Debian or Ubuntu system?)")
-    for place in ("lists/partial", "cache/archives/partial"):
-        (folder / place).mkdir(parents=True)
+    for name in ("lists/partial", "cache/archives/partial"):
+        (folder / name).mkdir(parents=True)
     options = [f"Dir::State::Lists={folder}/lists", f"Dir::Cache={folder}/cache", "Debug::NoLocking=1"]
     options += ["Acquire::http::Timeout=5", "Acquire::https::Timeout=5", "Acquire::Retries=0"]
     apt = ["apt-get", "-qq", *(word for option in options for word in ("-o", option))]
@@ -310,5 +309,5 @@ def run_command(command: Sequence[str], *, folder: Path, seconds: float) -> None
     except subprocess.TimeoutExpired as error:
         raise OSError(f"{Path(command[0]).name}: no answer in {seconds:g} s") from error
     if done.returncode:
-        said = " ".join(done.stderr.split())[-300:]
-        raise OSError(f"{' '.join([Path(command[0]).name, *command[-2:]])}: {said}")
+        output = " ".join(done.stderr.split())[-300:]
+        raise OSError(f"{' '.join([Path(command[0]).name, *command[-2:]])}: {output}")

@@ -123,7 +123,7 @@ def directory_field(path: Path, offset: int, value: bytes) -> None:
         (42, struct.pack("<I", 3), "is damaged: Bad magic number for file header"),
     ],
 )
-def test_a_member_whose_directory_entry_is_wrong_is_unreadable_and_no_other(tmp_path, offset, value, fault):
+def test_a_member_with_a_wrong_directory_entry_is_unreadable(tmp_path, offset, value, fault):
     path = write_zip(tmp_path / "photos.zip", GOOD)
     directory_field(path, offset, value)
     samples = samples_of(path)
@@ -226,7 +226,7 @@ def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, 
         open_source(path)
 
 
-def test_a_compressed_tar_leaves_no_temporary_file_even_if_the_process_is_killed(tmp_path, monkeypatch):
+def test_a_compressed_tar_leaves_no_temporary_file_after_a_kill(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     entries = Entries(write_tar(tmp_path / "photos.tar.gz", GOOD))

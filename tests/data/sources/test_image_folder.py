@@ -18,6 +18,7 @@ from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from tests.hostile_images import save
+from tests.hostile_images import saved as many_frames
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -151,29 +152,21 @@ def saved(mode: str, suffix: str, **options: object) -> bytes:
     return save(image, suffix, **options)
 
 
-def with_orientation() -> bytes:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    return saved("RGB", "JPEG", exif=exif)
-
-
-def animated(kind: str) -> bytes:
-    return saved("RGB", kind, save_all=True, append_images=[Image.new("RGB", (6, 4), "red")])
-
-
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # by 90 degrees
 # name of the file: its bytes, and (height, width, channels) or a text of the error
 ODD_IMAGES: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "cmyk.jpg": (saved("CMYK", "JPEG"), (4, 6, 3)),
     "16-bit.png": (saved("I;16", "PNG"), (4, 6, 1)),
     "palette-with-alpha.png": (saved("P", "PNG", transparency=0), (4, 6, 3)),
     "grey-with-alpha.png": (saved("LA", "PNG"), (4, 6, 1)),
-    "rotated-by-exif.jpg": (with_orientation(), (6, 4, 3)),
+    "rotated-by-exif.jpg": (saved("RGB", "JPEG", exif=TURNED), (6, 4, 3)),
     "upper.JPEG": (saved("L", "JPEG"), (4, 6, 1)),
     "content-decides.jpg": (saved("RGB", "PNG"), (4, 6, 3)),
     "line\nbreak.webp": (saved("RGB", "WEBP"), (4, 6, 3)),
     os.fsdecode(b"caf\xe9.png"): (saved("RGB", "PNG"), (4, 6, 3)),
-    "animated.png": (animated("PNG"), "must be a still image"),
-    "animated.webp": (animated("WEBP"), "must be a still image"),
+    "animated.png": (many_frames("PNG", frames=2), "must be a still image"),
+    "animated.webp": (many_frames("WEBP", frames=300), "must be a still image"),
     "empty.png": (b"", "is empty"),
     "text.png": (b"hello world", "must be a JPEG, PNG or WebP file"),
     "cut.png": (saved("RGB", "PNG")[:60], "is truncated"),

@@ -84,7 +84,7 @@ def test_a_split_of_parquet_files_is_downloaded_once(hub, tmp_path):
         ("alice/both", "must have parquet files of one configuration, got large, small; they are downloaded: name the"),
     ],
 )
-def test_what_cannot_be_read_is_one_line(hub, name, message, capsys):
+def test_a_data_set_that_cannot_be_read_is_one_line(hub, name, message, capsys):
     assert main(["data", "make", f"hf:{name}", "--out", "out"]) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("maskgit data make: "))
     assert re.search(message, line)
