@@ -1,8 +1,7 @@
 """Batches from any map-style ``torch.utils.data.Dataset`` of images and labels, for both training stages.
 
-Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step, their
-random crops and all random numbers per sample are the same for any number of ranks, workers and micro-batches, and
-after a resume.
+Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step and their
+random numbers are the same for any number of ranks, workers and micro-batches, and after a resume.
 """
 
 from __future__ import annotations

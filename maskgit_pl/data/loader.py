@@ -3,9 +3,8 @@
 Batches are drawn by their positions in the training stream. The position of a data module is the Trainer's step, so a
 resumed run continues there.
 
-An unreadable image is replaced by the next readable one of its split (index + 1, + 2, ... modulo n), with its label.
-The replacement is thus a function of the data and the index: equal on all ranks and workers, and after a resume.
-Workers report replacements; the training process counts and lists them, and too many of them end the run.
+An unreadable image is replaced by the next readable one of its split (index + 1, + 2, ... modulo n), with its label:
+a function of the data and the index. The training process counts and lists replacements; too many end the run.
 
 Used by ``ShardData``, ``IndexedDataModule``, ``tokenize`` and the evaluation.
 """
@@ -20,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -262,13 +261,12 @@ class UnreadableImages:
                 f"got {len(self.images)} ({self.count} times in {self.seen} images)"
             )
 
-    def by_shard(self) -> dict[str, int]:
-        """Returns the number of times that images of each shard could not be read, in descending order."""
-        return self._count_by(lambda image: image.shard)
-
-    def by_reason(self) -> dict[str, int]:
-        """Returns the number of times that images could not be read for each reason, in descending order."""
-        return self._count_by(lambda image: image.reason)
+    def count_by(self, field: Literal["shard", "reason"]) -> dict[str, int]:
+        """Returns the number of times that images could not be read by shard or by reason, in descending order."""
+        counts: Counter[str] = Counter()
+        for index, times in self.times.items():
+            counts[getattr(self.images[index], field)] += times
+        return dict(counts.most_common())
 
     def as_json(self) -> dict[str, Any]:
         """Returns the counts and the list of all images as JSON values."""
@@ -277,14 +275,8 @@ class UnreadableImages:
             | {"reason": image.reason, "error": image.error}
             for index, image in sorted(self.images.items())
         ]
-        counts = {"shards": self.by_shard(), "reasons": self.by_reason()}
+        counts = {"shards": self.count_by("shard"), "reasons": self.count_by("reason")}
         return {"seen": self.seen, "unreadable": self.count, **counts, "images": images}
-
-    def _count_by(self, key: Callable[[Unreadable], str]) -> dict[str, int]:
-        counts: Counter[str] = Counter()
-        for index, times in self.times.items():
-            counts[key(self.images[index])] += times
-        return dict(counts.most_common())
 
     def _error(self, rule: str) -> DataBudgetError:
         lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]

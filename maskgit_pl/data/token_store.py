@@ -9,10 +9,9 @@ A store is a folder::
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-A store is rejected if another tokenizer made it, if it was made from other data, or if its arrays have changed. It may
-come from somebody else: its description is checked, its arrays are compared with their hashes when it is opened, and
-each batch is checked again. Used by the data modules, ``maskgit tokenize`` and ``verify``; ``tokenizing`` writes
-stores.
+A store may come from somebody else: its description is checked, its arrays are compared with their hashes when it is
+opened, and each batch is checked again. Used by the data modules, ``maskgit tokenize`` and ``verify``; ``tokenizing``
+writes stores.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Makes a data folder from a source: shards, manifests and a record of the source.
 
-Used by ``maskgit data make`` and the scripts in ``data/``. The folder is built with a temporary name beside its final
-place and renamed when it is complete, so an incomplete folder is never used. A run after an interruption or an error
-resumes with the missing shards; the bytes do not depend on interruptions or on the number of workers. A second run of
-the same command finds the record and does nothing. ``webdataset`` writes the shards.
+Used by ``maskgit data make`` and the scripts in ``data/``; see ``make_shards``. ``webdataset`` writes the shards, whose
+bytes do not depend on interruptions or on the number of workers.
 """
 
 from __future__ import annotations

@@ -289,7 +289,7 @@ class UnreadableReport(Callback):
                 "data, split %s: %d of %d images could not be read (%s; %s) and were replaced by the next image of the "
                 "split; list: %s",
                 split, images.count, images.seen,
-                _format_counts(images.by_reason()), _format_counts(images.by_shard()), path,
+                _format_counts(images.count_by("reason")), _format_counts(images.count_by("shard")), path,
             )  # fmt: skip
 
 

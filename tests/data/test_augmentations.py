@@ -40,8 +40,8 @@ def augment(listed: list, image: torch.Tensor, *, index: int = 3, epoch: int = 1
 def test_an_image_of_any_size_becomes_uint8_of_the_models_size(listed, channels, shape):
     image = pixels(channels, *shape)
     before = image.clone()
-    made = augment(listed, image)
-    assert (made.dtype, made.shape) == (torch.uint8, (channels, 8, 12))
+    result = augment(listed, image)
+    assert (result.dtype, result.shape) == (torch.uint8, (channels, 8, 12))
     assert torch.equal(image, before)
 
 
@@ -80,10 +80,10 @@ def test_random_resized_crop_has_the_pixels_of_pil(size):
     for seed in range(20):
         random = torch.rand(part.num_random, generator=torch.Generator().manual_seed(seed)).tolist()
         top, left, height, width = part.box(90, 120, random, size=size)
-        made = part(image, random, size=size)
+        result = part(image, random, size=size)
         picture = Image.fromarray(image.permute(1, 2, 0).numpy()).crop((left, top, left + width, top + height))
         expected = np.asarray(picture.resize(size[::-1], Image.Resampling.BICUBIC), dtype=int)
-        assert np.abs(made.permute(1, 2, 0).numpy() - expected).max() <= 1
+        assert np.abs(result.permute(1, 2, 0).numpy() - expected).max() <= 1
 
 
 @pytest.mark.slow

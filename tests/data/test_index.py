@@ -31,8 +31,8 @@ def img2dataset(tars, folder, shards=3):
 
 
 def test_img2dataset_without_labels(tars, tmp_path):
-    folder, found = locate_shards(str(img2dataset(tars, tmp_path)))
-    shards, how = split_shards(folder, found)
+    folder, paths = locate_shards(str(img2dataset(tars, tmp_path)))
+    shards, how = split_shards(folder, paths)
     assert how == "the last 1 of 3 shards are val (--val-fraction 0.1)"
     with pytest.raises(ValueError, match=r"3 of 3 shards[\s\S]*4 without a label \(first 0000[\s\S]*--no-labels"):
         index_shards(folder, shards)
@@ -44,8 +44,8 @@ def test_img2dataset_without_labels(tars, tmp_path):
 
 
 def test_img2dataset_with_labels_in_json(tars, tmp_path):
-    folder, found = locate_shards(f"{img2dataset(tars, tmp_path)}/{{00000..00002}}.tar")
-    shards, _ = split_shards(folder, found, val_fraction=0.6)
+    folder, paths = locate_shards(f"{img2dataset(tars, tmp_path)}/{{00000..00002}}.tar")
+    shards, _ = split_shards(folder, paths, val_fraction=0.6)
     assert [len(shards[split]) for split in ("train", "val")] == [1, 2]
     manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"])
     assert ShardReader(manifests["train"]).labels(np.arange(4)).tolist() == [0, 1, 0, 1]

@@ -60,13 +60,13 @@ def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop
     )
     shards = ShardData(config)
     shards.setup()
-    made = data(crop=crop, validation=True, validation_batch=5, num_workers=num_workers)
+    module = data(crop=crop, validation=True, validation_batch=5, num_workers=num_workers)
     for ours, theirs in (
-        (made.train_dataloader(), shards.train_dataloader()),
-        (made.val_dataloader(), shards.val_dataloader()),
+        (module.train_dataloader(), shards.train_dataloader()),
+        (module.val_dataloader(), shards.val_dataloader()),
     ):
         assert all(same(left, right) for left, right in zip(ours, theirs, strict=True))
-    assert made.steps_per_epoch == 3
+    assert module.steps_per_epoch == 3
 
 
 @pytest.mark.parametrize("kind", ["plane", "array", "array of channels", "picture"])
@@ -86,9 +86,9 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, acc
     whole = list(data().train_dataloader())[1]
     parts = []
     for rank in range(world_size):
-        made = data(accumulation=accumulation)
-        made.trainer = OnRank(rank, world_size, step=1)
-        parts += [batch for batch, _ in zip(made.train_dataloader(), range(accumulation), strict=False)]
+        module = data(accumulation=accumulation)
+        module.trainer = OnRank(rank, world_size, step=1)
+        parts += [batch for batch, _ in zip(module.train_dataloader(), range(accumulation), strict=False)]
     order = torch.cat([part.position for part in parts]).argsort()
     together = Batch(*(torch.cat(column)[order] for column in zip(*(part[:7] for part in parts), strict=True)))
     assert same(together, whole)

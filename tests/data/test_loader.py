@@ -63,10 +63,10 @@ def test_an_unreadable_image_is_replaced_by_the_next_with_its_label(folder, num_
     assert sorted(torch.cat([b.index for b in batches]).tolist()) == list(range(NUM_TRAIN))  # the order stays
     for batch in batches:
         for row, index in enumerate(batch.index.tolist()):
-            shown = next_readable(index)
-            assert batch.replacement[row] == (shown if index in BAD else -1)
-            assert batch.labels[row] == shown % 3
-            difference = batch.content[row].int() - torch.tensor(colour(shown))[:, None, None]
+            readable = next_readable(index)
+            assert batch.replacement[row] == (readable if index in BAD else -1)
+            assert batch.labels[row] == readable % 3
+            difference = batch.content[row].int() - torch.tensor(colour(readable))[:, None, None]
             assert difference.abs().max() <= 2
     assert loader.unreadable.images.keys() == BAD.keys()
     assert {index: image.reason for index, image in loader.unreadable.images.items()} == BAD
@@ -125,8 +125,8 @@ def counter(num_samples: int = 1000, budget: float = 1e-4) -> UnreadableImages:
 def add(images: UnreadableImages, *replaced: tuple[int, int], batch: int = 100) -> None:
     """Adds a batch in which some samples were replaced, given as (drawn, shown)."""
     index, replacement = np.arange(batch), np.full(batch, -1)
-    for row, (asked, shown) in enumerate(replaced):
-        index[row], replacement[row] = asked, shown
+    for row, (drawn, shown) in enumerate(replaced):
+        index[row], replacement[row] = drawn, shown
     images.add(index, replacement)
 
 
@@ -159,10 +159,10 @@ def test_skipped_images_are_counted_by_shard_and_reason_and_listed(tmp_path):
     add(images)
     add(images, (8, 11), (8, 11), (999, 0))
     assert (images.seen, images.count, sorted(images.images)) == (200, 7, [8, 9, 10, 999])
-    assert images.by_shard() == {"shard 0": 4, "shard 1": 2, "shard 99": 1}
-    assert images.by_reason() == {"damaged": 7}
+    assert images.count_by("shard") == {"shard 0": 4, "shard 1": 2, "shard 99": 1}
+    assert images.count_by("reason") == {"damaged": 7}
     write_unreadable(tmp_path / "run" / "unreadable.json", {"train": images})
     written = json.loads((tmp_path / "run" / "unreadable.json").read_text())["train"]
-    assert (written["seen"], written["unreadable"], written["shards"]) == (200, 7, images.by_shard())
+    assert (written["seen"], written["unreadable"], written["shards"]) == (200, 7, images.count_by("shard"))
     entry = {"image": "shard 0:9.jpg", "index": 9, "times": 2, "reason": "damaged", "error": "bad code word"}
     assert written["images"][1] == entry

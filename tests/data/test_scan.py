@@ -61,8 +61,8 @@ def test_samples_with_a_fault_are_counted_and_get_no_row(tars, tmp_path, case):
     bad = [(name, tars.png() if data is None else data) for name, data in members]
     path = tars.write(tmp_path / "x.tar", [*tars.samples(2), *bad, *tars.samples(2, start=10)])
     scan = scan_shard(path, Labels())
-    ((fault, found),) = scan.faults.items()
-    assert f"{found.samples} {fault} ({found.first})".startswith(message)
+    ((fault, samples),) = scan.faults.items()
+    assert f"{samples.samples} {fault} ({samples.first})".startswith(message)
     between = [2] if case == "repeated key" else []  # y is whole
     assert scan.rows["label"].tolist() == [0, 1, *between, 1, 2]
 
@@ -143,8 +143,8 @@ def test_small_files_that_declare_much_cost_little(case, tmp_path):
     with open(tmp_path / "x.tar", "wb") as file:
         file.write(data)
         file.truncate(length)
-    said, megabytes, seconds = measure(tmp_path / "x.tar")
-    assert message in said
+    error, megabytes, seconds = measure(tmp_path / "x.tar")
+    assert message in error
     assert megabytes < 200
     assert seconds < 2, f"{seconds:.1f} s, {megabytes:.0f} MiB"
 
@@ -162,13 +162,13 @@ def test_a_million_empty_members_cost_little(tmp_path, name):
     with open(path, "wb") as file:
         file.write(blocks.data)
         file.write(bytes(1024))
-    said, megabytes, seconds = measure(path)
-    assert "more than 100000" in said
+    error, megabytes, seconds = measure(path)
+    assert "more than 100000" in error
     assert megabytes < 200
     assert seconds < 2, f"{seconds:.1f} s, {megabytes:.0f} MiB"
     if name.endswith("jpg"):
         path.write_bytes(blocks[:200_000].tobytes() + bytes(1024))
-        said, megabytes, seconds = measure(path, "lenient")  # reads to the end
-        assert "at least 1 complete sample" in said
+        error, megabytes, seconds = measure(path, "lenient")  # reads to the end
+        assert "at least 1 complete sample" in error
         assert megabytes < 50
         assert seconds < 8, f"{seconds:.1f} s, {megabytes:.0f} MiB"  # 1.2 to 3 measured

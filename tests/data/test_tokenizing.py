@@ -49,13 +49,6 @@ def views(folder, tmp_path_factory) -> Path:
     return path
 
 
-def test_a_second_run_finds_the_store_and_removes_only_what_a_kill_left(folder, views):
-    before = {path: path.stat().st_mtime_ns for path in views.iterdir()}
-    (views / ".parts-0123").mkdir()
-    assert make(folder, views, crops=3, flip=True)
-    assert {path: path.stat().st_mtime_ns for path in views.iterdir()} == before
-
-
 def test_views_are_crops_each_followed_by_its_mirror_image(folder, views):
     stored = np.load(views / "train-tokens.npy").reshape(NUM_TRAIN, 3, 2, 4).astype(np.int64)
     lefts = (stored[:, :, 0, 0] - 7 * np.arange(NUM_TRAIN)[:, None]) % 256
@@ -96,18 +89,18 @@ def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):
     reader = open_store(views, data=None)["train"]
     stored = np.load(views / "train-tokens.npy").reshape(NUM_TRAIN, 6, 4)
 
-    def shown(order_seed: int, seed: int) -> dict[tuple[int, int], int]:
+    def views_of(order_seed: int, seed: int) -> dict[tuple[int, int], int]:
         batches = TokenBatches(reader, ShuffledStream(NUM_TRAIN, order_seed), seed=seed)
         batch = batches.__getitems__(range(20 * NUM_TRAIN))
-        places = zip(batch.index.tolist(), batch.epoch.tolist(), strict=True)
+        keys = zip(batch.index.tolist(), batch.epoch.tolist(), strict=True)
         return {
-            place: int((stored[place[0]] == row).all(-1).argmax())
-            for place, row in zip(places, batch.content.numpy(), strict=True)
+            key: int((stored[key[0]] == row).all(-1).argmax())
+            for key, row in zip(keys, batch.content.numpy(), strict=True)
         }
 
-    first = shown(0, 0)
-    assert first == shown(9, 0)  # another order, the same views
-    assert first != shown(0, 1)
+    first = views_of(0, 0)
+    assert first == views_of(9, 0)  # another order, the same views
+    assert first != views_of(0, 1)
     # The probability of one view in all epochs is below 1e-6.
     assert all(len({first[sample, epoch] for epoch in range(20)}) > 1 for sample in range(NUM_TRAIN))
     counts = np.bincount(list(first.values()), minlength=6)

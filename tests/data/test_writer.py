@@ -137,12 +137,12 @@ def spoil(tree: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])  # 2: processes import torch
 def test_all_bad_images_are_named_at_once_each_on_a_line(tree, tmp_path, workers):
-    said = spoil(tree)
-    with pytest.raises(ValueError, match=f"{len(said)} of 66 images cannot be read") as caught:
+    messages = spoil(tree)
+    with pytest.raises(ValueError, match=f"{len(messages)} of 66 images cannot be read") as caught:
         make_shards(ImageFolder(tree), tmp_path / "out", shard_size=20, workers=workers)
     lines = str(caught.value).splitlines()
-    assert len(lines) == len(said) + 2
-    for text in said.values():
+    assert len(lines) == len(messages) + 2
+    for text in messages.values():
         assert any(line.startswith(f"  {text}") for line in lines), text
     assert lines[-1] == "replace or remove them, or leave them out with --lenient"
     assert not (tmp_path / "out").exists()
@@ -150,7 +150,7 @@ def test_all_bad_images_are_named_at_once_each_on_a_line(tree, tmp_path, workers
 
 def test_lenient_leaves_bad_images_out_and_lists_them_also_after_a_kill(tree, tmp_path):
     make_shards(ImageFolder(tree, val_fraction=0.3), tmp_path / "good")
-    said = spoil(tree)
+    messages = spoil(tree)
 
     def interrupt(split, count):
         if split == "val":
@@ -161,11 +161,11 @@ def test_lenient_leaves_bad_images_out_and_lists_them_also_after_a_kill(tree, tm
         make_shards(source, tmp_path / "out", shard_size=7, lenient=True, on_samples=interrupt)
     make_shards(source, tmp_path / "out", shard_size=7, lenient=True)
     listed = (tmp_path / "out" / LEFT_OUT).read_text().splitlines()
-    assert len(listed) == len(said)
-    assert all(any(line.startswith(text) for line in listed) for text in said.values())
+    assert len(listed) == len(messages)
+    assert all(any(line.startswith(text) for line in listed) for text in messages.values())
     assert not list((tmp_path / "out").glob(".left-out-*"))
-    good, made = (read_manifest_summary(tmp_path / name) for name in ("good", "out"))
-    assert made.samples == good.samples
+    expected, summary = (read_manifest_summary(tmp_path / name) for name in ("good", "out"))
+    assert summary.samples == expected.samples
     assert not make_shards(source, tmp_path / "out", shard_size=7)
 
 

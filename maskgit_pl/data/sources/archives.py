@@ -65,9 +65,8 @@ class Entries:
     no loops.
 
     If everything in an archive lies in one folder, its names begin inside that folder. Absolute names, names with
-    ``..``, links and ``__MACOSX`` are left out. Of several members with one name, the last one counts, as it would
-    after unpacking. A compressed tar has no random access: it is decompressed to a temporary file, which ends with this
-    object. Names that begin with a dot are left out everywhere.
+    ``..``, links, ``__MACOSX`` and names that begin with a dot are left out. Of several members with one name, the last
+    one counts, as after unpacking. A compressed tar is decompressed to a temporary file, which ends with this object.
 
     Args:
         path: The folder or the archive.

@@ -56,12 +56,9 @@ class ImageFolder:
     2. Else each sub-folder is a class.
     3. Without sub-folders, all images have one class, named like the folder.
 
-    The bytes of the files do not change. A hash of each file's path inside the folder determines its order and, without
-    split folders, its split. So each shard has mixed classes, and adding a file never moves others between splits. The
-    same files in a folder, a zip and a tar give the same shards.
-
-    A file ``NAME.npy`` beside an image ``NAME.jpg`` is the image's vector; see ``vectors``. If one image has a vector,
-    all must have one, of the same size and type.
+    A hash of each file's path inside the folder determines its order and, without split folders, its split. So each
+    shard has mixed classes, and adding a file never moves others between splits. The same files in a folder, a zip and
+    a tar give the same shards. If one image has a vector, all must have one, of the same size and type.
 
     Args:
         path: The folder or the archive.

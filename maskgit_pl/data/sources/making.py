@@ -1,9 +1,8 @@
 """Makes a data folder in one call, from images of your own or from a public data set, and logs its content.
 
-The sources of images are files in folders and archives, IDX and parquet files, and the Hub. A source counts the samples
-of its splits, yields samples one by one, and describes itself, so that a second run of the same command finds that the
-data are complete; see ``samples.Source``. The commands ``maskgit data make`` and ``maskgit data fetch`` and the demo
-call these functions. The same call resumes after a stop, and does nothing if the folder is complete.
+The sources of images are files in folders and archives, IDX and parquet files, and the Hub; see ``samples.Source``. The
+commands ``maskgit data make`` and ``maskgit data fetch`` and the demo call these functions. The same call resumes after
+a stop, and does nothing if the folder is complete.
 """
 
 from __future__ import annotations

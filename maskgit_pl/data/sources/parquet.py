@@ -57,7 +57,7 @@ class ParquetFolder:
     writes.
 
     Samples keep the order of the rows. Without a val split, a hash of the file's name and the row chooses the val
-    samples. Labels are read first, then images, which stay undecoded.
+    samples.
 
     Args:
         folder: The folder.
