@@ -2,7 +2,7 @@
 
 ``MaskSampler`` draws them for ``mvtm.MaskedTokenModel``. It holds the mask schedule that decoding follows too, a
 ``MaskRatio`` (by default gamma(u), the ratio of that schedule) and ``MaskPositions`` (by default uniform).
-``evaluation.likelihood`` draws its masks with ``random_mask``.
+``evaluation.likelihood`` draws masks with ``UniformPositions``.
 
 A mask ratio is a function of a uniform number u, usually its inverse cumulative distribution: the u of a global batch
 are stratified, so the ratios are stratified too. Your own ratios and positions are registered frozen dataclasses::
@@ -43,9 +43,9 @@ __all__ = [
     "MaskPositions",
     "MaskRatio",
     "MaskSampler",
+    "UniformPositions",
     "mask_positions",
     "mask_ratios",
-    "random_mask",
     "true_positions",
 ]
 
@@ -167,22 +167,6 @@ class MaskSampler:
         # The slot as the last digit makes the keys distinct: equal words would otherwise share a stratum.
         keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G)
         return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
-
-
-def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
-    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
-
-    Args:
-        count: (B,) int64 in [0, N]: masked positions of each row.
-        num_tokens: N, tokens per image.
-        seed: Seed in [0, 2**32).
-        index: (B,) int64 in [0, 2**32): sample index.
-        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
-
-    Returns:
-        (B, N) bool, True = masked.
-    """
-    return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=epoch)
 
 
 class MaskRatio(ABC):
