@@ -20,7 +20,7 @@ import numpy as np
 import recipe
 import torch
 from comparators import discriminator, tokenizer, transformer
-from comparators.comparison import LARGEST, Comparison, given, present
+from comparators.comparison import Comparison, inputs, present
 from comparators.decoding import compare_decoding
 from comparators.discriminator import compare_discriminator
 from comparators.folder import Folder, FolderError
@@ -141,8 +141,7 @@ def _compare(folder: Folder, file: str, group: list[str]) -> Iterator[Comparison
 
 def _checkpoint(folder: Folder, file: str) -> Iterator[Comparison]:
     """Checks that all weights are finite float32; the importer checks names and shapes."""
-    for path, array in folder.tree(file).items():
-        yield given(file, path, array, dtype="float32", low=-LARGEST, high=LARGEST)
+    yield from inputs(file, folder.tree(file), folder.tree(file))
 
 
 def _badness(comparison: Comparison) -> tuple[bool, float]:
@@ -176,7 +175,7 @@ def _compare_model(folder: Folder, model: str) -> Iterator[Comparison]:
 def _transformer(folder: Folder, file: str, weights: dict[str, np.ndarray]) -> Iterator[Comparison]:
     network, tokens = transformer.network_from(weights, codebook_size=_NUM_CODES), folder.arrays(file)["tokens"]
     weights.clear()  # the bytes of the file, which nothing needs any longer
-    yield given(file, "tokens", tokens, dtype="int32", low=-1, high=network.config.vocabulary_size - 2)
+    yield from inputs(file, {"tokens": tokens}, ["tokens"])
     logits = transformer.everywhere(network, tokens)["logits"]
     made = {
         "logits": logits,
@@ -189,8 +188,7 @@ def _transformer(folder: Folder, file: str, weights: dict[str, np.ndarray]) -> I
 def _tokenizer(folder: Folder, file: str, weights: dict[str, np.ndarray]) -> Iterator[Comparison]:
     network, arrays = tokenizer.network_from(weights), folder.arrays(file)
     image, chosen = arrays["image"], arrays["random_indices"]
-    yield given(file, "image", image, dtype="float32", low=0, high=1)
-    yield given(file, "random_indices", chosen, dtype="int32", low=0, high=network.config.codebook_size - 1)
+    yield from inputs(file, arrays, ["image", "random_indices"])
     features = network.encoder(to_images(image))
     codes = torch.from_numpy(chosen).long()
     made = {
