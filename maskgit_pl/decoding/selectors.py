@@ -315,7 +315,8 @@ class Halton(TokenSelector):
             check_seed("seed", self.seed)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        assert candidates.grid is not None, "ParallelDecoder.steps(grid=(rows, columns))"
+        if candidates.grid is None:
+            raise ValueError("grid must be given for token selector 'halton', got None; pass grid=(rows, columns)")
         ranks = _halton_ranks(candidates.grid, self.seed, candidates.positions.device)
         return -ranks[candidates.positions]
 

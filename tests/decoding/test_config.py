@@ -4,14 +4,21 @@ import json
 from dataclasses import asdict, replace
 
 import pytest
+import torch
 
-from maskgit_pl.decoding import AutoregressiveDecoder, AutoregressiveDecoding, CodeSampling, DecodingConfig
-from maskgit_pl.decoding.decoder import ParallelDecoder
-from maskgit_pl.decoding.selectors import Random
+from maskgit_pl.decoding import (
+    AutoregressiveDecoder,
+    AutoregressiveDecoding,
+    CodeSampling,
+    DecodingConfig,
+    ParallelDecoder,
+    SeededNoise,
+)
+from maskgit_pl.decoding.selectors import Halton, Random
 from maskgit_pl.schedules import mask_schedules
-from tests.decoding.fakes import decoder, partly_known, run
+from tests.decoding.fakes import MASK, fake_predictor, partly_known, run
 
-SQUARE = mask_schedules.build("square")
+SQUARE, RANDOM = mask_schedules.build("square"), Random()
 
 
 def test_a_configuration_builds_its_decoder_around_the_given_schedule():
@@ -81,14 +88,37 @@ def test_parallel_settings_of_an_autoregressive_model_are_refused(options, messa
         replace(AutoregressiveDecoding().to_config(12), **options).build_autoregressive_decoder(12)
 
 
+def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **options: object) -> torch.Tensor:
+    """Decodes one image with ``ParallelDecoder`` alone, as a loop of one's own does."""
+    decoder = ParallelDecoder(SQUARE, selector, num_steps=4)
+    noise = SeededNoise(torch.arange(1), 16)
+    return decoder.decode(predictor, partly_known([16]), noise, mask_token_id=MASK, **options)
+
+
 @pytest.mark.parametrize(
-    ("make", "message"),
+    ("call", "message"),
     [
         (lambda: DecodingConfig().build_decoder(None), "mask_schedule must be given for parallel decoding, got None"),
-        (lambda: run(partly_known([16]), decoder(4), first_step=4), r"first_step must be in \[0, 4\), got 4"),
-        (lambda: run(partly_known([16]), decoder(4), first_step=-1), r"first_step must be in \[0, 4\), got -1"),
+        (lambda: decode(first_step=4), r"first_step must be in \[0, 4\), got 4"),
+        (lambda: decode(first_step=-1), r"first_step must be in \[0, 4\), got -1"),
+        (
+            lambda: ParallelDecoder("cosine", RANDOM),
+            r"mask_schedule must be an object, got 'cosine'; use mask_schedules",
+        ),
+        (lambda: decode(selector="random"), r"token_selector must be an object, got 'random'; use token_selectors"),
+        (lambda: SeededNoise([3, 4], 16), r"seeds must be an int64 tensor, got \[3, 4\]; use torch.tensor"),
+        (
+            lambda: decode(lambda tokens, positions: torch.zeros(*tokens.shape, 7)),
+            r"predictor must return logits of shape \(1, 15, 'K'\), those at the given positions, got \(1, 16, 7\)",
+        ),
+        (lambda: decode(selector=Halton()), r"grid must be given for token selector 'halton'"),
     ],
 )
-def test_a_missing_schedule_and_a_wrong_first_step_are_refused(make, message):
-    with pytest.raises(ValueError, match=message):
-        make()
+def test_a_wrong_use_of_the_decoder_is_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_the_decoder_alone_fills_all_tokens():
+    assert (decode() < MASK).all()
+    assert (decode(selector=Halton(), grid=(4, 4)) < MASK).all()
