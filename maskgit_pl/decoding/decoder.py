@@ -171,11 +171,11 @@ class ParallelDecoder:
         steps, before = [], list(at_start)
         for step in range(first_step, self.num_steps - 1):
             progress, rows = (step + 1) / self.num_steps, []
-            for unknown, masked, wanted in zip(at_start, before, planned[step], strict=True):
-                decided, asked = unknown - masked, 0
+            for start, masked, target in zip(at_start, before, planned[step], strict=True):
+                decided, num_remasked = start - masked, 0
                 if not selector.needs_decided_logits:
-                    asked = selector.num_remasked(decided=decided, planned=wanted, progress=progress)
-                rows.append(count_after(masked, wanted, max(0, min(asked, decided))))
+                    num_remasked = selector.num_remasked(decided=decided, planned=target, progress=progress)
+                rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
             after, remasked = (list(column) for column in zip(*rows, strict=True))
             steps.append(StepCounts(before, after, remasked))
             before = after
@@ -525,13 +525,12 @@ def decode_classes(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    num_masked = None
-    all_masked = tokens is None
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = build_class_predictor(
-            model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=all_masked
+            model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=tokens is None
         )
+    num_masked = None
     if tokens is None:
         shape = len(labels), model.num_tokens
         tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)

@@ -14,14 +14,13 @@ from maskgit_pl.decoding import (
     CodeSampling,
     ConditionalModel,
     FirstStepLogits,
-    FirstStepPredictor,
     GuidedPredictor,
     ParallelDecoder,
     SeededNoise,
-    build_class_predictor,
     decode_classes,
 )
 from maskgit_pl.decoding.decoder import count_after
+from maskgit_pl.decoding.predictors import FirstStepPredictor, build_class_predictor
 from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules

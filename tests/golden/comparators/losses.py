@@ -13,13 +13,13 @@ from comparators.comparison import Comparison, inputs, present
 from comparators.folder import Folder
 from maskgit_pl.losses import (
     discriminator_loss,
-    entropy_loss,
     generator_loss,
     mean_over_rows,
     reconstruction_loss,
     token_cross_entropy,
 )
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
+from maskgit_pl.networks.quantizers import entropy_loss
 
 __all__ = ["adversarial_losses", "compare_losses", "cross_entropy"]
 
