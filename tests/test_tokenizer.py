@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer import CodebookUsage
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, LossInputs, PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 from tests.forked import run_ranks
 from tests.modules import tokenizer_model
 
@@ -117,40 +118,21 @@ def test_the_quantizer_gets_seed_step_and_micro_batch():
     assert told == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])
-def test_the_gradients_are_those_of_the_sum_of_losses(discriminator, loss, weight_rule):
-    config = replace(
-        ADVERSARIAL, discriminator=discriminator, loss=loss, weight=0.3, weight_rule=weight_rule, lecam_weight=0.1
-    )
-    module = tokenizer(adversarial=config, network=replace(NETWORK, quantizer="gradient"))
-    batch = batch_of(range(8))
-    metrics = module.replay_step(batch, step=0)
-    images = batch.content / 255
-    got = {name: parameter.grad.clone() for name, parameter in module.named_parameters() if parameter.requires_grad}
-    module.zero_grad()
-
-    output = module.network(images)
-    reconstruction = F.mse_loss(output.reconstruction, images)
-    adversarial = losses.generator_loss(module.discriminator(output.reconstruction), kind=loss)
-    last = module.network.decoder.head.weight
-    norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (reconstruction, adversarial)]
-    weight = 0.3 * (norms[0] / (norms[1] + 1e-4) if weight_rule == "adaptive" else 1)
-    torch.testing.assert_close(metrics["adversarial_weight"], torch.as_tensor(weight), rtol=1e-4, atol=0)
-    (reconstruction + weight * adversarial + output.quantized.loss).backward(inputs=list(module.network.parameters()))
-    real = images.clone().requires_grad_()
-    real_logits, fake_logits = module.discriminator(real), module.discriminator(output.reconstruction.detach())
+def test_the_discriminator_has_the_gradients_of_its_three_losses(discriminator, loss):
+    """Those of the generator are compared in ``tests/training/test_tokenizer_losses.py``."""
+    config = replace(ADVERSARIAL, discriminator=discriminator, loss=loss, lecam_weight=0.1)
+    module, images = tokenizer(adversarial=config), batch_of(range(8)).content / 255
+    module.replay_step(batch_of(range(8)), step=0)
+    gradients = [parameter.grad.clone() for parameter in module.discriminator.parameters()]
+    real, fake = images.clone().requires_grad_(), module.network(images).reconstruction.detach()
+    real_logits, fake_logits, zero = module.discriminator(real), module.discriminator(fake), torch.zeros(())
     total = losses.discriminator_loss(real_logits, fake_logits, kind=loss) + 10 * losses.r1_penalty(real_logits, real)
-    zero = torch.zeros(())
     total = total + 0.1 * losses.lecam_loss(real_logits, fake_logits, real_mean=zero, fake_mean=zero)
-    total.backward(inputs=list(module.discriminator.parameters()))
-
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            scale = max(1e-6, parameter.grad.abs().max().item())
-            assert (got[name] - parameter.grad).abs().max() <= 2e-6 * max(1.0, scale) + 1e-5 * scale, name
+    expected = torch.autograd.grad(total, list(module.discriminator.parameters()), materialize_grads=True)
+    for gradient, target in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, target, rtol=1e-4, atol=2e-6)
 
 
 @pytest.mark.slow
@@ -297,27 +279,12 @@ def test_flips_are_a_function_of_sample_and_epoch():
 
 
 @pytest.mark.slow
-def test_a_perceptual_network_trains_the_generator_outside_of_checkpoints(tmp_path):
-    import timm
-
+def test_a_perceptual_network_stays_out_of_the_checkpoint(tmp_path):
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "model.pth")
     spec = {"name": "timm", "model": "mobilenetv3_small_050", "weights": str(tmp_path / "model.pth"), "size": 32}
-    module, plain = tokenizer(perceptual=PerceptualConfig(spec, weight=10.0)), tokenizer()
-    trainer = fit(module, max_steps=1)
-    fit(plain, max_steps=1)
-    assert trainer.callback_metrics["train/perceptual"] > 0
-    assert not torch.equal(values_of(module.network), values_of(plain.network))
-    assert module.state_dict().keys() == plain.state_dict().keys()
-    images, image = batch_of(range(8)).content / 255, torch.rand(8, 1, 16, 16, requires_grad=True)
-    module = tokenizer(perceptual=PerceptualConfig(spec, weight=1e5))  # random features hardly differ
-    given = LossInputs(images, image, torch.ones(1, requires_grad=True), 0)
-    gradient, at_features, metrics = module.loss_terms.gradients(given)
-    assert at_features is None
-    wanted, got = (module.loss_terms.networks["perceptual"].network(each).logits for each in (images, image))
-    perceptual = F.mse_loss(got, wanted.detach())
-    torch.testing.assert_close(metrics["perceptual"], perceptual)
-    total = F.mse_loss(image, images) + 1e5 * perceptual
-    torch.testing.assert_close(gradient, torch.autograd.grad(total, image)[0])
+    module = tokenizer(perceptual=PerceptualConfig(spec, weight=10.0))
+    assert "perceptual" in module.replay_step(batch_of(range(8)), step=0)
+    assert module.state_dict().keys() == tokenizer().state_dict().keys()
 
 
 def test_codebook_usage_leaves_padding_out():
