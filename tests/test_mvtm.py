@@ -253,15 +253,6 @@ def test_images_are_flipped_in_training_only(tiny_shards, tiny_pretrained):
     assert not torch.equal(mirrored, module.train()._encode(batch))
 
 
-def test_both_networks_start_from_pretrained_weights(tiny_pretrained):
-    module = model(tiny_pretrained, network=replace(CONFIG, depth=1))
-    module.start_from(tiny_pretrained / "transformer")
-    wanted = load_transformer(tiny_pretrained / "transformer").network.state_dict()
-    for network in (module.transformer, module.ema_network):
-        for name, value in network.state_dict().items():
-            assert torch.equal(value, wanted[name]), name
-
-
 def test_decoding_settings_that_do_not_fit_are_refused(tiny_pretrained):
     with pytest.raises(ValueError, match=r"num_steps.* 17"):
         model(tiny_pretrained, decoding=DecodingConfig(num_steps=17))

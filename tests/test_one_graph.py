@@ -1,6 +1,5 @@
 """Forward pass and loss of stage 2 are one graph, whose sizes are known on the host, and nothing in a step waits."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -167,12 +166,3 @@ def test_no_operation_of_a_step_waits_for_a_value(backbone, objective, monkeypat
 def test_the_meta_device_finds_an_operation_that_waits(read):
     with NoWaits(), pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
         read(torch.ones(4, device="meta"))
-
-
-def test_statistics_are_kept_until_they_are_logged():
-    module = build("bert", compiled="none")
-    module.trainer = Run()  # type: ignore[assignment]  # stands in for the Trainer
-    losses = [module.training_step(batch(step), 0) for step in range(2)]
-    counts = sum(int(module._with_draws(batch(step)).draws.mask.sum()) for step in range(2))
-    assert int(module._bins._sums[:4, 0].sum()) == counts
-    assert all(math.isfinite(value) for value in module._bins.take(losses[-1].detach()).values())

@@ -338,12 +338,6 @@ def test_the_adversarial_weight_rises_from_zero():
         assert torch.equal(ours.grad, theirs.grad), name
 
 
-def test_bfloat16_mixed_trains_every_part():
-    module = tokenizer(adversarial=replace(ADVERSARIAL, weight_rule="adaptive"))
-    fit(module, max_steps=2, precision="bf16-mixed")
-    assert values_of(module).isfinite().all()
-
-
 def ddp_module(*, discriminator=ADVERSARIAL.discriminator, **changes):
     has_r1 = dict(discriminator).get("norm") != "batch" if isinstance(discriminator, dict) else True
     config = AdversarialConfig(

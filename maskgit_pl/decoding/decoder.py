@@ -58,10 +58,8 @@ __all__ = [
 class ParallelDecoder:
     """The decoder of MaskGIT, which fills masked tokens in ``num_steps`` parallel steps.
 
-    Step t draws a code for each of the m masked tokens from the predictor's distribution. With U tokens masked at the
-    start, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws with the lowest scores are then masked again. The
-    result is the draw of the last step. A selector may also mask tokens that earlier steps decided, or set the number
-    of tokens to keep itself; the last step always keeps all.
+    With U tokens masked at the start and m before step t, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws
+    with the lowest scores are masked again; the last step keeps all. See ``plan`` for selectors that change the counts.
 
     Args:
         mask_schedule: gamma: the schedule object that the mask sampler of the training holds too.

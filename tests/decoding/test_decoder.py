@@ -145,7 +145,7 @@ def test_logits_of_padding_are_ignored():
         assert torch.equal(clean.scores, dirty.scores)
 
 
-def test_the_temperature_divides_drawn_logits_and_not_those_that_are_scored():
+def test_the_temperature_divides_drawn_logits_and_not_scored_ones():
     scored_by, drawn_from = [], []
 
     class Noise(SeededNoise):
@@ -280,7 +280,7 @@ def test_the_cache_keeps_fewer_classes_if_their_logits_are_large(size, num_kept)
     assert network.labels == [[0], [1], [2], [3], [4], [4 - num_kept]]
 
 
-def test_known_tokens_and_a_late_start_take_their_own_first_step_and_scales():
+def test_known_tokens_and_a_late_start_have_their_own_step_and_scales():
     scales, tokens, network = (4.0, 3.0, 2.0, 1.0, 0.5), partly_known([9, 5]), Network()
     late = decoded([2, 2], [5, 6], scales=scales, network=network, tokens=tokens, first_step=2)
     assert network.labels == [[2, 2, 3, 3]] * 3
