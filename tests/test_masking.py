@@ -37,8 +37,8 @@ def test_the_count_is_the_ratio_rounded_up_on_every_rank(name, num_tokens):
         assert mask.sum(1).tolist() == (ratio.clamp(1e-6, 1) * num_tokens).ceil().long().tolist()
         assert mask.sum(1).min() >= 1
         rows = torch.arange(1, GLOBAL_BATCH, 4)  # of one of four ranks
-        own = {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch(step).items()}
-        assert torch.equal(sampler(name).mask(num_tokens, **own), mask[rows])
+        of_rank = {key: value[rows] if isinstance(value, Tensor) else value for key, value in batch(step).items()}
+        assert torch.equal(sampler(name).mask(num_tokens, **of_rank), mask[rows])
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])

@@ -31,18 +31,18 @@ def words(*hexadecimal: str) -> tuple[int, ...]:
     ids=["zeros", "ones", "pi"],
 )
 def test_philox_gives_the_published_known_answers(counter, key, expected):
-    made = philox(tuple(torch.tensor([word, word]) for word in counter), key)
-    assert [word.tolist() for word in made] == [[word, word] for word in expected]
+    values = philox(tuple(torch.tensor([word, word]) for word in counter), key)
+    assert [word.tolist() for word in values] == [[word, word] for word in expected]
 
 
 def test_bits_are_32_bit_words_of_the_philox_counter():
-    made = random_bits("s", seed=7, index=torch.tensor([5, 6]), epoch=3, count=6)
+    values = random_bits("s", seed=7, index=torch.tensor([5, 6]), epoch=3, count=6)
     counter = [torch.tensor([value]) for value in (1, 6, 3, 7)]  # block, index, epoch, seed
     expected = torch.cat(philox(tuple(counter), stream_key("s")))
-    assert made.shape == (2, 6)
-    assert made.dtype == torch.int64
-    assert made[1, 4:].tolist() == expected[:2].tolist()
-    assert 0 <= made.min() <= made.max() < 2**32
+    assert values.shape == (2, 6)
+    assert values.dtype == torch.int64
+    assert values[1, 4:].tolist() == expected[:2].tolist()
+    assert 0 <= values.min() <= values.max() < 2**32
 
 
 def test_a_row_does_not_depend_on_the_rest_of_the_batch_nor_on_the_count():
@@ -55,27 +55,27 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch_nor_on_the_count():
 
 def test_seed_index_epoch_and_stream_each_change_the_numbers():
     base = {"seed": 1, "index": 2, "epoch": 3, "count": 4}
-    made = [random_bits("a", **base), random_bits("b", **base)]
-    made += [random_bits("a", **{**base, name: 9}) for name in ("seed", "index", "epoch")]
-    assert len({tuple(bits.flatten().tolist()) for bits in made}) == 5
+    values = [random_bits("a", **base), random_bits("b", **base)]
+    values += [random_bits("a", **{**base, name: 9}) for name in ("seed", "index", "epoch")]
+    assert len({tuple(bits.flatten().tolist()) for bits in values}) == 5
 
 
 def test_rows_are_the_shape_to_which_seed_index_and_epoch_broadcast():
     seeds, epochs = torch.tensor([[3], [4], [2**32 - 1]]), torch.tensor([6, 0])
-    made = random_bits("s", seed=seeds, index=5, epoch=epochs, count=7)
-    assert made.shape == (3, 2, 7)
+    values = random_bits("s", seed=seeds, index=5, epoch=epochs, count=7)
+    assert values.shape == (3, 2, 7)
     for row, seed in enumerate(seeds.flatten().tolist()):
         for column, epoch in enumerate(epochs.tolist()):
             alone = random_bits("s", seed=seed, index=5, epoch=epoch, count=7)
-            assert made[row, column].tolist() == alone[0].tolist()
+            assert values[row, column].tolist() == alone[0].tolist()
 
 
 @pytest.mark.parametrize("draw", [random_bits, random_uniform])
 def test_several_streams_at_once_give_the_numbers_of_each_alone(draw):
     place = {"seed": torch.tensor([3, 4]), "index": 5, "epoch": 6, "count": 7}
-    made = draw(["a", "b", "c"], **place)
-    assert made.shape == (3, 2, 7)
-    for stream, numbers in zip("abc", made, strict=True):
+    values = draw(["a", "b", "c"], **place)
+    assert values.shape == (3, 2, 7)
+    for stream, numbers in zip("abc", values, strict=True):
         assert torch.equal(numbers, draw(stream, **place))
 
 
@@ -110,10 +110,10 @@ def test_an_integer_out_of_range_is_refused(name, value):
 def test_uniform_numbers_are_never_0_nor_1(monkeypatch):
     extremes = torch.tensor([[0, 255, 256, 2**32 - 1]])
     monkeypatch.setattr("maskgit_pl.randomness.random_bits", lambda *args, **kwargs: extremes)
-    made = random_uniform("s", seed=0, index=0, count=4)
-    assert made.tolist() == [[2.0**-24, 2.0**-24, 2.0**-24, 1 - 2.0**-24]]
-    assert made.dtype == torch.float32
-    assert gumbel(made).isfinite().all()
+    values = random_uniform("s", seed=0, index=0, count=4)
+    assert values.tolist() == [[2.0**-24, 2.0**-24, 2.0**-24, 1 - 2.0**-24]]
+    assert values.dtype == torch.float32
+    assert gumbel(values).isfinite().all()
 
 
 def chi_square(counts: torch.Tensor) -> float:
@@ -170,9 +170,9 @@ def splitmix(first: int, second: int, number: int) -> int:
 
 def test_gumbel_rows_are_the_hash_of_their_words():
     words = [(0, 0), (1, 2), (0xFFFFFFFF, 0x80000000), (0x12345678, 0xFFFFFFFF)]
-    made = gumbel_rows(*torch.tensor(words).T, 5000)
-    assert made.shape == (4, 5000)
-    for row, (first, second) in zip(made, words, strict=True):
+    values = gumbel_rows(*torch.tensor(words).T, 5000)
+    assert values.shape == (4, 5000)
+    for row, (first, second) in zip(values, words, strict=True):
         uniform = [((splitmix(first, second, k) & 0x7FFFFFFF) + 0.5) * 2.0**-31 for k in range(5000)]
         expected = -torch.log(-torch.log1p(-torch.tensor(uniform, dtype=torch.float64)))
         torch.testing.assert_close(row.double(), expected, rtol=1e-4, atol=1e-5)
@@ -180,25 +180,25 @@ def test_gumbel_rows_are_the_hash_of_their_words():
 
 def test_gumbel_rows_are_finite_at_the_ends_of_their_range(monkeypatch):
     monkeypatch.setattr("maskgit_pl.randomness._MIX", (0, 1))  # the words are then the second words
-    made = gumbel_rows(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0x7FFFFFFF, 0xFFFF8000]), 1).flatten()
-    assert made[0] == pytest.approx(32 * math.log(2))
-    assert made[1:].isfinite().all()
-    assert made.min() > -2.9
+    values = gumbel_rows(torch.zeros(3, dtype=torch.int64), torch.tensor([0, 0x7FFFFFFF, 0xFFFF8000]), 1).flatten()
+    assert values[0] == pytest.approx(32 * math.log(2))
+    assert values[1:].isfinite().all()
+    assert values.min() > -2.9
 
 
 def test_gumbel_rows_are_gumbel_and_independent():
     first, second = random_bits(["a", "b"], seed=0, index=torch.arange(500))[..., 0]
-    made = gumbel_rows(first, second, 512)
-    uniform = torch.exp(-torch.exp(-made))  # the distribution function
+    values = gumbel_rows(first, second, 512)
+    uniform = torch.exp(-torch.exp(-values))  # the distribution function
     assert abs(chi_square(torch.histc(uniform, 100, 0, 1))) < 5
     for one, other in (
         *((uniform[:, :-lag], uniform[:, lag:]) for lag in (1, 2, 3, 16, 256)),
         *((uniform[:-lag], uniform[lag:]) for lag in (1, 7)),
-        (gumbel_rows(first + 1, second, 512), made),
+        (gumbel_rows(first + 1, second, 512), values),
     ):
         correlation = torch.corrcoef(torch.stack([one.flatten(), other.flatten()]))[0, 1]
         assert abs(float(correlation)) < 4.5 / math.sqrt(one.numel())
-    highest = torch.bincount(made.argmax(1), minlength=512)  # each number is the largest equally often
+    highest = torch.bincount(values.argmax(1), minlength=512)  # each number is the largest equally often
     assert abs(chi_square(highest.view(16, 32).sum(1))) < 5
 
 

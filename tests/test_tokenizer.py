@@ -107,15 +107,15 @@ PATCHES = {"name": "patchgan", "base_channels": 4, "num_layers": 2}
 
 def test_the_quantizer_gets_seed_step_and_micro_batch():
     module = tokenizer(network=replace(NETWORK, quantizer="gumbel"), seed=5, accumulation=2)
-    told, begin = [], module.network.quantizer.begin_micro_batch
+    calls, begin = [], module.network.quantizer.begin_micro_batch
 
-    def record(**place):
-        told.append((place["seed"], place["step"], place["micro_batch"]))
-        begin(**place)
+    def record(**arguments):
+        calls.append((arguments["seed"], arguments["step"], arguments["micro_batch"]))
+        begin(**arguments)
 
     module.network.quantizer.begin_micro_batch = record
     fit(module, max_steps=2)
-    assert told == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
+    assert calls == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
 
 
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
@@ -188,12 +188,12 @@ def test_both_optimizers_follow_the_learning_rate():
 
 
 def test_the_r1_penalty_of_every_fourth_step_is_four_times_as_large():
-    found = []
+    gradients = []
     for every in (1, 4):
         module = tokenizer(adversarial=replace(ADVERSARIAL, r1_every=every, r1_weight=10.0 / every))
         assert "r1" in module.replay_step(batch_of(range(8)), step=0)
-        found.append(module.discriminator.head.weight.grad)
-    torch.testing.assert_close(found[1], found[0])
+        gradients.append(module.discriminator.head.weight.grad)
+    torch.testing.assert_close(gradients[1], gradients[0])
     assert ["r1" in module.replay_step(batch_of(range(8)), step=step) for step in (3, 4)] == [False, True]
 
 
