@@ -247,15 +247,17 @@ def test_ratios_that_leave_out_counts_are_found(spec, covers):
 
 
 @pytest.mark.parametrize(
-    ("spec", "text"),
+    ("registry", "spec", "message"),
     [
-        ({"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
-        ({"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
+        (mask_ratios, {"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
+        (mask_ratios, {"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
+        (mask_positions, {"name": "blocks", "max_side": 1.2}, r"max_side must be a number in \(0, 1\], got 1.2"),
+        (mask_positions, {"name": "blocks", "min_side": 0}, r"min_side must be a number in \(0, 1\], got 0"),
     ],
 )
-def test_arguments_of_ratios_out_of_range_are_refused(spec, text):
-    with pytest.raises(ValueError, match=text):
-        mask_ratios.build(spec)
+def test_arguments_out_of_range_are_refused(registry, spec, message):
+    with pytest.raises(ValueError, match=message):
+        registry.build(spec)
 
 
 @pytest.mark.parametrize(

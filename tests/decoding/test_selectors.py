@@ -228,6 +228,9 @@ def test_remdm_by_confidence_masks_unlikely_codes_more_often():
         ({"name": "entropy", "gamma": -1.0}, r"'entropy': gamma must be a number in \[0, 1000000\], got -1.0"),
         ({"name": "halton", "seed": -1}, r"'halton': seed must be an integer in \[0, 2\*\*32\), got -1"),
         ({"name": "remdm", "strategy": "lop"}, "'remdm'.strategy must be 'cap', .* got 'lop'; did you mean 'loop'"),
+        ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
+        ({"name": "p2", "penalty": -1.0}, r"'p2': penalty must be a number in \[0, 1000000\], got -1.0"),
+        ({"name": "edit", "threshold": 0.0}, r"'edit': threshold must be a number in \(0, 1\], got 0.0"),
         ({"name": "remdm", "start": 0.9, "stop": 0.5}, r"'remdm': stop must be a number in \(0.9, 1\), got 0.5"),
     ],
 )
