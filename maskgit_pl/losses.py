@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
-from maskgit_pl.networks.quantizers import entropy_loss
 
 __all__ = [
     "AdversarialLoss",
@@ -24,7 +23,6 @@ __all__ = [
     "adaptive_weight",
     "chunked_statistics",
     "discriminator_loss",
-    "entropy_loss",
     "generator_loss",
     "lecam_loss",
     "mean_over_rows",

@@ -2,7 +2,7 @@
 
 ``MaskSampler`` draws them for ``mvtm.MaskedTokenModel``. It holds the mask schedule that decoding follows too, a
 ``MaskRatio`` (by default gamma(u), the ratio of that schedule) and ``MaskPositions`` (by default uniform).
-``evaluation.likelihood`` draws its masks with ``random_mask``.
+``evaluation.likelihood`` draws masks with ``UniformPositions``.
 
 A mask ratio is a function of a uniform number u, usually its inverse cumulative distribution: the u of a global batch
 are stratified, so the ratios are stratified too. Your own ratios and positions are registered frozen dataclasses::
@@ -43,9 +43,9 @@ __all__ = [
     "MaskPositions",
     "MaskRatio",
     "MaskSampler",
+    "UniformPositions",
     "mask_positions",
     "mask_ratios",
-    "random_mask",
     "true_positions",
 ]
 
@@ -167,22 +167,6 @@ class MaskSampler:
         # The slot as the last digit makes the keys distinct: equal words would otherwise share a stratum.
         keys = words * global_batch + torch.arange(global_batch, device=words.device)  # (B, G)
         return (keys < keys.gather(1, slot.unsqueeze(1))).sum(1)
-
-
-def random_mask(count: Tensor, num_tokens: int, *, seed: int, index: Tensor, epoch: Tensor | int = 0) -> Tensor:
-    """Draws uniformly random masks with a given number of positions, a function of (seed, index, epoch) only.
-
-    Args:
-        count: (B,) int64 in [0, N]: masked positions of each row.
-        num_tokens: N, tokens per image.
-        seed: Seed in [0, 2**32).
-        index: (B,) int64 in [0, 2**32): sample index.
-        epoch: (B,) int64 or an integer, in [0, 2**32); each epoch gives other masks.
-
-    Returns:
-        (B, N) bool, True = masked.
-    """
-    return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=epoch)
 
 
 class MaskRatio(ABC):
@@ -394,8 +378,8 @@ class BlockPositions(MaskPositions):
         assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
         uniform = random_uniform("mask/blocks", seed=seed, index=index, epoch=epoch, count=4 * _NUM_BLOCKS)
         u = uniform.view(-1, _NUM_BLOCKS, 4, 1)  # (B, blocks, numbers, 1)
-        place = torch.arange(num_tokens, device=u.device)
-        rows, columns = place // grid[1], place % grid[1]  # (N,)
+        positions = torch.arange(num_tokens, device=u.device)
+        rows, columns = positions // grid[1], positions % grid[1]  # (N,)
         inside = self._covers(u[:, :, 0], u[:, :, 1], rows, grid[0]) & self._covers(
             u[:, :, 2], u[:, :, 3], columns, grid[1]
         )  # (B, blocks, N)
@@ -404,15 +388,15 @@ class BlockPositions(MaskPositions):
         first = _NUM_BLOCKS - (inside * weights).amax(1)  # (B, N) in [0, blocks]
         # Blocks in turn, and raster order within a block, so that a cut block stays in one piece.
         rest = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N) in [0, 2**32)
-        keys = (first << 32) + rest.where(first == _NUM_BLOCKS, place)
+        keys = (first << 32) + rest.where(first == _NUM_BLOCKS, positions)
         return keys.argsort(dim=1, stable=True)
 
-    def _covers(self, u_size: Tensor, u_place: Tensor, places: Tensor, side: int) -> Tensor:
-        """Returns (B, blocks, N) bool: True where an interval of random size and place covers ``places`` (N,)."""
+    def _covers(self, u_size: Tensor, u_start: Tensor, places: Tensor, side: int) -> Tensor:
+        """Returns (B, blocks, N) bool: True where an interval of random size and start covers ``places`` (N,)."""
         # Products of a float32 and an integer, rounded down: bit-exact on every device.
         least, most = (math.ceil(fraction * side) for fraction in (self.min_side * self.max_side, self.max_side))
         size = least + (u_size * (most - least + 1)).floor().long().clamp(max=most - least)  # (B, blocks, 1)
-        start = (u_place * (side - size + 1)).floor().long().clamp(min=0).minimum(side - size)
+        start = (u_start * (side - size + 1)).floor().long().clamp(min=0).minimum(side - size)
         return (places >= start) & (places < start + size)
 
 

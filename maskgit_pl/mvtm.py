@@ -159,8 +159,12 @@ class MaskedTokenModel(TokenModel):
 
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
-        samples = {"index": batch.index, "epoch": batch.epoch, "position": batch.position}
-        place: dict[str, Any] = {**samples, "global_batch": self.config.global_batch}
+        place: dict[str, Any] = {
+            "index": batch.index,
+            "epoch": batch.epoch,
+            "position": batch.position,
+            "global_batch": self.config.global_batch,
+        }
         # 1. Mask. 2. Drop classes.
         draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **place, grid=network.grid))
         if not self.training:

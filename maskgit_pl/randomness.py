@@ -144,13 +144,11 @@ def random_bits(
     # The counter is (block, index, epoch, seed) and the key is the stream. Each block gives four words.
     block = torch.arange(-(-count // 4), device=device)
     # (..., blocks) each. torch.broadcast_shapes would import sympy.
-    parts_ = torch.broadcast_tensors(*columns, block)  # type: ignore[no-untyped-call]  # torch: untyped
-    index_, epoch_, seed_, block = parts_
-    several = not isinstance(stream, str)
-    names = stream if several else [stream]
-    words = _philox((block, index_, epoch_, seed_), [stream_key(name) for name in names])
+    counter = torch.broadcast_tensors(block, *columns)  # type: ignore[no-untyped-call]  # torch: untyped
+    names = [stream] if isinstance(stream, str) else stream
+    words = _philox(tuple(counter), [stream_key(name) for name in names])
     bits = words.flatten(-2)[..., :count]  # (streams, ..., blocks, 4) -> (streams, ..., count)
-    return bits if several else bits[0]
+    return bits[0] if isinstance(stream, str) else bits
 
 
 def _as_column(name: str, value: int | Tensor, device: torch.device) -> Tensor:

@@ -175,8 +175,8 @@ class Tokenizer(CheckpointedModule):
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. Generator. The detached tensors are leaves, where the gradients of the losses stop. Losses are in float32.
-        place = {"seed": self.config.seed, "step": step, "micro_batch": len(self._pending.tokens)}
-        self.network.quantizer.begin_micro_batch(**place)
+        micro_batch = len(self._pending.tokens)
+        self.network.quantizer.begin_micro_batch(seed=self.config.seed, step=step, micro_batch=micro_batch)
         output = self._run_network("network", images)
         image = output.reconstruction.detach().float().requires_grad_()
         features = output.features.detach().requires_grad_()
@@ -350,11 +350,11 @@ class Tokenizer(CheckpointedModule):
     def _log_metrics(self, metrics: dict[str, Tensor], *, bar: str) -> None:
         """Logs metrics for callbacks and loggers, with one logger call for all metrics of a step."""
         distributed = self.trainer.world_size > 1 and self.trainer.validating
-        shown = metrics.pop(bar)
-        self.log(bar, shown, prog_bar=True, logger=False, batch_size=1, sync_dist=distributed)
+        bar_value = metrics.pop(bar)
+        self.log(bar, bar_value, prog_bar=True, logger=False, batch_size=1, sync_dist=distributed)
         self.log_dict(metrics, logger=False, batch_size=1, sync_dist=distributed)
         if not self.trainer.sanity_checking:
-            values = {name: float(value) for name, value in {bar: shown, **metrics}.items()}
+            values = {name: float(value) for name, value in {bar: bar_value, **metrics}.items()}
             for logger in self.loggers:
                 logger.log_metrics(values, step=self.global_step)
 

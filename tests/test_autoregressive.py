@@ -1,3 +1,5 @@
+"""Stage 2 of the autoregressive baseline: its loss, resume, samples, and settings that are refused."""
+
 from dataclasses import replace
 
 import pytest
@@ -57,7 +59,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_all_tokens(tiny_pretrained):
 
 
 @pytest.mark.slow
-def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_pretrained, tmp_path):
+def test_a_resumed_run_is_bit_exact(tiny_shards, tiny_pretrained, tmp_path):
     straight = fit(model(tiny_pretrained), data(tiny_shards), steps=12, folder=tmp_path / "a")
     first = fit(model(tiny_pretrained), data(tiny_shards), steps=7, folder=tmp_path / "b")
     resume = newest_checkpoint(tmp_path / "b")
@@ -68,19 +70,7 @@ def test_a_resumed_run_equals_a_straight_one_to_the_last_bit(tiny_shards, tiny_p
         assert torch.equal(tensor, ends[1]["state_dict"][name]), name
 
 
-def test_accumulation_hardly_changes_the_loss(tiny_shards, tiny_pretrained, tmp_path):
-    network = replace(CONFIG, dropout=0.0)
-    whole = fit(model(tiny_pretrained, network=network), data(tiny_shards), steps=4, folder=tmp_path / "a")
-    parts = fit(
-        model(tiny_pretrained, network=network), data(tiny_shards, max_batch_per_device=4), steps=4,
-        folder=tmp_path / "b", accumulate_grad_batches=2,
-    )  # fmt: skip
-    halves = [float.fromhex(loss) for loss in parts.losses]
-    means = [a + b for a, b in zip(halves[::2], halves[1::2], strict=True)]  # Lightning divides by 2
-    assert means == pytest.approx([float.fromhex(loss) for loss in whole.losses], rel=1e-5)
-
-
-def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):
+def test_logs_group_tokens_by_their_position_in_raster_order(tiny_pretrained):
     module = model(tiny_pretrained)
     mask = torch.ones(2, 16, dtype=torch.bool)
     mask[1, 3] = False
@@ -90,7 +80,7 @@ def test_what_is_logged_is_sorted_by_the_place_in_raster_order(tiny_pretrained):
     )
 
 
-def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is(tiny_pretrained):
+def test_samples_depend_on_their_seed_and_keep_the_training_mode(tiny_pretrained):
     module = model(tiny_pretrained, ema_decay=0).train()
     together = list(module.sample([0, 1, 2], [5, 6, 7]))
     assert module.transformer.training
@@ -99,7 +89,7 @@ def test_samples_depend_on_the_seed_alone_and_leave_the_trained_network_as_it_is
     assert torch.equal(together[-1].tokens, torch.cat(alone))
 
 
-def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregressive):
+def test_it_starts_from_weights_of_its_own_kind_only(tiny_pretrained, tiny_autoregressive):
     module = model(tiny_pretrained, network=load_transformer(tiny_autoregressive / "transformer").network.config)
     module.start_from(tiny_autoregressive / "transformer")
     expected = load_transformer(tiny_autoregressive / "transformer").network.state_dict()
@@ -111,7 +101,7 @@ def test_it_begins_from_weights_of_its_own_kind(tiny_pretrained, tiny_autoregres
         module.start_from(tiny_pretrained / "transformer")
 
 
-def test_what_does_not_go_together_is_refused(tiny_pretrained):
+def test_settings_that_do_not_fit_are_refused(tiny_pretrained):
     with pytest.raises(ValueError, match=r"^decoding\.guidance must have scale 0 for a network without a null class"):
         model(
             tiny_pretrained,

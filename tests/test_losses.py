@@ -1,93 +1,38 @@
-"""Losses equal their formulas written out."""
+"""Losses equal their formulas written out, and those of large codebooks are computed in chunks."""
+
+from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl import losses
-
-
-def masked_batch(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(5, 7, 11, generator=generator)
-    targets = torch.randint(11, (5, 7), generator=generator)
-    mask = torch.rand(5, 7, generator=generator) < torch.tensor([0.9, 0.2, 0.5, 0.7, 0.4]).unsqueeze(1)
-    mask[:, 0] = True
-    return logits, targets, mask
-
-
-def masked_cross_entropy(logits, targets, rows, *, num_rows, label_smoothing=0.0):
-    each, nll = losses.token_cross_entropy(logits, targets, label_smoothing=label_smoothing)
-    return losses.mean_over_rows(each, rows, num_rows=num_rows), nll
+from maskgit_pl.losses import TokenStatistics, chunked_statistics, needs_chunks, token_statistics
+from maskgit_pl.networks.transformer import TransformerConfig
+from tests.modules import losses_of_step, masked_model
+from tests.test_one_graph import BACKBONES, OBJECTIVES, batch, build, check_one_graph, loss_and_gradients
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
-def test_masked_cross_entropy_is_the_mean_over_rows_of_each_rows_mean(smoothing):
-    logits, targets, mask = masked_batch()
+def test_the_loss_is_the_mean_over_images_of_each_mean_of_masked_tokens(smoothing):
+    generator = torch.Generator().manual_seed(0)
+    logits, targets = torch.randn(5, 7, 11, generator=generator), torch.randint(11, (5, 7), generator=generator)
+    mask = torch.rand(5, 7, generator=generator) < torch.tensor([0.9, 0.2, 0.5, 0.7, 0.4]).unsqueeze(1)
+    mask[:, 0] = True
     rows = mask.nonzero()[:, 0]
-    loss, nll = masked_cross_entropy(logits[mask], targets[mask], rows, num_rows=5, label_smoothing=smoothing)
-    each = [F.cross_entropy(logits[b][mask[b]], targets[b][mask[b]], label_smoothing=smoothing) for b in range(5)]
-    torch.testing.assert_close(loss, torch.stack(each).mean())
+    token_losses, nll = losses.token_cross_entropy(logits[mask], targets[mask], label_smoothing=smoothing)
+    loss = losses.mean_over_rows(token_losses, rows, num_rows=6)  # the last image has no masked token: it adds 0
+    means = [F.cross_entropy(logits[b][mask[b]], targets[b][mask[b]], label_smoothing=smoothing) for b in range(5)]
+    torch.testing.assert_close(loss, torch.stack(means).sum() / 6)
     torch.testing.assert_close(nll, F.cross_entropy(logits[mask], targets[mask], reduction="none"))
+    half = logits[mask].bfloat16()  # summed in float32
+    for values in zip(*(losses.token_cross_entropy(x, targets[mask]) for x in (half, half.float())), strict=True):
+        assert torch.equal(*values)
 
 
-def test_masked_cross_entropy_of_a_batch_is_the_mean_of_its_halves():
-    logits, targets, mask = (part[:4] for part in masked_batch())
-
-    def loss(part):
-        rows = mask[part].nonzero()[:, 0]
-        return masked_cross_entropy(
-            logits[part][mask[part]], targets[part][mask[part]], rows, num_rows=len(rows.unique())
-        )[0]
-
-    torch.testing.assert_close(loss(slice(0, 4)), (loss(slice(0, 2)) + loss(slice(2, 4))) / 2)
-
-
-def test_a_row_without_masked_tokens_adds_zero():
-    logits, targets = torch.randn(3, 11, requires_grad=True), torch.tensor([1, 2, 3])
-    loss, _ = masked_cross_entropy(logits, targets, torch.tensor([0, 0, 2]), num_rows=3)
-    expected = (F.cross_entropy(logits[:2], targets[:2]) + F.cross_entropy(logits[2:], targets[2:])) / 3
-    torch.testing.assert_close(loss, expected)
-    empty, nll = masked_cross_entropy(logits[:0], targets[:0], targets[:0], num_rows=2)
-    assert empty.item() == 0
-    assert nll.shape == (0,)
-
-
-def test_bfloat16_logits_are_summed_in_float32():
-    logits, targets, mask = masked_batch()
-    rows = mask.nonzero()[:, 0]
-    half = logits[mask].bfloat16()
-    loss, _ = masked_cross_entropy(half, targets[mask], rows, num_rows=5)
-    expected, _ = masked_cross_entropy(half.float(), targets[mask], rows, num_rows=5)
-    assert torch.equal(loss, expected)
-
-
-def test_adversarial_losses_equal_their_formulas():
-    real, fake = torch.tensor([[2.0], [-0.5]]), torch.tensor([[0.3], [-3.0]])
-    assert losses.discriminator_loss(real, fake, kind="hinge").item() == pytest.approx((0 + 1.5 + 1.3 + 0) / 2)
-    assert losses.generator_loss(fake, kind="hinge").item() == pytest.approx(1.35)
-    expected = F.binary_cross_entropy_with_logits(real, torch.ones(2, 1)) + F.binary_cross_entropy_with_logits(
-        fake, torch.zeros(2, 1)
-    )
-    torch.testing.assert_close(losses.discriminator_loss(real, fake, kind="non-saturating"), expected)
-    expected = F.binary_cross_entropy_with_logits(fake, torch.ones(2, 1))
-    torch.testing.assert_close(losses.generator_loss(fake, kind="non-saturating"), expected)
-
-
-def test_r1_equals_the_gradient_worked_out_by_hand():
-    weight = torch.randn(12, requires_grad=True)
-    images = torch.rand(3, 3, 2, 2, requires_grad=True)
-    flat = images.flatten(1)
-    logits = (flat.square() @ weight).unsqueeze(1)  # gradient 2 w x
-    penalty = losses.r1_penalty(logits, images)
-    by_hand = (2 * weight * flat).square().sum(1).mean()
-    torch.testing.assert_close(penalty, by_hand)
-    (got,) = torch.autograd.grad(penalty, weight, retain_graph=True)
-    (wanted,) = torch.autograd.grad(by_hand, weight)
-    torch.testing.assert_close(got, wanted)
-
-
-def test_lecam_holds_logits_to_the_other_sides_mean():
+def test_lecam_pulls_logits_to_the_mean_of_the_other_side():
     real, fake = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [2.0]])
     loss = losses.lecam_loss(real, fake, real_mean=torch.tensor(1.5), fake_mean=torch.tensor(2.0))
     assert loss.item() == pytest.approx((0 + 1) / 2 + (1.5**2 + 0) / 2)
@@ -99,7 +44,120 @@ def test_the_adaptive_weight_is_the_ratio_of_norms_within_its_bounds():
     assert losses.adaptive_weight(torch.tensor([1e9]), torch.tensor([0.0])).item() == 1e4
 
 
-def test_reconstruction_losses_are_means():
-    a, b = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    torch.testing.assert_close(losses.reconstruction_loss(a, b, kind="l2"), F.mse_loss(a, b))
-    torch.testing.assert_close(losses.reconstruction_loss(a, b, kind="l1"), F.l1_loss(a, b))
+# Large codebooks: the same values and gradients, without a tensor of all logits
+
+OPTIONS = {
+    "plain": {},
+    "smoothed": {"label_smoothing": 0.1},
+    "groups": {"label_smoothing": 0.1, "num_token_groups": 2},
+}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Logits of 3 rows are computed at once, for any number of columns."""
+    monkeypatch.setattr(losses, "_MOST_LOGITS", 0)
+    monkeypatch.setattr(losses, "_LEAST_COLUMNS", 1)
+    monkeypatch.setattr(losses, "_LEAST_ROWS", 3)
+    monkeypatch.setattr(losses, "_CHUNK_LOGITS", 0)
+
+
+def inputs(rows: int, columns: int, size: int = 16) -> list[Tensor]:
+    chance = torch.Generator().manual_seed(0)
+    shapes = (rows, size), (columns, size), (columns,)
+    return [torch.randn(shape, generator=chance).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 10])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_chunks_have_the_values_and_gradients_of_whole_logits(options, rows, small_chunks):
+    columns = 16 if "num_token_groups" in options else 64
+    arguments, generator = inputs(rows, columns), torch.Generator().manual_seed(1)
+    targets, weights = torch.randint(64, (rows,), generator=generator), torch.rand(rows, generator=generator)
+    whole = token_statistics(F.linear(*arguments), targets, **options)
+    columns = chunked_statistics(*arguments, targets=targets, measure=partial(token_statistics, **options))
+    chunked = TokenStatistics(*columns.unbind(1))
+    gradients = [
+        torch.autograd.grad((statistics.losses * weights).sum(), arguments, retain_graph=True)
+        for statistics in (whole, chunked)
+    ]
+    for values, expected in zip([*chunked, *gradients[1]], [*whole, *gradients[0]], strict=True):
+        torch.testing.assert_close(values, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "objective"),
+    [*((name, "masked_cross_entropy") for name in BACKBONES), *(("bert", name) for name in OBJECTIVES)],
+)
+def test_a_step_in_chunks_has_the_same_loss_and_gradients(backbone, objective, request):
+    loss, gradients, _ = loss_and_gradients(build(backbone, objective), 0)
+    request.getfixturevalue("small_chunks")
+    chunked_loss, chunked_gradients, _ = loss_and_gradients(build(backbone, objective), 0)
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=0)
+    assert (chunked_gradients - gradients).norm() < 1e-6 * gradients.norm()
+
+
+@pytest.mark.slow
+def test_chunks_are_part_of_the_graph(small_chunks, monkeypatch):
+    check_one_graph("adaln", "masked_cross_entropy", monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "expected"),
+    [(42_000, 2025, False), (2048, 2**14, False), (2049, 2**14, True), (1024, 2**16, True), (100, 2**18, False)],
+)
+def test_large_logits_of_large_codebooks_are_divided(rows, columns, expected):
+    assert needs_chunks(rows, columns) == expected
+
+
+class LargestTensor(TorchDispatchMode):
+    """A mode that keeps the largest number of values of a tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        made = func(*args, **(kwargs or {}))
+        self.numel = max([self.numel, *(t.numel() for t in torch.utils._pytree.tree_leaves(made) if is_new(t))])
+        return made
+
+
+def is_new(value: object) -> bool:
+    """Returns True for a tensor that holds its values: neither a view nor an expanded number."""
+    return isinstance(value, Tensor) and not value._is_view() and 0 not in value.stride()
+
+
+@pytest.mark.parametrize(("columns", "rows"), [(2**14, 4096), (2**16, 1024), (2**18, 4096)])
+def test_no_tensor_is_larger_than_a_chunk(columns, rows):
+    with torch.device("meta"):
+        arguments = [torch.empty(shape, requires_grad=True) for shape in ((rows, 64), (columns, 64), (columns,))]
+        targets = torch.zeros(rows, dtype=torch.int64)
+        with LargestTensor() as seen:
+            chunked_statistics(*arguments, targets=targets, measure=token_statistics)[:, 0].sum().backward()
+    assert seen.numel <= max(2**24, 128 * columns) < rows * columns
+
+
+@pytest.mark.slow
+def test_a_model_of_a_large_codebook_computes_its_logits_in_chunks(monkeypatch):
+    monkeypatch.setattr(losses, "_MOST_LOGITS", 2**20)
+    network = TransformerConfig(2**14, 3, (16, 16), embed_dim=8, depth=1, num_heads=1, mlp_dim=8, dropout=0.0)
+    module = masked_model(network, "unused")
+    drawn = module._with_draws(batch()._replace(content=torch.arange(8 * 256).view(8, 256)))
+    with LargestTensor() as seen:
+        loss = losses_of_step(module, drawn).loss
+        loss.backward()
+    assert torch.isfinite(loss)
+    assert seen.numel < len(drawn.draws.positions) * network.num_rows
+    assert seen.numel <= 2**24
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_values_for_the_logs_keep_no_graph(backbone, small_chunks):
+    """Sums of them live until the next log: they would keep the graphs of all steps until then."""
+    module = build(backbone)
+    step = losses_of_step(module, module._with_draws(batch()))
+    assert step.loss.requires_grad
+    assert not step.token_losses.requires_grad
+    assert not step.hits.requires_grad

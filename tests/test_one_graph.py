@@ -1,6 +1,5 @@
 """Forward pass and loss of stage 2 are one graph, whose sizes are known on the host, and nothing in a step waits."""
 
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, cast
@@ -65,12 +64,12 @@ def batch(step: int = 0) -> Batch:
 
 
 def loss_and_gradients(module: TokenModel, step: int) -> tuple[Tensor, Tensor, int]:
-    given = module._with_draws(batch(step))
+    drawn = module._with_draws(batch(step))
     module.zero_grad()
-    loss = losses_of_step(module, given).loss
+    loss = losses_of_step(module, drawn).loss
     loss.backward()
-    gradients = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
-    return loss.detach(), torch.cat(gradients), len(given.draws.positions)
+    gradients = [weight.grad.flatten() for weight in module.transformer.parameters() if weight.grad is not None]
+    return loss.detach(), torch.cat(gradients), len(drawn.draws.positions)
 
 
 def check_one_graph(backbone: str, objective: str, monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
@@ -80,15 +79,15 @@ def check_one_graph(backbone: str, objective: str, monkeypatch: pytest.MonkeyPat
         graphs.append(graph)
         return graph.forward
 
-    monkeypatch.setattr(torch, "compile", lambda *given, **kinds: compiled(*given, backend=backend, **kinds))
+    monkeypatch.setattr(torch, "compile", lambda *args, **kwargs: compiled(*args, backend=backend, **kwargs))
     torch._dynamo.reset()
     plain, module = build(backbone, objective), build(backbone, objective, compiled="step", **more)
     sizes, exact = set(), set()
     for step in range(STEPS):
         expected, gradients, count = loss_and_gradients(plain, step)
-        loss, own, padded = loss_and_gradients(module, step)
+        loss, compiled_gradients, padded = loss_and_gradients(module, step)
         torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
-        assert (own - gradients).norm() < 1e-6 * gradients.norm()
+        assert (compiled_gradients - gradients).norm() < 1e-6 * gradients.norm()
         sizes.add(padded)
         exact.add(count)
     assert len(graphs) == len(sizes)  # graph breaks and other sizes would make more
@@ -113,24 +112,19 @@ def test_activation_checkpointing_is_part_of_the_graph(monkeypatch):
 
 
 def test_the_table_of_objectives_is_complete():
-    named = [options.get("objective", "masked_cross_entropy") for options in OBJECTIVES.values()]
-    assert {each if isinstance(each, str) else each["name"] for each in named} == set(objectives.names())
+    specs = [options.get("objective", "masked_cross_entropy") for options in OBJECTIVES.values()]
+    assert {spec if isinstance(spec, str) else spec["name"] for spec in specs} == set(objectives.names())
 
 
 class NoWaits(TorchDispatchMode):
     """A mode that raises where a step on a GPU would copy from pageable memory of the host, and wait."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        found = {each.device.type for each in torch.utils._pytree.tree_leaves((args, kwargs)) if is_tensor(each)}
-        made = func(*args, **(kwargs or {}))
-        found |= {each.device.type for each in torch.utils._pytree.tree_leaves(made) if is_tensor(each)}
-        if found == {"cpu", "meta"}:
+        outputs = func(*args, **(kwargs or {}))
+        leaves = torch.utils._pytree.tree_leaves((args, kwargs, outputs))
+        if {leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)} == {"cpu", "meta"}:
             raise AssertionError(f"{func} copies between host and device")
-        return made
-
-
-def is_tensor(value: object) -> bool:
-    return isinstance(value, Tensor)
+        return outputs
 
 
 def train_on_meta(module: TokenModel) -> Tensor:
@@ -143,9 +137,9 @@ def train_on_meta(module: TokenModel) -> Tensor:
     data, loss = StepDataModule(), torch.zeros(())
     for step in range(2):
         run.global_step = step + 1
-        given = data.transfer_batch_to_device(module._with_draws(batch(step)), torch.device("meta"), 0)
+        on_meta = data.transfer_batch_to_device(module._with_draws(batch(step)), torch.device("meta"), 0)
         with NoWaits():
-            loss = module.training_step(given, 0)
+            loss = module.training_step(on_meta, 0)
             loss.backward()
             nn.utils.clip_grad_norm_(module.transformer.parameters(), 1.0)
             module.optimizer_step(0, 0, optimizer, lambda: None)
@@ -166,26 +160,9 @@ def test_no_operation_of_a_step_waits_for_a_value(backbone, objective, monkeypat
 
 @pytest.mark.parametrize(
     "read",
-    [
-        pytest.param(lambda x: x.nonzero(), id="nonzero"),
-        pytest.param(lambda x: x[x > 0], id="boolean index"),
-        pytest.param(lambda x: x.long().bincount(minlength=3), id="bincount"),
-        pytest.param(lambda x: x.sum().item(), id="item"),
-        pytest.param(lambda x: x.unique(), id="unique"),
-        pytest.param(lambda x: bool(x.any()), id="bool"),
-        pytest.param(lambda x: x.masked_select(x > 0), id="masked_select"),
-        pytest.param(lambda x: x + torch.ones(4).to(x.device), id="copy"),
-    ],
+    [lambda x: x.nonzero(), lambda x: x.sum().item(), lambda x: x + torch.ones(4).to(x.device)],
+    ids=["nonzero", "item", "copy"],
 )
 def test_the_meta_device_finds_an_operation_that_waits(read):
     with NoWaits(), pytest.raises((NotImplementedError, RuntimeError, AssertionError)):
         read(torch.ones(4, device="meta"))
-
-
-def test_statistics_are_kept_until_they_are_logged():
-    module = build("bert", compiled="none")
-    module.trainer = Run()  # type: ignore[assignment]  # stands in for the Trainer
-    losses = [module.training_step(batch(step), 0) for step in range(2)]
-    counts = sum(int(module._with_draws(batch(step)).draws.mask.sum()) for step in range(2))
-    assert int(module._bins._sums[:4, 0].sum()) == counts
-    assert all(math.isfinite(value) for value in module._bins.take(losses[-1].detach()).values())

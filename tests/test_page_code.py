@@ -21,13 +21,12 @@ DEMO = ROOT / "maskgit_pl/models/fashion-mnist-demo"
 BLOCK = re.compile(
     r"(?:<!-- not run: (?P<reason>[^>]+) -->\n)?^```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE
 )
-OPEN = 'from maskgit_pl import MaskGIT\npipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")\n'
 EXPORT = """
 from maskgit_pl.cli import main
 for kind, out in (("onnx", "exported"), ("diffusers", "folder")):
     assert main(["export", "fashion-mnist-demo", f"--format={kind}", f"--out={out}"]) == 0
 """
-BEFORE = {"docs/decoding/README.md": OPEN, "docs/export.md": EXPORT}  # what a page takes for granted
+BEFORE = {"docs/export.md": EXPORT}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
     "README.md": ["sneaker.png"],
     "docs/index.md": ["sneaker.png"],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,20 +85,15 @@ class _CompositeQuantizer(Quantizer):
         return [tokens // self._base**number % self._base for number in range(len(self.parts))]
 
 
-def _check_inner(owner: str, quantizer: str | Mapping[str, Any], refused: Mapping[str, str]) -> None:
+def _check_inner(owner: str, quantizer: str | Mapping[str, Any], refused: Collection[str]) -> None:
     """Checks the quantizer of each part of a composite one.
 
-    Args:
-        owner: Name of the composite quantizer.
-        quantizer: Name or mapping of the parts' quantizer.
-        refused: Name of a quantizer that does not fit -> the end of the message.
-
     Raises:
-        ValueError: if it is unknown, has wrong arguments, or does not fit.
+        ValueError: if it is unknown, has wrong arguments, or is one of the names that are refused.
     """
     name = quantizer.get("name") if isinstance(quantizer, Mapping) else quantizer
     if isinstance(name, str) and name in refused:
-        raise ValueError(f"quantizer of {owner!r} must not be {name!r}{refused[name]}")
+        raise ValueError(f"quantizer of {owner!r} must not be {name!r}; take a table of codes, such as 'ema'")
     try:
         quantizers.build(quantizer)
     except ValueError as error:
@@ -108,14 +103,7 @@ def _check_inner(owner: str, quantizer: str | Mapping[str, Any], refused: Mappin
 def _inner_size(
     owner: str, quantizer: str | Mapping[str, Any], *, parts: tuple[int, str], codebook_size: int, code_dim: int
 ) -> int:
-    """Returns k, the number of codes of each part.
-
-    Args:
-        owner: Name of the composite quantizer.
-        quantizer: Name or mapping of the parts' quantizer.
-        parts: Number of the parts, and what one is called, such as ``(2, "group")``.
-        codebook_size: K = k^parts.
-        code_dim: Size of a part's code.
+    """Returns k, the number of codes of each of the parts, such as ``(2, "group")``: K = k^2.
 
     Raises:
         ValueError: if K is no such power, or the parts' quantizer cannot have k codes of this size.
@@ -136,12 +124,6 @@ def _inner_size(
 
 def _seed_of(seed: int, part: int) -> int:
     return (seed + part * _SEED_STEP) % 2**32
-
-
-_NOT_IN_PRODUCT = {
-    "product": " again, got 'product'; raise num_groups",
-    "residual": ", got 'residual'; take product or residual",
-}
 
 
 class ProductQuantizer(_CompositeQuantizer):
@@ -224,7 +206,7 @@ class ProductQuantizerSpec:
 
     def __post_init__(self) -> None:
         check_integer("num_groups", self.num_groups, "[2, 16]")
-        _check_inner("product", self.quantizer, _NOT_IN_PRODUCT)
+        _check_inner("product", self.quantizer, ("product", "residual"))
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K is k^G, D a multiple of G, and that the groups' quantizer can have their sizes.
@@ -261,18 +243,8 @@ class ProductQuantizerSpec:
         )
 
 
-_FIXED = ", whose codes have one fixed scale, got {name!r}; take a table of codes, such as 'ema'"
-_DECODED = ", whose codes learn from the decoder's gradient, got {name!r}; take a table of codes, such as 'ema'"
-_NESTED = ", got {name!r}; raise num_levels"
-_NOT_IN_RESIDUAL = {
-    name: reason.format(name=name)
-    for names, reason in (
-        (("fsq", "lfq", "bsq"), _FIXED),
-        (("gumbel", "ibq"), _DECODED),
-        (("product", "residual"), _NESTED),
-    )
-    for name in names
-}
+# Their codes have one fixed scale, or learn from the decoder's gradient, or are composite.
+_NOT_IN_RESIDUAL = ("fsq", "lfq", "bsq", "gumbel", "ibq", "product", "residual")
 
 
 class ResidualQuantizer(_CompositeQuantizer):

@@ -70,8 +70,8 @@ class GumbelQuantizer(CodebookQuantizer):
         (rank, ranks), (size, codes) = rank_and_world(), logits.shape
         # Row j of micro-batch a on rank r is at (a W + r) M + j, as the data module deals samples out.
         first = (self._micro_batch * ranks + rank) * size
-        places = torch.arange(first, first + size, device=logits.device)
-        parts = torch.split(places, max(1, _NUMBERS_AT_ONCE // codes))
+        rows = torch.arange(first, first + size, device=logits.device)
+        parts = torch.split(rows, max(1, _NUMBERS_AT_ONCE // codes))
         drawn = [
             random_uniform("gumbel-quantizer", seed=self._seed, index=part, epoch=self._step, count=codes)
             for part in parts

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_number, did_you_mean, shorten
+from maskgit_pl.checks import check_choice, check_keys, check_number, shorten
 from maskgit_pl.distributed import rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizer_output, quantizers, rows_of
 from maskgit_pl.randomness import random_bits
@@ -97,8 +97,8 @@ class VQPyTorchQuantizer(Quantizer):
         is_table = self.class_name == "VectorQuantize"
         codes = self.inner.get_codes_from_indices if is_table else self.inner.indices_to_codes
         with torch.autocast(tokens.device.type, enabled=False):
-            found: Tensor = codes(tokens.flatten())  # type: ignore[operator]  # a method
-        return found.float().reshape(*tokens.shape, self.code_dim)
+            rows: Tensor = codes(tokens.flatten())  # type: ignore[operator]  # a method
+        return rows.float().reshape(*tokens.shape, self.code_dim)
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is that of the package."""
@@ -108,8 +108,9 @@ class VQPyTorchQuantizer(Quantizer):
     def _quantize(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns codes (1, M, D), tokens (1, M) and the loss of the package."""
         with torch.autocast(features.device.type, enabled=False):
-            found: tuple[Tensor, Tensor, Tensor] = self.inner(rows_of(features).float().unsqueeze(0), **self._arguments)
-        return found
+            rows = rows_of(features).float().unsqueeze(0)
+            output: tuple[Tensor, Tensor, Tensor] = self.inner(rows, **self._arguments)
+        return output
 
     @torch.no_grad()
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
@@ -135,17 +136,17 @@ def _with_all_buffers_saved(inner: nn.Module) -> nn.Module:
     saved = inner.state_dict()
     for name, value in list(inner.named_buffers()):
         if name not in saved:
-            owner, _, own = name.rpartition(".")
-            inner.get_submodule(owner).register_buffer(own, value)
+            owner, _, buffer_name = name.rpartition(".")
+            inner.get_submodule(owner).register_buffer(buffer_name, value)
     return inner
 
 
 def _gather(parts: Sequence[Tensor]) -> Tensor:
     """Returns the rows of all micro-batches and ranks, in the order in which the data module deals samples out."""
     rank, ranks = rank_and_world()
-    own = torch.stack(list(parts))  # (A, M, ...)
-    whole = own.new_zeros(len(parts), ranks, *own.shape[1:])
-    whole[:, rank] = own
+    stacked = torch.stack(list(parts))  # (A, M, ...)
+    whole = stacked.new_zeros(len(parts), ranks, *stacked.shape[1:])
+    whole[:, rank] = stacked
     return sum_over_ranks(whole).flatten(0, 2)
 
 
@@ -181,12 +182,10 @@ class VQPyTorchSpec:
         check_choice("class_name", self.class_name, get_args(ClassName))
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of arguments, got {shorten(self.options)}")
-        known = _OPTIONS[self.class_name]
+        checks = _OPTIONS[self.class_name]
+        check_keys(f"options of {self.class_name}", self.options, known=checks)
         for name, value in self.options.items():
-            if name not in known:
-                text = f"options must be of {self.class_name} ({', '.join(sorted(known))}), got {shorten(name)}; "
-                raise ValueError(f"{text}{did_you_mean(str(name), known)}".removesuffix("; "))
-            known[name](name, value)
+            checks[name](name, value)
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that the package is installed; every K and D fits.

@@ -15,10 +15,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.decoding.autoregressive import (
-        AutoregressiveDecoder,
-        decode_autoregressive,
-    )
+    from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder, decode_autoregressive
     from maskgit_pl.decoding.config import (
         SETTINGS_FORMAT,
         AutoregressiveDecoding,
@@ -32,10 +29,8 @@ if TYPE_CHECKING:
         ConditionalModel,
         ConditionalNetwork,
         FirstStepLogits,
-        FirstStepPredictor,
         GuidedPredictor,
         Predictor,
-        build_class_predictor,
     )
     from maskgit_pl.decoding.sampling import CodeSampling, Noise
 
@@ -50,13 +45,11 @@ __all__ = [
     "DecodingConfig",
     "DecodingStep",
     "FirstStepLogits",
-    "FirstStepPredictor",
     "GuidedPredictor",
     "Noise",
     "ParallelDecoder",
     "Predictor",
     "SeededNoise",
-    "build_class_predictor",
     "check_parallel",
     "decode_autoregressive",
     "decode_classes",
@@ -76,14 +69,12 @@ __getattr__ = lazy_names(
         "DecodingConfig": "config",
         "DecodingStep": "decoder",
         "FirstStepLogits": "predictors",
-        "FirstStepPredictor": "predictors",
         "GuidedPredictor": "predictors",
         "Noise": "sampling",
         "ParallelDecoder": "decoder",
         "Predictor": "predictors",
         "SETTINGS_FORMAT": "config",
         "SeededNoise": "decoder",
-        "build_class_predictor": "predictors",
         "check_parallel": "config",
         "decode_autoregressive": "autoregressive",
         "decode_classes": "decoder",

@@ -72,8 +72,8 @@ class DecodingConfig:
     def __post_init__(self) -> None:
         set_specs(self, token_selector=token_selectors, guidance=guidance_schedules, mask_schedule=mask_schedules)
         for name in ("num_steps", "sampling_temperature", "top_k", "top_p"):
-            several = plain_list(getattr(self, name))
-            plain = plain_number(getattr(self, name)) if several is None else tuple(several)  # JSON has no tuples
+            pair = plain_list(getattr(self, name))
+            plain = plain_number(getattr(self, name)) if pair is None else tuple(pair)  # JSON has no tuples
             object.__setattr__(self, name, plain)
         check_integer("num_steps", self.num_steps, f"[1, {_MOST_STEPS}]")
         if self.tokens_per_step is not None:
@@ -190,15 +190,7 @@ class AutoregressiveDecoding:
 
     def to_config(self, num_tokens: int) -> DecodingConfig:
         """Returns the settings for images of ``num_tokens`` tokens, in the form that a pretrained folder stores."""
-        return DecodingConfig(
-            num_tokens,
-            None,
-            self.guidance,
-            sampling_temperature=self.sampling_temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            draw_method=self.draw_method,
-        )
+        return DecodingConfig(num_tokens, None, **vars(self))
 
 
 def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
@@ -217,10 +209,10 @@ def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
     """
     content = read_json(file)
     if (content.get("format"), content.get("version")) != (SETTINGS_FORMAT, _VERSION):
-        found = f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}"
         raise ValueError(
-            f"decoding {file}: format must be {SETTINGS_FORMAT!r}, version {_VERSION}, got {found}; `maskgit tune RUN` "
-            "writes such a file, RUN/pretrained/decoding.json"
+            f"decoding {file}: format must be {SETTINGS_FORMAT!r}, version {_VERSION}, got "
+            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; `maskgit tune RUN` writes "
+            "such a file, RUN/pretrained/decoding.json"
         )
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))
     return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content

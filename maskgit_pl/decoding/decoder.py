@@ -35,7 +35,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, Predictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Noise
@@ -58,10 +58,8 @@ __all__ = [
 class ParallelDecoder:
     """The decoder of MaskGIT, which fills masked tokens in ``num_steps`` parallel steps.
 
-    Step t draws a code for each of the m masked tokens from the predictor's distribution. With U tokens masked at the
-    start, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws with the lowest scores are then masked again. The
-    result is the draw of the last step. A selector may also mask tokens that earlier steps decided, or set the number
-    of tokens to keep itself; the last step always keeps all.
+    With U tokens masked at the start and m before step t, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws
+    with the lowest scores are masked again; the last step keeps all. See ``plan`` for selectors that change the counts.
 
     Args:
         mask_schedule: gamma: the schedule object that the mask sampler of the training holds too.
@@ -72,6 +70,7 @@ class ParallelDecoder:
             sum is N. Images with fewer masked tokens at the start decide them in proportion, rounded down.
 
     Raises:
+        TypeError: if the schedule or the selector is a name, from which a registry builds the object.
         ValueError: if a number is out of range.
     """
 
@@ -82,6 +81,9 @@ class ParallelDecoder:
     tokens_per_step: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("mask_schedule", "token_selector"):
+            if not callable(part := getattr(self, name)):
+                raise TypeError(f"{name} must be an object, got {shorten(part)}; use {name}s.build({shorten(part)})")
         check_integer("num_steps", self.num_steps, "[1, inf)")
         if self.tokens_per_step is not None and not self.token_selector.follows_schedule:
             raise ValueError(
@@ -115,19 +117,28 @@ class ParallelDecoder:
         Yields:
             A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked. A
             selector that sets the number of tokens to keep may finish before the last step.
+
+        Raises:
+            ValueError: if the logits have another shape than (B, M, K), or the selector needs the grid.
         """
         run = _Run(self, predictor, tokens, noise, mask_token_id=mask_token_id, grid=grid)
         at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
         yield from run.steps(self.plan(at_start, tokens.shape[1], first_step=first_step), first_step)
 
     def decode(
-        self, predictor: Predictor, tokens: Tensor, noise: Noise, *, mask_token_id: int, first_step: int = 0
+        self,
+        predictor: Predictor,
+        tokens: Tensor,
+        noise: Noise,
+        *,
+        mask_token_id: int,
+        first_step: int = 0,
+        grid: tuple[int, int] | None = None,
     ) -> Tensor:
         """Returns the tokens (B, N) int64 in [0, K) of the last step; see ``steps`` for the arguments."""
-        last = tokens
-        for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step):
-            last = step.tokens
-        return last
+        for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step, grid=grid):
+            tokens = step.tokens
+        return tokens
 
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
         """Counts the masked tokens of each step on the host, so that all shapes are known before the loop.
@@ -158,11 +169,11 @@ class ParallelDecoder:
         steps, before = [], list(at_start)
         for step in range(first_step, self.num_steps - 1):
             progress, rows = (step + 1) / self.num_steps, []
-            for unknown, masked, wanted in zip(at_start, before, planned[step], strict=True):
-                decided, asked = unknown - masked, 0
+            for start, masked, target in zip(at_start, before, planned[step], strict=True):
+                decided, num_remasked = start - masked, 0
                 if not selector.needs_decided_logits:
-                    asked = selector.num_remasked(decided=decided, planned=wanted, progress=progress)
-                rows.append(count_after(masked, wanted, max(0, min(asked, decided))))
+                    num_remasked = selector.num_remasked(decided=decided, planned=target, progress=progress)
+                rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
             after, remasked = (list(column) for column in zip(*rows, strict=True))
             steps.append(StepCounts(before, after, remasked))
             before = after
@@ -260,6 +271,11 @@ class _Run:
                 return
             # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
             logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
+            if logits.shape[:2] != positions.shape:
+                raise ValueError(
+                    f"predictor must return logits of shape {(*positions.shape, 'K')}, those at the given positions, "
+                    f"got {tuple(logits.shape)}; select them from logits of all positions with torch.gather"
+                )
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             # 3. Score. Padding, which +inf sorts last, keeps its code and confidence.
@@ -439,7 +455,11 @@ class SeededNoise:
     num_tokens: int
     steps_at_once: int = 8
     method: DrawMethod = "inverse_cdf"
-    _made: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _kept: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seeds, Tensor):
+            raise TypeError(f"seeds must be an int64 tensor, got {shorten(self.seeds)}; use torch.tensor(seeds)")
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Draws codes with one uniform number per position, or with K Gumbel numbers."""
@@ -455,13 +475,13 @@ class SeededNoise:
     def _at(self, number: int, positions: Tensor, step: int) -> Tensor:
         """Returns the generated numbers (B, M) of some positions: 0 and 1 are words for codes, 2 is Gumbel noise."""
         first = self._generate(step)
-        return self._made[first][number][:, step - first].gather(1, positions)
+        return self._kept[first][number][:, step - first].gather(1, positions)
 
     def _generate(self, step: int) -> int:
         """Generates the numbers of the group of steps that holds ``step``, if needed, and returns its first step."""
         first = step - step % self.steps_at_once
-        if first not in self._made:
-            self._made.clear()  # one group of steps is kept: 3 B N numbers per step
+        if first not in self._kept:
+            self._kept.clear()  # one group of steps is kept: 3 B N numbers per step
             steps = torch.arange(first, first + self.steps_at_once, device=self.seeds.device)
             first_words, second_words, choice = random_bits(
                 ["decode/codes", "decode/codes/second", "decode/choice"],
@@ -470,7 +490,7 @@ class SeededNoise:
                 epoch=steps,
                 count=self.num_tokens,
             )  # (B, steps, N) each
-            self._made[first] = first_words, second_words, gumbel(uniform_of(choice))
+            self._kept[first] = first_words, second_words, gumbel(uniform_of(choice))
         return first
 
 
@@ -503,13 +523,12 @@ def decode_classes(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    num_masked = None
-    all_masked = tokens is None
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = build_class_predictor(
-            model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=all_masked
+            model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=tokens is None
         )
+    num_masked = None
     if tokens is None:
         shape = len(labels), model.num_tokens
         tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)

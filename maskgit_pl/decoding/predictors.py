@@ -157,8 +157,8 @@ class AutoguidedPredictor:
         if scale == 0:
             return logits
         # The mask tokens have different ids if only one network has a null class.
-        own, other = self.mask_token_ids
-        tokens = tokens if own == other else tokens.masked_fill(tokens == own, other)
+        positive_id, negative_id = self.mask_token_ids
+        tokens = tokens if positive_id == negative_id else tokens.masked_fill(tokens == positive_id, negative_id)
         return apply_guidance(logits, self.negative(tokens, positions), scale)
 
 
@@ -309,19 +309,18 @@ class ConditionalModel(Generic[_NetworkT]):
         # The logits of the first step are cached by class, which a vector makes wrong.
         return replace(self, vectors=vectors, first_step_logits=None, negative=negative)
 
-    def fill_negative_labels(self, given: Sequence[int] | None, labels: Sequence[int]) -> Sequence[int] | None:
+    def fill_negative_labels(
+        self, negative_labels: Sequence[int] | None, labels: Sequence[int]
+    ) -> Sequence[int] | None:
         """Returns the labels of the negative half of guidance.
 
-        Args:
-            given: Negative label of each image; None if none are named.
-            labels: Label of each image.
-
-        Returns:
-            ``given``; without it ``labels`` if there is a negative model, else null labels, else None.
+        They are ``negative_labels``; without them ``labels`` if there is a negative model, else null labels, else None.
         """
-        if given is None and self.negative is not None:
+        if negative_labels is not None:
+            return negative_labels
+        if self.negative is not None:
             return labels
-        return [self.null_label] * len(labels) if given is None and self.null_label is not None else given
+        return None if self.null_label is None else [self.null_label] * len(labels)
 
 
 def build_class_predictor(
@@ -437,22 +436,15 @@ class VectorPool:
 
     def draw(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         """Returns the vectors (n, C) of n images with their labels and seeds."""
-        rows = [self._rows(label) for label in labels]
-        chosen = [own[(seed - self.first_seed) % len(own)] for own, seed in zip(rows, seeds, strict=True)]
-        return self.vectors[torch.stack(chosen)]
+        rows = {label: self._rows(label) for label in set(labels)}
+        turns = [(seed - self.first_seed, rows[label]) for label, seed in zip(labels, seeds, strict=True)]
+        return self.vectors[torch.stack([own_rows[turn % len(own_rows)] for turn, own_rows in turns])]
 
     def _rows(self, label: int) -> Tensor:
         """Returns the rows of the vectors of a class, in order."""
-        if label not in self._rows_of_label:
-            found = torch.arange(len(self.vectors))
-            if self.labels is not None and bool((self.labels == label).any()):
-                found = (self.labels == label).nonzero()[:, 0]
-            self._rows_of_label[label] = found
-        return self._rows_of_label[label]
-
-    @cached_property
-    def _rows_of_label(self) -> dict[int, Tensor]:
-        return {}
+        if self.labels is None or not bool((self.labels == label).any()):
+            return torch.arange(len(self.vectors))
+        return (self.labels == label).nonzero()[:, 0]
 
 
 def check_condition_vectors(

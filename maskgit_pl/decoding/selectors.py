@@ -23,7 +23,7 @@ from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_integer, check_number, check_seed, shorten
-from maskgit_pl.registry import Registry
+from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.schedules import halton_order
 
 if TYPE_CHECKING:
@@ -199,9 +199,8 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
     """
     import torch
 
+    derives_from(TokenSelector)(name, selector)
     where = f"token selector {name!r}"
-    if not isinstance(selector, TokenSelector):
-        raise ValueError(f"{where} must be a TokenSelector, got {shorten(selector)}")
     # Attributes that contradict one another.
     if selector.needs_decided_logits and not selector.follows_schedule:
         raise ValueError(
@@ -315,7 +314,8 @@ class Halton(TokenSelector):
             check_seed("seed", self.seed)
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        assert candidates.grid is not None, "ParallelDecoder.steps(grid=(rows, columns))"
+        if candidates.grid is None:
+            raise ValueError("grid must be given for token selector 'halton', got None; pass grid=(rows, columns)")
         ranks = _halton_ranks(candidates.grid, self.seed, candidates.positions.device)
         return -ranks[candidates.positions]
 

@@ -18,7 +18,7 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.features import iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.masking import MaskSampler, random_mask
+from maskgit_pl.masking import MaskSampler, UniformPositions
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
@@ -133,7 +133,7 @@ def negative_elbo(
         word = random_bits("likelihood/masked", seed=seed, index=index, epoch=draw)[:, 0]
         # Draw j of J takes u in [j / J, (j + 1) / J), and m = 1 + floor(u N). Integers have no rounding errors.
         count = 1 + (draw * _WORDS + word) * num_tokens // (draws * _WORDS)  # (B,) in [1, N]
-        return random_mask(count, num_tokens, seed=seed, index=index, epoch=draw)
+        return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=draw)
 
     return num_tokens * _masked_row_nll(
         network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images

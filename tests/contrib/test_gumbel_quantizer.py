@@ -14,7 +14,7 @@ def gumbel_output(form="soft", *, seed=0, step=0, micro_batch=0, temperature=1.0
     return quantizer, quantizer(features(4))
 
 
-def test_the_codes_of_gumbel_are_mixed_and_its_loss_is_the_divergence_from_uniform():
+def test_gumbel_mixes_codes_and_its_loss_is_the_divergence_from_uniform():
     quantizer, output = gumbel_output()
     distances = torch.cdist(rows_of(features(4)), quantizer.codebook).square()
     probabilities = (-distances).softmax(1)

@@ -13,7 +13,7 @@ from tests.networks.test_lookup_free import build, features
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cosine_sim": True, "decay": 0.5}, {"rotation_trick": False}], ids=str)
-def test_vector_quantize_learns_after_the_step_what_the_package_learns_in_its_forward_pass(options):
+def test_vector_quantize_learns_as_the_package_does_in_its_forward_pass(options):
     pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
     quantizer = build({"name": "vq_pytorch", "options": options}, 8, 4)
     package, inputs = copy.deepcopy(quantizer.inner), features(4)
@@ -37,7 +37,7 @@ def test_without_the_package_the_error_says_how_to_install_it(monkeypatch):
         quantizers.build("vq_pytorch").create(codebook_size=16, code_dim=4)
 
 
-def test_the_package_is_said_once_not_to_promise_bit_exact_resuming(caplog):
+def test_the_missing_promise_of_exact_resuming_is_logged_once(caplog):
     pytest.importorskip("vector_quantize_pytorch", reason="vector-quantize-pytorch is not installed")
     _warn_once.cache_clear()
     for _ in range(2):

@@ -1,18 +1,48 @@
-"""Decoding settings: what they build and what they refuse."""
+"""Decoding settings: the decoders that they build, and the values that they refuse."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
+import torch
 
 from maskgit_pl.decoding import (
+    AutoregressiveDecoder,
+    AutoregressiveDecoding,
     CodeSampling,
     DecodingConfig,
     ParallelDecoder,
+    SeededNoise,
 )
-from maskgit_pl.decoding.selectors import Random
+from maskgit_pl.decoding.selectors import Halton, Random
 from maskgit_pl.schedules import mask_schedules
-from tests.decoding.fakes import partly_known, run
+from tests.decoding.fakes import MASK, fake_predictor, partly_known, run
+
+SQUARE, RANDOM = mask_schedules.build("square"), Random()
+
+
+def test_a_configuration_builds_its_decoder_around_the_given_schedule():
+    config = DecodingConfig(
+        num_steps=3, token_selector="random", guidance={"name": "linear", "scale": 4.0}, sampling_temperature=0.9
+    )
+    built = config.build_decoder(SQUARE)
+    assert built.mask_schedule is SQUARE
+    assert built == ParallelDecoder(SQUARE, Random(), num_steps=3, sampling=CodeSampling(0.9))
+    assert config.scales() == (0.0, 2.0, 4.0)
+    other = DecodingConfig(mask_schedule={"name": "pow", "exponent": 3.0}).build_decoder(SQUARE)
+    assert other.mask_schedule == mask_schedules.build({"name": "pow", "exponent": 3.0})
+
+
+def test_autoregressive_settings_take_one_step_per_token():
+    config = AutoregressiveDecoding({"name": "linear", "scale": 2.0}, (1.0, 0.5), 9, 0.9).to_config(49)
+    assert config.is_autoregressive
+    assert config.build_autoregressive_decoder(49) == AutoregressiveDecoder(49, CodeSampling((1.0, 0.5), 9, 0.9))
+    assert len(config.scales()) == 49
+
+
+def test_a_configuration_is_equal_after_json():
+    config = DecodingConfig(3, sampling_temperature=(1.0, 0.5), tokens_per_step=(1, 5, 10), top_k=3)
+    assert DecodingConfig(**json.loads(json.dumps(asdict(config)))) == config
 
 
 @pytest.mark.parametrize(
@@ -31,40 +61,64 @@ from tests.decoding.fakes import partly_known, run
             {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},
             "tokens_per_step must not be set for token selector EntropyBounded",
         ),
+        ({"num_steps": 0}, r"num_steps must be an integer in \[1, 65536\], got 0"),
+        ({"num_steps": 17}, "num_steps must be <= 16, the tokens per image, got 17"),
         ({"top_k": 0}, r"top_k must be an integer in \[1, inf\), got 0"),
         ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
         ({"sampling_temperature": (1.0, -1.0)}, r"sampling_temperature must be a number in \[0, inf\), got -1.0"),
-        (
-            {"sampling_temperature": [1.0, 2.0, 3.0]},
-            "sampling_temperature must be .* two of them for the first and the last step",
-        ),
+        ({"sampling_temperature": [1.0, 2.0, 3.0]}, "sampling_temperature must be .* two of them for the first and"),
     ],
 )
-def test_a_configuration_out_of_range_is_refused(options, message):
+def test_parallel_settings_out_of_range_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        run(partly_known([16]), DecodingConfig(**options).build_decoder(mask_schedules.build("cosine")))
+        run(partly_known([16]), DecodingConfig(**options).build_decoder(SQUARE))
 
 
-def test_a_config_makes_the_decoder_around_the_schedule_object_it_is_given():
-    config = DecodingConfig(
-        num_steps=3, token_selector="random", guidance={"name": "linear", "scale": 4.0}, sampling_temperature=0.9
-    )
-    gamma = mask_schedules.build("square")
-    made = config.build_decoder(gamma)
-    assert made.mask_schedule is gamma
-    assert made == ParallelDecoder(gamma, Random(), num_steps=3, sampling=CodeSampling(0.9))
-    assert config.scales() == (0.0, 2.0, 4.0)
-    own = DecodingConfig(mask_schedule={"name": "pow", "exponent": 3.0}).build_decoder(gamma)
-    assert own.mask_schedule == mask_schedules.build({"name": "pow", "exponent": 3.0})
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_steps": 8}, "num_steps must be 12 for an autoregressive model, one step per token, got 8"),
+        ({"token_selector": "confidence"}, "token_selector must not be set for .* got 'confidence'"),
+        ({"mask_schedule": "cosine"}, "mask_schedule must not be set for .* got 'cosine'; leave it out"),
+        ({"tokens_per_step": (1,) * 12}, "tokens_per_step must not be set"),
+    ],
+)
+def test_parallel_settings_of_an_autoregressive_model_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        replace(AutoregressiveDecoding().to_config(12), **options).build_autoregressive_decoder(12)
 
 
-def test_a_config_comes_back_from_json_equal():
-    config = DecodingConfig(3, sampling_temperature=(1.0, 0.5), tokens_per_step=(1, 5, 10), top_k=3)
-    assert DecodingConfig(**json.loads(json.dumps(asdict(config)))) == config
+def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **options: object) -> torch.Tensor:
+    """Decodes one image with ``ParallelDecoder`` alone, as a loop of one's own does."""
+    decoder = ParallelDecoder(SQUARE, selector, num_steps=4)
+    noise = SeededNoise(torch.arange(1), 16)
+    return decoder.decode(predictor, partly_known([16]), noise, mask_token_id=MASK, **options)
 
 
-def test_a_config_with_an_unknown_selector_or_guidance_is_refused():
-    with pytest.raises(ValueError, match="unknown token selector 'confident': did you mean 'confidence'"):
-        DecodingConfig(token_selector="confident").build_decoder(mask_schedules.build("cosine"))
-    with pytest.raises(ValueError, match="unknown guidance schedule 'line'"):
-        DecodingConfig(guidance="line").scales()
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: DecodingConfig().build_decoder(None), "mask_schedule must be given for parallel decoding, got None"),
+        (lambda: decode(first_step=4), r"first_step must be in \[0, 4\), got 4"),
+        (lambda: decode(first_step=-1), r"first_step must be in \[0, 4\), got -1"),
+        (
+            lambda: ParallelDecoder("cosine", RANDOM),
+            r"mask_schedule must be an object, got 'cosine'; use mask_schedules",
+        ),
+        (lambda: decode(selector="random"), r"token_selector must be an object, got 'random'; use token_selectors"),
+        (lambda: SeededNoise([3, 4], 16), r"seeds must be an int64 tensor, got \[3, 4\]; use torch.tensor"),
+        (
+            lambda: decode(lambda tokens, positions: torch.zeros(*tokens.shape, 7)),
+            r"predictor must return logits of shape \(1, 15, 'K'\), those at the given positions, got \(1, 16, 7\)",
+        ),
+        (lambda: decode(selector=Halton()), r"grid must be given for token selector 'halton'"),
+    ],
+)
+def test_a_wrong_use_of_the_decoder_is_refused(call, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        call()
+
+
+def test_the_decoder_alone_fills_all_tokens():
+    assert (decode() < MASK).all()
+    assert (decode(selector=Halton(), grid=(4, 4)) < MASK).all()

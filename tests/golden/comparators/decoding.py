@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comparators.comparison import TOLERANCE, Comparison, close, equal, given, present
+from comparators.comparison import TOLERANCE, Comparison, close, equal, inputs, present
 from comparators.folder import Folder
 from comparators.schedules import released_mask_len, released_ratio, schedule_of
 from comparators.transformer import everywhere, load_transformer, our_tokens
@@ -21,7 +20,9 @@ from maskgit_pl.networks.transformer import MaskedTransformer
 __all__ = ["compare_decoding"]
 
 _MASK = -1
-_GUMBEL = (-5.0, 30.0)  # no float32 uniform number in (0, 1) gives Gumbel noise outside
+_INPUTS = (
+    "inputs", "prng_seed", "num_iter", "start_iter", "choice_temperature", "cat_gumbel", "conf_gumbel", "method"
+)  # fmt: skip
 
 
 @dataclass
@@ -61,56 +62,23 @@ class Playback:
 
 
 def compare_decoding(folder: Folder, file: str) -> Iterator[Comparison]:
-    """Compares ``decode_{tag}_*.npz``, with the checkpoint of transformer ``tag``, the recorded logits, or both."""
+    """Compares ``decode_{tag}_*.npz`` with the network of the checkpoint ``tag``, and with recorded logits."""
     arrays = folder.arrays(file)
-    tag = _tag(folder, file)
-    network = None if tag is None else load_transformer(folder, tag)
-    if network is None and "logits" not in arrays:
-        raise ValueError(f"{file}: there must be a transformer's checkpoint or recorded logits")
-    yield from _inputs(file, arrays, network)
-    predictors: dict[str, Predictor] = {}
-    if network is not None:
-        batch, codes = arrays["cur_ids"].shape, network.config.codebook_size
-        ours = everywhere(network, arrays["cur_ids"].reshape(-1, batch[-1]))["logits"][..., :codes].detach()
-        ours = ours.reshape(*batch, codes)
-        predictors["our network"] = ClassPredictor(network, our_tokens(arrays["inputs"], network.config)[1])
+    network = load_transformer(folder, file.split("_")[1])
+    yield from inputs(file, arrays, _INPUTS)
+    shape, codes = arrays["cur_ids"].shape, network.config.codebook_size
+    logits = everywhere(network, arrays["cur_ids"].reshape(-1, shape[-1]))["logits"][..., :codes].detach()
+    logits = logits.reshape(*shape, codes)
+    predictors: dict[str, Predictor] = {
+        "our network": ClassPredictor(network, our_tokens(arrays["inputs"], network.config)[1])
+    }
     if "logits" in arrays:
-        if network is not None:
-            yield close(file, "logits", ours, arrays["logits"])
-        else:
-            yield given(file, "logits", arrays["logits"], dtype="float32", low=-1e4, high=1e4)
+        yield close(file, "logits", logits, arrays["logits"])
         predictors["recorded logits"] = Playback(arrays)
-    judged = torch.from_numpy(arrays["logits"]) if "logits" in arrays else ours
-    yield from _compare_numbers(file, arrays, judged)
+        logits = torch.from_numpy(arrays["logits"])
+    yield from _compare_numbers(file, arrays, logits)
     for name, predictor in predictors.items():
         yield from _compare_run(file, arrays, predictor, f"with {name}")
-
-
-def _tag(folder: Folder, file: str) -> str | None:
-    """The transformer of a run: the longest tag that its name begins with, of those whose checkpoint is there."""
-    named = [re.fullmatch(r"transformer_(.+)_checkpoint\.msgpack", name) for name in folder.present]
-    tags = [match[1] for match in named if match]
-    return max((tag for tag in tags if file.startswith(f"decode_{tag}_")), key=len, default=None)
-
-
-def _inputs(file: str, arrays: Mapping[str, np.ndarray], network: MaskedTransformer | None) -> Iterator[Comparison]:
-    codes = arrays["cat_gumbel"].shape[-1]
-    words = codes + 10**6 if network is None else network.config.vocabulary_size
-    steps = int(arrays["num_iter"])
-    limits = {
-        "inputs": ("int32", _MASK, words - 2),
-        "prng_seed": ("int64", 0, 2**63 - 1),  # for jax only
-        "num_iter": ("int64", 1, 2**31),
-        "start_iter": ("int64", 0, steps - 1),
-        "choice_temperature": ("float32", 0, 1e6),
-        "cat_gumbel": ("float32", *_GUMBEL),
-        "conf_gumbel": ("float32", *_GUMBEL),
-    }
-    for name, (dtype, low, high) in limits.items():
-        if name in arrays:
-            yield given(file, name, arrays[name], dtype=dtype, low=low, high=high)
-    schedule_of(str(arrays["method"]))
-    yield Comparison(file, "method", 0, 0, "input", True)
 
 
 def _compare_numbers(file: str, arrays: Mapping[str, np.ndarray], logits: Tensor) -> Iterator[Comparison]:

@@ -12,7 +12,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from comparators.comparison import TOLERANCE, Comparison, given, gradients, present
+from comparators.comparison import TOLERANCE, Comparison, gradients, inputs, present
 from comparators.folder import Folder
 from comparators.losses import adversarial_losses
 from comparators.tokenizer import nhwc, to_images
@@ -85,8 +85,7 @@ def compare_discriminator(folder: Folder, file: str) -> Iterator[Comparison]:
     arrays = folder.arrays(file)
     stem = file.removesuffix(".npz")
     checkpoint = parameters(folder.tree(f"{stem}_checkpoint.msgpack"))
-    for name in ("images", "fake_images"):
-        yield given(file, name, arrays[name], dtype="float32", low=0, high=1)
+    yield from inputs(file, arrays, ["images", "fake_images"])
     for prefix, pooling in _POOLINGS.items():
         if f"{prefix}_logits" in arrays:
             network = network_from(checkpoint, image_size=arrays["images"].shape[1], pooling=pooling)

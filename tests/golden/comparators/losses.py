@@ -5,24 +5,29 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from comparators.comparison import LARGEST, Comparison, given, present
+from comparators.comparison import Comparison, inputs, present
 from comparators.folder import Folder
 from maskgit_pl.losses import (
     discriminator_loss,
-    entropy_loss,
     generator_loss,
     mean_over_rows,
     reconstruction_loss,
     token_cross_entropy,
 )
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
+from maskgit_pl.networks.quantizers import entropy_loss
 
 __all__ = ["adversarial_losses", "compare_losses", "cross_entropy"]
+
+
+_INPUTS = (
+    "ce_logits", "ce_labels", "ce_weights", "dist_a", "dist_b", "entropy_affinity", "real_logit", "fake_logit",
+    "l_true", "l_pred", "perplexity_one_hot", "sigmoid_ce_labels",
+)  # fmt: skip
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing: float) -> Tensor:
@@ -55,26 +60,11 @@ def compare_losses(folder: Folder, file: str) -> Iterator[Comparison]:
     """Compares ``losses.npz``."""
     arrays = folder.arrays(file)
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind in "fib"}
-    yield from _inputs(file, arrays)
+    yield from inputs(file, arrays, _INPUTS)
     made: dict[str, Tensor] = {}
     for part in (_cross_entropies, _entropies, _of_the_tokenizer, _perplexities):
         made |= part(tensors)
     yield from present(file, made, arrays)
-
-
-def _inputs(file: str, arrays: Mapping[str, np.ndarray]) -> Iterator[Comparison]:
-    codes = arrays["ce_logits"].shape[-1] - 1 if "ce_logits" in arrays else 0
-    limits: dict[str, tuple[str, float, float]] = {
-        "ce_labels": ("int32", 0, codes),
-        "ce_weights": ("float32", 0, 1),
-        "perplexity_one_hot": ("float32", 0, 1),
-        "sigmoid_ce_labels": ("float32", 0, 1),
-    }
-    free = ("ce_logits", "dist_a", "dist_b", "entropy_affinity", "real_logit", "fake_logit", "l_true", "l_pred")
-    limits |= dict.fromkeys(free, ("float32", -LARGEST, LARGEST))
-    for name, (dtype, low, high) in limits.items():
-        if name in arrays:
-            yield given(file, name, arrays[name], dtype=dtype, low=low, high=high)
 
 
 def _cross_entropies(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from comparators.comparison import Comparison, close, equal, given
+from comparators.comparison import Comparison, close, equal, inputs
 from comparators.folder import Folder
 from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import Confidence
@@ -47,8 +47,7 @@ def compare_schedules(folder: Folder, file: str) -> Iterator[Comparison]:
     methods = arrays["methods"].tolist()
     known = [bool(re.fullmatch(r"uniform|cosine|log|exp|pow\d+(\.\d+)?", method)) for method in methods]
     yield equal(file, "methods", known, np.ones(len(methods), bool), note="names of the released code")
-    if "random_ratio" in arrays:
-        yield given(file, "random_ratio", arrays["random_ratio"], dtype="float32", low=0, high=1)
+    yield from inputs(file, arrays, ["random_ratio"])
     for name, recorded in arrays.items():
         if match := re.fullmatch(r"ratio_T(\d+)_N(\d+)_(?:float32|python_float)", name):
             steps, tokens = map(int, match.groups())

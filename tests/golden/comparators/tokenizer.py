@@ -5,21 +5,21 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from comparators.comparison import Comparison, given, gradients, present
+from comparators.comparison import Comparison, gradients, inputs, present
 from comparators.folder import Folder
 from comparators.transformer import recorded_outputs
 from maskgit_pl.importers.released import parameters, tokenizer_config, tokenizer_weights
-from maskgit_pl.losses import entropy_loss, reconstruction_loss
+from maskgit_pl.losses import reconstruction_loss
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
-from maskgit_pl.networks.quantizers import QuantizerOutput
-from maskgit_pl.networks.vqgan import VQGAN, Activation, Downsample, Encoder, ResidualBlock, VQGANConfig
+from maskgit_pl.networks.quantizers import QuantizerOutput, entropy_loss
+from maskgit_pl.networks.vqgan import VQGAN, Activation, Downsample, Encoder, ResidualBlock
 
 __all__ = ["coded", "compare_vqvae", "network_from", "nhwc", "to_images"]
 
@@ -55,10 +55,7 @@ def compare_vqvae(folder: Folder, file: str) -> Iterator[Comparison]:
     """Compares ``vqvae*.npz`` and the gradients beside it."""
     arrays = folder.arrays(file)
     network = _load(folder, file)
-    yield given(file, "images", arrays["images"], dtype="float32", low=0, high=1)
-    if "random_indices" in arrays:
-        last = network.config.codebook_size - 1
-        yield given(file, "random_indices", arrays["random_indices"], dtype="int32", low=0, high=last)
+    yield from inputs(file, arrays, ["images", "random_indices"])
     for made, note in _stages(network, arrays):
         yield from present(file, made, arrays, note=note)
     if "total_loss" in arrays:
@@ -72,36 +69,17 @@ def _load(folder: Folder, file: str) -> VQGAN:
     """
     checkpoint = file.replace(".npz", "_checkpoint.msgpack")
     weights, arrays = parameters(folder.tree(checkpoint)), folder.arrays(file)
-    spec = _spec(folder, tokenizer_config(weights))
+    sizes = folder.config["vq"]
+    spec = GradientQuantizerSpec(
+        commitment=sizes["commitment_cost"],
+        entropy_weight=sizes["entropy_loss_ratio"],
+        entropy_temperature=sizes["entropy_temperature"],
+        entropy_kind=sizes["entropy_loss_type"],
+    )
     networks = [network_from(weights, activation=activation, quantizer=spec) for activation in get_args(Activation)]
     images, recorded = to_images(arrays["images"]), to_images(arrays["encoder_output"])
     with torch.no_grad():
         return min(networks, key=lambda network: float((network.encoder(images) - recorded).abs().max()))
-
-
-def _spec(folder: Folder, config: VQGANConfig) -> GradientQuantizerSpec:
-    """The quantizer's numbers: those of the manifest's entry with this codebook and these channels."""
-    sizes = {
-        "codebook_size": config.codebook_size,
-        "embedding_dim": config.code_dim,
-        "filters": config.base_channels,
-        "channel_multipliers": list(config.channel_multipliers),
-        "num_res_blocks": config.num_res_blocks,
-    }
-    for entry in folder.config.values():
-        of_a_quantizer = isinstance(entry, dict) and "commitment_cost" in entry
-        if of_a_quantizer and all(entry.get(name, size) == size for name, size in sizes.items()):
-            return _spec_of(entry)
-    raise ValueError(f"vqvae: one entry of the manifest's config must have {sizes}, got none")
-
-
-def _spec_of(entry: Mapping[str, Any]) -> GradientQuantizerSpec:
-    return GradientQuantizerSpec(
-        commitment=entry["commitment_cost"],
-        entropy_weight=entry["entropy_loss_ratio"],
-        entropy_temperature=entry["entropy_temperature"],
-        entropy_kind=entry["entropy_loss_type"],
-    )
 
 
 @torch.no_grad()
@@ -184,7 +162,8 @@ def _compare_training(folder: Folder, file: str, network: VQGAN) -> Iterator[Com
 
 def _parts(network: VQGAN, features: Tensor) -> dict[str, Tensor]:
     """The quantizer's three losses, each from a quantizer that has the others switched off."""
-    spec, config = _spec_in(network), network.config
+    spec, config = network.quantizer.spec, network.config
+    assert isinstance(spec, GradientQuantizerSpec)
 
     def loss(*, commitment: float, entropy_weight: float) -> Tensor:
         part = replace(spec, commitment=commitment, entropy_weight=entropy_weight)
@@ -199,9 +178,3 @@ def _parts(network: VQGAN, features: Tensor) -> dict[str, Tensor]:
         "e_latent_loss": loss(commitment=spec.commitment, entropy_weight=0.0) - codebook,
         "entropy_loss": loss(commitment=0.0, entropy_weight=spec.entropy_weight) - codebook,
     }
-
-
-def _spec_in(network: VQGAN) -> GradientQuantizerSpec:
-    spec = network.quantizer.spec
-    assert isinstance(spec, GradientQuantizerSpec)
-    return spec

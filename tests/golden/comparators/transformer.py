@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from comparators.comparison import TOLERANCE, Comparison, close, equal, given, gradients, present
+from comparators.comparison import TOLERANCE, Comparison, close, equal, gradients, inputs, present
 from comparators.folder import Folder
 from comparators.losses import cross_entropy
 from maskgit_pl.importers.released import parameters, transformer_config, transformer_weights
@@ -23,13 +22,9 @@ _MASK = -1  # the released code's id of an unknown token
 
 
 def load_transformer(folder: Folder, tag: str) -> MaskedTransformer:
-    """The network of ``transformer_{tag}_checkpoint.msgpack``, imported.
-
-    Raises:
-        ValueError: The manifest's config says other sizes than the checkpoint has.
-    """
+    """Imports the network of ``transformer_{tag}_checkpoint.msgpack``, whose sizes the manifest lists for ``tf{N}``."""
     arrays = parameters(folder.tree(f"transformer_{tag}_checkpoint.msgpack"))
-    entry = _entry(folder, tag, arrays)
+    entry = folder.config["tf" + tag.split("_")[0].removeprefix("n")]
     network = network_from(arrays, codebook_size=entry["codebook"])
     config = network.config
     names = {
@@ -81,8 +76,7 @@ def compare_transformer(folder: Folder, file: str) -> Iterator[Comparison]:
     arrays = folder.arrays(file)
     tag = file.removeprefix("transformer_").removesuffix(".npz")
     network = load_transformer(folder, tag)
-    words = network.config.vocabulary_size
-    yield given(file, "tokens", arrays["tokens"], dtype="int32", low=_MASK, high=words - 1)
+    yield from inputs(file, arrays, ["tokens", "loss_labels"])
     ours = everywhere(network, arrays["tokens"])
     ours["logits_unjitted"] = ours["logits"]
     yield from present(file, ours, arrays)
@@ -93,7 +87,6 @@ def compare_transformer(folder: Folder, file: str) -> Iterator[Comparison]:
 def _compare_loss(folder: Folder, file: str, network: MaskedTransformer, logits: Tensor) -> Iterator[Comparison]:
     arrays = folder.arrays(file)
     labels, weights = arrays["loss_labels"], arrays["loss_weights"]
-    yield given(file, "loss_labels", labels, dtype="int32", low=0, high=logits.shape[-1] - 1)
     yield equal(file, "loss_weights", (arrays["tokens"] == _MASK).astype(np.float32), weights)
     loss = cross_entropy(logits, torch.from_numpy(labels), torch.from_numpy(weights), smoothing=_SMOOTHING)
     yield close(file, "loss_value", loss, arrays["loss_value"])
@@ -104,28 +97,6 @@ def _compare_loss(folder: Folder, file: str, network: MaskedTransformer, logits:
         config = network.config
         to_ours = lambda recorded: transformer_weights(recorded, config)  # noqa: E731
         yield from gradients(tree, folder.tree(tree), ours, to_ours, tolerance=TOLERANCE)
-
-
-def _entry(folder: Folder, tag: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The manifest's sizes of a transformer: those of its key (tf16 of n16) or else those that fit the embeddings."""
-    rows = len(arrays["Embed_0/word_embeddings/embedding"])
-    positions = len(arrays["Embed_0/position_embeddings/embedding"])
-    fitting = {
-        key: entry
-        for key, entry in folder.config.items()
-        if isinstance(entry, dict)
-        and {"codebook", "classes", "latent"} <= entry.keys()
-        and entry["codebook"] + entry["classes"] + 1 == rows
-        and entry["latent"] ** 2 + 1 == positions
-    }
-    key = "tf" + tag.split("_")[0].removeprefix("n")
-    if key not in fitting and len(fitting) != 1:
-        raise ValueError(
-            f"transformer {tag}: its {rows} words and {positions} positions must be those of one entry of the "
-            f"manifest's config, got {sorted(fitting) or 'none'}"
-        )
-    entry: dict[str, Any] = fitting.get(key) or next(iter(fitting.values()))
-    return entry
 
 
 @contextmanager
