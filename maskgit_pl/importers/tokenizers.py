@@ -529,9 +529,10 @@ def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
 
 
 def _choose_size(given: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
-    """Returns the size of the images, and a note if the user gives another one than ``config.json``."""
+    """Returns the size of the images, and a note if no file gives it, or another one than the user."""
     if declared == _DIFFUSERS_SIZE:
-        return _IMAGE_SIZE if given is None else given, []
+        assumed = f"no file gives the size of the images: {_IMAGE_SIZE} px are assumed; name another with --image-size"
+        return (_IMAGE_SIZE, [assumed]) if given is None else (given, [])
     declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
     if given is None or as_image_size(given) == declared:
         return declared, []
