@@ -81,14 +81,14 @@ def test_codes_that_are_never_used_stay_means_of_features(mean, decay, restart_b
 
 def test_a_restarted_code_follows_the_features_that_it_wins():
     torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.3).create(codebook_size=8, code_dim=6)
+    quantizer = EMAQuantizerSpec(decay=0.9, restart_below=0.3).create(codebook_size=8, code_dim=6)
     output = quantizer(inputs_of())
     quantizer.update([output.tokens], [output.features], seed=0, step=0)  # all codes are new
     restarted, fresh = quantizer.codebook.clone(), 2 * 0.3 * 60 / 8
     output = quantizer(inputs_of())
     one_hot = F.one_hot(output.tokens.flatten(), 8).float()
-    counts = 0.8 * fresh + 0.2 * one_hot.sum(0)
-    follows = (0.8 * fresh * restarted + 0.2 * one_hot.t() @ rows_of(inputs_of())) / counts.unsqueeze(1)
+    counts = 0.9 * fresh + 0.1 * one_hot.sum(0)
+    follows = (0.9 * fresh * restarted + 0.1 * one_hot.t() @ rows_of(inputs_of())) / counts.unsqueeze(1)
     quantizer.update([output.tokens], [output.features], seed=0, step=1)
     torch.testing.assert_close(quantizer.codebook, follows)
     torch.testing.assert_close(quantizer.counts, counts)
