@@ -106,7 +106,7 @@ def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes):
         try:
             height, width = network.grid(size)
         except ValueError as error:
-            with pytest.raises((ValueError, RuntimeError), match="multiple of the downsampling factor|divisible"):
+            with pytest.raises((ValueError, RuntimeError), match=r"multiple of the downsampling factor|divisible"):
                 network.encode(torch.rand(1, 1, *size))
             fitting = [int(side) for side in re.findall("[0-9]+", str(error).partition("; use ")[2])]
             assert fitting
