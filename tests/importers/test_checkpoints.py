@@ -24,7 +24,7 @@ import torch
 from lightning.fabric.utilities.data import AttributeDict
 from safetensors.torch import save_file
 
-from maskgit_pl.importers.checkpoints import check_weights, read_checkpoint, read_flax, select_tensors
+from maskgit_pl.importers.checkpoints import read_checkpoint, read_flax
 from tests.networks.test_weights import rewrite_archive
 
 WEIGHTS = {"layer.weight": torch.arange(3.0)}
@@ -95,7 +95,10 @@ HEADERS = {  # content of a file, and the message
     "dtype of a list": (tensor_header(dtype=[1]), "invalid type: sequence"),
     "no JSON": (struct.pack("<Q", 5) + b"{nope", "invalid JSON"),
     "NumPy": (b"\x93NUMPY\x01\x00" + bytes(120), r"got one that begins with b'.x93NUMPY"),
-    "archive of NumPy": (lambda path: numpy_archive(path, "(True, 1099511627776)"), "is no file of torch.save, or dam"),
+    "archive of NumPy": (
+        lambda path: numpy_archive(path, "(True, 1099511627776)"),
+        r"cannot be read \(",
+    ),
 }
 
 
@@ -175,7 +178,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeyp
     torch.save({"a": torch.zeros(1_000_000)}, file)
     rewrite_archive(file, zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    message = r"a\.pth is .* must not be compressed, got .* of 4 MB in .*; download it again"
+    message = r"a\.pth: cannot be read .* must not be compressed, got .* of 4 MB in .*; download it again"
     with pytest.raises(ValueError, match=message):
         read_checkpoint(file, entries=("model",))
 
@@ -199,30 +202,6 @@ def test_an_odd_state_dict_is_refused_in_one_line(content, message, tmp_path):
         read_checkpoint(tmp_path / "odd.pt", entries=("model",))
     assert str(refusal.value).startswith(f"checkpoint {tmp_path / 'odd.pt'}")
     assert "\n" not in str(refusal.value)
-
-
-def test_only_known_entries_are_left_out():
-    zeros = torch.zeros(1)
-    contents = {"loss.a": zeros, "loss.b": 1.0, "used": zeros, "usedup": zeros, "a": zeros}
-    tensors, ignored = select_tensors(contents, ("loss.", "used"))
-    assert list(tensors) == ["usedup", "a"]
-    assert ignored == ("loss.* (2 tensors)", "used")
-    with pytest.raises(ValueError, match=r"entry loss\.b must be a tensor, got float"):
-        select_tensors(contents)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (torch.ones(1).expand(1 << 22, 256), r"'a' must be stored in full, got 4\.29 GB made of 4 bytes that repeat"),
-        (torch.full((3,), torch.nan), "'a' must hold finite numbers, got nan"),
-        (torch.zeros(3, dtype=torch.int64), r"'a' must be floating point .*, got torch\.int64"),
-    ],
-    ids=["repeats one number", "not finite", "integers"],
-)
-def test_tensors_that_are_no_weights_are_refused(tensor, message):
-    with pytest.raises(ValueError, match=message):
-        check_weights({"a": tensor}, 1000)
 
 
 # Files of flax.

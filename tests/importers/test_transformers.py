@@ -204,7 +204,6 @@ def drop(name):
 ONES, ZERO, LAYER = torch.ones(1).expand(1 << 22, 256), torch.zeros(1), "transformer.layers.1"
 NETWORKS = {
     "Halton": lambda: Halton(**SMALL).state_dict(),
-    "patches": lambda: Halton(**SMALL, patch=2).state_dict(),
     "MaskGIL": lambda: MaskGIL(**SMALL).state_dict(),
     "nothing": dict,
 }
@@ -215,7 +214,7 @@ REFUSED = [  # a network, what is done to its tensors, and the message
     ("Halton", put("pos_emb.weight", torch.zeros(15, 32)), "must have a square number of rows, got 15"),
     ("Halton", put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
     ("Halton", put("head.weight", torch.ones(25, 32)), r"head\.weight must equal tok_emb\.weight: the network has"),
-    ("patches", put("scale", ZERO), r"one that joins 2 x 2 tokens \(tensor in_proj\.weight, option proj 2\)"),
+    ("Halton", put("in_proj.weight", ZERO), r"one that joins 2 x 2 tokens \(tensor in_proj\.weight, option proj 2\)"),
     ("MaskGIL", put("tok_emb.weight", torch.zeros(26, 32)), r"rows for 24 codes, the mask token, classes"),
 ]  # fmt: skip
 

@@ -1,8 +1,7 @@
 """The contract of a backbone, for every registered name and its options; see ``networks.backbone``."""
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -352,20 +351,6 @@ def test_a_plugin_that_breaks_the_contract_is_refused_by_name(fault, shape):
     message = f"backbone 'linear': forward must return logits of shape (B, N, K) = (2, 12, 16), got {shape}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         create_network(LinearConfig(16, 3, (3, 4), fault=fault))
-
-
-@dataclass(frozen=True)
-class ListsConfig(LinearConfig):
-    """A configuration with fields that are a list and a mapping in a recipe, and a depth for each level."""
-
-    depth: tuple[int, ...] = (1, 2)
-    options: Mapping[str, int] = field(default_factory=dict)
-
-
-def test_a_plugin_may_have_lists_and_mappings_as_fields():
-    config = ListsConfig(16, 3, [3, 4], depth=[1, 2], options={"width": 4})
-    assert (config.grid, config.depth, config.num_blocks) == ((3, 4), (1, 2), 1)
-    assert create_network(config).config == config
 
 
 def test_a_network_that_defines_only_forward_has_all_methods():

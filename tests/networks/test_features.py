@@ -22,16 +22,13 @@ from maskgit_pl.networks.features import (
     InceptionSpec,
     Lite0Spec,
     TimmSpec,
-    build_perceptual,
     create_distance,
     feature_networks,
     load_lpips,
     parse_feature_network,
-    perceptual_networks,
 )
 from maskgit_pl.training.tokenizer_losses import PerceptualConfig
 from tests.inception import save_inception
-from tests.installed_packages import install
 
 MODEL = "mobilenetv3_small_050"
 
@@ -287,27 +284,6 @@ def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
         ValueError, match=r"got 'none\.pth'; download .*vgg16-397923af\.pth; set --model\.perceptual\.network\.weights"
     ):
         config.create_network()
-
-
-def test_a_distance_of_another_package_is_built_by_its_name(site, monkeypatch):
-    module = """
-from dataclasses import dataclass
-from torch import nn
-class Far(nn.Module):
-    def forward(self, images, others):
-        return (images - others).abs().flatten(1).amax(1)
-@dataclass(frozen=True)
-class FarSpec:
-    min_image_size: int = 1
-    def create(self):
-        return Far()
-"""
-    entry_points = f"[{perceptual_networks.group}]\nfar = far_away:FarSpec\n"
-    install(site, name="far-package", entry_points=entry_points, modules={"far_away": module})
-    monkeypatch.setattr(perceptual_networks, "_loaded", {})
-    assert not isinstance(create_distance("far"), FeatureDistance)
-    assert create_distance("far")(torch.zeros(2, 1, 4, 4), torch.ones(2, 1, 4, 4)).tolist() == [1, 1]
-    assert build_perceptual("far").min_image_size == 1
 
 
 class Outputs(nn.Module):
