@@ -9,78 +9,20 @@ import torch
 from PIL import Image
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.data import Batch, TokenizingConfig, describe_store, tokenize
-from maskgit_pl.data.images import encode_png
-from maskgit_pl.data.index import find_shards, index_shards
-from maskgit_pl.data.samples import Sample
+from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
 from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
-from maskgit_pl.training.optimizers import LearningRate
-from tests.data.test_vectors import npy
-from tests.data_folders import write_split
-from tests.modules import masked_model
-from tests.short_runs import data, fit
 
-DIM, KINDS, CPU = 4, 3, torch.device("cpu")
-VECTORS = torch.randn(KINDS, DIM, generator=torch.Generator().manual_seed(1)).numpy()  # one for each kind of image
+DIM, CPU = 4, torch.device("cpu")
 
 
 def config(**options: object) -> AdaLNConfig:
     sizes = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0, "condition_dim": DIM}
     return AdaLNConfig(16, 3, (4, 4), **{**sizes, **options})
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Data of one class, whose images are of three kinds that only their vectors tell apart."""
-    folder = tmp_path_factory.mktemp("vectors")
-    for split, count in (("train", 48), ("val", 24)):
-        kinds = [number % KINDS for number in range(count)]
-        samples = (
-            Sample(encode_png(torch.full((1, 8, 8), 5 * kind, dtype=torch.uint8)), "png", 0, "", npy(VECTORS[kind]))
-            for kind in kinds
-        )
-        write_split(samples, folder, split, shard_size=20)
-    index_shards(
-        folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")}, classes=("a", "b", "c")
-    )
-    return folder
-
-
-@pytest.fixture(scope="module")
-def store(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tokens that are all 0, all 5 or all 10: the kind of the image."""
-    folder = tmp_path_factory.mktemp("store")
-    description = describe_store(shards, grid=(4, 4), codebook_size=16, tokenizer="f" * 64, image_size=8)
-    tokenize(
-        shards,
-        folder,
-        description,
-        encode=lambda images: images[:, 0, ::2, ::2].flatten(1).long(),
-        in_channels=1,
-        config=TokenizingConfig(batch_size=16),
-    )
-    return folder
-
-
-@pytest.mark.slow
-def test_a_network_learns_that_the_vector_decides_the_image(shards, store, tiny_pretrained, tmp_path) -> None:
-    means = {}
-    for condition_dim in (0, DIM):
-        torch.manual_seed(0)
-        network = config(condition_dim=condition_dim)
-        tokenizer, rate = tiny_pretrained / "tokenizer", LearningRate(1e-2)
-        module = masked_model(network, tokenizer, rate=rate, ema_decay=0.0, label_smoothing=0)
-        source = data(shards, store, vectors=condition_dim > 0)
-        seen = fit(module, source, steps=60, folder=tmp_path / str(condition_dim))
-        means[condition_dim] = float(np.mean([float.fromhex(loss) for loss in seen.losses[-20:]]))
-    assert means[DIM] < 0.5 * means[0]
-    *_, last = module.sample([0] * 6, range(6), torch.from_numpy(VECTORS).repeat(2, 1))
-    assert last.tokens.float().mean(1).div(5).round().int().tolist() == [0, 1, 2] * 2
 
 
 def test_a_batch_without_the_vectors_of_the_network_is_refused() -> None:

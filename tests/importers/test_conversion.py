@@ -20,7 +20,6 @@ from maskgit_pl.importers.conversion import (
 )
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 
 TABLE = [
     Rule("norm", "n"),
@@ -78,14 +77,6 @@ def imported(out, *, with_transformer=False, image_size=8, **options):
         weights = network.create().state_dict()
         transformer = ImportedTransformer(network, weights, "cosine", decoding, ("cat", "dog", "owl"))
     return Imported(out, "project", config, VQGAN(config).state_dict(), image_size, transformer, **options)
-
-
-def test_a_folder_with_both_parts_can_be_loaded(tmp_path):
-    folder = write_import(imported(tmp_path / "new" / "out", with_transformer=True)).folder
-    tokenizer, transformer = load_tokenizer(folder / "tokenizer"), load_transformer(folder / "transformer")
-    assert tokenizer.image_size == 8
-    assert transformer.class_names == ("cat", "dog", "owl")
-    assert transformer.tokenizer_fingerprint == tokenizer.fingerprint
 
 
 def test_names_of_strangers_are_printable_and_short_in_the_report(tmp_path):

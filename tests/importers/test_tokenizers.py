@@ -42,11 +42,11 @@ def center_features(network):
     return network
 
 
-def check_same(original, made, *, least_tokens=6):
+def check_same(original, imported, *, least_tokens=6):
     """Checks that features, tokens and images of an imported tokenizer are those of the original."""
-    tokenizer = load_tokenizer(made.folder / "tokenizer")
+    tokenizer = load_tokenizer(imported.folder / "tokenizer")
     network = tokenizer.network
-    assert made.tokenizer == network.config
+    assert imported.tokenizer == network.config
     features = original.features(images())
     torch.testing.assert_close(network.encoder(images()), features, rtol=0, atol=1e-5)
     expected = original.tokens(features)
@@ -205,9 +205,9 @@ def test_ibq_has_its_averaged_weights_and_the_largest_inner_product(wrapper, tmp
     last, average = taming_model("ibq"), taming_model("ibq", seed=1)
     weights = add_average(last.named(), average.named())
     torch.save({"state_dict": {f"{wrapper}{name}": value for name, value in weights.items()}}, tmp_path / "last.ckpt")
-    made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout="IBQ")
-    assert made.ignored == ("the last, not averaged weights",)
-    check_same(average, made, least_tokens=2)
+    imported = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16, layout="IBQ")
+    assert imported.ignored == ("the last, not averaged weights",)
+    check_same(average, imported, least_tokens=2)
     # The nearest codes are others.
     as_taming = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "t", image_size=16, layout="taming-transformers")
     assert "choose other codes; if this is one, import with --layout IBQ" in str(as_taming)
@@ -219,9 +219,9 @@ def test_open_magvit2_has_its_averaged_weights(tmp_path):
     last, average = (with_table(Magvit2Model()) for _ in range(2))
     weights = add_average(last.state_dict(), average.state_dict()) | {"loss.discriminator.main.0.bias": torch.zeros(3)}
     torch.save({"state_dict": weights, "epoch": 3, "hyper_parameters": {}}, tmp_path / "last.ckpt")
-    made = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16)
-    assert made.ignored == ("epoch", "hyper_parameters", "loss.* (1 tensors)", "the last, not averaged weights")
-    check_same(average, made)
+    imported = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16)
+    assert imported.ignored == ("epoch", "hyper_parameters", "loss.* (1 tensors)", "the last, not averaged weights")
+    check_same(average, imported)
     del weights["model_ema.decoderconv_inweight"]
     torch.save({"state_dict": weights}, tmp_path / "part.ckpt")
     with pytest.raises(ValueError, match=r"averaged tensors are missing: model_ema\.decoderconv_inweight"):
@@ -267,9 +267,9 @@ ASSUMED = "no file gives the size of the images: 256 px are assumed; name anothe
 def test_the_image_size_is_that_of_config_json(declared, given, size, note, tmp_path):
     config = diffusers_config(sample_size=declared)
     folder = save_diffusers(DiffusersVQModel(config), tmp_path / "vqvae", sample_size=declared)
-    made = import_tokenizer(folder, tmp_path / "out", image_size=given)
-    assert load_tokenizer(made.folder / "tokenizer").image_size == size
-    assert list(made.notes) == ([] if note is None else [note])
+    imported = import_tokenizer(folder, tmp_path / "out", image_size=given)
+    assert load_tokenizer(imported.folder / "tokenizer").image_size == size
+    assert list(imported.notes) == ([] if note is None else [note])
 
 
 @pytest.mark.slow
@@ -277,15 +277,15 @@ def test_the_largest_difference_at_the_released_size_is_the_documented_one(tmp_p
     torch.manual_seed(0)
     original = with_table(OpenMuseModel(widths=(128, 128, 256, 256, 512), blocks=2, dim=256, table=1024), size=64)
     torch.save(original.state_dict(), tmp_path / "maskgit-vqgan-imagenet-f16-256.bin")
-    made = import_tokenizer(tmp_path / "maskgit-vqgan-imagenet-f16-256.bin", tmp_path / "out", image_size=64)
-    network, given = load_tokenizer(made.folder / "tokenizer").network, images(4, size=64)
-    features = original.features(given)
+    imported = import_tokenizer(tmp_path / "maskgit-vqgan-imagenet-f16-256.bin", tmp_path / "out", image_size=64)
+    network, pixels = load_tokenizer(imported.folder / "tokenizer").network, images(4, size=64)
+    features = original.features(pixels)
     tokens = original.tokens(features)
     assert len(tokens.unique()) > 8
-    assert torch.equal(network.encode(given), tokens)
+    assert torch.equal(network.encode(pixels), tokens)
     decoded = original.decode(tokens, (4, 4))
     differences = [
-        (network.encoder(given) - features).abs().max().item(),
+        (network.encoder(pixels) - features).abs().max().item(),
         (network.decode(tokens, (4, 4)) - decoded).abs().max().item(),
     ]
     print(f"features up to {features.abs().max():.1f}: {differences[0]:.1e}")
@@ -296,13 +296,9 @@ def test_the_largest_difference_at_the_released_size_is_the_documented_one(tmp_p
 # Published sizes, without memory.
 
 
-def on_meta(build, *values, **sizes):
-    with torch.device("meta"):
-        return build(*values, **sizes)
-
-
 WIDTHS = (128, 128, 256, 256, 512)
-PUBLISHED_TAMING = {"block_out_channels": list(WIDTHS), "latent_channels": 256, **attention(4, count=5)}
+PUBLISHED_TAMING = {"block_out_channels": list(WIDTHS), "latent_channels": 256, "num_vq_embeddings": 16384}
+PUBLISHED_TAMING |= attention(4, count=5)
 OF_AMUSED = {  # vqvae/config.json of amused/amused-256
     "block_out_channels": [128, 256, 256, 512, 768],
     "down_block_types": ["DownEncoderBlock2D"] * 5,
@@ -310,75 +306,58 @@ OF_AMUSED = {  # vqvae/config.json of amused/amused-256
     "latent_channels": 64,
     "num_vq_embeddings": 8192,
 }
+OURS = {"layout": "taming", "attention_levels": (4,), "latent_channels": 256, "codebook_size": 16384}
+OURS_OF_AMUSED = {"channel_multipliers": (1, 2, 2, 4, 6), "middle_attention": False, "signed_images": False}
+OURS_OF_AMUSED |= {"layout": "taming", "latent_channels": 64, "codebook_size": 8192, "code_dim": 64}
 
 
-def with_quantizer(commitment, codebook_weight, **sizes):
-    spec = {"name": "gradient", "commitment": commitment, "codebook_weight": codebook_weight, "entropy_weight": 0.0}
-    return VQGANConfig(3, quantizer=spec, **sizes)
+def gradient(commitment, codebook_weight):
+    weights = {"commitment": commitment, "codebook_weight": codebook_weight, "entropy_weight": 0.0}
+    return {"name": "gradient", **weights}
 
 
-def of_bits(entropy_weight, bits, **sizes):
+def of_bits(entropy_weight, bits):
     spec = {"name": "lfq", "commitment": 0.25, "entropy_weight": entropy_weight, "entropy_temperature": 0.01}
-    return VQGANConfig(3, codebook_size=2**bits, code_dim=bits, quantizer={**spec, "diversity": 1.0}, **sizes)
+    return {"quantizer": {**spec, "diversity": 1.0}, "codebook_size": 2**bits, "code_dim": bits}
 
 
-PUBLISHED = {
+PUBLISHED = {  # layout: tensors of the project, and our sizes
     "taming-transformers": (
-        lambda: TamingModel(diffusers_config(**PUBLISHED_TAMING, num_vq_embeddings=16384)).named(),
-        with_quantizer(1.0, 0.25, codebook_size=16384, layout="taming", attention_levels=(4,), latent_channels=256),
-        71_879_555 + 256 * 16384,
+        lambda: TamingModel(diffusers_config(**PUBLISHED_TAMING)).named(),
+        {"quantizer": gradient(1.0, 0.25), **OURS},
     ),
     "LlamaGen": (
-        lambda: TamingModel(
-            diffusers_config(**PUBLISHED_TAMING, num_vq_embeddings=16384, vq_embed_dim=8), "llamagen"
-        ).named(),
-        with_quantizer(
-            0.25, 1.0, codebook_size=16384, code_dim=8, layout="taming", attention_levels=(4,), latent_channels=256
-        ),
-        71_883_403,
+        lambda: TamingModel(diffusers_config(**PUBLISHED_TAMING, vq_embed_dim=8), "llamagen").named(),
+        {"quantizer": gradient(0.25, 1.0), **OURS, "code_dim": 8},
     ),
     "diffusers": (
         lambda: DiffusersVQModel(diffusers_config(**OF_AMUSED)).state_dict(),
-        with_quantizer(
-            1.0, 0.25, channel_multipliers=(1, 2, 2, 4, 6), codebook_size=8192, code_dim=64, layout="taming",
-            middle_attention=False, latent_channels=64, signed_images=False,
-        ),
-        None,
+        {"quantizer": gradient(1.0, 0.25), **OURS_OF_AMUSED},
     ),
-    # configs/tokenizer: VQGAN+ of 12 bits, and 18 bits.
-    "MaskBit": (
-        lambda: MaskBitModel(widths=WIDTHS, dim=64, table=4096).state_dict(),
-        with_quantizer(0.25, 1.0, codebook_size=4096, code_dim=64, downsampling="strided-3x3"),
-        None,
-    ),
-    "MaskBit, 18 bits": (
+    "MaskBit": (  # configs/tokenizer: 18 bits
         lambda: MaskBitModel(widths=WIDTHS, dim=18).state_dict(),
-        of_bits(0.02, 18, downsampling="strided-3x3"),
-        None,
+        {**of_bits(0.02, 18), "downsampling": "strided-3x3"},
     ),
     "Open-MAGVIT2": (  # imagenet_lfqgan_256_L.yaml
         lambda: Magvit2Model(widths=WIDTHS, blocks=4, dim=18).state_dict(),
-        of_bits(0.1, 18, num_res_blocks=4, num_middle_blocks=4, layout="magvit2"),
-        None,
+        {**of_bits(0.1, 18), "num_res_blocks": 4, "num_middle_blocks": 4, "layout": "magvit2"},
     ),
-    "open-muse": (  # the defaults are the released sizes
-        lambda: OpenMuseModel(widths=WIDTHS, blocks=2, dim=256, table=1024).state_dict(),
-        VQGANConfig(3),
-        None,
-    ),
-}  # fmt: skip
+    "open-muse": (lambda: OpenMuseModel(widths=WIDTHS, blocks=2, dim=256, table=1024).state_dict(), {}),
+}
+NUM_PARAMETERS = {"taming-transformers": 71_879_555 + 256 * 16384, "LlamaGen": 71_883_403}
 
 
-@pytest.mark.parametrize("case", PUBLISHED)
-def test_the_sizes_of_a_published_tokenizer_are_read_from_its_tensors(case):
-    build, expected, count = PUBLISHED[case]
-    contents = on_meta(build)
-    layout = tokenizer_layout_of(contents)
-    assert layout.name == case.partition(",")[0]
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_sizes_of_a_published_tokenizer_are_read_from_its_tensors(name):
+    build, sizes = PUBLISHED[name]
+    with torch.device("meta"):
+        contents = build()
+    layout, config = tokenizer_layout_of(contents), VQGANConfig(3, **sizes)
+    assert layout.name == name
     tensors = layout.prepare({name: value for name, value in contents.items() if name not in layout.others})
-    assert layout.read_config(tensors) == expected
-    converted = sum(weight.numel() for weight in layout.convert(tensors, expected).values())
-    assert converted == (count or sum(tensor.numel() for tensor in tensors.values()))
+    assert layout.read_config(tensors) == config
+    converted = sum(weight.numel() for weight in layout.convert(tensors, config).values())
+    assert converted == NUM_PARAMETERS.get(name, sum(tensor.numel() for tensor in tensors.values()))
 
 
 # What is refused
@@ -411,7 +390,7 @@ REFUSED = [  # a network, what is done to its tensors, and the message
     ("taming", rename(CODEBOOK, "quantize.embed.weight"), "Gumbel-softmax tokenizer.*name another one, such as vqgan_"),
     ("taming", put(CODEBOOK, torch.ones(1).expand(1 << 22, 256)), r"must be stored in full, got 4\.29 GB made of 4 by"),
     ("taming", drop("decoder.up.0.block.1.conv2.bias"), r"missing: decoder\.up\.0\.block\.1\.conv2\.bias"),
-    ("taming", put("quantize.used", ZERO), r"not in the network: quantize\.used"),
+    ("taming", put("quantize.codebook_used2", ZERO), r"not in the network: quantize\.codebook_used2"),
     ("taming", put("quantize.note", 1.0), r"entry quantize\.note must be a tensor, got float"),
     ("taming", put(CODEBOOK, torch.full((32, 4), torch.nan)), "must hold finite numbers, got nan"),
     ("taming", put(CODEBOOK, torch.zeros(32, 4, dtype=torch.int64)), r"must be floating point .*, got torch\.int64"),

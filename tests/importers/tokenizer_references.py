@@ -174,7 +174,10 @@ class MaskBitBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+        return h + (self.shortcut(x, h) if hasattr(self, "nin_shortcut") else x)
+
+    def shortcut(self, x, h):
+        return self.nin_shortcut(h)
 
 
 class MaskBitLevel(nn.Module):
@@ -273,17 +276,16 @@ class OpenMuseModel(MaskBitModel):
 # The tokenizer of Open-MAGVIT2
 
 
-class Magvit2Block(nn.Module):
+class Magvit2Block(MaskBitBlock):
+    """The block of MaskBit with the shortcut on its input."""
+
     def __init__(self, before, after):
-        super().__init__()
-        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1, bias=False)
-        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1, bias=False)
+        super().__init__(before, after)
         if before != after:
             self.nin_shortcut = nn.Conv2d(before, after, 1, bias=False)
 
-    def forward(self, x):
-        h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+    def shortcut(self, x, h):
+        return self.nin_shortcut(x)
 
 
 class Magvit2Norm(nn.Module):
@@ -312,9 +314,9 @@ class Magvit2Upsample(nn.Module):
 
 
 def magvit2_level(before, after, blocks):
-    made = nn.Module()
-    made.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
-    return made
+    level = nn.Module()
+    level.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
+    return level
 
 
 class Magvit2Encoder(nn.Module):

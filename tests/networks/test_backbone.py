@@ -83,12 +83,12 @@ def test_every_token_the_class_and_the_vector_change_the_logits(config):
     tokens, labels, _, vectors = inputs(config)
     network = create(config)
     before = network(tokens, labels, vectors=vectors)
-    for place in range(config.num_tokens):
+    for position in range(config.num_tokens):
         other = tokens.clone()
-        other[:, place] = (tokens[:, place] + 1) % config.codebook_size
-        far = (place + 6) % config.num_tokens
+        other[:, position] = (tokens[:, position] + 1) % config.codebook_size
+        far = (position + 6) % config.num_tokens
         change = network(other, labels, vectors=vectors)[:, far] - before[:, far]
-        assert change.abs().amax(-1).min() > 1e-6, f"token {place} must reach token {far}"
+        assert change.abs().amax(-1).min() > 1e-6, f"token {position} must reach token {far}"
     assert (network(tokens, (labels + 1) % 3, vectors=vectors) - before).abs().amax((1, 2)).min() > 1e-4
     if vectors is not None:
         assert (network(tokens, labels, vectors=vectors + 1) - before).abs().amax((1, 2)).min() > 1e-4
@@ -238,9 +238,9 @@ def save(folder: Path, network: Backbone) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_two_steps_of_training_export_a_model_that_generates_and_edits(name, tmp_path, tiny_shards):
-    config = small_config(name, grid=[4, 4], dropout=0.1)
+@pytest.mark.parametrize(("name", "num_groups"), [*((name, 1) for name in NAMES), ("bert", 2), ("adaln", 4)])
+def test_two_steps_of_training_export_a_model_that_generates_and_edits(name, num_groups, tmp_path, tiny_shards):
+    config = small_config(name, grid=[4, 4], dropout=0.1, num_token_groups=num_groups)
     given = save(tmp_path / "given", create(config))
     module = masked_model(config, given / "tokenizer", decoding=DecodingConfig(num_steps=4))
     before = {key: value.clone() for key, value in module.transformer.state_dict().items()}

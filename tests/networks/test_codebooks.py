@@ -161,7 +161,7 @@ def test_the_losses_and_gradients_of_ibq_are_the_published_ones():
     direction = torch.randn(24, 4)
     output, parts = losses_of(quantizer, inputs)
     (rows_of(output.quantized) * direction).sum().add(output.loss).backward()
-    made = inputs.grad.clone(), quantizer.codebook.grad.clone()
+    gradients = inputs.grad.clone(), quantizer.codebook.grad.clone()
 
     codes, leaf = quantizer.codebook.detach().requires_grad_(), inputs.detach().requires_grad_()
     rows = rows_of(leaf)
@@ -179,7 +179,7 @@ def test_the_losses_and_gradients_of_ibq_are_the_published_ones():
     }
     assert parts == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
     ((quantized * direction).sum() + sum(expected.values())).backward()
-    torch.testing.assert_close(made, (leaf.grad, codes.grad), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradients, (leaf.grad, codes.grad), rtol=1e-4, atol=1e-5)
 
 
 def test_the_rotation_gives_the_code_and_turns_the_gradient_alike():
@@ -189,12 +189,12 @@ def test_the_rotation_gives_the_code_and_turns_the_gradient_alike():
     turned = rotate_to_codes(rows, codes)
     torch.testing.assert_close(turned, codes)
     turned.backward(gradient)
-    for row, code, given, made in zip(rows.detach(), codes, gradient, rows.grad, strict=True):
+    for row, code, incoming, gradient_of_row in zip(rows.detach(), codes, gradient, rows.grad, strict=True):
         unit, target = row / row.norm(), code / code.norm()
         middle = (unit + target) / (unit + target).norm()
         rotation = torch.eye(3) - 2 * torch.outer(middle, middle) + 2 * torch.outer(target, unit)
         torch.testing.assert_close(rotation @ unit, target)
-        torch.testing.assert_close(made, code.norm() / row.norm() * rotation.t() @ given)
+        torch.testing.assert_close(gradient_of_row, code.norm() / row.norm() * rotation.t() @ incoming)
 
 
 def test_the_rotation_is_finite_for_zero_and_opposite_features():

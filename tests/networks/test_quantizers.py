@@ -29,7 +29,6 @@ OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
 PACKAGE = {  # classes and options of vector-quantize-pytorch, which may be missing
     "vq_pytorch expiring": ("VectorQuantize", {"threshold_ema_dead_code": 2, "decay": 0.9, "eps": 1e-4}),
     "vq_pytorch cosine": ("VectorQuantize", {"use_cosine_sim": True, "commitment_weight": 0.25}),
-    "vq_pytorch straight": ("VectorQuantize", {"rotation_trick": False}),
     "vq_pytorch SimVQ": ("SimVQ", {}),
     "vq_pytorch SimVQ straight": ("SimVQ", {"rotation_trick": False, "commitment_weight": 0.5}),
 }

@@ -1,17 +1,12 @@
 """Token groups: digits and codes, embeddings and logits by hand, and networks whose tokens are divided into groups."""
 
-import math
 from dataclasses import dataclass, replace
 from itertools import product
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
-from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
 from maskgit_pl.losses import token_cross_entropy
 from maskgit_pl.networks.backbone import (
     LARGEST_COMPOSED,
@@ -25,14 +20,7 @@ from maskgit_pl.networks.backbone import (
 )
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.training.checkpoints import newest_checkpoint
-from maskgit_pl.training.optimizers import LearningRate
-from tests.modules import autoregressive_model, masked_model
 from tests.networks.backbone_cases import create, inputs, small_config
-from tests.short_runs import data, fit
 
 GROUPS = [(1, 7), (3, 3), (4, 2), (2, 5)]
 
@@ -165,73 +153,3 @@ class OtherConfig(BackboneConfig):
 def test_backbones_without_groups_refuse_them():
     with pytest.raises(ValueError, match="num_token_groups must be 1 for the backbone 'other', got 2"):
         OtherConfig(16, 3, (3, 4), num_token_groups=2)
-
-
-# Whole runs
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Path:
-    """A tokenizer of 64 binary codes: 8 px images, 4 x 4 tokens."""
-    folder = tmp_path_factory.mktemp("binary") / "tokenizer"
-    sizes = {"base_channels": 8, "channel_multipliers": (1, 1), "num_res_blocks": 1, "num_groups": 2}
-    config = VQGANConfig(1, **sizes, codebook_size=64, code_dim=6, quantizer="lfq")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
-    return folder
-
-
-def of_64_codes(name: str, num_groups: int, **options: Any) -> BackboneConfig:
-    return small_config(name, codebook_size=64, num_token_groups=num_groups, grid=[4, 4], **options)
-
-
-def bits_per_token(pipe: MaskGIT, tokens: Tensor) -> float:
-    """Computes the order-agnostic bound, in bits per token."""
-    network = pipe.transformer.network
-    predictor, index = bind_conditions(network, torch.zeros(len(tokens), dtype=torch.int64), None)
-    nats = negative_elbo(predictor, tokens, index, mask_token_id=network.config.mask_token_id, draws=16)
-    return float(nats.mean()) / (math.log(2) * tokens.shape[1])
-
-
-@pytest.mark.trainings
-@pytest.mark.slow
-@pytest.mark.parametrize(("backbone", "num_groups"), [("bert", 2), ("adaln", 3)])
-def test_a_model_of_groups_trains_resumes_generates_edits_and_is_measured(
-    backbone, num_groups, tokenizer, tiny_shards, tmp_path
-):
-    def create_model():
-        torch.manual_seed(0)
-        decoding = DecodingConfig(num_steps=4, guidance={"name": "linear", "scale": 1.0}, top_k=20)
-        config = of_64_codes(backbone, num_groups)
-        return masked_model(config, tokenizer, decoding=decoding, rate=LearningRate(1e-2), ema_decay=0.9)
-
-    model = create_model()
-    straight = fit(model, data(tiny_shards), steps=40, folder=tmp_path / "a")
-    first = fit(create_model(), data(tiny_shards), steps=3, folder=tmp_path / "b")
-    resume = newest_checkpoint(tmp_path / "b")
-    second = fit(create_model(), data(tiny_shards), steps=40, folder=tmp_path / "b", resume=resume)
-    assert first.losses + second.losses == straight.losses
-    losses = [float.fromhex(loss) for loss in straight.losses]
-    assert sum(losses[-5:]) < 0.95 * sum(losses[:5])
-    model.export(tmp_path, class_names=("a", "b", "c"))
-    pipe = MaskGIT.from_pretrained(tmp_path)
-    images = pipe.generate([0, 1, 2], seed=0)
-    assert [image.size for image in images] == [(8, 8)] * 3
-    left_half = torch.arange(64).reshape(8, 8) % 8 < 4
-    (edited,) = pipe.inpaint(images[0], left_half, classes=[1], seed=0, num_steps=2)
-    assert edited.size == (8, 8)
-    if backbone == "bert":
-        assert len(pipe.generate([0, 1], seed=0, token_selector="p2")) == 2
-    pixels = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    tokens = load_tokenizer(tokenizer).network.encode(pixels)
-    assert 0 < bits_per_token(pipe, tokens) < 3 * math.log2(64)
-
-
-def test_the_autoregressive_baseline_of_groups_trains_and_generates(tokenizer, tiny_shards, tmp_path):
-    config = of_64_codes("bert", 2, attention="causal")
-    model = autoregressive_model(config, tokenizer, decoding=AutoregressiveDecoding("constant"))
-    fit(model, data(tiny_shards), steps=2, folder=tmp_path / "checkpoints")
-    model.export(tmp_path, class_names=("a", "b", "c"))
-    images = MaskGIT.from_pretrained(tmp_path).generate([0, 1], seed=0)
-    assert [image.size for image in images] == [(8, 8)] * 2
