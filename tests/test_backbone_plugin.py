@@ -36,16 +36,15 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def maskgit(folder: Path, *words: object, with_plugin: bool = True) -> subprocess.CompletedProcess[str]:
+def maskgit(folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
     """Runs a command; the recipes are those of the repository."""
-    paths = [str(folder / "site")] if with_plugin else []
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*paths, str(ROOT)])}
-    return forked.run(words, cwd=ROOT, env=environment)
+    paths = os.pathsep.join([str(folder / "site"), str(ROOT)])
+    return forked.run(words, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths})
 
 
-def train(folder: Path, shards: Path, pretrained: Path, run: str, *more: str, **how: bool):
-    where = ("--data", shards, "--tokenizer", pretrained / "tokenizer", "--runs-folder", folder / "runs", "--run", run)
-    return maskgit(folder, "train", "transformer", *where, *TINY, *more, **how)
+def train(folder: Path, shards: Path, pretrained: Path, run: str, *words: str) -> subprocess.CompletedProcess[str]:
+    paths = ("--data", shards, "--tokenizer", pretrained / "tokenizer", "--runs-folder", folder / "runs", "--run", run)
+    return maskgit(folder, "train", "transformer", *paths, *TINY, *words)
 
 
 @pytest.mark.slow
@@ -56,8 +55,6 @@ def test_a_backbone_of_another_package_is_trained_exported_and_sampled(workplace
     network = json.loads((run / "pretrained" / "transformer" / "config.json").read_text())["network"]
     assert (network["backbone"], network["embed_dim"], network["depth"]) == ("conv", 16, 2)
     assert "backbone: conv" in (run / "transformer" / "config.yaml").read_text()
-    done = maskgit(workplace, "export", run, "--stage=transformer", "--out", workplace / "out")
-    assert done.returncode == 0, done.stdout + done.stderr
     image = workplace / "image.png"
     done = maskgit(workplace, "sample", run, "--classes", "0", "--num-steps", 2, "--out", image)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -73,27 +70,16 @@ def test_a_backbone_of_another_package_is_trained_exported_and_sampled(workplace
 
 @pytest.mark.slow
 def test_doctor_estimates_the_costs_of_a_backbone_of_another_package(workplace, tiny_shards, tiny_pretrained):
-    where = ("--data", tiny_shards, "--tokenizer", tiny_pretrained / "tokenizer", "--runs-folder", workplace / "runs")
-    done = maskgit(workplace, "doctor", "transformer", *where, *TINY, *SIZES, "--device-memory", "8GB")
+    paths = ("--data", tiny_shards, "--tokenizer", tiny_pretrained / "tokenizer", "--runs-folder", workplace / "runs")
+    done = maskgit(workplace, "doctor", "transformer", *paths, *TINY, *SIZES, "--device-memory", "8GB")
     assert re.search(r"14,\d{3} trained parameters, .* MFLOP per step", done.stdout), done.stdout + done.stderr
     assert re.search(r"ok +memory", done.stdout), done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (("--model.network.backbone=wide",), "backbone 'wide': forward must return logits of shape (B, N, K)"),
-        (("--model.network.backbone=cnv",), "unknown backbone 'cnv': did you mean 'conv'?"),
-        (
-            ("--model.network.backbone=conv", "--model.network.num_heads=2"),
-            "unknown key 'model.network.num_heads': did you mean",
-        ),
-    ],
-)
-def test_what_is_wrong_with_it_is_one_line(workplace, tiny_shards, tiny_pretrained, words, said):
-    done = train(workplace, tiny_shards, tiny_pretrained, "wrong", *words)
+def test_a_backbone_that_breaks_the_contract_is_refused_in_one_line(workplace, tiny_shards, tiny_pretrained):
+    done = train(workplace, tiny_shards, tiny_pretrained, "wrong", "--model.network.backbone=wide")
     assert done.returncode == 2, done.stdout + done.stderr
-    assert said in done.stderr
+    assert "backbone 'wide': forward must return logits of shape (B, N, K)" in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (workplace / "runs" / "wrong").exists()

@@ -102,24 +102,30 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
         f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
-    classes = _list_classes(file) if kind == "zip" else []
-    objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
-    if objects:
-        text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
-        raise ValueError(f"checkpoint {file} {text}; {way_out}")
+    content: Any = None
+    objects: list[str] = []
     try:
-        content: Any = read_tensors(file) if kind == "safetensors" else _load_tensors(file, classes, mmap=kind == "zip")
+        if kind == "safetensors":
+            content = read_tensors(file)
+        else:
+            classes = _list_classes(file) if kind == "zip" else []
+            objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
+            content = None if objects else _load_tensors(file, classes, mmap=kind == "zip")
     except pickle.UnpicklingError as error:  # a file from before torch 1.6
         raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(f"checkpoint {file}: cannot be read ({text}); download it again") from error
+    if objects:
+        text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
+        raise ValueError(f"checkpoint {file} {text}; {way_out}")
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
     chosen = next((name for name in entries if isinstance(content.get(name), Mapping) and content[name]), None)
-    others = () if chosen is None else tuple(str(name) for name in content if name != chosen)
     with name_file(file):
-        return remove_wrappers(content if chosen is None else content[chosen]), others
+        if chosen is None:
+            return remove_wrappers(content), ()
+        return remove_wrappers(content[chosen]), tuple(str(name) for name in content if name != chosen)
 
 
 def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
@@ -128,17 +134,17 @@ def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if a name is no text, or a tensor is there with and without a wrapper.
     """
-    own: dict[str, Any] = {}
+    unwrapped: dict[str, Any] = {}
     for name, value in state.items():
         if not isinstance(name, str):
             raise ValueError(f"tensors must have names, got {shorten(name)}, which is no text; name a file of weights")
         inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
         while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
             inner = inner.removeprefix("module.")
-        if inner in own:
+        if inner in unwrapped:
             raise ValueError(f"tensor {printable(inner)} must be there once, got it twice, with and without a prefix")
-        own[inner] = value
-    return own
+        unwrapped[inner] = value
+    return unwrapped
 
 
 def select_tensors(
@@ -153,13 +159,15 @@ def select_tensors(
     Raises:
         ValueError: if another entry is no tensor.
     """
-    # Only known others are left out: an unknown tensor means another network.
+    # Only these are left out: an unknown tensor means another network.
     tensors: dict[str, Tensor] = {}
     left_out: Counter[str] = Counter()
     for name, value in contents.items():
-        known = [other for other in others if name == other or (other[-1] == "." and name.startswith(other))]
-        if known:
-            left_out[known[0]] += 1
+        entry = next(
+            (entry for entry in others if name == entry or (entry[-1] == "." and name.startswith(entry))), None
+        )
+        if entry is not None:
+            left_out[entry] += 1
         elif isinstance(value, Tensor):
             tensors[name] = value
         else:
@@ -190,9 +198,9 @@ def name_file(file: Path) -> Iterator[None]:
 
 def name_some(names: Iterable[str], *, limit: int = 3) -> str:
     """Lists the first names of a file, without control characters, and the number of the others."""
-    shown = list(names)
-    more = f" and {len(shown) - limit} more" if len(shown) > limit else ""
-    return ", ".join(map(printable, shown[:limit])) + more
+    listed = list(names)
+    first, rest = listed[:limit], listed[limit:]
+    return ", ".join(map(printable, first)) + (f" and {len(rest)} more" if rest else "")
 
 
 def _check_format(path: Path, description: str, *accepted: str) -> str:
@@ -224,20 +232,10 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
 
 
 def _list_classes(file: Path) -> list[str]:
-    """Returns the names of the classes and functions in a zip archive of torch.save, except those of tensors; sorted.
-
-    Raises:
-        ValueError: if the file is damaged, or unpacks to more than its size.
-    """
-    try:
-        with file.open("rb") as stream:
-            check_archive(stream, file.stat().st_size)  # before anything is unpacked
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-    except Exception as error:  # of many types, depending on where the file is damaged
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {file} is no file of torch.save, or damaged ({text}); download it again"
-        ) from error
+    """Returns the sorted names of the classes and functions in an archive of torch.save, except those of tensors."""
+    with file.open("rb") as stream:
+        check_archive(stream, file.stat().st_size)  # before anything is unpacked
+    return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
 
 
 def _load_tensors(file: Path, classes: Sequence[str], *, mmap: bool) -> Any:

@@ -126,14 +126,14 @@ def import_jax(
         arrays, ignored = _read(tokenizer)
         vqgan = tokenizer_config(arrays)
         weights = tokenizer_weights(arrays, vqgan)
-    made, size = None, _TOKENIZER_SIZE if image_size is None else image_size
+    imported, size = None, _TOKENIZER_SIZE if image_size is None else image_size
     if transformer is not None:
         with name_file(transformer):
-            arrays, others = _read(transformer)
+            arrays, more_ignored = _read(transformer)
             config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
-            own = transformer_weights(arrays, config)
-        names, ignored = choose_class_names(class_names, config.num_classes), [*ignored, *others]
-        made = ImportedTransformer(config, own, _MASK_SCHEDULE, _decoding(config), names)
+            state = transformer_weights(arrays, config)
+        names, ignored = choose_class_names(class_names, config.num_classes), [*ignored, *more_ignored]
+        imported = ImportedTransformer(config, state, _MASK_SCHEDULE, _decoding(config), names)
         rows, columns = config.grid
         size = rows * vqgan.downsampling_factor  # released grids are square
         if image_size not in (None, size):
@@ -141,7 +141,7 @@ def import_jax(
                 f"--image-size must be {size}, for {rows} x {columns} tokens of this transformer, got {image_size}; "
                 f"leave --image-size out, or name the checkpoints of {image_size} px"
             )
-    return write_import(Imported(out, "google-research/maskgit", vqgan, weights, size, made, ignored=ignored))
+    return write_import(Imported(out, "google-research/maskgit", vqgan, weights, size, imported, ignored=ignored))
 
 
 def parameters(arrays: Arrays) -> dict[str, Array]:
@@ -150,11 +150,11 @@ def parameters(arrays: Arrays) -> dict[str, Array]:
     Raises:
         ValueError: if there is none.
     """
-    found = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
-    if not found:
+    params = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
+    if not params:
         names = name_some(_top(arrays)) or "nothing"
         raise ValueError(f"it must have a collection 'params', got {names}; name another file")
-    return found
+    return params
 
 
 def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConfig:
@@ -313,6 +313,6 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
 
 def _check_kind(arrays: Arrays, kind: str) -> None:
     if _MARKS[kind] not in arrays:
-        other = next((name for name, mark in _MARKS.items() if mark in arrays), None)
-        got = f"those of a {other}; name that file with --{other}" if other else f"{name_some(_top(arrays))}"
+        actual = next((name for name, mark in _MARKS.items() if mark in arrays), None)
+        got = f"those of a {actual}; name that file with --{actual}" if actual else name_some(_top(arrays))
         raise ValueError(f"{kind} arrays must be those of a released {kind}, got {got}")

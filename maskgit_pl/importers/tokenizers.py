@@ -180,17 +180,17 @@ class TokenizerLayout:
 
     def rules(self, config: VQGANConfig, names: Iterable[str]) -> list[Rule]:
         """Returns the rules of a network of these sizes, whose tensors have these names."""
-        places = {"encoder.projection": "quant_conv", "decoder.projection": "post_quant_conv"}
+        parts = {"encoder.projection": "quant_conv", "decoder.projection": "post_quant_conv"}
         outer = {"stem": "conv_in", "norm": self.norm_out, "head": "conv_out"}
         for half in ("encoder", "decoder"):
-            places |= {f"{half}.{ours}": f"{half}.{theirs}" for ours, theirs in outer.items()}
-            places |= {f"{half}.blocks.{number}": name for number, name in enumerate(self._blocks(half, config))}
+            parts |= {f"{half}.{ours}": f"{half}.{theirs}" for ours, theirs in outer.items()}
+            parts |= {f"{half}.blocks.{number}": name for number, name in enumerate(self._blocks(half, config))}
         rules = [Rule("quantizer.codebook", _CODEBOOK)]
         for name in names:
-            # encoder.blocks.3.shortcut.bias: the place encoder.blocks.3, the layer shortcut, the kind bias.
+            # encoder.blocks.3.shortcut.bias: the part encoder.blocks.3, the layer shortcut, the kind bias.
             if match := re.fullmatch(r"(\w+\.(?:blocks\.\d+|\w+))(?:\.(\w+))?\.(weight|bias)", name):
                 layer = self.layers.get(match[2] or "", match[2])
-                rules.append(Rule(name, ".".join(filter(None, (places[match[1]], layer, match[3])))))
+                rules.append(Rule(name, ".".join(filter(None, (parts[match[1]], layer, match[3])))))
         return rules
 
     def _blocks(self, half: str, config: VQGANConfig) -> list[str]:
@@ -471,8 +471,8 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
         kind, way_out = "something else", "a file of one of these"
         if any(map(_TRANSFORMER.search, tensors)):
             kind, way_out = "a transformer", "its tokenizer, or use maskgit import-transformer"
-        known = ", ".join(TOKENIZER_LAYOUTS)
-        raise ValueError(f"it must be a tokenizer of {known}, got {kind} ({name_some(tensors)}); name {way_out}")
+        projects = ", ".join(TOKENIZER_LAYOUTS)
+        raise ValueError(f"it must be a tokenizer of {projects}, got {kind} ({name_some(tensors)}); name {way_out}")
     names = " or ".join(fitting)
     if name is None and len(fitting) > 1 and any(tensor.startswith(_AVERAGE) for tensor in tensors):
         raise ValueError(
@@ -529,9 +529,10 @@ def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
 
 
 def _choose_size(given: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
-    """Returns the size of the images, and a note if the user gives another one than ``config.json``."""
+    """Returns the size of the images, and a note if no file gives it, or another one than the user."""
     if declared == _DIFFUSERS_SIZE:
-        return _IMAGE_SIZE if given is None else given, []
+        assumed = f"no file gives the size of the images: {_IMAGE_SIZE} px are assumed; name another with --image-size"
+        return (_IMAGE_SIZE, [assumed]) if given is None else (given, [])
     declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
     if given is None or as_image_size(given) == declared:
         return declared, []

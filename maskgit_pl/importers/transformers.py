@@ -146,19 +146,19 @@ def import_transformer(
         # 3.
         weights = layout.convert(tensors, config)
     # 4.
-    own = source.network
-    if own.config.codebook_size != config.codebook_size:
+    vqgan = source.network.config
+    if vqgan.codebook_size != config.codebook_size:
         raise ValueError(
             f"tokenizer {tokenizer} must have the {config.codebook_size} codes of the transformer, got "
-            f"{own.config.codebook_size}; name the folder of its own tokenizer"
+            f"{vqgan.codebook_size}; name the folder of its own tokenizer"
         )
     image_size = source.image_size
     if config.grid != source.grid:
-        image_size = config.grid[0] * own.config.downsampling_factor  # the grid of a table of positions is square
+        image_size = config.grid[0] * vqgan.downsampling_factor  # the grid of a table of positions is square
     names, decoding = choose_class_names(class_names, config.num_classes), layout.decoding(config)
     transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
-    made = Imported(out, layout.name, own.config, own.state_dict(), image_size, transformer, ignored=beside)
-    return write_import(made)
+    state = source.network.state_dict()
+    return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer, ignored=beside))
 
 
 def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
@@ -181,13 +181,13 @@ def _find_num_heads(given: int | None, published: Mapping[tuple[int, int], int],
     Raises:
         ValueError: if the user names none, and no published network has this size.
     """
-    known = published.get((embed_dim, depth)) if given is None else given
-    if known is None:
+    num_heads = published.get((embed_dim, depth)) if given is None else given
+    if num_heads is None:
         raise ValueError(
             f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "
             "tensor tells it and no published network has this size; add --num-heads"
         )
-    return known
+    return num_heads
 
 
 # Halton-MaskGIT

@@ -206,7 +206,7 @@ class AdaLNBlock(nn.Module):
         if rows is not None:  # the rest works on rows, so all others can be dropped here
             images = rows // x.shape[1]
             # Unlike that of an index, the gradient of a lookup is bit-equal with any number of threads.
-            x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
+            x, attended = (F.embedding(rows, states.flatten(0, 1)) for states in (x, attended))
             parts = [None if part is None else F.embedding(images, part[:, 0]) for part in parts]
         x = _add(x, F.dropout(self.proj(attended), self.dropout, self.training), parts[2])
         normed = _modulate(self.mlp_norm(x), *parts[3:5])
@@ -228,14 +228,14 @@ class AdaLNBlock(nn.Module):
         query = self.query(asking)
         key, value = self.key_value(answering).chunk(2, dim=-1)
         if self.qk_norm:  # over all heads
-            query, key = (F.rms_norm(each, each.shape[-1:], eps=_EPS) for each in (query, key))
+            query, key = (F.rms_norm(part, part.shape[-1:], eps=_EPS) for part in (query, key))
         query, key, value = (
-            rearrange(each, "b s (heads d) -> b heads s d", heads=self.num_heads) for each in (query, key, value)
+            rearrange(part, "b s (heads d) -> b heads s d", heads=self.num_heads) for part in (query, key, value)
         )
         if rotation is not None:
             # At some positions each image has rows of its own; they are the same for all heads.
-            own = rotation if at is None else rotation[at].unsqueeze(1)
-            query, key = rotate(query, own), rotate(key, rotation)
+            query = rotate(query, rotation if at is None else rotation[at].unsqueeze(1))
+            key = rotate(key, rotation)
         if cache is not None:
             key, value = cache.extend(torch.stack([key, value]))
         attended = F.scaled_dot_product_attention(
@@ -256,7 +256,6 @@ class AdaLNTransformer(Backbone):
 
     Attributes:
         attention: Attention that the class computes.
-
     """
 
     takes_project = True
@@ -506,14 +505,15 @@ def rotation_table(
         table[0] = 0
         return table
     rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
-    angles = torch.cat([_angles(places.flatten(), size // 2, base) for places in (rows, columns)], dim=1)
+    angles = torch.cat([_angles(positions.flatten(), size // 2, base) for positions in (rows, columns)], dim=1)
     # Angle 0 leaves class token and registers as they are.
     return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
 
 
-def _angles(places: Tensor, size: int, base: float) -> Tensor:
-    """Returns the angles (places, size / 2) of ``size`` numbers."""
-    return torch.outer(places.float(), base ** (-torch.arange(0, size, 2, device=places.device).float() / size))
+def _angles(positions: Tensor, size: int, base: float) -> Tensor:
+    """Returns the angles (positions, size / 2) of ``size`` numbers."""
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
+    return torch.outer(positions.float(), frequencies)
 
 
 def _cos_sin(angles: Tensor) -> Tensor:

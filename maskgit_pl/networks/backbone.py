@@ -111,9 +111,9 @@ class BackboneConfig(ABC):
     num_token_groups: int = 1
 
     def __post_init__(self) -> None:
-        for each in fields(self):
-            if isinstance(value := getattr(self, each.name, None), list):  # of a recipe or config.json
-                object.__setattr__(self, each.name, tuple(value))
+        for field in fields(self):
+            if isinstance(value := getattr(self, field.name, None), list):  # of a recipe or config.json
+                object.__setattr__(self, field.name, tuple(value))
         for name, (least, most) in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[{least}, {most}]")
         if len(self.grid) != 2:
@@ -308,14 +308,14 @@ class Backbone(nn.Module):
         Returns:
             (M, V) float, or what ``project`` returns.
         """
-        own = type(self).forward_masked
-        if own is Backbone.forward_masked:
+        forward_masked = type(self).forward_masked
+        if forward_masked is Backbone.forward_masked:
             # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
             logits = self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary).flatten(0, 1)
             return logits[positions]
         mask = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill(0, positions, value=True)
-        found = own(self, tokens, labels, mask.view_as(tokens), vectors=vectors, vocabulary=vocabulary)
-        return found[mask.cumsum(0)[positions] - 1]
+        logits = forward_masked(self, tokens, labels, mask.view_as(tokens), vectors=vectors, vocabulary=vocabulary)
+        return logits[mask.cumsum(0)[positions] - 1]
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits of the codes (B, M, K) at ``positions`` (B, M) int64 in [0, N), for decoding.
@@ -404,7 +404,7 @@ def read_config_values(values: Any) -> Any:
     if not isinstance(name, str):
         raise ValueError(f"backbone must be a string, got {shorten(name)}")
     kind = config_class(name)
-    check_keys(f"backbone {name!r}", values, known=[each.name for each in fields(kind) if each.init])
+    check_keys(f"backbone {name!r}", values, known=[field.name for field in fields(kind) if field.init])
     try:
         config = validate(kind, {**values, "backbone": name})
     except ValueError:
@@ -491,7 +491,7 @@ class KVCache:
 def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
     """Returns the digits (..., G) int64 in [0, k) of tokens (...) int64 in [0, k^G), the most significant one first."""
     # Not a tensor of the powers: its copy to the device would wait.
-    digits = [tokens // group_size**place % group_size for place in reversed(range(num_groups))]
+    digits = [tokens // group_size**power % group_size for power in reversed(range(num_groups))]
     return torch.stack(digits, dim=-1)
 
 
@@ -552,8 +552,8 @@ class TokenEmbedding(nn.Embedding):
         for group, digit in enumerate(digits[1:], start=1):
             embedded = embedded + super().forward(digit + group * self.group_size)
         first_other = self.num_groups * self.group_size
-        others = super().forward((ids - self.codebook_size).clamp(min=0) + first_other)
-        return torch.where(is_code, embedded, others)
+        embedded_others = super().forward((ids - self.codebook_size).clamp(min=0) + first_other)
+        return torch.where(is_code, embedded, embedded_others)
 
 
 def token_logits(

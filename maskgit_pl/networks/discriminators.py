@@ -101,15 +101,15 @@ def with_defaults(spec: str | Mapping[str, Any]) -> dict[str, Any]:
 
     A wrong name or key stays, for ``build_discriminator`` to report.
     """
-    given = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = given.pop("name", _DEFAULT)
+    values = {"name": spec} if isinstance(spec, str) else dict(spec)
+    name = values.pop("name", _DEFAULT)
     factory = discriminators.factory(name) if name in discriminators.names() else None
     defaults: dict[str, Any] = {}
     if isinstance(factory, type) and is_dataclass(factory):
-        plain = [each for each in fields(factory) if each.init and isinstance(each.default, _PLAIN)]
-        defaults = {each.name: each.default for each in plain}
+        plain = [field for field in fields(factory) if field.init and isinstance(field.default, _PLAIN)]
+        defaults = {field.name: field.default for field in plain}
     # Without a name, the values of the default one are settings of their own, which a resuming run compares by key.
-    return {**({} if name == _DEFAULT else {"name": name}), **defaults, **given}
+    return {**({} if name == _DEFAULT else {"name": name}), **defaults, **values}
 
 
 @discriminators.register("stylegan")

@@ -217,8 +217,8 @@ class TimmClassifier(nn.Module):
             sizes.model, pretrained=False, in_chans=sizes.in_channels, num_classes=sizes.num_classes
         )
         self.model: nn.Module = model
-        own = int(model.pretrained_cfg["input_size"][-1])
-        self.size: ImageSize = sizes.image_size if _can_run(model, sizes) else own
+        native_size = int(model.pretrained_cfg["input_size"][-1])
+        self.size: ImageSize = sizes.image_size if _can_run(model, sizes) else native_size
 
     def extra_repr(self) -> str:
         return f"side={self.size}"
@@ -286,9 +286,9 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
         raise ValueError(f"classifier {folder} has no {CONFIG_FILE}; `maskgit train-classifier` makes such a folder")
     config = read_json(file, max_bytes=MAX_CONFIG_BYTES)
     for key, expected in (("format", FORMAT), ("version", _VERSION)):
-        found = config.get(key)  # True == 1 in Python, so a boolean is no version
-        if found != expected or isinstance(found, bool):
-            raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(found)}; train it again")
+        value = config.get(key)  # True == 1 in Python, so a boolean is no version
+        if value != expected or isinstance(value, bool):
+            raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(value)}; train it again")
     where = f"classifier {file}"
     check_keys(where, config, known=config, required=("network", "class_names"))
     sizes = build_dataclass(ClassifierSizes, config["network"], f"{where}: network")

@@ -330,10 +330,10 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     if name not in feature_networks.names():
         raise ValueError(f"unknown feature network {text!r}: {nearest(name, feature_networks.names())}")
     pattern, syntax = _SYNTAX.get(name, (re.escape(name), name))
-    found = re.fullmatch(pattern, text)
-    if found is None:
+    match = re.fullmatch(pattern, text)
+    if match is None:
         raise ValueError(f"feature network must be {syntax}, got {text!r}")
-    return feature_networks.build({"name": name, **{key: part for key, part in found.groupdict().items() if part}})
+    return feature_networks.build({"name": name, **{key: part for key, part in match.groupdict().items() if part}})
 
 
 def _lite0_file() -> Path:
@@ -345,10 +345,10 @@ def _lite0_file() -> Path:
         raise ValueError(
             f"feature network 'lite0': the package {package} is not installed; run pip install {package}"
         ) from None
-    found = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
-    if not found or not found[0].is_file():
+    weight_files = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
+    if not weight_files or not weight_files[0].is_file():
         raise ValueError(f"feature network 'lite0': {package} holds no weight file; install it again")
-    return found[0]
+    return weight_files[0]
 
 
 def _with_normalisation(model: Any, size: int) -> FeatureNetwork:
@@ -394,9 +394,9 @@ def build_perceptual(
         if output != "logits":
             raise ValueError(f"output must be left out with network {name!r}, which compares images, got {output!r}")
         return perceptual_networks.build(spec)
-    known = [*perceptual_networks.names(), *feature_networks.names()]
-    if isinstance(name, str) and name not in known:
-        raise ValueError(f"unknown perceptual network {shorten(name)}: {nearest(name, known)}")
+    names = [*perceptual_networks.names(), *feature_networks.names()]
+    if isinstance(name, str) and name not in names:
+        raise ValueError(f"unknown perceptual network {shorten(name)}: {nearest(name, names)}")
     return feature_networks.build(spec)
 
 
@@ -468,17 +468,18 @@ class LPIPSSpec:
         """
         from torchmetrics.functional.image.lpips import _NoTrainLpips  # imports torchvision
 
-        file, thing, name = Path(self.weights), f"lpips {self.backbone!r}", _BACKBONES[self.backbone][0]
+        file, thing, official = Path(self.weights), f"lpips {self.backbone!r}", _BACKBONES[self.backbone][0]
         if not file.is_file():
-            raise ValueError(f"{thing} weights must be an existing file, got {self.weights!r}; download {_URL}{name}")
-        digits = Path(name).stem.rpartition("-")[2] if self.sha256 is None else self.sha256
+            url = f"{_URL}{official}"
+            raise ValueError(f"{thing} weights must be an existing file, got {self.weights!r}; download {url}")
+        digits = Path(official).stem.rpartition("-")[2] if self.sha256 is None else self.sha256
         state = read_weights(file, thing=thing, sha256=digits)
         # torchmetrics ships the weights w. pnet_rand makes a random backbone, so that torchvision downloads nothing.
         network = _NoTrainLpips(net=self.backbone, pnet_rand=True)
         # torchmetrics splits torchvision's ``features`` into slices: layer 3 is slice2.3, or slices.1.3 in SqueezeNet.
-        names = {own: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", own) for own in network.net.state_dict()}
-        weights = {own: state[theirs] for own, theirs in names.items() if theirs in state}
-        load_weights(network.net, weights, f"{thing} {file}, which must be torchvision's {name},")
+        names = {name: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", name) for name in network.net.state_dict()}
+        weights = {name: state[theirs] for name, theirs in names.items() if theirs in state}
+        load_weights(network.net, weights, f"{thing} {file}, which must be torchvision's {official},")
         return LPIPS(self.backbone, network)
 
 
@@ -540,10 +541,10 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
     Raises:
         ValueError: if the backbone is unknown, the file is missing, or the file is not torchvision's.
     """
-    backbone, _, place = text.partition("=")
+    backbone, _, file = text.partition("=")
     if backbone not in _BACKBONES:
         raise ValueError(f"lpips {text!r}: unknown backbone {backbone!r}; {nearest(backbone, _BACKBONES)}")
-    spec = {"name": "lpips", "backbone": backbone, "weights": place, "sha256": sha256}
+    spec = {"name": "lpips", "backbone": backbone, "weights": file, "sha256": sha256}
     network = perceptual_networks.build(spec).create().to(device)
     assert isinstance(network, LPIPS)
     return network

@@ -149,13 +149,13 @@ class PackingLinear(nn.Linear):
         dimension, first, last = part
         if not self._reads_packed(x, weight, last - first if dimension else self.in_features):
             return None
-        found = self._packed.get(part)
-        if found is None or not found.is_of(weight):
+        packed = self._packed.get(part)
+        if packed is None or not packed.is_of(weight):
             if not _can_pack(weight):
                 return None
             rows = weight.detach().narrow(dimension, first, last - first)
-            found = self._packed[part] = _Packed(weight.detach(), _count_changes(weight), _pack(rows))
-        return found.data
+            packed = self._packed[part] = _Packed(weight.detach(), _count_changes(weight), _pack(rows))
+        return packed.data
 
     def _activate(self, x: Tensor) -> Tensor:
         return F.gelu(x, approximate="tanh") if self.gelu else x
@@ -247,8 +247,8 @@ def _count_parts(num_rows: int, hidden_dim: int) -> int:
         return 1
     num_bytes = 2 * num_rows * hidden_dim / torch.get_num_threads()
     most = hidden_dim // _SMALLEST_PART
-    wanted = most if num_bytes > _SPLIT else min(2, most) if num_bytes > _HALVED else 1
-    return next((parts for parts in range(wanted, 1, -1) if hidden_dim % parts == 0), 1)
+    limit = most if num_bytes > _SPLIT else min(2, most) if num_bytes > _HALVED else 1
+    return next((parts for parts in range(limit, 1, -1) if hidden_dim % parts == 0), 1)
 
 
 @dataclass(slots=True)
@@ -282,12 +282,12 @@ def _can_pack(weight: Tensor) -> bool:
 @cache
 def _packed_dtypes() -> tuple[torch.dtype, ...]:
     """Returns the dtypes whose products are faster with packed weights on this CPU."""
-    found = []
+    dtypes = []
     if torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]  # torch: untyped
-        found.append(torch.float32)
+        dtypes.append(torch.float32)
     if has_bfloat16("cpu"):
-        found.append(torch.bfloat16)
-    return tuple(found)
+        dtypes.append(torch.bfloat16)
+    return tuple(dtypes)
 
 
 def _pack(weight: Tensor) -> Tensor:

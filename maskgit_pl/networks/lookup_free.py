@@ -295,9 +295,8 @@ class FSQ(Quantizer):
     def _constants(self, like: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Returns the levels and the basis of the tokens, (D,) each, filled on the device without a copy."""
         levels = self.spec.levels
-        basis = [math.prod(levels[:place]) for place in range(len(levels))]
-        made = [_filled(values, like, dtype) for values in (levels, basis)]
-        return made[0], made[1]
+        basis = [math.prod(levels[:channel]) for channel in range(len(levels))]
+        return _filled(levels, like, dtype), _filled(basis, like, dtype)
 
 
 def _filled(values: Sequence[int], like: Tensor, dtype: torch.dtype) -> Tensor:

@@ -125,10 +125,10 @@ class Quantizer(nn.Module):
     def _total(self, **losses: Tensor) -> Tensor:
         """Returns the sum of weighted losses, in the order given, and keeps their detached values in ``losses``."""
         self.losses = {name: value.detach() for name, value in losses.items()}
-        first, *others = losses.values()
-        for other in others:
-            first = first + other
-        return first
+        total, *rest = losses.values()
+        for loss in rest:
+            total = total + loss
+        return total
 
 
 class CodebookQuantizer(Quantizer):

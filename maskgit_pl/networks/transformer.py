@@ -109,7 +109,6 @@ class Transformer(Backbone):
 
     Attributes:
         attention: Attention that the class computes.
-
     """
 
     takes_project = True
@@ -156,8 +155,8 @@ class Transformer(Backbone):
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
         """Embeds ids (B, R) at the positions first, first + 1, ...: (B, R, D)."""
-        places = self.position_embedding.weight[first : first + sequence.shape[1]]
-        x = self.embedding_norm(self.token_embedding(sequence) + places)
+        positions = self.position_embedding.weight[first : first + sequence.shape[1]]
+        x = self.embedding_norm(self.token_embedding(sequence) + positions)
         return F.dropout(x, self.config.dropout, self.training)
 
     def _sequence(self, tokens: Tensor, labels: Tensor) -> Tensor:
@@ -299,7 +298,7 @@ class Block(nn.Module):
         query, key, value = self._heads(self.qkv(x), 3)
         attended = self._attend(query, key, value, is_causal=self.is_causal)
         if rows is not None:  # the rest works on rows, so all others can be dropped here
-            x, attended = (F.embedding(rows, each.flatten(0, 1)) for each in (x, attended))
+            x, attended = (F.embedding(rows, states.flatten(0, 1)) for states in (x, attended))
         return self._add_and_feed_forward(x, attended)
 
     def forward_at(self, x: Tensor, positions: Tensor) -> Tensor:

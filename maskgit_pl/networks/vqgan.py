@@ -175,10 +175,10 @@ class VQGANConfig:
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"network {name} must be true or false, got {shorten(getattr(self, name))}")
         check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
-        levels, known = self.attention_levels, range(len(self.channel_multipliers))
-        if len(set(levels)) < len(levels) or any(level not in known for level in levels):
+        levels, existing = self.attention_levels, range(len(self.channel_multipliers))
+        if len(set(levels)) < len(levels) or any(level not in existing for level in levels):
             raise ValueError(
-                f"network attention_levels must be different levels out of {list(known)}, 0 being full resolution, "
+                f"network attention_levels must be different levels out of {list(existing)}, 0 being full resolution, "
                 f"got {shorten(list(levels))}"
             )
 
@@ -594,9 +594,9 @@ class AdaptiveGroupNorm(nn.Module):
 
     def forward(self, x: Tensor, codes: Tensor) -> Tensor:
         """Returns x (B, channels, h', w') normalised, with the scale and the shift of codes (B, D, h, w)."""
-        places = codes.flatten(2)
+        rows = codes.flatten(2)  # (B, D, N)
         # One place has no unbiased variance.
-        deviation = (places.var(-1, correction=min(1, places.shape[-1] - 1)) + _NORM_EPSILON).sqrt()
-        scale, shift = self.gamma(deviation), self.beta(places.mean(-1))
+        deviation = (rows.var(-1, correction=min(1, rows.shape[-1] - 1)) + _NORM_EPSILON).sqrt()
+        scale, shift = self.gamma(deviation), self.beta(rows.mean(-1))
         out: Tensor = self.norm(x) * scale[:, :, None, None] + shift[:, :, None, None]
         return out

@@ -165,9 +165,9 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
         ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
     """
     check_fit(network, weights, where)
-    own = network.state_dict()
+    expected = network.state_dict()
     # In the network's dtypes: a large float64 number is infinite in float32.
-    weights = {name: tensor.to(own[name].dtype) for name, tensor in weights.items()}
+    weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
     for name, tensor in weights.items():
         if tensor.is_floating_point():
             try:
@@ -183,23 +183,23 @@ def check_fit(network: nn.Module, weights: Mapping[str, Tensor], where: Path | s
     Raises:
         ValueError: if names, shapes or kinds of numbers differ. The message names the first of these tensors.
     """
-    own = network.state_dict()
-    missing = [f"{name} is missing" for name in own if name not in weights]
-    unknown = [f"{shorten(name)} is not in the network" for name in weights if name not in own]
-    other = [
+    expected = network.state_dict()
+    missing = [f"{name} is missing" for name in expected if name not in weights]
+    unknown = [f"{shorten(name)} is not in the network" for name in weights if name not in expected]
+    wrong_shapes = [
         f"{name} must have shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
-        for name, tensor in own.items()
+        for name, tensor in expected.items()
         if name in weights and weights[name].shape != tensor.shape
     ]
     # Wrong shapes come first: they usually explain the others.
-    faults = [*other, *missing, *unknown]
+    faults = [*wrong_shapes, *missing, *unknown]
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
         raise ValueError(f"weights {where} do not fit the network's sizes: {'; '.join(faults[:_SHOWN])}{more}")
     # load_state_dict would cast integers without a word.
     for name, tensor in weights.items():
-        if own[name].is_floating_point() != (tensor.dtype in _FLOATS):
-            kind = "floating point" if own[name].is_floating_point() else "integers"
+        if expected[name].is_floating_point() != (tensor.dtype in _FLOATS):
+            kind = "floating point" if expected[name].is_floating_point() else "integers"
             raise ValueError(f"weights {where}: tensor {shorten(name)} must be {kind}, got {tensor.dtype}")
 
 

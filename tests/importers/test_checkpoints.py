@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
 import tarfile
@@ -23,13 +24,8 @@ import torch
 from lightning.fabric.utilities.data import AttributeDict
 from safetensors.torch import save_file
 
-from maskgit_pl.importers.checkpoints import (
-    _check_format,
-    check_weights,
-    read_checkpoint,
-    read_flax,
-    select_tensors,
-)
+from maskgit_pl.importers.checkpoints import read_checkpoint, read_flax
+from tests.networks.test_weights import rewrite_archive
 
 WEIGHTS = {"layer.weight": torch.arange(3.0)}
 
@@ -39,70 +35,100 @@ def save_tar(path):
         archive.addfile(tarfile.TarInfo("weights"))
 
 
-LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22eadbb8f32b1\nsize 12345\n"
 FOREIGN = {
     "a zip archive, as torch.save": lambda path: torch.save(WEIGHTS, path),
-    "got a Python pickle": lambda path: torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False),
-    "a Python pickle": lambda path: path.write_bytes(pickle.dumps({"a": 1}, protocol=4)),
+    "a Python pickle": lambda path: torch.save(WEIGHTS, path, _use_new_zipfile_serialization=False),
     "gzip archive; unpack": lambda path: path.write_bytes(gzip.compress(b"weights")),
     "tar archive; unpack": save_tar,
     "safetensors file": lambda path: save_file(WEIGHTS, path),
     "web page; the download": lambda path: path.write_text("\n<!DOCTYPE html><html><body>Sign in</body></html>"),
-    "web page": lambda path: path.write_text('<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>'),
-    "git lfs pull": lambda path: path.write_text(LFS),
+    "git lfs pull": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\nsize 12345\n"),
     "empty file; download": lambda path: path.write_bytes(b""),
     "got a folder; name the file itself": lambda path: path.mkdir(),
     "one that begins with b'# a text'": lambda path: path.write_text("# a text"),
-    "one that begins with b'.x89PNG": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(64)),
-    "one that begins with b": lambda path: path.write_bytes(bytes(4096)),
 }
 
 
 @pytest.mark.parametrize("name", FOREIGN)
-def test_a_file_of_another_kind_is_named(name, tmp_path):
+def test_a_file_of_another_kind_is_refused_with_its_kind(name, tmp_path):
     FOREIGN[name](tmp_path / "checkpoint")
-    with pytest.raises(ValueError, match=name) as caught:
-        _check_format(tmp_path / "checkpoint", "an archive", "hdf5")
-    assert str(caught.value).startswith(f"checkpoint {tmp_path / 'checkpoint'} must be an archive, got ")
-    assert "\n" not in str(caught.value)
+    with pytest.raises(ValueError, match=name) as refusal:
+        read_flax(tmp_path / "checkpoint")
+    assert str(refusal.value).startswith(f"checkpoint {tmp_path / 'checkpoint'} must be a msgpack file of flax")
+    assert "\n" not in str(refusal.value)
 
 
 @pytest.mark.parametrize("form", ["torch", "before torch 1.6", "safetensors"])
-def test_any_cut_is_refused(form, tmp_path):
+def test_a_file_cut_anywhere_is_refused(form, tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    content = {"a": torch.rand(40), "b": torch.rand(3)}
     if form == "safetensors":
-        save_file({"a": torch.rand(40), "b": torch.rand(3)}, whole)
+        save_file(content, whole)
     else:
-        content = {"a": torch.rand(40), "b": torch.rand(3)}
         torch.save(content, whole, _use_new_zipfile_serialization=form == "torch")
     for length in range(1, whole.stat().st_size, 23):
         cut.write_bytes(whole.read_bytes()[:length])
-        with pytest.raises(ValueError, match=r"checkpoint .*cut\b") as caught:
+        with pytest.raises(ValueError, match=r"checkpoint .*cut\b") as refusal:
             read_checkpoint(cut, entries=("model",))
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(refusal.value)
+
+
+def tensor_header(*, dtype: object = "F32", shape: object = (1,), offsets: object = (0, 4)) -> bytes:
+    header = json.dumps({"a": {"dtype": dtype, "shape": shape, "data_offsets": offsets}}).encode()
+    return struct.pack("<Q", len(header)) + header + bytes(4)
+
+
+def numpy_archive(path, shape: str) -> bytes:
+    with zipfile.ZipFile(path, "w") as archive:
+        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
+        archive.writestr("archive/a.npy", b"\x93NUMPY\x01\x00v\x00" + header)
+    return path.read_bytes()
+
+
+HEADERS = {  # content of a file, and the message
+    "shape of a flag": (tensor_header(shape=[True]), "invalid type: boolean"),
+    "negative size": (tensor_header(shape=[-1]), "invalid value: integer"),
+    "huge sizes": (tensor_header(shape=[2**62, 4]), "overflow"),
+    "huge and empty": (tensor_header(shape=[2**40, 0], offsets=[0, 0]), "not fully covered"),
+    "negative offset": (tensor_header(offsets=[-4, 0]), "invalid value: integer"),
+    "unknown dtype": (tensor_header(dtype="X9"), "unknown variant"),
+    "dtype of a list": (tensor_header(dtype=[1]), "invalid type: sequence"),
+    "no JSON": (struct.pack("<Q", 5) + b"{nope", "invalid JSON"),
+    "NumPy": (b"\x93NUMPY\x01\x00" + bytes(120), r"got one that begins with b'.x93NUMPY"),
+    "archive of NumPy": (
+        lambda path: numpy_archive(path, "(True, 1099511627776)"),
+        r"cannot be read \(",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_a_header_that_lies_is_refused_in_one_line(name, tmp_path):
+    content, message = HEADERS[name]
+    file = tmp_path / "a.safetensors"
+    file.write_bytes(content(tmp_path / "archive") if callable(content) else content)
+    with pytest.raises(ValueError, match=message) as refusal:
+        read_checkpoint(file, entries=("model",))
+    assert str(refusal.value).startswith(f"checkpoint {file}")
+    assert "\n" not in str(refusal.value)
 
 
 # Records of training programs.
 
 
-@pytest.mark.parametrize(
-    "record",
-    [
+def test_records_of_training_programs_are_passed_over(tmp_path):
+    records = {
         # Halton-MaskGIT multiplies its learning rate by numpy's cosine in the last tenth of a training.
-        {"param_groups": [{"lr": np.float64(1e-4) * (1 + np.cos(0.5))}]},
-        {"seen": np.arange(3), "flag": np.bool_(True), "type": np.dtype("float32")},
+        "optimizer": {"param_groups": [{"lr": np.float64(1e-4) * (1 + np.cos(0.5))}]},
+        "arrays": {"seen": np.arange(3), "flag": np.bool_(True), "type": np.dtype("float32")},
         # Lightning's hyper-parameters: a dict with its own class.
-        AttributeDict(base_learning_rate=1e-4, ddconfig=AttributeDict(ch=128)),
-        argparse.Namespace(steps=3, inner=argparse.Namespace()),
-    ],
-    ids=["numpy number", "numpy array", "hyper-parameters", "arguments"],
-)
-def test_a_record_is_passed_over(record, tmp_path):
-    content = {"model_state_dict": WEIGHTS, "record": record}
-    torch.save(content, tmp_path / "a.pth")
+        "hyper_parameters": AttributeDict(base_learning_rate=1e-4, ddconfig=AttributeDict(ch=128)),
+        "args": argparse.Namespace(steps=3, inner=argparse.Namespace()),
+    }
+    torch.save({"model_state_dict": WEIGHTS, **records}, tmp_path / "a.pth")
     tensors, ignored = read_checkpoint(tmp_path / "a.pth", entries=("model_state_dict",))
     assert torch.equal(tensors["layer.weight"], WEIGHTS["layer.weight"])
-    assert ignored == ("record",)
+    assert ignored == tuple(records)
 
 
 @pytest.mark.parametrize("module_name", ["omegaconf.dictconfig", "pytorch_lightning.callbacks.model_checkpoint"])
@@ -124,27 +150,13 @@ def test_objects_of_a_library_are_passed_over_without_it(module_name, tmp_path, 
     assert module_name not in sys.modules
 
 
-def rewrite_pickle(path, code):
-    """Replaces the pickle in a file of torch.save."""
-    torch.save(WEIGHTS, path)
-    with zipfile.ZipFile(path) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, value in content.items():
-            archive.writestr(name, code if name.endswith("data.pkl") else value)
-
-
-@pytest.mark.parametrize(
-    ("code", "name"),
-    [
-        (b"\x80\x02}X\x01\0\0\0acbuiltins\neval\nX\x01\0\0\0x\x85Rs.", "builtins.eval"),
-        (b"\x80\x02}X\x01\0\0\0acbuiltins\ngetattr\nX\x01\0\0\0x\x85Rs.", "builtins.getattr"),
-    ],
-    ids=["eval", "getattr"],
-)
-def test_functions_are_refused(code, name, tmp_path):
-    rewrite_pickle(tmp_path / "a.pth", code)
-    with pytest.raises(ValueError, match=rf"a\.pth must hold tensors only, got also {name}, a Python object"):
+@pytest.mark.parametrize("function", ["eval", "getattr"])
+def test_functions_are_refused(function, tmp_path):
+    torch.save(WEIGHTS, tmp_path / "a.pth")
+    code = b"\x80\x02}X\x01\0\0\0acbuiltins\n" + function.encode() + b"\nX\x01\0\0\0x\x85Rs."
+    rewrite_archive(tmp_path / "a.pth", replaced={"data.pkl": code})
+    message = rf"a\.pth must hold tensors only, got also builtins\.{function}, a Python object"
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(tmp_path / "a.pth", entries=("model",))
 
 
@@ -164,15 +176,10 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
 def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
     file = tmp_path / "a.pth"
     torch.save({"a": torch.zeros(1_000_000)}, file)
-    with zipfile.ZipFile(file) as archive:
-        content = {name: archive.read(name) for name in archive.namelist()}
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, value in content.items():
-            archive.writestr(name, value)
+    rewrite_archive(file, zipfile.ZIP_DEFLATED)
     monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    with pytest.raises(
-        ValueError, match=r"a\.pth is .* must not be compressed, got .* of 4 MB in .*; download it again"
-    ):
+    message = r"a\.pth: cannot be read .* must not be compressed, got .* of 4 MB in .*; download it again"
+    with pytest.raises(ValueError, match=message):
         read_checkpoint(file, entries=("model",))
 
 
@@ -191,35 +198,10 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeyp
 )
 def test_an_odd_state_dict_is_refused_in_one_line(content, message, tmp_path):
     torch.save(content, tmp_path / "odd.pt")
-    with pytest.raises(ValueError, match=message) as caught:
+    with pytest.raises(ValueError, match=message) as refusal:
         read_checkpoint(tmp_path / "odd.pt", entries=("model",))
-    assert str(caught.value).startswith(f"checkpoint {tmp_path / 'odd.pt'}")
-    assert "\n" not in str(caught.value)
-
-
-def test_only_known_entries_are_left_out():
-    zeros = torch.zeros(1)
-    contents = {"loss.a": zeros, "loss.b": 1.0, "used": zeros, "usedup": zeros, "a": zeros}
-    tensors, ignored = select_tensors(contents, ("loss.", "used"))
-    assert list(tensors) == ["usedup", "a"]
-    assert ignored == ("loss.* (2 tensors)", "used")
-    with pytest.raises(ValueError, match=r"entry loss\.b must be a tensor, got float"):
-        select_tensors(contents)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "message"),
-    [
-        (torch.ones(1).expand(1 << 22, 256), r"'a' must be stored in full, got 4\.29 GB made of 4 bytes that repeat"),
-        (torch.eye(4).to_sparse(), "'a' must be a dense CPU tensor, got torch.sparse_coo"),
-        (torch.full((3,), torch.nan), "'a' must hold finite numbers, got nan"),
-        (torch.zeros(3, dtype=torch.int64), r"'a' must be floating point .*, got torch\.int64"),
-    ],
-    ids=["repeats one number", "sparse", "not finite", "integers"],
-)
-def test_tensors_that_are_no_weights_are_refused(tensor, message):
-    with pytest.raises(ValueError, match=message):
-        check_weights({"a": tensor}, 1000)
+    assert str(refusal.value).startswith(f"checkpoint {tmp_path / 'odd.pt'}")
+    assert "\n" not in str(refusal.value)
 
 
 # Files of flax.
@@ -232,9 +214,9 @@ def array(shape, dtype: str, content: bytes, code: int = 1) -> msgpack.ExtType:
     return msgpack.ExtType(code, msgpack.packb((shape, dtype, content), use_bin_type=True))
 
 
-def plain(values, code: int = 1) -> msgpack.ExtType:
+def plain(values) -> msgpack.ExtType:
     values = np.asarray(values)
-    return array(values.shape, values.dtype.name, values.tobytes(), code)
+    return array(values.shape, values.dtype.name, values.tobytes())
 
 
 def read_bytes(tmp_path: Path, content: bytes) -> dict[str, np.ndarray]:
@@ -244,30 +226,34 @@ def read_bytes(tmp_path: Path, content: bytes) -> dict[str, np.ndarray]:
 
 
 def flax_refusal(tmp_path: Path, content: bytes) -> str:
-    with pytest.raises(ValueError, match="checkpoint") as caught:
+    with pytest.raises(ValueError, match="checkpoint") as refusal:
         read_bytes(tmp_path, content)
-    text = str(caught.value)
+    text = str(refusal.value)
+    assert ": cut off, or not a tree of arrays" in text
     assert text.isprintable()
     assert len(text) < 600 + len(str(tmp_path))
     return text
 
 
 @pytest.mark.parametrize("file", sorted(GOLDEN.glob("*.msgpack")), ids=lambda file: file.stem)
-def test_every_array_of_a_recorded_checkpoint_has_the_shape_and_type_that_flax_gave_it(file):
+def test_recorded_arrays_have_the_shapes_and_types_of_flax(file):
     tree = json.loads((GOLDEN / "manifest.json").read_text())["files"][file.name]["tree"]
-    assert {name: [list(found.shape), found.dtype.name] for name, found in read_flax(file).items()} == tree
+    assert {name: [list(array.shape), array.dtype.name] for name, array in read_flax(file).items()} == tree
 
 
 DTYPES = ("float16", "float32", "float64", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64")
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, "bool"])
-@pytest.mark.parametrize("shape", [(), (3,), (1, 2, 3, 4), (4, 0)])
-def test_arrays_of_plain_types_come_out_as_they_went_in(dtype, shape, tmp_path):
-    values = np.arange(100, 100 + np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
-    found = read_bytes(tmp_path, msgpack.packb({"params": {"a": plain(values)}}))["params/a"]
-    assert (found.dtype, found.shape) == (dtype, shape)
-    assert (found == values).all()
+def test_arrays_of_plain_types_are_read_exactly(tmp_path):
+    shapes = [(), (3,), (1, 2, 3, 4), (4, 0)]
+    cases = [(dtype, shape) for dtype in (*DTYPES, "bool") for shape in shapes]
+    arrays = {
+        f"{dtype}{shape}": np.arange(100, 100 + np.prod(shape, dtype=int)).reshape(shape).astype(dtype)
+        for dtype, shape in cases
+    }
+    tree = msgpack.packb({"params": {name: plain(values) for name, values in arrays.items()}})
+    for name, values in read_bytes(tmp_path, tree).items():
+        np.testing.assert_array_equal(values, arrays[name.removeprefix("params/")], strict=True)
 
 
 def test_a_pickle_inside_is_never_run(tmp_path):
@@ -281,10 +267,10 @@ def test_a_pickle_inside_is_never_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_file_cut_off_anywhere_is_refused(tmp_path):
+def test_a_flax_file_cut_anywhere_is_refused(tmp_path):
     whole = CHECKPOINT.read_bytes()
-    for place in [*range(1, 200), *range(200, len(whole), 2997), len(whole) - 1]:
-        assert ": cut off, or not a tree of arrays" in flax_refusal(tmp_path, whole[:place])
+    for length in [*range(1, 200, 7), *range(200, len(whole), 29_970), len(whole) - 1]:
+        flax_refusal(tmp_path, whole[:length])
 
 
 @pytest.mark.parametrize(
@@ -301,14 +287,12 @@ def test_a_file_cut_off_anywhere_is_refused(tmp_path):
         ({"a": msgpack.Timestamp(1, 1)}, "a must be an array or a number, got Timestamp"),
         ({"a": [1, 2]}, "exceeds max_array_len"),
         ({"a": b"bytes"}, "exceeds max_bin_len"),
-        ({"": 1}, "printable"),
         ({"\x1b[31m": 1}, r"printable and without '/', got '\x1b[31m'"),
         ({1: 1}, "int is not allowed for map key"),
         ({"a" * 600: 1}, "not a tree of arrays"),
-        ({"a": "a text"}, "a must be an array or a number, got str"),
     ],
 )  # fmt: skip
-def test_what_flax_does_not_write_is_refused(tree, message, tmp_path):
+def test_a_tree_that_flax_does_not_write_is_refused(tree, message, tmp_path):
     text = flax_refusal(tmp_path, msgpack.packb(tree))
     assert text.endswith("; download it again")
     assert message in text
@@ -326,26 +310,24 @@ HOSTILE = {
     "a text of 2^32 bytes": b"\x81\xa1a" + claims(b"\xdb"),
     "bytes of 2^32": b"\x81\xa1a" + claims(b"\xc6"),
     "maps in maps": b"\x81\xa1a" * 100_000,
-    "maps in maps that claim the most": b"\xde\x01\x00\xa1a" * 1000,
     "maps in maps that claim more": (b"\xde\xff\xff\xa1a") * 20_000,  # 500 kB of place for each, before it is seen
     "texts in maps in maps": (b"\xde\x01\x00" + b"\xa3abc\xa2ab" * 255 + b"\xa1b") * 1000,
     "arrays in maps in maps": (b"\xde\x01\x00" + (b"\xa1a" + EMPTY) * 255 + b"\xa1b") * 1000,
-    "a wide tree": msgpack.packb({str(number): {str(other): {} for other in range(256)} for number in range(256)}),
+    "a wide tree": msgpack.packb({str(row): {str(column): {} for column in range(256)} for row in range(256)}),
     "lists in a list": b"\x81\xa1a" + claims(b"\xdd", 1 << 20) + b"\x90" * (1 << 20),
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_file_that_claims_more_than_it_holds_costs_neither_memory_nor_time(name, tmp_path):
+def test_a_file_that_claims_more_than_it_holds_costs_little(name, tmp_path):
     start = time.process_time()
     tracemalloc.start()
     try:
-        text = flax_refusal(tmp_path, HOSTILE[name])
+        flax_refusal(tmp_path, HOSTILE[name])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert ": cut off, or not a tree of arrays" in text
     assert peak < 8 * len(HOSTILE[name]) + 48 * 2**20
     assert time.process_time() - start < 5
 

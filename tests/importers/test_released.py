@@ -30,81 +30,70 @@ def arrays_of(file: Path) -> dict[str, np.ndarray]:
 
 
 def write(file: Path, arrays: dict[str, np.ndarray], collection: str = "params", **others: object) -> Path:
-    """A checkpoint as flax writes it."""
+    """Writes a checkpoint as flax does."""
     tree: dict = {}
     for name, values in arrays.items():
         *folders, last = name.split("/")
-        place = tree
+        branch = tree
         for folder in folders:
-            place = place.setdefault(folder, {})
-        place[last] = msgpack.ExtType(1, msgpack.packb((values.shape, values.dtype.name, values.tobytes())))
+            branch = branch.setdefault(folder, {})
+        branch[last] = msgpack.ExtType(1, msgpack.packb((values.shape, values.dtype.name, values.tobytes())))
     file.write_bytes(msgpack.packb({collection: tree, **others}))
     return file
 
 
-def test_the_sizes_of_a_transformer_are_read_off_its_arrays():
+def test_the_sizes_of_a_transformer_are_read_from_its_arrays():
     config = transformer_config(arrays_of(TRANSFORMER), codebook_size=64)
     assert config == TransformerConfig(64, 10, (4, 4), 64, 2, 4, 128, dropout=0.1, class_dropout=0.0)
     assert transformer_config(arrays_of(TRANSFORMER), codebook_size=60).num_classes == 14
 
 
-def test_the_sizes_of_a_tokenizer_are_read_off_its_arrays():
-    config = tokenizer_config(arrays_of(TOKENIZER))
+def test_the_sizes_of_a_tokenizer_are_read_from_its_arrays():
     sizes = {"base_channels": 32, "channel_multipliers": (1, 2), "num_res_blocks": 1, "num_middle_blocks": 1}
-    assert config == VQGANConfig(3, **sizes, codebook_size=64, code_dim=32)
-    assert tokenizer_config(arrays_of(TOKENIZER), activation="relu").activation == "relu"
+    assert tokenizer_config(arrays_of(TOKENIZER)) == VQGANConfig(3, **sizes, codebook_size=64, code_dim=32)
+
+
+WIDE = "TransformerLayer_0/Mlp_0/intermediate_output/kernel"
 
 
 @pytest.mark.parametrize(
-    ("name", "array", "message"),
+    ("changes", "message"),
     [
-        (f"{QUERY}/bias", np.full((4, 16), np.nan, np.float32), f"{QUERY}/bias' must hold finite numbers, got nan"),
-        (f"{QUERY}/bias", np.ones((64, 1), np.float32), rf"of another shape: {QUERY}/bias \(64, 1\) instead of \(4, 1"),
-        ("MlmLayer_0/mlm_ln/scale", None, "missing: MlmLayer_0/mlm_ln/scale"),
-        ("Embed_0/position_embeddings/embedding", np.ones((16, 64)), "a square number .*, got 16; only square"),
-        ("Embed_0/word_embeddings/embedding", np.ones((1 << 30, 0)), r"of sizes >= 1, got shape \(1073741824, 0\)"),
-        ("TransformerLayer_0/Mlp_0/intermediate_output/kernel", np.ones((64, 9)), r"bias \(128,\) instead of \(9,\)"),
-        ("TransformerLayer_2000/x", np.ones(1), "missing: TransformerLayer_2/.*: TransformerLayer_2000/x"),
+        ({f"{QUERY}/bias": np.full((4, 16), np.nan, np.float32)}, "query/bias' must hold finite numbers, got nan"),
+        ({f"{QUERY}/bias": np.ones((64, 1))}, rf"of another shape: {QUERY}/bias \(64, 1\) instead of \(4, 1"),
+        ({"MlmLayer_0/mlm_ln/scale": None}, "missing: MlmLayer_0/mlm_ln/scale"),
+        ({"Embed_0/position_embeddings/embedding": np.ones((16, 64))}, "a square number .*, got 16; only square"),
+        ({"Embed_0/word_embeddings/embedding": np.ones((1 << 30, 0))}, r"of sizes >= 1, got shape \(1073741824, 0\)"),
+        ({"TransformerLayer_2000/x": np.ones(1)}, "missing: TransformerLayer_2/.*: TransformerLayer_2000/x"),
+        (  # a network of 13 GB, which is not built
+            {WIDE: np.zeros((64, 1 << 18), np.float32), **{f"TransformerLayer_{n}/x": np.ones(1) for n in range(200)}},
+            r"missing: .*; not in the network: .*; of another shape",
+        ),
     ],
 )  # fmt: skip
-def test_a_transformer_with_one_array_off_is_refused_by_name(name, array, message):
-    arrays = arrays_of(TRANSFORMER)
-    arrays.pop(name, None)
-    if array is not None:
-        arrays[name] = array
+def test_a_transformer_with_a_wrong_array_is_refused_by_name(changes, message):
+    arrays = {name: array for name, array in (arrays_of(TRANSFORMER) | changes).items() if array is not None}
     with pytest.raises(ValueError, match=message):
         transformer_weights(arrays, transformer_config(arrays, codebook_size=64))
 
 
 @pytest.mark.parametrize("name", ["encoder/ResBlock_1/Conv_2/kernel", "decoder/Conv_2/bias", "quantizer/codebook"])
-@pytest.mark.parametrize("change", ["missing", "other shape"])
-def test_a_tokenizer_with_one_array_off_is_refused(name, change):
+def test_a_tokenizer_with_a_wrong_array_is_refused_by_name(name):
     arrays = arrays_of(TOKENIZER)
-    config = tokenizer_config(arrays)
-    array = arrays.pop(name)
-    if change == "other shape":
-        arrays[name] = array[..., :-1]
-    with pytest.raises(ValueError, match=re.escape(name)):
-        tokenizer_weights(arrays, config)
+    config, array = tokenizer_config(arrays), arrays.pop(name)
+    for wrong in ({}, {name: array[..., :-1]}):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            tokenizer_weights(arrays | wrong, config)
 
 
 @pytest.mark.parametrize("name", ["encoder/ResBlock_2", "encoder/ResBlock_1", "decoder/Conv_1", "encoder/Conv_0"])
 def test_a_tokenizer_of_another_structure_is_refused(name):
-    arrays = {other: array for other, array in arrays_of(TOKENIZER).items() if not other.startswith(f"{name}/")}
+    arrays = {key: array for key, array in arrays_of(TOKENIZER).items() if not key.startswith(f"{name}/")}
     with pytest.raises(ValueError, match=r"not a released tokenizer|tells a size|channels of each level"):
         tokenizer_weights(arrays, tokenizer_config(arrays))
 
 
-def test_a_network_is_not_built_before_its_arrays_are_known_to_be_there():
-    arrays = arrays_of(TRANSFORMER)
-    wide = {"TransformerLayer_0/Mlp_0/intermediate_output/kernel": np.zeros((64, 1 << 18), np.float32)}
-    deep = {f"TransformerLayer_{number}/x": np.zeros(1, np.float32) for number in range(200)}
-    config = transformer_config(arrays | wide | deep, codebook_size=64)  # of 13 GB
-    with pytest.raises(ValueError, match=r"missing: .*; not in the network: .*; of another shape"):
-        transformer_weights(arrays | wide | deep, config)
-
-
-def test_files_of_the_wrong_part_are_named():
+def test_a_file_of_the_other_part_is_refused_with_its_flag():
     tokenizer, transformer = arrays_of(TOKENIZER), arrays_of(TRANSFORMER)
     with pytest.raises(ValueError, match="those of a transformer; name that file with --transformer"):
         tokenizer_config(transformer)
@@ -116,42 +105,37 @@ def test_files_of_the_wrong_part_are_named():
         transformer_config(transformer, codebook_size=1024)
 
 
-def test_an_imported_folder_generates_images_and_decodes_as_the_released_code_does(tmp_path):
-    made = import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER)
-    pipe = MaskGIT.from_pretrained(made.folder)
+def test_an_imported_folder_decodes_as_the_released_code_does(tmp_path):
+    folder = import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER).folder
+    pipe = MaskGIT.from_pretrained(folder)
     assert pipe.class_names == tuple("0123456789")
-    images = pipe.generate([0, "9", 3], seed=5, output_type="np")
-    assert images.shape == (3, 8, 8, 3)
-    assert images.std() > 1
-    assert (images == pipe.generate([0, 9, 3], seed=5, output_type="np")).all()
-    assert (images != pipe.generate([1, 9, 3], seed=5, output_type="np"))[0].any()
-    assert load_transformer(made.folder / "transformer").decoding == DecodingConfig(
+    assert pipe.generate([0, "9", 3], seed=5, output_type="np").shape == (3, 8, 8, 3)
+    assert load_transformer(folder / "transformer").decoding == DecodingConfig(
         8,
         {"name": "confidence", "choice_temperature": 4.5},
         {"name": "constant", "scale": 0.0},
         1.0,
         draw_method="gumbel",
     )
-    assert (made.folder / "transformer" / "config.json").read_text().count('"mask_schedule": "cosine"') == 1
-    assert load_tokenizer(made.folder / "tokenizer").grid == (4, 4)
+    assert '"mask_schedule": "cosine"' in (folder / "transformer" / "config.json").read_text()
 
 
 @pytest.mark.parametrize(("edge", "steps"), [(16, 8), (32, 12)])
 def test_large_grids_have_more_steps(edge, steps, tmp_path):
     arrays = arrays_of(TRANSFORMER)
     arrays["Embed_0/position_embeddings/embedding"] = np.ones((edge**2 + 1, 64), np.float32)
-    transformer = write(tmp_path / "transformer", arrays)
-    import_jax(TOKENIZER, tmp_path / "out", transformer=transformer, image_size=2 * edge)
+    transformer = write(tmp_path / "transformer", arrays, batch_stats={"a": 1}, step=3)
+    imported = import_jax(TOKENIZER, tmp_path / "out", transformer=transformer)
+    assert imported.ignored == ["batch_stats", "step"]
     assert load_transformer(tmp_path / "out" / "transformer").decoding.num_steps == steps
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 2 * edge
 
 
-def test_a_tokenizer_can_be_imported_without_a_transformer(tmp_path):
-    import_jax(TOKENIZER, tmp_path / "small", image_size=32)
-    assert load_tokenizer(tmp_path / "small" / "tokenizer").image_size == 32
-    assert [path.name for path in (tmp_path / "small").iterdir()] == ["tokenizer"]
-    import_jax(TOKENIZER, tmp_path / "default")
-    assert load_tokenizer(tmp_path / "default" / "tokenizer").image_size == 256
+@pytest.mark.parametrize(("given", "size"), [(32, 32), (None, 256)])
+def test_a_tokenizer_can_be_imported_without_a_transformer(given, size, tmp_path):
+    import_jax(TOKENIZER, tmp_path / "out", image_size=given)
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == size
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer"]
 
 
 def test_a_strided_tokenizer_is_recognised_and_written(tmp_path):
@@ -164,21 +148,12 @@ def test_a_strided_tokenizer_is_recognised_and_written(tmp_path):
     assert load_tokenizer(tmp_path / "out" / "tokenizer").network.config.downsampling == "strided"
 
 
-def test_other_collections_are_left_out_and_named(tmp_path):
-    transformer = write(tmp_path / "transformer", arrays_of(TRANSFORMER), batch_stats={"a": 1}, step=3)
-    assert import_jax(TOKENIZER, tmp_path / "out", transformer=transformer).ignored == ["batch_stats", "step"]
-
-
-@pytest.mark.parametrize("size", [16, 0, -8])
-def test_a_wrong_size_is_refused_in_one_line(size, tmp_path):
-    with pytest.raises(ValueError, match=f"--image-size must be 8, for 4 x 4 tokens of this transformer, got {size}; "):
-        import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER, image_size=size)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_class_names_need_a_transformer(tmp_path):
+def test_options_that_do_not_fit_the_files_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"--image-size must be 8, for 4 x 4 tokens of this transformer, got 16; "):
+        import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER, image_size=16)
     with pytest.raises(ValueError, match=r"class names must come with a transformer.* add --transformer"):
         import_jax(TOKENIZER, tmp_path / "out", class_names=["a"])
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_import_names_the_file_and_leaves_nothing(tmp_path):
@@ -186,7 +161,7 @@ def test_a_failed_import_names_the_file_and_leaves_nothing(tmp_path):
     cut.write_bytes(TRANSFORMER.read_bytes()[:200_000])
     broken = write(tmp_path / "broken", arrays_of(TRANSFORMER) | {"MlmLayer_0/mlm_ln/scale": np.full(64, np.nan)})
     for file, message in ((cut, "cut off"), (model, "a collection 'params'"), (broken, "finite numbers")):
-        with pytest.raises(ValueError, match=f"checkpoint {file}: .*{message}") as caught:
+        with pytest.raises(ValueError, match=f"checkpoint {file}: .*{message}") as refusal:
             import_jax(TOKENIZER, tmp_path / "out", transformer=file)
-        assert "\n" not in str(caught.value)
+        assert "\n" not in str(refusal.value)
     assert not (tmp_path / "out").exists()

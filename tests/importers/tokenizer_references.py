@@ -174,7 +174,10 @@ class MaskBitBlock(nn.Module):
 
     def forward(self, x):
         h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
-        return h + (self.nin_shortcut(h) if hasattr(self, "nin_shortcut") else x)
+        return h + (self.shortcut(x, h) if hasattr(self, "nin_shortcut") else x)
+
+    def shortcut(self, x, h):
+        return self.nin_shortcut(h)
 
 
 class MaskBitLevel(nn.Module):
@@ -259,92 +262,30 @@ class MaskBitModel(nn.Module):
 # The tokenizer of MaskGIT in the layout of open-muse, which TiTok uses too
 
 
-class OpenMuseLevel(nn.Module):
-    def __init__(self, before, after, blocks, *, up=False):
-        super().__init__()
-        self.block = nn.ModuleList([MaskBitBlock(after if n else before, after) for n in range(blocks)])
-        if up:
-            self.upsample_conv = nn.Conv2d(after, after, 3, padding=1)
+class OpenMuseModel(MaskBitModel):
+    """``MaskGitVQGAN``, the released MaskGIT tokenizer in torch: VQGAN+ with means between levels, and other names."""
 
-    def forward(self, x):
-        for block in self.block:
-            x = block(x)
-        if hasattr(self, "upsample_conv"):
-            x = self.upsample_conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
-        return x
+    def __init__(self, *, widths=(32, 32, 64), table=32, **sizes):
+        super().__init__(widths=widths, table=table, down="mean", old=True, **sizes)
 
-
-class OpenMuseEncoder(nn.Module):
-    def __init__(self, widths, blocks, dim):
-        super().__init__()
-        before = (widths[0], *widths)
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.down = nn.ModuleList([OpenMuseLevel(before[n], width, blocks) for n, width in enumerate(widths)])
-        self.mid = OpenMuseLevel(widths[-1], widths[-1], blocks).block
-        self.norm_out, self.conv_out = norm(widths[-1]), nn.Conv2d(widths[-1], dim, 1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for number, level in enumerate(self.down):
-            if number:  # the mean of 2 x 2 pixels
-                x = sum(x[..., row::2, column::2] for row in (0, 1) for column in (0, 1)) / 4
-            x = level(x)
-        for block in self.mid:
-            x = block(x)
-        return self.conv_out(swish(self.norm_out(x)))
-
-
-class OpenMuseDecoder(nn.Module):
-    def __init__(self, widths, blocks, dim):
-        super().__init__()
-        before = (*widths[1:], widths[-1])
-        self.conv_in = nn.Conv2d(dim, widths[-1], 3, padding=1)
-        self.mid = OpenMuseLevel(widths[-1], widths[-1], blocks).block
-        # Numbered from full resolution, and run from the lowest one.
-        self.up = nn.ModuleList([OpenMuseLevel(before[n], width, blocks, up=n > 0) for n, width in enumerate(widths)])
-        self.norm_out, self.conv_out = norm(widths[0]), nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for part in (*self.mid, *reversed(self.up)):
-            x = part(x)
-        return self.conv_out(swish(self.norm_out(x)))
-
-
-class OpenMuseModel(nn.Module):
-    """``MaskGitVQGAN``, the released MaskGIT tokenizer in torch; images in [0, 1]."""
-
-    def __init__(self, *, widths=(32, 32, 64), blocks=2, dim=6, table=32):
-        super().__init__()
-        self.encoder = OpenMuseEncoder(widths, blocks, dim)
-        self.decoder = OpenMuseDecoder(widths, blocks, dim)
-        self.quantize = nn.Module()
-        self.quantize.embedding = nn.Embedding(table, dim)
-
-    def features(self, images):
-        return self.encoder(images)
-
-    def tokens(self, features):
-        return nearest(features.movedim(1, -1), self.quantize.embedding.weight)
-
-    def decode(self, tokens, grid):
-        return self.decoder(self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1))
+    def state_dict(self):
+        weights = super().state_dict().items()
+        return {re.sub("res_blocks[.]", "" if ".mid." in name else "block.", name): value for name, value in weights}
 
 
 # The tokenizer of Open-MAGVIT2
 
 
-class Magvit2Block(nn.Module):
+class Magvit2Block(MaskBitBlock):
+    """The block of MaskBit with the shortcut on its input."""
+
     def __init__(self, before, after):
-        super().__init__()
-        self.norm1, self.conv1 = norm(before), nn.Conv2d(before, after, 3, padding=1, bias=False)
-        self.norm2, self.conv2 = norm(after), nn.Conv2d(after, after, 3, padding=1, bias=False)
+        super().__init__(before, after)
         if before != after:
             self.nin_shortcut = nn.Conv2d(before, after, 1, bias=False)
 
-    def forward(self, x):
-        h = self.conv2(swish(self.norm2(self.conv1(swish(self.norm1(x))))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+    def shortcut(self, x, h):
+        return self.nin_shortcut(x)
 
 
 class Magvit2Norm(nn.Module):
@@ -373,9 +314,9 @@ class Magvit2Upsample(nn.Module):
 
 
 def magvit2_level(before, after, blocks):
-    made = nn.Module()
-    made.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
-    return made
+    level = nn.Module()
+    level.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
+    return level
 
 
 class Magvit2Encoder(nn.Module):

@@ -99,19 +99,13 @@ class HaltonBlock(nn.Module):
 class Halton(nn.Module):
     """Halton-MaskGIT: classes set the norms' shift, scale and gate; registers follow the tokens."""
 
-    null_at_end = True
-
     def __init__(
-        self, *, codes: int, classes: int, side: int, size: int, blocks: int, heads: int, registers: int = 1,
-        patch: int = 1,
-    ) -> None:  # fmt: skip
+        self, *, codes: int, classes: int, side: int, size: int, blocks: int, heads: int, registers: int = 1
+    ) -> None:
         super().__init__()
-        self.codes, self.classes, self.patch = codes, classes, patch
+        self.codes, self.classes = codes, classes
         self.cls_emb, self.tok_emb = nn.Embedding(classes + 1, size), nn.Embedding(codes + 1, size)
         self.pos_emb = nn.Embedding(side**2, size)
-        if patch > 1:
-            self.in_proj = nn.Conv2d(size, size, 2, 2, bias=False)
-            self.out_proj = nn.Conv2d(size, 4 * size, 1, bias=False)
         self.transformer = nn.Module()
         self.transformer.layers = nn.ModuleList(HaltonBlock(size, heads) for _ in range(blocks))
         self.last_norm = nn.Module()
@@ -206,8 +200,8 @@ def randomise(network: nn.Module, *, seed: int = 0) -> nn.Module:
     return network.eval().requires_grad_(requires_grad=False)
 
 
-def save_checkpoint(network: nn.Module, file: Path, *, prefix: str = "", **more: object) -> Path:
+def save_checkpoint(network: nn.Module, file: Path) -> Path:
     """Writes the file that the training programs of both projects write."""
-    weights = {prefix + name: value for name, value in network.state_dict().items()}
-    torch.save({"iter": 5, "global_epoch": 1, "model_state_dict": weights, "optimizer_state_dict": None, **more}, file)
+    weights = network.state_dict()
+    torch.save({"iter": 5, "global_epoch": 1, "model_state_dict": weights, "optimizer_state_dict": None}, file)
     return file

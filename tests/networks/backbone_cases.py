@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import fields
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,8 +35,6 @@ def small_config(name: str, **options: Any) -> BackboneConfig:
 
 def all_configs() -> list[Any]:
     """Returns the cases of a test over all backbones and options: a name for pytest and the configuration."""
-    import pytest
-
     return [
         pytest.param(small_config(name, **options), id="-".join([name, *(f"{k}={v}" for k, v in options.items())]))
         for name in backbones.names()
@@ -62,8 +61,3 @@ def inputs(config: BackboneConfig, batch: int = 4) -> tuple[Tensor, Tensor, Tens
     labels = torch.arange(batch) % config.num_classes
     vectors = torch.randn(batch, config.condition_dim, generator=chance) if config.condition_dim else None
     return tokens.masked_fill(mask, config.mask_token_id), labels, mask, vectors
-
-
-def with_dropout(config: BackboneConfig) -> BackboneConfig:
-    """Returns the configuration with dropout."""
-    return replace(config, dropout=0.1)

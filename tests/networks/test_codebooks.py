@@ -1,27 +1,17 @@
-"""Quantizers with a codebook that learns by gradient or as averages follow their formulas, on one process as on two."""
+"""Quantizers with a codebook that learns by gradient or as averages follow their formulas."""
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from einops import rearrange
 
 from maskgit_pl.networks.codebooks import EMAQuantizerSpec, GradientQuantizerSpec
-from maskgit_pl.networks.quantizers import entropy_loss, quantizers
+from maskgit_pl.networks.quantizers import entropy_loss, rotate_to_codes
+from tests.networks.test_lookup_free import build, features, losses_of, rows_of
 
 
-def features(batch=4, width=6, seed=0):
-    return torch.randn(batch, width, 3, 5, generator=torch.Generator().manual_seed(seed))
-
-
-def rows_of(part):
-    return rearrange(part, "b d h w -> (b h w) d")
-
-
-@pytest.fixture(params=["gradient", "ema"])
-def quantizer(request):
-    torch.manual_seed(0)
-    return quantizers.build(request.param).create(codebook_size=8, code_dim=6)
+def inputs_of(seed=0):
+    """60 features of size 6."""
+    return features(6, batch=5, seed=seed)
 
 
 def test_the_lowest_of_equally_near_codes_wins():
@@ -30,23 +20,16 @@ def test_the_lowest_of_equally_near_codes_wins():
     assert quantizer.nearest(torch.randn(2, 2, 3, 3)).max() == 0
 
 
-def test_distances_keep_float32_under_autocast():
-    quantizer = GradientQuantizerSpec().create(codebook_size=8, code_dim=6)
-    plain = quantizer.distances(rows_of(features()))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(quantizer.distances(rows_of(features())), plain)
-
-
 def test_the_gradient_quantizers_loss_is_its_three_parts():
     spec = GradientQuantizerSpec(commitment=0.5, codebook_weight=2.0, entropy_weight=0.3, entropy_temperature=0.7)
     quantizer = spec.create(codebook_size=8, code_dim=6)
-    rows = rows_of(features())
+    rows = rows_of(inputs_of())
     distances = torch.cdist(rows, quantizer.codebook).square()
     error = F.mse_loss(quantizer.codebook[distances.argmin(1)], rows)
     probabilities = (-distances / 0.7).softmax(-1)
     mean = probabilities.mean(0)
     entropy = (mean * (mean + 1e-5).log()).sum() - (probabilities * probabilities.log()).sum(-1).mean()
-    torch.testing.assert_close(quantizer(features()).loss, 2.5 * error + 0.3 * entropy)
+    torch.testing.assert_close(quantizer(inputs_of()).loss, 2.5 * error + 0.3 * entropy)
 
 
 def test_codes_start_uniform_within_the_released_bound():
@@ -62,8 +45,8 @@ def test_the_ema_codebook_follows_the_direct_formula():
     quantizer.counts.copy_(counts)
     quantizer.sums.copy_(sums)
     for step in range(3):
-        output = quantizer(features(seed=step))
-        rows = rows_of(features(seed=step))
+        output = quantizer(inputs_of(step))
+        rows = rows_of(inputs_of(step))
         one_hot = F.one_hot(output.tokens.flatten(), 4).float()
         counts, sums = 0.8 * counts + 0.2 * one_hot.sum(0), 0.8 * sums + 0.2 * one_hot.t() @ rows
         quantizer.update([output.tokens], [output.features], seed=0, step=step)
@@ -75,38 +58,37 @@ def test_dead_codes_restart_from_outputs_of_the_batch():
     quantizer.codebook.fill_(100.0)
     quantizer.codebook[0] = 0.0  # everything goes to code 0
     quantizer.counts.copy_(torch.tensor([60.0] + [0.0] * 7))
-    output = quantizer(features())
+    output = quantizer(inputs_of())
     quantizer.update([output.tokens], [output.features], seed=3, step=7)
-    distances = (quantizer.codebook[1:].unsqueeze(1) - rows_of(features())).norm(dim=2)
+    distances = (quantizer.codebook[1:].unsqueeze(1) - rows_of(inputs_of())).norm(dim=2)
     assert distances.min(1).values.max() < 1e-4
     assert len(quantizer.codebook[1:].unique(dim=0)) == 7
-    assert len(quantizer.nearest(features()).unique()) > 4
+    assert len(quantizer.nearest(inputs_of()).unique()) > 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("restart_below", [0.0, 1e-45, 1e-8, 0.05])
-@pytest.mark.parametrize("decay", [0.0, 0.3, 0.5])
-@pytest.mark.parametrize("mean", [0.3, 1e4])
+@pytest.mark.parametrize(
+    ("mean", "decay", "restart_below"), [(0.3, 0.0, 0.0), (1e4, 0.3, 1e-45), (0.3, 0.5, 1e-8), (1e4, 0.5, 0.05)]
+)
 def test_codes_that_are_never_used_stay_means_of_features(mean, decay, restart_below):
     torch.manual_seed(0)
     quantizer = EMAQuantizerSpec(decay=decay, restart_below=restart_below).create(codebook_size=32, code_dim=2)
     for step in range(180):
-        part = mean * (1 + 0.01 * features(batch=1, width=2, seed=step)[..., :1].tanh())  # 3 features for 32 codes
+        part = mean * (1 + 0.01 * features(2, batch=1, seed=step)[..., :1].tanh())  # 3 features for 32 codes
         output = quantizer(part)
         quantizer.update([output.tokens], [output.features], seed=0, step=step)
         assert 0.98 * mean < quantizer.codebook.min() <= quantizer.codebook.max() < 1.02 * mean, step
 
 
-def test_a_restarted_code_that_wins_features_stays_and_follows_them():
+def test_a_restarted_code_follows_the_features_that_it_wins():
     torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(decay=0.8, restart_below=0.3).create(codebook_size=8, code_dim=6)
-    output = quantizer(features())
+    quantizer = EMAQuantizerSpec(decay=0.9, restart_below=0.3).create(codebook_size=8, code_dim=6)
+    output = quantizer(inputs_of())
     quantizer.update([output.tokens], [output.features], seed=0, step=0)  # all codes are new
     restarted, fresh = quantizer.codebook.clone(), 2 * 0.3 * 60 / 8
-    output = quantizer(features())
+    output = quantizer(inputs_of())
     one_hot = F.one_hot(output.tokens.flatten(), 8).float()
-    counts = 0.8 * fresh + 0.2 * one_hot.sum(0)
-    follows = (0.8 * fresh * restarted + 0.2 * one_hot.t() @ rows_of(features())) / counts.unsqueeze(1)
+    counts = 0.9 * fresh + 0.1 * one_hot.sum(0)
+    follows = (0.9 * fresh * restarted + 0.1 * one_hot.t() @ rows_of(inputs_of())) / counts.unsqueeze(1)
     quantizer.update([output.tokens], [output.features], seed=0, step=1)
     torch.testing.assert_close(quantizer.codebook, follows)
     torch.testing.assert_close(quantizer.counts, counts)
@@ -116,7 +98,7 @@ def test_a_restarted_code_that_wins_nothing_is_restarted_again():
     quantizer = EMAQuantizerSpec(decay=0.4, restart_below=0.3).create(codebook_size=2, code_dim=6)
     quantizer.counts.copy_(torch.tensor([60.0, 0.0]))
     quantizer.codebook[1] = 100.0
-    output = quantizer(features())
+    output = quantizer(inputs_of())
     seen = set()
     for step in range(4):
         quantizer.update([torch.zeros_like(output.tokens)], [output.features], seed=0, step=step)
@@ -129,7 +111,7 @@ def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
         torch.manual_seed(1)
         quantizer = EMAQuantizerSpec().create(codebook_size=8, code_dim=6)
         torch.manual_seed(torch_seed)
-        output = quantizer(features())
+        output = quantizer(inputs_of())
         quantizer.update([output.tokens], [output.features], seed=seed, step=step)
         return quantizer.codebook
 
@@ -158,41 +140,80 @@ def test_the_gradient_of_one_hot_assignments_is_that_of_the_soft_ones():
     torch.testing.assert_close(affinity.grad, (by_assignment + by_logarithm) / 0.7)
 
 
-@pytest.mark.parametrize(
-    "spec",
-    [
-        {"name": "ema", "decay": 1.0},
-        {"name": "ema", "restart_below": -0.1},
-        {"name": "gradient", "commitment": -1.0},
-        {"name": "gradient", "entropy_temperature": 0.0},
-        {"name": "gradient", "entropy_kind": "hard"},
-    ],
-)
-def test_a_number_out_of_range_is_refused_by_name(spec):
-    (key,) = spec.keys() - {"name"}
-    with pytest.raises(ValueError, match=key):
-        quantizers.build(spec)
+def test_a_step_of_simvq_moves_every_code_and_leaves_the_frozen_ones():
+    quantizer = build("simvq", 16, 4)
+    before, frozen = quantizer.lookup(torch.arange(16)).detach(), quantizer.frozen_codes.clone()
+    torch.testing.assert_close(before, frozen @ quantizer.projection.t() + quantizer.offset)
+    inputs = features(4)[..., :1, :1]  # two features: at most two codes are nearest
+    output, parts = losses_of(quantizer, inputs)
+    error = F.mse_loss(before[output.tokens.flatten()], rows_of(inputs)).item()
+    assert parts == pytest.approx({"commitment": 0.25 * error, "codebook": error, "entropy": 0.0})
+    torch.optim.SGD(quantizer.parameters(), lr=0.1).zero_grad()
+    output.loss.backward()
+    torch.optim.SGD(quantizer.parameters(), lr=0.1).step()
+    assert torch.equal(quantizer.frozen_codes, frozen)
+    assert ((quantizer.lookup(torch.arange(16)) - before).abs().max(1).values > 0).all()
 
 
-def entropy_gradient(inputs):
-    inputs = inputs.clone().requires_grad_()
-    entropy_loss(rows_of(inputs), temperature=0.5).backward()
-    return inputs.grad
+def test_the_losses_and_gradients_of_ibq_are_the_published_ones():
+    spec = {"name": "ibq", "commitment": 0.7, "codebook_weight": 0.3, "entropy_weight": 0.2, "entropy_temperature": 0.9}
+    quantizer, inputs = build(spec, 8, 4), features(4).requires_grad_()
+    direction = torch.randn(24, 4)
+    output, parts = losses_of(quantizer, inputs)
+    (rows_of(output.quantized) * direction).sum().add(output.loss).backward()
+    gradients = inputs.grad.clone(), quantizer.codebook.grad.clone()
+
+    codes, leaf = quantizer.codebook.detach().requires_grad_(), inputs.detach().requires_grad_()
+    rows = rows_of(leaf)
+    logits = rows @ codes.t()
+    soft, hard = logits.softmax(1), F.one_hot(logits.argmax(1), 8).float()
+    quantized, chosen = (hard - soft.detach() + soft) @ codes, hard @ codes
+    probabilities = (logits / 0.9).softmax(1)
+    mean = probabilities.mean(0)
+    entropy = -(probabilities * probabilities.log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
+    expected = {
+        "double_quantization": (quantized - rows).square().mean(),
+        "commitment": 0.7 * (chosen.detach() - rows).square().mean(),
+        "codebook": 0.3 * (chosen - rows.detach()).square().mean(),
+        "entropy": 0.2 * entropy,
+    }
+    assert parts == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
+    ((quantized * direction).sum() + sum(expected.values())).backward()
+    torch.testing.assert_close(gradients, (leaf.grad, codes.grad), rtol=1e-4, atol=1e-5)
 
 
-def ema_codebook(parts):
-    torch.manual_seed(0)
-    quantizer = EMAQuantizerSpec(restart_below=0.3).create(codebook_size=8, code_dim=6)
-    for step in range(4):
-        outputs = [quantizer(part + step) for part in parts]
-        quantizer.update([o.tokens for o in outputs], [o.features for o in outputs], seed=0, step=step)
-    return quantizer.codebook
+def test_the_rotation_gives_the_code_and_turns_the_gradient_alike():
+    rows = rows_of(features(3)).requires_grad_()
+    codes = rows_of(features(3, seed=1))
+    gradient = rows_of(features(3, seed=2))
+    turned = rotate_to_codes(rows, codes)
+    torch.testing.assert_close(turned, codes)
+    turned.backward(gradient)
+    for row, code, incoming, gradient_of_row in zip(rows.detach(), codes, gradient, rows.grad, strict=True):
+        unit, target = row / row.norm(), code / code.norm()
+        middle = (unit + target) / (unit + target).norm()
+        rotation = torch.eye(3) - 2 * torch.outer(middle, middle) + 2 * torch.outer(target, unit)
+        torch.testing.assert_close(rotation @ unit, target)
+        torch.testing.assert_close(gradient_of_row, code.norm() / row.norm() * rotation.t() @ incoming)
 
 
-def in_two_processes(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    micro_batches = features(batch=8).chunk(4)  # micro-batch a of rank r is part a W + r
-    results = {"codebook": ema_codebook(micro_batches[rank::2]), "gradient": entropy_gradient(micro_batches[rank])}
-    torch.save(results, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+def test_the_rotation_is_finite_for_zero_and_opposite_features():
+    rows = torch.tensor([[0.0, 0.0], [1.0, -2.0], [3.0, 0.0]], requires_grad=True)
+    codes = torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
+    turned = rotate_to_codes(rows, codes)
+    torch.testing.assert_close(turned, codes)
+    turned.sum().backward()
+    assert rows.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["gradient", "ema", "simvq"])
+def test_the_rotation_is_an_option_of_codebooks(name):
+    inputs = features(4)
+    outputs = []
+    for estimator in ("straight-through", "rotation"):
+        leaf = inputs.clone().requires_grad_()
+        output = build({"name": name, "gradient_estimator": estimator}, 8, 4)(leaf)
+        outputs.append((output, torch.autograd.grad(output.quantized.sum(), leaf)[0]))
+    torch.testing.assert_close(outputs[0][0].quantized, outputs[1][0].quantized)
+    assert torch.equal(outputs[0][0].loss, outputs[1][0].loss)
+    assert not torch.allclose(outputs[0][1], outputs[1][1])

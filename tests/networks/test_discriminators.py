@@ -9,7 +9,6 @@ import torch
 from maskgit_pl import losses
 from maskgit_pl.checks import height_width
 from maskgit_pl.networks.discriminators import (
-    Blur,
     Discriminator,
     DiscriminatorConfig,
     PatchDiscriminatorConfig,
@@ -20,9 +19,8 @@ from maskgit_pl.networks.discriminators import (
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
-NORMS = ["group", "batch"]
 SPECS = [{"name": name, **SMALL.get(name, {})} for name in discriminators.names()]
-SPECS += [{"name": "patchgan", **SMALL["patchgan"], "norm": norm} for norm in NORMS[1:]]
+SPECS.append({"name": "patchgan", **SMALL["patchgan"], "norm": "batch"})
 
 
 def network_of(spec, *, in_channels=3, image_size=16):
@@ -32,7 +30,7 @@ def network_of(spec, *, in_channels=3, image_size=16):
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
 @pytest.mark.parametrize(("in_channels", "image_size"), [(1, 16), (3, 28), (3, 32), (3, (16, 40)), (1, (28, 16))])
-def test_logits_have_a_row_for_each_image_and_reach_it_and_every_weight(spec, in_channels, image_size):
+def test_gradients_of_the_logits_reach_every_image_and_weight(spec, in_channels, image_size):
     network = network_of(spec, in_channels=in_channels, image_size=image_size)
     images = torch.rand(3, in_channels, *height_width(image_size), requires_grad=True)
     logits = network(images)
@@ -44,31 +42,19 @@ def test_logits_have_a_row_for_each_image_and_reach_it_and_every_weight(spec, in
 
 
 @pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.get("norm") != "batch"], ids=str)
-def test_the_r1_penalty_is_that_of_each_image_alone(spec):
+def test_the_r1_penalty_is_the_mean_of_that_of_each_image(spec):
     network, images = network_of(spec), torch.rand(3, 3, 16, 16)
     whole = images.clone().requires_grad_()
     penalty = losses.r1_penalty(network(whole), whole)
+    # The definition: the squared norm of the gradient of an image's mean logit.
     parts = [image.unsqueeze(0).clone().requires_grad_() for image in images]
-    torch.testing.assert_close(penalty, sum(losses.r1_penalty(network(part), part) for part in parts) / 3)
-    # The definition, without the function: the squared norm of the gradient of an image's mean logit.
     squares = [torch.autograd.grad(network(part).mean(), part)[0].square().sum() for part in parts]
     torch.testing.assert_close(penalty, sum(squares) / 3)
     penalty.backward()
     assert sum(parameter.grad.abs().sum() for parameter in network.parameters() if parameter.grad is not None) > 0
 
 
-@pytest.mark.parametrize("spec", SPECS, ids=str)
-def test_a_state_dict_restores_the_logits(spec):
-    trained, fresh, images = network_of(spec), network_of(spec), torch.rand(4, 3, 16, 16)
-    logits = trained(images)
-    with torch.no_grad():
-        for parameter in fresh.parameters():
-            parameter.add_(1.0)
-    fresh.load_state_dict(trained.state_dict())
-    assert torch.equal(fresh(images), logits)
-
-
-def test_patches_have_the_published_size():
+def test_patchgan_has_the_published_size():
     with torch.device("meta"):
         network = PatchDiscriminatorConfig(norm="batch").create(in_channels=3, image_size=256)
         assert network(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
@@ -76,7 +62,7 @@ def test_patches_have_the_published_size():
 
 
 @pytest.mark.parametrize(("image_size", "num_layers"), [(256, 3), (28, 3), (28, 2), (6, 1)])
-def test_the_side_of_the_logits_is_known_before(image_size, num_layers):
+def test_the_side_of_the_logits_is_computed_beforehand(image_size, num_layers):
     config = PatchDiscriminatorConfig(num_layers, 4)
     logits = config.create(in_channels=1, image_size=image_size)(torch.rand(1, 1, image_size, image_size))
     assert logits.shape == (1, 1, *[config.side(image_size)] * 2)
@@ -88,8 +74,6 @@ def test_the_side_of_the_logits_is_known_before(image_size, num_layers):
 def test_an_image_without_a_whole_patch_is_refused(image_size, way_out):
     with pytest.raises(ValueError, match=rf"num_layers must leave 3 pixels of {image_size} .*, got 3; {way_out}"):
         PatchDiscriminatorConfig().create(in_channels=1, image_size=(64, image_size))
-    with pytest.raises(ValueError, match=rf"num_layers must leave 3 pixels of {image_size} .*, got 3; {way_out}"):
-        network_of({"name": "patchgan", "base_channels": 4}, image_size=image_size)
 
 
 def test_initial_weights_are_those_of_pix2pix():
@@ -102,7 +86,7 @@ def test_initial_weights_are_those_of_pix2pix():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_the_batch_norm_is_torch_s():
+def test_the_batch_norm_is_that_of_torch():
     network, images = network_of({"name": "patchgan", **SMALL["patchgan"], "norm": "batch"}), torch.rand(4, 3, 16, 16)
     theirs = torch.nn.Sequential()
     for module in network.layers:
@@ -118,13 +102,11 @@ def test_the_batch_norm_is_torch_s():
     [
         ("patchgann", "unknown discriminator 'patchgann': did you mean 'patchgan'"),
         ({"name": "patchgan", "num_layers": 0}, r"num_layers must be an integer in \[1, 8\], got 0"),
-        ({"name": "patchgan", "base_channels": 0}, r"base_channels must be an integer in \[1, 1024\], got 0"),
         (
             {"name": "patchgan", "norm": "groupp"},
             r"norm must be .group. or .batch., got .groupp.; did you mean .group.",
         ),
         ({"name": "patchgan", "pooling": "blur"}, "pooling"),
-        ({"name": 3}, "must have the key 'name'"),
         ({"channel_multiplier": 0.0}, "channel_multiplier"),
         ({"pooling": "max"}, "pooling"),
     ],
@@ -151,7 +133,7 @@ def test_a_value_without_a_name_is_stylegan():
 
 
 @pytest.mark.parametrize(("image_size", "parameters"), [(256, 23_998_017), (512, 24_026_913)])
-def test_it_has_the_released_parameter_count(image_size, parameters):
+def test_stylegan_has_the_released_parameter_count(image_size, parameters):
     with torch.device("meta"):
         network = Discriminator(DiscriminatorConfig(), in_channels=3, image_size=image_size)
     assert sum(parameter.numel() for parameter in network.parameters()) == parameters
@@ -160,9 +142,3 @@ def test_it_has_the_released_parameter_count(image_size, parameters):
 def test_widths_follow_the_released_table_and_round_the_size_up():
     assert DiscriminatorConfig().widths(128) == (128, 256, 512, 512, 512, 512)
     assert DiscriminatorConfig(channel_multiplier=0.125).widths(28) == (64, 64, 64, 64)
-
-
-def test_the_blur_keeps_a_constant_inside_and_halves_the_size():
-    blurred = Blur()(torch.ones(1, 2, 8, 8))
-    assert blurred.shape == (1, 2, 4, 4)
-    torch.testing.assert_close(blurred[:, :, 1:-1, 1:-1], torch.ones(1, 2, 2, 2))

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.networks import kernels as module
-from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.kernels import (
     PackingLinear,
     _apply_gelu,
@@ -19,7 +18,6 @@ from maskgit_pl.networks.kernels import (
     feed_forward,
     set_packing,
 )
-from maskgit_pl.networks.transformer import TransformerConfig
 
 DTYPES = [
     pytest.param(
@@ -33,9 +31,9 @@ DTYPES = [
 def layer(dtype: torch.dtype, *, bias: bool = True, gelu: bool = False) -> PackingLinear:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = PackingLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
-    set_packing(made, enabled=True)
-    return made
+        module = PackingLinear(48, 80, bias=bias, gelu=gelu).to(dtype).requires_grad_(requires_grad=False)
+    set_packing(module, enabled=True)
+    return module
 
 
 def plain(module: PackingLinear, x: torch.Tensor) -> torch.Tensor:
@@ -45,16 +43,14 @@ def plain(module: PackingLinear, x: torch.Tensor) -> torch.Tensor:
     return F.gelu(y, approximate="tanh") if module.gelu else y
 
 
-@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("gelu", [True, False])
+@pytest.mark.parametrize(("bias", "gelu"), [(True, True), (False, False)])
 def test_outputs_are_those_of_a_plain_layer_for_any_number_of_rows(dtype, bias, gelu):
-    module, chance = layer(dtype, bias=bias, gelu=gelu), torch.Generator().manual_seed(1)
+    module, generator = layer(dtype, bias=bias, gelu=gelu), torch.Generator().manual_seed(1)
     tolerance = 2e-6 if dtype == torch.float32 else 8e-3
     for rows in [*range(70), 255, 256, 257, 300, 2056]:
-        x = torch.randn(1, rows, 48, generator=chance).to(dtype)
+        x = torch.randn(1, rows, 48, generator=generator).to(dtype)
         torch.testing.assert_close(module(x).double(), plain(module, x), rtol=tolerance, atol=tolerance)
     assert module._packed
 
@@ -71,7 +67,7 @@ def test_gelu_in_place_is_exact_to_rounding_for_any_number_and_shape():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_and_strided_inputs(dtype):
+def test_parts_and_strided_inputs_give_the_output_of_the_whole(dtype):
     module = layer(dtype)
     x = torch.randn(7, 96, 3).to(dtype).transpose(1, 2)[..., ::2]
     whole = module(x)
@@ -98,7 +94,7 @@ def test_a_changed_weight_is_packed_again(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}, {"foreach": False}])
+@pytest.mark.parametrize("options", [{"fused": True}, {"foreach": True}])
 def test_every_step_of_an_optimizer_is_followed(dtype, options):
     module, x = layer(dtype).requires_grad_(requires_grad=True), torch.ones(2, 48).to(dtype)
     optimizer = torch.optim.AdamW(module.parameters(), lr=0.1, **options)
@@ -114,34 +110,29 @@ def test_every_step_of_an_optimizer_is_followed(dtype, options):
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(4, 3), (4, 49), (0,), (47,), ()])
-def test_an_input_of_another_width_is_an_error_of_torch(dtype, shape):
+def test_an_input_of_another_width_is_an_error_of_torch(dtype):
     module = layer(dtype)
     module(torch.ones(2, 48).to(dtype))
-    with pytest.raises(RuntimeError):
-        module(torch.ones(shape).to(dtype))
+    for shape in ((4, 3), (4, 49), (0,), (47,), ()):
+        with pytest.raises(RuntimeError):
+            module(torch.ones(shape).to(dtype))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_layer_packs_only_when_asked_and_without_gradients(dtype):
+def test_a_layer_packs_only_if_enabled_and_without_gradients(dtype):
     module, x = layer(dtype), torch.ones(2, 48).to(dtype)
     module(x)
-    assert not module._packed
+    assert not module._packed  # gradients are on
     with torch.no_grad():
         module(x)
         assert len(module._packed) == 1
         set_packing(module, enabled=False)
         module(x)
         assert not module._packed
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_weight_whose_changes_are_not_counted_is_not_packed(dtype):
-    with torch.inference_mode():
+    with torch.inference_mode():  # torch does not count the changes of its weights
         module = layer(dtype)
         module(torch.ones(2, 48).to(dtype))
-    assert module.weight.is_inference()
-    assert not module._packed
+        assert not module._packed
 
 
 needs_bfloat16 = pytest.mark.skipif(
@@ -157,14 +148,10 @@ def gated(gate: Tensor, value: Tensor) -> Tensor:
 def layers(*, gate: bool = False, bias: bool = True) -> nn.ModuleList:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        made = nn.ModuleList(
-            [
-                PackingLinear(32, HIDDEN * (1 + gate), bias=bias, gelu=not gate),
-                PackingLinear(HIDDEN, 48, bias=bias),
-            ]
-        )
-    set_packing(made.requires_grad_(requires_grad=False).bfloat16(), enabled=True)
-    return made
+        inner = PackingLinear(32, HIDDEN * (1 + gate), bias=bias, gelu=not gate)
+        mlp = nn.ModuleList([inner, PackingLinear(HIDDEN, 48, bias=bias)])
+    set_packing(mlp.requires_grad_(requires_grad=False).bfloat16(), enabled=True)
+    return mlp
 
 
 def in_float64(x: Tensor, inner: PackingLinear, outer: PackingLinear, *, gate: bool) -> Tensor:
@@ -181,14 +168,12 @@ def in_parts(monkeypatch):
 
 @torch.no_grad()
 @needs_bfloat16
-@pytest.mark.parametrize("gate", [False, True])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("num_parts", [1, 2, 3, 6])
+@pytest.mark.parametrize(("gate", "bias", "num_parts"), [(False, True, 1), (False, True, 2), (True, False, 3)])
 def test_the_parts_add_up_to_the_output(in_parts, gate, bias, num_parts):
     in_parts(num_parts)
     inner, outer = layers(gate=gate, bias=bias)
     chosen = gated if gate else None
-    for shape in ((1, 257, 32), (2, 5, 32), (3, 32), (32,)):
+    for shape in ((1, 257, 32), (32,)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(1)).bfloat16()
         expected = in_float64(x, inner, outer, gate=gate)
         residual = torch.randn(expected.shape).bfloat16()
@@ -201,21 +186,8 @@ def test_the_parts_add_up_to_the_output(in_parts, gate, bias, num_parts):
     assert (len(inner._packed), len(outer._packed)) == (num_parts * (1 + gate) if num_parts > 1 else 1, num_parts)
 
 
-@torch.no_grad()
-@needs_bfloat16
-def test_the_parts_follow_a_changed_weight(in_parts):
-    in_parts(2)
-    inner, outer = layers()
-    x = torch.ones(4, 32).bfloat16()
-    feed_forward(x, inner, outer)
-    for change in (lambda: inner.weight.mul_(-2), lambda: outer.weight.mul_(-2), lambda: outer.bias.add_(1)):
-        change()
-        expected = in_float64(x, inner, outer, gate=False)
-        torch.testing.assert_close(feed_forward(x, inner, outer).double(), expected, rtol=2e-2, atol=2e-2)
-
-
 @pytest.mark.parametrize("gate", [False, True])
-def test_what_is_not_packed_is_computed_as_a_whole(in_parts, gate):
+def test_layers_that_cannot_pack_compute_the_whole_at_once(in_parts, gate):
     """In float32, with gradients, and with layers that do not pack."""
     in_parts(2)
     inner, outer = layers(gate=gate)
@@ -237,42 +209,21 @@ def test_what_is_not_packed_is_computed_as_a_whole(in_parts, gate):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_residual_is_added_to_the_output(dtype, bias):
-    layer = layers(bias=bias)[1].to(dtype)
+    outer = layers(bias=bias)[1].to(dtype)
     x, to = torch.randn(2, 5, HIDDEN).to(dtype), torch.randn(2, 5, 48).to(dtype)
-    expected = to + F.linear(x, layer.weight, layer.bias)
-    torch.testing.assert_close(add_output(to, layer, x), expected, rtol=2e-2, atol=2e-2)
+    expected = to + F.linear(x, outer.weight, outer.bias)
+    torch.testing.assert_close(add_output(to, outer, x), expected, rtol=2e-2, atol=2e-2)
     if dtype == torch.bfloat16 and dtype in _packed_dtypes():
-        assert not torch.equal(add_output(to, layer, x), to + layer(x))  # rounded once, not twice
-    assert len(layer._packed) == (dtype in _packed_dtypes())  # the same as of the output alone
-    layer(x)
-    assert len(layer._packed) == (dtype in _packed_dtypes())
+        assert not torch.equal(add_output(to, outer, x), to + outer(x))  # rounded once, not twice
+    assert len(outer._packed) == (dtype in _packed_dtypes())  # the same as of the output alone
 
 
 def test_the_number_of_parts_divides_the_hidden_values(monkeypatch):
     monkeypatch.setattr(module, "_has_amx", lambda: True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    released = [_count_parts(rows, 3072) for rows in (1, 257, 325, 326, 514, 651, 652, 2056, 10**6)]
-    assert released == [1, 1, 1, 2, 2, 2, 3, 3, 3]
-    assert [_count_parts(10**6, hidden) for hidden in (1, 1024, 2047, 2048, 2050, 4096, 5121, 4099)] == [
-        1, 1, 1, 2, 2, 4, 3, 1,
-    ]  # fmt: skip
+    assert [_count_parts(rows, 3072) for rows in (1, 325, 326, 651, 652, 10**6)] == [1, 1, 2, 2, 3, 3]
+    assert [_count_parts(10**6, hidden) for hidden in (2047, 2048, 4096, 5121, 4099)] == [1, 2, 4, 3, 1]
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert [_count_parts(rows, 3072) for rows in (514, 652, 2056)] == [1, 2, 3]
     monkeypatch.setattr(module, "_has_amx", lambda: False)
     assert _count_parts(10**6, 4096) == 1
-
-
-@torch.no_grad()
-@needs_bfloat16
-@pytest.mark.parametrize("config", [
-    TransformerConfig(30, 5, (3, 4), 32, 2, 2, HIDDEN),
-    AdaLNConfig(30, 5, (3, 4), 32, 2, 2, HIDDEN),
-])  # fmt: skip
-def test_the_backbones_compute_their_mlps_in_parts(in_parts, config):
-    network = config.create().eval().requires_grad_(requires_grad=False).bfloat16()
-    tokens, labels = torch.randint(31, (2, 12)), torch.arange(2)
-    whole = network(tokens, labels)
-    set_packing(network, enabled=True)
-    in_parts(2)
-    torch.testing.assert_close(network(tokens, labels), whole, rtol=5e-2, atol=5e-2)
-    assert [len(block.fc2._packed) for block in network.blocks] == [2, 2]

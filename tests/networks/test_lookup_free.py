@@ -1,4 +1,4 @@
-"""Quantizers without tests of their own, such as fsq and lfq, follow their published formulas."""
+"""Quantizers without a table, fsq, lfq and bsq, follow their published formulas."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 
-from maskgit_pl.networks.quantizers import quantizers, rotate_to_codes
+from maskgit_pl.networks.quantizers import quantizers
 
 
 def features(dim, *, batch=2, seed=0):
@@ -116,97 +116,3 @@ def test_entropies_of_signs_stay_finite_at_extreme_features(name):
     loss.backward()
     assert loss.isfinite()
     assert inputs.grad.isfinite().all()
-
-
-def test_a_step_of_simvq_moves_every_code_and_leaves_the_frozen_ones():
-    quantizer = build("simvq", 16, 4)
-    before, frozen = quantizer.lookup(torch.arange(16)).detach(), quantizer.frozen_codes.clone()
-    torch.testing.assert_close(before, frozen @ quantizer.projection.t() + quantizer.offset)
-    inputs = features(4)[..., :1, :1]  # two features: at most two codes are nearest
-    output, parts = losses_of(quantizer, inputs)
-    error = F.mse_loss(before[output.tokens.flatten()], rows_of(inputs)).item()
-    assert parts == pytest.approx({"commitment": 0.25 * error, "codebook": error, "entropy": 0.0})
-    torch.optim.SGD(quantizer.parameters(), lr=0.1).zero_grad()
-    output.loss.backward()
-    torch.optim.SGD(quantizer.parameters(), lr=0.1).step()
-    assert torch.equal(quantizer.frozen_codes, frozen)
-    assert ((quantizer.lookup(torch.arange(16)) - before).abs().max(1).values > 0).all()
-
-
-def test_the_losses_and_gradients_of_ibq_are_the_published_ones():
-    spec = {"name": "ibq", "commitment": 0.7, "codebook_weight": 0.3, "entropy_weight": 0.2, "entropy_temperature": 0.9}
-    quantizer, inputs = build(spec, 8, 4), features(4).requires_grad_()
-    direction = torch.randn(24, 4)
-    output, parts = losses_of(quantizer, inputs)
-    (rows_of(output.quantized) * direction).sum().add(output.loss).backward()
-    made = inputs.grad.clone(), quantizer.codebook.grad.clone()
-
-    codes, leaf = quantizer.codebook.detach().requires_grad_(), inputs.detach().requires_grad_()
-    rows = rows_of(leaf)
-    logits = rows @ codes.t()
-    soft, hard = logits.softmax(1), F.one_hot(logits.argmax(1), 8).float()
-    quantized, chosen = (hard - soft.detach() + soft) @ codes, hard @ codes
-    probabilities = (logits / 0.9).softmax(1)
-    mean = probabilities.mean(0)
-    entropy = -(probabilities * probabilities.log()).sum(1).mean() + (mean * (mean + 1e-5).log()).sum()
-    expected = {
-        "double_quantization": (quantized - rows).square().mean(),
-        "commitment": 0.7 * (chosen.detach() - rows).square().mean(),
-        "codebook": 0.3 * (chosen - rows.detach()).square().mean(),
-        "entropy": 0.2 * entropy,
-    }
-    assert parts == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
-    ((quantized * direction).sum() + sum(expected.values())).backward()
-    torch.testing.assert_close(made, (leaf.grad, codes.grad), rtol=1e-4, atol=1e-5)
-
-
-def test_the_rotation_gives_the_code_and_turns_the_gradient_by_the_same_angle():
-    rows = rows_of(features(3)).requires_grad_()
-    codes = rows_of(features(3, seed=1))
-    gradient = rows_of(features(3, seed=2))
-    turned = rotate_to_codes(rows, codes)
-    torch.testing.assert_close(turned, codes)
-    turned.backward(gradient)
-    for row, code, given, made in zip(rows.detach(), codes, gradient, rows.grad, strict=True):
-        unit, target = row / row.norm(), code / code.norm()
-        middle = (unit + target) / (unit + target).norm()
-        rotation = torch.eye(3) - 2 * torch.outer(middle, middle) + 2 * torch.outer(target, unit)
-        torch.testing.assert_close(rotation @ unit, target)
-        torch.testing.assert_close(made, code.norm() / row.norm() * rotation.t() @ given)
-
-
-def test_the_rotation_is_finite_where_a_feature_is_zero_or_opposite_to_its_code():
-    rows = torch.tensor([[0.0, 0.0], [1.0, -2.0], [3.0, 0.0]], requires_grad=True)
-    codes = torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
-    turned = rotate_to_codes(rows, codes)
-    torch.testing.assert_close(turned, codes)
-    turned.sum().backward()
-    assert rows.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["gradient", "ema", "simvq"])
-def test_the_rotation_is_an_option_of_codebooks(name):
-    inputs = features(4)
-    outputs = []
-    for estimator in ("straight-through", "rotation"):
-        leaf = inputs.clone().requires_grad_()
-        output = build({"name": name, "gradient_estimator": estimator}, 8, 4)(leaf)
-        outputs.append((output, torch.autograd.grad(output.quantized.sum(), leaf)[0]))
-    torch.testing.assert_close(outputs[0][0].quantized, outputs[1][0].quantized)
-    assert torch.equal(outputs[0][0].loss, outputs[1][0].loss)
-    assert not torch.allclose(outputs[0][1], outputs[1][1])
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "fsq", "levels": []}, "levels must be a list"),
-        ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
-        ({"name": "fsq", "levels": [4096, 4096, 2]}, "levels must have a product of at most 16777216, got 33554432"),
-        ({"name": "lfq", "diversity": -1.0}, "diversity"),
-        ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),
-    ],
-)
-def test_a_wrong_value_is_refused_with_the_way_out(spec, message):
-    with pytest.raises(ValueError, match=message):
-        quantizers.build(spec)

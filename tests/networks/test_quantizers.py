@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import math
 import re
 import sys
 import types
@@ -23,30 +22,19 @@ OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
     "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
     "residual of gradient": ({"name": "residual", "num_levels": 3, "quantizer": "gradient"}, 8, 4),
-    "residual of rotation": (
-        {"name": "residual", "quantizer": {"name": "ema", "gradient_estimator": "rotation"}},
-        16,
-        4,
-    ),
     "residual of simvq": ({"name": "residual", "quantizer": "simvq"}, 16, 4),
-    "ema entropy": ({"name": "ema", "entropy_weight": 0.1}, 16, 4),
+    "ema entropy": ({"name": "ema", "gradient_estimator": "rotation", "entropy_weight": 0.1}, 16, 4),
     "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
 }
-PACKAGE = {  # of vector-quantize-pytorch, which may be missing
-    "vq_pytorch expiring": ("VectorQuantize", {"threshold_ema_dead_code": 2, "decay": 0.9, "eps": 1e-4}, 16, 4),
-    "vq_pytorch cosine": ("VectorQuantize", {"use_cosine_sim": True, "commitment_weight": 0.25}, 16, 4),
-    "vq_pytorch straight": ("VectorQuantize", {"rotation_trick": False}, 16, 4),
-    "vq_pytorch SimVQ": ("SimVQ", {}, 16, 4),
-    "vq_pytorch SimVQ straight": (
-        "SimVQ",
-        {"rotation_trick": False, "commitment_weight": 0.5, "input_to_quantize_commit_loss_weight": 0.5},
-        16,
-        4,
-    ),
+PACKAGE = {  # classes and options of vector-quantize-pytorch, which may be missing
+    "vq_pytorch expiring": ("VectorQuantize", {"threshold_ema_dead_code": 2, "decay": 0.9, "eps": 1e-4}),
+    "vq_pytorch cosine": ("VectorQuantize", {"use_cosine_sim": True, "commitment_weight": 0.25}),
+    "vq_pytorch SimVQ": ("SimVQ", {}),
+    "vq_pytorch SimVQ straight": ("SimVQ", {"rotation_trick": False, "commitment_weight": 0.5}),
 }
 OTHERS |= {
-    name: ({"name": "vq_pytorch", "class_name": class_name, "options": options}, *sizes)
-    for name, (class_name, options, *sizes) in PACKAGE.items()
+    name: ({"name": "vq_pytorch", "class_name": class_name, "options": options}, 16, 4)
+    for name, (class_name, options) in PACKAGE.items()
 }
 CASES = {**{name: (name, 16, 4) for name in quantizers.names()}, **OTHERS}
 
@@ -131,18 +119,19 @@ def test_the_output_has_the_shapes_of_the_contract(case):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("scale", [1e4, 1.0, 1e-30, 0.0])
-@pytest.mark.parametrize("place", [0, 1, 2])
-def test_losses_and_gradients_are_finite_if_all_features_are_equal(case, place, scale):
-    one = features(case)[:1, :, 0, place]  # of one place
-    quantizer, inputs = build(case), (scale * one[..., None, None].expand_as(features(case))).clone().requires_grad_()
-    quantizer.begin_micro_batch(seed=3, step=0, micro_batch=0)
-    output = quantizer(inputs)
-    (output.loss + (output.quantized * weights_of(inputs)).mean()).backward()
-    assert output.loss.isfinite()
-    assert inputs.grad.isfinite().all()
-    assert all(parameter.grad.isfinite().all() for parameter in quantizer.parameters() if parameter.grad is not None)
+def test_losses_and_gradients_are_finite_if_all_features_are_equal(case):
+    row = features(case)[:1, :, 0, 0]
+    for scale in (1e4, 1e-30, 0.0):
+        quantizer, inputs = build(case), (scale * row[..., None, None].expand_as(features(case))).requires_grad_()
+        quantizer.begin_micro_batch(seed=3, step=0, micro_batch=0)
+        output = quantizer(inputs)
+        gradients = torch.autograd.grad(
+            output.loss + (output.quantized * weights_of(inputs)).mean(),
+            [inputs, *quantizer.parameters()],
+            allow_unused=True,
+        )
+        assert output.loss.isfinite()
+        assert all(gradient.isfinite().all() for gradient in gradients if gradient is not None)
 
 
 def features_of_codes(case, quantizer):
@@ -189,7 +178,6 @@ def test_bfloat16_features_give_float32_codes_and_a_finite_loss(case):
     assert torch.equal(output.tokens, quantizer(features(case).bfloat16().float()).tokens)
 
 
-@pytest.mark.slow
 def test_a_resumed_training_is_bit_exact(case):
     parts = [[features(case, seed=step)] for step in range(4)]
     through = build(case)
@@ -207,8 +195,7 @@ def test_a_resumed_training_is_bit_exact(case):
     assert_same(state_of(through), state_of(resumed))
 
 
-@pytest.mark.slow
-def test_micro_batches_teach_what_the_whole_batch_does(case):
+def test_micro_batches_teach_the_same_as_the_whole_batch(case):
     # The entropy of a mean differs from the mean of entropies: only what update() learns is compared.
     whole, parts = build(case), build(case)
     batch = features(case, batch=8)
@@ -236,9 +223,29 @@ def test_micro_batches_teach_what_the_whole_batch_does(case):
         ({"name": "product", "quantizer": "lfq"}, (64, 8), "each group .* 8 codes: .* code_dim must be 3"),
     ],
 )
-def test_sizes_that_do_not_fit_are_refused_by_the_network_with_those_that_do(spec, sizes, message):
+def test_sizes_that_do_not_fit_are_refused_with_those_that_do(spec, sizes, message):
     with pytest.raises(ValueError, match=message):
         VQGANConfig(1, base_channels=32, codebook_size=sizes[0], code_dim=sizes[1], quantizer=spec)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "ema", "decay": 1.0}, "decay"),
+        ({"name": "ema", "restart_below": -0.1}, "restart_below"),
+        ({"name": "gradient", "commitment": -1.0}, "commitment"),
+        ({"name": "gradient", "entropy_temperature": 0.0}, "entropy_temperature"),
+        ({"name": "gradient", "entropy_kind": "hard"}, "entropy_kind"),
+        ({"name": "fsq", "levels": []}, "levels must be a list"),
+        ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
+        ({"name": "fsq", "levels": [4096, 4096, 2]}, "levels must have a product of at most 16777216, got 33554432"),
+        ({"name": "lfq", "diversity": -1.0}, "diversity"),
+        ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_name(spec, message):
+    with pytest.raises(ValueError, match=message):
+        quantizers.build(spec)
 
 
 def test_the_example_of_the_page_is_a_quantizer():
@@ -253,8 +260,7 @@ def test_the_example_of_the_page_is_a_quantizer():
         del sys.modules[module.__name__]
     codes = quantizer.lookup(torch.arange(8)).detach()
     assert torch.equal(quantizer.nearest(5 * codes.t()[None, :, None])[0], torch.arange(8))
-    output = quantizer(torch.randn(2, 4, 3, 3))
-    output.loss.backward()
+    quantizer(torch.randn(2, 4, 3, 3)).loss.backward()
     assert quantizer.codebook.grad.abs().max() > 0
 
 
@@ -265,26 +271,19 @@ def test_the_page_names_every_quantizer():
 
 def learned(case, parts):
     """Returns the state after two steps of plain gradient descent, and the last gradient of the features."""
-    quantizer = build(case)
-    parameters = list(quantizer.parameters())
+    quantizer, world_size = build(case), dist.get_world_size() if dist.is_initialized() else 1
     for step in range(2):
-        _, gradient = train_ranks(quantizer, [part + step for part in parts], parameters, step=step)
-    return {**state_of(quantizer), "the gradient": gradient}
+        _, gradient = train(quantizer, [part + step for part in parts], step=step)
+        for parameter in quantizer.parameters():
+            if world_size > 1:  # as DDP does
+                dist.all_reduce(parameter.grad)
+                parameter.grad /= world_size
+            parameter.data -= 0.1 * parameter.grad
+            parameter.grad = None
+    return {**state_of(quantizer), "the gradient": gradient / world_size}
 
 
-def train_ranks(quantizer, parts, parameters, *, step):
-    total, gradient = train(quantizer, parts, step=step)
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    for parameter in parameters:
-        if ranks > 1:  # as DDP does
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= ranks
-        parameter.data -= 0.1 * parameter.grad
-        parameter.grad = None
-    return total, gradient / ranks
-
-
-def on_a_rank(rank, folder):
+def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     results = {case: learned(case, [features(case, batch=8).chunk(2)[rank]]) for case in CASES if not is_missing(case)}
@@ -293,8 +292,8 @@ def on_a_rank(rank, folder):
 
 
 @pytest.mark.slow
-def test_two_ranks_learn_what_one_does(tmp_path):
-    run_ranks(on_a_rank, str(tmp_path))
+def test_two_ranks_learn_the_same_as_one(tmp_path):
+    run_ranks(run_rank, str(tmp_path))
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
     for case in ranks[0]:
         alone = learned(case, [features(case, batch=8)])
@@ -304,4 +303,3 @@ def test_two_ranks_learn_what_one_does(tmp_path):
         torch.testing.assert_close(torch.cat(gradients), expected, rtol=1e-3, atol=1e-5, msg=case)
         assert_same(ranks[0][case], ranks[1][case])
         assert_same(alone, ranks[0][case], rtol=1e-4, atol=1e-5)
-    assert math.isfinite(sum(float(value.sum()) for case in ranks[0] for value in ranks[0][case].values()))

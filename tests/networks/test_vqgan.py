@@ -8,11 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.vqgan import (
-    VQGAN,
-    Downsample,
-    VQGANConfig,
-)
+from maskgit_pl.networks.vqgan import VQGAN, Downsample, VQGANConfig
 
 SMALL = {
     "base_channels": 8,
@@ -29,31 +25,15 @@ def small(**changes):
 
 TAMING = {**SMALL, "num_middle_blocks": 2, "layout": "taming", "attention_levels": (1,), "latent_channels": 6}
 
-
-def taming(**changes):
-    return small(**{**TAMING, **changes})
-
-
-MAGVIT2 = {"layout": "magvit2", "quantizer": "lfq", "code_dim": 4}
-
-
-def magvit2(**changes):
-    return small(**{**MAGVIT2, **changes})
-
-
-def count(module):
-    return sum(parameter.numel() for parameter in module.parameters())
+MAGVIT2 = {**SMALL, "layout": "magvit2", "quantizer": "lfq", "code_dim": 4}
 
 
 def test_the_default_sizes_have_the_released_parameter_counts():
     with torch.device("meta"):
         network = VQGAN(VQGANConfig(in_channels=3))
-    assert (count(network.encoder), count(network.decoder), count(network.quantizer)) == (
-        23_775_104,
-        30_478_339,
-        262_144,
-    )
-    assert count(network) == 54_515_587
+    parts = (network.encoder, network.decoder, network.quantizer)
+    counts = [sum(parameter.numel() for parameter in part.parameters()) for part in parts]
+    assert counts == [23_775_104, 30_478_339, 262_144]
 
 
 @pytest.mark.parametrize("downsampling", ["average", "strided", "strided-3x3"])
@@ -66,7 +46,7 @@ def test_any_image_size_is_reconstructed_at_its_size(downsampling, size):
     assert network.encode(images).shape == (2, height * width)
 
 
-@pytest.mark.parametrize("config", [small(patch_size=2), taming()], ids=["maskgit", "taming"])
+@pytest.mark.parametrize("config", [small(patch_size=2), small(**TAMING)], ids=["maskgit", "taming"])
 def test_decoding_the_tokens_of_an_image_gives_the_training_reconstruction(config):
     network = VQGAN(config)
     images = torch.rand(3, 1, 16, 24)
@@ -96,7 +76,6 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({"base_channels": 0}, "base_channels"),
         ({"codebook_size": 1}, "codebook_size"),
         ({"channel_multipliers": ()}, "channel_multipliers"),
-        ({"channel_multipliers": (1,) * 13}, "channel_multipliers must be 1 to 12 integers"),
         ({"channel_multipliers": (1, 2.5)}, "channel_multipliers must be an integer in .* got 2.5"),
         ({"num_res_blocks": 10**9}, r"num_res_blocks must be an integer in \[1, 64\], got 1000000000"),
         ({"initial_scale": math.inf}, "initial_scale must be a finite number"),
@@ -105,21 +84,13 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({"quantizer": "emma"}, "'ema'"),
         ({"layout": "unet"}, "layout must be one of maskgit, taming, magvit2, got 'unet'"),
         ({"attention_levels": (1,)}, r"attention_levels must be \(\) in layout 'maskgit', got \(1,\)"),
-        ({"latent_channels": 8}, "latent_channels must be None in layout 'maskgit'"),
         ({**TAMING, "latent_channels": None}, "latent_channels of layout 'taming' must be an integer"),
-        ({**TAMING, "latent_channels": 0}, "latent_channels"),
         ({**TAMING, "attention_levels": (2,)}, r"attention_levels must .*\[0, 1\].* got \[2\]"),
-        ({**TAMING, "attention_levels": (1, 1)}, "attention_levels must be different"),
         ({**TAMING, "num_middle_blocks": 1}, "num_middle_blocks must be 2 in layout 'taming', got 1"),
         ({**TAMING, "middle_attention": 1}, "middle_attention must be true or false, got 1"),
-        ({**TAMING, "signed_images": 0}, "signed_images must be true or false, got 0"),
         ({**SMALL, "signed_images": False}, "signed_images must be True in layout 'maskgit'"),
         ({**TAMING, "downsampling": "strided"}, "downsampling must be 'average' in layout 'taming'"),
-        ({**TAMING, "activation": "relu"}, "activation must be 'swish' in layout 'taming'"),
-        ({**TAMING, "patch_size": 2}, "patch_size must be 1 in layout 'taming'"),
         ({**MAGVIT2, "activation": "relu"}, "activation must be 'swish' in layout 'magvit2', got 'relu'"),
-        ({**MAGVIT2, "middle_attention": False}, "middle_attention must be True in layout 'magvit2'"),
-        ({"layout": "magvit"}, "layout must be one of maskgit, taming, magvit2.*did you mean 'magvit2'"),
     ],
 )
 def test_a_bad_size_is_refused_by_name(changes, message):
@@ -127,30 +98,21 @@ def test_a_bad_size_is_refused_by_name(changes, message):
         small(**changes)
 
 
-@pytest.mark.parametrize("size", [30, (28, 31)])
-def test_an_image_that_the_strides_of_taming_would_cut_is_refused(size):
-    network = VQGAN(taming(channel_multipliers=(1, 1, 2)))
-    with pytest.raises(ValueError, match="multiple of the downsampling factor 4, got 3"):
-        network.grid(size)
-    height, width = (size, size) if isinstance(size, int) else size
-    with pytest.raises(ValueError, match="downsampling factor 4"):
-        network.encode(torch.rand(1, 1, height, width))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-@pytest.mark.parametrize("changes", [{"patch_size": 2}, TAMING, {"layout": "magvit2", "quantizer": "lfq"}])
-def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes, channels):
-    network = VQGAN(VQGANConfig(channels, **{**SMALL, "codebook_size": 16, "code_dim": 4, **changes}))
-    sides = torch.randint(1, 33, (24, 2), generator=torch.Generator().manual_seed(channels)).tolist()
+@pytest.mark.parametrize("changes", [{"patch_size": 2}, TAMING, MAGVIT2], ids=["maskgit", "taming", "magvit2"])
+def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes):
+    network = VQGAN(small(**changes))
+    sides = torch.randint(1, 33, (24, 2), generator=torch.Generator().manual_seed(0)).tolist()
     for size in ((8, 20), *map(tuple, sides)):
         try:
             height, width = network.grid(size)
         except ValueError as error:
+            with pytest.raises((ValueError, RuntimeError), match=r"multiple of the downsampling factor|divisible"):
+                network.encode(torch.rand(1, 1, *size))
             fitting = [int(side) for side in re.findall("[0-9]+", str(error).partition("; use ")[2])]
             assert fitting
             assert all(network.grid((side, side)) for side in fitting)
             continue
-        images = torch.rand(1, channels, *size)
+        images = torch.rand(1, 1, *size)
         assert network(images).reconstruction.shape == images.shape
         assert network.encode(images).shape == (1, height * width)
 
@@ -164,25 +126,24 @@ def test_the_initial_scale_multiplies_every_convolution_and_nothing_else():
         torch.testing.assert_close(states[1][name], value * (0.5 if value.ndim == 4 else 1.0), msg=name)
 
 
-def test_the_names_of_the_released_layout_are_as_they_were():
+def test_names_and_shapes_of_the_released_layout_are_stable():
     names = "\n".join(f"{name} {tuple(value.shape)}" for name, value in VQGAN(small()).state_dict().items())
     assert hashlib.sha256(names.encode()).hexdigest()[:16] == "b60b8a4db2c06fdd"
 
 
-@pytest.mark.parametrize("size", [(8, 8), (4, 10), (2, 2)])
-def test_the_magvit2_layout_returns_images_of_their_size_and_every_parameter_has_a_finite_gradient(size):
-    made = VQGAN(magvit2())
-    output = made(torch.rand(2, 1, *size))
-    assert output.reconstruction.shape == (2, 1, *size)
+@pytest.mark.parametrize("size", [(4, 10), (2, 2)])
+def test_every_parameter_of_the_magvit2_layout_has_a_finite_gradient(size):
+    network = VQGAN(small(**MAGVIT2))
+    output = network(torch.rand(2, 1, *size))
     (output.reconstruction.square().mean() + output.quantized.loss).backward()
-    for name, parameter in made.named_parameters():
+    for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
 
 
-def test_another_image_of_the_batch_changes_nothing_in_the_magvit2_layout():
-    made = VQGAN(magvit2()).eval()
+def test_an_image_does_not_depend_on_its_batch_in_the_magvit2_layout():
+    network = VQGAN(small(**MAGVIT2)).eval()
     first, second = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8)
-    alone = made.decode(made.encode(first), (4, 4))
-    together = made.decode(made.encode(torch.cat([first, second])), (4, 4))
+    alone = network.decode(network.encode(first), (4, 4))
+    together = network.decode(network.encode(torch.cat([first, second])), (4, 4))
     torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)
