@@ -112,11 +112,11 @@ class RunFlags(NewRunFlags):
         if self.config is None:
             return super().read(stage, overrides)
         # The config.yaml holds the complete recipe of the old run; only flags may change it.
+        recipe = Recipe.from_run(stage, self.config, list(overrides))
         if self.recipe or not self.run:
-            raise ValueError(
-                "--config repeats a run with its own recipe: leave out --recipe, and name the new run with --run"
-            )
-        return Recipe.from_run(stage, self.config, list(overrides))
+            way_out = "leave out --recipe" if self.recipe else "name the new run with --run"
+            raise ValueError(f"--config repeats a run with its own recipe; {way_out}")
+        return recipe
 
 
 @dataclass(frozen=True)

@@ -107,6 +107,8 @@ def _read_header(descriptor: int, offset: int) -> bytes | None:
     """Returns the header at an offset, or None for the zeros that end a tar."""
     block = os.pread(descriptor, BLOCK, offset)
     if len(block) < BLOCK:
+        if block and not offset:
+            raise DamagedTarError(f"not a tar: {len(block)} bytes, which begin with {block[:8]!r}")
         where = "in a member header" if block else "the end of the archive is missing"
         raise DamagedTarError(f"truncated at byte {os.fstat(descriptor).st_size}, {where}")
     if _has_checksum(block):

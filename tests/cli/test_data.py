@@ -3,7 +3,6 @@
 import io
 import logging
 import os
-import shutil
 import tarfile
 from pathlib import Path
 
@@ -121,27 +120,6 @@ def test_make_and_index_name_the_classes_that_train_lacks(tree, tmp_path, logged
         assert "  no image in train of 1 of 2 classes, which a model cannot learn" in said
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["nowhere"], "^source nowhere does not exist"),
-        (["empty"], "^source empty must "),  # SOURCE is no flag
-        (["tree", "--val-fraction", "2"], "^--val-fraction must be"),
-        (["tree", "--image-size", "0"], r"^--image-size must be an integer in \[1, 65536\]"),
-        (["split", "--val-fraction", "0.5"], "^--val-fraction must not be set for source split, which has a train and"),
-    ],
-)
-def test_make_refuses(words, message, tree, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    for folder in ("split/train", "split/val"):
-        shutil.copytree(tree, folder)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        call("make", *words, *(() if "--out" in words else ("--out", "out")))
-    assert sorted(tmp_path.rglob("*")) == before
-
-
 # index
 
 
@@ -168,27 +146,6 @@ def test_index_leaves_out_and_counts_only_when_asked(tmp_path, capsys):
     assert "  train: left out: 2 without a label\n" in capsys.readouterr().out
     call("index", folder, "--no-labels")
     assert read_manifest_summary(folder).samples == {"train": 10, "val": 5}
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["index", "nowhere"], "nowhere"),
-        (["index", "in", "--train", ""], "shard pattern '' must be a glob"),
-        (["index", "in", "--label-field", "x", "--no-labels"], "--label-field must not be given with --no-labels"),
-        (["index", "in", "--class-names", "a,a"], "class names must be unique and not empty"),
-        (["index", "in", "--class-names", "latin.txt"], "latin.txt must be UTF-8 text, one name per line"),
-        (["verify", "nowhere"], "nowhere"),
-    ],
-)
-def test_index_and_verify_refuse(words, message, tars, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "latin.txt").write_bytes(b"\xff\xfe")
-    assert main(["data", *words]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith(f"maskgit data {words[0]}: ")
-    assert message in error
 
 
 # verify
