@@ -1,9 +1,10 @@
-"""``maskgit train`` as a user calls it, ``doctor`` before it, and ``demo``; ``test_mistakes`` has the refusals."""
+"""``maskgit train``, ``tokenize``, ``doctor`` and ``demo`` as a user calls them; ``test_mistakes`` has the refusals."""
 
 import functools
 import http.server
 import json
 import os
+import re
 import resource
 import shlex
 import shutil
@@ -228,6 +229,48 @@ def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
     answer = maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "cloths")
     refused(answer, "did you mean 'clothes'?", "--tokenizer")
     assert files(runs) == before
+
+
+@pytest.fixture
+def tokenize(maskgit, runs, tiny_shards, tiny_pretrained) -> Callable[..., Answer]:
+    """Makes the tokens of the run ``one``; words that are given later count."""
+    where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one")
+    return lambda *more: maskgit("tokenize", *where, "--tokenizer", tiny_pretrained / "tokenizer", *more)
+
+
+@pytest.mark.slow
+def test_tokenize_prints_its_progress_and_speed(tokenize, runs, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.processes._SECONDS_BETWEEN_LINES", 0.0)
+    lines = tokenize("--flip", "--batch-size", 2, "--part-size", 1, "--precision", "bfloat16").out
+    assert re.search(r"^tokens of train: 118 of 120 images, \d+ images/s, 0:00:00 left$", lines, re.MULTILINE)
+    # 60 x 2 and 24
+    assert re.search(r"^\S+tokens/[0-9a-f]{16}: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE)
+    assert '"precision": "bfloat16"' in (runs / "one" / "tokens" / "store.json").read_text()
+
+
+@pytest.mark.slow
+def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(tokenize, runs):
+    def store_of(*more: str) -> Path:
+        assert tokenize(*more).code == 0
+        return (runs / (more[1] if more else "one") / "tokens").resolve()
+
+    store = store_of()
+    labels = store / "train-labels.npy"
+    content, changed = labels.read_bytes(), labels.stat().st_mtime_ns
+    assert store_of("--run", "two") == store == runs / "tokens" / store.name
+    assert labels.stat().st_mtime_ns == changed
+    labels.write_bytes(content[:-8] + bytes(8))
+    assert labels.read_bytes() != content
+    assert store_of() == store
+    assert labels.read_bytes() == content  # a damaged store is made again
+    mirrored = store_of("--run", "mirrored", "--flip")
+    assert mirrored != store
+    assert store_of("--run", "mirrored") == mirrored  # a run keeps its mirrors unless a flag says otherwise
+
+
+def test_a_recipe_that_reads_images_makes_no_tokens(tokenize, runs):
+    assert tokenize("--data.source=images").out == "data.source images: stage 2 reads no tokens; nothing to do\n"
+    assert not runs.exists()
 
 
 # Data of a web server
