@@ -1,13 +1,9 @@
-"""The console script, and rules that hold for every command: devices, outputs, and the commands that texts name."""
+"""The console script, and rules that hold for every command: devices and outputs."""
 
-import argparse
-import ast
 import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,9 +12,7 @@ from PIL import Image
 from maskgit_pl import __version__
 from maskgit_pl.cli import build_parser, listing
 from maskgit_pl.cli.arguments import Output, _groups
-from tests.cli.commands import Answer, refused
-
-ROOT = Path(__file__).parents[2]
+from tests.cli.commands import Answer, parsers, refused
 
 
 def test_no_words_print_the_help_and_a_flag_the_version(maskgit):
@@ -155,17 +149,6 @@ def test_help_and_wrong_flags_are_answered_without_torch():
 # Every command
 
 
-def parsers(
-    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
-) -> Iterator[tuple[str, argparse.ArgumentParser]]:
-    """Yields every command with its words, including subcommands."""
-    yield " ".join(words), parser
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for word, inner in action.choices.items():
-                yield from parsers(inner, (*words, word))
-
-
 COMMANDS = dict(parsers(build_parser()))
 ON_DEVICES = {  # words with which each command would begin its work
     "sample": "RUN",
@@ -214,56 +197,3 @@ def test_what_a_command_writes_is_checked_before_any_work() -> None:
                 assert isinstance(argument.form, Output), (function, argument.name)
                 tried += 1
     assert tried > 15
-
-
-# The commands that texts name
-
-
-def texts() -> Iterator[tuple[str, str]]:
-    """Yields every text of the package with its file, and the help of every command."""
-    for file in sorted((ROOT / "maskgit_pl").rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                yield file.name, node.value
-            elif isinstance(node, ast.JoinedStr):
-                parts = [each.value if isinstance(each, ast.Constant) else "{}" for each in node.values]
-                yield file.name, "".join(map(str, parts))
-    for command, parser in COMMANDS.items():
-        yield f"{command} --help", parser.format_help()
-
-
-def named(tool: str) -> set[tuple[str, str]]:
-    """Returns the words in backticks after the name of a tool, each with its file."""
-    commands = ((where, each) for where, text in texts() for each in re.findall(rf"`{tool} ([^`]+)`", text))
-    return {(where, " ".join(each.split())) for where, each in commands}
-
-
-def fault(command: str) -> str | None:
-    """Returns the fault of a command line; placeholders and values in capitals match anything."""
-    parser, words = COMMANDS[""], command.split()
-    for number, word in enumerate(words):
-        inner = next((each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction)), None)
-        if word.startswith("--"):
-            if word.partition("=")[0] not in parser._option_string_actions:
-                return f"{parser.prog} has no {word}"
-        elif inner is not None and "{" not in word:
-            unknown = [each for each in word.split("|") if each not in inner]
-            if unknown:
-                return f"{parser.prog} has no command {unknown[0]}"
-            parser = inner[word.split("|")[0]]
-        elif inner is None and word.islower() and words[number - 1][:2] != "--":
-            choices = [each for action in parser._actions if not action.option_strings for each in action.choices or ()]
-            if choices and not {*word.split("|")} <= {*map(str, choices)}:
-                return f"{parser.prog} has no {word}"
-    return None
-
-
-@pytest.mark.slow
-def test_no_text_names_a_command_a_flag_or_a_target_that_there_is_not() -> None:
-    for wrong in ("sampel", "data show", "sample --num-imges", "train tokeniser", "slurm submit --x"):
-        assert fault(wrong) is not None
-    commands = named("maskgit")
-    assert len(commands) > 30
-    assert {where: f"{command}: {fault(command)}" for where, command in commands if fault(command)} == {}
-    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert [(where, words) for where, words in named("make") if words.split()[0] not in targets] == []
