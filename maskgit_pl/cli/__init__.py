@@ -54,7 +54,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "edit": "cli.editing:edit",
     "outpaint": "cli.editing:outpaint",
     "panorama": "cli.editing:panorama",
-    "web": "cli.web:web",
+    "web": "cli.sample:web",
     "evaluate": "cli.evaluate:evaluate",
     "evaluate-tokenizer": "cli.evaluate:evaluate_tokenizer",
     "inspect": "contrib.inspect:inspect",
@@ -72,9 +72,9 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
     "completion": "cli.listing:completion",
-    "import-jax": "cli.importing:import_jax",
-    "import-tokenizer": "cli.importing:import_tokenizer",
-    "import-transformer": "cli.importing:import_transformer",
+    "import-jax": "cli.export:import_jax",
+    "import-tokenizer": "cli.export:import_tokenizer",
+    "import-transformer": "cli.export:import_transformer",
 }
 _GROUPS = {  # commands that have commands
     "data": "Fetches, makes, indexes, verifies and counts shards of images.",

@@ -193,7 +193,7 @@ def test_what_a_command_writes_is_checked_before_any_work() -> None:
     tried = 0
     for function in (each for parser in COMMANDS.values() if (each := parser.get_default("function"))):
         for argument in (each for group in _groups(function) for each in group.arguments):
-            if argument.shown in ("--out", "--gif", "--filmstrip") and argument.metavar.startswith("FILE"):
+            if argument.label in ("--out", "--gif", "--filmstrip") and argument.metavar.startswith("FILE"):
                 assert isinstance(argument.form, Output), (function, argument.name)
                 tried += 1
     assert tried > 15
