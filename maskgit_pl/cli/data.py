@@ -153,8 +153,8 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
     if (folder / DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
             raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-        rows = sum(len(reader.arrays[0]) for reader in open_store(folder).values())
-        print(f"{folder}: {rows} rows: hashes agree with the description")
+        num_rows = sum(len(reader.arrays[0]) for reader in open_store(folder).values())
+        print(f"{folder}: {num_rows} rows: hashes agree with the description")
         return
     with named_bars("shards") as advance:
         result = verify_shards(

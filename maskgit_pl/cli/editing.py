@@ -373,8 +373,8 @@ def panorama(
     names, seeds = [outline.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
     captions = [f"{name}, seed {number}" for name, number in zip(names, seeds, strict=True)]
     sheet = image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))
-    size = pixels_text(outline.image_size)
-    title = f"{width} x {height} pixels in windows of {size}: {describe_settings(decoding)}"
-    summary = f"{count_text(len(images), 'image')} of {width} x {height} pixels"
+    size = f"{width} x {height} pixels"
+    title = f"{size} in windows of {pixels_text(outline.image_size)}: {describe_settings(decoding)}"
+    summary = f"{count_text(len(images), 'image')} of {size}"
     generated = Generated(images, labels, seeds, add_title(sheet, title), summary, steps, names, seeds)
     pictures.write(generated, out, pipe=pipe, decoding=decoding)

@@ -275,7 +275,6 @@ def train_classifier(
         classifier = evaluation.train_classifier(
             data, config=config, image_size=image_size, num_workers=num_workers, device=device, out=out, bars=bars
         )
-    accuracy = classifier.accuracy
-    how = "reused" if classifier.is_reused else "trained"
+    accuracy, how = classifier.accuracy, "reused" if classifier.is_reused else "trained"
     print(f"{classifier.folder}: {how}; on {accuracy.images} real val images:")
     print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if classifier.num_classes > 5 else ""))

@@ -221,9 +221,8 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = Fa
         kind: Kind of part, such as mask_schedules, quantizers or loggers (default: all).
         json: Print JSON, a list of objects, instead of the table.
     """
-    kinds = REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]
     rows = []
-    for part in kinds:
+    for part in REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]:
         registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[part]}"), part)
         for name, package in registry.origins().items():
             rows.append({"kind": part, "name": name, "package": package, "description": registry.summary(name)})

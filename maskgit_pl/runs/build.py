@@ -110,9 +110,10 @@ def build(plan: Plan) -> StageRun:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     values = resolve(plan.recipe.kind, merge_values(plan))
-    store = values.data.token_store
-    if values.data.source == "tokens" and store is not None and not Path(store, DESCRIPTION_FILE).exists():
-        raise FileNotFoundError(f"no complete token store in {store}; make it with `{plan.tokenize_command}`")
+    if values.data.source == "tokens" and not (plan.folder / "tokens" / DESCRIPTION_FILE).exists():
+        raise FileNotFoundError(
+            f"no complete token store in {plan.folder / 'tokens'}; make it with `{plan.tokenize_command}`"
+        )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
     run = StageRun(plan.stage, values, plan.stage_folder)
