@@ -168,7 +168,7 @@ DAMAGE = {
     "photos.tar.gz": [
         (lambda data: data[:-9], "must be a complete gzip file, got: "),
         (lambda data: data[:200] + b"\0\0\0\0" + data[204:], "must be a complete gzip file, got: "),
-        (lambda data: gzip.compress(b"hello"), "got: truncated at byte 5"),
+        (lambda data: gzip.compress(b"hello"), "got: not a tar: 5 bytes"),
     ],
 }
 
