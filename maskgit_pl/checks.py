@@ -112,8 +112,9 @@ def shorten(value: object) -> str:
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
-    close = get_close_matches(name, list(choices), n=1, cutoff=0.6)
-    return f"did you mean {close[0]!r}?" if close else ""
+    given, names = name.lower(), {choice.lower(): choice for choice in choices}
+    close = get_close_matches(given, names, n=1) or [each for each in names if given and each.startswith(given)]
+    return f"did you mean {names[close[0]]!r}?" if close else ""
 
 
 def check_integer(name: str, value: object, interval: str) -> int:

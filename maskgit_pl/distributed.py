@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice
+from maskgit_pl.checks import did_you_mean, shorten
 
 __all__ = [
     "barrier",
@@ -213,13 +213,12 @@ def check_device(device: torch.device | str, *, name: str = "device") -> torch.d
     Raises:
         ValueError: if there is no such device. The message lists the available devices.
     """
-    known = device_names()
-    try:
-        return torch.device(check_choice(name, str(device), known))
-    except ValueError as error:
-        if known != ["cpu"]:
-            raise
-        raise ValueError(f"{error} (torch {torch.__version__} finds no GPU here)") from None
+    known, given = device_names(), str(device)
+    if given in known:
+        return torch.device(given)
+    hint = "the name of a GPU is 'cuda'" if given.startswith("gpu") else did_you_mean(given, known)
+    where = f" (torch {torch.__version__} finds no GPU here)" if known == ["cpu"] else ""
+    raise ValueError(f"{name} must be one of {', '.join(known)}, got {shorten(given)}{hint and f'; {hint}'}{where}")
 
 
 def default_device(*, local_rank: int | None = None) -> str:

@@ -108,7 +108,7 @@ class Registry(Generic[T]):
         """Returns the first paragraph of a built-in docstring without its source, or an empty text for a plug-in."""
         factory = self._factories.get(name)
         text = inspect.getdoc(factory) or "" if factory is not None else ""
-        return " ".join(text.split("\n\n")[0].split()).partition(" Source:")[0]
+        return " ".join(text.split("\n\n")[0].split()).partition(" Source:")[0].replace("``", "")
 
     def factory(self, name: str) -> Callable[..., T]:
         """Returns the factory that is registered as ``name``, without building anything.

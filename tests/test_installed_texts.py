@@ -1,5 +1,6 @@
-"""Texts of the package name only what a wheel installs: no target of ``make``, no page, script or file of a clone."""
+"""Texts of the package name only commands that exist, and only what a wheel installs: no page or file of a clone."""
 
+import argparse
 import ast
 import re
 from collections.abc import Iterator
@@ -7,28 +8,28 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parents[1] / "maskgit_pl"
+from maskgit_pl.cli import build_parser
+from tests.cli.commands import parsers
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "maskgit_pl"
 TARGETS = "data|demo|doctor|evaluate|sample|submit-|tokenize|train-|tune"
 NOT_INSTALLED = re.compile(
     rf"(`make |\bmake (?:{TARGETS})|\bmake: |\bMakefile\b|\b[A-Z]+=(?=[ ,)]|$)|\bdocs/|\bbenchmarks/|\btests/|"
     r"\bdata/\w+\.py|\bREADME\b|\bCONTRIBUTING\b|\bCHANGELOG\b)"
 )
-ALLOWED = {  # file and text -> reason
-    ("pipeline/card.py", "README.md"): "the file of the model card, which a pretrained folder has",
-    ("pipeline/sharing.py", "README.md"): "the same file",
-    ("pipeline/diffusers_pipeline.py", "README.md"): "the same file",
-    ("runs/pushing.py", "README.md"): "the same file, which is uploaded",
-}
+CARDS = ("pipeline/card.py", "pipeline/sharing.py", "pipeline/diffusers_pipeline.py", "runs/pushing.py")
+ALLOWED = {(file, "README.md") for file in CARDS}  # the file of the model card
 
 
-def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Yields the strings of a module with their lines, f-strings as one text; no docstrings."""
+def texts(tree: ast.Module, *, docstrings: bool = False) -> Iterator[tuple[int, str]]:
+    """Yields the strings of a module with their lines, f-strings as one text."""
     skipped: set[int] = set()
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
-        for each in body if isinstance(body, list) else ():
-            if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):
-                skipped.add(id(each.value))
+        for statement in body if isinstance(body, list) and not docstrings else ():
+            if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+                skipped.add(id(statement.value))
         if isinstance(node, ast.JoinedStr):
             skipped.update(id(part) for part in node.values)
             yield node.lineno, "".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values)
@@ -36,7 +37,7 @@ def texts(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value
 
 
-def found(source: str) -> list[tuple[int, str]]:
+def not_installed(source: str) -> list[tuple[int, str]]:
     return [(line, text) for line, text in texts(ast.parse(source)) if NOT_INSTALLED.search(text)]
 
 
@@ -45,29 +46,61 @@ def test_texts_name_only_what_is_installed() -> None:
     named = {
         (file.relative_to(PACKAGE).as_posix(), text): line
         for file in PACKAGE.rglob("*.py")
-        for line, text in found(file.read_text())
+        for line, text in not_installed(file.read_text())
     }
-    assert ALLOWED.keys() <= named.keys(), "an exception that is no longer needed"
-    assert {place: line for place, line in named.items() if place not in ALLOWED} == {}
+    assert named.keys() == ALLOWED, named
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "train one with `make demo`",
-        "next: make train-transformer",
-        "name another with --run (make: RUN=)",
-        "see docs/slurm.md",
-        "`python data/fashion_mnist.py`",
-        "the README says how",
-    ],
-)
-def test_the_check_finds(text: str) -> None:
-    assert found(f"raise ValueError({text!r})")
-    assert found(f"raise ValueError(f{text + '{x}'!r})")
+def test_the_check_finds_a_page_or_a_target_in_a_text() -> None:
+    for text in (
+        "train one with `make demo`", "name another with --run (make: RUN=)", "see docs/slurm.md",
+        "`python data/fashion_mnist.py`", "the README says how",
+    ):  # fmt: skip
+        assert not_installed(f"raise ValueError({text!r})")
+        assert not_installed(f"raise ValueError(f{text + '{x}'!r})")
+    for text in ("make it with `maskgit data make IMAGES`", "a name in runs/, as in model=x", "RUN/x"):
+        assert not not_installed(f"raise ValueError({text!r})")
+        assert not not_installed(f'def f():\n    """See docs/x.md and `make demo`."""\n    raise ValueError({text!r})')
 
 
-@pytest.mark.parametrize("text", ["make it with `maskgit data make IMAGES`", "a name in runs/, as in model=x", "RUN/x"])
-def test_the_check_lets_pass(text: str) -> None:
-    assert not found(f"raise ValueError({text!r})")
-    assert not found(f'def f():\n    """See docs/x.md and `make demo`."""\n    raise ValueError({text!r})')
+COMMANDS = dict(parsers(build_parser()))
+
+
+def named(tool: str) -> set[tuple[str, str]]:
+    """Returns the words in backticks after the name of a tool in texts and helps, each with its file or command."""
+    sources = [(file.name, text) for file in sorted(PACKAGE.rglob("*.py"))
+               for _, text in texts(ast.parse(file.read_text()), docstrings=True)]  # fmt: skip
+    sources += [(f"{command} --help", parser.format_help()) for command, parser in COMMANDS.items()]
+    commands = ((where, command) for where, text in sources for command in re.findall(rf"`{tool} ([^`]+)`", text))
+    return {(where, " ".join(command.split())) for where, command in commands}
+
+
+def fault(command: str) -> str | None:
+    """Returns the fault of a command line; placeholders and values in capitals match anything."""
+    parser, words = COMMANDS[""], command.split()
+    for number, word in enumerate(words):
+        inner = next((each.choices for each in parser._actions if isinstance(each, argparse._SubParsersAction)), None)
+        if word.startswith("--"):
+            if word.partition("=")[0] not in parser._option_string_actions:
+                return f"{parser.prog} has no {word}"
+        elif inner is not None and "{" not in word:
+            unknown = [each for each in word.split("|") if each not in inner]
+            if unknown:
+                return f"{parser.prog} has no command {unknown[0]}"
+            parser = inner[word.split("|")[0]]
+        elif inner is None and word.islower() and words[number - 1][:2] != "--":
+            choices = [each for action in parser._actions if not action.option_strings for each in action.choices or ()]
+            if choices and not {*word.split("|")} <= {*map(str, choices)}:
+                return f"{parser.prog} has no {word}"
+    return None
+
+
+@pytest.mark.slow
+def test_no_text_names_a_command_a_flag_or_a_target_that_there_is_not() -> None:
+    for wrong in ("sampel", "data show", "sample --num-imges", "train tokeniser", "slurm submit --x"):
+        assert fault(wrong) is not None
+    commands = named("maskgit")
+    assert len(commands) > 30
+    assert {where: f"{command}: {fault(command)}" for where, command in commands if fault(command)} == {}
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert [(where, words) for where, words in named("make") if words.split()[0] not in targets] == []

@@ -13,7 +13,7 @@ from textwrap import indent
 
 import pytest
 
-from maskgit_pl.cli import build_parser
+from maskgit_pl.cli import build_parser, main
 from maskgit_pl.cli.arguments import read_call, takes_overrides
 from tests.installed_packages import install
 from tests.test_makefile import run_make
@@ -54,12 +54,9 @@ def commands_of(page: str) -> list[str]:
     return re.findall(rf"^    ({COMMAND}.*)$", text_of(page), re.MULTILINE)
 
 
-COMMANDS = [
-    pytest.param(line, id=f"{page}: {line}")
-    for page in PAGES
-    if not page.startswith(RECORDED)
-    for line in dict.fromkeys(commands_of(page))
-]
+COMMANDS = {
+    line: page for page in PAGES if not page.startswith(RECORDED) for line in commands_of(page)
+}  # each with a page that has it
 
 
 def words(line: str) -> list[str]:
@@ -76,89 +73,57 @@ def maskgit_commands(line: str) -> list[list[str]]:
     made = run_make(*own[1:])
     assert made.returncode == 0, made.stderr
     shown = made.stdout.replace("\\\n", " ")
-    found = [words(each) for each in shown.splitlines() if "/bin/maskgit " in each]
-    return [each[1:] for each in found if each[0].endswith("bin/maskgit")]
-
-
-def test_the_pages_have_commands() -> None:
-    assert len(commands_of("README.md")) > 7
-    assert len(COMMANDS) > 50
-
-
-@pytest.fixture
-def plugin_of_a_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Announces the backbone whose package ``docs/plug-ins.md`` shows; ``test_backbone_plugin`` runs it."""
-    points = "[maskgit_pl.backbones]\nconv = conv_backbone:ConvConfig\n"
-    page = (ROOT / "docs" / "plug-ins.md").read_text()
-    (source,) = re.findall(r"```python\n(# conv_backbone\.py\n.*?)```", page, re.DOTALL)
-    install(tmp_path, name="conv-backbone", entry_points=points, modules={"conv_backbone": source})
-    monkeypatch.syspath_prepend(tmp_path)
+    commands = [words(each) for each in shown.splitlines() if "/bin/maskgit " in each]
+    return [command[1:] for command in commands if command[0].endswith("bin/maskgit")]
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("plugin_of_a_page")
-@pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_of_a_page_is_one_that_there_is(line: str) -> None:
-    parser = build_parser()
-    if line.startswith("make"):
-        makefile = (ROOT / "Makefile").read_text()
-        target = words(line)[1]
-        assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), target
-        for variable in re.findall(r"^([A-Z_]+)=", "\n".join(words(line)), re.MULTILINE):
-            assert re.search(rf"\$\({variable}\)", makefile), variable
-    for command in maskgit_commands(line):
-        if command == ["--help"]:
-            continue
-        args, rest = parser.parse_known_args(command)
-        assert not rest or takes_overrides(args.function), rest
-        if rest and args.command in ("train", "tokenize"):
-            call = read_call(args.function, vars(args), rest)
-            call["run"].read(call.get("stage", "transformer"), rest)
+def test_every_command_of_a_page_exists(site: Path) -> None:
+    # The backbone whose package docs/plug-ins.md shows; test_backbone_plugin runs it.
+    points = "[maskgit_pl.backbones]\nconv = conv_backbone:ConvConfig\n"
+    (source,) = [block for block in python_blocks("docs/plug-ins.md") if block.startswith("# conv_backbone.py\n")]
+    install(site, name="conv-backbone", entry_points=points, modules={"conv_backbone": source})
+    parser, makefile = build_parser(), (ROOT / "Makefile").read_text()
+    assert len(COMMANDS) > 50
+    for line, page in COMMANDS.items():
+        if line.startswith("make"):
+            target = words(line)[1]
+            assert re.search(rf"^{re.escape(target)}:", makefile, re.MULTILINE), (page, line)
+            for variable in re.findall(r"^([A-Z_]+)=", "\n".join(words(line)), re.MULTILINE):
+                assert f"$({variable})" in makefile, (page, line)
+        for command in maskgit_commands(line):
+            if command == ["--help"]:
+                continue
+            args, rest = parser.parse_known_args(command)
+            assert not rest or takes_overrides(args.function), (page, line)
+            if rest and args.command in ("train", "tokenize"):
+                call = read_call(args.function, vars(args), rest)
+                call["run"].read(call.get("stage", "transformer"), rest)
 
 
 @pytest.mark.slow
 @pytest.mark.trainings
-def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
+def test_commands_that_take_seconds_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs the pages' commands and Python blocks in their order, on a small model that replaces the demo's."""
     save_small_model(tmp_path / "runs/fashion-mnist-adaln/pretrained")
-    program = tmp_path / "maskgit"
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m maskgit_pl "$@"\n')
-    program.chmod(0o755)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ran = 0
-    pattern = rf"```python\n(.*?)```|^    ({COMMAND}[^\n]*)$"
-    python: list[str] = []
+    monkeypatch.chdir(tmp_path)
+    ran, names = 0, {}
     text = "\n".join(text_of(page) for page in RUN_IN_ORDER)
-    for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE):
-        block, line = found.groups()
+    for match in re.finditer(rf"```python\n(.*?)```|^    ({COMMAND}[^\n]*)$", text, re.DOTALL | re.MULTILINE):
+        block, line = match.groups()
         if block is not None:
-            if "pipe" not in block:
-                continue
-            python.append(block)
-            command = [sys.executable, "-c", "\n".join(python)]  # later blocks know earlier names
-        else:
-            if any(each in line for each in OTHER_DATA) or "--num-images 50000" in line:
-                continue
+            if "pipe" in block:
+                exec(block, names)  # later blocks know earlier names
+                ran += 1
+        elif not any(folder in line for folder in OTHER_DATA) and "--num-images 50000" not in line:
             commands = maskgit_commands(line)
-            if not commands or any(each[0] in {*PARSED_ONLY, "--help"} for each in commands):
-                continue
-            (own,) = commands
-            command = [str(program), *own]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line or block}\n{done.stdout}{done.stderr}"
-        ran += 1
+            if commands and not any(command[0] in {*PARSED_ONLY, "--help"} for command in commands):
+                (command,) = commands
+                assert main(command) == 0, line
+                ran += 1
     assert ran >= 9
-    for made in ("sneaker.png", "others.png", "boot.png", "boot.gif", "wide.png", "bags.png", "schedules.png"):
-        assert (tmp_path / made).is_file(), made
-
-
-def plug_in(page: str) -> str:
-    (code,) = [block for block in python_blocks(page) if block.startswith("# sine_schedule.py\n")]
-    return code
-
-
-def test_the_readme_and_the_page_of_plug_ins_show_the_same_schedule() -> None:
-    assert plug_in("README.md") == plug_in("docs/plug-ins.md")
+    for name in ("sneaker.png", "others.png", "boot.png", "boot.gif", "wide.png", "bags.png", "schedules.png"):
+        assert (tmp_path / name).is_file(), name
 
 
 @pytest.mark.slow
@@ -168,7 +133,14 @@ def test_the_plug_in_installs_as_printed(tmp_path: Path) -> None:
     assert project is not None
     package = tmp_path / "package"
     package.mkdir()
-    (package / "sine_schedule.py").write_text(plug_in("docs/plug-ins.md"))
+    code, in_readme = (
+        block
+        for page in ("docs/plug-ins.md", "README.md")
+        for block in python_blocks(page)
+        if block.startswith("# sine_schedule.py\n")
+    )
+    assert code == in_readme
+    (package / "sine_schedule.py").write_text(code)
     (package / "pyproject.toml").write_text(project[1])
     target = tmp_path / "site"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(package)]

@@ -54,7 +54,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "edit": "cli.editing:edit",
     "outpaint": "cli.editing:outpaint",
     "panorama": "cli.editing:panorama",
-    "web": "cli.web:web",
+    "web": "cli.sample:web",
     "evaluate": "cli.evaluate:evaluate",
     "evaluate-tokenizer": "cli.evaluate:evaluate_tokenizer",
     "inspect": "contrib.inspect:inspect",
@@ -72,9 +72,9 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
     "completion": "cli.listing:completion",
-    "import-jax": "cli.importing:import_jax",
-    "import-tokenizer": "cli.importing:import_tokenizer",
-    "import-transformer": "cli.importing:import_transformer",
+    "import-jax": "cli.export:import_jax",
+    "import-tokenizer": "cli.export:import_tokenizer",
+    "import-transformer": "cli.export:import_transformer",
 }
 _GROUPS = {  # commands that have commands
     "data": "Fetches, makes, indexes, verifies and counts shards of images.",
@@ -226,8 +226,7 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
     if rest and not takes_overrides(args.function):
-        # Dashes are not compared: they would make all flags alike.
-        hint = did_you_mean(rest[0].partition("=")[0].lstrip("-"), _flags_of(args.parser)).replace(" '", " '--")
+        hint = _nearest_flag(rest[0].partition("=")[0].lstrip("-"), _flags_of(args.parser))
         args.parser.exit(BAD_INPUT, f"{args.parser.prog}: unknown argument {' '.join(rest)}{hint and f'; {hint}'}\n")
     args.rest = rest
     args.traceback = "--traceback" in words
@@ -237,6 +236,11 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
 def _flags_of(parser: argparse.ArgumentParser) -> list[str]:
     """Returns the flags of a command, without dashes."""
     return [flag.removeprefix("--") for flag in parser._option_string_actions if flag.startswith("--")]
+
+
+def _nearest_flag(name: str, flags: Sequence[str]) -> str:
+    """Returns a hint with the flag closest to a name. Dashes are not compared: they would make all flags alike."""
+    return did_you_mean(name, flags).replace(" '", " '--")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -276,11 +280,15 @@ def _use_flag_names(flags: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
+        # No key of a recipe, but a flag of the command with a typing mistake.
+        key = re.match(r"flag --([\w-]+): unknown key", str(error))
+        if key is not None and (hint := _nearest_flag(key[1], flags)):
+            raise ValueError(f"unknown argument --{key[1]}; {hint}") from error
         # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
-        found = re.match(r"([a-z_]+) must ", str(error))
-        if found is None or not is_user_error(error) or flag_of(found[1]).removeprefix("--") not in flags:
+        setting = re.match(r"([a-z_]+) must ", str(error))
+        if setting is None or not is_user_error(error) or flag_of(setting[1]).removeprefix("--") not in flags:
             raise
-        raise ValueError(str(error).replace(found[1], flag_of(found[1]), 1)) from error
+        raise ValueError(str(error).replace(setting[1], flag_of(setting[1]), 1)) from error
 
 
 def _is_output_broken() -> bool:

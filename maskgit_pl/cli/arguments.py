@@ -93,7 +93,7 @@ class _Argument(NamedTuple):
     is_flag: bool
 
     @property
-    def shown(self) -> str:
+    def label(self) -> str:
         """The name that the user knows: ``--num-steps``, ``RUN``, or that of an argument with choices."""
         if self.is_flag:
             return flag_of(self.name)
@@ -137,13 +137,13 @@ def add_command(subparsers: Any, name: str, function: Callable[..., Any]) -> Non
         name, help=summary_of(function), description=f"{summary} {text}".strip(), epilog=example
     )
     groups = _groups(function)
-    needed = [each for group in groups for each in group.arguments if each.default is MISSING]
-    words = [f"{each.shown} {each.metavar}" if each.is_flag else each.metavar for each in needed]
+    required = [argument for group in groups for argument in group.arguments if argument.default is MISSING]
+    words = [f"{each.label} {each.metavar}" if each.is_flag else each.metavar for each in required]
     parser.usage = " ".join([parser.prog, *words, "[FLAGS]"])
     for group in groups:
         target = parser if group.name is None else parser.add_argument_group(group.name.replace("_", " "))
-        for each in group.arguments:
-            target.add_argument(flag_of(each.name) if each.is_flag else each.name, **_options(each))
+        for argument in group.arguments:
+            target.add_argument(flag_of(argument.name) if argument.is_flag else argument.name, **_options(argument))
     parser.set_defaults(function=function, parser=parser)
 
 
@@ -153,12 +153,12 @@ def summary_of(function: Callable[..., Any]) -> str:
     return f"{summary[0].lower()}{summary[1:]}".rstrip(".")
 
 
-def read_call(function: Callable[..., Any], given: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def read_call(function: Callable[..., Any], words: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Returns the keyword arguments with which the command line calls a command.
 
     Args:
         function: The command.
-        given: Words by the name of the argument.
+        words: Words by the name of the argument.
         overrides: Words that the parser does not know, for the parameter ``overrides``.
 
     Raises:
@@ -168,8 +168,8 @@ def read_call(function: Callable[..., Any], given: Mapping[str, Any], overrides:
     values: list[tuple[_Argument, Any]] = []
     groups = _groups(function)
     for group in groups:
-        read = {each.name: _read_given(each, given[each.name]) for each in group.arguments if each.name in given}
-        values += [(each, read.get(each.name, each.default)) for each in group.arguments]
+        read = {each.name: _read_parsed(each, words[each.name]) for each in group.arguments if each.name in words}
+        values += [(argument, read.get(argument.name, argument.default)) for argument in group.arguments]
         call |= read if group.kind is None else {str(group.name): read}
     _check_outputs(values)
     for group in groups:
@@ -186,26 +186,29 @@ def takes_overrides(function: Callable[..., Any]) -> bool:
 def _groups(function: Callable[..., Any]) -> list[_Group]:
     """Returns the arguments of a command: those of its own, then those of each dataclass or TypedDict."""
     hints, texts = get_type_hints(function, include_extras=True), _helps(function)
-    own = _Group(None, None, [])
-    groups = [own]
+    plain = _Group(None, None, [])  # arguments of no group
+    groups = [plain]
     for name, parameter in inspect.signature(function).parameters.items():
         hint, has_fields = hints[name], get_origin(hints[name]) is Unpack
         if name == _OVERRIDES:
             continue
         if has_fields:  # **name: Unpack[TypedDict]
             (kind,) = get_args(hint)
-            arguments = [_argument(key, each, None, _helps(kind)) for key, each in _hints(kind).items()]
+            arguments = [_argument(key, inner, None, _helps(kind)) for key, inner in _hints(kind).items()]
             groups.append(_Group(name, None, arguments))
         elif is_dataclass(hint):
-            found, helps = _hints(hint), _helps(hint)
-            # What a factory makes is no text of the help.
-            defaults = {each.name: None if callable(each.default_factory) else each.default for each in fields(hint)}
-            arguments = [_argument(key, found[key], default, helps) for key, default in defaults.items()]
+            inner, helps = _hints(hint), _helps(hint)
+            arguments = [  # the value of a factory is no text of the help
+                _argument(
+                    field.name, inner[field.name], None if callable(field.default_factory) else field.default, helps
+                )
+                for field in fields(hint)
+            ]
             groups.append(_Group(name, hint, arguments))  # type: ignore[arg-type]  # a dataclass is its constructor
         else:
             default = MISSING if parameter.default is parameter.empty else parameter.default
             is_flag = parameter.kind is parameter.KEYWORD_ONLY
-            own.arguments.append(_argument(name, hint, default, texts, is_flag=is_flag))
+            plain.arguments.append(_argument(name, hint, default, texts, is_flag=is_flag))
     return groups
 
 
@@ -215,10 +218,10 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _argument(name: str, hint: Any, default: Any, helps: Mapping[str, str], *, is_flag: bool = True) -> _Argument:
     form = None
-    for each in (hint, *get_args(hint)):  # ``Annotated[...] | None`` too
-        if get_origin(each) is Annotated:
-            hint, (form, *_) = each.__origin__, each.__metadata__
-    members = [each for each in get_args(hint) if each is not type(None)]
+    for member in (hint, *get_args(hint)):  # ``Annotated[...] | None`` too
+        if get_origin(member) is Annotated:
+            hint, (form, *_) = member.__origin__, member.__metadata__
+    members = [member for member in get_args(hint) if member is not type(None)]
     if get_origin(hint) in (Union, UnionType) and len(members) == 1:
         (hint,) = members
     return _Argument(name, hint, default, helps[name], form, is_flag)
@@ -248,13 +251,13 @@ def _options(argument: _Argument) -> dict[str, Any]:
     return {**options, "required": default is MISSING}
 
 
-def _read_given(argument: _Argument, given: Any) -> Any:
-    """Returns the value of what argparse returns: a word, a list of words, or True and False of a bare flag."""
-    if isinstance(given, list):
+def _read_parsed(argument: _Argument, parsed: Any) -> Any:
+    """Returns the value of a result of argparse: a word, a list of words, or True and False of a bare flag."""
+    if isinstance(parsed, list):
         (kind, *_) = get_args(argument.hint)
-        values = [_read(argument.shown, word, kind, argument.form) for word in given]
+        values = [_read(argument.label, word, kind, argument.form) for word in parsed]
         return values if get_origin(argument.hint) is list else tuple(values)
-    return given if isinstance(given, bool | Path) else _read(argument.shown, given, argument.hint, argument.form)
+    return parsed if isinstance(parsed, bool | Path) else _read(argument.label, parsed, argument.hint, argument.form)
 
 
 def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
@@ -285,13 +288,13 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
         (kind, *_) = get_args(several[0])
         values = tuple(_read(name, word, kind, None) for word in text.split(","))
         return values[0] if len(values) == 1 and hint not in several else values
-    return Path(text) if hint is Path else text
+    return text
 
 
 def _members(hint: Any, kind: type) -> list[Any]:
     """Returns the members of a union, or the type itself, that are ``kind[...]``."""
     members = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    return [each for each in members if get_origin(each) is kind or each is kind]
+    return [member for member in members if get_origin(member) is kind or member is kind]
 
 
 def _check_outputs(values: Iterable[tuple[_Argument, Any]]) -> None:
@@ -299,23 +302,23 @@ def _check_outputs(values: Iterable[tuple[_Argument, Any]]) -> None:
     outputs = [(each, path) for each, path in values if isinstance(each.form, Output) and isinstance(path, Path)]
     inputs = {
         os.path.realpath(path)
-        for each, path in values
-        if isinstance(path, Path) and not isinstance(each.form, Output) and path.is_file()
+        for argument, path in values
+        if isinstance(path, Path) and not isinstance(argument.form, Output) and path.is_file()
     }
     named: dict[str, str] = {}
     for argument, path in outputs:
         assert isinstance(argument.form, Output)
-        flag, suffix, real = argument.shown, argument.form.suffix, os.path.realpath(path)
+        flag, suffix, real = argument.label, argument.form.suffix, os.path.realpath(path)
         if suffix and path.suffix.lower() not in (suffix, argument.form.other or suffix):
             raise ValueError(f"{flag} must end in {suffix}, got {path}")
         if real in named:
             raise ValueError(f"{flag} must differ from {named[real]}, got {path} for both")
         named[real] = flag
-        for each in inputs:
-            folder, name = os.path.split(each)
-            if each == real or (not suffix and folder == real and is_image_file_name(name)):
+        for file in inputs:
+            folder, name = os.path.split(file)
+            if file == real or (not suffix and folder == real and is_image_file_name(name)):
                 raise ValueError(
-                    f"{flag} must not overwrite a file that the command reads, got {path} and {each}; give another "
+                    f"{flag} must not overwrite a file that the command reads, got {path} and {file}; give another "
                     f"{flag}"
                 )
         check_writable(flag, path, is_folder=not suffix)
@@ -324,16 +327,16 @@ def _check_outputs(values: Iterable[tuple[_Argument, Any]]) -> None:
 def _sections(documented: Any) -> tuple[str, str, str]:
     """Returns the summary of a docstring, the text below it, and the line or lines with an example."""
     head = re.split(r"\n(?:Args|Raises|Returns):\n", _docstring(documented))[0]
-    summary, *paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", head.strip())]
-    examples = [each for each in paragraphs if each.startswith("Example: ")]
-    return summary, " ".join(each for each in paragraphs if each not in examples), " ".join(examples)
+    summary, *paragraphs = [" ".join(text.split()) for text in re.split(r"\n\s*\n", head.strip())]
+    examples = [text for text in paragraphs if text.startswith("Example: ")]
+    return summary, " ".join(text for text in paragraphs if text not in examples), " ".join(examples)
 
 
 def _helps(documented: Any) -> dict[str, str]:
     """Returns the texts of ``Args`` by the name of the argument; a class has those of its bases too."""
     helps: dict[str, str] = {}
-    for each in reversed(documented.__mro__ if isinstance(documented, type) else [documented]):
-        _, _, section = _docstring(each).partition("\nArgs:\n")
+    for source in reversed(documented.__mro__ if isinstance(documented, type) else [documented]):
+        _, _, section = _docstring(source).partition("\nArgs:\n")
         section = re.split(r"\n\S", section)[0]
         for entry in re.split(r"\n(?= {4}\w)", section):
             name, colon, text = entry.strip().partition(":")

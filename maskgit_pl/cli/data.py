@@ -111,8 +111,8 @@ def index(
     from maskgit_pl.data.verify import class_lines, describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
-    folder, found = locate_shards(shards)
-    splits, how = split_shards(folder, found, train=train, val=val, val_fraction=val_fraction)
+    folder, tars = locate_shards(shards)
+    splits, how = split_shards(folder, tars, train=train, val=val, val_fraction=val_fraction)
     # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
     names = class_names or (None if no_labels else find_class_names(folder))
     with named_bars("shards") as advance:
@@ -153,16 +153,16 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
     if (folder / DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
             raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-        rows = sum(len(reader.arrays[0]) for reader in open_store(folder).values())
-        print(f"{folder}: {rows} rows: hashes agree with the description")
+        num_rows = sum(len(reader.arrays[0]) for reader in open_store(folder).values())
+        print(f"{folder}: {num_rows} rows: hashes agree with the description")
         return
     with named_bars("shards") as advance:
-        found = verify_shards(
+        result = verify_shards(
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
         )
-    if found.bad:
-        raise ValueError(f"data {folder}: {describe_bad_files(found.bad)}")
-    print(f"{folder}: {found.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
+    if result.bad:
+        raise ValueError(f"data {folder}: {describe_bad_files(result.bad)}")
+    print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
     if (folder / "train.json").is_file():
         print(describe_data(folder, read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  ")
 
@@ -193,15 +193,13 @@ def fetch(
     fetch_dataset(name, out, raw=raw, source=source, image_size=image_size)
 
 
-def _sizes(dataset: Dataset) -> str:
-    return " or ".join(map(str, dataset.image_sizes))
-
-
-def _of_each(text: Callable[[Dataset], str]) -> str:
+def _describe(text: Callable[[Dataset], str]) -> str:
     """Returns a text of each data set, for the help."""
-    return "; ".join(f"{name}: {text(each)}" for name, each in public_datasets().items())
+    return "; ".join(f"{name}: {text(dataset)}" for name, dataset in public_datasets().items())
 
 
 fetch.__doc__ = (fetch.__doc__ or "").format(
-    contents=_of_each(lambda each: each.contents), source=_of_each(lambda each: each.source), sizes=_of_each(_sizes)
+    contents=_describe(lambda dataset: dataset.contents),
+    source=_describe(lambda dataset: dataset.source),
+    sizes=_describe(lambda dataset: " or ".join(map(str, dataset.image_sizes))),
 )

@@ -238,13 +238,13 @@ class _Edit:
 
     @classmethod
     def open(
-        cls, model: ModelFlags, folder: Path, class_: str | None, settings: DecodingSettings, *given: Any
+        cls, model: ModelFlags, folder: Path, class_: str | None, settings: DecodingSettings, *values: Any
     ) -> _Edit:
         """Loads the model, and checks the class, the settings and the number of results."""
         pipe = model.open(folder)
-        made = cls(pipe, pipe.outline.parse_class(class_), pipe.decoding_with(**settings), *given)
-        check_integer("variants", made.variants.variants, f"[1, {MAX_RESULTS}]")
-        return made
+        job = cls(pipe, pipe.outline.parse_class(class_), pipe.decoding_with(**settings), *values)
+        check_integer("variants", job.variants.variants, f"[1, {MAX_RESULTS}]")
+        return job
 
     def inpaint(self, region: Region) -> None:
         """Generates a region of the image again."""
@@ -308,8 +308,8 @@ class _Edit:
         is_canvas = (height, width) != height_width(outline.image_size)
         size = f"{width} x {height} pixels" if is_canvas else f"{num_tokens} of {unknown.numel()} tokens generated"
         summary = f"{count_text(count, 'variant')} of {described}, {size}"
-        made = Generated(images, labels, seeds, sheet, summary, steps, [described] * count, seeds, mask)
-        self.pictures.write(made, self.out, pipe=self.pipe, decoding=self.decoding)
+        generated = Generated(images, labels, seeds, sheet, summary, steps, [described] * count, seeds, mask)
+        self.pictures.write(generated, self.out, pipe=self.pipe, decoding=self.decoding)
 
 
 def panorama(
@@ -358,7 +358,7 @@ def panorama(
     )
     num_tokens = len(labels) * height * width // outline.token_size**2
     with record_steps("panorama", num_tokens, is_recording=pictures.show_decoding) as (after_step, steps):
-        made = pipe.panorama(
+        panoramas = pipe.panorama(
             labels,
             width,
             height=height,
@@ -369,12 +369,12 @@ def panorama(
             callback=after_step,
             decoding=decoding,
         )
-    images = cast("Tensor", made)
+    images = cast("Tensor", panoramas)
     names, seeds = [outline.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
-    captions = [f"{name}, seed {each}" for name, each in zip(names, seeds, strict=True)]
+    captions = [f"{name}, seed {number}" for name, number in zip(names, seeds, strict=True)]
     sheet = image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))
-    size = pixels_text(outline.image_size)
-    title = f"{width} x {height} pixels in windows of {size}: {describe_settings(decoding)}"
-    summary = f"{count_text(len(images), 'image')} of {width} x {height} pixels"
+    size = f"{width} x {height} pixels"
+    title = f"{size} in windows of {pixels_text(outline.image_size)}: {describe_settings(decoding)}"
+    summary = f"{count_text(len(images), 'image')} of {size}"
     generated = Generated(images, labels, seeds, add_title(sheet, title), summary, steps, names, seeds)
     pictures.write(generated, out, pipe=pipe, decoding=decoding)

@@ -263,18 +263,18 @@ def train_classifier(
         out: Classifier folder (default: runs/DATA-classifier/NAME).
     """
     # Flags that are not given keep the defaults of the network.
-    given: dict[str, Any] = {"max_steps": max_steps, "batch": batch_size, "peak_rate": learning_rate}
+    training: dict[str, Any] = {"max_steps": max_steps, "batch": batch_size, "peak_rate": learning_rate}
     config = replace(
         default_training(model),
         seed=seed,
         flip_probability=flip_probability,
         precision=precision,
-        **{name: value for name, value in given.items() if value is not None},
+        **{name: value for name, value in training.items() if value is not None},
     )
     with progress_bars() as bars:
-        made = evaluation.train_classifier(
+        classifier = evaluation.train_classifier(
             data, config=config, image_size=image_size, num_workers=num_workers, device=device, out=out, bars=bars
         )
-    accuracy = made.accuracy
-    print(f"{made.folder}: {'reused' if made.is_reused else 'trained'}; on {accuracy.images} real val images:")
-    print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if made.num_classes > 5 else ""))
+    accuracy, how = classifier.accuracy, "reused" if classifier.is_reused else "trained"
+    print(f"{classifier.folder}: {how}; on {accuracy.images} real val images:")
+    print(f"  top-1 {accuracy.top1:.2%}" + (f", top-5 {accuracy.top5:.2%}" if classifier.num_classes > 5 else ""))

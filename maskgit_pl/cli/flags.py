@@ -112,11 +112,11 @@ class RunFlags(NewRunFlags):
         if self.config is None:
             return super().read(stage, overrides)
         # The config.yaml holds the complete recipe of the old run; only flags may change it.
+        recipe = Recipe.from_run(stage, self.config, list(overrides))
         if self.recipe or not self.run:
-            raise ValueError(
-                "--config repeats a run with its own recipe: leave out --recipe, and name the new run with --run"
-            )
-        return Recipe.from_run(stage, self.config, list(overrides))
+            way_out = "leave out --recipe" if self.recipe else "name the new run with --run"
+            raise ValueError(f"--config repeats a run with its own recipe; {way_out}")
+        return recipe
 
 
 @dataclass(frozen=True)
@@ -194,21 +194,21 @@ class CasFlags:
         )
 
 
-def check_one_of(*, required: bool = False, **given: object) -> None:
+def check_one_of(*, required: bool = False, **flags: object) -> None:
     """Checks that at most one of several flags is given: neither None nor False.
 
     Args:
         required: True if one must be given.
-        given: Value of each flag by its name.
+        flags: Value of each flag by its name.
 
     Raises:
         ValueError: if two are given, or none is given that must be.
     """
-    names = [flag_of(name) for name, value in given.items() if value is not None and value is not False]
+    names = [flag_of(name) for name, value in flags.items() if value is not None and value is not False]
     if len(names) > 1:
         raise ValueError(f"{names[0]} must not be given with {names[1]}; choose one of the two")
     if required and not names:
-        raise ValueError(f"one of {' and '.join(map(flag_of, given))} must be given, got neither")
+        raise ValueError(f"one of {' and '.join(map(flag_of, flags))} must be given, got neither")
 
 
 def make_folder(folder: Path) -> None:

@@ -96,12 +96,12 @@ def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
         runs_folder: Folder of all runs.
         json: Print JSON, a list of objects, instead of the table.
     """
-    places = [
+    candidates = [
         *((name, folder, "package") for name, folder in bundled_models().items()),
         *((str(folder.parent), folder, "run") for folder in sorted(runs_folder.glob("*/pretrained"))),
         *((str(folder), folder, "folder") for folder in sorted(_IMPORTED.glob("*"))),
     ]
-    rows = [_model_row(name, folder, origin) for name, folder, origin in places if (folder / "tokenizer").is_dir()]
+    rows = [_model_row(name, folder, origin) for name, folder, origin in candidates if (folder / "tokenizer").is_dir()]
     for name, content, command in _RELEASED:
         rows.append({"model": name, "from": "released elsewhere", "content": content, "command": command})
     print_rows(rows, as_json=json)
@@ -203,10 +203,10 @@ def _recipe_files(name: str) -> dict[str, Path]:
     Raises:
         FileNotFoundError: if there is none. The message lists the names and the closest one.
     """
-    known = {kind: recipe.list_recipes(kind) for kind in _KINDS}
-    if name not in set().union(*known.values()):
-        raise FileNotFoundError(f"recipe {name!r}: no such recipe: {nearest(name, set().union(*known.values()))}")
-    return {kind: files[name] for kind, files in known.items() if name in files}
+    recipes = {kind: recipe.list_recipes(kind) for kind in _KINDS}
+    if name not in (names := set().union(*recipes.values())):
+        raise FileNotFoundError(f"recipe {name!r}: no such recipe: {nearest(name, names)}")
+    return {kind: files[name] for kind, files in recipes.items() if name in files}
 
 
 def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = False) -> None:
@@ -221,12 +221,11 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = Fa
         kind: Kind of part, such as mask_schedules, quantizers or loggers (default: all).
         json: Print JSON, a list of objects, instead of the table.
     """
-    kinds = REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]
     rows = []
-    for each in kinds:
-        registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[each]}"), each)
+    for part in REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]:
+        registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[part]}"), part)
         for name, package in registry.origins().items():
-            rows.append({"kind": each, "name": name, "package": package, "description": registry.summary(name)})
+            rows.append({"kind": part, "name": name, "package": package, "description": registry.summary(name)})
     print_rows(rows, as_json=json)
 
 
@@ -255,7 +254,7 @@ def env(*, json: bool = False) -> None:
         return
     width = max(map(len, values)) + 2
     for name, value in values.items():
-        text = ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "none")
         print(f"{name:{width}}{text}")
 
 
@@ -284,25 +283,25 @@ def schedules(
     from maskgit_pl.schedules import mask_schedules
 
     check_integer("num_tokens", num_tokens, "[1, inf)")
-    shown = mask_schedules.build_all()
+    built = mask_schedules.build_all()
     if schedules is not None:
-        shown = {describe(spec): mask_schedules.build(spec) for spec in schedules}
-    known = {
+        built = {describe(spec): mask_schedules.build(spec) for spec in schedules}
+    num_known = {
         name: count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
-        for name, schedule in shown.items()
+        for name, schedule in built.items()
     }
     if json:
-        print_json([{"mask_schedule": name, "known": counts} for name, counts in known.items()])
+        print_json([{"mask_schedule": name, "known": counts} for name, counts in num_known.items()])
     else:
         print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
         steps = [*map(str, range(1, num_steps + 1))]
-        rows = [{"mask_schedule": name, **dict(zip(steps, counts, strict=True))} for name, counts in known.items()]
+        rows = [{"mask_schedule": name, **dict(zip(steps, counts, strict=True))} for name, counts in num_known.items()]
         print_rows(rows, as_json=False)
     if out is not None:
         make_folder(out.parent)
         with write_atomically(out) as stream:
-            stream.write(draw_schedules(shown, num_tokens=num_tokens))
-        log.info("%s: mask ratio of %d schedules", out, len(shown))
+            stream.write(draw_schedules(built, num_tokens=num_tokens))
+        log.info("%s: mask ratio of %d schedules", out, len(built))
 
 
 def completion(shell: Literal["bash", "zsh"]) -> None:

@@ -70,34 +70,34 @@ class Pictures:
         """Returns True if a file shows the decoding."""
         return self.gif is not None or self.filmstrip is not None
 
-    def write(self, made: Generated, out: Path, *, pipe: MaskGIT, decoding: DecodingConfig) -> None:
+    def write(self, generated: Generated, out: Path, *, pipe: MaskGIT, decoding: DecodingConfig) -> None:
         """Writes all images as one picture, and the other files."""
         from maskgit_pl.pipeline.display import Recording
         from maskgit_pl.pipeline.grids import save_images, save_png
 
         make_folder(out.parent)
-        save_png(made.sheet, out)
-        print(f"{out}: {made.summary}")
+        save_png(generated.sheet, out)
+        print(f"{out}: {generated.summary}")
         if self.images is not None:
             make_folder(self.images)
-            save_images(made.images, made.labels, self.images, seed=made.seeds)
-            print(f"{self.images}: {count_text(len(made.images), 'file')}")
-        if not made.steps:
+            save_images(generated.images, generated.labels, self.images, seed=generated.seeds)
+            print(f"{self.images}: {count_text(len(generated.images), 'file')}")
+        if not generated.steps:
             return
-        tokenizer, count = pipe.tokenizer, len(made.steps[0].tokens)
-        size = (made.images.shape[-2], made.images.shape[-1])
+        tokenizer, count = pipe.tokenizer, len(generated.steps[0].tokens)
+        size = (generated.images.shape[-2], generated.images.shape[-1])
         grid, decode = tokenizer.network.config.grid(size), tokenizer.decode
         if size != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
             decode = partial(tokenizer.decode, grid=grid)
-        captions, seeds = made.captions[:count], made.recorded[:count]
+        captions, seeds = generated.captions[:count], generated.recorded[:count]
         recording = Recording(
-            made.steps, decode, grid, decoding, captions, seeds, made.requested, pipe.outline.token_size
+            generated.steps, decode, grid, decoding, captions, seeds, generated.requested, pipe.outline.token_size
         )
-        for file, shown in ((self.gif, count_text(count, "image")), (self.filmstrip, "the first image")):
+        for file, content in ((self.gif, count_text(count, "image")), (self.filmstrip, "the first image")):
             if file is not None:
                 make_folder(file.parent)
                 recording.save(file)
-                print(f"{file}: decoding of {shown}")
+                print(f"{file}: decoding of {content}")
 
 
 @contextmanager

@@ -1,4 +1,7 @@
-"""``maskgit sample``: generates images as a picture, as files, as an animation, or thousands in one ``.npz`` file."""
+"""``maskgit sample``: generates images as a picture, as files, as an animation, or thousands in one ``.npz`` file.
+
+``maskgit web`` does it on a page in the browser.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.cli.flags import Folder, ModelFlags, Run, make_folder
+from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Run, make_folder
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions
 
-__all__ = ["sample"]
+__all__ = ["sample", "web"]
 
 _PER_CLASS = 8
 _ANIMATED = 4  # number of images side by side in an animation
@@ -98,10 +101,10 @@ def sample(
         )
     acceptance = _open_acceptance(pipe, folder, accept_rate, classifier)
     if not is_bulk:
-        made = _generate(
+        generated = _generate(
             pipe, labels, negative, decoding, acceptance, pictures, per_class or count or _PER_CLASS, seed, batch_size
         )
-        pictures.write(made, out, pipe=pipe, decoding=decoding)
+        pictures.write(generated, out, pipe=pipe, decoding=decoding)
         return
     from maskgit_pl.pipeline.bulk import BulkOptions
 
@@ -120,6 +123,32 @@ def sample(
         world_size=world_size,
     )
     _generate_many(pipe, out, options, decoding, acceptance)
+
+
+def web(
+    folder: Run = Path("fashion-mnist-demo"),
+    *,
+    host: Annotated[str, Word("ADDRESS")] = "127.0.0.1",
+    port: int = 7860,
+    device: Device | None = None,
+) -> None:
+    """Shows a page in the browser that generates and edits.
+
+    The page generates images step by step, compares settings, and edits with a brush. Ctrl-C ends it. Requires the
+    extra web: pip install 'maskgit_pl[web]'.
+
+    Example: maskgit web runs/fashion-mnist-adaln --port 7861
+
+    Args:
+        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or a model in the package.
+        host: Address that the page is bound to; others than 127.0.0.1 let other machines use it, without a password.
+            0.0.0.0 and :: are all addresses of this machine.
+        port: Port of the page.
+        device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
+    """
+    from maskgit_pl.web.server import serve
+
+    serve(folder, host=host, port=port, device=device)
 
 
 def _check_flags(
@@ -229,9 +258,9 @@ def _generate(
             labels, output_type="pt", seed=seeds, batch_size=batch_size, callback=after_step, **options
         )
     # The first images of the classes lie in different batches, so they are decoded again for the animation.
-    shown = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]
-    first = [seeds[row] for row in shown]
-    steps = pipe.steps([labels[row] for row in shown], seed=first, **options) if pictures.show_decoding else ()
+    recorded = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]
+    first = [seeds[row] for row in recorded]
+    steps = pipe.steps([labels[row] for row in recorded], seed=first, **options) if pictures.show_decoding else ()
     what = f"{count_text(len(images), 'image')} of {count_text(len(classes), 'class')}"
     return Generated(
         images,
@@ -240,7 +269,7 @@ def _generate(
         image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes]),
         f"{what} in {count_text(decoding.num_steps, 'step')}",
         list(steps),
-        [pipe.class_names[labels[row]] for row in shown],
+        [pipe.class_names[labels[row]] for row in recorded],
         first,
     )
 
@@ -276,25 +305,24 @@ def _generate_many(
     assert isinstance(options.classes, list)
     count, classes = options.num_images, len(options.classes)
     total = count if acceptance is None else num_candidates(acceptance, count, classes)
-    own = -(-total // options.world_size)  # images of this process
+    share = -(-total // options.world_size)  # images of this process
     make_folder(out.parent)
     lock = hold_lock(out, hint="give another --out", rank=options.rank)
     with lock, named_bars("images") as advance:
         result = make(
             pipe,
             out,
-            on_images=lambda made: advance("sampling", made, own),
+            on_images=lambda count: advance("sampling", count, share),
             decoding=decoding,
             **asdict(options),
         )
     if result.missing_parts:
-        who = f"rank {options.rank} of {options.world_size}"
-        print(f"{out}: {who} has finished its images; {result.missing_parts} other ranks have not")
+        others = f"{result.missing_parts} other ranks have not"
+        print(f"{out}: rank {options.rank} of {options.world_size} has finished its images; {others}")
     elif result.made == 0:
         print(f"{out}: already complete with {count_text(count, 'image')}")
     else:
         summary = f"{count_text(count, 'image')} of {count_text(classes, 'class')}"
-        steps = count_text(decoding.num_steps, "step")
-        print(f"{out}: {summary} in {steps}; {result.made} generated by this process")
+        print(f"{out}: {summary} in {count_text(decoding.num_steps, 'step')}; {result.made} generated by this process")
     if acceptance is not None and not result.missing_parts:
         print(_describe_acceptance(acceptance, count, num_candidates(acceptance, count, classes)))

@@ -156,14 +156,14 @@ def doctor(
     if stage is None:
         if run != RunFlags() or machines != Machines() or overrides:
             raise ValueError("stage must be tokenizer or transformer for a run, got none; put it after `doctor`")
-        found = runs.preflight()
+        report = runs.preflight()
     else:
-        found = runs.Preflight()
-        with found.catch("recipe"):
+        report = runs.Preflight()
+        with report.catch("recipe"):
             recipe = run.read(stage, overrides)
-            found = runs.preflight(recipe, **run.folders(recipe), machines=machines)
-    print_json(found.as_dict()) if json else print(found)
-    return 0 if found.ok else BAD_INPUT
+            report = runs.preflight(recipe, **run.folders(recipe), machines=machines)
+    print_json(report.as_dict()) if json else print(report)
+    return 0 if report.ok else BAD_INPUT
 
 
 def demo(

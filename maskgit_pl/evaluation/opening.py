@@ -15,6 +15,7 @@ import torch
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import DataSummary
+from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
@@ -155,8 +156,9 @@ def _find_data(pretrained: Path, home: Path) -> Path:
         path = Path("data/shards", name)
         if path.is_dir():
             return path
-        advice = f"it was {name}: make {path} (`maskgit data fetch` has public data sets), or {advice}"
-    raise FileNotFoundError(f"run {home} does not record the data folder that it was trained on; {advice}")
+        advice = f"it was {name}: {how_to_get(name, path)}, or {advice}"
+    what = f"run {home}" if home.is_dir() else f"model {pretrained.name}"
+    raise FileNotFoundError(f"{what} does not record the data folder that it was trained on; {advice}")
 
 
 def _recorded_name(file: Path) -> str | None:

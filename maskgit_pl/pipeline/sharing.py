@@ -135,7 +135,8 @@ def local_folder(path: Path | str) -> Path:
     if not folder.exists() and str(path) in bundled:
         return bundled[str(path)]
     if not folder.is_dir():
-        hint = _nearest_folder(folder) or next(iter(get_close_matches(str(path), bundled)), None)
+        names = get_close_matches(folder.name, bundled) if len(folder.parts) == 1 else []
+        hint = _nearest_folder(folder) or next(iter(names), None)
         advice = f"did you mean {hint}?" if hint else "train one with `maskgit demo`, or name another folder."
         raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")
     # A run has the folder pretrained/; a pretrained folder has the stages itself.

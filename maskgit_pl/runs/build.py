@@ -21,6 +21,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.data.token_store import DESCRIPTION_FILE
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
@@ -102,12 +103,17 @@ def build(plan: Plan) -> StageRun:
     ``restore_process_state``.
 
     Raises:
+        FileNotFoundError: if a token store is missing.
         ValueError: if the recipe is invalid, data or tokenizer do not fit, or the settings of the run have changed.
     """
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     values = resolve(plan.recipe.kind, merge_values(plan))
+    if values.data.source == "tokens" and not (plan.folder / "tokens" / DESCRIPTION_FILE).exists():
+        raise FileNotFoundError(
+            f"no complete token store in {plan.folder / 'tokens'}; make it with `{plan.tokenize_command}`"
+        )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
     run = StageRun(plan.stage, values, plan.stage_folder)

@@ -1,5 +1,7 @@
 """Functions that call commands and check their answers, and the image that tests edit."""
 
+import argparse
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -31,3 +33,14 @@ def refused(answer: Answer, *parts: str) -> None:
 def pixels(height: int = 8, width: int = 8) -> torch.Tensor:
     """Returns (H, W) uint8, always the same."""
     return torch.randint(0, 256, (height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def parsers(
+    parser: argparse.ArgumentParser, words: tuple[str, ...] = ()
+) -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Yields every command with its words, including subcommands."""
+    yield " ".join(words), parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for word, inner in action.choices.items():
+                yield from parsers(inner, (*words, word))

@@ -1,42 +1,49 @@
-"""``maskgit export``: what training exports at its end, from any checkpoint of any number of ranks."""
+"""``maskgit export`` from checkpoints of any number of ranks, and the importers: their reports and next commands."""
 
+import json
+import shlex
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from safetensors.torch import save_file
 
 from maskgit_pl.cli import main
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
+from tests.cli.commands import refused
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
+from tests.importers.tokenizer_references import DiffusersVQModel, diffusers_config
+from tests.importers.transformer_references import Halton, randomise, save_checkpoint
 from tests.observing import Runs, Topology
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
-def given(tmp_path_factory) -> Path:
+def inputs(tmp_path_factory) -> Path:
     """Makes shards and a pretrained tokenizer."""
-    folder = tmp_path_factory.mktemp("given")
+    folder = tmp_path_factory.mktemp("inputs")
     save_uneven_shards(folder / "shards", (1, 7, 22))
     save_tiny_pretrained(folder / "pretrained")
     return folder
 
 
-def words(stage: str, given: Path) -> list[str]:
-    named = [f"--tokenizer={given / 'pretrained' / 'tokenizer'}"] if stage == "transformer" else []
+def words(stage: str, inputs: Path) -> list[str]:
     steps = ["--trainer.max_steps=4", "--trainer.val_check_interval=4", "--checkpoint_every=2"]
-    return [stage, f"--data={given / 'shards'}", *named, *tiny_flags(stage), *steps, "--trainer.precision=32-true"]
+    return [stage, f"--data={inputs / 'shards'}", *tiny_flags(stage), *steps, "--trainer.precision=32-true"]
 
 
 @pytest.fixture(scope="module")
-def run(given, tmp_path_factory) -> Path:
+def run(inputs, tmp_path_factory) -> Path:
     """Trains both stages to step 4, with checkpoints of steps 2 and 4."""
     runs = tmp_path_factory.mktemp("runs")
     for stage in ("tokenizer", "transformer"):
-        own = [word for word in words(stage, given) if not word.startswith("--tokenizer")]
-        assert main(["train", *own, f"--runs-folder={runs}", "--run=one"]) == 0
+        assert main(["train", *words(stage, inputs), f"--runs-folder={runs}", "--run=one"]) == 0
     return runs / "one"
 
 
@@ -49,113 +56,168 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_the_newest_checkpoint_becomes_what_training_exported(run, tmp_path):
-    assert main(["export", str(run), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 0
-    assert (tmp_path / "out" / "README.md").is_file()
-    made = content(tmp_path / "out" / "transformer")
-    assert made == content(run / "pretrained" / "transformer")
-    assert set(made) == {"config.json", "model.safetensors"}
-    assert main(["export", str(run), "--stage=tokenizer", f"--out={tmp_path / 'second'}"]) == 0
-    trained = FolderCheckpointIO().load_checkpoint(run / "tokenizer" / "checkpoints" / "step-00000004")["state_dict"]
-    for name, tensor in load_tokenizer(tmp_path / "second" / "tokenizer").network.state_dict().items():
-        assert torch.equal(tensor, trained[f"ema_network.{name}"])
-
-
-@pytest.mark.slow
-def test_parts_of_the_training_that_are_gone_do_not_matter(run, tmp_path):
+def test_the_newest_checkpoint_becomes_the_export_of_the_training(run, maskgit, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     config = copy / "transformer" / "config.yaml"
     tree = yaml.safe_load(config.read_text())
+    # Packages of the training may be missing.
     missing = {"loggers": [{"name": "wandb"}, {"name": "mlflow"}], "callbacks": ["gone"], "profiler": "gone"}
     config.write_text(yaml.safe_dump(tree | missing, sort_keys=False))
-    assert main(["export", str(copy), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 0
-    assert content(tmp_path / "out" / "transformer") == content(run / "pretrained" / "transformer")
+    assert maskgit("export", copy, f"--out={tmp_path / 'out'}").code == 0
+    assert (tmp_path / "out" / "README.md").is_file()
+    exported = content(tmp_path / "out" / "transformer")
+    assert exported == content(run / "pretrained" / "transformer")
+    assert set(exported) == {"config.json", "model.safetensors"}
+    weights = FolderCheckpointIO().load_checkpoint(run / "tokenizer" / "checkpoints" / "step-00000004")["state_dict"]
+    for name, tensor in load_tokenizer(tmp_path / "out" / "tokenizer").network.state_dict().items():
+        assert torch.equal(tensor, weights[f"ema_network.{name}"])
 
 
-def test_an_older_checkpoint_is_named_by_its_step(run, tmp_path):
-    assert main(["export", str(run), "--stage=transformer", "--step=2", f"--out={tmp_path}"]) == 0
-    assert content(tmp_path / "transformer") != content(run / "pretrained" / "transformer")
-    trained = FolderCheckpointIO().load_checkpoint(run / "transformer" / "checkpoints" / "step-00000002")["state_dict"]
-    for name, tensor in load_transformer(tmp_path / "transformer").network.state_dict().items():
-        assert torch.equal(tensor, trained[f"ema_network.{name}"])
+def test_an_older_checkpoint_is_a_model_that_guides_a_later_one(run, maskgit, tmp_path):
+    early = tmp_path / "early"
+    assert maskgit("export", run, "--stage=transformer", "--step=2", f"--out={early}").code == 0
+    weights = FolderCheckpointIO().load_checkpoint(run / "transformer" / "checkpoints" / "step-00000002")["state_dict"]
+    for name, tensor in load_transformer(early / "transformer").network.state_dict().items():
+        assert torch.equal(tensor, weights[f"ema_network.{name}"])
+    pipe, weaker = MaskGIT.from_pretrained(run), MaskGIT.from_pretrained(early)
+    assert weaker.tokenizer.fingerprint == pipe.tokenizer.fingerprint
+    sample = ("sample", run, "--guidance-scale=3", f"--out={tmp_path / 'made.png'}", "--per-class=1")
+    assert maskgit(*sample, f"--negative-model={early}").code == 0
+    assert (tmp_path / "made.png").is_file()
 
 
-def test_what_is_there_is_replaced_only_when_asked_for(run, tmp_path, capsys):
+def test_an_export_is_replaced_only_with_its_flag(run, maskgit, tmp_path):
     copy = shutil.copytree(run, tmp_path / "copy")
     before = content(copy / "pretrained")
-    assert main(["export", str(copy), "--step=2"]) == 2
-    assert "exists; replace it with --replace" in capsys.readouterr().err
+    refused(maskgit("export", copy, "--step=2"), "exists; replace it with --replace")
     assert content(copy / "pretrained") == before
-    assert main(["export", str(copy), "--step=2", "--stage=tokenizer", "--replace"]) == 0
+    assert maskgit("export", copy, "--step=2", "--stage=tokenizer", "--replace").code == 0
     assert content(copy / "pretrained") != before
 
 
-def test_files_of_the_user_are_not_removed_by_an_export_or_a_training(run, given, tmp_path, capsys):
+def test_files_of_the_user_are_not_removed_by_an_export_or_a_training(run, inputs, maskgit, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     notes = copy / "pretrained" / "tokenizer" / "notes.txt"
     notes.write_text("years of work")
-    assert main(["export", str(copy), "--stage=tokenizer", "--replace"]) == 2
-    assert "got also notes.txt; move them" in capsys.readouterr().err
-    words_of_longer = [*words("tokenizer", given), f"--runs-folder={tmp_path}", "--run=copy", "--trainer.max_steps=6"]
-    assert main(["train", *words_of_longer]) == 2
-    assert "got also notes.txt; move them" in capsys.readouterr().err
+    refused(maskgit("export", copy, "--stage=tokenizer", "--replace"), "got also notes.txt; move them")
+    longer = (*words("tokenizer", inputs), f"--runs-folder={tmp_path}", "--run=copy", "--trainer.max_steps=6")
+    refused(maskgit("train", *longer), "got also notes.txt; move them")
     assert not (copy / "tokenizer" / "checkpoints" / "step-00000006").exists()
     # The folder of the run itself has stages with checkpoints.
-    assert main(["export", str(copy), f"--out={copy}", "--stage=tokenizer", "--replace"]) == 2
-    assert "must hold only files of an earlier export" in capsys.readouterr().err
+    itself = maskgit("export", copy, f"--out={copy}", "--stage=tokenizer", "--replace")
+    refused(itself, "must hold only files of an earlier export")
     assert (copy / "tokenizer" / "checkpoints").is_dir()
     assert notes.read_text() == "years of work"
 
 
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        (["--step=3"], "must hold a complete checkpoint of step 3, got steps: 2, 4"),
-        (["--data=/nowhere"], "data /nowhere of"),
-        (["--format=torchscript"], "--format must be one of pretrained, onnx, pt2, diffusers, got 'torchscript'"),
-    ],
-)
-def test_what_is_wrong_is_named_and_nothing_written(run, tmp_path, capsys, more, message):
-    assert main(["export", str(run), f"--out={tmp_path / 'out'}", *more]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_no_run_and_a_damaged_checkpoint_are_refused(run, tmp_path, capsys):
-    assert main(["export", str(tmp_path)]) == 2
-    assert "has no stage with checkpoints" in capsys.readouterr().err
-    copy = shutil.copytree(run, tmp_path / "copy")
+def test_a_missing_step_and_a_damaged_checkpoint_are_refused(run, maskgit, tmp_path):
+    copy, out = shutil.copytree(run, tmp_path / "copy"), tmp_path / "out"
+    step = maskgit("export", copy, "--step=3", f"--out={out}")
+    refused(step, "must hold a complete checkpoint of step 3, got steps: 2, 4")
+    refused(maskgit("export", copy, "--data=/nowhere", f"--out={out}"), "data /nowhere of")
     file = copy / "transformer" / "checkpoints" / "step-00000004" / "tensors-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
-    assert main(["export", str(copy), "--stage=transformer", f"--out={tmp_path / 'out'}"]) == 2
-    assert "has changed since it was written" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "transformer").exists()
+    refused(maskgit("export", copy, "--stage=transformer", f"--out={out}"), "has changed since it was written")
+    assert not (out / "transformer").exists()
 
 
 @pytest.mark.slow
-def test_the_shards_of_two_ranks_become_one_file(given, tmp_path):
-    runs = Runs(tmp_path, words("transformer", given), 4)
+def test_the_shards_of_two_ranks_become_one_file(inputs, maskgit, tmp_path):
+    tokenizer = f"--tokenizer={inputs / 'pretrained' / 'tokenizer'}"
+    runs = Runs(tmp_path, [*words("transformer", inputs), tokenizer], 4)
     runs.leg("sharded", Topology(ranks=2, cluster="fsdp"), kill_at=3)
     runs.leg("whole", Topology(), kill_at=3)
-    made = {}
+    weights = {}
     for name, files in (("sharded", 2), ("whole", 1)):
         checkpoint = runs.newest(name)
         assert checkpoint.name == "step-00000002"
         assert len(list(checkpoint.glob("tensors-*"))) == files
-        assert main(["export", str(tmp_path / name), f"--out={tmp_path / name / 'out'}"]) == 0
-        made[name] = load_transformer(tmp_path / name / "out" / "transformer").network.state_dict()
-    assert made["sharded"].keys() == made["whole"].keys()
-    for key, tensor in made["whole"].items():
-        torch.testing.assert_close(made["sharded"][key], tensor, atol=1e-5, rtol=1e-5)
+        assert maskgit("export", tmp_path / name, f"--out={tmp_path / name / 'out'}").code == 0
+        weights[name] = load_transformer(tmp_path / name / "out" / "transformer").network.state_dict()
+    assert weights["sharded"].keys() == weights["whole"].keys()
+    for key, tensor in weights["whole"].items():
+        torch.testing.assert_close(weights["sharded"][key], tensor, atol=1e-5, rtol=1e-5)
 
 
-def test_an_early_checkpoint_is_a_whole_model_that_can_be_sampled_and_guide_a_later_one(run, tmp_path):
-    early = tmp_path / "early"
-    assert main(["export", str(run), "--stage=transformer", "--step=2", f"--out={early}"]) == 0
-    pipe, weaker = MaskGIT.from_pretrained(run), MaskGIT.from_pretrained(early)
-    assert weaker.tokenizer.fingerprint == pipe.tokenizer.fingerprint
-    settings = {"output_type": "pt", "guidance_scale": 3.0, "negative_model": early}
-    assert torch.equal(weaker.generate([0, 1], **settings), weaker.generate([0, 1], output_type="pt", guidance_scale=0))
-    words = ["sample", str(run), "--guidance-scale=3", f"--out={tmp_path / 'made.png'}", "--per-class=1"]
-    assert main([*words, f"--negative-model={early}"]) == 0
-    assert (tmp_path / "made.png").is_file()
+# Importers
+
+
+def save_released_tokenizer(folder: Path, codes: int = 8) -> Path:
+    """Saves a small tokenizer without downsampling as diffusers does."""
+    folder.mkdir()
+    blocks = {"down_block_types": ["DownEncoderBlock2D"], "up_block_types": ["UpDecoderBlock2D"]}
+    config = diffusers_config(block_out_channels=[32], layers_per_block=1, num_vq_embeddings=codes, **blocks)
+    (folder / "config.json").write_text(json.dumps(config))
+    torch.manual_seed(0)
+    save_file(DiffusersVQModel(config).state_dict(), folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def test_an_import_of_jax_is_described_and_the_next_command_samples(maskgit, tmp_path):
+    out = tmp_path / "new" / "small"
+    weights = ["--tokenizer", GOLDEN / "vqvae_checkpoint.msgpack"]
+    weights += ["--transformer", GOLDEN / "transformer_n16_checkpoint.msgpack"]
+    lines = maskgit("import-jax", *weights, "--out", out, "--image-size", 8).out.splitlines()
+    assert lines[0] == f"{out}: google-research/maskgit layout, 77,323 parameters"
+    assert lines[1] == "  images    3 x 8 x 8 -> 4 x 4 tokens"
+    following = lines[-1].removeprefix("next: maskgit ").split()
+    assert maskgit(*following, "--per-class", 2, "--out", tmp_path / "samples.png", "--device", "cpu").code == 0
+    assert (tmp_path / "samples.png").is_file()
+
+
+def test_an_imported_tokenizer_is_described(maskgit, tmp_path):
+    file, out = save_released_tokenizer(tmp_path / "vqvae"), tmp_path / "pretrained"
+    said = maskgit("import-tokenizer", file, "--out", out, "--image-size", 16, "--no-signed-images").out
+    tokenizer = load_tokenizer(out / "tokenizer")
+    assert tokenizer.image_size == 16
+    assert not tokenizer.network.config.signed_images
+    for words in (
+        f"diffusers layout, {sum(parameter.numel() for parameter in tokenizer.network.parameters()):,} parameters",
+        "3 x 16 x 16 -> 16 x 16 tokens, in [0, 1] inside",
+        "8 codes of size 8",
+        f"next: maskgit tokenize --dataset NAME --recipe paper-256 --tokenizer {out}/tokenizer",
+        "--model.network.codebook_size 8\nthen: maskgit train transformer --dataset NAME --recipe paper-256",
+    ):
+        assert words in said
+
+
+@pytest.mark.slow
+def test_the_next_commands_make_tokens_and_fit_the_tokenizer(maskgit, tiny_shards, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data" / "shards").mkdir(parents=True)
+    (tmp_path / "data" / "shards" / "tiny").symlink_to(tiny_shards)
+    save_released_tokenizer(tmp_path / "vqvae")
+    answer = maskgit("import-tokenizer", "vqvae", "--out", "with space", "--image-size", 8)
+    lines = answer.out.splitlines()[-2:]
+    assert [line[:14] for line in lines] == ["next: maskgit ", "then: maskgit "]
+    for line, more in zip(lines, (["--device", "cpu"], ["--dry-run", "--trainer.accelerator", "cpu"]), strict=True):
+        words = shlex.split(line[14:].replace("NAME", "tiny"))
+        # The recipe is for ImageNet, and its network is large.
+        sizes = ["--model.network.num_classes", "3", "--model.network.depth", "1", "--data.views", "1"]
+        assert maskgit(*words, *more, *sizes).code == 0
+
+
+def test_an_imported_transformer_is_described_and_samples(maskgit, tmp_path):
+    torch.manual_seed(0)
+    config = VQGANConfig(
+        3, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=24, code_dim=4
+    )
+    save_tokenizer(tmp_path / "pretrained" / "tokenizer", config, VQGAN(config).state_dict(), image_size=8)
+    halton = Halton(codes=24, classes=3, side=4, size=32, blocks=2, heads=4)
+    file, out = save_checkpoint(randomise(halton), tmp_path / "a.pth"), tmp_path / "out"
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    more = ["--tokenizer", tmp_path / "pretrained", "--num-heads", 4, "--class-names", tmp_path / "names.txt"]
+    said = maskgit("import-transformer", file, "--out", out, *more).out
+    network = load_transformer(out / "transformer").network
+    for text in (
+        f"{out}: Halton-MaskGIT layout, ",
+        f"{sum(parameter.numel() for parameter in network.parameters()):,} parameters",
+        "images    3 x 8 x 8 -> 4 x 4 tokens",
+        "network   adaln, 2 blocks",
+        "classes   3, 'cat' to 'owl'",
+        "decoding  16 steps, halton, guidance constant (scale 2.0)",
+        "ignored   iter, global_epoch, optimizer_state_dict",
+        f"next: maskgit sample {out} --classes 0,2",
+    ):
+        assert text in said
+    assert maskgit("sample", out, "--classes", "cat,2", "--out", tmp_path / "grid.png").code == 0

@@ -1,4 +1,4 @@
-"""The console script itself: what it answers without a command, to a wrong one, and to what ends a command."""
+"""The console script, and rules that hold for every command: devices and outputs."""
 
 import os
 import subprocess
@@ -10,117 +10,60 @@ import pytest
 from PIL import Image
 
 from maskgit_pl import __version__
-from maskgit_pl.cli import listing, main
+from maskgit_pl.cli import build_parser, listing
+from maskgit_pl.cli.arguments import Output, _groups
+from tests.cli.commands import Answer, parsers, refused
 
 
-def answer(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
-    """Returns exit code, stdout and stderr."""
-    try:
-        code = main(words)
-    except SystemExit as stop:  # argparse's own
-        code = int(stop.code or 0)
-    return code, *capsys.readouterr()
-
-
-def test_no_words_print_the_help(capsys):
-    assert answer(capsys) == answer(capsys, "--help")
-
-
-def test_the_version_is_told(capsys):
-    assert answer(capsys, "--version") == (0, f"maskgit_pl {__version__}\n", "")
-
-
-def test_an_unknown_command_is_answered_with_the_nearest_in_one_line(capsys):
-    code, out, error = answer(capsys, "sampel", "runs/x")
-    assert (code, out) == (2, "")
-    assert error.startswith("maskgit: unknown command 'sampel': did you mean 'sample'? commands: demo, models, data, ")
-    assert len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize(
-    ("words", "hint"),
-    [
-        (("sample", "runs/x", "--num-inference-steps", "8"), "; did you mean '--num-steps'?"),
-        (("data", "make", "x", "--out", "y", "--val-fractoin=1"), "; did you mean '--val-fraction'?"),
-        (("sample", "runs/x", "--foo"), ""),
-        (("data", "mak"), ": did you mean 'make'? commands: make, index, verify, fetch"),
-        (("train",), "the following arguments are required: tokenizer|transformer; see maskgit train --help"),
-        (
-            ("sample", "runs/x", "--seed"),
-            "--seed: expected one argument; give a value that begins with - as FLAG=VALUE; see maskgit sample --help",
-        ),
-    ],
-)
-def test_what_argparse_refuses_is_one_line_with_the_nearest(capsys, words, hint):
-    code, _, error = answer(capsys, *words)
-    assert code == 2
-    assert error.count("\n") == 1
-    assert error.endswith(f"{hint}\n")
-
-
-def test_a_value_that_argparse_drops_is_refused(capsys):
-    error = "maskgit: --num-steps must have a value, got '--'\n"
-    assert answer(capsys, "schedules", "--num-steps=--") == (2, "", error)
+def test_no_words_print_the_help_and_a_flag_the_version(maskgit):
+    assert maskgit() == maskgit("--help")
+    assert maskgit("--version") == Answer(0, f"maskgit_pl {__version__}\n", "")
 
 
 @pytest.mark.parametrize("words", [("--traceback", "sample", "/nope"), ("sample", "--traceback", "/nope")])
-def test_a_traceback_is_printed_wherever_its_flag_stands(capsys, words):
-    code, _, error = answer(capsys, *words)
-    assert code == 2
-    assert error.startswith("Traceback")
-    assert error.splitlines()[-1].startswith("maskgit sample: run /nope: no such folder")
+def test_a_traceback_is_printed_wherever_its_flag_stands(maskgit, words):
+    answer = maskgit(*words)
+    assert answer.code == 2
+    assert answer.error.startswith("Traceback")
+    assert answer.error.splitlines()[-1].startswith("maskgit sample: run /nope: no such folder")
 
 
-def exits(code: str) -> object:
-    """A function of a package named ``plugin``."""
-    space = {"__name__": "plugin.module"}
-    exec(code, space)
-    space["run"].__doc__ = "Runs."
-    return space["run"]
+# Errors and interruptions
 
 
 @pytest.mark.parametrize(
-    "code",
+    "source",
     [
         "import sys\ndef run(): sys.exit(0)",
-        "import sys\ndef run(): sys.exit('gone')",
         "import argparse\ndef run(): argparse.ArgumentParser().parse_args(['--help'])",
         "def run(): raise SystemExit",
     ],
 )
-def test_a_plug_in_cannot_end_a_command_in_silence(capsys, monkeypatch, code):
-    monkeypatch.setattr(listing, "schedules", exits(code))
-    code, _, error = answer(capsys, "schedules")
-    assert code == 70
-    assert "was called by plugin, which may not end a command" in error
+def test_a_plug_in_cannot_end_a_command_in_silence(maskgit, monkeypatch, source):
+    names = {"__name__": "plugin.module"}
+    exec(source, names)
+    names["run"].__doc__ = "Runs."
+    monkeypatch.setattr(listing, "schedules", names["run"])
+    answer = maskgit("schedules")
+    assert answer.code == 70
+    assert "was called by plugin, which may not end a command" in answer.error
 
 
-@pytest.mark.parametrize(
-    "error", [TypeError("list indices must be integers"), KeyError("key"), ValueError("of a library")]
-)
-def test_a_fault_of_ours_is_no_bad_input(capsys, monkeypatch, error):
+@pytest.mark.parametrize("error", [TypeError("list indices"), KeyError("key"), ValueError("of a library")])
+def test_a_fault_of_the_package_is_no_bad_input(maskgit, monkeypatch, error):
     def run() -> None:
         """Runs."""
         raise error
 
     monkeypatch.setattr(listing, "schedules", run)
-    code, _, text = answer(capsys, "schedules")
-    assert code == 70
-    assert text.startswith("Traceback")
-    assert "maskgit schedules: " in text.splitlines()[-1]
-    assert "internal error of maskgit_pl" in text.splitlines()[-1]
+    answer = maskgit("schedules")
+    assert answer.code == 70
+    assert answer.error.startswith("Traceback")
+    assert "internal error of maskgit_pl" in answer.error.splitlines()[-1]
 
 
-def test_ctrl_c_ends_a_command_with_one_line_and_130(capsys, monkeypatch):
-    def run() -> None:
-        """Runs."""
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(listing, "schedules", run)
-    assert answer(capsys, "schedules") == (130, "", "maskgit schedules: interrupted\n")
-
-
-def test_ctrl_c_within_exec_of_a_string_ends_python_m_with_130(tmp_path: Path):
+def test_ctrl_c_ends_a_command_with_one_line_and_130(tmp_path: Path):
+    # Within exec of a string, where runpy would print a traceback.
     (tmp_path / "interrupted.py").write_text(
         "import runpy\nfrom maskgit_pl.cli import listing\n"
         "listing.schedules = lambda: exec('raise KeyboardInterrupt')\nlisting.schedules.__doc__ = 'Runs.'\n"
@@ -137,7 +80,10 @@ def test_ctrl_c_within_exec_of_a_string_ends_python_m_with_130(tmp_path: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
-    make_images(tmp_path / "images")
+    for name in ("a", "b"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for number in range(2000):
+            Image.new("L", (8, 8), number % 256).save(tmp_path / "images" / name / f"{number}.png")
     words = ["data", "make", str(tmp_path / "images"), f"--out={tmp_path / 'made'}"]
     command = [sys.executable, "-m", "maskgit_pl", *words, "--num-workers=2", "--shard-size=50"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as process:
@@ -151,55 +97,103 @@ def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
     assert not (tmp_path / "made").exists()
 
 
-def make_images(folder: Path) -> None:
-    """Writes many images of two classes."""
-    for name in ("a", "b"):
-        (folder / name).mkdir(parents=True)
-        for number in range(2000):
-            Image.new("L", (8, 8), number % 256).save(folder / name / f"{number}.png")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "to", "code", "error"),
+    [
+        ("recipes schema transformer", "> >(true)", 141, ""),  # more than the buffer holds
+        ("schedules", "> >(true)", 141, ""),  # written at the end
+        ("plugins", "> /dev/full", 74, "maskgit plugins: [Errno 28] No space left on device\n"),
+        ("train tokenizer --data nowhere", "2> /dev/full", 2, ""),
+    ],
+)
+def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback(words, to, code, error):
+    command = f"exec {sys.executable} -m maskgit_pl {words} {to}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, error)
 
 
-def test_a_command_keeps_its_number_of_threads_on_a_busy_machine(monkeypatch, capsys):
+# The process
+
+
+def test_a_command_keeps_its_number_of_threads_on_a_busy_machine(monkeypatch, maskgit):
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    assert answer(capsys, "--version")[0] == 0
+    assert maskgit("--version").code == 0
     names = ("MKL_DYNAMIC", "OMP_DYNAMIC", "OMP_WAIT_POLICY")
     assert [os.environ[name] for name in names] == ["FALSE", "FALSE", "ACTIVE"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("words", "to", "code", "said"),
-    [
-        (["plugins"], "> >(true)", 141, ""),  # written at the end
-        (["recipes", "schema", "transformer"], "> >(true)", 141, ""),  # more than the buffer holds
-        (["schedules"], "> >(true)", 141, ""),  # printed by rich
-        (["plugins"], "> /dev/full", 74, "maskgit plugins: [Errno 28] No space left on device\n"),
-    ],
-)
-def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback(words, to, code, said):
-    command = f"exec {sys.executable} -m maskgit_pl {' '.join(words)} {to}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (code, said)
+WITHOUT_TORCH = """
+import os, sys
+from maskgit_pl.cli import main
+for words, wanted in (
+    (["--help"], 0), (["sample", "--help"], 0), (["sampel"], 2), (["evaluate", "x", "--num-imges", "3"], 2),
+    (["tune", "x", "--trials", "many"], 2),
+):
+    try:
+        code = main(words)
+    except SystemExit as stop:
+        code = stop.code
+    assert code == wanted, words
+    assert not {"torch", "lightning", "numpy", "PIL"} & set(sys.modules), words
+"""
 
 
 @pytest.mark.slow
+def test_help_and_wrong_flags_are_answered_without_torch():
+    subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, check=True)
+
+
+# Every command
+
+
+COMMANDS = dict(parsers(build_parser()))
+ON_DEVICES = {  # words with which each command would begin its work
+    "sample": "RUN",
+    "inpaint": "RUN IMAGE --box=0,0,4,2",
+    "edit": "RUN IMAGE --box=0,0,4,2 --class=1",
+    "outpaint": "RUN IMAGE --right=4",
+    "panorama": "RUN --width=16",
+    "web": "RUN",
+    "evaluate": "RUN --data=DATA",
+    "inspect": "RUN --data=DATA",
+    "evaluate-tokenizer": "RUN --data=DATA",
+    "compare": "RUN --data=DATA",
+    "tune": "RUN --data=DATA",
+    "table": "1 RUN --data=DATA",
+    "figure": "4",
+    "ablation": "--data=DATA",
+    "train-classifier": "--data=DATA",
+    "tokenize": "--data=DATA --tokenizer=RUN/tokenizer",
+}
+
+
 @pytest.mark.parametrize(
-    ("words", "code"),
+    "command",
     [
-        (["--help"], 0),
-        (["--version"], 0),
-        (["sample", "--help"], 0),
-        (["sampel"], 2),
-        (["evaluate", "runs/x", "--num-imges", "3"], 2),
-        (["tune", "runs/x", "--trials", "many"], 2),
+        name
+        for name, parser in COMMANDS.items()
+        if any(action.dest == "device" and action.metavar == "NAME" for action in parser._actions)
     ],
 )
-def test_help_and_wrong_flags_are_answered_without_torch(words, code):
-    script = (
-        f"import sys; from maskgit_pl.cli import main\ntry: code = main({words!r})\n"
-        "except SystemExit as stop: code = stop.code\n"
-        "sys.exit(9 if {'torch', 'lightning', 'numpy', 'PIL'} & set(sys.modules) else code)"
-    )
-    assert subprocess.run([sys.executable, "-c", script], capture_output=True, check=False).returncode == code
+def test_a_device_that_is_not_here_is_refused_by_every_command(
+    command: str, maskgit, tiny_pretrained: Path, tiny_shards: Path, image: Path, tmp_path: Path, monkeypatch
+) -> None:
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    words = ON_DEVICES[command].replace("RUN", str(tiny_pretrained)).replace("IMAGE", str(image))
+    answer = maskgit(command, *words.replace("DATA", str(tiny_shards)).split(), "--device", "cuda:99")
+    refused(answer, "--device must be one of cpu", "got 'cuda:99'")
+    assert (answer.out, list(Path().iterdir())) == ("", [])
+
+
+def test_what_a_command_writes_is_checked_before_any_work() -> None:
+    tried = 0
+    for function in (each for parser in COMMANDS.values() if (each := parser.get_default("function"))):
+        for argument in (each for group in _groups(function) for each in group.arguments):
+            if argument.label in ("--out", "--gif", "--filmstrip") and argument.metavar.startswith("FILE"):
+                assert isinstance(argument.form, Output), (function, argument.name)
+                tried += 1
+    assert tried > 15

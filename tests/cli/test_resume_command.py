@@ -25,8 +25,8 @@ def begun(request, tmp_path_factory, tiny_shards, tiny_pretrained):
 
 
 @pytest.fixture
-def go_on(begun, maskgit):
-    """The same command again with more words."""
+def resume(begun, maskgit):
+    """Calls the same command again with more words."""
 
     def call(*more: str) -> Answer:
         return maskgit(*begun[1], *more)
@@ -34,47 +34,37 @@ def go_on(begun, maskgit):
     return call
 
 
-CHANGED = {
-    "tokenizer": ("model.network.codebook_size: 16 -> 32", "--model.network.codebook_size=32"),
-    "transformer": ("model.network.embed_dim: 16 -> 32", "--model.network.embed_dim=32"),
-}
-
-
-def test_settings_that_would_make_another_run_are_refused_with_the_list(begun, go_on):
+def test_settings_that_would_make_another_run_are_refused_with_the_list(begun, resume):
     stage, _, folder = begun
-    change, flag = CHANGED[stage]
+    key = "model.network." + {"tokenizer": "codebook_size", "transformer": "embed_dim"}[stage]
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
-    answer = go_on(flag, "--data.seed=7", "--data.global_batch=8", "--trainer.max_steps=9")
+    answer = resume(f"--{key}=32", "--data.seed=7", "--data.global_batch=8", "--trainer.max_steps=9")
     refused(
-        answer, f"cannot resume {folder} from step 1: settings changed (", change, "data.seed: 0 -> 7",
+        answer, f"cannot resume {folder} from step 1: settings changed (", f"{key}: 16 -> 32", "data.seed: 0 -> 7",
         "data.global_batch: 4 -> 8", "Restore them", "--run", "--pretrained",
     )  # fmt: skip
     assert "max_steps" not in answer.error
     assert {file: file.stat().st_mtime_ns for file in folder.rglob("*")} == before
 
 
-def test_other_data_are_refused_and_the_same_data_elsewhere_are_not(begun, go_on, tiny_shards, tmp_path):
-    (tmp_path / "elsewhere").symlink_to(tiny_shards)
-    assert go_on(f"--data={tmp_path / 'elsewhere'}").code == 0
+def test_inputs_may_move_but_not_change(begun, resume, tiny_shards, tiny_pretrained, tmp_path):
+    (tmp_path / "shards").symlink_to(tiny_shards)
+    assert resume(f"--data={tmp_path / 'shards'}").code == 0
     make_shards(open_source(tiny_shards.parent / "images"), tmp_path / "other", shard_size=50)
     old = read_settings(newest_checkpoint(begun[2] / "checkpoints"))["data"]
-    refused(go_on(f"--data={tmp_path / 'other'}"), f"data: {old[:12]} -> ")
-
-
-def test_another_tokenizer_is_refused_and_the_same_one_elsewhere_is_not(begun, go_on, tiny_pretrained, tmp_path):
-    if begun[0] == "tokenizer":
-        return  # only stage 2 has one
-    (tmp_path / "elsewhere").symlink_to(tiny_pretrained)
-    assert go_on(f"--tokenizer={tmp_path / 'elsewhere' / 'tokenizer'}").code == 0
-    other = save_tiny_pretrained(tmp_path / "other", seed=3) / "tokenizer"
-    refused(go_on(f"--tokenizer={other}"), " from step 1: settings changed (tokenizer: ")
+    refused(resume(f"--data={tmp_path / 'other'}"), f"data: {old[:12]} -> ")
+    if begun[0] == "transformer":
+        (tmp_path / "pretrained").symlink_to(tiny_pretrained)
+        assert resume(f"--tokenizer={tmp_path / 'pretrained' / 'tokenizer'}").code == 0
+        other = save_tiny_pretrained(tmp_path / "model", seed=3) / "tokenizer"
+        refused(resume(f"--tokenizer={other}"), " from step 1: settings changed (tokenizer: ")
 
 
 @pytest.mark.slow
-def test_what_is_harmless_may_change(begun, go_on):
+def test_harmless_settings_may_change(begun, resume):
     stage, _, folder = begun
     own = "--model.decoding.num_steps=3" if stage == "transformer" else "--model.memory_format=contiguous"
-    answer = go_on(
+    answer = resume(
         "--trainer.max_steps=3", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2",
         "--data.validation_batch=4", "--data.validation_samples=4", "--data.num_workers=2",
         "--data.max_batch_per_device=1", "--checkpoint_every=2", "--model.optimizer.learning_rate.warmup_steps=2",
@@ -85,17 +75,17 @@ def test_what_is_harmless_may_change(begun, go_on):
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, go_on, tmp_path):
+def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, resume, tmp_path):
     stage, _, folder = begun
     exported, facts = folder.parent / "pretrained" / stage, folder / "exported.json"
     shutil.copytree(exported, tmp_path / stage)
     shutil.copy(facts, tmp_path)
     longer = f"--trainer.max_steps={step_of(newest_checkpoint(folder / 'checkpoints')) + 1}"
-    assert go_on(longer).code == 0
-    wanted = fingerprint(exported)
+    assert resume(longer).code == 0
+    last = fingerprint(exported)
     shutil.copytree(tmp_path / stage, exported, dirs_exist_ok=True)  # as it was before the longer run's export
     shutil.copy(tmp_path / facts.name, folder)
-    assert fingerprint(exported) != wanted
-    assert "exported " in go_on(longer).out
-    assert fingerprint(exported) == wanted
-    assert "nothing to do" in go_on(longer).out
+    assert fingerprint(exported) != last
+    assert "exported " in resume(longer).out
+    assert fingerprint(exported) == last
+    assert "nothing to do" in resume(longer).out

@@ -1,5 +1,9 @@
+"""``maskgit sample``: pictures, many images in a file, rejection sampling, and models that take vectors."""
+
 import json
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -8,85 +12,60 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from maskgit_pl.cli import main
 from maskgit_pl.cli.sample import sample
 from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.options import SETTINGS
-from tests.cli.commands import call_command
+from tests.cli.commands import Answer, refused
 from tests.conftest import CLASSES
 
 
-def call(*words: object) -> int:
-    return call_command("sample", *words, "--device", "cpu")
+@pytest.fixture
+def call(maskgit: Callable[..., Answer], tiny_pretrained: Path) -> Callable[..., str]:
+    """Samples from the tiny model on a CPU, and returns the output."""
+
+    def run(*words: object) -> str:
+        answer = maskgit("sample", tiny_pretrained, *words, "--device", "cpu")
+        assert answer.code == 0, answer
+        return answer.out
+
+    return run
 
 
-def test_writes_a_picture_single_files_and_an_animation(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
-    out, images, gif = tmp_path / "samples.png", tmp_path / "images", tmp_path / "decoding.gif"
-    code = call(
-        tiny_pretrained, "--classes", "2,T-shirt", "--per-class", 3, "--num-steps", 5, "--seed", 7,
-        "--out", out, "--images", images, "--gif", gif,
+def read(folder: Path) -> np.ndarray:
+    """Returns the grey images of a folder, in the order of their names."""
+    return np.stack([np.asarray(Image.open(file)) for file in sorted(folder.iterdir())])
+
+
+def test_sample_writes_a_picture_single_files_and_an_animation(call, tiny_pretrained, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    said = call(
+        "--classes", "2,T-shirt", "--per-class", 3, "--num-steps", 5, "--seed", 7, "--out", "one/samples.PNG",
+        "--images", "images", "--gif", "one/two/decoding.gif",
     )  # fmt: skip
-    assert code == 0
-    names = sorted(path.name for path in images.iterdir())
-    assert names[0] == "class-0001-seed-000010.png"
-    assert len(names) == 6
-    pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    expected = pipe.generate([2, 2, 2, 1, 1, 1], seed=7, num_steps=5, output_type="np")
-    with Image.open(images / "class-0002-seed-000008.png") as picture:
-        assert picture.mode == "L"
-        assert (np.asarray(picture) == expected[1, ..., 0]).all()
-    with Image.open(gif) as animation:
+    names = sorted(path.name for path in Path("images").iterdir())
+    assert names == [f"class-{label:04d}-seed-{seed:06d}.png" for label, seed in
+                     [(1, 10), (1, 11), (1, 12), (2, 7), (2, 8), (2, 9)]]  # fmt: skip
+    expected = MaskGIT.from_pretrained(tiny_pretrained).generate(
+        [2, 2, 2, 1, 1, 1], seed=7, num_steps=5, output_type="np"
+    )
+    assert (read(Path("images"))[[3, 4, 5, 0, 1, 2]] == expected[..., 0]).all()
+    with Image.open("one/two/decoding.gif") as animation:
         assert animation.n_frames == 5
-    assert out.is_file()
-    assert "6 images of 2 classes in 5 steps" in capsys.readouterr().out
+    assert Path("one/samples.PNG").is_file()
+    assert "6 images of 2 classes in 5 steps" in said
+    folders = [line for line in said.splitlines() if line.endswith(": new folder")]
+    assert folders == ["one: new folder", "images: new folder", "one/two: new folder"]
 
 
-def test_a_command_is_a_function_of_the_same_names(tiny_pretrained: Path, tmp_path: Path) -> None:
+def test_a_command_is_a_function_of_the_same_names(call, tiny_pretrained: Path, tmp_path: Path) -> None:
     words = ("--classes", "2", "--per-class", 2, "--num-steps", 3, "--token-selector", "margin")
-    call(tiny_pretrained, *words, "--out", tmp_path / "flags.png")
+    call(*words, "--out", tmp_path / "flags.png")
     sample(tiny_pretrained, classes="2", per_class=2, num_steps=3, token_selector="margin", out=tmp_path / "call.png")
     assert (tmp_path / "call.png").read_bytes() == (tmp_path / "flags.png").read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ("--classes Trousers", "did you mean 'Trouser'"),
-        ("--per-class 0", "--per-class must be an integer in [1, 10000], got 0"),
-        ("--negative-class Trousers", "did you mean 'Trouser'"),
-        ("--token-selector confidnce", "unknown token selector 'confidnce': did you mean 'confidence'"),
-        ("--tokens-per-step 1,2", "--tokens-per-step must sum to 16, the tokens per image"),
-        ("--num-steps 17", "--num-steps must be <= 16"),
-        ("--guidance-scale nan", "--guidance-scale must be a finite number in [0, 10000], got nan"),
-        ('--token-selector {"name":"remdm"', "must be a name or a mapping such as '{name: remdm, eta: 0.4}', got"),
-        ("--sampling-temperature 1,2,3", "--sampling-temperature must be a number >= 0, or two"),
-        ("--decoding nowhere.json", "decoding nowhere.json: no such file"),
-        ("--decoding other.json", "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
-        ("--num-images 0 --out a.npz", "--num-images must be an integer in [1, inf), got 0"),
-        ("--num-images 5", "--out must end in .npz with --num-images, got samples.png"),
-        ("--out a.npz", "--out must end in .png without --num-images, got a.npz"),
-        ("--filmstrip samples.png", "--filmstrip must differ from --out, got samples.png for both"),
-        ("--rank 0 --world-size 2", "--rank and --world-size must be given with --num-images"),
-        ("--num-images 5 --out a.npz --rank 1", "--rank and --world-size must be given together"),
-        ("--num-images 5 --out a.npz --rank 2 --world-size 2", "--rank must be in [0, 2)"),
-        ("--num-images 5 --out a.npz --per-class 3", "--per-class must not be given with --num-images"),
-        ("--num-images 5 --out a.npz --gif a.gif", "--gif must not be given with --num-images"),
-    ],
-)
-def test_bad_input_is_refused_in_one_line_and_nothing_is_written(
-    words: str, message: str, tiny_pretrained: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
-    (tmp_path / "other.json").write_text('{"steps": 8}')
-    monkeypatch.chdir(tmp_path)
-    assert main(["sample", str(tiny_pretrained), *words.split()]) == 2
-    shown = capsys.readouterr().err
-    assert message in shown
-    assert shown.count("\n") == 1
-    assert [each.name for each in tmp_path.iterdir()] == ["other.json"]
-
-
-def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -> None:
+def test_each_flag_reaches_the_decoding(call, tiny_pretrained: Path, tmp_path: Path) -> None:
     file = tmp_path / "decoding.json"
     recipe = {"num_steps": 3, "token_selector": "margin"}
     file.write_text(json.dumps({"format": "maskgit_pl.decoding", "version": 1, "decoding": recipe}))
@@ -97,65 +76,65 @@ def test_each_flag_reaches_the_decoding(tiny_pretrained: Path, tmp_path: Path) -
         "draw_method": "gumbel",
     }  # fmt: skip
     assert {*settings, "num_steps", "mask_schedule"} == {*SETTINGS}
-    given = settings | {"token_selector": json.dumps(selector)}
     words = [
         f"--{name.replace('_', '-')}={','.join(map(str, value)) if isinstance(value, tuple) else value}"
-        for name, value in given.items()
+        for name, value in (settings | {"token_selector": json.dumps(selector)}).items()
     ]
-    pipe = MaskGIT.from_pretrained(tiny_pretrained, decoding=file)
     schedule = {"mask_schedule": {"name": "pow", "exponent": 3.0}, "num_steps": 4}
-    shapes = ['--mask-schedule={"name": "pow", "exponent": 3.0}', "--num-steps=4"]
-    for number, (flags, wanted) in enumerate([(words, settings), (shapes, schedule), ([], {})]):
+    flags = ['--mask-schedule={"name": "pow", "exponent": 3.0}', "--num-steps=4"]
+    pipe = MaskGIT.from_pretrained(tiny_pretrained, decoding=file)
+    for number, (given, options) in enumerate([(words, settings), (flags, schedule), ([], {})]):
         images = tmp_path / str(number)
         call(
-            tiny_pretrained, *flags, "--decoding", file, "--classes=0", "--per-class=4", "--images", images,
-            "--out", tmp_path / "all.png",
-        )  # fmt: skip
-        expected = pipe.generate([0] * 4, output_type="np", **wanted)
-        assert (np.stack([np.asarray(Image.open(each)) for each in sorted(images.iterdir())]) == expected[..., 0]).all()
+            *given, "--decoding", file, "--classes=0", "--per-class=4", "--images", images, "--out", tmp_path / "a.png"
+        )
+        assert (read(images) == pipe.generate([0] * 4, output_type="np", **options)[..., 0]).all()
 
 
-def test_a_filmstrip_and_a_negative_class(tiny_pretrained: Path, tmp_path: Path) -> None:
+def test_a_negative_class_changes_picture_and_filmstrip(call, tmp_path: Path) -> None:
     words = ["--classes", "1", "--per-class", 4, "--guidance-scale", 30, "--guidance", "constant"]
     for name, more in (("plain", []), ("pushed", ["--negative-class", "Trouser"])):
-        files = ("--out", tmp_path / f"{name}.png", "--filmstrip", tmp_path / f"{name}-steps.png")
-        call(tiny_pretrained, *words, *more, *files)
+        call(*words, *more, "--out", tmp_path / f"{name}.png", "--filmstrip", tmp_path / f"{name}-steps.png")
     for name in (".png", "-steps.png"):
         assert (tmp_path / f"plain{name}").read_bytes() != (tmp_path / f"pushed{name}").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_baseline_samples_with_an_animation_in_time_and_a_filmstrip(maskgit, tiny_autoregressive, tmp_path) -> None:
+    answer = maskgit(
+        "sample", tiny_autoregressive, "--classes=0,1", "--per-class=2", "--out", tmp_path / "all.png",
+        "--gif", tmp_path / "decoding.gif", "--filmstrip", tmp_path / "strip.png",
+    )  # fmt: skip
+    assert "4 images of 2 classes in 16 steps" in answer.out
+    with Image.open(tmp_path / "decoding.gif") as frames:
+        assert frames.n_frames == 16
+    assert (tmp_path / "strip.png").is_file()
 
 
 # Many images
 
 
-def test_many_images_go_into_one_file(tiny_pretrained: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+def test_many_images_go_into_one_file(call, maskgit, tiny_pretrained: Path, tmp_path: Path, monkeypatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     out = tmp_path / "samples.npz"
     words = ["--num-images=13", "--classes=Trouser,0", "--seed=3", "--num-steps=2", "--out", out]
-    assert call(tiny_pretrained, *words) == 0
-    assert f"{out}: 13 images of 2 classes in 2 steps; 13 generated by this process" in capsys.readouterr().out
+    assert f"{out}: 13 images of 2 classes in 2 steps; 13 generated by this process" in call(*words)
     with np.load(out, allow_pickle=False) as arrays:
         assert arrays["arr_0"].shape == (13, 8, 8, 3)
         assert arrays["arr_1"].tolist() == [2] * 7 + [0] * 6
-    assert call(tiny_pretrained, *words) == 0
-    assert "already complete with 13 images" in capsys.readouterr().out
-    assert call(tiny_pretrained, *words[:-1], tmp_path / "b.npz", "--rank", 1, "--world-size", 2) == 0
-    assert "rank 1 of 2 has finished its images; 1 other ranks have not" in capsys.readouterr().out
-    for more, change in (("--num-steps=3", r"decoding\.num_steps 2 -> 3"), ("--dtype=bfloat16", "")):
-        with pytest.raises(ValueError, match=f"holds images of other settings: {change}"):
-            call(tiny_pretrained, *words, more)
-
-
-def test_a_rank_that_is_named_counts_more_than_the_environment(
-    tiny_pretrained: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
+    assert "already complete with 13 images" in call(*words)
+    refused(maskgit("sample", tiny_pretrained, *words, "--num-steps=3"), "holds images of other settings: decoding.num")
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    words = ["--num-images", 8, "--num-steps", 1]
-    assert call(tiny_pretrained, *words, "--out", tmp_path / "a.npz") == 0
-    assert "rank 3 of 4 has finished its images; 3 other ranks have not" in capsys.readouterr().out
-    assert call(tiny_pretrained, *words, "--out", tmp_path / "b.npz", "--rank", 0, "--world-size", 1) == 0
-    assert "8 generated by this process" in capsys.readouterr().out
+    said = call("--num-images=8", "--num-steps=1", "--out", tmp_path / "b.npz")
+    assert "rank 3 of 4 has finished its images; 3 other ranks have not" in said
+    # Flags override the environment.
+    said = call("--num-images=8", "--num-steps=1", "--out", tmp_path / "c.npz", "--rank", 0, "--world-size", 1)
+    assert "8 generated by this process" in said
+
+
+# Accepted images
 
 
 def save_classifier(folder: Path, class_names: tuple[str, ...] = CLASSES) -> Path:
@@ -169,56 +148,48 @@ def save_classifier(folder: Path, class_names: tuple[str, ...] = CLASSES) -> Pat
     return folder
 
 
-def test_accepted_images_are_those_of_the_printed_seeds(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
+def test_accepted_images_are_those_of_the_printed_seeds(call, tiny_pretrained: Path, tmp_path: Path) -> None:
     classifier = save_classifier(tmp_path / "classifier")
-    words = (tiny_pretrained, "--per-class", 2, "--accept-rate", 0.5, "--classifier", classifier, "--device", "cpu")
-    assert call_command("sample", *words, "--out", tmp_path / "best.png", "--images", tmp_path / "best") == 0
-    out = capsys.readouterr().out
-    assert f"accepted 6 of 12 candidates (50.0%) by {classifier}" in out
-    seeds = [int(word) for word in re.search("seeds: ([0-9, ]+)", out)[1].split(",")]
-    pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    expected = pipe.generate([0, 0, 1, 1, 2, 2], seed=seeds, output_type="np")[..., 0]
+    words = ("--per-class", 2, "--accept-rate", 0.5, "--classifier", classifier)
+    said = call(*words, "--out", tmp_path / "best.png", "--images", tmp_path / "best")
+    assert f"accepted 6 of 12 candidates (50.0%) by {classifier}" in said
+    seeds = [int(word) for word in re.search("seeds: ([0-9, ]+)", said)[1].split(",")]
     labels = [0, 0, 1, 1, 2, 2]
-    files = [
-        tmp_path / "best" / f"class-{label:04d}-seed-{seed:06d}.png" for label, seed in zip(labels, seeds, strict=True)
-    ]
-    made = np.stack([np.asarray(Image.open(file).convert("L")) for file in files])
-    assert np.abs(made.astype(int) - expected).max() <= 1
+    expected = MaskGIT.from_pretrained(tiny_pretrained).generate(labels, seed=seeds, output_type="np")[..., 0]
+    for image, label, seed in zip(expected, labels, seeds, strict=True):
+        pixels = np.asarray(Image.open(tmp_path / "best" / f"class-{label:04d}-seed-{seed:06d}.png"))
+        assert np.abs(pixels.astype(int) - image).max() <= 1
 
 
-def test_many_accepted_images_come_with_their_seeds(tiny_pretrained: Path, tmp_path: Path, capsys) -> None:
-    classifier = save_classifier(tmp_path / "classifier")
-    words = (tiny_pretrained, "--num-images", 6, "--accept-rate", 0.25, "--device", "cpu")
-    out = tmp_path / "best.npz"
-    assert call_command("sample", *words, "--classifier", classifier, "--out", out) == 0
-    assert "accepted 6 of 24 candidates (25.0%)" in capsys.readouterr().out
+def test_many_accepted_images_come_with_their_seeds(call, maskgit, tiny_pretrained, tmp_path: Path) -> None:
+    classifier, out = save_classifier(tmp_path / "classifier"), tmp_path / "best.npz"
+    words = ("--num-images", 6, "--accept-rate", 0.25, "--out", out, "--classifier")
+    assert "accepted 6 of 24 candidates (25.0%)" in call(*words, classifier)
     with np.load(out) as arrays:
-        assert arrays["seeds"].shape == (6,)
         assert len(set(arrays["seeds"])) == 6
+    other = save_classifier(tmp_path / "other", ("Bag", *CLASSES[1:]))
+    refused(maskgit("sample", tiny_pretrained, *words, other), "must know the classes of the model")
+    odd = maskgit("sample", tiny_pretrained, *words, classifier, "--num-images", 7)
+    refused(odd, "--num-images must be a multiple of 3")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--accept-rate", 2, "--classifier", "CLASSIFIER"), "--accept-rate must be a number in"),
-        (("--classifier", "x"), "--classifier must be given with --accept-rate"),
-        (("--accept-rate", 0.5), "--accept-rate: .* name a classifier with --classifier"),
-        (("--accept-rate", 0.5, "--classifier", "nowhere"), "--classifier nowhere: no classifier there"),
-        (
-            ("--accept-rate", 0.5, "--num-images", 7, "--out", "made.npz", "--classifier", "CLASSIFIER"),
-            "--num-images must be a multiple of 3",
-        ),
-        (("--accept-rate", 0.5, "--classifier", "OTHER"), "must know the classes of the model"),
-    ],
-)
-def test_refuses_an_acceptance_that_cannot_be(
-    tiny_pretrained: Path, tmp_path: Path, words, message, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    folders = {
-        "CLASSIFIER": save_classifier(tmp_path / "classifier"),
-        "OTHER": save_classifier(tmp_path / "other", ("Bag", *CLASSES[1:])),
-    }
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        call_command("sample", tiny_pretrained, "--device", "cpu", *(folders.get(word, word) for word in words))
-    assert not list(tmp_path.glob("*.npz")) + list(tmp_path.glob("*.png"))
+# Vectors
+
+
+def test_wrong_vectors_are_refused(maskgit, tiny_pretrained, tmp_path, monkeypatch) -> None:
+    outline = MaskGIT.from_pretrained(tiny_pretrained).outline
+    monkeypatch.setattr(MaskGIT, "outline", replace(outline, condition_dim=3))  # whatever the folder says
+    np.save(tmp_path / "wide.npy", np.zeros((2, 4)))
+    np.save(tmp_path / "nan.npy", np.full((2, 3), np.nan))
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "two.npy", np.zeros((2, 3)))
+    for words, message in (
+        ([], "--vectors must be given: the model was trained with a vector of 3 values"),
+        (["wide.npy"], "must hold floats of shape (n, 3)"),
+        (["nan.npy"], "must be finite"),
+        (["objects.npy"], "cannot be read"),
+        (["missing.npy"], "missing.npy"),
+        (["two.npy", "--accept-rate", 0.5, "--classifier", tmp_path], "must hold 1 vector with --accept-rate"),
+    ):
+        given = ["--vectors", tmp_path / words[0], *words[1:]] if words else []
+        refused(maskgit("sample", tiny_pretrained, *given, "--out", tmp_path / "s.png"), message)

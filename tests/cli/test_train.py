@@ -1,11 +1,18 @@
-"""``maskgit train`` and ``maskgit tokenize`` as a user calls them: what they do, do again, and refuse."""
+"""``maskgit train``, ``tokenize``, ``doctor`` and ``demo`` as a user calls them; ``test_mistakes`` has the refusals."""
 
+import functools
+import http.server
 import json
+import os
+import re
 import resource
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -13,12 +20,17 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from maskgit_pl.cli import _parse
+from maskgit_pl.cli.arguments import read_call
+from maskgit_pl.evaluation.demo_steps import plan_demo
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_tokenizer
 from maskgit_pl.runs import fitting
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.commands import Answer, refused
-from tests.conftest import tiny_flags
+from tests.conftest import save_uneven_shards, tiny_flags
+from tests.test_makefile import run_make
 
 
 def files(folder: Path) -> dict[str, int]:
@@ -26,14 +38,7 @@ def files(folder: Path) -> dict[str, int]:
     return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
-def add_tokenizer(folder: Path, *, seed: int) -> None:
-    """Saves a pretrained tokenizer with weights of its own."""
-    config = VQGANConfig(
-        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
+# A run and its records
 
 
 def test_a_run_may_open_more_files_than_a_shell_allows(train):
@@ -48,21 +53,19 @@ def test_a_run_may_open_more_files_than_a_shell_allows(train):
     assert allowed > low or low == hard
 
 
-def test_a_run_writes_what_it_was_and_where_it_ran(train, runs, tiny_pretrained):
+def test_a_run_records_its_recipe_and_its_machine(train, runs, tiny_pretrained):
     assert train("transformer", "--recipe=square").code == 0
-    folder = runs / "one" / "transformer"
+    folder, pretrained = runs / "one" / "transformer", runs / "one" / "pretrained"
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config["model"]["mask_schedule"] == "square"
     assert config["model"]["network"]["num_classes"] == 3
-    assert config["trainer"]["max_steps"] == 1
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["world_size"] == 1
     assert {"command", "commit", "python", "torch", "lightning", "maskgit_pl"} <= environment.keys()
-    own = runs / "one" / "pretrained" / "tokenizer"
-    assert fingerprint(own) == fingerprint(tiny_pretrained / "tokenizer")  # a run folder is complete
-    of_all = json.loads((runs / "one" / "pretrained" / "config.json").read_text())
-    assert of_all["run"]["transformer"]["settings"]["trainer.max_steps"] == 1
-    assert "# one\n" in (runs / "one" / "pretrained" / "README.md").read_text()
+    assert fingerprint(pretrained / "tokenizer") == fingerprint(tiny_pretrained / "tokenizer")
+    exported = json.loads((pretrained / "config.json").read_text())
+    assert exported["run"]["transformer"]["settings"]["trainer.max_steps"] == 1
+    assert "# one\n" in (pretrained / "README.md").read_text()
 
 
 def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
@@ -76,55 +79,6 @@ def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
     assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
 
 
-def test_tokens_that_are_missing_or_of_another_tokenizer_are_refused(maskgit, train, runs, tiny_shards, tmp_path):
-    refused(train("transformer", "--data.source=tokens"), str(runs / "one" / "tokens"), "maskgit tokenize")
-    add_tokenizer(tmp_path / "other", seed=5)
-    where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tmp_path / "other")
-    assert maskgit("tokenize", *where).code == 0
-    refused(train("transformer", "--data.source=tokens"), "tokenizer")
-    assert not (runs / "one" / "pretrained").exists()
-
-
-@pytest.fixture
-def stage_two(maskgit, runs) -> Callable[..., Answer]:
-    """Calls ``maskgit train transformer`` on a data folder without ``--tokenizer``."""
-
-    def call(shards: Path, *more: object) -> Answer:
-        return maskgit(
-            "train", "transformer", "--data", shards, "--runs-folder", runs, *tiny_flags("transformer"), *more
-        )
-
-    return call
-
-
-def add_run(folder: Path, shards: Path, *, seed: int) -> Path:
-    """Makes a run of stage 1 as training leaves it: the exported tokenizer, and the data in config.yaml."""
-    add_tokenizer(folder / "pretrained" / "tokenizer", seed=seed)
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "config.yaml").write_text(f"data: {{path: {shards}}}\n")
-    return folder / "pretrained" / "tokenizer"
-
-
-def test_the_only_tokenizer_of_the_data_is_taken_and_told_and_several_must_be_named(stage_two, runs, tiny_shards):
-    first = add_run(runs / "any-name", tiny_shards, seed=1)
-    add_run(runs / "fashion-mnist-of-other-data", tiny_shards.parent / "elsewhere", seed=3)
-    shutil.copytree(runs / "any-name", runs / "copy")  # the same weights are no choice
-    taken = stage_two(tiny_shards)
-    assert taken.code == 0, taken
-    assert f"tokenizer: {first}, the only one trained on {tiny_shards}" in taken.out
-    second = add_run(runs / "second", tiny_shards, seed=2)
-    refused(stage_two(tiny_shards, "--recipe", "log"), "several others", "--tokenizer", str(first), str(second))
-
-
-def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
-    add_run(runs / "clothes", tiny_shards, seed=1)
-    before = files(runs)
-    refused(stage_two(tiny_shards, "--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
-    answer = maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "cloths")
-    refused(answer, "did you mean 'clothes'?", "--tokenizer")
-    assert files(runs) == before
-
-
 @pytest.mark.slow
 def test_a_run_is_repeated_from_its_config(train, maskgit, runs):
     assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
@@ -136,49 +90,22 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs):
     weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
     assert weights[0] == weights[1]
     refused(maskgit(*words, "--recipe", "log"), "leave out --recipe")
-    refused(maskgit(*words[:-1], "nowhere.yaml"), "--config nowhere.yaml: no such file")
+    refused(maskgit("train", "transformer", "--config", config), "name the new run with --run")
     refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
 
 def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, maskgit, runs):
     answer = train("transformer", "--recipe=square", "--print-config")
     assert answer.code == 0
-    printed = yaml.safe_load(answer.out)
-    assert printed["model"]["mask_schedule"] == "square"
-    assert printed["trainer"]["gradient_clip_algorithm"] is None
+    recipe = yaml.safe_load(answer.out)
+    assert recipe["model"]["mask_schedule"] == "square"
+    assert recipe["trainer"]["gradient_clip_algorithm"] is None
     assert not runs.exists()
     for stage in ("tokenizer", "transformer"):  # without data and tokenizer
         answer = maskgit("train", stage, "--recipe", "adaln", "--dataset", "nowhere", "--print-config")
-        assert answer.code == 0
         assert answer.out.startswith("# Keys that data and tokenizer give")
-        wanted = Recipe.read(stage, names="adaln", dataset="nowhere").get("trainer.max_steps")
-        assert yaml.safe_load(answer.out)["trainer"]["max_steps"] == wanted
-
-
-@pytest.mark.parametrize(
-    ("flag", "parts"),
-    [
-        ("--recipe=cosin", ("did you mean 'cosine'",)),
-        ("--data=nowhere", ("data nowhere: no such folder", "maskgit data make", "--data")),
-        ("--tokenizer=nowhere", ("tokenizer nowhere: no config.json there",)),
-        ("--trainer.max_steps=-1", ("trainer.max_steps must be >= 1", "got -1")),
-        ("--model.network.num_classes=4", ("num_classes must be 3", "got 4")),
-        ("--model.decoding.num_steps=99", ("num_steps must be <= 16", "99")),
-        ("--model.network.class_dropout=0", ("model.decoding.guidance", "null class", "class_dropout")),
-        ("--trainer.devices=-1", ("trainer: ", "devices -1")),
-        ("--trainer.num_nodes=0", ("num_nodes",)),
-        ("--keep_every=7", ("keep_every must be a multiple of checkpoint_every (500)",)),
-    ],
-)
-def test_a_wrong_flag_is_refused_before_anything_is_written(train, runs, flag, parts):
-    refused(train("transformer", flag), *parts)
-    assert not runs.exists()
-
-
-def test_a_command_that_cannot_print_ends_with_its_own_code():
-    with open("/dev/full", "w") as full:
-        command = [sys.executable, "-m", "maskgit_pl", "train", "tokenizer", "--data", "nowhere"]
-        assert subprocess.run(command, stderr=full, check=False).returncode == 2
+        max_steps = Recipe.read(stage, names="adaln", dataset="nowhere").get("trainer.max_steps")
+        assert yaml.safe_load(answer.out)["trainer"]["max_steps"] == max_steps
 
 
 @pytest.mark.slow
@@ -202,27 +129,27 @@ def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, sta
     events = EventAccumulator(str(runs / "one" / stage))
     events.Reload()
     for name in names:
-        assert [each.step for each in events.Scalars(name)] == [2, 4], name
+        assert [event.step for event in events.Scalars(name)] == [2, 4], name
     for picture in events.Tags()["images"]:
-        assert {each.step for each in events.Images(picture)} <= {2, 4}
-
-
-def plan_of(answer: Answer) -> dict[str, str]:
-    assert answer.code == 0, answer
-    return {line[:11].strip(): line[11:] for line in answer.out.splitlines()}
+        assert {event.step for event in events.Images(picture)} <= {2, 4}
 
 
 @pytest.mark.slow
-def test_a_dry_run_says_and_refuses_what_training_would_and_writes_nothing(train, runs, tmp_path):
-    plan = plan_of(train("tokenizer", "--dry-run"))
-    assert plan["run"] == f"{runs / 'one/tokenizer'}: starts from scratch"
-    assert plan["steps"] == "1, with a global batch of 4 = 1 rank x 2 accumulation steps x 2 samples"
+def test_a_dry_run_describes_and_refuses_as_training_does_and_writes_nothing(train, runs, tmp_path):
+    def plan(*words: str) -> dict[str, str]:
+        answer = train(*words, "--dry-run")
+        assert answer.code == 0, answer
+        return {line[:11].strip(): line[11:] for line in answer.out.splitlines()}
+
+    lines = plan("tokenizer")
+    assert lines["run"] == f"{runs / 'one/tokenizer'}: starts from scratch"
+    assert lines["steps"] == "1, with a global batch of 4 = 1 rank x 2 accumulation steps x 2 samples"
     assert not runs.exists()
     train("tokenizer")
     before = files(tmp_path)
-    assert "resumes from step-00000001" in plan_of(train("tokenizer", "--dry-run", "--trainer.max_steps=2"))["run"]
-    assert "nothing to do" in plan_of(train("tokenizer", "--dry-run"))["run"]
-    assert "tiny" in plan_of(train("transformer", "--dry-run", "--run=two"))["tokenizer"]
+    assert "resumes from step-00000001" in plan("tokenizer", "--trainer.max_steps=2")["run"]
+    assert "nothing to do" in plan("tokenizer")["run"]
+    assert "tiny" in plan("transformer", "--run=two")["tokenizer"]
     refused(train("tokenizer", "--dry-run", "--data.seed=7"), "cannot resume", "data.seed: 0 -> 7")
     refused(train("tokenizer", "--dry-run", "--trainer.strategy=fsdp"), "trainer.strategy")
     assert files(tmp_path) == before
@@ -232,3 +159,232 @@ def test_fresh_is_refused_for_one_of_several_ranks(train, monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     refused(train("tokenizer", "--fresh"), "--fresh must be given to a single process, got 2 ranks")
+
+
+@pytest.mark.slow
+def test_a_baseline_trains_resumes_and_keeps_its_kind(maskgit, tiny_shards, tiny_pretrained, runs):
+    where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
+    sizes = [word for word in tiny_flags("transformer") if "decoding" not in word]
+    words = ("train", "transformer", *where, "--recipe=autoregressive", *sizes)
+    first = maskgit(*words, "--model.decoding.guidance=constant")
+    assert "base.yaml: causal attention ignores model.mask_schedule, model.min_mask_ratio" in first.out
+    assert "resuming from step-00000001" in maskgit(*words, "--trainer.max_steps=2").out
+    assert load_transformer(runs / "one" / "pretrained" / "transformer").mask_schedule is None
+    assert "| attention | causal |" in (runs / "one" / "pretrained" / "README.md").read_text()
+    other = maskgit(*words, "--trainer.max_steps=3", "--model.network.attention=bidirectional")
+    refused(other, "from step 2: settings changed (", "model.network.attention: causal -> bidirectional")
+
+
+# The tokenizer and the tokens of stage 2
+
+
+def add_tokenizer(folder: Path, *, seed: int) -> None:
+    """Saves a pretrained tokenizer with weights of its own."""
+    config = VQGANConfig(
+        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
+
+
+def add_run(folder: Path, shards: Path, *, seed: int) -> Path:
+    """Makes a run of stage 1 as training leaves it: the exported tokenizer, and the data in config.yaml."""
+    add_tokenizer(folder / "pretrained" / "tokenizer", seed=seed)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "config.yaml").write_text(f"data: {{path: {shards}}}\n")
+    return folder / "pretrained" / "tokenizer"
+
+
+@pytest.fixture
+def stage_two(maskgit, runs, tiny_shards) -> Callable[..., Answer]:
+    """Calls ``maskgit train transformer`` without ``--tokenizer``."""
+    where = ("--data", tiny_shards, "--runs-folder", runs)
+    return lambda *more: maskgit("train", "transformer", *where, *tiny_flags("transformer"), *more)
+
+
+def test_tokens_of_another_tokenizer_are_refused(maskgit, train, runs, tiny_shards, tmp_path):
+    add_tokenizer(tmp_path / "other", seed=5)
+    where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tmp_path / "other")
+    assert maskgit("tokenize", *where).code == 0
+    refused(train("transformer", "--data.source=tokens"), "tokenizer")
+    assert not (runs / "one" / "pretrained").exists()
+
+
+def test_the_only_tokenizer_of_the_data_is_taken_and_several_must_be_named(stage_two, runs, tiny_shards):
+    first = add_run(runs / "any-name", tiny_shards, seed=1)
+    add_run(runs / "fashion-mnist-of-other-data", tiny_shards.parent / "elsewhere", seed=3)
+    shutil.copytree(runs / "any-name", runs / "copy")  # the same weights are no choice
+    answer = stage_two()
+    assert answer.code == 0, answer
+    assert f"tokenizer: {first}, the only one trained on {tiny_shards}" in answer.out
+    second = add_run(runs / "second", tiny_shards, seed=2)
+    refused(stage_two("--recipe", "log"), "several others", "--tokenizer", str(first), str(second))
+
+
+def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
+    add_run(runs / "clothes", tiny_shards, seed=1)
+    before = files(runs)
+    refused(stage_two("--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
+    answer = maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "cloths")
+    refused(answer, "did you mean 'clothes'?", "--tokenizer")
+    assert files(runs) == before
+
+
+@pytest.fixture
+def tokenize(maskgit, runs, tiny_shards, tiny_pretrained) -> Callable[..., Answer]:
+    """Makes the tokens of the run ``one``; words that are given later count."""
+    where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one")
+    return lambda *more: maskgit("tokenize", *where, "--tokenizer", tiny_pretrained / "tokenizer", *more)
+
+
+@pytest.mark.slow
+def test_tokenize_prints_its_progress_and_speed(tokenize, runs, monkeypatch):
+    monkeypatch.setattr("maskgit_pl.processes._SECONDS_BETWEEN_LINES", 0.0)
+    lines = tokenize("--flip", "--batch-size", 2, "--part-size", 1, "--precision", "bfloat16").out
+    assert re.search(r"^tokens of train: 118 of 120 images, \d+ images/s, 0:00:00 left$", lines, re.MULTILINE)
+    # 60 x 2 and 24
+    assert re.search(r"^\S+tokens/[0-9a-f]{16}: 144 images in [\d.]+ s, \d+ images/s$", lines, re.MULTILINE)
+    assert '"precision": "bfloat16"' in (runs / "one" / "tokens" / "store.json").read_text()
+
+
+@pytest.mark.slow
+def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(tokenize, runs):
+    def store_of(*more: str) -> Path:
+        assert tokenize(*more).code == 0
+        return (runs / (more[1] if more else "one") / "tokens").resolve()
+
+    store = store_of()
+    labels = store / "train-labels.npy"
+    content, changed = labels.read_bytes(), labels.stat().st_mtime_ns
+    assert store_of("--run", "two") == store == runs / "tokens" / store.name
+    assert labels.stat().st_mtime_ns == changed
+    labels.write_bytes(content[:-8] + bytes(8))
+    assert labels.read_bytes() != content
+    assert store_of() == store
+    assert labels.read_bytes() == content  # a damaged store is made again
+    mirrored = store_of("--run", "mirrored", "--flip")
+    assert mirrored != store
+    assert store_of("--run", "mirrored") == mirrored  # a run keeps its mirrors unless a flag says otherwise
+
+
+def test_a_recipe_that_reads_images_makes_no_tokens(tokenize, runs):
+    assert tokenize("--data.source=images").out == "data.source images: stage 2 reads no tokens; nothing to do\n"
+    assert not runs.exists()
+
+
+# Data of a web server
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder of shards, and its address on a server of this machine."""
+    folder = save_uneven_shards(tmp_path_factory.mktemp("web") / "shards", (7, 5, 9, 4), (3, 8))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_stage_trains_from_a_stream_and_resumes(served, maskgit, tiny_pretrained, tmp_path, stage):
+    folder, address = served
+    stream = (
+        "--data.source=stream", "--data.stream.samples=25", "--data.stream.shuffle_buffer=5",
+        f"--data.stream.urls={address}/train-{{000000..000003}}.tar",
+    )  # fmt: skip
+    tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
+    tiny = [word for word in tiny_flags(stage) if "num_classes" not in word]  # the folder has it
+    where = ("--data", folder, "--runs-folder", tmp_path, "--run", "one", *tokenizer, *tiny)
+    train = functools.partial(maskgit, "train", stage, *where, *stream)
+    assert "a resumed run starts another order of shards" in train("--trainer.max_steps=3").out
+    assert (tmp_path / "one" / "pretrained" / stage / "model.safetensors").is_file()
+    assert train("--trainer.max_steps=5").code == 0
+    assert newest_checkpoint(tmp_path / "one" / stage / "checkpoints").name == "step-00000005"
+    refused(train("--trainer.max_steps=6", "--data.stream.urls=other.tar"), "settings changed")  # is another run
+    refused(train("--run=two", "--data.stream.urls=pipe:cat x"), "'pipe:cat x'")
+
+
+# The check of a run
+
+
+@pytest.fixture
+def doctor(maskgit, runs, tiny_shards, tiny_pretrained) -> Callable[..., Answer]:
+    """Examines a tiny run of stage 2; words that are given later count."""
+    where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one")
+    words = ("--device-memory", "1GB", *where, "--tokenizer", tiny_pretrained / "tokenizer")
+    return lambda *more: maskgit("doctor", "transformer", *words, *tiny_flags("transformer"), *more)
+
+
+def test_doctor_passes_a_run_and_fails_another(doctor):
+    ready = doctor("--cluster", "ddp", "--nodes", "2", "--devices", "2")
+    assert ready.code == 0, ready
+    assert "4 = 4 ranks x 1 accumulation step x 1 sample" in ready.out
+    assert ready.out.endswith("checks pass.\n")
+    wrong = doctor("--devices", "3", "--cluster", "ddp")
+    assert wrong.code == 2
+    assert wrong.out.count("FAIL") == 1
+    assert "FAIL     batch" in wrong.out
+
+
+def test_doctor_prints_json(doctor):
+    answer = doctor("--json")
+    checks = json.loads(answer.out)
+    assert (answer.code, checks["ok"]) == (0, True)
+    assert {"data", "batch", "memory"} <= {check["name"] for check in checks["checks"]}
+    assert checks["memory"]["states"] > 4 * checks["num_parameters"] > 0
+    assert not json.loads(doctor("--json", "--trainer.precision=16-mixed").out)["ok"]
+
+
+def test_names_of_files_do_not_control_the_terminal(doctor):
+    answer = doctor("--data", "no\x1b[2Jwhere", "--run", os.fsdecode(b"\xff"))
+    assert answer.code == 2
+    assert "data no\\x1b[2Jwhere: no such folder" in answer.out
+    assert "\\udcff" in answer.out
+    assert "\x1b" not in answer.out
+
+
+def test_doctor_without_a_stage_checks_this_machine(maskgit):
+    answer = maskgit("doctor")
+    assert answer.code == 0
+    assert "torch" in answer.out
+
+
+# The demo; tests/evaluation/test_demo_steps.py runs its steps
+
+
+def steps_of(*words: str) -> list[list[str]]:
+    """Returns the commands of the steps of a demo."""
+    args = _parse(["demo", *words])
+    call = read_call(args.function, vars(args), args.rest)
+    return [step.words for step in plan_demo(**asdict(call.pop("run")), **call)[0]]
+
+
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ("", ""),
+        ("DATASET=mine IMAGES=photos BUDGET=1h", "--dataset mine --images photos --recipe 'adaln 1h'"),
+        ("RECIPE=cosine", "--recipe cosine"),
+    ],
+)
+def test_make_demo_is_the_command(variables: str, words: str) -> None:
+    (line,) = run_make("demo", *variables.split()).stdout.splitlines()
+    _, name, *given = shlex.split(line)
+    assert name == "demo"
+    assert steps_of(*given) == steps_of(*shlex.split(words))
+
+
+def test_a_flag_of_a_recipe_reaches_both_stages_of_the_demo() -> None:
+    for words in steps_of("--short", "--data.seed", "3")[1:4]:
+        assert words[-5:-3] == ["--data.seed", "3"]
+
+
+def test_a_failing_step_ends_the_demo_with_one_line(maskgit, tmp_path) -> None:
+    words = ["--dataset", "mine", "--images", tmp_path / "none", "--data", tmp_path / "data"]
+    answer = maskgit("demo", *words, "--runs-folder", tmp_path / "runs")
+    refused(answer, "maskgit demo: ", str(tmp_path / "none"))
+    steps = [line for line in answer.out.splitlines() if line.startswith("[")]
+    assert steps == [f"[1/5] write the images of {tmp_path / 'none'} as shards"]

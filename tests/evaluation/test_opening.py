@@ -94,7 +94,7 @@ def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="it was fashion-mnist: make data/shards/fashion-mnist"):
+    with pytest.raises(FileNotFoundError, match="it was fashion-mnist: make it with `maskgit data fetch fashion-mnist"):
         find_run("fashion-mnist-demo")
     (tmp_path / "data" / "shards" / "fashion-mnist").mkdir(parents=True)
     assert find_run("fashion-mnist-demo").data == Path("data/shards/fashion-mnist")

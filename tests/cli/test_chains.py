@@ -1,0 +1,118 @@
+"""Chains of commands from files to an evaluation: images that are not square, with alpha, and images with vectors."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from maskgit_pl.cli import main
+from maskgit_pl.data.images import encode_png
+from maskgit_pl.networks.feature_networks import load_classifier
+from maskgit_pl.pipeline.pretrained import load_transformer
+from tests.cli.commands import refused
+from tests.conftest import tiny_flags
+
+DIM = 3
+OF_DATA = ("grid", "num_classes")  # sizes that the data and the tokenizer give
+STAGE_2 = [
+    *(word for word in tiny_flags("transformer") if not any(name in word for name in OF_DATA)),
+    "--data.source=tokens",
+    "--model.network.backbone=adaln",
+]
+
+
+def maskgit_runs(*words: object) -> None:
+    assert main([str(word) for word in words]) == 0
+
+
+def save_photos(folder: Path, *, channels: int, size: tuple[int, int], vectors: bool = False) -> Path:
+    """Saves random PNG files of two classes; the left half is transparent if there are several channels."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 6)):
+        for label, name in enumerate("ab"):
+            (folder / split / name).mkdir(parents=True)
+            for number in range(count):
+                image = torch.from_numpy(generator.integers(90 * label, 90 * label + 90, (channels, *size), np.uint8))
+                if channels > 1:
+                    image[-1] = 255
+                    image[-1, :, : size[1] // 2] = 0
+                stem = folder / split / name / str(number)
+                stem.with_suffix(".png").write_bytes(encode_png(image))
+                if vectors:
+                    np.save(stem.with_suffix(".npy"), generator.normal(size=DIM).astype(np.float16))
+    return folder
+
+
+def size_and_mode(file: Path) -> tuple[tuple[int, int], str]:
+    with Image.open(file) as picture:
+        return picture.size, picture.mode
+
+
+@pytest.mark.slow  # 30 s
+def test_images_of_24_by_40_pixels_go_from_files_to_an_evaluation(tmp_path: Path, quick_judge: None) -> None:
+    photos = save_photos(tmp_path / "photos", channels=4, size=(30, 44))
+    shards, run = tmp_path / "shards", tmp_path / "runs" / "wide"
+    common = ("--recipe", "base", "--data", shards, "--run", run)
+    wide = ("--data.image_size=[24,40]", "--data.in_channels=3", "--model.network.channel_multipliers=[1,1,1]")
+    stage_1, stage_2 = (*common, *tiny_flags("tokenizer"), *wide), (*common, *STAGE_2)
+    maskgit_runs("data", "make", photos, "--out", shards, "--image-size", "24,40")
+    maskgit_runs("train", "tokenizer", *stage_1)
+    assert size_and_mode(run / "tokenizer" / "reconstructions.png")[1] == "RGB"
+    maskgit_runs("tokenize", *stage_2)
+    stored = json.loads((run / "tokens" / "store.json").read_text())
+    assert (stored["image_size"], stored["grid"]) == ([24, 40], [6, 10])
+    maskgit_runs("train", "transformer", *stage_2)
+    assert json.loads((run / "pretrained" / "tokenizer" / "config.json").read_text())["image_size"] == [24, 40]
+    maskgit_runs("sample", run, "--classes", "a", "--per-class", 2, "--images", tmp_path / "made", "--gif",
+                 tmp_path / "a.gif", "--filmstrip", tmp_path / "a-steps.png", "--out", tmp_path / "a.png")  # fmt: skip
+    assert [size_and_mode(file) for file in (tmp_path / "made").glob("*.png")] == [((40, 24), "RGB")] * 2
+    maskgit_runs("edit", run, photos / "val" / "a" / "0.png", "--box", "0,0,50%,50%", "--class", "b", "--fit", "--out",
+                 tmp_path / "edited.png", "--images", tmp_path / "edited")  # fmt: skip
+    assert size_and_mode(next((tmp_path / "edited").glob("*.png"))) == ((40, 24), "RGB")
+    maskgit_runs("sample", run, "--num-images", 6, "--out", tmp_path / "many.npz")
+    assert np.load(tmp_path / "many.npz")["arr_0"].shape == (6, 24, 40, 3)  # over white
+    measured = (run, "--data", shards, "--num-images", 8, "--features", "classifier")
+    maskgit_runs("evaluate", *measured, "--likelihood-images", 4)
+    judge = load_classifier(tmp_path / "runs" / "shards-classifier" / "small").network.sizes
+    assert (judge.in_channels, judge.image_size) == (3, (24, 40))
+    assert json.loads((run / "evaluation.json").read_text())["model"]["image_size"] == [24, 40]
+    maskgit_runs("evaluate-tokenizer", *measured)
+    maskgit_runs("inspect", run, "--data", shards)
+    maskgit_runs("doctor", "tokenizer", *stage_1)
+    maskgit_runs("train", "transformer", *stage_2, "--trainer.max_steps=3")  # resumes
+
+
+@pytest.mark.slow  # 20 s
+def test_images_with_vectors_go_from_files_to_an_evaluation(tmp_path: Path, quick_judge: None) -> None:
+    photos = save_photos(tmp_path / "photos", channels=1, size=(8, 8), vectors=True)
+    shards, run = tmp_path / "shards", tmp_path / "runs" / "demo"
+    common = ("--recipe", "base", "--data", shards, "--run", run)
+    stage_2 = (*common, *STAGE_2, "--data.vectors=true")
+    maskgit_runs("data", "make", photos, "--out", shards)
+    maskgit_runs("train", "tokenizer", *common, *tiny_flags("tokenizer"))
+    maskgit_runs("tokenize", *stage_2)
+    maskgit_runs("train", "transformer", *stage_2)
+    assert load_transformer(run / "pretrained" / "transformer").network.config.condition_dim == DIM
+    np.save(tmp_path / "vectors.npy", np.random.default_rng(1).normal(size=(5, DIM)))
+    sample = ("sample", run, "--vectors", tmp_path / "vectors.npy")
+    maskgit_runs(*sample, "--classes", "a", "--images", tmp_path / "images", "--out", tmp_path / "samples.png")
+    assert len(list((tmp_path / "images").glob("*.png"))) == 5
+    maskgit_runs(*sample, "--num-images", 6, "--out", tmp_path / "s.npz")
+    assert np.load(tmp_path / "s.npz")["arr_0"].shape == (6, 8, 8, 3)
+    maskgit_runs("evaluate", run, "--data", shards, "--num-images", 8, "--features", "classifier",
+                 "--likelihood-images", 4)  # fmt: skip
+    assert (run / "evaluation.json").is_file()
+
+
+def test_a_recipe_that_takes_vectors_needs_a_backbone_for_them(maskgit, tiny_pretrained, tmp_path: Path) -> None:
+    photos = save_photos(tmp_path / "photos", channels=1, size=(8, 8), vectors=True)
+    maskgit_runs("data", "make", photos, "--out", tmp_path / "shards")
+    where = ("--data", tmp_path / "shards", "--tokenizer", tiny_pretrained / "tokenizer", "--run", tmp_path / "no")
+    train = ("train", "transformer", *where, *STAGE_2, "--data.source=images")
+    of_bert = maskgit(*train, "--data.vectors=true", "--model.network.backbone=bert")
+    refused(of_bert, "condition_dim must be 0 for the backbone bert")
+    without = maskgit(*train, "--model.network.condition_dim=3")
+    refused(without, "model.network.condition_dim must be 0", "data.vectors False, got 3")

@@ -1,0 +1,251 @@
+"""Wrong commands: each is answered with one line that names the thing, the rule and the way out, and writes nothing."""
+
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from tests.cli.commands import Answer, pixels, refused
+from tests.conftest import save_tiny_pretrained, tiny_flags
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+WHERE = "--data shards --run one"
+TRAIN = {  # words with which the tiny trainings begin
+    "TOKENIZER": ["train", "tokenizer", *shlex.split(WHERE), *tiny_flags("tokenizer")],
+    "TRANSFORMER": [
+        "train", "transformer", *shlex.split(WHERE), "--tokenizer", "model/tokenizer", *tiny_flags("transformer")
+    ],
+}  # fmt: skip
+SUBMIT = f"slurm submit tokenizer {WHERE} --nodes 2 --devices 1 --dry-run"
+TOKENIZE = "tokenize --data shards --tokenizer model/tokenizer"
+BOX = "edit model image.png --class 1 --box 0,0,4,2"
+JAX = "import-jax --tokenizer vqvae --out new"
+
+
+@pytest.fixture(scope="module")
+def workplace(tiny_pretrained: Path, tiny_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, data and files, good and bad, which all commands of the tables name."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for name, target in {
+        "model": tiny_pretrained,
+        "shards": tiny_shards,
+        "photos": tiny_shards.parent / "images",
+    }.items():
+        (folder / name).symlink_to(target)
+    (folder / "vqvae").symlink_to(GOLDEN / "vqvae_checkpoint.msgpack")
+    save_tiny_pretrained(folder / "causal", attention="causal")
+    Image.fromarray(pixels().numpy()).save(folder / "image.png")
+    Image.new("L", (8, 8), 0).save(folder / "black.png")
+    (folder / "text.jpg").write_text("hello")
+    (folder / "other.json").write_text('{"steps": 8}')
+    (folder / "latin.txt").write_bytes(b"\xff\xfe")
+    (folder / "empty").mkdir()
+    (folder / "lfs").write_text("version https://git-lfs.github.com/spec/v1")
+    return folder
+
+
+@pytest.fixture
+def is_refused(
+    workplace: Path, maskgit: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str, str], None]:
+    """Checks that a command is answered with one line that has a text, and writes nothing."""
+
+    def check(command: str, text: str) -> None:
+        monkeypatch.chdir(workplace)
+        monkeypatch.setenv("PATH", "")  # no Slurm
+        files = sorted(workplace.rglob("*"))
+        words = [part for word in shlex.split(command) for part in TRAIN.get(word, [word])]
+        answer = maskgit(*words)
+        refused(answer, text)
+        assert answer.error.startswith("maskgit"), answer.error
+        assert sorted(workplace.rglob("*")) == files
+
+    return check
+
+
+# Words: commands, flags and choices
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("sampel model", "maskgit: unknown command 'sampel': did you mean 'sample'? commands: demo, models, data, "),
+        ("data mak", "maskgit data: unknown command 'mak': did you mean 'make'? commands: make, index, verify, fetch"),
+        ("slurm sumbit", "did you mean 'submit'?"),
+        ("train", "the following arguments are required: tokenizer|transformer; see maskgit train --help"),
+        ("edit model image.png", "the following arguments are required: --class"),
+        ("train tokeniser", "stage must be one of tokenizer, transformer, got 'tokeniser'; did you mean 'tokenizer'?"),
+        ("completion fish", "shell must be one of bash, zsh, got 'fish'"),
+        ("sample model --num-inference-steps 8", "--num-inference-steps 8; did you mean '--num-steps'?"),
+        ("data make x --out y --val-fractoin=1", "did you mean '--val-fraction'?"),
+        ("sample model --foo", "unknown argument --foo\n"),
+        ("sample model --seed", "--seed: expected one argument; give a value that begins with - as FLAG=VALUE; see"),
+        ("sample model --seed abc", "--seed must be an integer, got 'abc'"),
+        ("sample model --dtype bf16", "--dtype must be one of auto, float32, bfloat16, got 'bf16'; did you mean 'bflo"),
+        ("schedules --num-steps=--", "maskgit: --num-steps must have a value, got '--'"),
+        ("sample ''", "RUN must not be empty, got ''"),
+        ("train-classifier --data=", "--data must not be empty, got ''"),
+        ("data fetch fashion-mnst", "did you mean 'fashion-mnist'?"),
+        ("data make photos --out=new --image-size=0", "--image-size must be an integer in [1, 65536]"),
+        ("import-tokenizer lfs --out new --layout taming", "did you mean 'taming-transformers'?"),
+        ("recipes show cosin", "did you mean 'cosine'?"),
+        ("recipes copy log --as=../x", "--as must be letters, digits and ._-, got '../x'"),
+        ("plugins quantisers", "KIND must be one of mask_schedules, "),
+        ("schedules --schedules COSINE", "did you mean 'cosine'?"),
+        ("schedules --schedules '{name'", "--schedules must be a name or a mapping such as"),
+        ("doctor --recipe=paper-256", "stage must be tokenizer or transformer"),
+        ("doctor transformer --device-memory=much", "--device-memory must be a size such as 80GB"),
+        ("doctor transformer --device=h1000", "--device must be one of a100-40"),
+    ],
+)
+def test_a_wrong_command_flag_or_choice_is_one_line_with_the_nearest(is_refused, command: str, text: str) -> None:
+    is_refused(command, text)
+
+
+# Files that are read: data and weights
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("data make nowhere --out new", "source nowhere does not exist"),
+        ("data make empty --out new", "source empty must "),  # SOURCE is no flag
+        ("data make text.jpg --out new", "got: not a tar, or its first header is damaged; it begins with b'hello'"),
+        ("data make photos --out new --val-fraction 0.5", "--val-fraction must not be set for source photos"),
+        ("data index nowhere", "nowhere"),
+        ("data index shards --train ''", "shard pattern '' must be a glob"),
+        ("data index shards --label-field x --no-labels", "--label-field must not be given with --no-labels"),
+        ("data index shards --class-names a,a", "class names must be unique and not empty"),
+        ("data index shards --class-names latin.txt", "latin.txt must be UTF-8 text, one name per line"),
+        ("data verify nowhere", "nowhere"),
+        (f"{JAX} --tokenizer nowhere", "nowhere: no such file; download it, or name another"),
+        (f"{JAX} --transformer lfs", "fetch the weights with `git lfs pull`"),
+        (f"{JAX} --out model", "must be a new or empty folder, got one with content"),
+        (f"{JAX} --out lfs/new", "--out must be in a writable folder"),
+        ("import-tokenizer lfs --out new", "fetch the weights with `git lfs pull`"),
+        ("import-transformer lfs --tokenizer model --out new", "fetch the weights with `git lfs pull`"),
+        ("export empty", "has no stage with checkpoints"),
+        (
+            "export model --format onnx",
+            "--out must name the folder to write with --format onnx, such as --out exported",
+        ),
+        ("export model --format pt2 --step 3 --out new", "--step must be left out with --format pt2"),
+    ],
+)
+def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, command: str, text: str) -> None:
+    is_refused(command, text)
+
+
+# Models and their settings
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("sample fashion-mnist-dmo", "no such folder; did you mean fashion-mnist-demo?"),
+        ("sample runs/fashion-mnist-adaln", "no such folder; train one with `maskgit demo`, or name another folder"),
+        ("evaluate fashion-mnist-demo", "it was fashion-mnist: make it with `maskgit data fetch fashion-mnist --out "),
+        ("sample model --classes Trousers", "did you mean 'Trouser'"),
+        ("sample model --negative-class Trousers", "did you mean 'Trouser'"),
+        ("sample model --per-class 0", "--per-class must be an integer in [1, 10000], got 0"),
+        ("sample model --token-selector confidnce", "unknown token selector 'confidnce': did you mean 'confidence'"),
+        ("sample model --tokens-per-step 1,2", "--tokens-per-step must sum to 16, the tokens per image"),
+        ("sample model --num-steps 17", "--num-steps must be <= 16"),
+        ("sample model --guidance-scale nan", "--guidance-scale must be a finite number in [0, 10000], got nan"),
+        ("sample model --token-selector '{name: [}'", "must be a name or a mapping such as '{name: remdm, eta: 0.4}'"),
+        ("sample model --sampling-temperature 1,2,3", "--sampling-temperature must be a number >= 0, or two"),
+        ("sample model --decoding nowhere.json", "decoding nowhere.json: no such file"),
+        ("sample model --decoding other.json", "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
+        ("sample model --num-images 0 --out a.npz", "--num-images must be an integer in [1, inf), got 0"),
+        ("sample model --num-images 5", "--out must end in .npz with --num-images, got samples.png"),
+        ("sample model --out a.npz", "--out must end in .png without --num-images, got a.npz"),
+        ("sample model --filmstrip samples.png", "--filmstrip must differ from --out, got samples.png for both"),
+        ("sample model --rank 0 --world-size 2", "--rank and --world-size must be given with --num-images"),
+        ("sample model --num-images 5 --out a.npz --rank 1", "--rank and --world-size must be given together"),
+        ("sample model --num-images 5 --out a.npz --rank 2 --world-size 2", "--rank must be in [0, 2)"),
+        ("sample model --num-images 5 --out a.npz --gif a.gif", "--gif must not be given with --num-images"),
+        ("sample model --classifier x", "--classifier must be given with --accept-rate"),
+        ("sample model --accept-rate 0.5", "or name a classifier with --classifier"),
+        ("sample model --accept-rate 0.5 --classifier nowhere", "--classifier nowhere: no classifier there"),
+        ("sample model --vectors any.npy", "--vectors must be left out"),
+        ("sample causal --num-steps 8", "--num-steps must be 16 for an autoregressive model, one step per"),
+        ("sample causal --token-selector halton", "--token-selector must not be set for an autoregressive model"),
+        ("panorama causal --classes 0 --width 16", "panorama requires a model with bidirectional attention"),
+        ("compare causal --data shards", "compare requires a model with bidirectional attention"),
+        ("tune causal --data shards", "tune requires a model with bidirectional attention"),
+        ("panorama model --width 20 --classes Trousers", "unknown class 'Trousers': did you mean 'Trouser'"),
+        ("edit model image.png --class 1", "one of --box and --mask and --strength must be given, got neither"),
+        ("edit model image.png --class 1 --strength 1.5", "--strength must be a number in (0, 1], got 1.5"),
+        ("edit model text.jpg --class 1 --box 0,0,4,2", "text.jpg must be a JPEG, PNG or WebP"),
+        ("edit model image.png --class 1 --mask black.png", "must not be empty"),
+        (f"{BOX} --class Trousers", "unknown class 'Trousers': did you mean 'Trouser'"),
+        (f"{BOX} --strength 0.5", "--box must not be given with --strength"),
+        (f"{BOX} --mask m.png", "--box must not be given with --mask; choose one of the two"),
+        (f"{BOX} --box 0,0,1", "10%,20%,60%,80%, got 0,0,1"),
+        (f"{BOX} --box 0,0,9,2", "--box must lie in the image"),
+        (f"{BOX} --out image.png", "--out must not overwrite a file that the command reads, got image.png"),
+        (f"{BOX} --variants 0", "--variants must be an integer in [1, 10000], got 0"),
+        (f"{BOX} --dilation -1", "--dilation must be an integer in [0, 65536], got -1"),
+        ("outpaint model image.png", "one of --left, --right, --up, --down and --all must be > 0 pixels, got none"),
+        ("outpaint model image.png --right 4000000000000", "--right must be an integer in [0, 64000000]"),
+        ("outpaint model image.png --all 16000", "width must be smaller, because a canvas has at most 64000000"),
+    ],
+)  # fmt: skip
+def test_a_wrong_model_image_or_setting_is_one_line(is_refused, command: str, text: str) -> None:
+    is_refused(command, text)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is found")
+def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
+    text = "--device must be one of cpu, got 'gpu'; the name of a GPU is 'cuda' (torch"
+    is_refused("sample model --device gpu", text)
+    is_refused("TOKENIZER --trainer.accelerator=gpu", "trainer: accelerator 'gpu'")
+
+
+# Runs and their recipes
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("demo --image photos", "unknown argument --image; did you mean '--images'?"),
+        ("demo --dataset mine", "data data/shards/mine: no such folder; convert your own images with --images FOLDER"),
+        ("train tokenizer --config nope.yaml", "--config nope.yaml: no such file"),
+        ("train tokenizer --config other.json", "other.json"),
+        ("train tokenizer", "data data/shards/fashion-mnist: no such folder; make it with `maskgit data fetch"),
+        ("TOKENIZER --recipe=cosin", "did you mean 'cosine'"),
+        ("TOKENIZER --data=nowhere", "data nowhere: no such folder"),
+        ("TOKENIZER --trainer.max_steps=-1", "trainer.max_steps must be >= 1, got -1"),
+        ("TOKENIZER --trainer.devices=-1", "trainer: "),
+        ("TOKENIZER --keep_every=7", "keep_every must be a multiple of checkpoint_every (1000)"),
+        ("TOKENIZER --loggers=wandbb", "unknown logger 'wandbb': did you mean 'wandb'?"),
+        ("TOKENIZER --loggers='{name: csv, name: csv}'", "loggers"),
+        ("TOKENIZER --data.image_size=[24,40,3]", "data.image_size must be"),
+        ("TOKENIZER --pretrained nowhere", "pretrained nowhere: no tokenizer/config.json there"),
+        ("TOKENIZER --pretrained model --model.network.base_channels=16", "do not fit"),
+        ("TRANSFORMER --tokenizer=nowhere", "tokenizer nowhere: no config.json there"),
+        ("TRANSFORMER --model.network.num_classes=4", "num_classes must be 3"),
+        ("TRANSFORMER --model.decoding.num_steps=99", "num_steps must be <= 16"),
+        ("TRANSFORMER --model.network.class_dropout=0", "model.decoding.guidance"),
+        ("TRANSFORMER --pretrained model --model.network.embed_dim=32", "model.network.embed_dim"),
+        ("TRANSFORMER --recipe=autoregressive --pretrained model", "model.decoding"),
+        ("TRANSFORMER --data.vectors=true", "data.vectors must be false"),
+        ("TRANSFORMER --profiler=simpel", "unknown profiler 'simpel': did you mean 'simple'?"),
+        ("TRANSFORMER --trainer.profiler=simple", "name it with the key profiler"),
+        ("TRANSFORMER --model.optimizer.algorithm=muon --trainer.strategy=fsdp", "trainer.strategy must be 'ddp' or"),
+        ("TRANSFORMER --data.source=tokens", "no complete token store in runs/one/tokens; make it with "
+         "`maskgit tokenize --data shards --tokenizer model/tokenizer --run one --data."),
+        (f"{TOKENIZE} --rank 0", "--rank and --world-size must be given together"),
+        (f"{TOKENIZE} --part-size 0", "part_size must be an integer in [1, inf)"),
+        (f"{SUBMIT} --cpus=0", "--cpus must be an integer in"),
+        (f"{SUBMIT} --cluster=fsdp", "trainer.strategy must"),
+        (f"{SUBMIT} --trainer.num_nodes=4", "--trainer.num_nodes"),
+        (f"{SUBMIT} --sbatch=-N4", "sbatch must not have -N"),
+        (SUBMIT.removesuffix(" --dry-run"), "--dry-run"),  # there is no Slurm
+    ],
+)  # fmt: skip
+def test_a_wrong_run_or_recipe_is_one_line_before_training(is_refused, command: str, text: str) -> None:
+    is_refused(command, text)
