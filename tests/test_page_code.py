@@ -29,7 +29,7 @@ for kind, out in (("onnx", "exported"), ("diffusers", "folder")):
 """
 BEFORE = {"docs/decoding/README.md": OPEN, "docs/export.md": EXPORT}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
-    "README.md": ["sneaker.png"],
+    "README.md": ["shirt.png"],
     "docs/index.md": ["sneaker.png"],
     "docs/export.md": ["generated.png"],
     "docs/generation.md": ["sneaker.png", "folder/config.json"],

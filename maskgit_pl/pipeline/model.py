@@ -273,7 +273,7 @@ class MaskGIT:
             config.condition_dim,
         )
 
-    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moves both networks, and casts them if a ``dtype`` is given.
 
         Args:
