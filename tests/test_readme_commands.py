@@ -148,7 +148,7 @@ def test_what_takes_seconds_is_run_in_order(tmp_path: Path) -> None:
         assert done.returncode == 0, f"{line or block}\n{done.stdout}{done.stderr}"
         ran += 1
     assert ran >= 9
-    for made in ("sneaker.png", "others.png", "boot.png", "boot.gif", "wide.png", "bags.png", "schedules.png"):
+    for made in ("shirt.png", "others.png", "sleeves.png", "sleeves.gif", "wide.png", "bags.png", "schedules.png"):
         assert (tmp_path / made).is_file(), made
 
 
