@@ -94,17 +94,6 @@ def test_animation_and_filmstrip_decode_each_step_once(tmp_path):
     assert made.title == "Bag, seed 3: 2 steps, token selector confidence"
 
 
-def test_recordings_share_the_images_of_equal_steps_only():
-    decoded: list[int] = []
-    first = recording(STEPS[:1], decoded)
-    images = first.images_at(0)
-    assert replace(first, steps=STEPS).images_at(0) is images
-    assert decoded == [2]
-    changed = replace(first, steps=[replace(STEPS[0], tokens=STEPS[0].tokens + 1)])
-    assert changed.images_at(0) is not images
-    assert decoded == [2, 2]
-
-
 def test_a_filmstrip_of_many_steps_decodes_and_shows_twelve(tmp_path):
     decoded: list[int] = []
     recording([replace(STEPS[0], step=number) for number in range(30)], decoded).save(tmp_path / "strip.png")

@@ -361,9 +361,3 @@ def test_copies_follow_their_own_weights(own, copied):
     write_with_numpy(twin.transformer.network)
     assert torch.equal(CALLS["generate"](twin), CALLS["generate"](renewed(twin)))
     assert torch.equal(CALLS["generate"](own), before)
-
-
-def test_a_pickle_holds_the_weights_once(own):
-    CALLS["generate"](own)
-    own.transformer.caches.first_step.clear()
-    assert len(pickle.dumps(own.transformer.caches)) < 1.5 * len(pickle.dumps(own.transformer.network))

@@ -3,12 +3,9 @@
 import logging
 import math
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from maskgit_pl.cli import main
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig, DecodingStep
 from maskgit_pl.evaluation import generation
@@ -397,22 +394,3 @@ def test_the_tasks_of_table_2_are_measured_on_cut_images(cut, task):
     hidden = generation.hide_pixels(task, cut.tokenizer, originals)
     mask = generation.make_hidden_mask(task, cut.tokenizer)
     assert torch.equal(edited[1], cut.inpaint(hidden[1], mask, classes=[1], seed=4, output_type="pt")[0])
-
-
-@pytest.mark.slow
-def test_commands_write_pictures_of_cut_images_and_canvases(cut, tmp_path):
-    Image.fromarray(np.full((7, 7), 90, np.uint8)).save(tmp_path / "own.png")
-    Image.fromarray(np.full((8, 6), 90, np.uint8)).save(tmp_path / "photo.png")
-    for command, size, words in (
-        ("sample", (7, 7), ["--classes", "0", "--per-class", "1"]),
-        ("inpaint", (7, 7), [tmp_path / "own.png", "--box", "0,0,3,3", "--variants", "1"]),
-        ("outpaint", (8, 8), [tmp_path / "photo.png", "--right", "2", "--variants", "1"]),
-        ("panorama", (8, 8), ["--classes", "0", "--width", "8"]),
-    ):
-        out = [
-            f"--{kind}={tmp_path / command}{end}" for kind, end in (("out", ".png"), ("gif", ".gif"), ("images", ""))
-        ]
-        assert main([command, *map(str, (cut.transformer.folder.parent, *words, *out)), "--device", "cpu"]) == 0
-        (file,) = (tmp_path / command).iterdir()
-        with Image.open(file) as image:
-            assert image.size == size

@@ -38,12 +38,6 @@ def test_output_types_hold_the_same_pixels(pipe) -> None:
     assert (np.stack([np.asarray(picture) for picture in pipe.generate([0, 1])]) == array[..., 0]).all()
 
 
-def test_the_repr_of_a_pipeline_is_one_line_with_its_sizes(pipe) -> None:
-    sizes = "pretrained: 3 classes, grey images of 8 x 8 pixels, 4 x 4 tokens of 16 codes, 4 steps"
-    assert f"{sizes}, " in repr(pipe).replace(pipe._origin.name, "pretrained")
-    assert repr(pipe).endswith("parameters, float32 on cpu)")
-
-
 @pytest.mark.parametrize("device", ["cuda:99", "cdua", torch.device("cuda", 99), "meta"])
 def test_a_missing_device_is_refused_before_anything_moves(pipe, device) -> None:
     with pytest.raises(ValueError, match=rf"device must be one of cpu.*, got '{device}'"):

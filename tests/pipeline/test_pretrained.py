@@ -19,7 +19,6 @@ from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import read_tensors
-from maskgit_pl.pipeline.fine_tuning import images_at_once
 from maskgit_pl.pipeline.pretrained import (
     fingerprint,
     load_tokenizer,
@@ -338,11 +337,6 @@ def test_decoded_images_are_cut_to_the_image_size_and_clipped() -> None:
     with torch.no_grad():
         exact = tokenizer.network.decode(tokens, (4, 4))[..., :14, :14].clamp(0, 1) * 255
     assert (images - exact).abs().max() <= 0.5
-
-
-@pytest.mark.parametrize(("size", "count"), [((256, 256), 16), ((512, 512), 4), ((28, 28), 1337), ((4096, 4096), 1)])
-def test_the_number_of_images_at_once_bounds_their_pixels(size, count):
-    assert images_at_once(*size) == count
 
 
 def test_images_are_decoded_and_encoded_in_parts(monkeypatch):
