@@ -20,7 +20,7 @@ from maskgit_pl.distributed import (
 
 
 def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int = 0) -> None:
-    """Makes torch find ``count`` accelerators of a kind."""
+    """Lets torch find ``count`` accelerators of a kind."""
     device = None if kind is None else torch.device(kind)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: device)
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: count > 0)
@@ -36,7 +36,7 @@ def accelerators(monkeypatch: pytest.MonkeyPatch, kind: str | None, count: int =
         ("cuda", 2, ["cpu", "cuda", "cuda:0", "cuda:1"]),
     ],
 )
-def test_names_are_those_of_the_devices_that_are_there(monkeypatch, kind, count, names):
+def test_the_names_are_those_of_the_available_devices(monkeypatch, kind, count, names):
     accelerators(monkeypatch, kind, count)
     assert device_names() == names
     for name in names:
@@ -44,29 +44,24 @@ def test_names_are_those_of_the_devices_that_are_there(monkeypatch, kind, count,
         assert check_device(torch.device(name)) == torch.device(name)
 
 
-@pytest.mark.parametrize("name", ["cuda:2", "mps", "cdua", "", "cuda:x", "cuda0", "meta"])
-def test_another_name_is_answered_with_those_that_there_are(monkeypatch, name):
+@pytest.mark.parametrize("name", ["cuda:2", "mps", "cdua", "", "cuda:x", "meta"])
+def test_an_unavailable_device_is_answered_with_the_available_ones(monkeypatch, name):
     accelerators(monkeypatch, "cuda", 2)
     with pytest.raises(ValueError, match=r"--device must be one of cpu, cuda, cuda:0, cuda:1, got") as caught:
         check_device(name, name="--device")
     assert "finds no GPU" not in str(caught.value)
-
-
-def test_where_there_is_no_gpu_the_answer_says_so(monkeypatch):
     accelerators(monkeypatch, None)
     with pytest.raises(ValueError, match=r"device must be one of cpu, got 'cuda'.*\(torch .* finds no GPU here\)"):
         check_device("cuda")
 
 
-def test_processes_of_one_machine_have_a_gpu_of_their_own_by_default(monkeypatch):
+def test_each_process_of_a_machine_gets_its_own_gpu(monkeypatch):
     accelerators(monkeypatch, None)
     assert default_device() == default_device(local_rank=3) == "cpu"
     accelerators(monkeypatch, "cuda", 2)
     assert default_device() == "cuda"
     assert [default_device(local_rank=rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
     assert (find_device(None), find_device("cuda:1")) == ("cuda", "cuda:1")
-    with pytest.raises(ValueError, match="device must be one of cpu, cuda"):
-        find_device("cuda:2")
     accelerators(monkeypatch, "mps", 1)
     assert default_device() == find_device(None) == "mps"
 
@@ -74,15 +69,14 @@ def test_processes_of_one_machine_have_a_gpu_of_their_own_by_default(monkeypatch
 @pytest.mark.parametrize(
     ("known", "expected"),
     [
-        ({}, False),
         ({"avx512_f": True}, False),
         ({"avx512_bf16": True}, True),
         ({"amx_bf16": True}, True),
-        (None, False),
+        (None, False),  # a version of torch that does not tell
     ],
 )
 def test_bfloat16_is_chosen_where_the_cpu_has_instructions_for_it(monkeypatch, known, expected):
-    if known is None:  # a version of torch that does not tell
+    if known is None:
         monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     else:
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known, raising=False)

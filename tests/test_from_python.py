@@ -22,14 +22,12 @@ EXAMPLE = REPOSITORY / "docs" / "from_python.py"
 def shards(tmp_path: Path) -> Path:
     """Writes grey 28 px images of two classes that differ in brightness."""
     generator = torch.Generator().manual_seed(0)
-    for split, each in (("train", 32), ("val", 16)):
-        for label in (0, 1):
+    for split, count in (("train", 32), ("val", 16)):
+        for label, low in enumerate((0, 128)):
             folder = tmp_path / "images" / split / f"class{label}"
             folder.mkdir(parents=True)
-            for number in range(each):
-                image = torch.randint(
-                    128 * label, 128 * label + 127, (1, 28, 28), dtype=torch.uint8, generator=generator
-                )
+            for number in range(count):
+                image = torch.randint(low, low + 127, (1, 28, 28), dtype=torch.uint8, generator=generator)
                 (folder / f"{number}.png").write_bytes(encode_png(image))
     make_shards(open_source(tmp_path / "images"), tmp_path / "shards")
     return tmp_path / "shards"

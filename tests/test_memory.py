@@ -27,7 +27,7 @@ pytestmark = [
 
 
 class Gauge(Callback):
-    """Resident kilobytes and open files of this process and its workers, every few steps."""
+    """Counts the resident kilobytes and open files of this process and its workers, every few steps."""
 
     def __init__(self) -> None:
         self.steps: list[int] = []
@@ -48,7 +48,7 @@ class Gauge(Callback):
 
 
 def test_memory_and_open_files_stay_level_over_2000_steps(tiny_shards, tiny_pretrained, tmp_path):
-    num_workers = 2  # what reads without workers reads in them too
+    num_workers = 2
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.manual_seed(0)
     network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, dropout=0.0)
@@ -73,5 +73,5 @@ def test_memory_and_open_files_stay_level_over_2000_steps(tiny_shards, tiny_pret
         print(f"{num_workers} workers, {name}: {slope:+.0f} kB in 100 steps, {min(files)} to {max(files)} open files")
         assert slope < MOST, kilobytes
         half = len(files) // 2
-        on_the_way = len(Batch._fields)  # tensors between processes are open files too: one batch more or less
-        assert max(files[half:]) <= max(files[:half]) + on_the_way, files
+        # Tensors between processes are open files too: one batch more or less.
+        assert max(files[half:]) <= max(files[:half]) + len(Batch._fields), files

@@ -1,8 +1,8 @@
-"""The notebook runs from top to bottom, and shows what its objects draw. ``python -m tests.test_notebook`` runs it and
-writes its outputs."""
+"""The notebook runs from top to bottom. ``python -m tests.test_notebook`` runs it and writes its outputs."""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
@@ -38,14 +38,10 @@ def pictures(notebook: Any) -> int:
 
 
 def test_the_notebook_is_small_and_has_its_outputs():
-    import json
-
     notebook = json.loads(NOTEBOOK.read_text())
     assert NOTEBOOK.stat().st_size < MOST_BYTES
     assert pictures(notebook) == PICTURES
-    assert [
-        output for output in outputs(notebook) if output["output_type"] == "error" or output.get("name") == "stderr"
-    ] == []
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs(notebook))
     counts = [cell["execution_count"] for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert counts == [*range(1, len(counts) + 1)], "run it from top to bottom: python -m tests.test_notebook"
     assert "/" + "tmp/" not in NOTEBOOK.read_text()

@@ -28,10 +28,10 @@ for kind, out in (("onnx", "exported"), ("diffusers", "folder")):
 """
 BEFORE = {"docs/export.md": EXPORT}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
-    "README.md": ["sneaker.png"],
+    "README.md": ["shirt.png"],
     "docs/index.md": ["sneaker.png"],
     "docs/export.md": ["generated.png"],
-    "docs/generation.md": ["sneaker.png", "folder/config.json"],
+    "docs/generation.md": ["shirt.png", "folder/config.json"],
     "docs/own-images.md": ["wanted.npy"],
     "docs/python.md": ["first.png", "my-model/transformer/model.safetensors"],
 }

@@ -122,7 +122,7 @@ def test_commands_that_take_seconds_run_in_order(tmp_path: Path, monkeypatch: py
                 assert main(command) == 0, line
                 ran += 1
     assert ran >= 9
-    for name in ("sneaker.png", "others.png", "boot.png", "boot.gif", "wide.png", "bags.png", "schedules.png"):
+    for name in ("shirt.png", "others.png", "sleeves.png", "sleeves.gif", "wide.png", "bags.png", "schedules.png"):
         assert (tmp_path / name).is_file(), name
 
 

@@ -21,9 +21,13 @@ LENGTH = {**HOST, "content-length": "1000"}
         ("/", HOST, 200),
         ("/", {"host": "192.168.0.7:7860"}, 200),
         ("/", {"host": "Node1.cluster"}, 200),
+        ("/", {"host": "[::1]:7860"}, 200),
         ("/", {"host": "node1.cluster.example"}, 403),
+        ("/", {"host": ""}, 403),
+        ("/", {"host": "[::1"}, 403),
         ("/", {**HOST, "origin": "http://LOCALHOST:7860"}, 200),
         ("/", {**HOST, "origin": "http://localhost"}, 403),
+        ("/", {**HOST, "origin": "null"}, 403),
         ("/upload", LENGTH, 200),
         ("/upload", {**HOST, "content-length": str(2**24)}, 200),
         ("/upload", {**HOST, "content-length": str(2**25)}, 413),
@@ -32,10 +36,9 @@ LENGTH = {**HOST, "content-length": "1000"}
     ],
     ids=str,
 )
-def test_the_guard_answers_the_page_only(tmp_path, path, headers, status):
-    assert (
-        asyncio.run(ask(Guard(answer, names={"localhost", "node1.cluster"}, folder=tmp_path), path, headers)) == status
-    )
+def test_the_guard_answers_only_requests_of_the_page(tmp_path, path, headers, status):
+    guard = Guard(answer, names={"localhost", "node1.cluster"}, folder=tmp_path)
+    assert asyncio.run(ask(guard, path, headers)) == status
 
 
 def test_uploads_stop_while_the_folder_is_full(tmp_path, monkeypatch):
@@ -88,7 +91,7 @@ def test_the_page_has_the_names_of_its_machine(monkeypatch):
     assert names_of("0.0.0.0") == {"localhost", "0.0.0.0", "node1", "node1.local", "node1.cluster"}
 
 
-def test_a_used_port_is_named():
+def test_a_used_port_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as used:
         port = used.getsockname()[1]
         with pytest.raises(ValueError, match=f"free port of this machine, got 127.0.0.1:{port}"):
@@ -104,7 +107,7 @@ def test_the_command_shows_the_model_of_the_package_by_default():
     assert read_call(args.function, vars(args)) == {"folder": Path("runs/one"), "port": 80}
 
 
-def test_without_gradio_the_command_says_how_to_install_it(monkeypatch, capsys):
+def test_the_command_tells_how_to_install_gradio(monkeypatch, capsys):
     monkeypatch.setattr(server, "find_spec", lambda name: None)
     assert main(["web"]) == 2
     assert capsys.readouterr().err == "maskgit web: web requires the package gradio: pip install 'maskgit_pl[web]'\n"

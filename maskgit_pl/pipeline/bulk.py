@@ -28,6 +28,7 @@ from maskgit_pl.checks import check_integer, height_width, plain_number, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import parse_json, remove_partials, size_text, write_atomically
 from maskgit_pl.networks.weights import tensors_digest
+from maskgit_pl.pipeline.card import flatten
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, DecodingKeywords, StepCallback, read_options
 
@@ -265,7 +266,7 @@ def is_finished(file: Path, plan: BulkPlan) -> bool:
     if old.get("format") != _FORMAT:
         raise FileExistsError(f"{file} exists and was not written by generate_many; delete it, or name another file")
     # JSON turns tuples into lists, so the new plan is converted too before the comparison.
-    before, now = dict(_flat(old)), dict(_flat(json.loads(plan.text)))
+    before, now = dict(flatten(old)), dict(flatten(json.loads(plan.text)))
     keys = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
     if keys:
         changes = ", ".join(f"{key} {shorten(before.get(key))} -> {shorten(now.get(key))}" for key in keys)
@@ -353,12 +354,3 @@ def _read(parts: list[Path]) -> Iterator[bytes]:
         with part.open("rb") as stream:
             while chunk := stream.read(_CHUNK):
                 yield chunk
-
-
-def _flat(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each value of nested mappings with its dotted key."""
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{path}{key}.")
-        else:
-            yield f"{path}{key}", value

@@ -32,9 +32,9 @@ __all__ = [
     "PLACEHOLDER",
     "STAGES",
     "RunOrigin",
-    "check_run",
     "describe_folder",
     "fingerprints",
+    "flatten",
     "model_card",
     "refresh_card",
     "write_card",
@@ -156,8 +156,9 @@ class RunOrigin:
 
     def weights(self) -> dict[str, str]:
         """Returns the ``fingerprints`` of the folder; empty if there is no folder any more."""
-        there = self.folder is not None and all((self.folder / stage).is_dir() for stage in STAGES)
-        return fingerprints(self.folder) if self.folder is not None and there else {}
+        if self.folder is None or not all((self.folder / stage).is_dir() for stage in STAGES):
+            return {}
+        return fingerprints(self.folder)
 
     def facts(self, weights: Mapping[str, str]) -> Mapping[str, Any]:
         """Returns the content of ``config.json`` if it describes exactly these weights, else an empty mapping."""
@@ -213,19 +214,8 @@ def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
         run: Run folder, ``runs/RUN``.
         weights: ``fingerprints`` of the pretrained folder. Metrics of other weights are left out.
     """
-    check_run(run)
     stages = {stage: _stage(run / stage) for stage in STAGES}
     return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
-
-
-def check_run(run: Path) -> None:
-    """Checks that a run exists, before weights are written.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
-    if not run.is_dir():
-        raise FileNotFoundError(f"run {run}: no such folder; name a run folder that training wrote, or leave it out")
 
 
 def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
@@ -293,16 +283,20 @@ def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | No
     return {
         "protocol": {key: protocol[key] for key in _PROTOCOL if isinstance(protocol, Mapping) and key in protocol},
         "device": _value(metrics, "environment.device"),
-        "figures": dict(_figures(figures)),
+        "figures": {
+            key: value
+            for key, value in flatten(figures)
+            if isinstance(value, int | float) and not isinstance(value, bool)
+        },
     }
 
 
-def _figures(values: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, float]]:
-    """Yields every number of a tree with its dotted path."""
-    for key, value in values.items():
+def flatten(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each value of nested mappings with its dotted key."""
+    for key, value in tree.items():
         if isinstance(value, Mapping):
-            yield from _figures(value, f"{path}{key}.")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield from flatten(value, f"{path}{key}.")
+        else:
             yield f"{path}{key}", value
 
 
@@ -348,11 +342,11 @@ def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:
         return
     protocol = measured["protocol"]
     for key, value in measured["figures"].items():
-        found = _SHARED_FIGURE.fullmatch(key)
+        match = _SHARED_FIGURE.fullmatch(key)
         # YAML and the Hub have no use for NaN and infinity.
-        if found is None or not isinstance(value, float) or not math.isfinite(value):
+        if match is None or not isinstance(value, float) or not math.isfinite(value):
             continue
-        metric, network = found.groups()
+        metric, network = match.groups()
         yield EvalResult(
             task_type=_TASK,
             dataset_type=printable(dataset),
@@ -370,7 +364,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
     channels = content["in_channels"]
     colour = "grey" if channels == 1 else "colour"
     # Class names come from the data: markdown() escapes them.
-    shown = ", ".join(markdown(each) for each in classes[:_NAMES_SHOWN])
+    names = ", ".join(map(markdown, classes[:_NAMES_SHOWN]))
     more = f" and {len(classes) - _NAMES_SHOWN} more" if len(classes) > _NAMES_SHOWN else ""
     parameters = content["parameters"]
     origin = "tuned for these weights" if content["decoding_is_tuned"] else "from the training recipe"
@@ -396,7 +390,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         "",
         "| property | value |",
         "|---|---|",
-        f"| classes | {shown}{more} |",
+        f"| classes | {names}{more} |",
         f"| no class | {'yes, `None`' if content['class_dropout'] else 'no, trained without class dropout'} |",
         f"| tokens per image | {grid[0]} x {grid[1]}, of {content['codebook_size']} codes |",
         *(f"| parameters, {stage} | {parameters[stage]:,} |" for stage in STAGES),

@@ -77,9 +77,9 @@ class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
             raise ValueError(
                 f"{name} must be left out, got {options[name]!r}; load the pipeline, then move it with pipe.to(device)"
             )
-        made = cls._read(Path(folder))
-        made.network.to(dtype=torch_dtype)
-        return made
+        part = cls._read(Path(folder))
+        part.network.to(dtype=torch_dtype)
+        return part
 
     @classmethod
     def _read(cls, folder: Path) -> Self:
@@ -202,8 +202,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             def end_step(step: DecodingStep) -> None:
                 bar.update()
                 if callback_on_step_end is not None:
-                    shown = {"tokens": step.tokens, "still_masked": step.still_masked}
-                    callback_on_step_end(self, step.step, step.step, shown)
+                    tensors = {"tokens": step.tokens, "still_masked": step.still_masked}
+                    callback_on_step_end(self, step.step, step.step, tensors)
 
             images: Any = maskgit.generate(class_labels, output_type=output_type, callback=end_step, **options)
         if output_type != "pil":
@@ -251,8 +251,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:
         """Returns the pretrained folder of a name, which is downloaded from the Hub if necessary."""
-        known = HubOptions.__annotations__
-        return find_folder(str(pretrained_model_name), **{name: options[name] for name in known if name in options})
+        hub = {name: options[name] for name in HubOptions.__annotations__ if name in options}
+        return find_folder(str(pretrained_model_name), **hub)
 
     @classmethod
     def load_config(cls, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -314,8 +314,8 @@ def _seeds(seed: Seeds | None, generator: torch.Generator | Sequence[torch.Gener
     if len(generators) != count:
         raise ValueError(f"generator must be one, or one for each of the {count} images, got {len(generators)}")
     return [
-        int(torch.randint(2**32, (), generator=each, device="cpu" if each is None else each.device))
-        for each in generators
+        int(torch.randint(2**32, (), generator=source, device="cpu" if source is None else source.device))
+        for source in generators
     ]
 
 
@@ -329,7 +329,7 @@ def _compare_images(pipe: MaskGITPipeline, model: MaskGIT) -> None:
     if condition_dim := model.transformer.network.config.condition_dim:
         options["vectors"] = torch.randn(2, condition_dim, generator=torch.Generator().manual_seed(0))
     pipe.set_progress_bar_config(disable=True)
-    found = pipe(classes, **options).images
-    if not torch.equal(found, model.generate(classes, **options).float() / 255):
+    images = pipe(classes, **options).images
+    if not torch.equal(images, model.generate(classes, **options).float() / 255):
         raise ValueError("the images of the folder must be those of MaskGIT, but pixels differ; nothing was written")
     _log.info("images of 2 classes are equal in diffusers and in MaskGIT")

@@ -27,7 +27,6 @@ from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.grids import (
     MASKED,
     NEW,
-    PANEL_SIZE,
     PAPER,
     REMASKED,
     REQUESTED,
@@ -99,7 +98,7 @@ class StepRecorder:
         is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
         if is_complete or len(step.tokens) != self._batch_size:
             return
-        names = [each.name for each in fields(step) if each.name != "step"]
+        names = [item.name for item in fields(step) if item.name != "step"]
         self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))
 
 
@@ -193,7 +192,7 @@ class Recording:
         for number in numbers:
             step, images = self.steps[number], self.images_at(number)
             above = [token_panel(step, row, image, size, requested=self.requested) for row, image in enumerate(images)]
-            below = [enlarge(image, panel_scale(images, PANEL_SIZE)) for image in images]
+            below = [enlarge(image, panel_scale(images)) for image in images]
             frame = lay_out([*above, *below], rows=2, columns=len(images), column_captions=captions)
             counts = sorted(set(step.still_masked.sum(1).tolist()))
             masked = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -223,13 +222,15 @@ class Recording:
         undrawn = [undrawn_tokens(step, steps[0])[0] for step in steps]
         # The highest confidence that was drawn is the brightest color. 1e-9 avoids a division by zero.
         drawn = [step.was_masked[0] & ~hidden for step, hidden in zip(steps, undrawn, strict=True)]
-        top = max(1e-9, *(float((step.confidence[0] * own).max()) for step, own in zip(steps, drawn, strict=True)))
+        top = max(
+            1e-9, *(float((step.confidence[0] * tokens).max()) for step, tokens in zip(steps, drawn, strict=True))
+        )
         panels: dict[str, list[Image.Image]] = {"mask": [], "confidence": [], "newly kept": [], "image": []}
         for step, image, hidden in zip(steps, images, undrawn, strict=True):
             panels["mask"].append(_cells_panel(image, size, filled=step.was_masked[0], requested=requested))
             panels["confidence"].append(confidence_panel(step.confidence[0] / top, image, size, undrawn=hidden))
             panels["newly kept"].append(token_panel(step, 0, image, size, requested=requested))
-            panels["image"].append(enlarge(image, panel_scale(image, PANEL_SIZE)))
+            panels["image"].append(enlarge(image, panel_scale(image)))
         texts = [f"step {step.step + 1}: {int(step.still_masked[0].sum())} masked" for step in steps]
         if windows[-1] > 1:
             texts = [f"window {windows[number]}, step {self.steps[number].step + 1}" for number in numbers]
@@ -248,8 +249,8 @@ class Recording:
     def _legend(self, kind: Literal["animation", "filmstrip"]) -> list[tuple[Image.Image, str]]:
         """Returns the entries of the legend; what does not occur in the shown steps has none."""
         entries = [(swatch(fill=MASKED), "masked tokens"), (swatch(frame=NEW), "newly kept")]
-        shown = [self.steps[number] for number in select_steps(len(self.steps), kind)]
-        if any(bool((step.still_masked & ~step.was_masked).any()) for step in shown):
+        steps = [self.steps[number] for number in select_steps(len(self.steps), kind)]
+        if any(bool((step.still_masked & ~step.was_masked).any()) for step in steps):
             entries.append((swatch(frame=REMASKED), "masked again"))
         return entries if self.requested is None else [*entries, (swatch(frame=REQUESTED), "requested pixels")]
 
@@ -298,7 +299,6 @@ def token_panel(
     image: Tensor,
     token_size: int,
     *,
-    size: int = PANEL_SIZE,
     requested: Tensor | None = None,
 ) -> Image.Image:
     """Draws an image with masked tokens in grey, and tokens just kept or masked again in a frame.
@@ -308,17 +308,14 @@ def token_panel(
         row: Index of the image in [0, n).
         image: Decoded tokens of the step, (C, H, W) uint8.
         token_size: Height and width of a token in pixels.
-        size: Smallest length of the longer edge of the picture in pixels, and twice that of the shorter edge.
         requested: (H, W) bool, the pixels that the user of an edit named, which get an outline; None for no edit.
     """
     was, still = step.was_masked[row], step.still_masked[row]
     framed = {NEW: was & ~still, REMASKED: still & ~was}
-    return _cells_panel(image, token_size, filled=still, framed=framed, size=size, requested=requested)
+    return _cells_panel(image, token_size, filled=still, framed=framed, requested=requested)
 
 
-def confidence_panel(
-    values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor, size: int = PANEL_SIZE
-) -> Image.Image:
+def confidence_panel(values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor) -> Image.Image:
     """Draws values of the tokens as colors of viridis, from dark (0) to bright (1), as large as the image.
 
     Args:
@@ -326,9 +323,8 @@ def confidence_panel(
         image: (C, H, W) uint8, which gives the size.
         token_size: Height and width of a token in pixels.
         undrawn: (N,) bool, the tokens that are white. See ``undrawn_tokens``.
-        size: See ``token_panel``.
     """
-    scale, colors = panel_scale(image, size), viridis(values.tolist())
+    scale, colors = panel_scale(image), viridis(values.tolist())
     panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
     draw, boxes = ImageDraw.Draw(panel), _boxes(image.shape[-2:], token_size, scale)
     for box, color, is_undrawn in zip(boxes, colors, undrawn.tolist(), strict=True):
@@ -352,11 +348,10 @@ def _cells_panel(
     *,
     filled: Tensor,
     framed: Mapping[tuple[int, int, int], Tensor] | None = None,
-    size: int = PANEL_SIZE,
     requested: Tensor | None = None,
 ) -> Image.Image:
     """Draws an image (C, H, W) uint8 with tokens filled in grey or framed in a color, each given as (N,) bool."""
-    scale = panel_scale(image, size)
+    scale = panel_scale(image)
     panel, boxes = enlarge(image, scale), _boxes(image.shape[-2:], token_size, scale)
     draw = ImageDraw.Draw(panel)
     for box, masked in zip(boxes, filled.tolist(), strict=True):
@@ -364,8 +359,8 @@ def _cells_panel(
             draw.rectangle(box, fill=MASKED, outline=PAPER)
     # Frames are drawn last, so that no fill covers them.
     for color, tokens in (framed or {}).items():
-        for box, wanted in zip(boxes, tokens.tolist(), strict=True):
-            if wanted:
+        for box, is_framed in zip(boxes, tokens.tolist(), strict=True):
+            if is_framed:
                 draw.rectangle(box, outline=color, width=2)
     return panel if requested is None else draw_outline(panel, requested, REQUESTED)
 

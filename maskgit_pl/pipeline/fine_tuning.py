@@ -161,19 +161,19 @@ class PretrainedTransformer:
             ValueError: if it does not. The message names the difference.
         """
         self.schedule_for("negative_model")
-        own, other = self.network.config, negative.network.config
-        for name, wanted, got in (
-            ("attention", own.attention, other.attention),
+        config, weak = self.network.config, negative.network.config
+        for name, strong_value, weak_value in (
+            ("attention", config.attention, weak.attention),
             ("the tokenizer", self.tokenizer_fingerprint[:12], negative.tokenizer_fingerprint[:12]),
-            ("codebook_size", own.codebook_size, other.codebook_size),
-            ("grid", own.grid, other.grid),
+            ("codebook_size", config.codebook_size, weak.codebook_size),
+            ("grid", config.grid, weak.grid),
             ("class_names", self.class_names, negative.class_names),
-            ("condition_dim", own.condition_dim, other.condition_dim or own.condition_dim),  # it may have no vectors
+            ("condition_dim", config.condition_dim, weak.condition_dim or config.condition_dim),  # may have no vectors
         ):
-            if wanted != got:
+            if strong_value != weak_value:
                 raise ValueError(
-                    f"negative_model must have {name} {shorten(wanted)}, as the model that generates, got "
-                    f"{shorten(got)}; choose another checkpoint of the same run, or a run on the same tokens"
+                    f"negative_model must have {name} {shorten(strong_value)}, as the model that generates, got "
+                    f"{shorten(weak_value)}; choose another checkpoint of the same run, or a run on the same tokens"
                 )
         if self.device != negative.device:
             raise ValueError(
@@ -295,15 +295,15 @@ def _check_same(new: BackboneConfig, old: BackboneConfig) -> None:
     Raises:
         ValueError: if they do not. The message names the field and both values.
     """
-    for name in ("backbone", "attention", *(each.name for each in fields(old))):
-        wanted, has = getattr(old, name), getattr(new, name, None)
-        if wanted == has or name in old.transferable:
+    for name in ("backbone", "attention", *(field.name for field in fields(old))):
+        old_value, new_value = getattr(old, name), getattr(new, name, None)
+        if old_value == new_value or name in old.transferable:
             continue
         way_out = "leave the key out, or start from another one"
         if name == "attention":
             way_out = "start from another one, or use a recipe of its kind (RECIPE=autoregressive is causal)"
         raise ValueError(
-            f"model.network.{name} must be {wanted}, as in the pretrained transformer, got {has}; {way_out}"
+            f"model.network.{name} must be {old_value}, as in the pretrained transformer, got {new_value}; {way_out}"
         )
 
 
@@ -327,19 +327,14 @@ def _fit_classes(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Ten
 
 
 def _fit_positions(table: Tensor, old: BackboneConfig, new: BackboneConfig) -> Tensor:
-    """Converts rows (others + old grid, D) to (others + new grid, D)."""
-    others = len(table) - old.num_tokens
-    return torch.cat([table[:others], _resize_positions(table[others:], old.grid, new.grid)])
-
-
-def _resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolates position embeddings (old grid, D) in raster order to (new grid, D), bicubic in 2-D.
+    """Converts rows (others + old grid, D) to (others + new grid, D), bicubic in 2-D. The grids are in raster order.
 
     Source: ViT, arXiv:2010.11929, section 3.2.
     """
-    if old == new:
+    others = len(table) - old.num_tokens
+    if old.grid == new.grid:
         return table
-    planes = rearrange(table.float(), "(h w) d -> 1 d h w", h=old[0])
-    is_smaller = new[0] < old[0] or new[1] < old[1]
-    planes = F.interpolate(planes, size=new, mode="bicubic", align_corners=False, antialias=is_smaller)
-    return rearrange(planes, "1 d h w -> (h w) d").to(table.dtype)
+    planes = rearrange(table[others:].float(), "(h w) d -> 1 d h w", h=old.grid[0])
+    is_smaller = new.grid[0] < old.grid[0] or new.grid[1] < old.grid[1]
+    planes = F.interpolate(planes, size=new.grid, mode="bicubic", align_corners=False, antialias=is_smaller)
+    return torch.cat([table[:others], rearrange(planes, "1 d h w -> (h w) d").to(table.dtype)])

@@ -142,14 +142,14 @@ def inpaint(
     radius = seam_radius(tokenizer.image_size) if request.blend is None else request.blend
     # 1. (m, C, H, W) pixels and (m, H, W) masks -> (m, N) tokens and (m, h, w) masks of tokens, with m = 1 or n.
     pixels, masks = _read_images(tokenizer, request, image, mask)
-    unknown = torch.stack([token_mask(each, factor=factor, dilation=dilation) for each in masks])
+    unknown = torch.stack([token_mask(pixel_mask, factor=factor, dilation=dilation) for pixel_mask in masks])
     tokens = tokenizer.encode(pixels, batch_size=request.batch_size)
     # 2.
     edited = yield from _regenerate(tokenizer, transformer, request, tokens, unknown.flatten(1))
     # 3. The region of the tokens is larger than the mask.
     height, width = masks.shape[1:]
-    regions = (pixel_region(each, factor=factor, height=height, width=width) for each in unknown)
-    weights = torch.stack([seam(each, radius=radius) for each in regions])
+    regions = (pixel_region(token_region, factor=factor, height=height, width=width) for token_region in unknown)
+    weights = torch.stack([seam(region, radius=radius) for region in regions])
     for row, original in enumerate(pixels.expand_as(edited)):
         edited[row] = composite(original, edited[row], weights[row % len(weights)])
     return edited
@@ -220,8 +220,8 @@ def panorama(
 def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel[ConditionalNetwork]:
     # The first step of a class without context is the same for all seeds, so its logits are cached.
     first_step = transformer.caches.first_step
-    made = ConditionalModel.from_network(transformer.network, transformer.device, first_step_logits=first_step)
-    return cast("ConditionalModel[ConditionalNetwork]", made)
+    model = ConditionalModel.from_network(transformer.network, transformer.device, first_step_logits=first_step)
+    return cast("ConditionalModel[ConditionalNetwork]", model)
 
 
 def _decode_images(tokenizer: PretrainedTokenizer, steps: Iterator[DecodingStep]) -> StepsOfImages:
@@ -248,13 +248,13 @@ def _regenerate(
         unknown: (n, N) bool, or (1, N).
     """
     tokens = tokens.masked_fill(unknown, transformer.network.config.mask_token_id)
-    tokens, unknown = (each.expand(len(request.labels), -1) for each in (tokens, unknown))
+    tokens, unknown = (rows.expand(len(request.labels), -1) for rows in (tokens, unknown))
     first_steps = [first_step(row, num_steps=request.decoding.num_steps) for row in unknown]
     shape = (len(tokens), tokenizer.network.config.in_channels, *height_width(tokenizer.image_size))
     images = torch.empty(shape, dtype=torch.uint8)
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for start in sorted(set(first_steps)):
-        for rows in request.batches([row for row, own in enumerate(first_steps) if own == start]):
+        for rows in request.batches([row for row, first in enumerate(first_steps) if first == start]):
             known = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
             steps = decode(transformer, request.part(rows), tokens=known, first_step=start)
             images[rows] = yield from _decode_images(tokenizer, steps)
@@ -295,8 +295,8 @@ def _fill(
             first = first_step(window.unknown, num_steps=request.decoding.num_steps)
             known = canvas.window(window, mask_token_id=config.mask_token_id)
             # 2. Each window has its own noise: with the same noise, windows would repeat one another.
-            own = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
-            part = replace(batch, seeds=own.tolist())
+            window_seeds = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
+            part = replace(batch, seeds=window_seeds.tolist())
             start = None if bool(window.unknown.all()) else known  # None: a window without context
             for step in decode(transformer, part, tokens=start, first_step=first):
                 yield canvas.step(window, step)
@@ -405,13 +405,13 @@ def _read_images(
     number, read = max(len(images), len(masks)), []
     for row in range(number):
         # One image goes with every mask, and one mask with every image.
-        given, given_mask = images[row % len(images)], masks[row % len(masks)]
+        source, mask_source = images[row % len(images)], masks[row % len(masks)]
         name = f"image {row}" if number > 1 else "image"
-        name = f"image {printable(str(given))}" if isinstance(given, str | Path) else name
-        pixels = image_pixels(given, channels=channels, name=name)
-        wanted = None if given_mask is None else mask_pixels(given_mask, name=f"mask of {name}")
-        read.append(fit_to_model(pixels, wanted, image_size=tokenizer.image_size, fit=request.fit, name=name))
-    return torch.stack([pixels for pixels, _ in read]), torch.stack([wanted for _, wanted in read])
+        name = f"image {printable(str(source))}" if isinstance(source, str | Path) else name
+        pixels = image_pixels(source, channels=channels, name=name)
+        region = None if mask_source is None else mask_pixels(mask_source, name=f"mask of {name}")
+        read.append(fit_to_model(pixels, region, image_size=tokenizer.image_size, fit=request.fit, name=name))
+    return torch.stack([pixels for pixels, _ in read]), torch.stack([region for _, region in read])
 
 
 def _as_list(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:

@@ -25,7 +25,6 @@ from maskgit_pl.files import write_atomically
 __all__ = [
     "MASKED",
     "NEW",
-    "PANEL_SIZE",
     "PAPER",
     "REMASKED",
     "REQUESTED",
@@ -52,7 +51,7 @@ __all__ = [
 ]
 
 TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
-PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
+_PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
 # RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again; REQUESTED outlines the
 # pixels that the user of an edit named.
 PAPER, _INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
@@ -75,14 +74,14 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels))
 
 
-def scale_to(images: Tensor, wanted: int) -> int:
-    """Returns the smallest integer factor that enlarges the longer edge to at least ``wanted`` pixels."""
-    return max(1, math.ceil(wanted / max(images.shape[-2:])))
+def scale_to(images: Tensor, length: int) -> int:
+    """Returns the smallest integer factor that enlarges the longer edge to at least ``length`` pixels."""
+    return max(1, math.ceil(length / max(images.shape[-2:])))
 
 
-def panel_scale(images: Tensor, wanted: int) -> int:
-    """Returns ``scale_to``, but a factor that enlarges the shorter edge of a wide image to at least half of it."""
-    return max(scale_to(images, wanted), math.ceil(wanted / 2 / min(images.shape[-2:])))
+def panel_scale(images: Tensor) -> int:
+    """Returns the factor of a picture of decoding: its edges have at least 168 and 84 pixels."""
+    return max(scale_to(images, _PANEL_SIZE), math.ceil(_PANEL_SIZE / 2 / min(images.shape[-2:])))
 
 
 def enlarge(image: Tensor, scale: int) -> Image.Image:
@@ -290,8 +289,8 @@ def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, s
         seed: Seed of the first image, and image i has seed + i; or the seed of each image.
     """
     seeds = range(seed, seed + len(images)) if isinstance(seed, int) else seed
-    for image, label, own in zip(images, labels, seeds, strict=True):
-        save_png(to_pil(image), folder / image_file_name(label, own))
+    for image, label, image_seed in zip(images, labels, seeds, strict=True):
+        save_png(to_pil(image), folder / image_file_name(label, image_seed))
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:

@@ -21,7 +21,7 @@ from maskgit_pl.distributed import check_device
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
-from maskgit_pl.pipeline.card import STAGES, RunOrigin, check_run, fingerprints, write_card
+from maskgit_pl.pipeline.card import STAGES, RunOrigin, fingerprints, write_card
 from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
     MAX_RESULTS,
@@ -166,9 +166,9 @@ class MaskGIT:
         check_foreign(hub)
         folder = find_folder(path_or_hub_id, **hub)
         # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
-        own = decoding is None
+        is_own = decoding is None
         if negative_model is None and not isinstance(decoding, DecodingConfig):
-            negative_model = read_negative_model(folder / "decoding.json" if own else Path(str(decoding)))
+            negative_model = read_negative_model(folder / "decoding.json" if is_own else Path(str(decoding)))
         if decoding is None:
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
@@ -179,7 +179,7 @@ class MaskGIT:
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
-            origin=RunOrigin.of(folder, tuned=own),
+            origin=RunOrigin.of(folder, tuned=is_own),
         )
         return pipe.to(device, dtype=dtype)
 
@@ -205,8 +205,10 @@ class MaskGIT:
             FileNotFoundError: if there is no such run.
             ValueError: if weights are not finite.
         """
-        if run is not None:
-            check_run(Path(run))
+        if run is not None and not Path(run).is_dir():  # found before weights are written
+            raise FileNotFoundError(
+                f"run {run}: no such folder; name a run folder that training wrote, or leave it out"
+            )
         # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
         folder, before = Path(folder), self._origin.weights()
         for stage in STAGES if self.negative_model is None else (*STAGES, NEGATIVE):
@@ -273,7 +275,7 @@ class MaskGIT:
             config.condition_dim,
         )
 
-    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> Self:
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moves both networks, and casts them if a ``dtype`` is given.
 
         Args:
@@ -473,8 +475,8 @@ class MaskGIT:
         Example::
 
             pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
-            boots = pipe.edit_class("sneaker.png", (0, 4, 28, 16), "Ankle boot", variants=4)
-            boots[0].save("boot.png")
+            pullovers = pipe.edit_class("shirt.png", (0, 12, 28, 28), "Pullover", variants=4)
+            pullovers[0].save("pullover.png")
 
         Args:
             image: A file, a PIL image or uint8 pixels. See ``inpaint``.
@@ -628,15 +630,15 @@ class MaskGIT:
     def __repr__(self) -> str:
         """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
         tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
-        parts = [list(part.parameters()) for part in (self.tokenizer.network, self.transformer.network)]
-        counts = " + ".join(f"{sum(each.numel() for each in part):,}" for part in parts)
+        networks = [list(network.parameters()) for network in (self.tokenizer.network, self.transformer.network)]
+        counts = " + ".join(f"{sum(weight.numel() for weight in network):,}" for network in networks)
         name = f"{printable(self._origin.name)}: " if self._origin.name else ""
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
         colours = CHANNELS[tokenizer.in_channels]
         return (
             f"MaskGIT({name}{len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
             f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "
-            f"{counts} parameters, {str(parts[1][0].dtype).removeprefix('torch.')} on {self.device})"
+            f"{counts} parameters, {str(networks[1][0].dtype).removeprefix('torch.')} on {self.device})"
         )
 
     def _request(self, classes: Classes | None, options: GenerateKeywords, kind: type = GenerateKeywords) -> Request:

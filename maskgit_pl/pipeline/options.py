@@ -251,7 +251,7 @@ class Outline:
                 raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
         if not given:
             raise ValueError("classes must have at least one class, got none")
-        return [self._class_id(wanted) for wanted in given]
+        return [self._class_id(name_or_label) for name_or_label in given]
 
     def parse_class(self, word: str | None) -> int | None:
         """Returns the label of the class of a command line argument. None is "no class" and stays None.
@@ -272,8 +272,8 @@ class Outline:
             max_shown: Maximum number of classes of ``all``.
         """
         if text == "all" and text not in self.class_names:
-            shown = min(len(self.class_names), max_shown)
-            return [number * len(self.class_names) // shown for number in range(shown)]
+            count = min(len(self.class_names), max_shown)
+            return [number * len(self.class_names) // count for number in range(count)]
         return self.class_ids([self._read_word(word) for word in map(str.strip, text.split(",")) if word])
 
     def describe_class(self, label: int | None) -> str:
@@ -287,31 +287,31 @@ class Outline:
     def _read_word(self, word: str) -> int | str:
         return int(word) if word not in self.class_names and _INTEGER.fullmatch(word) else word
 
-    def _class_id(self, wanted: object) -> int:
+    def _class_id(self, given: object) -> int:
         names = self.class_names
-        if wanted is None:
+        if given is None:
             if self.null_label is None:
                 raise ValueError(
                     "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
                 )
             return self.null_label
-        if isinstance(wanted, bool) or not isinstance(wanted, int | str):
-            raise TypeError(f"class must be an index or a name, got {shorten(wanted)} ({type(wanted).__name__})")
-        if isinstance(wanted, int):
-            if not 0 <= wanted < len(names):
-                raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(wanted)}")
-            return wanted
+        if isinstance(given, bool) or not isinstance(given, int | str):
+            raise TypeError(f"class must be an index or a name, got {shorten(given)} ({type(given).__name__})")
+        if isinstance(given, int):
+            if not 0 <= given < len(names):
+                raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(given)}")
+            return given
         # An exact match wins; without one, the case of letters is ignored.
-        found = [number for number, name in enumerate(names) if name == wanted]
-        found = found or [number for number, name in enumerate(names) if name.casefold() == wanted.casefold()]
-        if not found:
+        labels = [label for label, name in enumerate(names) if name == given]
+        labels = labels or [label for label, name in enumerate(names) if name.casefold() == given.casefold()]
+        if not labels:
             # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
-            close = difflib.get_close_matches(wanted, names, n=5, cutoff=0.3)
+            close = difflib.get_close_matches(given, names, n=5, cutoff=0.3)
             known = names if len(names) <= _MAX_LISTED else close
-            raise ValueError(f"unknown class {wanted!r}: {nearest(wanted, known)}")
-        if len(found) > 1:
-            raise ValueError(f"class {wanted!r} is the name of several classes; give one of the indices {found}")
-        return found[0]
+            raise ValueError(f"unknown class {given!r}: {nearest(given, known)}")
+        if len(labels) > 1:
+            raise ValueError(f"class {given!r} is the name of several classes; give one of the indices {labels}")
+        return labels[0]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -488,7 +488,7 @@ def seeds_of(seed: Seeds, count: int) -> list[int]:
     if given is not None:
         if len(given) != count:
             raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(given)}")
-        return [check_seed("seed", each) for each in given]
+        return [check_seed("seed", number) for number in given]
     first = check_seed("seed", plain_number(seed))
     if first + count > 2**32:
         raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")

@@ -140,13 +140,13 @@ def local_folder(path: Path | str) -> Path:
         advice = f"did you mean {hint}?" if hint else "train one with `maskgit demo`, or name another folder."
         raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")
     # A run has the folder pretrained/; a pretrained folder has the stages itself.
-    found = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
-    for part in ("tokenizer", "transformer"):
-        if not (found / part / "config.json").is_file():
+    pretrained = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
+    for stage in CLASSES:
+        if not (pretrained / stage / "config.json").is_file():
             raise FileNotFoundError(
-                f"run {folder}: no {part} in {found}; `maskgit train {part}` writes it at the end of the training"
+                f"run {folder}: no {stage} in {pretrained}; `maskgit train {stage}` writes it at its end"
             )
-    return found
+    return pretrained
 
 
 def find_transformer(path_or_hub_id: Path | str) -> Path:
@@ -248,8 +248,8 @@ def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
             RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, give "
             "token= for a repository that is not public",
         }
-        other = f"{' '.join(str(error).split())}; try again"
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), other)
+        plain = f"{' '.join(str(error).split())}; try again"
+        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), plain)
         raise FileNotFoundError(f"hub {hub_id}: {reason}, or name a folder, such as runs/RUN/pretrained") from error
     # A repository of another kind downloads without an error.
     missing = [file for file in _READ if not (Path(folder) / file).is_file()]

@@ -53,7 +53,7 @@ _SIDES = ("left", "right", "up", "down")
 _COUNT, _MOST = 4, 8  # images of a run
 _SEED = 11  # with which the page opens: a good one of the model of the package
 _MOST_WAITING, _MOST_SESSIONS = 64, 200  # events in the queue; visitors whose state is kept
-_CANVAS, _TILE = 448, 168  # pixels of the longer edge of the canvas of the brush, and of a picture of a step
+_CANVAS = 448  # pixels of the longer edge of the canvas of the brush
 _SMALL = 128  # pixels below which an image is shown enlarged, with visible pixels
 _MOST_PAINTED = 2**22  # pixels of the canvas
 _BRUSH, _PAINTED = "#009e73", 128  # color of REQUESTED in pipeline/grids.py; alpha from which a pixel counts as painted
@@ -142,8 +142,8 @@ def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any
 
     # The page opens with what its settings give.
     labels = _mix(pipe, _COUNT)
-    made = pipe.generate(labels, seed=_SEED)
-    first = list(zip(made, _captions(pipe, labels, _SEED), strict=True)), describe_settings(pipe.decoding)
+    opening = pipe.generate(labels, seed=_SEED)
+    first = list(zip(opening, _captions(pipe, labels, _SEED), strict=True)), describe_settings(pipe.decoding)
     page.load(lambda: first, None, [images, caption], **_LIGHT)
     _on_run(button, stop, generate, [label, seed, count, *fields], [images, caption, animation])
     images.select(_place_of, None, selected, **_LIGHT)
@@ -267,23 +267,23 @@ def run_task(
     original = [] if before is None else [(to_pil(before), "before")]
     decode, size, first = partial(pipe.tokenizer.decode, grid=grid), pipe.outline.token_size, StepRecorder(max_images=1)
     call = partial(call, classes=list(labels), seed=seed, **settings)
-    with closing(stream_steps(call, num_steps=decoding.num_steps)) as found:
-        for step in found:
+    with closing(stream_steps(call, num_steps=decoding.num_steps)) as steps:
+        for step in steps:
             if isinstance(step, DecodingStep):
                 first(step)
                 tiles = [
-                    token_panel(step, row, image, size, size=_TILE, requested=requested)
+                    token_panel(step, row, image, size, requested=requested)
                     for row, image in enumerate(decode(step.tokens))
                 ]
                 decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
-                said = f"Step {step.step + 1} of {decoding.num_steps}: {decided}"
-                yield [[*original, *zip(tiles, captions, strict=True)], said, gr.skip()]
+                text = f"Step {step.step + 1} of {decoding.num_steps}: {decided}"
+                yield [[*original, *zip(tiles, captions, strict=True)], text, gr.skip()]
                 continue
             recording = Recording(
                 first.steps, decode, grid, decoding, [_class_name(pipe, labels[0])], [seed], requested, size
             )
-            with TemporaryDirectory(dir=folder) as made:
-                recording.save(animation := Path(made) / "decoding.gif")
+            with TemporaryDirectory(dir=folder) as temporary:
+                recording.save(animation := Path(temporary) / "decoding.gif")
                 images = [*original, *zip(step, captions, strict=True)]
                 yield [images, describe_settings(decoding), str(animation)]
 
@@ -298,18 +298,18 @@ def stream_steps(
             iterator is closed, it ends after its current step.
         num_steps: Number of decoding steps, about.
     """
-    found: SimpleQueue[DecodingStep | None] = SimpleQueue()
+    queue: SimpleQueue[DecodingStep | None] = SimpleQueue()
     is_closed, least = threading.Event(), min(_LONGEST_STEP, _LONGEST_RUN / num_steps)
 
     def callback(step: DecodingStep) -> None:
         if is_closed.is_set():
             raise InterruptedError("nobody waits for the result")
-        found.put(step)
+        queue.put(step)
 
     result = _WORKER.submit(call, callback=callback)
-    result.add_done_callback(lambda _: found.put(None))
+    result.add_done_callback(lambda _: queue.put(None))
     try:
-        while (step := found.get()) is not None:
+        while (step := queue.get()) is not None:
             began = time.monotonic()
             yield step
             time.sleep(max(0.0, least - (time.monotonic() - began)))

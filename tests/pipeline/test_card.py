@@ -22,7 +22,7 @@ from tests.test_errors import structure
 
 
 def save_run(folder: Path) -> Path:
-    """A run with papers of the transformer and figures, as training and evaluation leave them."""
+    """Writes a run with a recipe and metrics, as training and evaluation do."""
     save_tiny_pretrained(folder / "pretrained")
     (folder / "transformer").mkdir()
     recipe = {
@@ -57,7 +57,12 @@ def numbers(text: str) -> set[float]:
     return {float(word.replace(",", "")) for word in re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?![\w.])", text)}
 
 
-def test_a_card_says_what_the_runs_files_say(run: Path) -> None:
+def write_metrics(run: Path, **changes: object) -> None:
+    metrics = json.loads((run / "evaluation.json").read_text())
+    (run / "evaluation.json").write_text(json.dumps({**metrics, **changes}))
+
+
+def test_a_card_shows_the_facts_of_the_files_of_the_run(run: Path) -> None:
     content = write_card(run / "pretrained", name="owner/flowers")
     card = (run / "pretrained" / "README.md").read_text()
     front, body = card.removeprefix("---\n").split("\n---\n", 1)
@@ -76,11 +81,11 @@ def test_a_card_says_what_the_runs_files_say(run: Path) -> None:
         "num_images 1000, num_steps 8, seed 3, split val, device cpu",
     ):
         assert line in body
-    assert "someone" not in card  # where the data lay on that machine
+    assert "someone" not in card  # a path of the machine
     assert content == json.loads((run / "pretrained" / "config.json").read_text())
 
 
-def test_no_number_of_a_card_is_invented(run: Path) -> None:
+def test_every_number_of_a_card_is_in_a_file_of_the_run(run: Path) -> None:
     write_card(run / "pretrained")
     body = (run / "pretrained" / "README.md").read_text().split("\n---\n", 1)[1]
     body = re.sub(r"```.*?```|\[arXiv.*?\)|`[0-9a-f]{64}`", "", body, flags=re.DOTALL)
@@ -95,54 +100,28 @@ def test_no_number_of_a_card_is_invented(run: Path) -> None:
     assert {4321, 96, 23.46} <= numbers(body)
 
 
-def test_figures_of_inception_have_the_name_that_the_hub_lists_and_others_that_of_their_network(run: Path) -> None:
-    metrics = json.loads((run / "evaluation.json").read_text())
-    metrics["samples"] = {
-        "exported_guidance": {
-            "fid/classifier": 1.5,
-            "fid/inception": 6.25,
-            "diversity": 0.8,
-            "kid/inception": math.nan,
-        },
-        "without_guidance": {"fid/inception": 9.0},
-    }
-    (run / "evaluation.json").write_text(json.dumps(metrics))
+def test_metrics_have_the_names_that_the_hub_lists(run: Path) -> None:
+    figures = {"fid/classifier": 1.5, "fid/inception": 6.25, "diversity": 0.8, "kid/inception": math.nan}
+    write_metrics(run, samples={"exported_guidance": figures, "without_guidance": {"fid/inception": 9.0}})
     write_card(run / "pretrained")
     data = ModelCard.load(run / "pretrained" / "README.md").data
     assert data.model_name == "flowers-paper-log"
-    listed = {each.metric_type: each for each in data.eval_results}
-    assert {name: each.metric_value for name, each in listed.items()} == {"fid/classifier": 1.5, "fid": 6.25}
+    listed = {result.metric_type: result for result in data.eval_results}
+    assert {name: result.metric_value for name, result in listed.items()} == {"fid/classifier": 1.5, "fid": 6.25}
     assert listed["fid"].metric_name == "fid of 1000 images in the features of inception"
     assert (listed["fid"].dataset_name, listed["fid"].dataset_split) == ("flowers", "val")
 
 
-def test_figures_of_another_transformer_are_left_out(run: Path) -> None:
-    metrics = json.loads((run / "evaluation.json").read_text())
-    for digest, kept in ((fingerprint(run / "pretrained" / "transformer")[:16], True), ("0" * 16, False)):
-        metrics["model"]["transformer_digest"] = digest
-        (run / "evaluation.json").write_text(json.dumps(metrics))
-        assert (write_card(run / "pretrained")["run"]["measured"] is not None) == kept
-
-
-def test_without_a_run_a_card_says_nothing_of_training(tmp_path: Path) -> None:
-    folder = save_tiny_pretrained(tmp_path / "alone")
-    content = write_card(folder)
-    assert content["run"] is None
-    card = (folder / "README.md").read_text()
-    assert "# MaskGIT\n" in card
-    assert "## Training" not in card
-    assert "## Measured" not in card
-
-
-def test_figures_of_another_tokenizer_are_left_out(run: Path) -> None:
-    metrics = json.loads((run / "evaluation.json").read_text())
-    metrics["model"]["tokenizer_fingerprint"] = "0" * 64
-    (run / "evaluation.json").write_text(json.dumps(metrics))
+@pytest.mark.parametrize(("key", "digits"), [("tokenizer_fingerprint", 64), ("transformer_digest", 16)])
+def test_metrics_of_other_weights_are_left_out(run: Path, key: str, digits: int) -> None:
+    assert write_card(run / "pretrained")["run"]["measured"] is not None
+    model = json.loads((run / "evaluation.json").read_text())["model"]
+    write_metrics(run, model={**model, key: "0" * digits})
     assert write_card(run / "pretrained")["run"]["measured"] is None
-    assert "## Measured" not in (run / "pretrained" / "README.md").read_text()
+    assert "## Evaluation" not in (run / "pretrained" / "README.md").read_text()
 
 
-def test_facts_go_with_the_weights_and_not_with_others(run: Path, tmp_path: Path) -> None:
+def test_facts_stay_with_the_weights_when_the_run_is_gone(run: Path, tmp_path: Path) -> None:
     pipe = MaskGIT.from_pretrained(run / "pretrained")
     pipe.save_pretrained(tmp_path / "first", license="apache-2.0")
     shutil.rmtree(run)
@@ -152,34 +131,27 @@ def test_facts_go_with_the_weights_and_not_with_others(run: Path, tmp_path: Path
         assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "second" / file).read_bytes()
     assert "| trainer.max_steps |  | 4321 |" in (tmp_path / "second" / "README.md").read_text()
     assert "\nlicense: apache-2.0\n" in (tmp_path / "second" / "README.md").read_text()
-    again.to("cpu", dtype=torch.bfloat16).save_pretrained(tmp_path / "other")
-    content = json.loads((tmp_path / "other" / "config.json").read_text())
-    assert (content["run"], content["license"]) == (None, None)
-
-
-def test_facts_of_older_weights_do_not_go_with_newer_ones(run: Path, tmp_path: Path) -> None:
-    write_card(run / "pretrained", license="mit")
-    shutil.copytree(run / "pretrained", tmp_path / "again")
-    save_tiny_pretrained(tmp_path / "again", seed=1)  # only weights
-    MaskGIT.from_pretrained(tmp_path / "again").save_pretrained(tmp_path / "copy")
-    content = json.loads((tmp_path / "copy" / "config.json").read_text())
-    assert (content["run"], content["license"]) == (None, None)
-
-
-def test_a_pipeline_is_saved_when_its_folder_is_gone(tmp_path: Path) -> None:
-    pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "first"))
     shutil.rmtree(tmp_path / "first")
-    pipe.save_pretrained(tmp_path / "second")
-    assert MaskGIT.from_pretrained(tmp_path / "second").class_names == pipe.class_names
+    again.save_pretrained(tmp_path / "third")
+    assert len(MaskGIT.from_pretrained(tmp_path / "third").class_names) == 3
 
 
-def test_papers_that_are_no_json_are_named(run: Path) -> None:
-    (run / "evaluation.json").write_text("{")
-    with pytest.raises(ValueError, match=r"evaluation\.json is not valid JSON"):
-        write_card(run / "pretrained")
+def test_facts_do_not_go_to_other_weights(run: Path, tmp_path: Path) -> None:
+    write_card(run / "pretrained", license="mit")
+    shutil.copytree(run / "pretrained", tmp_path / "newer")
+    save_tiny_pretrained(tmp_path / "newer", seed=1)  # only weights
+    newer = MaskGIT.from_pretrained(tmp_path / "newer")
+    cast = MaskGIT.from_pretrained(run / "pretrained", dtype=torch.bfloat16)
+    for pipe in (newer, cast):
+        pipe.save_pretrained(tmp_path / "copy")
+        content = json.loads((tmp_path / "copy" / "config.json").read_text())
+        assert (content["run"], content["license"]) == (None, None)
+    card = (tmp_path / "copy" / "README.md").read_text()
+    assert "# MaskGIT\n" in card
+    assert "## Training" not in card
 
 
-def test_a_run_may_be_named(run: Path, tiny_pretrained: Path, tmp_path: Path) -> None:
+def test_save_pretrained_takes_the_run_of_the_weights(run: Path, tiny_pretrained: Path, tmp_path: Path) -> None:
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
     pipe.save_pretrained(tmp_path / "named", run=run)
     assert json.loads((tmp_path / "named" / "config.json").read_text())["run"]["name"] == run.name
@@ -188,29 +160,26 @@ def test_a_run_may_be_named(run: Path, tiny_pretrained: Path, tmp_path: Path) ->
     assert not (tmp_path / "none").exists()
 
 
-def test_a_card_follows_figures_that_are_measured_anew_and_keeps_its_licence(run: Path, caplog) -> None:
+def test_a_refreshed_card_has_the_new_metrics_and_the_license(run: Path, tmp_path: Path, caplog) -> None:
     write_card(run / "pretrained", license="apache-2.0")
-    metrics = json.loads((run / "evaluation.json").read_text())
-    metrics["reconstruction"]["psnr_db"] = 31.25
-    (run / "evaluation.json").write_text(json.dumps(metrics))
+    write_metrics(run, reconstruction={"psnr_db": 31.25})
     refresh_card(run / "pretrained")
     card = (run / "pretrained" / "README.md").read_text()
     assert "31.25" in card
     assert "license: apache-2.0" in card
     (run / "evaluation.json").write_text("{")
-    refresh_card(run / "pretrained")
+    with pytest.raises(ValueError, match=r"evaluation\.json is not valid JSON"):
+        write_card(run / "pretrained")
+    refresh_card(run / "pretrained")  # the measurement before it must not be lost
     assert "cannot write the model card" in caplog.text
     assert (run / "pretrained" / "README.md").read_text() == card
-
-
-def test_a_folder_outside_of_a_run_has_no_card_to_refresh(tmp_path: Path) -> None:
-    save_tiny_pretrained(tmp_path / "alone")
-    refresh_card(tmp_path / "alone")
-    assert not (tmp_path / "alone" / "README.md").exists()
+    outside = save_tiny_pretrained(tmp_path / "outside")
+    refresh_card(outside)
+    assert not (outside / "README.md").exists()
 
 
 def replaced(tree: object, word: str) -> object:
-    """The tree with a word in the place of every string, and as the name of every figure."""
+    """Returns a tree with a word in place of every string, and in the name of every metric."""
     if isinstance(tree, dict):
         keys = [f"{word} {key}" if "/" in key else key for key in tree]
         return {key: replaced(value, word) for key, value in zip(keys, tree.values(), strict=True)}
@@ -235,7 +204,7 @@ def card_of(folder: Path, facts: dict, word: str) -> tuple[dict, str]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    """A folder outside of a run, and what is known of its run."""
+    """Returns a folder outside of a run, and the facts of a run."""
     run = save_run(tmp_path_factory.mktemp("run") / "flowers")
     folder = save_tiny_pretrained(tmp_path_factory.mktemp("shared"))
     return folder, write_card(run / "pretrained")["run"]
@@ -243,42 +212,30 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("word", HOSTILE, ids=lambda word: ascii(word[:30]))
-def test_no_word_of_a_stranger_becomes_markup_or_metadata(shared: tuple[Path, dict], word: str) -> None:
+def test_a_word_of_a_stranger_is_neither_markup_nor_metadata(shared: tuple[Path, dict], word: str) -> None:
     folder, facts = shared
     plain_front, plain_body = card_of(folder, facts, "name")
     front, body = card_of(folder, facts, word)
-    assert front.keys() - {"license"} == plain_front.keys() - {"license"}
-    assert {key: front[key] for key in front if key != "license"} == {
-        key: plain_front[key] for key in plain_front if key != "license"
-    }
-    assert front.get("license") == (printable(word) or None)
+    assert front.pop("license", None) == (printable(word) or None)
+    plain_front.pop("license")
+    assert front == plain_front
     assert all(line.isprintable() for line in body.split("\n"))
     if word.strip():
         assert structure(body) == structure(plain_body)
     example = re.search(r"```python\n(.*?)\n```\n", body, re.DOTALL)
     assert example is not None
     assert ast.dump(ast.parse(example[1])).count("Call(") == 3  # from_pretrained, generate, save
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("word", HOSTILE, ids=lambda word: ascii(word[:30]))
-def test_figures_of_a_strangers_run_and_data_are_listed_under_their_printed_names(
-    shared: tuple[Path, dict], word: str
-) -> None:
-    folder, facts = shared
+    # Metrics of a stranger's run are listed with printed names.
     figures = {
-        "samples.exported.fid/inception": 3.0,
-        f"samples.exported.fid/{word}": 4.0,
-        "samples.exported.is/a": word,
-    }
-    write_card(
-        folder, known={"run": {**replaced(facts, word), "measured": {"protocol": {"split": word}, "figures": figures}}}
-    )
+        "samples.exported.fid/inception": 3.0, f"samples.exported.fid/{word}": 4.0, "samples.exported.is/a": word,
+    }  # fmt: skip
+    measured = {"protocol": {"split": word}, "figures": figures}
+    write_card(folder, known={"run": {**replaced(facts, word), "measured": measured}})
     front = yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     (listed,) = front.pop("model-index")
     assert set(front) == {"library_name", "pipeline_tag", "tags"}
     assert listed["name"] == (printable(word) or "MaskGIT")
-    (result,) = [each for each in listed["results"] if each["metrics"][0]["type"] == "fid"]
+    (result,) = [result for result in listed["results"] if result["metrics"][0]["type"] == "fid"]
     assert result["metrics"][0]["value"] == 3.0
     assert result["dataset"]["name"] == printable(word)
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image, ImageFont
 
-from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.pipeline.display import (
     ImageList,
@@ -23,65 +22,38 @@ from maskgit_pl.pipeline.display import (
     select_steps,
     token_panel,
 )
-from maskgit_pl.pipeline.grids import NEW, REMASKED, REQUESTED
-from tests.pipeline.decoding_steps import STEPS, random_images, step
+from maskgit_pl.pipeline.grids import MASKED, NEW, REMASKED, REQUESTED
+from tests.pipeline.conftest import STEPS, random_images, step
 
-GREY = (176, 176, 176)
-
-
-@pytest.fixture(scope="module")
-def pipe() -> MaskGIT:
-    return MaskGIT.from_pretrained("fashion-mnist-demo")
+WHITE = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)  # nothing grey but masked cells
 
 
-def opened(data: bytes) -> Image.Image:
-    return Image.open(BytesIO(data))
-
-
-def test_generated_images_are_a_list_that_shows_a_sheet_of_their_pixels(pipe):
-    images = pipe.generate(["Bag"] * 9, num_steps=2, seed=0)
-    assert isinstance(images, list)
-    sheet = opened(images._repr_png_())
+def test_a_notebook_shows_images_as_a_sheet_of_their_pixels(demo):
+    images = demo.generate(["Bag"] * 9, num_steps=2, seed=0)
+    sheet = Image.open(BytesIO(images._repr_png_()))
     assert (sheet.width // 84, sheet.height // 84) == (8, 2)  # 8 in a row, each enlarged three times
     first = sheet.crop((8, 8, 8 + 84, 8 + 84)).convert("L").resize((28, 28), Image.Resampling.NEAREST)
     assert first.tobytes() == images[0].tobytes()
-
-
-def test_edited_images_are_such_a_list_too(pipe):
-    (image,) = pipe.generate(["Sneaker"], num_steps=2)
-    assert pipe.edit_class(image, (0, 4, 28, 16), "Bag", num_steps=2, variants=2)._repr_png_()
-
-
-@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA"])
-def test_a_sheet_has_images_of_every_mode(mode):
-    assert opened(ImageList([Image.new(mode, (8, 6))] * 2)._repr_png_()).mode == "RGB"
-
-
-def test_a_list_that_is_no_sheet_shows_itself_as_a_list():
+    for mode in ("LA", "RGB", "RGBA"):
+        assert Image.open(BytesIO(ImageList([Image.new(mode, (8, 6))] * 2)._repr_png_())).mode == "RGB"
     assert ImageList()._repr_png_() is None
     assert ImageList([Image.new("L", (8, 8)), Image.new("L", (9, 8))])._repr_png_() is None
 
 
-def test_a_recording_has_the_steps_and_the_images_of_generate(pipe, tmp_path):
-    made = pipe.record(["Bag", 7], num_steps=4, seed=3)
-    assert repr(made) == "Recording(4 steps of Bag, Sneaker)"
-    expected = pipe.generate(["Bag", 7], num_steps=4, seed=3)
+def test_a_recording_has_the_steps_and_the_images_of_generate(demo, tmp_path):
+    made = demo.record(["Bag", None], num_steps=4, seed=3)
+    assert repr(made) == "Recording(4 steps of Bag, no class)"
+    expected = demo.generate(["Bag", None], num_steps=4, seed=3)
     assert [image.tobytes() for image in made.images] == [image.tobytes() for image in expected]
-    shown = made._repr_mimebundle_()
-    assert shown["text/plain"] == repr(made)
-    assert opened(b64decode(shown["image/gif"])).n_frames == 4
-    made.save(tmp_path / "strip.png")
+    bundle = made._repr_mimebundle_()
+    assert bundle["text/plain"] == repr(made)
+    assert Image.open(BytesIO(b64decode(bundle["image/gif"]))).n_frames == 4
     with pytest.raises(
         ValueError, match=r"path must end with \.gif \(animation\) or \.png \(filmstrip\), got 'x\.jpg'"
     ):
         made.save("x.jpg")
-
-
-def test_a_recording_without_steps_and_a_step_that_it_does_not_have_are_refused(pipe, tmp_path):
-    made = pipe.record([0], num_steps=2)
-    assert made.images_at(1).shape == made.images_at(0).shape
-    for number in (-1, 2, 0.0):
-        with pytest.raises(ValueError, match=r"number must be an integer in \[0, 2\), got"):
+    for number in (-1, 4, 0.0):
+        with pytest.raises(ValueError, match=r"number must be an integer in \[0, 4\), got"):
             made.images_at(number)
     empty = replace(made, steps=[])
     for use in (lambda: empty.images, lambda: empty.save(tmp_path / "x.gif"), empty._repr_mimebundle_):
@@ -90,7 +62,7 @@ def test_a_recording_without_steps_and_a_step_that_it_does_not_have_are_refused(
 
 
 def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
-    """Returns a recording of two images that notes how many images it decodes."""
+    """Returns a recording of two images that counts the images it decodes."""
 
     def decode(tokens: torch.Tensor) -> torch.Tensor:
         decoded.append(len(tokens))
@@ -102,51 +74,43 @@ def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
 @pytest.mark.parametrize(
     ("size", "grid", "pixels"), [((28, 28), (4, 4), 7), ((28, 56), (4, 7), 8), ((3, 2), (3, 2), 1)]
 )
-def test_a_recording_finds_tokens_that_give_its_grid(size, grid, pixels):
+def test_a_recording_finds_the_token_size_that_gives_its_grid(size, grid, pixels):
     images = torch.zeros(1, 1, *size, dtype=torch.uint8)
     made = Recording(STEPS, lambda tokens: images, grid, DecodingConfig(num_steps=2), ["Bag"], [3])
     assert made.token_pixels == pixels
     assert replace(made, token_size=8).token_pixels == 8
 
 
-def test_a_recording_becomes_an_animation_and_a_filmstrip_and_decodes_each_step_once(tmp_path):
+def test_animation_and_filmstrip_decode_each_step_once(tmp_path):
     decoded: list[int] = []
     made = recording(STEPS, decoded)
     made.save(tmp_path / "new" / "decoding.gif")
     made.save(tmp_path / "strip.png")
     assert decoded == [2, 2]
     with Image.open(tmp_path / "new" / "decoding.gif") as animation:
-        assert animation.n_frames == 2
-        assert animation.info["duration"] == 600
+        assert (animation.n_frames, animation.info["duration"]) == (2, 600)
     with Image.open(tmp_path / "strip.png") as page:
         assert page.width > 2 * 168
     assert made.title == "Bag, seed 3: 2 steps, token selector confidence"
 
 
-def test_recordings_with_the_same_steps_share_their_images_and_those_with_others_do_not(tmp_path):
-    decoded: list[int] = []
-    first = recording(STEPS[:1], decoded)
-    shown = first.images_at(0)
-    longer = replace(first, steps=STEPS)
-    assert longer.images_at(0) is shown
-    assert decoded == [2]
-    others = replace(first, steps=[replace(STEPS[0], tokens=STEPS[0].tokens + 1)])
-    assert others.images_at(0) is not shown
-    assert decoded == [2, 2]
-
-
-def test_of_many_steps_a_filmstrip_shows_and_decodes_twelve(tmp_path):
+def test_a_filmstrip_of_many_steps_decodes_and_shows_twelve(tmp_path):
     decoded: list[int] = []
     recording([replace(STEPS[0], step=number) for number in range(30)], decoded).save(tmp_path / "strip.png")
     assert len(decoded) == 12
     with Image.open(tmp_path / "strip.png") as page:
         assert 12 * 168 < page.width < 13 * 172 + 100
+    for kind, most in (("animation", 64), ("filmstrip", 12)):
+        numbers = select_steps(256, kind)
+        assert len(set(numbers)) == most
+        assert (numbers[0], numbers[-1]) == (0, 255)
+        assert numbers == sorted(numbers)
+        assert select_steps(2, kind) == [0, 1]
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "text"),
     [
-        ({}, "8 steps, token selector confidence"),
         ({"num_steps": 1, "token_selector": "halton"}, "1 step, token selector halton"),
         (
             {"token_selector": {"name": "remdm", "strategy": "loop", "eta": 0.30}},
@@ -155,43 +119,34 @@ def test_of_many_steps_a_filmstrip_shows_and_decodes_twelve(tmp_path):
         ({"num_steps": 49, "token_selector": None}, "49 steps, one token each, in raster order"),
     ],
 )
-def test_settings_are_said_in_a_line(settings, said):
-    assert describe_settings(DecodingConfig(**settings)) == said
+def test_settings_are_described_in_one_line(settings, text):
+    assert describe_settings(DecodingConfig(**settings)) == text
 
 
-def test_no_class_is_named_in_a_recording(pipe):
-    assert pipe.record([None], num_steps=2).captions == ["no class"]
+def share(picture: Image.Image, color: tuple[int, int, int]) -> float:
+    return float((np.asarray(picture) == color).all(-1).mean())
 
 
-def test_a_pipeline_names_its_model(pipe):
-    assert repr(pipe).startswith("MaskGIT(fashion-mnist-demo: 10 classes")
-
-
-def shares(picture: Image.Image, colour: tuple[int, int, int]) -> float:
-    return float((np.asarray(picture) == colour).all(-1).mean())
-
-
-def shown(steps: list[DecodingStep], images: torch.Tensor, token_size: int = 7, **options: Any) -> Recording:
+def constant(steps: list[DecodingStep], images: torch.Tensor, token_size: int = 7, **options: Any) -> Recording:
     """Returns a recording whose images are the same at each step."""
     names, decoding = ["Bag", "Coat"][: len(images)], DecodingConfig(num_steps=2)
     seeds = list(range(len(images)))
     return Recording(steps, lambda tokens: images, (4, 4), decoding, names, seeds, token_size=token_size, **options)
 
 
-def test_frames_grey_out_masked_tokens_and_mark_those_kept_at_the_step() -> None:
-    white = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)  # nothing grey but the masked cells
-    first, last = shown(STEPS, white).frames()
+def test_frames_fill_masked_tokens_and_frame_those_kept() -> None:
+    first, last = constant(STEPS, WHITE).frames()
     assert first.size == last.size
     panels = 2 * 2 * 168**2 / (first.width * first.height)
     # Half of the upper panels, less cell borders; and the square of the legend.
     square = 14**2 / (first.width * first.height)
-    assert shares(first, GREY) == pytest.approx(panels / 4, rel=0.12)
-    assert shares(last, GREY) == pytest.approx(square, rel=0.05)  # a pixel of the text may be as grey
-    assert shares(last, NEW) == pytest.approx(shares(first, NEW), rel=0.01)
+    assert share(first, MASKED) == pytest.approx(panels / 4, rel=0.12)
+    assert share(last, MASKED) == pytest.approx(square, rel=0.05)  # a pixel of the text may be as grey
+    assert share(last, NEW) == pytest.approx(share(first, NEW), rel=0.01)
 
 
 def corrected() -> DecodingStep:
-    """A step that keeps tokens 0 to 2, leaves 3 masked and masks 4 and 5 again; tokens from 6 on are given."""
+    """Builds a step that keeps tokens 0 to 2, leaves 3 masked and masks 4 and 5 again; the others are given."""
     was, still = torch.zeros(1, 16, dtype=torch.bool), torch.zeros(1, 16, dtype=torch.bool)
     was[0, :4], still[0, 3:6] = True, True
     confidence = torch.linspace(0, 0.5, 16)[None]
@@ -200,10 +155,9 @@ def corrected() -> DecodingStep:
     return DecodingStep(0, torch.zeros(1, 16, dtype=torch.int64), was, still, torch.zeros(1, 16), confidence)
 
 
-def test_a_filmstrip_shows_the_mask_the_confidence_and_what_is_masked_again() -> None:
+def test_a_filmstrip_shows_mask_confidence_and_tokens_masked_again() -> None:
     step = corrected()
-    picture = shown([step], random_images(1)).filmstrip()
-    page = np.asarray(picture)
+    page = np.asarray(constant([step], random_images(1)).filmstrip())
     left = 8 + 8 + math.ceil(ImageFont.load_default(14).getlength("confidence"))
     top = 22 + 8 + 14 + 8  # below the head line
 
@@ -213,85 +167,72 @@ def test_a_filmstrip_shows_the_mask_the_confidence_and_what_is_masked_again() ->
     def frame(token: int) -> tuple[int, ...]:
         return tuple(page[top + 2 * 172 + token // 4 * 42, left + token % 4 * 42])
 
-    assert [centre(0, token) == GREY for token in range(16)] == step.was_masked[0].tolist()
-    assert [centre(2, token) == GREY for token in range(16)] == step.still_masked[0].tolist()
+    assert [centre(0, token) == MASKED for token in range(16)] == step.was_masked[0].tolist()
+    assert [centre(2, token) == MASKED for token in range(16)] == step.still_masked[0].tolist()
     assert centre(1, 0) == (68, 1, 84)  # viridis from its dark end
     assert centre(1, 3) == (253, 231, 37)  # to its bright one
     assert centre(1, 6) == centre(1, 15) == (255, 255, 255)  # given tokens have no confidence
     assert [frame(token) for token in (0, 4)] == [NEW, REMASKED]
 
 
-def test_a_filmstrip_has_a_legend_of_what_occurs_in_it() -> None:
-    again = np.asarray(shown([corrected()], random_images(1)).filmstrip())
-    plain = np.asarray(shown(STEPS, random_images(2)).filmstrip())
+def test_the_legend_of_a_filmstrip_has_only_the_colors_in_it() -> None:
     mask = torch.zeros(28, 28, dtype=torch.bool)
     mask[:14] = True
-    edit = np.asarray(shown(STEPS, random_images(2), requested=mask).filmstrip())
+    corrected_page, plain, edit = (
+        np.asarray(recorded.filmstrip())
+        for recorded in (
+            constant([corrected()], random_images(1)),
+            constant(STEPS, random_images(2)),
+            constant(STEPS, random_images(2), requested=mask),
+        )
+    )
 
     def has(page: np.ndarray, color: tuple[int, int, int]) -> bool:
         return bool((page[-110:] == color).all(-1).any())
 
-    assert [has(page, REMASKED) for page in (again, plain, edit)] == [True, False, False]
-    assert [has(page, REQUESTED) for page in (again, plain, edit)] == [False, False, True]
-    assert all(has(page, color) for page in (again, plain, edit) for color in (GREY, NEW, (68, 1, 84), (253, 231, 37)))
+    assert [has(page, REMASKED) for page in (corrected_page, plain, edit)] == [True, False, False]
+    assert [has(page, REQUESTED) for page in (corrected_page, plain, edit)] == [False, False, True]
+    assert all(has(plain, color) for color in (MASKED, NEW, (68, 1, 84), (253, 231, 37)))
     assert (edit[:-110] == REQUESTED).all(-1).any()  # and the outline itself
 
 
 def test_the_outline_of_an_edit_is_the_edge_of_its_pixels() -> None:
     mask = torch.zeros(28, 28, dtype=torch.bool)
     mask[4:10, 6:20] = True
-    white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
     done = replace(STEPS[1], was_masked=torch.zeros(2, 16, dtype=torch.bool))
-    page = (np.asarray(token_panel(done, 0, white, 7, requested=mask)) == REQUESTED).all(-1)
+    page = (np.asarray(token_panel(done, 0, WHITE[0], 7, requested=mask)) == REQUESTED).all(-1)
     rows, columns = page.nonzero()
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4 * 6, 10 * 6 - 1, 6 * 6, 20 * 6 - 1)
     assert not page[4 * 6 + 2 : 10 * 6 - 2, 6 * 6 + 2 : 20 * 6 - 2].any()
 
 
-def test_the_last_tokens_of_an_image_that_they_do_not_fill_are_cut_off() -> None:
-    white = torch.full((1, 28, 28), 255, dtype=torch.uint8)
+@pytest.mark.parametrize("size", [7, 8])
+def test_tokens_beyond_the_edge_of_an_image_are_cut_off(size: int) -> None:
     masked = (torch.arange(16) == 5).expand(2, -1)
     step = replace(STEPS[0], was_masked=masked, still_masked=masked)
-    confidence = torch.tensor([0.0, 1.0] * 8)
-    for size in (7, 8):
-        rows, columns = (np.asarray(token_panel(step, 0, white, size)) == GREY).all(-1).nonzero()
-        # Between the borders of the second token of the second row.
-        assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (6 * size + 1, 12 * size - 2)
-        panel = confidence_panel(confidence, white, size, undrawn=torch.zeros(16, dtype=torch.bool))
-        first = np.asarray(panel)[3]
-        assert panel.size == (168, 168)
-        assert ((first[1:] != first[:-1]).any(-1).nonzero()[0] + 1).tolist() == [6 * size, 12 * size, 18 * size]
+    rows, columns = (np.asarray(token_panel(step, 0, WHITE[0], size)) == MASKED).all(-1).nonzero()
+    # Between the borders of the second token of the second row.
+    assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (6 * size + 1, 12 * size - 2)
+    confidence, undrawn = torch.tensor([0.0, 1.0] * 8), torch.zeros(16, dtype=torch.bool)
+    panel = confidence_panel(confidence, WHITE[0], size, undrawn=undrawn)
+    first = np.asarray(panel)[3]
+    assert panel.size == (168, 168)
+    assert ((first[1:] != first[:-1]).any(-1).nonzero()[0] + 1).tolist() == [6 * size, 12 * size, 18 * size]
 
 
 def test_a_wide_canvas_has_a_row_for_each_step_of_its_windows() -> None:
     steps = STEPS * 3
     assert number_windows(steps) == [1, 1, 2, 2, 3, 3]
-    page = shown(steps, torch.zeros(2, 1, 28, 112, dtype=torch.uint8), token_size=14).filmstrip()
+    page = constant(steps, torch.zeros(2, 1, 28, 112, dtype=torch.uint8), token_size=14).filmstrip()
     assert 4 * 3 * 112 < page.width < 5 * 3 * 112
     assert 6 * 3 * 28 < page.height < 6 * 3 * 28 + 120
 
 
-def test_of_many_steps_some_are_shown_the_first_and_the_last_among_them() -> None:
-    for kind, most in (("animation", 64), ("filmstrip", 12)):
-        numbers = select_steps(256, kind)
-        assert len(numbers) == len(set(numbers)) == most
-        assert (numbers[0], numbers[-1]) == (0, 255)
-        assert numbers == sorted(numbers)
-        assert select_steps(2, kind) == [0, 1]
-
-
-ALL = list(range(16))
-
-
-def test_the_first_images_of_the_first_batch_are_recorded_to_the_end() -> None:
-    record = StepRecorder(max_images=2)
-    for each in (step(0, ALL, ALL[:8], 3), step(1, ALL[:8], [], 3), step(0, ALL, [], 3), step(0, ALL, [], 1)):
-        record(each)
-    assert [(each.step, len(each.tokens)) for each in record.steps] == [(0, 2), (1, 2)]
-
-
-def test_a_batch_of_another_size_is_not_mixed_in() -> None:
-    record = StepRecorder()
-    for each in (step(0, ALL, ALL[:8], 3), step(0, ALL, ALL[:8], 1), step(1, ALL[:8], [], 3)):
-        record(each)
-    assert [len(each.tokens) for each in record.steps] == [3, 3]
+def test_the_first_images_of_the_first_batch_are_recorded() -> None:
+    every, first, mixed = list(range(16)), StepRecorder(max_images=2), StepRecorder()
+    for recorded in (step(0, every, every[:8], 3), step(1, every[:8], [], 3), step(0, every, [], 3)):
+        first(recorded)
+    assert [(recorded.step, len(recorded.tokens)) for recorded in first.steps] == [(0, 2), (1, 2)]
+    for recorded in (step(0, every, every[:8], 3), step(0, every, every[:8], 1), step(1, every[:8], [], 3)):
+        mixed(recorded)
+    assert [len(recorded.tokens) for recorded in mixed.steps] == [3, 3]  # none of a batch of another size

@@ -1,20 +1,22 @@
+"""Pictures of images in rows, and the files that hold them."""
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from maskgit_pl.pipeline.grids import add_title, image_grid, reconstruction_grid, save_images, save_png
-from tests.pipeline.decoding_steps import random_images
+from tests.pipeline.conftest import random_images
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_each_image_stands_enlarged_at_its_place(channels: int) -> None:
+def test_a_grid_shows_each_image_enlarged_in_raster_order(channels: int) -> None:
     images = random_images(5, channels)
     picture = np.asarray(image_grid(images, columns=3))
     assert picture.shape == (8 + 2 * 84 + 4 + 8, 8 + 3 * 84 + 2 * 4 + 8, 3)
     for number, image in enumerate(images):
         top, left = 8 + number // 3 * 88, 8 + number % 3 * 88
-        shown = picture[top : top + 84 : 3, left : left + 84 : 3]
-        assert (shown == image.permute(1, 2, 0).expand(28, 28, 3).numpy()).all()
+        tile = picture[top : top + 84 : 3, left : left + 84 : 3]
+        assert (tile == image.permute(1, 2, 0).expand(28, 28, 3).numpy()).all()
 
 
 def test_large_images_keep_their_size_and_captions_make_room() -> None:
@@ -27,12 +29,13 @@ def test_large_images_keep_their_size_and_captions_make_room() -> None:
 
 
 @pytest.mark.parametrize("name", ["é", "Ω", "Ж"])
-def test_names_beyond_ascii_are_drawn_and_not_shown_as_boxes(name: str) -> None:
+def test_captions_and_titles_have_letters_beyond_ascii(name: str) -> None:
     def page(text: str) -> bytes:
         return image_grid(random_images(1), columns=1, row_captions=[text]).tobytes()
 
-    assert len({page(name), page("\N{CJK UNIFIED IDEOGRAPH-4E2D}"), page("e")}) == 3
-    titles = [add_title(image_grid(random_images(1), columns=1), text).tobytes() for text in (name, "\u4e2d")]
+    missing = "\N{CJK UNIFIED IDEOGRAPH-4E2D}"  # drawn as a box
+    assert len({page(name), page(missing), page("e")}) == 3
+    titles = [add_title(image_grid(random_images(1), columns=1), text).tobytes() for text in (name, missing)]
     assert titles[0] != titles[1]
 
 
@@ -61,7 +64,7 @@ def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monke
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_each_image_has_a_file_named_after_its_class_and_seed(tmp_path) -> None:
+def test_files_of_images_have_the_class_and_the_seed_in_their_names(tmp_path) -> None:
     images = random_images(2)
     save_images(images, [3, None], tmp_path / "single", seed=7)
     files = sorted((tmp_path / "single").iterdir())

@@ -20,8 +20,7 @@ from maskgit_pl.pipeline.options import (
 )
 
 OWN = DecodingConfig(4, "halton", {"name": "linear", "scale": 1.0}, tokens_per_step=(1, 1, 2, 12))
-NAMES = ("Ankle boot", "T-shirt", "7")
-OUTLINE = Outline(NAMES, 3, 16, False, OWN, 8, 2, 1)
+OUTLINE = Outline(("Ankle boot", "T-shirt", "7"), 3, 16, False, OWN, 8, 2, 1)
 
 
 def documented_arguments(kind: type) -> set[str]:
@@ -30,7 +29,7 @@ def documented_arguments(kind: type) -> set[str]:
     return set(re.findall(r"^ {4}(\w+): ", section, re.MULTILINE))
 
 
-def test_options_and_settings_are_told_apart():
+def test_options_are_separated_from_settings():
     given = {"seed": 5, "dilation": 2, "num_steps": 3, "guidance_scale": 2.0, "top_k": None}
     request = Request.of(OUTLINE, ["7", 0], given, EditKeywords)
     decoding = DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
@@ -39,54 +38,45 @@ def test_options_and_settings_are_told_apart():
     assert read_options(BulkOptions, bulk, OWN) == (BulkOptions(num_images=5), decoding)
 
 
-def test_every_option_is_documented_and_none_has_the_name_of_a_setting():
+def test_every_option_and_setting_is_documented_once():
     documented = {name for kind in (GenerateKeywords, SeamKeywords) for name in documented_arguments(kind)}
     assert EditKeywords.__annotations__.keys() - {*SETTINGS, "decoding", "fit"} == documented
     names = {field.name for field in fields(BulkOptions)}
     assert names & {*SETTINGS, "decoding"} == set()
     assert names <= documented_arguments(BulkOptions)
-
-
-def test_every_setting_is_a_field_or_an_argument_of_a_plug_in():
     names = {field.name for field in fields(DecodingConfig)}
     assert names == documented_arguments(DecodingConfig)
     assert set(SETTINGS) - names == {"guidance_scale", "choice_temperature"}
 
 
-def test_a_request_in_parts_keeps_the_seed_of_each_result():
+def test_a_part_of_a_request_keeps_the_seed_of_each_result():
     request = Request.of(OUTLINE, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_classes": [1, 2, 0]}, EditKeywords)
     parts = [request.part(rows) for rows in request.batches()]
     assert [part.seeds for part in parts] == [[7, 8], [9]]
     assert [part.negative_labels for part in parts] == [[1, 2], [0]]
 
 
-def test_nothing_given_changes_nothing():
+def test_an_argument_of_a_plug_in_is_replaced_in_its_specification():
     assert replace_settings(OWN, {}) == replace_settings(OWN, dict.fromkeys(SETTINGS)) == OWN
-
-
-def test_an_argument_of_a_plug_in_is_replaced_in_whatever_spec_there_is():
-    made = replace_settings(OWN, {"guidance_scale": 3, "choice_temperature": 0.5})
-    assert made.guidance == {"name": "linear", "scale": 3}
-    assert made.token_selector == {"name": "halton", "choice_temperature": 0.5}
+    config = replace_settings(OWN, {"guidance_scale": 3, "choice_temperature": 0.5})
+    assert config.guidance == {"name": "linear", "scale": 3}
+    assert config.token_selector == {"name": "halton", "choice_temperature": 0.5}
     assert replace_settings(OWN, {"guidance": "cosine", "guidance_scale": 3}).guidance == {"name": "cosine", "scale": 3}
 
 
-def test_a_list_of_tokens_gives_the_number_of_steps_and_another_number_removes_it():
-    made = replace_settings(OWN, {"tokens_per_step": [4, 4, 8]})
-    assert (made.num_steps, made.tokens_per_step) == (3, (4, 4, 8))
-    assert replace_settings(OWN, {"decoding": made, "num_steps": 5}).tokens_per_step is None
+def test_tokens_per_step_num_steps_and_mask_schedule_replace_one_another():
+    listed = replace_settings(OWN, {"tokens_per_step": [4, 4, 8]})
+    assert (listed.num_steps, listed.tokens_per_step) == (3, (4, 4, 8))
+    assert replace_settings(OWN, {"decoding": listed, "num_steps": 5}).tokens_per_step is None
+    scheduled = replace_settings(OWN, {"mask_schedule": "cosine"})
+    assert (scheduled.mask_schedule, scheduled.tokens_per_step, scheduled.num_steps) == ("cosine", None, 4)
     with pytest.raises(ValueError, match="tokens_per_step must hold a number for each of the 2 steps"):
         replace_settings(OWN, {"tokens_per_step": [4, 4, 8], "num_steps": 2})
-
-
-def test_a_mask_schedule_takes_the_place_of_the_model_s_own_list():
-    made = replace_settings(OWN, {"mask_schedule": "cosine"})
-    assert (made.mask_schedule, made.tokens_per_step, made.num_steps) == ("cosine", None, 4)
     with pytest.raises(ValueError, match=r"mask_schedule must be left out with tokens_per_step.*got 'cosine'"):
         replace_settings(OWN, {"mask_schedule": "cosine", "tokens_per_step": [8, 8]})
 
 
-def test_a_name_that_is_neither_is_answered_with_the_nearest():
+def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
         Request.of(OUTLINE, 0, {"negative_clases": 1}, GenerateKeywords)
     with pytest.raises(TypeError, match="option 'dilation'"):
@@ -95,22 +85,10 @@ def test_a_name_that_is_neither_is_answered_with_the_nearest():
         replace_settings(OWN, {"seed": 1})
 
 
-def test_a_word_is_a_name_if_there_is_one_and_else_a_number():
+def test_words_of_the_command_line_are_names_before_numbers():
     assert [OUTLINE.parse_class(word) for word in ("7", "1", None)] == [2, 1, None]
     with pytest.raises(ValueError, match=r"class must be an index in \[0, 3\) or a name, got -1"):
         OUTLINE.parse_class("-1")
     assert OUTLINE.parse_classes(" T-shirt, 0 ,,7", max_shown=2) == [1, 0, 2]
-
-
-@pytest.mark.parametrize(("most", "shown"), [(10, [0, 1, 2]), (2, [0, 1]), (1, [0])])
-def test_all_is_as_many_classes_as_are_shown_evenly_spread(most, shown):
-    assert OUTLINE.parse_classes("all", max_shown=most) == shown
-    assert replace(OUTLINE, class_names=("x", "all")).parse_classes("all", max_shown=most) == [
-        1
-    ]  # a class of that name
-
-
-def test_no_class_is_the_null_class_of_models_that_have_it():
-    assert OUTLINE.class_ids([None, "t-SHIRT"]) == [3, 1]
-    with pytest.raises(ValueError, match="class must not be None: the model was trained without a null class"):
-        replace(OUTLINE, null_label=None).class_ids([None])
+    assert [OUTLINE.parse_classes("all", max_shown=most) for most in (10, 2, 1)] == [[0, 1, 2], [0, 1], [0]]
+    assert replace(OUTLINE, class_names=("x", "all")).parse_classes("all") == [1]  # a class of that name

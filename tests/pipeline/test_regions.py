@@ -1,3 +1,5 @@
+"""Images, masks and boxes of an edit, the tokens that they cover, and the windows of a canvas."""
+
 import io
 import re
 
@@ -25,7 +27,7 @@ from tests.hostile_images import REFUSED, SPECIAL, write_refused
 
 
 def mask_of(*rows: str) -> torch.Tensor:
-    """A mask as a picture: # is True."""
+    """Returns a mask from a drawing: # is True."""
     return torch.tensor([[cell == "#" for cell in row] for row in rows])
 
 
@@ -48,26 +50,21 @@ def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
     )
     assert torch.equal(token_mask(mask, factor=2), mask_of("..#", "...", "##."))
     assert torch.equal(token_mask(mask, factor=3), mask_of(".#", "##"))
+    corner = mask_of(".....", ".....", "....#")  # the last tokens cover more than the image
+    assert torch.equal(token_mask(corner, factor=2), mask_of("...", "..#"))
+    assert torch.equal(pixel_region(token_mask(corner, factor=2), factor=2, height=3, width=5), corner)
 
 
-def test_the_last_tokens_may_cover_more_than_the_image() -> None:
-    mask = mask_of(".....", ".....", "....#")
-    assert torch.equal(token_mask(mask, factor=2), mask_of("...", "..#"))
-    region = pixel_region(token_mask(mask, factor=2), factor=2, height=3, width=5)
-    assert torch.equal(region, mask)
-
-
-def test_dilation_goes_to_all_sides_and_ends_at_the_border() -> None:
+def test_dilation_grows_on_all_sides_and_ends_at_the_border() -> None:
     middle = mask_of(".....", ".....", "..#..", ".....", ".....")
     assert torch.equal(token_mask(middle, factor=1, dilation=1), mask_of(".....", ".###.", ".###.", ".###.", "....."))
     for dilation in (2, 65536):
         assert bool(token_mask(middle, factor=1, dilation=dilation).all())
     corner = mask_of("#....", ".....", ".....")
     assert torch.equal(token_mask(corner, factor=1, dilation=1), mask_of("##...", "##...", "....."))
-    assert torch.equal(token_mask(corner, factor=1, dilation=0), corner)
 
 
-def test_an_edit_begins_at_the_released_step_and_a_generation_at_the_first() -> None:
+def test_an_edit_skips_the_steps_that_the_released_code_skips() -> None:
     part, everything = mask_of("#."), mask_of("##")
     assert [first_step(part, num_steps=steps) for steps in (1, 4, 5, 6, 8, 12, 16)] == [0, 0, 0, 1, 1, 2, 2]
     assert first_step(everything, num_steps=12) == 0
@@ -76,9 +73,8 @@ def test_an_edit_begins_at_the_released_step_and_a_generation_at_the_first() -> 
 # Boxes
 
 
-def test_a_box_is_left_top_right_bottom_without_the_last_ones() -> None:
+def test_right_and_bottom_of_a_box_are_exclusive() -> None:
     assert torch.equal(box_mask((1, 0, 3, 2), height=3, width=4), mask_of(".##.", ".##.", "...."))
-    assert box_mask((0, 0, 4, 3), height=3, width=4).all()
     assert torch.equal(box_mask(np.array([1, 0, 3, 2]), height=3, width=4), box_mask((1, 0, 3, 2), height=3, width=4))
 
 
@@ -88,7 +84,6 @@ def test_a_box_is_left_top_right_bottom_without_the_last_ones() -> None:
         ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
         ((0, 0, 4, 4), "must lie in the image"),
         ((-1, 0, 4, 3), "must lie in the image"),
-        ((0, -1, 4, 3), "must lie in the image"),
         ((2, 0, 2, 3), "left < right"),
         ((0, 2, 4, 1), "top < bottom"),
         ((0, 0, 4), "must have four integers left,top,right,bottom, got"),
@@ -96,7 +91,7 @@ def test_a_box_is_left_top_right_bottom_without_the_last_ones() -> None:
         ((0, 0, True, 3), "must have four integers"),
     ],
 )
-def test_a_box_that_is_none_is_refused(box, message) -> None:
+def test_a_box_outside_the_image_or_of_another_form_is_refused(box, message) -> None:
     with pytest.raises(ValueError, match=message):
         box_mask(box, height=3, width=4)
 
@@ -104,13 +99,13 @@ def test_a_box_that_is_none_is_refused(box, message) -> None:
 # Putting the result back
 
 
-def test_a_hard_edge_takes_every_pixel_from_the_one_or_the_other() -> None:
+def test_a_hard_edge_mixes_no_pixel() -> None:
     original, edited = pixels(3, 9, 7), pixels(3, 9, 7, seed=1)
     region = box_mask((2, 1, 5, 6), height=9, width=7)
-    made = composite(original, edited, seam(region, radius=0))
-    assert made.dtype == torch.uint8
-    assert torch.equal(made[:, ~region], original[:, ~region])
-    assert torch.equal(made[:, region], edited[:, region])
+    pasted = composite(original, edited, seam(region, radius=0))
+    assert pasted.dtype == torch.uint8
+    assert torch.equal(pasted[:, ~region], original[:, ~region])
+    assert torch.equal(pasted[:, region], edited[:, region])
 
 
 def test_a_soft_seam_falls_from_the_region_outwards() -> None:
@@ -122,13 +117,15 @@ def test_a_soft_seam_falls_from_the_region_outwards() -> None:
     assert 0.4 < row[31] < 0.6  # half of each at the seam
     assert 0.80 < row[27] < 0.90  # a standard deviation inside: 0.84 of a Gaussian
     assert torch.allclose(weight, row.expand(64, -1))  # nothing is lost at the border
-
-
-def test_the_released_blur() -> None:
+    # The blur of the released code:
     assert [seam_radius(size) for size in (512, 256, 28, 16, 8)] == [31, 15, 0.75, 0, 0]
 
 
-# What a user gives
+# Images and masks of a user
+
+
+def read_image(image) -> torch.Tensor:
+    return image_pixels(image, channels=3, name="image 7")
 
 
 def test_every_form_of_an_image_gives_the_same_pixels(tmp_path) -> None:
@@ -144,10 +141,10 @@ def test_every_form_of_an_image_gives_the_same_pixels(tmp_path) -> None:
         assert torch.equal(image_pixels(given, channels=3), grey.expand(3, -1, -1))
 
 
-def test_alpha_lies_over_white_and_exif_is_followed(tmp_path) -> None:
-    see_through = Image.new("RGBA", (3, 2), (200, 0, 0, 0))
-    assert (image_pixels(see_through, channels=3) == 255).all()
-    assert (image_pixels(np.array(see_through), channels=1) == 255).all()
+def test_alpha_is_composited_over_white_and_exif_is_followed(tmp_path) -> None:
+    transparent = Image.new("RGBA", (3, 2), (200, 0, 0, 0))
+    assert (image_pixels(transparent, channels=3) == 255).all()
+    assert (image_pixels(np.array(transparent), channels=1) == 255).all()
     turned = Image.new("L", (3, 2), 9)
     exif = turned.getexif()
     exif[0x0112] = 6  # to be turned by a quarter
@@ -158,32 +155,35 @@ def test_alpha_lies_over_white_and_exif_is_followed(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "image",
+    ("read", "given", "message"),
     [
-        np.zeros((4, 4, 3), dtype=np.float32),
-        np.zeros((4, 4, 5), dtype=np.uint8),
-        np.zeros((4,), dtype=np.uint8),
-        np.zeros((0, 4, 3), dtype=np.uint8),
-        torch.zeros(5, 4, 4, dtype=torch.uint8),
-        torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+        *(
+            (read_image, array, "image 7 must be uint8")
+            for array in (
+                np.zeros((4, 4, 3), dtype=np.float32),
+                np.zeros((4, 4, 5), dtype=np.uint8),
+                np.zeros((0, 4, 3), dtype=np.uint8),
+                torch.zeros(5, 4, 4, dtype=torch.uint8),
+                torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+            )
+        ),
+        *(
+            (read, Image.new(mode, (4, 4), 1), f"must have 8 bits per channel, .* mode {mode}; scale its values")
+            for read in (read_image, mask_pixels)
+            for mode in ("F", "I")  # white, if 1 is white: PIL would clip the values
+        ),
+        *(
+            (mask_pixels, mask, r"mask must be \(H, W\) bool.*mask >= 128")
+            for mask in (torch.ones(2, 2), np.ones((2, 2), dtype=np.uint8), torch.ones(1, 2, 2) > 0)
+        ),
     ],
-    ids=["float", "5 channels last", "1 axis", "empty", "5 channels", "batch"],
 )
-def test_arrays_that_are_no_image_are_refused(image) -> None:
-    with pytest.raises(ValueError, match="image 7 must be uint8"):
-        image_pixels(image, channels=3, name="image 7")
+def test_arrays_and_pictures_of_another_form_are_refused(read, given, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(given)
 
 
-@pytest.mark.parametrize("mode", ["F", "I"])
-def test_pil_images_whose_values_pil_would_clip_are_refused(mode: str) -> None:
-    picture = Image.new(mode, (4, 4), 1)  # white, if 1 is white
-    with pytest.raises(ValueError, match=f"image 7 must have 8 bits per channel, .* mode {mode}; scale its values"):
-        image_pixels(picture, channels=3, name="image 7")
-    with pytest.raises(ValueError, match=f"mask must have 8 bits per channel, .* mode {mode}; scale its values"):
-        mask_pixels(picture)
-
-
-def test_files_that_are_no_image_are_named(tmp_path) -> None:
+def test_files_that_are_not_images_are_refused_by_name(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
         image_pixels(tmp_path / "nowhere.png", channels=3)
     (tmp_path / "text.png").write_text("not an image")
@@ -191,24 +191,24 @@ def test_files_that_are_no_image_are_named(tmp_path) -> None:
         image_pixels(tmp_path / "text.png", channels=3)
 
 
-@pytest.mark.parametrize("read", [image_pixels, mask_pixels])
 @pytest.mark.parametrize("make", SPECIAL, ids=lambda make: make.__name__)
-def test_what_has_no_end_is_refused_before_it_is_read(make, read, tmp_path) -> None:
-    options = {"channels": 3} if read is image_pixels else {}
-    with pytest.raises(ValueError, match=f"image .*{make.__name__}.png {SPECIAL[make]}"):
-        read(make(tmp_path), **options)
+def test_files_without_an_end_are_refused_before_they_are_read(make, tmp_path) -> None:
+    file = make(tmp_path)
+    for read in (read_image, mask_pixels):
+        with pytest.raises(ValueError, match=f"image .*{make.__name__}.png {SPECIAL[make]}"):
+            read(file)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REFUSED)
-def test_no_hostile_image_is_opened(name, tmp_path) -> None:
+def test_hostile_images_are_refused(name, tmp_path) -> None:
     path = write_refused(tmp_path, name)
-    for read in (lambda: image_pixels(path, channels=1), lambda: mask_pixels(path)):
+    for read in (read_image, mask_pixels):
         with pytest.raises(ValueError, match=re.escape(name) + ".*" + re.escape(REFUSED[name][2])):
-            read()
+            read(path)
 
 
-def test_pictures_of_pil_that_are_too_large_or_damaged_are_refused(tmp_path) -> None:
+def test_pil_images_that_are_too_large_or_damaged_are_refused(tmp_path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
     with pytest.raises(ValueError, match=r"image \(mask\) cannot be decoded: image file is truncated"):
@@ -217,7 +217,7 @@ def test_pictures_of_pil_that_are_too_large_or_damaged_are_refused(tmp_path) -> 
         image_pixels(Image.new("1", (8001, 8000)), channels=3, name="image 2")
 
 
-def test_every_form_of_a_mask_is_the_same_mask(tmp_path) -> None:
+def test_every_form_of_a_mask_gives_the_same_pixels(tmp_path) -> None:
     mask = mask_of("#..", ".##")
     grey = Image.fromarray(np.where(mask.numpy(), 128, 127).astype(np.uint8))
     grey.save(tmp_path / "mask.png")
@@ -243,28 +243,14 @@ def test_transparent_pixels_of_a_mask_are_kept(tmp_path, mode) -> None:
         assert torch.equal(mask_pixels(given), mask_of("#.#..."))
 
 
-@pytest.mark.parametrize("mask", [torch.ones(2, 2), np.ones((2, 2), dtype=np.uint8), torch.ones(1, 2, 2) > 0])
-def test_arrays_that_are_no_mask_are_refused(mask) -> None:
-    with pytest.raises(ValueError, match=r"mask must be \(H, W\) bool.*mask >= 128"):
-        mask_pixels(mask)
-
-
-def test_an_image_of_the_models_size_is_taken_as_it_is() -> None:
-    image, mask = pixels(3, 8, 8), box_mask((1, 1, 3, 3), height=8, width=8)
-    for fit in (False, True):
-        made, its_mask = fit_to_model(image, mask, image_size=8, fit=fit)
-        assert torch.equal(made, image)
-        assert torch.equal(its_mask, mask)
-
-
-def test_image_and_mask_are_cut_and_resized_alike() -> None:
+def test_image_and_mask_are_cropped_and_resized_alike() -> None:
     image = torch.zeros(1, 8, 20, dtype=torch.uint8)
     mask = box_mask((8, 2, 12, 4), height=8, width=20)
     image[0, mask] = 255
-    made, its_mask = fit_to_model(image, mask, image_size=4, fit=True)
-    assert made.shape == (1, 4, 4)
+    smaller, its_mask = fit_to_model(image, mask, image_size=4, fit=True)
+    assert smaller.shape == (1, 4, 4)
     assert torch.equal(its_mask, mask_of("....", ".##.", "....", "...."))
-    assert (made[0][its_mask] > 150).all()
+    assert (smaller[0][its_mask] > 150).all()
     larger, its_mask = fit_to_model(image, mask, image_size=16, fit=True)
     assert torch.equal(its_mask, box_mask((4, 4, 12, 8), height=16, width=16))
     assert (larger[0][its_mask] > 100).all()
@@ -275,21 +261,19 @@ def test_a_thin_mask_is_not_lost_when_it_shrinks() -> None:
     assert torch.equal(fit_to_model(pixels(1, 64, 64), mask, image_size=4, fit=True)[1], mask_of(*["..#."] * 4))
 
 
-def test_sizes_that_do_not_fit_are_refused() -> None:
-    image = pixels(3, 6, 8)
-    with pytest.raises(
-        ValueError, match=r"image must have the 8 x 8 pixels of the model, got 8 x 6; fit=True \(--fit\)"
-    ):
-        fit_to_model(image, box_mask((0, 0, 1, 1), height=6, width=8), image_size=8, fit=False)
-    with pytest.raises(ValueError, match=r"mask of image 3 must have 8 x 6 pixels like the image, got 6 x 8"):
-        fit_to_model(image, box_mask((0, 0, 1, 1), height=8, width=6), image_size=8, fit=True, name="image 3")
-
-
-def test_a_mask_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="must not be empty"):
-        fit_to_model(pixels(1, 8, 8), torch.zeros(8, 8, dtype=torch.bool), image_size=8, fit=False)
-    with pytest.raises(ValueError, match="lies outside the central part"):
-        fit_to_model(pixels(1, 8, 20), box_mask((0, 0, 4, 8), height=8, width=20), image_size=8, fit=True)
+@pytest.mark.parametrize(
+    ("box", "height", "width", "fit", "message"),
+    [
+        ((0, 0, 1, 1), 6, 8, False, r"image 3 must have the 8 x 8 pixels of the model, got 8 x 6; fit=True \(--fit\)"),
+        ((0, 0, 1, 1), 8, 6, True, "mask of image 3 must have 8 x 6 pixels like the image, got 6 x 8"),
+        (None, 6, 8, True, "mask of image 3 must not be empty"),
+        ((0, 0, 1, 6), 6, 8, True, "mask of image 3 lies outside the central part"),
+    ],
+)
+def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, message) -> None:
+    mask = torch.zeros(height, width, dtype=torch.bool) if box is None else box_mask(box, height=height, width=width)
+    with pytest.raises(ValueError, match=message):
+        fit_to_model(pixels(3, 6, 8), mask, image_size=8, fit=fit, name="image 3")
 
 
 # A canvas and its windows
@@ -297,39 +281,33 @@ def test_a_mask_of_nothing_is_refused() -> None:
 
 def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:
     """Returns (top, left, unknown tokens) of each window, after checks: inside the canvas, and no token twice."""
-    left, found = unknown.clone(), []
+    left, counts = unknown.clone(), []
     for window in windows(unknown, size=size, overlap=overlap):
         part = left[window.index[1:]]
         assert part.shape == size
         assert torch.equal(part, window.unknown)
-        found.append((window.top, window.left, int(part.sum())))
+        counts.append((window.top, window.left, int(part.sum())))
         part.fill_(False)
     assert not left.any()
-    return found
+    return counts
 
 
-def test_windows_of_an_empty_canvas_slide_by_what_does_not_overlap():
-    assert filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4), overlap=0.5) == [
-        (0, 0, 16),
-        (0, 2, 8),
-        (0, 4, 8),
-        (0, 6, 8),
-        (0, 8, 8),
-        (0, 10, 8),
-    ]
+def test_windows_of_an_empty_canvas_advance_by_the_rest_of_the_overlap():
+    half = filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4), overlap=0.5)
+    assert half == [(0, 0, 16), *((0, left, 8) for left in range(2, 12, 2))]
     assert filled_by(torch.ones(4, 7, dtype=torch.bool), size=(4, 4), overlap=0.25) == [(0, 0, 16), (0, 3, 12)]
 
 
 def test_windows_on_all_sides_begin_where_most_is_known():
     unknown = torch.ones(8, 8, dtype=torch.bool)
     unknown[2:6, 2:6] = False
-    found = filled_by(unknown, size=(4, 4), overlap=0.5)
-    assert [count for _, _, count in found[:4]] == [8] * 4
-    assert all(count <= 8 for _, _, count in found)  # no window sees less than half of itself
-    assert sum(count for _, _, count in found) == 48
+    counts = [count for _, _, count in filled_by(unknown, size=(4, 4), overlap=0.5)]
+    assert counts[:4] == [8] * 4
+    assert max(counts) == 8  # half of each window is known
+    assert sum(counts) == 48
 
 
-@pytest.mark.parametrize("overlap", [0.01, 0.3, 0.5, 0.9, 0.99])
+@pytest.mark.parametrize("overlap", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("shape", [(4, 4), (4, 9), (7, 11), (5, 5)])
 def test_windows_fill_any_canvas(shape, overlap):
     filled_by(torch.ones(shape, dtype=torch.bool), size=(4, 4), overlap=overlap)
@@ -338,7 +316,7 @@ def test_windows_fill_any_canvas(shape, overlap):
     filled_by(corner, size=(4, 4), overlap=overlap)
 
 
-def test_margins_lay_an_image_on_its_canvas():
+def test_margins_place_an_image_on_its_canvas():
     added = Margins(left=2, right=0, up=0, down=1)
     image = torch.arange(1, 7).reshape(1, 2, 3)
     padded = added.pad(image, size=1)

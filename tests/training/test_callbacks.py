@@ -27,7 +27,7 @@ from maskgit_pl.training.loggers import TensorBoard, TolerantLogger
 from tests import forked
 from tests.conftest import tiny_tokenizer
 from tests.data_folders import save_data
-from tests.pipeline.decoding_steps import random_images, step
+from tests.pipeline.conftest import random_images, step
 
 
 class FakeModel:

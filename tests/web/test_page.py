@@ -24,9 +24,8 @@ from playwright.sync_api import TimeoutError as Late
 from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.pipeline.regions import box_mask
 from maskgit_pl.web import page as page_module
-from maskgit_pl.web.page import STYLE, build_page, painted_pixels, settings_of, start_values, stream_steps
+from maskgit_pl.web.page import build_page, painted_pixels, settings_of, start_values, stream_steps
 from tests.web.conftest import ROOT, SECONDS, Server, opened, running, starting
 
 MODEL = "fashion-mnist-demo"
@@ -70,6 +69,10 @@ def choose(page: Page, panel: Locator, field: str, option: str) -> None:
 def finish(page: Page, panel: Locator, *, steps: int = 8) -> None:
     """Waits until a run ends and the page shows its settings."""
     expect(panel.get_by_text(f"{steps} steps, token selector").first).to_be_visible()
+
+
+def check_equal(results: list[np.ndarray], expected: list[Image.Image] | list[np.ndarray]) -> None:
+    assert all((pixels == np.array(image)).all() for pixels, image in zip(results, expected, strict=True))
 
 
 def shown(page: Page, name: str) -> list[np.ndarray]:
@@ -126,9 +129,8 @@ def start_long_run(page: Page) -> Locator:
 
 
 def test_the_page_opens_with_images_that_its_button_makes_again(page: Page, pipe: MaskGIT) -> None:
-    expected = [np.array(image) for image in pipe.generate([0, 2, 5, 7], seed=11)]
-    opening = shown(page, "generated")
-    assert all((one == other).all() for one, other in zip(opening, expected, strict=True))
+    expected = pipe.generate([0, 2, 5, 7], seed=11)
+    check_equal(shown(page, "generated"), expected)
     panel = tab(page, "Generate")
     page.evaluate(
         """() => {
@@ -140,7 +142,7 @@ def test_the_page_opens_with_images_that_its_button_makes_again(page: Page, pipe
     page.wait_for_function("window.seen.has('Step 8 of 8: 49 of 49 tokens')")
     finish(page, panel)
     assert len(page.evaluate("[...window.seen].filter(Boolean)")) > 4  # each step is shown
-    assert all((one == other).all() for one, other in zip(shown(page, "generated"), expected, strict=True))
+    check_equal(shown(page, "generated"), expected)
 
 
 def test_images_of_other_settings_are_compared(page: Page, pipe: MaskGIT) -> None:
@@ -154,9 +156,8 @@ def test_images_of_other_settings_are_compared(page: Page, pipe: MaskGIT) -> Non
     choose(page, panel, "Mask schedule", "cosine")
     press(panel, "Generate")
     finish(page, panel, steps=5)
-    expected = pipe.generate([BAG, BAG], seed=4, num_steps=5, mask_schedule="cosine")
-    assert all((one == np.array(image)).all() for one, image in zip(shown(page, "generated"), expected, strict=True))
-    assert all((one == other).all() for one, other in zip(shown(page, "kept"), before, strict=True))
+    check_equal(shown(page, "generated"), pipe.generate([BAG, BAG], seed=4, num_steps=5, mask_schedule="cosine"))
+    check_equal(shown(page, "kept"), before)
     expect(panel.get_by_text("8 steps, token selector")).to_be_visible()
     panel.get_by_role("button", name="Step by step").click()
     animation = panel.locator("img[src$='.gif']")
@@ -165,35 +166,23 @@ def test_images_of_other_settings_are_compared(page: Page, pipe: MaskGIT) -> Non
     assert Image.open(io.BytesIO(data)).n_frames == 5
 
 
-def test_a_box_of_the_chosen_image_becomes_another_class(page: Page, pipe: MaskGIT) -> None:
+@pytest.mark.parametrize("task", ["box", "share"])
+def test_the_chosen_image_becomes_another_class(page: Page, pipe: MaskGIT, task: str) -> None:
     image = shown(page, "generated")[2]
     page.locator("#generated img").nth(2).click()
     press(tab(page, "Generate"), "Edit this image")
     panel = page.get_by_role("tabpanel").filter(visible=True)
-    panel.get_by_label("Box in place of the brush").fill("0,14,28,28")
+    if task == "box":
+        panel.get_by_label("Box in place of the brush").fill("0,14,28,28")
+        expected = pipe.edit_class(image, (0, 14, 28, 28), BOOT, variants=2, seed=11)
+    else:
+        panel.get_by_label("Vary the whole image").check()
+        expected = pipe.edit(image, strength=0.6, classes=[BOOT] * 2, seed=11)
     choose(page, panel, "Class of the new part", "Ankle boot")
     set_number(panel, "Results", 2)
     panel.get_by_role("button", name="Edit", exact=True).press("Enter")
     finish(page, panel)
-    expected = pipe.inpaint(image, box_mask((0, 14, 28, 28), height=28, width=28), classes=[BOOT] * 2, seed=11)
-    results = shown(page, "edited")
-    assert all((one == np.array(other)).all() for one, other in zip(results, [image, *expected], strict=True))
-
-
-def test_a_share_of_the_chosen_image_is_made_again(page: Page, pipe: MaskGIT) -> None:
-    image = shown(page, "generated")[0]
-    page.locator("#generated img").first.click()
-    press(tab(page, "Generate"), "Edit this image")
-    panel = page.get_by_role("tabpanel").filter(visible=True)
-    panel.get_by_label("Vary the whole image").check()
-    choose(page, panel, "Class of the new part", "Ankle boot")
-    set_number(panel, "Results", 2)
-    press(panel, "Edit")
-    finish(page, panel)
-    expected = pipe.edit(image, strength=0.6, classes=[BOOT] * 2, seed=11)
-    assert all(
-        (one == np.array(other)).all() for one, other in zip(shown(page, "edited"), [image, *expected], strict=True)
-    )
+    check_equal(shown(page, "edited"), [image, *expected])
 
 
 def test_an_upload_is_extended(page: Page, pipe: MaskGIT) -> None:
@@ -212,7 +201,7 @@ def test_an_upload_is_extended(page: Page, pipe: MaskGIT) -> None:
     assert [result.shape for result in results] == [(28, 36)] * 4
 
 
-def test_what_cannot_be_done_is_said_in_a_sentence(page: Page) -> None:
+def test_an_error_is_shown_as_a_sentence(page: Page) -> None:
     panel, toast = tab(page, "Edit"), page.get_by_test_id("toast-body")
     expect(panel.get_by_text("Which image shall change?")).to_be_visible()
     press(panel, "Edit")
@@ -235,7 +224,7 @@ def test_what_cannot_be_done_is_said_in_a_sentence(page: Page) -> None:
     expect(toast.last).to_contain_text("seed must be")
 
 
-def test_a_run_that_is_stopped_or_left_ends(page: Page, server: Server) -> None:
+def test_a_run_ends_when_it_is_stopped_or_its_page_left(page: Page, server: Server) -> None:
     panel = start_long_run(page)
     press(panel, "Stop")
     server.wait_until_idle()
@@ -341,12 +330,9 @@ def test_ctrl_c_while_it_starts_leaves_no_folder(tmp_path: Path) -> None:
 # Functions of the page, without a browser
 
 
-def test_the_first_values_of_the_fields_change_nothing(pipe: MaskGIT) -> None:
-    assert settings_of(pipe, list(start_values(pipe).values())) == {}
-
-
 @pytest.mark.parametrize("selector", list(token_selectors.build_all()))
 def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, selector: str) -> None:
+    assert settings_of(pipe, list(start_values(pipe).values())) == {}
     changed = {"token_selector": selector, "first": 0.5, "guidance": "cosine", "num_steps": 4}
     settings = settings_of(pipe, list({**start_values(pipe), **changed}.values()))
     has_noise = hasattr(token_selectors.build(selector), "choice_temperature")
@@ -357,26 +343,21 @@ def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, sele
     }  # fmt: skip
 
 
-def test_the_fields_reach_the_model_s_own_values(pipe: MaskGIT, tmp_path: Path) -> None:
-    own = DecodingConfig(
-        token_selector={"name": "confidence", "choice_temperature": 40.0},
-        guidance={"name": "linear", "scale": 12.5},
-        sampling_temperature=(4.5, 0.5),
-        num_steps=2,
-    )
-    model = MaskGIT.from_pretrained(MODEL, decoding=own)
-    blocks = build_page(model, MODEL, tmp_path)
-    sliders = [block for block in blocks.blocks.values() if type(block).__name__ == "Slider"]
+def test_sliders_reach_the_values_of_the_model(tmp_path: Path) -> None:
+    selector = {"name": "confidence", "choice_temperature": 40.0}
+    own = DecodingConfig(2, selector, {"name": "linear", "scale": 12.5}, sampling_temperature=(4.5, 0.5))
+    page = build_page(MaskGIT.from_pretrained(MODEL, decoding=own), MODEL, tmp_path)
+    sliders = [block for block in page.blocks.values() if type(block).__name__ == "Slider"]
     assert len(sliders) == 14
     assert all(slider.minimum <= slider.value <= slider.maximum for slider in sliders)
 
 
-def test_a_model_that_the_page_cannot_show_is_refused(tiny_autoregressive: Path, tmp_path: Path) -> None:
+def test_an_autoregressive_model_is_refused(tiny_autoregressive: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="web requires a model with bidirectional attention"):
         build_page(MaskGIT.from_pretrained(tiny_autoregressive), "tiny", tmp_path)
 
 
-def test_a_call_ends_after_its_step_when_nobody_waits(pipe: MaskGIT) -> None:
+def test_a_closed_stream_ends_its_call_after_the_step(pipe: MaskGIT) -> None:
     done: list[int] = []
     hook = pipe.transformer.network.register_forward_hook(lambda *_: done.append(1))
     steps = stream_steps(lambda callback: pipe.generate([0], num_steps=49, callback=callback), num_steps=49)
@@ -399,9 +380,7 @@ def test_a_painted_canvas_pixel_masks_its_image_pixel() -> None:
     assert not torch.any(painted_pixels([], height=14, width=28))
 
 
-def test_pictures_that_the_canvas_cannot_have_sent_are_refused_before_they_are_decoded(
-    pipe: MaskGIT, tmp_path: Path
-) -> None:
+def test_pictures_that_no_canvas_sends_are_refused_before_decoding(tmp_path: Path) -> None:
     def sent(side: int, layers: int) -> SimpleNamespace:
         Image.new("L", (side, side)).save(tmp_path / "drawn.png")
         drawn = SimpleNamespace(path=str(tmp_path / "drawn.png"))
@@ -411,8 +390,3 @@ def test_pictures_that_the_canvas_cannot_have_sent_are_refused_before_they_are_d
     for payload in (sent(600, 2), sent(4000, 1)):
         with pytest.raises(gr.Error, match="one layer of its own size"):
             page_module._check_canvas(payload)
-
-
-def test_the_style_needs_no_other_machine() -> None:
-    assert "url(" not in STYLE
-    assert "@import" not in STYLE
