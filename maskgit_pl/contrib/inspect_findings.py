@@ -99,7 +99,8 @@ def _records(file: Path) -> Iterator[bytes]:
     """Yields the complete records of an event file.
 
     Raises:
-        ValueError: if the file or a record is too large. The end of a file that is still written to is no error.
+        ValueError: if the file or a record is too large, or a record is empty. The end of a file that is still
+            written to is no error.
     """
     if not file.is_file():
         raise ValueError("it must be a regular file")
@@ -109,6 +110,8 @@ def _records(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         while len(head := stream.read(12)) == 12:
             (length,) = struct.unpack("<Q", head[:8])
+            if length == 0:  # no event is empty: the rest of the file was never written, such as that of a sparse file
+                raise ValueError("a record is damaged")
             if length > _MAX_RECORD:
                 raise ValueError(f"a record must have at most {size_text(_MAX_RECORD)}, got {size_text(length)}")
             record = stream.read(length)
