@@ -38,9 +38,6 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "contrib": 12,  # the core names it only as strings
     "__main__": 13,
 }
-INNER = (  # a folder and the folders inside it: each may import those before it, never those after it
-    ("data", "data/sources"),
-)
 LIGHTNING_FROM = 3
 MODULES = sorted(path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py"))
 FOUND = [name for name in MODULES if name != "__init__"]  # the root names the public things, and imports them late
@@ -129,15 +126,6 @@ def hidden(module: str) -> Iterator[str]:
                 yield f"{module}: import_module({text}) (line {node.lineno})"
 
 
-def backwards(module: str, folders: tuple[str, ...]) -> Iterator[str]:
-    """Names the imports of ``module`` that go from a folder to one after it."""
-    place = {folder: number for number, folder in enumerate(folders)}
-    own_place = place[Path(module).parent.as_posix()]
-    for other in sorted(own(module)):
-        if place.get(Path(other).parent.as_posix(), 0) > own_place:
-            yield f"{module} imports {other}"
-
-
 def circles() -> list[str]:
     """Circles of imports, each once."""
     found: list[str] = []
@@ -213,12 +201,6 @@ def forbidden_loads(module: str, node: ast.Call, named: dict[str | None, str]) -
             yield f"{name} other than with the plain loader of files"
 
 
-def test_the_package_is_read():
-    assert {"registry", "data/index", "runs/recipe", "networks/transformer"} <= set(MODULES)
-    assert own("masking") == {"checks", "randomness", "registry", "schedules"}
-    assert "torch" in {name.split(".")[0] for name in imported("randomness")}
-
-
 def test_every_module_has_a_floor():
     assert sorted({part(module) for module in FOUND} ^ FLOORS.keys()) == []
 
@@ -230,17 +212,6 @@ def test_a_module_imports_from_lower_floors_or_its_own_folder():
 def test_no_module_imports_the_root_or_hides_an_import_in_a_string():
     assert [fault for module in FOUND for fault in hidden(module)] == []
     assert LATE.keys() <= set(MODULES)
-
-
-def test_folders_inside_a_folder_know_one_another_in_one_direction():
-    for folders in INNER:
-        modules = [module for module in FOUND if part(module) == part(folders[0])]
-        assert {Path(module).parent.as_posix() for module in modules} == set(folders)
-        assert [fault for module in modules for fault in backwards(module, folders)] == []
-
-
-def test_no_folder_lies_deeper_than_those_whose_order_is_known():
-    assert {Path(module).parent.as_posix() for module in FOUND if module.count("/") > 1} <= {*sum(INNER, ())}
 
 
 SHARED_NAMES = {  # public names that two modules may define, and why
@@ -310,10 +281,6 @@ def test_the_source_never_runs_what_it_reads():
     assert [fault for module in MODULES for fault in forbidden(module)] == []
 
 
-def test_every_file_says_what_it_is_for():
-    assert [module for module in MODULES if not ast.get_docstring(tree(module))] == []
-
-
 def test_the_root_package_imports_nothing_of_its_own_when_it_is_imported():
     assert own("__init__", at_import=True) == set()
     assert own("__init__")  # and names the public things for type checkers
@@ -338,18 +305,7 @@ def test_the_check_of_the_source_finds(monkeypatch):
     ]
     monkeypatch.setattr(f"{__name__}.tree", ast.parse)
     assert [source for source in sources if not list(forbidden(source))] == []
-
-
-def test_the_check_of_the_source_lets_pass(monkeypatch):
-    sources = [
-        "model.eval()",
-        "load_file(path)",
-        "read_json(file)",
-        "torch.load(path, weights_only=True)",
-        "np.load(path, allow_pickle=False)",
-    ]
-    monkeypatch.setattr(f"{__name__}.tree", ast.parse)
-    assert [fault for source in sources for fault in forbidden(source)] == []
+    assert list(forbidden("torch.load(path, weights_only=True); read_json(file); model.eval()")) == []
 
 
 def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
@@ -362,28 +318,3 @@ def test_the_check_of_floors_finds_what_it_is_for(monkeypatch):
     assert list(upwards("masking")) == ["masking imports data/__init__", "masking imports pipeline/__init__"]
     assert list(upwards("pipeline/model")) == []
     assert list(upwards("cli/train")) == []
-
-
-def test_the_check_of_hidden_imports_finds_what_it_is_for(monkeypatch):
-    monkeypatch.setattr(f"{__name__}.tree", ast.parse)
-    sources = (
-        "import maskgit_pl",
-        "import_module('maskgit_pl.mvtm')",
-        "importlib.import_module(f'maskgit_pl.{name}')",
-        "import_module(f'{__name__}.x')",
-    )
-    assert [source for source in sources if not list(hidden(source))] == []
-    assert [*hidden("from maskgit_pl import editing"), *hidden("import_module(module)")] == []
-
-
-def test_the_check_of_inner_folders_finds_what_it_is_for(monkeypatch):
-    own_of = {"data/reader", "data/sources/public", "decoding/decoder"}
-    monkeypatch.setattr(f"{__name__}.own", lambda module: own_of)
-    assert list(backwards("data/reader", INNER[0])) == ["data/reader imports data/sources/public"]
-    assert list(backwards("data/sources/public", INNER[0])) == []
-
-
-def test_the_check_of_circles_finds_one(monkeypatch):
-    imports = {"pretrained": {"losses"}, "losses": {"masking"}, "masking": {"pretrained"}}
-    monkeypatch.setattr(f"{__name__}.own", lambda module: imports.get(module, set()))
-    assert circles() == ["losses -> masking -> pretrained -> losses"]
