@@ -66,7 +66,7 @@ class Imported:
 
 def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, Imported]:
     """Runs each import in fresh interpreters, in turn; the first round fills the file cache and is not counted."""
-    found: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
+    measured: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
     # As installed: with the bytecode of all modules, which round 0 writes.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for round_ in range(repeats + 1):
@@ -76,9 +76,9 @@ def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, 
             printed = done.stdout.splitlines()[-1]
             # Round 0 reads the files from disk into the cache of the system.
             if round_ > 0:
-                found[name].append(tuple(json.loads(printed)))
+                measured[name].append(tuple(json.loads(printed)))
     return {
-        name: Imported([seconds for seconds, _ in rounds], frozenset(rounds[0][1])) for name, rounds in found.items()
+        name: Imported([seconds for seconds, _ in rounds], frozenset(rounds[0][1])) for name, rounds in measured.items()
     }
 
 
