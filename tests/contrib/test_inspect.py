@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from maskgit_pl.cli import main
-from maskgit_pl.contrib.inspect_charts import bar_chart, line_chart
 from maskgit_pl.contrib.inspect_findings import (
     Logs,
     find_in_tokenizer,
@@ -23,7 +22,7 @@ from maskgit_pl.contrib.inspect_findings import (
     read_logs,
     read_reports,
 )
-from maskgit_pl.contrib.inspect_page import _safe_png, inspect_run
+from maskgit_pl.contrib.inspect_page import _safe_png, bar_chart, inspect_run, line_chart
 from maskgit_pl.data import Batch
 from maskgit_pl.data.images import encode_png
 from tests.conftest import tiny_tokenizer
