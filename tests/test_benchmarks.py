@@ -49,7 +49,7 @@ def assert_whole(table: str, num_rows: int) -> None:
 
 
 @uses("stage2_step")
-def test_ours_and_the_naive_step_of_stage_2_have_the_same_loss_and_gradients(script):
+def test_our_step_of_stage_2_and_the_naive_one_have_equal_gradients(script):
     task, results = script.Task(**STAGE_2), []
     for name in ("ours", "naive"):
         step = script.build(name, task, "fp32")
@@ -89,7 +89,7 @@ def test_the_counted_work_of_a_training_step_is_that_of_the_formula(script):
 
 @pytest.mark.slow
 @uses("stage1_step")
-def test_ours_and_the_plain_step_of_stage_1_have_the_same_gradients(script):
+def test_our_step_of_stage_1_and_the_plain_one_have_equal_gradients(script):
     task = script.Task(**STAGE_1)
     assert script.compare_gradients(task, "fp32") < 1e-3
     steps = {name: script.build(name, task, "fp32") for name in ("ours", "plain")}

@@ -139,7 +139,7 @@ def built(annotation: Any, value: object) -> Any:
         (Inner | str, {"kind": "a"}, "value must be a mapping with the key 'depth' or a string, got {'kind': 'a'}"),
     ],
 )
-def test_what_is_accepted_is_said_in_words(annotation: Any, value: object, text: str) -> None:
+def test_messages_describe_the_accepted_types_in_words(annotation: Any, value: object, text: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(f'a.json.{text}')}$"):
         built(annotation, value)
 
@@ -178,7 +178,7 @@ class WithDevice:
         object.__setattr__(self, "device", torch.device(self.device or "cpu"))
 
 
-def test_the_types_of_a_plug_in_are_its_own_and_its_other_fields_are_checked() -> None:
+def test_fields_of_a_plug_in_are_checked_but_for_types_of_its_own() -> None:
     assert build_dataclass(OfAPlugIn, {"count": 1}, "a.json") == OfAPlugIn(1)
     made = build_dataclass(WithDevice, {"width": 1, "device": "cpu"}, "a.json")
     assert (made.device, made.pair) == (torch.device("cpu"), Pair(1, 2))

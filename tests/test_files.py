@@ -113,7 +113,9 @@ def test_a_disk_that_ends_within_a_file_leaves_no_part_of_it(tmp_path: Path, kin
 
 @pytest.mark.parametrize(("call", "number"), [("fsync", errno.EIO), ("replace", errno.EXDEV)])
 @pytest.mark.parametrize("kind", WRITES)
-def test_a_failing_disk_is_named_with_the_file(tmp_path: Path, monkeypatch, call: str, number: int, kind: str) -> None:
+def test_errors_of_a_failing_disk_have_the_name_of_the_file(
+    tmp_path: Path, monkeypatch, call: str, number: int, kind: str
+) -> None:
     def fail(*arguments: object) -> None:
         paths = [os.fspath(each) for each in arguments if isinstance(each, str | Path)]
         raise OSError(number, os.strerror(number), *paths[:1])

@@ -79,7 +79,7 @@ def test_the_package_imports_without_extras():
     assert third_party(late=False) <= {module_of(each) for each in PROJECT["dependencies"]}
 
 
-def test_every_extra_that_is_named_exists():
+def test_every_extra_on_a_page_or_in_a_message_exists():
     files = [
         *(ROOT / "maskgit_pl").rglob("*.py"),
         *(file for file in (ROOT / "docs").rglob("*.md") if not file.is_relative_to(ROOT / "docs/reference")),

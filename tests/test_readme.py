@@ -136,7 +136,7 @@ def test_the_recipes_for_own_images_are_valid():
         assert {key: recipe.get(key) for key in values} == values
 
 
-def test_what_people_cite_is_this_version():
+def test_the_citation_has_the_version_of_the_package():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == __version__
     assert f"version = {{{__version__}}}" in README
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()

@@ -118,7 +118,7 @@ def test_plugins_are_listed_without_being_loaded_and_built(chairs, site):
     assert chairs.build_all() == {"folding": Chair(4), "plain": Chair(4)}
 
 
-def test_what_a_plugin_prints_does_not_mix_with_the_output_of_a_command(chairs, site, capsys):
+def test_the_output_of_a_plugin_goes_to_stderr(chairs, site, capsys):
     source = (
         "from tests.test_registry import Chair\nprint('noise')\ndef talk():\n    print('more')\n    return Chair()\n"
     )
@@ -137,7 +137,7 @@ def test_a_name_that_two_packages_announce_is_refused_and_the_others_stay(chairs
     assert "two packages define this name" in caplog.text
 
 
-def test_a_plugin_does_not_replace_what_is_built_in(chairs, site, caplog):
+def test_a_plugin_does_not_replace_a_built_in_part(chairs, site, caplog):
     source = "from tests.test_registry import Chair\ndef plain():\n    return Chair(1)\n"
     install(
         site, name="replaces", entry_points=f"[{chairs.group}]\nplain = replaces:plain\n", modules={"replaces": source}
@@ -181,9 +181,7 @@ REGISTRIES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
-def test_a_broken_plugin_is_named_with_its_package_and_leaves_all_other_names_usable(
-    registry, fault, site, monkeypatch, caplog
-):
+def test_a_broken_plugin_names_its_package_and_the_others_stay_usable(registry, fault, site, monkeypatch, caplog):
     before = set(registry.build_all())
     source, text = FAULTS[fault]
     module = f"faulty{len(FAULTS) * REGISTRIES.index(registry) + list(FAULTS).index(fault)}"  # imported once

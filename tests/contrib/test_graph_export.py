@@ -124,7 +124,7 @@ def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, expo
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_earlier_export_behind_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):
+def test_an_earlier_export_at_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):
     (tmp_path / "link").symlink_to("disk")
     words = ["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path / 'link'}"]
     for more in ([], ["--replace"]):
@@ -263,7 +263,7 @@ class OnTheHost(nn.Module):
         return tokens.float() if tokens.sum() > 5 else -tokens.float()
 
 
-def test_what_cannot_be_traced_is_refused_by_name(tmp_path):
+def test_a_network_that_cannot_be_traced_is_refused_by_name(tmp_path):
     def draw(batch, chance):
         return {"tokens": torch.randint(9, (batch, 4), generator=chance), "labels": torch.zeros(batch)}
 

@@ -204,7 +204,7 @@ def test_pictures_of_a_run_are_encoded_again():
     assert _safe_png(png).startswith(b"\x89PNG")
 
 
-def test_charts_have_a_point_for_each_value_and_text_for_those_who_do_not_see_them():
+def test_charts_have_a_point_for_each_value_and_a_description():
     chart = line_chart("loss", {"train": {0: 1.0, 10: 1000.0}, "val": {5: 2.0}})
     assert len(re.findall(r"<polyline", chart)) == 2
     assert 'aria-label="loss over steps 0 to 10. train: 1 to 1000; val: 2 to 2"' in chart
@@ -216,7 +216,7 @@ def test_charts_have_a_point_for_each_value_and_text_for_those_who_do_not_see_th
     assert bar_chart("psnr", [], unit="dB") == ""
 
 
-def test_the_command_writes_a_page_or_says_what_is_missing(tiny_pretrained, tiny_shards, tmp_path, capsys):
+def test_the_command_writes_a_page_or_one_line_of_error(tiny_pretrained, tiny_shards, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert (
         main(["inspect", str(tiny_pretrained), "--data", str(tiny_shards), "--out", str(out), "--num-images", "3"]) == 0
