@@ -59,10 +59,7 @@ print("CPU seconds:", (time.process_time() - start) / (size * batches))
 # Reads epochs of training batches, the first of which is not counted. Arguments: source, number of epochs.
 _READ = """
 import sys, time
-try:
-    from maskgit_pl.data import ShardData, ShardDataConfig
-except ImportError:  # if a checkout has other names, import them here
-    raise
+from maskgit_pl.data import ShardData, ShardDataConfig
 configs = {
     "images": dict(path="photos", image_size=256, global_batch=32),
     "tokens": dict(path="digits", image_size=28, in_channels=1, global_batch=32, token_store="runs/base/tokens"),
@@ -94,10 +91,12 @@ class Side:
 
     def run(self, *words: str) -> str:
         """Runs its Python with arguments and returns what it prints."""
-        own = self.checkout / ".venv" / "bin" / "python"
-        command = [str(own) if own.exists() else sys.executable, *words]
-        only = {"PYTHONPATH": str(self.checkout), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        done = subprocess.run(command, cwd=self.folder, env={**os.environ, **only}, capture_output=True, text=True)
+        python = self.checkout / ".venv" / "bin" / "python"
+        command = [str(python) if python.exists() else sys.executable, *words]
+        environment = {"PYTHONPATH": str(self.checkout), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(
+            command, cwd=self.folder, env={**os.environ, **environment}, capture_output=True, text=True
+        )
         if done.returncode:
             raise RuntimeError(f"{self.name}: exit code {done.returncode} of {command}\n{done.stderr[-3000:]}")
         return done.stdout
@@ -129,8 +128,6 @@ class Side:
         self.run_maskgit("tokenize", *_RECIPE, "--run", "base")
         if "demo" in tasks:  # trains the classifier, which the later ones find: it would be most of their time
             run_demo(self)
-        if "full-demo" in tasks:
-            self.run_maskgit("data", "fetch", "fashion-mnist", "--out", "fashion-mnist")
 
 
 def write_images(folder: Path, suffix: str, size: tuple[int, int], mode: str, *, classes: int, each: int) -> None:
@@ -147,15 +144,9 @@ def write_images(folder: Path, suffix: str, size: tuple[int, int], mode: str, *,
 
 def run_demo(side: Side) -> float:
     """Returns the CPU seconds of a short demo, which finds nothing of an earlier one but the classifier."""
-    for made in ("demo-data", "demo-runs/demo-short", "demo-runs/tokens"):
-        shutil.rmtree(side.folder / made, ignore_errors=True)
+    for name in ("demo-data", "demo-runs/demo-short", "demo-runs/tokens"):
+        shutil.rmtree(side.folder / name, ignore_errors=True)
     return side.run_maskgit("demo", *_DEMO, "--data.global_batch", "16")
-
-
-def run_full_demo(side: Side) -> float:
-    """Returns the CPU seconds of the demo on Fashion-MNIST, which is downloaded already."""
-    shutil.rmtree(side.folder / "full-runs", ignore_errors=True)
-    return side.run_maskgit("demo", "--data", "fashion-mnist", "--runs-folder", "full-runs")
 
 
 TASKS: Mapping[str, Callable[[Side], float]] = {
@@ -166,9 +157,8 @@ TASKS: Mapping[str, Callable[[Side], float]] = {
     "decode-50": lambda side: side.measure(_DECODE, "50", "3"),
     "read-jpeg": lambda side: side.measure(_READ, "images", "30"),
     "read-tokens": lambda side: side.measure(_READ, "tokens", "1000"),
-    "full-demo": run_full_demo,
 }
-"""Functions that run a task once and return CPU seconds. The last one takes 8 minutes, and runs only if it is named."""
+"""Functions that run a task once and return CPU seconds."""
 
 
 def compare(sides: Sequence[Side], tasks: Sequence[str], *, rounds: int) -> dict[str, tuple[list[float], list[float]]]:
@@ -231,8 +221,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("old", type=Path, metavar="OLD", help="checkout to compare with")
     parser.add_argument("new", type=Path, metavar="NEW", help="checkout that must not be slower")
     parser.add_argument("--rounds", type=int, default=9, help="at least 8 for a verdict (%(default)s)")
-    listed = f"tasks, of {', '.join(TASKS)} (all but the last)"
-    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS)[:-1], metavar="TASK", help=listed)
+    listed = f"tasks, of {', '.join(TASKS)} (all)"
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS), metavar="TASK", help=listed)
     args = parser.parse_args(argv)
     for checkout in (args.old, args.new):
         if not (checkout / "maskgit_pl").is_dir():

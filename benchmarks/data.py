@@ -34,7 +34,6 @@ from maskgit_pl.data.order import TrainBatchSampler
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, open_store
 from maskgit_pl.data.tokenizing import StoreParts
 from maskgit_pl.distributed import describe_environment
-from maskgit_pl.pipeline.grids import to_unit_range
 
 _SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored
@@ -43,7 +42,6 @@ _PASSES = 3
 _IMAGE_BATCH, _TOKEN_BATCHES = 64, (256, 1024)
 _GRID, _CODES = (16, 16), 1024
 _STEPS = (10, 10_000_000)
-_GOALS = {"images": 3.0, "token sequences": 2e6}
 Run = Callable[[], int]
 
 
@@ -103,12 +101,12 @@ def write_images(folder: Path, size: tuple[int, int], count: int) -> int:
     return total // count
 
 
-def read_our_images(folder: Path, *, on_batch: Callable[[Tensor], object] = lambda images: None) -> int:
+def read_our_images(folder: Path) -> int:
     """Reads an epoch of shuffled uint8 batches with the loader of training; returns the number of images."""
     reader = ShardReader(load_manifest(folder, "train"))
     dataset = ImageBatches(reader, ShuffledStream(len(reader), seed=0), image_size=_SIDE, in_channels=3)
     order = TrainBatchSampler(len(reader), per_device=min(_IMAGE_BATCH, len(reader)))
-    return _count(make_loader(dataset, order, num_workers=0), on_batch)
+    return sum(len(batch.content) for batch in make_loader(dataset, order, num_workers=0))
 
 
 def read_webdataset_images(folder: Path) -> int:
@@ -133,26 +131,16 @@ def _repeat_epochs(run: Run) -> Run:
     return lambda: sum(run() for _ in range(_PASSES))
 
 
-def _count(batches: Iterable[Any], on_batch: Callable[[Tensor], object]) -> int:
-    count = 0
-    for batch in batches:
-        on_batch(batch.content)
-        count += len(batch.content)
-    return count
-
-
 def measure_images(folder: Path, *, count: int, repeats: int) -> Iterator[dict[str, Any]]:
     """Yields a row for each size of the stored images."""
     for name, size in _SOURCES.items():
-        place = folder / name.replace(" ", "")
-        length = write_images(place, size, count)
+        images = folder / name.replace(" ", "")
+        length = write_images(images, size, count)
         contenders = {
-            "ours": _repeat_epochs(partial(read_our_images, place)),
-            "ours, to float here": _repeat_epochs(partial(read_our_images, place, on_batch=to_unit_range)),
-            "webdataset + PIL": _repeat_epochs(partial(read_webdataset_images, place)),
+            "ours": _repeat_epochs(partial(read_our_images, images)),
+            "webdataset + PIL": _repeat_epochs(partial(read_webdataset_images, images)),
         }
-        found = measure_rates(contenders, repeats=repeats)
-        yield _row(f"images, {name}, {length / 1000:.0f} kB", found, goal=f"{_GOALS['images']:g} x")
+        yield _row(f"images, {name}, {length / 1000:.0f} kB", measure_rates(contenders, repeats=repeats))
 
 
 # Tokens
@@ -187,7 +175,7 @@ def write_tokens(folder: Path, count: int) -> TokenReader:
 
 def read_our_tokens(reader: TokenReader, batch: int) -> int:
     """Reads an epoch of shuffled batches with the loader of training; returns the number of sequences."""
-    return _count(_token_loader(reader, batch), lambda tokens: None)
+    return sum(len(rows.content) for rows in _token_loader(reader, batch))
 
 
 def read_item_by_item(reader: TokenReader, batch: int) -> int:
@@ -209,7 +197,7 @@ def measure_tokens(reader: TokenReader, *, repeats: int) -> Iterator[dict[str, A
             "item by item": partial(read_item_by_item, reader, batch),
         }
         subject = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
-        yield _row(subject, measure_rates(contenders, repeats=repeats), goal=f"{_GOALS['token sequences']:,.0f}")
+        yield _row(subject, measure_rates(contenders, repeats=repeats))
 
 
 # The start of a resumed run
@@ -228,32 +216,29 @@ def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
     """Returns a row with the waiting time of a run that resumes early and of one that resumes late."""
     seconds: dict[int, list[float]] = {step: [] for step in _STEPS}
     for number in range(repeats + 1):
-        for step, found in seconds.items():
+        for step in _STEPS:
             milliseconds = time_first_batch(folder, step, seed=1 + number)
             if number > 0:
-                found.append(milliseconds)
-    medians = {f"step {step:,}: ms": median(found) for step, found in seconds.items()}
+                seconds[step].append(milliseconds)
+    medians = {f"step {step:,}: ms": median(values) for step, values in seconds.items()}
     early, late = medians.values()
-    return {"until the first batch of": "a resumed run", **medians, "late / early": late / early, "n": repeats}
+    return {"until the first batch of": "a resumed run", **medians, "late / early": late / early}
 
 
 # The tables
 
 
-def _row(subject: str, found: Mapping[str, Sequence[float]], *, goal: str) -> dict[str, Any]:
+def _row(subject: str, rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
     """Returns a row of medians, and the median ratio of ours to the last contender, the usual method."""
-    ours, usual = found["ours"], list(found.values())[-1]
+    ours, usual = rates["ours"], list(rates.values())[-1]
     ratio = median(a / b for a, b in zip(ours, usual, strict=True))
-    medians = {name: median(values) for name, values in found.items()}
-    return {"items per second and core": subject, **medians, "ours / usual": ratio, "goal": goal, "n": len(ours)}
+    medians = {name: median(values) for name, values in rates.items()}
+    return {"items per second and core": subject, **medians, "ours / usual": ratio}
 
 
 def _format_row(row: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _format_number(value) if isinstance(value, float) else str(value) for name, value in row.items()}
-
-
-def _format_number(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.2f}"
+    digits = {name: 0 if isinstance(value, float) and value >= 100 else 2 for name, value in row.items()}
+    return {name: value if isinstance(value, str) else f"{value:,.{digits[name]}f}" for name, value in row.items()}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

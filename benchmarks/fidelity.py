@@ -1,4 +1,4 @@
-"""Compares our metrics with torch-fidelity on the same images: values and seconds.
+"""Compares our metrics with torch-fidelity on the same images.
 
     python benchmarks/fidelity.py --data data/shards/fashion-mnist --num-images 250
 
@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import tempfile
-import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import format_table, read_cpu_name
+from measuring import format_table
 from torch import Tensor
 from torch.utils.data import Dataset
 from torch_fidelity import calculate_metrics
@@ -38,26 +36,6 @@ _NAMES = {
     "precision": "precision",
     "recall": "recall",
 }
-
-
-@dataclass(frozen=True)
-class Compared:
-    """One metric, computed by both.
-
-    Args:
-        name: Name of the metric.
-        ours: Value of this project.
-        theirs: Value of torch-fidelity.
-    """
-
-    name: str
-    ours: float
-    theirs: float
-
-    @property
-    def difference(self) -> float:
-        """The difference relative to theirs."""
-        return abs(self.ours - self.theirs) / max(abs(self.theirs), 1e-12)
 
 
 class _Colour(Dataset[Tensor]):
@@ -96,12 +74,12 @@ def measure_torch_fidelity(generated: Tensor, real: Tensor, weights: Path) -> di
     """Returns the metrics of torch-fidelity."""
     # One subset of all images, so that KID does not depend on the draw of subsets.
     count = min(len(generated), len(real))
-    found: Mapping[str, float] = calculate_metrics(
+    metrics: Mapping[str, float] = calculate_metrics(
         input1=_Colour(generated), input2=_Colour(real), feature_extractor="inception-v3-compat", isc=True, fid=True,
         kid=True, prc=True, kid_subset_size=count, kid_subsets=1, cuda=False, cache=False, save_cpu_ram=True,
         verbose=False, batch_size=50, feature_extractor_weights_path=str(weights), samples_shuffle=True,
     )  # fmt: skip
-    return {name: float(found[key]) for name, key in _NAMES.items()}
+    return {name: float(metrics[key]) for name, key in _NAMES.items()}
 
 
 def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[str, float]:
@@ -110,7 +88,7 @@ def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[s
     made, reference = (_extract(network, images) for images in (generated, real))
     precision, recall = precision_recall(made.pooled, reference.pooled)
     # torch-fidelity draws the parts of IS and the subsets of KID from generators with this seed.
-    dealt = np.random.RandomState(_SEED).permutation(len(generated))
+    order = np.random.RandomState(_SEED).permutation(len(generated))
     drawn = np.random.RandomState(_SEED)
     count = min(len(generated), len(real))
     subsets = [torch.from_numpy(drawn.choice(len(images), count, replace=False)) for images in (generated, real)]
@@ -119,7 +97,7 @@ def measure_ours(generated: Tensor, real: Tensor, spec: InceptionSpec) -> dict[s
     return {
         "FID": frechet_distance(*(Statistics.from_features(each.pooled) for each in (made, reference))),
         "KID": kid,
-        "IS": inception_score(_invert_permutation(made.logits[torch.from_numpy(dealt)]), splits=_SPLITS)[0],
+        "IS": inception_score(_invert_permutation(made.logits[torch.from_numpy(order)]), splits=_SPLITS)[0],
         "precision": precision,
         "recall": recall,
     }
@@ -140,8 +118,8 @@ def _invert_permutation(logits: Tensor) -> Tensor:
     return logits[order.argsort()]
 
 
-def compare(data: ShardData, count: int, weights: Path | None) -> tuple[list[Compared], dict[str, float]]:
-    """Computes all metrics with both, and returns them with the seconds of each.
+def compare(data: ShardData, count: int, weights: Path | None) -> dict[str, tuple[float, float]]:
+    """Returns each metric as we compute it and as torch-fidelity does.
 
     Args:
         data: Real images.
@@ -152,12 +130,8 @@ def compare(data: ShardData, count: int, weights: Path | None) -> tuple[list[Com
     with tempfile.TemporaryDirectory() as folder:
         file = weights or Path(folder) / "inception.pth"
         spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), write_random_weights(file))
-        start = time.perf_counter()
-        of_ours = measure_ours(generated, real, spec)
-        middle = time.perf_counter()
-        of_theirs = measure_torch_fidelity(generated, real, file)
-        seconds = {"ours": middle - start, "torch-fidelity": time.perf_counter() - middle}
-    return [Compared(name, of_ours[name], of_theirs[name]) for name in _NAMES], seconds
+        ours, theirs = measure_ours(generated, real, spec), measure_torch_fidelity(generated, real, file)
+    return {name: (ours[name], theirs[name]) for name in _NAMES}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -170,16 +144,19 @@ def main(argv: list[str] | None = None) -> None:
     summary = read_manifest_summary(args.data)
     data = ShardData(ShardDataConfig(str(args.data), image_size=summary.images.height[0], in_channels=summary.channels))
     data.setup()
-    compared, seconds = compare(data, args.num_images, args.weights)
+    compared = compare(data, args.num_images, args.weights)
     kind = "random weights" if args.weights is None else args.weights.name
-    print(f"InceptionV3, {kind}; {args.num_images} val against {args.num_images} train images of {args.data.name}; "
-          f"{read_cpu_name()}")  # fmt: skip
-    print()
-    columns = ("", "ours", "torch-fidelity", "relative difference")
-    rows = [(one.name, f"{one.ours:.9g}", f"{one.theirs:.9g}", f"{one.difference:.1e}") for one in compared]
-    ratio = f"{seconds['torch-fidelity'] / seconds['ours']:.2f} x the time"
-    rows.append(("seconds", f"{seconds['ours']:.1f}", f"{seconds['torch-fidelity']:.1f}", ratio))
-    print(format_table([dict(zip(columns, row, strict=True)) for row in rows]))
+    print(f"InceptionV3, {kind}; {args.num_images} val against {args.num_images} train images of {args.data.name}\n")
+    rows = [
+        {
+            "": name,
+            "ours": f"{ours:.9g}",
+            "torch-fidelity": f"{theirs:.9g}",
+            "relative difference": f"{abs(ours - theirs) / max(abs(theirs), 1e-12):.1e}",
+        }
+        for name, (ours, theirs) in compared.items()
+    ]
+    print(format_table(rows))
 
 
 if __name__ == "__main__":

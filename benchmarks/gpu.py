@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -21,9 +22,10 @@ import stage1_step
 import stage2_step
 import torch
 from decode import build_network_config
-from measuring import Stopwatch, format_table, read_cpu_name
-from peers import AMUSED, MUSE, Task, build_amused, build_muse, is_installed
+from measuring import DTYPES, Precision, count_work, format_table, read_cpu_name
+from peers import Task
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
@@ -32,10 +34,8 @@ from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.gpus import find_gpu
 
 _RESULTS = Path(__file__).parents[1] / "results"
-_PRECISIONS: tuple[stage2_step.Precision, ...] = ("fp32", "bf16")
 _NAMES = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _STEPS = 8
-_PEERS = {MUSE: build_muse, AMUSED: build_amused}
 _WARM_UP = 3  # rounds, in which torch also compiles
 
 
@@ -90,11 +90,10 @@ class Measurement:
         seconds = []
         for _ in range(self.repeats):
             self._wait()
-            watch = Stopwatch()
+            begun = time.perf_counter()
             run()
             self._wait()
-            watch.mark("run")
-            seconds.append(watch.total)
+            seconds.append(time.perf_counter() - begun)
         return median(seconds)
 
     def reset_memory(self) -> None:
@@ -108,7 +107,7 @@ class Measurement:
         """Returns the peak of the memory in 10^9 bytes; "-" without a GPU."""
         return f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f}" if self.device.type == "cuda" else "-"
 
-    def utilization(self, flops: float, seconds: float, precision: stage2_step.Precision) -> str:
+    def utilization(self, flops: float, seconds: float, precision: Precision) -> str:
         """Returns FLOPs per second in percent of the card's listed peak; "-" for a card that is not listed."""
         gpu = find_gpu(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return "-" if gpu is None else f"{100 * flops / seconds / gpu.rate(_NAMES[precision]):.1f}"
@@ -120,7 +119,7 @@ class Measurement:
 
 def measure_training(sizes: Sizes, measure: Measurement, *, compiled: bool) -> Iterator[dict[str, str]]:
     """Yields a row for a training step of each stage and precision; of stage 2 also compiled."""
-    for precision in _PRECISIONS:
+    for precision in DTYPES:
         yield _measure_step("1, tokenizer", partial(stage1_step.Ours, sizes.stage1, precision), measure)
         make = partial(stage2_step.Ours, sizes.stage2, precision)
         yield (eager := _measure_step("2, transformer", make, measure))
@@ -143,11 +142,10 @@ def _measure_step(
     if isinstance(step, stage1_step.Ours):  # stage 2 copies its batch in each step, as the Trainer does
         step.batch = StepDataModule().transfer_batch_to_device(step.batch, measure.device, 0)
     batch = len(step.batch.labels)
-    seconds, memory = measure(lambda: step(Stopwatch())), measure.memory()
+    seconds, memory = measure(step), measure.memory()
     if gflop is None:
-        with stage1_step.count_flops() as counter:
-            step(Stopwatch())
-        gflop = f"{counter.flops / 1e9:.4g}"
+        with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
+            gflop = f"{count_work(step).flops / 1e9:.4g}"
     return {
         "stage": name,
         "precision": step.precision,
@@ -180,22 +178,13 @@ def our_decoder(task: Task, device: torch.device, dtype: torch.dtype) -> Callabl
 
 
 def measure_decoding(sizes: Sizes, measure: Measurement) -> Iterator[dict[str, str]]:
-    """Yields a row for each decoder and batch: ours in both precisions, and the peers that are installed."""
+    """Yields a row for each precision and batch."""
     for batch in sizes.decoded:
-        task = replace(sizes.stage2, batch=batch)
-        decoders = {
-            "ours, fp32": lambda task=task: our_decoder(task, measure.device, torch.float32),
-            "ours, bf16": lambda task=task: our_decoder(task, measure.device, torch.bfloat16),
-        }
-        for name, build in _PEERS.items():
-            if is_installed(name):
-                decoders[f"{name}, fp32"] = lambda task=task, build=build: build(task)
-        for name, make in decoders.items():
+        for precision, dtype in DTYPES.items():
             measure.reset_memory()
-            with torch.device(measure.device):  # the peers choose no device themselves
-                seconds = measure(make())
+            seconds = measure(our_decoder(replace(sizes.stage2, batch=batch), measure.device, dtype))
             yield {
-                "decoder": name,
+                "decoder": f"ours, {precision}",
                 "batch": str(batch),
                 "ms": f"{1000 * seconds:.1f}",
                 "images/s": f"{batch / seconds:.1f}",
@@ -212,11 +201,9 @@ def describe(device: torch.device) -> list[str]:
             "Without a GPU, the sizes are small. These figures only show that the script runs.",
         ]
     major, minor = torch.cuda.get_device_capability(device)
-    missing = [name for name in _PEERS if not is_installed(name)]
     return [
         f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), torch {torch.__version__}, CUDA "
         f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}.",
-        *([f"Not installed, and left out: {', '.join(missing)}."] if missing else []),
     ]
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
+from measuring import format_table
+
 _SAMPLE = """
 from tempfile import TemporaryDirectory
 from maskgit_pl.cli import main
@@ -66,7 +68,7 @@ class Imported:
 
 def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, Imported]:
     """Runs each import in fresh interpreters, in turn; the first round fills the file cache and is not counted."""
-    found: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
+    measured: dict[str, list[tuple[float, list[str]]]] = {name: [] for name in imports}
     # As installed: with the bytecode of all modules, which round 0 writes.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     for round_ in range(repeats + 1):
@@ -76,22 +78,28 @@ def measure(imports: Mapping[str, str] = IMPORTS, *, repeats: int) -> dict[str, 
             printed = done.stdout.splitlines()[-1]
             # Round 0 reads the files from disk into the cache of the system.
             if round_ > 0:
-                found[name].append(tuple(json.loads(printed)))
+                measured[name].append(tuple(json.loads(printed)))
     return {
-        name: Imported([seconds for seconds, _ in rounds], frozenset(rounds[0][1])) for name, rounds in found.items()
+        name: Imported([seconds for seconds, _ in rounds], frozenset(rounds[0][1])) for name, rounds in measured.items()
     }
 
 
 def format_report(measured: Mapping[str, Imported]) -> str:
     """Returns a table: medians, ratio to the first import, and the packages that the others load in addition."""
     first = next(iter(measured.values()))
-    lines = ["| import | CPU s, median | least | ratio | own modules | further packages |", "|---|---|---|---|---|---|"]
-    for name, each in measured.items():
-        ratio = median(each.seconds) / median(first.seconds)
-        further = ", ".join(sorted(each.packages - first.packages)) or "none"
-        seconds = f"{median(each.seconds):.2f} | {min(each.seconds):.2f}"
-        lines.append(f"| {name} | {seconds} | {ratio:.2f} | {len(each.own)} | {further} |")
-    return "\n".join(lines)
+    return format_table(
+        [
+            {
+                "import": name,
+                "CPU s, median": f"{median(imported.seconds):.2f}",
+                "least": f"{min(imported.seconds):.2f}",
+                "ratio": f"{median(imported.seconds) / median(first.seconds):.2f}",
+                "own modules": len(imported.own),
+                "further packages": ", ".join(sorted(imported.packages - first.packages)) or "none",
+            }
+            for name, imported in measured.items()
+        ]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,26 +34,6 @@ lines = open("/proc/self/status").read().splitlines()
 print(next(line.split()[1] for line in lines if line.startswith("VmHWM:")))
 sys.exit(code)
 """
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The peak memory of a process.
-
-    Args:
-        words: Command line after ``maskgit``.
-        resident: Largest resident memory in bytes.
-        seconds: CPU seconds of all its threads.
-    """
-
-    words: Sequence[str]
-    resident: int
-    seconds: float
-
-    def row(self) -> dict[str, str]:
-        """Returns the row of the table."""
-        command = f"`maskgit {shlex.join(self.words)}`" if self.words else "imports only"
-        return {"command": command, "peak, GB": f"{self.resident / 1e9:.2f}", "CPU s": f"{self.seconds:.0f}"}
 
 
 def save_model(folder: Path, *, tokenizer: VQGANConfig = RELEASED, image_size: int = 256, depth: int = 24) -> None:
@@ -85,8 +64,8 @@ def save_model(folder: Path, *, tokenizer: VQGANConfig = RELEASED, image_size: i
     )
 
 
-def measure_peak(words: Sequence[str], *, folder: Path) -> Peak:
-    """Runs ``maskgit`` with ``words`` in ``folder``, or only its imports without words.
+def measure_peak(words: Sequence[str], *, folder: Path) -> dict[str, str]:
+    """Runs ``maskgit`` with ``words`` in ``folder``, or only its imports without words; returns the row of the table.
 
     Raises:
         RuntimeError: if the command fails.
@@ -100,7 +79,9 @@ def measure_peak(words: Sequence[str], *, folder: Path) -> Peak:
         raise RuntimeError(f"maskgit {shlex.join(words)} must succeed, got exit code {done.returncode}")
     after = os.times()
     seconds = after.children_user + after.children_system - before.children_user - before.children_system
-    return Peak(words, 1024 * int(done.stdout.split()[-1]), seconds)
+    command = f"`maskgit {shlex.join(words)}`" if words else "imports only"
+    kilobytes = int(done.stdout.split()[-1])
+    return {"command": command, "peak, GB": f"{1024 * kilobytes / 1e9:.2f}", "CPU s": f"{seconds:.0f}"}
 
 
 def list_commands(model: str) -> list[list[str]]:
@@ -126,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     measure_peak(["sample", "model", "--classes", "0", "--per-class", "1", "--num-steps", "1", "--out", "image.png"],
                  folder=folder)  # fmt: skip
     print(f"{read_cpu_name()}, torch {torch.__version__}, 256 px, 24 layers x 768")
-    print(format_table([measure_peak(words, folder=folder).row() for words in list_commands("model")]))
+    print(format_table([measure_peak(words, folder=folder) for words in list_commands("model")]))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
-"""The peers of ``decode.py`` and ``stage2_step.py``: networks of other projects, and plain decoding loops for them."""
+"""The peers of the benchmarks: networks of other projects, a plain decoding loop for them, and the sizes of stage 2."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,20 +16,16 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
 __all__ = [
-    "AMUSED",
     "BERT",
-    "MUSE",
+    "ENCODER",
     "NUM_STEPS",
-    "PEERS",
+    "VQMODEL",
     "BertPeer",
     "Decode",
     "EncoderPeer",
-    "MuseClasses",
     "Task",
-    "build_amused",
-    "build_muse",
     "build_plain",
-    "is_installed",
+    "list_installed",
 ]
 
 Decode = Callable[[], Tensor]
@@ -38,20 +33,24 @@ Decode = Callable[[], Tensor]
 
 NUM_STEPS = 8
 
-MUSE, AMUSED = "muse-maskgit-pytorch", "diffusers aMUSEd"
+ENCODER = "encoder layers of torch, as dome272"
 BERT = "BertModel of transformers, as 1d-tokenizer"
-PEERS = {MUSE: ("muse_maskgit_pytorch",), AMUSED: ("diffusers", "transformers"), BERT: ("transformers",)}
-"""The packages that each peer needs."""
+VQMODEL = "diffusers VQModel"
+_PACKAGES = {BERT: "transformers", VQMODEL: "diffusers"}
+"""The packages that peers need."""
 
 
-def is_installed(peer: str) -> bool:
-    """Returns True if all packages that a peer needs are installed."""
-    return all(importlib.util.find_spec(package) is not None for package in PEERS[peer])
+def list_installed(names: Sequence[str]) -> list[str]:
+    """Returns the contenders whose packages are installed, and prints the others."""
+    missing = [name for name in names if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None]
+    for name in missing:
+        print(f"{name} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
+    return [name for name in names if name not in missing]
 
 
 @dataclass(frozen=True)
 class Task:
-    """The sizes of the network and the batch. There is no dropout, because the peer has none.
+    """The sizes of the network and the batch, without dropout.
 
     The vocabulary is codebook_size + num_classes + 1: 2025 as released.
     """
@@ -72,6 +71,14 @@ class Task:
             dropout=0.0, class_dropout=0.0,
         )  # fmt: skip
 
+    def describe(self) -> str:
+        """Returns the sizes in words."""
+        config = self.network
+        return (
+            f"{self.depth} layers x {self.embed_dim}, MLP {self.mlp_dim}, {self.num_heads} heads, "
+            f"{config.num_tokens + 1} tokens, vocabulary {config.vocabulary_size}, batch {self.batch}"
+        )
+
     def data(self) -> Batch:
         """Returns the batch that every contender trains on in every round."""
         chance = torch.Generator().manual_seed(0)
@@ -91,37 +98,6 @@ class Task:
             position=batch.position,
             global_batch=self.batch,
         )
-
-
-class MuseClasses(nn.Module):
-    """The transformer of muse-maskgit-pytorch; a class is a text of one token."""
-
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        from muse_maskgit_pytorch import MaskGitTransformer
-        from transformers import T5Config
-
-        self.classes = nn.Embedding(task.num_classes, task.embed_dim)
-        with tempfile.TemporaryDirectory() as folder:
-            # Without this file, the peer downloads the configuration of a text encoder.
-            T5Config(d_model=task.embed_dim).save_pretrained(folder)
-            self.transformer = MaskGitTransformer(
-                num_tokens=task.network.vocabulary_size - 1,  # the peer adds the mask token
-                seq_len=task.network.num_tokens,
-                dim=task.embed_dim,
-                depth=task.depth,
-                heads=task.num_heads,
-                dim_head=task.embed_dim // task.num_heads,
-                ff_mult=task.mlp_dim // task.embed_dim,
-                flash=False,  # on a CPU, its flash attention is slower and fails in bf16
-                t5_name=folder,
-            )
-
-    def forward(self, tokens: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-        """Returns the loss () at the targets (B, N) int64 that are not -1."""
-        text = self.classes(labels).unsqueeze(1)
-        loss: Tensor = self.transformer(tokens, text_embeds=text, labels=targets, ignore_index=-1)
-        return loss
 
 
 class Encoder(nn.Module):
@@ -223,83 +199,5 @@ def build_plain(network: nn.Module, task: Task) -> Decode:
                 last = confidence.topk(count, largest=False).indices
                 tokens = drawn.scatter(1, last, task.network.mask_token_id)
         return tokens
-
-    return decode
-
-
-class _NoTokenizer(nn.Module):
-    """A stand-in for a peer's tokenizer that returns tokens unchanged."""
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.rows = rows
-
-    def get_encoded_fmap_size(self, image_size: int) -> int:
-        return self.rows
-
-    def decode_from_ids(self, tokens: Tensor) -> Tensor:
-        return tokens
-
-
-def build_muse(task: Task) -> Decode:
-    """Returns muse-maskgit-pytorch's ``MaskGit.generate`` without guidance; a class is a text of one token."""
-    from muse_maskgit_pytorch import muse_maskgit_pytorch as peer
-
-    peer.tqdm = lambda steps, **_: steps  # no progress bar
-    classes = MuseClasses(task).eval()
-    transformer = classes.transformer
-    transformer.encode_text = lambda texts: classes.classes(torch.arange(len(texts))).unsqueeze(1)
-    model = peer.MaskGit.__new__(peer.MaskGit)  # its __init__ accepts only its own tokenizer
-    nn.Module.__init__(model)
-    model.vae, model.transformer, model.mask_id = _NoTokenizer(task.grid[0]), transformer, transformer.mask_id
-    # The options of its __init__: no self-conditioning, no critic, cosine schedule.
-    model.image_size, model.self_cond, model.noise_schedule = None, False, peer.cosine_schedule
-    model.token_critic, model.resize_image_for_cond_image, model.no_mask_token_prob = None, False, 0.0
-
-    def decode() -> Tensor:
-        tokens: Tensor = model.generate([""] * task.batch, timesteps=NUM_STEPS, cond_scale=1)
-        return tokens.flatten(1)
-
-    return decode
-
-
-def build_amused(task: Task) -> Decode:
-    """Returns the aMUSEd pipeline of diffusers without guidance and tokenizer; a class is a text of one token."""
-    from diffusers.utils import logging
-
-    logging.set_verbosity_error()  # silences the deprecation warning of the pipeline
-    from diffusers import AmusedPipeline, AmusedScheduler, UVit2DModel
-
-    network = UVit2DModel(
-        hidden_size=task.embed_dim,
-        cond_embed_dim=task.embed_dim,
-        encoder_hidden_size=task.embed_dim,
-        vocab_size=task.codebook_size + 1,
-        codebook_size=task.codebook_size,
-        in_channels=task.embed_dim,
-        block_out_channels=task.embed_dim,
-        num_res_blocks=0,  # leaves out the convolutions at both ends: the number of layers is the same as ours
-        block_num_heads=task.num_heads,
-        num_hidden_layers=task.depth,
-        num_attention_heads=task.num_heads,
-        intermediate_size=task.mlp_dim * 2 // 3,  # gated: three matrices instead of two
-        sample_size=task.grid[0],
-    ).eval()
-    classes = nn.Embedding(task.num_classes, task.embed_dim)
-    pipeline = AmusedPipeline(None, None, None, network, AmusedScheduler(mask_token_id=task.codebook_size))
-    pipeline.set_progress_bar_config(disable=True)
-
-    @torch.no_grad()
-    def decode() -> Tensor:
-        embedded = classes(torch.arange(task.batch) % task.num_classes)
-        tokens: Tensor = pipeline(
-            prompt_embeds=embedded,
-            encoder_hidden_states=embedded.unsqueeze(1),
-            num_inference_steps=NUM_STEPS,
-            guidance_scale=1.0,
-            output_type="latent",
-            return_dict=False,
-        )[0]
-        return tokens.flatten(1)
 
     return decode

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -50,7 +51,7 @@ class Ratio:
     @classmethod
     def of(cls, task: str, alternative: str, ours: Sequence[float], other: Sequence[float]) -> Ratio:
         """Returns the ratio of the seconds of both in each round."""
-        return cls(task, alternative, [own / its for own, its in zip(ours, other, strict=True)])
+        return cls(task, alternative, [mine / its for mine, its in zip(ours, other, strict=True)])
 
     def row(self, number: int) -> dict[str, str]:
         """Returns the row of the table; ``number`` is that of the command."""
@@ -64,35 +65,18 @@ class Ratio:
         }
 
 
-def read_decode(report: Mapping[str, Any]) -> Iterator[Ratio]:
-    """Yields the ratios of ``decode.py``."""
-    seconds = {each["name"]: each["seconds"] for each in report["measured"]}
-    task = f"decoding, {report['dtype']}, batch {report['task']['batch']}"
-    for name, found in seconds.items():
-        if name not in ("ours", "ours, first step cached"):
-            yield Ratio.of(task, name, seconds["ours"], found)
-            yield Ratio.of(f"{task}, class seen before", name, seconds["ours, first step cached"], found)
+_OURS = {"ours": "", "ours, first step cached": ", class seen before", "ours, bf16": ", bf16"}
+"""Our contenders, and what they add to the task; all others are alternatives."""
 
 
-def read_steps(report: Mapping[str, Any], *, stage: str) -> Iterator[Ratio]:
-    """Yields the ratios of ``stage1_step.py`` or ``stage2_step.py``."""
-    seconds = {(each["precision"], each["name"]): each["seconds"] for each in report["measured"]}
-    for (precision, name), found in seconds.items():
-        if name != "ours":
-            yield Ratio.of(f"training step of {stage}, {precision}", name, seconds[precision, "ours"], found)
-
-
-def read_tokenizer(report: Mapping[str, Any]) -> Iterator[Ratio]:
-    """Yields the ratios of ``tokenizer.py``."""
-    seconds = {each["name"]: each["seconds"] for each in report["measured"]}
-    for half in ("encode", "decode"):
-        for name, found in seconds.items():
-            if not name.startswith("ours"):
-                yield Ratio.of(f"tokenizer, {half}, fp32", name, seconds["ours"][half], found[half])
-                if "ours, bf16" in seconds:
-                    yield Ratio.of(
-                        f"tokenizer, {half}, bf16", f"{name}, fp32", seconds["ours, bf16"][half], found[half]
-                    )
+def read_measured(report: Mapping[str, Any], *, task: str) -> Iterator[Ratio]:
+    """Yields the ratios of a benchmark: ours and the alternatives of each group."""
+    seconds = {(row["group"], row["name"]): row["seconds"] for row in report["measured"]}
+    settings = report["settings"]
+    for (group, name), its in seconds.items():
+        for ours, addition in _OURS.items() if name not in _OURS else ():
+            if (group, ours) in seconds:
+                yield Ratio.of(task.format(group=group, **settings) + addition, name, seconds[group, ours], its)
 
 
 def read_data(report: Mapping[str, Any]) -> Iterator[Ratio]:
@@ -110,17 +94,15 @@ def read_imports(report: Mapping[str, Sequence[float]]) -> Iterator[Ratio]:
             yield Ratio.of(f"start of a process: {name}", "import torch", seconds, report["import torch"])
 
 
-def _steps(stage: str) -> Callable[[Mapping[str, Any]], Iterator[Ratio]]:
-    return lambda report: read_steps(report, stage=stage)
-
-
+_DECODING = partial(read_measured, task="decoding, {group}, batch {batch_size}")
+_STEP = "--threads 1 --clock cpu --repeats {repeats}"
 SOURCES: Sequence[tuple[str, Callable[[Mapping[str, Any]], Iterator[Ratio]]]] = (
-    (f"decode.py {_DECODE}--dtype float32 --batch-size 1", read_decode),
-    (f"decode.py {_DECODE}--dtype bfloat16 --batch-size 1", read_decode),
-    (f"decode.py {_DECODE}--dtype bfloat16 --batch-size 8", read_decode),
-    ("stage1_step.py --threads 1 --clock cpu --repeats {repeats}", _steps("stage 1")),
-    ("stage2_step.py --threads 1 --clock cpu --repeats {repeats}", _steps("stage 2")),
-    ("tokenizer.py --threads 1 --clock cpu --repeats {repeats}", read_tokenizer),
+    (f"decode.py {_DECODE}--dtype float32 --batch-size 1", _DECODING),
+    (f"decode.py {_DECODE}--dtype bfloat16 --batch-size 1", _DECODING),
+    (f"decode.py {_DECODE}--dtype bfloat16 --batch-size 8", _DECODING),
+    (f"stage1_step.py {_STEP}", partial(read_measured, task="training step of stage 1, {group}")),
+    (f"stage2_step.py {_STEP}", partial(read_measured, task="training step of stage 2, {group}")),
+    (f"tokenizer.py {_STEP}", partial(read_measured, task="tokenizer, {group}")),
     ("data.py --repeats {repeats}", read_data),
     ("import_time.py --repeats {repeats}", read_imports),
 )
@@ -160,8 +142,8 @@ def write_table(table: str, readme: Path = _README) -> None:
     """Replaces what stands between the two comments of the page."""
     before, rest = readme.read_text().split(_BEGIN)
     after = rest.split(_END)[1]
-    place = f"{datetime.date.today().isoformat()}, {read_cpu_name()}, 1 thread, torch {torch.__version__}:"
-    readme.write_text(f"{before}{_BEGIN}\n\n{place}\n\n{table}\n\n{_END}{after}")
+    machine = f"{datetime.date.today().isoformat()}, {read_cpu_name()}, 1 thread, torch {torch.__version__}:"
+    readme.write_text(f"{before}{_BEGIN}\n\n{machine}\n\n{table}\n\n{_END}{after}")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,63 +1,45 @@
-"""Measures a training step of stage 2: ours, a plain one of the same network, and muse-maskgit-pytorch's.
+"""Measures a training step of stage 2: ours, a plain one of the same network, and one with layers of torch.
 
-    python benchmarks/stage2_step.py --threads 1 --repeats 5 --parts --json stage2_step.json
+    python benchmarks/stage2_step.py --threads 1 --repeats 5 --json stage2_step.json
 
 benchmarks/README.md describes the contenders and the columns of the table.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import importlib.util
-import json
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
-from typing import Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from measuring import (
     CLOCKS,
-    MatrixProduct,
-    OperationCounter,
-    Stopwatch,
-    format_table,
-    interleave,
+    DTYPES,
+    Contender,
+    Precision,
+    autocast,
+    build_parser,
+    count_work,
+    list_precisions,
+    measure,
     measure_peak_memory,
-    read_cpu_name,
     run_in_fresh_process,
+    start,
+    write_report,
 )
-from peers import EncoderPeer, MuseClasses, Task
+from peers import ENCODER, EncoderPeer, Task
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim import AdamW
-from torch.utils.flop_counter import FlopCounterMode
 
 from maskgit_pl.data import Batch
 from maskgit_pl.data.loader import StepDataModule
-from maskgit_pl.distributed import describe_environment
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from maskgit_pl.training.strategies import Compiled
 
-Precision = Literal["fp32", "bf16"]
-
-_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-_PEER, _ENCODER = "muse-maskgit-pytorch", "encoder layers of torch, as dome272"
 _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
-
-
-class Contender(Protocol):
-    """A training step that can be timed."""
-
-    def __call__(self, watch: Stopwatch) -> Tensor:
-        """Runs forward, backward, clip, optimiser and average, and marks each; returns the detached loss ()."""
 
 
 @dataclass
@@ -89,30 +71,23 @@ class Ours:
         self.run = _Run()  # the module has only a weak reference to it
         self.module.trainer = self.run  # type: ignore[assignment]  # stands in for the Trainer
         self.optimizer = self.module.configure_optimizers()["optimizer"]
-        # Separates the optimiser from the average, which ``optimizer_step`` updates afterwards.
-        self.optimizer.register_step_post_hook(lambda *_: self.watch.mark("optimiser"))
-        self.watch = Stopwatch()
 
-    def __call__(self, watch: Stopwatch) -> Tensor:
-        self.watch = watch
+    def __call__(self) -> Tensor:
+        """Runs a step and returns its loss ()."""
         losses: list[Tensor] = []
 
         def closure() -> Tensor:
             drawn = self.module.draw_on_host(self.batch)
             batch = self.data.transfer_batch_to_device(drawn, self.module.device, 0)
-            with _autocast(self.precision, self.module.device.type):
+            with autocast(self.precision, self.module.device.type):
                 loss = self.module.training_step(batch, 0)
-            watch.mark("forward")
             self.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
-            watch.mark("backward")
             nn.utils.clip_grad_norm_(self.module.transformer.parameters(), _CLIP)
-            watch.mark("clip")
             losses.append(loss.detach())
             return loss
 
         self.module.optimizer_step(0, 0, self.optimizer, closure)
-        watch.mark("average")
         self.run.global_step += 1
         return losses[0]
 
@@ -139,22 +114,18 @@ class Plain:
         self.average = copy.deepcopy(network).requires_grad_(requires_grad=False)
         self.optimizer = AdamW(network.parameters(), _RATE, betas=_BETAS, weight_decay=_WEIGHT_DECAY)
 
-    def __call__(self, watch: Stopwatch) -> Tensor:
-        with _autocast(self.precision):
+    def __call__(self) -> Tensor:
+        """Runs a step and returns its loss ()."""
+        with autocast(self.precision):
             loss = self.loss(self.network, self.batch, self.task.mask())
-        watch.mark("forward")
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
-        watch.mark("backward")
         nn.utils.clip_grad_norm_(self.network.parameters(), _CLIP)
-        watch.mark("clip")
         self.optimizer.step()
-        watch.mark("optimiser")
         with torch.no_grad():
             # The moving average moves by (1 - decay) of the difference to the new weight.
             for kept, new in zip(self.average.parameters(), self.network.parameters(), strict=True):
                 kept.mul_(_EMA_DECAY).add_(new, alpha=1 - _EMA_DECAY)
-        watch.mark("average")
         return loss.detach()
 
 
@@ -244,18 +215,6 @@ def build_naive(task: Task, precision: Precision) -> Plain:
     return Plain(network, loss, task, precision)
 
 
-def build_muse(task: Task, precision: Precision) -> Plain:
-    """Returns the step of muse-maskgit-pytorch."""
-    network = MuseClasses(task)
-
-    def loss(network: nn.Module, batch: Batch, mask: Tensor) -> Tensor:
-        tokens = batch.content.masked_fill(mask, task.network.mask_token_id)
-        result: Tensor = network(tokens, batch.labels, batch.content.masked_fill(~mask, -1))
-        return result
-
-    return Plain(network, loss, task, precision)
-
-
 def build_encoder(task: Task, precision: Precision) -> Plain:
     """Returns the step of dome272/MaskGIT-pytorch: its network, and the loss of all tokens."""
     mask_token_id = task.network.mask_token_id
@@ -267,18 +226,17 @@ def build_encoder(task: Task, precision: Precision) -> Plain:
     return Plain(EncoderPeer(task), loss, task, precision)
 
 
-_CONTENDERS: dict[str, Callable[[Task, Precision], Contender]] = {
+STEPS: dict[str, Callable[[Task, Precision], Ours | Plain]] = {
     "ours": Ours,
     "naive": build_naive,
-    _ENCODER: build_encoder,
-    _PEER: build_muse,
+    ENCODER: build_encoder,
 }
 
 
-def build(name: str, task: Task, precision: Precision) -> Contender:
-    """Builds a contender; ours and the naive one start from the same weights."""
+def build(name: str, task: Task, precision: Precision) -> Ours | Plain:
+    """Builds a training step; ours and the naive one start from the same weights."""
     torch.manual_seed(0)
-    return _CONTENDERS[name](task, precision)
+    return STEPS[name](task, precision)
 
 
 def measure_memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
@@ -288,198 +246,39 @@ def measure_memory(name: str, task: Task, precision: Precision, threads: int) ->
     def run() -> None:
         step = build(name, task, precision)
         for _ in range(2):
-            step(Stopwatch())
+            step()
 
     return measure_peak_memory(run)
 
 
-def warm_up(step: Contender) -> tuple[float, int, int, int]:
-    """Returns the loss of the first step, and FLOPs, kernels and waits of a step; see ``Measured``."""
-    # On CPU, the counter supports only the MATH kernel of attention.
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        loss = float(step(Stopwatch()))
-    with _drawn(step), OperationCounter() as operations:
-        step(Stopwatch())
-    return loss, counter.get_total_flops(), operations.kernels, operations.syncs
-
-
-@contextmanager
-def _drawn(step: Contender) -> Iterator[None]:
-    """Gives our step a batch with its random draws, which the host makes before it copies the batch to the device."""
+def build_contender(name: str, task: Task, precision: Precision, memory: int | None = None) -> Contender:
+    """Returns a training step after its first call, with the work of one step."""
+    step = build(name, task, precision)
+    step()
     if not isinstance(step, Ours):
-        yield
-        return
-    given, step.batch = step.batch, step.module.draw_on_host(step.batch)
-    yield
-    step.batch = given
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The measurements of one contender in one precision.
-
-    Args:
-        precision: Precision of the forward pass.
-        name: Name of the contender.
-        loss: Loss of the first step.
-        flops: FLOPs of the matrix products of a step, including attention and backward.
-        kernels: Number of operations of a step that are not views.
-        syncs: Number of times in a step that the host would wait for a GPU.
-        memory: Peak memory in bytes; None if the system does not report it.
-        seconds: Seconds of each round.
-        parts: Seconds of each round, by part.
-        peak: Best rate of a matrix product over all rounds, in FLOP/s.
-        floor: Fewest FLOPs of a contender that computes the same loss.
-        ratio: Median over the rounds of the time divided by our time in the same round.
-    """
-
-    precision: Precision
-    name: str
-    loss: float
-    flops: int
-    kernels: int
-    syncs: int
-    memory: int | None
-    seconds: list[float]
-    parts: dict[str, list[float]]
-    peak: float
-    floor: int
-    ratio: float
-
-    def share(self, flops: int, seconds: float) -> str:
-        """Returns the percentage of the peak."""
-        return f"{100 * flops / seconds / self.peak:.0f}"
-
-    def row(self) -> dict[str, str]:
-        """Returns the row of the table."""
-        middle, best = median(self.seconds), min(self.seconds)
-        return {
-            "": self.precision,
-            "step": self.name,
-            "s median": f"{middle:.3g}",
-            "s best": f"{best:.3g}",
-            "time / ours": f"{self.ratio:.2f}",
-            "memory GB": "-" if self.memory is None else f"{self.memory / 1e9:.2f}",
-            "GFLOP": f"{self.flops / 1e9:.3g}",
-            "% of peak, its work: median (best)": f"{self.share(self.flops, middle)} ({self.share(self.flops, best)})",
-            "% of peak, the task: median (best)": f"{self.share(self.floor, middle)} ({self.share(self.floor, best)})",
-            "kernels": str(self.kernels),
-            "syncs": str(self.syncs),
-            "first loss": f"{self.loss:.5f}",
-        }
-
-    def part_row(self) -> dict[str, str]:
-        """Returns the median milliseconds of each part, and their share of the step."""
-        whole = median(self.seconds)
-        cells = {part: f"{1000 * median(s):.1f} ({100 * median(s) / whole:.1f} %)" for part, s in self.parts.items()}
-        return {"": self.precision, "step, ms": self.name, **cells}
-
-
-def measure(
-    task: Task,
-    precision: Precision,
-    *,
-    peaks: Mapping[str, int | None],
-    repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-    product_size: int = 2048,
-) -> list[Measured]:
-    """Times the contenders named in ``peaks`` in turn, and the machine's peak in the same rounds."""
-    # All contenders stay in memory, so that a round can run them in turn.
-    names = list(peaks)
-    steps = {name: build(name, task, precision) for name in names}
-    first = {name: warm_up(step) for name, step in steps.items()}
-    product = MatrixProduct(_DTYPES[precision], product_size)
-    product.rate(repeats=1)
-    watches = interleave({"product": product, **steps}, repeats=repeats, clock=clock)
-    peak = product.flops / min(watch.total for watch in watches["product"])
-    seconds = {name: [watch.total for watch in watches[name]] for name in names}
-    return [
-        Measured(
-            precision, name, *first[name], peaks[name], seconds[name],
-            {part: [watch.parts[part] for watch in watches[name]] for part in watches[name][0].parts},
-            peak, min(first[other][1] for other in ("ours", "naive")),
-            median(its / ours for its, ours in zip(seconds[name], seconds["ours"], strict=True)),
-        )
-        for name in names
-    ]  # fmt: skip
-
-
-def list_installed() -> list[str]:
-    """Returns the contenders whose packages are installed."""
-    has_peer = importlib.util.find_spec(_PEER.replace("-", "_")) is not None
-    return [name for name in _CONTENDERS if name != _PEER or has_peer]
-
-
-def is_bfloat16_slow() -> bool:
-    """Returns True if this CPU multiplies bfloat16 more slowly than float32, because it has no instructions for it."""
-    # 512 is large enough for the comparison, and quick enough even in software.
-    rates = [MatrixProduct(dtype, 512).rate(repeats=3) for dtype in (torch.bfloat16, torch.float32)]
-    return rates[0] < rates[1]
-
-
-def _autocast(precision: Precision, device: str = "cpu") -> torch.autocast:
-    """Returns the autocast context of Lightning's 32-true or bf16-mixed."""
-    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
-
-
-def _positive(text: str) -> int:
-    """Parses a flag's value as an integer >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text}")
-    return int(text)
-
-
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=_positive, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=Task.batch, help="batch size (%(default)s)")
-    parser.add_argument("--depth", type=_positive, default=Task.depth, help="layers (%(default)s)")
-    parser.add_argument("--repeats", type=_positive, default=7, help="number of rounds (%(default)s)")
-    parser.add_argument(
-        "--precision", choices=list(_DTYPES), help="measure one precision only, even if bf16 is slower than fp32"
-    )
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: if other programs run")
-    parser.add_argument("--parts", action="store_true", help="also print the time of each part of a step")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
-    return parser.parse_args(argv)
+        return Contender(precision, name, step, count_work(step), DTYPES[precision], memory)
+    # The host makes the random draws before it copies the batch to the device.
+    batch, step.batch = step.batch, step.module.draw_on_host(step.batch)
+    work = count_work(step)
+    step.batch = batch
+    return Contender(precision, name, step, work, DTYPES[precision], memory)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    arguments = _arguments(argv)
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(arguments.threads)
-    task, names = Task(batch=arguments.batch_size, depth=arguments.depth), list_installed()
-    config = task.network
-    print(f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
-    print(
-        f"{task.depth} layers x {task.embed_dim}, MLP {task.mlp_dim}, {task.num_heads} heads, {config.num_tokens + 1} "
-        f"tokens, vocabulary {config.vocabulary_size}, batch {task.batch}, "
-        f"{100 * float(task.mask().float().mean()):.0f} % of the tokens masked"
-    )
-    if _PEER not in names:
-        print(f"{_PEER} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
-    precisions: list[Precision] = ["fp32", "bf16"] if arguments.precision is None else [arguments.precision]
-    if arguments.precision is None and is_bfloat16_slow():
-        print("bf16 is left out: this CPU has no bfloat16 instructions (--precision bf16 measures it anyway)")
-        precisions.remove("bf16")
-    measured: list[Measured] = []
-    for precision in precisions:
-        peaks = {name: run_in_fresh_process(measure_memory, name, task, precision, arguments.threads) for name in names}
-        measured += measure(task, precision, peaks=peaks, repeats=arguments.repeats, clock=CLOCKS[arguments.clock])
-        print(f"{precision} matrix-product peak: {measured[-1].peak / 1e9:.1f} GFLOP/s")
-    print("\n" + format_table([one.row() for one in measured]))
-    if arguments.parts:
-        print("\n" + format_table([one.part_row() for one in measured]))
-    if arguments.json:
-        report = {
-            "environment": {**describe_environment(), "cpu": read_cpu_name()},
-            "task": asdict(task),
-            "measured": [asdict(one) for one in measured],
-        }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+    parser = build_parser(__doc__, repeats=7, batch_size=Task.batch, depth=Task.depth)
+    parser.add_argument("--memory", action="store_true", help="also measure the peak memory, in processes of their own")
+    arguments = parser.parse_args(argv)
+    start(arguments)
+    task = Task(batch=arguments.batch_size, depth=arguments.depth)
+    print(f"{task.describe()}, {100 * float(task.mask().float().mean()):.0f} % of the tokens masked")
+    contenders = []
+    for precision in list_precisions():
+        for name in STEPS:
+            words = name, task, precision, arguments.threads
+            memory = run_in_fresh_process(measure_memory, *words) if arguments.memory else None
+            contenders.append(build_contender(name, task, precision, memory))
+    write_report(arguments, measure(contenders, repeats=arguments.repeats, clock=CLOCKS[arguments.clock]))
 
 
 if __name__ == "__main__":

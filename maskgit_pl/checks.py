@@ -281,9 +281,9 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
-    own = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]  # T is a dataclass
-    required = [n for n, field in own.items() if field.default is MISSING and field.default_factory is MISSING]
-    check_keys(where, values, known=own, required=required)
+    by_name = {field.name: field for field in fields(kind) if field.init}  # type: ignore[arg-type]  # T is a dataclass
+    required = [n for n, field in by_name.items() if field.default is MISSING and field.default_factory is MISSING]
+    check_keys(where, values, known=by_name, required=required)
     try:
         return validate(kind, values)
     except ValueError as error:
@@ -345,11 +345,11 @@ def describe_wrong_values(
     """
     if not hasattr(error, "errors"):
         return [_refused_value(where, (), str(error), fields_at)]
-    found: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for each in error.errors(include_url=False):
-        key = _key_of(each["loc"], values, is_missing=each["type"] == "missing")
-        found.setdefault(key, []).append(each)
-    return [_describe_wrong_value(key, each, values, where, fields_at) for key, each in found.items()]
+    errors_by_key: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for detail in error.errors(include_url=False):
+        key = _key_of(detail["loc"], values, is_missing=detail["type"] == "missing")
+        errors_by_key.setdefault(key, []).append(detail)
+    return [_describe_wrong_value(key, detail, values, where, fields_at) for key, detail in errors_by_key.items()]
 
 
 def _key_of(location: Sequence[str | int], values: Any, *, is_missing: bool) -> tuple[str, ...]:
@@ -368,12 +368,12 @@ def _key_of(location: Sequence[str | int], values: Any, *, is_missing: bool) -> 
 
 def _describe_wrong_value(
     key: tuple[str, ...],
-    found: Sequence[Mapping[str, Any]],
+    details: Sequence[Mapping[str, Any]],
     values: Any,
     where: str,
     fields_at: FieldsAt | None,
 ) -> WrongValue:
-    first = found[0]
+    first = details[0]
     if first["type"] in ("value_error", "assertion_error"):
         return _refused_value(where, key, str(first["ctx"]["error"]), fields_at)
     place = ".".join((where, *key) if where else key)
@@ -381,22 +381,23 @@ def _describe_wrong_value(
         if first["type"] == "missing" and part not in values:
             return WrongValue(key, f"{place} must be given", "missing")
         values = values[part]
-    choices = [choice for each in found for choice in re.findall("'([^']*)'", each.get("ctx", {}).get("expected", ""))]
+    expected = " ".join(detail.get("ctx", {}).get("expected", "") for detail in details)
+    choices = re.findall("'([^']*)'", expected)
     close = did_you_mean(values, choices) if isinstance(values, str) else ""
-    rule = " or ".join(dict.fromkeys(map(_rule_of, found)))
+    rule = " or ".join(dict.fromkeys(map(_rule_of, details)))
     if isinstance(values, list | tuple):
         rule = f"a list with {rule} as each item" if "a list" not in rule else rule
     return WrongValue(key, f"{place} must be {rule}, got {shorten(values)}{close and f'; {close}'}", "type")
 
 
-def _rule_of(found: Mapping[str, Any]) -> str:
+def _rule_of(detail: Mapping[str, Any]) -> str:
     """Returns what a value must be, in words."""
-    last = found["loc"][-1]
-    if found["type"] == "missing" and isinstance(last, str):  # in a dataclass that is a member of a union
+    last = detail["loc"][-1]
+    if detail["type"] == "missing" and isinstance(last, str):  # in a dataclass that is a member of a union
         return f"a mapping with the key {last!r}"
-    if found["type"] in ("missing", "too_long", "too_short"):
+    if detail["type"] in ("missing", "too_long", "too_short"):
         return "a list of the right length"
-    return _RULES.get(found["type"]) or str(found.get("ctx", {}).get("expected") or found["msg"])
+    return _RULES.get(detail["type"]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
 
 
 def _refused_value(where: str, key: tuple[str, ...], message: str, fields_at: FieldsAt | None) -> WrongValue:

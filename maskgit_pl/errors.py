@@ -197,27 +197,27 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
     return error
 
 
-def _who_exits(place: TracebackType | None) -> str:
+def _who_exits(frame: TracebackType | None) -> str:
     """Returns the package whose code called ``sys.exit``, directly or through argparse."""
     packages = [str(__package__)]
     # From the command down to the call of sys.exit; argparse exits on behalf of its caller.
-    while place is not None:
-        packages.append(str(place.tb_frame.f_globals.get("__name__")).partition(".")[0])
-        place = place.tb_next
+    while frame is not None:
+        packages.append(str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0])
+        frame = frame.tb_next
     return next(package for package in reversed(packages) if package != "argparse")
 
 
 def _is_raised_by_us(error: BaseException) -> bool:
     """Returns True if a ``raise`` statement of this package raised the error."""
-    place = error.__traceback__
-    if place is None:
+    frame = error.__traceback__
+    if frame is None:
         return False
     # The innermost frame is the one that raised.
-    while place.tb_next is not None:
-        place = place.tb_next
+    while frame.tb_next is not None:
+        frame = frame.tb_next
     # The last instruction tells a raise statement from an expression such as int("x") in the same frame.
-    package = str(place.tb_frame.f_globals.get("__name__")).partition(".")[0]
-    return package == __package__ and place.tb_frame.f_code.co_code[place.tb_lasti] == dis.opmap["RAISE_VARARGS"]
+    package = str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0]
+    return package == __package__ and frame.tb_frame.f_code.co_code[frame.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
@@ -232,9 +232,9 @@ def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
     """
     # The limit comes first: a text of a gigabyte is not escaped as a whole.
     full = str(text)
-    shown = full if limit is None else full[:limit]
-    line = "".join(map(_printable_character, shown))
-    return line if len(shown) == len(full) else f"{line}..."
+    visible = full if limit is None else full[:limit]
+    line = "".join(map(_printable_character, visible))
+    return line if len(visible) == len(full) else f"{line}..."
 
 
 def _printable_character(character: str) -> str:
@@ -257,7 +257,7 @@ class PrintableFormatter(logging.Formatter):
 def markdown(text: object) -> str:
     """Returns Markdown that renders as ``printable(text)`` in a paragraph, heading or table cell, without markup."""
     line = " ".join(printable(text).split())
-    escaped = _SPECIAL.sub(lambda found: _AS_ENTITY.get(found[0], f"\\{found[0]}"), line)
+    escaped = _SPECIAL.sub(lambda match: _AS_ENTITY.get(match[0], f"\\{match[0]}"), line)
     return _NUMBERED.sub(r"\1\\\2", escaped)
 
 

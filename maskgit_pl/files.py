@@ -285,9 +285,9 @@ def parse_size(text: str) -> float:
     Raises:
         ValueError: if the text is not such a size, or not a finite number above 0.
     """
-    found = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*(?:([KMGTP])(i?))?[bB]?", text)
-    power = 1 + "KMGTP".index(found[2]) if found and found[2] else 0
-    size = float(found[1]) * (1024 if found[3] else 1000) ** power if found else 0.0
+    match = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*(?:([KMGTP])(i?))?[bB]?", text)
+    power = 1 + "KMGTP".index(match[2]) if match and match[2] else 0
+    size = float(match[1]) * (1024 if match[3] else 1000) ** power if match else 0.0
     if not 0 < size < math.inf:
         raise ValueError(f"must be a size such as 80GB, 24GiB or 4e10, got {text}")
     return size
@@ -416,7 +416,7 @@ def parse_yaml(text: str) -> Any:
         ValueError: if the text is invalid. The message is one line.
     """
     with _one_line():
-        return yaml.load(text, Loader=_PlainLoader)  # a SafeLoader
+        return yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader
 
 
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
@@ -482,8 +482,8 @@ class _PlainLoader(yaml.SafeLoader):
                 text = f"the key {shorten(key)} {fault}"
                 raise yaml.constructor.ConstructorError(None, None, text, key_node.start_mark)
             seen.add(key)
-        made: dict[Any, Any] = super().construct_mapping(node, deep=deep)
-        return made
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep=deep)
+        return mapping
 
 
 def _construct_number(loader: _PlainLoader, node: yaml.ScalarNode) -> Any:

@@ -85,10 +85,10 @@ def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int
     Raises:
         ValueError: if a variable is not a whole number.
     """
-    found = next((names for names in _RANKS if all(name in environment for name in names)), None)
-    if found is None:
+    variables = next((names for names in _RANKS if all(name in environment for name in names)), None)
+    if variables is None:
         return 0, 1
-    rank, world_size = (_number(name, environment) for name in found)
+    rank, world_size = (_number(name, environment) for name in variables)
     return rank, world_size
 
 
@@ -410,12 +410,12 @@ def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
         unit: Unit of the amounts, such as ``"images"``.
     """
     with progress_bars() as bars:
-        made: dict[str, Callable[[int], None]] = {}
+        advances: dict[str, Callable[[int], None]] = {}
 
         def advance(title: str, count: int, total: int) -> None:
-            if title not in made:
-                made[title] = bars(title, total, unit=unit)
-            made[title](count)
+            if title not in advances:
+                advances[title] = bars(title, total, unit=unit)
+            advances[title](count)
 
         yield advance
 
@@ -473,10 +473,10 @@ class _Lines:
     def __call__(self, count: int) -> None:
         self.done += count
         # Only the work since the last line counts, so that a slow start does not distort the time left.
-        now, made = time.monotonic(), self.done - self.done_before
-        if now - self.told < _SECONDS_BETWEEN_LINES or not made:
+        now, amount_since = time.monotonic(), self.done - self.done_before
+        if now - self.told < _SECONDS_BETWEEN_LINES or not amount_since:
             return
-        speed = made / max(now - self.told, 1e-9)
+        speed = amount_since / max(now - self.told, 1e-9)
         left = datetime.timedelta(seconds=round((self.total - self.done) / speed))
         amount = f"{self.done} of {self.total} {self.unit}".rstrip()
         log.info("%s: %s, %s, %s left", self.title, amount, _speed(speed, self.unit), left)

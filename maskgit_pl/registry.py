@@ -101,7 +101,7 @@ class Registry(Generic[T]):
         """Returns the package of each name: ``maskgit_pl``, or the one that announces it. No plug-in is loaded."""
         self._import_modules()
         built_in = {name: factory.__module__.partition(".")[0] for name, factory in self._factories.items()}
-        announced = {name: " and ".join(each.package for each in found) for name, found in self._plugins().items()}
+        announced = {name: " and ".join(point.package for point in points) for name, points in self._plugins().items()}
         return dict(sorted({**built_in, **announced}.items()))
 
     def summary(self, name: str) -> str:
@@ -220,9 +220,9 @@ class Registry(Generic[T]):
         return name, arguments
 
     def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any], where: str) -> T:
-        made: T
+        part: T
         if isinstance(factory, type) and is_dataclass(factory):
-            made = cast(T, build_dataclass(factory, arguments, where))
+            part = cast(T, build_dataclass(factory, arguments, where))
         else:
             signature = inspect.signature(factory)
             try:
@@ -230,10 +230,10 @@ class Registry(Generic[T]):
             except TypeError as error:
                 check_keys(where, arguments, known=signature.parameters)
                 raise ValueError(f"{where}: {error}; given {shorten(sorted(map(str, arguments)))}") from error
-            made = factory(**arguments)
+            part = factory(**arguments)
         if self._check is not None:
-            self._check(name, made)
-        return made
+            self._check(name, part)
+        return part
 
     def _load(self, name: str, announced: list[_Plugin]) -> Callable[..., T]:
         """Imports the factory of an entry point once, and raises the same error again if that failed."""
@@ -277,36 +277,36 @@ class Registry(Generic[T]):
 
     def _plugins(self) -> dict[str, list[_Plugin]]:
         """Returns the entry points of installed packages by name, except names that are already registered."""
-        found: dict[str, list[_Plugin]] = {}
+        plugins: dict[str, list[_Plugin]] = {}
         for plugin in _find_plugins(self.group):
             name = plugin.point.name
             here = self._factories.get(name)
             if here is None or name in self._loaded:
-                found.setdefault(name, []).append(plugin)
+                plugins.setdefault(name, []).append(plugin)
             # The same module means that the plug-in was imported and has registered itself.
             elif here.__module__ != plugin.point.value.partition(":")[0].strip():
                 _warn(f"{self.kind} {shorten(name)}: the name is taken by {here.__module__}; announced by {plugin}")
-        return found
+        return plugins
 
 
 def derives_from(base: type) -> Callable[[str, Any], None]:
     """Returns a check for registries whose objects must derive from a class; see ``Registry``."""
 
-    def check(name: str, made: Any) -> None:
-        if not isinstance(made, base):
-            raise ValueError(f"{name!r} must derive from {base.__module__}.{base.__qualname__}, got {shorten(made)}")
+    def check(name: str, part: Any) -> None:
+        if not isinstance(part, base):
+            raise ValueError(f"{name!r} must derive from {base.__module__}.{base.__qualname__}, got {shorten(part)}")
 
     return check
 
 
-def has_create(name: str, made: Any) -> None:
+def has_create(name: str, part: Any) -> None:
     """Checks that an object has a method ``create``; for registries whose objects need no base class.
 
     Raises:
         ValueError: if it has none.
     """
-    if not callable(getattr(made, "create", None)):
-        raise ValueError(f"{name!r} must have a method create(), got {shorten(made)}")
+    if not callable(getattr(part, "create", None)):
+        raise ValueError(f"{name!r} must have a method create(), got {shorten(part)}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
@@ -359,7 +359,7 @@ class _Plugin(NamedTuple):
 
 def _find_plugins(group: str) -> Iterator[_Plugin]:
     """Yields the entry points of a group. The first on the path counts if a package is installed twice."""
-    found: set[tuple[str, str]] = set()
+    seen: set[tuple[str, str]] = set()
     for distribution in distributions():
         try:
             if group not in (distribution.read_text("entry_points.txt") or ""):  # cheaper than parsing the file
@@ -371,9 +371,9 @@ def _find_plugins(group: str) -> Iterator[_Plugin]:
             _warn(f"{place}: cannot read the entry points: {_one_line(error)}")
             continue
         for point in points:
-            if (package, point.name) not in found:
+            if (package, point.name) not in seen:
                 yield _Plugin(package, point)
-            found.add((package, point.name))
+            seen.add((package, point.name))
 
 
 def _needs_no_argument(factory: Callable[..., Any]) -> bool:

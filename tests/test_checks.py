@@ -1,4 +1,4 @@
-"""Sizes, channels and file names of images: one form of each size."""
+"""Checks of single values, and of the plain values of files against a dataclass."""
 
 from __future__ import annotations
 
@@ -25,89 +25,37 @@ from maskgit_pl.checks import (
     height_width,
     image_file_name,
     is_image_file_name,
-    pixels_text,
     plain_list,
     plain_number,
     plain_size,
     shorten,
 )
 
-
-@dataclass(frozen=True)
-class Sizes:
-    depth: int
-    rate: float = 0.0
-    kind: Literal["a", "b"] = "a"
-    spec: str | Mapping[str, Any] = "x"
-    grid: tuple[int, int] = (1, 1)
-    names: tuple[str, ...] = ()
-    top_k: int | None = None
-
-    def __post_init__(self) -> None:
-        check_integer("depth", self.depth, "[1, 8]")
-
-
-@pytest.mark.parametrize("value", [0, 9, 1.0, True, "1", None, pytest.param(10**5000, id="huge")])
-def test_an_integer_outside_its_interval_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^depth must be an integer in \[1, 8\], got .{1,90}$"):
-        check_integer("depth", value, "[1, 8]")
+REFUSALS = [
+    *((check_integer, ("depth", value, "[1, 8]"), r"^depth must be an integer in \[1, 8\], got .{1,90}$")
+      for value in (0, 9, 1.0, True, "1", None, 10**5000)),
+    *((check_number, ("decay", value, "[0, 1)"), r"^decay must be a (finite )?number in \[0, 1\), got .{1,90}$")
+      for value in (math.nan, math.inf, -math.inf, 1.0, -0.1, "0", False, None, 10**400)),
+    *((check_seed, ("--seed", value), r"^--seed must be an integer in \[0, 2\*\*32\), got")
+      for value in (-1, 2**32, 0.0, True)),
+    *((check_image_size, ("size", value, "[1, 64]"), r"^size must be an integer in \[1, 64\]")
+      for value in (0, True, 65, [8], [8, 8, 8], [8, 0], [8.0, 8], [True, 8], "8", None, {}, [[8], 8])),
+    *((check_channels, ("channels", value), r"channels must be one of 1 \(grey\), 3 \(RGB\), got")
+      for value in (0, 2, 4, True, 3.0, "3", None)),
+    (check_choice, ("kind", "rigth", ("left", "right")),
+     r"kind must be one of left, right, got 'rigth'; did you mean 'right'\?"),
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    "value", [math.nan, math.inf, -math.inf, 1.0, -0.1, "0", False, None, pytest.param(10**400, id="huge")]
-)
-def test_a_number_outside_its_interval_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ValueError, match=r"^decay must be a (finite )?number in \[0, 1\), got .{1,90}$"):
-        check_number("decay", value, "[0, 1)")
+@pytest.mark.parametrize(("check", "arguments", "text"), REFUSALS)
+def test_refusals(check: Any, arguments: tuple[Any, ...], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        check(*arguments)
 
 
-@pytest.mark.parametrize("value", [0, 0.0, 0.5, 1 - 2**-53])
-def test_ends_of_an_interval_belong_to_it_as_the_notation_says(value: float) -> None:
-    assert check_number("decay", value, "[0, 1)") == value
-
-
-@pytest.mark.parametrize(
-    ("value", "expected"),
-    [
-        (np.int64(3), 3),
-        (np.array(3), 3),
-        (torch.tensor(3), 3),
-        (np.float32(0.5), 0.5),
-        (3, 3),
-        (0.5, 0.5),
-        (2**70, 2**70),
-    ],
-)
-def test_numbers_of_libraries_become_plain(value: object, expected: float) -> None:
-    made = plain_number(value)
-    assert (type(made), made) == (type(expected), expected)
-    assert plain_list(value) is None
-
-
-@pytest.mark.parametrize("value", [True, np.bool_(True), torch.tensor(True), torch.tensor(0.5), "3", b"3", None, 1j])
-def test_what_is_no_number_stays_as_it_is(value: object) -> None:
-    assert plain_number(value) is value
-    assert plain_list(value) is None
-
-
-@pytest.mark.parametrize("values", [np.array([1, 2]), torch.tensor([1, 2]), (1, np.int8(2)), iter([1, 2]), range(1, 3)])
-def test_all_lists_of_numbers_become_plain_lists(values: object) -> None:
-    assert plain_number(values) is values
-    made = plain_list(values)
-    assert made == [1, 2]
-    assert {type(each) for each in made} == {int}
-
-
-@pytest.mark.parametrize("value", [-1, 2**32, 0.0, True, None, "1"])
-def test_a_seed_is_an_integer_of_32_bits(value: object) -> None:
-    assert [check_seed("seed", each) for each in (0, 2**32 - 1)] == [0, 2**32 - 1]
-    with pytest.raises(ValueError, match=r"^--seed must be an integer in \[0, 2\*\*32\), got"):
-        check_seed("--seed", value)
-
-
-def test_a_choice_is_answered_with_the_list_and_the_nearest() -> None:
-    with pytest.raises(ValueError, match=r"kind must be one of left, right, got 'rigth'; did you mean 'right'\?"):
-        check_choice("kind", "rigth", ("left", "right"))
+def test_the_ends_of_an_interval_follow_its_notation() -> None:
+    assert [check_number("decay", value, "[0, 1)") for value in (0, 0.5, 1 - 2**-53)] == [0, 0.5, 1 - 2**-53]
+    assert [check_seed("seed", value) for value in (0, 2**32 - 1)] == [0, 2**32 - 1]
 
 
 def test_keys_are_named_when_unknown_or_missing() -> None:
@@ -117,48 +65,25 @@ def test_keys_are_named_when_unknown_or_missing() -> None:
         check_keys("f.json", {}, known=["depth"], required=["depth"])
 
 
-@pytest.mark.parametrize(
-    "values",
-    [
-        [],
-        {},
-        {"depth": "1"},
-        {"depth": 9},
-        {"depth": True},
-        {"depth": 1, "rate": "x"},
-        {"depth": 1, "kind": "c"},
-        {"depth": 1, "spec": 3},
-        {"depth": 1, "spec": {3: 1}},
-        {"depth": 1, "grid": [1, 2, 3]},
-        {"depth": 1, "grid": 7},
-        {"depth": 1, "names": ["a", 1]},
-        {"depth": 1, "names": "ab"},
-        {"depth": 1, "top_k": 1.5},
-        {"depth": 1, "deep": 1},
-    ],
-)
-def test_values_of_the_wrong_type_are_refused_with_file_and_key(values: Any) -> None:
-    with pytest.raises(ValueError, match=r"^config.json[:. ]"):
-        build_dataclass(Sizes, values, "config.json")
+def test_numbers_of_libraries_become_plain_and_other_values_stay() -> None:
+    for value, expected in ((np.int64(3), 3), (np.array(3), 3), (torch.tensor(3), 3), (np.float32(0.5), 0.5)):
+        number = plain_number(value)
+        assert (type(number), number) == (type(expected), expected)
+    for value in (True, np.bool_(True), torch.tensor(True), torch.tensor(0.5), "3", b"3", None, 1j, range(2)):
+        assert plain_number(value) is value
 
 
-def test_values_of_the_right_type_are_taken() -> None:
-    values = {"depth": 2, "rate": 1, "kind": "b", "spec": {"name": "x"}, "grid": [7, 7], "names": ["a"], "top_k": None}
-    taken = build_dataclass(Sizes, values, "config.json")
-    assert taken == Sizes(2, 1.0, "b", {"name": "x"}, (7, 7), ("a",), None)
-    assert isinstance(taken.rate, float)
+def test_every_list_of_numbers_becomes_a_plain_list() -> None:
+    for values in (np.array([1, 2]), torch.tensor([1, 2]), (1, np.int8(2)), iter([1, 2]), range(1, 3)):
+        numbers = plain_list(values)
+        assert numbers == [1, 2]
+        assert {type(number) for number in numbers} == {int}
+    assert [plain_list(value) for value in (np.array(3), 3, "3", b"3", None)] == [None] * 5
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["x" * 10**6, [1] * 10**6, {i: i for i in range(1000)}, pytest.param(10**5000, id="huge"), b"\0" * 1000],
-    ids=["str", "list", "dict", "int", "bytes"],
-)
-def test_no_value_fills_a_message(value: object) -> None:
-    assert len(shorten(value)) < 120
-
-
-def test_control_and_bidi_characters_are_escaped() -> None:
+def test_no_value_fills_a_message_or_controls_the_terminal() -> None:
+    for value in ("x" * 10**6, [1] * 10**6, {i: i for i in range(1000)}, 10**5000, b"\0" * 1000):
+        assert len(shorten(value)) < 120
     assert shorten("\x1b[31m\u202e") == "'\\x1b[31m\\u202e'"
 
 
@@ -169,28 +94,12 @@ def test_a_size_has_one_form_which_files_keep(given, size):
     assert height_width(given) == height_width(size)
 
 
-@pytest.mark.parametrize("given", [0, True, 65, [8], [8, 8, 8], [8, 0], [8.0, 8], [True, 8], "8", None, {}, [[8], 8]])
-def test_anything_else_is_no_size(given):
-    with pytest.raises(ValueError, match=r"^size must be an integer in \[1, 64\]"):
-        check_image_size("size", given, "[1, 64]")
-
-
-def test_messages_show_the_width_first():
-    assert (pixels_text(8), pixels_text((24, 40))) == ("8 x 8", "40 x 24")
-
-
 def test_names_of_generated_images_are_known_again():
     names = [image_file_name(label, seed) for label, seed in ((None, 0), (3, 7), (12345, 2**32 - 1))]
     assert names[:2] == ["no-class-seed-000000.png", "class-0003-seed-000007.png"]
     assert all(map(is_image_file_name, names))
     for name in ("class-3-seed-000007.png", "class-0003-seed-000007.jpg", "x-class-0003-seed-000007.png", "photo.png"):
         assert not is_image_file_name(name)
-
-
-@pytest.mark.parametrize("channels", [0, 2, 4, True, 3.0, "3", None])
-def test_other_numbers_of_channels_are_refused(channels):
-    with pytest.raises(ValueError, match=r"channels must be one of 1 \(grey\), 3 \(RGB\), got"):
-        check_channels("channels", channels)
 
 
 @dataclass(frozen=True)
@@ -217,17 +126,6 @@ def built(annotation: Any, value: object) -> Any:
     return build_dataclass(make_dataclass("One", [("value", annotation)], frozen=True), {"value": value}, "a.json")
 
 
-@pytest.mark.parametrize(("annotation", "value"), ACCEPTED)
-def test_a_value_of_the_annotated_type_is_taken(annotation: Any, value: object) -> None:
-    built(annotation, value)
-
-
-@pytest.mark.parametrize(("annotation", "value"), REFUSED)
-def test_a_value_of_another_type_is_refused(annotation: Any, value: object) -> None:
-    with pytest.raises(ValueError, match=r"^a\.json[.:].*value"):
-        built(annotation, value)
-
-
 @pytest.mark.parametrize(
     ("annotation", "value", "text"),
     [
@@ -241,13 +139,22 @@ def test_a_value_of_another_type_is_refused(annotation: Any, value: object) -> N
         (Inner | str, {"kind": "a"}, "value must be a mapping with the key 'depth' or a string, got {'kind': 'a'}"),
     ],
 )
-def test_what_is_accepted_is_said_in_words(annotation: Any, value: object, text: str) -> None:
+def test_messages_describe_the_accepted_types_in_words(annotation: Any, value: object, text: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(f'a.json.{text}')}$"):
         built(annotation, value)
 
 
-def test_an_annotation_that_files_cannot_hold_is_left_to_the_dataclass() -> None:
-    assert built(torch.Tensor, 3).value == 3
+def test_values_of_the_annotated_type_are_taken() -> None:
+    for annotation, value in ACCEPTED:
+        built(annotation, value)
+    assert isinstance(built(float, 1).value, float)
+    assert built(torch.Tensor, 3).value == 3  # files cannot hold it: the dataclass converts it
+
+
+@pytest.mark.parametrize(("annotation", "value"), REFUSED)
+def test_a_value_of_another_type_is_refused(annotation: Any, value: object) -> None:
+    with pytest.raises(ValueError, match=r"^a\.json[.:].*value"):
+        built(annotation, value)
 
 
 @dataclass(frozen=True)
@@ -271,7 +178,7 @@ class WithDevice:
         object.__setattr__(self, "device", torch.device(self.device or "cpu"))
 
 
-def test_the_types_of_a_plug_in_are_its_own_and_its_other_fields_are_checked() -> None:
+def test_fields_of_a_plug_in_are_checked_but_for_types_of_its_own() -> None:
     assert build_dataclass(OfAPlugIn, {"count": 1}, "a.json") == OfAPlugIn(1)
     made = build_dataclass(WithDevice, {"width": 1, "device": "cpu"}, "a.json")
     assert (made.device, made.pair) == (torch.device("cpu"), Pair(1, 2))

@@ -5,15 +5,11 @@ No word of a stranger controls the terminal or becomes markup, and none is lost.
 
 import ast
 import errno
-import html
 import io
 import json
 import logging
 import re
 import textwrap
-from array import array
-from concurrent.futures import ThreadPoolExecutor
-from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -35,7 +31,6 @@ from maskgit_pl.errors import (
     printable,
     python_string,
 )
-from maskgit_pl.files import read_json
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import run_jobs
 from tests.hostile_words import HOSTILE
@@ -61,19 +56,11 @@ def caught(call) -> BaseException:
         lambda: Path("x" * 300).read_text(),
     ],
 )
-def test_what_the_package_refuses_and_paths_that_cannot_be_opened_are_bad_input(call):
+def test_refusals_of_the_package_and_unusable_paths_are_bad_input(call):
     error = caught(call)
     assert is_user_error(error)
     assert exit_code_of(error) == 2
     assert describe_error(error, "maskgit sample") == f"maskgit sample: {error}\n"
-
-
-def test_a_refusal_of_a_file_counts_whoever_calls(tmp_path):
-    (tmp_path / "config.json").write_text("[1]")
-    (tmp_path / "broken.json").write_text("{")
-    for name in ("config.json", "broken.json"):
-        with ThreadPoolExecutor() as pool:
-            assert exit_code_of(caught(pool.submit(read_json, tmp_path / name).result)) == 2
 
 
 @pytest.mark.parametrize(
@@ -82,14 +69,8 @@ def test_a_refusal_of_a_file_counts_whoever_calls(tmp_path):
         lambda: int("many"),
         lambda: json.loads("{"),
         lambda: b"\xff".decode(),
-        lambda: array("b", b"x").frombytes(3),
-        lambda: list(zip([1], [], strict=True)),
-        lambda: checks.did_you_mean("x", 3),
         lambda: checks.check_integer("--num-steps", 3, "[one, two]"),  # a ValueError of float(), in our own file
         lambda: {}["key"],
-        lambda: [][0],
-        lambda: None.name,
-        lambda: Fraction(1, 0),
     ],
 )
 def test_errors_of_libraries_and_expressions_are_internal(call):
@@ -100,11 +81,7 @@ def test_errors_of_libraries_and_expressions_are_internal(call):
     assert "internal error of maskgit_pl" in text.splitlines()[-1]
 
 
-def test_a_value_error_that_was_never_raised_is_not_the_users():
-    assert exit_code_of(ValueError("x")) == 70
-
-
-@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EFBIG", "EIO", "ESTALE", "EBUSY", "EXDEV", "EROFS"])
+@pytest.mark.parametrize("name", ["ENOSPC", "EDQUOT", "EIO", "ESTALE", "EROFS"])
 def test_a_disk_that_cannot_be_written_is_no_internal_error(name):
     error = OSError(getattr(errno, name), "fault", "out/file")
     assert exit_code_of(error) == 74
@@ -154,15 +131,20 @@ def one_line(word: str) -> str:
 
 
 @every_word
-def test_printable_text_is_one_short_line(word: str) -> None:
+def test_text_for_terminals_logs_and_python_is_printable_and_loses_no_word(word: str) -> None:
     assert printable(word).isprintable()
     assert len(printable(word)) < 1000
     assert "".join(printable(word, limit=None).split()).startswith("".join(printable(word).removesuffix("...").split()))
+    assert python_string(word).isprintable()
+    assert ast.literal_eval(python_string(word)) == word
+    record = logging.LogRecord("maskgit_pl", logging.INFO, "", 0, "class %s", (word,), None)
+    assert all(line.isprintable() for line in PrintableFormatter("%(message)s").format(record).split("\n"))
 
 
-def test_letters_of_all_scripts_are_left_as_they_are() -> None:
-    for word in ("T-shirt/top", "\u05e9\u05dc\u05d5\u05dd", "\u6f22\u5b57", "na\u00efve caf\u00e9"):
-        assert printable(word) == word
+def test_plain_words_of_all_scripts_are_not_escaped() -> None:
+    for word in ("\u05e9\u05dc\u05d5\u05dd", "\u6f22\u5b57", "na\u00efve caf\u00e9", "T-shirt/top", "remdm (eta 0.4)"):
+        assert printable(word) == markdown(word) == word
+        assert code_span(word) == f"`{word}`"
     assert printable("a\u00a0b\u3000c") == "a b c"
 
 
@@ -192,24 +174,6 @@ def test_code_of_a_word_stays_in_its_cell(word: str) -> None:
     assert shown(page.format(code_span(word))) == shown(page.format("\0")).replace("\ufffd", one_line(word))
 
 
-def test_plain_words_are_not_escaped() -> None:
-    for word in ("T-shirt/top", "fid/classifier", "remdm (eta 0.4)", "mask_schedule", "0.1.0", "timm:resnet50"):
-        assert markdown(word) == word
-        assert code_span(word) == f"`{word}`"
-
-
-@every_word
-def test_a_python_string_evaluates_to_the_word(word: str) -> None:
-    assert python_string(word).isprintable()
-    assert ast.literal_eval(python_string(word)) == word
-
-
-@every_word
-def test_a_log_line_has_no_control_characters(word: str) -> None:
-    record = logging.LogRecord("maskgit_pl", logging.INFO, "", 0, "class %s", (word,), None)
-    assert all(line.isprintable() for line in PrintableFormatter("%(message)s").format(record).split("\n"))
-
-
 @pytest.mark.filterwarnings("ignore:Glyph")
 def test_plots_and_pictures_take_every_word() -> None:
     figure = Figure()
@@ -222,7 +186,3 @@ def test_plots_and_pictures_take_every_word() -> None:
     figure.savefig(io.BytesIO(), format="png", dpi=20)
     image_grid(torch.zeros(len(HOSTILE), 1, 8, 8, dtype=torch.uint8), columns=1, row_captions=HOSTILE)
     image_grid(torch.zeros(len(HOSTILE), 1, 8, 8, dtype=torch.uint8), columns=len(HOSTILE), column_captions=HOSTILE)
-
-
-def test_entities_are_shown_as_they_were_written() -> None:
-    assert html.unescape(markdown("&lt;b&gt;")) == "&lt;b&gt;"

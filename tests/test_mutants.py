@@ -1,3 +1,5 @@
+"""The changes that mutation testing makes, and a run of it on a small package."""
+
 import random
 import subprocess
 import sys
@@ -19,9 +21,7 @@ def unseen(flag):
 FILES = {
     "fake/__init__.py": "",
     "fake/core.py": MODULE,
-    "fake/other.py": "def twice(number):\n    return number * 2\n",
     "tests/test_core.py": "from fake.core import add\n\ndef test_a_sum():\n    assert add(1, 2) == 3\n",
-    "tests/test_other.py": "from fake.other import twice\n\ndef test_that_always_fails():\n    assert twice(2) == 5\n",
 }
 COMMAND = """
 import sys
@@ -98,7 +98,7 @@ def test_mutants_of_the_package_compile_and_have_tests():
         compile(mutant.applied((REPOSITORY / mutant.file).read_bytes()), mutant.file, "exec")
 
 
-def test_a_fault_is_noticed_or_listed_and_a_test_that_always_fails_notices_nothing(tmp_path):
+def test_a_fault_is_noticed_or_listed(tmp_path):
     for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -110,9 +110,7 @@ def test_a_fault_is_noticed_or_listed_and_a_test_that_always_fails_notices_nothi
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.count("fails on the package as it is") == 1
-    assert "as it is, its mutants do not count: tests/test_other.py::test_that_always_fails" in done.stdout
     assert "core.py:3 arithmetic: +  =>  -\n         tests/test_core.py::test_a_sum" in done.stdout
     assert "survived: fake/core.py:6 condition: flag()  =>  not (flag())" in done.stdout
-    assert "1 of 2 mutants noticed: 50.0% (95% interval 9.2% to 90.8%;" in done.stdout
+    assert "1 of 2 mutants noticed: 50.0% (least " in done.stdout
     assert (tmp_path / "fake/core.py").read_text() == MODULE

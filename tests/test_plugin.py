@@ -1,17 +1,15 @@
-"""A mask schedule of another package: a wheel is installed, a recipe names it, a step is trained."""
+"""A mask schedule of another package is named by a flag, and broken ones are one line each."""
 
 import json
 import os
-import shutil
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
-import yaml
 
 from tests import forked
+from tests.conftest import tiny_flags
+from tests.installed_packages import install
 
 pytestmark = pytest.mark.slow
 
@@ -39,42 +37,22 @@ class Broken(MaskSchedule):
     def __call__(self, progress, num_tokens):
         return torch.where(progress == 0.5, torch.nan, 1 - progress)
 '''
-DIST_INFO = {
-    "METADATA": "Metadata-Version: 2.1\nName: sine-schedule\nVersion: 1.0\n",
-    "WHEEL": "Wheel-Version: 1.0\nGenerator: by hand\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    "entry_points.txt": "[maskgit_pl.mask_schedules]\nsine = sine_schedule:Sine\nbroken = sine_schedule:Broken\n"
-    "missing = sine_schedule:Missing\nleaving = leaving_schedule:Leaving\n",
-}
+ENTRY_POINTS = """[maskgit_pl.mask_schedules]
+sine = sine_schedule:Sine
+broken = sine_schedule:Broken
+missing = sine_schedule:Missing
+leaving = leaving_schedule:Leaving
+"""
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working directory with recipes of its own, and ``site`` with the plug-in as pip installs it."""
+    """A working directory, and ``site`` with the plug-in as pip installs it."""
     folder = tmp_path_factory.mktemp("plugin")
-    wheel = folder / "sine_schedule-1.0-py3-none-any.whl"
-    modules = {"sine_schedule.py": SCHEDULES, "leaving_schedule.py": "import sys\n\nsys.exit(3)\n"}
-    files = {**modules, **{f"sine_schedule-1.0.dist-info/{n}": t for n, t in DIST_INFO.items()}}
-    record = "sine_schedule-1.0.dist-info/RECORD"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        for name, text in files.items():
-            archive.writestr(name, text)
-        archive.writestr(record, "".join(f"{name},,\n" for name in [*files, record]))
-    pip = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*pip, "--target", str(folder / "site"), str(wheel)], check=True, capture_output=True)
-    shutil.copytree(ROOT / "recipes", folder / "recipes")
-    for name in ("sine", "broken"):
-        (folder / "recipes" / "transformer" / f"{name}.yaml").write_text(f"model:\n  mask_schedule: {name}\n")
+    modules = {"sine_schedule": SCHEDULES, "leaving_schedule": "import sys\n\nsys.exit(3)\n"}
+    install(folder / "site", name="sine-schedule", entry_points=ENTRY_POINTS, modules=modules)
+    (folder / "recipes").symlink_to(ROOT / "recipes")
     return folder
-
-
-def flags(tree: dict, path: str = "") -> list[str]:
-    """The values of a YAML tree as flags."""
-    pairs = [(f"{path}{key}", value) for key, value in tree.items()]
-    return [
-        word
-        for key, value in pairs
-        for word in (flags(value, f"{key}.") if isinstance(value, dict) else [f"--{key}={value}"])
-    ]
 
 
 def maskgit(folder: Path, *words: object, with_plugin: bool = True) -> subprocess.CompletedProcess[str]:
@@ -84,10 +62,10 @@ def maskgit(folder: Path, *words: object, with_plugin: bool = True) -> subproces
     return forked.run(words, cwd=folder, env=environment)
 
 
-def train(folder: Path, recipe: str, shards: Path, pretrained: Path, **how: bool) -> subprocess.CompletedProcess[str]:
-    tiny = flags(yaml.safe_load((ROOT / "tests" / "tiny" / "transformer.yaml").read_text()))
-    where = ("--data", shards, "--tokenizer", pretrained / "tokenizer", "--run", recipe)
-    return maskgit(folder, "train", "transformer", "--recipe", recipe, *where, *tiny, **how)
+def train(folder: Path, schedule: str, shards: Path, pretrained: Path, **how: bool) -> subprocess.CompletedProcess[str]:
+    where = ("--data", shards, "--tokenizer", pretrained / "tokenizer", "--run", schedule)
+    words = (*where, *tiny_flags("transformer"), f"--model.mask_schedule={schedule}")
+    return maskgit(folder, "train", "transformer", *words, **how)
 
 
 def test_a_schedule_of_another_package_trains_a_step_by_name(workplace, tiny_shards, tiny_pretrained):
@@ -109,12 +87,6 @@ def test_without_the_package_the_name_is_unknown(workplace, tiny_shards, tiny_pr
     assert done.returncode == 2, done.stdout + done.stderr
     assert "unknown mask schedule 'sine'" in done.stderr
     assert "known: arccos, cosine, cubic" in done.stderr
-
-
-def test_the_table_of_schedules_shows_it(workplace):
-    done = maskgit(workplace, "schedules", "--schedules", "sine", "--num-tokens", 16, "--num-steps", 4)
-    assert done.returncode == 0, done.stderr
-    assert "sine" in done.stdout
 
 
 def test_the_table_of_schedules_names_the_broken_ones_in_one_line_each(workplace):

@@ -40,7 +40,7 @@ assert main([*edit, "--out", f"{{folder}}/b.png"]) == 0
 
 @pytest.mark.slow
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_package_is_imported_samples_and_edits_without_the_names_of_linux(
+def test_the_package_samples_and_edits_without_the_names_of_linux(
     system: str, tiny_pretrained: Path, tmp_path: Path
 ) -> None:
     names, modules = SYSTEMS[system]

@@ -59,11 +59,11 @@ CALLED = "finishing this step and saving; press Ctrl-C again to quit immediately
 SECOND = "quit immediately; repeat the command to resume from the last checkpoint"
 
 
-def test_one_ctrl_c_sets_the_flag_also_if_workers_get_it_too():
+def test_one_ctrl_c_sets_the_flag_with_workers_in_the_group():
     assert send(0) == (75, [FIRST])
 
 
-def test_signals_to_a_process_that_is_being_forked_are_not_the_parents():
+def test_a_signal_to_a_process_being_forked_does_not_stop_the_parent():
     """The new process gets one before it is set up; it is its own."""
     code = """
 import os, signal, sys, time
@@ -87,23 +87,9 @@ def test_a_second_ctrl_c_ends_at_once_with_130(state):
     assert send(0, 0.2, state=state, saving=600) == (130, [FIRST, SECOND])
 
 
-def test_after_listening_ctrl_c_means_what_it_meant_before():
-    code = """
-import os, signal, sys
-from maskgit_pl import processes
-with processes.catch_stop_signals(until="exit"):
-    pass
-try:
-    os.kill(os.getpid(), signal.SIGINT)
-except KeyboardInterrupt:
-    sys.exit(3)
-"""
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 3
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("way", "code"), [("a job's script blocked them", 0), ("it was asked to stop", 75)])
-def test_signals_until_the_process_is_gone_do_not_change_the_exit_code(way, code):
+def test_signals_at_the_end_of_a_process_do_not_change_its_exit_code(way, code):
     """The interpreter takes a while to end, and Slurm sends its signal when the time comes, not when it suits."""
     listen = """
 import os, signal, sys
@@ -130,7 +116,7 @@ def handlers() -> list[object]:
     return [signal.getsignal(number) for number in processes.SIGNALS]
 
 
-def test_a_caller_that_goes_on_has_its_handlers_again_and_may_be_asked_again(capfd):
+def test_the_handlers_are_restored_and_a_run_can_be_stopped_again(capfd):
     before = handlers()
     for _ in range(2):
         with processes.catch_stop_signals():
@@ -143,7 +129,7 @@ def test_a_caller_that_goes_on_has_its_handlers_again_and_may_be_asked_again(cap
     assert capfd.readouterr().err.split("\n\n") == ["\n" + CALLED, CALLED + "\n"]
 
 
-def test_a_second_ctrl_c_raises_where_the_caller_goes_on():
+def test_a_second_ctrl_c_raises_keyboard_interrupt_in_a_library_call():
     def listen() -> None:
         with processes.catch_stop_signals():
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGINT):
@@ -156,20 +142,7 @@ def test_a_second_ctrl_c_raises_where_the_caller_goes_on():
     assert not processes.is_requested()
 
 
-def test_another_thread_listens_to_nothing():
-    before, seen = handlers(), []
-
-    def listen() -> None:
-        with processes.catch_stop_signals():
-            seen.extend(handlers())
-
-    thread = threading.Thread(target=listen)
-    thread.start()
-    thread.join()
-    assert seen == before
-
-
-def test_ctrl_c_waits_while_processes_start_although_another_thread_receives_it():
+def test_ctrl_c_waits_while_processes_start():
     reached, ends = [], threading.Event()
 
     def start() -> None:
@@ -191,53 +164,19 @@ def test_ctrl_c_waits_while_processes_start_although_another_thread_receives_it(
     assert handlers() == before
 
 
-def test_a_new_process_ignores_ctrl_c():
-    code = "import os, signal; os.kill(os.getpid(), signal.SIGINT); print('alive')"
-    with processes.hold_ctrl_c():
-        made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert made.stdout == "alive\n"
-
-
-def test_a_held_ctrl_c_counts_once_where_the_second_one_ends_the_process():
-    code = """
-import os, signal, threading, time
-from maskgit_pl import processes
-
-with processes.catch_stop_signals(until="exit"):
-    with processes.hold_ctrl_c():
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-    time.sleep(0.2)
-    print(processes.is_requested())
-"""
-    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert (made.returncode, made.stdout) == (0, "True\n")
-
-
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({}, (0, 1)),
-        ({"RANK": "3", "WORLD_SIZE": "4"}, (3, 4)),
-        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8"}, (2, 8)),
-        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1)),  # a batch script: nobody has started 7 others
-        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "2"}, (1, 2)),
-        (
-            {"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"},
-            (1, 2),
-        ),  # torchrun in srun
-        ({"RANK": "3"}, (0, 1)),
+        ({}, (0, 1, 0)),
+        ({"RANK": "3"}, (0, 1, 0)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, (3, 4, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "2"}, (2, 8, 2)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, (0, 1, 0)),  # a batch script: nobody has started 7 others
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8"}, (1, 2, 0)),
     ],
 )
-def test_ranks_are_those_of_whoever_started_the_processes(environment, expected):
-    assert launcher_rank(environment) == expected
-
-
-@pytest.mark.parametrize(
-    ("environment", "rank"), [({}, 0), ({"SLURM_LOCALID": "2"}, 2), ({"LOCAL_RANK": "1", "SLURM_LOCALID": "0"}, 1)]
-)
-def test_the_rank_on_a_machine_is_that_of_torchrun_or_else_of_slurm(environment, rank):
-    assert local_rank(environment) == rank
+def test_ranks_are_those_of_torchrun_or_else_of_slurm(environment, expected):
+    assert (*launcher_rank(environment), local_rank(environment)) == expected
 
 
 def test_a_rank_that_is_no_number_is_refused():
@@ -258,7 +197,7 @@ def test_each_job_has_its_result(workers: int) -> None:
     assert dict(run_jobs(square, 1, [2, 3, 4], workers=workers)) == {2: 5, 3: 10, 4: 17}
 
 
-def test_a_worker_that_is_killed_is_said_in_a_line_with_the_way_out() -> None:
+def test_a_killed_worker_is_one_line_with_the_way_out() -> None:
     with pytest.raises(DataWorkerError, match=r"a worker process was killed, .*; use fewer workers \(--num-workers\)"):
         list(run_jobs(die, 1, [2, 3, 4], workers=2))
 
@@ -280,7 +219,7 @@ def lines(monkeypatch, caplog) -> pytest.LogCaptureFixture:
     return caplog
 
 
-def test_a_log_has_a_line_now_and_then_with_the_pace_since_the_line_before(clock, lines):
+def test_a_log_has_lines_with_the_recent_pace(clock, lines):
     clock += [0.0, 10.0, 40.0, 60.0]
     with progress_bars() as bars:
         advance = bars("sampling", 100, done=20, unit="images")
@@ -292,51 +231,7 @@ def test_a_log_has_a_line_now_and_then_with_the_pace_since_the_line_before(clock
     ]
 
 
-def test_what_has_no_unit_is_counted_and_a_fast_pace_has_no_decimals(clock, lines):
-    clock += [0.0, 20.0]
-    with progress_bars() as bars:
-        bars("classifier", 5_000)(1_000)
-    assert lines.messages == ["classifier: 1000 of 5000, 50/s, 0:01:20 left"]
-
-
-def test_nothing_is_told_where_it_is_not_to_be_shown_or_nothing_was_done(clock, lines):
-    with progress_bars(shown=False) as bars:
-        bars("other ranks", 10, done=1, unit="images")(5)
-    clock += [0.0, 20.0]
-    with progress_bars() as bars:
-        bars("nothing", 10)(0)
-    assert lines.messages == []
-
-
-def test_a_terminal_has_bars_of_which_finished_ones_go_where_there_are_many(monkeypatch, lines):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(processes, "_SECONDS_BETWEEN_UPDATES", 0.0)
-    with progress_bars() as bars:
-        made = [bars(f"work {number}", 4, done=1, unit="images") for number in range(12)]
-        for advance in made[:2]:
-            advance(1)
-            advance(2)
-        tasks = made[0].progress.tasks
-        assert [task.completed for task in tasks[:3]] == [4, 4, 1]
-        assert [task.visible for task in tasks[:3]] == [False, False, True]
-        assert tasks[0].fields["speed"].endswith("images/s")
-    assert lines.messages == []
-
-
-def test_a_bar_is_not_updated_for_every_small_thing(monkeypatch, clock):
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    clock += [1.0, 1.01, 1.02, 1.03]
-    with progress_bars() as bars:
-        advance = bars("work", 4)
-        monkeypatch.setattr(advance.progress, "get_time", lambda: 0.0)
-        seen = []
-        for _ in range(4):
-            advance(1)
-            seen.append(advance.progress.tasks[0].completed)
-    assert seen == [1, 1, 1, 4]
-
-
-def test_a_bar_with_a_name_is_made_when_its_work_begins(clock, lines):
+def test_a_named_bar_begins_with_its_work(clock, lines):
     clock += [0.0, 10.0, 30.0, 40.0, 60.0]
     with named_bars("shards") as advance:
         for title, count in (("train", 1), ("train", 1), ("val", 3)):

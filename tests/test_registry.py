@@ -1,4 +1,4 @@
-"""Packages whose public names are imported when they are first used."""
+"""Registries: specs, plug-ins, broken plug-ins, a contract for every registered name, and lazy public names."""
 
 import math
 import re
@@ -19,7 +19,7 @@ from maskgit_pl.networks.discriminators import DiscriminatorConfig, PatchDiscrim
 from maskgit_pl.networks.features import LPIPSSpec, feature_networks, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.objectives import Corruption, Objective, TokenLosses, corruptions, objectives
-from maskgit_pl.registry import PluginError, Registry, describe, nearest
+from maskgit_pl.registry import PluginError, Registry
 from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
 from tests.installed_packages import install
 
@@ -45,20 +45,6 @@ def test_builds_from_a_name_and_from_a_mapping(chairs):
     assert spec == {"name": "plain", "legs": 3}  # the recipe's mapping is left as it was
 
 
-def test_a_taken_name_is_refused_and_the_first_stays(chairs):
-    with pytest.raises(ValueError, match=r"chair 'plain': the name is taken"):
-        chairs.register("plain")(lambda: Chair(1))
-    assert chairs.build("plain") == Chair(4)
-
-
-def test_an_unknown_name_answers_with_the_nearest_and_the_list(chairs):
-    chairs.register("stool")(Chair)
-    with pytest.raises(ValueError, match=r"unknown chair 'plane': did you mean 'plain'\? known: plain, stool"):
-        chairs.build("plane")
-    assert nearest("zzz", ["b", "a"]) == "known: a, b"
-    assert nearest("zzz", []) == "known: none"
-
-
 def test_all_that_needs_no_argument_is_built_by_name(chairs):
     @chairs.register("bespoke")
     def bespoke(legs: int) -> Chair:
@@ -68,34 +54,6 @@ def test_all_that_needs_no_argument_is_built_by_name(chairs):
     assert chairs.build_all() == {"plain": Chair(4), "stool": Chair(3)}
 
 
-def test_specs_are_told_in_a_few_words():
-    assert describe("halton") == describe({"name": "halton"}) == "halton"
-    assert describe(None) == "None"
-    assert describe({"name": "remdm", "strategy": "loop", "eta": 0.4}) == "remdm (strategy loop, eta 0.4)"
-
-
-@pytest.mark.parametrize("spec", [{}, {"legs": 3}, {"name": 3}])
-def test_a_mapping_without_a_name_is_refused(chairs, spec):
-    with pytest.raises(ValueError, match=r"chair must have the key 'name'.*plain"):
-        chairs.build(spec)
-
-
-def test_a_spec_that_is_neither_name_nor_mapping_is_refused(chairs):
-    with pytest.raises(ValueError, match=r"chair must be a name or a mapping with the key 'name', got \['plain'\]"):
-        chairs.build(["plain"])
-
-
-def test_unknown_arguments_are_refused_with_the_name(chairs):
-    with pytest.raises(ValueError, match="chair 'plain': unknown key 'leg': did you mean 'legs'"):
-        chairs.build({"name": "plain", "leg": 2})
-    chairs.register("bespoke")(lambda legs: Chair(legs))
-    with pytest.raises(ValueError, match=r"chair 'bespoke': .*; given \["):
-        chairs.build("bespoke")
-    for arguments in ({"arms": 2}, {3: 2}):
-        with pytest.raises(ValueError, match=r"chair 'bespoke': unknown key .*known keys: legs"):
-            chairs.build({"name": "bespoke", **arguments})
-
-
 def test_a_cell_of_a_notebook_may_register_its_class_again(chairs):
     for legs in (3, 5):
         factory = dataclass(frozen=True)(type("Stool", (), {"__module__": "__main__", "legs": legs}))
@@ -103,6 +61,33 @@ def test_a_cell_of_a_notebook_may_register_its_class_again(chairs):
     assert chairs.build("stool").legs == 5
     with pytest.raises(ValueError, match="the name is taken"):
         chairs.register("plain")(factory)
+
+
+@pytest.mark.parametrize(
+    ("spec", "rule"),
+    [
+        ({"legs": 3}, "chair must have the key 'name'.*plain"),
+        ({"name": 3}, "chair must have the key 'name'.*plain"),
+        (["plain"], r"chair must be a name or a mapping with the key 'name', got \['plain'\]"),
+        ("plane", r"unknown chair 'plane': did you mean 'plain'\? known: bespoke, plain"),
+        ({"name": "plain", "leg": 2}, "chair 'plain': unknown key 'leg': did you mean 'legs'"),
+        ({"name": "plain", "legs": 0}, "plain has no legs"),
+        ("bespoke", r"chair 'bespoke': .*; given \["),
+        ({"name": "bespoke", 3: 2}, "chair 'bespoke': unknown key .*known keys: legs"),
+    ],
+)
+def test_refusals(spec, rule):
+    def check(name: str, chair: Chair) -> None:
+        if not chair.legs:
+            raise ValueError(f"{name} has no legs")
+
+    chairs: Registry[Chair] = Registry("chair", "maskgit_pl.tests.chairs", check=check)
+    chairs.register("plain")(Chair)
+    chairs.register("bespoke")(lambda legs: Chair(legs))
+    with pytest.raises(ValueError, match=rule):
+        chairs.build(spec)
+    with pytest.raises(ValueError, match="chair must be a name, a mapping, or an object of a registered class"):
+        chairs.spec(object())
 
 
 @pytest.mark.parametrize(
@@ -119,23 +104,6 @@ def test_an_object_has_the_spec_that_builds_it(part, spec):
     assert mask_schedules.spec(part) == spec
 
 
-def test_an_object_of_a_class_without_a_name_is_refused():
-    with pytest.raises(ValueError, match="must be a name, a mapping, or an object of a registered class"):
-        mask_schedules.spec(Chair())
-
-
-def test_every_object_is_checked_when_it_is_built():
-    def refuse(name: str, chair: Chair) -> None:
-        if chair.legs < 3:
-            raise ValueError(f"{name} falls over")
-
-    checked: Registry[Chair] = Registry("chair", "maskgit_pl.tests.chairs", check=refuse)
-    checked.register("plain")(Chair)
-    assert checked.build("plain").legs == 4
-    with pytest.raises(ValueError, match="plain falls over"):
-        checked.build({"name": "plain", "legs": 2})
-
-
 def test_plugins_are_listed_without_being_loaded_and_built(chairs, site):
     source = "from tests.test_registry import Chair\nprint('loaded')"
     install(
@@ -150,7 +118,7 @@ def test_plugins_are_listed_without_being_loaded_and_built(chairs, site):
     assert chairs.build_all() == {"folding": Chair(4), "plain": Chair(4)}
 
 
-def test_what_a_plugin_prints_does_not_mix_with_the_output_of_a_command(chairs, site, capsys):
+def test_the_output_of_a_plugin_goes_to_stderr(chairs, site, capsys):
     source = (
         "from tests.test_registry import Chair\nprint('noise')\ndef talk():\n    print('more')\n    return Chair()\n"
     )
@@ -169,7 +137,7 @@ def test_a_name_that_two_packages_announce_is_refused_and_the_others_stay(chairs
     assert "two packages define this name" in caplog.text
 
 
-def test_a_plugin_does_not_replace_what_is_built_in(chairs, site, caplog):
+def test_a_plugin_does_not_replace_a_built_in_part(chairs, site, caplog):
     source = "from tests.test_registry import Chair\ndef plain():\n    return Chair(1)\n"
     install(
         site, name="replaces", entry_points=f"[{chairs.group}]\nplain = replaces:plain\n", modules={"replaces": source}
@@ -213,9 +181,7 @@ REGISTRIES = (
 @pytest.mark.slow
 @pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("registry", REGISTRIES, ids=lambda registry: registry.kind)
-def test_a_broken_plugin_is_named_with_its_package_and_leaves_all_other_names_usable(
-    registry, fault, site, monkeypatch, caplog
-):
+def test_a_broken_plugin_names_its_package_and_the_others_stay_usable(registry, fault, site, monkeypatch, caplog):
     before = set(registry.build_all())
     source, text = FAULTS[fault]
     module = f"faulty{len(FAULTS) * REGISTRIES.index(registry) + list(FAULTS).index(fault)}"  # imported once
@@ -249,42 +215,19 @@ def test_a_broken_plugin_is_named_with_its_package_and_leaves_all_other_names_us
         (lambda r: (1 - r).unsqueeze(0), "in the shape of progress"),
         (lambda r: (1 - r).round().long(), "it must return a float tensor.*got torch.int64"),
         (lambda r: [1.0, 0.0], "it must return a float tensor.*got list"),
-        (lambda r: 1 / 0, "it raised ZeroDivisionError.* at 2 tokens"),
+        (lambda r: 1 / 0, "it raised ZeroDivisionError.* at"),
     ],
     ids=["nan", "infinite", "above 1", "rising", "never 0", "never 1", "shorter", "wider", "integer", "list", "raises"],
 )
-def test_a_broken_mask_schedule_is_refused_by_name(monkeypatch, gamma, rule):
+@pytest.mark.parametrize("num_tokens", [16, 1024])
+def test_a_broken_mask_schedule_is_refused_by_name(monkeypatch, gamma, rule, num_tokens):
     class Broken(MaskSchedule):
-        def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-            return gamma(progress)
+        def __call__(self, progress: Tensor, asked: int) -> Tensor:
+            return gamma(progress) if asked == num_tokens else 1 - progress
 
     monkeypatch.setitem(mask_schedules._factories, "broken", Broken)
     with pytest.raises(ValueError, match=rf"mask schedule 'broken': .*{rule}"):
         mask_schedules.build("broken")
-
-
-@pytest.mark.parametrize("num_tokens", [2, 16, 49, 256, 1024])
-def test_a_mask_schedule_is_checked_at_every_size(monkeypatch, num_tokens):
-    class Rare(MaskSchedule):
-        def __call__(self, progress: Tensor, asked: int) -> Tensor:
-            return progress * torch.nan if asked == num_tokens else 1 - progress
-
-    monkeypatch.setitem(mask_schedules._factories, "rare", Rare)
-    with pytest.raises(ValueError, match=rf"mask schedule 'rare': .*\(at {num_tokens} tokens\)"):
-        mask_schedules.build("rare")
-
-
-@pytest.mark.parametrize("scale", [-1.0, float("nan"), float("inf")])
-def test_a_broken_guidance_schedule_is_refused_by_name(monkeypatch, scale):
-    class Broken(GuidanceSchedule):
-        def __call__(self, progress: float) -> float:
-            return scale if progress == 1 else 0.0
-
-    monkeypatch.setitem(guidance_schedules._factories, "broken", Broken)
-    with pytest.raises(
-        ValueError, match=r"guidance schedule 'broken': the scale at progress 1 must be .* in \[0, 10000\], got"
-    ):
-        guidance_schedules.build("broken")
 
 
 @pytest.mark.parametrize("name", mask_schedules.names())
@@ -300,21 +243,6 @@ def test_contract_mask_schedules_fall_from_1_to_0(name, num_tokens):
     assert (falling.diff() <= 0).all()
     assert falling[0] >= 1 - 1 / num_tokens - 1e-6
     assert falling[-1] <= 1 / num_tokens + 1e-6
-
-
-@pytest.mark.parametrize("name", mask_schedules.names())
-def test_contract_equal_specs_give_equal_frozen_objects(name):
-    spec = {"name": name, **ARGUMENTS.get(name, {})}
-    gamma = mask_schedules.build(spec)
-    assert gamma == mask_schedules.build(spec)
-    assert hash(gamma) == hash(mask_schedules.build(spec))
-
-
-@pytest.mark.parametrize("name", guidance_schedules.names())
-def test_contract_guidance_scales_are_finite_and_not_negative(name):
-    schedule = guidance_schedules.build(name)
-    scales = [schedule(step / 100) for step in range(101)]
-    assert all(0 <= scale < float("inf") for scale in scales)
 
 
 STRANGE = (
@@ -411,25 +339,12 @@ LAZY = sorted(
 )
 
 
-def test_the_packages_are_found():
-    assert {"maskgit_pl.decoding", "maskgit_pl.evaluation", "maskgit_pl.pipeline", "maskgit_pl.runs"} < {*LAZY}
-
-
 @pytest.mark.parametrize("package", LAZY)
-def test_every_public_name_is_there(package):
+def test_every_public_name_is_there_and_no_module_has_it(package):
+    """Importing a module of the same name would replace the thing."""
     module = import_module(package)
     assert [name for name in module.__all__ if not hasattr(module, name)] == []
-
-
-@pytest.mark.parametrize("package", LAZY)
-def test_no_module_has_the_name_of_a_public_thing(package):
-    """Importing the module would replace the thing."""
-    module = import_module(package)
     modules = {path.stem for path in Path(module.__file__).parent.iterdir()}
     assert modules.isdisjoint(module.__all__)
-
-
-@pytest.mark.parametrize("package", LAZY)
-def test_an_unknown_name_is_an_attribute_error(package):
     with pytest.raises(AttributeError, match=f"module '{package}' has no attribute 'nothing'"):
-        import_module(package).nothing  # noqa: B018  # the access is what is tried
+        module.nothing  # noqa: B018  # the access is what is tried

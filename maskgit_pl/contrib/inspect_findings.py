@@ -67,8 +67,11 @@ class Logs:
 
     def last(self, prefix: str) -> dict[str, float]:
         """Returns the last value of each scalar ``prefix/NAME`` by NAME."""
-        found = {name: values for name, values in self.scalars.items() if name.startswith(f"{prefix}/") and values}
-        return {name.partition("/")[2]: values[max(values)] for name, values in found.items()}
+        return {
+            name.removeprefix(f"{prefix}/"): values[max(values)]
+            for name, values in self.scalars.items()
+            if name.startswith(f"{prefix}/") and values
+        }
 
     @property
     def last_step(self) -> int:
@@ -99,7 +102,8 @@ def _records(file: Path) -> Iterator[bytes]:
     """Yields the complete records of an event file.
 
     Raises:
-        ValueError: if the file or a record is too large. The end of a file that is still written to is no error.
+        ValueError: if the file or a record is too large, or a record is empty. The end of a file that is still
+            written to is no error.
     """
     if not file.is_file():
         raise ValueError("it must be a regular file")
@@ -109,6 +113,8 @@ def _records(file: Path) -> Iterator[bytes]:
     with file.open("rb") as stream:
         while len(head := stream.read(12)) == 12:
             (length,) = struct.unpack("<Q", head[:8])
+            if length == 0:  # no event is empty: the rest of the file was never written, such as that of a sparse file
+                raise ValueError("a record is damaged")
             if length > _MAX_RECORD:
                 raise ValueError(f"a record must have at most {size_text(_MAX_RECORD)}, got {size_text(length)}")
             record = stream.read(length)
@@ -200,11 +206,11 @@ def measure_codes(tokenizer: PretrainedTokenizer, batches: Iterable[Batch], *, m
         tokens = tokenizer.encode(images)
         decoded = tokenizer.decode(tokens)
         counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-        found = ((images.double() - decoded.double()) / 255).square().flatten(1).mean(1)  # (B,)
-        errors = torch.cat([errors, found])
+        batch_errors = ((images.double() - decoded.double()) / 255).square().flatten(1).mean(1)  # (B,)
+        errors = torch.cat([errors, batch_errors])
         labels = torch.cat([labels, batch.labels[batch.valid][: len(images)].cpu()])
         # Only the worst images are kept.
-        worst_errors = torch.cat([worst_errors, found])
+        worst_errors = torch.cat([worst_errors, batch_errors])
         worst = images if worst is None else torch.cat([worst, images])
         reconstructions = decoded if reconstructions is None else torch.cat([reconstructions, decoded])
         order = worst_errors.argsort(descending=True)[:_NUM_WORST]
@@ -243,20 +249,20 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse |
     """
     config = _health_config(recipe)
     step, max_steps = logs.last_step, _number(value_at(recipe, "trainer.max_steps")) or 0
-    found: list[Problem] = []
+    problems: list[Problem] = []
     if measured is not None:
         metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
         num_tokens = float(measured.counts.sum())
-        found += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens)
+        problems += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens)
     logged_size = int(_number(value_at(recipe, "model.network.codebook_size")) or 0)
     if logged_size >= 1 and step > config.grace(int(max_steps)):
         # The number of tokens is at least that of images since the last logging step.
         every, batch = (
             _number(value_at(recipe, key)) or 1 for key in ("trainer.log_every_n_steps", "data.global_batch")
         )
-        found += find_problems(logs.last("train"), config, codebook_size=logged_size, num_tokens=every * batch)
+        problems += find_problems(logs.last("train"), config, codebook_size=logged_size, num_tokens=every * batch)
     first: dict[str, Problem] = {}
-    for problem in found:
+    for problem in problems:
         first.setdefault(problem.cause, problem)
     return list(first.values())
 

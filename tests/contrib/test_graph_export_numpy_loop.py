@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.contrib import graph_export
@@ -26,10 +25,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.exports]
 ALONE = "import sys\nsys.modules.update({'torch': None, 'maskgit_pl': None})\n"  # importing them is an error
 CASES = {  # mask schedule, temperatures, scales, choice temperature
     "as the page": None,
-    "greedy": ("cosine", [0.0] * 8, [0.0] * 8, 0.0),
     "greedy with guidance": ("linear", [0.0] * 12, [1.5] * 12, 0.0),
-    "no guidance": ("log", [1.0] * 5, [0.0] * 5, 4.5),
-    "slow start": ({"name": "pow", "exponent": 3.0}, [1.0] * 49, [1.0] * 49, 4.5),
+    "slow start": ({"name": "pow", "exponent": 3.0}, [1.0] * 49, [0.0] * 49, 4.5),
     "one step": ("cosine", [1.0], [2.0], 4.5),
 }
 
@@ -99,15 +96,6 @@ def test_the_same_noise_gives_the_same_tokens(case, made):
     assert np.array_equal(np.load(made / f"{case}.npy"), expected.numpy())
 
 
-def test_the_picture_shows_the_tokens(made):
-    pipe = MaskGIT.from_pretrained("fashion-mnist-demo")
-    images = pipe.tokenizer.decode(torch.from_numpy(np.load(made / "as the page.npy")))
-    picture = np.asarray(Image.open(made / "generated.png"))
-    assert picture.shape == (4 * 28, 10 * 28)
-    shown = picture.reshape(4, 28, 10, 28).transpose(2, 0, 1, 3).reshape(-1, 28, 28)
-    assert np.abs(shown.astype(int) - images[:, 0].numpy()).max() <= 1  # rounding of the last digit
-
-
 def test_large_weights_are_in_a_second_file_that_moves_with_the_folder(tiny_pretrained, tmp_path, monkeypatch):
     monkeypatch.setattr(graph_export, "_MOST_IN_ONE_FILE", 0)
     content = graph_export.export_graphs(tiny_pretrained, tmp_path / "out")
@@ -122,10 +110,3 @@ def test_large_weights_are_in_a_second_file_that_moves_with_the_folder(tiny_pret
         expected = pipe.transformer.network(torch.from_numpy(tokens), torch.from_numpy(labels))
     (found,) = session.run(None, {"tokens": tokens, "labels": labels})
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
-
-
-def test_the_files_name_no_place_of_this_machine(made):
-    for file in (made / "exported").glob("*.onnx"):
-        content = file.read_bytes()
-        assert b"site-packages" not in content
-        assert str(Path(graph_export.__file__).parents[2]).encode() not in content

@@ -38,6 +38,36 @@ CPU = torch.device("cpu")
 BF16 = 0.03  # largest relative error of bfloat16 logits: 8 bits of precision, over some layers
 
 
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU, or the CPU without one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def card() -> torch.device:
+    """A GPU."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    return torch.device("cuda")
+
+
+@pytest.fixture
+def two_cards() -> None:
+    """Two GPUs."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip(f"needs two GPUs, found {torch.cuda.device_count()}")
+
+
+@pytest.fixture(autouse=True)
+def _exact_products():
+    """Computes float32 matrix products in float32, not in TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 def on(device: torch.device, given: Batch) -> Batch:
     return StepDataModule().transfer_batch_to_device(given, device, 0)
 
@@ -292,7 +322,7 @@ def half(given: Batch, rank: int) -> Batch:
     return Batch(*(each[rows] if isinstance(each, Tensor) else each for each in given))
 
 
-def test_two_cards_compute_what_one_device_computes(tmp_path, two_cards):
+def test_two_cards_compute_the_gradients_of_one_device(tmp_path, two_cards):
     mp.start_processes(run_rank, args=(tmp_path,), nprocs=2, start_method="spawn")
     module = build("bert")
     loss_and_gradients(module, module._with_draws(batch()))

@@ -60,7 +60,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return call
 
 
-def test_the_wheel_has_the_package_the_recipes_and_the_model_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_has_only_the_package_the_recipes_and_the_model(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"maskgit_pl", f"maskgit_pl-{__version__}.dist-info"}
