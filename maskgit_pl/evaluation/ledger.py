@@ -123,7 +123,8 @@ class Ledger:
 
 def _read_arrays(file: Path) -> Arrays:
     try:
-        return dict(np.load(file))
+        with file.open("rb") as stream:
+            return dict(np.load(stream))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it, and it is made again") from error
 
@@ -157,9 +158,12 @@ def cached(
     def write() -> None:
         for name, arrays in made.items():
             if name in files and rank_and_world()[0] == 0:
-                files[name].parent.mkdir(parents=True, exist_ok=True)
-                with write_atomically(files[name]) as stream:
-                    np.savez(stream, **cast("dict[str, Any]", arrays))
+                try:
+                    files[name].parent.mkdir(parents=True, exist_ok=True)
+                    with write_atomically(files[name]) as stream:
+                        np.savez(stream, **cast("dict[str, Any]", arrays))
+                except OSError as error:  # such as a run folder of somebody else
+                    _log.warning("%s cannot be written (%s); it is computed again each time", files[name], error)
 
     on_all_ranks(write)
     return {**found, **made}

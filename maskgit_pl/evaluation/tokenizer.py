@@ -246,7 +246,7 @@ def evaluate_tokenizer(
         folder: Run folder, pretrained folder, or the folder of a tokenizer.
         data: Data folder; None for the data that the run was trained on.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, beside which the others are written; None for ``RUN/tokenizer.json``.
+        out: Path of the JSON file, beside which page and ledger are written; None for ``RUN/tokenizer.json``.
         options: Number of images and other options; None for the defaults.
         bars: Progress bars.
 
@@ -259,8 +259,7 @@ def evaluate_tokenizer(
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
-    check_writable("ledger", folders.evaluation / FILE_NAME)
-    ledger = Ledger(folders.evaluation / FILE_NAME)
+    ledger = Ledger(file.parent / "evaluation" / FILE_NAME)
 
     report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
     report.page.write()
