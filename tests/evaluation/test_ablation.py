@@ -35,22 +35,22 @@ def open_runs(
 @pytest.mark.slow
 def test_runs_are_named_by_what_determines_their_weights(tiny_shards, tiny_pretrained, tmp_path) -> None:
     where = (tiny_shards, tiny_pretrained, tmp_path)
-    one = open_runs(*where, "model.network.depth=1,2", "decoding.guidance.scale=3")
-    base, same, deep, guided = one.variants
-    assert [each.label for each in one.variants] == ["base", "depth=1", "depth=2", "guidance.scale=3"]
-    assert one.base == {"depth": 1, "guidance.scale": 1.0}
-    assert one.folder_of(base, 0) == one.folder_of(guided, 0)
+    runs = open_runs(*where, "model.network.depth=1,2", "decoding.guidance.scale=3")
+    base, same, deep, guided = runs.variants
+    assert [variant.label for variant in runs.variants] == ["base", "depth=1", "depth=2", "guidance.scale=3"]
+    assert runs.base == {"depth": 1, "guidance.scale": 1.0}
+    assert runs.folder_of(base, 0) == runs.folder_of(guided, 0)
     assert base.digest == same.digest
     assert guided.decoding is not None
     assert guided.decoding.scales()[-1] == 3
     longer = open_runs(*where, "trainer.max_steps=4").variants[1]
-    assert len({one.folder_of(*key) for key in [(base, 0), (base, 1), (longer, 0), (deep, 0)]}) == 4
+    assert len({runs.folder_of(*key) for key in [(base, 0), (base, 1), (longer, 0), (deep, 0)]}) == 4
 
     # In a grid, and with settings that do not affect weights.
     more = ("--trainer.val_check_interval=7", "--keep_last=5")
-    other = open_runs(*where, "model.network.depth=2,1", grid=True, overrides=more)
-    assert [each.label for each in other.variants] == ["base", "depth=2", "depth=1"]
-    assert [each.digest for each in other.variants] == [base.digest, deep.digest, base.digest]
+    grid = open_runs(*where, "model.network.depth=2,1", grid=True, overrides=more).variants
+    assert [variant.label for variant in grid] == ["base", "depth=2", "depth=1"]
+    assert [variant.digest for variant in grid] == [base.digest, deep.digest, base.digest]
 
 
 def test_a_finished_run_under_another_label_is_reused(tiny_shards, tiny_pretrained, tmp_path) -> None:

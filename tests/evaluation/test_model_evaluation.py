@@ -33,7 +33,7 @@ def test_the_stage_that_most_of_the_fid_comes_from(
 
 
 def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruction_fid() -> None:
-    known, unknown = describe_limit(report()), describe_limit(report(rfid=None))
+    known, unknown = describe_limit(report()), describe_limit(report(rfid=None))  # of a reference file
     assert known["reconstruction_share"] == pytest.approx(0.55 / 0.64)
     assert (known["bits_per_token"], known["uniform_bits_per_token"]) == (5.15, 8)
     assert known["text"].startswith("The tokenizer limits: reconstructed real images already have FID 0.55, 86% of")

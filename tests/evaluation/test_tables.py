@@ -22,12 +22,12 @@ def test_each_network_has_a_table_of_its_own() -> None:
         [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": 5000, "training_steps": 400,
           "top1": 0.8, "top5": 0.99}],
     )  # fmt: skip
-    first, second = page.markdown.split("## In the features of ")[1:]
-    assert "FID (classifier)" in first
-    assert "1.23" in first
-    assert "77.70" not in first
-    assert "IS" not in second.split("## ")[0]  # lite0 does not know the classes
-    assert "80.00" in second
+    of_classifier, of_lite0 = page.markdown.split("## In the features of ")[1:]
+    assert "FID (classifier)" in of_classifier
+    assert "1.23" in of_classifier
+    assert "77.70" not in of_classifier
+    assert "IS" not in of_lite0.split("## ")[0]  # lite0 does not know the classes
+    assert "80.00" in of_lite0
     read = list(csv.DictReader(io.StringIO(page.csv)))
     assert [each["fid"] for each in read] == ["1.234", "0.1", "77.7", "66.6", ""]
 
