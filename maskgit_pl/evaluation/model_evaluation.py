@@ -275,10 +275,10 @@ class Report:
         sections = [[metric_name(each, label) for each in of_networks] for label in protocol["features"]]
         for section in ([*of_images, "seconds_per_image"], *sections):
             # A metric that no column has is left out; each network has a section of its own.
-            shown = [name for name in section if any(name in column for column in columns)]
-            for name in shown:
+            names = [name for name in section if any(name in column for column in columns)]
+            for name in names:
                 cells = [format_value(name, column[name]) if name in column else "" for column in columns]
-                table.add_row(title(name), *cells, end_section=name == shown[-1])
+                table.add_row(title(name), *cells, end_section=name == names[-1])
                 if f"r{name}" in rebuilt:  # the floor of the FID above it
                     table.add_row("  of reconstructions", format_value(name, rebuilt[f"r{name}"]))
         _add_model_rows(table, self.content)

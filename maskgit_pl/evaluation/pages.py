@@ -141,13 +141,7 @@ def format_seeds(name: str, values: Sequence[float]) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Returns the lines of a Markdown table.
-
-    Args:
-        headings: Heading of each column.
-        rows: Cells, in Markdown.
-        left: Number of first columns that are aligned left; the others hold numbers and are aligned right.
-    """
+    """Returns the lines of a Markdown table. The first ``left`` columns are aligned left, numbers right."""
     lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
     return [*lines, *map(_line, rows)]
 
@@ -158,9 +152,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def choose_classes(num_classes: int) -> list[int]:
     """Returns the classes that a sheet of images shows: 10 evenly spaced ones, or all if there are fewer."""
-    shown = min(num_classes, _SHOWN_CLASSES)
+    count = min(num_classes, _SHOWN_CLASSES)
     # Evenly spaced, because neighbouring classes of ImageNet are similar.
-    return [number * num_classes // shown for number in range(shown)]
+    return [number * num_classes // count for number in range(count)]
 
 
 def image_to_png(picture: Image.Image) -> bytes:
