@@ -323,6 +323,9 @@ def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
        half of it.
     3. ``transformer`` otherwise.
 
+    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more codes do not
+    always help.
+
     Args:
         content: Content of ``evaluation.json``.
 
