@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import Row
-from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
-from maskgit_pl.evaluation.pages import Page, format_seeds, heading, is_metric, markdown_table, paragraph
+from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, known_metrics, title
+from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, paragraph
 
 __all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
 
@@ -87,7 +87,7 @@ class _Summary:
 
 
 def _summarize(rows: Sequence[Row]) -> _Summary:
-    protocol = rows[-1]["protocol"]
+    protocol, known = rows[-1]["protocol"], known_metrics()
 
     def order(name: str) -> tuple[int, bool, str]:
         metric, _, network = name.partition("/")
@@ -96,7 +96,7 @@ def _summarize(rows: Sequence[Row]) -> _Summary:
     def is_shown(name: str) -> bool:
         metric, _, network = name.partition("/")
         is_of_other = metric in _OF_FIRST and network != protocol["first"]
-        return is_metric(name) and metric not in _NOT_SHOWN and not is_of_other
+        return metric in known and metric not in _NOT_SHOWN and not is_of_other
 
     metrics = sorted({name for row in rows for name in row["numbers"] if is_shown(name)}, key=order)
     values: dict[str, Values] = {}

@@ -5,12 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
-from maskgit_pl import evaluation
 from maskgit_pl.evaluation.ablation import AblationRuns
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.runs.ablation import AblationConfig, parse_factor
 from tests.conftest import flags
-from tests.evaluation.test_ablation_page import rows
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -60,15 +57,3 @@ def test_a_finished_run_under_another_label_is_reused(tiny_shards, tiny_pretrain
     (other / "transformer").mkdir(parents=True)
     (other / "transformer" / "exported.json").write_text(json.dumps({"step": 3}))
     assert runs.train(runs.variants[1], 0) == other
-
-
-def test_the_page_is_made_from_the_ledger_without_training(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / FILE_NAME)
-    for each in rows():
-        ledger.add("ablation", each)
-    options = evaluation.ReportOptions(results=tmp_path)
-    page = evaluation.read_ablation("ablation-depth", options)
-    assert {file.name for file in page.write()} == {f"ablation-depth.{ending}" for ending in ("md", "csv")}
-    assert page.folder == tmp_path / "shoes"
-    with pytest.raises(ValueError, match="ablation other: there must be at least one row"):
-        evaluation.read_ablation("other", options)

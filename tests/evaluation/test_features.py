@@ -1,16 +1,12 @@
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from maskgit_pl.data import Batch
 from maskgit_pl.evaluation.features import extract, iter_image_batches
-from maskgit_pl.evaluation.reference import Reference, obtain_references
-from maskgit_pl.evaluation.tokenizer import measure_reconstruction
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.evaluation.reference import obtain_references
 from tests.evaluation.feature_networks import Few, distances, few, open_shards, pictures
 from tests.forked import run_ranks
 
@@ -44,37 +40,14 @@ def test_no_image_at_all_and_two_networks_of_one_name_are_refused() -> None:
 
 
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
-    """Returns the results of everything that several ranks do together."""
+    """Returns what several ranks compute together, one of them without an image of ``single``."""
     data, network = open_shards(shards), few()
     found = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
-    single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]  # the 2nd rank has none
+    single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]
     reference = obtain_references(folder, data, [network])["classifier"]
     again = obtain_references(folder, data, [network])["classifier"]
-    torch.manual_seed(0)
-    tokenizer = SimpleNamespace(
-        network=VQGAN(
-            VQGANConfig(
-                1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16
-            )
-        ),
-        image_size=8,
-        grid=(4, 4),
-    )
-    rebuilt = measure_reconstruction(
-        tokenizer,
-        [Batch(content, *[index] * 4, torch.ones(len(index)).bool())
-         for content, index in iter_image_batches(read, 23, batch_size=5)],
-        extractors=[network],
-        references={"classifier": Reference.from_features(found)},
-    )  # fmt: skip
-    return {
-        "pooled": found.pooled,
-        "single": single.spatial,
-        "sigma": reference.pooled.covariance,
-        "again": again.pooled.covariance,
-        **distances(found, reference),
-        **rebuilt,
-    }
+    parts = {"pooled": found.pooled, "single": single.spatial, "again": again.pooled.covariance}
+    return {**parts, "sigma": reference.pooled.covariance, **distances(found, reference)}
 
 
 def in_two_processes(rank: int, folder: str, shards: str) -> None:
@@ -88,7 +61,6 @@ def in_two_processes(rank: int, folder: str, shards: str) -> None:
 def test_two_ranks_are_bit_exact_with_one(tiny_shards: Path, tmp_path: Path) -> None:
     run_ranks(in_two_processes, str(tmp_path), str(tiny_shards))
     alone = measured(tmp_path / "alone", tiny_shards)
-    assert alone["codebook_usage"] > 1 / 16
     for rank in (0, 1):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert together.keys() == alone.keys()

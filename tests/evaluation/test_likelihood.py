@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.data import InOrder
@@ -14,7 +13,6 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.schedules import mask_schedules, num_masked
 from tests.evaluation.feature_networks import open_shards
-from tests.forked import run_ranks
 
 MASK = -1
 
@@ -121,32 +119,3 @@ def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tin
     _, some = encode_real_images(pipe, data, limit=9)
     assert len(some.unique()) > 1  # drawn from all of the split, not its beginning
     assert torch.equal(some, encode_real_images(pipe, data, limit=9, batch_size=2)[1])
-
-
-def measured(folder: Path, shards: Path) -> list[Tensor]:
-    """Returns all three likelihoods of a random transformer on the tiny data."""
-    pipe = MaskGIT.from_pretrained(folder)
-    tokens, labels = encode_real_images(pipe, open_shards(shards), limit=23, batch_size=4)
-    network = pipe.transformer.network
-    sampler = MaskSampler(pipe.transformer.mask_schedule, 0)
-    options = {"mask_token_id": network.config.mask_token_id, "draws": 2, "batch_size": 5}
-    return [
-        masked_nll(network.forward_masked, tokens, labels, sampler=sampler, **options),
-        negative_elbo(network.forward_masked, tokens, labels, **options),
-        exact_nll(network, tokens, labels, batch_size=5),
-    ]
-
-
-def in_two_processes(rank: int, folder: str, pretrained: Path, shards: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(torch.stack(measured(pretrained, shards)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_are_bit_exact_with_one(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
-    run_ranks(in_two_processes, str(tmp_path), tiny_pretrained, tiny_shards)
-    alone = torch.stack(measured(tiny_pretrained, tiny_shards))
-    for rank in (0, 1):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)

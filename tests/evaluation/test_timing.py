@@ -1,19 +1,16 @@
-import io
 import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from maskgit_pl import evaluation
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.evaluation import timing
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.evaluation.timing import METHODS, make_timing_page, measure_timings
+from maskgit_pl.evaluation.timing import METHODS, measure_timings
 from maskgit_pl.networks.transformer import TransformerConfig
 from tests.networks.backbone_cases import small_config
 
@@ -91,20 +88,3 @@ def test_figure_4_takes_sizes_of_a_run_or_of_flags(tiny_pretrained: Path, tmp_pa
     options = evaluation.ReportOptions(results=tmp_path, device="cpu")
     page = evaluation.figure_4(tiny_pretrained, options, num_tokens=(4,), sizes={"depth": 2})
     assert {row["network"] for row in page.rows} == {"2 layers x 16, MLP 32, 2 heads, 16 codes, 3 classes"}
-
-
-@pytest.mark.slow
-def test_the_figure_has_three_lines_and_the_page_their_ratios():
-    seconds = {16: (0.012, 0.018, 0.022), 256: (0.08, 0.4, 2.0), 1024: (0.9, 3.0, 150.0)}
-    common = {"runs": 9, "network": "8 layers x 256", "device": "a machine", "torch": "2.13.0", "dtype": "float32"}
-    made = make_timing_page([
-        {"method": method, "num_tokens": count, "num_steps": count, "seconds_per_image": value, "least": value,
-         "kind": "cpu", **common}
-        for count, values in seconds.items()
-        for method, value in zip(METHODS, values, strict=True)
-    ])  # fmt: skip
-    pixels = np.asarray(Image.open(io.BytesIO(made.pictures["figure-4.png"])).convert("RGB"))
-    for colour in timing._COLOURS.values():
-        wanted = tuple(int(colour[place : place + 2], 16) for place in (1, 3, 5))
-        assert (pixels == wanted).all(-1).sum() > 500
-    assert "| 256 | 256 | 80 ms (n = 9) | 400 ms (n = 9) | 2 s (n = 9) | 5.0 | 25 |" in made.markdown

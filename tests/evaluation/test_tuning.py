@@ -148,12 +148,6 @@ def test_the_direction_of_the_metric_decides_what_is_better() -> None:
     assert result.winner.numbers["class_agreement"] == max(trial.numbers[FID] for trial in result.trials) > 2
 
 
-def test_a_time_limit_ends_the_trials_but_not_the_second_measurement(study) -> None:
-    result = run(study, Measure(), seconds=1e-9)
-    assert [trial.number for trial in result.trials] == [0]
-    assert result.winner == result.before
-
-
 def test_the_study_is_the_file_of_its_path_and_a_damaged_one_is_named(tmp_path) -> None:
     file = tmp_path / "odd?%41" / "study.db"
     tuning._open_study(file, FID, {})
