@@ -1,5 +1,7 @@
 """Both modules refuse samples that are not those they were built for, with a plain Trainer and data of a user."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -28,13 +30,15 @@ def trainer() -> Trainer:
     return Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, **dict.fromkeys(parts, False))
 
 
+TRANSFORMER = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)
+
+
 def masked(tiny_pretrained):
-    return masked_model(TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32), tiny_pretrained / "tokenizer")
+    return masked_model(TRANSFORMER, tiny_pretrained / "tokenizer")
 
 
 def autoregressive(tiny_pretrained):
-    network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, attention="causal")
-    return autoregressive_model(network, tiny_pretrained / "tokenizer")
+    return autoregressive_model(replace(TRANSFORMER, attention="causal"), tiny_pretrained / "tokenizer")
 
 
 def tokenizer(tiny_pretrained):

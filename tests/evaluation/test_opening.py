@@ -11,7 +11,6 @@ from maskgit_pl.evaluation.opening import (
     data_name,
     describe_held_out,
     find_run,
-    open_data,
     open_model,
 )
 from maskgit_pl.pipeline import MaskGIT
@@ -37,14 +36,6 @@ def test_data_of_other_classes_are_refused(pipe: MaskGIT, tiny_shards: Path, mon
     monkeypatch.setattr(type(pipe), "class_names", ("a", "b"))
     with pytest.raises(ValueError, match="the classes must be the model's"):
         check_data(pipe, data)
-
-
-@pytest.mark.parametrize(("side", "count"), [(16, 1), (8, 0)])
-def test_real_images_that_are_all_resized_are_named_once(tmp_path, tiny_shards, caplog, side, count) -> None:
-    pretrained = save_tiny_pretrained(tmp_path / "run" / "pretrained", image_size=side)
-    open_data(find_run(tmp_path / "run", data=tiny_shards), MaskGIT.from_pretrained(pretrained))
-    said = f"data {tiny_shards}: images of 8 x 8 pixels are enlarged to 16 x 16, which adds no detail"
-    assert [line.startswith(said) for line in caplog.messages] == [True] * count
 
 
 @pytest.mark.slow

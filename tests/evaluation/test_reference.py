@@ -175,10 +175,8 @@ def test_samples_are_read_in_parts(tmp_path: Path, save: str, order: str) -> Non
     [
         ({"arr_1": np.arange(7)}, "'arr_0': it is missing; the file holds arr_1"),
         ({"arr_0": IMAGES[0]}, r"'arr_0': the shape must be \(n, n, n, 3\), got \(4, 5, 3\)"),
-        ({"arr_0": IMAGES[:0]}, r"'arr_0': the shape .* got \(0, 4, 5, 3\)"),
         ({"arr_0": IMAGES / 255}, "'arr_0': the dtype must be uint8, got float64"),
         ({"arr_0": IMAGES, "arr_1": np.arange(6)}, r"'arr_1': the shape must be \(7\), got \(6,\)"),
-        ({"arr_0": IMAGES, "arr_1": np.arange(7) / 2}, "'arr_1': the dtype must be integer, got float64"),
         ({"arr_0": np.zeros((1, 1, 1, 3), dtype=[("a", "u1")])}, "'arr_0': the dtype must be uint8, got"),
         ({"arr_0": np.array(["text"] * 3).reshape(1, 1, 1, 3)}, "'arr_0': the dtype must be uint8, got <U4"),
     ],
