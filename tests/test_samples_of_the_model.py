@@ -1,5 +1,7 @@
 """Both modules refuse samples that are not those they were built for, with a plain Trainer and data of a user."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -24,22 +26,19 @@ def data(*, label: int = 0, size: int | tuple[int, int] = 8, channels: int = 1) 
 
 
 def trainer() -> Trainer:
-    quiet = {
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-    }
-    return Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, **quiet)
+    parts = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    return Trainer(max_steps=1, accelerator="cpu", limit_val_batches=0, **dict.fromkeys(parts, False))
+
+
+TRANSFORMER = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32)
 
 
 def masked(tiny_pretrained):
-    return masked_model(TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32), tiny_pretrained / "tokenizer")
+    return masked_model(TRANSFORMER, tiny_pretrained / "tokenizer")
 
 
 def autoregressive(tiny_pretrained):
-    network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, attention="causal")
-    return autoregressive_model(network, tiny_pretrained / "tokenizer")
+    return autoregressive_model(replace(TRANSFORMER, attention="causal"), tiny_pretrained / "tokenizer")
 
 
 def tokenizer(tiny_pretrained):
@@ -48,13 +47,12 @@ def tokenizer(tiny_pretrained):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("build", [masked, autoregressive])
-@pytest.mark.parametrize("label", [3, 4])  # the rows of the null class and of the mask token, or beyond
-def test_a_label_that_is_no_class_of_the_model_is_refused(tiny_pretrained, build, label):
+def test_a_label_that_is_no_class_of_the_model_is_refused(tiny_pretrained, build):
     module: LightningModule = build(tiny_pretrained)
-    with pytest.raises(ValueError, match=rf"labels of the data must be in \[0, 3\), the classes .* got {label}"):
-        trainer().fit(module, data(label=label))
+    with pytest.raises(ValueError, match=r"labels of the data must be in \[0, 3\), the classes .* got 3"):
+        trainer().fit(module, data(label=3))  # the row of the null class
     with pytest.raises(ValueError, match=r"labels of the data must be in \[0, 3\)"):
-        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(module, data(label=label))
+        Trainer(accelerator="cpu", logger=False, enable_progress_bar=False).validate(module, data(label=3))
     trainer().fit(module, data(label=2))
 
 
@@ -83,7 +81,7 @@ def test_batches_of_a_plain_loader_are_refused(tiny_pretrained, build):
         trainer().fit(build(tiny_pretrained), loader, loader)
 
 
-@pytest.mark.parametrize("names", [["a"], ["a", "b", "c", "d"], "abc", ["a", "b", 3]])
+@pytest.mark.parametrize("names", [["a"], "abc", ["a", "b", 3]])
 def test_an_export_without_a_name_for_each_class_writes_nothing(tiny_pretrained, tmp_path, names):
     with pytest.raises(ValueError, match="class_names must be a list of 3 strings, one for each class"):
         masked(tiny_pretrained).export(tmp_path / "out", class_names=names)

@@ -122,21 +122,13 @@ def read_ablation(name: str, options: ReportOptions | None = None) -> Page:
 
 @dataclass(frozen=True)
 class BuiltVariant:
-    """A variant whose module could be built.
-
-    Args:
-        variant: The variant.
-        values: All its values.
-        digest: SHA-256 in hex of everything that determines its weights, except the seed.
-        decoding: Decoding of its images: that of the base with its own changes; None if it has no images.
-        parameters: Number of trained parameters, without averages.
-    """
+    """A variant whose module could be built."""
 
     variant: Variant
     values: ResolvedRun
-    digest: str
-    decoding: DecodingConfig | None
-    parameters: int
+    digest: str  # SHA-256 in hex of everything that determines its weights, except the seed
+    decoding: DecodingConfig | None  # that of the base with its own changes; None if it has no images
+    parameters: int  # that are trained, without averages
 
     @property
     def label(self) -> str:
@@ -147,15 +139,7 @@ class BuiltVariant:
 class AblationRuns:
     """The variants of an ablation and their runs. All variants are built before any of them is trained.
 
-    Args:
-        config: The ablation.
-
-    Attributes:
-        variants: The variants; the first one is the base, which the others are compared with.
-        base: Values that the base has for the varied keys, by their short name.
-        shards: Data folder.
-        tokenizer: Pretrained tokenizer folder, if all variants share one.
-        stage_2: Recipe of the transformers that are trained on tokenizers.
+    The first variant is the base, which the others are compared with; ``base`` holds its values of the varied keys.
 
     Raises:
         FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
@@ -172,9 +156,9 @@ class AblationRuns:
             folder = config.runs / str(base.run_name)
             self.tokenizer = find_tokenizer(base, folder=folder, shards=self.shards, tokenizer=config.tokenizer)
         if config.stage_2 is not None:
-            found = Recipe.read("transformer", names=base.names, dataset=config.dataset, cluster=config.cluster,
-                                overrides=config.stage_2)  # fmt: skip
-            self.stage_2 = in_float32(found)
+            recipe = Recipe.read("transformer", names=base.names, dataset=config.dataset, cluster=config.cluster,
+                                 overrides=config.stage_2)  # fmt: skip
+            self.stage_2 = in_float32(recipe)
         shared = {
             "data": read_manifest_summary(self.shards).fingerprint,
             "tokenizer": self.tokenizer and fingerprint(self.tokenizer),
@@ -187,10 +171,9 @@ class AblationRuns:
         self.base = base_values(config, self.variants[0].values.tree)
 
     def train(self, built: BuiltVariant, seed: int) -> Path:
-        """Trains a variant with one seed, and after a tokenizer also its transformer. Finished runs are not repeated.
+        """Trains a variant with one seed, and after a tokenizer also its transformer, and returns the run folder.
 
-        Returns:
-            The run folder.
+        Finished runs are not repeated.
 
         Raises:
             TrainingError: if a training fails.
@@ -210,17 +193,13 @@ class AblationRuns:
         runs = self.config.runs / _FOLDER
         ending = f"seed{seed}-{digest_of([built.digest, seed])[:12]}"
         # Another ablation may have trained the same run under another label.
-        found = next(iter(sorted(runs.glob(f"*-{ending}"))), None)
+        folder = next(iter(sorted(runs.glob(f"*-{ending}"))), None)
         words = re.sub(r"[^A-Za-z0-9_.]+", "-", built.variant.trained_label).strip("-")[:60]
-        return found or runs / f"{self.config.dataset}-{words}-{ending}"
+        return folder or runs / f"{self.config.dataset}-{words}-{ending}"
 
 
 def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]) -> BuiltVariant:
-    """Builds the module of a variant with weights of zero, which checks its values and those of its decoding.
-
-    Raises:
-        ValueError: if a value is wrong. The message names the variant.
-    """
+    """Builds the module of a variant with weights of zero, which checks its values and those of its decoding."""
     try:
         run = build_without_weights(plan)
         decoding = None  # a transformer of stage 2 exports its own
@@ -343,18 +322,18 @@ class _Ablation:
         """Adds a row of the ablation to the ledger, unless its last row is the same."""
         key = {name: value for name, value in self.protocol.items() if name not in ("command", "machine")}
         real = collect_numbers(self.evaluator.measure_real(num_images=self.num_images)) if self.has_images else {}
-        made = {
+        new = {
             **row, "ablation": self.name, "plan": shorten_digest(digest_of(key)), "real": real,
             "protocol": self.protocol, "dataset": self.evaluator.dataset,
         }  # fmt: skip
-        last = self.ledger.find("ablation", {name: made[name] for name in ("ablation", "plan", "variant", "seed")})
-        if last is None or any(last.get(name) != made.get(name) for name in ("numbers", "run", "failure")):
-            self.ledger.add("ablation", made)
+        last = self.ledger.find("ablation", {name: new[name] for name in ("ablation", "plan", "variant", "seed")})
+        if last is None or any(last.get(name) != new.get(name) for name in ("numbers", "run", "failure")):
+            self.ledger.add("ablation", new)
 
 
 def _describe_machine(device: str) -> str:
-    found = describe_environment()
-    names = [device_name(torch.device(device)), str(found["machine"]), f"{found['cpus']} CPUs"]
-    versions = [f"{name} {found[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
-    commit = found["commit"]
+    facts = describe_environment()
+    names = [device_name(torch.device(device)), str(facts["machine"]), f"{facts['cpus']} CPUs"]
+    versions = [f"{name} {facts[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
+    commit = facts["commit"]
     return ", ".join([*names, *versions, *([f"commit {commit[:12]}"] if commit else [])])

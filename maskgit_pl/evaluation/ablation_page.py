@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.ledger import Row
-from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, title
-from maskgit_pl.evaluation.pages import Page, format_seeds, heading, is_metric, markdown_table, paragraph
+from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, known_metrics, title
+from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, paragraph
 
 __all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
 
@@ -30,28 +30,15 @@ Values = Mapping[str, list[float]]  # values of all seeds by metric
 
 
 def select_rows(rows: Sequence[Row], name: str) -> list[Row]:
-    """Returns the rows of the newest ablation of a name, the last one of each variant and seed.
-
-    Args:
-        rows: Rows of the kind ``ablation``, in the order of the ledger.
-        name: Name of the ablation.
-
-    Returns:
-        Rows sorted by variant and seed.
-    """
-    own = [row for row in rows if row["ablation"] == name]
+    """Returns the last row of each variant and seed of the newest ablation of a name, sorted by variant and seed."""
+    of_name = [row for row in rows if row["ablation"] == name]
     # A command with other variants, seeds or images has another plan; its rows are not mixed with these.
-    last = {(row["place"], row["seed"]): row for row in own if row["plan"] == own[-1]["plan"]}
+    last = {(row["place"], row["seed"]): row for row in of_name if row["plan"] == of_name[-1]["plan"]}
     return [last[key] for key in sorted(last)]
 
 
 def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
-    """Returns the page of an ablation.
-
-    Args:
-        name: Name of the ablation, and of the files of its page.
-        rows: Rows of ``select_rows``, at least one.
-    """
+    """Returns the page of an ablation, from at least one row of ``select_rows``."""
     summary = _summarize(rows)
     protocol = summary.protocol
     lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", protocol["command"])
@@ -74,11 +61,6 @@ def compare_seeds(
     """Compares with a reference: better or worse only if the ranges of the seeds do not overlap.
 
     A single seed has no range, so that the verdict is always ``unclear``.
-
-    Args:
-        name: Name of the metric.
-        values: Values of the seeds.
-        reference: Values of the reference.
     """
     if min(len(values), len(reference)) < 2 or (min(values) <= max(reference) and min(reference) <= max(values)):
         return "unclear"
@@ -86,54 +68,43 @@ def compare_seeds(
 
 
 def chance_of_separation(seeds: int) -> float:
-    """Returns the probability that the ranges of two equal variants are apart randomly.
+    """Returns the probability that the ranges of two equal variants of n seeds each do not overlap.
 
-    Formula: 2 n! n! / (2 n)! for n seeds each, since all orders of the 2 n values are equally likely.
-
-    Args:
-        seeds: Number n of seeds of each variant, >= 1.
+    Formula: 2 n! n! / (2 n)!, since all orders of the 2 n values are equally likely.
     """
     return 2 / comb(2 * seeds, seeds)
 
 
 @dataclass(frozen=True)
 class _Summary:
-    """The results of an ablation.
+    """The results of an ablation."""
 
-    Args:
-        protocol: Everything that the variants share; see ``ablation``.
-        rows: Rows of the ledger, sorted by variant and seed.
-        metrics: Names of the metrics, in the order of tables; the first one ranks the variants.
-        compared: Those in which variants are compared.
-        values: Values of all seeds by variant and metric; a variant without any result is missing.
-    """
-
-    protocol: Mapping[str, Any]
-    rows: Sequence[Row]
-    metrics: Sequence[str]
-    compared: Sequence[str]
-    values: Mapping[str, Values]
+    protocol: Mapping[str, Any]  # everything that the variants share; see ``ablation``
+    rows: Sequence[Row]  # of the ledger, sorted by variant and seed
+    metrics: Sequence[str]  # in the order of tables; the first one ranks the variants
+    compared: Sequence[str]  # metrics in which variants are compared
+    values: Mapping[str, Values]  # by variant; a variant without any result is missing
 
 
 def _summarize(rows: Sequence[Row]) -> _Summary:
-    protocol = rows[-1]["protocol"]
+    protocol, known = rows[-1]["protocol"], known_metrics()
 
-    def place(name: str) -> tuple[int, bool, str]:
+    def order(name: str) -> tuple[int, bool, str]:
         metric, _, network = name.partition("/")
         return _ORDER.index(metric) if metric in _ORDER else len(_ORDER), network != protocol["first"], name
 
     def is_shown(name: str) -> bool:
         metric, _, network = name.partition("/")
         is_of_other = metric in _OF_FIRST and network != protocol["first"]
-        return is_metric(name) and metric not in _NOT_SHOWN and not is_of_other
+        return metric in known and metric not in _NOT_SHOWN and not is_of_other
 
-    metrics = sorted({name for row in rows for name in row["numbers"] if is_shown(name)}, key=place)
+    metrics = sorted({name for row in rows for name in row["numbers"] if is_shown(name)}, key=order)
     values: dict[str, Values] = {}
     for label in protocol["variants"]:
-        own = [row["numbers"] for row in rows if row["variant"] == label]
-        found = {name: [float(each[name]) for each in own if name in each] for name in metrics}
-        if any(found.values()):
-            values[label] = {name: each for name, each in found.items() if each}
+        runs = [row["numbers"] for row in rows if row["variant"] == label]
+        seeds = {name: [float(numbers[name]) for numbers in runs if name in numbers] for name in metrics}
+        if any(seeds.values()):
+            values[label] = {name: each for name, each in seeds.items() if each}
     # Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed codebook
     # needs the fewest bits.
     left_out = ("seconds_per_image", *(["bits_per_token"] if protocol["stage"] == "tokenizer" else []))
@@ -174,13 +145,13 @@ def _explain(summary: _Summary) -> list[str]:
 
 
 def _result_lines(summary: _Summary) -> list[str]:
-    means = {label: {name: fmean(each) for name, each in found.items()} for label, found in summary.values.items()}
+    means = {label: {name: fmean(each) for name, each in values.items()} for label, values in summary.values.items()}
     rows = []
     for label in summary.protocol["variants"]:
         cells = []
         for name in summary.metrics:
             cell = format_seeds(name, summary.values.get(label, {}).get(name, [])) or "failed"
-            others = [found[name] for found in means.values() if name in found]
+            others = [values[name] for values in means.values() if name in values]
             best = (max if find_metric(name).higher_is_better else min)(others)
             is_best = name in summary.compared and len(others) > 1 and means.get(label, {}).get(name) == best
             cells.append(f"**{cell}**" if is_best else cell)
@@ -209,15 +180,15 @@ def _mark(summary: _Summary, label: str) -> str:
     reference = summary.protocol["reference"]
     if label == reference:
         return markdown(label) + ("" if label == "base" else " (reference)")
-    own, other = (
+    runs, reference_runs = (
         {row["seed"]: (row.get("weights"), row.get("run")) for row in summary.rows if row["variant"] == each}
         for each in (label, reference)
     )
     # A variant that differs only in its decoding shares the run.
     same = [
         seed
-        for seed, (weights, run) in own.items()
-        if weights and seed in other and weights == other[seed][0] and run != other[seed][1]
+        for seed, (weights, run) in runs.items()
+        if weights and seed in reference_runs and weights == reference_runs[seed][0] and run != reference_runs[seed][1]
     ]
     return markdown(label) + (f" (the weights are those of {markdown(reference)})" if same else "")
 
@@ -228,8 +199,8 @@ def _difference_lines(summary: _Summary) -> list[str]:
     if reference is None:
         return ["The reference has no result."]
     rows = [
-        [markdown(label), *(_difference(name, found, reference) for name in summary.compared)]
-        for label, found in summary.values.items()
+        [markdown(label), *(_difference(name, values, reference) for name in summary.compared)]
+        for label, values in summary.values.items()
         if label != protocol["reference"]
     ]
     seeds = len(protocol["seeds"])
@@ -244,21 +215,21 @@ def _difference_lines(summary: _Summary) -> list[str]:
     return [*lines, "", *markdown_table(headings, rows), "", *_conclude(summary, reference)]
 
 
-def _difference(name: str, found: Values, reference: Values) -> str:
-    if name not in found or name not in reference:
+def _difference(name: str, values: Values, reference: Values) -> str:
+    if name not in values or name not in reference:
         return ""
-    value = fmean(found[name]) - fmean(reference[name])
+    value = fmean(values[name]) - fmean(reference[name])
     sign = "+" if value >= 0 else ""
-    return f"{sign}{format_value(name, value)} {compare_seeds(name, found[name], reference[name])}"
+    return f"{sign}{format_value(name, value)} {compare_seeds(name, values[name], reference[name])}"
 
 
 def _conclude(summary: _Summary, reference: Values) -> list[str]:
     """Returns sentences that sort the variants by the metric that ranks them, including what did not help."""
     name = summary.metrics[0]
     labels: dict[str, list[str]] = {"better": [], "worse": [], "unclear": []}
-    for label, found in summary.values.items():
-        if label != summary.protocol["reference"] and name in found and name in reference:
-            labels[compare_seeds(name, found[name], reference[name])].append(markdown(label))
+    for label, values in summary.values.items():
+        if label != summary.protocol["reference"] and name in values and name in reference:
+            labels[compare_seeds(name, values[name], reference[name])].append(markdown(label))
     words = {"better": "Helped", "worse": "Made it worse", "unclear": "No difference beyond the spread of the seeds"}
     lines = [f"- {words[verdict]}: {', '.join(each) or 'none'}." for verdict, each in labels.items()]
     return [f"By {markdown(title(name))} ({direction(name)}):", "", *lines]
@@ -282,13 +253,13 @@ def _training_lines(summary: _Summary) -> list[str]:
 
 
 def _failure_lines(summary: _Summary) -> list[str]:
-    protocol, found = summary.protocol, {(row["variant"], row["seed"]) for row in summary.rows}
+    protocol, measured = summary.protocol, {(row["variant"], row["seed"]) for row in summary.rows}
     failed = [(row["variant"], row["seed"], row["failure"]) for row in summary.rows if row.get("failure")]
     failed += [
         (label, seed, "not trained or not measured")
         for label in protocol["variants"]
         for seed in protocol["seeds"]
-        if (label, seed) not in found
+        if (label, seed) not in measured
     ]
     return [f"- {markdown(label)}, seed {seed}: {_long(text)}" for label, seed, text in failed]
 

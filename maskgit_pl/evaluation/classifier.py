@@ -102,22 +102,19 @@ def fit_classifier(
         chosen: (n,) int64: indices of the samples of the train split to train on; None is all.
         num_workers: Number of processes that read other images; real ones have the setting of the data.
         config: Network and training.
-        on_step: Called after each training step, for a progress bar.
+        on_step: Called after each training step.
         device: Device such as cpu, cuda, cuda:1 or mps; None for a GPU if there is one.
 
     Returns:
         The classifier, on the CPU.
-
-    Raises:
-        ValueError: if timm has no such network.
     """
     # The seed determines the initial weights; fork_rng restores the caller's generator.
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         network = create_classifier(_sizes(data, config))
-    place = torch.device(find_device(device))
+    target = torch.device(find_device(device))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload
-    network.to(place)
+    network.to(target)
     optimizer = AdamW(network.parameters(), lr=config.peak_rate, weight_decay=config.weight_decay, fused=True)
     cycle = max(config.max_steps, _MIN_CYCLE_STEPS)
     schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=cycle, pct_start=_WARM_UP)
@@ -132,8 +129,8 @@ def fit_classifier(
                     index=batch.index,
                     epoch=batch.epoch,
                 )
-            with torch.autocast(place.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
-                loss = F.cross_entropy(network(images.to(place)).logits, batch.labels.to(place))
+            with torch.autocast(target.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
+                loss = F.cross_entropy(network(images.to(target)).logits, batch.labels.to(target))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
             optimizer.step()
@@ -167,7 +164,7 @@ def _training_batches(
 
 
 class _ImageBatches(Dataset[Batch]):
-    """The batches of other images than those of a data folder."""
+    """The batches of images that are not those of a data folder."""
 
     def __init__(self, source: TrainingImages, order: Order) -> None:
         self.source = source
@@ -206,16 +203,10 @@ def _set_threads(model: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The accuracy of a classifier.
+    """The accuracy of a classifier."""
 
-    Args:
-        top1: Fraction of images whose most likely class is correct, in [0, 1].
-        top5: Fraction of images whose class is among the 5 most likely ones, or all if there are fewer classes.
-        images: Number of classified images.
-    """
-
-    top1: float
-    top5: float
+    top1: float  # fraction of images whose most likely class is correct
+    top5: float  # fraction whose class is among the 5 most likely ones, or all if there are fewer classes
     images: int
 
 
@@ -238,11 +229,7 @@ def measure_accuracy(
 
 
 def count_hits(logits: Tensor, labels: Tensor) -> Tensor:
-    """Counts the images whose label is the most likely class, and whose label is among the 5 most likely ones.
-
-    Returns:
-        (2,) int64 for (n, C) float logits and (n,) int64 labels.
-    """
+    """Counts the images whose label is the most likely class, and is among the 5 most likely ones: (2,) int64."""
     # (n, k) bool: entry (i, j) is True if the label of image i is its j-th most likely class.
     hit = logits.topk(min(_TOP_CLASSES, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
     return torch.stack([hit[:, 0].sum(), hit.any(1).sum()])
@@ -268,11 +255,8 @@ def obtain_classifier(
         config: Network and training, which a stored classifier must have, too; None for any, and to train the small
             network.
         replaces: True to replace another classifier, as in a default folder; never another model.
-        on_step: Called after each training step, for a progress bar.
+        on_step: Called after each training step.
         device: See ``fit_classifier``.
-
-    Returns:
-        The classifier, on the CPU.
 
     Raises:
         FileExistsError: if the folder holds anything else.
@@ -379,7 +363,7 @@ def train_classifier(
             f"{pixels_text(largest)} pixels"
         )
     check_model(config.model)
-    place = find_device(device)
+    target = find_device(device)
     source = ShardData(
         ShardDataConfig(
             str(data),
@@ -396,19 +380,15 @@ def train_classifier(
     is_reused = _is_stored(folder, source, config, replaces=out is None)
     advance = bars(f"training {config.model}", config.max_steps)
     classifier = obtain_classifier(
-        folder, source, config=config, replaces=out is None, on_step=lambda: advance(1), device=place
+        folder, source, config=config, replaces=out is None, on_step=lambda: advance(1), device=target
     )
     on_images = bars("real images", source.summary.samples["val"])
-    accuracy = measure_accuracy(classifier.to(place), source, on_images=on_images)
+    accuracy = measure_accuracy(classifier.to(target), source, on_images=on_images)
     return TrainedClassifier(folder, accuracy, is_reused, source.num_classes)
 
 
 def check_cas(config: CASConfig | None) -> None:
-    """Checks that the network of the score exists, before anything is generated. None leaves the score out.
-
-    Raises:
-        ValueError: if timm does not know the network.
-    """
+    """Checks that the network of the score exists, before anything is generated. None leaves the score out."""
     if config is not None and config.model != "auto":
         check_model(config.model)
 
@@ -423,9 +403,8 @@ def classification_accuracy(
 ) -> Accuracy:
     """Trains a classifier on some images and measures its accuracy on the real val split: the CAS.
 
-    On the same machine, the result depends only on the images, their order, the data and ``config``. With several
-    ranks, the first one trains and all get its result. Images are read on demand, so that memory does not grow with
-    their number.
+    The result depends only on the images, their order, the data and ``config``. With several ranks, the first one
+    trains and all get its result. Images are read on demand, so that memory does not grow with their number.
 
     Args:
         source: Generated images with the size and channels of the data; or (n,) int64 indices of real images in the
@@ -434,12 +413,6 @@ def classification_accuracy(
         config: Network and training.
         on_step: Called after each training step.
         device: See ``fit_classifier``.
-
-    Returns:
-        Accuracy on all images of the val split.
-
-    Raises:
-        ValueError: if the network is unknown.
     """
     images, chosen = (data, source) if isinstance(source, Tensor) else (source, None)
 

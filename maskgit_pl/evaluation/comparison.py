@@ -99,10 +99,10 @@ def compare(
         rows += [{"selector": label, **row} for row in measured.values()]
         advance(1)
     # The ledger keeps no images: those of the sheet are generated for it. A column has one class and one noise.
-    shown = min(steps, key=lambda number: (abs(number - _SHEET_STEPS), number))
+    sheet_steps = min(steps, key=lambda number: (abs(number - _SHEET_STEPS), number))
     classes = choose_classes(images.num_classes)
     parts = [
-        torch.as_tensor(pipe.generate(classes, decoding=plan[shown, label], seed=options.seed, output_type="pt"))
+        torch.as_tensor(pipe.generate(classes, decoding=plan[sheet_steps, label], seed=options.seed, output_type="pt"))
         for label in specs
     ]
     sheet = image_grid(
@@ -111,7 +111,7 @@ def compare(
         row_captions=list(specs),
         column_captions=[pipe.class_names[label] for label in classes],
     )
-    page = make_comparison_page(rows, real, sheet_steps=shown)
+    page = make_comparison_page(rows, real, sheet_steps=sheet_steps)
     page = replace(page, folder=out or folders.run / "comparison", pictures={"selectors.png": image_to_png(sheet)})
     page.write()
     return page
@@ -120,21 +120,14 @@ def compare(
 def measure_real(evaluator: Evaluator, num_images: int, metrics: Metrics = "fast") -> Row:
     """Measures real training images in the features of the data's classifier; their distances are a floor.
 
-    Returns:
-        The row of the ledger, with the accuracy of the classifier on the val images as ``class_agreement``.
+    ``class_agreement`` of the row is the accuracy of the classifier on the val images.
     """
     ((label, row),) = evaluator.measure_real(num_images=num_images, metrics=metrics).items()
     return {**row, "class_agreement": evaluator.networks[label].accuracy}
 
 
 def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) -> Page:
-    """Returns the page of a comparison: an introduction, the FID of each selector over T, and a table of all values.
-
-    Args:
-        rows: Rows of samples with the label of the ``selector``.
-        real: Row of ``measure_real``.
-        sheet_steps: Number of steps of the sheet of images.
-    """
+    """Returns the page of a comparison: an introduction, the FID of each selector over T, and a table of all values."""
     first = rows[0]
     used = trained = f"that of the training, {markdown(first['mask_schedule'])}"
     if (schedule := first["decoding"].get("mask_schedule")) is not None:
@@ -154,9 +147,9 @@ def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) ->
     lines += [f"`selectors.png`: T = {sheet_steps}, one row per selector, one column per class and noise.", ""]
 
     steps = sorted({row["num_steps"] for row in rows})
-    found = {(row["selector"], row["num_steps"]): _cell(rows, row, "fid") for row in rows}
+    fid_cells = {(row["selector"], row["num_steps"]): _cell(rows, row, "fid") for row in rows}
     cells = [
-        [markdown(label), *(found.get((label, number), "") for number in steps)]
+        [markdown(label), *(fid_cells.get((label, number), "") for number in steps)]
         for label in dict.fromkeys(row["selector"] for row in rows)
     ]
     cells.append([f"real images, {real['num_images']}", *[metric_cell(real, "fid")] * len(steps)])
@@ -183,38 +176,30 @@ def _cell(rows: Sequence[Row], row: Row, name: str) -> str:
     return f"**{cell}**" if row[name] == least else cell
 
 
-def label_selectors(wanted: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
-    """Returns the selectors to compare, by label.
+def label_selectors(selectors: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
+    """Returns the selectors to compare, by label; None for ``list_selectors``.
 
     A selector that is given by name takes the choice temperature of the model's own selector, if both have one, so that
     selectors are compared at equal randomness. A mapping is used as it is.
 
-    Args:
-        wanted: Names and mappings; None for ``list_selectors``.
-        own: The model's own selector.
-
     Raises:
-        TypeError: if a selector does not accept its arguments.
         ValueError: if a name is unknown, a number is out of range, or the same selector is given twice.
     """
     temperature = getattr(token_selectors.build(own), "choice_temperature", None)
-    specs = list_selectors() if wanted is None else [(describe(spec), spec) for spec in wanted]
+    specs = list_selectors() if selectors is None else [(describe(spec), spec) for spec in selectors]
     labelled: dict[str, Spec] = {}
     for label, spec in specs:
         if label in labelled:
             raise ValueError(f"token selectors must be different, got {label} twice")
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
-        if has_one and temperature is not None and (isinstance(spec, str) or wanted is None):
+        if has_one and temperature is not None and (isinstance(spec, str) or selectors is None):
             spec = {**({"name": spec} if isinstance(spec, str) else spec), "choice_temperature": temperature}
         labelled[label] = spec
     return labelled
 
 
 def list_selectors() -> list[tuple[str, Spec]]:
-    """Returns the labels and specs of all registered selectors without required arguments.
-
-    ``remdm`` occurs once per strategy.
-    """
+    """Returns the registered selectors without required arguments by label; ``remdm`` once per strategy."""
     specs: list[tuple[str, Spec]] = []
     for name in token_selectors.build_all():
         if name == "remdm":

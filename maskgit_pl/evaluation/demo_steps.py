@@ -127,16 +127,16 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     name = options.get("run") or (_SHORT_RUN if is_short else str(read[0].run_name))
     runs_folder = options.get("runs_folder", "runs")
     run, data = Path(runs_folder, name), Path(options.get("data") or Path("data/shards", dataset))
-    given = {name: options.get(name) for name in ("tokenizer", "pretrained")}
-    folders = {"run": run, "data": data, **given}
+    pretrained = {name: options.get(name) for name in ("tokenizer", "pretrained")}
+    folders = {"run": run, "data": data, **pretrained}
     common = ["--dataset", dataset, "--data", str(data), "--recipe", recipe, "--run", name]
     common += ["--runs-folder", str(runs_folder), "--cluster", cluster]
-    common += [word for flag, folder in given.items() if folder is not None for word in (f"--{flag}", str(folder))]
+    common += [word for flag, folder in pretrained.items() if folder is not None for word in (f"--{flag}", str(folder))]
     common += flags
     num_images = _SHORT_NUM_IMAGES if is_short else _NUM_IMAGES
     words = ["evaluate", str(run), "--data", str(data), "--features", _FEATURES, "--num-images", str(num_images)]
     steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
-    if given["tokenizer"] is None:
+    if pretrained["tokenizer"] is None:
         work = partial(_train, read[0], folders)
         steps.append(Step("train the tokenizer (stage 1)", ["train", "tokenizer", *common], work))
     return [

@@ -176,13 +176,6 @@ class Diversity(FeatureMetric):
 def frechet_distance(generated: Statistics, real: Statistics) -> float:
     """Computes the Frechet distance |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)) of means m and covariances S.
 
-    Args:
-        generated: Statistics of D features of generated images.
-        real: Statistics of D features of real images.
-
-    Returns:
-        The distance, in [0, inf).
-
     Source: Heusel et al., arXiv:1706.08500; for spatial features (sFID) Nash et al., arXiv:2103.03841.
     """
     # The public metric of torchmetrics takes images, not statistics, so its private function is called. The tests
@@ -193,13 +186,9 @@ def frechet_distance(generated: Statistics, real: Statistics) -> float:
 def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Computes the kernel distance: the unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3.
 
-    Args:
-        generated: (n, D) float features, n >= 2.
-        real: (m, D) float features, m >= 2.
-
     Returns:
-        Mean and standard deviation over 50 subsets of at most 1000 images of each kind. Every call draws the same
-        subsets. The estimate is unbiased and may be negative.
+        Mean and standard deviation over 50 subsets of at most 1000 of the (n, D) and (m, D) float features. Every call
+        draws the same subsets. The estimate is unbiased and may be negative.
 
     Source: Binkowski et al., arXiv:1801.01401.
     """
@@ -217,16 +206,10 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float, float]:
-    """Computes the inception score exp(mean KL(p(y | x) || p(y))).
+    """Computes the inception score exp(mean KL(p(y | x) || p(y))) and its standard deviation over random parts.
 
-    It is high if the network is certain about each image and the images show all classes equally often.
-
-    Args:
-        logits: (n, C) float, n >= 2 * ``splits``.
-        splits: Number of random parts of the images. Every call makes the same parts.
-
-    Returns:
-        Mean in [1, C] and standard deviation over the parts.
+    It is high if the network is certain about each image and the images show all classes equally often. Every call
+    makes the same parts. There must be two of the (n, C) float logits in each.
 
     Source: Salimans et al., arXiv:1606.03498.
     """
@@ -243,14 +226,8 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float] | tuple[None, None]:
     """Computes precision and recall: the fraction of generated images in the real manifold, and the reverse.
 
-    The manifold of a set of images is a ball around each image, whose radius is the distance to the 3rd neighbour.
-
-    Args:
-        generated: (n, D) float features.
-        real: (m, D) float features.
-
-    Returns:
-        Precision and recall, each in [0, 1]; None unless n > 3 and m > 3, since an image is not its own neighbour.
+    The manifold of a set of images (n, D) is a ball around each image, whose radius is the distance to the 3rd
+    neighbour. Both values are None unless each set has more than 3 images, since an image is not its own neighbour.
 
     Source: Kynkaanniemi et al., arXiv:1904.06991.
     """
@@ -270,22 +247,14 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float] | t
 def density_coverage(
     generated: Tensor, real: Tensor, *, num_neighbours: int = _DENSITY_NEIGHBOURS
 ) -> tuple[float, float] | tuple[None, None]:
-    """Computes density and coverage of generated images y around real images x.
+    """Computes density and coverage of generated images y (n, D) around real images x (m, D).
 
     Each real image has an open ball B(x) whose radius is the distance to its k-th real neighbour::
 
         density = 1 / (k n) sum over y of the number of balls B(x) that contain y
         coverage = 1 / m times the number of balls B(x) that contain any y
 
-    If both sets have the same distribution, density is about 1 and coverage is close to 1.
-
-    Args:
-        generated: (n, D) float features.
-        real: (m, D) float features.
-        num_neighbours: k.
-
-    Returns:
-        Density in [0, inf) and coverage in [0, 1]; None unless m > k.
+    If both sets have the same distribution, density is about 1 and coverage is close to 1. Both are None unless m > k.
 
     Source: Naeem et al., arXiv:2002.09797, equations 5 and 6. The strict comparison is that of the authors' code.
     """
@@ -302,12 +271,7 @@ def density_coverage(
 
 
 def class_agreement(predicted: Tensor, requested: Tensor) -> float:
-    """Computes the fraction of images that the classifier assigns to the requested class.
-
-    Args:
-        predicted: (n,) int64: classes that the classifier predicts.
-        requested: (n,) int64: classes that the images were generated for.
-    """
+    """Computes the fraction of (n,) int64 classes that are predicted as they were requested."""
     return float((predicted == requested).double().mean())
 
 
@@ -320,9 +284,9 @@ def diversity(
 
         diversity = mean over classes of d(generated) / mean over classes of d(real)
 
-    Here d is the mean pairwise distance of the features of a class. It is 1 for images as diverse as real ones, and 0
-    for images that are all equal. Both kinds take the same number of images of a class: the first ``per_class``, or
-    fewer if one kind has fewer. Classes with fewer than 2 images of either kind are left out.
+    Here d is the mean pairwise distance of the features of a class. Both kinds take the same number of images of a
+    class: the first ``per_class``, or fewer if one kind has fewer. Classes with fewer than 2 images of either kind are
+    left out.
 
     Args:
         generated: (n, D) float features of generated images.

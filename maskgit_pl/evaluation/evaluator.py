@@ -173,7 +173,7 @@ class FeatureMetrics:
 
     def choose(self, amount: Metrics = "all") -> dict[str, FeatureMetric]:
         """Returns the metrics that can be computed, by name; ``"fast"`` leaves out the slow ones."""
-        known = {
+        available = {
             "features": True,
             "labels": True,
             "logits": self.extractor.knows_classes,
@@ -184,7 +184,7 @@ class FeatureMetrics:
         return {
             name: metric
             for name, metric in computed_metrics().items()
-            if all(known[need] for need in metric.needs)
+            if all(available[need] for need in metric.needs)
             and (metric.of_network or self.extractor.label == CLASSIFIER)
             and (metric.is_fast or amount == "all")
         }
@@ -211,9 +211,6 @@ class Evaluator:
         bars: Progress bars.
         batch_size: Images per batch of generation; it does not change results.
         device: Device of the networks and of the training of the CAS classifier.
-
-    Attributes:
-        num_measured: Number of new measurements, without those that the ledger already held.
     """
 
     def __init__(
@@ -229,7 +226,6 @@ class Evaluator:
     ) -> None:
         self.data, self.dataset, self.networks, self.ledger = data, dataset, networks, ledger
         self.bars, self.batch_size, self.device = bars, batch_size, torch.device(device)
-        self.num_measured = 0
         # The commit of the running code; the user may commit other code before the measurement ends.
         self._commit = describe_environment()["commit"]
 
@@ -260,18 +256,20 @@ class Evaluator:
         Returns:
             Rows by label of the network.
         """
+        is_new = False
 
         def generate() -> _Images:
+            nonlocal is_new
+            is_new = True
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
             made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
             remarks: dict[str, Any] = {} if purpose is None else {"purpose": purpose}
             remarks |= {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
             return _Images(made.read, made.labels, remarks)
 
-        before = self.num_measured
         columns = self._columns(model, num_images, seed, decoding)
         rows = self._measure("samples", columns, generate, networks, metrics)
-        if self.num_measured > before and not keep:
+        if is_new and not keep:
             delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
         return rows
 
@@ -308,11 +306,7 @@ class Evaluator:
     # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
     def read_real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Reads random images of a split, the same in every call; see ``draw_order``.
-
-        Args:
-            split: ``train`` or ``val``.
-            count: Number of images; all of the split if it has fewer.
+        """Reads random images of a split, the same in every call, at most all of it; see ``draw_order``.
 
         Returns:
             (n, C, H, W) uint8 images and (n,) int64 labels.
@@ -327,14 +321,10 @@ class Evaluator:
         return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
 
     def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
-        """Measures the likelihood of real val images.
+        """Measures the likelihood of real val images, at most all of the split.
 
-        Args:
-            model: The model. A MaskGIT gets the masked NLL and the order-agnostic bound, an autoregressive model the
-                exact NLL.
-            num_images: Number of images, at most all of the val split.
-            draws: Number of masks per image.
-            seed: Seed of the masks.
+        A MaskGIT gets the masked NLL and the order-agnostic bound, from ``draws`` masks per image that follow from
+        ``seed``; an autoregressive model gets the exact NLL.
         """
         count = min(num_images, self.data.summary.samples["val"])
         columns = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
@@ -386,8 +376,10 @@ class Evaluator:
                 made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
                 source = TrainingImages(made.read, made.shape, made.labels, self.data.class_names)
             bar = self.bars(f"CAS: {config.model}", config.max_steps)
-            found = classification_accuracy(source, self.data, config, on_step=lambda: bar(1), device=str(self.device))
-            return {"top1": found.top1, "top5": found.top5, "real_images": found.images}
+            accuracy = classification_accuracy(
+                source, self.data, config, on_step=lambda: bar(1), device=str(self.device)
+            )
+            return {"top1": accuracy.top1, "top5": accuracy.top5, "real_images": accuracy.images}
 
         # The remaining fields form one column, so that a new field of the configuration needs no new column.
         training = {name: value for name, value in asdict(config).items() if name not in _OWN_COLUMNS}
@@ -401,14 +393,7 @@ class Evaluator:
     def measure_editing(self, model: EvaluatedModel, task: Task, *, num_images: int, seed: int) -> list[Row]:
         """Measures val images in three versions: edited, with the hidden part grey, and unedited.
 
-        Args:
-            model: The model; its own decoding is used.
-            task: The editing task.
-            num_images: Number of images, at most all of the val split.
-            seed: Seed of the first image.
-
-        Returns:
-            A row for each version and network.
+        The model's own decoding is used. Each version and network has a row.
         """
         count = min(num_images, self.data.summary.samples["val"])
 
@@ -447,22 +432,22 @@ class Evaluator:
         rows: dict[str, Row] = {}
         for label in self.networks if networks is None else networks:
             network = self.networks[label]
-            own = {**columns, **network.columns}
+            row_columns = {**columns, **network.columns}
             if kind == "samples":  # the split is that of the reference; a file has none
-                own["split"] = network.reference.origin.split
+                row_columns["split"] = network.reference.origin.split
             # A row with the fast metrics must not answer a request for all of them.
             chosen = network.choose(amount)
             for name in chosen:
-                if name in own:
+                if name in row_columns:
                     raise ValueError(f"metric {name!r}: the name must not be that of another column; rename the metric")
-            row = self._find(kind, own, chosen)
+            row = self._find(kind, row_columns, chosen)
             if row is None:
                 images = images or make()
                 batches = iter_image_batches(images.read, len(images.labels))
                 bar = self.bars(f"features of {label}", len(images.labels))
                 (features,) = extract([network.extractor], batches, on_images=bar).values()
                 compared = ComparedImages(features, network.reference, images.labels, network.labels)
-                row = self._add(kind, {**columns, **images.remarks, **own, **compute_metrics(chosen, compared)})
+                row = self._add(kind, {**columns, **images.remarks, **row_columns, **compute_metrics(chosen, compared)})
             rows[label] = row
         return rows
 
@@ -474,7 +459,6 @@ class Evaluator:
         return self.ledger.find(kind, key, having=having)
 
     def _add(self, kind: str, row: Mapping[str, Any]) -> Row:
-        self.num_measured += 1
         date = datetime.date.today().isoformat()
         return self.ledger.add(kind, {**row, "commit": self._commit, "date": date, "device": device_name(self.device)})
 
@@ -496,11 +480,7 @@ class Evaluator:
 
 
 def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
-    """Returns the values of a measurement by name, such as ``fid/classifier`` and ``diversity``.
-
-    Args:
-        rows: Rows by label of the network, see ``Evaluator.measure_samples``.
-    """
+    """Returns the values of rows by name, such as ``fid/classifier`` and ``diversity``."""
     # Values of images come before those of networks, and deviations last.
     known = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
     return {

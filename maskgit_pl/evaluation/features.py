@@ -55,11 +55,7 @@ class Extractor:
 
     @classmethod
     def create(cls, spec: FeatureNetworkSpec, *, device: torch.device | str = "cpu") -> Extractor:
-        """Loads a network that ``parse_feature_network`` has found.
-
-        Raises:
-            ValueError: if the weights are missing, or their SHA-256 does not match.
-        """
+        """Loads a network that ``parse_feature_network`` has found."""
         network: Any = spec.create().eval().to(device)  # torch's stub lacks the memory format
         network.to(memory_format=torch.channels_last)  # twice as fast on a CPU
         return cls(spec.label, spec.knows_classes, network)
@@ -103,11 +99,7 @@ class ImageFeatures:
 
 
 class FeatureCollector:
-    """A collector of features, which extracts this rank's batches and gathers those of all ranks.
-
-    Args:
-        extractor: The network.
-    """
+    """A collector of features, which extracts this rank's batches and gathers those of all ranks."""
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
@@ -121,9 +113,7 @@ class FeatureCollector:
         self._index.append(index.cpu())
 
     def gather(self) -> ImageFeatures:
-        """Gathers the features of all images, sorted by index.
-
-        All ranks must call it, and all get the same result.
+        """Gathers the features of all images, sorted by index; all ranks must call it.
 
         Raises:
             ValueError: if no rank has an image.
@@ -153,15 +143,12 @@ def extract(
     *,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, ImageFeatures]:
-    """Extracts the features of all ranks' images with each network.
+    """Extracts the features of all ranks' images with each network, by label, the same on every rank.
 
     Args:
         extractors: Networks with different labels.
         batches: This rank's batches: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
-        on_images: Called after each batch with its number of images, for a progress bar.
-
-    Returns:
-        Features by label, the same on every rank.
+        on_images: Called after each batch with its number of images.
 
     Raises:
         ValueError: if two networks have the same label, or there are no images.
@@ -219,7 +206,6 @@ def open_extractors(
 
     Raises:
         FileExistsError: if the folder of the classifier holds something else.
-        TypeError: if a network does not accept its arguments.
         ValueError: if a network is unknown, its weights are missing, or their SHA-256 does not match.
     """
     # The training of the classifier takes minutes: all other networks are opened before.

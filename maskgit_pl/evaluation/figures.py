@@ -137,19 +137,9 @@ def draw_figure_8(
     floor: float,
     dataset: str,
 ) -> bytes:
-    """Draws the mask schedules on the left, and a metric of the model of each over T on the right.
+    """Draws the mask schedules on the left, and a metric of the model of each over T on the right, as a PNG.
 
-    Args:
-        schedules: Schedules by name.
-        curves: Values by name and T.
-        num_tokens: Number N of tokens, which ``log`` and ``exp`` depend on.
-        metric: Name of the metric, such as ``fid/classifier``.
-        num_images: Number of images per point.
-        floor: Value of the same number of real images.
-        dataset: Name of the data, for the title.
-
-    Returns:
-        A PNG.
+    ``floor`` is the value of as many real images as ``num_images``, the images of each point.
 
     Source: paper, Figure 8.
     """
@@ -165,14 +155,11 @@ def draw_figure_8(
 
 
 def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
-    """Draws the mask ratio of each schedule over the progress.
+    """Draws the mask ratio of each schedule over the progress, as a PNG.
 
     Args:
         schedules: Schedules by their name in the legend.
         num_tokens: Number N of tokens, which some schedules depend on.
-
-    Returns:
-        A PNG.
 
     Source: paper, Figure 8, left.
     """
@@ -185,15 +172,7 @@ def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) ->
 
 
 def count_known_tokens(schedule: MaskSchedule, *, num_tokens: int, num_steps: int) -> list[int]:
-    """Counts the tokens of an image that are known after each decoding step.
-
-    Args:
-        schedule: The mask schedule.
-        num_tokens: Number N of tokens.
-        num_steps: Number T of steps, in [1, N].
-
-    Returns:
-        T counts, of which the last one is N.
+    """Counts the tokens of an image that are known after each of T decoding steps, T in [1, N].
 
     Raises:
         ValueError: if ``num_steps`` is out of range.

@@ -144,15 +144,12 @@ def generate_images(
     samples = open_samples(file)
     channels = pipe.tokenizer.network.config.in_channels
     # Times and steps are those of images that this call made; images from an earlier call have none.
-    each = (seconds / result.made, taken / result.made) if result.made else (None, None)
-    return GeneratedImages(samples, channels, *each)
+    per_image = (seconds / result.made, taken / result.made) if result.made else (None, None)
+    return GeneratedImages(samples, channels, *per_image)
 
 
 def delete_generated(file: Path) -> None:
-    """Deletes generated images, with the parts and partial files that a killed process has left of them.
-
-    The same model, decoding and seed make them again.
-    """
+    """Deletes generated images, with the parts and partial files that a killed process has left of them."""
     if rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)
         if file.parent.is_dir():
@@ -185,8 +182,7 @@ def generate_accepted(
         options: See ``generate_many``.
 
     Returns:
-        The result of ``generate_many`` for the candidates, with the path of the file. Without missing parts, the file
-        is complete.
+        The result of ``generate_many`` for the candidates, with the path of the file.
 
     Raises:
         ValueError: if the classifier has other classes, ``num_images`` is not a multiple of the number of classes, or
@@ -215,11 +211,7 @@ def generate_accepted(
 
 
 def num_candidates(acceptance: Acceptance, num_images: int, num_classes: int) -> int:
-    """Returns the number of candidates of all classes.
-
-    Raises:
-        ValueError: if the images are not evenly spread over the classes.
-    """
+    """Returns the number of candidates of all classes."""
     if num_images % num_classes:
         raise ValueError(
             f"num_images must be a multiple of {num_classes}, the number of classes, with accept_rate, got {num_images}"
@@ -254,7 +246,7 @@ def edit(
     batch_size: int = 100,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> Tensor:
-    """Regenerates the hidden part of each image, given its class.
+    """Regenerates the hidden part of each image, given its class. Returns (n, C, H, W) uint8.
 
     Args:
         task: The part to generate.
@@ -265,9 +257,6 @@ def edit(
         seed: Seed of the first image; image i has ``seed + i``.
         batch_size: Images per batch of inpainting; outpainting takes one image at a time.
         on_images: Called with the number of images that were edited.
-
-    Returns:
-        (n, C, H, W) uint8.
     """
     classes: list[int] = labels.tolist()
     mask, edited = make_hidden_mask(task, pipe.tokenizer), []
@@ -277,20 +266,20 @@ def edit(
         # Outpainting extends an image, so that the right half is cut off first.
         added = int(mask[0].sum())
         for row, label in enumerate(classes):
-            own = None if vectors is None else vectors[row]
+            vector = None if vectors is None else vectors[row]
             left = images[row, ..., :-added]
             edited.append(
-                pipe.outpaint(left, right=added, classes=[label], vectors=own, seed=seed + row, output_type="pt")
+                pipe.outpaint(left, right=added, classes=[label], vectors=vector, seed=seed + row, output_type="pt")
             )
             on_images(1)
     else:
-        known = hide_pixels(task, pipe.tokenizer, images)
+        visible = hide_pixels(task, pipe.tokenizer, images)
         # Image i has seed + i: each batch continues the seeds of the one before.
         for first in range(0, len(images), batch_size):
             rows = slice(first, first + batch_size)
             edited.append(
                 pipe.inpaint(
-                    list(known[rows]),
+                    list(visible[rows]),
                     mask,
                     classes=classes[rows],
                     vectors=None if vectors is None else vectors[rows],
@@ -309,13 +298,10 @@ def hide_pixels(task: Task, tokenizer: PretrainedTokenizer, images: Tensor) -> T
 
 
 def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
-    """Returns the mask of the pixels to generate: the right 50 %, or the centre of 50 % x 50 %.
+    """Returns the (H, W) bool mask of the pixels to generate: the right 50 %, or the centre of 50 % x 50 %.
 
     The mask consists of whole tokens. The right half is rounded up, and the centre down to a size that can be centred:
     of 7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.
-
-    Returns:
-        (H, W) bool, True for pixels to generate.
 
     Source: paper, Table 2.
     """

@@ -89,9 +89,9 @@ class Ledger:
             key: Values of the columns that determine the measurement.
             having: Names of columns that the row must have; a column without a value counts.
         """
-        wanted: Row = json.loads(json.dumps(key))  # as a row is read: tuples become lists
+        columns: Row = json.loads(json.dumps(key))  # as a row is read: tuples become lists
         rows = self._rows[measurement][self._skipped.get(measurement, 0) :]
-        return next((row for row in reversed(rows) if wanted.items() <= row.items() and row.keys() >= {*having}), None)
+        return next((row for row in reversed(rows) if columns.items() <= row.items() and row.keys() >= {*having}), None)
 
     def add(self, measurement: str, row: Mapping[str, object]) -> Row:
         """Appends a measurement, which is on disk when the method returns.
@@ -123,7 +123,8 @@ class Ledger:
 
 def _read_arrays(file: Path) -> Arrays:
     try:
-        return dict(np.load(file))
+        with file.open("rb") as stream:
+            return dict(np.load(stream))
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{file} is damaged ({error}); remove it, and it is made again") from error
 
@@ -151,15 +152,18 @@ def cached(
     # Making is collective: all ranks make what any of them does not have.
     kept = on_all_ranks(lambda: [name for name, file in files.items() if file.exists()])
     missing = [name for name in keys if not all(name in names for names in kept)]
-    found = {name: _read_arrays(files[name]) for name in keys if name not in missing}
-    made = make(missing) if missing else {}
+    stored = {name: _read_arrays(files[name]) for name in keys if name not in missing}
+    computed = make(missing) if missing else {}
 
     def write() -> None:
-        for name, arrays in made.items():
+        for name, arrays in computed.items():
             if name in files and rank_and_world()[0] == 0:
-                files[name].parent.mkdir(parents=True, exist_ok=True)
-                with write_atomically(files[name]) as stream:
-                    np.savez(stream, **cast("dict[str, Any]", arrays))
+                try:
+                    files[name].parent.mkdir(parents=True, exist_ok=True)
+                    with write_atomically(files[name]) as stream:
+                        np.savez(stream, **cast("dict[str, Any]", arrays))
+                except OSError as error:  # such as a run folder of somebody else
+                    _log.warning("%s cannot be written (%s); it is computed again each time", files[name], error)
 
     on_all_ranks(write)
-    return {**found, **made}
+    return {**stored, **computed}

@@ -156,7 +156,7 @@ def exact_nll(
         tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
         batch_size: Images per batch, the same on all ranks.
-        on_images: Called after each batch of this rank with its number of images.
+        on_images: Called after each batch.
 
     Returns:
         (n,) float64: -log p(x | class) = sum over i of -log p(x_i | x_<i, class) of each image, in nats.
@@ -171,15 +171,9 @@ def exact_nll(
 
 
 def bind_conditions(network: Backbone, labels: Tensor, vectors: Tensor | None) -> tuple[MaskedPredictor, Tensor]:
-    """Returns a predictor for ``masked_nll`` and ``negative_elbo``, and what they take in place of labels.
+    """Returns a predictor for ``masked_nll`` and ``negative_elbo``, and what they take in place of (n,) labels.
 
-    Args:
-        network: The network, in evaluation mode.
-        labels: (n,) int64, classes of all images.
-        vectors: (n, C) float, vectors of all images; None for a network without vectors.
-
-    Returns:
-        The network and the labels; with vectors a function of the index of each image, and the indices (n,) int64.
+    With (n, C) vectors of all images, these are a function of the index of each image, and the indices (n,) int64.
     """
     if vectors is None:
         return network.forward_masked, labels
@@ -196,11 +190,7 @@ def encode_real_images(
 ) -> tuple[Tensor, Tensor]:
     """Encodes images of the val split with the model's tokenizer; the ranks share the work.
 
-    Args:
-        pipe: The model.
-        data: The real images, of the tokenizer's image size.
-        limit: Number of random images, the same in every call; None for all, in order.
-        batch_size: Images per batch.
+    ``limit`` is a number of random images, the same in every call; None for all, in order.
 
     Returns:
         (n, N) int64 tokens and (n,) int64 labels, on the model's device, the same on all ranks.
@@ -245,10 +235,7 @@ def _masked_row_nll(
 
 @torch.inference_mode()
 def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
-    """Computes the (count,) float64 values of all images, the same on all ranks, which share the batches.
-
-    ``values_of`` maps (B,) int64 indices of images to (B,) float64 values.
-    """
+    """Computes the (count,) float64 values of all images from (B,) int64 indices; the ranks share the batches."""
     batches = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
     values = [torch.empty(0, dtype=torch.float64)]
     for index in batches:

@@ -209,10 +209,6 @@ def computed_metrics() -> dict[str, FeatureMetric]:
 def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages) -> dict[str, float | None]:
     """Computes metrics.
 
-    Args:
-        chosen: Metrics by name.
-        images: Generated and real images.
-
     Returns:
         Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not suffice or a
         value is non-finite. A metric of a plug-in that raises an error is left out.
@@ -222,7 +218,7 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
         try:
             computed = metric.compute(images)
             value, deviation = computed if isinstance(computed, tuple) else (computed, None)
-            found = [None if number is None else float(number) for number in (value, deviation)]
+            values = [None if number is None else float(number) for number in (value, deviation)]
         except Exception as error:
             if type(metric).__module__.startswith("maskgit_pl."):
                 raise
@@ -230,7 +226,7 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
             # measured again.
             _log.warning("metric %s raised %s: %s; it is left out", name, type(error).__name__, printable(error))
             continue
-        for column, number in zip((name, f"{name}{DEVIATION}"), found, strict=True):
+        for column, number in zip((name, f"{name}{DEVIATION}"), values, strict=True):
             if number is not None and not math.isfinite(number):
                 _log.warning("%s in the features of %s is %s; it is left out", column, images.generated.label, number)
                 number = None
@@ -247,8 +243,7 @@ def metric_name(metric: str, network: str) -> str:
 def tuning_column(metric: str) -> str:
     """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``.
 
-    Args:
-        metric: Name of a metric, or ``agreement`` for ``class_agreement``.
+    ``agreement`` is short for ``class_agreement``.
 
     Raises:
         ValueError: if no such metric is computed from features.
@@ -280,13 +275,7 @@ def title(name: str) -> str:
 
 
 def format_value(name: str, value: float, *, more_digits: int = 0) -> str:
-    """Returns a value as text for a table.
-
-    Args:
-        name: Name of the metric, such as ``kid/classifier``.
-        value: The value as it is stored, without the factor.
-        more_digits: Decimals beyond those of the metric.
-    """
+    """Returns a stored value as text for a table, times its factor, with more digits than usual if needed."""
     metric = find_metric(name)
     return f"{value * metric.factor:.{metric.digits + more_digits}f}"
 

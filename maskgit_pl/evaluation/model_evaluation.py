@@ -47,7 +47,7 @@ from maskgit_pl.evaluation.options import (
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import measure_reconstruction
-from maskgit_pl.files import write_text
+from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.display import Recording
@@ -83,7 +83,8 @@ def evaluate(
         data: Data folder; None for the data that the run was trained on.
         num_images: Number of generated images, at least 2 per class.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, in whose folder the pictures are written; None for ``RUN/evaluation.json``.
+        out: Path of the JSON file, beside which pictures, ledger and images are written; None for
+            ``RUN/evaluation.json``.
         cas: Training of the classification accuracy score; None leaves the score out.
         options: Steps, reference, seed and other options; None for the defaults.
         bars: Progress bars.
@@ -101,13 +102,15 @@ def evaluate(
     check_cas(cas)
     folders = find_run(run, data=data, classifier=options.classifier)
     file = out or folders.run / "evaluation.json"
+    check_writable("out", file)  # before hours of measurements
     with process_group():  # all ranks measure; the first one writes
         # 1.
         rank, world_size = rank_and_world()
         device = options.device
         if device is None and world_size > 1:  # one GPU for each process
             device = default_device(local_rank=local_rank())
-        model = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model)
+        kept = file.parent / "evaluation"
+        model = open_model(folders, device, dtype=options.dtype, negative_model=options.negative_model, out=kept)
         pipe = model.pipe
         decoding = pipe.decoding_with(num_steps=options.num_steps)
         check_model_decoding(pipe, decoding)
@@ -117,7 +120,7 @@ def evaluate(
         evaluator = open_evaluator(
             folders,
             real,
-            Ledger(folders.evaluation / FILE_NAME, writes=rank == 0, reuse=options.resume),
+            Ledger(kept / FILE_NAME, writes=rank == 0, reuse=options.resume),
             device=pipe.device,
             batch_size=options.batch_size,
             features=features,
@@ -272,10 +275,10 @@ class Report:
         sections = [[metric_name(each, label) for each in of_networks] for label in protocol["features"]]
         for section in ([*of_images, "seconds_per_image"], *sections):
             # A metric that no column has is left out; each network has a section of its own.
-            shown = [name for name in section if any(name in column for column in columns)]
-            for name in shown:
+            names = [name for name in section if any(name in column for column in columns)]
+            for name in names:
                 cells = [format_value(name, column[name]) if name in column else "" for column in columns]
-                table.add_row(title(name), *cells, end_section=name == shown[-1])
+                table.add_row(title(name), *cells, end_section=name == names[-1])
                 if f"r{name}" in rebuilt:  # the floor of the FID above it
                     table.add_row("  of reconstructions", format_value(name, rebuilt[f"r{name}"]))
         _add_model_rows(table, self.content)
@@ -319,6 +322,9 @@ def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
     2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
        half of it.
     3. ``transformer`` otherwise.
+
+    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more codes do not
+    always help.
 
     Args:
         content: Content of ``evaluation.json``.

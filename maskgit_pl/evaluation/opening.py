@@ -50,21 +50,13 @@ _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 
 @dataclass(frozen=True)
 class RunFolders:
-    """The folders of a run to measure.
+    """The folders of a run to measure."""
 
-    Args:
-        pretrained: Folder with ``tokenizer/`` and ``transformer/``.
-        run: Run folder; the pretrained folder itself if it belongs to no run.
-        data: Data folder.
-        classifier: Folder of the data's classifier.
-        references: Folder of features of real images, which all runs of the same data share.
-    """
-
-    pretrained: Path
-    run: Path
+    pretrained: Path  # with ``tokenizer/`` and ``transformer/``
+    run: Path  # the pretrained folder itself if it belongs to no run
     data: Path
     classifier: Path
-    references: Path
+    references: Path  # of features of real images, which all runs of the same data share
 
     @property
     def shares_classifier(self) -> bool:
@@ -108,11 +100,8 @@ def find_tokenizer_folders(
 
     Args:
         folder: Run folder, pretrained folder, or the folder of the tokenizer itself.
-        data: Data folder; None for the data that the run was trained on.
-        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
-
-    Returns:
-        The folders; ``pretrained / "tokenizer"`` is the tokenizer.
+        data: See ``find_run``.
+        classifier: See ``find_run``.
 
     Raises:
         FileNotFoundError: if there is no tokenizer, or for a reason of ``find_run``.
@@ -175,10 +164,7 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
 
 
 def describe_held_out(summary: DataSummary) -> dict[str, Any]:
-    """Describes the val split of a data folder, which has this summary, in plain values: a sentence and its numbers.
-
-    The fraction is that of train and val together.
-    """
+    """Describes the val split of a data folder in plain values: a sentence and its numbers."""
     images = summary.samples["val"]
     fraction = images / sum(summary.samples.values())
     text = f"Held out: {images:,} images of the val split ({fraction:.0%} of the data)."
@@ -196,16 +182,12 @@ def open_model(
     """Reads the model of a run; see ``options.ModelOptions`` for the arguments.
 
     ``out`` is the folder of its images; None for ``RUN/evaluation``.
-
-    Raises:
-        FileNotFoundError: if the negative model does not exist.
-        ValueError: if the device does not exist, a file is invalid, or the negative model predicts other tokens.
     """
-    place = find_device(device)
-    pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(place)
+    target = find_device(device)
+    pipe = MaskGIT.from_pretrained(folders.pretrained, negative_model=negative_model).to(target)
     models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model]
     for model in models:  # the tokenizer stays: reconstructions remain comparable
-        model.network.to(dtype=parse_dtype(dtype, place))
+        model.network.to(dtype=parse_dtype(dtype, target))
     return EvaluatedModel(folders.run.name, pipe, folders.pretrained, out or folders.evaluation)
 
 
@@ -234,12 +216,9 @@ def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_wo
 
 
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
-    """Checks that the data suit a model, and gives it the vectors of the val images if it needs any.
+    """Checks that the data have the classes of a model, and gives it the vectors of the val images if it needs any.
 
     A generated image takes a vector of its class.
-
-    Raises:
-        ValueError: if the classes of the data are not the model's, or it needs vectors that the data do not have.
     """
     if data.class_names != pipe.class_names:
         raise ValueError(
@@ -251,13 +230,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
 
 
 def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
-    """Checks that the model can be decoded in this way, before a long measurement begins.
-
-    Raises:
-        TypeError: if a selector or schedule does not accept its arguments.
-        ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or there is
-            guidance for a model without a null class and without a negative model.
-    """
+    """Checks that the model can be decoded in this way, before a long measurement begins."""
     pipe.check_decoding(decoding)
     outline = pipe.outline
     decoding.check(outline.num_tokens, is_autoregressive=outline.is_autoregressive, has_negative_class=can_guide(pipe))
@@ -290,8 +263,6 @@ def open_evaluator(
         features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.classifier``.
         reference: File in the layout of ADM to compare with; None for the val split.
         bars: Progress bars.
-
-    Raises: see ``features.open_extractors``.
     """
     extractors = open_extractors(
         folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier

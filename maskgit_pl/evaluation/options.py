@@ -195,21 +195,13 @@ class ReportOptions(MeasurementOptions):
         check_seed("seed", self.seed)
 
     def check_classes(self, num_classes: int) -> None:
-        """Checks that there is at least one image for each class.
-
-        Raises:
-            ValueError: if there is not.
-        """
+        """Checks that there is at least one image for each class."""
         if self.num_images < num_classes:
             raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
 
 
 def round_to_classes(num_images: int, num_classes: int) -> int:
-    """Returns ``num_images``, rounded down to a multiple of the number of classes.
-
-    Raises:
-        ValueError: if there are fewer than 2 images per class.
-    """
+    """Returns ``num_images``, rounded down to a multiple of the number of classes, at least 2 per class."""
     if num_images < 2 * num_classes:
         raise ValueError(f"num_images must be >= {2 * num_classes} (2 per class), got {num_images}")
     return num_images - num_images % num_classes
@@ -306,43 +298,30 @@ CAS_TRAINING = CASConfig()
 
 
 def default_training(model: str) -> ClassifierConfig:
-    """Returns the default training of a network from random weights.
-
-    Args:
-        model: ``"small"``, or the timm name of a network; timm networks use a smaller learning rate.
-    """
+    """Returns the default training of a network; timm networks use a smaller learning rate than ``small``."""
     if model == SMALL_TRAINING.model:
         return SMALL_TRAINING
     return ClassifierConfig(model=model, max_steps=1000, batch=64, peak_rate=1e-3, weight_decay=0.05)
 
 
 def default_steps(num_tokens: int, usual: Sequence[int]) -> tuple[int, ...]:
-    """Returns the usual numbers of steps that do not exceed the number of tokens.
-
-    Args:
-        num_tokens: N.
-        usual: Numbers of steps; if all of them exceed N, N is returned.
-    """
+    """Returns the usual numbers of steps that do not exceed the number N of tokens; N if all of them do."""
     return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
 
 
 def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
-    """Returns the sorted, distinct numbers of steps that are at most half the number of tokens.
+    """Returns the sorted, distinct numbers of steps that are at most half the number N of tokens.
 
     With more steps, a step decides fewer than two tokens on average.
-
-    Args:
-        num_tokens: N.
-        steps: Numbers of steps to choose from.
 
     Raises:
         ValueError: if no number of steps is left.
     """
     most = max(2, num_tokens // 2)  # at least 2, even for 2 or 3 tokens
-    wanted = tuple(sorted({number for number in steps if number <= most}))
-    if not wanted:
+    chosen = tuple(sorted({number for number in steps if number <= most}))
+    if not chosen:
         raise ValueError(f"num_steps must be <= {most}, half the number of tokens, got only {list(steps)}")
-    return wanted
+    return chosen
 
 
 def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
@@ -356,24 +335,19 @@ def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
     Rows remain valid when a field is added.
     """
     usual = {field.name: field.default for field in fields(DecodingConfig)}
-    given = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
+    changed_fields = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
     named = {"token_selector": decoding.token_selector, "guidance": decoding.guidance}
-    changed: dict[str, Any] = json.loads(json.dumps({**named, **given}, sort_keys=True))
+    changed: dict[str, Any] = json.loads(json.dumps({**named, **changed_fields}, sort_keys=True))
     return changed
 
 
 def describe_decoding(decoding: DecodingConfig, *, steps: bool = True) -> str:
-    """Returns a decoding in one line, without fields that have their default.
-
-    Args:
-        decoding: The decoding.
-        steps: True to begin with the number of steps.
-    """
+    """Returns a decoding in one line, without fields that have their default, and with or without its steps."""
     temperature = decoding.sampling_temperature
     parts = [f"T {decoding.num_steps}"] if steps else []
     parts += [describe(decoding.token_selector), f"guidance {describe(decoding.guidance)}"]
-    shown = f"{temperature[0]:g} to {temperature[1]:g}" if isinstance(temperature, tuple) else f"{temperature:g}"
-    parts += [f"temperature {shown}"] if temperature != 1 else []
+    text = f"{temperature[0]:g} to {temperature[1]:g}" if isinstance(temperature, tuple) else f"{temperature:g}"
+    parts += [f"temperature {text}"] if temperature != 1 else []
     for name in ("top_k", "top_p", "tokens_per_step", "mask_schedule"):
         value = getattr(decoding, name)
         parts += [] if value is None else [f"{name} {describe(value) if isinstance(value, str | dict) else value}"]

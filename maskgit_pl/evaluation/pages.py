@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.errors import code_span, printable
-from maskgit_pl.evaluation.metrics import computed_metrics, find_metric, format_value
+from maskgit_pl.evaluation.metrics import FeatureMetric, format_value, known_metrics
 from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = [
     "format_seeds",
     "heading",
     "image_to_png",
-    "is_metric",
     "markdown_table",
     "metric_cell",
     "metrics_of",
@@ -113,17 +112,12 @@ def code_cell(text: str) -> str:
 
 def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the metrics that any row has: those of features in the order of tables, then others in that of rows."""
-    names = dict.fromkeys([*computed_metrics(), *(name for row in rows for name in row)])
-    return [name for name in names if is_metric(name) and any(row.get(name) is not None for row in rows)]
-
-
-def is_metric(name: str) -> bool:
-    """Returns True if a name such as ``fid/classifier`` is that of a metric."""
-    try:
-        find_metric(name)
-    except ValueError:
-        return False
-    return True
+    known = known_metrics()  # once: the names of plug-ins are read from all installed packages
+    computed = [name for name, metric in known.items() if isinstance(metric, FeatureMetric)]
+    names = dict.fromkeys([*computed, *(name for row in rows for name in row)])
+    return [
+        name for name in names if name.partition("/")[0] in known and any(row.get(name) is not None for row in rows)
+    ]
 
 
 def metric_cell(row: Mapping[str, Any], name: str, *, more_digits: int = 0) -> str:
@@ -141,13 +135,7 @@ def format_seeds(name: str, values: Sequence[float]) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
-    """Returns the lines of a Markdown table.
-
-    Args:
-        headings: Heading of each column.
-        rows: Cells, in Markdown.
-        left: Number of first columns that are aligned left; the others hold numbers and are aligned right.
-    """
+    """Returns the lines of a Markdown table. The first ``left`` columns are aligned left, numbers right."""
     lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
     return [*lines, *map(_line, rows)]
 
@@ -158,9 +146,9 @@ def _line(cells: Sequence[str]) -> str:
 
 def choose_classes(num_classes: int) -> list[int]:
     """Returns the classes that a sheet of images shows: 10 evenly spaced ones, or all if there are fewer."""
-    shown = min(num_classes, _SHOWN_CLASSES)
+    count = min(num_classes, _SHOWN_CLASSES)
     # Evenly spaced, because neighbouring classes of ImageNet are similar.
-    return [number * num_classes // shown for number in range(shown)]
+    return [number * num_classes // count for number in range(count)]
 
 
 def image_to_png(picture: Image.Image) -> bytes:

@@ -126,17 +126,19 @@ class ArrayFile:
             )
         with self._refusing(f"array {name!r}"), zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
             stream = io.BytesIO(member.read(_MAX_HEADER))  # the length that a header claims may be huge
-            found, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
+            stored_shape, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
             header = stream.tell()
-        fits = (size >= 1 if wanted is None else size == wanted for size, wanted in zip(found, shape, strict=False))
-        if len(found) != len(shape) or not all(fits):
+        fits = (
+            size >= 1 if wanted is None else size == wanted for size, wanted in zip(stored_shape, shape, strict=False)
+        )
+        if len(stored_shape) != len(shape) or not all(fits):
             wanted = ", ".join("n" if size is None else str(size) for size in shape)
-            raise self.error(name, f"the shape must be ({wanted}), got {found}")
+            raise self.error(name, f"the shape must be ({wanted}), got {stored_shape}")
         # Objects, which are pickled, records and text are of other kinds.
         if dtype != kinds if kinds == "uint8" else dtype.kind not in kinds:
             raise self.error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
-        if header + math.prod(found) * dtype.itemsize != info.file_size:
-            raise self.error(name, f"its size does not match its shape {found}; the file is damaged")
+        if header + math.prod(stored_shape) * dtype.itemsize != info.file_size:
+            raise self.error(name, f"its size does not match its shape {stored_shape}; the file is damaged")
         with self._refusing(f"array {name!r}"):
             if info.compress_type == zipfile.ZIP_STORED:
                 # The member is a plain .npy file within the zip file, so that its values can be mapped. Its name and an
@@ -145,7 +147,7 @@ class ArrayFile:
                     file.seek(info.header_offset)
                     name_length, extra_length = struct.unpack("<26xHH", file.read(_LOCAL_HEADER))
                 start = info.header_offset + _LOCAL_HEADER + name_length + extra_length + header
-                return np.memmap(self.path, dtype, "r", start, found, "F" if is_fortran else "C")
+                return np.memmap(self.path, dtype, "r", start, stored_shape, "F" if is_fortran else "C")
             with zipfile.ZipFile(self.path) as archive, archive.open(info) as member:
                 return np.lib.format.read_array(member, allow_pickle=False)
 
@@ -162,17 +164,11 @@ class ArrayFile:
 
 @dataclass(frozen=True)
 class SampleFile:
-    """The images of a file, read in parts.
-
-    Args:
-        path: Path of the file.
-        images: (n, H, W, 3) uint8, memory-mapped if the file is not compressed.
-        labels: (n,) int64; None if the file has no labels.
-    """
+    """The images of a file, read in parts."""
 
     path: Path
-    images: npt.NDArray[np.uint8]
-    labels: Tensor | None
+    images: npt.NDArray[np.uint8]  # (n, H, W, 3), memory-mapped if the file is not compressed
+    labels: Tensor | None  # (n,) int64
 
     def __len__(self) -> int:
         return len(self.images)
@@ -200,26 +196,14 @@ def open_samples(file: ArrayFile | Path | str) -> SampleFile:
 
 @dataclass(frozen=True)
 class Statistics:
-    """Mean and covariance of a set of features.
+    """Mean and covariance of a set of features."""
 
-    Args:
-        mean: (D,) float64.
-        covariance: (D, D) float64, unbiased.
-    """
-
-    mean: Tensor
-    covariance: Tensor
+    mean: Tensor  # (D,) float64
+    covariance: Tensor  # (D, D) float64, unbiased
 
     @classmethod
     def from_features(cls, features: Tensor) -> Statistics:
-        """Computes mean and covariance.
-
-        Args:
-            features: (n, D) float, n >= 2.
-
-        Raises:
-            ValueError: if ``features`` is not a matrix, or n < 2.
-        """
+        """Computes mean and covariance of (n, D) float features, n >= 2."""
         if features.ndim != 2 or len(features) < 2:
             raise ValueError(f"features must be (n, D) with n >= 2 for a covariance, got {tuple(features.shape)}")
         mean = features.double().mean(0)
@@ -229,15 +213,9 @@ class Statistics:
 
 @dataclass(frozen=True)
 class ReferenceOrigin:
-    """The source of a reference: a split of a data set, or a file.
+    """The source of a reference: a split of a data set, or a file."""
 
-    Args:
-        digest: SHA-256 in hex of the file, or of the settings that determine the pixels of the split.
-        split: Name of the split; empty for a file.
-        file: Name of the file; empty for a split.
-    """
-
-    digest: str
+    digest: str  # SHA-256 in hex of the file, or of the settings that determine the pixels of the split
     split: str = ""
     file: str = ""
 
@@ -309,15 +287,9 @@ def iter_real_batches(
 
 
 def read_real_vectors(data: ShardData, pipe: MaskGIT, *, num_images: int) -> Tensor | None:
-    """Returns the vectors of the val images that ``Evaluator.read_real_images`` returns.
+    """Returns the (n, C) float32 vectors of the val images that ``Evaluator.read_real_images`` returns, on the device.
 
-    Args:
-        data: The real images.
-        pipe: The model.
-        num_images: Number of images; all of the split if it has fewer.
-
-    Returns:
-        (n, C) float32 on the model's device; None for a model without vectors.
+    None for a model without vectors.
     """
     if not pipe.transformer.network.config.condition_dim:
         return None
@@ -340,24 +312,18 @@ def obtain_references(
     split: Split = "val",
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """Returns the references of a split, read from ``folder`` if possible, else computed and written there.
+    """Returns the references of a split by label, read from ``folder`` if possible, else computed and written there.
 
     Args:
         folder: Folder of the reference files; several data sets and networks may share it.
         data: The real images.
         extractors: Networks with different labels.
         split: Split of the images.
-        on_images: Called after each batch with its number of images, for a progress bar.
-
-    Returns:
-        References by label of the network, the same on every rank.
-
-    Raises:
-        ValueError: if there are fewer than two images.
+        on_images: Called after each batch with its number of images.
     """
     batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
-    found = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
-    return {label: replace(each, origin=ReferenceOrigin.from_split(data, split)) for label, each in found.items()}
+    references = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
+    return {label: replace(each, origin=ReferenceOrigin.from_split(data, split)) for label, each in references.items()}
 
 
 def read_references(
@@ -367,7 +333,7 @@ def read_references(
     folder: Path | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """Returns the references of a file in the layout of ADM.
+    """Returns the references of a file in the layout of ADM, by label of the network.
 
     Statistics in the file belong to Inception and give FID and sFID; images in the file give all metrics.
 
@@ -376,9 +342,6 @@ def read_references(
         extractors: See ``obtain_references``.
         folder: Folder that keeps the features of the file's images; None keeps nothing.
         on_images: See ``obtain_references``.
-
-    Returns:
-        See ``obtain_references``.
 
     Raises:
         ValueError: if the file is missing, damaged or has another layout, or lacks the arrays that a network needs.
@@ -399,13 +362,13 @@ def read_references(
         return {extractor.label: replace(statistics, origin=origin) for extractor in extractors}
     samples = open_samples(file)
     batches = iter_image_batches(samples.read, len(samples))
-    found = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, batches, on_images)
-    made = {label: replace(each, origin=origin) for label, each in found.items()}
-    if statistics is None or "inception" not in made:
-        return made
+    references = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, batches, on_images)
+    named = {label: replace(each, origin=origin) for label, each in references.items()}
+    if statistics is None or "inception" not in named:
+        return named
     # The published statistics take precedence over those of the images in the file.
-    spatial = statistics.spatial if statistics.spatial is not None else made["inception"].spatial
-    return {**made, "inception": replace(made["inception"], pooled=statistics.pooled, spatial=spatial)}
+    spatial = statistics.spatial if statistics.spatial is not None else named["inception"].spatial
+    return {**named, "inception": replace(named["inception"], pooled=statistics.pooled, spatial=spatial)}
 
 
 def _split_key(data: ShardData, split: Split) -> dict[str, Any]:
@@ -441,8 +404,8 @@ def _obtain(
         name: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
         for name, each in by_name.items()
     }
-    found = cached(folder, keys, make)
-    return {each.label: _from_arrays(each.label, found[name]) for name, each in by_name.items()}
+    arrays = cached(folder, keys, make)
+    return {each.label: _from_arrays(each.label, arrays[name]) for name, each in by_name.items()}
 
 
 def _to_arrays(reference: Reference) -> Arrays:

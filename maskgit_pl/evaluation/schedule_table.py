@@ -122,9 +122,9 @@ def ablate_schedules(
     for names, recipe in recipes.items():
         for seed in [None] if config.seeds is None else config.seeds:
             folder = config.runs / f"{recipe.run_name}{'' if seed is None else f'-seed{seed}'}"
-            own = recipe if seed is None else recipe.with_overrides([f"--data.seed={seed}"])
+            seeded = recipe if seed is None else recipe.with_overrides([f"--data.seed={seed}"])
             try:
-                train(own, folder, **folders)
+                train(seeded, folder, **folders)
                 runs.append(folder)
             except TrainingError as error:
                 log.error("ablation: schedule %s: %s", names, error)
@@ -167,7 +167,7 @@ def table_3(
     evaluator, count, seed = opened.evaluator, options.num_images, options.seed
     # Two runs may have the same name, and the rows of a run that was renamed have its old one.
     runs_seen = [model.run for model in opened.models]
-    labels = [run if runs_seen.count(run) == 1 else f"{run} ({place})" for place, run in enumerate(runs_seen, start=1)]
+    labels = [run if runs_seen.count(run) == 1 else f"{run} ({index})" for index, run in enumerate(runs_seen, start=1)]
     _check_budgets({label: _read_recipe(each) for label, each in zip(labels, opened.models, strict=True)})
     schedules: dict[str, MaskSchedule] = {}
     num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
@@ -180,15 +180,15 @@ def table_3(
         assert model.pipe.transformer.mask_schedule is not None
         schedules[marks["schedule"]] = model.pipe.transformer.mask_schedule
         # The exported decoding without guidance, which the paper does not use.
-        own = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
+        decoding = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
         curve = {}
         for number in steps:  # 1.
             row = evaluator.measure_samples(
-                model, with_steps(own, number), num_images=count, seed=seed, networks=[first]
+                model, with_steps(decoding, number), num_images=count, seed=seed, networks=[first]
             )[first]
             curve[number] = row["fid"]
             samples.append({**row, **marks})
-        best = with_steps(own, min(curve, key=lambda number: curve[number]))
+        best = with_steps(decoding, min(curve, key=lambda number: curve[number]))
         fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
         samples += [{**row, **marks} for row in fresh.values()]
         likelihood = evaluator.measure_likelihood(model, num_images=2 * count, draws=_DRAWS)  # 3.
@@ -214,25 +214,17 @@ def _read_recipe(model: EvaluatedModel) -> dict[str, Any]:
 def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
     """Checks that all runs had the same training budget, since schedules are comparable only then.
 
-    Args:
-        configs: Complete recipes by run; an empty one, such as that of a downloaded model, is ignored.
-
-    Raises:
-        ValueError: if a setting differs. The message names its values.
+    The recipe of a downloaded model is empty and ignored.
     """
     for key in _BUDGET:
         values = {run: value_at(config, key) for run, config in configs.items() if config}
         if len({repr(value) for value in values.values()}) > 1:
-            given = ", ".join(f"{run} {value}" for run, value in values.items())
-            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {given}")
+            text = ", ".join(f"{run} {value}" for run, value in values.items())
+            raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {text}")
 
 
 def _read_schedule_name(model: EvaluatedModel) -> str:
-    """Reads the registered name of a model's mask schedule; arguments are added in words.
-
-    Raises:
-        ValueError: if the model is autoregressive.
-    """
+    """Reads the registered name of a model's mask schedule; arguments are added in words."""
     spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
     if spec is None:
         raise ValueError(
@@ -257,13 +249,13 @@ class _ScheduleResult:
 def _group_results(samples: Sequence[Row], likelihoods: Sequence[Row]) -> dict[str, list[_ScheduleResult]]:
     """Returns the results of each schedule, one per run, in the order of the paper's table."""
     first = min(row["seed"] for row in samples)  # that of the curves
-    found: dict[str, list[_ScheduleResult]] = {}
+    grouped: dict[str, list[_ScheduleResult]] = {}
     for likelihood in likelihoods:
-        own = [row for row in samples if row["run"] == likelihood["run"]]
-        curve = {row["num_steps"]: float(row["fid"]) for row in own if row["seed"] == first}
-        fresh = {row["network"]: row for row in own if row["seed"] != first}
-        found.setdefault(own[0]["schedule"], []).append(_ScheduleResult(curve, fresh, likelihood))
-    return {name: found[name] for name in _in_order(found)}
+        of_run = [row for row in samples if row["run"] == likelihood["run"]]
+        curve = {row["num_steps"]: float(row["fid"]) for row in of_run if row["seed"] == first}
+        fresh = {row["network"]: row for row in of_run if row["seed"] != first}
+        grouped.setdefault(of_run[0]["schedule"], []).append(_ScheduleResult(curve, fresh, likelihood))
+    return {name: grouped[name] for name in _in_order(grouped)}
 
 
 def _in_order(schedules: Iterable[str]) -> list[str]:
@@ -346,13 +338,7 @@ def _with_error(rows: Sequence[Row], name: str) -> str:
 
 
 def compare_with_paper(fids: Mapping[str, float], network: str, seeds: int = 1) -> list[str]:
-    """Returns a paragraph that compares our order of the schedules with the paper's.
-
-    Args:
-        fids: Our FIDs by schedule.
-        network: Label of the network of the FIDs.
-        seeds: Number of trainings of each schedule.
-    """
+    """Returns a paragraph that compares our order of the schedules, by their FID, with the paper's."""
     paper = {name: row.fid for name, row in SCHEDULES.items() if name in fids}
     if len(paper) < 2:
         return ["Fewer than two schedules of the paper were measured, so that their order cannot be compared."]

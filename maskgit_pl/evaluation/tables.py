@@ -102,7 +102,6 @@ _EDITING: dict[Task, tuple[tuple[str, ...], ...]] = {  # paper, Table 2
     ),
 }
 
-
 _TASKS: dict[Task, str] = {
     "outpaint-right": "Outpainting, the right 50 %",
     "inpaint-centre": "Inpainting, the centre 50 % x 50 %",
@@ -175,25 +174,18 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
 
 
 def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
-    """Makes the table of tokenizers, with a row for each.
+    """Makes the table of tokenizers, with a row for each run folder, pretrained folder or tokenizer folder.
 
-    Args:
-        runs: Run folders, pretrained folders or tokenizer folders.
-        options: Number of images, networks, folders and other options; None for the defaults.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if a tokenizer or the data do not exist.
-        ValueError: if there is no run.
+    See ``table_1`` for the other arguments and errors.
     """
     options = options or ReportOptions()
     _check_runs("table tokenizers", runs)
     folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
     shared = folders[0].data  # all rows compare with the same real images
-    own = TokenizerOptions(
+    settings = TokenizerOptions(
         options.batch_size, options.device, options.num_workers, options.classifier, num_images=options.num_images
     )
-    tokenizers = [open_tokenizer(replace(each, data=shared), options.features, own, bars) for each in folders]
+    tokenizers = [open_tokenizer(replace(each, data=shared), options.features, settings, bars) for each in folders]
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
     held_out = describe_held_out(tokenizers[0].data.summary)["text"]
@@ -241,11 +233,7 @@ class OpenedModels:
 
 
 def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> OpenedModels:
-    """Opens models, data and feature networks.
-
-    Raises:
-        ValueError: if the runs differ in classes or image size, a network is unknown, or there are too few images.
-    """
+    """Opens models, data and feature networks. All runs must have the classes and the image size of the first one."""
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
     models = [open_model(each, options.device) for each in folders]
@@ -294,28 +282,23 @@ def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
 
 def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
     """Returns the first image of a class, or a black one if the class has none."""
-    found = (labels == label).nonzero()
-    return images[int(found[0])] if len(found) else torch.zeros_like(images[0])
+    rows = (labels == label).nonzero()
+    return images[int(rows[0])] if len(rows) else torch.zeros_like(images[0])
 
 
 def _draw_edits(opened: OpenedModels, seed: int) -> Image.Image:
     """Draws a sheet of val images, with the part that is given and the edit of each task by the first model."""
     pipe = opened.models[0].pipe
     images, labels = opened.evaluator.read_real_images("val", _SHOWN_EDITS)
-    shown, captions = [images], ["held out"]
+    images_shown, captions = [images], ["held out"]
     for task in _TASKS:
-        shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=seed)]
+        images_shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=seed)]
         captions += ["given", task]
-    return image_grid(torch.cat(shown), columns=len(images), row_captions=captions)
+    return image_grid(torch.cat(images_shown), columns=len(images), row_captions=captions)
 
 
 def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
-    """Returns the page of Table 1: class-conditional generation.
-
-    Args:
-        samples: Rows of generated images and of real images.
-        cas: Rows of the classification accuracy score; empty leaves it out.
-    """
+    """Returns the page of Table 1 from rows of images and of the classification accuracy score, which may be empty."""
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in samples))
     lines = heading("Table 1: class-conditional generation")
     lines += paragraph(
@@ -327,8 +310,8 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
     )
     # One table per network, in the order in which the networks were measured.
     for network in dict.fromkeys(row["network"] for row in samples):
-        own = [row for row in samples if row["network"] == network]
-        lines += ["", f"## In the features of {markdown(network)}", "", *_generation_lines(own, network)]
+        of_network = [row for row in samples if row["network"] == network]
+        lines += ["", f"## In the features of {markdown(network)}", "", *_generation_lines(of_network, network)]
     if cas:
         lines += ["", "## Classification accuracy score", "", *_cas_lines(cas)]
     lines += ["", *describe_provenance(samples), "", "## Published", ""]
@@ -340,13 +323,13 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
 
 
 def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
-    shown = [name for name in metrics_of(rows) if name not in NO_COLUMN]
-    headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in shown]
+    names = [name for name in metrics_of(rows) if name not in NO_COLUMN]
+    headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in names]
     # Real images come last, below the models.
     return markdown_table(
         ["model", "run", *headings, "parameters", "steps", "ms per image"],
         [
-            [_word(row, "model"), code_cell(row["run"]), *(metric_cell(row, name) for name in shown), _millions(row),
+            [_word(row, "model"), code_cell(row["run"]), *(metric_cell(row, name) for name in names), _millions(row),
              _word(row, "num_steps"), metric_cell(row, "seconds_per_image")]
             for row in sorted(rows, key=lambda row: row["model"] == REAL)
         ],
@@ -368,11 +351,7 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def make_editing_page(rows: Sequence[Row]) -> Page:
-    """Returns the page of Table 2: outpainting and inpainting of val images.
-
-    Args:
-        rows: Rows of edited, masked and unedited images.
-    """
+    """Returns the page of Table 2: outpainting and inpainting of val images."""
     lines = heading("Table 2: outpainting and inpainting")
     lines += paragraph(
         "Each val image is edited once: the model gets its class and its visible part, and generates the rest. The",
@@ -382,20 +361,20 @@ def make_editing_page(rows: Sequence[Row]) -> Page:
         "7 x 7 tokens, these are 4 columns, or 3 x 3 tokens.",
     )
     for task, name in _TASKS.items():
-        own = [row for row in rows if row["task"] == task]
-        if own:
+        of_task = [row for row in rows if row["task"] == task]
+        if of_task:
             published = ["published, Places2", "size", "FID (inception)", "IS (inception)"]
-            lines += ["", f"## {name}", "", *_editing_lines(own), "", *markdown_table(published, _EDITING[task])]
+            lines += ["", f"## {name}", "", *_editing_lines(of_task), "", *markdown_table(published, _EDITING[task])]
     return finish_page("table-2", [*lines, "", *describe_provenance(rows)], rows, picture="table-2.png")
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
-    shown = [name for name in metrics_of(rows) if name not in NO_COLUMN]
+    names = [name for name in metrics_of(rows) if name not in NO_COLUMN]
     return markdown_table(
-        ["result", "run", "network", *map(title, shown), "images", "steps"],
+        ["result", "run", "network", *map(title, names), "images", "steps"],
         [
             [_word(row, "model"), code_cell(row["run"]), _word(row, "network"),
-             *(metric_cell(row, name) for name in shown), _word(row, "num_images"), _word(row, "num_steps")]
+             *(metric_cell(row, name) for name in names), _word(row, "num_images"), _word(row, "num_steps")]
             for row in rows
         ],
         left=3,
@@ -404,19 +383,19 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
 
 def finish_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
     """Returns a page whose picture comes last."""
-    shown = f"![{picture.removesuffix('.png')}]({picture})"
-    return Page(name, "\n".join([*lines, "", shown, ""]), rows)
+    image = f"![{picture.removesuffix('.png')}]({picture})"
+    return Page(name, "\n".join([*lines, "", image, ""]), rows)
 
 
 def _describe_reference(rows: Sequence[Row]) -> str:
     """Returns the number and the source of the real images that the rows compare with."""
-    found = dict.fromkeys(
+    sources = dict.fromkeys(
         f"{_word(row, 'real_images')} real images of {_reference_name(row)}"
         if row.get("real_images")
         else f"the statistics of {_reference_name(row)}"
         for row in rows
     )
-    return " and ".join(found)
+    return " and ".join(sources)
 
 
 def _reference_name(row: Mapping[str, Any]) -> str:

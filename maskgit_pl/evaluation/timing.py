@@ -110,9 +110,6 @@ def measure_timings(
 
     Returns:
         The points, sorted by N and method.
-
-    Raises:
-        ValueError: if a number of tokens is not a square, or the backbone has no causal form.
     """
     device, matmul = torch.device(device), torch.get_float32_matmul_precision()
     for count in num_tokens:
@@ -143,16 +140,16 @@ def measure_timings(
             }
             for method in METHODS
         }
-        found = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
-        advance(len(found))
-        missing = [method for method in METHODS if method not in found]
+        measured_rows = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
+        advance(len(measured_rows))
+        missing = [method for method in METHODS if method not in measured_rows]
         decoders = _build_decoders(sizes, count, num_steps, device) if missing else {}
         for method, seconds in _time({method: decoders[method] for method in missing}, device):
             measured = {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds)}
             commit = describe_environment()["commit"]
-            found[method] = ledger.add("timing", {**keys[method], **measured, "commit": commit})
+            measured_rows[method] = ledger.add("timing", {**keys[method], **measured, "commit": commit})
             advance(1)
-        rows += [found[method] for method in METHODS]
+        rows += [measured_rows[method] for method in METHODS]
     return rows
 
 
@@ -164,8 +161,8 @@ def _describe(sizes: BackboneConfig) -> str:
     if isinstance(sizes, TransformerConfig):
         return f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, {codes}"
     common = {each.name for each in fields(BackboneConfig)} | {"attention"}
-    own = [f"{each.name} {getattr(sizes, each.name)}" for each in fields(sizes) if each.name not in common]
-    return ", ".join([sizes.backbone, *own, codes])
+    words = [f"{each.name} {getattr(sizes, each.name)}" for each in fields(sizes) if each.name not in common]
+    return ", ".join([sizes.backbone, *words, codes])
 
 
 def _time(
@@ -183,12 +180,12 @@ def _time(
     waiting = deque(decoders)
     while waiting:
         method = waiting.popleft()
-        own = seconds[method]
-        own.append(_time_run(decoders[method], device))
-        if len(own) < _MAX_RUNS and sum(own) + own[-1] <= _SECONDS:
+        runs = seconds[method]
+        runs.append(_time_run(decoders[method], device))
+        if len(runs) < _MAX_RUNS and sum(runs) + runs[-1] <= _SECONDS:
             waiting.append(method)
         else:
-            yield method, own
+            yield method, runs
 
 
 def _time_run(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
@@ -233,11 +230,7 @@ def _build_decoders(
 
 
 def make_timing_page(rows: Sequence[Row]) -> Page:
-    """Returns the page: an explanation, the figure, and a table with the ratios.
-
-    Args:
-        rows: See ``measure_timings``.
-    """
+    """Returns the page of ``measure_timings``: an explanation, the figure, and a table with the ratios."""
     first = rows[0]
     lines = {method: {row["num_tokens"]: row for row in rows if row["method"] == method} for method in METHODS}
     cells = []

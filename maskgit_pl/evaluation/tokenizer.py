@@ -77,7 +77,7 @@ _FLOORS = ("rfid", "rkid")  # metrics whose value for real halves stands beside 
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Computes the PSNR -10 log10(error) in dB, for pixels in [0, 1]; an error of 0 gives infinity."""
+    """Computes the PSNR in dB, for pixels in [0, 1]; an error of 0 gives infinity."""
     return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)
 
 
@@ -215,14 +215,7 @@ def _mean_squared_error(images: Tensor, others: Tensor) -> Tensor:
 
 
 def _ssim(images: Tensor, others: Tensor) -> Tensor:
-    """Computes the structural similarity with a Gaussian window of 11 x 11 pixels and sigma 1.5.
-
-    Args:
-        images: (B, C, H, W) float in [0, 1].
-        others: Images of the same shape.
-
-    Returns:
-        (B,) float64, <= 1.
+    """Computes the (B,) float64 structural similarity with a Gaussian window of 11 x 11 pixels and sigma 1.5.
 
     Source: Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004.
     """
@@ -246,7 +239,7 @@ def evaluate_tokenizer(
         folder: Run folder, pretrained folder, or the folder of a tokenizer.
         data: Data folder; None for the data that the run was trained on.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, beside which the others are written; None for ``RUN/tokenizer.json``.
+        out: Path of the JSON file, beside which page and ledger are written; None for ``RUN/tokenizer.json``.
         options: Number of images and other options; None for the defaults.
         bars: Progress bars.
 
@@ -259,8 +252,7 @@ def evaluate_tokenizer(
     folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
-    check_writable("ledger", folders.evaluation / FILE_NAME)
-    ledger = Ledger(folders.evaluation / FILE_NAME)
+    ledger = Ledger(file.parent / "evaluation" / FILE_NAME)
 
     report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
     report.page.write()
@@ -271,16 +263,7 @@ def evaluate_tokenizer(
 
 @dataclass(frozen=True)
 class OpenedTokenizer:
-    """A tokenizer with what it is measured with.
-
-    Args:
-        folders: Folders of the tokenizer and of the data.
-        options: Number of images and other options.
-        tokenizer: The tokenizer, on its device.
-        data: The real images.
-        extractors: Feature networks.
-        lpips: Perceptual distance; None leaves it out.
-    """
+    """A tokenizer, on its device, with what it is measured with."""
 
     folders: RunFolders
     options: TokenizerOptions
@@ -325,10 +308,7 @@ class OpenedTokenizer:
 def open_tokenizer(
     folders: RunFolders, features: Sequence[Spec], options: TokenizerOptions, bars: Bars
 ) -> OpenedTokenizer:
-    """Opens a tokenizer, the data and the feature networks; trains the classifier of the data if it is missing.
-
-    Raises: see ``evaluate_tokenizer``.
-    """
+    """Opens a tokenizer, the data and the feature networks; trains the classifier of the data if it is missing."""
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
@@ -526,5 +506,5 @@ class TokenizerReport:
 def _draw_pairs(pairs: Sequence[_Pair]) -> Image.Image:
     """Draws originals above their reconstructions, cut to 256 px."""
     images = [pair.original for pair in pairs] + [pair.reconstruction for pair in pairs]
-    shown = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
-    return image_grid(shown, columns=len(pairs), row_captions=["original", "reconstruction"])
+    pixels = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
+    return image_grid(pixels, columns=len(pairs), row_captions=["original", "reconstruction"])

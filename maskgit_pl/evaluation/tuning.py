@@ -390,7 +390,7 @@ def search(
         metric: Name of the metric, such as ``fid/classifier``.
         trials: Number of trials, with those of earlier calls.
         num_images: Number of images per trial.
-        options: Seed of the choices and of the first image of each trial, and time limit.
+        options: Seed and time limit.
         bars: Progress bars.
     """
     import optuna
@@ -443,13 +443,8 @@ def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingCon
 
 
 def make_page(result: TuningResult, real: Row) -> Page:
-    """Returns the page of a search.
-
-    Args:
-        result: The search.
-        real: Row of as many real training images as in the second measurement; see ``comparison.measure_real``.
-    """
-    count, shown = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
+    """Returns the page of a search, beside the row ``real`` of as many real training images."""
+    count, best = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
     floor = [f"{title(name)} {metric_cell(real, name)}" for name in ("fid", "kid")]
     lines = heading("Search for a decoding")
     lines += paragraph(
@@ -462,7 +457,7 @@ def make_page(result: TuningResult, real: Row) -> Page:
         f"have {' and '.join(floor)}.",
     )
     lines += ["", "## Second measurement", "", *_trial_table(result, result.confirmed), "", *_explain_winner(result)]
-    lines += ["", f"## Best of {len(result.trials)} trials, {count} images each", "", *_trial_table(result, shown)]
+    lines += ["", f"## Best of {len(result.trials)} trials, {count} images each", "", *_trial_table(result, best)]
     rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
     return Page("tuning", "\n".join([*lines, ""]), rows)
 

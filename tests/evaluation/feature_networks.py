@@ -1,8 +1,11 @@
-"""A feature network of a few numbers, and images in memory, for tests."""
+"""A feature network of a few numbers, images in memory and opened shards, for tests."""
+
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.evaluation.classifier import TrainingImages
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures
@@ -43,6 +46,12 @@ def distances(generated: ImageFeatures, reference: Reference) -> dict[str, float
     labels = torch.zeros(len(generated), dtype=torch.int64)
     numbers = compute_metrics(network.choose(), ComparedImages(generated, reference, labels))
     return {name: value for name, value in numbers.items() if value is not None and name != "class_agreement"}
+
+
+def open_shards(shards: Path | str, image_size: int = 8) -> ShardData:
+    data = ShardData(ShardDataConfig(str(shards), image_size=image_size, in_channels=1, validation_batch=10))
+    data.setup()
+    return data
 
 
 def in_memory(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...]) -> TrainingImages:

@@ -5,12 +5,9 @@ from typing import Any
 import pytest
 import yaml
 
-from maskgit_pl import evaluation
 from maskgit_pl.evaluation.ablation import AblationRuns
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.runs.ablation import AblationConfig, parse_factor
 from tests.conftest import flags
-from tests.evaluation.test_ablation_page import rows
 
 TINY = Path(__file__).parents[1] / "tiny"
 
@@ -35,22 +32,22 @@ def open_runs(
 @pytest.mark.slow
 def test_runs_are_named_by_what_determines_their_weights(tiny_shards, tiny_pretrained, tmp_path) -> None:
     where = (tiny_shards, tiny_pretrained, tmp_path)
-    one = open_runs(*where, "model.network.depth=1,2", "decoding.guidance.scale=3")
-    base, same, deep, guided = one.variants
-    assert [each.label for each in one.variants] == ["base", "depth=1", "depth=2", "guidance.scale=3"]
-    assert one.base == {"depth": 1, "guidance.scale": 1.0}
-    assert one.folder_of(base, 0) == one.folder_of(guided, 0)
+    runs = open_runs(*where, "model.network.depth=1,2", "decoding.guidance.scale=3")
+    base, same, deep, guided = runs.variants
+    assert [variant.label for variant in runs.variants] == ["base", "depth=1", "depth=2", "guidance.scale=3"]
+    assert runs.base == {"depth": 1, "guidance.scale": 1.0}
+    assert runs.folder_of(base, 0) == runs.folder_of(guided, 0)
     assert base.digest == same.digest
     assert guided.decoding is not None
     assert guided.decoding.scales()[-1] == 3
     longer = open_runs(*where, "trainer.max_steps=4").variants[1]
-    assert len({one.folder_of(*key) for key in [(base, 0), (base, 1), (longer, 0), (deep, 0)]}) == 4
+    assert len({runs.folder_of(*key) for key in [(base, 0), (base, 1), (longer, 0), (deep, 0)]}) == 4
 
     # In a grid, and with settings that do not affect weights.
     more = ("--trainer.val_check_interval=7", "--keep_last=5")
-    other = open_runs(*where, "model.network.depth=2,1", grid=True, overrides=more)
-    assert [each.label for each in other.variants] == ["base", "depth=2", "depth=1"]
-    assert [each.digest for each in other.variants] == [base.digest, deep.digest, base.digest]
+    grid = open_runs(*where, "model.network.depth=2,1", grid=True, overrides=more).variants
+    assert [variant.label for variant in grid] == ["base", "depth=2", "depth=1"]
+    assert [variant.digest for variant in grid] == [base.digest, deep.digest, base.digest]
 
 
 def test_a_finished_run_under_another_label_is_reused(tiny_shards, tiny_pretrained, tmp_path) -> None:
@@ -60,15 +57,3 @@ def test_a_finished_run_under_another_label_is_reused(tiny_shards, tiny_pretrain
     (other / "transformer").mkdir(parents=True)
     (other / "transformer" / "exported.json").write_text(json.dumps({"step": 3}))
     assert runs.train(runs.variants[1], 0) == other
-
-
-def test_the_page_is_made_from_the_ledger_without_training(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / FILE_NAME)
-    for each in rows():
-        ledger.add("ablation", each)
-    options = evaluation.ReportOptions(results=tmp_path)
-    page = evaluation.read_ablation("ablation-depth", options)
-    assert {file.name for file in page.write()} == {f"ablation-depth.{ending}" for ending in ("md", "csv")}
-    assert page.folder == tmp_path / "shoes"
-    with pytest.raises(ValueError, match="ablation other: there must be at least one row"):
-        evaluation.read_ablation("other", options)

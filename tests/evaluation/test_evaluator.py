@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import evaluator as module
 from maskgit_pl.evaluation.classifier import Accuracy
@@ -20,7 +19,7 @@ from maskgit_pl.evaluation.options import CASConfig
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
-from tests.evaluation.feature_networks import distances, few, pictures
+from tests.evaluation.feature_networks import distances, few, open_shards, pictures
 
 DECODING = DecodingConfig(2)
 QUICK = CASConfig(model="small", width=4, max_steps=2, batch=6)
@@ -89,16 +88,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, tiny_shards: Path) -> Path:
 
 def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     """The row of a measurement, made or found by an evaluator of its own, as another command would."""
-    data = ShardData(
-        ShardDataConfig(str(folder / case.data), image_size=case.image_size, in_channels=1, validation_batch=10)
-    )
-    data.setup()
+    data = open_shards(folder / case.data, case.image_size)
     judge = few(seed=case.judge_seed, knows_classes=case.knows_classes)
     if case.reference.endswith(".npz"):  # of three channels
-        found = read_references(folder / case.reference, [few(channels=3)])
+        references = read_references(folder / case.reference, [few(channels=3)])
     else:
-        found = obtain_references(folder / "kept", data, [judge], split=case.reference)
-    networks = {"classifier": FeatureMetrics(judge, found["classifier"])}
+        references = obtain_references(folder / "kept", data, [judge], split=case.reference)
+    networks = {"classifier": FeatureMetrics(judge, references["classifier"])}
     evaluator = Evaluator(data, dataset=case.data, networks=networks, ledger=Ledger(results / "ledger.jsonl"))
     pretrained = folder / f"model-{case.weights}{case.config}"
     pipe = MaskGIT.from_pretrained(pretrained, decoding=case.decoding)
@@ -146,7 +142,7 @@ KINDS: dict[str, tuple[Callable[[Evaluator, EvaluatedModel, Case], Row], set[str
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_changed(
+def test_a_row_is_reused_only_if_nothing_has_changed(
     folder: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "classification_accuracy", lambda *_, **__: Accuracy(0.5, 1.0, 24))
@@ -171,21 +167,9 @@ def test_a_row_is_reused_if_nothing_changed_and_measured_again_if_anything_chang
     assert rows(Case()) == count
 
 
-@pytest.mark.slow
-def test_two_references_of_equal_size_give_two_rows_that_name_them(folder: Path, tmp_path: Path) -> None:
-    first, second = (measure("samples", Case(reference=name), folder, tmp_path) for name in ("a.npz", "b.npz"))
-    assert first["real_images"] == second["real_images"] == 24
-    assert first["fid"] != second["fid"]
-    assert (first["split"], first["reference_file"], second["reference_file"]) == ("", "a.npz", "b.npz")
-    val = measure("samples", Case(), folder, tmp_path)
-    assert (val["split"], val["reference_file"]) == ("val", "")
-
-
 def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
     """An evaluator of the tiny data with labels, whose numbers are those of a classifier."""
-    data = ShardData(ShardDataConfig(str(folder / "shoes"), image_size=8, in_channels=1, validation_batch=10))
-    data.setup()
-    network = few()
+    data, network = open_shards(folder / "shoes"), few()
     reference = obtain_references(folder / "kept", data, [network])["classifier"]
     networks = {"classifier": FeatureMetrics(network, reference, read_real_labels(data))}
     pretrained = folder / "model-0"
@@ -193,20 +177,15 @@ def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
     return evaluator, EvaluatedModel("run", MaskGIT.from_pretrained(pretrained), pretrained, ledger.file.parent)
 
 
-def test_the_measured_images_have_the_given_seeds(folder: Path, tmp_path: Path) -> None:
+def test_values_are_those_of_the_images_that_the_seeds_give(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     made = evaluator.generate(model, DECODING, num_images=12, seed=3, title="")
-    assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    alone = model.pipe.generate(made.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
-    assert (made.read(range(12)).int() - alone.int()).abs().max() <= 1
     assert made.steps_taken == 2
-
-
-def test_values_are_those_of_the_features_of_the_network(folder: Path, tmp_path: Path) -> None:
-    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-    made = evaluator.generate(model, DECODING, num_images=12, seed=0, title="")
+    assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    images = model.pipe.generate(made.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
+    assert (made.read(range(12)).int() - images.int()).abs().max() <= 1
     images = made.read(range(12))
-    numbers = collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=0, purpose="a test"))
+    numbers = collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=3, purpose="a test"))
     network = evaluator.networks["classifier"]
     features = extract([network.extractor], [(images, torch.arange(12))])["classifier"]
     expected = distances(features, network.reference)
@@ -216,7 +195,7 @@ def test_values_are_those_of_the_features_of_the_network(folder: Path, tmp_path:
     assert numbers["class_agreement"] == float(agree.double().mean())
     assert numbers["diversity"] > 0
     assert evaluator.ledger.rows("samples")[0]["purpose"] == "a test"
-    assert not list(tmp_path.glob("*.npz"))  # forgotten
+    assert not list(tmp_path.glob("*.npz"))  # deleted
 
 
 def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Path, tmp_path: Path) -> None:
@@ -233,32 +212,15 @@ def test_a_selector_that_ends_early_takes_fewer_steps(folder: Path, tmp_path: Pa
     assert collect_numbers(evaluator.measure_samples(model, decoding, num_images=6, seed=0))["steps_taken"] == 1
 
 
-def test_new_measurements_are_counted_and_a_second_evaluator_measures_nothing(folder: Path, tmp_path: Path) -> None:
-    counts = []
-    for _ in range(2):
-        evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-        evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
-        counts.append(evaluator.num_measured)
-    assert counts == [1, 0]
-    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl", reuse=False))
-    evaluator.measure_samples(model, DECODING, num_images=6, seed=0)
-    assert evaluator.num_measured == 1
-
-
 def test_likelihoods_are_means_with_standard_errors_in_bits() -> None:
     nats = math.log(2) * torch.tensor([4.0, 12.0, 20.0], dtype=torch.float64)
     error = 8 / math.sqrt(3)
-    assert module._in_bits("elbo", nats, 4) == pytest.approx(
-        {
-            "elbo_bits_per_token": 3,
-            "elbo_bits_per_token_error": error / 4,
-            "elbo_bits_per_image": 12,
-            "elbo_bits_per_image_error": error,
-        }
-    )
+    per_token = {"elbo_bits_per_token": 3, "elbo_bits_per_token_error": error / 4}
+    per_image = {"elbo_bits_per_image": 12, "elbo_bits_per_image_error": error}
+    assert module._in_bits("elbo", nats, 4) == pytest.approx(per_token | per_image)
 
 
-def test_fast_metrics_leave_the_neighbours_out_and_are_found_in_a_row_of_all(folder: Path, tmp_path: Path) -> None:
+def test_fast_metrics_are_found_in_a_row_of_all_but_not_the_reverse(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
 
     def measured(metrics: Any) -> dict[str, float]:
@@ -267,6 +229,5 @@ def test_fast_metrics_leave_the_neighbours_out_and_are_found_in_a_row_of_all(fol
     fast = measured("fast")
     assert "precision/classifier" not in fast
     assert fast.items() <= {**measured("all"), "seconds_per_image": fast["seconds_per_image"]}.items()
-    assert evaluator.num_measured == 2  # a row of fewer numbers is none of all of them
     assert "precision/classifier" in measured("fast")
-    assert evaluator.num_measured == 2
+    assert len(evaluator.ledger.rows("samples")) == 2

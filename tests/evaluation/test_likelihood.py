@@ -4,21 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from maskgit_pl.data import InOrder, ShardData, ShardDataConfig
-from maskgit_pl.evaluation.likelihood import (
-    encode_real_images,
-    exact_nll,
-    masked_nll,
-    negative_elbo,
-)
+from maskgit_pl.data import InOrder
+from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.schedules import mask_schedules, num_masked
-from tests.forked import run_ranks
+from tests.evaluation.feature_networks import open_shards
 
 MASK = -1
 
@@ -88,15 +82,7 @@ def test_the_bound_is_estimated_within_its_standard_error(draws):
     assert abs(float(values.mean() + table.log_likelihood(x)[0])) < 4 * standard_error(values)
 
 
-def test_the_standard_error_is_that_of_other_seeds():
-    table, x = Table(3, 2), torch.tensor([[0, 1, 1]]).expand(30, -1)
-    exact = -float(table.log_likelihood(x)[0])
-    estimates = [bound_of(table, x, draws=1, seed=seed) for seed in range(60)]
-    scores = torch.tensor([float(values.mean() - exact) / standard_error(values) for values in estimates])
-    assert 0.75 < float(scores.square().mean().sqrt()) < 1.3
-
-
-@pytest.mark.parametrize("name", [name for name in mask_schedules.names() if name != "pow"])  # which needs an exponent
+@pytest.mark.parametrize("name", ["cosine", "log"])
 def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
     table, schedule = Table(3, 2), mask_schedules.build(name)
     progress = (torch.arange(20_000) + 0.5) / 20_000
@@ -106,21 +92,6 @@ def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
     options = {"sampler": MaskSampler(schedule, 0), "mask_token_id": MASK, "draws": 3}
     values = masked_nll(table, tokens, no_labels(tokens), **options)
     assert abs(float(values.mean()) - exact) < 4 * standard_error(values) + 1e-4
-
-
-@pytest.mark.parametrize("codebook_size", [2, 16])
-def test_a_uniform_distribution_costs_log_k_nats_per_token(codebook_size):
-    tokens = torch.randint(codebook_size, (7, 5), generator=torch.Generator().manual_seed(0))
-    exact = exact_nll(
-        lambda tokens, labels: torch.zeros(*tokens.shape, codebook_size), tokens, no_labels(tokens), batch_size=3
-    )
-    assert exact.tolist() == pytest.approx([5 * math.log(codebook_size)] * 7)
-
-    def uniform(tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        return torch.zeros(int(mask.sum()), codebook_size)
-
-    bound = negative_elbo(uniform, tokens, no_labels(tokens), mask_token_id=MASK, batch_size=3)
-    assert bound.tolist() == pytest.approx([5 * math.log(codebook_size)] * 7)
 
 
 def test_the_exact_likelihood_is_that_of_the_joint_distribution():
@@ -140,7 +111,7 @@ def test_the_exact_likelihood_is_that_of_the_joint_distribution():
 
 def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tiny_shards: Path):
     pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
+    data = open_shards(tiny_shards)
     tokens, labels = encode_real_images(pipe, data, batch_size=10)
     batch = data.batches("val", InOrder(24)).__getitems__(range(24))
     assert torch.equal(labels, batch.labels)
@@ -148,33 +119,3 @@ def test_the_val_split_becomes_tokens_with_its_labels(tiny_pretrained: Path, tin
     _, some = encode_real_images(pipe, data, limit=9)
     assert len(some.unique()) > 1  # drawn from all of the split, not its beginning
     assert torch.equal(some, encode_real_images(pipe, data, limit=9, batch_size=2)[1])
-
-
-def measured(folder: Path, shards: Path) -> list[Tensor]:
-    """Returns all three likelihoods of a random transformer on the tiny data."""
-    pipe = MaskGIT.from_pretrained(folder)
-    data = ShardData(ShardDataConfig(str(shards), image_size=8, in_channels=1))
-    tokens, labels = encode_real_images(pipe, data, limit=23, batch_size=4)
-    network = pipe.transformer.network
-    sampler = MaskSampler(pipe.transformer.mask_schedule, 0)
-    options = {"mask_token_id": network.config.mask_token_id, "draws": 2, "batch_size": 5}
-    return [
-        masked_nll(network.forward_masked, tokens, labels, sampler=sampler, **options),
-        negative_elbo(network.forward_masked, tokens, labels, **options),
-        exact_nll(network, tokens, labels, batch_size=5),
-    ]
-
-
-def in_two_processes(rank: int, folder: str, pretrained: Path, shards: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    torch.save(torch.stack(measured(pretrained, shards)), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-def test_two_ranks_are_bit_exact_with_one(tiny_pretrained: Path, tiny_shards: Path, tmp_path: Path):
-    run_ranks(in_two_processes, str(tmp_path), tiny_pretrained, tiny_shards)
-    alone = torch.stack(measured(tiny_pretrained, tiny_shards))
-    for rank in (0, 1):
-        assert torch.equal(torch.load(tmp_path / f"{rank}.pt", weights_only=True), alone)

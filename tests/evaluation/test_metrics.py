@@ -35,22 +35,19 @@ PAGE = Path(__file__).parents[2] / "docs" / "plug-ins.md"
 
 
 def test_names_become_titles_and_values_have_their_factor() -> None:
-    assert metric_name("kid", "lite0") == "kid/lite0"
-    assert title("kid/lite0") == "KID x 1000 (lite0)"
+    assert title(metric_name("kid", "timm:resnet18")) == "KID x 1000 (timm:resnet18)"
     assert format_value("kid/lite0", 0.012345) == "12.35"
     assert format_value("kid/lite0", 0.012345, more_digits=1) == "12.345"
-    assert title("fid/timm:resnet18") == "FID (timm:resnet18)"
     assert title("class_agreement") == "class agreement %"
-    assert format_value("class_agreement", 0.75) == "75.0"
     with pytest.raises(ValueError, match="unknown metric 'fdi': did you mean 'fid'"):
         find_metric("fdi/lite0")
 
 
-@pytest.mark.parametrize("name", metrics.names())
-def test_every_metric_has_one_title_and_a_direction(name: str) -> None:
-    assert [metric.title for metric in known_metrics().values()].count(title(name)) == 1
-    assert is_better(name, 2.0, 1.0) == (direction(name) == "higher is better")
-    assert not is_better(name, 1.0, 1.0)
+def test_every_metric_has_a_title_of_its_own_and_a_direction() -> None:
+    known = known_metrics()
+    assert len({metric.title for metric in known.values()}) == len(known)
+    for name in known:
+        assert is_better(name, 2.0, 1.0) == (direction(name) == "higher is better")
 
 
 def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> None:
@@ -80,10 +77,8 @@ def compared() -> ComparedImages:
     return ComparedImages(features, Reference.from_features(features), torch.zeros(8, dtype=torch.int64))
 
 
-@pytest.mark.parametrize(
-    "value", ["high", (1.0,), (1.0, "x"), [1.0], torch.ones(2), 1j, {}, ValueError("broken")], ids=repr
-)
-def test_a_metric_of_another_package_that_fails_is_left_out_and_loses_no_other(value: object, caplog) -> None:
+@pytest.mark.parametrize("value", ["high", (1.0,), (1.0, "x"), torch.ones(2), ValueError("broken")], ids=repr)
+def test_a_metric_of_a_plug_in_that_fails_is_left_out_alone(value: object, caplog) -> None:
     class Mine(FeatureMetric):
         title = "mine"
 
@@ -92,8 +87,7 @@ def test_a_metric_of_another_package_that_fails_is_left_out_and_loses_no_other(v
                 raise value
             return value
 
-    found = compute_metrics({"mine": Mine(), "fid": computed_metrics()["fid"]}, compared())
-    assert list(found) == ["fid"]
+    assert list(compute_metrics({"mine": Mine(), "fid": computed_metrics()["fid"]}, compared())) == ["fid"]
     assert "metric mine raised" in caplog.text
 
 

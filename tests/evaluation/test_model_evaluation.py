@@ -1,8 +1,12 @@
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from maskgit_pl.evaluation.model_evaluation import describe_limit
+
+PAGE = Path(__file__).parents[2] / "docs" / "evaluation" / "README.md"
 
 
 def report(fid: float = 0.64, rfid: float | None = 0.55, real: float = 0.1) -> dict[str, Any]:
@@ -33,9 +37,25 @@ def test_the_stage_that_most_of_the_fid_comes_from(
 
 
 def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruction_fid() -> None:
-    known, unknown = describe_limit(report()), describe_limit(report(rfid=None))
+    known, unknown = describe_limit(report()), describe_limit(report(rfid=None))  # of a reference file
     assert known["reconstruction_share"] == pytest.approx(0.55 / 0.64)
     assert (known["bits_per_token"], known["uniform_bits_per_token"]) == (5.15, 8)
     assert known["text"].startswith("The tokenizer limits: reconstructed real images already have FID 0.55, 86% of")
     assert "stage" not in unknown
     assert unknown["text"] == "The transformer needs 5.15 bits per val token, a uniform guess 8.00."
+
+
+def test_the_advice_of_the_page_is_measured_on_the_pages_that_it_links() -> None:
+    section = PAGE.read_text().partition("## Which stage limits\n")[2].partition("\n## ")[0]
+    rows = {row.split("|")[2].strip(): row.split("|")[3] for row in section.splitlines() if row.startswith("| ")}
+    assert set(rows) == {"the stage that limits", "neither", "tokenizer", "transformer"}
+    for stage in ("tokenizer", "transformer"):
+        pages = {link: (PAGE.parent / link).read_text() for link in re.findall(r"\]\(([^)#]+)#", rows[stage])}
+        figures = re.findall(r"\d+\.\d\d", rows[stage])
+        assert len(figures) >= 3
+        assert all(any(figure in page for page in pages.values()) for figure in figures)
+
+
+def test_findings_print_no_command_that_might_change_nothing() -> None:
+    for stage in (report(), report(fid=1.44), report(fid=0.12), report(rfid=None)):
+        assert not re.search(r"maskgit |--(?!num-images)", describe_limit(stage)["text"])

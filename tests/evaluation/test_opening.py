@@ -1,10 +1,8 @@
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.opening import (
@@ -13,29 +11,16 @@ from maskgit_pl.evaluation.opening import (
     data_name,
     describe_held_out,
     find_run,
-    open_data,
     open_model,
 )
 from maskgit_pl.pipeline import MaskGIT
 from tests.conftest import save_tiny_pretrained
+from tests.evaluation.feature_networks import open_shards
 
 
 @pytest.fixture(scope="module")
 def pipe(tiny_pretrained: Path) -> MaskGIT:
     return MaskGIT.from_pretrained(tiny_pretrained)
-
-
-@pytest.mark.parametrize(
-    ("decoding", "match"),
-    [
-        (DecodingConfig(17), "num_steps must be <= 16, the tokens per image"),
-        (DecodingConfig(4, "confidnce"), "did you mean 'confidence'"),
-        (DecodingConfig(4, guidance={"name": "constant", "scale": -1.0}), "scale must be a number in"),
-    ],
-)
-def test_an_invalid_decoding_is_refused_before_any_work(pipe: MaskGIT, decoding: DecodingConfig, match: str) -> None:
-    with pytest.raises(ValueError, match=match):
-        check_model_decoding(pipe, decoding)
 
 
 def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -46,20 +31,11 @@ def test_guidance_of_a_model_without_a_null_class_is_refused_before_any_work(tmp
 
 
 def test_data_of_other_classes_are_refused(pipe: MaskGIT, tiny_shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
-    data.setup()
+    data = open_shards(tiny_shards)
     check_data(pipe, data)
     monkeypatch.setattr(type(pipe), "class_names", ("a", "b"))
     with pytest.raises(ValueError, match="the classes must be the model's"):
         check_data(pipe, data)
-
-
-@pytest.mark.parametrize(("side", "count"), [(16, 1), (8, 0)])
-def test_real_images_that_are_all_resized_are_named_once(tmp_path, tiny_shards, caplog, side, count) -> None:
-    pretrained = save_tiny_pretrained(tmp_path / "run" / "pretrained", image_size=side)
-    open_data(find_run(tmp_path / "run", data=tiny_shards), MaskGIT.from_pretrained(pretrained))
-    said = f"data {tiny_shards}: images of 8 x 8 pixels are enlarged to 16 x 16, which adds no detail"
-    assert [line.startswith(said) for line in caplog.messages] == [True] * count
 
 
 @pytest.mark.slow
@@ -70,24 +46,19 @@ def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
     config = tmp_path / "run" / "transformer" / "config.yaml"
     config.parent.mkdir()
     config.write_text(f"data:\n  path: {tiny_shards}\n")
-    found = find_run(tmp_path / "run")
-    assert (found.run, found.data) == (tmp_path / "run", tiny_shards)
-    assert found.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
-    assert found.evaluation == tmp_path / "run" / "evaluation"
-    assert find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path).classifier == tmp_path
+    folders = find_run(tmp_path / "run")
+    assert (folders.run, folders.data) == (tmp_path / "run", tiny_shards)
+    assert folders.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
+    assert folders.shares_classifier
+    named = find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path)
+    assert (named.classifier, named.shares_classifier) == (tmp_path, False)
 
 
-@pytest.mark.parametrize("path", [".", "..", "../shoes", "/somewhere/shoes"])
+@pytest.mark.parametrize("path", [".", "..", "/somewhere/shoes"])
 def test_the_name_of_the_data_is_that_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     (tmp_path / "shoes" / "deep").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "shoes" / ("deep" if path == ".." else ""))
     assert data_name(Path(path)) == "shoes"
-
-
-def test_a_classifier_is_shared_unless_its_folder_is_named(tmp_path: Path, tiny_shards: Path) -> None:
-    save_tiny_pretrained(tmp_path / "run" / "pretrained")
-    assert find_run(tmp_path / "run", data=tiny_shards).shares_classifier
-    assert not find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path / "judge").shares_classifier
 
 
 def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
@@ -100,17 +71,15 @@ def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
     assert find_run("fashion-mnist-demo").data == Path("data/shards/fashion-mnist")
 
 
-def test_the_split_that_judges_is_named(tiny_shards: Path) -> None:
-    found = describe_held_out(read_manifest_summary(tiny_shards))
-    assert (found["images"], found["text"]) == (24, "Held out: 24 images of the val split (29% of the data).")
+def test_the_held_out_images_are_described(tiny_shards: Path) -> None:
+    described = describe_held_out(read_manifest_summary(tiny_shards))
+    assert (described["images"], described["text"]) == (24, "Held out: 24 images of the val split (29% of the data).")
 
 
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-def test_a_model_in_bfloat16_has_other_rows_and_the_same_tokenizer(tiny_pretrained: Path, dtype: Any) -> None:
+def test_a_model_in_bfloat16_has_other_rows_and_the_same_tokenizer(tiny_pretrained: Path) -> None:
     folders = find_run(tiny_pretrained, data=Path("data"))
-    plain, cast = (open_model(folders, "cpu", dtype=each) for each in (None, dtype))
+    plain, same, cast = (open_model(folders, "cpu", dtype=dtype) for dtype in (None, "float32", "bfloat16"))
     assert next(cast.pipe.tokenizer.network.parameters()).dtype == torch.float32
-    expected = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    assert next(cast.pipe.transformer.network.parameters()).dtype == expected
-    changed = {name for name in plain.identity if plain.identity[name] != cast.identity[name]}
-    assert changed == ({"config"} if dtype == "bfloat16" else set())
+    assert next(cast.pipe.transformer.network.parameters()).dtype == torch.bfloat16
+    assert same.identity == plain.identity
+    assert {name for name in plain.identity if plain.identity[name] != cast.identity[name]} == {"config"}

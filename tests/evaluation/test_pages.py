@@ -4,17 +4,12 @@ import pytest
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table
+from maskgit_pl.evaluation.pages import Page, heading
 from maskgit_pl.evaluation.tables import make_editing_page, make_generation_page
 from maskgit_pl.evaluation.tuning import Trial, TuningResult, make_page
 from tests.evaluation import test_ablation_page, test_comparison, test_schedule_table, test_tables, test_tuning
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure
-
-
-def test_all_lines_of_a_table_have_the_same_number_of_cells() -> None:
-    lines = markdown_table(["a", "b", "c"], [["x", "1", "2"]], left=1)
-    assert lines == ["| a | b | c |", "|---|---:|---:|", "| x | 1 | 2 |"]
 
 
 def test_a_page_is_written_to_its_folder(tmp_path: Path) -> None:

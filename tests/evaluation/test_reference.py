@@ -10,18 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data import ShardData
 from maskgit_pl.evaluation import reference as module
 from maskgit_pl.evaluation.features import extract, iter_image_batches
 from maskgit_pl.evaluation.reference import (
     Reference,
-    Statistics,
     iter_real_batches,
     obtain_references,
     open_samples,
     read_references,
 )
-from tests.evaluation.feature_networks import distances, few, pictures
+from tests.evaluation.feature_networks import distances, few, open_shards, pictures
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (7, 4, 5, 3), dtype=np.uint8)
 SAVE = {"stored": np.savez, "compressed": np.savez_compressed}
@@ -39,7 +38,7 @@ class Canary:
 
 @pytest.fixture
 def data(tiny_shards: Path) -> ShardData:
-    return ShardData(ShardDataConfig(str(tiny_shards), image_size=8, in_channels=1))
+    return open_shards(tiny_shards)
 
 
 def assert_same(one: Reference, other: Reference) -> None:
@@ -59,32 +58,19 @@ def obtain(folder: Path, data: ShardData, seed: int = 0, **options) -> tuple[Ref
     return obtain_references(folder, data, [extractor], on_images=seen.append, **options)[extractor.label], sum(seen)
 
 
-def test_statistics_are_mean_and_unbiased_covariance() -> None:
-    features = torch.randn(50, 6, generator=torch.Generator().manual_seed(0)) + 100
-    found = Statistics.from_features(features)
-    torch.testing.assert_close(found.mean, features.double().mean(0))
-    torch.testing.assert_close(found.covariance, torch.cov(features.double().T))
-    with pytest.raises(ValueError, match=r"must be \(n, D\) with n >= 2"):
-        Statistics.from_features(features[:1])
-
-
-def test_a_split_is_extracted_once_and_then_read(data: ShardData, tmp_path: Path) -> None:
+def test_a_split_is_extracted_once_for_each_network_and_then_read(data: ShardData, tmp_path: Path) -> None:
     made, count = obtain(tmp_path / "deep", data)
     again, second = obtain(tmp_path / "deep", data)
     assert (count, second) == (24, 0)
     assert_same(made, again)
     assert made.features.spatial is None
     assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "deep").iterdir()] == ["val-classifier"]
-    batch = next(iter_real_batches(data, "val"))
-    torch.testing.assert_close(made.features.pooled, few()(batch.content).features)
-
-
-def test_other_weights_and_splits_are_kept_apart(data: ShardData, tmp_path: Path) -> None:
-    obtain(tmp_path, data)
-    assert obtain(tmp_path, data, seed=1)[1] == 24
-    assert obtain(tmp_path, data, split="train")[1] == 60
-    assert len(list(tmp_path.iterdir())) == 3
-    assert obtain(tmp_path, data)[1] == 0
+    features = few()(next(iter_real_batches(data, "val")).content).features.double()
+    torch.testing.assert_close(made.features.pooled.double(), features)
+    torch.testing.assert_close(made.pooled.mean, features.mean(0))
+    torch.testing.assert_close(made.pooled.covariance, torch.cov(features.T))
+    assert obtain(tmp_path / "deep", data, seed=1)[1] == 24
+    assert obtain(tmp_path / "deep", data, split="train")[1] == 60
 
 
 def test_networks_that_are_missing_share_one_pass(data: ShardData, tmp_path: Path) -> None:
@@ -147,29 +133,15 @@ def test_statistics_of_a_file_belong_to_inception_and_images_give_the_rest(tmp_p
     assert "sfid" not in distances(generated, read_references(tmp_path / "pooled.npz", [inception])["inception"])
 
 
-def test_a_file_without_images_is_only_for_inception(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(module, "_POOLED", 6)
-    mu, sigma = gaussian(6, 0)
-    np.savez(tmp_path / "reference.npz", mu=mu, sigma=sigma)
-    with pytest.raises(
-        ValueError, match=r"'arr_0': the file must have images for the network 'lite0', got only Inception's statistics"
-    ):
-        read_references(tmp_path / "reference.npz", [few("inception"), few("lite0")])
-
-
 @pytest.mark.parametrize(
     ("change", "match"),
     [
         ({"sigma": None}, "'sigma': it is missing"),
-        ({"mu": None}, "'mu': it is missing"),
-        (
-            {"mu": None, "sigma": None, "mu_s": None, "sigma_s": None},
-            "'mu': the file must have statistics .* or images .* got neither",
-        ),
+        (dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")), "'mu': the file must have statistics .* got neither"),
         ({"sigma_s": None}, "'sigma_s': it is missing"),
-        ({"mu": np.zeros(7)}, r"'mu': the shape must be \(6\), got \(7,\)"),
         ({"sigma": np.zeros((6, 5))}, r"'sigma': the shape must be \(6, 6\), got \(6, 5\)"),
         ({"mu": np.arange(6)}, "'mu': the dtype must be float, got int64"),
+        ({}, "'arr_0': the file must have images for the network 'lite0', got only Inception's statistics"),
     ],
 )
 def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, change: dict, match: str) -> None:
@@ -179,7 +151,7 @@ def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, chang
     arrays = {"mu": mu, "sigma": sigma, "mu_s": mu_s, "sigma_s": sigma_s} | change
     np.savez(tmp_path / "reference.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(ValueError, match=rf"reference \S+reference\.npz: array {match}"):
-        read_references(tmp_path / "reference.npz", [few("inception")])
+        read_references(tmp_path / "reference.npz", [few("inception"), few("lite0")])
 
 
 # Files of strangers.
@@ -203,11 +175,8 @@ def test_samples_are_read_in_parts(tmp_path: Path, save: str, order: str) -> Non
     [
         ({"arr_1": np.arange(7)}, "'arr_0': it is missing; the file holds arr_1"),
         ({"arr_0": IMAGES[0]}, r"'arr_0': the shape must be \(n, n, n, 3\), got \(4, 5, 3\)"),
-        ({"arr_0": IMAGES[:0]}, r"'arr_0': the shape .* got \(0, 4, 5, 3\)"),
         ({"arr_0": IMAGES / 255}, "'arr_0': the dtype must be uint8, got float64"),
-        ({"arr_0": IMAGES.astype(np.uint16)}, "'arr_0': the dtype must be uint8, got uint16"),
         ({"arr_0": IMAGES, "arr_1": np.arange(6)}, r"'arr_1': the shape must be \(7\), got \(6,\)"),
-        ({"arr_0": IMAGES, "arr_1": np.arange(7) / 2}, "'arr_1': the dtype must be integer, got float64"),
         ({"arr_0": np.zeros((1, 1, 1, 3), dtype=[("a", "u1")])}, "'arr_0': the dtype must be uint8, got"),
         ({"arr_0": np.array(["text"] * 3).reshape(1, 1, 1, 3)}, "'arr_0': the dtype must be uint8, got <U4"),
     ],
@@ -216,6 +185,8 @@ def test_other_arrays_are_refused_by_name(tmp_path: Path, arrays: dict, match: s
     np.savez(tmp_path / "samples.npz", **arrays)
     with pytest.raises(ValueError, match=rf"samples \S+samples\.npz: array {match}"):
         open_samples(tmp_path / "samples.npz")
+    with pytest.raises(ValueError, match=r"must be an existing \.npz file"):
+        open_samples(tmp_path / "none.npz")
 
 
 @pytest.mark.parametrize("save", SAVE)
@@ -290,8 +261,3 @@ def test_hostile_files_are_refused_in_one_line_without_memory(tmp_path: Path, co
         tracemalloc.stop()
     assert "\n" not in str(caught.value)
     assert peak < 20 * 2**20
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"must be an existing \.npz file"):
-        open_samples(tmp_path / "none.npz")

@@ -1,10 +1,8 @@
 import csv
 import io
-import math
 from typing import Any
 
 import pytest
-import torch
 
 from maskgit_pl import evaluation
 from maskgit_pl.evaluation import ReportOptions
@@ -12,7 +10,6 @@ from maskgit_pl.evaluation.options import ClassifierConfig
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import SCHEDULES, compare_with_paper, make_schedule_page
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.schedules import mask_schedules
 from tests.evaluation.test_tables import row
 
 
@@ -35,27 +32,13 @@ def cells(text: str, start: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_our_values_stand_next_to_the_paper_s_in_its_order() -> None:
-    text = page(("log", 9.0, 24), ("cosine", 2.0, 8)).markdown
-    assert text.index("| `cosine`") < text.index("| `log`")
-    assert cells(text, "| `cosine`") == [
-        "`cosine`", "cos(pi r / 2)", "8", "2.00", "90.00", "6.00", "3.500 ± 0.010", "5.250 ± 0.020", "10", "6.06",
-        "181.5", "4.22",
-    ]  # fmt: skip
-
-
 def test_the_seeds_of_a_schedule_share_a_line_with_mean_and_range() -> None:
     made = page(("cosine", 2.0, 8), ("cosine", 3.0, 12), ("linear", 5.0, 8), ("linear", 5.5, 8))
     assert cells(made.markdown, "| `cosine`")[2:4] == ["8, 12", "2.50 (2.00 to 3.00)"]
     assert "models of its own from 2 seeds" in " ".join(made.markdown.split())
     read = list(csv.DictReader(io.StringIO(made.csv)))
     assert [(each["run"], each["best_steps"]) for each in read][:2] == [("cosine-0", "8"), ("cosine-1", "12")]
-
-
-def test_a_schedule_that_the_paper_does_not_have_also_gets_a_row() -> None:
-    made = page(("sine", 3.0, 8), ("cosine", 2.0, 8))
-    assert cells(made.markdown, "| `sine`")[-4:] == ["", "", "", ""]
-    assert list(csv.DictReader(io.StringIO(made.csv)))[1]["fid/classifier at T = 4"] == "4.0"
+    assert read[0]["fid/classifier at T = 4"] == "3.0"
 
 
 @pytest.mark.parametrize(("fids", "verdict", "pairs"), [
@@ -68,17 +51,6 @@ def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdic
     assert verdict in text
     assert f"{pairs} pairs" in text
     assert "cannot be compared" in compare_with_paper({"cosine": 1.0}, "classifier")[0]
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_the_printed_formulas_are_those_of_the_schedules(name: str) -> None:
-    formula = SCHEDULES[name].formula.replace("^", "**").replace("-log2(r)", "-log2(max(r, 1 / N))")
-    formula = formula.replace("(N) (", "(N) * (").replace("pi r", "pi * r")
-    names = {"log2": math.log2, "cos": math.cos, "pi": math.pi, "max": max, "N": 49, "__builtins__": {}}
-    for progress in (0.1, 0.5, 0.9):
-        expected = float(eval(formula, {**names, "r": progress}))  # of this project's own text
-        ratio = mask_schedules.build(name)(torch.tensor([progress]), 49)
-        assert float(ratio) == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.slow

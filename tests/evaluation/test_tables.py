@@ -1,6 +1,3 @@
-import csv
-import io
-
 import pytest
 
 from maskgit_pl import evaluation
@@ -13,23 +10,6 @@ def row(model: str, network: str, **numbers: object) -> dict[str, object]:
               "parameters": 850_000, "seconds_per_image": 0.015, "commit": "a" * 40, "dataset": "shoes", "data": "f00",
               "split": "val", "date": "2026-01-02", "device": "cpu"}  # fmt: skip
     return {**common, "model": model, "network": network, **numbers}
-
-
-def test_each_network_has_a_table_of_its_own() -> None:
-    page = make_generation_page(
-        [row("MaskGIT", "classifier", fid=1.234, **{"is": 5.5}), row(REAL, "classifier", fid=0.1, **{"is": 9.0}),
-         row("MaskGIT", "lite0", fid=77.7), row(REAL, "lite0", fid=66.6)],
-        [{**row("MaskGIT", ""), "classifier": "resnet18", "training_images": 5000, "training_steps": 400,
-          "top1": 0.8, "top5": 0.99}],
-    )  # fmt: skip
-    first, second = page.markdown.split("## In the features of ")[1:]
-    assert "FID (classifier)" in first
-    assert "1.23" in first
-    assert "77.70" not in first
-    assert "IS" not in second.split("## ")[0]  # lite0 does not know the classes
-    assert "80.00" in second
-    read = list(csv.DictReader(io.StringIO(page.csv)))
-    assert [each["fid"] for each in read] == ["1.234", "0.1", "77.7", "66.6", ""]
 
 
 def test_pages_name_the_reference_and_the_feature_networks() -> None:
