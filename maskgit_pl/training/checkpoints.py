@@ -76,6 +76,7 @@ log = logging.getLogger(__name__)
 SETTINGS = "maskgit_pl.settings"
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
+_RUN_KEYS = {SETTINGS, "callbacks", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"}
 _VERSION = 3
 _FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece, if not 0
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -180,10 +181,16 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Reads the settings of the run from a complete checkpoint.
 
     Raises:
-        ValueError: if the file has changed.
+        ValueError: if the file has changed, or the checkpoint is not one of a run.
     """
     _verify(folder, [_STATE], _read_marker(folder))
-    settings: dict[str, Any] = _read_state(folder, lambda _: None)[SETTINGS]
+    state = _read_state(folder, lambda _: None)
+    if missing := _RUN_KEYS - state.keys():
+        raise ValueError(
+            f"checkpoint {folder}: {_STATE} must have {', '.join(sorted(missing))}, which `maskgit train` writes; "
+            "remove the folder to resume from an older one, or start a new run with --run"
+        )
+    settings: dict[str, Any] = state[SETTINGS]
     return settings
 
 
@@ -312,7 +319,12 @@ def _changed(folder: Path, name: str) -> ValueError:
 
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
-    state: dict[str, Any] = _join_state(json.loads((folder / _STATE).read_bytes()), read)
+    try:
+        state = _join_state(json.loads((folder / _STATE).read_bytes()), read)
+    except (KeyError, StopIteration, TypeError, ValueError) as error:
+        raise _changed(folder, _STATE) from error
+    if not isinstance(state, dict):
+        raise _changed(folder, _STATE)
     return state
 
 
@@ -587,10 +599,10 @@ class CheckpointedModule(LightningModule):
                 "module, and resume with Trainer.fit(ckpt_path=...)"
             )
         checkpoint = FolderCheckpointIO().load_checkpoint(checkpoint_path)
-        if _CONFIG not in checkpoint:
+        if not {_CONFIG, "state_dict"} <= checkpoint.keys():
             raise ValueError(
-                f"checkpoint {checkpoint_path} must hold a configuration, which on_save_checkpoint of "
-                "CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
+                f"checkpoint {checkpoint_path} must hold a configuration and weights, which on_save_checkpoint "
+                "of CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
             )
         config: Any = build_dataclass(cls.config_class, checkpoint[_CONFIG], f"checkpoint {checkpoint_path}")
         module = cls(config)
