@@ -22,9 +22,15 @@ def state_of(module):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["ema", "gradient"])
 @pytest.mark.parametrize(
-    "frozen", [["encoder", "quantizer"], ["encoder"], ["quantizer"], ["decoder"], ["quantizer", "decoder"]], ids=str
+    ("frozen", "quantizer"),
+    [
+        (["encoder", "quantizer"], "ema"),
+        (["quantizer"], "ema"),
+        (["quantizer", "decoder"], "gradient"),
+        (["encoder", "decoder"], "gradient"),  # only the codes train
+    ],
+    ids=str,
 )
 def test_frozen_parts_keep_every_bit_and_the_others_train(frozen, quantizer):
     network = replace(NETWORK, quantizer=quantizer)
@@ -43,15 +49,6 @@ def test_frozen_parts_keep_every_bit_and_the_others_train(frozen, quantizer):
     trained = sum(1 for name, _ in module.network.named_parameters() if name.split(".")[0] not in frozen)
     assert len(trainer.optimizers[0].state) == trained
     assert all(parameter.grad is None for part in frozen for parameter in getattr(module.network, part).parameters())
-
-
-def test_only_the_codes_train_with_both_networks_frozen():
-    module = tokenizer(network=replace(NETWORK, quantizer="gradient"), freeze=["encoder", "decoder"])
-    before = state_of(module.network)
-    trainer = fit(module, max_steps=1)
-    changed = [name for name, value in module.network.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == ["quantizer.codebook"]
-    assert len(trainer.optimizers[0].state) == 1
 
 
 def test_a_decoder_is_fine_tuned_from_a_pretrained_tokenizer_at_another_resolution(tmp_path):

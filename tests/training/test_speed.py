@@ -118,12 +118,3 @@ def test_the_time_of_all_steps_continues_over_restarts_without_validations(train
         time = read_training_time(tmp_path)
         assert time.steps == steps
         assert time.cost == 2 * 9 * steps
-
-
-def test_the_time_of_another_run_in_the_same_folder_is_dropped(trainer, clock, tmp_path):
-    for _ in range(2):
-        trainer.global_step = 0
-        monitor = SpeedMonitor(tmp_path, lambda: 0.0)
-        train(monitor, trainer, clock)
-        monitor.on_save_checkpoint(trainer, MODULE, {})
-        assert read_training_time(tmp_path).steps == 4
