@@ -162,8 +162,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Returns all complete checkpoints of a ``checkpoints`` folder, the oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
-    return sorted(found, key=step_of)
+    complete = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
+    return sorted(complete, key=step_of)
 
 
 def find_leftovers(folder: Path) -> list[Path]:
@@ -195,12 +195,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns a value as plain JSON, and adds its tensors to ``tensors``, named by their keys.
-
-    Args:
-        value: Tensors and plain values in mappings, lists and tuples.
-        key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
-        tensors: Mapping to which the tensors are added.
+    """Returns a value as plain JSON, and adds its tensors to ``tensors`` by their keys, such as ``/state_dict/weight``.
 
     Raises:
         TypeError: if a value is neither a tensor nor plain. The message names its key.
@@ -463,9 +458,9 @@ class Checkpoints(Checkpoint):
         Raises:
             ValueError: if ranks would resume from different checkpoints. Raised on all ranks.
         """
-        seen = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
-        if len(set(seen)) > 1:
-            listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(seen))
+        names = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
+        if len(set(names)) > 1:
+            listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(names))
             raise ValueError(
                 f"{self.folder} must have the same newest checkpoint on all ranks, got {listed}; check that it is the "
                 "same folder on every machine, and repeat the command"

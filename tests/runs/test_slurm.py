@@ -101,27 +101,6 @@ def test_a_second_job_of_a_run_is_refused_with_any_filter_of_squeue(plan, slurm,
     assert not (slurm / "words").exists()
 
 
-@pytest.mark.parametrize(
-    ("time", "signal", "fits"),
-    [
-        ("2", "", False),
-        ("2:30", "", True),  # Slurm rounds it up to 3 minutes
-        ("0-0:02", "", False),
-        ("0", "", True),  # no limit
-        ("UNLIMITED", "", True),
-        ("1", "--signal=B:USR1@20", True),
-        ("1", "--signal RB:15@20", True),
-        ("10", "--signal USR1@600", False),
-    ],
-)
-def test_a_job_must_last_longer_than_it_takes_to_stop(time, signal, fits):
-    if fits:
-        assert JobOptions(time=time, sbatch=signal).time == time
-        return
-    with pytest.raises(ValueError, match=r"^time must be longer than the (120|600) s before its end"):
-        JobOptions(time=time, sbatch=signal)
-
-
 @pytest.mark.parametrize("option", ["--output=logs/%j.txt", "--output logs/%j.txt", "-ologs/%j.txt"])
 def test_the_log_is_in_the_run_unless_an_option_moves_it(plan, tiny_shards, tmp_path, option):
     assert plan(sbatch=f"--output=elsewhere {option}").log_file("7") == "logs/7.txt"

@@ -12,6 +12,7 @@ import torchvision
 from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.training.tokenizer_losses import (
     AdversarialConfig,
     AdversarialStep,
@@ -22,6 +23,7 @@ from maskgit_pl.training.tokenizer_losses import (
 )
 from tests.installed_packages import install
 from tests.modules import tokenizer_model
+from tests.short_runs import data, fit, tiny_module
 
 SIZE = 20
 NETWORK = VQGANConfig(
@@ -224,9 +226,19 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
         ),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must be a number in"),
         ({"reconstruction_loss": "l3"}, "reconstruction_loss must be one of l2, l1, got 'l3'"),
+        (
+            {"freeze": ["encoder", "encoder"]},
+            "freeze must be one or two different parts of encoder, quantizer, decoder",
+        ),
+        ({"freeze": ["encoderr"]}, "freeze must be one of .*, got 'encoderr'; did you mean"),
+        ({"freeze": ["encoder", "decoder"]}, "freeze must leave weights to train, .* the quantizer ema has none"),
+        (
+            {"freeze": ["decoder"], "discriminator": "stylegan", "weight_rule": "adaptive"},
+            r"freeze must not hold the decoder .*set model\.adversarial\.weight_rule to fixed",
+        ),
     ],
 )
-def test_a_wrong_weight_is_refused(options, message):
+def test_wrong_losses_and_frozen_parts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module_of(**options)
 
@@ -239,3 +251,41 @@ def test_the_norm_of_a_gradient_does_not_depend_on_the_micro_batch():
         norms.append(metrics["gradient/reconstruction"])
     torch.testing.assert_close(norms[0], torch.stack(norms[1:]).square().mean().sqrt())
     assert norms[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("frozen", "quantizer"),
+    [
+        (["encoder", "quantizer"], "ema"),
+        (["quantizer"], "ema"),
+        (["quantizer", "decoder"], "gradient"),
+        (["encoder", "decoder"], "gradient"),  # only the codes train
+    ],
+    ids=str,
+)
+def test_frozen_parts_keep_every_bit_and_the_others_train(frozen, quantizer, tiny_shards, tmp_path):
+    rule = "fixed" if "decoder" in frozen else "adaptive"
+    adversarial = AdversarialConfig(DISCRIMINATORS["stylegan"], weight_rule=rule)
+    module = tiny_module("tokenizer", quantizer=quantizer, freeze=frozen, adversarial=adversarial)
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    fit(module, data(tiny_shards), steps=2, folder=tmp_path, limit_val_batches=0)
+    for network in (module.network, module.ema_network):
+        kept = {name for name, value in network.state_dict().items() if torch.equal(value, before[name])}
+        assert kept >= {name for name in before if name.split(".")[0] in frozen}
+        for part in {"encoder", "quantizer", "decoder"}.difference(frozen):
+            assert any(name.startswith(f"{part}.") for name in before.keys() - kept), part
+    trained = [name for name, _ in module.network.named_parameters() if name.split(".")[0] not in frozen]
+    assert len(module.trainer.optimizers[0].state) == len(trained)
+
+
+def test_a_new_decoder_of_a_pretrained_tokenizer_trains_at_another_resolution(tiny_pretrained):
+    start = load_tokenizer(tiny_pretrained / "tokenizer").network
+    module = tokenizer_model(start.config, image_size=12, freeze=("encoder", "quantizer"))
+    module.start_from(tiny_pretrained / "tokenizer")
+    images = batch()._replace(content=batch().content[..., :12, :12])
+    assert module.grid == (6, 6)
+    assert torch.equal(module.network.encode(images.content / 255), start.encode(images.content / 255))
+    module.replay_step(images, step=0)
+    assert all(parameter.grad is not None for parameter in module.network.decoder.parameters())
+    assert all(parameter.grad is None for parameter in module.network.encoder.parameters())
