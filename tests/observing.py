@@ -294,7 +294,7 @@ class StageRuns:
         """Returns the record of an uninterrupted run."""
         key = (stage, topology, more)
         if key not in self._seen:
-            name = f"straight{len(self._seen)}"
+            name = f"straight-{sum(of == stage for of, *_ in self._seen)}"
             self.runs[stage].leg(name, topology, *more)
             self._seen[key] = self.runs[stage].seen(name)
         return self._seen[key]

@@ -112,7 +112,7 @@ def test_ranks_train_the_tokenizer_of_one_process_over_10_steps(bench):
     bench.runs["tokenizer"].leg("ddp", DDP)
     assert bench.runs["tokenizer"].seen("ddp").rows() == one.rows()
     for step in range(10, LONG + 1, 10):
-        folders = (bench.runs["tokenizer"].folder / f"{name}/tokenizer/checkpoints" for name in ("straight0", "ddp"))
+        folders = (bench.runs["tokenizer"].folder / f"{name}/tokenizer/checkpoints" for name in ("straight-0", "ddp"))
         read = FolderCheckpointIO().load_checkpoint
         states = (read(folder / f"step-{step:08d}")["state_dict"] for folder in folders)
         found = apart(*states)

@@ -60,7 +60,7 @@ def layers(stage: str, name: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_a_recipe_opens_with_what_it_is(file):
+def test_a_recipe_opens_with_its_four_lines(file):
     assert read_yaml(file) == yaml.safe_load(file.read_text())
     comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert comments

@@ -106,7 +106,7 @@ def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(examine):
     assert not examine(batch[0], more, machines=Machines(device_memory="600KB")).ok
 
 
-def test_damaged_data_is_named(examine, tiny_shards, tmp_path):
+def test_damaged_data_is_refused_by_name(examine, tiny_shards, tmp_path):
     data = shutil.copytree(tiny_shards, tmp_path / "cut")
     shard = next(data.glob("train-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1024])

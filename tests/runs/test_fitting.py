@@ -79,7 +79,7 @@ def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypa
     assert runs.fit(long, **where).step == 5
 
 
-def test_a_run_is_named_in_runs_or_by_its_folder(tiny_shards, tmp_path, monkeypatch):
+def test_a_run_is_a_name_in_runs_or_a_folder(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = recipe("tokenizer")
     folders = [

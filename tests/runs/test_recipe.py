@@ -65,7 +65,7 @@ def test_a_baseline_drops_the_keys_of_masking_from_files(tmp_path):
     assert list(recipe.left_out.values()) == [["model.mask_schedule", "model.decoding.num_steps"]]
 
 
-def test_values_from_python_mean_what_flags_mean(tmp_path):
+def test_values_from_python_are_read_like_flags(tmp_path):
     values = {
         "data.path": tmp_path,
         "data.seed": 2,

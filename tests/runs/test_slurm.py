@@ -176,7 +176,7 @@ def test_a_stop_signal_to_the_script_saves_and_requeues(start, tmp_path, name):
         ("SLURM_NTASKS_PER_NODE", None, "--ntasks-per-node"),
     ],
 )
-def test_the_script_names_what_is_missing(tmp_path, name, value, hint):
+def test_the_script_names_a_missing_variable(tmp_path, name, value, hint):
     given = {**JOB, "STAGE": "tokenizer", "PATH": os.environ["PATH"], name: value}
     environment = {key: text for key, text in given.items() if text is not None}
     done = subprocess.run(["bash", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)

@@ -139,7 +139,7 @@ def test_keys_and_numbers_beyond_json_are_restored(tmp_path, key):
     assert str(back) == str(state)
 
 
-def test_files_are_on_disk_before_the_marker_and_names_before_the_checkpoint_is_renamed(tmp_path, monkeypatch):
+def test_files_are_synced_before_the_marker_and_the_marker_before_the_name(tmp_path, monkeypatch):
     events, fsync = [], os.fsync
 
     def spy(descriptor):

@@ -182,7 +182,7 @@ def test_an_alarm_is_reported_once_after_grace_and_patience(tmp_path, caplog):
     assert json.loads((tmp_path / "health.json").read_text()) == monitor.reports
 
 
-def test_without_ranges_the_measurements_are_logged_and_nothing_is_reported(tmp_path, caplog):
+def test_without_ranges_measurements_are_logged_and_not_reported(tmp_path, caplog):
     train(tmp_path, steps=8)
     assert "train/perplexity" in logged(tmp_path)[8]
     assert not [record for record in caplog.records if "health:" in record.getMessage()]

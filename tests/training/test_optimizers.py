@@ -94,7 +94,7 @@ def names(group: dict[str, object]) -> list[str]:
     return [name for name, _ in group["params"]]
 
 
-def test_only_linear_and_conv_weights_decay_and_frozen_weights_are_left_out():
+def test_only_trained_linear_and_conv_weights_decay():
     model = Model()
     decayed, rest = parameter_groups(model, 0.045, prefix="network.")
     assert names(decayed) == ["network.conv.weight", "network.fc.weight"]
@@ -247,7 +247,7 @@ def test_adamw_is_that_of_torch_with_the_defaults_of_the_paper():
     assert_equal(weights(ours), weights(theirs))
 
 
-def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
+def test_the_warm_up_rises_in_equal_steps_from_above_0():
     rate = LearningRate(1e-4, warmup_steps=4)
     assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
     assert rate.factor(1, 2) == 0.5  # of a run that ends within it
@@ -323,7 +323,7 @@ def test_a_frozen_copy_is_equal_and_stays_frozen_in_evaluation_mode():
     ("decay", "step", "effective"),
     [(0.999, 0, 0.1), (0.999, 1, 2 / 11), (0.999, 90, 0.91), (0.999, 10**6, 0.999), (0.5, 90, 0.5), (0.0, 5, 0.0)],
 )
-def test_the_average_moves_by_the_formula_with_its_ramp_and_leaves_the_source(decay, step, effective):
+def test_the_average_follows_its_formula_and_leaves_the_source(decay, step, effective):
     source = network()
     ema = frozen_copy(source)
     before = weights(source)

@@ -154,7 +154,7 @@ def test_mean_logits_are_those_of_float32():
     assert step.mean_logits.dtype == torch.float32
 
 
-def test_an_image_that_is_too_small_for_the_perceptual_network_is_refused_before_it_is_read():
+def test_an_image_too_small_for_the_perceptual_network_is_refused():
     perceptual = PerceptualConfig({"name": "lpips", "weights": "none.pth"})
     with pytest.raises(ValueError, match=r"image_size must be >= 16 with the loss 'perceptual', got 12"):
         tokenizer_model(NETWORK, image_size=12, perceptual=perceptual)
@@ -279,7 +279,7 @@ def test_frozen_parts_keep_every_bit_and_the_others_train(frozen, quantizer, tin
     assert len(module.trainer.optimizers[0].state) == len(trained)
 
 
-def test_a_new_decoder_of_a_pretrained_tokenizer_trains_at_another_resolution(tiny_pretrained):
+def test_a_decoder_is_fine_tuned_at_another_resolution(tiny_pretrained):
     start = load_tokenizer(tiny_pretrained / "tokenizer").network
     module = tokenizer_model(start.config, image_size=12, freeze=("encoder", "quantizer"))
     module.start_from(tiny_pretrained / "tokenizer")
