@@ -199,11 +199,11 @@ def find_tokenizer(
         _refuse_unknown_run(folder)
     tokenizers = _tokenizers_of(shards, folder.parent)
     if len(tokenizers) != 1:
-        text = f"tokenizer {own}: no such folder"
-        if tokenizers:
-            text += f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
-        hint = "train one with `maskgit train tokenizer`, or name another with --tokenizer"
-        raise (ValueError if tokenizers else FileNotFoundError)(f"{text}; {hint}")
+        several = f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
+        raise (ValueError if tokenizers else FileNotFoundError)(
+            f"tokenizer {own}: no such folder{several if tokenizers else ''}; train one with `maskgit train "
+            "tokenizer`, or name another with --tokenizer"
+        )
     log.info("tokenizer: %s, the only one trained on %s", tokenizers[0], shards)
     return tokenizers[0]
 

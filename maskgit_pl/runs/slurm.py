@@ -272,11 +272,6 @@ def _split(name: str, text: str) -> list[str]:
         raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
 
 
-def _requote(name: str, text: str) -> str:
-    """Returns the words of a text with quotes that the script, which uses ``xargs``, reads as a shell does."""
-    return shlex.join(_split(name, text))
-
-
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
@@ -316,8 +311,9 @@ def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:
         "CLUSTER": plan.recipe.cluster,
         "TOKENIZER": str(plan.tokenizer or ""),
         "PRETRAINED": str(folders.get("pretrained") or ""),
-        "CONTAINER": _requote("container", job.container),
-        "SRUN": _requote("srun", job.srun),
+        # With quotes that the script, which uses xargs, reads as a shell does.
+        "CONTAINER": shlex.join(_split("container", job.container)),
+        "SRUN": shlex.join(_split("srun", job.srun)),
         "MASKGIT": "" if program == str(_PROGRAM) else program,
     }
     return {name: value for name, value in values.items() if value}

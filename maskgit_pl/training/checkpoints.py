@@ -316,11 +316,9 @@ def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
     try:
         state = _join_state(json.loads((folder / _STATE).read_bytes()), read)
+        return dict(state)
     except (LookupError, StopIteration, TypeError, ValueError) as error:
         raise _changed(folder, _STATE) from error
-    if not isinstance(state, dict):
-        raise _changed(folder, _STATE)
-    return state
 
 
 class _Piece(NamedTuple):

@@ -91,7 +91,7 @@ def rewrite_state(folder, change):
         (lambda state: state, r"state.json must have .*maskgit_pl\.settings.* which `maskgit train` writes; remove"),
         (lambda _: {"items": []}, "state.json must have .*global_step, .*state_dict"),
         (lambda _: {}, "state.json has changed"),
-        (lambda _: [], "state.json has changed"),
+        (lambda _: [1], "state.json has changed"),
         (lambda _: {"items": [["weight"]]}, "state.json has changed"),
     ],
 )

@@ -1,7 +1,7 @@
 """Stage 1 propagates the gradient of the plain sum for every choice of losses, and each choice runs in bf16-mixed."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import timm
@@ -30,6 +30,7 @@ NETWORK = VQGANConfig(
     1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
     codebook_size=16, code_dim=8, patch_size=4,
 )  # fmt: skip
+EMA = replace(NETWORK, quantizer="ema")
 DISCRIMINATORS = {
     "stylegan": {"channel_multiplier": 1 / 64},
     "patchgan": {"name": "patchgan", "base_channels": 4, "num_layers": 2, "norm": "group"},
@@ -49,13 +50,13 @@ def networks(tmp_path_factory):
     return {"timm": {"name": "timm", "model": MODEL, "weights": str(folder / "timm.pth"), "size": 32}, "lpips": lpips}
 
 
-def module_of(*, perceptual=None, discriminator=None, weight_rule="fixed", **options):
+def module_of(*, network=NETWORK, perceptual=None, discriminator=None, weight_rule="fixed", **options):
     torch.manual_seed(0)
     adversarial = None
     if discriminator is not None:
         adversarial = AdversarialConfig(discriminator, weight=0.3, weight_rule=weight_rule, loss="hinge")
     perceptual = None if perceptual is None else PerceptualConfig(perceptual, weight=2.0)
-    return tokenizer_model(NETWORK, image_size=SIZE, adversarial=adversarial, perceptual=perceptual, **options)
+    return tokenizer_model(network, image_size=SIZE, adversarial=adversarial, perceptual=perceptual, **options)
 
 
 def batch():
@@ -161,7 +162,7 @@ def test_an_image_too_small_for_the_perceptual_network_is_refused():
 
 
 EDGES = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from maskgit_pl.training.tokenizer_losses import TokenizerLoss
 
 @dataclass(frozen=True)
@@ -231,7 +232,7 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
             "freeze must be one or two different parts of encoder, quantizer, decoder",
         ),
         ({"freeze": ["encoderr"]}, "freeze must be one of .*, got 'encoderr'; did you mean"),
-        ({"freeze": ["encoder", "decoder"]}, "freeze must leave weights to train, .* the quantizer ema has none"),
+        ({"freeze": ["encoder", "decoder"], "network": EMA}, "freeze must leave weights .* the quantizer ema has none"),
         (
             {"freeze": ["decoder"], "discriminator": "stylegan", "weight_rule": "adaptive"},
             r"freeze must not hold the decoder .*set model\.adversarial\.weight_rule to fixed",
