@@ -5,6 +5,7 @@ from collections import Counter
 import pytest
 
 from maskgit_pl import runs
+from maskgit_pl.cli import main
 from maskgit_pl.runs.tokenizing import _find_rank
 from tests.runs.test_fitting import recipe
 
@@ -47,3 +48,10 @@ def test_tokens_are_made_and_training_reads_them(tiny_shards, tiny_pretrained, t
     assert store == (tmp_path / "one" / "tokens").resolve()
     assert told == {"tokens of train": 120, "tokens of val": 24}
     assert runs.fit(reads_tokens, **where).step == 1
+
+
+def test_a_rank_that_is_no_number_ends_a_command_with_one_line(environment, capsys):
+    environment.setenv("SLURM_PROCID", "x")
+    assert main(["train", "tokenizer", "--run=one"]) == 2
+    error = "maskgit train: SLURM_PROCID must be a whole number, got 'x'; unset it outside of a job\n"
+    assert capsys.readouterr().err == error
