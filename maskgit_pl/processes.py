@@ -19,6 +19,7 @@ seconds. Training runs use ``training.callbacks``. The lines go to the log, not 
 from __future__ import annotations
 
 import datetime
+import itertools
 import logging
 import multiprocessing
 import os
@@ -44,6 +45,7 @@ __all__ = [
     "Bars",
     "available_cores",
     "catch_stop_signals",
+    "check_launcher",
     "choose_workers",
     "hide_launcher",
     "hold_ctrl_c",
@@ -101,6 +103,17 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     return next((_number(name, environment) for name in _LOCAL_RANKS if name in environment), 0)
 
 
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Checks the variables of a launcher, which Lightning reads when it is imported.
+
+    Raises:
+        ValueError: if a variable is not a whole number.
+    """
+    for name in (*itertools.chain(*_RANKS), *_LOCAL_RANKS):
+        if name in environment:
+            _number(name, environment)
+
+
 @contextmanager
 def hide_launcher() -> Iterator[None]:
     """Hides the variables of a launcher inside the context; Lightning would treat this process as a rank."""
@@ -116,7 +129,7 @@ def hide_launcher() -> Iterator[None]:
 
 def _number(name: str, environment: Mapping[str, str]) -> int:
     if not environment[name].isdecimal():
-        raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; give --rank and --world-size")
+        raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; unset it outside of a job")
     return int(environment[name])
 
 

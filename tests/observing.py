@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch.distributed.tensor import DTensor
 
 from maskgit_pl.data import Batch
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
+from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.forked import PROCESSES, Command, begin
 from tests.injection import Fault, Injection, Prepare
 
@@ -263,6 +264,48 @@ class Runs:
                 lines = [json.loads(line) for line in file.read_text().splitlines()]
                 legs[-1] |= {tuple(line.pop("positions")): line for line in lines}
         return Seen(legs, FolderCheckpointIO().load_checkpoint(self.newest(name)))
+
+
+class StageRuns:
+    """Runs of both stages on the same data; ``straight`` runs are made once.
+
+    Args:
+        folder: Folder of data, tokenizer and runs.
+        words: Flags of all runs.
+        more: Flags of the runs of a stage.
+        global_batch: Samples per step.
+    """
+
+    def __init__(
+        self, folder: Path, words: Sequence[str], more: Mapping[str, Sequence[str]], global_batch: int
+    ) -> None:
+        save_uneven_shards(folder / "shards", (1, 7, 100))
+        save_tiny_pretrained(folder / "given")
+        self._seen: dict[tuple[str, Topology, tuple[str, ...]], Seen] = {}
+        tokenizers = {"tokenizer": [], "transformer": [f"--tokenizer={folder / 'given' / 'tokenizer'}"]}
+        self.runs: dict[str, Runs] = {}
+        for stage, tokenizer in tokenizers.items():
+            (folder / stage).mkdir()
+            given = [stage, f"--data={folder / 'shards'}", *tiny_flags(stage), *tokenizer]
+            given += [f"--data.global_batch={global_batch}", *words, *more[stage]]
+            self.runs[stage] = Runs(folder / stage, given, global_batch)
+
+    def straight(self, stage: str, topology: Topology, *more: str) -> Seen:
+        """Returns the record of an uninterrupted run."""
+        key = (stage, topology, more)
+        if key not in self._seen:
+            name = f"straight-{sum(of == stage for of, *_ in self._seen)}"
+            self.runs[stage].leg(name, topology, *more)
+            self._seen[key] = self.runs[stage].seen(name)
+        return self._seen[key]
+
+
+def assert_same_state(left: Seen, right: Seen) -> None:
+    """Asserts that the last checkpoints of two runs are bit-exact."""
+    states = trained_state(left.state), trained_state(right.state)
+    assert states[0].keys() == states[1].keys()
+    for name, value in states[0].items():
+        assert same(value, states[1][name]), name
 
 
 def free_port() -> int:

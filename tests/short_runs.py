@@ -1,13 +1,18 @@
-"""Short training runs of stage 2 in this process: tiny data, ``fit``, and a record of each step."""
+"""Short training runs in this process: tiny modules and data, ``fit``, and a record of each step."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
+from tests.modules import autoregressive_model, masked_model, tokenizer_model
 
 
 class Recorder(Callback):
@@ -20,6 +25,22 @@ class Recorder(Callback):
         self.ids.append(batch.index.tolist())
         if outputs:  # stage 1 optimizes by itself and returns none
             self.losses.append(float(outputs["loss"]).hex())
+
+
+def tiny_module(kind: str, tokenizer: Path | str = "", *, quantizer: str = "ema", dropout: float = 0.0, **options: Any):
+    """Builds a module of a kind of recipe for images of 8 px, with weights of seed 0."""
+    torch.manual_seed(0)
+    if kind == "tokenizer":
+        network = VQGANConfig(
+            1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
+            codebook_size=16, code_dim=4, patch_size=2, quantizer=quantizer,
+        )  # fmt: skip
+        return tokenizer_model(network, image_size=8, **options)
+    attention = "causal" if kind == "autoregressive" else "bidirectional"
+    config = TransformerConfig(
+        16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32, dropout=dropout, attention=attention
+    )
+    return (autoregressive_model if kind == "autoregressive" else masked_model)(config, tokenizer, **options)
 
 
 def data(shards: Path, store: Path | None = None, **options: Any) -> ShardData:
@@ -43,11 +64,13 @@ def fit(
     **options: Any,
 ) -> Recorder:
     """Trains up to ``steps`` with checkpoints in a folder; ``options`` are arguments of the Trainer."""
-    seen = Recorder()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    seen, has_checkpoints = Recorder(), any(isinstance(callback, Checkpoints) for callback in callbacks)
+    checkpoints = [] if has_checkpoints else [Checkpoints(folder, every_n_steps=every)]
     trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
-        callbacks=[seen, Checkpoints(folder, every_n_steps=every), *callbacks], enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, **options,
+        max_steps=steps, max_epochs=-1, accelerator="cpu", plugins=[FolderCheckpointIO()],
+        callbacks=[seen, *checkpoints, *callbacks], enable_progress_bar=False, enable_model_summary=False,
+        use_distributed_sampler=False, **{"logger": False, **options},
     )  # fmt: skip
     trainer.fit(module, datamodule=source, ckpt_path=resume)
     return seen

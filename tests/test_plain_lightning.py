@@ -7,14 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Trainer
 from PIL import Image
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGANConfig
-from tests.modules import autoregressive_model, masked_model, tokenizer_model
-from tests.short_runs import data
+from tests.short_runs import data, tiny_module
 
 EXAMPLE = Path(__file__).parents[1] / "docs" / "plain_lightning.py"
 
@@ -35,28 +32,11 @@ def test_the_example_is_short_trains_both_stages_and_draws_an_image(tmp_path):
     assert len(list(tmp_path.glob("lightning_logs/version_*/checkpoints/*.ckpt"))) == 2  # Lightning's own
 
 
-def module_of(kind: str, pretrained: Path) -> LightningModule:
-    torch.manual_seed(0)
-    if kind == "tokenizer":
-        network = VQGANConfig(
-            1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
-            codebook_size=16, code_dim=4,
-            patch_size=2, quantizer="ema",
-        )  # fmt: skip
-        return tokenizer_model(network, image_size=8)
-    attention = "causal" if kind == "autoregressive" else "bidirectional"
-    network = TransformerConfig(
-        16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32, dropout=0.1, attention=attention
-    )
-    model = autoregressive_model if kind == "autoregressive" else masked_model
-    return model(network, pretrained / "tokenizer")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tokenizer", "transformer", "autoregressive"])
 def test_lightnings_own_checkpoint_resumes_to_the_same_weights(kind, tiny_shards, tiny_pretrained, tmp_path):
     def trained(steps: int, resume: Path | None = None) -> dict[str, torch.Tensor]:
-        module = module_of(kind, tiny_pretrained)
+        module = tiny_module(kind, tiny_pretrained / "tokenizer", dropout=0.1)
         trainer = Trainer(
             max_steps=steps, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
             enable_model_summary=False, limit_val_batches=1,

@@ -1,6 +1,5 @@
 """Every recipe parses, says what it is, builds at full size without memory, and trains a step."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import yaml
 
 from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import build_config
-from maskgit_pl.networks.transformer import AutoregressiveTransformer
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.runs.fitting import fit_stage
@@ -62,7 +60,7 @@ def layers(stage: str, name: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES.rglob("*.yaml")), ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_a_recipe_opens_with_what_it_is(file):
+def test_a_recipe_opens_with_its_four_lines(file):
     assert read_yaml(file) == yaml.safe_load(file.read_text())
     comments = [line for line in file.read_text().splitlines() if line.startswith("#")]
     assert comments
@@ -71,13 +69,6 @@ def test_a_recipe_opens_with_what_it_is(file):
             assert any(line.startswith(f"# {word} ") for line in comments), word
 
 
-SOURCE = re.compile(r"# \[(config|code|magvit|paper|halton|taming|llamagen|ldm|maskbit|fsq|ours)\]")
-
-
-SOURCED = [(stage, f"paper-{size}") for stage in ("tokenizer", "transformer") for size in (256, 512)]
-SOURCED += [("transformer", "maskbit-12bit")]
-SOURCED += [(stage, f"photos-{size}") for stage in ("tokenizer", "transformer") for size in (64, 128, 256)]
-SOURCED += [("tokenizer", name) for name in ("taming-f16", "llamagen-vq16", "maskbit-12bit", "fsq-1000", "fsq-4375")]
 TAMING = ["--model.network.num_middle_blocks=2", "--model.network.attention_levels=[1]"]
 PATCHES = ["--model.adversarial.discriminator.num_layers=1", "--model.adversarial.start_step=0"]
 SMALLER = {  # what does not fit images of 8 px, 16 codes or the tiny network
@@ -88,21 +79,6 @@ SMALLER = {  # what does not fit images of 8 px, 16 codes or the tiny network
     "fsq-1000": ["--model.network.quantizer.levels=[2,2,2,2]"],
     "fsq-4375": ["--model.network.quantizer.levels=[2,2,2,2]"],
 }
-
-
-@pytest.mark.parametrize(("stage", "name"), [*SOURCED, *(("transformer", f"adaln-{size}") for size in "tsbl")])
-def test_every_number_of_a_published_recipe_has_its_source(stage, name):
-    lines = [line for line in (RECIPES / stage / f"{name}.yaml").read_text().splitlines() if line[:1] not in ("#", "")]
-    numbers = [line for line in lines if re.search(r":.*\d", line.split("#")[0])]
-    assert len(numbers) >= 2
-    assert [line for line in numbers if SOURCE.search(line) is None] == []
-
-
-@pytest.mark.parametrize(("stage", "name"), [*SOURCED, ("transformer", "adaln-b")])
-def test_a_published_recipe_is_the_same_on_any_data(stage, name):
-    files = layers(stage, name)
-    own = [files[0], RECIPES / stage / "own-images.yaml", *files[1:]]
-    assert merge(map(read_yaml, own)) == merge([*map(read_yaml, files)])
 
 
 @pytest.mark.slow
@@ -135,15 +111,6 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     assert fit_stage(Plan(recipe, tiny_shards, tmp_path)).step == 1
     assert load_tokenizer(tmp_path / "pretrained" / "tokenizer").image_size == 8
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
-
-
-@pytest.mark.parametrize("names", [["paper-256", "autoregressive"], ["paper-256", "paper-512", "autoregressive"]])
-def test_the_autoregressive_baseline_of_the_paper_has_the_size_of_its_model(names):
-    tree = merge(read_yaml(RECIPES / "transformer" / f"{name}.yaml") for name in ("base", *names))
-    with torch.device("meta"):
-        network = build_config(tree["model"]["network"], "network").create()
-    assert type(network) is AutoregressiveTransformer
-    assert sum(parameter.numel() for parameter in network.parameters()) == PARAMETERS["transformer", names[-2]]
 
 
 @pytest.mark.slow

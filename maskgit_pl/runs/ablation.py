@@ -185,10 +185,10 @@ def _read_variant(config: AblationConfig, names: str, changes: Mapping[str, str]
     words = [*flag_words(config.overrides), *(f"--{key}={text}" for key, text in trained.items())]
     try:
         recipe = Recipe.read(config.stage, names=files, dataset=config.dataset, cluster=config.cluster, overrides=words)
-        recipe.with_overrides(found := [f"--{key}={text}" for key, text in decoding.items()])
+        recipe.with_overrides(changes_of_decoding := [f"--{key}={text}" for key, text in decoding.items()])
     except ValueError as error:
         raise ValueError(f"variant {label}: {error}") from error
-    return Variant(label, in_float32(recipe), tuple(found), trained_label)
+    return Variant(label, in_float32(recipe), tuple(changes_of_decoding), trained_label)
 
 
 def in_float32(recipe: Recipe) -> Recipe:
@@ -202,11 +202,11 @@ def in_float32(recipe: Recipe) -> Recipe:
 
 def base_values(config: AblationConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the values that the base has for the varied keys, from its complete recipe."""
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for factor in config.factors:
         keys = {key for text in factor.values for key, _ in _spell_out(factor.key, text)}
-        found |= {_short_name(key): value_at(tree, key) for key in sorted(keys)}
-    return found
+        values |= {_short_name(key): value_at(tree, key) for key in sorted(keys)}
+    return values
 
 
 def _label_changes(changes: Mapping[str, str]) -> list[str]:

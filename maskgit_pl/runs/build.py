@@ -6,10 +6,12 @@ import gc
 import logging
 import os
 import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +79,15 @@ def restore_process_state() -> Iterator[None]:
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     environment = {name: os.environ.get(name) for name in _VARIABLES}
+    report_thread_error = threading.excepthook
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch: untyped
     devices = range(torch.cuda.device_count()) if has_cuda else ()
     try:
+        threading.excepthook = partial(_skip_tensorboard, report_thread_error)
         with warnings.catch_warnings(), torch.random.fork_rng(devices):
             yield
     finally:
+        threading.excepthook = report_thread_error
         lightning.setLevel(level)
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
@@ -94,6 +99,12 @@ def restore_process_state() -> Iterator[None]:
             else:
                 os.environ[name] = value
         gc.collect()  # module, data and Trainer refer to one another
+
+
+def _skip_tensorboard(report: Callable[[Any], object], error: threading.ExceptHookArgs) -> None:
+    """Reports the error of a thread, except that of TensorBoard's writer, which ``TolerantLogger`` reports."""
+    if not type(error.thread).__module__.startswith("tensorboard."):
+        report(error)
 
 
 def build(plan: Plan) -> StageRun:

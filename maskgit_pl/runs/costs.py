@@ -209,16 +209,10 @@ def _run_token_step(
     checkpointing: ActivationCheckpointing = "none",
     is_half: bool = False,
 ) -> StepMeter:
-    """Counts a micro-batch of stage 2.
+    """Counts a micro-batch of stage 2, with ``masked`` tokens of each image that the network predicts.
 
-    Args:
-        module: The module.
-        images: Images of the micro-batch.
-        masked: Tokens of each image that the network predicts.
-        encoder: Tokenizer that encodes the images; None for tokens.
-        checkpointing: See ``prepare_blocks``.
-        is_half: True for bf16-mixed. The dtypes are those of autocast on a CPU, which are those on a GPU for the layers
-            of our backbones.
+    ``encoder`` encodes images to tokens first. With ``is_half``, dtypes are those of autocast on a CPU, which are those
+    on a GPU for the layers of our backbones.
     """
     config = module.config.network
     with skeletons():

@@ -150,31 +150,31 @@ def preflight(
     Raises:
         ValueError: if the run has no name, or a reserved one.
     """
-    found, machines = Preflight(), machines or Machines()
+    report, machines = Preflight(), machines or Machines()
     if recipe is None:
-        _check_machine(found)
-        return found
+        _check_machine(report)
+        return report
     nodes, devices = count_devices(machines, recipe)
-    plan, summary = _find_inputs(found, recipe, name_folders(**folders))
-    is_complete = found.ok
+    plan, summary = _find_inputs(report, recipe, name_folders(**folders))
+    is_complete = report.ok
     ranks = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
     if nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
-        found.add("ranks", f"{ranks}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
+        report.add("ranks", f"{ranks}; without Slurm, export MASTER_ADDR and MASTER_PORT on each node", "warning")
     else:
-        found.add("ranks", ranks)
+        report.add("ranks", ranks)
     stage_run = None
-    with found.catch("recipe"), leave_no_trace():
-        stage_run = _build(found, plan, summary, nodes * devices, machines.device, is_complete=is_complete)
+    with report.catch("recipe"), leave_no_trace():
+        stage_run = _build(report, plan, summary, nodes * devices, machines.device, is_complete=is_complete)
     if stage_run is None:
-        return found
+        return report
     module, values = stage_run.model, stage_run.values
     assert isinstance(module, TokenModel | Tokenizer)
     encoder = None
     if plan.tokenizer is not None:
         config = read_config(plan.tokenizer, "tokenizer")
         encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
-    per_device = _share_batch(found, values, summary, nodes * devices)
-    _describe_run(found, plan, module, values, summary, encoder)
+    per_device = _share_batch(report, values, summary, nodes * devices)
+    _describe_run(report, plan, module, values, summary, encoder)
     options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
         "ranks": nodes * devices,
@@ -182,11 +182,11 @@ def preflight(
         "encoder": encoder,
         "encodes": values.data.source != "tokens",
     }
-    with found.count("memory"):
-        found.memory = step_memory(module, per_device=per_device, **options)
-        _check_memory(found, found.memory, module, options, per_device, _device_memory(machines))
-    _check_disk(found, plan, module, values)
-    return found
+    with report.count("memory"):
+        report.memory = step_memory(module, per_device=per_device, **options)
+        _check_memory(report, report.memory, module, options, per_device, _device_memory(machines))
+    _check_disk(report, plan, module, values)
+    return report
 
 
 def count_devices(machines: Machines, recipe: Recipe) -> tuple[int, int]:
@@ -209,32 +209,32 @@ def _device_memory(machines: Machines) -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def _find_inputs(found: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan, DataSummary | None]:
+def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan, DataSummary | None]:
     """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
     folder, data = run_folder(recipe, named["run"]), named["data"]
     plan, summary = Plan(recipe, shards=Path(data or ""), folder=folder), None
-    with found.catch("data"):
+    with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
         if recipe.get("data.source") != "stream":
             for split in ("train", "val"):
                 load_manifest(plan.shards, split, check=False)
             summary = read_manifest_summary(plan.shards)
             counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
-            found.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
+            report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
     if plan.stage == "transformer":
-        with found.catch("tokenizer"):
+        with report.catch("tokenizer"):
             others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
             tokenizer = find_tokenizer(recipe, folder=folder, shards=plan.shards, **others)
             codes = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"]).codebook_size
             plan = replace(plan, tokenizer=tokenizer)
-            found.add("tokenizer", f"{tokenizer}: {count_text(codes, 'code')}")
-    with found.catch("pretrained"):
+            report.add("tokenizer", f"{tokenizer}: {count_text(codes, 'code')}")
+    with report.catch("pretrained"):
         plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
     return plan, summary
 
 
 def _build(
-    found: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
+    report: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
 ) -> StageRun:
     """Builds a run on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
     recipe, folder = plan.recipe, plan.stage_folder
@@ -244,39 +244,39 @@ def _build(
     values = resolve(recipe.kind, merge([instead, given]))
     trainer = values.trainer
     precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
-    with found.catch("strategy"):
+    with report.catch("strategy"):
         check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
-        found.add("strategy", f"{trainer.strategy}, {precision}")
+        report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
         run = StageRun(plan.stage, replace(values, trainer=replace(trainer, precision=precision)), folder)
-        found.add("recipe", f"{recipe.title}: keys, types and names are valid")
+        report.add("recipe", f"{recipe.title}: keys, types and names are valid")
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
     run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
     if run.datamodule.stream is None:
         run.datamodule.setup()
-    found.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
+    report.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
     if run.datamodule.resizing is not None:
-        found.add("image size", run.datamodule.resizing, "warning")
+        report.add("image size", run.datamodule.resizing, "warning")
     return run
 
 
-def _share_batch(found: Preflight, values: ResolvedRun, summary: DataSummary | None, ranks: int) -> int:
+def _share_batch(report: Preflight, values: ResolvedRun, summary: DataSummary | None, ranks: int) -> int:
     """Divides the global batch among the ranks, and returns the samples of a micro-batch."""
     batch, most = values.data.global_batch, values.data.max_batch_per_device
-    with found.catch("batch"):
+    with report.catch("batch"):
         per_device, micro_batches = split_batch(batch, most, ranks)
         parts = (count_text(ranks, "rank"), count_text(micro_batches, "accumulation step"))
         text = f"{batch} = {' x '.join(parts)} x {count_text(per_device, 'sample')}"
         is_small = summary is not None and summary.samples["train"] < batch
         more = "; a step needs more samples than the train split has" if is_small else ""
-        found.add("batch", text + more, "warning" if is_small else "ok")
+        report.add("batch", text + more, "warning" if is_small else "ok")
         return per_device
     return most
 
 
 def _describe_run(
-    found: Preflight,
+    report: Preflight,
     plan: Plan,
     module: TokenModel | Tokenizer,
     values: ResolvedRun,
@@ -286,26 +286,26 @@ def _describe_run(
     """Adds what training will do, the size of the model and the work of a step."""
     rate = values.model.optimizer.learning_rate
     batch, steps = values.data.global_batch, values.trainer.max_steps
-    found.add("run", describe_start(plan.stage_folder, steps))
+    report.add("run", describe_start(plan.stage_folder, steps))
     epochs = "" if summary is None else f", {steps * batch / summary.samples['train']:,.1f} epochs"
-    found.add(
+    report.add(
         "steps",
         f"{count_text(steps, 'step')}{epochs}; learning rate {rate.peak:g} after {rate.warmup_steps} steps, then "
         f"{rate.decay}, not rescaled by the number of devices",
     )
-    found.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
+    report.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     work = ""
-    with found.count("work"):
+    with report.count("work"):
         reads_tokens = values.data.source == "tokens"
-        found.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
+        report.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
         units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
-        unit, factor = next((each for each in units if found.step_flops >= each[1]), ("MFLOP", 1e6))
-        work = f", {found.step_flops / factor:.3g} {unit} per step"
-    found.add("model", f"{found.num_parameters:,} trained parameters{work}")
+        unit, factor = next((each for each in units if report.step_flops >= each[1]), ("MFLOP", 1e6))
+        work = f", {report.step_flops / factor:.3g} {unit} per step"
+    report.add("model", f"{report.num_parameters:,} trained parameters{work}")
 
 
 def _check_memory(
-    found: Preflight,
+    report: Preflight,
     memory: Memory,
     module: TokenModel | Tokenizer,
     options: Mapping[str, Any],
@@ -319,11 +319,11 @@ def _check_memory(
         f"weights and optimizer{gathered}, {size_text(memory.activations)} activations"
     )
     if device is None:
-        found.add("memory", f"{text}; give the available memory with --device or --device-memory", "warning")
+        report.add("memory", f"{text}; give the available memory with --device or --device-memory", "warning")
         return
     limit = device * _HEADROOM
     if memory.total <= limit:
-        found.add("memory", f"{text}; {size_text(device)} available")
+        report.add("memory", f"{text}; {size_text(device)} available")
         return
     sizes = [size for size in range(per_device - 1, 0, -1) if per_device % size == 0]
     fitting = (size for size in sizes if step_memory(module, per_device=size, **options).total <= limit)
@@ -336,7 +336,7 @@ def _check_memory(
         "--cluster fsdp": is_transformer and options["strategy"] == "ddp",
     }
     flags = ", ".join(flag for flag, helps in savings.items() if helps)
-    found.add(
+    report.add(
         "memory",
         f"a micro-batch must fit into {size_text(limit)} of a device with {size_text(device)}, got {text}; {hint}"
         + (f"; to save memory: {flags}" if flags else ""),
@@ -344,7 +344,7 @@ def _check_memory(
     )
 
 
-def _check_disk(found: Preflight, plan: Plan, module: TokenModel | Tokenizer, values: ResolvedRun) -> None:
+def _check_disk(report: Preflight, plan: Plan, module: TokenModel | Tokenizer, values: ResolvedRun) -> None:
     """Checks that the run folder is writable, and that its disk has room for the checkpoints to come."""
     most = max_num_checkpoints(
         max(1, values.trainer.max_steps), every=values.checkpoint_every, keep_last=values.keep_last,
@@ -357,34 +357,34 @@ def _check_disk(found: Preflight, plan: Plan, module: TokenModel | Tokenizer, va
         f"{existing}: {size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}, "
         f"{size_text(free)} free"
     )
-    with found.catch("disk"):
+    with report.catch("disk"):
         check_run_outputs(plan)
         if free < count * size:
             raise ValueError(f"{text}; free space, name another --runs-folder, or lower keep_last or raise keep_every")
-        found.add("disk", text)
+        report.add("disk", text)
 
 
-def _check_machine(found: Preflight) -> None:
+def _check_machine(report: Preflight) -> None:
     """Adds what this machine has: versions, devices, memory for workers, disk, data and optional packages."""
     libraries = ", ".join(f"{name} {version(name)}" for name in ("maskgit_pl", "torch", "lightning"))
-    found.add("versions", f"{libraries}, Python {platform.python_version()}")
+    report.add("versions", f"{libraries}, Python {platform.python_version()}")
     gpus = [torch.device(name) for name in device_names()[2:]]
     for gpu in gpus:
         memory = f", {size_text(torch.cuda.get_device_properties(gpu).total_memory)}" if gpu.type == "cuda" else ""
-        found.add("device", f"{gpu}: {device_name(gpu)}{memory}")
+        report.add("device", f"{gpu}: {device_name(gpu)}{memory}")
     if not gpus:
-        found.add("device", "no GPU: small runs train on the CPU", "warning")
-    found.add("cpu", f"{count_text(available_cores(), 'core')}, {device_name(torch.device('cpu'))}")
+        report.add("device", "no GPU: small runs train on the CPU", "warning")
+    report.add("cpu", f"{count_text(available_cores(), 'core')}, {device_name(torch.device('cpu'))}")
     if _SHARED_MEMORY.is_dir():
         total = shutil.disk_usage(_SHARED_MEMORY).total
         hint = "; data workers need 1 GB: in a container, set --shm-size or --ipc=host" if total < 1e9 else ""
-        found.add("shared memory", f"{size_text(total)}{hint}", "warning" if hint else "ok")
+        report.add("shared memory", f"{size_text(total)}{hint}", "warning" if hint else "ok")
     runs = Path("runs") if Path("runs").is_dir() else Path()
-    found.add("disk", f"{size_text(shutil.disk_usage(runs).free)} free for runs/")
+    report.add("disk", f"{size_text(shutil.disk_usage(runs).free)} free for runs/")
     names = sorted(each.parent.name for each in Path("data/shards").glob("*/train.json"))
     hint = "no data in data/shards; start with `maskgit demo`, or `maskgit data fetch fashion-mnist`"
-    found.add("data", ", ".join(names) or hint, "ok" if names else "warning")
+    report.add("data", ", ".join(names) or hint, "ok" if names else "warning")
     missing = [name for name, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]
     present = [name for name in _EXTRAS if name not in missing]
     more = f"; pip install 'maskgit_pl[{','.join(missing)}]' adds the others" if missing else ""
-    found.add("extras", f"{', '.join(present) or 'none'}{more}")
+    report.add("extras", f"{', '.join(present) or 'none'}{more}")

@@ -229,15 +229,13 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
 
 def _checkpoint(plan: Plan, step: int | None) -> Path:
     """Returns the complete checkpoint of a step, or the newest one."""
-    found = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
-    if not found or step not in {None, *found}:
-        there = ", ".join(map(str, found)) or "none"
-        wanted = "a complete checkpoint" if step is None else f"a complete checkpoint of step {step}"
+    complete = {step_of(path): path for path in complete_checkpoints(plan.checkpoints)}
+    if not complete or step not in {None, *complete}:
         raise FileNotFoundError(
-            f"{plan.checkpoints} must hold {wanted}, got steps: {there}; name one with --step, or the other stage with "
-            "--stage"
+            f"{plan.checkpoints} must hold a complete checkpoint{'' if step is None else f' of step {step}'}, got "
+            f"steps: {', '.join(map(str, complete)) or 'none'}; name one with --step, or the other stage with --stage"
         )
-    return found[max(found) if step is None else step]
+    return complete[max(complete) if step is None else step]
 
 
 @restore_process_state()

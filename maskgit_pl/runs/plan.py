@@ -128,11 +128,11 @@ def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
     """
     named = name_folders(**folders)
-    shards, folder, found = find_data(recipe, named["data"]), run_folder(recipe, named["run"]), None
+    shards, folder, tokenizer = find_data(recipe, named["data"]), run_folder(recipe, named["run"]), None
     if recipe.stage == "transformer":
         others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
-        found = find_tokenizer(recipe, folder=folder, shards=shards, **others)
-    return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, named["pretrained"]))
+        tokenizer = find_tokenizer(recipe, folder=folder, shards=shards, **others)
+    return Plan(recipe, shards, folder, tokenizer, find_pretrained(recipe.stage, named["pretrained"]))
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
@@ -215,15 +215,15 @@ def find_tokenizer(
     # Only a name that the user gave can be mistyped.
     if folder.name != recipe.run_name:
         _refuse_unknown_run(folder)
-    found = _tokenizers_of(shards, folder.parent)
-    if len(found) != 1:
-        several = f", and there are several others for these data: {', '.join(map(str, found))}" if found else ""
-        raise (ValueError if found else FileNotFoundError)(
-            f"tokenizer {own}: no such folder{several}; train one with `maskgit train tokenizer`, or name another with "
-            "--tokenizer"
+    tokenizers = _tokenizers_of(shards, folder.parent)
+    if len(tokenizers) != 1:
+        several = f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
+        raise (ValueError if tokenizers else FileNotFoundError)(
+            f"tokenizer {own}: no such folder{several if tokenizers else ''}; train one with `maskgit train "
+            "tokenizer`, or name another with --tokenizer"
         )
-    log.info("tokenizer: %s, the only one trained on %s", found[0], shards)
-    return found[0]
+    log.info("tokenizer: %s, the only one trained on %s", tokenizers[0], shards)
+    return tokenizers[0]
 
 
 def _check_tokenizer(folder: Path) -> Path:
@@ -251,14 +251,14 @@ def _refuse_unknown_run(folder: Path) -> None:
 
 def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
     """Returns the tokenizers that runs have trained on a data folder, without duplicates of the same weights."""
-    found: dict[str, Path] = {}
+    tokenizers: dict[str, Path] = {}
     for config in sorted(runs.glob("*/tokenizer/config.yaml")):
         exported = config.parents[1] / "pretrained" / "tokenizer"
         # The data that the run was trained on, by its own record: names of runs say nothing about it.
         path = value_at(read_yaml(config), "data.path")
         if (exported / "config.json").is_file() and isinstance(path, str) and Path(path).resolve() == shards.resolve():
-            found.setdefault(sha256_of(exported / "model.safetensors"), exported)
-    return list(found.values())
+            tokenizers.setdefault(sha256_of(exported / "model.safetensors"), exported)
+    return list(tokenizers.values())
 
 
 def find_pretrained(stage: Stage, pretrained: str | Path | None) -> Path | None:

@@ -401,13 +401,7 @@ def _check_names(
 
 
 def _explain_unknown_key(key: str, known: Sequence[str], *, backbone: str) -> str:
-    """Returns the message for a key that a recipe cannot have.
-
-    Args:
-        key: The dotted key.
-        known: All dotted keys of the recipe.
-        backbone: Name of the backbone, whose keys ``model.network`` has; empty for stage 1.
-    """
+    """Returns the message for a key that no recipe has; ``backbone`` owns ``model.network``, empty for stage 1."""
     if key in _REASONS:
         return f"{key} cannot be set: {_REASONS[key]}"
     group, _, leaf = key.rpartition(".")

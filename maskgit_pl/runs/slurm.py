@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import operator
 import os
 import re
 import shlex
@@ -60,7 +59,6 @@ _REFUSED = {  # options of sbatch that the job sets itself -> the reason
 }  # fmt: skip
 
 _SIGNALS = ("USR1", "USR2", "TERM", "INT", "10", "12", "15", "2")  # those that script and training catch
-_SIGNAL_LEAD = 120  # seconds between the signal to save and the time limit, of recipes/slurm/train.sbatch
 _SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
 _VARIABLES = (  # of the environment, which the script reads
     "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
@@ -122,23 +120,13 @@ class JobOptions:
         self._check_signal()
 
     def _check_signal(self) -> None:
-        """Checks that the job is told to save, by a signal that training catches, only after it has started.
-
-        Otherwise it would be requeued again and again.
-        """
-        limit, lead = _limit_seconds(self.time), _SIGNAL_LEAD
+        """Checks that training catches the signal before the time limit; otherwise nothing would be saved."""
         for value in (value for flag, value in _flags(self.sbatch_words) if flag == "--signal"):
-            name, _, seconds = value.partition("@")
-            if name.rpartition(":")[2].upper().removeprefix("SIG") not in _SIGNALS:
+            number = value.partition("@")[0].rpartition(":")[2].upper().removeprefix("SIG")
+            if number not in _SIGNALS:
                 raise ValueError(
                     f"sbatch must have a --signal at which training saves, got {value!r}; use USR1@SECONDS"
                 )
-            lead = int(seconds) if seconds.isdecimal() else _SIGNAL_LEAD
-        if 0 < limit <= lead:
-            raise ValueError(
-                f"time must be longer than the {lead} s before its end when the job saves, got {self.time}; give a "
-                'longer --time, or another --sbatch="--signal=USR1@SECONDS"'
-            )
 
     @property
     def sbatch_words(self) -> list[str]:
@@ -284,11 +272,6 @@ def _split(name: str, text: str) -> list[str]:
         raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
 
 
-def _requote(name: str, text: str) -> str:
-    """Returns the words of a text with quotes that the script, which uses ``xargs``, reads as a shell does."""
-    return shlex.join(_split(name, text))
-
-
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
     for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
@@ -297,17 +280,6 @@ def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield flag, value if equals else following
         elif word.startswith("-"):
             yield word[:2], word[2:] or following
-
-
-def _limit_seconds(text: str) -> int:
-    """Returns a time limit in seconds, which Slurm rounds up to minutes; 0 for no limit."""
-    if not text[0].isdecimal():
-        return 0
-    days, dash, rest = text.rpartition("-")
-    parts = list(map(int, rest.split(":")))
-    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
-    seconds: int = 86400 * int(days or 0) + sum(map(operator.mul, parts, units))
-    return -(-seconds // 60) * 60
 
 
 def _job_comment(plan: Plan) -> str:
@@ -339,8 +311,9 @@ def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:
         "CLUSTER": plan.recipe.cluster,
         "TOKENIZER": str(plan.tokenizer or ""),
         "PRETRAINED": str(folders.get("pretrained") or ""),
-        "CONTAINER": _requote("container", job.container),
-        "SRUN": _requote("srun", job.srun),
+        # With quotes that the script, which uses xargs, reads as a shell does.
+        "CONTAINER": shlex.join(_split("container", job.container)),
+        "SRUN": shlex.join(_split("srun", job.srun)),
         "MASKGIT": "" if program == str(_PROGRAM) else program,
     }
     return {name: value for name, value in values.items() if value}

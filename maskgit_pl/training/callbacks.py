@@ -143,10 +143,6 @@ class ProgressLines(ProgressBar):
         self._start = (0.0, 0)  # time and step at the start of training
         self._last = 0.0  # time of the last line
 
-    def enable(self) -> None:
-        """Turns the lines on."""
-        self._is_enabled = True
-
     def disable(self) -> None:
         """Turns the lines off; Lightning calls this on every rank except rank 0."""
         self._is_enabled = False
@@ -172,10 +168,8 @@ class ProgressLines(ProgressBar):
         speed = (trainer.global_step - first) / max(now - begun, 1e-9)
         left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
         metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
-        log.info(
-            "step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, shown, speed, left
-        )
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+        log.info("step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, text, speed, left)
 
 
 class ReconstructionPictures(Callback):
@@ -223,8 +217,8 @@ class SamplePictures(Callback):
     ) -> None:
         self.folder = folder
         self.find_vectors = find_vectors
-        shown = min(len(class_names), _MOST_CLASSES)
-        self.classes = [number * len(class_names) // shown for number in range(shown)]
+        count = min(len(class_names), _MOST_CLASSES)
+        self.classes = [number * len(class_names) // count for number in range(count)]
         self.captions = [class_names[label] for label in self.classes]
         self.images_per_class = min(images_per_class, _MOST_OF_A_CLASS)
         self.labels = [label for label in self.classes for _ in range(self.images_per_class)]
@@ -307,8 +301,8 @@ def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) ->
 def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
     """Returns the counter of each split that has one."""
     loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
-    found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
-    return {split: images for split, images in found.items() if isinstance(images, UnreadableImages)}
+    counters = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
+    return {split: images for split, images in counters.items() if isinstance(images, UnreadableImages)}
 
 
 def _format_counts(counts: dict[str, int], most: int = 5) -> str:

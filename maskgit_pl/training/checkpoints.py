@@ -76,6 +76,7 @@ log = logging.getLogger(__name__)
 SETTINGS = "maskgit_pl.settings"
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
+_RUN_KEYS = {SETTINGS, "callbacks", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"}
 _VERSION = 3
 _FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece, if not 0
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -161,8 +162,8 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     """Returns all complete checkpoints of a ``checkpoints`` folder, the oldest first."""
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
-    return sorted(found, key=step_of)
+    complete = [path for path in folder.iterdir() if _STEP_FOLDER.fullmatch(path.name) and (path / _MARKER).is_file()]
+    return sorted(complete, key=step_of)
 
 
 def find_leftovers(folder: Path) -> list[Path]:
@@ -180,20 +181,21 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Reads the settings of the run from a complete checkpoint.
 
     Raises:
-        ValueError: if the file has changed.
+        ValueError: if the file has changed, or the checkpoint is not one of a run.
     """
     _verify(folder, [_STATE], _read_marker(folder))
-    settings: dict[str, Any] = _read_state(folder, lambda _: None)[SETTINGS]
+    state = _read_state(folder, lambda _: None)
+    if missing := _RUN_KEYS - state.keys():
+        raise ValueError(
+            f"checkpoint {folder}: {_STATE} must have {', '.join(sorted(missing))}, which `maskgit train` writes; "
+            "remove the folder to resume from an older one, or start a new run with --run"
+        )
+    settings: dict[str, Any] = state[SETTINGS]
     return settings
 
 
 def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns a value as plain JSON, and adds its tensors to ``tensors``, named by their keys.
-
-    Args:
-        value: Tensors and plain values in mappings, lists and tuples.
-        key: Key of ``value`` in the checkpoint, such as ``/state_dict``.
-        tensors: Mapping to which the tensors are added.
+    """Returns a value as plain JSON, and adds its tensors to ``tensors`` by their keys, such as ``/state_dict/weight``.
 
     Raises:
         TypeError: if a value is neither a tensor nor plain. The message names its key.
@@ -312,8 +314,11 @@ def _changed(folder: Path, name: str) -> ValueError:
 
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
-    state: dict[str, Any] = _join_state(json.loads((folder / _STATE).read_bytes()), read)
-    return state
+    try:
+        state = _join_state(json.loads((folder / _STATE).read_bytes()), read)
+        return dict(state)
+    except (LookupError, StopIteration, TypeError, ValueError) as error:
+        raise _changed(folder, _STATE) from error
 
 
 class _Piece(NamedTuple):
@@ -451,9 +456,9 @@ class Checkpoints(Checkpoint):
         Raises:
             ValueError: if ranks would resume from different checkpoints. Raised on all ranks.
         """
-        seen = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
-        if len(set(seen)) > 1:
-            listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(seen))
+        names = on_all_ranks(lambda: self.resumes_from and self.resumes_from.name)
+        if len(set(names)) > 1:
+            listed = ", ".join(f"rank {rank}: {name or 'none'}" for rank, name in enumerate(names))
             raise ValueError(
                 f"{self.folder} must have the same newest checkpoint on all ranks, got {listed}; check that it is the "
                 "same folder on every machine, and repeat the command"
@@ -587,10 +592,10 @@ class CheckpointedModule(LightningModule):
                 "module, and resume with Trainer.fit(ckpt_path=...)"
             )
         checkpoint = FolderCheckpointIO().load_checkpoint(checkpoint_path)
-        if _CONFIG not in checkpoint:
+        if not {_CONFIG, "state_dict"} <= checkpoint.keys():
             raise ValueError(
-                f"checkpoint {checkpoint_path} must hold a configuration, which on_save_checkpoint of "
-                "CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
+                f"checkpoint {checkpoint_path} must hold a configuration and weights, which on_save_checkpoint "
+                "of CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
             )
         config: Any = build_dataclass(cls.config_class, checkpoint[_CONFIG], f"checkpoint {checkpoint_path}")
         module = cls(config)

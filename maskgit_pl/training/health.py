@@ -273,8 +273,8 @@ class CodeHistory:
             age.max(),
         ]
         names = ("codebook_usage", "perplexity", "dead_codes", "dead_code_age", "oldest_code_age")
-        num_tokens, *found = torch.stack(values).tolist()  # one transfer to the host
-        return dict(zip(names, found, strict=True)), int(num_tokens)
+        num_tokens, *measurements = torch.stack(values).tolist()  # one transfer to the host
+        return dict(zip(names, measurements, strict=True)), int(num_tokens)
 
 
 @torch.no_grad()
@@ -429,7 +429,6 @@ class HealthMonitor(Callback):
 
     def _write(self) -> None:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
         except OSError as error:
             log.warning("%s cannot be written: %s; training continues", self.folder / FILE_NAME, error)

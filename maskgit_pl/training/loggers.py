@@ -164,8 +164,8 @@ class MLflow(LoggerSpec):
         return cast(MLFlowLogger, logger).run_id
 
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
-        own = cast(MLFlowLogger, logger)
-        own.experiment.log_image(own.run_id, picture, key=name, step=step)
+        tracker = cast(MLFlowLogger, logger)
+        tracker.experiment.log_image(tracker.run_id, picture, key=name, step=step)
 
 
 class TolerantLogger(Logger):
@@ -265,10 +265,10 @@ class TolerantLogger(Logger):
         """Returns the tracker's logger; builds it at the first call and after a failure."""
         if self._inner is None:
             file = self.folder / f"{self._name}-run.txt"
-            known = file.read_text().strip() or None if file.is_file() else None
-            inner = self.spec.create(self.folder, run_id=known)
+            recorded_id = file.read_text().strip() or None if file.is_file() else None
+            inner = self.spec.create(self.folder, run_id=recorded_id)
             run_id = self.spec.run_id(inner)
-            if known is None and run_id is not None:
+            if recorded_id is None and run_id is not None:
                 inner.log_hyperparams(dict(self.settings))
                 write_text(file, f"{run_id}\n")
             self._inner = inner

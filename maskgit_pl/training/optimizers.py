@@ -302,7 +302,7 @@ class LearningRate:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """The configuration of an optimizer and its learning rate.
+    """The configuration of an optimizer and its learning rate. The defaults are those of the paper's transformer.
 
     Args:
         learning_rate: Peak, warm-up and decay.
@@ -316,8 +316,8 @@ class OptimizerConfig:
     """
 
     learning_rate: LearningRate
-    betas: tuple[float, float]
-    weight_decay: float
+    betas: tuple[float, float] = (0.9, 0.96)
+    weight_decay: float = 0.045
     adamw: AdamWKind = "fused"
     algorithm: str | Mapping[str, Any] = "adamw"
 

@@ -98,10 +98,10 @@ class SpeedMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
-        found = read_training_time(self.folder)
+        recorded = read_training_time(self.folder)
         # A longer record has steps that are trained again, or is that of another run.
-        if found is not None and found.steps <= trainer.global_step:
-            self._before = found
+        if recorded is not None and recorded.steps <= trainer.global_step:
+            self._before = recorded
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if trainer.is_global_zero:
@@ -164,14 +164,9 @@ class SpeedMonitor(Callback):
             torch.cuda.synchronize()  # kernels run after the call that starts them
         self._read_clocks(device)
         before, steps = self._before, trainer.global_step - self._first_step
-        total = TrainingTime(
-            before.steps + steps,
-            before.cost + self._cost,
-            device_name(device),
-            device.type == "cpu",
-        )
+        cost, is_cpu = before.cost + self._cost, device.type == "cpu"
+        total = TrainingTime(before.steps + steps, cost, device_name(device), is_cpu)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / _FILE_NAME, json.dumps(asdict(total), indent=2) + "\n")
         except OSError as error:  # such as a full disk: the other ranks know nothing of it, and training continues
             file = self.folder / _FILE_NAME

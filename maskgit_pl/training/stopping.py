@@ -206,12 +206,8 @@ def disable_sigterm_handler(trainer: Trainer) -> None:
     Lightning's handler of SIGTERM talks to other ranks, its broadcast before each micro-batch waits for the device, and
     a process without ranks would end as by an internal error.
     """
-    trainer._signal_connector.register_signal_handlers = _do_nothing  # type: ignore[method-assign]  # its own
-    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _do_nothing  # type: ignore[method-assign]  # its own
-
-
-def _do_nothing() -> None:
-    pass
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # its own
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # its own
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:

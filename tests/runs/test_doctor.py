@@ -10,7 +10,7 @@ import torch
 
 from maskgit_pl import runs
 from maskgit_pl.cli import main
-from maskgit_pl.runs.doctor import _EXTRAS, Machines, count_devices
+from maskgit_pl.runs.doctor import Machines
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def fails(found, name: str, *parts: object) -> None:
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_a_run_that_can_start(examine, stage, tmp_path, capsys):
+def test_a_run_that_can_start_is_described_and_nothing_is_written(examine, stage, tmp_path, capsys):
     def state():
         return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state().tolist()
 
@@ -106,13 +106,7 @@ def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(examine):
     assert not examine(batch[0], more, machines=Machines(device_memory="600KB")).ok
 
 
-def test_a_run_without_data_is_examined_to_its_end(examine, tmp_path):
-    found = examine(data=tmp_path / "nowhere", tokenizer=tmp_path, machines=Machines(devices=3, device_memory="1KB"))
-    assert [check.name for check in found.errors] == ["data", "tokenizer", "batch", "memory"]
-    assert str(found).endswith("4 of 11 checks fail.")
-
-
-def test_damaged_data_is_named(examine, tiny_shards, tmp_path):
+def test_damaged_data_is_refused_by_name(examine, tiny_shards, tmp_path):
     data = shutil.copytree(tiny_shards, tmp_path / "cut")
     shard = next(data.glob("train-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-1024])
@@ -137,37 +131,6 @@ def test_images_of_another_size_are_a_warning(examine, tmp_path):
         assert all(f"images of 8 x 8 pixels are {effect}" in check.text for check in said)
 
 
-def test_the_strategy_is_checked_with_the_sizes_of_data_and_tokenizer(tmp_path, tiny_shards, tiny_pretrained):
-    own = [word for word in tiny_flags("transformer") if ".grid=" not in word]
-    counts = ["--model.decoding.num_steps=2", "--model.decoding.tokens_per_step=[8, 8]"]  # of the tokenizer's 4 x 4
-    recipe = runs.Recipe.read("transformer", overrides=[*own, *counts])
-    found = runs.preflight(recipe, run=tmp_path / "one", data=tiny_shards, tokenizer=tiny_pretrained / "tokenizer")
-    assert found.ok, found
-
-
-def test_devices_that_are_not_given_are_those_of_the_recipe(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    for words, count in (
-        ("--trainer.devices=[0, 2]", 2), ("--trainer.devices=auto", 8), ("--trainer.accelerator=cpu", 1),
-    ):  # fmt: skip
-        recipe = runs.Recipe.read("tokenizer", overrides=["--trainer.devices=auto", words])
-        assert count_devices(Machines(), recipe) == (1, count)
-        assert count_devices(Machines(nodes=3, devices=5), recipe) == (3, 5)
-
-
-@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"devices": True}, {"device_memory": "much"}, {"device": "h1000"}])
-def test_machines_that_cannot_be(wrong):
-    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
-        Machines(**wrong)
-
-
-def test_several_nodes_need_an_address(examine, monkeypatch):
-    machines = Machines(nodes=2, devices=2)
-    assert "export MASTER_ADDR" in str(examine(machines=machines))
-    monkeypatch.setenv("MASTER_ADDR", "here")
-    assert "export MASTER_ADDR" not in str(examine(machines=machines))
-
-
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 32 kB."""
@@ -185,7 +148,7 @@ def test_a_disk_without_room_for_the_checkpoints(examine, small_disk):
 
 
 @pytest.mark.slow
-def test_a_run_that_is_there_goes_on_or_is_refused(examine, tmp_path, tiny_shards, tiny_pretrained):
+def test_an_earlier_run_resumes_or_is_refused(examine, tmp_path, tiny_shards, tiny_pretrained):
     words = ["--data", tiny_shards, "--runs-folder", tmp_path / "runs", "--run", "one", *tiny_flags("transformer")]
     assert main(["train", "transformer", "--tokenizer", str(tiny_pretrained / "tokenizer"), *map(str, words)]) == 0
     found = examine("--trainer.max_steps=5", cluster="single")
@@ -196,7 +159,7 @@ def test_a_run_that_is_there_goes_on_or_is_refused(examine, tmp_path, tiny_shard
     assert any("training has nothing to do" in check.text for check in examine(cluster="single").checks)
 
 
-def test_this_machine(tmp_path, tiny_shards, monkeypatch):
+def test_a_machine_is_described(tmp_path, tiny_shards, monkeypatch):
     monkeypatch.chdir(tmp_path)
     found = runs.preflight()
     assert found.ok
@@ -205,9 +168,3 @@ def test_this_machine(tmp_path, tiny_shards, monkeypatch):
     assert data.verdict == "warning"
     shutil.copytree(tiny_shards, tmp_path / "data" / "shards" / "mine")
     assert runs.preflight().checks[-2].text == "mine"
-
-
-def test_the_extras_are_those_of_the_package():
-    text = (ROOT / "pyproject.toml").read_text()
-    (line,) = [line for line in text.splitlines() if line.startswith("all = ")]
-    assert line.partition("maskgit_pl[")[2].partition("]")[0].split(",") == [*_EXTRAS]

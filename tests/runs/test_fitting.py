@@ -1,9 +1,10 @@
 """Runs from Python: both stages in one process, the return values, and the files that remain."""
 
+import inspect
 import os
+import re
 import shutil
 import signal
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def recipe(stage: str, **overrides: object) -> runs.Recipe:
 
 
 @pytest.mark.slow
-def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(tiny_shards, tmp_path):
+def test_both_stages_train_in_one_process_and_a_second_call_does_nothing(tiny_shards, tmp_path):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
     handlers = [signal.getsignal(number) for number in processes.SIGNALS]
     first = runs.fit(recipe("tokenizer"), **where)
@@ -55,33 +56,6 @@ def test_both_stages_train_in_one_process_and_a_second_call_finds_them_finished(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("side", "effect"), [(4, "reduced"), (8, None)])
-def test_a_run_says_once_at_its_start_that_all_images_are_resized(tiny_shards, tmp_path, caplog, side, effect):
-    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
-    resized = recipe("tokenizer", data__image_size=side)
-    described = runs.dry_run(resized, **where)["data"]
-    runs.fit(resized, **where)
-    said = [line for line in caplog.messages if f"data {tiny_shards}: images of 8 x 8 pixels are {effect} to" in line]
-    assert len(said) == (effect is not None)
-    assert ("images of 8 x 8 pixels are" in described) == (effect is not None)
-
-
-@pytest.mark.slow
-def test_tokens_are_made_and_read(tiny_shards, tiny_pretrained, tmp_path):
-    where = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
-    assert runs.tokenize(recipe("transformer"), **where) is None
-    reads_tokens, told = recipe("transformer", data__source="tokens"), Counter()
-    options = runs.TokenizeOptions(flip=True, batch_size=4)
-    store = runs.tokenize(
-        reads_tokens, **where, options=options, bars=lambda title, total, **_: lambda rows: told.update({title: rows})
-    )
-    assert store.parent == tmp_path / "tokens"
-    assert store == (tmp_path / "one" / "tokens").resolve()
-    assert told == {"tokens of train": 120, "tokens of val": 24}
-    assert runs.fit(reads_tokens, **where).step == 1
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("presses", [1, 2])
 def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypatch, presses):
     own = StepCheck.on_train_batch_end
@@ -105,7 +79,7 @@ def test_ctrl_c_raises_and_the_same_call_resumes(tiny_shards, tmp_path, monkeypa
     assert runs.fit(long, **where).step == 5
 
 
-def test_a_run_is_named_in_runs_or_by_its_folder(tiny_shards, tmp_path, monkeypatch):
+def test_a_run_is_a_name_in_runs_or_a_folder(tiny_shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     tokenizer = recipe("tokenizer")
     folders = [
@@ -116,9 +90,9 @@ def test_a_run_is_named_in_runs_or_by_its_folder(tiny_shards, tmp_path, monkeypa
         runs.plan_run(tokenizer, run="tokens", data=tiny_shards)
 
 
-@pytest.mark.parametrize("blocked", [".", "tokenizer", "tokenizer/checkpoints", "pretrained", "pretrained/tokenizer"])
+@pytest.mark.parametrize("blocked", [".", "tokenizer/checkpoints", "pretrained/tokenizer"])
 @pytest.mark.parametrize("start", [runs.fit, runs.dry_run])
-def test_an_output_that_cannot_be_written_ends_a_run_before_it_trains(tiny_shards, tmp_path, blocked, start):
+def test_an_unwritable_output_ends_a_run_before_it_trains(tiny_shards, tmp_path, blocked, start):
     file = tmp_path / "one" / blocked
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("a file")
@@ -156,13 +130,10 @@ def test_the_tokenizer_that_a_run_has_trained_is_not_replaced(tiny_shards, tiny_
 
 
 @pytest.mark.filterwarnings("ignore:.*`srun` command is available")
-@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_NUM_TASKS": "1"}])
-def test_a_batch_script_without_srun_does_not_wait_for_tasks_that_nobody_starts(
-    tiny_shards, tmp_path, monkeypatch, step
-):
+def test_a_batch_script_without_srun_is_refused(tiny_shards, tmp_path, monkeypatch):
     batch = {
         "SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "train", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2",
-        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost", **step,
+        "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "localhost",
     }  # fmt: skip
     for name, value in batch.items():
         monkeypatch.setenv(name, value)
@@ -174,3 +145,18 @@ def test_a_batch_script_without_srun_does_not_wait_for_tasks_that_nobody_starts(
     with pytest.raises(ValueError, match=r"2 ranks must be started with srun, got 1 task.*; put `srun` before"):
         runs.fit(two, run=tmp_path / "runs" / "one", data=tiny_shards)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", runs.__all__)
+def test_every_public_name_has_a_docstring(name):
+    assert getattr(runs, name).__doc__
+    assert getattr(runs, name).__name__ == name
+
+
+def test_the_python_page_calls_fit_with_its_arguments(monkeypatch):
+    calls, signature = [], inspect.signature(runs.fit)
+    monkeypatch.setattr(runs, "fit", lambda *args, **named: calls.append(signature.bind(*args, **named)), raising=False)
+    page = (Path(runs.__file__).parents[2] / "docs" / "python.md").read_text()
+    (block,) = re.findall(r"^```python\n(from maskgit_pl import runs\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    exec(block, {})
+    assert calls[0].args[0].get("trainer.max_steps") == 100_000

@@ -16,7 +16,7 @@ from maskgit_pl.runs.layers import (
 )
 
 
-def test_later_files_win_key_by_key_and_a_named_thing_is_replaced():
+def test_later_trees_override_keys_and_replace_named_objects():
     trees = [
         {"a": {"x": 1, "y": 2}, "spec": {"name": "pow", "exponent": 3}, "word": "cosine", "null": None},
         {"a": {"x": 5}, "spec": {"name": "log"}, "word": {"rate": 2}, "null": {"z": 1}},
@@ -31,7 +31,7 @@ def test_later_files_win_key_by_key_and_a_named_thing_is_replaced():
     assert trees[0]["spec"] == {"name": "pow", "exponent": 3}
 
 
-def test_a_dotted_key_is_found_and_taken_out_in_place():
+def test_a_dotted_key_is_read_and_removed():
     tree = {"a": {"b": {"c": 1, "d": None}}, "word": "x"}
     assert [value_at(tree, key) for key in ("a.b.c", "a.b.d", "a.x.c", "word.x")] == [1, None, None, None]
     assert [remove_key(tree, key) for key in ("a.b.c", "a.b.c", "a.b.d", "word.x", "word")] == [
@@ -64,7 +64,7 @@ REMDM = {"name": "remdm", "eta": 0.4}
         (parse_features, "classifier,inception=a.pt", ["classifier", "inception=a.pt"]),
     ],
 )
-def test_a_text_has_a_value(parse, text, value) -> None:
+def test_flags_are_parsed(parse, text, value) -> None:
     assert parse("--x", text) == value
 
 
@@ -84,7 +84,7 @@ def test_a_text_has_a_value(parse, text, value) -> None:
         (parse_features, ["inception=a.pt,inception=b.pt"], "name each network once, got inception twice"),
     ],
 )
-def test_another_text_is_refused(parse, texts, rule) -> None:
+def test_a_wrong_flag_is_refused_with_the_rule(parse, texts, rule) -> None:
     for text in texts:
         with pytest.raises(ValueError, match=f"^--x must (be )?{rule}"):
             parse("--x", text)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.plan import find_data, find_pretrained, find_tokenizer, plan_run, run_folder
+from maskgit_pl.runs.plan import find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 
 CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], samples: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
@@ -21,7 +21,7 @@ def repeated(folder: Path, **values: object) -> Recipe:
     return Recipe.from_run("transformer", folder / "config.yaml")
 
 
-def test_the_data_are_the_named_ones_else_those_of_the_repeated_run_else_the_data_sets(tmp_path, recipe, monkeypatch):
+def test_data_are_the_named_else_the_repeated_runs_else_the_data_sets(tmp_path, recipe, monkeypatch):
     for name in ("named", "own", "data/shards/fashion-mnist"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -29,11 +29,8 @@ def test_the_data_are_the_named_ones_else_those_of_the_repeated_run_else_the_dat
     assert find_data(again, "named") == Path("named")
     assert find_data(again) == Path("own")
     assert find_data(recipe) == Path("data/shards/fashion-mnist")
-
-
-def test_a_data_folder_that_is_missing_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="data gone: no such folder"):
-        find_data(repeated(tmp_path, data="gone", source="images"))
+        find_data(recipe, "gone")
 
 
 def test_a_repeated_run_must_have_a_name(tmp_path):
@@ -41,7 +38,7 @@ def test_a_repeated_run_must_have_a_name(tmp_path):
         run_folder(repeated(tmp_path, data="a", source="images"))
 
 
-def test_the_tokenizer_is_the_named_one_else_the_runs_else_that_of_the_weights(tiny_pretrained, tmp_path, recipe):
+def test_the_tokenizer_is_the_named_else_the_runs_else_the_weights(tiny_pretrained, tmp_path, recipe):
     where = {"folder": tmp_path / "one", "shards": tmp_path}
     with pytest.raises(FileNotFoundError, match="no such folder; train one"):
         find_tokenizer(recipe, **where)
@@ -56,7 +53,7 @@ def test_the_tokenizer_is_the_named_one_else_the_runs_else_that_of_the_weights(t
 
 
 @pytest.mark.parametrize("broken", ["data: null", "data: {path: 7}", "data: {path: [a]}"])
-def test_the_configuration_of_another_run_is_no_obstacle(tiny_shards, tiny_pretrained, tmp_path, recipe, broken):
+def test_damaged_configurations_of_other_runs_are_ignored(tiny_shards, tiny_pretrained, tmp_path, recipe, broken):
     for name, text in (("a", broken), ("b", f"data: {{path: {tiny_shards}}}")):
         (tmp_path / name / "tokenizer").mkdir(parents=True)
         (tmp_path / name / "tokenizer" / "config.yaml").write_text(text)
@@ -71,14 +68,3 @@ def both_stages(folder: Path, pretrained: Path) -> Path:
     (folder / "both" / "tokenizer").symlink_to(pretrained / "tokenizer")
     (folder / "both" / "config.json").write_text("{}")
     return folder / "both"
-
-
-def test_a_plan_holds_the_folders_of_its_stage(tiny_shards, tiny_pretrained, tmp_path, recipe):
-    plan = plan_run(recipe, run=tmp_path / "one", data=tiny_shards, pretrained=tiny_pretrained)
-    assert (plan.stage_folder, plan.checkpoints) == (
-        tmp_path / "one" / "transformer",
-        tmp_path / "one" / "transformer" / "checkpoints",
-    )
-    assert (plan.tokenizer, plan.pretrained) == (tiny_pretrained / "tokenizer", tiny_pretrained / "transformer")
-    assert plan_run(Recipe.read("tokenizer"), run="one", data=tiny_shards).tokenizer is None
-    assert find_pretrained("tokenizer", None) is None

@@ -62,30 +62,16 @@ def test_wide_networks_use_bfloat16_where_the_device_has_it(stage, width, exists
         assert choose_precision(*config(stage, width, given), stage, tmp_path) == given
 
 
-def test_the_device_of_the_run_is_asked_and_a_named_gpu_is_not(bfloat16, tmp_path, monkeypatch):
+def test_precision_follows_the_device_of_the_run_or_a_named_gpu(bfloat16, tmp_path, monkeypatch):
     asked = bfloat16(exists=False)
     monkeypatch.setattr(resolve, "default_device", lambda: "cuda")
     for accelerator in ("cpu", "auto", "gpu"):
         choose_precision(*config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]
     assert choose_precision(*config("transformer", 256), "transformer", tmp_path, gpu="h100") == "bf16-mixed"
+    several = config("transformer", 256, strategy="ddp")  # ranks could choose differently
+    assert choose_precision(*several, "transformer", tmp_path) == "32-true"
     assert len(asked) == 3
-
-
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_several_ranks_do_not_choose_each_for_itself(strategy, bfloat16, tmp_path):
-    asked = bfloat16(exists=True)
-    assert choose_precision(*config("transformer", 256, strategy=strategy), "transformer", tmp_path) == "32-true"
-    assert asked == []
-
-
-def test_doctor_knows_the_width_of_pretrained_weights(tiny_pretrained, tmp_path):
-    (tmp_path / "wide.yaml").write_text("model: {network: {embed_dim: 256}}")  # the weights have 16
-    recipe = runs.Recipe.read("transformer", names=[str(tmp_path / "wide.yaml")])
-    for given, chosen in ((tiny_pretrained, "32-true"), (None, "bf16-mixed")):
-        found = runs.preflight(recipe, run=tmp_path / "one", machines=runs.Machines(device="h100"), pretrained=given)
-        (check,) = [check for check in found.checks if check.name == "strategy"]
-        assert check.text == f"auto, {chosen}"
 
 
 def wide(**trainer: object) -> runs.Recipe:
@@ -147,7 +133,7 @@ def settings(**model):
     return fixed_settings({**CONFIG, "model": {**CONFIG["model"], **model}}, data="a" * 64, tokenizer="b" * 64)
 
 
-def test_what_decides_what_is_learned_is_kept_and_nothing_else():
+def test_fixed_settings_are_those_that_affect_the_result():
     assert settings() == {
         "data": "a" * 64,
         "tokenizer": "b" * 64,
@@ -206,9 +192,7 @@ def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
-def test_every_key_of_a_resolved_model_is_refused_but_those_that_are_free(
-    stage, tiny_shards, tiny_pretrained, tmp_path
-):
+def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shards, tiny_pretrained, tmp_path):
     files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "single.yaml", TINY_RECIPES / f"{stage}.yaml"]
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
     run = build(Plan(Recipe.from_files(stage, files), tiny_shards, tmp_path, tokenizer))

@@ -26,7 +26,7 @@ def network_of(recipe: Recipe) -> dict:
     return recipe.get("model.network")
 
 
-def test_another_backbone_drops_the_keys_of_the_old_one_and_keeps_the_common_ones():
+def test_another_backbone_keeps_only_the_common_keys():
     recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
     assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary", "num_heads": 2}
     assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"] == "rotary"
@@ -50,7 +50,7 @@ def test_the_order_of_flags_does_not_matter(turned):
     assert network_of(more)["num_registers"] == 2
 
 
-def test_missing_keys_get_the_defaults_of_the_backbone_and_the_record_is_a_recipe_again():
+def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
     for tree in (BERT, ADALN):
         given = merge([values_without_data("transformer"), Recipe.read("transformer").tree, tree])
         run = resolve("transformer", given)
@@ -84,17 +84,9 @@ def test_missing_keys_get_the_defaults_of_the_backbone_and_the_record_is_a_recip
         ((ADALN,), ("--model.network.positions=round",), r"positions must be 'learned', 'rotary' or .*got 'round'"),
     ],
 )
-def test_a_wrong_key_or_name_is_answered_with_the_backbone_and_its_keys(trees, flags, said):
+def test_a_wrong_key_is_answered_with_the_keys_of_the_backbone(trees, flags, said):
     with pytest.raises(ValueError, match=said):
         read(*trees, flags=flags)
-
-
-def test_the_kind_of_a_recipe_follows_the_attention_of_the_last_backbone():
-    causal = {"model": {"network": {"attention": "causal"}}}
-    assert read(BERT, causal).kind == "autoregressive"
-    assert read(BERT, causal, ADALN).kind == "transformer"  # the key of the other backbone is dropped
-    assert read(BERT, causal, flags=("--model.network.backbone=adaln",)).kind == "transformer"
-    assert read(BERT, ADALN, causal).kind == "autoregressive"
 
 
 def test_the_schema_of_editors_has_the_keys_of_each_backbone():

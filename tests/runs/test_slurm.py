@@ -1,13 +1,14 @@
-"""Jobs planned and submitted from Python, to fake ``sbatch`` and ``squeue`` scripts; tests/slurm uses real ones."""
+"""Jobs submitted from Python and their script, with fake commands of Slurm; tests/slurm has the real ones."""
 
 import os
 import re
 import shlex
+import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
-import yaml
 
 from maskgit_pl import runs
 from maskgit_pl.runs.slurm import JobOptions, check_submission
@@ -57,18 +58,7 @@ def test_a_plan_is_words_and_variables_and_writes_nothing(plan, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_names_of_a_recipe_and_a_run_that_is_repeated_are_handed_on(tmp_path, tiny_shards, monkeypatch):
-    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
-    named = runs.Recipe.read("tokenizer", names="paper-256 log", cluster="ddp")
-    assert runs.plan_submission(named, **where).variables["RECIPE"] == "paper-256 log"
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(named.tree))
-    repeated = runs.plan_submission(runs.Recipe.from_run("tokenizer", config), **where)
-    assert repeated.words[0] == f"--config={config}"
-    assert not {"RECIPE", "CLUSTER"} & set(repeated.variables)
-
-
-def test_a_job_gets_what_was_planned_and_nothing_of_a_job_around(plan, slurm, monkeypatch):
+def test_a_job_gets_its_own_variables_and_none_of_a_surrounding_job(plan, slurm, monkeypatch):
     for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "64", "SLURM_CONF": "/here", "TOKENIZER": "other"}.items():
         monkeypatch.setenv(name, value)
     submission = plan()
@@ -97,9 +87,9 @@ def test_the_script_finds_the_words_that_were_checked(plan, name, text):
     assert done.stdout.split("\n")[:-1] == shlex.split(text)
 
 
-def test_a_second_job_of_a_run_is_refused_whatever_the_user_usually_looks_at(plan, slurm, monkeypatch):
+def test_a_second_job_of_a_run_is_refused_with_any_filter_of_squeue(plan, slurm, monkeypatch):
     submission = plan()
-    comment = next(option for option in submission.options if option.startswith("--comment="))
+    (comment,) = (option for option in submission.options if option.startswith("--comment="))
     (slurm / "queue").write_text(f"12|PENDING|{comment.removeprefix('--comment=')}\n13|RUNNING|other\n")
     # As Slurm does: variables choose jobs, and those of hidden partitions are not listed without --all.
     text = f'[[ -z ${{SQUEUE_STATES:-}} && -z ${{SQUEUE_PARTITION:-}} && " $* " == *" --all "* ]] && cat {slurm}/queue'
@@ -111,54 +101,86 @@ def test_a_second_job_of_a_run_is_refused_whatever_the_user_usually_looks_at(pla
     assert not (slurm / "words").exists()
 
 
-@pytest.mark.parametrize(
-    ("time", "signal", "fits"),
-    [
-        ("2", "", False),
-        ("2:30", "", True),  # Slurm rounds it up to 3 minutes
-        ("0-0:02", "", False),
-        ("0", "", True),  # no limit
-        ("UNLIMITED", "", True),
-        ("1", "--signal=B:USR1@20", True),
-        ("1", "--signal RB:15@20", True),
-        ("10", "--signal USR1@600", False),
-    ],
-)
-def test_a_job_must_last_longer_than_it_takes_to_stop(time, signal, fits):
-    if fits:
-        assert JobOptions(time=time, sbatch=signal).time == time
-        return
-    with pytest.raises(ValueError, match=r"^time must be longer than the (120|600) s before its end"):
-        JobOptions(time=time, sbatch=signal)
-
-
-def test_the_folder_of_a_run_is_no_pattern_of_the_log(tiny_shards, tmp_path):
-    recipe = runs.Recipe.read("tokenizer")
-    submission = runs.plan_submission(recipe, run=tmp_path / "100%j" / "one", data=tiny_shards)
-    assert f"--output={tmp_path}/100%%j/one/tokenizer/slurm-%j.log" in submission.options
+@pytest.mark.parametrize("option", ["--output=logs/%j.txt", "--output logs/%j.txt", "-ologs/%j.txt"])
+def test_the_log_is_in_the_run_unless_an_option_moves_it(plan, tiny_shards, tmp_path, option):
+    assert plan(sbatch=f"--output=elsewhere {option}").log_file("7") == "logs/7.txt"
+    submission = runs.plan_submission(runs.Recipe.read("tokenizer"), run=tmp_path / "100%j" / "one", data=tiny_shards)
+    assert f"--output={tmp_path}/100%%j/one/tokenizer/slurm-%j.log" in submission.options  # % is no pattern
     assert submission.log_file("7") == f"{tmp_path}/100%j/one/tokenizer/slurm-7.log"
-
-
-@pytest.mark.parametrize("option", ["--output=logs/%j.txt", "--output logs/%j.txt", "-o logs/%j.txt", "-ologs/%j.txt"])
-def test_the_log_is_where_the_last_option_says(option, tiny_shards, tmp_path):
-    job = JobOptions(sbatch=f"--output=elsewhere {option}")
-    submission = runs.plan_submission(runs.Recipe.read("tokenizer"), run=tmp_path / "one", data=tiny_shards, job=job)
-    assert submission.log_file("7") == "logs/7.txt"
 
 
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"nodes": 0},
-        {"time": "soon"},
-        {"srun": "'"},
-        {"sbatch": "-N 2"},
-        {"srun": "--ntasks=4"},
-        {"sbatch": "--time=1"},
-        {"sbatch": "--signal=HUP@120"},
-        {"container": "'"},
+        *({"nodes": 0}, {"time": "soon"}, {"srun": "'"}, {"container": "'"}, {"srun": "--ntasks=4"}),
+        *({"sbatch": option} for option in ("-N 2", "--time=1", "--signal=HUP@120")),
     ],
 )
-def test_options_that_cannot_be(wrong):
+def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):
         JobOptions(**wrong)
+
+
+JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
+COMMANDS = {
+    # A task that saves when it is asked to.
+    "srun": "printf '%s\\n' \"$@\" >words; echo >started; until [ -e asked ]; do sleep 0.05; done; exit 75",
+    "scancel": 'echo "$*" >>asked',
+    "scontrol": 'case $1 in show) echo node1 ;; requeue) echo "$2" >>requeued ;; esac',
+}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script in a folder of its own, with fake commands of Slurm."""
+    for name, text in COMMANDS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    started = []
+
+    def call(**variables: str) -> subprocess.Popen[str]:
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        environment = {"PATH": path, **JOB, "STAGE": "tokenizer", **variables}
+        started.append(subprocess.Popen(["bash", SCRIPT], cwd=tmp_path, env=environment, text=True))
+        return started[-1]
+
+    yield call
+    (tmp_path / "asked").touch()  # ends a task that still waits
+    for process in started:
+        process.wait(timeout=30)
+
+
+def wait_for(file: Path) -> None:
+    until = time.monotonic() + 30
+    while not file.exists():
+        assert time.monotonic() < until, f"{file} must exist by now"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", ["SIGUSR1", "SIGUSR2", "SIGTERM", "SIGINT"])
+def test_a_stop_signal_to_the_script_saves_and_requeues(start, tmp_path, name):
+    process = start()
+    wait_for(tmp_path / "started")
+    process.send_signal(getattr(signal, name))
+    assert process.wait(timeout=30) == 75
+    assert (tmp_path / "asked").read_text() == "--signal=USR1 7.0\n"
+    assert (tmp_path / "requeued").read_text() == "7\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "hint"),
+    [
+        ("STAGE", None, "STAGE=tokenizer"),
+        ("STAGE", "tokeniser", "tokenizer or transformer"),
+        ("SLURM_JOB_NODELIST", None, "sbatch"),
+        ("SLURM_NTASKS_PER_NODE", None, "--ntasks-per-node"),
+    ],
+)
+def test_the_script_names_a_missing_variable(tmp_path, name, value, hint):
+    given = {**JOB, "STAGE": "tokenizer", "PATH": os.environ["PATH"], name: value}
+    environment = {key: text for key, text in given.items() if text is not None}
+    done = subprocess.run(["bash", SCRIPT], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert name in done.stderr
+    assert hint in done.stderr
+    assert not list(tmp_path.iterdir())

@@ -1,6 +1,13 @@
+"""The token store of a run, and the ranks that share its making."""
+
+from collections import Counter
+
 import pytest
 
+from maskgit_pl import runs
+from maskgit_pl.cli import main
 from maskgit_pl.runs.tokenizing import _find_rank
+from tests.runs.test_fitting import recipe
 
 VARIABLES = (
     "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS"
@@ -14,7 +21,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     return monkeypatch
 
 
-def test_the_place_is_told_or_torchruns_or_srunss_or_alone(environment):
+def test_ranks_are_the_given_ones_else_those_of_torchrun_or_srun(environment):
     assert _find_rank(None, None) == (0, 1, 0)
     environment.setenv("SLURM_PROCID", "0")
     environment.setenv("SLURM_NTASKS", "8")  # sbatch without srun: one process for all
@@ -26,3 +33,25 @@ def test_the_place_is_told_or_torchruns_or_srunss_or_alone(environment):
         environment.setenv(name, value)
     assert _find_rank(None, None) == (3, 4, 0)
     assert _find_rank(1, 2) == (1, 2, 1)
+
+
+@pytest.mark.slow
+def test_tokens_are_made_and_training_reads_them(tiny_shards, tiny_pretrained, tmp_path):
+    where = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
+    assert runs.tokenize(recipe("transformer"), **where) is None
+    reads_tokens, told = recipe("transformer", data__source="tokens"), Counter()
+    options = runs.TokenizeOptions(flip=True, batch_size=4)
+    store = runs.tokenize(
+        reads_tokens, **where, options=options, bars=lambda title, total, **_: lambda rows: told.update({title: rows})
+    )
+    assert store.parent == tmp_path / "tokens"
+    assert store == (tmp_path / "one" / "tokens").resolve()
+    assert told == {"tokens of train": 120, "tokens of val": 24}
+    assert runs.fit(reads_tokens, **where).step == 1
+
+
+def test_a_rank_that_is_no_number_ends_a_command_with_one_line(environment, capsys):
+    environment.setenv("SLURM_PROCID", "x")
+    assert main(["train", "tokenizer", "--run=one"]) == 2
+    error = "maskgit train: SLURM_PROCID must be a whole number, got 'x'; unset it outside of a job\n"
+    assert capsys.readouterr().err == error

@@ -11,19 +11,22 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from maskgit_pl.cli import main
+from maskgit_pl.training.checkpoints import newest_checkpoint, step_of
 from tests.conftest import save_tiny_pretrained, save_uneven_shards
-from tests.slurm.driving import Cluster, Run, assert_equal
 
 ROOT = Path(__file__).parents[2]
 HERE, ELSEWHERE = "node[1-2]", "node[3-4]"  # where jobs are disturbed, and where they are not
@@ -31,6 +34,191 @@ EVERY = 40  # steps between checkpoints
 SHORT, LONG = 200, 1400  # steps: long enough for a few checkpoints, and for the signal ahead of a time limit
 
 pytestmark = pytest.mark.skipif(shutil.which("slurmctld") is None, reason="Slurm is not installed: make test-slurm")
+
+
+SECONDS = 180.0  # after which a job counts as hanging
+SCRIPT = Path(__file__).parent / "cluster.sh"
+
+
+class Cluster:
+    """A cluster with its nodes and its queue.
+
+    Args:
+        folder: Folder of the cluster.
+        work: Folder in which jobs are submitted.
+    """
+
+    def __init__(self, folder: Path, work: Path) -> None:
+        self.folder = folder
+        self.work = work
+
+    def start(self, num_nodes: int) -> None:
+        """Starts controller and nodes."""
+        self._script("start", SLURM_TEST_NODES=str(num_nodes))
+        os.environ["SLURM_CONF"] = str(self.folder / "slurm.conf")
+
+    def stop(self) -> None:
+        """Stops jobs and daemons."""
+        self._script("stop")
+        del os.environ["SLURM_CONF"]
+
+    def start_node(self, number: int) -> None:
+        """Starts a node again."""
+        self._script("start-node", str(number))
+
+    def _script(self, *words: str, **variables: str) -> None:
+        name, *more = words
+        subprocess.run([SCRIPT, name, self.folder, *more], check=True, timeout=60, env={**os.environ, **variables})
+
+    def run(self, command: str) -> str:
+        """Runs a command line, and returns its output."""
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=self.work, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.strip()
+
+    def job(self, number: str) -> dict[str, str]:
+        """Returns Slurm's record of a job."""
+        command = ["scontrol", "--oneliner", "show", "job", number]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        return dict(re.findall(r"(\w+)=(\S*)", shown))
+
+    def wait_until(self, condition: Callable[[], bool], what: str, *, seconds: float = SECONDS) -> None:
+        """Waits until a condition holds."""
+        begun = time.monotonic()
+        while not condition():
+            assert time.monotonic() - begun < seconds, f"after {seconds:.0f} s still not: {what}\n{self._queue()}"
+            time.sleep(0.2)
+
+    def wait_for_end(self, *numbers: str) -> None:
+        """Waits until jobs have ended and are not requeued."""
+        ends = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
+
+        def all_ended() -> bool:
+            return all(self.job(number)["JobState"] in ends for number in numbers)
+
+        while True:
+            self.wait_until(all_ended, f"jobs {numbers} end")
+            time.sleep(1.5)  # one that Slurm itself puts back is for a moment as one that has ended
+            if all_ended():
+                return
+
+    def _queue(self) -> str:
+        return subprocess.run(["scontrol", "show", "job"], capture_output=True, text=True, check=False).stdout
+
+    def processes(self, number: str, node: str) -> dict[int, dict[str, str]]:
+        """Returns the processes of the tasks of a job on a node, with their environments."""
+        found = {}
+        for pid, variables in every_process():
+            if variables.get("SLURM_JOB_ID") == number and variables.get("SLURMD_NODENAME") == node:
+                found[pid] = variables
+        return found
+
+    def tasks(self, number: str, node: str) -> list[int]:
+        """Returns the process IDs of the tasks of the training of a job on a node."""
+        return [pid for pid, variables in self.processes(number, node).items() if "SLURM_STEP_NUM_TASKS" in variables]
+
+    def programs(self, number: str) -> list[int]:
+        """Returns the process IDs of the tasks of a job that run Python already."""
+        nodes = ("node1", "node2", "node3", "node4")
+        found = [pid for node in nodes for pid in self.processes(number, node)]
+        return [pid for pid in found if "python" in os.path.realpath(f"/proc/{pid}/exe")]
+
+    def freeze(self, node: str, number: str) -> list[int]:
+        """Suspends a node: its daemon and the tasks of a job, so that it does not answer, as after a power failure."""
+        daemon = int((self.folder / "run" / f"{node}.pid").read_text())
+        tasks = self.processes(number, node)
+        steps = {int(re.findall(r"PPid:\s*(\d+)", _read(Path(f"/proc/{pid}/status")))[0]) for pid in tasks}
+        pids = [daemon, *steps.difference(tasks), *tasks]
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        return pids
+
+
+def every_process() -> Iterator[tuple[int, dict[str, str]]]:
+    """Yields each process of the machine with its initial environment."""
+    for each in Path("/proc").iterdir():
+        if each.name.isdigit():
+            pairs = (line.partition("=") for line in _read(each / "environ").split("\0"))
+            yield int(each.name), {name: value for name, _, value in pairs}
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:  # it has ended
+        return ""
+
+
+class Run:
+    """A stage of a run, submitted with ``maskgit slurm submit``.
+
+    Args:
+        cluster: Cluster of the run.
+        call: Function ``maskgit``: words -> exit code and output.
+        name: Name of the run.
+        stage: Stage of the run.
+        flags: Additional flags of the command.
+    """
+
+    def __init__(
+        self, cluster: Cluster, call: Callable[..., tuple[int, str]], name: str, stage: str, flags: Sequence[str]
+    ) -> None:
+        self.cluster, self._call, self.stage = cluster, call, stage
+        self.words = ["slurm", "submit", stage, f"--run={name}", *flags]
+        self.folder = cluster.work / "runs" / name / stage
+        self.number = ""
+
+    def submit(self, *more: str) -> str:
+        """Submits the run, and returns the output."""
+        code, printed = self.ask(*more)
+        assert code == 0, printed
+        found = re.search(r"^job (\d+): ", printed, re.MULTILINE)
+        self.number = found.group(1) if found else ""
+        return printed
+
+    def ask(self, *more: str) -> tuple[int, str]:
+        """Runs ``maskgit slurm``, and returns its exit code and output."""
+        words = [*self.words, *more]
+        return self._call(*words)
+
+    @property
+    def log(self) -> str:
+        """The log of the job."""
+        return _read(self.folder / f"slurm-{self.number}.log")
+
+    @property
+    def step(self) -> int:
+        """The step of the newest complete checkpoint."""
+        newest = newest_checkpoint(self.folder / "checkpoints")
+        return 0 if newest is None else step_of(newest)
+
+    @property
+    def restarts(self) -> int:
+        """The number of restarts of the job by Slurm."""
+        return int(self.cluster.job(self.number)["Restarts"])
+
+    def wait_beyond(self, step: int) -> None:
+        """Waits for a newer checkpoint."""
+        self.cluster.wait_until(lambda: self.step > step, f"a checkpoint beyond step {step}: {self.log}")
+
+    def finish(self, *, state: str = "COMPLETED") -> None:
+        """Waits for the end of the job."""
+        self.cluster.wait_for_end(self.number)
+        assert self.cluster.job(self.number)["JobState"] == state, self.log
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The exported weights of the run."""
+        return load_file(self.folder.parent / "pretrained" / self.stage / "model.safetensors")
+
+
+def assert_equal(one: Run, other: Run) -> None:
+    """Asserts that the weights of two runs are bit-exact."""
+    left, right = one.weights(), other.weights()
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert torch.equal(value, right[name]), name
 
 
 @dataclass
@@ -111,7 +299,7 @@ def begin(site: Site) -> Site:
     return site
 
 
-def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturbs(site: Site) -> None:
+def test_preempted_jobs_end_like_undisturbed_ones(site: Site) -> None:
     cluster = site.cluster
     runs = {
         "tokenizer ddp": site.run("preempted-1", "tokenizer ddp"),
@@ -131,7 +319,7 @@ def test_jobs_that_a_higher_partition_preempts_end_as_those_that_nothing_disturb
         assert_equal(run, site.straight[kind])
 
 
-def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site: Site) -> None:
+def test_signals_to_a_job_and_to_a_task_in_a_container_without_slurm(site: Site) -> None:
     cluster = site.cluster
     container = """unshare --mount bash -c 'mount --bind /dev/null "$(type -P scontrol)" && exec "$@"' bash"""
     run = site.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
@@ -161,7 +349,7 @@ def test_signals_to_a_job_and_to_one_task_without_scontrol_in_the_container(site
     assert_equal(run, site.straight["transformer ddp"])
 
 
-def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Site) -> None:
+def test_a_cancelled_job_is_not_requeued_and_its_run_resumes_by_hand(site: Site) -> None:
     cluster, run = site.cluster, site.run("cancelled", "transformer ddp")
     run.submit()
     run.wait_beyond(0)
@@ -176,7 +364,7 @@ def test_a_job_that_is_cancelled_stays_away_and_its_run_goes_on_by_hand(site: Si
     assert_equal(run, site.straight["transformer ddp"])
 
 
-def test_a_job_whose_node_answers_no_more_goes_on_when_there_is_one(site: Site) -> None:
+def test_a_job_resumes_after_a_node_failure(site: Site) -> None:
     cluster, run = site.cluster, site.run("node-failure", "transformer ddp")
     run.submit()
     run.wait_beyond(0)
@@ -213,7 +401,7 @@ def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> N
     assert (asked.folder / "restarts").read_text() == f"job {asked.number}\nstart 4\nrestarts 3\nstep 0\n"
 
 
-def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
+def test_jobs_with_errors_are_not_requeued(site: Site) -> None:
     cluster = site.cluster
     shutil.copytree(cluster.work / "data/shards/tiny", cluster.work / "data/shards/moved")
     data = "--data=data/shards/moved"
@@ -229,7 +417,7 @@ def test_what_is_no_preemption_is_not_put_back(site: Site) -> None:
         assert run.restarts == 0
 
 
-def test_a_task_that_waits_for_one_that_died_is_killed_a_minute_later(site: Site) -> None:
+def test_a_task_that_waits_for_a_dead_one_is_killed_by_srun(site: Site) -> None:
     cluster, run = site.cluster, site.run("died", "transformer ddp", f"--trainer.max_steps={LONG}")
     run.submit("--srun=--wait=60")  # 300 by default
     run.wait_beyond(0)
@@ -243,19 +431,7 @@ def test_a_task_that_waits_for_one_that_died_is_killed_a_minute_later(site: Site
     assert run.restarts == 0
 
 
-def test_a_finished_run_is_left_as_it_is(site: Site) -> None:
-    run = site.straight["tokenizer ddp"]
-    site.cluster.wait_for_end(run.number)
-    weights = run.folder.parent / "pretrained" / "tokenizer" / "model.safetensors"
-    before, begun = weights.stat().st_mtime_ns, time.monotonic()
-    run.submit()
-    run.finish()
-    assert time.monotonic() - begun < 60
-    assert "finished at step-" in run.log
-    assert weights.stat().st_mtime_ns == before
-
-
-def test_a_job_that_its_time_limit_ends_goes_on(site: Site) -> None:
+def test_a_job_resumes_after_its_time_limit(site: Site) -> None:
     run, cluster = site.limited, site.cluster
     assert run is not None
     run.finish()

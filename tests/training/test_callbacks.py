@@ -1,4 +1,4 @@
-""""""
+"""The callbacks of pictures and unreadable images, and runs whose data change or whose workers die."""
 
 import json
 import logging
@@ -13,18 +13,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
 from torch import nn
 
 from maskgit_pl.cli import main
-from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.training.callbacks import ReconstructionPictures, SamplePictures, UnreadableReport
 from maskgit_pl.training.loggers import TensorBoard, TolerantLogger
-from tests import forked
+from tests import forked, short_runs
 from tests.conftest import tiny_tokenizer
 from tests.data_folders import save_data
 from tests.pipeline.conftest import random_images, step
@@ -75,7 +74,7 @@ def test_every_rank_samples_the_same_but_rank_0_alone_writes(tmp_path) -> None:
     assert list(tmp_path.glob("*.png")) == []
 
 
-def test_steps_that_were_decoded_are_not_kept(tmp_path) -> None:
+def test_decoded_steps_are_freed(tmp_path) -> None:
     """An autoregressive model has a step for each token, each with all tokens of all images."""
     alive = []
 
@@ -83,10 +82,10 @@ def test_steps_that_were_decoded_are_not_kept(tmp_path) -> None:
         def sample(self, labels, seeds):
             tokens = []
             for number in range(20):
-                made = step(number, list(range(16)), [0], len(labels))
-                tokens.append(weakref.ref(made.tokens))
-                alive.append(sum(each() is not None for each in tokens))
-                yield made
+                decoded = step(number, list(range(16)), [0], len(labels))
+                tokens.append(weakref.ref(decoded.tokens))
+                alive.append(sum(reference() is not None for reference in tokens))
+                yield decoded
 
     SamplePictures(tmp_path, class_names=["a"]).on_validation_end(trainer(tmp_path), Long())
     assert max(alive) <= 3  # the latest one, the one before, and the one that is made
@@ -129,24 +128,18 @@ class OneWeight(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def fit(folder: Path, run: Path, *, steps: int, num_workers: int = 0, **options) -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    data = ShardData(ShardDataConfig(
-        str(folder), image_size=8, in_channels=1, global_batch=8, max_batch_per_device=8, validation_batch=4,
-        num_workers=num_workers, **options,
-    ))  # fmt: skip
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=CSVLogger(run, name="", version=""),
-        callbacks=[UnreadableReport(run)], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=2,
+def fit(folder: Path, run: Path, *, steps: int, num_workers: int = 0) -> None:
+    source = short_runs.data(folder, validation_batch=4, num_workers=num_workers)
+    short_runs.fit(
+        OneWeight(), source, steps=steps, folder=run, callbacks=[UnreadableReport(run)],
+        logger=CSVLogger(run, name="", version=""), num_sanity_val_steps=0, log_every_n_steps=2,
         check_val_every_n_epoch=None, val_check_interval=6,
     )  # fmt: skip
-    trainer.fit(OneWeight(), datamodule=data)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_run_goes_on_and_tells_what_it_replaced(tmp_path, num_workers, caplog):
+def test_a_run_replaces_unreadable_images_and_lists_them(tmp_path, num_workers, caplog):
     folder = folder_with(tmp_path / "data", bad={7, 8, 30}, bad_val={2})
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         fit(folder, tmp_path / "run", steps=12, num_workers=num_workers)
@@ -164,7 +157,7 @@ def test_a_run_goes_on_and_tells_what_it_replaced(tmp_path, num_workers, caplog)
     assert float(logged[-1].split(",")[0]) == 10
 
 
-def test_a_run_without_faults_leaves_no_file(tmp_path):
+def test_a_run_without_unreadable_images_writes_no_list(tmp_path):
     fit(folder_with(tmp_path / "data", bad=set()), tmp_path / "run", steps=2)
     assert not (tmp_path / "run" / "unreadable.json").exists()
 
@@ -184,11 +177,7 @@ def train_command(shards: Path, runs: Path) -> list[str]:
     return ["train", "tokenizer", "--data", str(shards), "--runs-folder", str(runs), "--run", "tiny", *words]
 
 
-def test_the_command_ends_with_76_and_the_list(tmp_path, monkeypatch, capsys):
-    ours = logging.getLogger("maskgit_pl")
-    monkeypatch.setattr(ours, "propagate", ours.propagate)
-    monkeypatch.setattr(ours, "level", ours.level)
-    monkeypatch.setattr(ours, "handlers", [])
+def test_the_command_ends_with_76_and_the_list_of_images(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     folder = folder_with(tmp_path / "data", bad=set(range(48)))
     assert main(train_command(folder, tmp_path / "runs")) == 76
@@ -196,15 +185,6 @@ def test_the_command_ends_with_76_and_the_list(tmp_path, monkeypatch, capsys):
     assert "maskgit train: data budget: 48 images in a row cannot be read:\n  train-000000.tar:00000000.jpg" in error
     assert "data.unreadable_budget" in error
     assert (tmp_path / "runs" / "tiny" / "tokenizer" / "unreadable.json").is_file()
-
-
-@pytest.mark.slow  # 20 to 40 s
-@pytest.mark.survival
-def test_a_rank_over_budget_ends_the_run_of_two(tmp_path):
-    folder = folder_with(tmp_path / "data", bad=set(range(48)))
-    words = [*train_command(folder, tmp_path / "runs"), "--cluster", "ddp", "--trainer.devices=2"]
-    done = forked.run(words)
-    assert done.returncode == 76, done.stdout + done.stderr
 
 
 def children(process: int) -> list[int]:
@@ -234,9 +214,8 @@ TWO_RANKS = ("--cluster", "ddp", "--trainer.devices=2")
 @pytest.mark.slow  # 15 s each, 30 s for two ranks
 @pytest.mark.survival
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
-@pytest.mark.parametrize("num_workers", [0, 2])
-@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
-def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(tmp_path, num_workers, ranks):
+@pytest.mark.parametrize(("num_workers", "ranks"), [(0, ()), (2, TWO_RANKS)], ids=["one rank", "two ranks"])
+def test_a_shard_that_is_cut_during_a_run_ends_all_ranks_with_its_name(tmp_path, num_workers, ranks):
     def cut(process: forked.Command, folder: Path) -> None:
         os.truncate(folder / "train-000001.tar", 700)
 
@@ -251,13 +230,12 @@ def test_a_shard_that_is_cut_while_a_run_reads_it_ends_all_ranks_with_its_name(t
 @pytest.mark.slow  # 15 s each, 30 s for two ranks
 @pytest.mark.survival
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux lists the children of a process")
-@pytest.mark.parametrize("ranks", [(), TWO_RANKS], ids=["one rank", "two ranks"])
-def test_a_data_worker_that_is_killed_ends_the_run_with_one_line(tmp_path, ranks):
+def test_a_killed_data_worker_ends_the_run_of_two_ranks_with_one_line(tmp_path):
     def kill(process: forked.Command, folder: Path) -> None:
         # a second rank is a child too, and has children
         os.kill(next(child for child in children(process.pid) if not children(child)), signal.SIGKILL)
 
-    code, lines = answer_of_a_run_to(kill, tmp_path, "--data.num_workers=2", *ranks)
+    code, lines = answer_of_a_run_to(kill, tmp_path, "--data.num_workers=2", *TWO_RANKS)
     assert code == DataWorkerError.exit_code, lines
     assert any(
         "maskgit train: a data loading worker was killed, most likely because it ran out of memory" in line

@@ -45,7 +45,7 @@ def save(folder, state=STATE):
     return folder
 
 
-def test_tensors_and_plain_values_come_back_with_their_types(tmp_path):
+def test_tensors_and_plain_values_are_restored_with_their_types(tmp_path):
     back = FolderCheckpointIO().load_checkpoint(save(tmp_path / "step-00000003"))
     assert torch.equal(back["state_dict"]["weight"], STATE["state_dict"]["weight"])
     assert back["state_dict"]["half"].dtype == torch.bfloat16
@@ -54,22 +54,17 @@ def test_tensors_and_plain_values_come_back_with_their_types(tmp_path):
     assert back["optimizer_states"][0]["param_groups"] == [{"betas": (0.9, 0.96)}]
 
 
-def test_what_is_no_plain_value_is_refused_by_key_and_leaves_nothing(tmp_path):
-    with pytest.raises(TypeError, match="/loops/schedule"):
-        save(tmp_path / "step-00000003", {"loops": {"schedule": object()}})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_failed_save_leaves_the_previous_checkpoint(tmp_path):
+def test_a_failed_save_names_the_key_and_leaves_the_older_checkpoint(tmp_path):
     folder = save(tmp_path / "step-00000003")
-    with pytest.raises(TypeError):
-        save(folder, {"bad": object()})
+    with pytest.raises(TypeError, match="/loops/schedule"):
+        save(folder, {"loops": {"schedule": object()}})
+    assert list(tmp_path.iterdir()) == [folder]
     assert FolderCheckpointIO().load_checkpoint(folder)["loops"] == STATE["loops"]
 
 
 @pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json", "COMPLETE.json"])
 @pytest.mark.parametrize("damage", ["one bit", "cut", "missing"])
-def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name, damage):
+def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage):
     file = save(tmp_path / "step-00000003") / name
     content = bytearray(file.read_bytes())
     if damage == "missing":
@@ -79,6 +74,39 @@ def test_a_file_that_is_not_what_was_written_is_refused_by_name(tmp_path, name, 
         file.write_bytes(content if damage == "one bit" else content[:-3])
     with pytest.raises(ValueError, match=rf"checkpoint {file.parent}.* {name}.* an older one"):
         FolderCheckpointIO().load_checkpoint(file.parent)
+
+
+def rewrite_state(folder, change):
+    """Changes ``state.json``, and its hash in the marker."""
+    state, marker = (folder / name for name in ("state.json", "COMPLETE.json"))
+    state.write_text(json.dumps(change(json.loads(state.read_text()))))
+    entry = {"bytes": state.stat().st_size, "sha256": sha256_of(state)}
+    files = json.loads(marker.read_text())["files"] | {"state.json": entry}
+    marker.write_text(json.dumps({"version": 3, "files": files}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda state: state, r"state.json must have .*maskgit_pl\.settings.* which `maskgit train` writes; remove"),
+        (lambda _: {"items": []}, "state.json must have .*global_step, .*state_dict"),
+        (lambda _: {}, "state.json has changed"),
+        (lambda _: [1], "state.json has changed"),
+        (lambda _: {"items": [["weight"]]}, "state.json has changed"),
+    ],
+)
+def test_a_state_without_the_keys_of_a_run_is_refused_in_one_line(tmp_path, change, message):
+    folder = save(tmp_path / "step-00000003")
+    rewrite_state(folder, change)
+    with pytest.raises(ValueError, match=f"checkpoint {folder}: {message}"):
+        read_settings(folder)
+
+
+def test_a_tensor_that_no_file_has_is_refused_in_one_line(tmp_path):
+    folder = save(tmp_path / "step-00000003")
+    rewrite_state(folder, lambda _: {"items": [["state_dict", {"tensor": "/other"}]]})
+    with pytest.raises(ValueError, match=f"checkpoint {folder}: state.json has changed"):
+        FolderCheckpointIO().load_checkpoint(folder)
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):
@@ -105,42 +133,33 @@ def test_a_tensor_in_pieces_of_any_order_is_read_whole(tmp_path):
 
 
 @pytest.mark.parametrize("key", [1, 1.5, None, True, "a/b", ""])
-def test_keys_and_numbers_that_json_does_not_know_come_back(tmp_path, key):
+def test_keys_and_numbers_beyond_json_are_restored(tmp_path, key):
     state = {key: [{"best": float("inf")}, (float("-inf"), [float("nan"), ()])]}
     back = FolderCheckpointIO().load_checkpoint(save(tmp_path / "step-00000003", state))
     assert str(back) == str(state)
 
 
-def test_every_file_is_on_disk_before_the_marker_and_all_names_before_the_checkpoint_has_its_own(tmp_path, monkeypatch):
-    events = []
-    fsync, rename, replace = os.fsync, Path.rename, os.replace
+def test_files_are_synced_before_the_marker_and_the_marker_before_the_name(tmp_path, monkeypatch):
+    events, fsync = [], os.fsync
 
     def spy(descriptor):
-        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
-        events.append(("sync", path.name.partition(".partial")[0].lstrip(".").partition(".json")[0]))
+        file = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        events.append("sync " + re.sub(r"^\.|\.[0-9a-f]{32}|\.partial", "", file.name))
         fsync(descriptor)
 
-    def spy_on_rename(self, target):
-        events.append(("rename", target.name))
-        return rename(self, target)
-
-    def spy_on_replace(source, target):
-        events.append(("rename", Path(target).name))
-        replace(source, target)
+    def spy_on(owner, name):
+        rename = getattr(owner, name)
+        monkeypatch.setattr(
+            owner, name, lambda old, new: (events.append(f"rename {Path(new).name}"), rename(old, new))[1]
+        )
 
     monkeypatch.setattr(os, "fsync", spy)
-    monkeypatch.setattr(Path, "rename", spy_on_rename)
-    monkeypatch.setattr(os, "replace", spy_on_replace)
+    spy_on(Path, "rename")
+    spy_on(os, "replace")
     save(tmp_path / "step-00000003")
-    tensors = "tensors-00000-of-00001.safetensors"
-    synced = [name for kind, name in events if kind == "sync"]
-    assert [re.sub(r"\.[0-9a-f]{32}$", "", name) for name in synced] == [
-        tensors, "state", "COMPLETE", "step-00000003", tmp_path.name,
-    ]  # fmt: skip
-    renamed = [name for kind, name in events if kind == "rename"]
-    assert renamed == [tensors, "state.json", "COMPLETE.json", "step-00000003"]
-    order = [kind for kind, _ in events]
-    assert order == ["sync", "rename", "sync", "rename", "sync", "rename", "sync", "rename", "sync"]
+    files = ["tensors-00000-of-00001.safetensors", "state.json", "COMPLETE.json"]
+    in_files = [event for name in files for event in (f"sync {name}", f"rename {name}")]
+    assert events == [*in_files, "sync step-00000003", "rename step-00000003", f"sync {tmp_path.name}"]
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077])
@@ -154,7 +173,7 @@ def test_a_checkpoint_has_the_permissions_of_any_new_file(tmp_path, mask):
     assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
 
 
-def test_what_a_kill_left_half_written_or_half_removed_is_never_taken_and_listed_as_such(tmp_path):
+def test_partial_and_half_removed_folders_are_leftovers_and_no_checkpoints(tmp_path):
     whole = save(tmp_path / "step-00000010")
     removed = save(tmp_path / "step-00000020")
     (removed / "COMPLETE.json").unlink()  # the first thing that a removal does
@@ -195,28 +214,16 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_line(
-    folder,
-    *,
-    steps,
-    module=None,
-    disk=None,
-    more=(),
-    accumulation=1,
-    content=None,
-    batch_size=1,
-    resume=None,
-    **options,
-):
+def fit_line(folder, *, steps, module=None, disk=None, more=(), content=None, resume=None, accumulation=1, **options):
     """Trains a small module, with checkpoints in the folder."""
     checkpoints = Checkpoints(folder, **{"every_n_steps": 2, **options})
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints, *(each(checkpoints) for each in more)],
+        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints, *(callback(checkpoints) for callback in more)],
         accumulate_grad_batches=accumulation,
     )  # fmt: skip
-    loader = torch.utils.data.DataLoader(torch.ones(60, 1) if content is None else content, batch_size=batch_size)
-    trainer.fit(module or Line(), loader, ckpt_path=resume)
+    batches = torch.ones(60, 1, 1) if content is None else content.unsqueeze(0)
+    trainer.fit(module or Line(), torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=resume)
 
 
 def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
@@ -228,7 +235,7 @@ def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
     assert set(marker["files"]) == {"tensors-00000-of-00001.safetensors", "state.json"}
 
 
-def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tmp_path, caplog):
+def test_a_step_that_cannot_be_saved_is_tried_once_with_any_accumulation(tmp_path, caplog):
     (tmp_path / ".step-00000002.partial").touch()  # where a folder is to be made
     with caplog.at_level(logging.WARNING):
         fit_line(tmp_path, steps=5, accumulation=4)
@@ -238,19 +245,19 @@ def test_a_step_that_cannot_be_saved_is_tried_once_whatever_its_micro_batches(tm
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000004", "step-00000005"]
 
 
-def test_every_so_many_steps_a_checkpoint_stays_for_good(tmp_path):
+def test_keep_every_keeps_checkpoints_forever(tmp_path):
     fit_line(tmp_path, steps=8, every_n_steps=1, keep_last=1, keep_every=3)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000006", "step-00000008"]
 
 
-def test_the_last_step_is_tried_again_at_the_end_and_its_failure_is_an_error(tmp_path, caplog):
+def test_the_last_step_is_saved_again_and_its_failure_is_an_error(tmp_path, caplog):
     (tmp_path / ".step-00000004.partial").touch()  # where a folder is to be made
     with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match="checkpoint of step 4"):
         fit_line(tmp_path, steps=4)
     assert sum("checkpoint of step 4" in record.message for record in caplog.records) == 1
 
 
-def test_a_folder_that_cannot_even_be_listed_has_three_tries_as_well(tmp_path, caplog):
+def test_a_folder_that_cannot_be_listed_has_three_tries(tmp_path, caplog):
     class Unplug(Callback):
         def __init__(self, checkpoints):
             self.checkpoints = checkpoints
@@ -275,64 +282,46 @@ class Unwritable(FolderCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-def test_three_failed_saves_end_a_run_in_a_row_and_not_in_all(tmp_path):
+def test_only_three_failed_saves_in_a_row_end_a_run(tmp_path):
     fit_line(tmp_path / "four in all", steps=6, every_n_steps=1, disk=Unwritable(1, 2, 4, 5))
     assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
     with pytest.raises(CannotWriteError, match=r"step 4 .*step-00000001 is kept; 3 failures in a row"):
         fit_line(tmp_path / "three in a row", steps=6, every_n_steps=1, disk=Unwritable(2, 3, 4))
 
 
-def say(rank: int, folder, act, done: str) -> None:
-    """Acts on one of two ranks, and writes what comes of it: the error, or that it is done."""
+def act_on_rank(rank: int, folder, case: str) -> None:
+    """Resumes or loads on one of two ranks, and writes the error."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    checkpoints = Checkpoints(folder, every_n_steps=1)
+    checkpoints.resumes_from = folder / ("step-00000002" if case == "same" or rank == 0 else "step-00000001")
+    error = ""
     try:
-        act()
-        said = done
-    except ValueError as error:
-        said = str(error)
-    (folder / f"{rank}.txt").write_text(said)
+        if case == "no marker":
+            FolderCheckpointIO().load_checkpoint(folder / f"seen by {rank}" / "step-00000001")
+        else:
+            checkpoints.setup(Trainer(logger=False, accelerator="cpu"), Line(), "fit")
+    except ValueError as caught:
+        error = str(caught)
+    (folder / f"{rank}.txt").write_text(error)
     dist.destroy_process_group()
 
 
-def begin(rank: int, folder, names: tuple[str, str]) -> None:
-    """Resumes from the checkpoint of the rank's name."""
-    checkpoints = Checkpoints(folder, every_n_steps=1)
-    checkpoints.resumes_from = folder / names[rank]
-    trainer = Trainer(logger=False, accelerator="cpu")
-    say(rank, folder, lambda: checkpoints.setup(trainer, Line(), "fit"), "begins")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("other", ["step-00000001", "step-00000002"])
-def test_ranks_begin_from_the_same_checkpoint_or_not_at_all(tmp_path, other):
-    run_ranks(begin, tmp_path, ("step-00000002", other))
-    said = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
-    if other == "step-00000002":
-        assert said == {"begins"}
-    else:
-        (text,) = said
-        assert f"{tmp_path} must have the same newest checkpoint" in text
-        assert "got rank 0: step-00000002, rank 1: step-00000001" in text
-
-
-def load(rank: int, folder) -> None:
-    """Loads a checkpoint of which the second rank does not see the marker."""
-    say(
-        rank,
-        folder,
-        lambda: FolderCheckpointIO().load_checkpoint(folder / f"seen by {rank}" / "step-00000001"),
-        "loaded",
-    )
-
-
-@pytest.mark.slow
-def test_a_marker_that_one_rank_does_not_see_is_the_error_of_all(tmp_path):
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("same", ""),
+        ("other", "must have the same newest .* got rank 0: step-00000002, rank 1: step-00000001"),
+        ("no marker", "is incomplete: it has no COMPLETE.json"),
+    ],
+)
+def test_all_ranks_raise_the_error_of_one(tmp_path, case, message):
     for rank in range(2):
-        FolderCheckpointIO().save_checkpoint({"a": torch.ones(2)}, tmp_path / f"seen by {rank}" / "step-00000001")
+        save(tmp_path / f"seen by {rank}" / "step-00000001")
     (tmp_path / "seen by 1" / "step-00000001" / "COMPLETE.json").unlink()
-    run_ranks(load, tmp_path)
-    (said,) = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
-    assert "is incomplete: it has no COMPLETE.json" in said
+    run_ranks(act_on_rank, tmp_path, case)
+    (error,) = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
+    assert re.search(message, error) if message else not error
 
 
 class Picture(LightningModule):
@@ -350,10 +339,10 @@ class Picture(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
 
 
-def test_moments_of_weights_in_channels_last_come_back_to_their_weights(tmp_path):
+def test_moments_of_weights_in_channels_last_are_restored_exactly(tmp_path):
     def fit(folder, steps, resume=None):
         module, images = Picture(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        fit_line(tmp_path / folder, steps=steps, module=module, content=images, batch_size=8, resume=resume)
+        fit_line(tmp_path / folder, steps=steps, module=module, content=images, resume=resume)
         return module.layer.weight
 
     straight = fit("straight", 4)
@@ -376,8 +365,8 @@ class Counted(Line):
 
 
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 2), (2, 1)])
-def test_steps_are_whole_when_a_run_goes_on_with_another_accumulation(tmp_path, before, after):
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 2)])
+def test_steps_are_whole_when_a_run_resumes_with_another_accumulation(tmp_path, before, after):
     def fit(accumulation, *, steps, resume=None):
         module = Counted()
         fit_line(tmp_path, steps=steps, module=module, accumulation=accumulation, every_n_steps=100, resume=resume)
@@ -410,16 +399,9 @@ def test_a_module_is_built_from_a_checkpoint(tiny_shards, tiny_pretrained, tmp_p
     assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
 
 
-def test_what_holds_no_configuration_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="must hold a configuration"):
+def test_a_checkpoint_without_a_configuration_is_refused_in_one_line(tmp_path):
+    with pytest.raises(ValueError, match="must hold a configuration and weights"):
         MaskedTokenModel.load_from_checkpoint(save(tmp_path / "step-00000003"))
     (tmp_path / "last.ckpt").write_bytes(b"")
     with pytest.raises(ValueError, match=r"last\.ckpt must be a folder of the callback Checkpoints, got a file"):
         MaskedTokenModel.load_from_checkpoint(tmp_path / "last.ckpt")
-
-
-def test_a_tokenizer_may_be_a_path(tiny_shards, tiny_pretrained, tmp_path):
-    config = masked_model(NETWORK, "").config
-    module = MaskedTokenModel(replace(config, tokenizer=tiny_pretrained / "tokenizer"))
-    fit(module, data(tiny_shards), steps=1, folder=tmp_path)
-    assert MaskedTokenModel.load_from_checkpoint(newest_checkpoint(tmp_path)).config == module.config

@@ -28,7 +28,6 @@ from tests.modules import tokenizer_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*`srun` command is available"),
     pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec"),
     pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
@@ -83,7 +82,7 @@ def logged(folder):
     return rows
 
 
-def test_usage_perplexity_and_ages_of_codes():
+def test_usage_perplexity_and_ages_of_codes_by_hand():
     history = CodeHistory(4)
     history.add(torch.tensor([[0, 0], [1, 1]]), step=1)
     history.add(torch.tensor([[0, 2], [0, 2]]), step=5)
@@ -101,7 +100,7 @@ def test_usage_perplexity_and_ages_of_codes():
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", sorted(quantizers.names()))
-def test_vectors_are_measured_for_every_quantizer_by_its_lookup(name):
+def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
     try:
         quantizer = quantizers.build(name).create(codebook_size=16, code_dim=4)
     except (ValueError, ImportError):
@@ -152,13 +151,6 @@ def test_a_resumed_run_measures_and_reports_as_an_uninterrupted_one(tmp_path):
     assert whole.reports
 
 
-def test_counts_are_those_of_all_ranks_after_a_checkpoint_of_any():
-    history, other = CodeHistory(4), CodeHistory(4)
-    history.add(torch.tensor([0, 1, 1]), step=3)
-    other.load(history.state())
-    assert other.measure(4, dead_after=2) == history.measure(4, dead_after=2)
-
-
 def judge_own_accuracy(rank, store, folder):
     """Rank 0 classifies its few images correctly, and rank 1 half of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
@@ -179,7 +171,7 @@ def test_the_discriminator_is_judged_on_the_images_of_all_ranks(tmp_path):
     run_ranks(judge_own_accuracy, tmp_path / "store", tmp_path)
 
 
-def test_an_alarm_comes_once_after_grace_and_patience_and_is_written(tmp_path, caplog):
+def test_an_alarm_is_reported_once_after_grace_and_patience(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         monitor, _ = train(tmp_path, steps=8, monitor=HealthMonitor(tmp_path, STRICT))
     warnings = [record.getMessage() for record in caplog.records if "health:" in record.getMessage()]
@@ -190,18 +182,11 @@ def test_an_alarm_comes_once_after_grace_and_patience_and_is_written(tmp_path, c
     assert json.loads((tmp_path / "health.json").read_text()) == monitor.reports
 
 
-def test_without_ranges_the_measurements_are_logged_and_nothing_is_reported(tmp_path, caplog):
+def test_without_ranges_measurements_are_logged_and_not_reported(tmp_path, caplog):
     train(tmp_path, steps=8)
     assert "train/perplexity" in logged(tmp_path)[8]
     assert not [record for record in caplog.records if "health:" in record.getMessage()]
     assert not (tmp_path / "health.json").exists()
-
-
-def test_an_unwritable_folder_is_a_warning(tmp_path, caplog):
-    (tmp_path / "health.json").mkdir()
-    monitor = HealthMonitor(tmp_path, STRICT)
-    monitor._write()
-    assert "health.json cannot be written" in caplog.text
 
 
 def problems(metrics, *, codebook_size=16, num_tokens=10_000, has_codebook=True):
@@ -228,8 +213,8 @@ def test_each_range_has_a_cause_and_advice(metrics, cause):
 
 def test_values_inside_of_the_ranges_are_no_problem():
     healthy = {"codebook_usage": 0.3, "perplexity": 1.6, "commitment_distance": 1.0, "feature_norm": 1.0}
-    assert problems({**healthy, "discriminator_accuracy": 0.5}) == []
-    assert problems({}) == []
+    assert problems({**healthy, "discriminator_accuracy": 0.5}) == problems({}) == []
+    assert problems({"commitment_distance": 9.0, "feature_norm": 1.0}, has_codebook=False) == []
 
 
 def test_few_tokens_cannot_use_many_codes():
@@ -239,16 +224,11 @@ def test_few_tokens_cannot_use_many_codes():
     assert len(problems({"codebook_usage": 20 / 2**18, "perplexity": 9.0}, **sizes)) == 2
 
 
-def test_codes_without_a_codebook_have_no_distance_to_judge():
-    assert problems({"commitment_distance": 9.0, "feature_norm": 1.0}, has_codebook=False) == []
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"least_usage": 1.5}, r"least_usage must be a number in \[0, 1\], got 1.5"),
         ({"patience": 0}, r"patience must be an integer in \[1, 1000000\], got 0"),
-        ({"largest_distance": 0.0}, "largest_distance must be a number in"),
         (
             {"least_discriminator_accuracy": 0.99},
             r"largest_discriminator_accuracy must be .* \[0.99, 1\]",

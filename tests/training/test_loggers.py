@@ -13,6 +13,7 @@ import pytest
 from lightning.pytorch.loggers import Logger
 from PIL import Image
 
+from maskgit_pl.runs.build import restore_process_state
 from maskgit_pl.training import loggers as tolerant_logger
 from maskgit_pl.training.callbacks import callbacks, profilers
 from maskgit_pl.training.loggers import LoggerSpec, TensorBoard, TolerantLogger, loggers
@@ -41,8 +42,8 @@ def threads_end():
 
 
 @pytest.mark.usefixtures("threads_end")
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's thread says it too
-def test_curves_continue_when_there_is_a_place_again(tmp_path, caplog, monkeypatch):
+@restore_process_state()
+def test_a_disk_that_fails_is_one_warning_and_curves_continue_later(tmp_path, caplog, monkeypatch):
     logger = wrap(TensorBoard(), tmp_path / "run")
     logger.log_metrics({"before": 1.0}, step=1)
     logger.save()
@@ -120,7 +121,7 @@ class Silent(ServerDown):
 
 
 @pytest.mark.slow
-def test_the_end_waits_for_the_write_that_is_on_its_way(tmp_path, monkeypatch):
+def test_the_end_waits_for_the_last_write(tmp_path, monkeypatch):
     monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 0.1)
     for name, value in (("answers", threading.Event()), ("steps", ()), ("ended", False)):
         monkeypatch.setattr(Silent, name, value)
@@ -133,7 +134,7 @@ def test_the_end_waits_for_the_write_that_is_on_its_way(tmp_path, monkeypatch):
     assert (Silent.steps, Silent.ended) == ((7,), True)
 
 
-def test_a_server_that_does_not_answer_stops_no_step(tmp_path, caplog, monkeypatch):
+def test_a_server_that_does_not_answer_delays_no_step(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(tolerant_logger, "_LONGEST_WRITE", 0.2)
     monkeypatch.setattr(Silent, "answers", threading.Event())
     monkeypatch.setattr(Silent, "steps", ())
@@ -148,11 +149,6 @@ def test_a_server_that_does_not_answer_stops_no_step(tmp_path, caplog, monkeypat
         logger.log_metrics({"loss": 1.0}, step=9)
     assert Silent.steps[0] == 0
     assert set(Silent.steps[1:]) == {9}
-
-
-def test_what_is_no_number_is_an_error_of_the_caller(tmp_path):
-    with pytest.raises(ValueError, match="text"):
-        wrap(TensorBoard(), tmp_path).log_metrics({"x": "text"}, step=1)
 
 
 def test_csv_writes_another_file_at_each_start(tmp_path):
@@ -184,16 +180,12 @@ def test_every_logger_takes_metrics_and_pictures_and_keeps_its_run(name, tmp_pat
             logger.save()
             run_ids.append(spec.run_id(logger._inner))
             logger.finalize("success")
-            _finish(name)
+            if name == "wandb":  # a killed training ends the process instead
+                sys.modules["wandb"].finish()
     assert [record.getMessage() for record in caplog.records if record.name.startswith("maskgit_pl")] == []
     assert run_ids[0] == run_ids[1]
     assert any(file.is_file() for file in tmp_path.rglob("*"))
     assert list(elsewhere.iterdir()) == []  # everything is in the folder of the run
-
-
-def _finish(name: str) -> None:
-    if name == "wandb":  # a killed training ends the process instead
-        sys.modules["wandb"].finish()
 
 
 def test_a_recipe_cannot_say_where_a_run_is_sent():

@@ -14,8 +14,6 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from maskgit_pl.training.optimizers import (
     LearningRate,
@@ -32,8 +30,7 @@ from maskgit_pl.training.optimizers import (
 from maskgit_pl.training.speed import weight_norm
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
-from tests.modules import masked_model, tokenizer_model
-from tests.short_runs import data, fit
+from tests.short_runs import data, fit, tiny_module
 
 NAMES = optimizers.names()
 RATE = 0.02
@@ -97,7 +94,7 @@ def names(group: dict[str, object]) -> list[str]:
     return [name for name, _ in group["params"]]
 
 
-def test_only_linear_and_conv_weights_decay_and_frozen_ones_are_left_out():
+def test_only_trained_linear_and_conv_weights_decay():
     model = Model()
     decayed, rest = parameter_groups(model, 0.045, prefix="network.")
     assert names(decayed) == ["network.conv.weight", "network.fc.weight"]
@@ -109,7 +106,7 @@ def test_only_linear_and_conv_weights_decay_and_frozen_ones_are_left_out():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_step_decays_linear_and_conv_weights_by_rate_times_decay_and_nothing_else(name):
+def test_a_step_decays_linear_and_conv_weights_by_rate_times_decay(name):
     ends = []
     for weight_decay in (0.0, 0.5):
         model = Model()
@@ -139,36 +136,25 @@ def test_a_step_without_gradients_changes_neither_weights_nor_state(name, after)
     assert_equal((weights(model), optimizer.state_dict()), before)
 
 
-def module(stage: str, name: str, pretrained: Path):
-    torch.manual_seed(0)
-    if stage == "transformer":
-        network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-        return masked_model(network, pretrained / "tokenizer", algorithm=name)
-    vqgan = VQGANConfig(
-        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
-        codebook_size=16, code_dim=4, patch_size=2, quantizer="gradient",
-    )  # fmt: skip
-    adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
-    return tokenizer_model(vqgan, image_size=8, adversarial=adversarial, algorithm=name)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 @pytest.mark.parametrize("name", NAMES)
 def test_a_resumed_run_is_bit_exact(name, stage, tiny_shards, tiny_pretrained, tmp_path):
-    for folder, legs in (("straight", (5,)), ("resumed", (2, 5))):
+    options = {"algorithm": name}
+    if stage == "tokenizer":
+        adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64))
+        options |= {"adversarial": adversarial, "quantizer": "gradient"}
+    states = {}
+    for run, legs in (("straight", (5,)), ("resumed", (2, 5))):
         resume = None
         for steps in legs:
-            trained, where = module(stage, name, tiny_pretrained), tmp_path / folder
-            options = {"limit_val_batches": 0, "default_root_dir": tmp_path}
-            fit(trained, data(tiny_shards), steps=steps, folder=where, resume=resume, **options)
-            resume = where / f"step-{steps:08d}"
-    straight, resumed = (
-        FolderCheckpointIO().load_checkpoint(tmp_path / each / "step-00000005") for each in ("straight", "resumed")
-    )
-    assert len(leaves(straight["optimizer_states"])) > 10
+            module, folder = tiny_module(stage, tiny_pretrained / "tokenizer", **options), tmp_path / run
+            fit(module, data(tiny_shards), steps=steps, folder=folder, resume=resume, limit_val_batches=0)
+            resume = folder / f"step-{steps:08d}"
+        states[run] = FolderCheckpointIO().load_checkpoint(resume)
+    assert len(leaves(states["straight"]["optimizer_states"])) > 10
     for key in ("state_dict", "optimizer_states"):
-        assert_equal(resumed[key], straight[key])
+        assert_equal(states["resumed"][key], states["straight"][key])
 
 
 def on_a_rank(rank: int, folder: str) -> None:
@@ -215,25 +201,31 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("kind", "changes", "message"),
     [
-        ({"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
-        ({"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
-        ({"adamw": "fuse"}, "adamw must be one of fused, foreach, for-loop, got 'fuse'; did you mean 'fused'"),
-        ({"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
-        ({"algorithm": {"name": "lion", "betas": [0.9, 0.99]}}, "optimizer 'lion': unknown key 'betas'"),
-        ({"algorithm": {"name": "sgd", "momentum": 0.0}}, r"optimizer 'sgd': momentum must be a number in \(0, 1\)"),
-        ({"algorithm": {"name": "muon", "ns_steps": 2.5}}, "optimizer 'muon'.ns_steps must be an integer, got 2.5"),
+        (OptimizerConfig, {"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
+        (OptimizerConfig, {"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
+        (OptimizerConfig, {"adamw": "fuse"}, "adamw must be one of fused, .*, got 'fuse'; did you mean 'fused'"),
+        (OptimizerConfig, {"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
+        (OptimizerConfig, {"algorithm": {"name": "lion", "betas": [0.9]}}, "optimizer 'lion': unknown key 'betas'"),
+        (OptimizerConfig, {"algorithm": {"name": "sgd", "momentum": 0.0}}, r"'sgd': momentum must be a number in \(0"),
+        (OptimizerConfig, {"algorithm": {"name": "muon", "ns_steps": 2.5}}, "'muon'.ns_steps must be an integer, got"),
+        (LearningRate, {"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
+        (LearningRate, {"peak": float("nan")}, "^peak must be a finite number"),
+        (LearningRate, {"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
+        (LearningRate, {"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
+        (LearningRate, {"decay": "cosin"}, "^unknown learning rate schedule 'cosin': did you mean 'cosine'"),
     ],
     ids=str,
 )
-def test_a_wrong_name_or_value_is_refused_with_the_rule(changes, message):
+def test_a_wrong_name_or_value_is_refused_with_the_rule(kind, changes, message):
+    first = {"learning_rate": LearningRate(0.1)} if kind is OptimizerConfig else {"peak": 0.1}
     with pytest.raises(ValueError, match=message):
-        OptimizerConfig(**{"learning_rate": LearningRate(0.1), "betas": (0.9, 0.96), "weight_decay": 0.0, **changes})
+        kind(**{**first, **changes})
 
 
 @pytest.mark.parametrize("kind", ["foreach", "for-loop"])
-def test_every_kind_of_adamw_steps_as_the_fused_one_and_continues_its_state(kind):
+def test_every_kind_of_adamw_steps_like_the_fused_one_and_continues_it(kind):
     ends = []
     for later in ("fused", kind):
         model = Model()
@@ -242,34 +234,27 @@ def test_every_kind_of_adamw_steps_as_the_fused_one_and_continues_its_state(kind
         second.load_state_dict(first.state_dict())
         train(model, second, range(3, 6))
         ends.append(torch.cat([value.flatten() for value in weights(model).values()]))
-        assert {(each["fused"], each["foreach"]) for each in second.param_groups} == {
-            (later == "fused", later == "foreach")
-        }
+        kinds = {(group["fused"], group["foreach"]) for group in second.param_groups}
+        assert kinds == {(later == "fused", later == "foreach")}
     torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-5)
 
 
-def test_adamw_is_that_of_torch_with_the_peak_and_the_betas_of_the_recipe():
+def test_adamw_is_that_of_torch_with_the_defaults_of_the_paper():
     ours, theirs = Model(), Model()
-    reference = torch.optim.AdamW(parameter_groups(theirs, 0.1), lr=RATE, betas=(0.9, 0.96), fused=True)
-    train(ours, build(config(), ours), range(5))
+    reference = torch.optim.AdamW(parameter_groups(theirs, 0.045), lr=RATE, betas=(0.9, 0.96), fused=True)
+    train(ours, build(OptimizerConfig(LearningRate(RATE)), ours), range(5))
     train(theirs, reference, range(5))
     assert_equal(weights(ours), weights(theirs))
 
 
-@pytest.mark.parametrize("max_steps", [0, -1])
-def test_a_cosine_needs_its_end_and_a_constant_rate_does_not(max_steps):
-    assert LearningRate(0.1).factor(0, max_steps) == 1.0
-    with pytest.raises(ValueError, match=rf"decay 'cosine'.*max_steps.* got {max_steps}"):
-        LearningRate(0.1, decay="cosine").factor(0, max_steps)
-
-
-def test_the_warm_up_rises_in_equal_steps_to_the_peak_and_never_starts_at_0():
+def test_the_warm_up_rises_in_equal_steps_from_above_0():
     rate = LearningRate(1e-4, warmup_steps=4)
     assert [rate.factor(step, 100) for step in range(6)] == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rate.factor(1, 2) == 0.5  # of a run that ends within it
 
 
 @pytest.mark.parametrize("final", [0.0, 0.1])
-def test_cosine_falls_from_the_peak_after_the_warm_up_to_its_end_at_max_steps(final):
+def test_cosine_and_linear_fall_to_their_end_at_max_steps(final):
     rate = LearningRate(1e-4, warmup_steps=10, decay="cosine", final_fraction=final)
     factors = [rate.factor(step, 110) for step in range(10, 131)]
     assert factors[0] == 1.0
@@ -277,31 +262,9 @@ def test_cosine_falls_from_the_peak_after_the_warm_up_to_its_end_at_max_steps(fi
     assert factors[25] == pytest.approx(final + (1 - final) * 0.8535534)
     assert factors[100] == pytest.approx(final)
     assert factors[120] == pytest.approx(final)  # and stays there
-    assert all(early >= late for early, late in pairwise(factors))
-
-
-def test_a_run_that_ends_within_its_warm_up_is_no_error():
-    rate = LearningRate(1e-4, warmup_steps=10, decay="cosine")
-    assert [rate.factor(step, 5) for step in (0, 4, 9)] == [0.1, 0.5, 1.0]
-    assert 0 <= rate.factor(10, 5) <= 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
-        ({"peak": float("inf")}, r"^peak must be a finite number in \(0, inf\), got inf"),
-        ({"peak": float("nan")}, "^peak"),
-        ({"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
-        ({"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
-        ({"final_fraction": -0.1}, "^final_fraction"),
-        ({"decay": "cosin"}, "^unknown learning rate schedule 'cosin': did you mean 'cosine'"),
-    ],
-    ids=str,
-)
-def test_numbers_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        LearningRate(**{"peak": 1e-4, **options})
+    linear = LearningRate(1e-4, warmup_steps=10, decay="linear", final_fraction=final)
+    falling = [linear.factor(step, 110) for step in (10, 60, 110, 111)]
+    assert falling == pytest.approx([1, (1 + final) / 2, final, final])
 
 
 @pytest.mark.parametrize("name", learning_rate_schedules.names())
@@ -311,11 +274,6 @@ def test_every_schedule_reaches_the_peak_and_never_rises_again(name, warmup_step
     factors = [rate.factor(step, 110) for step in range(max(0, warmup_steps - 1), 131)]
     assert factors[0] == 1.0
     assert all(early >= late >= 0.1 for early, late in pairwise(factors))
-
-
-def test_linear_falls_by_equal_steps_and_reaches_its_end():
-    rate = LearningRate(1e-4, warmup_steps=10, decay="linear", final_fraction=0.2)
-    assert [rate.factor(step, 110) for step in (10, 60, 110, 111)] == pytest.approx([1.0, 0.6, 0.2, 0.2])
 
 
 @dataclass(frozen=True)
@@ -334,6 +292,13 @@ def test_a_schedule_out_of_range_is_refused_with_the_step(factor, at, monkeypatc
     monkeypatch.setitem(learning_rate_schedules._factories, "late", Late)
     with pytest.raises(ValueError, match=f"schedule 'late' must be in .* got {factor} at step {at} of 100"):
         LearningRate(1e-4, decay={"name": "late", "factor": factor, "at": at})
+
+
+@pytest.mark.parametrize("max_steps", [0, -1])
+def test_only_a_schedule_with_an_end_needs_the_steps_of_the_run(max_steps):
+    assert LearningRate(0.1).factor(0, max_steps) == 1.0
+    with pytest.raises(ValueError, match=rf"decay 'cosine'.*max_steps.* got {max_steps}"):
+        LearningRate(0.1, decay="cosine").factor(0, max_steps)
 
 
 def network() -> nn.Sequential:
@@ -358,7 +323,7 @@ def test_a_frozen_copy_is_equal_and_stays_frozen_in_evaluation_mode():
     ("decay", "step", "effective"),
     [(0.999, 0, 0.1), (0.999, 1, 2 / 11), (0.999, 90, 0.91), (0.999, 10**6, 0.999), (0.5, 90, 0.5), (0.0, 5, 0.0)],
 )
-def test_the_average_moves_by_the_formula_with_its_ramp_and_leaves_the_source(decay, step, effective):
+def test_the_average_follows_its_formula_and_leaves_the_source(decay, step, effective):
     source = network()
     ema = frozen_copy(source)
     before = weights(source)

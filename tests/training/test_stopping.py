@@ -6,7 +6,6 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from datetime import timedelta
 
 import pytest
 import torch
@@ -14,22 +13,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from maskgit_pl import processes, runs
-from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints, complete_checkpoints
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.stopping import StepCheck, Watchdog, clip_gradients
-from maskgit_pl.training.strategies import build_strategy
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
+from tests import short_runs
 from tests.conftest import tiny_flags
 from tests.forked import Command
 from tests.injection import Fault, Injection
-from tests.modules import masked_model, tokenizer_model
+from tests.short_runs import tiny_module
 
 
 class History(Callback):
@@ -59,17 +55,10 @@ class History(Callback):
 
 @pytest.fixture(params=["tokenizer", "transformer"])
 def module(request, tiny_pretrained) -> LightningModule:
-    torch.manual_seed(0)
     if request.param == "transformer":
-        config = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-        return masked_model(config, tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), ema_decay=0.9)
-    network = VQGANConfig(
-        1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
-        codebook_size=16, code_dim=4,
-        patch_size=2, quantizer="ema",
-    )  # fmt: skip
+        return tiny_module("transformer", tiny_pretrained / "tokenizer", rate=LearningRate(1e-2), ema_decay=0.9)
     adversarial = AdversarialConfig(DiscriminatorConfig(channel_multiplier=1 / 64), lecam_weight=0.1)
-    return tokenizer_model(network, image_size=8, adversarial=adversarial, ema_decay=0.9)
+    return tiny_module("tokenizer", adversarial=adversarial, ema_decay=0.9)
 
 
 @pytest.fixture
@@ -77,25 +66,10 @@ def fit(module, tiny_shards, tmp_path):
     """Trains with faults and the checks, and returns the states after each step."""
 
     def run(*faults: Fault, steps: int, more: tuple[Callback, ...] = ()) -> History:
-        data = ShardData(
-            ShardDataConfig(
-                str(tiny_shards),
-                image_size=8,
-                in_channels=1,
-                global_batch=8,
-                max_batch_per_device=8,
-                validation_batch=8,
-            )
-        )
         seen, checkpoints = History(), Checkpoints(tmp_path / "checkpoints", every_n_steps=100)
-        trainer = Trainer(
-            max_steps=steps, max_epochs=-1, accelerator="cpu", logger=False, plugins=[FolderCheckpointIO()],
-            callbacks=[seen, StepCheck(tmp_path, checkpoints), checkpoints, Injection(faults), *more],
-            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
-            default_root_dir=tmp_path, limit_val_batches=0,
-        )  # fmt: skip
-        logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-        trainer.fit(module, datamodule=data)
+        callbacks = [seen, StepCheck(tmp_path, checkpoints), checkpoints, Injection(faults), *more]
+        source = short_runs.data(tiny_shards)
+        short_runs.fit(module, source, steps=steps, folder=tmp_path, callbacks=callbacks, limit_val_batches=0)
         return seen
 
     return run
@@ -103,7 +77,7 @@ def fit(module, tiny_shards, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["nan gradient", "nan loss"])
-def test_a_step_that_is_not_finite_leaves_weights_averages_codes_and_moments_as_they_are(fit, what):
+def test_a_non_finite_step_changes_no_weight_average_code_or_moment(fit, what):
     seen = fit(Fault(what, step=3), steps=4)
     assert [seen.changed(step) for step in (1, 2, 3, 4)] == [True, True, False, True]
     assert all(value.isfinite().all() for value in seen.states[-1])
@@ -111,7 +85,7 @@ def test_a_step_that_is_not_finite_leaves_weights_averages_codes_and_moments_as_
 
 
 @pytest.mark.slow
-def test_three_in_a_row_are_skipped_however_many_there_are_in_all(fit, tmp_path, caplog):
+def test_three_steps_in_a_row_are_skipped_any_number_of_times(fit, tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=3), steps=8)
     assert [seen.changed(step) for step in range(1, 9)] == [False, False, False, True] * 2
@@ -119,7 +93,7 @@ def test_three_in_a_row_are_skipped_however_many_there_are_in_all(fit, tmp_path,
     assert not (tmp_path / "nonfinite.json").exists()
 
 
-def test_the_fourth_in_a_row_ends_the_run_with_the_samples_of_all_four(fit, tmp_path, module):
+def test_the_fourth_skipped_step_in_a_row_ends_the_run_with_their_samples(fit, tmp_path, module):
     weights = [value.clone() for value in module.state_dict().values()]
     with pytest.raises(NonFiniteError, match="step 3: non-finite gradient, 4 steps in a row"):
         fit(Fault("nan gradient", step=1, times=9), steps=8)
@@ -156,7 +130,7 @@ class Signal(Callback):
 
 
 @pytest.mark.usefixtures("listening")
-def test_a_signal_saves_the_step_that_is_under_way_and_stops(fit, tmp_path):
+def test_a_signal_saves_the_current_step_and_stops(fit, tmp_path):
     with pytest.raises(PreemptedError, match="after saving step 2"):
         fit(steps=5, more=(Signal(step=2),))
     assert [folder.name for folder in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
@@ -181,7 +155,7 @@ def test_the_norm_of_a_gradient_that_is_not_finite_is_not_finite():
     assert not clip_gradients(gradients([3.0, float("inf")])[0], 1.0).isfinite()
 
 
-def test_what_has_no_median_has_more_time_from_its_start(tmp_path):
+def test_phases_without_a_median_have_the_longest_limit(tmp_path):
     trainer, module = Trainer(accelerator="cpu", logger=False, barebones=True), LightningModule()
     watchdog = Watchdog(tmp_path, seconds=0.05)
     assert watchdog.limit == 18 * 0.05  # set-up
@@ -203,22 +177,16 @@ def test_what_has_no_median_has_more_time_from_its_start(tmp_path):
         assert watchdog.limit != 18 * 0.05
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-@pytest.mark.parametrize("seconds", [0.5, 100.0, 600.0, 1e9])
-def test_collectives_wait_longer_than_the_watchdog(tmp_path, strategy, seconds):
-    watchdog = Watchdog(tmp_path, seconds=seconds)
-    waits = build_strategy(strategy, longest_wait=watchdog.longest_limit)._timeout
-    assert isinstance(waits, timedelta)
-    assert waits.total_seconds() > min(watchdog.limit, 86400 * 365)
-    # torch adds it to a time in nanoseconds, as 64 bits.
-    assert waits.total_seconds() * 1e9 < 2**62
-
-
-def test_the_strategy_of_a_run_waits_longer_than_its_watchdog(tmp_path, tiny_shards):
-    words = [*tiny_flags("tokenizer"), "--hang_seconds=600", "--trainer.devices=2"]
-    recipe = runs.Recipe.read("tokenizer", cluster="ddp", overrides=words)
-    trainer = build(plan_run(recipe, run=tmp_path / "runs" / "one", data=tiny_shards)).trainer
-    assert trainer.strategy._timeout.total_seconds() > 18 * 600
+@pytest.mark.parametrize(("cluster", "seconds"), [("ddp", 600.0), ("ddp", 1e9), ("fsdp", 0.5)])
+def test_collectives_of_a_run_wait_longer_than_its_watchdog(tmp_path, tiny_shards, tiny_pretrained, cluster, seconds):
+    stage = "tokenizer" if cluster == "ddp" else "transformer"
+    words = [*tiny_flags(stage), f"--hang_seconds={seconds}", "--trainer.devices=2", "--trainer.accelerator=cpu"]
+    recipe = runs.Recipe.read(stage, cluster=cluster, overrides=words)
+    tokenizer = None if stage == "tokenizer" else tiny_pretrained / "tokenizer"
+    run = build(plan_run(recipe, run=tmp_path / "runs" / "one", data=tiny_shards, tokenizer=tokenizer))
+    waits = run.trainer.strategy._timeout.total_seconds()
+    assert waits > min(run.watchdog.longest_limit, 86400 * 365)
+    assert waits * 1e9 < 2**62  # torch adds it to a time in nanoseconds, as 64 bits
 
 
 WATCHED = """

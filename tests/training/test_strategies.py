@@ -1,6 +1,7 @@
 """Activation checkpointing and compilation change neither the results nor the names in a state dict."""
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from maskgit_pl.training.strategies import (
 from tests.modules import masked_model
 
 
-def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_the_precision_is_mixed():
+def test_mixed_precision_gathers_bfloat16_and_reduces_float32():
     mixed = _POLICIES["bf16-mixed"]
     assert (mixed.param_dtype, mixed.reduce_dtype) == (torch.bfloat16, torch.float32)
     assert not mixed.cast_forward_inputs  # only autocast decides the dtypes between blocks
@@ -25,17 +26,12 @@ def test_weights_are_gathered_in_bfloat16_and_gradients_summed_in_float32_where_
     assert (whole.param_dtype, whole.reduce_dtype, whole.output_dtype) == (None, None, None)
 
 
-@pytest.mark.parametrize("name", ["bf16-true", "16-true", "16-mixed", "64-true"])
-def test_others_are_refused_with_those_that_train(name):
-    with pytest.raises(ValueError, match=rf"trainer\.precision must be 32-true or bf16-mixed, got {name}"):
-        check_precision(name)
-
-
 CONFIG = masked_model(TransformerConfig(16, 3, (4, 4), 8, 2, 2, 16), "").config
+MUON = replace(CONFIG.optimizer, algorithm="muon")
 
 
 @pytest.mark.parametrize(
-    ("name", "stage", "config", "ranks", "why"),
+    ("name", "stage", "config", "ranks", "reason"),
     [
         ("auto", "transformer", CONFIG, 1, None),
         ("ddp", "tokenizer", CONFIG, 2, None),
@@ -43,37 +39,22 @@ CONFIG = masked_model(TransformerConfig(16, 3, (4, 4), 8, 2, 2, 16), "").config
         ("auto", "transformer", CONFIG, 2, "for 2 ranks, got 'auto'"),
         ("fsdp", "tokenizer", CONFIG, 1, "for the tokenizer, got 'fsdp'; use --cluster ddp"),
         ("fsdp", "transformer", replace(CONFIG, compiled="step"), 1, "with model.compiled 'step'"),
-        (
-            "fsdp",
-            "transformer",
-            replace(CONFIG, optimizer=replace(CONFIG.optimizer, algorithm="muon")),
-            1,
-            "'muon', which needs whole matrices",
-        ),
+        ("fsdp", "transformer", replace(CONFIG, optimizer=MUON), 1, "'muon', which needs whole matrices"),
     ],
 )
-def test_a_strategy_must_support_the_module_and_the_number_of_ranks(name, stage, config, ranks, why):
-    if why is None:
-        check_strategy(name, config, stage=stage, ranks=ranks)
-        return
-    with pytest.raises(ValueError, match=f"trainer.strategy must .*{why}"):
+def test_a_strategy_must_support_the_module_and_the_number_of_ranks(name, stage, config, ranks, reason):
+    with pytest.raises(ValueError, match=f"trainer.strategy must .*{reason}") if reason else nullcontext():
         check_strategy(name, config, stage=stage, ranks=ranks)
 
 
-SIZES = {
-    "codebook_size": 16,
-    "num_classes": 3,
-    "grid": (4, 4),
-    "embed_dim": 32,
-    "depth": 3,
-    "num_heads": 2,
-    "mlp_dim": 64,
-}
+def test_16_bit_weights_are_refused():
+    with pytest.raises(ValueError, match=r"trainer\.precision must be 32-true or bf16-mixed, got bf16-true"):
+        check_precision("bf16-true")
 
 
 def transformer(attention="bidirectional", dropout=0.1):
     torch.manual_seed(0)
-    return TransformerConfig(**SIZES, attention=attention, dropout=dropout).create()
+    return TransformerConfig(16, 3, (4, 4), 32, 3, 2, 64, attention=attention, dropout=dropout).create()
 
 
 def loss_of_tokens(network, seed=1):
@@ -118,7 +99,7 @@ def loss_and_gradients(network, loss_of, **options):
     ],
     ids=["bidirectional", "causal", "maskgit", "taming"],
 )
-def test_checkpointed_blocks_run_twice_and_give_the_same_loss_and_gradients_to_the_last_bit(network, loss_of):
+def test_checkpointed_blocks_run_twice_with_bit_exact_loss_and_gradients(network, loss_of):
     other = copy.deepcopy(network)
     prepare_blocks(blocks_of(other), activation_checkpointing="blocks")
     runs = []
@@ -137,7 +118,7 @@ def test_checkpointed_blocks_run_twice_and_give_the_same_loss_and_gradients_to_t
 @pytest.mark.exports
 @pytest.mark.slow  # 20 s and more: the inductor's first step
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own imports and views
-def test_compiled_blocks_give_nearly_the_same_and_keep_their_names():
+def test_compiled_blocks_give_nearly_the_same_loss_and_keep_their_names():
     network = transformer(dropout=0.0)
     other = copy.deepcopy(network)
     prepare_blocks(other.blocks, activation_checkpointing="blocks", compiled="blocks")

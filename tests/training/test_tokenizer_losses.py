@@ -1,8 +1,7 @@
 """Stage 1 propagates the gradient of the plain sum for every choice of losses, and each choice runs in bf16-mixed."""
 
 import hashlib
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 
 import pytest
 import timm
@@ -13,6 +12,7 @@ import torchvision
 from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.training.tokenizer_losses import (
     AdversarialConfig,
     AdversarialStep,
@@ -23,12 +23,14 @@ from maskgit_pl.training.tokenizer_losses import (
 )
 from tests.installed_packages import install
 from tests.modules import tokenizer_model
+from tests.short_runs import data, fit, tiny_module
 
 SIZE = 20
 NETWORK = VQGANConfig(
     1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
     codebook_size=16, code_dim=8, patch_size=4,
 )  # fmt: skip
+EMA = replace(NETWORK, quantizer="ema")
 DISCRIMINATORS = {
     "stylegan": {"channel_multiplier": 1 / 64},
     "patchgan": {"name": "patchgan", "base_channels": 4, "num_layers": 2, "norm": "group"},
@@ -48,13 +50,13 @@ def networks(tmp_path_factory):
     return {"timm": {"name": "timm", "model": MODEL, "weights": str(folder / "timm.pth"), "size": 32}, "lpips": lpips}
 
 
-def module_of(*, perceptual=None, discriminator=None, weight_rule="fixed", **options):
+def module_of(*, network=NETWORK, perceptual=None, discriminator=None, weight_rule="fixed", **options):
     torch.manual_seed(0)
     adversarial = None
     if discriminator is not None:
         adversarial = AdversarialConfig(discriminator, weight=0.3, weight_rule=weight_rule, loss="hinge")
     perceptual = None if perceptual is None else PerceptualConfig(perceptual, weight=2.0)
-    return tokenizer_model(NETWORK, image_size=SIZE, adversarial=adversarial, perceptual=perceptual, **options)
+    return tokenizer_model(network, image_size=SIZE, adversarial=adversarial, perceptual=perceptual, **options)
 
 
 def batch():
@@ -62,14 +64,16 @@ def batch():
     return Batch(images, *[torch.arange(3)] * 4, torch.ones(3, dtype=torch.bool))
 
 
-CHOICES = list(product(["l2", "l1"], [None, "timm", "lpips"], [None, *DISCRIMINATORS], ["fixed", "adaptive"]))
+CHOICES = [  # each pair of choices
+    ("l2", None, None, "fixed"), ("l1", "timm", None, "fixed"), ("l2", "lpips", None, "fixed"),
+    ("l1", None, "stylegan", "adaptive"), ("l2", None, "patchgan", "fixed"), ("l2", "timm", "stylegan", "fixed"),
+    ("l2", "timm", "patchgan", "adaptive"), ("l1", "lpips", "stylegan", "adaptive"),
+    ("l1", "lpips", "patchgan", "fixed"),
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("reconstruction", "perceptual", "discriminator", "weight_rule"),
-    [choice for choice in CHOICES if choice[2] is not None or choice[3] == "fixed"],
-)
+@pytest.mark.parametrize(("reconstruction", "perceptual", "discriminator", "weight_rule"), CHOICES)
 def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discriminator, weight_rule, networks):
     module = module_of(
         reconstruction_loss=reconstruction, reconstruction_weight=4.0, weight_rule=weight_rule,
@@ -99,22 +103,17 @@ def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weight_rule", ["fixed", "adaptive"])
-@pytest.mark.parametrize("discriminator", DISCRIMINATORS)
-@pytest.mark.parametrize("perceptual", [None, "timm", "lpips"])
+@pytest.mark.parametrize(("perceptual", "discriminator", "weight_rule"), [choice[1:] for choice in CHOICES[4:]])
 def test_each_choice_runs_in_bfloat16_mixed_on_a_cpu(perceptual, discriminator, weight_rule, networks):
-    module = module_of(
-        perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS[discriminator], weight_rule=weight_rule
-    )
+    choice = {"discriminator": DISCRIMINATORS[discriminator], "weight_rule": weight_rule}
+    module = module_of(perceptual=networks.get(perceptual), **choice)
     with torch.autocast("cpu", torch.bfloat16):
         metrics = module.replay_step(batch(), step=0)
     assert all(value.isfinite() for value in metrics.values())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.isfinite().all(), name
-    full = module_of(
-        perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS[discriminator], weight_rule=weight_rule
-    ).replay_step(batch(), step=0)
+    full = module_of(perceptual=networks.get(perceptual), **choice).replay_step(batch(), step=0)
     assert metrics["reconstruction"].item() == pytest.approx(full["reconstruction"].item(), rel=0.05)
 
 
@@ -147,17 +146,6 @@ def test_the_gradient_of_r1_is_that_of_float32_in_bfloat16_mixed(batch_size):
         assert (mixed[name] - exact[name]).norm() < 0.05 * exact[name].norm(), name
 
 
-def test_the_codebook_is_updated_in_float32_in_bfloat16_mixed(monkeypatch):
-    module = module_of()
-    seen = []
-    monkeypatch.setattr(
-        module.network.quantizer, "update", lambda *_, **__: seen.append(torch.is_autocast_enabled("cpu"))
-    )
-    with torch.autocast("cpu", torch.bfloat16):
-        module._update_statistics(step=0)
-    assert seen == [False]
-
-
 def test_mean_logits_are_those_of_float32():
     logits = torch.randn(4, 1, 63, 63, generator=torch.Generator().manual_seed(0)).add(0.3).bfloat16()
     step = AdversarialStep.__new__(AdversarialStep)
@@ -167,14 +155,14 @@ def test_mean_logits_are_those_of_float32():
     assert step.mean_logits.dtype == torch.float32
 
 
-def test_an_image_that_is_too_small_for_the_perceptual_network_is_refused_before_it_is_read():
+def test_an_image_too_small_for_the_perceptual_network_is_refused():
     perceptual = PerceptualConfig({"name": "lpips", "weights": "none.pth"})
     with pytest.raises(ValueError, match=r"image_size must be >= 16 with the loss 'perceptual', got 12"):
         tokenizer_model(NETWORK, image_size=12, perceptual=perceptual)
 
 
 EDGES = """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from maskgit_pl.training.tokenizer_losses import TokenizerLoss
 
 @dataclass(frozen=True)
@@ -239,9 +227,19 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
         ),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must be a number in"),
         ({"reconstruction_loss": "l3"}, "reconstruction_loss must be one of l2, l1, got 'l3'"),
+        (
+            {"freeze": ["encoder", "encoder"]},
+            "freeze must be one or two different parts of encoder, quantizer, decoder",
+        ),
+        ({"freeze": ["encoderr"]}, "freeze must be one of .*, got 'encoderr'; did you mean"),
+        ({"freeze": ["encoder", "decoder"], "network": EMA}, "freeze must leave weights .* the quantizer ema has none"),
+        (
+            {"freeze": ["decoder"], "discriminator": "stylegan", "weight_rule": "adaptive"},
+            r"freeze must not hold the decoder .*set model\.adversarial\.weight_rule to fixed",
+        ),
     ],
 )
-def test_a_wrong_weight_is_refused(options, message):
+def test_wrong_losses_and_frozen_parts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module_of(**options)
 
@@ -254,3 +252,41 @@ def test_the_norm_of_a_gradient_does_not_depend_on_the_micro_batch():
         norms.append(metrics["gradient/reconstruction"])
     torch.testing.assert_close(norms[0], torch.stack(norms[1:]).square().mean().sqrt())
     assert norms[0] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("frozen", "quantizer"),
+    [
+        (["encoder", "quantizer"], "ema"),
+        (["quantizer"], "ema"),
+        (["quantizer", "decoder"], "gradient"),
+        (["encoder", "decoder"], "gradient"),  # only the codes train
+    ],
+    ids=str,
+)
+def test_frozen_parts_keep_every_bit_and_the_others_train(frozen, quantizer, tiny_shards, tmp_path):
+    rule = "fixed" if "decoder" in frozen else "adaptive"
+    adversarial = AdversarialConfig(DISCRIMINATORS["stylegan"], weight_rule=rule)
+    module = tiny_module("tokenizer", quantizer=quantizer, freeze=frozen, adversarial=adversarial)
+    before = {name: value.clone() for name, value in module.network.state_dict().items()}
+    fit(module, data(tiny_shards), steps=2, folder=tmp_path, limit_val_batches=0)
+    for network in (module.network, module.ema_network):
+        kept = {name for name, value in network.state_dict().items() if torch.equal(value, before[name])}
+        assert kept >= {name for name in before if name.split(".")[0] in frozen}
+        for part in {"encoder", "quantizer", "decoder"}.difference(frozen):
+            assert any(name.startswith(f"{part}.") for name in before.keys() - kept), part
+    trained = [name for name, _ in module.network.named_parameters() if name.split(".")[0] not in frozen]
+    assert len(module.trainer.optimizers[0].state) == len(trained)
+
+
+def test_a_decoder_is_fine_tuned_at_another_resolution(tiny_pretrained):
+    start = load_tokenizer(tiny_pretrained / "tokenizer").network
+    module = tokenizer_model(start.config, image_size=12, freeze=("encoder", "quantizer"))
+    module.start_from(tiny_pretrained / "tokenizer")
+    images = batch()._replace(content=batch().content[..., :12, :12])
+    assert module.grid == (6, 6)
+    assert torch.equal(module.network.encode(images.content / 255), start.encode(images.content / 255))
+    module.replay_step(images, step=0)
+    assert all(parameter.grad is not None for parameter in module.network.decoder.parameters())
+    assert all(parameter.grad is None for parameter in module.network.encoder.parameters())
