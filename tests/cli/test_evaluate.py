@@ -1,4 +1,5 @@
 import csv
+import encodings.cp437  # noqa: F401  # zipfile imports it late, when another user may not read Python's files
 import json
 import os
 import re
