@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -32,6 +33,7 @@ from maskgit_pl.training.checkpoints import newest_checkpoint
 
 __all__ = [
     "AUTO",
+    "adapt_to_few_images",
     "choose_precision",
     "config_text",
     "config_text_without_data",
@@ -43,6 +45,11 @@ __all__ = [
 ]
 
 AUTO = "auto"
+
+# Stage 2 of few images: fewer steps leave it untrained, and with one view of each image its validation loss rises
+# from the tenth pass on (docs/own-images.md).
+_LEAST_STEPS = 400
+_VIEWS = {"augmentations": [{"name": "random_resized_crop", "scale": [0.8, 1.0]}], "views": 8}
 
 _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
 
@@ -70,8 +77,32 @@ _FREE_MODEL = {
 
 def merge_values(plan: Plan) -> dict[str, Any]:
     """Merges all values of a run (step 1 of the module); ``resolve`` adds the rest."""
-    base = merge([_values_of_data_and_tokenizer(plan), plan.recipe.base, _values_of_pretrained(plan)])
-    return merge([base, _limit_passes(plan, base), *plan.recipe.flags])
+    files = adapt_to_few_images(plan.recipe, plan.shards).base
+    return merge([_values_of_data_and_tokenizer(plan), files, _values_of_pretrained(plan), *plan.recipe.flags])
+
+
+def adapt_to_few_images(recipe: Recipe, shards: Path) -> Recipe:
+    """Returns the recipe with fewer steps and more views, if ``max_passes`` over the images are fewer than its steps.
+
+    ``trainer.max_steps`` is lowered, but not below ``_LEAST_STEPS``. The warm-up takes at most a fifth of them, and a
+    validation takes place. The token store gets several views of an image, unless the recipe says how it is cropped.
+    Flags override all of this.
+    """
+    passes, batch, source = (recipe.get(key) for key in ("max_passes", "data.global_batch", "data.source"))
+    steps = value_at(recipe.base, "trainer.max_steps")
+    if passes is None or batch is None or steps is None or source == "stream":  # streams do not count their images
+        return recipe
+    limit = max(_LEAST_STEPS, passes * read_manifest_summary(shards).samples["train"] // batch)
+    if limit >= steps:
+        return recipe
+    lower: dict[str, Any] = {"trainer": {"max_steps": limit}}
+    if every := value_at(recipe.base, "trainer.val_check_interval"):
+        lower["trainer"]["val_check_interval"] = min(every, limit)
+    if warmup := value_at(recipe.base, "model.optimizer.learning_rate.warmup_steps"):
+        lower["model"] = {"optimizer": {"learning_rate": {"warmup_steps": min(warmup, limit // 5)}}}
+    if source == "tokens" and all(recipe.get(f"data.{key}") is None for key in ("augmentations", "crop", "views")):
+        lower["data"] = _VIEWS
+    return replace(recipe, base=merge([recipe.base, lower]))
 
 
 def merge_recipe_values(plan: Plan) -> dict[str, Any]:
@@ -85,23 +116,6 @@ def values_without_data(stage: Stage, *, path: str = "", token_store: str = "", 
     if stage == "transformer":
         values["model"] = {"tokenizer": tokenizer, "network": dict(_PAPER_SIZES)}
     return values
-
-
-def _limit_passes(plan: Plan, base: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the lower ``trainer.max_steps``, and the steps between validations, that ``max_passes`` asks for.
-
-    The recipe's flags override both.
-    """
-    passes, batch = plan.recipe.get("max_passes"), plan.recipe.get("data.global_batch")
-    is_stream = plan.recipe.get("data.source") == "stream"  # of which the number of images is unknown
-    steps, every = (value_at(base, f"trainer.{key}") for key in ("max_steps", "val_check_interval"))
-    if passes is None or batch is None or steps is None or is_stream:
-        return {}
-    images = read_manifest_summary(plan.shards).samples["train"]
-    limit = max(1, passes * images // batch)
-    if limit >= steps:
-        return {}
-    return {"trainer": {"max_steps": limit, **({"val_check_interval": min(every, limit)} if every else {})}}
 
 
 def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.processes import Bars, available_cores, launcher_rank, local_rank, no_bars
 from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, find_data, find_tokenizer, name_folders, run_folder
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import adapt_to_few_images
 
 __all__ = ["TokenizeOptions", "tokenize"]
 
@@ -84,7 +85,7 @@ def tokenize(
     device = check_device(default_device(local_rank=on_machine) if is_auto else options.device, name="--device")
     if options.num_workers is None:  # on a CPU, decoding processes would slow down the encoder
         options = replace(options, num_workers=0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores()))
-    description = _describe(_views(recipe, options), folder, shards, loaded)
+    description = _describe(_views(adapt_to_few_images(recipe, shards), options), folder, shards, loaded)
     store = _store_of(folder, description)
     with hold_lock(store, hint="name another run (--run)", rank=rank), torch.inference_mode():
         make_store(

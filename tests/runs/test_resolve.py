@@ -14,9 +14,8 @@ from maskgit_pl.runs import resolve
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import Plan, plan_run
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
+from maskgit_pl.runs.resolve import adapt_to_few_images, choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import TrainerSettings
-from maskgit_pl.runs.settings import resolve as resolve_values
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 from tests.conftest import tiny_flags
 
@@ -211,28 +210,33 @@ def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shard
     assert free == FREE[stage]
 
 
-def trainer_of(shards, folder, **flags):
-    """Returns the Trainer settings of a tokenizer run of the base recipe, of 3,000 steps, with flags."""
-    plan = plan_run(Recipe.read("tokenizer", overrides=flags), run=folder / "run", data=shards)
-    return resolve_values(plan.recipe.kind, merge_values(plan)).trainer
-
-
 @pytest.mark.parametrize(
-    ("flags", "steps", "interval"),
+    ("flags", "steps", "interval", "warmup"),
     [
-        ({"max_passes": 1, "data.global_batch": 4}, 60 // 4, 60 // 4),  # 60 images
-        ({"max_passes": 5, "data.global_batch": 4}, 5 * 60 // 4, 5 * 60 // 4),
-        ({"max_passes": 1_000_000}, 3000, 1500),  # a recipe of fewer steps keeps its own
-        ({"max_passes": 1, "trainer.max_steps": 77, "trainer.val_check_interval": 11}, 77, 11),  # flags win
-        ({"max_passes": 1, "data.global_batch": 4096}, 1, 1),  # at least one step
+        ({"max_passes": 40}, 600, 500, 100),  # 60 images in batches of 4
+        ({"max_passes": 1}, 400, 400, 80),  # the least
+        ({"max_passes": 1_000_000}, 1000, 500, 100),  # a recipe of fewer steps keeps its own
+        ({"max_passes": 1, "trainer.max_steps": 77, "trainer.val_check_interval": 11}, 77, 11, 80),  # flags win
+        ({"max_passes": 1, "model.optimizer.learning_rate.warmup_steps": 7}, 400, 400, 7),
     ],
 )
-def test_the_steps_are_those_of_the_passes(tiny_shards, tmp_path, flags, steps, interval):
-    trainer = trainer_of(tiny_shards, tmp_path, **flags)
-    assert (trainer.max_steps, trainer.val_check_interval) == (steps, interval)
+def test_few_images_are_trained_for_fewer_steps(tiny_shards, tmp_path, tiny_pretrained, flags, steps, interval, warmup):
+    recipe = Recipe.read("transformer", overrides={"data.global_batch": 4, **flags})
+    values = merge_values(
+        plan_run(recipe, run=tmp_path / "run", data=tiny_shards, tokenizer=tiny_pretrained / "tokenizer")
+    )
+    assert (values["trainer"]["max_steps"], values["trainer"]["val_check_interval"]) == (steps, interval)
+    assert values["model"]["optimizer"]["learning_rate"]["warmup_steps"] == warmup
 
 
-def test_a_stream_has_no_passes(tiny_shards, tmp_path):
-    flags = {"max_passes": 1, "data.source": "stream", "data.stream.urls": ["a"]}
-    plan = plan_run(Recipe.read("tokenizer", overrides=flags), run=tmp_path / "run", data=tiny_shards)
-    assert merge_values(plan)["trainer"]["max_steps"] == 3000
+def test_few_images_get_views_unless_the_recipe_crops_them(tiny_shards):
+    few, crops = {"data.source": "tokens", "max_passes": 1}, {"data.augmentations": ["random_crop"]}
+    adapted = [
+        adapt_to_few_images(Recipe.read("transformer", overrides=few | more), tiny_shards) for more in ({}, crops)
+    ]
+    assert [recipe.get("data.views") for recipe in adapted] == [8, None]
+
+
+def test_a_stream_has_no_passes(tiny_shards):
+    recipe = Recipe.read("tokenizer", overrides={"max_passes": 1, "data.source": "stream", "data.stream.urls": ["a"]})
+    assert adapt_to_few_images(recipe, tiny_shards) is recipe
