@@ -68,7 +68,7 @@ def evaluate(
         num_images: Number of generated images.
         features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
         cas: Also measure the classification accuracy score.
-        out: Results; pictures are written beside it (default: RUN/evaluation.json).
+        out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
     """
     # All ranks measure; rank 0 shows the progress and prints the table.
     is_first = os.environ.get("RANK", "0") == "0"

@@ -167,7 +167,10 @@ class _Stage:
             metric, _, part = rest.partition("/")
             title = f"{metric} by part" if part else metric or split
             grouped.setdefault(title, {})[part or split] = values
-        return [line_chart(title, lines) for title, lines in grouped.items()][:_MAX_CHARTS]
+        with_values_first = sorted(
+            grouped, key=lambda title: not any(map(any, map(dict.values, grouped[title].values())))
+        )
+        return [line_chart(title, grouped[title]) for title in with_values_first[:_MAX_CHARTS]]
 
     def pictures(self) -> list[str]:
         """Shows the pictures of the event files, evenly spaced over the steps."""

@@ -146,7 +146,7 @@ class IndexedDataModule(StepDataModule):
             check_integer(name, size, BATCH_SIZE_RANGE)
         check_seed("seed", seed)
         for name, samples in (("train", train), ("validation", validation)):
-            if not isinstance(samples, IndexedDataset | None):
+            if not isinstance(samples, IndexedDataset) and (name == "train" or samples is not None):
                 raise TypeError(
                     f"{name} must be an IndexedDataset, got a {type(samples).__name__}; give "
                     "IndexedDataset(dataset, image_size=...)"

@@ -223,9 +223,10 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder)]
     kinds = [None if manifest.vectors is None else manifest.vectors.kind for manifest in manifests]
     if len({manifest.classes for manifest in manifests}) > 1 or len(set(kinds)) > 1:
+        values = "other classes in val" if len(set(kinds)) == 1 else f"vectors of {' and '.join(map(str, kinds))}"
         raise ValueError(
             f"data {folder}: both splits must have the same classes, and vectors of the same size and type, got "
-            f"vectors of {' and '.join(map(str, kinds))}; {_remake_hint(Path(folder))}"
+            f"{values}; {_remake_hint(Path(folder))}"
         )
     return DataSummary(
         classes=manifests[0].classes,

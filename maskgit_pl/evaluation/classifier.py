@@ -266,6 +266,7 @@ def obtain_classifier(
     def train() -> None:
         if rank_and_world()[0] == 0 and not _is_stored(folder, data, config, replaces=replaces):
             training = config or SMALL_TRAINING
+            check_writable("classifier", folder, is_folder=True)  # before minutes of training
             network = fit_classifier(data, config=training, on_step=on_step, device=device).network
             folder.mkdir(parents=True, exist_ok=True)
             # An old configuration is removed first and the new one is written last: it never describes other weights.

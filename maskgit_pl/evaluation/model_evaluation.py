@@ -146,7 +146,8 @@ def evaluate(
             originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
             _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
             report.save()
-            refresh_card(folders.pretrained)
+            if out is None:
+                refresh_card(folders.pretrained)
     return report
 
 

@@ -107,6 +107,8 @@ def find_tokenizer_folders(
         FileNotFoundError: if there is no tokenizer, or for a reason of ``find_run``.
     """
     path = Path(folder)
+    if str(folder) in bundled_models() and not path.is_dir():
+        return find_run(folder, data=data, classifier=classifier)
     # RUN/tokenizer of a run holds the training; its config.yaml is no config.json.
     for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
         if (pretrained / "tokenizer" / "config.json").is_file():
