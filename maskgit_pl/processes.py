@@ -104,14 +104,18 @@ def local_rank(environment: Mapping[str, str] = os.environ) -> int:
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks the variables of a launcher, which Lightning reads when it is imported.
+    """Checks the variables of a launcher, which Lightning converts to integers when it is imported.
 
     Raises:
-        ValueError: if a variable is not a whole number.
+        ValueError: if a variable is no integer.
     """
     for name in (*itertools.chain(*_RANKS), *_LOCAL_RANKS):
-        if name in environment:
-            _number(name, environment)
+        try:
+            int(environment.get(name, 0))
+        except ValueError:
+            raise ValueError(
+                f"{name} must be an integer, got {environment[name]!r}; unset it outside of a job"
+            ) from None
 
 
 @contextmanager

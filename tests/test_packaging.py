@@ -121,6 +121,7 @@ def test_the_readme_renders_on_a_package_index_with_full_links():
     assert page is not None
     assert re.search(r"<h2[^>]*>Quick start<", page)
     assert "<img" not in page
+    assert "Train it" in page
     links = re.findall(r'href="([^"]*)"', page)
     assert links
     assert [link for link in links if not link.startswith(("https://", "#"))] == []

@@ -78,7 +78,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "import-transformer": "cli.export:import_transformer",
 }
 _GROUPS = {  # commands that have commands
-    "data": "Fetches, makes, indexes, verifies and counts shards of images.",
+    "data": "Fetches, makes, indexes and verifies shards of images.",
     "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
     "recipes": "Lists, shows and copies the recipes that --recipe can name, and prints their JSON Schema.",
 }

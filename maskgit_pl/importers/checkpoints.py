@@ -102,20 +102,20 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
         f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
-    content: Any = None
+    content: Any = read_tensors(file) if kind == "safetensors" else None
     objects: list[str] = []
     try:
-        if kind == "safetensors":
-            content = read_tensors(file)
-        else:
+        if kind != "safetensors":
             classes = _list_classes(file) if kind == "zip" else []
             objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
             content = None if objects else _load_tensors(file, classes, mmap=kind == "zip")
-    except pickle.UnpicklingError as error:  # a file from before torch 1.6
+    except pickle.UnpicklingError as error:
         raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"checkpoint {file}: cannot be read ({text}); download it again") from error
+        raise ValueError(
+            f"checkpoint {file}: cannot be read ({text}); download it again, or save it with torch.save"
+        ) from error
     if objects:
         text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
         raise ValueError(f"checkpoint {file} {text}; {way_out}")

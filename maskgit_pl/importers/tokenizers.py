@@ -531,7 +531,10 @@ def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
 def _choose_size(given: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
     """Returns the size of the images, and a note if no file gives it, or another one than the user."""
     if declared == _DIFFUSERS_SIZE:
-        assumed = f"no file gives the size of the images: {_IMAGE_SIZE} px are assumed; name another with --image-size"
+        assumed = (
+            f"no file gives the size of the images (a sample_size of {_DIFFUSERS_SIZE} is the default of diffusers): "
+            f"{_IMAGE_SIZE} px are assumed; name another with --image-size"
+        )
         return (_IMAGE_SIZE, [assumed]) if given is None else (given, [])
     declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
     if given is None or as_image_size(given) == declared:

@@ -251,7 +251,10 @@ def test_a_folder_or_a_pipeline_of_diffusers_names_its_weights(name, tmp_path):
     assert {find_weights(path) for path in (file, file.parent, tmp_path / "amused")} == {file}
 
 
-ASSUMED = "no file gives the size of the images: 256 px are assumed; name another with --image-size"
+ASSUMED = (
+    "no file gives the size of the images (a sample_size of 32 is the default of diffusers): 256 px are assumed; "
+    "name another with --image-size"
+)
 
 
 @pytest.mark.parametrize(

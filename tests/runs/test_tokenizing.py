@@ -53,5 +53,5 @@ def test_tokens_are_made_and_training_reads_them(tiny_shards, tiny_pretrained, t
 def test_a_rank_that_is_no_number_ends_a_command_with_one_line(environment, capsys):
     environment.setenv("SLURM_PROCID", "x")
     assert main(["train", "tokenizer", "--run=one"]) == 2
-    error = "maskgit train: SLURM_PROCID must be a whole number, got 'x'; unset it outside of a job\n"
+    error = "maskgit train: SLURM_PROCID must be an integer, got 'x'; unset it outside of a job\n"
     assert capsys.readouterr().err == error
