@@ -102,10 +102,12 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
         f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
     )
-    content: Any = read_tensors(file) if kind == "safetensors" else None
+    content: Any = None
     objects: list[str] = []
     try:
-        if kind != "safetensors":
+        if kind == "safetensors":
+            content = read_tensors(file)
+        else:
             classes = _list_classes(file) if kind == "zip" else []
             objects = [name for name in classes if not name.startswith(_RECORDS) and name not in _TYPES]
             content = None if objects else _load_tensors(file, classes, mmap=kind == "zip")
@@ -113,9 +115,7 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"checkpoint {file}: cannot be read ({text}); download it again, or save it with torch.save"
-        ) from error
+        raise ValueError(f"checkpoint {file}: cannot be read ({text}); download it again, or save it with torch.save") from error
     if objects:
         text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
         raise ValueError(f"checkpoint {file} {text}; {way_out}")

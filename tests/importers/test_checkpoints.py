@@ -68,7 +68,7 @@ def test_a_file_cut_anywhere_is_refused(form, tmp_path):
         torch.save(content, whole, _use_new_zipfile_serialization=form == "torch")
     for length in range(1, whole.stat().st_size, 23):
         cut.write_bytes(whole.read_bytes()[:length])
-        with pytest.raises(ValueError, match=r"(checkpoint|weights) .*cut\b") as refusal:
+        with pytest.raises(ValueError, match=r"checkpoint .*cut\b") as refusal:
             read_checkpoint(cut, entries=("model",))
         assert "\n" not in str(refusal.value)
 
