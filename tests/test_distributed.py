@@ -1,6 +1,6 @@
 """Two processes on one machine give the results of one process.
 
-docs/reproducibility.md lists what was measured.
+docs/resume.md lists what was measured.
 """
 
 import json

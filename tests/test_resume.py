@@ -1,6 +1,6 @@
 """A run that is killed and resumed equals an uninterrupted one: order, masks, losses and weights are bit-exact.
 
-docs/reproducibility.md lists the cases.
+docs/resume.md lists the cases.
 """
 
 import signal

@@ -1,6 +1,6 @@
 """Fault injection: a run of two ranks stops with the right exit code and message, and resumes bit-exact.
 
-docs/survival.md lists the faults.
+docs/faults.md lists the faults.
 """
 
 import json
