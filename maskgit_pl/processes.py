@@ -111,7 +111,7 @@ def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
     """
     for name in (*itertools.chain(*_RANKS), *_LOCAL_RANKS):
         try:
-            int(environment.get(name, 0))
+            int(environment.get(name) or 0)
         except ValueError:
             raise ValueError(
                 f"{name} must be an integer, got {environment[name]!r}; unset it outside of a job"

@@ -284,7 +284,7 @@ def _use_flag_names(flags: Sequence[str]) -> Iterator[None]:
     except ValueError as error:
         # No key of a recipe, but a flag of the command with a typing mistake.
         key = re.match(r"flag --([\w-]+): unknown key", str(error))
-        if key is not None and (hint := _nearest_flag(key[1], flags)):
+        if key is not None and "did you mean" not in str(error) and (hint := _nearest_flag(key[1], flags)):
             raise ValueError(f"unknown argument --{key[1]}; {hint}") from error
         # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
         setting = re.match(r"([a-z_]+) must ", str(error))

@@ -254,8 +254,8 @@ def env(*, json: bool = False) -> None:
         return
     width = max(map(len, values)) + 2
     for name, value in values.items():
-        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "none")
-        print(f"{name:{width}}{text}")
+        text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
+        print(f"{name:{width}}{text or 'none'}")
 
 
 def schedules(

@@ -47,7 +47,7 @@ log = logging.getLogger(__name__)
 _TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
 _NODES = "it is set by --nodes of this command, which also divides the batch"
 _TASKS = "it follows --devices of this command, with one task per device"
-_LIMIT = "it is set by --time of this command, which must leave time to save"
+_LIMIT = "it is set by --time of this command"
 _REFUSED = {  # options of sbatch that the job sets itself -> the reason
     "--nodes": _NODES, "-N": _NODES, "--ntasks": _TASKS, "-n": _TASKS, "--ntasks-per-node": _TASKS,
     "--time": _LIMIT, "-t": _LIMIT,

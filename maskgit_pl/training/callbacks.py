@@ -143,6 +143,10 @@ class ProgressLines(ProgressBar):
         self._start = (0.0, 0)  # time and step at the start of training
         self._last = 0.0  # time of the last line
 
+    def enable(self) -> None:
+        """Turns the lines on."""
+        self._is_enabled = True
+
     def disable(self) -> None:
         """Turns the lines off; Lightning calls this on every rank except rank 0."""
         self._is_enabled = False

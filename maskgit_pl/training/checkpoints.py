@@ -37,7 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -315,9 +315,12 @@ def _changed(folder: Path, name: str) -> ValueError:
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
     try:
-        state = _join_state(json.loads((folder / _STATE).read_bytes()), read)
-        return dict(state)
-    except (LookupError, StopIteration, TypeError, ValueError) as error:
+        state = dict(json.loads((folder / _STATE).read_bytes()))
+    except (TypeError, ValueError) as error:
+        raise _changed(folder, _STATE) from error
+    try:
+        return cast("dict[str, Any]", _join_state(state, read))
+    except (LookupError, StopIteration) as error:  # a tensor that no file has
         raise _changed(folder, _STATE) from error
 
 

@@ -429,6 +429,7 @@ class HealthMonitor(Callback):
 
     def _write(self) -> None:
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
         except OSError as error:
             log.warning("%s cannot be written: %s; training continues", self.folder / FILE_NAME, error)

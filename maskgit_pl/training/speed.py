@@ -167,6 +167,7 @@ class SpeedMonitor(Callback):
         cost, is_cpu = before.cost + self._cost, device.type == "cpu"
         total = TrainingTime(before.steps + steps, cost, device_name(device), is_cpu)
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / _FILE_NAME, json.dumps(asdict(total), indent=2) + "\n")
         except OSError as error:  # such as a full disk: the other ranks know nothing of it, and training continues
             file = self.folder / _FILE_NAME

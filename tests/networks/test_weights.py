@@ -132,7 +132,7 @@ def test_a_skeleton_has_the_shapes_of_the_network_and_no_memory():
 
 
 def test_no_normal_draw_of_a_skeleton_reaches_torch():
-    """For one on the meta device, torch imports its compiler: `tests/test_benchmarks_import_time.py`."""
+    """For one on the meta device, torch imports its compiler."""
 
     class Recorder(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):

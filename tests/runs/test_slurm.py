@@ -114,11 +114,23 @@ def test_the_log_is_in_the_run_unless_an_option_moves_it(plan, tiny_shards, tmp_
     [
         *({"nodes": 0}, {"time": "soon"}, {"srun": "'"}, {"container": "'"}, {"srun": "--ntasks=4"}),
         *({"sbatch": option} for option in ("-N 2", "--time=1", "--signal=HUP@120")),
+        *({"sbatch": option} for option in ("--array=1-4", "-D x", "--export=NONE", "--comment=x", "--wrap=x")),
     ],
 )
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):
         JobOptions(**wrong)
+
+
+def test_a_job_gets_the_names_of_its_recipe_or_the_run_that_it_repeats(tmp_path, tiny_shards):
+    where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
+    named = runs.Recipe.read("tokenizer", names="paper-256 log", cluster="ddp")
+    assert runs.plan_submission(named, **where).variables["RECIPE"] == "paper-256 log"
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(named.tree))
+    repeated = runs.plan_submission(runs.Recipe.from_run("tokenizer", config), **where)
+    assert repeated.words[0] == f"--config={config}"
+    assert not {"RECIPE", "CLUSTER"} & set(repeated.variables)
 
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}
