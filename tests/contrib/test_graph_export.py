@@ -124,18 +124,6 @@ def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, expo
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_earlier_export_at_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):
-    (tmp_path / "link").symlink_to("disk")
-    words = ["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path / 'link'}"]
-    for more in ([], ["--replace"]):
-        assert main([*words, *more]) == 0
-        assert {each.name for each in tmp_path.iterdir()} == {"link", "disk"}
-        assert (tmp_path / "link").is_symlink()
-    (tmp_path / "disk" / "notes.txt").write_text("years of work")
-    assert main([*words, "--replace"]) == 2
-    assert "got also notes.txt; move them" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("damage", "text"),
     [

@@ -60,24 +60,6 @@ def test_an_unfinished_folder_leaves_the_older_one_and_nothing_else(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_swap_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
-    rename, folder = Path.rename, tmp_path / "folder"
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "old")
-
-    def fail_on_the_fresh(self: Path, target: Path) -> Path:
-        if "partial" in self.name:
-            raise OSError("gone")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
-    with pytest.raises(OSError, match="gone"), write_folder(folder) as fresh:
-        write_text(fresh / "file", "new")
-    assert (folder / "file").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
 @pytest.mark.parametrize("is_in_place", [False, True])
 def test_the_older_folder_of_a_killed_swap_is_put_back(tmp_path: Path, is_in_place: bool) -> None:
     folder, old, other = tmp_path / "[a]", tmp_path / ".[a].old-17", tmp_path / ".[a].old-17.zip"

@@ -148,28 +148,6 @@ def test_a_shard_that_is_changed_while_it_is_read_is_named(tmp_path, change):
     assert reader.read(11) == b"image"
 
 
-def test_a_reader_closes_its_files_silently_also_at_the_exit_of_python(tmp_path, monkeypatch):
-    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)]}), "train"))
-    reader.read(0)
-    (descriptor,) = reader._files.values()
-    monkeypatch.setattr("maskgit_pl.data.manifest.os", None)  # as it may be at the exit
-    reader.__del__()
-    reader._files.clear()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
-    ShardReader.__new__(ShardReader).__del__()  # not initialized
-
-
-def test_an_open_shard_may_be_moved_and_is_named_if_it_is_cut(tmp_path):
-    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
-    reader.read(0)
-    (tmp_path / "train-000000.tar").rename(tmp_path / "moved.tar")
-    assert reader.read(1) == b"image"
-    os.truncate(tmp_path / "moved.tar", 700)
-    with pytest.raises(DataChangedError, match=r"train-000000\.tar changed .*5 bytes expected at byte 2\d+, got 0"):
-        reader.read(1)
-
-
 def test_an_index_that_is_cut_while_it_is_read_is_changed_data(tmp_path):
     reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
     reader.read(0)

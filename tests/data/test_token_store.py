@@ -95,22 +95,6 @@ def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeyp
     assert kills >= (1 if point == "unlink" else 8)
 
 
-def test_a_process_that_joins_at_the_same_time_finds_the_store_finished(tmp_path, monkeypatch):
-    late = StoreParts(tmp_path, DESCRIPTION, part_size=4)
-    for part in late.parts():
-        late.write(part, rows(part, 1), LABELS[part.start : part.stop])
-    join = StoreParts._join
-
-    def overtaken(self, split):
-        if self is late:
-            assert StoreParts(tmp_path, DESCRIPTION, part_size=4).finish()
-        join(self, split)
-
-    monkeypatch.setattr(StoreParts, "_join", overtaken)
-    assert late.finish()
-    assert open_store(tmp_path, data="data")["train"].read(np.array([3]))[0].tolist() == [[30] * 6]
-
-
 def test_parts_of_another_tokenizer_are_not_used(tmp_path):
     make(tmp_path, share=slice(2))
     other = StoreParts(tmp_path, dataclasses.replace(DESCRIPTION, tokenizer="other"), part_size=4)

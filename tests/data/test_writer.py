@@ -180,16 +180,6 @@ def spoilt(tree, tmp_path) -> dict[Path, bytes]:
     return files
 
 
-def test_lenient_after_an_error_about_images_writes_nothing_again(tree, tmp_path, spoilt, written):
-    with pytest.raises(ValueError, match="5 of 60 images cannot be read"):
-        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
-    written.clear()
-    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
-    assert written == []
-    make_shards(ImageFolder(tree), tmp_path / "alone", shard_size=4, lenient=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-
-
 def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, spoilt, written):
     with pytest.raises(ValueError, match="5 of 60 images cannot be read"):
         make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)

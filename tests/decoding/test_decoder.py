@@ -266,20 +266,6 @@ def test_the_first_step_of_a_class_is_computed_once_until_it_is_cleared():
     assert network.labels[-2:] == [[2], [2]]
 
 
-@pytest.mark.parametrize(("size", "num_kept"), [(2**26, 4), (2**27, 2), (2**30, 1)])
-def test_the_cache_keeps_fewer_classes_if_their_logits_are_large(size, num_kept):
-    class Large(Network):
-        def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-            self.labels.append(labels.tolist())
-            return torch.empty(len(labels), positions.shape[1], size // 16, device="meta")
-
-    network = Large()
-    cache = FirstStepLogits(network, num_tokens=16, mask_token_id=MASK)
-    for label in (*range(5), *range(5 - num_kept, 5), 4 - num_kept):
-        cache([label], device=CPU)
-    assert network.labels == [[0], [1], [2], [3], [4], [4 - num_kept]]
-
-
 def test_known_tokens_and_a_late_start_have_their_own_step_and_scales():
     scales, tokens, network = (4.0, 3.0, 2.0, 1.0, 0.5), partly_known([9, 5]), Network()
     late = decoded([2, 2], [5, 6], scales=scales, network=network, tokens=tokens, first_step=2)

@@ -9,14 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.data import InOrder, ShardData
-from maskgit_pl.evaluation import classifier as module
 from maskgit_pl.evaluation.classifier import (
     TrainingImages,
     classification_accuracy,
     count_hits,
     fit_classifier,
     obtain_classifier,
-    train_classifier,
 )
 from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.options import CASConfig, ClassifierConfig
@@ -129,18 +127,6 @@ def test_the_first_rank_trains_and_all_have_its_results_and_its_errors(tiny_shar
     assert [first[0], second[0]] == ["5", "0"]
     assert first[1:] == second[1:]
     assert "Not a directory" in first[2]
-
-
-@pytest.mark.slow
-def test_a_network_of_timm_is_trained_stored_and_reused(
-    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "available_cores", lambda: 1)
-    config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
-    first, again = (train_classifier(tiny_shards, config=config, device="cpu", out=tmp_path / "kept") for _ in "ab")
-    assert (first.is_reused, again.is_reused) == (False, True)
-    assert first.accuracy == again.accuracy
-    assert json.loads((tmp_path / "kept" / "config.json").read_text())["network"]["model"] == "resnet18"
 
 
 # The classification accuracy score

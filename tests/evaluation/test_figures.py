@@ -1,4 +1,3 @@
-import io
 from itertools import pairwise
 from pathlib import Path
 
@@ -6,14 +5,8 @@ import pytest
 from PIL import Image
 
 from maskgit_pl import evaluation
-from maskgit_pl.evaluation.figures import count_known_tokens, draw_figure_8, draw_schedules
+from maskgit_pl.evaluation.figures import count_known_tokens
 from maskgit_pl.schedules import mask_schedules
-
-
-def figure_8(curves: dict[str, dict[int, float]]) -> Image.Image:
-    schedules = dict.fromkeys(curves, mask_schedules.build("cosine"))
-    facts = {"num_tokens": 16, "metric": "fid/classifier", "num_images": 100, "floor": 0.1, "dataset": "$\\frac$"}
-    return Image.open(io.BytesIO(draw_figure_8(schedules, curves, **facts)))
 
 
 def test_the_number_of_known_tokens_rises_to_all_as_in_the_released_code() -> None:
@@ -21,14 +14,6 @@ def test_the_number_of_known_tokens_rises_to_all_as_in_the_released_code() -> No
     assert all(before < after for before, after in pairwise(known))
     assert 256 - known[7] == 127  # cos(pi / 3) is just under a half in float32
     assert known[-1] == 256
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("values", [(4.0, 2.0), (30.0, 2.0), (-0.1, 0.1)])  # a narrow and a wide range, and KID
-def test_figure_8_is_drawn_for_any_values_and_names(values: tuple[float, float]) -> None:
-    names = ["cosine", "arccos", "$x^{2$ $", "_hidden", "two\nlines" + 1000 * "x"]
-    assert figure_8({name: dict(zip((2, 4), values, strict=True)) for name in names}).format == "PNG"
-    assert draw_schedules(dict.fromkeys(names[:2], mask_schedules.build("cosine")), num_tokens=16)
 
 
 def test_figure_2_has_the_steps_of_each_model(tiny_pretrained: Path, tiny_autoregressive: Path, tmp_path: Path) -> None:

@@ -54,8 +54,3 @@ def test_the_advice_of_the_page_is_measured_on_the_pages_that_it_links() -> None
         figures = re.findall(r"\d+\.\d\d", rows[stage])
         assert len(figures) >= 3
         assert all(any(figure in page for page in pages.values()) for figure in figures)
-
-
-def test_findings_print_no_command_that_might_change_nothing() -> None:
-    for stage in (report(), report(fid=1.44), report(fid=0.12), report(rfid=None)):
-        assert not re.search(r"maskgit |--(?!num-images)", describe_limit(stage)["text"])

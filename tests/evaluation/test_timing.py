@@ -38,19 +38,6 @@ def test_every_method_is_timed_at_every_n_but_only_once(tmp_path, monkeypatch):
     assert measure(file, num_tokens=(4, 16)) == made
 
 
-def test_slow_methods_have_fewer_runs_in_turn_with_fast_ones(tmp_path, monkeypatch):
-    order: list[str] = []
-    costs = dict(zip(METHODS, (0.75, 4.0, 30.0), strict=True))
-    monkeypatch.setattr(timing, "_MAX_RUNS", 15)
-    monkeypatch.setattr(
-        timing, "_build_decoders", lambda *given: {name: lambda name=name: iter([name]) for name in costs}
-    )
-    monkeypatch.setattr(timing, "_time_run", lambda decode, device: order.append(next(decode())) or costs[order[-1]])
-    made = measure(tmp_path / "ledger.jsonl")
-    assert [row["runs"] for row in made] == [13, 2, 1]
-    assert order[:5] == [*METHODS, METHODS[0], METHODS[1]]
-
-
 @pytest.mark.parametrize("sizes", [TINY, small_config("adaln", num_registers=0)], ids=["bert", "adaln"])
 def test_all_methods_decode_whole_images_and_a_cache_changes_none(sizes):
     last: dict[str, DecodingStep] = {}

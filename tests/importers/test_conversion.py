@@ -102,13 +102,6 @@ def test_a_failed_import_leaves_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_empty_folder_is_filled_even_with_files_of_a_file_manager(tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / ".DS_Store").touch()
-    write_import(imported(tmp_path / "out"))
-    assert (tmp_path / "out" / "tokenizer" / "config.json").is_file()
-
-
 @pytest.mark.parametrize("kind", ["file", "link", "other folder", "in a file"])
 def test_nothing_is_overwritten(kind, tmp_path):
     out, folder = tmp_path / "out", tmp_path / "folder"

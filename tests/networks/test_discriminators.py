@@ -86,17 +86,6 @@ def test_initial_weights_are_those_of_pix2pix():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_the_batch_norm_is_that_of_torch():
-    network, images = network_of({"name": "patchgan", **SMALL["patchgan"], "norm": "batch"}), torch.rand(4, 3, 16, 16)
-    theirs = torch.nn.Sequential()
-    for module in network.layers:
-        is_norm = hasattr(module, "weight") and not isinstance(module, torch.nn.Conv2d)
-        theirs.append(torch.nn.BatchNorm2d(len(module.weight)) if is_norm else module)
-        if is_norm:
-            theirs[-1].load_state_dict(module.state_dict(), strict=False)
-    torch.testing.assert_close(network(images), theirs(2 * images - 1))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

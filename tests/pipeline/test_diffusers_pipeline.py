@@ -258,14 +258,6 @@ def test_a_model_with_vectors_takes_them(tiny_pretrained, tmp_path):
         load(tmp_path / "out")([0])
 
 
-def test_an_export_with_other_images_writes_nothing(tiny_pretrained, tmp_path, monkeypatch):
-    other = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "other", seed=1))
-    monkeypatch.setattr(diffusers_pipeline.MaskGIT, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(ValueError, match="images of the folder must be those of MaskGIT, but pixels differ"):
-        diffusers_pipeline.export_diffusers(tiny_pretrained, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
 def test_wrong_flags_and_a_missing_package_are_named(tiny_pretrained, tmp_path, monkeypatch, capsys):
     words = ["export", str(tiny_pretrained), "--format=diffusers"]
     (tmp_path / "thesis").mkdir()

@@ -16,9 +16,7 @@ from maskgit_pl.pipeline.display import (
     ImageList,
     Recording,
     StepRecorder,
-    confidence_panel,
     describe_settings,
-    number_windows,
     select_steps,
     token_panel,
 )
@@ -123,26 +121,11 @@ def test_settings_are_described_in_one_line(settings, text):
     assert describe_settings(DecodingConfig(**settings)) == text
 
 
-def share(picture: Image.Image, color: tuple[int, int, int]) -> float:
-    return float((np.asarray(picture) == color).all(-1).mean())
-
-
 def constant(steps: list[DecodingStep], images: torch.Tensor, token_size: int = 7, **options: Any) -> Recording:
     """Returns a recording whose images are the same at each step."""
     names, decoding = ["Bag", "Coat"][: len(images)], DecodingConfig(num_steps=2)
     seeds = list(range(len(images)))
     return Recording(steps, lambda tokens: images, (4, 4), decoding, names, seeds, token_size=token_size, **options)
-
-
-def test_frames_fill_masked_tokens_and_frame_those_kept() -> None:
-    first, last = constant(STEPS, WHITE).frames()
-    assert first.size == last.size
-    panels = 2 * 2 * 168**2 / (first.width * first.height)
-    # Half of the upper panels, less cell borders; and the square of the legend.
-    square = 14**2 / (first.width * first.height)
-    assert share(first, MASKED) == pytest.approx(panels / 4, rel=0.12)
-    assert share(last, MASKED) == pytest.approx(square, rel=0.05)  # a pixel of the text may be as grey
-    assert share(last, NEW) == pytest.approx(share(first, NEW), rel=0.01)
 
 
 def corrected() -> DecodingStep:
@@ -175,27 +158,6 @@ def test_a_filmstrip_shows_mask_confidence_and_tokens_masked_again() -> None:
     assert [frame(token) for token in (0, 4)] == [NEW, REMASKED]
 
 
-def test_the_legend_of_a_filmstrip_has_only_the_colors_in_it() -> None:
-    mask = torch.zeros(28, 28, dtype=torch.bool)
-    mask[:14] = True
-    corrected_page, plain, edit = (
-        np.asarray(recorded.filmstrip())
-        for recorded in (
-            constant([corrected()], random_images(1)),
-            constant(STEPS, random_images(2)),
-            constant(STEPS, random_images(2), requested=mask),
-        )
-    )
-
-    def has(page: np.ndarray, color: tuple[int, int, int]) -> bool:
-        return bool((page[-110:] == color).all(-1).any())
-
-    assert [has(page, REMASKED) for page in (corrected_page, plain, edit)] == [True, False, False]
-    assert [has(page, REQUESTED) for page in (corrected_page, plain, edit)] == [False, False, True]
-    assert all(has(plain, color) for color in (MASKED, NEW, (68, 1, 84), (253, 231, 37)))
-    assert (edit[:-110] == REQUESTED).all(-1).any()  # and the outline itself
-
-
 def test_the_outline_of_an_edit_is_the_edge_of_its_pixels() -> None:
     mask = torch.zeros(28, 28, dtype=torch.bool)
     mask[4:10, 6:20] = True
@@ -204,28 +166,6 @@ def test_the_outline_of_an_edit_is_the_edge_of_its_pixels() -> None:
     rows, columns = page.nonzero()
     assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4 * 6, 10 * 6 - 1, 6 * 6, 20 * 6 - 1)
     assert not page[4 * 6 + 2 : 10 * 6 - 2, 6 * 6 + 2 : 20 * 6 - 2].any()
-
-
-@pytest.mark.parametrize("size", [7, 8])
-def test_tokens_beyond_the_edge_of_an_image_are_cut_off(size: int) -> None:
-    masked = (torch.arange(16) == 5).expand(2, -1)
-    step = replace(STEPS[0], was_masked=masked, still_masked=masked)
-    rows, columns = (np.asarray(token_panel(step, 0, WHITE[0], size)) == MASKED).all(-1).nonzero()
-    # Between the borders of the second token of the second row.
-    assert (rows.min(), rows.max()) == (columns.min(), columns.max()) == (6 * size + 1, 12 * size - 2)
-    confidence, undrawn = torch.tensor([0.0, 1.0] * 8), torch.zeros(16, dtype=torch.bool)
-    panel = confidence_panel(confidence, WHITE[0], size, undrawn=undrawn)
-    first = np.asarray(panel)[3]
-    assert panel.size == (168, 168)
-    assert ((first[1:] != first[:-1]).any(-1).nonzero()[0] + 1).tolist() == [6 * size, 12 * size, 18 * size]
-
-
-def test_a_wide_canvas_has_a_row_for_each_step_of_its_windows() -> None:
-    steps = STEPS * 3
-    assert number_windows(steps) == [1, 1, 2, 2, 3, 3]
-    page = constant(steps, torch.zeros(2, 1, 28, 112, dtype=torch.uint8), token_size=14).filmstrip()
-    assert 4 * 3 * 112 < page.width < 5 * 3 * 112
-    assert 6 * 3 * 28 < page.height < 6 * 3 * 28 + 120
 
 
 def test_the_first_images_of_the_first_batch_are_recorded() -> None:

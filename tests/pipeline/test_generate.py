@@ -8,7 +8,6 @@ import torch
 
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig, DecodingStep
-from maskgit_pl.evaluation import generation
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 from tests.conftest import save_tiny_pretrained
@@ -338,12 +337,6 @@ def test_a_panorama_depends_on_its_class_and_seed_only(pipe) -> None:
     assert (wide[2].int() - single[0].int()).abs().max() <= 1
 
 
-def test_windows_of_a_panorama_have_different_noise(pipe) -> None:
-    _, steps = recorded(pipe.panorama, [0], 32, overlap=0.01)  # windows side by side, or nearly
-    tokens = steps[-1].tokens[0].unflatten(0, (4, 16))
-    assert not torch.equal(tokens[:, :4], tokens[:, 4:8])
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -384,13 +377,3 @@ def test_images_have_the_size_of_the_model_and_canvases_whole_tokens(cut):
     narrow = torch.arange(48, dtype=torch.uint8).reshape(1, 8, 6)
     wide = cut.outpaint(narrow, right=2, classes=[0], blend=0, output_type="pt")
     assert torch.equal(wide[0, ..., :6], narrow)
-
-
-@pytest.mark.parametrize("task", ["outpaint-right", "inpaint-centre"])
-def test_the_tasks_of_table_2_are_measured_on_cut_images(cut, task):
-    originals = torch.randint(256, (2, 1, 7, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    edited = generation.edit(task, cut, originals, torch.tensor([0, 1]), seed=3)
-    assert edited.shape == originals.shape
-    hidden = generation.hide_pixels(task, cut.tokenizer, originals)
-    mask = generation.make_hidden_mask(task, cut.tokenizer)
-    assert torch.equal(edited[1], cut.inpaint(hidden[1], mask, classes=[1], seed=4, output_type="pt")[0])

@@ -297,10 +297,3 @@ def test_a_negative_model_keeps_its_own_choice_and_is_packed_once(tiny_pretraine
     pipe.generate([1], guidance_scale=1.0, negative_model=negative.transformer)
     after = packed(negative.transformer.network)
     assert all(first is second for first, second in zip(before, after, strict=True))
-
-
-@needs_mkl
-def test_a_negative_model_of_a_folder_is_packed_as_the_pipeline_is(tiny_pretrained):
-    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=tiny_pretrained)
-    pipe.generate([0], guidance_scale=1.0)
-    assert packed(pipe.negative_model.network)
