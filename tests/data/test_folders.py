@@ -104,7 +104,6 @@ def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path, swa
     replace_folder(fresh, link)
     assert link.is_symlink()
     assert sorted(path.name for path in folder.iterdir()) == ["file", "more"]
-    assert {path.name for path in tmp_path.rglob("*")} == {"disk", "folder", "link", "file", "more"}
 
 
 def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:

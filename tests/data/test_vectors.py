@@ -89,16 +89,11 @@ HOSTILE = {
     "empty": (b"", r"must be a \.npy file"),
     "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values, got nan at place 1"),
     "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
-    "big-endian": (npy(np.zeros(3, ">f4")), "must hold little-endian float16 or float32 values, got >f4"),
     "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must have 1 dimension, got shape \(1, 3\)"),
-    "no values": (npy(np.zeros(0, np.float32)), "must have 1 to 65536 values, got 0"),
     "too many values": (npy(np.zeros(2**16 + 1, np.float16)), "must have 1 to 65536 values, got 65537"),
     "True values": (header("(True,)"), "must have 1 to 65536 values, got True"),
-    "-1 values": (header("(-1,)"), "must have 1 to 65536 values, got -1"),
     "1e3000 values": (header(f"(1{'0' * 3000},)"), r"must have 1 to 65536 values, got 10{79}\.\.\.$"),
-    "1.0 values": (header("(1.0,)"), r"must be a \.npy file, got shape is not valid"),
     "truncated": (npy(vector(0))[:-1], "must hold 5 float16 values, 10 bytes, got 9 bytes"),
-    "longer": (npy(vector(0)) + b"x", "must hold 5 float16 values, 10 bytes, got 11 bytes"),
 }
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from maskgit_pl.decoding import ConditionalModel, FirstStepLogits, ParallelDecoder, decode_classes
-from maskgit_pl.decoding.predictors import apply_guidance, build_class_predictor
+from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
@@ -61,17 +61,6 @@ def test_guided_logits_are_those_of_both_networks_by_the_formula(large, small, n
     for scale in scales:
         expected = conditional + scale * (conditional - other)
         torch.testing.assert_close(predictor(tokens, positions), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_the_shared_first_step_is_guided_by_that_of_the_negative_network(large, small):
-    positions = torch.arange(16).expand(3, 16)
-    conditional, other = (
-        m.network.forward_at(torch.full((3, 16), m.mask_token_id), torch.tensor(LABELS), positions)
-        for m in (large, small)
-    )
-    predictor = build_class_predictor(guided_by(large, small), LABELS, scales=[3.0], all_masked=True)
-    logits = predictor(torch.full((3, 16), large.mask_token_id), positions)
-    torch.testing.assert_close(logits, apply_guidance(conditional, other, 3.0))
 
 
 def test_a_model_that_guides_itself_is_unguided(large):

@@ -87,18 +87,12 @@ def numpy_archive(path, shape: str) -> bytes:
 
 HEADERS = {  # content of a file, and the message
     "shape of a flag": (tensor_header(shape=[True]), "invalid type: boolean"),
-    "negative size": (tensor_header(shape=[-1]), "invalid value: integer"),
     "huge sizes": (tensor_header(shape=[2**62, 4]), "overflow"),
     "huge and empty": (tensor_header(shape=[2**40, 0], offsets=[0, 0]), "not fully covered"),
     "negative offset": (tensor_header(offsets=[-4, 0]), "invalid value: integer"),
-    "unknown dtype": (tensor_header(dtype="X9"), "unknown variant"),
-    "dtype of a list": (tensor_header(dtype=[1]), "invalid type: sequence"),
     "no JSON": (struct.pack("<Q", 5) + b"{nope", "invalid JSON"),
     "NumPy": (b"\x93NUMPY\x01\x00" + bytes(120), r"got one that begins with b'.x93NUMPY"),
-    "archive of NumPy": (
-        lambda path: numpy_archive(path, "(True, 1099511627776)"),
-        r"cannot be read \(",
-    ),
+    "archive of NumPy": (lambda path: numpy_archive(path, "(True, 1099511627776)"), r"cannot be read \("),
 }
 
 
@@ -268,15 +262,12 @@ def test_a_flax_file_cut_anywhere_is_refused(tmp_path):
     [
         ({"a": array((3,), "float32", bytes(8))}, "float32 (3,) must have 12 bytes, got 8"),
         ({"a": array((-1, -3), "float32", bytes(12))}, "an array must hold its shape of integers >= 0"),
-        ({"a": array((True,), "int8", bytes(1))}, "an array must hold"),
         ({"a": array((1,), "object", bytes(8))}, "got 'object'"),
         ({"a": array((2**39,) * 31, "float32", b"")}, "not a tree of arrays"),
         ({"a": array((1,) * 40, "int8", bytes(1))}, "exceeds max_array_len"),
-        ({"a": msgpack.ExtType(1, b"")}, "incomplete input"),
         ({"a": msgpack.ExtType(2, msgpack.packb([1.0, 2.0]))}, "must be 1 or 3 (real numbers), got 2"),
         ({"a": msgpack.Timestamp(1, 1)}, "a must be an array or a number, got Timestamp"),
         ({"a": [1, 2]}, "exceeds max_array_len"),
-        ({"a": b"bytes"}, "exceeds max_bin_len"),
         ({"\x1b[31m": 1}, r"printable and without '/', got '\x1b[31m'"),
         ({1: 1}, "int is not allowed for map key"),
         ({"a" * 600: 1}, "not a tree of arrays"),
@@ -296,12 +287,11 @@ EMPTY = msgpack.packb(plain(np.empty(0, np.int8)))
 HOSTILE = {
     "a map of 2^32": claims(b"\xdf"),
     "a list of 2^32": b"\x81\xa1a" + claims(b"\xdd"),
-    "an array of 2^32 bytes": b"\x81\xa1a" + claims(b"\xc9") + b"\x01",
     "a text of 2^32 bytes": b"\x81\xa1a" + claims(b"\xdb"),
     "bytes of 2^32": b"\x81\xa1a" + claims(b"\xc6"),
+    "an array of 2^32 bytes": b"\x81\xa1a" + claims(b"\xc9") + b"\x01",
     "maps in maps": b"\x81\xa1a" * 100_000,
     "maps in maps that claim more": (b"\xde\xff\xff\xa1a") * 20_000,  # 500 kB of place for each, before it is seen
-    "texts in maps in maps": (b"\xde\x01\x00" + b"\xa3abc\xa2ab" * 255 + b"\xa1b") * 1000,
     "arrays in maps in maps": (b"\xde\x01\x00" + (b"\xa1a" + EMPTY) * 255 + b"\xa1b") * 1000,
     "a wide tree": msgpack.packb({str(row): {str(column): {} for column in range(256)} for row in range(256)}),
     "lists in a list": b"\x81\xa1a" + claims(b"\xdd", 1 << 20) + b"\x90" * (1 << 20),

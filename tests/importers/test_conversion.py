@@ -60,7 +60,6 @@ def test_all_differences_are_in_one_message():
     ("call", "message"),
     [
         (lambda: shape_of({"a": torch.zeros(2)}, "a"), r"tensor a must have 2 axes of sizes >= 1, got shape \(2,\)"),
-        (lambda: shape_of({"a": torch.zeros(2, 0)}, "a"), r"of sizes >= 1, got shape \(2, 0\)"),
         (lambda: read_widths(32, []), r"multiples of the first convolution's 32, got \[\]"),
     ],
 )
@@ -140,7 +139,6 @@ def test_class_names_are_a_list_or_a_file_of_lines(encoding, tmp_path):
     [
         (["a"], "must be 3, one for each class of the transformer, got 1"),
         (["a", " ", "c"], "got 3, 1 of them empty; change the list"),
-        ("nowhere", "class names .*nowhere must be a text in UTF-8, one name per line, got .*No such file"),
         ("latin", "class names .*latin must be a text in UTF-8"),
     ],
 )

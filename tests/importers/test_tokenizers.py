@@ -124,12 +124,10 @@ ARGUMENTS = ("optimizer", "steps", "quantize.codebook_used")
 PLAIN = {  # layout and sizes: the model
     "MaskBit table": lambda: MaskBitModel(table=32),
     "MaskBit table, mean": lambda: MaskBitModel(table=32, down="mean"),
-    "MaskBit table, old": lambda: MaskBitModel(table=32, old=True),
     "MaskBit table, one level": lambda: MaskBitModel(table=32, widths=(32,), blocks=1),
     "MaskBit bits": MaskBitModel,
     "MaskBit bits, old": lambda: MaskBitModel(dim=5, old=True, blocks=1),
     "open-muse": OpenMuseModel,
-    "open-muse four levels": lambda: OpenMuseModel(widths=(32, 64, 64, 96), blocks=1),
     "Open-MAGVIT2": Magvit2Model,
     "Open-MAGVIT2 wide": lambda: Magvit2Model(widths=(64, 64, 128), blocks=1, dim=8),
     "Open-MAGVIT2 one level": lambda: Magvit2Model(widths=(64,), blocks=1, dim=5),
@@ -250,7 +248,6 @@ ASSUMED = "no file gives the size of the images: 256 px are assumed; name anothe
     [
         (32, None, 256, ASSUMED),  # the default of diffusers, which tells nothing
         (32, 16, 16, None),
-        (64, None, 64, None),
         ([16, 24], None, (16, 24), None),
         (64, 16, 16, "config.json gives images of 64 x 64, not of 16 x 16"),
     ],
@@ -279,8 +276,6 @@ def test_the_largest_difference_at_the_released_size_is_the_documented_one(tmp_p
         (network.encoder(pixels) - features).abs().max().item(),
         (network.decode(tokens, (4, 4)) - decoded).abs().max().item(),
     ]
-    print(f"features up to {features.abs().max():.1f}: {differences[0]:.1e}")
-    print(f"images up to {decoded.abs().max():.1f}: {differences[1]:.1e}")
     assert max(differences) < 1e-4
 
 
@@ -377,16 +372,13 @@ MODELS = {
 CODEBOOK = "quantize.embedding.weight"
 REFUSED = [  # a network, what is done to its tensors, and the message
     ("nothing", put("transformer.tok_emb.weight", ZERO), r"got a transformer \(.*; name its tokenizer, or use maskgit"),
-    ("nothing", lambda w: w.update({f"fc{n}": ZERO for n in range(5)}), r"got something else \(fc0, fc1, fc2 and 2 mo"),
     ("taming", rename(CODEBOOK, "quantize.embed.weight"), "Gumbel-softmax tokenizer.*name another one, such as vqgan_"),
     ("taming", put(CODEBOOK, torch.ones(1).expand(1 << 22, 256)), r"must be stored in full, got 4\.29 GB made of 4 by"),
-    ("taming", drop("decoder.up.0.block.1.conv2.bias"), r"missing: decoder\.up\.0\.block\.1\.conv2\.bias"),
     ("taming", put("quantize.codebook_used2", ZERO), r"not in the network: quantize\.codebook_used2"),
     ("taming", put("quantize.note", 1.0), r"entry quantize\.note must be a tensor, got float"),
     ("taming", put(CODEBOOK, torch.full((32, 4), torch.nan)), "must hold finite numbers, got nan"),
     ("taming", put(CODEBOOK, torch.zeros(32, 4, dtype=torch.int64)), r"must be floating point .*, got torch\.int64"),
     ("taming", put("encoder.conv_in.weight", torch.zeros(24, 3, 3, 3)), r"first convolution's 24, got \[32, 64\]"),
-    ("diffusers", put("decoder.conv_norm_out.conv_y.weight", ZERO), "not in the network: decoder.conv_norm_out.conv_y"),
     ("maskbit", drop(CODEBOOK), r"quantize\.embedding\.weight or quantize\.bits_to_indices must be there"),
     ("bits", put("encoder.conv_out.weight", torch.zeros(70_000, 64, 1, 1)), "codebook_size must be an integer in"),
 ]  # fmt: skip
@@ -418,23 +410,15 @@ def test_sizes_and_ranges_that_do_not_fit_are_refused(tmp_path):
     ("settings", "message"),
     [
         ({"_class_name": "AutoencoderKL"}, "_class_name of config.json must be 'VQModel', got 'Auto"),
-        ({"norm_num_groups": 5}, "network num_groups must divide the channels"),
         ({"norm_type": "spatial"}, "norm_type of config.json must be 'group', got 'spatial'"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types of config.json must be"),
         ({"vq_embed_dim": 4}, "vq_embed_dim of config.json must be 8, got 4"),
         ({"sample_sise": 64}, "config.json: unknown key 'sample_sise': did you mean 'sample_size'"),
-        ({"num_vq_embeddings": 64}, "num_vq_embeddings of config.json must be 32, got 64"),
         ({"block_out_channels": [32, 64, 128]}, r"block_out_channels of config.json must be \[32, 64, 96\], got"),
-        ({"sample_size": "large"}, "sample_size of config.json must be an integer"),
         ({"sample_size": True}, r"sample_size of config.json must be an integer in \[1, 8192\], got True"),
         ({"sample_size": [16, 16, 16]}, r"sample_size of config.json must be .*two such integers, got \[16, 16, 16\]"),
-        ({"sample_size": 10**30}, "sample_size of config.json must be an integer"),
         ({"norm_num_groups": "32"}, "num_groups must be an integer"),
-        ({"norm_num_groups": -1}, "num_groups must be an integer"),
-        ({"latent_channels": True}, "latent_channels of config.json must be 8, got True"),
-        ("[]", "config.json must hold a mapping"),
         ('{"sample_size": NaN}', "numbers must be finite, got NaN"),
-        ("{", "config.json is not valid JSON"),
         ("[" * 100_000, "config.json must be nested at most 64 levels deep"),
         (" " * 1_000_001, "config.json must have at most 1 MB"),
     ],

@@ -210,7 +210,6 @@ NETWORKS = {
 REFUSED = [  # a network, what is done to its tensors, and the message
     ("nothing", put("encoder.conv_in.weight", ZERO), r"got a tokenizer: use maskgit import-tokenizer \(enc"),
     ("nothing", put("fc.weight", ZERO), r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc"),
-    ("Halton", drop(f"{LAYER}.ff.w3.weight"), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
     ("Halton", put("pos_emb.weight", torch.zeros(15, 32)), "must have a square number of rows, got 15"),
     ("Halton", put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
     ("Halton", put("head.weight", torch.ones(25, 32)), r"head\.weight must equal tok_emb\.weight: the network has"),

@@ -311,9 +311,7 @@ def test_another_backbone_or_size_is_refused_by_its_key(name, tmp_path):
     config = small_config(name)
     given = load_transformer(save(tmp_path, create(config)) / "transformer")
     if "depth" in {each.name for each in fields(config)}:
-        with pytest.raises(
-            ValueError, match=r"model\.network\.depth must be 2, as in the pretrained transformer, got 3"
-        ):
+        with pytest.raises(ValueError, match=r"model\.network\.depth must be 2, as in .*, got 3"):
             weights_for(replace(config, depth=3), given)
     for other in set(NAMES) - {name}:
         with pytest.raises(ValueError, match=rf"model\.network\.backbone must be {name}, as in the .* got {other};"):
@@ -375,7 +373,6 @@ def test_tables_that_a_plugin_does_not_declare_cannot_follow_another_grid():
     ("values", "message"),
     [
         ({"backbone": "bret"}, r"^here: unknown backbone 'bret': did you mean 'bert'\? known: "),
-        ({"backbone": 3}, r"^here: backbone must be a string, got 3"),
         ({"num_blocks": 3}, r"^here: backbone 'bert': unknown key 'num_blocks'"),
         ({"condition_dim": 4}, r"condition_dim must be 0 for the backbone bert, .* use the backbone adaln"),
         ({"class_dropout": 1.0}, r"^here: transformer class_dropout must be a number in \[0, 1\), got 1\.0"),

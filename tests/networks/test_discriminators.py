@@ -91,12 +91,7 @@ def test_initial_weights_are_those_of_pix2pix():
     [
         ("patchgann", "unknown discriminator 'patchgann': did you mean 'patchgan'"),
         ({"name": "patchgan", "num_layers": 0}, r"num_layers must be an integer in \[1, 8\], got 0"),
-        (
-            {"name": "patchgan", "norm": "groupp"},
-            r"norm must be .group. or .batch., got .groupp.; did you mean .group.",
-        ),
-        ({"name": "patchgan", "pooling": "blur"}, "pooling"),
-        ({"channel_multiplier": 0.0}, "channel_multiplier"),
+        ({"name": "patchgan", "norm": "groupp"}, r"norm must .*got .groupp.; did you mean .group."),
         ({"pooling": "max"}, "pooling"),
     ],
 )

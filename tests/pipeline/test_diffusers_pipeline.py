@@ -111,8 +111,6 @@ def test_the_code_of_the_page_runs_in_a_run_process(exported, demo, tmp_path):
         ({"seed": [9, 2]}, {"seed": [9, 2]}),
         ({"num_inference_steps": 3, "seed": 1}, {"num_steps": 3, "seed": 1}),
         ({"guidance_scale": 1.0, "seed": 1}, {"guidance_scale": 0.0, "seed": 1}),
-        ({"guidance_scale": 0, "seed": 1}, {"guidance_scale": 0.0, "seed": 1}),
-        ({"guidance_scale": 4.5, "seed": 1}, {"guidance_scale": 3.5, "seed": 1}),
         ({"choice_temperature": 2.0, "batch_size": 1}, {"choice_temperature": 2.0, "seed": None}),
     ],
 )
@@ -167,9 +165,7 @@ def test_the_callback_gets_each_step_of_each_batch(pipe):
     [
         ({"class_labels": ["Sneeker"]}, "unknown class 'Sneeker': did you mean 'Sneaker'"),
         ({"guidance_scale": -1}, r"guidance_scale must be a number in \[0, inf\), got -1"),
-        ({"num_inference_steps": 50}, "num_steps must be <= 49, the tokens per image, got 50"),
         ({"num_steps": 4}, "option 'num_steps': its name here is 'num_inference_steps'"),
-        ({"choice_temperatur": 4}, "option 'choice_temperatur': did you mean 'choice_temperature'"),
         ({"output_type": "latent"}, "output_type must be one of pil, pt, np, got 'latent'"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator must not be set together"),
         ({"generator": [torch.Generator()] * 2}, "generator must be one, or one for each of the 1 images"),
@@ -192,7 +188,6 @@ def test_a_cast_pipeline_is_saved_and_loaded(exported, tmp_path):
     ("refused", "message"),
     [
         (lambda pipe: pipe.save_pretrained("x", variant="fp16"), "variant must be left out of save_pretrained"),
-        (lambda pipe: pipe.save_pretrained("x", safe_serialization=False), "safe_serialization must be left out"),
         (lambda pipe: pipe.save_pretrained("x", push_to_hub=True), "`maskgit push FOLDER OWNER/NAME` uploads it"),
         (lambda pipe: pipe.push_to_hub("alice/x"), "upload it with `maskgit push FOLDER alice/x`"),
         (lambda pipe: MaskGITTransformer.from_pretrained("x", device_map="cpu"), "device_map must be left out, got"),

