@@ -126,15 +126,6 @@ def test_ten_images_are_always_allowed_and_the_eleventh_is_not():
         add(images, (50, 51))
 
 
-def test_more_than_ten_are_allowed_within_the_share():
-    images = counter(budget=0.02)
-    add(images, *((2 * number, 2 * number + 1) for number in range(ALWAYS_ALLOWED)), batch=1000)
-    add(images, *((2 * number, 2 * number + 1) for number in range(10, 20)), batch=500)
-    assert images.count == 20
-    with pytest.raises(DataBudgetError):
-        add(images, *((2 * number, 2 * number + 1) for number in range(30, 70)))
-
-
 @pytest.mark.parametrize(("num_samples", "length"), [(1000, MAX_IN_A_ROW), (23, 23)])
 def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, length):
     add(counter(num_samples, budget=1.0), (5, (5 + length - 1) % num_samples))

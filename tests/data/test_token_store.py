@@ -10,6 +10,7 @@ import pytest
 from maskgit_pl.data.token_store import StoreDescription, is_complete, open_store
 from maskgit_pl.data.tokenizing import StoreParts
 from maskgit_pl.errors import DataChangedError
+from tests.data.conftest import contents
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
 LABELS = np.arange(10) % 2
@@ -28,10 +29,6 @@ def make(folder: Path, description=DESCRIPTION, *, part_size: int = 4, share=sli
         if not parts.is_done(part):
             parts.write(part, rows(part, description.mirrors_of(part.split)), LABELS[part.start : part.stop])
     return parts.finish()
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
@@ -86,7 +83,7 @@ def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeyp
             with pytest.raises(FileNotFoundError, match="not finished"):
                 open_store(folder, data="data")
         assert make(folder, VIEWS, part_size=10)
-        assert content(folder) == content(tmp_path / "whole")
+        assert contents(folder) == contents(tmp_path / "whole")
         if next(calls) <= moment:
             break
     assert moment < 99

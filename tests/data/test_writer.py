@@ -13,6 +13,7 @@ from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.public import IdxFiles
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
+from tests.data.conftest import contents
 from tests.data_folders import spy_on_disk
 
 
@@ -26,10 +27,6 @@ def tree(tmp_path):
             path = folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
             Image.new("RGB", (10 + number % 2, 8), colour).save(path)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's

@@ -163,9 +163,6 @@ def test_the_listing_of_the_page_gives_the_tokens_of_the_decoder(name, num_steps
     assert len(tokens.unique()) > 8
 
 
-# Decoding of classes: guidance, the shared first step, seeds
-
-
 @dataclass
 class Network:
     """A network of gathers and sums, exact in any batch, that records all labels. Label 3 is the null class."""
@@ -253,21 +250,12 @@ def test_negative_classes_take_the_place_of_the_null_class():
     assert network.labels == [[0, 1, 2], *[[2, 0, 1, 2]] * 4]
 
 
-def test_an_image_does_not_depend_on_its_batch():
-    labels, seeds = [2, 0, 2, 1], [7, 8, 9, 7]
-    together = decoded(labels, seeds, scales=(0.0, 1.0, 2.0))[-1]
-    alone = [decoded([label], [seed], scales=(0.0, 1.0, 2.0))[-1] for label, seed in zip(labels, seeds, strict=True)]
-    assert torch.equal(together, torch.cat(alone))
-
-
 def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
     without_null = model(Network(), null_label=None)
     with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
         build_class_predictor(without_null, [0], scales=[0.0, 1.0])
     assert isinstance(build_class_predictor(without_null, [0], scales=[0.0, 0.0]), ClassPredictor)
 
-
-# Self-correction
 
 P2 = {"name": "p2", "choice_temperature": 0.0}
 EDIT = {"name": "edit", "choice_temperature": 0.0}
@@ -329,8 +317,6 @@ def test_only_selectors_with_needs_decided_logits_pay_for_decided_tokens(name):
     counts = [before for before, _ in count_masked(parallel_decoder, [16, 16])[:-1]]
     assert predictor.num_positions == ([16] * 6 if parallel_decoder.token_selector.needs_decided_logits else counts)
 
-
-# The noise, which is seeded per image
 
 METHODS = ["gumbel", "inverse_cdf"]
 EVERYWHERE = torch.arange(16).repeat(2, 1)

@@ -38,21 +38,6 @@ EVERY = [
 every_selector = pytest.mark.parametrize("spec", EVERY, ids=str)
 
 
-def candidates(progress: float = 0.25) -> Candidates:
-    generator = torch.Generator().manual_seed(0)
-    return Candidates(
-        log_probs=torch.randn(2, 5, 7, generator=generator).log_softmax(-1),
-        tokens=torch.randint(7, (2, 5), generator=generator),
-        positions=torch.arange(5).repeat(2, 1),
-        gumbel=torch.randn(2, 5, generator=generator),
-        progress=progress,
-        grid=(1, 5),
-    )
-
-
-# The contract
-
-
 @every_selector
 def test_contract_scores_are_finite_for_impossible_and_for_certain_codes(spec):
     logits = torch.full((1, 3, 3), -torch.inf)
@@ -122,9 +107,6 @@ def test_contract_decided_tokens_and_their_confidence_stay_until_redrawn(spec):
         still_masked, tokens = step.still_masked, step.tokens.masked_fill(step.still_masked, MASK)
 
 
-# The rule of each
-
-
 def test_halton_keeps_tokens_in_its_order_and_a_seed_rotates_it():
     orders = {}
     for seed in (None, 1, 2):
@@ -150,7 +132,9 @@ def test_entropy_keeps_the_most_tokens_whose_sum_is_within_the_budget():
 
 
 def test_moment_scores_and_sharpens_with_the_same_exponent():
-    drawn = candidates(0.5)  # choice temperature 4 (1 - 0.5) = 2: exponent 1.5
+    log_probs, gumbel = torch.randn(2, 5, 7).log_softmax(-1), torch.randn(2, 5)
+    tokens, positions = torch.zeros(2, 5, dtype=torch.int64), torch.arange(5).repeat(2, 1)
+    drawn = Candidates(log_probs, tokens, positions, gumbel, 0.5)  # temperature 4 (1 - 0.5) = 2: exponent 1.5
     selector = token_selectors.build({"name": "moment", "choice_temperature": 4.0})
     expected = drawn.log_probs.exp().pow(1.5).sum(-1).log() + drawn.gumbel
     torch.testing.assert_close(selector(drawn), expected)
@@ -230,9 +214,6 @@ def test_remdm_by_confidence_masks_unlikely_codes_more_often():
 def test_arguments_out_of_range_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
         token_selectors.build(spec)
-
-
-# Selectors of one's own
 
 
 @dataclass(frozen=True)

@@ -58,9 +58,6 @@ def test_accuracy_counts_the_top_1_and_the_top_5() -> None:
     assert count_hits(logits, torch.tensor([0, 0, 4, 7])).tolist() == [1, 3]
 
 
-# The folder
-
-
 def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
@@ -127,9 +124,6 @@ def test_the_first_rank_trains_and_all_have_its_results_and_its_errors(tiny_shar
     assert [first[0], second[0]] == ["5", "0"]
     assert first[1:] == second[1:]
     assert "Not a directory" in first[2]
-
-
-# The classification accuracy score
 
 
 @pytest.mark.slow

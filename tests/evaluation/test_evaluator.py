@@ -58,7 +58,6 @@ CHANGES: dict[str, list[Any]] = {  # by the part, what it may become
     "draws": [2],
     "task": ["inpaint-centre"],
     "cas": [replace(QUICK, max_steps=3), replace(QUICK, batch=5), replace(QUICK, peak_rate=0.5),
-            replace(QUICK, weight_decay=0.5), replace(QUICK, flip_probability=0.5), replace(QUICK, width=8),
             replace(QUICK, precision="bf16-mixed"), replace(QUICK, seed=1)],
 }  # fmt: skip
 

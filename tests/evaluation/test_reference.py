@@ -153,9 +153,6 @@ def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, chang
         read_references(tmp_path / "reference.npz", [few("inception"), few("lite0")])
 
 
-# Files of strangers.
-
-
 @pytest.mark.parametrize("order", ["C", "F"])
 @pytest.mark.parametrize("save", SAVE)
 def test_samples_are_read_in_parts(tmp_path: Path, save: str, order: str) -> None:

@@ -20,6 +20,7 @@ from tests.importers.tokenizer_references import (
     diffusers_config,
     with_random_values,
 )
+from tests.importers.transformer_references import drop, put
 
 
 def images(number=3, *, seed=0, size=16):
@@ -62,8 +63,6 @@ def attention(*levels, count):
     up = [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)]
     return {"down_block_types": down, "up_block_types": up, "mid_block_add_attention": True}
 
-
-# The models, and the files that their projects write
 
 SMALL = {"block_out_channels": [32, 64], "layers_per_block": 1, "latent_channels": 12, "vq_embed_dim": 4}
 TAMING_CASES = {
@@ -279,9 +278,6 @@ def test_the_largest_difference_at_the_released_size_is_the_documented_one(tmp_p
     assert max(differences) < 1e-4
 
 
-# Published sizes, without memory.
-
-
 WIDTHS = (128, 128, 256, 256, 512)
 PUBLISHED_TAMING = {"block_out_channels": list(WIDTHS), "latent_channels": 256, "num_vq_embeddings": 16384}
 PUBLISHED_TAMING |= attention(4, count=5)
@@ -344,17 +340,6 @@ def test_the_sizes_of_a_published_tokenizer_are_read_from_its_tensors(name):
     assert layout.read_config(tensors) == config
     converted = sum(weight.numel() for weight in layout.convert(tensors, config).values())
     assert converted == NUM_PARAMETERS.get(name, sum(tensor.numel() for tensor in tensors.values()))
-
-
-# What is refused
-
-
-def drop(name):
-    return lambda weights: weights.pop(name)
-
-
-def put(name, value):
-    return lambda weights: weights.update({name: value})
 
 
 def rename(old, new):

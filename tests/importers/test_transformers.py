@@ -17,6 +17,7 @@ from tests.importers.transformer_references import (
     MASKGIL_SIZES,
     Halton,
     MaskGIL,
+    put,
     randomise,
     save_checkpoint,
 )
@@ -98,9 +99,6 @@ def test_logits_are_those_of_the_original_at_published_sizes(kind, size, tokeniz
     file = save_checkpoint(original, tmp_path / "a.pth")
     import_transformer(file, tmp_path / "out", tokenizer=tokenizer(codes=16384, image_size=32))
     compare(load_transformer(tmp_path / "out" / "transformer").network, original, side=16)
-
-
-# Published sizes, without memory.
 
 
 def published(kind, size, blocks, heads, **changes):
@@ -188,17 +186,6 @@ def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_
     # The tokenizer was trained on larger images.
     import_transformer(file, tmp_path / "out", tokenizer=tokenizer(image_size=32), num_heads=4)
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 8
-
-
-# What is refused.
-
-
-def put(name, value):
-    return lambda weights: weights.update({name: value})
-
-
-def drop(name):
-    return lambda weights: weights.pop(name)
 
 
 ONES, ZERO, LAYER = torch.ones(1).expand(1 << 22, 256), torch.zeros(1), "transformer.layers.1"

@@ -37,9 +37,6 @@ def nearest(rows, codes):
     return (rows.unsqueeze(-2) - codes).square().sum(-1).argmin(-1).flatten(1)
 
 
-# The tokenizer of diffusers
-
-
 def diffusers_config(**changes):
     """A small ``config.json`` of aMUSEd's kind; its own widths are 128 256 256 512 768, with 8192 codes of 64."""
     config = {
@@ -75,11 +72,14 @@ class DiffusersVQModel(diffusers.VQModel):
     def features(self, images):
         return self.quant_conv(self.encoder(2 * images - 1 if self.signed else images))
 
+    def codes(self):
+        return self.quantize.embedding.weight
+
     def tokens(self, features):
-        return nearest(features.movedim(1, -1), self.quantize.embedding.weight)
+        return nearest(features.movedim(1, -1), self.codes())
 
     def decode(self, tokens, grid):
-        codes = self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1)
+        codes = self.codes()[tokens].unflatten(1, grid).movedim(-1, 1)
         images = self.decoder(self.post_quant_conv(codes))
         return (images + 1) / 2 if self.signed else images
 
@@ -137,7 +137,7 @@ class TamingModel(DiffusersVQModel):
         return weights
 
     def codes(self):
-        codes = self.quantize.embedding.weight
+        codes = super().codes()
         return F.normalize(codes) if self.project == "llamagen" else codes
 
     def tokens(self, features):
@@ -145,13 +145,6 @@ class TamingModel(DiffusersVQModel):
         if self.project == "ibq":
             return (rows @ self.codes().T).argmax(-1).flatten(1)
         return nearest(F.normalize(rows, dim=-1) if self.project == "llamagen" else rows, self.codes())
-
-    def decode(self, tokens, grid):
-        images = self.decoder(self.post_quant_conv(self.codes()[tokens].unflatten(1, grid).movedim(-1, 1)))
-        return (images + 1) / 2 if self.signed else images
-
-
-# The tokenizer of MaskBit
 
 
 class MaskBitConv(nn.Conv2d):
@@ -303,9 +296,6 @@ class MaskBitModel(nn.Module):
         return self.decoder(table[tokens].unflatten(1, grid).movedim(-1, 1))
 
 
-# The tokenizer of MaskGIT in the layout of open-muse, which TiTok uses too
-
-
 class OpenMuseModel(MaskBitModel):
     """``MaskGitVQGAN``, the released MaskGIT tokenizer in torch: VQGAN+ with means between levels, and other names."""
 
@@ -315,9 +305,6 @@ class OpenMuseModel(MaskBitModel):
     def state_dict(self):
         weights = super().state_dict().items()
         return {re.sub("res_blocks[.]", "" if ".mid." in name else "block.", name): value for name, value in weights}
-
-
-# The tokenizer of Open-MAGVIT2
 
 
 class Magvit2Block(MaskBitBlock):

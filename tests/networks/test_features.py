@@ -183,9 +183,6 @@ def test_a_wrong_feature_network_is_refused_with_its_syntax(text, match):
         parse_feature_network(text)
 
 
-# Perceptual distances: one for each pair of images, whose gradient reaches the images.
-
-
 @pytest.fixture(scope="module")
 def timm_spec(weights):
     return {"name": "timm", "model": MODEL, "weights": str(weights), "size": 32}

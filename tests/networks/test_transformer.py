@@ -75,8 +75,6 @@ def test_sizes_out_of_range_are_refused(change, message):
         dataclasses.replace(SMALL, **change)
 
 
-# The causal form
-
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, attention="causal")
 N, LABELS = CONFIG.num_tokens, torch.tensor([0, 2, 3])  # the last label is the null class
 

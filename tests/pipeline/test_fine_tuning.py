@@ -188,9 +188,6 @@ def test_the_plan_of_many_images_has_the_negative_model(pipe, tiny_pretrained, w
     assert generate_many(pipe, tmp_path / "plain.npz", num_images=6, guidance_scale=0).made == 0
 
 
-# Changes of the weights
-
-
 def fused_adamw(network: nn.Module) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.3, fused=True)
     for _ in range(2):
@@ -258,18 +255,6 @@ def test_a_pipeline_follows_its_weights(own, change):
     after = guided.generate([0, 1, 2], negative_model=renewed(own), **options)
     assert not torch.equal(guided_before, after)
     assert torch.equal(guided.generate([0, 1, 2], **options), after)
-
-
-def test_unchanged_weights_are_neither_packed_nor_decoded_again(own):
-    CALLS["generate"](own)
-    layers = [layer for layer in own.transformer.network.modules() if isinstance(layer, PackingLinear)]
-    packed, logits = [dict(layer._packed) for layer in layers], dict(own.transformer.caches.first_step._known)
-    assert logits
-    CALLS["inpaint"](own)
-    CALLS["generate"](own)
-    assert all(own.transformer.caches.first_step._known[label] is row for label, row in logits.items())
-    for layer, before in zip(layers, packed, strict=True):
-        assert all(layer._packed[rows] is weight for rows, weight in before.items())
 
 
 def test_a_write_to_one_entry_of_a_large_weight_needs_clear_caches(own):

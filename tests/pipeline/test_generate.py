@@ -37,28 +37,6 @@ def test_the_callback_gets_each_step_of_each_batch(pipe, causal) -> None:
         assert [step.step for step in steps] == [*range(num_steps)] * 2
 
 
-def test_the_first_step_of_a_class_is_computed_once_until_a_move(tiny_pretrained) -> None:
-    own, rows = MaskGIT.from_pretrained(tiny_pretrained), []
-    network = own.transformer.network
-    forward = network.forward_at
-    network.forward_at = lambda *given: rows.append(len(given[1])) or forward(*given)
-    first = images(own, [0, 1] * 3, batch_size=2, guidance_scale=0, num_steps=1)
-    assert torch.equal(images(own, [0, 1] * 3, guidance_scale=0, num_steps=1), first)
-    assert rows == [2]
-    own.to("cpu")
-    images(own, [0, 1], guidance_scale=0, num_steps=1)
-    assert rows == [2, 2]
-
-
-# Autoregressive models
-
-
-def test_an_autoregressive_model_decides_one_token_per_step(causal) -> None:
-    steps = list(causal.steps([0, 1, 2], seed=3))
-    assert causal.decoding.num_steps == causal.decoding_with(guidance_scale=2.0).num_steps == len(steps) == N
-    assert [int(step.still_masked.sum()) for step in steps] == [3 * (N - 1 - number) for number in range(N)]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
@@ -125,8 +103,6 @@ def test_a_saved_autoregressive_pipeline_generates_the_same(tiny_autoregressive,
     assert not caplog.records
 
 
-# Regions of images
-
 BOX = (0, 0, 4, 2)  # of 8 x 8 pixels and 4 x 4 tokens: 2 x 1 tokens, with their neighbours 3 x 2
 REGION = torch.zeros(4, 4, dtype=torch.bool)
 REGION[:2, :3] = True
@@ -172,19 +148,6 @@ def test_pixels_outside_the_region_stay_bit_by_bit_with_a_hard_edge(pipe) -> Non
     assert torch.equal(hard[..., region], decoded[..., region])
     soft = pipe.edit_class(image, BOX, 1, blend=3, variants=5, output_type="pt")
     assert not torch.equal(soft[..., ~region], hard[..., ~region])
-
-
-def test_an_edit_skips_a_sixth_of_the_steps_and_their_guidance(pipe, monkeypatch) -> None:
-    _, steps = recorded(pipe.edit_class, picture(), BOX, 1, num_steps=5)
-    assert [step.step for step in steps] == list(range(5))
-    rows: list[int] = []
-    forward = pipe.transformer.network.forward_at
-    count_rows = lambda *given: rows.append(len(given[0])) or forward(*given)  # noqa: E731
-    monkeypatch.setattr(pipe.transformer.network, "forward_at", count_rows)
-    _, steps = recorded(pipe.edit_class, picture(), BOX, 1, num_steps=12, guidance_scale=4.0, variants=3)
-    assert [step.step for step in steps] == list(range(2, 12))
-    scales = pipe.decoding_with(num_steps=12, guidance_scale=4.0).scales()
-    assert rows == [6 if scale > 0 else 3 for scale in scales[2:]]
 
 
 @pytest.mark.parametrize("settings", [{"num_steps": 12}, {"num_steps": 12, "guidance_scale": 3.0}], ids=str)
@@ -246,9 +209,6 @@ def test_images_and_masks_that_do_not_fit_are_refused(pipe, options, message) ->
         pipe.inpaint(given.pop("image"), given.pop("mask"), **given)
 
 
-# Image-to-image
-
-
 @pytest.mark.parametrize(("strength", "count"), [(1e-3, 1), (0.25, 4), (0.26, 5), (0.6, 10), (0.99, 16)])
 def test_strength_is_the_share_of_the_tokens_that_are_masked(pipe, strength, count) -> None:
     _, steps = recorded(pipe.edit, picture(), strength=strength, classes=[0, 1], num_steps=8)
@@ -276,9 +236,6 @@ def test_the_positions_of_a_seed_are_its_own_and_grow_with_the_strength(pipe) ->
 def test_wrong_options_of_image_to_image_are_refused(pipe, options, message) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         pipe.edit(**{"image": picture(), **options})
-
-
-# Canvases
 
 
 @pytest.mark.parametrize(

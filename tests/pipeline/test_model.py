@@ -236,9 +236,6 @@ def test_an_odd_value_works_or_is_refused_by_name(pipe, method, name):
     assert refused
 
 
-# Packed weights
-
-
 def packed(network: torch.nn.Module) -> list[torch.Tensor]:
     layers = [layer for layer in network.modules() if isinstance(layer, PackingLinear)]
     assert layers
@@ -256,16 +253,3 @@ def test_the_first_image_packs_the_weights_and_a_cast_frees_them(tiny_pretrained
     assert not packed(plain.transformer.network)
     pipe.to("cpu", dtype=torch.float64)
     assert not packed(pipe.transformer.network)
-
-
-@needs_mkl
-@pytest.mark.parametrize("packs", [True, False])
-def test_a_negative_model_keeps_its_own_choice_and_is_packed_once(tiny_pretrained, packs):
-    negative = MaskGIT.from_pretrained(tiny_pretrained, pack_weights=packs)
-    pipe = MaskGIT.from_pretrained(tiny_pretrained, pack_weights=not packs, negative_model=negative)
-    pipe.generate([0], guidance_scale=1.0)
-    before = packed(negative.transformer.network)
-    assert bool(before) == packs
-    pipe.generate([1], guidance_scale=1.0, negative_model=negative.transformer)
-    after = packed(negative.transformer.network)
-    assert all(first is second for first, second in zip(before, after, strict=True))

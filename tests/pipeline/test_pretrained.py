@@ -246,8 +246,6 @@ def test_weights_that_are_not_finite_do_not_replace_an_older_folder(saved):
     assert sorted(path.name for path in saved.iterdir()) == ["tokenizer", "transformer"]
 
 
-# decoding.json
-
 TUNED = DecodingConfig(
     5,
     {"name": "remdm", "strategy": "loop"},
@@ -293,9 +291,6 @@ def test_wrong_decoding_settings_are_refused_by_their_file(saved: Path, changes,
     assert str(saved / "decoding.json") in str(caught.value)
 
 
-# Pixels and tokens
-
-
 def test_decoded_images_are_cut_to_the_image_size_and_clipped() -> None:
     tokenizer = tiny_tokenizer()  # 14 px need a grid of 4 x 4, which covers 16 px
     tokens = torch.arange(16).remainder(8).expand(3, 16)
@@ -304,18 +299,3 @@ def test_decoded_images_are_cut_to_the_image_size_and_clipped() -> None:
     with torch.no_grad():
         exact = tokenizer.network.decode(tokens, (4, 4))[..., :14, :14].clamp(0, 1) * 255
     assert (images - exact).abs().max() <= 0.5
-
-
-def test_images_are_decoded_and_encoded_in_parts(monkeypatch):
-    tokenizer = tiny_tokenizer()
-    tokens = torch.randint(0, 8, (7, 16), generator=torch.Generator().manual_seed(0))
-    images, parts, decode = tokenizer.decode(tokens), [], tokenizer.network.decode
-    codes = tokenizer.encode(images)
-    monkeypatch.setattr("maskgit_pl.pipeline.fine_tuning._MAX_PIXELS", 3 * 16 * 16)
-    monkeypatch.setattr(tokenizer.network, "decode", lambda part, grid: parts.append(len(part)) or decode(part, grid))
-    assert (tokenizer.decode(tokens).int() - images.int()).abs().max() <= 1  # rounding to bytes
-    assert parts == [3, 3, 1]
-    assert tokenizer.decode(tokens[:, :8], grid=(2, 4)).shape == (7, 1, 8, 16)
-    assert parts[3:] == [6, 1]
-    assert torch.equal(tokenizer.encode(images), codes)
-    assert torch.equal(tokenizer.encode(images, batch_size=2), codes)

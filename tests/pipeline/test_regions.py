@@ -35,9 +35,6 @@ def pixels(channels: int, height: int, width: int, *, seed: int = 0) -> torch.Te
     return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-# From pixels to tokens
-
-
 def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
     mask = mask_of("......", ".....#", "......", "......", "..##..", ".#....")
     assert torch.equal(token_mask(mask, factor=2), mask_of("..#", "...", "##."))
@@ -62,9 +59,6 @@ def test_an_edit_skips_the_steps_that_the_released_code_skips() -> None:
     assert first_step(everything, num_steps=12) == 0
 
 
-# Boxes
-
-
 def test_right_and_bottom_of_a_box_are_exclusive() -> None:
     assert torch.equal(box_mask((1, 0, 3, 2), height=3, width=4), mask_of(".##.", ".##.", "...."))
     assert torch.equal(box_mask(np.array([1, 0, 3, 2]), height=3, width=4), box_mask((1, 0, 3, 2), height=3, width=4))
@@ -82,9 +76,6 @@ def test_right_and_bottom_of_a_box_are_exclusive() -> None:
 def test_a_box_outside_the_image_or_of_another_form_is_refused(box, message) -> None:
     with pytest.raises(ValueError, match=message):
         box_mask(box, height=3, width=4)
-
-
-# Putting the result back
 
 
 def test_a_hard_edge_mixes_no_pixel() -> None:
@@ -107,9 +98,6 @@ def test_a_soft_seam_falls_from_the_region_outwards() -> None:
     assert torch.allclose(weight, row.expand(64, -1))  # nothing is lost at the border
     # The blur of the released code:
     assert [seam_radius(size) for size in (512, 256, 28, 16, 8)] == [31, 15, 0.75, 0, 0]
-
-
-# Images and masks of a user
 
 
 def read_image(image) -> torch.Tensor:
@@ -251,9 +239,6 @@ def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, me
     mask = torch.zeros(height, width, dtype=torch.bool) if box is None else box_mask(box, height=height, width=width)
     with pytest.raises(ValueError, match=message):
         fit_to_model(pixels(3, 6, 8), mask, image_size=8, fit=fit, name="image 3")
-
-
-# A canvas and its windows
 
 
 def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:

@@ -157,9 +157,6 @@ def test_decoding_settings_are_given_as_an_object_or_a_file(tmp_path: Path) -> N
         MaskGIT.from_pretrained(folder, revison="main")
 
 
-# The model of the package
-
-
 def test_the_package_has_one_small_model() -> None:
     assert [*bundled_models()] == [NAME]
     files = {file.relative_to(bundled_models()[NAME]).as_posix(): file for file in bundled_models()[NAME].rglob("*.*")}

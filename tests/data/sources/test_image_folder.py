@@ -17,12 +17,9 @@ from maskgit_pl.data.samples import UnreadableSample
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
+from tests.data.conftest import contents
 from tests.hostile_images import save
 from tests.hostile_images import saved as many_frames
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def draw(path: Path, number: int) -> None:
