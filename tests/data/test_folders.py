@@ -1,6 +1,5 @@
 """Folders that appear when all of them is on disk, and locks against other writers."""
 
-import errno
 import os
 import shutil
 import socket
@@ -195,13 +194,3 @@ def test_the_text_of_a_lock_file_is_no_lock_and_printed_safely(tmp_path: Path) -
         (tmp_path / ".a.lock").write_text(holder_text)
         with pytest.raises(ValueError, match=r"in use by process 1 on \[31mmoon; wait"), hold_lock(path, hint=""):
             pass
-
-
-def test_a_path_that_cannot_be_locked_is_reported_and_gets_no_marker_file(tmp_path, monkeypatch, caplog) -> None:
-    def refuse(descriptor: int, how: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with hold_lock(tmp_path / "a", hint="x"), hold_lock(tmp_path / "a", hint="x"):
-        pass
-    assert "cannot be locked (Function not implemented)" in caplog.text

@@ -194,16 +194,6 @@ def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) ->
     assert index(folder, vectors=False)["train"].vectors is None
 
 
-def test_vectors_of_two_sizes_are_refused_within_and_between_shards(tmp_path: Path, tars) -> None:
-    other = npy(vector(0, "float32"))
-    folder = tar_folder(tmp_path, tars, {"train": three(k2=other), "val": three()})
-    with pytest.raises(ValueError, match=r"0002\.npy must have 5 float16 values as those before it, got 5 float32"):
-        index(folder)
-    tar_folder(tmp_path, tars, {"val": [(name, other) for name, _ in three()], "train": three()})
-    with pytest.raises(ValueError, match="vectors must have 5 float16 values, as those of the first shard, got 5 flo"):
-        index(folder, lenient=True)
-
-
 def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(shards, tmp_path / "shards")
     array = np.load(folder / "train-vectors.npy")

@@ -58,18 +58,6 @@ def test_the_file_holds_the_best_candidates_with_their_seeds(pipe, acceptance, t
     assert (plan["accept_rate"], plan["classifier"], plan["count"]) == (0.25, acceptance.digest, 6)
 
 
-def test_a_second_call_does_nothing_and_another_rate_is_refused(pipe, acceptance, tmp_path):
-    file = tmp_path / "best.npz"
-    generate_accepted(pipe, file, acceptance, **OPTIONS)
-    before = file.stat().st_mtime_ns
-    assert generate_accepted(pipe, file, acceptance, **OPTIONS).made == 0
-    assert file.stat().st_mtime_ns == before
-    with pytest.raises(ValueError, match=r"accept_rate 0.25 -> 0.5"):
-        generate_accepted(pipe, file, Acceptance(0.5, acceptance.classifier), **OPTIONS)
-    with pytest.raises(ValueError, match=r"accept_rate 0.25 -> None"):
-        generate_many(pipe, file, **OPTIONS)
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -12,8 +12,8 @@ import torch
 from PIL import Image, ImageFont
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
-from maskgit_pl.pipeline.display import ImageList, Recording, StepRecorder, describe_settings, select_steps, token_panel
-from maskgit_pl.pipeline.grids import MASKED, NEW, REMASKED, REQUESTED
+from maskgit_pl.pipeline.display import ImageList, Recording, StepRecorder, describe_settings, select_steps
+from maskgit_pl.pipeline.grids import MASKED, NEW, REMASKED
 from tests.pipeline.conftest import STEPS, random_images, step
 
 WHITE = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)  # nothing grey but masked cells
@@ -133,16 +133,6 @@ def test_a_filmstrip_shows_mask_confidence_and_tokens_masked_again() -> None:
     assert centre(1, 3) == (253, 231, 37)  # to its bright one
     assert centre(1, 6) == centre(1, 15) == (255, 255, 255)  # given tokens have no confidence
     assert [frame(token) for token in (0, 4)] == [NEW, REMASKED]
-
-
-def test_the_outline_of_an_edit_is_the_edge_of_its_pixels() -> None:
-    mask = torch.zeros(28, 28, dtype=torch.bool)
-    mask[4:10, 6:20] = True
-    done = replace(STEPS[1], was_masked=torch.zeros(2, 16, dtype=torch.bool))
-    page = (np.asarray(token_panel(done, 0, WHITE[0], 7, requested=mask)) == REQUESTED).all(-1)
-    rows, columns = page.nonzero()
-    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (4 * 6, 10 * 6 - 1, 6 * 6, 20 * 6 - 1)
-    assert not page[4 * 6 + 2 : 10 * 6 - 2, 6 * 6 + 2 : 20 * 6 - 2].any()
 
 
 def test_the_first_images_of_the_first_batch_are_recorded() -> None:
