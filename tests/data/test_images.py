@@ -72,15 +72,12 @@ BROKEN_EXIF = b"Exif\0\0MM\0*\0\0\xff\xff spoilt"
 MODES = {  # an image of one colour, the colour in RGB, and the largest difference
     "1 bit": (save(Image.new("1", (8, 8), 1), "PNG"), (255, 255, 255), 0),
     "16 bits": (save(Image.fromarray(np.full((8, 8), 0x80FF, np.uint16)), "PNG"), (0x80, 0x80, 0x80), 0),
-    "grey + alpha": (save(Image.new("LA", (8, 8), (77, 255)), "PNG"), (77, 77, 77), 0),
     "palette": (save(Image.new("RGB", (8, 8), RED).convert("P", palette=Image.Palette.ADAPTIVE), "PNG"), RED, 0),
     "palette + alpha": (save(Image.new("P", (8, 8), 0), "PNG", transparency=0), (255, 255, 255), 0),
     "transparent grey": (save(Image.new("L", (8, 8), 77), "PNG", transparency=77), (255, 255, 255), 0),
-    "transparent RGB": (save(Image.new("RGB", (8, 8), RED), "PNG", transparency=RED), (255, 255, 255), 0),
     "transparent colour of 16 bits": (DEEP, (0, 0, 0), 0),
     "broken EXIF": (save(Image.new("RGB", (8, 8), RED), "JPEG", exif=BROKEN_EXIF, quality=100), RED, 1),
     "transparent WebP": (save(Image.new("RGBA", (8, 8), (*RED, 0)), "WEBP", lossless=True), (255, 255, 255), 0),
-    "grey JPEG": (save(Image.new("L", (8, 8), 77), "JPEG"), (77, 77, 77), 1),
     "RGB JPEG": (save(Image.new("RGB", (8, 8), RED), "JPEG", keep_rgb=True, quality=100), RED, 1),
     "CMYK JPEG": (save(Image.new("RGB", (8, 8), RED).convert("CMYK"), "JPEG", quality=100), RED, 6),
 }

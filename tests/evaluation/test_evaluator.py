@@ -157,19 +157,19 @@ def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
 
 def test_values_are_those_of_the_images_that_the_seeds_give(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-    made = evaluator.generate(model, DECODING, num_images=12, seed=3, title="")
-    assert made.steps_taken == 2
-    assert made.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    images = model.pipe.generate(made.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
-    assert (made.read(range(12)).int() - images.int()).abs().max() <= 1
-    images = made.read(range(12))
+    generated = evaluator.generate(model, DECODING, num_images=12, seed=3, title="")
+    assert generated.steps_taken == 2
+    assert generated.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    images = model.pipe.generate(generated.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
+    assert (generated.read(range(12)).int() - images.int()).abs().max() <= 1
+    images = generated.read(range(12))
     numbers = collect_numbers(evaluator.measure_samples(model, DECODING, num_images=12, seed=3, purpose="a test"))
     network = evaluator.networks["classifier"]
     features = extract([network.extractor], [(images, torch.arange(12))])["classifier"]
     expected = distances(features, network.reference)
     for name in ("fid", "kid", "precision", "recall", "density", "coverage"):
         assert numbers[f"{name}/classifier"] == expected[name]
-    agree = features.logits.argmax(1) == made.labels
+    agree = features.logits.argmax(1) == generated.labels
     assert numbers["class_agreement"] == float(agree.double().mean())
     assert numbers["diversity"] > 0
 

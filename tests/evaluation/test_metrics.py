@@ -95,8 +95,8 @@ def test_a_metric_of_a_plug_in_that_fails_is_left_out_alone(value: object, caplo
     ((1.0, 0.5), {"mine": 1.0, "mine_deviation": 0.5}),
 ])  # fmt: skip
 def test_a_metric_has_a_value_and_perhaps_a_deviation(value: object, columns: dict) -> None:
-    made = type("Mine", (FeatureMetric,), {"title": "mine", "compute": lambda self, images: value})()
-    assert compute_metrics({"mine": made}, compared()) == columns
+    metric = type("Mine", (FeatureMetric,), {"title": "mine", "compute": lambda self, images: value})()
+    assert compute_metrics({"mine": metric}, compared()) == columns
 
 
 @pytest.fixture

@@ -29,10 +29,10 @@ def cells(text: str, start: str) -> list[str]:
 
 
 def test_the_seeds_of_a_schedule_share_a_line_with_mean_and_range() -> None:
-    made = page(("cosine", 2.0, 8), ("cosine", 3.0, 12), ("linear", 5.0, 8), ("linear", 5.5, 8))
-    assert cells(made.markdown, "| `cosine`")[2:4] == ["8, 12", "2.50 (2.00 to 3.00)"]
-    assert "models of its own from 2 seeds" in " ".join(made.markdown.split())
-    read = list(csv.DictReader(io.StringIO(made.csv)))
+    table = page(("cosine", 2.0, 8), ("cosine", 3.0, 12), ("linear", 5.0, 8), ("linear", 5.5, 8))
+    assert cells(table.markdown, "| `cosine`")[2:4] == ["8, 12", "2.50 (2.00 to 3.00)"]
+    assert "models of its own from 2 seeds" in " ".join(table.markdown.split())
+    read = list(csv.DictReader(io.StringIO(table.csv)))
     assert [(each["run"], each["best_steps"]) for each in read][:2] == [("cosine-0", "8"), ("cosine-1", "12")]
     assert read[0]["fid/classifier at T = 4"] == "3.0"
 

@@ -25,12 +25,10 @@ from tests.importers.transformer_references import (
 SMALL = {"codes": 24, "classes": 5, "side": 4, "size": 32, "blocks": 2, "heads": 4}
 CASES = [
     (Halton, {"registers": 0}),
-    (Halton, {"registers": 3, "blocks": 1}),
     (Halton, {"size": 40, "heads": 6, "side": 3}),  # heads that do not divide D
     (Halton, {"classes": 1, "size": 64}),
     (MaskGIL, {"blocks": 1}),
     (MaskGIL, {"size": 96, "heads": 6}),
-    (MaskGIL, {"classes": 1}),
 ]
 
 

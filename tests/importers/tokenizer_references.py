@@ -235,9 +235,8 @@ class Half(nn.Module):
         super().__init__()
         self.encoder, self.old, last = encoder, old, len(widths) - 1
         self.conv_in = MaskBitConv(3, widths[0], 3, bias=False) if encoder else MaskBitConv(dim, widths[-1], 3)
-        levels, norms, width = [], [], widths[0] if encoder else widths[-1]
+        levels, width = [], widths[0] if encoder else widths[-1]
         for number in range(last + 1) if encoder else range(last, -1, -1):
-            norms.append(CodeNorm(dim, width))
             resampling = {"down_conv": DOWN[down]} if encoder else {"upsample_conv": up}
             has_more = number < last if encoder else number > 0
             levels.append(Level(width, widths[number], blocks, block, **(resampling if has_more else {})))
@@ -245,7 +244,7 @@ class Half(nn.Module):
         self.mid = Level(widths[-1], widths[-1], blocks, block)
         setattr(self, "down" if encoder else "up", nn.ModuleList(levels[::-1] if old else levels))
         if not encoder and up is PaddedUpsample:
-            self.adaptive = nn.ModuleList(norms[::-1])
+            self.adaptive = nn.ModuleList([CodeNorm(dim, width) for width in (*widths[1:], widths[-1])])
         self.norm_out = norm(width)
         self.conv_out = MaskBitConv(width, dim if encoder else 3, 1 if encoder else 3)
 

@@ -14,7 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from maskgit_pl.networks.feature_networks import weights_digest
+from maskgit_pl.networks.feature_networks import FeatureNetwork, weights_digest
 from maskgit_pl.networks.features import (
     ClassifierSpec,
     FeatureDistance,
@@ -81,6 +81,33 @@ def test_lite0_has_its_published_weights():
     assert output.logits.shape == (2, 1000)
     running = network.model.state_dict()["bn1.running_var"]
     assert not torch.allclose(running, torch.ones_like(running))  # trained, not initial
+
+
+class Maps(nn.Module):
+    """A network of timm's kind with a given last map."""
+
+    def __init__(self, last, output_fmt):
+        super().__init__()
+        self.last, self.output_fmt = last, output_fmt
+
+    def forward_features(self, x):
+        return self.last
+
+    def forward_head(self, x, pre_logits):
+        return x.flatten(1)[:, :5]
+
+    def get_classifier(self):
+        return nn.Identity()
+
+
+@pytest.mark.parametrize("output_fmt", ["NCHW", "NHWC"])
+def test_spatial_features_are_the_first_channels_of_each_place(output_fmt):
+    last = torch.arange(2 * 300 * 4 * 3.0).reshape(2, 300, 4, 3)
+    places = last.permute(0, 2, 3, 1)
+    model = Maps(last if output_fmt == "NCHW" else places, output_fmt)
+    network = FeatureNetwork(model, size=8, mean=(0,) * 3, std=(1,) * 3)
+    spatial = network(torch.rand(2, 3, 8, 8)).spatial
+    assert torch.equal(spatial, places[..., :168].flatten(1))  # 169 channels would give 2028 numbers
 
 
 def test_a_digest_depends_on_weights_and_size_only(weights, tmp_path):

@@ -82,7 +82,6 @@ def test_a_changed_weight_is_packed_again(dtype):
     module(x)
     changes = (
         lambda: module.weight.mul_(2),
-        lambda: module.load_state_dict(layer(dtype).state_dict()),
         lambda: setattr(module.weight, "data", torch.ones(80, 48).to(dtype)),
     )
     for change in changes:

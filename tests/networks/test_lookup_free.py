@@ -37,10 +37,10 @@ def test_fsq_follows_the_papers_bound_and_numbering(levels):
         rows_of(inputs), rows_of(output.quantized), output.tokens.flatten().tolist(), strict=True
     ):
         expected, basis = 0, 1
-        for value, level, made in zip(row.tolist(), levels, code.tolist(), strict=True):
+        for value, level, coordinate in zip(row.tolist(), levels, code.tolist(), strict=True):
             half, offset = (level - 1) * 0.999 / 2, 0.0 if level % 2 else 0.5
             rounded = round(math.tanh(value + math.tan(offset / half)) * half - offset)
-            assert made == pytest.approx(rounded / (level // 2))
+            assert coordinate == pytest.approx(rounded / (level // 2))
             expected, basis = expected + (rounded + level // 2) * basis, basis * level
         assert token == expected
 

@@ -31,17 +31,17 @@ def test_a_notebook_shows_images_as_a_sheet_of_their_pixels(demo):
 
 
 def test_a_recording_has_the_steps_and_the_images_of_generate(demo, tmp_path):
-    made = demo.record(["Bag", None], num_steps=4, seed=3)
+    record = demo.record(["Bag", None], num_steps=4, seed=3)
     expected = demo.generate(["Bag", None], num_steps=4, seed=3)
-    assert [image.tobytes() for image in made.images] == [image.tobytes() for image in expected]
-    bundle = made._repr_mimebundle_()
+    assert [image.tobytes() for image in record.images] == [image.tobytes() for image in expected]
+    bundle = record._repr_mimebundle_()
     assert Image.open(BytesIO(b64decode(bundle["image/gif"]))).n_frames == 4
     with pytest.raises(ValueError, match=r"path must end with \.gif .* or \.png .*, got 'x\.jpg'"):
-        made.save("x.jpg")
+        record.save("x.jpg")
     for number in (-1, 4, 0.0):
         with pytest.raises(ValueError, match=r"number must be an integer in \[0, 4\), got"):
-            made.images_at(number)
-    empty = replace(made, steps=[])
+            record.images_at(number)
+    empty = replace(record, steps=[])
     for use in (lambda: empty.images, lambda: empty.save(tmp_path / "x.gif"), empty._repr_mimebundle_):
         with pytest.raises(ValueError, match="a recording must have at least one decoding step, got none"):
             use()
@@ -59,15 +59,15 @@ def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:
 
 def test_animation_and_filmstrip_decode_each_step_once(tmp_path):
     decoded: list[int] = []
-    made = recording(STEPS, decoded)
-    made.save(tmp_path / "new" / "decoding.gif")
-    made.save(tmp_path / "strip.png")
+    record = recording(STEPS, decoded)
+    record.save(tmp_path / "new" / "decoding.gif")
+    record.save(tmp_path / "strip.png")
     assert decoded == [2, 2]
     with Image.open(tmp_path / "new" / "decoding.gif") as animation:
         assert (animation.n_frames, animation.info["duration"]) == (2, 600)
     with Image.open(tmp_path / "strip.png") as page:
         assert page.width > 2 * 168
-    assert made.title == "Bag, seed 3: 2 steps, token selector confidence"
+    assert record.title == "Bag, seed 3: 2 steps, token selector confidence"
 
 
 def test_a_filmstrip_of_many_steps_decodes_and_shows_twelve(tmp_path):

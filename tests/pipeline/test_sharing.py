@@ -51,7 +51,6 @@ def test_a_missing_folder_is_refused_in_one_line(path: str, empty: Path) -> None
         ("runs/one-cosin", "runs/one-cosine"),
         ("run/one-cosine", None),
         ("runs/one-cosine/pretraned", "runs/one-cosine/pretrained"),
-        ("runs/xyz", None),
     ],
 )
 def test_a_mistyped_folder_is_answered_with_the_nearest(missing: str, nearest: str | None, empty: Path) -> None:
