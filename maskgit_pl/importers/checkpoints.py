@@ -115,7 +115,9 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         raise ValueError(f"checkpoint {file} is damaged, or holds a Python object; {way_out}") from error
     except Exception as error:  # the loaders raise many types, depending on where a file is damaged
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(f"checkpoint {file}: cannot be read ({text}); download it again, or save it with torch.save") from error
+        raise ValueError(
+            f"checkpoint {file}: cannot be read ({text}); download it again, or save it with torch.save"
+        ) from error
     if objects:
         text = f"must hold tensors only, got also {printable(objects[0])}, a Python object"
         raise ValueError(f"checkpoint {file} {text}; {way_out}")

@@ -82,7 +82,6 @@ def test_three_graphs_and_a_description_are_written(exported: Path, tiny_pretrai
     assert content["class_names"] == list(pipe.class_names)
     assert (content["mask_token_id"], content["null_label"]) == (config.mask_token_id, config.null_label)
     assert (content["num_tokens"], content["grid"], content["image_size"]) == (16, [4, 4], [8, 8])
-    assert content["decoding"]["num_steps"] == 4
     assert content["mask_schedule"] == {"name": "pow", "exponent": 2.0}
     # gamma = 1 - (t / 4)^2 of 16 tokens
     assert content["steps"]["num_masked"] == [16, 15, 12, 7, 0]
@@ -124,18 +123,6 @@ def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, expo
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-def test_an_earlier_export_at_a_link_is_replaced_and_the_link_stays(tiny_pretrained, tmp_path, capsys):
-    (tmp_path / "link").symlink_to("disk")
-    words = ["export", str(tiny_pretrained), "--format=pt2", f"--out={tmp_path / 'link'}"]
-    for more in ([], ["--replace"]):
-        assert main([*words, *more]) == 0
-        assert {each.name for each in tmp_path.iterdir()} == {"link", "disk"}
-        assert (tmp_path / "link").is_symlink()
-    (tmp_path / "disk" / "notes.txt").write_text("years of work")
-    assert main([*words, "--replace"]) == 2
-    assert "got also notes.txt; move them" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("damage", "text"),
     [
@@ -163,7 +150,6 @@ def test_a_file_that_computes_something_else_leaves_nothing(tiny_pretrained, tmp
     [
         (None, ["--format=onnx"], "--out must name the folder to write with --format onnx"),
         (None, ["--format=pt2", "--out=x", "--step=3"], "--step must be left out with --format pt2"),
-        (None, ["--format=pt2", "--out=x", "--stage=tokenizer"], "--stage must be left out with --format pt2"),
         ("nowhere", ["--format=pt2", "--out=x"], "nowhere: no such folder"),
         (None, ["--format=onnx", "--out=x"], "is missing; install them with `pip install 'maskgit_pl[export]'`"),
     ],

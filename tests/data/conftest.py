@@ -40,6 +40,11 @@ class Tars:
         ]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Returns the files of a folder by name."""
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
+
+
 def write_idx(path: Path, values: np.ndarray) -> None:
     header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
     data = header + values.tobytes()

@@ -1,6 +1,5 @@
 """Folders that appear when all of them is on disk, and locks against other writers."""
 
-import errno
 import os
 import shutil
 import socket
@@ -60,24 +59,6 @@ def test_an_unfinished_folder_leaves_the_older_one_and_nothing_else(tmp_path: Pa
     assert list(tmp_path.iterdir()) == [folder]
 
 
-def test_a_swap_that_fails_leaves_the_older_folder(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
-    rename, folder = Path.rename, tmp_path / "folder"
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "old")
-
-    def fail_on_the_fresh(self: Path, target: Path) -> Path:
-        if "partial" in self.name:
-            raise OSError("gone")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "rename", fail_on_the_fresh)
-    with pytest.raises(OSError, match="gone"), write_folder(folder) as fresh:
-        write_text(fresh / "file", "new")
-    assert (folder / "file").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
 @pytest.mark.parametrize("is_in_place", [False, True])
 def test_the_older_folder_of_a_killed_swap_is_put_back(tmp_path: Path, is_in_place: bool) -> None:
     folder, old, other = tmp_path / "[a]", tmp_path / ".[a].old-17", tmp_path / ".[a].old-17.zip"
@@ -122,7 +103,6 @@ def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path, swa
     replace_folder(fresh, link)
     assert link.is_symlink()
     assert sorted(path.name for path in folder.iterdir()) == ["file", "more"]
-    assert {path.name for path in tmp_path.rglob("*")} == {"disk", "folder", "link", "file", "more"}
 
 
 def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(tmp_path: Path, monkeypatch) -> None:
@@ -214,13 +194,3 @@ def test_the_text_of_a_lock_file_is_no_lock_and_printed_safely(tmp_path: Path) -
         (tmp_path / ".a.lock").write_text(holder_text)
         with pytest.raises(ValueError, match=r"in use by process 1 on \[31mmoon; wait"), hold_lock(path, hint=""):
             pass
-
-
-def test_a_path_that_cannot_be_locked_is_reported_and_gets_no_marker_file(tmp_path, monkeypatch, caplog) -> None:
-    def refuse(descriptor: int, how: int) -> None:
-        raise OSError(errno.ENOSYS, "Function not implemented")
-
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with hold_lock(tmp_path / "a", hint="x"), hold_lock(tmp_path / "a", hint="x"):
-        pass
-    assert "cannot be locked (Function not implemented)" in caplog.text

@@ -9,13 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data.images import (
-    UnreadableImageError,
-    check_complete,
-    decode_image,
-    encode_png,
-    parse_image_header,
-)
+from maskgit_pl.data.images import UnreadableImageError, check_complete, decode_image, encode_png, parse_image_header
 from tests.hostile_images import PNG, chunk, save, saved, zeros
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)
@@ -28,13 +22,11 @@ FILES = {
     **{f"PNG {mode}": save(PICTURE.convert(mode), "PNG") for mode in ("1", "L", "LA", "P", "RGB", "RGBA")},
     "PNG I;16": save(Image.fromarray(NOISE[..., 0].astype(np.uint16) * 251), "PNG"),
     "PNG EXIF": save(PICTURE, "PNG", exif=ROTATED),
-    "PNG animated": save(PICTURE, "PNG", save_all=True, append_images=[PICTURE.rotate(90)]),
     "JPEG": save(PICTURE, "JPEG"),
     "JPEG progressive": save(PICTURE, "JPEG", progressive=True),
     "JPEG CMYK": save(PICTURE.convert("CMYK"), "JPEG"),
     "JPEG EXIF": save(PICTURE, "JPEG", exif=ROTATED),
     "WEBP": save(PICTURE, "WEBP"),
-    "WEBP lossless": save(PICTURE.convert("RGBA"), "WEBP", lossless=True),
     "WEBP animated": save(PICTURE, "WEBP", save_all=True, append_images=[PICTURE.rotate(90)]),
 }
 STILL_PNG = [name for name in FILES if name.startswith("PNG") and "animated" not in name]
@@ -108,7 +100,6 @@ EXTRA = {
     "profile": chunk(b"iCCP", b"nonsense"),
     "EXIF": chunk(b"eXIf", b"nonsense"),
     "checksum of a text": chunk(b"tEXt", b"Comment\0x")[:-1] + b"?",
-    "checksum of EXIF": chunk(b"eXIf", ROTATED.tobytes()[6:])[:-1] + b"?",
     "no frames": chunk(b"acTL", struct.pack(">II", 0, 0)),
     "second header": chunk(b"IHDR", struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)),
 }

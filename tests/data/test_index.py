@@ -49,9 +49,7 @@ def test_img2dataset_with_labels_in_json(tars, tmp_path):
     assert [len(shards[split]) for split in ("train", "val")] == [1, 2]
     manifests = index_shards(folder, shards, labels="json:label", classes=["odd", "even"])
     assert ShardReader(manifests["train"]).labels(np.arange(4)).tolist() == [0, 1, 0, 1]
-    with pytest.raises(
-        ValueError, match=r"label .*'caption' must be a class number or one of the class names, got 'a caption'"
-    ):
+    with pytest.raises(ValueError, match=r"'caption' must be a class number or .*, got 'a caption'"):
         index_shards(folder, shards, labels="json:caption")
     named = index_shards(folder, shards, labels="json:caption", classes=["other", "a caption"])
     assert ShardReader(named["train"]).labels(np.arange(4)).tolist() == [1, 1, 1, 1]
@@ -110,13 +108,7 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
 
 @pytest.mark.parametrize(
     "pattern",
-    [
-        "{0..1099511627776}.tar",
-        "{a,b}" * 60,
-        "{{a,b},c}.tar",
-        "{0..999999}" + "x" * 4000,
-        "{" * 2000 + "}" * 2000,
-    ],
+    ["{0..1099511627776}.tar", "{a,b}" * 60, "{{a,b},c}.tar", "{0..999999}" + "x" * 4000, "{" * 2000 + "}" * 2000],
     ids=lambda pattern: pattern[:20],
 )
 def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):

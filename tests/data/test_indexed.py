@@ -66,7 +66,6 @@ def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop
         (module.val_dataloader(), shards.val_dataloader()),
     ):
         assert all(same(left, right) for left, right in zip(ours, theirs, strict=True))
-    assert module.steps_per_epoch == 3
 
 
 @pytest.mark.parametrize("kind", ["plane", "array", "array of channels", "picture"])
@@ -151,14 +150,8 @@ PAIRS = TensorDataset(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8,
         (lambda: data(accumulation=3).train_dataloader(), "multiple of 1 ranks x 3 micro-batches, got 8"),
         (lambda: IndexedDataset(Images(), image_size=0), "image_size must be an integer"),
         (lambda: IndexedDataset(Images(), image_size=4, in_channels=5), "in_channels must be one of 1 .*, got 5"),
-        (
-            lambda: IndexedDataModule(PAIRS),
-            r"train must be an IndexedDataset, got a TensorDataset; give IndexedDataset\(",
-        ),
-        (
-            lambda: IndexedDataModule(IndexedDataset(PAIRS, 4), PAIRS),
-            "validation must be an IndexedDataset, got a Tens",
-        ),
+        (lambda: IndexedDataModule(PAIRS), r"train must .* got a TensorDataset; give IndexedDataset\("),
+        (lambda: IndexedDataModule(IndexedDataset(PAIRS, 4), PAIRS), "validation must .* got a Tens"),
         (lambda: IndexedDataset([], image_size=4), "number of samples must be an integer in .* got 0"),
     ],
 )
@@ -187,19 +180,12 @@ GREY = wide_image(0)
     ("item", "message"),
     [
         (GREY, r"must be \(image, label\) or \(image, label, vector\), got a Tensor"),
-        ((GREY, 0, torch.zeros(2), 0), "got a tuple of 4"),
         ((GREY, "cat"), "label must be an integer, the number of its class from 0, got 'cat'"),
-        ((GREY, 1.7), "label must be an integer"),
-        ((GREY, -1), "label must be >= 0"),
         ((GREY, 0, torch.zeros(2, 2)), r"shape \(C,\) and finite values, got the shape \(2, 2\)"),
         ((GREY, 0, torch.tensor([1.0, torch.nan])), "got non-finite values"),
         ((np.zeros((3, 8, 9), np.uint8), 0), r"NumPy array must be uint8 of the shape \(H, W\) or \(H, W, C\)"),
         ((torch.zeros(8, 9, 3, dtype=torch.uint8), 0), r"tensor must be uint8 of the shape \(H, W\) or \(C, H, W\)"),
-        ((torch.zeros(5, 8, 9, dtype=torch.uint8), 0), "with 1 to 4 channels"),
-        (
-            (torch.rand(1, 8, 9), 0),
-            r"got torch.float32 \(1, 8, 9\); convert floats in \[0, 1\] by \(255 \* x\)\.round\(\)\.byte\(\)",
-        ),
+        ((torch.rand(1, 8, 9), 0), r"convert floats in \[0, 1\] by \(255 \* x\)\.round\(\)\.byte\(\)"),
         ((Image.new("F", (9, 8)), 0), "must have integer pixels, got floats"),
         (("a.png", 0), "must be a PIL image"),
     ],

@@ -72,9 +72,7 @@ def shard_named(name: str):
 
 HOSTILE = {  # part of the message -> change of the manifest, or the bytes of the file
     "must have format 1": lambda content: content | {"format": 2},
-    "classes": lambda content: content | {"classes": "abcde"},
     "names in UTF-8, got 'a.ud800'": lambda content: content | {"classes": ["a\ud800"]},
-    "left_out": lambda content: content | {"left_out": [1]},
     "shards": lambda content: content | {"shards": [content["shards"][0] | {"samples": "6"}]},
     "shards ": lambda content: content | {"shards": [content["shards"][0] | {"more": 1}]},
     "images.height": lambda content: content | {"images": content["images"] | {"height": [8]}},
@@ -85,7 +83,6 @@ HOSTILE = {  # part of the message -> change of the manifest, or the bytes of th
     "a path inside the data folder, got 'a.x1b": shard_named("a\x1b.tar"),
     "": b"",
     " ": b"[1]",
-    "  ": b"\xff",
     "levels deep": b'{"format":' + b"[" * 10**5,
     "twice": b'{"format": 1, "format": 1}',
 }
@@ -126,9 +123,7 @@ def test_a_label_that_is_no_class_is_refused_by_name_before_training(tmp_path, s
     samples = [(b"", 0), (b"", 1), (b"", 2)]
     splits = {"train": samples, "val": samples}
     folder = save_data(tmp_path, {**splits, split: [*samples, (b"", label)]})
-    with pytest.raises(
-        ValueError, match=rf"labels must be in \[0, 3\), got {label} in {split}-000000.tar:00000003.jpg, the first of 1"
-    ):
+    with pytest.raises(ValueError, match=rf"in \[0, 3\), got {label} in {split}-000000.tar:00000003.jpg"):
         ShardData(ShardDataConfig(str(folder), global_batch=2)).setup()
 
 
@@ -146,28 +141,6 @@ def test_a_shard_that_is_changed_while_it_is_read_is_named(tmp_path, change):
         with pytest.raises(DataChangedError, match=r"train-000000\.tar changed while .*maskgit data verify"):
             reader.read(3)
     assert reader.read(11) == b"image"
-
-
-def test_a_reader_closes_its_files_silently_also_at_the_exit_of_python(tmp_path, monkeypatch):
-    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)]}), "train"))
-    reader.read(0)
-    (descriptor,) = reader._files.values()
-    monkeypatch.setattr("maskgit_pl.data.manifest.os", None)  # as it may be at the exit
-    reader.__del__()
-    reader._files.clear()
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(descriptor)
-    ShardReader.__new__(ShardReader).__del__()  # not initialized
-
-
-def test_an_open_shard_may_be_moved_and_is_named_if_it_is_cut(tmp_path):
-    reader = ShardReader(load_manifest(save_data(tmp_path, {"train": [(b"image", 0)] * 2}), "train"))
-    reader.read(0)
-    (tmp_path / "train-000000.tar").rename(tmp_path / "moved.tar")
-    assert reader.read(1) == b"image"
-    os.truncate(tmp_path / "moved.tar", 700)
-    with pytest.raises(DataChangedError, match=r"train-000000\.tar changed .*5 bytes expected at byte 2\d+, got 0"):
-        reader.read(1)
 
 
 def test_an_index_that_is_cut_while_it_is_read_is_changed_data(tmp_path):

@@ -25,9 +25,7 @@ def test_images_have_any_extension_in_any_case(tars, tmp_path, extension):
 
 FAULTS = {  # the members of bad samples, None for an image, and the fault with the first of them
     "no label": ([("x.png", None)], "1 without a label (x.tar:x.png)"),
-    "no image": ([("x.cls", b"0")], "1 without an image (x.tar:x.cls)"),
     "two images": ([("x.png", None), ("x.jpg", None), ("x.cls", b"0")], "1 with two images (x.tar:x.jpg)"),
-    "two labels": ([("x.png", None), ("x.cls", b"0"), ("x.cls", b"1")], "1 with two labels (x.tar:x.cls)"),
     "repeated key": (
         [("x.png", None), ("x.cls", b"0"), ("y.png", None), ("y.cls", b"2"), ("x.png", None), ("x.cls", b"2")],
         "1 of a key that comes twice (x.tar:x.png)",
@@ -36,11 +34,7 @@ FAULTS = {  # the members of bad samples, None for an image, and the fault with 
         [("x.png", None), ("y.png", None), ("x.cls", b"0"), ("y.cls", b"0")],
         "2 whose members do not lie side by side (x.tar:x.png)",
     ),
-    "empty image": (
-        [("x.png", b""), ("x.cls", b"0")],
-        "1 with an image that cannot be read (x.tar:x.png: size",
-    ),
-    "label 1_000": ([("x.png", None), ("x.cls", b"1_000")], "1 with a label that is no class (label x.tar:x.cls"),
+    "empty image": ([("x.png", b""), ("x.cls", b"0")], "1 with an image that cannot be read (x.tar:x.png: size"),
     "label too high": ([("x.png", None), ("x.cls", b"999999")], "1 with a label that is no class (label x.tar:x.cls"),
     "path out": ([("../x.png", None), ("../x.cls", b"0")], "1 with an unsafe member name (x.tar:../x.png)"),
     "control character": ([("x\x1b[2J.png", None)], r"1 with an unsafe member name (x.tar:x\x1b[2J.png)"),

@@ -157,7 +157,6 @@ def test_a_missing_shard_or_server_is_named(web, tmp_path):
             (nobody, "URLError: .*refused"),
             (f"{tmp_path}/no.tar", "No such file"),
             (f"{tmp_path}/fifo.tar", "must be a regular file"),
-            ("http://[::1/x.tar", "Invalid IPv6"),
             ("http://127.0.0.1/\u00e9.tar", "UnicodeEncodeError"),
         ):
             with pytest.raises(StreamError, match=rf"stream {re.escape(url)}: cannot be read: .*{text}"):
@@ -191,8 +190,6 @@ def test_a_server_that_falls_silent_or_hangs_up_ends_the_run(folder, monkeypatch
     [
         ("pipe:cat train.tar", "'pipe:cat train.tar'"),
         (["good.tar", "s3://bucket/x.tar"], "https:// or http://, got 's3://bucket/x.tar'"),
-        ("file:///x.tar", "file:"),
-        ("", "got ''"),
         ("x-{0..1.tar", "braces must close"),
         ("{0..999999}{a,b}", "a pattern must name at most 1000000 shards"),
     ],

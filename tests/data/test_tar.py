@@ -61,9 +61,7 @@ def test_extended_headers_are_bounded_and_checked(tmp_path):
         path.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
         with open(path, "r+b") as file:
             file.truncate(2**30 + 4096)
-        with pytest.raises(
-            DamagedTarError, match="extended header at byte 0 must have at most 1048576 bytes, got 10737"
-        ):
+        with pytest.raises(DamagedTarError, match=r"extended header at byte 0 .* 1048576 bytes, got 10737"):
             members(path)
     member.type, member.size = b"x", 8
     path.write_bytes(member.tobuf(tarfile.GNU_FORMAT) + b"99 a=b\n\0".ljust(512, b"\0") + bytes(1024))

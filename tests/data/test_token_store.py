@@ -10,6 +10,7 @@ import pytest
 from maskgit_pl.data.token_store import StoreDescription, is_complete, open_store
 from maskgit_pl.data.tokenizing import StoreParts
 from maskgit_pl.errors import DataChangedError
+from tests.data.conftest import contents
 
 DESCRIPTION = StoreDescription((2, 3), 256, 28, "tokenizer", "data", ("a", "b"), {"train": 10, "val": 3})
 LABELS = np.arange(10) % 2
@@ -30,10 +31,6 @@ def make(folder: Path, description=DESCRIPTION, *, part_size: int = 4, share=sli
     return parts.finish()
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
 def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     assert [make(tmp_path, VIEWS, share=slice(rank, None, 3)) for rank in (2, 0, 1)] == [False, False, True]
     arrays = [f"{split}-{name}.npy" for split in ("train", "val") for name in ("labels", "tokens")]
@@ -52,9 +49,7 @@ def test_all_that_differs_from_the_wanted_origin_is_named_at_once(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"not finished.*maskgit tokenize"):
         open_store(tmp_path, data="data")
     make(tmp_path)
-    with pytest.raises(
-        ValueError, match=r"data must be new, got data; its tokenizer must be me, got tokenizer; regene"
-    ):
+    with pytest.raises(ValueError, match=r"data must be new, got data; its tokenizer must be me, got tok"):
         open_store(tmp_path, data="new", tokenizer="me")
 
 
@@ -88,27 +83,11 @@ def test_a_kill_at_any_moment_costs_a_part_and_changes_no_byte(tmp_path, monkeyp
             with pytest.raises(FileNotFoundError, match="not finished"):
                 open_store(folder, data="data")
         assert make(folder, VIEWS, part_size=10)
-        assert content(folder) == content(tmp_path / "whole")
+        assert contents(folder) == contents(tmp_path / "whole")
         if next(calls) <= moment:
             break
     assert moment < 99
     assert kills >= (1 if point == "unlink" else 8)
-
-
-def test_a_process_that_joins_at_the_same_time_finds_the_store_finished(tmp_path, monkeypatch):
-    late = StoreParts(tmp_path, DESCRIPTION, part_size=4)
-    for part in late.parts():
-        late.write(part, rows(part, 1), LABELS[part.start : part.stop])
-    join = StoreParts._join
-
-    def overtaken(self, split):
-        if self is late:
-            assert StoreParts(tmp_path, DESCRIPTION, part_size=4).finish()
-        join(self, split)
-
-    monkeypatch.setattr(StoreParts, "_join", overtaken)
-    assert late.finish()
-    assert open_store(tmp_path, data="data")["train"].read(np.array([3]))[0].tolist() == [[30] * 6]
 
 
 def test_parts_of_another_tokenizer_are_not_used(tmp_path):
@@ -155,17 +134,12 @@ FIELDS = {  # word in the message -> changed field; None removes it
     "format": {"format": [[]]},
     "grid ": {"grid": [2, 3, 4]},
     "codebook_size": {"num_codes": 10**30},
-    "codebook_size ": {"num_codes": True},
     "image_size": {"image_size": -1},
     "samples": {"samples": {"train": 10**15, "val": 3}},
     "samples ": {"samples": {"../x": 10}},
-    "samples  ": {"samples": {}},
     "classes": {"classes": {"a": 1}},
-    "precision": {"precision": "int4"},
     "data": {"data": None},
-    "num_codes": {"num_codes": None},
     "sha256": {"sha256": {}},
-    "sha256 ": {"sha256": {"train-tokens": "0"}},
     "replaced": {"replaced": {"train": [[0, 10]]}},
     "extra": {"extra": 1},
 }
@@ -190,9 +164,7 @@ def test_a_hostile_description_is_refused_in_one_line_with_file_and_key(tmp_path
 SPOILS = {
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "gone": os.unlink,
-    "longer": lambda path: np.save(path, np.zeros((4, 6), np.uint16)),
     "pickled": lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
-    "garbage": lambda path: path.write_bytes(b"\0" * 200),
     "a changed token": lambda path: overwrite(path, 0, 71),
     "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
 }

@@ -6,13 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from maskgit_pl.data import (
-    InOrder,
-    ShuffledStream,
-    TokenizingConfig,
-    describe_store,
-    tokenize,
-)
+from maskgit_pl.data import InOrder, ShuffledStream, TokenizingConfig, describe_store, tokenize
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.loader import TokenBatches
 from maskgit_pl.data.token_store import open_store

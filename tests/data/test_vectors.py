@@ -89,16 +89,11 @@ HOSTILE = {
     "empty": (b"", r"must be a \.npy file"),
     "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values, got nan at place 1"),
     "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
-    "big-endian": (npy(np.zeros(3, ">f4")), "must hold little-endian float16 or float32 values, got >f4"),
     "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must have 1 dimension, got shape \(1, 3\)"),
-    "no values": (npy(np.zeros(0, np.float32)), "must have 1 to 65536 values, got 0"),
     "too many values": (npy(np.zeros(2**16 + 1, np.float16)), "must have 1 to 65536 values, got 65537"),
     "True values": (header("(True,)"), "must have 1 to 65536 values, got True"),
-    "-1 values": (header("(-1,)"), "must have 1 to 65536 values, got -1"),
     "1e3000 values": (header(f"(1{'0' * 3000},)"), r"must have 1 to 65536 values, got 10{79}\.\.\.$"),
-    "1.0 values": (header("(1.0,)"), r"must be a \.npy file, got shape is not valid"),
     "truncated": (npy(vector(0))[:-1], "must hold 5 float16 values, 10 bytes, got 9 bytes"),
-    "longer": (npy(vector(0)) + b"x", "must hold 5 float16 values, 10 bytes, got 11 bytes"),
 }
 
 
@@ -197,16 +192,6 @@ def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) ->
     assert kept["val"].left_out == {"without a vector": 1}
     assert verify_shards(folder).bad == ()
     assert index(folder, vectors=False)["train"].vectors is None
-
-
-def test_vectors_of_two_sizes_are_refused_within_and_between_shards(tmp_path: Path, tars) -> None:
-    other = npy(vector(0, "float32"))
-    folder = tar_folder(tmp_path, tars, {"train": three(k2=other), "val": three()})
-    with pytest.raises(ValueError, match=r"0002\.npy must have 5 float16 values as those before it, got 5 float32"):
-        index(folder)
-    tar_folder(tmp_path, tars, {"val": [(name, other) for name, _ in three()], "train": three()})
-    with pytest.raises(ValueError, match="vectors must have 5 float16 values, as those of the first shard, got 5 flo"):
-        index(folder, lenient=True)
 
 
 def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:

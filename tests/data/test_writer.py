@@ -13,6 +13,7 @@ from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.public import IdxFiles
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
+from tests.data.conftest import contents
 from tests.data_folders import spy_on_disk
 
 
@@ -26,10 +27,6 @@ def tree(tmp_path):
             path = folder / kind / ("more" if number == 0 else ".") / f"{number}.{suffix}"
             Image.new("RGB", (10 + number % 2, 8), colour).save(path)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's
@@ -178,16 +175,6 @@ def spoilt(tree, tmp_path) -> dict[Path, bytes]:
     for path, data in files.items():
         path.write_bytes(bytes(len(data)))
     return files
-
-
-def test_lenient_after_an_error_about_images_writes_nothing_again(tree, tmp_path, spoilt, written):
-    with pytest.raises(ValueError, match="5 of 60 images cannot be read"):
-        make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4)
-    written.clear()
-    make_shards(ImageFolder(tree), tmp_path / "out", shard_size=4, lenient=True)
-    assert written == []
-    make_shards(ImageFolder(tree), tmp_path / "alone", shard_size=4, lenient=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "alone")
 
 
 def test_images_that_are_replaced_after_an_error_are_read_again(tree, tmp_path, spoilt, written):

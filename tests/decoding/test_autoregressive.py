@@ -70,15 +70,6 @@ def test_a_cache_changes_no_token(network, scales):
     assert torch.equal(cached, computed)
 
 
-def test_an_image_depends_on_its_seed_and_not_on_its_batch(network):
-    labels, seeds = [0, 1, 2, 0], [7, 8, 9, 7]
-    together = run(network, labels, seeds)
-    alone = [run(network, [label], [seed]) for label, seed in zip(labels, seeds, strict=True)]
-    assert torch.equal(together, torch.cat(alone))
-    assert torch.equal(together[0], together[3])
-    assert not torch.equal(together, run(network, labels, [1, 2, 3, 4]))
-
-
 def test_guidance_has_a_scale_per_step_and_both_halves_in_one_batch(network, monkeypatch):
     scales, batch_sizes, forward_next = [0.0, 3.0, *[1.0] * (N - 2)], [], network.forward_next
 

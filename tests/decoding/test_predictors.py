@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from maskgit_pl.decoding import ConditionalModel, FirstStepLogits, ParallelDecoder, decode_classes
-from maskgit_pl.decoding.predictors import apply_guidance, build_class_predictor
+from maskgit_pl.decoding import ConditionalModel, ParallelDecoder, decode_classes
+from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
@@ -63,17 +63,6 @@ def test_guided_logits_are_those_of_both_networks_by_the_formula(large, small, n
         torch.testing.assert_close(predictor(tokens, positions), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_shared_first_step_is_guided_by_that_of_the_negative_network(large, small):
-    positions = torch.arange(16).expand(3, 16)
-    conditional, other = (
-        m.network.forward_at(torch.full((3, 16), m.mask_token_id), torch.tensor(LABELS), positions)
-        for m in (large, small)
-    )
-    predictor = build_class_predictor(guided_by(large, small), LABELS, scales=[3.0], all_masked=True)
-    logits = predictor(torch.full((3, 16), large.mask_token_id), positions)
-    torch.testing.assert_close(logits, apply_guidance(conditional, other, 3.0))
-
-
 def test_a_model_that_guides_itself_is_unguided(large):
     unguided = decoded(large, (0.0,) * STEPS, "remdm")
     assert all(map(torch.equal, decoded(guided_by(large, large), selector="remdm"), unguided))
@@ -94,12 +83,3 @@ def test_guidance_by_another_network_changes_tokens_without_a_null_class(large, 
     tokens = decoded(guided_by(dataclasses.replace(large, null_label=None), small))[-1]
     assert torch.equal(tokens, decoded(guided_by(large, small))[-1])
     assert not torch.equal(tokens, decoded(large)[-1])
-
-
-def test_the_caches_of_both_first_steps_are_filled_once(large, small):
-    caches = [FirstStepLogits(m.network, num_tokens=16, mask_token_id=m.mask_token_id) for m in (large, small)]
-    guided = guided_by(large, dataclasses.replace(small, first_step_logits=caches[1]), first_step_logits=caches[0])
-    first = decoded(guided, (2.0,) * STEPS)
-    for cache in caches:
-        cache.network = None  # a second computation would fail
-    assert torch.equal(decoded(guided, (2.0,) * STEPS)[0], first[0])

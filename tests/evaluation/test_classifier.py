@@ -9,14 +9,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.data import InOrder, ShardData
-from maskgit_pl.evaluation import classifier as module
 from maskgit_pl.evaluation.classifier import (
     TrainingImages,
     classification_accuracy,
     count_hits,
     fit_classifier,
     obtain_classifier,
-    train_classifier,
 )
 from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.options import CASConfig, ClassifierConfig
@@ -58,9 +56,6 @@ def test_training_depends_on_the_configuration_but_not_on_the_source(data: Shard
 def test_accuracy_counts_the_top_1_and_the_top_5() -> None:
     logits = torch.eye(8)[[0, 1, 2, 3]] + torch.arange(8, 0, -1) / 100  # after the first: 0, 1, 2, 3, 4 ...
     assert count_hits(logits, torch.tensor([0, 0, 4, 7])).tolist() == [1, 3]
-
-
-# The folder
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -129,21 +124,6 @@ def test_the_first_rank_trains_and_all_have_its_results_and_its_errors(tiny_shar
     assert [first[0], second[0]] == ["5", "0"]
     assert first[1:] == second[1:]
     assert "Not a directory" in first[2]
-
-
-@pytest.mark.slow
-def test_a_network_of_timm_is_trained_stored_and_reused(
-    tiny_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "available_cores", lambda: 1)
-    config = ClassifierConfig(model="resnet18", max_steps=2, batch=4)
-    first, again = (train_classifier(tiny_shards, config=config, device="cpu", out=tmp_path / "kept") for _ in "ab")
-    assert (first.is_reused, again.is_reused) == (False, True)
-    assert first.accuracy == again.accuracy
-    assert json.loads((tmp_path / "kept" / "config.json").read_text())["network"]["model"] == "resnet18"
-
-
-# The classification accuracy score
 
 
 @pytest.mark.slow

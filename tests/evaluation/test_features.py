@@ -42,12 +42,12 @@ def test_no_image_at_all_and_two_networks_of_one_name_are_refused() -> None:
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
     """Returns what several ranks compute together, one of them without an image of ``single``."""
     data, network = open_shards(shards), few()
-    found = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
+    features = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
     single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]
     reference = obtain_references(folder, data, [network])["classifier"]
     again = obtain_references(folder, data, [network])["classifier"]
-    parts = {"pooled": found.pooled, "single": single.spatial, "again": again.pooled.covariance}
-    return {**parts, "sigma": reference.pooled.covariance, **distances(found, reference)}
+    parts = {"pooled": features.pooled, "single": single.spatial, "again": again.pooled.covariance}
+    return {**parts, "sigma": reference.pooled.covariance, **distances(features, reference)}
 
 
 def in_two_processes(rank: int, folder: str, shards: str) -> None:

@@ -23,9 +23,9 @@ def file(tmp_path: Path) -> Path:
 def test_a_measurement_is_found_again_bit_exact(file: Path) -> None:
     added = Ledger(file).add("likelihood", key(nll=0.1 + 0.2, note=None))
     again = Ledger(file)
-    found = again.find("likelihood", KEY)
-    assert found == added
-    assert found["nll"] == 0.1 + 0.2
+    row = again.find("likelihood", KEY)
+    assert row == added
+    assert row["nll"] == 0.1 + 0.2
     assert again.find("likelihood", key(seed=1)) is None
     assert again.find("likelihood", key(decoding={"sampling_temperature": (1.2, 0.7)})) is None
     assert again.find("cas", KEY) is None

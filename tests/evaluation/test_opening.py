@@ -49,7 +49,6 @@ def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
     folders = find_run(tmp_path / "run")
     assert (folders.run, folders.data) == (tmp_path / "run", tiny_shards)
     assert folders.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
-    assert folders.shares_classifier
     named = find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path)
     assert (named.classifier, named.shares_classifier) == (tmp_path, False)
 

@@ -136,7 +136,6 @@ def test_statistics_of_a_file_belong_to_inception_and_images_give_the_rest(tmp_p
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        ({"sigma": None}, "'sigma': it is missing"),
         (dict.fromkeys(("mu", "sigma", "mu_s", "sigma_s")), "'mu': the file must have statistics .* got neither"),
         ({"sigma_s": None}, "'sigma_s': it is missing"),
         ({"sigma": np.zeros((6, 5))}, r"'sigma': the shape must be \(6, 6\), got \(6, 5\)"),
@@ -152,9 +151,6 @@ def test_other_statistics_are_refused_by_name(tmp_path: Path, monkeypatch, chang
     np.savez(tmp_path / "reference.npz", **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(ValueError, match=rf"reference \S+reference\.npz: array {match}"):
         read_references(tmp_path / "reference.npz", [few("inception"), few("lite0")])
-
-
-# Files of strangers.
 
 
 @pytest.mark.parametrize("order", ["C", "F"])
@@ -177,8 +173,6 @@ def test_samples_are_read_in_parts(tmp_path: Path, save: str, order: str) -> Non
         ({"arr_0": IMAGES[0]}, r"'arr_0': the shape must be \(n, n, n, 3\), got \(4, 5, 3\)"),
         ({"arr_0": IMAGES / 255}, "'arr_0': the dtype must be uint8, got float64"),
         ({"arr_0": IMAGES, "arr_1": np.arange(6)}, r"'arr_1': the shape must be \(7\), got \(6,\)"),
-        ({"arr_0": np.zeros((1, 1, 1, 3), dtype=[("a", "u1")])}, "'arr_0': the dtype must be uint8, got"),
-        ({"arr_0": np.array(["text"] * 3).reshape(1, 1, 1, 3)}, "'arr_0': the dtype must be uint8, got <U4"),
     ],
 )
 def test_other_arrays_are_refused_by_name(tmp_path: Path, arrays: dict, match: str) -> None:
@@ -234,7 +228,6 @@ def hostile() -> Iterator[tuple[str, bytes, str]]:
     yield "long header", npz(b"\x93NUMPY\x02\x00" + struct.pack("<I", 2**30) + bytes(2**24)), "cannot be read: EOF"
     for name, text in (("parentheses", b"(" * 9_000), ("minus signs", b"-" * 9_000 + b"1"), ("code", b"exit()")):
         yield name, with_header(text), r"cannot be read: \S"
-    yield "version", npz(b"\x93NUMPY\x03\x00" + bytes(99)), "cannot be read"
     for compression in (zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2):
         yield (
             f"compression {compression}",
@@ -243,7 +236,6 @@ def hostile() -> Iterator[tuple[str, bytes, str]]:
         )
     yield "many arrays", npz(*[array_header((3,)) + bytes(3)] * 101), "at most 100 entries, got 101"
     yield "name", npz(array_header((3,)) + bytes(3), name="\x1b[31m\n"), r"holds \\x1b\[31m\\n"
-    yield "text", b"nonsense", "the file cannot be read"
     yield "empty", b"", "the file cannot be read"
     yield "no array", npz(b"hello", name="readme.txt"), r"the file holds readme\.txt"
 

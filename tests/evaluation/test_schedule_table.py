@@ -4,12 +4,8 @@ from typing import Any
 
 import pytest
 
-from maskgit_pl import evaluation
-from maskgit_pl.evaluation import ReportOptions
-from maskgit_pl.evaluation.options import ClassifierConfig
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import SCHEDULES, compare_with_paper, make_schedule_page
-from maskgit_pl.pipeline import MaskGIT
 from tests.evaluation.test_tables import row
 
 
@@ -33,10 +29,10 @@ def cells(text: str, start: str) -> list[str]:
 
 
 def test_the_seeds_of_a_schedule_share_a_line_with_mean_and_range() -> None:
-    made = page(("cosine", 2.0, 8), ("cosine", 3.0, 12), ("linear", 5.0, 8), ("linear", 5.5, 8))
-    assert cells(made.markdown, "| `cosine`")[2:4] == ["8, 12", "2.50 (2.00 to 3.00)"]
-    assert "models of its own from 2 seeds" in " ".join(made.markdown.split())
-    read = list(csv.DictReader(io.StringIO(made.csv)))
+    table = page(("cosine", 2.0, 8), ("cosine", 3.0, 12), ("linear", 5.0, 8), ("linear", 5.5, 8))
+    assert cells(table.markdown, "| `cosine`")[2:4] == ["8, 12", "2.50 (2.00 to 3.00)"]
+    assert "models of its own from 2 seeds" in " ".join(table.markdown.split())
+    read = list(csv.DictReader(io.StringIO(table.csv)))
     assert [(each["run"], each["best_steps"]) for each in read][:2] == [("cosine-0", "8"), ("cosine-1", "12")]
     assert read[0]["fid/classifier at T = 4"] == "3.0"
 
@@ -51,25 +47,3 @@ def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdic
     assert verdict in text
     assert f"{pairs} pairs" in text
     assert "cannot be compared" in compare_with_paper({"cosine": 1.0}, "classifier")[0]
-
-
-@pytest.mark.slow
-def test_runs_of_one_name_and_a_renamed_run_keep_their_own_values(tiny_pretrained, tiny_shards, tmp_path) -> None:
-    classifier = tmp_path / "classifier"
-    evaluation.train_classifier(tiny_shards, config=ClassifierConfig(width=4, max_steps=3, batch=20), out=classifier)
-    options = ReportOptions(
-        data=tiny_shards, num_images=6, features=("classifier",), classifier=classifier, results=tmp_path / "results"
-    )
-    pipe = MaskGIT.from_pretrained(tiny_pretrained)
-    runs = [tmp_path / folder / "run" for folder in "ab"]
-    for run in runs:
-        pipe.save_pretrained(run / "pretrained")
-        for parameter in pipe.transformer.network.parameters():
-            parameter.data.mul_(3.0)
-    rows = evaluation.table_3(runs, options, num_steps=[2]).rows
-    assert [row["run"] for row in rows] == ["run (1)", "run (2)"]
-    assert rows[0]["transformer"] != rows[1]["transformer"]
-    assert rows[0]["fid/classifier"] != rows[1]["fid/classifier"]
-    renamed = runs[1].rename(tmp_path / "other")
-    (again,) = evaluation.table_3([renamed], options, num_steps=[2, 4]).rows
-    assert (again["run"], again["transformer"]) == ("other", rows[1]["transformer"])

@@ -134,7 +134,6 @@ def test_all_numbers_are_those_of_the_images_measured_by_hand(run: Path, tiny_sh
     assert numbers["coded_bits_per_pixel"] == pytest.approx(entropy * 16 / 64, rel=1e-4)
     assert numbers["codebook_usage"] == pytest.approx(float((shares > 0).float().mean()))
     assert {"rfid/classifier", "rfid_floor/classifier", "rkid/classifier", "rkid_floor/classifier"} <= numbers.keys()
-    assert numbers["images_per_second"] > 0
     assert content["protocol"]["num_images"] == content["held_out"]["images"] == 24
     assert list(content["psnr_db_per_class"]) == ["Ankle boot", "T-shirt", "Trouser"]
     assert sum(content["psnr_db_per_class"].values()) / 3 == pytest.approx(numbers["mean_psnr_db"], rel=1e-4)
@@ -155,13 +154,3 @@ def test_the_report_has_a_page_and_a_picture(run: Path, tiny_shards: Path) -> No
         assert text in page
     with Image.open(run / "other" / "a-worst.png") as picture:
         assert picture.height > 50
-    assert "floor" not in page  # the floors stand beside their metrics
-
-
-def test_bfloat16_measures_other_numbers_in_a_row_of_its_own(run: Path, tiny_shards: Path) -> None:
-    for dtype in ("float32", "bfloat16"):
-        evaluate_tokenizer(run, data=tiny_shards, options=TokenizerOptions(device="cpu", dtype=dtype), features=())
-    plain, rounded = Ledger(run / "evaluation" / "ledger.jsonl").rows("tokenizer")
-    assert [plain["settings"]["dtype"], rounded["settings"]["dtype"]] == ["float32", "bfloat16"]
-    assert plain["numbers"]["psnr_db"] != rounded["numbers"]["psnr_db"]
-    assert plain["numbers"]["psnr_db"] == pytest.approx(rounded["numbers"]["psnr_db"], abs=0.5)

@@ -11,7 +11,6 @@ import sys
 import tarfile
 import time
 import tracemalloc
-import zipfile
 from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
@@ -78,27 +77,13 @@ def tensor_header(*, dtype: object = "F32", shape: object = (1,), offsets: objec
     return struct.pack("<Q", len(header)) + header + bytes(4)
 
 
-def numpy_archive(path, shape: str) -> bytes:
-    with zipfile.ZipFile(path, "w") as archive:
-        header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}}}".ljust(117).encode() + b"\n"
-        archive.writestr("archive/a.npy", b"\x93NUMPY\x01\x00v\x00" + header)
-    return path.read_bytes()
-
-
 HEADERS = {  # content of a file, and the message
     "shape of a flag": (tensor_header(shape=[True]), "invalid type: boolean"),
-    "negative size": (tensor_header(shape=[-1]), "invalid value: integer"),
     "huge sizes": (tensor_header(shape=[2**62, 4]), "overflow"),
     "huge and empty": (tensor_header(shape=[2**40, 0], offsets=[0, 0]), "not fully covered"),
     "negative offset": (tensor_header(offsets=[-4, 0]), "invalid value: integer"),
-    "unknown dtype": (tensor_header(dtype="X9"), "unknown variant"),
-    "dtype of a list": (tensor_header(dtype=[1]), "invalid type: sequence"),
     "no JSON": (struct.pack("<Q", 5) + b"{nope", "invalid JSON"),
     "NumPy": (b"\x93NUMPY\x01\x00" + bytes(120), r"got one that begins with b'.x93NUMPY"),
-    "archive of NumPy": (
-        lambda path: numpy_archive(path, "(True, 1099511627776)"),
-        r"cannot be read \(",
-    ),
 }
 
 
@@ -106,14 +91,11 @@ HEADERS = {  # content of a file, and the message
 def test_a_header_that_lies_is_refused_in_one_line(name, tmp_path):
     content, message = HEADERS[name]
     file = tmp_path / "a.safetensors"
-    file.write_bytes(content(tmp_path / "archive") if callable(content) else content)
+    file.write_bytes(content)
     with pytest.raises(ValueError, match=message) as refusal:
         read_checkpoint(file, entries=("model",))
     assert str(refusal.value).startswith(f"checkpoint {file}")
     assert "\n" not in str(refusal.value)
-
-
-# Records of training programs.
 
 
 def test_records_of_training_programs_are_passed_over(tmp_path):
@@ -173,19 +155,6 @@ def test_a_hostile_file_runs_nothing(old, tmp_path):
     assert not (tmp_path / "canary").exists()
 
 
-def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
-    file = tmp_path / "a.pth"
-    torch.save({"a": torch.zeros(1_000_000)}, file)
-    rewrite_archive(file, zipfile.ZIP_DEFLATED)
-    monkeypatch.setattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    message = r"a\.pth: cannot be read .* must not be compressed, got .* of 4 MB in .*; download it again"
-    with pytest.raises(ValueError, match=message):
-        read_checkpoint(file, entries=("model",))
-
-
-# State dicts.
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -203,8 +172,6 @@ def test_an_odd_state_dict_is_refused_in_one_line(content, message, tmp_path):
     assert str(refusal.value).startswith(f"checkpoint {tmp_path / 'odd.pt'}")
     assert "\n" not in str(refusal.value)
 
-
-# Files of flax.
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 CHECKPOINT = GOLDEN / "transformer_n16_checkpoint.msgpack"
@@ -278,15 +245,12 @@ def test_a_flax_file_cut_anywhere_is_refused(tmp_path):
     [
         ({"a": array((3,), "float32", bytes(8))}, "float32 (3,) must have 12 bytes, got 8"),
         ({"a": array((-1, -3), "float32", bytes(12))}, "an array must hold its shape of integers >= 0"),
-        ({"a": array((True,), "int8", bytes(1))}, "an array must hold"),
         ({"a": array((1,), "object", bytes(8))}, "got 'object'"),
         ({"a": array((2**39,) * 31, "float32", b"")}, "not a tree of arrays"),
         ({"a": array((1,) * 40, "int8", bytes(1))}, "exceeds max_array_len"),
-        ({"a": msgpack.ExtType(1, b"")}, "incomplete input"),
         ({"a": msgpack.ExtType(2, msgpack.packb([1.0, 2.0]))}, "must be 1 or 3 (real numbers), got 2"),
         ({"a": msgpack.Timestamp(1, 1)}, "a must be an array or a number, got Timestamp"),
         ({"a": [1, 2]}, "exceeds max_array_len"),
-        ({"a": b"bytes"}, "exceeds max_bin_len"),
         ({"\x1b[31m": 1}, r"printable and without '/', got '\x1b[31m'"),
         ({1: 1}, "int is not allowed for map key"),
         ({"a" * 600: 1}, "not a tree of arrays"),
@@ -306,12 +270,11 @@ EMPTY = msgpack.packb(plain(np.empty(0, np.int8)))
 HOSTILE = {
     "a map of 2^32": claims(b"\xdf"),
     "a list of 2^32": b"\x81\xa1a" + claims(b"\xdd"),
-    "an array of 2^32 bytes": b"\x81\xa1a" + claims(b"\xc9") + b"\x01",
     "a text of 2^32 bytes": b"\x81\xa1a" + claims(b"\xdb"),
     "bytes of 2^32": b"\x81\xa1a" + claims(b"\xc6"),
+    "an array of 2^32 bytes": b"\x81\xa1a" + claims(b"\xc9") + b"\x01",
     "maps in maps": b"\x81\xa1a" * 100_000,
     "maps in maps that claim more": (b"\xde\xff\xff\xa1a") * 20_000,  # 500 kB of place for each, before it is seen
-    "texts in maps in maps": (b"\xde\x01\x00" + b"\xa3abc\xa2ab" * 255 + b"\xa1b") * 1000,
     "arrays in maps in maps": (b"\xde\x01\x00" + (b"\xa1a" + EMPTY) * 255 + b"\xa1b") * 1000,
     "a wide tree": msgpack.packb({str(row): {str(column): {} for column in range(256)} for row in range(256)}),
     "lists in a list": b"\x81\xa1a" + claims(b"\xdd", 1 << 20) + b"\x90" * (1 << 20),

@@ -20,6 +20,7 @@ from tests.importers.tokenizer_references import (
     diffusers_config,
     with_random_values,
 )
+from tests.importers.transformer_references import drop, put
 
 
 def images(number=3, *, seed=0, size=16):
@@ -62,8 +63,6 @@ def attention(*levels, count):
     up = [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)]
     return {"down_block_types": down, "up_block_types": up, "mid_block_add_attention": True}
 
-
-# The models, and the files that their projects write
 
 SMALL = {"block_out_channels": [32, 64], "layers_per_block": 1, "latent_channels": 12, "vq_embed_dim": 4}
 TAMING_CASES = {
@@ -124,12 +123,10 @@ ARGUMENTS = ("optimizer", "steps", "quantize.codebook_used")
 PLAIN = {  # layout and sizes: the model
     "MaskBit table": lambda: MaskBitModel(table=32),
     "MaskBit table, mean": lambda: MaskBitModel(table=32, down="mean"),
-    "MaskBit table, old": lambda: MaskBitModel(table=32, old=True),
     "MaskBit table, one level": lambda: MaskBitModel(table=32, widths=(32,), blocks=1),
     "MaskBit bits": MaskBitModel,
     "MaskBit bits, old": lambda: MaskBitModel(dim=5, old=True, blocks=1),
     "open-muse": OpenMuseModel,
-    "open-muse four levels": lambda: OpenMuseModel(widths=(32, 64, 64, 96), blocks=1),
     "Open-MAGVIT2": Magvit2Model,
     "Open-MAGVIT2 wide": lambda: Magvit2Model(widths=(64, 64, 128), blocks=1, dim=8),
     "Open-MAGVIT2 one level": lambda: Magvit2Model(widths=(64,), blocks=1, dim=5),
@@ -165,15 +162,6 @@ def test_tokenizers_of_other_projects_are_the_original(case, tmp_path):
     imported = import_tokenizer(tmp_path / "tokenizer.bin", tmp_path / "out", image_size=16)
     assert (imported.layout, imported.ignored) == (case.split()[0], BITS if "bits" in case else ())
     check_same(original, imported)
-
-
-def test_codes_of_llamagen_are_stored_at_length_1(tmp_path):
-    original = taming_model("llamagen")
-    original.quant_conv.weight.mul_(30)
-    original.quant_conv.bias.mul_(30)
-    network = load_tokenizer(import_taming(original, tmp_path).folder / "tokenizer").network
-    torch.testing.assert_close(network.quantizer.codebook.norm(dim=1), torch.ones(32))
-    assert torch.equal(network.encode(images()), original.tokens(original.features(images())))
 
 
 def test_the_average_of_llamagen_is_preferred_to_its_last_weights(tmp_path):
@@ -262,7 +250,6 @@ ASSUMED = (
     [
         (32, None, 256, ASSUMED),  # the default of diffusers, which tells nothing
         (32, 16, 16, None),
-        (64, None, 64, None),
         ([16, 24], None, (16, 24), None),
         (64, 16, 16, "config.json gives images of 64 x 64, not of 16 x 16"),
     ],
@@ -291,12 +278,7 @@ def test_the_largest_difference_at_the_released_size_is_the_documented_one(tmp_p
         (network.encoder(pixels) - features).abs().max().item(),
         (network.decode(tokens, (4, 4)) - decoded).abs().max().item(),
     ]
-    print(f"features up to {features.abs().max():.1f}: {differences[0]:.1e}")
-    print(f"images up to {decoded.abs().max():.1f}: {differences[1]:.1e}")
     assert max(differences) < 1e-4
-
-
-# Published sizes, without memory.
 
 
 WIDTHS = (128, 128, 256, 256, 512)
@@ -363,17 +345,6 @@ def test_the_sizes_of_a_published_tokenizer_are_read_from_its_tensors(name):
     assert converted == NUM_PARAMETERS.get(name, sum(tensor.numel() for tensor in tensors.values()))
 
 
-# What is refused
-
-
-def drop(name):
-    return lambda weights: weights.pop(name)
-
-
-def put(name, value):
-    return lambda weights: weights.update({name: value})
-
-
 def rename(old, new):
     return lambda weights: weights.update({new: weights.pop(old)})
 
@@ -389,16 +360,13 @@ MODELS = {
 CODEBOOK = "quantize.embedding.weight"
 REFUSED = [  # a network, what is done to its tensors, and the message
     ("nothing", put("transformer.tok_emb.weight", ZERO), r"got a transformer \(.*; name its tokenizer, or use maskgit"),
-    ("nothing", lambda w: w.update({f"fc{n}": ZERO for n in range(5)}), r"got something else \(fc0, fc1, fc2 and 2 mo"),
     ("taming", rename(CODEBOOK, "quantize.embed.weight"), "Gumbel-softmax tokenizer.*name another one, such as vqgan_"),
     ("taming", put(CODEBOOK, torch.ones(1).expand(1 << 22, 256)), r"must be stored in full, got 4\.29 GB made of 4 by"),
-    ("taming", drop("decoder.up.0.block.1.conv2.bias"), r"missing: decoder\.up\.0\.block\.1\.conv2\.bias"),
     ("taming", put("quantize.codebook_used2", ZERO), r"not in the network: quantize\.codebook_used2"),
     ("taming", put("quantize.note", 1.0), r"entry quantize\.note must be a tensor, got float"),
     ("taming", put(CODEBOOK, torch.full((32, 4), torch.nan)), "must hold finite numbers, got nan"),
     ("taming", put(CODEBOOK, torch.zeros(32, 4, dtype=torch.int64)), r"must be floating point .*, got torch\.int64"),
     ("taming", put("encoder.conv_in.weight", torch.zeros(24, 3, 3, 3)), r"first convolution's 24, got \[32, 64\]"),
-    ("diffusers", put("decoder.conv_norm_out.conv_y.weight", ZERO), "not in the network: decoder.conv_norm_out.conv_y"),
     ("maskbit", drop(CODEBOOK), r"quantize\.embedding\.weight or quantize\.bits_to_indices must be there"),
     ("bits", put("encoder.conv_out.weight", torch.zeros(70_000, 64, 1, 1)), "codebook_size must be an integer in"),
 ]  # fmt: skip
@@ -430,23 +398,15 @@ def test_sizes_and_ranges_that_do_not_fit_are_refused(tmp_path):
     ("settings", "message"),
     [
         ({"_class_name": "AutoencoderKL"}, "_class_name of config.json must be 'VQModel', got 'Auto"),
-        ({"norm_num_groups": 5}, "network num_groups must divide the channels"),
         ({"norm_type": "spatial"}, "norm_type of config.json must be 'group', got 'spatial'"),
         ({"down_block_types": ["AttnDownEncoderBlock2D"] * 3}, "down_block_types of config.json must be"),
         ({"vq_embed_dim": 4}, "vq_embed_dim of config.json must be 8, got 4"),
         ({"sample_sise": 64}, "config.json: unknown key 'sample_sise': did you mean 'sample_size'"),
-        ({"num_vq_embeddings": 64}, "num_vq_embeddings of config.json must be 32, got 64"),
         ({"block_out_channels": [32, 64, 128]}, r"block_out_channels of config.json must be \[32, 64, 96\], got"),
-        ({"sample_size": "large"}, "sample_size of config.json must be an integer"),
         ({"sample_size": True}, r"sample_size of config.json must be an integer in \[1, 8192\], got True"),
         ({"sample_size": [16, 16, 16]}, r"sample_size of config.json must be .*two such integers, got \[16, 16, 16\]"),
-        ({"sample_size": 10**30}, "sample_size of config.json must be an integer"),
         ({"norm_num_groups": "32"}, "num_groups must be an integer"),
-        ({"norm_num_groups": -1}, "num_groups must be an integer"),
-        ({"latent_channels": True}, "latent_channels of config.json must be 8, got True"),
-        ("[]", "config.json must hold a mapping"),
         ('{"sample_size": NaN}', "numbers must be finite, got NaN"),
-        ("{", "config.json is not valid JSON"),
         ("[" * 100_000, "config.json must be nested at most 64 levels deep"),
         (" " * 1_000_001, "config.json must have at most 1 MB"),
     ],

@@ -17,6 +17,7 @@ from tests.importers.transformer_references import (
     MASKGIL_SIZES,
     Halton,
     MaskGIL,
+    put,
     randomise,
     save_checkpoint,
 )
@@ -24,12 +25,10 @@ from tests.importers.transformer_references import (
 SMALL = {"codes": 24, "classes": 5, "side": 4, "size": 32, "blocks": 2, "heads": 4}
 CASES = [
     (Halton, {"registers": 0}),
-    (Halton, {"registers": 3, "blocks": 1}),
     (Halton, {"size": 40, "heads": 6, "side": 3}),  # heads that do not divide D
     (Halton, {"classes": 1, "size": 64}),
     (MaskGIL, {"blocks": 1}),
     (MaskGIL, {"size": 96, "heads": 6}),
-    (MaskGIL, {"classes": 1}),
 ]
 
 
@@ -98,9 +97,6 @@ def test_logits_are_those_of_the_original_at_published_sizes(kind, size, tokeniz
     file = save_checkpoint(original, tmp_path / "a.pth")
     import_transformer(file, tmp_path / "out", tokenizer=tokenizer(codes=16384, image_size=32))
     compare(load_transformer(tmp_path / "out" / "transformer").network, original, side=16)
-
-
-# Published sizes, without memory.
 
 
 def published(kind, size, blocks, heads, **changes):
@@ -190,17 +186,6 @@ def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 8
 
 
-# What is refused.
-
-
-def put(name, value):
-    return lambda weights: weights.update({name: value})
-
-
-def drop(name):
-    return lambda weights: weights.pop(name)
-
-
 ONES, ZERO, LAYER = torch.ones(1).expand(1 << 22, 256), torch.zeros(1), "transformer.layers.1"
 NETWORKS = {
     "Halton": lambda: Halton(**SMALL).state_dict(),
@@ -210,7 +195,6 @@ NETWORKS = {
 REFUSED = [  # a network, what is done to its tensors, and the message
     ("nothing", put("encoder.conv_in.weight", ZERO), r"got a tokenizer: use maskgit import-tokenizer \(enc"),
     ("nothing", put("fc.weight", ZERO), r"must be a transformer of Halton-MaskGIT or MaskGIL, got something else \(fc"),
-    ("Halton", drop(f"{LAYER}.ff.w3.weight"), r"missing: transformer\.layers\.1\.ff\.w3\.weight"),
     ("Halton", put("pos_emb.weight", torch.zeros(15, 32)), "must have a square number of rows, got 15"),
     ("Halton", put("pos_emb.weight", ONES), r"pos_emb\.weight' must be stored in full, got 4\.29 GB made of 4 bytes"),
     ("Halton", put("head.weight", torch.ones(25, 32)), r"head\.weight must equal tok_emb\.weight: the network has"),

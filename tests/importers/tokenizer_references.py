@@ -11,6 +11,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 diffusers = pytest.importorskip("diffusers")
@@ -34,9 +35,6 @@ def with_random_values(network, scale=0.1):
 def nearest(rows, codes):
     """The nearest of (K, D) codes to each of (B, h, w, D) rows: (B, N)."""
     return (rows.unsqueeze(-2) - codes).square().sum(-1).argmin(-1).flatten(1)
-
-
-# The tokenizer of diffusers
 
 
 def diffusers_config(**changes):
@@ -74,11 +72,14 @@ class DiffusersVQModel(diffusers.VQModel):
     def features(self, images):
         return self.quant_conv(self.encoder(2 * images - 1 if self.signed else images))
 
+    def codes(self):
+        return self.quantize.embedding.weight
+
     def tokens(self, features):
-        return nearest(features.movedim(1, -1), self.quantize.embedding.weight)
+        return nearest(features.movedim(1, -1), self.codes())
 
     def decode(self, tokens, grid):
-        codes = self.quantize.embedding.weight[tokens].unflatten(1, grid).movedim(-1, 1)
+        codes = self.codes()[tokens].unflatten(1, grid).movedim(-1, 1)
         images = self.decoder(self.post_quant_conv(codes))
         return (images + 1) / 2 if self.signed else images
 
@@ -136,7 +137,7 @@ class TamingModel(DiffusersVQModel):
         return weights
 
     def codes(self):
-        codes = self.quantize.embedding.weight
+        codes = super().codes()
         return F.normalize(codes) if self.project == "llamagen" else codes
 
     def tokens(self, features):
@@ -144,13 +145,6 @@ class TamingModel(DiffusersVQModel):
         if self.project == "ibq":
             return (rows @ self.codes().T).argmax(-1).flatten(1)
         return nearest(F.normalize(rows, dim=-1) if self.project == "llamagen" else rows, self.codes())
-
-    def decode(self, tokens, grid):
-        images = self.decoder(self.post_quant_conv(self.codes()[tokens].unflatten(1, grid).movedim(-1, 1)))
-        return (images + 1) / 2 if self.signed else images
-
-
-# The tokenizer of MaskBit
 
 
 class MaskBitConv(nn.Conv2d):
@@ -180,48 +174,90 @@ class MaskBitBlock(nn.Module):
         return self.nin_shortcut(h)
 
 
-class MaskBitLevel(nn.Module):
-    def __init__(self, before, after, blocks, *, down="", up=False):
+class CodeNorm(nn.Module):
+    """A norm of Open-MAGVIT2 with the scale and the shift of the codes of an image."""
+
+    def __init__(self, dim, channels):
         super().__init__()
-        self.res_blocks = nn.ModuleList([MaskBitBlock(after if n else before, after) for n in range(blocks)])
-        self.down = down
-        if down == "conv":
-            self.down_conv = MaskBitConv(after, after, 3, stride=2)
-        if up:
-            self.upsample_conv = MaskBitConv(after, after, 3)
+        self.gamma, self.beta = nn.Linear(dim, channels), nn.Linear(dim, channels)
+
+    def forward(self, x, codes):
+        spread = (codes.flatten(2).var(2) + 1e-6).sqrt()
+        scale, shift = self.gamma(spread), self.beta(codes.flatten(2).mean(2))
+        return F.group_norm(x, 32, eps=1e-6) * scale[..., None, None] + shift[..., None, None]
+
+
+class PaddedUpsample(nn.Module):
+    """The upsampling of Open-MAGVIT2: channel (2 row + column) C + c is channel c at a place of a square of four."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
 
     def forward(self, x):
-        for block in self.res_blocks:
-            x = block(x)
-        if self.down:
-            x = self.down_conv(x) if self.down == "conv" else F.avg_pool2d(x, 2)
-        if hasattr(self, "upsample_conv"):
-            x = self.upsample_conv(F.interpolate(x, scale_factor=2.0))
+        return rearrange(self.conv1(x), "b (row column c) h w -> b c (h row) (w column)", row=2, column=2)
+
+
+class NearestUpsample(MaskBitConv):
+    """The upsampling of MaskBit."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3)
+
+    def forward(self, x):
+        return super().forward(F.interpolate(x, scale_factor=2.0))
+
+
+DOWN = {
+    "conv": lambda channels: MaskBitConv(channels, channels, 3, stride=2),
+    "padded": lambda channels: nn.Conv2d(channels, channels, 3, 2, 1),
+    "mean": lambda channels: nn.AvgPool2d(2),
+}
+
+
+class Level(nn.Module):
+    def __init__(self, before, after, blocks, block, **resampling):
+        super().__init__()
+        self.res_blocks = nn.ModuleList([block(after if n else before, after) for n in range(blocks)])
+        for name, layer in resampling.items():  # ``down_conv`` or ``upsample_conv``
+            setattr(self, name, layer(after))
+
+    def forward(self, x):
+        for layer in (*self.res_blocks, *list(self.children())[1:]):
+            x = layer(x)
         return x
 
 
-class MaskBitHalf(nn.Module):
+class Half(nn.Module):
     """The encoder or the decoder; ``old`` numbers the decoder's levels from full resolution."""
 
-    def __init__(self, widths, blocks, dim, *, encoder, down="conv", old=False):
+    def __init__(self, widths, blocks, dim, *, encoder, down="conv", old=False, block=MaskBitBlock, up=NearestUpsample):
         super().__init__()
         self.encoder, self.old, last = encoder, old, len(widths) - 1
         self.conv_in = MaskBitConv(3, widths[0], 3, bias=False) if encoder else MaskBitConv(dim, widths[-1], 3)
         levels, width = [], widths[0] if encoder else widths[-1]
-        for level in range(last + 1) if encoder else range(last, -1, -1):
-            more = {"down": down if level < last else ""} if encoder else {"up": level > 0}
-            levels.append(MaskBitLevel(width, widths[level], blocks, **more))
-            width = widths[level]
-        self.mid = MaskBitLevel(widths[-1], widths[-1], blocks)
+        for number in range(last + 1) if encoder else range(last, -1, -1):
+            resampling = {"down_conv": DOWN[down]} if encoder else {"upsample_conv": up}
+            has_more = number < last if encoder else number > 0
+            levels.append(Level(width, widths[number], blocks, block, **(resampling if has_more else {})))
+            width = widths[number]
+        self.mid = Level(widths[-1], widths[-1], blocks, block)
         setattr(self, "down" if encoder else "up", nn.ModuleList(levels[::-1] if old else levels))
+        if not encoder and up is PaddedUpsample:
+            self.adaptive = nn.ModuleList([CodeNorm(dim, width) for width in (*widths[1:], widths[-1])])
         self.norm_out = norm(width)
         self.conv_out = MaskBitConv(width, dim if encoder else 3, 1 if encoder else 3)
 
-    def forward(self, x):
-        x = self.conv_in(x)
-        up = () if self.encoder else reversed(self.up) if self.old else self.up
-        for part in (*self.down, self.mid) if self.encoder else (self.mid, *up):
-            x = part(x)
+    def forward(self, codes):
+        x = self.conv_in(codes)
+        if self.encoder:
+            for level in self.down:
+                x = level(x)
+        x = self.mid(x)
+        if not self.encoder:
+            norms = reversed(self.adaptive) if hasattr(self, "adaptive") else [lambda x, codes: x] * len(self.up)
+            for level, adapt in zip(reversed(self.up) if self.old else self.up, norms, strict=True):
+                x = level(adapt(x, codes))
         return self.conv_out(swish(self.norm_out(x)))
 
 
@@ -237,13 +273,13 @@ class BitCodes(nn.Module):
 class MaskBitModel(nn.Module):
     """``ConvVQModel``; images in [0, 1]. ``table`` codes of size ``dim``, or ``dim`` bits."""
 
-    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6, table=None, down="conv", old=False):
+    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6, table=None, down="conv", old=False, **parts):
         super().__init__()
-        self.encoder = MaskBitHalf(widths, blocks, dim, encoder=True, down=down)
+        self.encoder = Half(widths, blocks, dim, encoder=True, down=down, **parts)
         self.quantize = BitCodes(dim) if table is None else nn.Module()
         if table is not None:
             self.quantize.embedding = nn.Embedding(table, dim)
-        self.decoder = MaskBitHalf(widths, blocks, dim, encoder=False, old=old)
+        self.decoder = Half(widths, blocks, dim, encoder=False, old=old, **parts)
 
     def features(self, images):
         return self.encoder(images)
@@ -259,9 +295,6 @@ class MaskBitModel(nn.Module):
         return self.decoder(table[tokens].unflatten(1, grid).movedim(-1, 1))
 
 
-# The tokenizer of MaskGIT in the layout of open-muse, which TiTok uses too
-
-
 class OpenMuseModel(MaskBitModel):
     """``MaskGitVQGAN``, the released MaskGIT tokenizer in torch: VQGAN+ with means between levels, and other names."""
 
@@ -271,9 +304,6 @@ class OpenMuseModel(MaskBitModel):
     def state_dict(self):
         weights = super().state_dict().items()
         return {re.sub("res_blocks[.]", "" if ".mid." in name else "block.", name): value for name, value in weights}
-
-
-# The tokenizer of Open-MAGVIT2
 
 
 class Magvit2Block(MaskBitBlock):
@@ -288,107 +318,26 @@ class Magvit2Block(MaskBitBlock):
         return self.nin_shortcut(x)
 
 
-class Magvit2Norm(nn.Module):
-    """A norm with the scale and the shift of the codes of an image."""
-
-    def __init__(self, dim, channels):
-        super().__init__()
-        self.gamma, self.beta = nn.Linear(dim, channels), nn.Linear(dim, channels)
-
-    def forward(self, x, codes):
-        spread = (codes.flatten(2).var(2) + 1e-6).sqrt()
-        scale, shift = self.gamma(spread), self.beta(codes.flatten(2).mean(2))
-        return F.group_norm(x, 32, eps=1e-6) * scale[..., None, None] + shift[..., None, None]
-
-
-class Magvit2Upsample(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 4 * channels, 3, padding=1)
-
-    def forward(self, x):
-        # Channel (2 row + column) C + c is channel c at this row and column of a square of four.
-        batch, channels, height, width = x.shape
-        squares = self.conv1(x).view(batch, 2, 2, channels, height, width)
-        return squares.permute(0, 3, 4, 1, 5, 2).reshape(batch, channels, 2 * height, 2 * width)
-
-
-def magvit2_level(before, after, blocks):
-    level = nn.Module()
-    level.block = nn.ModuleList([Magvit2Block(after if n else before, after) for n in range(blocks)])
-    return level
-
-
-class Magvit2Encoder(nn.Module):
-    def __init__(self, widths, blocks, dim):
-        super().__init__()
-        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1, bias=False)
-        self.down, width = nn.ModuleList(), widths[0]
-        for number, after in enumerate(widths):
-            made, width = magvit2_level(width, after, blocks), after
-            if number < len(widths) - 1:
-                made.downsample = nn.Conv2d(after, after, 3, 2, 1)
-            self.down.append(made)
-        self.mid_block = nn.ModuleList([Magvit2Block(width, width) for _ in range(blocks)])
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, dim, 1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for level in self.down:
-            for block in level.block:
-                x = block(x)
-            x = level.downsample(x) if hasattr(level, "downsample") else x
-        for block in self.mid_block:
-            x = block(x)
-        return self.conv_out(swish(self.norm_out(x)))
-
-
-class Magvit2Decoder(nn.Module):
-    def __init__(self, widths, blocks, dim):
-        super().__init__()
-        width = widths[-1]
-        self.conv_in = nn.Conv2d(dim, width, 3, padding=1)
-        self.mid_block = nn.ModuleList([Magvit2Block(width, width) for _ in range(blocks)])
-        levels, norms = [], []
-        for number in reversed(range(len(widths))):
-            norms.insert(0, Magvit2Norm(dim, width))
-            made, width = magvit2_level(width, widths[number], blocks), widths[number]
-            if number > 0:
-                made.upsample = Magvit2Upsample(width)
-            levels.insert(0, made)
-        self.up, self.adaptive = nn.ModuleList(levels), nn.ModuleList(norms)
-        self.norm_out, self.conv_out = norm(width), nn.Conv2d(width, 3, 3, padding=1)
-
-    def forward(self, codes):
-        x = self.conv_in(codes)
-        for block in self.mid_block:
-            x = block(x)
-        for level, adaptive in zip(reversed(self.up), reversed(self.adaptive), strict=True):
-            x = adaptive(x, codes)
-            for block in level.block:
-                x = block(x)
-            x = level.upsample(x) if hasattr(level, "upsample") else x
-        return self.conv_out(swish(self.norm_out(x)))
-
-
-class Magvit2Model(nn.Module):
+class Magvit2Model(MaskBitModel):
     """``VQModel`` of Open-MAGVIT2 with ``dim`` bits; images in [-1, 1]."""
 
-    def __init__(self, *, widths=(32, 64, 64), blocks=2, dim=6):
-        super().__init__()
-        self.encoder = Magvit2Encoder(widths, blocks, dim)
-        self.decoder = Magvit2Decoder(widths, blocks, dim)
-        self.dim = dim
+    def __init__(self, *, widths=(32, 64, 64), **sizes):
+        super().__init__(widths=widths, down="padded", old=True, block=Magvit2Block, up=PaddedUpsample, **sizes)
+
+    def state_dict(self):
+        weights = {}
+        for name, value in super().state_dict().items():
+            if not name.startswith("quantize."):
+                for old, new in (("mid.res_blocks", "mid_block"), ("res_blocks", "block"), ("_conv.conv1", ".conv1")):
+                    name = name.replace(old, new)
+                weights[name.replace("down_conv", "downsample").replace("upsample_conv", "upsample")] = value
+        return weights
 
     def features(self, images):
         return self.encoder(2 * images - 1)
 
-    def tokens(self, features):
-        return sum((features[:, bit] > 0).long() * 2**bit for bit in range(self.dim)).flatten(1)
-
     def decode(self, tokens, grid):
-        codes = torch.stack([(tokens // 2**bit) % 2 * 2.0 - 1 for bit in range(self.dim)], dim=1).unflatten(2, grid)
-        return (self.decoder(codes) + 1) / 2
+        return (super().decode(tokens, grid) + 1) / 2
 
 
 def add_average(weights, average):

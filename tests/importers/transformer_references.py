@@ -205,3 +205,13 @@ def save_checkpoint(network: nn.Module, file: Path) -> Path:
     weights = network.state_dict()
     torch.save({"iter": 5, "global_epoch": 1, "model_state_dict": weights, "optimizer_state_dict": None}, file)
     return file
+
+
+def put(name, value):
+    """Returns a function that sets an entry of a state dict."""
+    return lambda weights: weights.update({name: value})
+
+
+def drop(name):
+    """Returns a function that removes an entry of a state dict."""
+    return lambda weights: weights.pop(name)

@@ -22,12 +22,12 @@ from maskgit_pl.networks.backbone import (
     build_config,
     create_network,
 )
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.fine_tuning import PretrainedTransformer, weights_for
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_tokenizer, save_transformer
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_transformer
 from maskgit_pl.runs import layers
 from maskgit_pl.training.strategies import prepare_blocks, shard_blocks
+from tests.conftest import save_tiny_pretrained
 from tests.forked import run_ranks
 from tests.modules import masked_model
 from tests.networks.backbone_cases import all_configs, create, inputs, small_config
@@ -218,14 +218,8 @@ def test_a_forward_in_another_mode_leaves_nothing_behind(config):
         assert all(each.isfinite().all() for each in gradients(network, other)[1].values())
 
 
-# Through the package
-
-
 def save(folder: Path, network: Backbone) -> Path:
-    vqgan = VQGANConfig(
-        1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=16, code_dim=4
-    )
-    save_tokenizer(folder / "tokenizer", vqgan, VQGAN(vqgan).state_dict(), image_size=8)
+    save_tiny_pretrained(folder)
     save_transformer(
         folder / "transformer",
         network.config,
@@ -254,8 +248,6 @@ def test_two_steps_of_training_export_a_model_that_generates_and_edits(name, num
     (edited,) = pipe.inpaint(images[0], left_half, classes=[1], seed=0, num_steps=2)
     assert edited.size == (8, 8)
 
-
-# Another grid and other classes
 
 GRIDS = [(3, 4), (6, 8), (5, 3)]
 
@@ -311,16 +303,11 @@ def test_another_backbone_or_size_is_refused_by_its_key(name, tmp_path):
     config = small_config(name)
     given = load_transformer(save(tmp_path, create(config)) / "transformer")
     if "depth" in {each.name for each in fields(config)}:
-        with pytest.raises(
-            ValueError, match=r"model\.network\.depth must be 2, as in the pretrained transformer, got 3"
-        ):
+        with pytest.raises(ValueError, match=r"model\.network\.depth must be 2, as in .*, got 3"):
             weights_for(replace(config, depth=3), given)
     for other in set(NAMES) - {name}:
         with pytest.raises(ValueError, match=rf"model\.network\.backbone must be {name}, as in the .* got {other};"):
             weights_for(small_config(other), given)
-
-
-# Plug-ins
 
 
 @dataclass(frozen=True)
@@ -375,7 +362,6 @@ def test_tables_that_a_plugin_does_not_declare_cannot_follow_another_grid():
     ("values", "message"),
     [
         ({"backbone": "bret"}, r"^here: unknown backbone 'bret': did you mean 'bert'\? known: "),
-        ({"backbone": 3}, r"^here: backbone must be a string, got 3"),
         ({"num_blocks": 3}, r"^here: backbone 'bert': unknown key 'num_blocks'"),
         ({"condition_dim": 4}, r"condition_dim must be 0 for the backbone bert, .* use the backbone adaln"),
         ({"class_dropout": 1.0}, r"^here: transformer class_dropout must be a number in \[0, 1\), got 1\.0"),
@@ -387,8 +373,6 @@ def test_wrong_values_are_refused_with_their_place(values, message):
     with pytest.raises(ValueError, match="here must be a mapping"):
         build_config("bert", "here")
 
-
-# Two ranks under FSDP2
 
 CONFIGS = [
     *map(small_config, backbones.names()),

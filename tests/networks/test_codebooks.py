@@ -94,18 +94,6 @@ def test_a_restarted_code_follows_the_features_that_it_wins():
     torch.testing.assert_close(quantizer.counts, counts)
 
 
-def test_a_restarted_code_that_wins_nothing_is_restarted_again():
-    quantizer = EMAQuantizerSpec(decay=0.4, restart_below=0.3).create(codebook_size=2, code_dim=6)
-    quantizer.counts.copy_(torch.tensor([60.0, 0.0]))
-    quantizer.codebook[1] = 100.0
-    output = quantizer(inputs_of())
-    seen = set()
-    for step in range(4):
-        quantizer.update([torch.zeros_like(output.tokens)], [output.features], seed=0, step=step)
-        seen.add(tuple(quantizer.codebook[1].tolist()))
-    assert len(seen) == 4
-
-
 def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
     def codebook(seed, step, torch_seed):
         torch.manual_seed(1)

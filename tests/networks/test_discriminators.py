@@ -86,28 +86,12 @@ def test_initial_weights_are_those_of_pix2pix():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-def test_the_batch_norm_is_that_of_torch():
-    network, images = network_of({"name": "patchgan", **SMALL["patchgan"], "norm": "batch"}), torch.rand(4, 3, 16, 16)
-    theirs = torch.nn.Sequential()
-    for module in network.layers:
-        is_norm = hasattr(module, "weight") and not isinstance(module, torch.nn.Conv2d)
-        theirs.append(torch.nn.BatchNorm2d(len(module.weight)) if is_norm else module)
-        if is_norm:
-            theirs[-1].load_state_dict(module.state_dict(), strict=False)
-    torch.testing.assert_close(network(images), theirs(2 * images - 1))
-
-
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("patchgann", "unknown discriminator 'patchgann': did you mean 'patchgan'"),
         ({"name": "patchgan", "num_layers": 0}, r"num_layers must be an integer in \[1, 8\], got 0"),
-        (
-            {"name": "patchgan", "norm": "groupp"},
-            r"norm must be .group. or .batch., got .groupp.; did you mean .group.",
-        ),
-        ({"name": "patchgan", "pooling": "blur"}, "pooling"),
-        ({"channel_multiplier": 0.0}, "channel_multiplier"),
+        ({"name": "patchgan", "norm": "groupp"}, r"norm must .*got .groupp.; did you mean .group."),
         ({"pooling": "max"}, "pooling"),
     ],
 )

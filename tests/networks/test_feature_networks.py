@@ -71,7 +71,6 @@ def test_a_network_that_does_not_take_small_images_sees_them_larger():
     ("size", "model", "message"),
     [
         (28, "resnt18", "did you mean.* resnet18"),
-        (28, "smal", "did you mean small"),
         (28, "§§§", r"timm\.list_models"),
         (0, SMALL, "image_size must be an integer in"),
     ],
@@ -134,7 +133,6 @@ def test_folders_of_something_else_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, match in (
         ("{", "is not valid JSON"),
-        ("[]", "must hold a mapping"),
         (json.dumps({"width": 24, "seed": 0}), "format must be 'maskgit_pl.classifier', got None; train it again"),
         (json.dumps({**config, "version": 2}), "version must be 1, got 2"),
         (json.dumps({**config, "network": {**config["network"], "depth": 3}}), "depth"),

@@ -28,9 +28,7 @@ OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
 }
 PACKAGE = {  # classes and options of vector-quantize-pytorch, which may be missing
     "vq_pytorch expiring": ("VectorQuantize", {"threshold_ema_dead_code": 2, "decay": 0.9, "eps": 1e-4}),
-    "vq_pytorch cosine": ("VectorQuantize", {"use_cosine_sim": True, "commitment_weight": 0.25}),
     "vq_pytorch SimVQ": ("SimVQ", {}),
-    "vq_pytorch SimVQ straight": ("SimVQ", {"rotation_trick": False, "commitment_weight": 0.5}),
 }
 OTHERS |= {
     name: ({"name": "vq_pytorch", "class_name": class_name, "options": options}, 16, 4)
@@ -209,17 +207,11 @@ def test_micro_batches_teach_the_same_as_the_whole_batch(case):
     ("spec", "sizes", "message"),
     [
         ({"name": "fsq", "levels": [8, 6, 5]}, (256, 3), r"codebook_size must be 240 = 8\*6\*5 .* got 256"),
-        ({"name": "fsq", "levels": [8, 6, 5]}, (240, 4), "code_dim must be 3"),
         ("lfq", (100, 6), "codebook_size must be a power of 2 .* 64 fits, with code_dim 6"),
         ("lfq", (64, 8), r"code_dim must be 6 for quantizer 'lfq' of 64 = 2\^6 codes, got 8"),
-        ("bsq", (64, 8), "code_dim must be 6"),
         ({"name": "product", "num_groups": 3}, (100, 6), r"codebook_size must be k\^3 .* got 100; 125 = 5\^3 fits"),
         ({"name": "product", "num_groups": 3}, (64, 8), "code_dim must be a multiple of 3 .* got 8; 9 fits"),
-        (
-            {"name": "residual", "num_levels": 3},
-            (100, 6),
-            r"codebook_size must be k\^3 .* 3 levels, got 100; 125 = 5\^3",
-        ),
+        ({"name": "residual", "num_levels": 3}, (100, 6), r"must be k\^3 .* 3 levels, got 100; 125"),
         ({"name": "product", "quantizer": "lfq"}, (64, 8), "each group .* 8 codes: .* code_dim must be 3"),
     ],
 )
@@ -232,14 +224,10 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(spec, sizes, messa
     ("spec", "message"),
     [
         ({"name": "ema", "decay": 1.0}, "decay"),
-        ({"name": "ema", "restart_below": -0.1}, "restart_below"),
-        ({"name": "gradient", "commitment": -1.0}, "commitment"),
         ({"name": "gradient", "entropy_temperature": 0.0}, "entropy_temperature"),
         ({"name": "gradient", "entropy_kind": "hard"}, "entropy_kind"),
-        ({"name": "fsq", "levels": []}, "levels must be a list"),
         ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
         ({"name": "fsq", "levels": [4096, 4096, 2]}, "levels must have a product of at most 16777216, got 33554432"),
-        ({"name": "lfq", "diversity": -1.0}, "diversity"),
         ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),
     ],
 )

@@ -62,14 +62,10 @@ def test_dropout_acts_in_training_only():
     ("change", "message"),
     [
         ({"codebook_size": 0}, r"transformer codebook_size must be an integer in \[1, 16777216\], got 0"),
-        ({"num_classes": 0}, "transformer num_classes must be an integer in"),
         ({"depth": 10**7}, r"transformer depth must be an integer in \[1, 1024\], got 10000000"),
-        ({"depth": 2.0}, "transformer depth must be an integer in .* got 2.0"),
         ({"embed_dim": 2**40}, "transformer embed_dim must be an integer in .* got 1099511627776"),
-        ({"mlp_dim": -1}, "transformer mlp_dim must be an integer in .* got -1"),
         ({"num_heads": 5}, "transformer embed_dim must be a multiple of num_heads 5, got 32"),
         ({"grid": (3, 0)}, r"transformer grid must be an integer in \[1, 256\], got 0"),
-        ({"grid": (3, 3, 3)}, "transformer grid must be two numbers"),
         ({"dropout": 1.0}, r"transformer dropout must be a number in \[0, 1\), got 1.0"),
     ],
     ids=str,
@@ -78,8 +74,6 @@ def test_sizes_out_of_range_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **change)
 
-
-# The causal form
 
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=2, num_heads=4, mlp_dim=64, attention="causal")
 N, LABELS = CONFIG.num_tokens, torch.tensor([0, 2, 3])  # the last label is the null class

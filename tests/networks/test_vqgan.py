@@ -73,23 +73,15 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
     ("changes", "message"),
     [
         ({"num_groups": 3}, "groups"),
-        ({"base_channels": 0}, "base_channels"),
-        ({"codebook_size": 1}, "codebook_size"),
-        ({"channel_multipliers": ()}, "channel_multipliers"),
         ({"channel_multipliers": (1, 2.5)}, "channel_multipliers must be an integer in .* got 2.5"),
         ({"num_res_blocks": 10**9}, r"num_res_blocks must be an integer in \[1, 64\], got 1000000000"),
-        ({"initial_scale": math.inf}, "initial_scale must be a finite number"),
         ({"downsampling": "max"}, "downsampling"),
-        ({"activation": "gelu"}, "activation"),
         ({"quantizer": "emma"}, "'ema'"),
         ({"layout": "unet"}, "layout must be one of maskgit, taming, magvit2, got 'unet'"),
         ({"attention_levels": (1,)}, r"attention_levels must be \(\) in layout 'maskgit', got \(1,\)"),
         ({**TAMING, "latent_channels": None}, "latent_channels of layout 'taming' must be an integer"),
         ({**TAMING, "attention_levels": (2,)}, r"attention_levels must .*\[0, 1\].* got \[2\]"),
-        ({**TAMING, "num_middle_blocks": 1}, "num_middle_blocks must be 2 in layout 'taming', got 1"),
         ({**TAMING, "middle_attention": 1}, "middle_attention must be true or false, got 1"),
-        ({**SMALL, "signed_images": False}, "signed_images must be True in layout 'maskgit'"),
-        ({**TAMING, "downsampling": "strided"}, "downsampling must be 'average' in layout 'taming'"),
         ({**MAGVIT2, "activation": "relu"}, "activation must be 'swish' in layout 'magvit2', got 'relu'"),
     ],
 )
@@ -139,11 +131,3 @@ def test_every_parameter_of_the_magvit2_layout_has_a_finite_gradient(size):
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert torch.isfinite(parameter.grad).all(), name
-
-
-def test_an_image_does_not_depend_on_its_batch_in_the_magvit2_layout():
-    network = VQGAN(small(**MAGVIT2)).eval()
-    first, second = torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8)
-    alone = network.decode(network.encode(first), (4, 4))
-    together = network.decode(network.encode(torch.cat([first, second])), (4, 4))
-    torch.testing.assert_close(together[:1], alone, rtol=0, atol=1e-6)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 from maskgit_pl.files import write_tensors
 from maskgit_pl.networks.weights import (
@@ -129,19 +128,3 @@ def test_a_skeleton_has_the_shapes_of_the_network_and_no_memory():
     for name, tensor in network().state_dict().items():
         assert skeleton.state_dict()[name].is_meta
         assert skeleton.state_dict()[name].shape == tensor.shape
-
-
-def test_no_normal_draw_of_a_skeleton_reaches_torch():
-    """For one on the meta device, torch imports its compiler."""
-
-    class Recorder(TorchFunctionMode):
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            called.add(func)
-            return func(*args, **(kwargs or {}))
-
-    called = set()
-    with Recorder(), skeletons():
-        nn.Embedding(3, 4).weight.data.normal_()
-        nn.Linear(3, 4)
-    assert called
-    assert called.isdisjoint({torch.Tensor.normal_, nn.init.normal_})

@@ -35,15 +35,6 @@ def test_the_seeds_are_those_of_the_best_candidates_of_each_class(pipe, classifi
     assert chosen.log_probs == pytest.approx(again.tolist(), abs=1e-4)
 
 
-def test_decoding_settings_reach_the_candidates(pipe, classifier):
-    chosen = choose_seeds(pipe, [0, 0, 1], Acceptance(1.0, classifier), seed=3, num_steps=1)
-    assert chosen.seeds == [3, 4, 5]  # rate 1 keeps everything
-    log_probs = Acceptance(1.0, classifier).log_probs(
-        images(pipe, [0, 0, 1], seed=3, num_steps=1), torch.tensor([0, 0, 1])
-    )
-    assert chosen.log_probs == pytest.approx(log_probs.tolist(), abs=1e-4)
-
-
 @pytest.mark.parametrize(("rate", "count", "candidates"), [(0.5, 4, 8), (0.3, 1, 4), (0.7, 21, 30), (1, 3, 3)])
 def test_the_fewest_candidates_are_generated_that_keep_at_most_the_rate(classifier, rate, count, candidates):
     assert Acceptance(rate, classifier).num_candidates(count) == candidates

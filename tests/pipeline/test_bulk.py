@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -11,8 +10,7 @@ import numpy as np
 import pytest
 
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline import bulk as bulk_module
-from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
+from maskgit_pl.pipeline.bulk import generate_many
 from tests import forked
 from tests.conftest import save_tiny_pretrained
 
@@ -45,13 +43,6 @@ def test_the_file_has_the_layout_that_evaluators_read(pipe: MaskGIT, out: Path) 
         assert {member.compress_type for member in archive.infolist()} == {zipfile.ZIP_STORED}
     for row in (0, 5, 10):
         check_equal(images[row], pipe.generate([int(labels[row])], seed=5 + row, output_type="np")[0])
-
-
-def test_steps_are_reported_for_each_batch(pipe: MaskGIT, out: Path) -> None:
-    steps: list[tuple[int, int]] = []
-    on_step = lambda step: steps.append((step.step, len(step.tokens)))  # noqa: E731
-    generate_many(pipe, out, num_images=5, batch_size=3, num_steps=2, on_step=on_step)
-    assert steps == [(0, 3), (1, 3), (0, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -121,31 +112,13 @@ def test_a_finished_file_is_kept_and_refused_for_other_settings(pipe: MaskGIT, o
     assert generate_many(pipe, out, **given).made == 0
     for changes, message in (
         ({"seed": 6}, "settings: seed 5 -> 6. Use the same settings"),
-        ({"num_images": 9}, "settings: count 8 -> 9"),
         ({"classes": [0]}, r"settings: classes \[0, 1, 2\] -> \[0\]"),
-        ({"num_steps": 2}, "settings: decoding.num_steps 4 -> 2"),
         ({"token_selector": "margin"}, "settings: decoding.token_selector 'confidence' -> 'margin'"),
         ({"negative_class": 0}, "settings: negative_class None -> 0"),
     ):
         with pytest.raises(ValueError, match=message):
             generate_many(pipe, out, **{**given, **changes})
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == before
-
-
-def test_another_process_may_join_the_parts_first(pipe: MaskGIT, out: Path, monkeypatch) -> None:
-    generate_many(pipe, out, num_images=4, rank=1, world_size=2)
-    join, read = bulk_module._join, bulk_module._read
-
-    def read_late(parts: list[Path]):
-        monkeypatch.setattr(bulk_module, "_read", read)
-        plan = bulk_module.make_plan(pipe, BulkOptions(num_images=4), pipe.decoding)
-        assert join(out, plan, parts) == 0  # the other process
-        return read(parts)
-
-    monkeypatch.setattr(bulk_module, "_read", read_late)
-    assert generate_many(pipe, out, num_images=4, world_size=2).missing_parts == 0
-    assert len(read_file(out)[1]) == 4
-    assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
 @pytest.mark.parametrize(
@@ -156,8 +129,6 @@ def test_another_process_may_join_the_parts_first(pipe: MaskGIT, out: Path, monk
         ({"seed": 2**32 - 4}, r"seed must leave room below 2\*\*32 for a seed for each image"),
         ({"classes": [1, 1]}, "classes must be different"),
         ({"classes": ["Trousers"]}, "did you mean 'Trouser'"),
-        ({"num_steps": 17}, "num_steps must be <= 16"),
-        ({"token_selector": "confidnce"}, "did you mean 'confidence'"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_written(pipe: MaskGIT, tmp_path: Path, options, message) -> None:
@@ -177,32 +148,6 @@ def test_foreign_files_and_full_disks_are_refused(pipe: MaskGIT, tmp_path: Path,
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 1000}))
     with pytest.raises(ValueError, match=r"samples\.npz needs 19.2 kB of disk space, 1 kB are free"):
         generate_many(pipe, tmp_path / "samples.npz", num_images=100)
-
-
-def test_parts_are_joined_in_little_memory(pipe: MaskGIT, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(bulk_module, "_CHUNK", 10_000)
-    plan = bulk_module.make_plan(pipe, BulkOptions(classes=[0], num_images=4000), pipe.decoding)
-    parts = [tmp_path / "parts" / str(number) for number in range(2)]
-    parts[0].parent.mkdir()
-    for number, part in enumerate(parts):
-        part.write_bytes(bytes([number]) * 2000 * 8 * 8 * 3)
-    tracemalloc.start()
-    assert bulk_module._join(tmp_path / "samples.npz", plan, parts) == 0
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 200_000 < 4000 * 8 * 8 * 3  # the labels, and a chunk
-    assert read_file(tmp_path / "samples.npz")[0][::1000, 0, 0, 0].tolist() == [0, 0, 1, 1]
-
-
-def test_a_rank_removes_only_its_own_partial_file(pipe: MaskGIT, tmp_path: Path) -> None:
-    generate_many(pipe, tmp_path / "a.npz", num_images=4, rank=0, world_size=2)
-    (part,) = (folder := tmp_path / "a.npz.parts").iterdir()
-    part.unlink()
-    partials = [folder / f".{part.name[:-6]}{rank}-of-2.{'0f' * 16}.partial" for rank in (0, 1)]
-    for path in partials:
-        path.touch()
-    generate_many(pipe, tmp_path / "a.npz", num_images=4, rank=0, world_size=2)
-    assert set(folder.iterdir()) == {part, partials[1]}
 
 
 @pytest.mark.slow

@@ -111,8 +111,6 @@ def test_the_code_of_the_page_runs_in_a_run_process(exported, demo, tmp_path):
         ({"seed": [9, 2]}, {"seed": [9, 2]}),
         ({"num_inference_steps": 3, "seed": 1}, {"num_steps": 3, "seed": 1}),
         ({"guidance_scale": 1.0, "seed": 1}, {"guidance_scale": 0.0, "seed": 1}),
-        ({"guidance_scale": 0, "seed": 1}, {"guidance_scale": 0.0, "seed": 1}),
-        ({"guidance_scale": 4.5, "seed": 1}, {"guidance_scale": 3.5, "seed": 1}),
         ({"choice_temperature": 2.0, "batch_size": 1}, {"choice_temperature": 2.0, "seed": None}),
     ],
 )
@@ -167,9 +165,7 @@ def test_the_callback_gets_each_step_of_each_batch(pipe):
     [
         ({"class_labels": ["Sneeker"]}, "unknown class 'Sneeker': did you mean 'Sneaker'"),
         ({"guidance_scale": -1}, r"guidance_scale must be a number in \[0, inf\), got -1"),
-        ({"num_inference_steps": 50}, "num_steps must be <= 49, the tokens per image, got 50"),
         ({"num_steps": 4}, "option 'num_steps': its name here is 'num_inference_steps'"),
-        ({"choice_temperatur": 4}, "option 'choice_temperatur': did you mean 'choice_temperature'"),
         ({"output_type": "latent"}, "output_type must be one of pil, pt, np, got 'latent'"),
         ({"seed": 0, "generator": torch.Generator()}, "seed and generator must not be set together"),
         ({"generator": [torch.Generator()] * 2}, "generator must be one, or one for each of the 1 images"),
@@ -192,7 +188,6 @@ def test_a_cast_pipeline_is_saved_and_loaded(exported, tmp_path):
     ("refused", "message"),
     [
         (lambda pipe: pipe.save_pretrained("x", variant="fp16"), "variant must be left out of save_pretrained"),
-        (lambda pipe: pipe.save_pretrained("x", safe_serialization=False), "safe_serialization must be left out"),
         (lambda pipe: pipe.save_pretrained("x", push_to_hub=True), "`maskgit push FOLDER OWNER/NAME` uploads it"),
         (lambda pipe: pipe.push_to_hub("alice/x"), "upload it with `maskgit push FOLDER alice/x`"),
         (lambda pipe: MaskGITTransformer.from_pretrained("x", device_map="cpu"), "device_map must be left out, got"),
@@ -258,23 +253,11 @@ def test_a_model_with_vectors_takes_them(tiny_pretrained, tmp_path):
         load(tmp_path / "out")([0])
 
 
-def test_an_export_with_other_images_writes_nothing(tiny_pretrained, tmp_path, monkeypatch):
-    other = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "other", seed=1))
-    monkeypatch.setattr(diffusers_pipeline.MaskGIT, "from_pretrained", lambda *_, **__: other)
-    with pytest.raises(ValueError, match="images of the folder must be those of MaskGIT, but pixels differ"):
-        diffusers_pipeline.export_diffusers(tiny_pretrained, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["other"]
-
-
 def test_wrong_flags_and_a_missing_package_are_named(tiny_pretrained, tmp_path, monkeypatch, capsys):
     words = ["export", str(tiny_pretrained), "--format=diffusers"]
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "main.tex").write_text("years of work")
     for more, message in (
         ([], "--out must name the folder to write with --format diffusers"),
         (["--out=x", "--step=3"], "--step must be left out with --format diffusers"),
-        ([f"--out={tmp_path / 'thesis'}"], "has files; replace an earlier export with --replace"),
-        ([f"--out={tmp_path / 'thesis'}", "--replace"], "--replace replaces only the folder of an earlier export"),
     ):
         assert main([*words, *more]) == 2
         assert message in capsys.readouterr().err
@@ -289,7 +272,7 @@ def test_wrong_flags_and_a_missing_package_are_named(tiny_pretrained, tmp_path, 
     capsys.readouterr()
     assert main([*words, f"--out={tmp_path / 'more'}"]) == 2
     assert "install it with `pip install 'maskgit_pl[diffusers]'`" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"thesis", "out"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow

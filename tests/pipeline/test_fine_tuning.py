@@ -72,7 +72,6 @@ def test_a_negative_model_may_be_a_folder_a_network_or_a_default(pipe, tiny_pret
     assert torch.equal(guided, tokens(pipe, guidance_scale=2.0, negative_model=loaded))
     own = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
     assert torch.equal(guided, tokens(own, guidance_scale=2.0))
-    assert torch.equal(tokens(own, guidance_scale=2.0, negative_model=pipe), tokens(pipe, guidance_scale=0))
 
 
 @pytest.mark.parametrize("name", sorted(backbones.names()))
@@ -81,16 +80,6 @@ def test_a_negative_model_may_have_another_backbone(pipe, tiny_pretrained, tmp_p
     guided = tokens(pipe, guidance_scale=2.0, negative_model=weak)
     assert guided.max() < 16
     assert not torch.equal(guided, tokens(pipe, guidance_scale=0))
-
-
-def test_editing_takes_a_negative_model(pipe, weaker):
-    mask = torch.zeros(8, 8, dtype=torch.bool)
-    mask[:, 4:] = True
-    options = {"classes": [1, 2], "output_type": "pt", "guidance_scale": 3.0, "blend": 0.0, "dilation": 0}
-    guided = pipe.inpaint(IMAGE, mask, negative_model=weaker, **options)
-    plain = pipe.inpaint(IMAGE, mask, **options)
-    assert not torch.equal(guided, plain)
-    assert torch.equal(guided[..., :4], plain[..., :4])
 
 
 def test_null_classes_are_required_of_the_model_that_guides_only(pipe, tiny_pretrained, tmp_path):
@@ -103,7 +92,6 @@ def test_null_classes_are_required_of_the_model_that_guides_only(pipe, tiny_pret
     for classes, negative_classes in (([None], None), ([0], [None])):
         with pytest.raises(ValueError, match="negative_model must have a null class"):
             pipe.generate(classes, negative_model=weak, negative_classes=negative_classes)
-    assert len(pipe.generate([0], negative_model=weak, negative_classes=[1])) == 1
 
 
 @pytest.mark.parametrize(
@@ -172,40 +160,6 @@ def test_a_saved_pipeline_holds_its_negative_model(tiny_pretrained, weaker):
         pipe = again
 
 
-def test_a_negative_model_is_cast_and_saved_with_its_pipeline(tiny_pretrained, tmp_path):
-    weak = MaskGIT.from_pretrained(tiny_pretrained)
-    guided = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weak).to("cpu", dtype=torch.bfloat16)
-    assert next(guided.negative_model.network.parameters()).dtype == torch.bfloat16
-    guided.save_pretrained(tmp_path / "copy")
-    again = MaskGIT.from_pretrained(tmp_path / "copy")
-    assert torch.equal(tokens(again, guidance_scale=3.0), tokens(again, guidance_scale=0))  # it is guided by itself
-
-
-def test_other_files_are_found_before_anything_is_written(tiny_pretrained, weaker, tmp_path):
-    pipe = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
-    for name in ("negative", "transformer"):
-        (tmp_path / name / name).mkdir(parents=True)
-        (tmp_path / name / name / "notes.txt").touch()
-        with pytest.raises(FileExistsError, match=r"got also notes\.txt"):
-            pipe.save_pretrained(tmp_path / name)
-        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
-
-
-@pytest.mark.slow
-def test_a_loaded_pipeline_keeps_its_images_when_its_folder_is_replaced(tiny_pretrained, weaker, tmp_path):
-    first = MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker)
-    first.save_pretrained(tmp_path / "copy")
-    loaded = MaskGIT.from_pretrained(tmp_path / "copy")
-    before = tokens(loaded, guidance_scale=3.0)
-    negated = load_transformer(weaker / "transformer")
-    for parameter in negated.network.parameters():
-        parameter.data.copy_(-parameter.data)
-    MaskGIT.from_pretrained(tiny_pretrained, negative_model=negated).save_pretrained(tmp_path / "copy")
-    loaded.negative_model.caches.clear()
-    assert torch.equal(tokens(loaded, guidance_scale=3.0), before)
-    assert not torch.equal(tokens(MaskGIT.from_pretrained(tmp_path / "copy"), guidance_scale=3.0), before)
-
-
 def test_a_pipeline_without_a_negative_model_removes_an_older_one(pipe, tiny_pretrained, weaker, tmp_path):
     negative = tmp_path / "copy" / "negative"
     MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker).save_pretrained(tmp_path / "copy")
@@ -234,35 +188,18 @@ def test_the_plan_of_many_images_has_the_negative_model(pipe, tiny_pretrained, w
     assert generate_many(pipe, tmp_path / "plain.npz", num_images=6, guidance_scale=0).made == 0
 
 
-# Changes of the weights
-
-
-def train(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    tokens, labels = torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)
-    logits = network(tokens, labels).flatten(0, 1)
-    F.cross_entropy(logits, torch.arange(48) % 16).backward()
-    optimizer.step()
-    optimizer.zero_grad()
-
-
 def fused_adamw(network: nn.Module) -> None:
     optimizer = torch.optim.AdamW(network.parameters(), lr=0.3, fused=True)
     for _ in range(2):
-        train(network, optimizer)
-
-
-def sgd(network: nn.Module) -> None:
-    train(network, torch.optim.SGD(network.parameters(), lr=3.0))
+        optimizer.zero_grad()
+        logits = network(torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)).flatten(0, 1)
+        F.cross_entropy(logits, torch.arange(48) % 16).backward()
+        optimizer.step()
 
 
 def average_through_data(network: nn.Module) -> None:
     for weight in network.parameters():
         weight.data.mul_(-0.5).add_(torch.linspace(-1, 1, weight.numel()).reshape(weight.shape), alpha=0.5)
-
-
-def assign_data(network: nn.Module) -> None:
-    for weight in network.parameters():
-        weight.data = weight.data.roll(1, 0) * -2
 
 
 def load_weights(network: nn.Module) -> None:
@@ -281,7 +218,7 @@ def write_one_row_with_numpy(network: nn.Module) -> None:
 
 
 CHANGES = [
-    fused_adamw, sgd, average_through_data, assign_data, load_weights, write_with_numpy, write_one_row_with_numpy,
+    fused_adamw, average_through_data, load_weights, write_with_numpy, write_one_row_with_numpy,
 ]  # fmt: skip
 CALLS = {
     "generate": lambda pipe: pipe.generate([0, 1, 2], seed=0, output_type="pt"),
@@ -318,27 +255,6 @@ def test_a_pipeline_follows_its_weights(own, change):
     after = guided.generate([0, 1, 2], negative_model=renewed(own), **options)
     assert not torch.equal(guided_before, after)
     assert torch.equal(guided.generate([0, 1, 2], **options), after)
-
-
-def test_images_between_gradients_and_step_do_not_hide_the_step(own):
-    network = own.transformer.network
-    optimizer = torch.optim.AdamW(network.parameters(), lr=0.3, fused=True)
-    network(torch.zeros(3, 16, dtype=torch.int64), torch.arange(3)).square().mean().backward()
-    CALLS["generate"](own)
-    optimizer.step()
-    assert torch.equal(CALLS["generate"](own), CALLS["generate"](renewed(own)))
-
-
-def test_unchanged_weights_are_neither_packed_nor_decoded_again(own):
-    CALLS["generate"](own)
-    layers = [layer for layer in own.transformer.network.modules() if isinstance(layer, PackingLinear)]
-    packed, logits = [dict(layer._packed) for layer in layers], dict(own.transformer.caches.first_step._known)
-    assert logits
-    CALLS["inpaint"](own)
-    CALLS["generate"](own)
-    assert all(own.transformer.caches.first_step._known[label] is row for label, row in logits.items())
-    for layer, before in zip(layers, packed, strict=True):
-        assert all(layer._packed[rows] is weight for rows, weight in before.items())
 
 
 def test_a_write_to_one_entry_of_a_large_weight_needs_clear_caches(own):

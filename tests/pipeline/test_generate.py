@@ -1,14 +1,12 @@
 """Generation, editing and canvases: results depend on class, seed and settings only, and known pixels stay."""
 
 import logging
-import math
 
 import pytest
 import torch
 
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig, DecodingStep
-from maskgit_pl.evaluation import generation
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import generate_many
 from tests.conftest import save_tiny_pretrained
@@ -28,7 +26,6 @@ def test_an_image_depends_on_its_class_and_seed_only(request, kind) -> None:
     together = last_tokens(pipe, classes, seed=3)
     single = [last_tokens(pipe, [label], seed=3 + row) for row, label in enumerate(classes)]
     assert torch.equal(together, torch.cat(single))
-    assert not torch.equal(together, last_tokens(pipe, classes, seed=9))
     pixels = images(pipe, classes, seed=3), images(pipe, classes, seed=[3, 4, 5, 6], batch_size=1)
     assert (pixels[0].int() - pixels[1].int()).abs().max() <= 1  # rounding to bytes
 
@@ -40,36 +37,12 @@ def test_the_callback_gets_each_step_of_each_batch(pipe, causal) -> None:
         assert [step.step for step in steps] == [*range(num_steps)] * 2
 
 
-def test_the_first_step_of_a_class_is_computed_once_until_a_move(tiny_pretrained) -> None:
-    own, rows = MaskGIT.from_pretrained(tiny_pretrained), []
-    network = own.transformer.network
-    forward = network.forward_at
-    network.forward_at = lambda *given: rows.append(len(given[1])) or forward(*given)
-    first = images(own, [0, 1] * 3, batch_size=2, guidance_scale=0, num_steps=1)
-    assert torch.equal(images(own, [0, 1] * 3, guidance_scale=0, num_steps=1), first)
-    assert rows == [2]
-    own.to("cpu")
-    images(own, [0, 1], guidance_scale=0, num_steps=1)
-    assert rows == [2, 2]
-
-
-# Autoregressive models
-
-
-def test_an_autoregressive_model_decides_one_token_per_step(causal) -> None:
-    steps = list(causal.steps([0, 1, 2], seed=3))
-    assert causal.decoding.num_steps == causal.decoding_with(guidance_scale=2.0).num_steps == len(steps) == N
-    assert [int(step.still_masked.sum()) for step in steps] == [3 * (N - 1 - number) for number in range(N)]
-
-
 @pytest.mark.parametrize(
     "settings",
     [
         {"guidance_scale": 8.0},
-        {"guidance": "constant", "guidance_scale": 4.0},
         {"guidance_scale": 8.0, "negative_classes": "Trouser"},
         {"sampling_temperature": (1.0, 0.1)},
-        {"top_k": 2},
         {"top_p": 0.3},
         {"decoding": AutoregressiveDecoding(top_k=1).to_config(N)},
     ],
@@ -84,8 +57,6 @@ def test_an_autoregressive_model_follows_each_of_its_settings(causal, settings) 
     ("name", "value"),
     [
         ("num_steps", 8),
-        ("token_selector", "confidence"),
-        ("choice_temperature", 4.5),
         ("mask_schedule", "cosine"),
         ("tokens_per_step", [1] * N),
         ("decoding", DecodingConfig(num_steps=N)),
@@ -112,9 +83,7 @@ def test_an_autoregressive_model_edits_nothing(causal) -> None:
         "panorama": lambda: causal.panorama([0], 16),
         "mask_schedule": lambda: MaskGIT(causal.tokenizer, causal.transformer, mask_schedule="cosine"),
     }.items():
-        with pytest.raises(
-            ValueError, match=f"{task} requires a model with bidirectional attention, .* choose another"
-        ):
+        with pytest.raises(ValueError, match=f"{task} requires a model with bidirectional attention"):
             call()
 
 
@@ -132,12 +101,7 @@ def test_a_saved_autoregressive_pipeline_generates_the_same(tiny_autoregressive,
     assert again.decoding == own.decoding
     assert torch.equal(images(again, [0, 1, 2]), images(own, [0, 1, 2]))
     assert not caplog.records
-    card = (tmp_path / "README.md").read_text()
-    assert "The autoregressive baseline of MaskGIT" in card
-    assert "mask schedule" not in card
 
-
-# Regions of images
 
 BOX = (0, 0, 4, 2)  # of 8 x 8 pixels and 4 x 4 tokens: 2 x 1 tokens, with their neighbours 3 x 2
 REGION = torch.zeros(4, 4, dtype=torch.bool)
@@ -186,19 +150,6 @@ def test_pixels_outside_the_region_stay_bit_by_bit_with_a_hard_edge(pipe) -> Non
     assert not torch.equal(soft[..., ~region], hard[..., ~region])
 
 
-def test_an_edit_skips_a_sixth_of_the_steps_and_their_guidance(pipe, monkeypatch) -> None:
-    _, steps = recorded(pipe.edit_class, picture(), BOX, 1, num_steps=5)
-    assert [step.step for step in steps] == list(range(5))
-    rows: list[int] = []
-    forward = pipe.transformer.network.forward_at
-    count_rows = lambda *given: rows.append(len(given[0])) or forward(*given)  # noqa: E731
-    monkeypatch.setattr(pipe.transformer.network, "forward_at", count_rows)
-    _, steps = recorded(pipe.edit_class, picture(), BOX, 1, num_steps=12, guidance_scale=4.0, variants=3)
-    assert [step.step for step in steps] == list(range(2, 12))
-    scales = pipe.decoding_with(num_steps=12, guidance_scale=4.0).scales()
-    assert rows == [6 if scale > 0 else 3 for scale in scales[2:]]
-
-
 @pytest.mark.parametrize("settings", [{"num_steps": 12}, {"num_steps": 12, "guidance_scale": 3.0}], ids=str)
 def test_an_edit_of_everything_is_a_generation(pipe, settings) -> None:
     expected = images(pipe, [2, 0, 2], seed=5, **settings)
@@ -227,14 +178,12 @@ def test_one_image_gives_a_variant_for_each_class_and_seed(pipe) -> None:
     listed = pipe.inpaint([image] * 3, [mask] * 3, classes=[2, 1, 1], seed=[5, 5, 6], output_type="pt")
     assert torch.equal(variants, listed)
     assert torch.equal(variants[1], pipe.edit_class(image, BOX, "T-shirt", seed=5, output_type="pt")[0])
-    assert pipe.edit_class(image, BOX, 1, variants=2, output_type="np").shape == (2, 8, 8, 1)
     without_class = pipe.inpaint(image, mask, output_type="pt")
     assert torch.equal(without_class, pipe.inpaint(image, mask, classes=[None], output_type="pt"))
 
 
 def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> None:
     pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path, in_channels=3))
-    assert pipe.edit_class(picture(channels=3), BOX, 1)[0].mode == "RGB"
     large = picture(channels=3, size=16)
     edited = pipe.edit_class(large, (0, 0, 8, 4), 1, fit=True, blend=0, output_type="pt")
     middle = fit_image(large, image_size=8, crop=None)
@@ -250,19 +199,14 @@ def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> No
         ({"mask": box_pixels(size=9)}, "mask of image must have 8 x 8 pixels like the image, got 9 x 9"),
         ({"image": picture(size=9), "mask": box_pixels(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
         ({"image": [picture()] * 2, "classes": [0, 1, 2]}, "image must be one image, or one for each of the 3 classes"),
-        ({"mask": [box_pixels()] * 2, "classes": [0, 1, 2]}, "mask must be one mask, or one for each of the 3"),
         ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, "image 1 must have 8 x 4"),
         ({"dilation": -1}, "dilation must be an integer in"),
-        ({"blend": -1.0}, "blend must be a number in"),
     ],
 )
 def test_images_and_masks_that_do_not_fit_are_refused(pipe, options, message) -> None:
     given = {"image": picture(), "mask": box_pixels(), "classes": [0], **options}
     with pytest.raises(ValueError, match=message):
         pipe.inpaint(given.pop("image"), given.pop("mask"), **given)
-
-
-# Image-to-image
 
 
 @pytest.mark.parametrize(("strength", "count"), [(1e-3, 1), (0.25, 4), (0.26, 5), (0.6, 10), (0.99, 16)])
@@ -285,7 +229,6 @@ def test_the_positions_of_a_seed_are_its_own_and_grow_with_the_strength(pipe) ->
     ("options", "message"),
     [
         ({"strength": 0}, r"strength must be a number in \(0, 1\], got 0"),
-        ({"strength": math.nan}, "strength must be a finite number"),
         ({"strength": 0.5, "image": picture(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
         ({"strength": 0.5, "dilation": 1}, "option 'dilation': "),
     ],
@@ -295,15 +238,11 @@ def test_wrong_options_of_image_to_image_are_refused(pipe, options, message) -> 
         pipe.edit(**{"image": picture(), **options})
 
 
-# Canvases
-
-
 @pytest.mark.parametrize(
     ("sides", "rows", "columns"),
     [
         ({"right": 6}, slice(0, 8), slice(0, 8)),
         ({"left": 4}, slice(0, 8), slice(4, 12)),
-        ({"up": 2, "down": 10}, slice(2, 10), slice(0, 8)),
         ({"left": 4, "right": 4, "up": 4, "down": 4}, slice(4, 12), slice(4, 12)),
     ],
     ids=str,
@@ -338,24 +277,15 @@ def test_a_panorama_depends_on_its_class_and_seed_only(pipe) -> None:
     assert (wide[2].int() - single[0].int()).abs().max() <= 1
 
 
-def test_windows_of_a_panorama_have_different_noise(pipe) -> None:
-    _, steps = recorded(pipe.panorama, [0], 32, overlap=0.01)  # windows side by side, or nearly
-    tokens = steps[-1].tokens[0].unflatten(0, (4, 16))
-    assert not torch.equal(tokens[:, :4], tokens[:, 4:8])
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda pipe: pipe.outpaint(picture()), "one of left, right, up and down must be > 0"),
-        (lambda pipe: pipe.outpaint(picture(), right=-2), r"right must be an integer in \[0, 64000000\], got -2"),
         (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
-        (lambda pipe: pipe.outpaint(picture(size=7), right=2), "height of the image must be a multiple of 2 pixels"),
         (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
         (lambda pipe: pipe.outpaint(picture(), right=2, fit=True), "option 'fit': "),
         (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a number in \(0, 1\)"),
         (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the width of the model's images, got 6"),
-        (lambda pipe: pipe.panorama([0], 9), "width must be a multiple of 2 pixels, .* got 9; use 8 or"),
     ],
 )
 def test_sizes_that_no_canvas_has_are_refused(pipe, call, message) -> None:
@@ -384,13 +314,3 @@ def test_images_have_the_size_of_the_model_and_canvases_whole_tokens(cut):
     narrow = torch.arange(48, dtype=torch.uint8).reshape(1, 8, 6)
     wide = cut.outpaint(narrow, right=2, classes=[0], blend=0, output_type="pt")
     assert torch.equal(wide[0, ..., :6], narrow)
-
-
-@pytest.mark.parametrize("task", ["outpaint-right", "inpaint-centre"])
-def test_the_tasks_of_table_2_are_measured_on_cut_images(cut, task):
-    originals = torch.randint(256, (2, 1, 7, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    edited = generation.edit(task, cut, originals, torch.tensor([0, 1]), seed=3)
-    assert edited.shape == originals.shape
-    hidden = generation.hide_pixels(task, cut.tokenizer, originals)
-    mask = generation.make_hidden_mask(task, cut.tokenizer)
-    assert torch.equal(edited[1], cut.inpaint(hidden[1], mask, classes=[1], seed=4, output_type="pt")[0])

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.pipeline.grids import add_title, image_grid, reconstruction_grid, save_images, save_png
+from maskgit_pl.pipeline.grids import add_title, image_grid, reconstruction_grid, save_images
 from tests.pipeline.conftest import random_images
 
 
@@ -45,23 +45,6 @@ def test_reconstructions_stand_below_their_originals() -> None:
     above, below = picture[8 : 8 + 84], picture[8 + 88 : 8 + 88 + 84]
     assert (above[:, -92:-8] == 255 - below[:, -92:-8]).all()
     assert picture.shape[0] == 8 + 4 * 84 + 3 * 4 + 8
-
-
-def test_a_failed_write_leaves_the_old_picture_and_no_other_file(tmp_path, monkeypatch) -> None:
-    path = tmp_path / "deep" / "picture.png"
-    picture = image_grid(random_images(1), columns=1)
-    save_png(picture, path)
-    before = path.read_bytes()
-
-    def fail(self, file, **options):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_png(picture, path)
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
 
 
 def test_files_of_images_have_the_class_and_the_seed_in_their_names(tmp_path) -> None:

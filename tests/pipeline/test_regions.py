@@ -1,7 +1,6 @@
 """Images, masks and boxes of an edit, the tokens that they cover, and the windows of a canvas."""
 
 import io
-import re
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ from maskgit_pl.pipeline.regions import (
     token_mask,
     windows,
 )
-from tests.hostile_images import REFUSED, SPECIAL, write_refused
+from tests.hostile_images import SPECIAL
 
 
 def mask_of(*rows: str) -> torch.Tensor:
@@ -36,18 +35,8 @@ def pixels(channels: int, height: int, width: int, *, seed: int = 0) -> torch.Te
     return torch.randint(0, 256, (channels, height, width), dtype=torch.uint8, generator=generator)
 
 
-# From pixels to tokens
-
-
 def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
-    mask = mask_of(
-        "......",
-        ".....#",
-        "......",
-        "......",
-        "..##..",
-        ".#....",
-    )
+    mask = mask_of("......", ".....#", "......", "......", "..##..", ".#....")
     assert torch.equal(token_mask(mask, factor=2), mask_of("..#", "...", "##."))
     assert torch.equal(token_mask(mask, factor=3), mask_of(".#", "##"))
     corner = mask_of(".....", ".....", "....#")  # the last tokens cover more than the image
@@ -70,9 +59,6 @@ def test_an_edit_skips_the_steps_that_the_released_code_skips() -> None:
     assert first_step(everything, num_steps=12) == 0
 
 
-# Boxes
-
-
 def test_right_and_bottom_of_a_box_are_exclusive() -> None:
     assert torch.equal(box_mask((1, 0, 3, 2), height=3, width=4), mask_of(".##.", ".##.", "...."))
     assert torch.equal(box_mask(np.array([1, 0, 3, 2]), height=3, width=4), box_mask((1, 0, 3, 2), height=3, width=4))
@@ -82,21 +68,14 @@ def test_right_and_bottom_of_a_box_are_exclusive() -> None:
     ("box", "message"),
     [
         ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
-        ((0, 0, 4, 4), "must lie in the image"),
         ((-1, 0, 4, 3), "must lie in the image"),
-        ((2, 0, 2, 3), "left < right"),
         ((0, 2, 4, 1), "top < bottom"),
-        ((0, 0, 4), "must have four integers left,top,right,bottom, got"),
-        ((0, 0, 4.5, 3), "must have four integers"),
         ((0, 0, True, 3), "must have four integers"),
     ],
 )
 def test_a_box_outside_the_image_or_of_another_form_is_refused(box, message) -> None:
     with pytest.raises(ValueError, match=message):
         box_mask(box, height=3, width=4)
-
-
-# Putting the result back
 
 
 def test_a_hard_edge_mixes_no_pixel() -> None:
@@ -119,9 +98,6 @@ def test_a_soft_seam_falls_from_the_region_outwards() -> None:
     assert torch.allclose(weight, row.expand(64, -1))  # nothing is lost at the border
     # The blur of the released code:
     assert [seam_radius(size) for size in (512, 256, 28, 16, 8)] == [31, 15, 0.75, 0, 0]
-
-
-# Images and masks of a user
 
 
 def read_image(image) -> torch.Tensor:
@@ -162,9 +138,7 @@ def test_alpha_is_composited_over_white_and_exif_is_followed(tmp_path) -> None:
             for array in (
                 np.zeros((4, 4, 3), dtype=np.float32),
                 np.zeros((4, 4, 5), dtype=np.uint8),
-                np.zeros((0, 4, 3), dtype=np.uint8),
                 torch.zeros(5, 4, 4, dtype=torch.uint8),
-                torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
             )
         ),
         *(
@@ -197,15 +171,6 @@ def test_files_without_an_end_are_refused_before_they_are_read(make, tmp_path) -
     for read in (read_image, mask_pixels):
         with pytest.raises(ValueError, match=f"image .*{make.__name__}.png {SPECIAL[make]}"):
             read(file)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", REFUSED)
-def test_hostile_images_are_refused(name, tmp_path) -> None:
-    path = write_refused(tmp_path, name)
-    for read in (read_image, mask_pixels):
-        with pytest.raises(ValueError, match=re.escape(name) + ".*" + re.escape(REFUSED[name][2])):
-            read(path)
 
 
 def test_pil_images_that_are_too_large_or_damaged_are_refused(tmp_path) -> None:
@@ -276,9 +241,6 @@ def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, me
         fit_to_model(pixels(3, 6, 8), mask, image_size=8, fit=fit, name="image 3")
 
 
-# A canvas and its windows
-
-
 def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:
     """Returns (top, left, unknown tokens) of each window, after checks: inside the canvas, and no token twice."""
     left, counts = unknown.clone(), []
@@ -329,8 +291,6 @@ def test_margins_place_an_image_on_its_canvas():
     ("text", "box"),
     [
         ("10%,20%,60%,80%", [2, 2, 12, 10]),  # of 20 x 12 pixels; outwards to whole pixels
-        ("0%, 0%, 50%, 100%", [0, 0, 10, 12]),
-        ("12.5%,0,50%,7", [2, 0, 10, 7]),
         ("99.9%,0,100%,1", [19, 0, 20, 1]),
         ("1,2,3,4", [1, 2, 3, 4]),
         ("-1,0,120%,4", [-1, 0, 24, 4]),  # which the check of boxes refuses

@@ -1,12 +1,9 @@
 """Pretrained folders: found on this machine, in the package or in the cache of the Hub, and written. No network."""
 
 import json
-import os
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +14,6 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.evaluation.opening import find_run
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import read_decoding, save_decoding
@@ -54,10 +50,7 @@ def test_a_missing_folder_is_refused_in_one_line(path: str, empty: Path) -> None
     [
         ("runs/one-cosin", "runs/one-cosine"),
         ("run/one-cosine", None),
-        ("./run/one-cosine", "runs"),
-        ("runs/one-cosin/pretrained", "runs/one-cosine"),
         ("runs/one-cosine/pretraned", "runs/one-cosine/pretrained"),
-        ("runs/xyz", None),
     ],
 )
 def test_a_mistyped_folder_is_answered_with_the_nearest(missing: str, nearest: str | None, empty: Path) -> None:
@@ -80,16 +73,6 @@ def test_a_repository_that_is_not_in_the_cache_is_refused_in_one_line(empty: Pat
         MaskGIT.from_pretrained("owner/name", cache_dir=empty / "cache", local_files_only=True)
     assert "or name a folder, such as runs/RUN/pretrained" in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-@pytest.mark.slow
-def test_the_hub_is_not_asked_in_offline_mode(tmp_path: Path) -> None:
-    code = "from maskgit_pl import MaskGIT; MaskGIT.from_pretrained('owner/name')"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.stderr.splitlines()[-1].startswith("FileNotFoundError: hub owner/name: no such folder, not in")
 
 
 def cached(cache: Path, folder: Path) -> None:
@@ -173,9 +156,6 @@ def test_decoding_settings_are_given_as_an_object_or_a_file(tmp_path: Path) -> N
         MaskGIT.from_pretrained(folder, revison="main")
 
 
-# The model of the package
-
-
 def test_the_package_has_one_small_model() -> None:
     assert [*bundled_models()] == [NAME]
     files = {file.relative_to(bundled_models()[NAME]).as_posix(): file for file in bundled_models()[NAME].rglob("*.*")}
@@ -203,16 +183,6 @@ def test_the_model_was_trained_with_the_recipe_of_the_demo(stage) -> None:
 def test_the_decoding_settings_are_those_of_the_recipe(demo) -> None:
     settings = Recipe.read("transformer", names="adaln").get("model.decoding")
     assert replace(demo.decoding, **settings) == demo.decoding
-
-
-@pytest.mark.slow
-def test_the_model_generates_the_requested_classes(demo) -> None:
-    trousers, bags = (images(demo, [name] * 8).float() for name in ("Trouser", "Bag"))
-    # Trousers are narrow and high, bags are wide and leave the top of the image empty.
-    narrow, wide = (pixels.mean(1) > 0.2 * pixels.max() for pixels in (trousers, bags))  # (8, 28, 28) bool
-    assert (narrow.any(1).sum(1) < wide.any(1).sum(1)).float().mean() > 0.7
-    assert narrow[:, 3].any(1).sum() > wide[:, 3].any(1).sum()
-    assert len({image.numpy().tobytes() for image in trousers}) == 8
 
 
 def test_a_folder_of_the_same_name_comes_first(empty: Path, tiny_pretrained: Path) -> None:
@@ -249,9 +219,3 @@ def test_the_edit_of_the_readme_gives_the_shirt_long_sleeves(empty: Path, capsys
         for sleeve in (np.s_[16:22, 2:7], np.s_[16:22, 21:26]):
             assert shirt[sleeve].mean() < 30 < 60 < edited[sleeve].mean(), file.name
         assert (edited[:4] == shirt[:4]).mean() > 0.5  # its collar
-
-
-def test_measurements_are_not_written_into_the_package(empty: Path) -> None:
-    folders = find_run(NAME, data=empty)
-    assert folders.run == Path("runs", NAME)
-    assert folders.pretrained == bundled_models()[NAME]

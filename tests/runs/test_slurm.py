@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from maskgit_pl import runs
 from maskgit_pl.runs.slurm import JobOptions, check_submission

@@ -17,12 +17,9 @@ from maskgit_pl.data.samples import UnreadableSample
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
+from tests.data.conftest import contents
 from tests.hostile_images import save
 from tests.hostile_images import saved as many_frames
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
 def draw(path: Path, number: int) -> None:
@@ -77,12 +74,10 @@ def tarred(folder: Path, *, inside: str = "", ending: str = ".tar") -> Path:
 
 ARCHIVES: dict[str, Callable[[Path], Path]] = {
     "zip": zipped,
-    "zip, stored": lambda folder: zipped(folder, method=zipfile.ZIP_STORED),
     "zip of the folder itself": lambda folder: zipped(folder, inside="photos/"),
     "tar": tarred,
     "tar of ./": lambda folder: tarred(folder, inside="./"),
     "tar.gz": lambda folder: tarred(folder, ending=".tar.gz"),
-    "tgz of the folder itself": lambda folder: tarred(folder, inside="photos/", ending=".tgz"),
 }
 
 
@@ -154,11 +149,8 @@ TURNED[0x0112] = 6  # by 90 degrees
 # name of the file: its bytes, and (height, width, channels) or a text of the error
 ODD_IMAGES: dict[str, tuple[bytes, tuple[int, int, int] | str]] = {
     "cmyk.jpg": (saved("CMYK", "JPEG"), (4, 6, 3)),
-    "16-bit.png": (saved("I;16", "PNG"), (4, 6, 1)),
-    "palette-with-alpha.png": (saved("P", "PNG", transparency=0), (4, 6, 3)),
     "grey-with-alpha.png": (saved("LA", "PNG"), (4, 6, 1)),
     "rotated-by-exif.jpg": (saved("RGB", "JPEG", exif=TURNED), (6, 4, 3)),
-    "upper.JPEG": (saved("L", "JPEG"), (4, 6, 1)),
     "content-decides.jpg": (saved("RGB", "PNG"), (4, 6, 3)),
     "line\nbreak.webp": (saved("RGB", "WEBP"), (4, 6, 3)),
     os.fsdecode(b"caf\xe9.png"): (saved("RGB", "PNG"), (4, 6, 3)),
@@ -311,10 +303,7 @@ def test_missing_files_are_unreadable_and_files_without_a_row_are_left_out(photo
     faults = sorted(sample.error for sample in samples if isinstance(sample, UnreadableSample))
     assert faults == [f"image {photos}/{n}.png cannot be read: No such file or directory" for n in (20, 21, 22)]
     assert len(samples) == 21
-    assert source.left_out == (
-        "1 .txt (notes.txt)",
-        "2 without a row in metadata.csv (0.png, 1.png)",
-    )
+    assert source.left_out == ("1 .txt (notes.txt)", "2 without a row in metadata.csv (0.png, 1.png)")
 
 
 def test_another_column_may_hold_the_labels(photos):
@@ -327,14 +316,12 @@ def test_another_column_may_hold_the_labels(photos):
 
 CSV_FAULTS = {
     "file_name,label\n0.png": "must be UTF-8 text with a CSV table, got: 1 values for 2 columns in line 2",
-    "name,label\n0.png,a": "must have a column 'file_name', got name, label",
     "file_name,label,label\n0.png,a,b": "got: a repeated column",
     "": "must have a column 'file_name', got no rows",
     "file_name,label\n0.png,": "line 2: label must be a class name or a class number, got ''",
     "file_name,label\n../0.png,a": "line 2: file_name must be a path inside",
     "file_name,label\n0.png,a\n./0.png,b": "line 3: 0.png must have one label, got 'a' and 'b'",
     'file_name,label\n"0.png,a': "got: unexpected end of data",
-    "file_name,label\n0.png,\ud800": "must be UTF-8 text",
     'file_name,label\n0.png,"a\nb"': "a class must have a UTF-8 name on one line, got 'a\\\\nb'",
     "file_name,label\n0.png," + "9" * 200_000: "got: field larger than field limit",
 }
@@ -343,9 +330,7 @@ JSON_FAULTS = {
     '{"file_name": "0.png", "label": 1': "with one JSON object per line, got: line 1 is not valid JSON: Expecting",
     "[" * 100_000: "with one JSON object per line, got: ",
     '{"file_name": "0.png", "label": true}': "line 1: label must be a class name or a class number, got True",
-    '{"file_name": 5, "label": 1}': "line 1: file_name must be a path inside",
     '{"file_name": "\\ud800.png", "label": 1}': r"file_name must be a path inside .*, in UTF-8, got '.ud800\.png'",
-    '{"file_name": "0.png", "label": "\\ud800"}': "a class must have a UTF-8 name on one line",
 }
 
 

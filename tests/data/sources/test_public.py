@@ -41,9 +41,7 @@ def no_network(monkeypatch, tmp_path):
 def test_fashion_mnist_refuses_files_that_are_not_the_known_ones(fashion, tmp_path):
     (tmp_path / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"other"))
     (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(b"<html>")
-    with pytest.raises(
-        ValueError, match="train-images-idx3-ubyte: wrong checksum; train-labels-idx1-ubyte: missing"
-    ) as e:
+    with pytest.raises(ValueError, match=r"train-images-.*: wrong checksum; train-labels-.*: missing") as e:
         fashion.open(tmp_path, image_size=28)
     assert "t10k-images-idx3-ubyte: not a complete gzip file" in str(e.value)
 
@@ -54,7 +52,7 @@ def test_fashion_mnist_unpacks_no_more_than_the_known_files_have(fashion, tmp_pa
         for _ in range(64):
             file.write(bytes(2**20))
     tracemalloc.start()
-    with pytest.raises(ValueError, match="train-images-idx3-ubyte: wrong checksum"):
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: wrong checksum"):
         fashion.open(tmp_path, image_size=28)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
