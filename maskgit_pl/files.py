@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import yaml
+from safetensors import SafetensorError
 
 from maskgit_pl.checks import shorten
 
@@ -125,7 +126,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         OutputError: if ``file`` is a folder, a device, a pipe or a broken link.
     """
     file = follow_links(file)
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with _replacing(file, file.parent) as partial:

@@ -178,10 +178,8 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
 
 def _find_broken_rule(ratio: Any, progress: Tensor, *, tolerance: float) -> str | None:
     """Returns the first rule that the values break; None if they keep all rules."""
-    from torch import Tensor
-
-    if not (isinstance(ratio, Tensor) and ratio.shape == progress.shape and ratio.is_floating_point()):
-        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else type(ratio).__name__
+    if not (isinstance(ratio, type(progress)) and ratio.shape == progress.shape and ratio.is_floating_point()):
+        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, type(progress)) else type(ratio).__name__
         return f"it must return a float tensor in the shape of progress {tuple(progress.shape)}, got {seen}"
     rules = (
         (bool(ratio.isfinite().all()), "its values must be finite"),

@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import shtab
+
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, make_folder, print_json, print_rows
@@ -21,6 +23,7 @@ from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
 from maskgit_pl.runs.layers import Kind
 from maskgit_pl.runs.recipe import STAGES, Stage
+from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.registry import Registry
@@ -280,7 +283,6 @@ def schedules(
         json: Print JSON, a list of objects, instead of the table.
     """
     from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
-    from maskgit_pl.schedules import mask_schedules
 
     check_integer("num_tokens", num_tokens, "[1, inf)")
     built = mask_schedules.build_all()
@@ -315,8 +317,6 @@ def completion(shell: Literal["bash", "zsh"]) -> None:
     Args:
         shell: Shell that reads the script.
     """
-    import shtab
-
     from maskgit_pl.cli import build_parser
 
     parsers = [build_parser()]

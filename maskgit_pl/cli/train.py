@@ -61,19 +61,18 @@ def train(
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
     """Prints the complete recipe; without data or tokenizer, if they are not named, only the keys that need neither."""
-    from maskgit_pl.runs.resolve import config_text, config_text_without_data, merge_values
-    from maskgit_pl.runs.settings import resolve
+    from maskgit_pl.runs import resolve, settings
 
     try:
         plan = plan_run(recipe, **folders)
     except FileNotFoundError as error:
         if any(folders.get(name) is not None for name in ("data", "tokenizer", "pretrained")):
             raise
-        text = config_text_without_data(recipe)
+        text = resolve.config_text_without_data(recipe)
         print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {error}")
         print(text, end="")
     else:
-        print(config_text(resolve(recipe.kind, merge_values(plan))), end="")
+        print(resolve.config_text(settings.resolve(recipe.kind, resolve.merge_values(plan))), end="")
 
 
 def tokenize(

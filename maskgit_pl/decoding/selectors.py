@@ -223,8 +223,6 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
 
 def _check_step(where: str, selector: TokenSelector, candidates: Candidates) -> None:
     """Checks the results of a selector for the draws of a step, (2, 4) of 3 codes."""
-    import torch
-
     progress, log_probs = candidates.progress, candidates.log_probs
     check_number(f"{where}: sharpness at progress {progress:g}", selector.sharpness(progress), "(0, inf)")
     scores = _check_tensor(f"{where}: scores", selector(candidates), (2, 4))
@@ -233,7 +231,7 @@ def _check_step(where: str, selector: TokenSelector, candidates: Candidates) -> 
         if not bool(((codes >= 0) & (codes < 3)).all()):
             raise ValueError(f"{where}: replacements must be codes in [0, 3), got {codes.tolist()}")
     if not selector.follows_schedule:
-        kept = selector.num_kept(candidates, scores, torch.ones(2, 4, dtype=torch.bool))
+        kept = selector.num_kept(candidates, scores, candidates.gumbel.new_ones(2, 4).bool())
         _check_tensor(f"{where}: num_kept", kept, (2,), is_integer=True)
     elif not selector.needs_decided_logits:
         count = selector.num_remasked(decided=2, planned=1, progress=progress)

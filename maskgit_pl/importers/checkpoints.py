@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -300,7 +300,7 @@ def read_flax(path: Path) -> dict[str, Array]:
 
     def as_array(code: int, data: bytes) -> Array:
         count(1)
-        return _read_array(code, data)
+        return _read_array(code, data, msgpack.unpackb)
 
     # The limits hold while msgpack parses, before it allocates what a hostile file claims. The file is read array by
     # array, so that its bytes are in memory only once. flax writes lists as maps, and bytes only inside extensions.
@@ -334,14 +334,12 @@ def _flatten(value: Any, name: str) -> Iterator[tuple[str, Array]]:
         raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
 
 
-def _read_array(code: int, data: bytes) -> Array:
-    """Returns the array or numpy's scalar in an extension, which is msgpack's (shape, dtype, bytes)."""
-    import msgpack
-
+def _read_array(code: int, data: bytes, unpack: Callable[..., Any]) -> Array:
+    """Returns the array or numpy's scalar in an extension, which ``unpack`` splits into (shape, dtype, bytes)."""
     if code not in (_ARRAY, _SCALAR):
         raise ValueError(f"extension types must be {_ARRAY} or {_SCALAR} (real numbers), got {code}")
     limits = {"max_array_len": _MAX_DIMENSIONS, "max_str_len": _MAX_TEXT, "max_map_len": 0, "max_ext_len": 0}
-    match msgpack.unpackb(data, **limits):
+    match unpack(data, **limits):
         case [list(shape), str(dtype), bytes(content)] if all(type(size) is int and size >= 0 for size in shape):
             pass
         case _:

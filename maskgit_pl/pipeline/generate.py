@@ -114,10 +114,9 @@ def finish(steps: StepsOfImages, output_type: OutputType, callback: StepCallback
     if output_type == "np":
         pixels: npt.NDArray[np.uint8] = rearrange(images.numpy(), "n c h w -> n h w c")
         return pixels
-    from maskgit_pl.pipeline.display import ImageList  # which imports Pillow
-    from maskgit_pl.pipeline.grids import to_pil
+    from maskgit_pl.pipeline import display, grids  # which import Pillow
 
-    return ImageList(to_pil(image) for image in images)
+    return display.ImageList(grids.to_pil(image) for image in images)
 
 
 def generate(tokenizer: PretrainedTokenizer, transformer: PretrainedTransformer, request: Request) -> StepsOfImages:

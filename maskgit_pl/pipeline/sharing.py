@@ -226,27 +226,20 @@ def _is_hub_id(text: str) -> bool:
 
 
 def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     if not hub.get("local_files_only"):
         check_token(hub_id, token=hub.get("token"))
     try:
         folder = snapshot_download(hub_id, **hub, allow_patterns=list(FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
         reasons = {
-            LocalEntryNotFoundError: "no such folder, not in the cache, and the Hub cannot be reached or is switched "
-            "off; download it once with a connection",
-            RevisionNotFoundError: f"no revision {hub.get('revision')!r}; leave it out",
+            errors.LocalEntryNotFoundError: "no such folder, not in the cache, and the Hub cannot be reached or is "
+            "switched off; download it once with a connection",
+            errors.RevisionNotFoundError: f"no revision {hub.get('revision')!r}; leave it out",
             # Also if it is private or gated.
-            RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, give "
-            "token= for a repository that is not public",
+            errors.RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, "
+            "give token= for a repository that is not public",
         }
         plain = f"{' '.join(str(error).split())}; try again"
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), plain)

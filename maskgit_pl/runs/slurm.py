@@ -220,16 +220,15 @@ def check_submission(submission: Submission) -> str:
     """
     plan, job = submission.plan, submission.job
     log.info("%s: checking the run as training will, which takes some seconds ...", plan.stage_folder)
-    from maskgit_pl.runs.build import build, restore_process_state  # lightning and torch take seconds to import
-    from maskgit_pl.runs.fitting import describe_start
+    from maskgit_pl.runs import build, fitting  # lightning and torch take seconds to import
 
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={job.nodes}", f"--trainer.devices={job.devices}"]
-    with hide_launcher(), restore_process_state():
-        run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
+    with hide_launcher(), build.restore_process_state():
+        run = build.build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data, steps = run.datamodule, run.trainer.max_steps
     if data.config.source != "stream":
         data.setup()
-    start = describe_start(plan.stage_folder, steps)
+    start = fitting.describe_start(plan.stage_folder, steps)
     return f"{start}; {job.nodes * job.devices} ranks share a global batch of {data.config.global_batch}; {steps} steps"
 
 

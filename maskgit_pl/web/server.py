@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 from urllib.parse import urlsplit
 
+from PIL import Image
+
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import printable
@@ -209,7 +211,6 @@ def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, hos
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
-    from PIL import Image
 
     from maskgit_pl.web.page import STYLE, build_page
 

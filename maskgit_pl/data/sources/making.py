@@ -202,8 +202,7 @@ def _download(name: str) -> Path:
     source = f"source {_HUB}{printable(name)}"
     if (match := _NAME.fullmatch(name)) is None:
         raise ValueError(f"{source} must be {_HUB}OWNER/NAME[@REVISION][:SPLIT]")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
     folder = Path("data/raw", re.sub(r"[^\w.-]+", "-", name))
     try:
@@ -214,7 +213,7 @@ def _download(name: str) -> Path:
             allow_patterns=match["split"] and f"*{match['split']}*",
             local_dir=folder,
         )
-    except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, FileNotFoundError) as error:
         got = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{source} must be a data set of the Hub, with a connection to it, got: {got}"

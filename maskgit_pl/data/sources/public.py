@@ -213,13 +213,12 @@ class IdxFiles:
         """Yields the images of a split at some places as PNG."""
         import torch
 
-        from maskgit_pl.data.images import encode_png
-        from maskgit_pl.data.samples import Sample
+        from maskgit_pl.data import images, samples
 
         for number in places:
             pixels = torch.from_numpy(self._images[split][number].copy())[None]  # (1, H, W); the bytes are read-only
             label = int(self._labels[split][number])
-            yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
+            yield samples.Sample(images.encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
 
 
 def _read_idx(folder: Path, pattern: str, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
