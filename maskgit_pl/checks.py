@@ -1,8 +1,8 @@
 """Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
 
-Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing heavy, so
-that a wrong key is reported immediately. In this order: single values, the mappings of files (keys, dataclasses, whose
-types pydantic checks), and the sizes, channels and file names of images.
+Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing
+heavy, so that a wrong key is reported immediately. In this order: single values, the mappings of files (keys,
+dataclasses, whose types pydantic checks), and the sizes, channels and file names of images.
 """
 
 from __future__ import annotations
@@ -206,8 +206,8 @@ def _end(word: str) -> float:
 def plain_number(value: object) -> object:
     """Returns a number of NumPy, or an integer in a tensor, as an ``int`` or a ``float``, and other values unchanged.
 
-    Methods that users call from Python apply it before the checks below, which accept plain numbers only, because
-    values from files are plain and values for files must be.
+    Methods that users call from Python apply it before the checks below, which accept plain numbers only,
+    because values from files are plain and values for files must be.
     """
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     if is_bool or bool(getattr(value, "ndim", 0)):
@@ -276,8 +276,8 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
         where: File and key of ``values``, for the message.
 
     Raises:
-        ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or if
-            ``kind`` raises a ``ValueError``. The message begins with ``where``.
+        ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or
+            if ``kind`` raises a ``ValueError``. The message begins with ``where``.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
@@ -294,8 +294,8 @@ def validate(kind: type[T], values: Mapping[str, Any]) -> T:
     """Builds a dataclass from plain values. Types are compared strictly, as in JSON: a bool is no number.
 
     Raises:
-        ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages, see
-            ``describe_wrong_values``.
+        ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages,
+            see ``describe_wrong_values``.
     """
     validator = _validator(cast(Hashable, kind))
     return kind(**values) if validator is None else cast(T, validator.validate_python([values])[0])

@@ -1,8 +1,8 @@
 """The ranks of a process group, the devices of this machine, and the record of both that is saved with results.
 
-Collectives: sums, means, gathered rows, and errors that all ranks raise. Without a process group, each function behaves
-as for a single process, so callers do not check whether there is one. Measurements gather their rows and sort them
-before they sum, so a result is bit-exact on any number of ranks.
+Collectives: sums, means, gathered rows, and errors that all ranks raise. Without a process group, each
+function behaves as for a single process, so callers do not check whether there is one. Measurements gather
+their rows and sort them before they sum, so a result is bit-exact on any number of ranks.
 """
 
 from __future__ import annotations

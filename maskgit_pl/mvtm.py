@@ -1,7 +1,7 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
-``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and ``ParallelDecoder``. The
-numbers of its comments are those of the steps in ``training.token_model``.
+``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and
+``ParallelDecoder``. The numbers of its comments are those of the steps in ``training.token_model``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class MaskedTokenConfig(TokenModelConfig):
     Args:
         global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
-        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the following
-            parts may be objects of registered classes, too.
+        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the
+            following parts may be objects of registered classes, too.
         min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
         mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
         mask_positions: Name or mapping of a registered rule for the positions that are masked in training.

@@ -146,13 +146,13 @@ class _Flag:
 def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
     """Lets the stop signals set the flag inside the context.
 
-    Enter it before slow imports, since a signal that arrives earlier kills the process. A nested context, and one in a
-    thread other than the main thread, changes nothing.
+    Enter it before slow imports, since a signal that arrives earlier kills the process. A nested context, and
+    one in a thread other than the main thread, changes nothing.
 
     Args:
-        until: End of the context. ``"return"``: the caller continues, as in a notebook; a second Ctrl-C raises
-            KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process exits; a second Ctrl-C ends it
-            immediately, and after a first signal all further ones are ignored.
+        until: End of the context. ``"return"``: the caller continues, as in a notebook; a second Ctrl-C
+            raises KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process exits; a second
+            Ctrl-C ends it immediately, and after a first signal all further ones are ignored.
     """
     if _Flag.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         yield

@@ -50,8 +50,8 @@ class Registry(Generic[T]):
         kind: Kind of the objects for error messages, such as ``"mask schedule"``.
         group: Entry point group of other packages' factories, such as ``"maskgit_pl.mask_schedules"``.
         check: Function of the name and a new object that raises ``ValueError`` if the object breaks its contract.
-        modules: Modules that register built-in parts when they are imported, which happens at the first look-up. For
-            parts whose modules import the module of the registry.
+        modules: Modules that register built-in parts when they are imported, which happens at the first
+            look-up. For parts whose modules import the module of the registry.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class Registry(Generic[T]):
             where: File and key of the arguments for error messages; None for the kind and the name.
 
         Raises:
-            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown, missing, of a
-                wrong type or out of range, or the object breaks its contract.
+            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown,
+                missing, of a wrong type or out of range, or the object breaks its contract.
             PluginError: if the code of a plug-in raises an error or exits.
         """
         name, arguments = self._parse(spec)

@@ -46,8 +46,8 @@ def make(
     Example: maskgit data make photos.zip --out data/shards/photos --image-size 64
 
     Args:
-        source: Folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT] of the
-            Hugging Face Hub, which is downloaded to data/raw.
+        source: Folder or archive of images, folder of IDX or parquet files, or
+            hf:OWNER/NAME[@REVISION][:SPLIT] of the Hugging Face Hub, which is downloaded to data/raw.
         out: Data folder to write.
         val_fraction: Val fraction of a source without a val split (default: 0.1).
         image_size: Crop the centre and resize to S x S pixels, or height H and width W (default: keep the files).

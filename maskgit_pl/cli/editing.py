@@ -35,10 +35,10 @@ class Region:
     """The region of an image that is generated.
 
     Args:
-        box: Region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its width and
-            height, such as 10%,20%,60%,80%.
-        mask: Region to generate: a picture of the size of IMAGE, white inside the region; black and transparent pixels
-            stay.
+        box: Region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its
+            width and height, such as 10%,20%,60%,80%.
+        mask: Region to generate: a picture of the size of IMAGE, white inside the region; black and
+            transparent pixels stay.
         fit: Crop the centre of IMAGE and resize it to the size of the model.
     """
 
@@ -126,8 +126,8 @@ def edit(
 ) -> None:
     """Turns an image, or a part of it, into another class.
 
-    What is in a box or under a mask is generated again and pasted into the image; or with --strength, a random share of
-    all tokens is generated again.
+    What is in a box or under a mask is generated again and pasted into the image; or with --strength, a
+    random share of all tokens is generated again.
 
     Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'
 
@@ -135,8 +135,8 @@ def edit(
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
         image: JPEG, PNG or WebP file.
         class_: Class name or index.
-        strength: Share of the tokens of the whole image that are generated again, above 0 and up to 1, in place of
-            --box and --mask.
+        strength: Share of the tokens of the whole image that are generated again, above 0 and up to 1, in
+            place of --box and --mask.
         out: Picture of the image and all results.
     """
     check_one_of(box=region.box, mask=region.mask, strength=strength, required=True)
@@ -208,8 +208,8 @@ def outpaint(
     pixels = image_pixels(image, channels=job.pipe.outline.channels)
     outline = job.pipe.outline
     margins.check(pixels.shape[-2:], factor=outline.token_size, least=outline.image_size)
-    # (H + up + down, W + left + right): the image on the canvas, and True outside of it. With --dilation, tokens along
-    # the border of the image are generated again too.
+    # (H + up + down, W + left + right): the image on the canvas, and True outside of it. With --dilation,
+    # tokens along the border of the image are generated again too.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
     task = partial(job.pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
     job.run("outpainting", task, original, mask=outside, dilation=variants.dilation or 0)

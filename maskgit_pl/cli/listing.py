@@ -90,8 +90,8 @@ _OPTIONAL = (  # libraries whose versions ``env`` also prints
 def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
     """Lists the models that commands can load, and how to get others.
 
-    They are those of the package, of runs/ and of pretrained/, and the released models that can be imported, each with
-    a command.
+    They are those of the package, of runs/ and of pretrained/, and the released models that can be imported,
+    each with a command.
 
     Example: maskgit models --json
 
@@ -215,8 +215,8 @@ def _recipe_files(name: str) -> dict[str, Path]:
 def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = False) -> None:
     """Lists schedules, selectors, quantizers and all other parts that a recipe can name.
 
-    Each name of each registry is listed with the package that it comes from. Other packages add names with entry points
-    in the group maskgit_pl.KIND, which are listed without loading them.
+    Each name of each registry is listed with the package that it comes from. Other packages add names with
+    entry points in the group maskgit_pl.KIND, which are listed without loading them.
 
     Example: maskgit plugins quantizers
 
@@ -309,8 +309,8 @@ def schedules(
 def completion(shell: Literal["bash", "zsh"]) -> None:
     """Prints a script for the completion of commands and flags in a shell.
 
-    It completes files too. For bash, add the line of the example to ~/.bashrc. For zsh, write the output to a file
-    named _maskgit in a folder of $fpath.
+    It completes files too. For bash, add the line of the example to ~/.bashrc. For zsh, write the output to a
+    file named _maskgit in a folder of $fpath.
 
     Example: eval "$(maskgit completion bash)"
 

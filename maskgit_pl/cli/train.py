@@ -85,10 +85,10 @@ def tokenize(
 ) -> None:
     """Encodes the images of a data set to tokens, once.
 
-    The token store serves all runs with the same tokenizer. The same command resumes after a stop. Processes of
-    torchrun or srun share the work; without a launcher, set --rank and --world-size. An existing store of the run keeps
-    its crops, flips and precision unless --crops, --flip or --precision is given. Further flags override recipe values,
-    as in `maskgit train transformer`.
+    The token store serves all runs with the same tokenizer. The same command resumes after a stop. Processes
+    of torchrun or srun share the work; without a launcher, set --rank and --world-size. An existing store of
+    the run keeps its crops, flips and precision unless --crops, --flip or --precision is given. Further flags
+    override recipe values, as in `maskgit train transformer`.
 
     Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln
 
@@ -143,8 +143,8 @@ def doctor(
 ) -> int:
     """Checks a run before it starts: recipe, data, batch, memory, disk; or this machine.
 
-    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it checks this
-    machine. The exit code is 0 if all checks pass, else 2.
+    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it
+    checks this machine. The exit code is 0 if all checks pass, else 2.
 
     Example: maskgit doctor transformer --recipe paper-256 --cluster fsdp --nodes 4 --devices 8
 
@@ -175,9 +175,9 @@ def demo(
 ) -> None:
     """Does everything once: fetches data, trains both stages, makes pictures, measures.
 
-    Fashion-MNIST takes about 10 minutes on 2 CPU cores. The same command resumes after a stop. Without --recipe, it
-    trains the recipe adaln, and on other data than Fashion-MNIST 'adaln 15m'. Further flags override recipe values of
-    both stages.
+    Fashion-MNIST takes about 10 minutes on 2 CPU cores. The same command resumes after a stop. Without
+    --recipe, it trains the recipe adaln, and on other data than Fashion-MNIST 'adaln 15m'. Further flags
+    override recipe values of both stages.
 
     Example: maskgit demo --dataset mine --images path/to/folder
 

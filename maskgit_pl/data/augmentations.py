@@ -89,8 +89,8 @@ class RandomCrop(Augmentation):
 class RandomResizedCrop(Augmentation):
     """A part of random area and shape, anywhere, resized to the model's size.
 
-    1. Draw the share s of the area from U(scale), and the ratio r of width to height, divided by that of the model's
-       images, from exp(U(log(ratio))).
+    1. Draw the share s of the area from U(scale), and the ratio r of width to height, divided by that of the
+       model's images, from exp(U(log(ratio))).
     2. If the part of width sqrt(s h w r) and height sqrt(s h w / r) fits in, take one anywhere.
     3. After 10 attempts, take the largest part at the centre whose ratio is in the range.
 

@@ -1,11 +1,11 @@
 """Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
 
 * Files may be hostile: ``image_bytes`` limits their parts before any pixel is allocated.
-* Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where libjpeg only
-  warns (flipped or zeroed bytes), while PIL returns garbage.
+* Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where
+  libjpeg only warns (flipped or zeroed bytes), while PIL returns garbage.
 * PNG, WebP and CMYK JPEG: PIL. Of 16 bits, the upper byte is kept. Transparent images are composited over white.
-* Resampling is bicubic (a = -0.5) and antialiased, from full resolution: at a fraction of its size, a JPEG's pixels
-  would depend on the ratio of the sizes.
+* Resampling is bicubic (a = -0.5) and antialiased, from full resolution: at a fraction of its size, a JPEG's
+  pixels would depend on the ratio of the sizes.
 
 Used by the data modules, by ``tokenize`` and by commands that read images.
 """
@@ -116,15 +116,15 @@ def decode_image(
         channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
         name: The image's name in error messages.
         background: Colour below transparent pixels.
-        reuse_memory: True may return a view of memory that the next call in this thread overwrites. Allocating new
-            memory for each image would take a fifth of the decoding time.
+        reuse_memory: True may return a view of memory that the next call in this thread overwrites.
+            Allocating new memory for each image would take a fifth of the decoding time.
 
     Returns:
         (channels, H, W) uint8, in most cases channels-last in memory.
 
     Raises:
-        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
-            JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
+        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded.
+            Damage of a JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
     if data[:3] != JPEG_MAGIC:
         return from_pil(open_image(data, name), channels=channels, name=name, background=background)
@@ -201,8 +201,8 @@ def encode_jpeg(image: Tensor) -> bytes:
 def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
     """Crops an image to the shape of the result and resizes it. An image of the right size is returned unchanged.
 
-    The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels outside
-    the crop.
+    The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels
+    outside the crop.
 
     Args:
         image: (C, h, w) uint8.

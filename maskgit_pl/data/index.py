@@ -1,8 +1,8 @@
 """Indexing: finds ordinary WebDataset tars and writes manifests beside them; the tars stay unchanged.
 
-Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by ``writer``.
-Faults that would silently lose samples are rejected in one list, with the ways out, or left out and counted with
-``lenient``.
+Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by
+``writer``. Faults that would silently lose samples are rejected in one list, with the ways out, or left out
+and counted with ``lenient``.
 
 Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for any
 number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
@@ -128,8 +128,8 @@ def split_shards(
 ) -> tuple[dict[Split, list[Path]], str]:
     """Divides the shards between train and val.
 
-    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose path
-       contains val, valid or validation; else test; else the last tenth.
+    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose
+       path contains val, valid or validation; else test; else the last tenth.
     2. train: the shards of the pattern ``train``; else the shards whose path contains train; else all that are not val.
 
     Args:
@@ -250,15 +250,15 @@ def index_shards(
         shards: The tars of each split, in the order in which samples are numbered.
         classes: Class names; None names the classes by their numbers, up to the largest label.
         labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``samples.Labels``.
-        vectors: True to read ``.npy`` members as vectors, which either all samples or none must have; False ignores
-            them.
+        vectors: True to read ``.npy`` members as vectors, which either all samples or none must have; False
+            ignores them.
         lenient: True leaves out samples with a fault; False rejects them.
         workers: Number of processes; the result does not depend on it. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
     Raises:
-        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have samples with a
-            fault. The message lists all of them.
+        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have
+            samples with a fault. The message lists all of them.
     """
     folder = Path(folder)
     if labels == "none":

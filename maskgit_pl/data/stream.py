@@ -1,8 +1,8 @@
 """Training batches from shards at URLs or paths that are not indexed. Used by ``ShardData``.
 
-Each worker downloads a shard, scans it as ``maskgit data index`` does, and reads its samples, which ``webdataset``
-shuffles. The order is not exact: it depends on the numbers of ranks and workers, a sample may occur twice in an epoch
-or not at all, and a resumed run starts another order, drawn from (seed, step).
+Each worker downloads a shard, scans it as ``maskgit data index`` does, and reads its samples, which
+``webdataset`` shuffles. The order is not exact: it depends on the numbers of ranks and workers, a sample may
+occur twice in an epoch or not at all, and a resumed run starts another order, drawn from (seed, step).
 """
 
 from __future__ import annotations

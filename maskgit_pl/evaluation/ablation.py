@@ -68,8 +68,8 @@ def run_ablation(
 
     Args:
         config: The ablation.
-        options: Number of images, networks, folders and other options; None for the defaults. The data folder is that
-            of ``config``.
+        options: Number of images, networks, folders and other options; None for the defaults. The data folder
+            is that of ``config``.
         name: Name of the ablation, and of the files of its page; None for ``config.name``.
         bars: Progress bars.
 

@@ -105,8 +105,8 @@ def _summarize(rows: Sequence[Row]) -> _Summary:
         seeds = {name: [float(numbers[name]) for numbers in runs if name in numbers] for name in metrics}
         if any(seeds.values()):
             values[label] = {name: each for name, each in seeds.items() if each}
-    # Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed codebook
-    # needs the fewest bits.
+    # Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed
+    # codebook needs the fewest bits.
     left_out = ("seconds_per_image", *(["bits_per_token"] if protocol["stage"] == "tokenizer" else []))
     return _Summary(protocol, rows, metrics, [name for name in metrics if name not in left_out], values)
 

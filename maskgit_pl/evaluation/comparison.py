@@ -67,8 +67,8 @@ def compare(
     Raises:
         FileNotFoundError: if the run or the data do not exist.
         TypeError: if a selector or a guidance schedule does not accept its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
-            number is out of range.
+        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the
+            model's, or a number is out of range.
     """
     options = options or ComparisonOptions()
     folders = find_run(run, data=data, classifier=options.classifier)
@@ -179,8 +179,8 @@ def _cell(rows: Sequence[Row], row: Row, name: str) -> str:
 def label_selectors(selectors: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
     """Returns the selectors to compare, by label; None for ``list_selectors``.
 
-    A selector that is given by name takes the choice temperature of the model's own selector, if both have one, so that
-    selectors are compared at equal randomness. A mapping is used as it is.
+    A selector that is given by name takes the choice temperature of the model's own selector, if both have
+    one, so that selectors are compared at equal randomness. A mapping is used as it is.
 
     Raises:
         ValueError: if a name is unknown, a number is out of range, or the same selector is given twice.

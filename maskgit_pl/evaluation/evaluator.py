@@ -1,9 +1,9 @@
 """The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
 
-``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row consists of
-everything that determines its values: weights and configuration of the model, the data, weights and reference of the
-feature network, the decoding, the number of images and the seed. Commit, date and device are recorded with it, but are
-not part of the key.
+``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row
+consists of everything that determines its values: weights and configuration of the model, the data, weights
+and reference of the feature network, the decoding, the number of images and the seed. Commit, date and device
+are recorded with it, but are not part of the key.
 """
 
 from __future__ import annotations
@@ -292,8 +292,8 @@ class Evaluator:
     ) -> dict[str, Row]:
         """Measures random images of the train split instead of generated ones; see ``measure_samples``.
 
-        Their distances are a floor: the value that perfect samples of this number would have. If the split has fewer
-        than ``num_images``, all are measured.
+        Their distances are a floor: the value that perfect samples of this number would have. If the split
+        has fewer than ``num_images``, all are measured.
         """
         count = min(num_images, self.data.summary.samples["train"])
 
@@ -323,8 +323,8 @@ class Evaluator:
     def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
         """Measures the likelihood of real val images, at most all of the split.
 
-        A MaskGIT gets the masked NLL and the order-agnostic bound, from ``draws`` masks per image that follow from
-        ``seed``; an autoregressive model gets the exact NLL.
+        A MaskGIT gets the masked NLL and the order-agnostic bound, from ``draws`` masks per image that follow
+        from ``seed``; an autoregressive model gets the exact NLL.
         """
         count = min(num_images, self.data.summary.samples["val"])
         columns = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}

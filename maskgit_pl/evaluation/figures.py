@@ -203,8 +203,8 @@ def _plot_quality(
 ) -> None:
     """Plots a metric over T with a line per schedule, a star at its best T, and a dashed line for real images.
 
-    The vertical axis is logarithmic if the values span more than a factor of 4. The legend is in the order of the line
-    ends.
+    The vertical axis is logarithmic if the values span more than a factor of 4. The legend is in the order of
+    the line ends.
     """
     factor, choose = find_metric(metric).factor, max if find_metric(metric).higher_is_better else min
     colours, values = _choose_colours(curves), [value for curve in curves.values() for value in curve.values()]

@@ -1,10 +1,10 @@
 """``evaluate`` measures one model.
 
 1. It opens the model, the data and the feature networks.
-2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy score. Several
-   processes under ``torchrun`` share the work, and the ledger keeps the rows.
-3. It reports: ``evaluation.json`` with everything that reproduces it, a table, pictures, and findings, which say which
-   stage of the model limits its images.
+2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy
+   score. Several processes under ``torchrun`` share the work, and the ledger keeps the rows.
+3. It reports: ``evaluation.json`` with everything that reproduces it, a table, pictures, and findings, which
+   say which stage of the model limits its images.
 """
 
 from __future__ import annotations
@@ -315,16 +315,16 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
 def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
     """Describes the stage that limits the images, in plain values, by the FID of the first feature network.
 
-    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect transformer
-    would have. The rule, in this order:
+    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect
+    transformer would have. The rule, in this order:
 
     1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
-    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
-       half of it.
+    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove
+       less than half of it.
     3. ``transformer`` otherwise.
 
-    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more codes do not
-    always help.
+    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more
+    codes do not always help.
 
     Args:
         content: Content of ``evaluation.json``.

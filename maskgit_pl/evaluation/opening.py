@@ -79,8 +79,8 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     """Finds the folders of a run.
 
     Args:
-        run: Run folder, pretrained folder, or the name of a model in the package, whose results are written to
-            ``runs/NAME``.
+        run: Run folder, pretrained folder, or the name of a model in the package, whose results are written
+            to ``runs/NAME``.
         data: Data folder; None for the data that the run was trained on.
         classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 

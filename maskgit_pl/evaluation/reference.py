@@ -1,9 +1,9 @@
 """Statistics and features of real images, which generated images are compared with.
 
-They are computed once per network and kept in files, or read from a file in the layout of ADM's evaluator: ``arr_0``
-(n, H, W, 3) uint8 holds images and ``arr_1`` (n,) integers their labels; ``mu`` and ``sigma`` are the statistics of
-Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial features. Such files come from strangers:
-only plain numbers are read, never pickled objects.
+They are computed once per network and kept in files, or read from a file in the layout of ADM's evaluator:
+``arr_0`` (n, H, W, 3) uint8 holds images and ``arr_1`` (n,) integers their labels; ``mu`` and ``sigma`` are
+the statistics of Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial features. Such
+files come from strangers: only plain numbers are read, never pickled objects.
 
 Source: openai/guided-diffusion, evaluations/README.md and evaluator.py.
 """

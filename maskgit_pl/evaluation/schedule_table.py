@@ -81,12 +81,12 @@ def ablate_schedules(
 ) -> tuple[Page, list[Failure]]:
     """Trains a transformer with each mask schedule and seed, and makes Table 3 and Figure 8 of them.
 
-    Finished runs are not trained again, and an error of one does not end the others. All recipes and options are
-    checked before the first run starts.
+    Finished runs are not trained again, and an error of one does not end the others. All recipes and options
+    are checked before the first run starts.
 
     Args:
-        config: The schedules as ``recipes``, and what they share. Run ``DATASET-RECIPE`` has the seed of its recipe,
-            and ``DATASET-RECIPE-seedN`` that of ``seeds``.
+        config: The schedules as ``recipes``, and what they share. Run ``DATASET-RECIPE`` has the seed of its
+            recipe, and ``DATASET-RECIPE-seedN`` that of ``seeds``.
         options: See ``table_3``. The data folder is that of ``config``.
         num_steps: See ``table_3``.
         bars: Progress bars.
@@ -146,21 +146,21 @@ def table_3(
     ``ablate_schedules`` trains the runs. Each is measured in three steps:
 
     1. Find the best T: the lowest FID in the first network, from the ``num_images`` images that begin at ``seed``.
-    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too low on
-       average, since their minimum is taken.
+    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too
+       low on average, since their minimum is taken.
     3. Measure the likelihood of ``2 * num_images`` real images.
 
     Args:
         runs: Run folders of models that differ only in their mask schedule and their seed.
         options: Number of images, networks, folders and other options; None for the defaults.
-        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of tokens are
-            left out.
+        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of
+            tokens are left out.
         bars: Progress bars.
 
     Raises:
         FileNotFoundError: if a run or the data do not exist.
-        ValueError: if the training budgets differ, no number of steps is left, a model is autoregressive, or for a
-            reason of ``table_1``.
+        ValueError: if the training budgets differ, no number of steps is left, a model is autoregressive, or
+            for a reason of ``table_1``.
     """
     options = options or ReportOptions()
     opened = open_models("table 3", runs, options, bars)
@@ -272,8 +272,8 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Pa
     """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
 
     Args:
-        samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the first seed,
-            in the first network, and those at the best T with the second seed, in all networks.
+        samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the
+            first seed, in the first network, and those at the best T with the second seed, in all networks.
         likelihoods: Row of likelihoods of each run.
     """
     grouped = _group_results(samples, likelihoods)

@@ -1,9 +1,9 @@
 """Tables 1 and 2 of the paper, our rows beside the published ones, and the table of tokenizers.
 
-A table opens its runs, measures what the ledger lacks, and gives the rows to a function that makes the page of them.
-Our rows have separate tables per feature network, because values of different networks, data or numbers of images are
-not comparable. Published Tables 1 and 3 are measured on ImageNet with 50,000 images, Table 2 on Places2, all with the
-features of Inception. ``schedule_table`` has Table 3.
+A table opens its runs, measures what the ledger lacks, and gives the rows to a function that makes the page
+of them. Our rows have separate tables per feature network, because values of different networks, data or
+numbers of images are not comparable. Published Tables 1 and 3 are measured on ImageNet with 50,000 images,
+Table 2 on Places2, all with the features of Inception. ``schedule_table`` has Table 3.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3.
 """

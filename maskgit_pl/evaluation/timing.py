@@ -170,8 +170,8 @@ def _time(
 ) -> Iterator[tuple[Method, list[float]]]:
     """Yields each method with the seconds of its runs, as soon as it has enough runs.
 
-    The methods take turns, so that a change in the speed of the machine affects all of them. The last run is the
-    estimate of the next one.
+    The methods take turns, so that a change in the speed of the machine affects all of them. The last run is
+    the estimate of the next one.
     """
     for decode in decoders.values():  # the first calls allocate memory and choose kernels
         for _ in zip(range(_WARM_UP), decode(), strict=False):

@@ -302,8 +302,8 @@ def choose_class_names(given: Path | Sequence[str] | None, num_classes: int) -> 
     """Returns the names of the classes of an imported transformer, whose file has none.
 
     Args:
-        given: One name per class, or a text file with one name per line; None for ImageNet's names if there are 1000
-            classes, otherwise numbers.
+        given: One name per class, or a text file with one name per line; None for ImageNet's names if there
+            are 1000 classes, otherwise numbers.
         num_classes: Number of classes of the transformer.
 
     Raises:

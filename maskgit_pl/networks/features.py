@@ -100,8 +100,8 @@ class Inception(FrozenNetwork, nn.Sequential):
     ``features`` are the 2048 numbers of the last pooling. ``logits`` are the 1008 logits without bias, which define IS.
     ``spatial`` are the first 7 channels of the 1 x 1 branch of Mixed_6d at its 17 x 17 places, channel fastest.
 
-    The blocks are torch-fidelity's. Its constructor unpickles the weight file, so the network is built here; a test
-    compares both bit by bit. ``InceptionSpec`` loads the weights.
+    The blocks are torch-fidelity's. Its constructor unpickles the weight file, so the network is built here;
+    a test compares both bit by bit. ``InceptionSpec`` loads the weights.
 
     Source: torch_fidelity.FeatureExtractorInceptionV3; spatial: openai/guided-diffusion, evaluations/evaluator.py
     (``mixed_6/conv:0``, ``[..., :7]`` of height x width x channels, which statistics made there keep).
@@ -311,8 +311,8 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     """Builds the feature network that a command's argument names.
 
     Args:
-        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any registered
-            name, or a mapping with ``name`` and arguments.
+        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any
+            registered name, or a mapping with ``name`` and arguments.
 
     Raises:
         ValueError: if the name is unknown, or a part is missing or too many.

@@ -1,7 +1,7 @@
 """The model card of a pretrained folder: ``config.json`` with all facts of the model, and ``README.md`` from it.
 
-The facts come from the files of the folder and of its run. Used by ``MaskGIT.save_pretrained``, by training when it
-exports, and by the commands that measure a run.
+The facts come from the files of the folder and of its run. Used by ``MaskGIT.save_pretrained``, by training
+when it exports, and by the commands that measure a run.
 """
 
 from __future__ import annotations
@@ -218,8 +218,8 @@ def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
 def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
     """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
 
-    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they cannot act
-    as markup or as metadata keys.
+    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they
+    cannot act as markup or as metadata keys.
 
     Args:
         folder: Pretrained folder, which names the classes.

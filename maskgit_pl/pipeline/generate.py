@@ -1,10 +1,10 @@
 """The decoding of a request: whole images, regions of images, and canvases that are filled window by window.
 
-The methods of ``MaskGIT`` call these functions (``edit`` calls ``redraw``). Each yields the decoding steps while they
-are decoded and returns the images, (n, C, H, W) uint8 on the CPU; ``finish`` runs them to the end.
+The methods of ``MaskGIT`` call these functions (``edit`` calls ``redraw``). Each yields the decoding steps
+while they are decoded and returns the images, (n, C, H, W) uint8 on the CPU; ``finish`` runs them to the end.
 
-Source: paper, sections on iterative decoding and on class-conditional image editing; released code, its editing
-functions.
+Source: paper, sections on iterative decoding and on class-conditional image editing; released code, its
+editing functions.
 """
 
 from __future__ import annotations

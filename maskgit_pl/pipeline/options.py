@@ -122,13 +122,13 @@ class GenerateKeywords(DecodingKeywords, total=False):
 
     Args:
         seed: Seed of the first result in [0, 2**32), 0 by default; result i has seed + i. Or a list with one for each.
-        negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
-            "no class" by default.
-        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no class": a run or
-            pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device. By default the pipeline's
-            own, if it has one.
-        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model that was
-            trained with vectors of C values.
+        negative_classes: Index or name of the class that guidance moves away from, or a list with one for
+            each result; "no class" by default.
+        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no
+            class": a run or pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device.
+            By default the pipeline's own, if it has one.
+        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model
+            that was trained with vectors of C values.
         batch_size: Number of results decoded at a time, 64 by default. It changes no token.
         callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
     """
@@ -145,8 +145,8 @@ class SeamKeywords(GenerateKeywords, total=False):
     """Keyword arguments of ``MaskGIT.outpaint``: those of ``generate``, and the seam.
 
     Args:
-        dilation: Number of tokens by which the region grows on each side, in [0, 65536]. By default 1 inside an image,
-            as in the released code (the seam then lies outside the mask), and 0 beyond its borders.
+        dilation: Number of tokens by which the region grows on each side, in [0, 65536]. By default 1 inside
+            an image, as in the released code (the seam then lies outside the mask), and 0 beyond its borders.
         blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
             region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
     """
@@ -169,8 +169,8 @@ class EditKeywords(SeamKeywords, FitKeywords, total=False):
     """Keyword arguments of ``MaskGIT.inpaint`` and ``edit_class``: all of the above."""
 
 
-# Names that users of diffusers and of other samplers type -> what to type here. They are never accepted: diffusers
-# counts guidance_scale from 1, and its generators have no seed for each image.
+# Names that users of diffusers and of other samplers type -> what to type here. They are never accepted:
+# diffusers counts guidance_scale from 1, and its generators have no seed for each image.
 _FOREIGN = {
     "callback_on_step_end": "callback, a function of a DecodingStep",
     "cfg": "guidance_scale, which is that of diffusers - 1",
@@ -240,8 +240,8 @@ class Outline:
             classes: A list of indices in [0, number of classes), names and None; or a single index or name.
 
         Raises:
-            ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
-                a model that was trained without "no class".
+            ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None
+                is given to a model that was trained without "no class".
             TypeError: if a class is neither an integer nor a string.
         """
         given = plain_list(classes)

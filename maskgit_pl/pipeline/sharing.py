@@ -2,10 +2,10 @@
 
 Downloaded files are read as data and never executed.
 
-Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers. The first
-names the classes and their file. From the Hub, diffusers loads only classes whose file is in the folder of their
-network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_pipeline``, and
-``maskgit push`` sends no other code.
+Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers. The
+first names the classes and their file. From the Hub, diffusers loads only classes whose file is in the folder
+of their network, so that ``pipeline.py`` is in three places. It imports the classes of
+``diffusers_pipeline``, and ``maskgit push`` sends no other code.
 """
 
 from __future__ import annotations

@@ -70,8 +70,8 @@ _VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")  # set by Lightnin
 def restore_process_state() -> Iterator[None]:
     """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
 
-    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of open files
-    and the variables in which a launcher keeps the ranks stay.
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of
+    open files and the variables in which a launcher keeps the ranks stay.
     """
     lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -110,8 +110,8 @@ def _skip_tensorboard(report: Callable[[Any], object], error: threading.ExceptHo
 def build(plan: Plan) -> StageRun:
     """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
 
-    It changes settings of the process, such as the threads of torch, which the training needs: call it inside of
-    ``restore_process_state``.
+    It changes settings of the process, such as the threads of torch, which the training needs: call it inside
+    of ``restore_process_state``.
 
     Raises:
         FileNotFoundError: if a token store is missing.
@@ -223,8 +223,8 @@ class StageRun:
         """Builds the Trainer with our callbacks, checkpoint format and strategies.
 
         Raises:
-            ValueError: if the settings of the run have changed since its last checkpoint, the stage does not support
-                the strategy or the precision, or the devices do not exist.
+            ValueError: if the settings of the run have changed since its last checkpoint, the stage does not
+                support the strategy or the precision, or the devices do not exist.
         """
         self.fixed = self._fixed_settings()
         newest = newest_checkpoint(self.folder / "checkpoints")
@@ -309,8 +309,8 @@ class StageRun:
             find_vectors = self._find_vectors if self.datamodule.config.vectors else None
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        # Health comes first: another callback may save a step and end the run. Speed comes last, so that it does not
-        # count the pictures after a validation.
+        # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
+        # does not count the pictures after a validation.
         health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
         tensor_float32 = self.values.matmul_precision != "highest"

@@ -59,8 +59,8 @@ class Memory:
     """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
 
     Attributes:
-        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not trained
-            (tokenizer, perceptual network). Under FSDP2, this rank's shard.
+        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not
+            trained (tokenizer, perceptual network). Under FSDP2, this rank's shard.
         gathered: Whole weights and gradients that FSDP2 holds temporarily.
         activations: Peak of everything else: what is kept for the backward pass, temporary tensors, and under
             bf16-mixed the bfloat16 copies of the weights.
@@ -180,8 +180,8 @@ def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
 def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
     """Returns the largest number of checkpoints that a run has on disk at the same time.
 
-    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a multiple
-    of ``keep_every``.
+    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a
+    multiple of ``keep_every``.
 
     Args:
         max_steps: Steps of the run. The last step always has a checkpoint.
@@ -211,8 +211,8 @@ def _run_token_step(
 ) -> StepMeter:
     """Counts a micro-batch of stage 2, with ``masked`` tokens of each image that the network predicts.
 
-    ``encoder`` encodes images to tokens first. With ``is_half``, dtypes are those of autocast on a CPU, which are those
-    on a GPU for the layers of our backbones.
+    ``encoder`` encodes images to tokens first. With ``is_half``, dtypes are those of autocast on a CPU, which
+    are those on a GPU for the layers of our backbones.
     """
     config = module.config.network
     with skeletons():
@@ -285,8 +285,8 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
     """Counts the step in the context, in which tensors have shapes but no content.
 
     Args:
-        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights, gradients and
-            buffers exist before the step and are not counted.
+        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights,
+            gradients and buffers exist before the step and are not counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")

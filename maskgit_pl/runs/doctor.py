@@ -143,8 +143,8 @@ def preflight(
 
     Args:
         recipe: Values of the run, and the stage. None checks this machine instead.
-        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
-            it has a GPU.
+        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this
+            machine, if it has a GPU.
         folders: See ``Folders``.
 
     Raises:

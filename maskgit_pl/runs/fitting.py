@@ -102,8 +102,8 @@ def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> F
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
-            another process trains it; also if ``fresh`` is set for one of several ranks.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have
+            changed, or another process trains it; also if ``fresh`` is set for one of several ranks.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
@@ -129,8 +129,8 @@ def _set_aside(folder: Path) -> Path | None:
     """Renames a stage folder to the first free ``NAME.old-N``, and returns its new name; None if there is no folder.
 
     Raises:
-        ValueError: if a launcher started several ranks, which would not see the change together, or another process
-            trains the run.
+        ValueError: if a launcher started several ranks, which would not see the change together, or another
+            process trains the run.
     """
     if (count := launcher_rank()[1]) > 1:
         raise ValueError(
@@ -158,8 +158,8 @@ def export(
 ) -> Path:
     """Writes the averaged weights of a checkpoint as a pretrained folder, as training does at its end.
 
-    A transformer that is written to another folder than ``RUN/pretrained`` gets a copy of its tokenizer there, so that
-    the folder can be sampled from, or serve as the negative model of guidance.
+    A transformer that is written to another folder than ``RUN/pretrained`` gets a copy of its tokenizer
+    there, so that the folder can be sampled from, or serve as the negative model of guidance.
 
     Args:
         run: A name in ``runs/``, or a folder.
@@ -244,8 +244,8 @@ def fit_stage(plan: Plan) -> FitResult:
 
     Raises:
         FileExistsError: if there are other files in the folder of the export.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the settings of
-            the run have changed, or another process trains it.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
+            settings of the run have changed, or another process trains it.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
@@ -290,8 +290,8 @@ def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
     """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
 
     Returns:
-        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``, ``steps``,
-        ``devices``. Names without content are left out.
+        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``,
+        ``steps``, ``devices``. Names without content are left out.
 
     Raises:
         FileNotFoundError: see ``runs.fit``.

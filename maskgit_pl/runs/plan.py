@@ -189,8 +189,8 @@ def find_tokenizer(
 ) -> Path:
     """Finds the tokenizer of stage 2.
 
-    The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``; the only
-    tokenizer that other runs have trained on the same data.
+    The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``;
+    the only tokenizer that other runs have trained on the same data.
 
     Args:
         recipe: Recipe of the run.

@@ -1,9 +1,9 @@
 """The recipe of a run: the values of its files and flags, checked and merged into one tree of plain values.
 
-Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers, strings, lists
-and mappings with known keys, and names of registered objects. It is parsed exactly once, so that no value can name a
-class, a function or another file to read. ``settings`` checks the values, and imports torch and Lightning for it. The
-``config.yaml`` of an earlier run is also a recipe.
+Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers,
+strings, lists and mappings with known keys, and names of registered objects. It is parsed exactly once, so
+that no value can name a class, a function or another file to read. ``settings`` checks the values, and
+imports torch and Lightning for it. The ``config.yaml`` of an earlier run is also a recipe.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Recipe:
 
         Raises:
             FileNotFoundError: if a recipe does not exist. The message names the closest one.
-            ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a flag has
-                no meaning for the model. The message names the file or flag, and the key.
+            ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a
+                flag has no meaning for the model. The message names the file or flag, and the key.
         """
         if isinstance(names, str):  # the name of a file may have spaces
             names = [names] if _is_path(names) and Path(names).is_file() else names.split()
@@ -187,8 +187,8 @@ class Recipe:
 def recipes_folders() -> list[Path]:
     """Returns the folders in which recipes are searched, in order.
 
-    These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without one, of the
-    installed package. A recipe of the first folder hides one of the same name in the second.
+    These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without
+    one, of the installed package. A recipe of the first folder hides one of the same name in the second.
 
     Raises:
         FileNotFoundError: if no folder has the base recipes.
@@ -214,15 +214,15 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
 
     Args:
         stage: Stage of the recipes.
-        dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The default data
-            set only has the base file.
-        names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the other.
-            A path counts for the stage, unless the file is in a folder named after the other stage.
+        dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The
+            default data set only has the base file.
+        names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the
+            other. A path counts for the stage, unless the file is in a folder named after the other stage.
         cluster: A file of ``recipes/cluster``.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists the names
-            and the closest one.
+        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
+            the names and the closest one.
     """
     known: dict[Stage, dict[str, Path]] = {each: list_recipes(each) for each in STAGES}
     own = known[stage]
@@ -263,8 +263,8 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads ``config.yaml`` of a run.
 
     Returns:
-        The recipe values, without paths, which a command sets, and without derived keys; and the paths in the file by
-        dotted key, such as ``data.path``.
+        The recipe values, without paths, which a command sets, and without derived keys; and the paths in the
+        file by dotted key, such as ``data.path``.
 
     Raises:
         ValueError: see ``read_yaml``; also if the file is not the configuration of a run.

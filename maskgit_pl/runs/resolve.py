@@ -4,9 +4,9 @@
 2. Derived keys are set from the keys that determine them.
 3. ``ResolvedRun`` is built from the tree: its dataclasses own the names, types, ranges and defaults of all keys.
 
-A checkpoint carries all settings that affect the training result (``fixed_settings``). A run that resumes compares them
-with its own before it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch
-size, precision, and the execution of blocks and optimizer.
+A checkpoint carries all settings that affect the training result (``fixed_settings``). A run that resumes
+compares them with its own before it trains. Everything else may change: steps, logging, validation, devices,
+workers, micro-batch size, precision, and the execution of blocks and optimizer.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ AUTO = "auto"
 
 _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
 
-# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with 64 base
-# channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
+# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with
+# 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 # Settings that must not change: these of data and Trainer, and all of the model but _FREE_MODEL.
@@ -178,8 +178,8 @@ def choose_precision(
 def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
     """Returns the settings that must not change, as plain values by dotted key.
 
-    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so a change
-    would have no effect.
+    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so
+    a change would have no effect.
 
     Args:
         tree: All values of the run, ``ResolvedRun.tree``.

@@ -314,8 +314,8 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
         The layers, with those readings of flags that fit the types of their keys.
 
     Raises:
-        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The message
-            names the file or the flag, the key, and the closest known key.
+        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
+            message names the file or the flag, the key, and the closest known key.
     """
     layers = list(layers)
     for number, layer in enumerate(layers, start=1):

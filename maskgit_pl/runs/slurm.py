@@ -9,8 +9,8 @@
     print(submission)  # the shell command
     job_id = runs.submit(submission)
 
-The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand. This file imports no torch, so
-that invalid options are rejected immediately.
+The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand. This file imports no
+torch, so that invalid options are rejected immediately.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class JobOptions:
         program: ``maskgit`` on the nodes; None means this one, or with a container the one on its PATH.
 
     Raises:
-        ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax, or
-            ``sbatch`` or ``srun`` has an option that the job sets itself.
+        ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax,
+            or ``sbatch`` or ``srun`` has an option that the job sets itself.
     """
 
     nodes: int = 1
@@ -137,8 +137,8 @@ class JobOptions:
     def names_gpus(self) -> bool:
         """A bool: ``sbatch`` already requests GPUs.
 
-        A second request must not be added: sbatch passes both to srun, and a count of 0 in one of them leaves the tasks
-        without GPUs.
+        A second request must not be added: sbatch passes both to srun, and a count of 0 in one of them leaves
+        the tasks without GPUs.
         """
         return any(
             flag == "-G" or flag.startswith("--gpus") or (flag == "--gres" and ("gpu" in value or value == "none"))
@@ -240,8 +240,8 @@ def submit(submission: Submission) -> str:
 
     Raises:
         FileNotFoundError: if Slurm is not installed, or a file that training needs is missing.
-        ValueError: if training would reject the run, a job of the run is already in the queue, or ``sbatch`` rejects
-            the job.
+        ValueError: if training would reject the run, a job of the run is already in the queue, or ``sbatch``
+            rejects the job.
     """
     if shutil.which("sbatch") is None:
         raise FileNotFoundError(

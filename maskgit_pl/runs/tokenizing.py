@@ -1,7 +1,7 @@
 """``runs.tokenize``: makes the token store that stage 2 of a run reads.
 
-Runs with the same tokenizer and the same data share a store in ``runs/tokens/KEY``, where KEY is a hash of its
-description. ``runs/RUN/tokens`` is a symbolic link to it.
+Runs with the same tokenizer and the same data share a store in ``runs/tokens/KEY``, where KEY is a hash of
+its description. ``runs/RUN/tokens`` is a symbolic link to it.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def tokenize(
     Args:
         recipe: Recipe of stage 2.
         options: Options of the store.
-        ranks: Rank of this process among those that share the work, and their number. Default: those of torchrun or
-            srun, or (0, 1).
+        ranks: Rank of this process among those that share the work, and their number. Default: those of
+            torchrun or srun, or (0, 1).
         bars: Shows the progress of each split.
         folders: See ``Folders``. ``pretrained`` may hold the tokenizer.
 

@@ -1,7 +1,7 @@
 """The callbacks and profilers that a recipe names, and the callbacks that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``. ``runs.build``
-adds these callbacks after those that every run has.
+A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``.
+``runs.build`` adds these callbacks after those that every run has.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ class CallbackSpec:
     def create(self, folder: Path) -> Callback:
         """Builds the callback of a run, on every rank.
 
-        A callback that keeps a state between steps returns it from ``state_dict`` as plain values, so that a resumed
-        run continues it.
+        A callback that keeps a state between steps returns it from ``state_dict`` as plain values, so that a
+        resumed run continues it.
 
         Args:
             folder: Folder of the stage, ``runs/RUN/STAGE``. Only rank 0 may write to it.
@@ -194,9 +194,9 @@ class ReconstructionPictures(Callback):
 class SamplePictures(Callback):
     """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
 
-    Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank. Only rank
-    0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets those of validation
-    samples of the classes.
+    Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank.
+    Only rank 0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets
+    those of validation samples of the classes.
 
     Args:
         folder: Folder of the stage.

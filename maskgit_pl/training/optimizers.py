@@ -6,9 +6,9 @@ decoupled weight decay that resume bit-exactly: none that draws random numbers o
 
 The learning rate is a warm-up to a peak, and a registered schedule after it.
 
-The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is a
-submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and
-exports use it.
+The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is
+a submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample
+pictures and exports use it.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ class OptimizerSpec:
     stay as it is. The state of a parameter has its dtype: torch converts it when it loads a state dict.
 
     Attributes:
-        elementwise: True if the step of a value depends on nothing but the gradients and the state at its place. FSDP2,
-            which gives each rank some rows of a matrix, needs this.
+        elementwise: True if the step of a value depends on nothing but the gradients and the state at its
+            place. FSDP2, which gives each rank some rows of a matrix, needs this.
         other_options: Options of the parameter group that does not decay: embeddings, positions, norms and biases.
     """
 
@@ -246,8 +246,8 @@ class LinearRate(LearningRateSchedule):
 class LearningRate:
     """A learning rate: linear warm-up to a peak, then a schedule.
 
-    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the rate is not
-    rescaled by their number. With another ``data.global_batch``, choose another peak.
+    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the
+    rate is not rescaled by their number. With another ``data.global_batch``, choose another peak.
 
     Args:
         peak: Maximum learning rate, > 0.
@@ -337,8 +337,8 @@ class OptimizerConfig:
 def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
     """Divides the trained parameters into weights of Linear and Conv layers, which decay, and all others.
 
-    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters are in
-    neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
+    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters
+    are in neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
 
     Args:
         module: The trained network.

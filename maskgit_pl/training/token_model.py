@@ -1,17 +1,17 @@
 """Stage 2: the base of both models and of their configurations, with optimization, averages, samples and export.
 
-``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A training step
-does for each micro-batch (the code of both repeats the numbers):
+``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A
+training step does for each micro-batch (the code of both repeats the numbers):
 
-1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample, epoch,
-   position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
-   tokens.
-2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
-   null class also hides the vector of the sample, if the network is conditioned on vectors.
+1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample,
+   epoch, position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel
+   predicts all tokens.
+2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample,
+   epoch). The null class also hides the vector of the sample, if the network is conditioned on vectors.
 3. Seed dropout with (seed, step, micro-batch, rank).
 4. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-5. Replace the masked tokens by the mask token (causal attention keeps all tokens), and compute logits at the M
-   predicted tokens only.
+5. Replace the masked tokens by the mask token (causal attention keeps all tokens), and compute logits at the
+   M predicted tokens only.
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
 
 The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
@@ -91,14 +91,14 @@ class TokenModelConfig:
         optimizer: The optimizer and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
-            With token groups it is ``codes``: the softmax of each group.
+        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token
+            embedding. With token groups it is ``codes``: the softmax of each group.
         ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
-            and loss as one graph.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step``
+            forward pass and loss as one graph.
 
     Raises:
         ValueError: if a number is out of range.
@@ -136,8 +136,8 @@ def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_auto
     """Checks that a network supports decoding settings.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not support a
-            setting, or guidance is set without a null class.
+        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not
+            support a setting, or guidance is set without a null class.
     """
     try:
         decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
@@ -171,8 +171,8 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
 def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
     """Checks that the samples of a batch are those of a transformer.
 
-    Labels are checked because the rows of the embedding before and after those of the classes are codes, the null class
-    and the mask token.
+    Labels are checked because the rows of the embedding before and after those of the classes are codes, the
+    null class and the mask token.
 
     Args:
         batch: The batch that the Trainer passes.
@@ -597,8 +597,8 @@ class BinnedMeans:
             hits: (M,) float, 1 where the prediction is right.
         """
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32, single values
-        # that are added to a sum of millions are rounded.
+        # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32,
+        # single values that are added to a sum of millions are rounded.
         sums = torch.zeros(NUM_BINS + 1, 3, device=values.device).index_add(0, bins, values)
         self._sums = sums if self._sums is None else self._sums + sums
 

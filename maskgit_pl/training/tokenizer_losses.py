@@ -155,8 +155,8 @@ class PerceptualConfig(TokenizerLoss):
     Args:
         network: Name or mapping: ``lpips``, or a registered feature network.
         weight: Factor of the loss, in (0, 1e6].
-        output: Output of a feature network that is compared: the classifier's ``logits`` (released configuration) or
-            the pooled ``features``.
+        output: Output of a feature network that is compared: the classifier's ``logits`` (released
+            configuration) or the pooled ``features``.
 
     Raises:
         ValueError: if the weight is out of range, or the network is unknown.
@@ -202,8 +202,8 @@ class AdversarialConfig:
     """The adversarial loss and its discriminator. The defaults are the released configuration's.
 
     Args:
-        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a name:
-            ``stylegan``.
+        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a
+            name: ``stylegan``.
         loss: ``non-saturating`` or ``hinge``.
         weight: Factor of the generator's loss, in [0, 1e6].
         weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
@@ -278,8 +278,8 @@ class TokenizerConfig:
         flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
         seed: Seed of flips and of the restarts of dead codes, in [0, 2**32).
         memory_format: Layout of images and convolution weights; ``channels_last`` is faster on most GPUs.
-        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the backward
-            pass.
+        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the
+            backward pass.
 
     Raises:
         ValueError: if a number is out of range or a word is unknown.
@@ -383,9 +383,9 @@ class LossTerms:
             given: Images, and reconstruction and features as leaves that require a gradient.
 
         Returns:
-            Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float, None if no
-            term uses them; and detached scalars by name: the terms without their weights, and the norms of their
-            weighted gradients at the image (``gradient/NAME``).
+            Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float,
+            None if no term uses them; and detached scalars by name: the terms without their weights, and the
+            norms of their weighted gradients at the image (``gradient/NAME``).
         """
         leaves, metrics = (given.reconstruction, given.features), {}
         at_image, at_features = None, None
@@ -408,8 +408,8 @@ class LossTerms:
 class AdversarialStep:
     """The adversarial losses of one micro-batch.
 
-    Both losses use the weights before the step. One forward pass of the discriminator on the reconstructions therefore
-    serves both, and accumulation does not change the result.
+    Both losses use the weights before the step. One forward pass of the discriminator on the reconstructions
+    therefore serves both, and accumulation does not change the result.
 
     Args:
         config: Losses and their weights.

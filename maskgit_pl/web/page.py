@@ -1,8 +1,8 @@
 """The page of a model: two tabs, Generate and Edit, made of gradio's own components.
 
-Each task is one call of ``MaskGIT``, whose callback hands over the decoding steps: the page shows them as they come.
-A run that nobody waits for any more ends after its current step. This module imports gradio; ``server`` imports it when
-it serves.
+Each task is one call of ``MaskGIT``, whose callback hands over the decoding steps: the page shows them as
+they come. A run that nobody waits for any more ends after its current step. This module imports gradio;
+``server`` imports it when it serves.
 """
 
 from __future__ import annotations
@@ -294,8 +294,8 @@ def stream_steps(
     """Yields the decoding steps of a call as they come, slowly enough to be seen, and then its images.
 
     Args:
-        call: Function that takes ``callback`` and returns images. It runs in the one thread that uses the model; if the
-            iterator is closed, it ends after its current step.
+        call: Function that takes ``callback`` and returns images. It runs in the one thread that uses the
+            model; if the iterator is closed, it ends after its current step.
         num_steps: Number of decoding steps, about.
     """
     queue: SimpleQueue[DecodingStep | None] = SimpleQueue()

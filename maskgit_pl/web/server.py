@@ -51,15 +51,15 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
 
     Args:
         folder: Run folder, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
-        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a password;
-            0.0.0.0 and :: are all addresses of this machine.
+        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a
+            password; 0.0.0.0 and :: are all addresses of this machine.
         port: Port in [1, 65535].
         device: Device of the model; None for a GPU if there is one.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if the device or gradio is missing, the port is out of range or used, the address is not one of this
-            machine, or the page cannot show the model.
+        ValueError: if the device or gradio is missing, the port is out of range or used, the address is not
+            one of this machine, or the page cannot show the model.
         KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
     chosen = find_device(device)
@@ -127,10 +127,10 @@ class Guard:
 
     1. ``Host`` must be an IP address or one of ``names``, else 403. A site that lets its own name point to this machine
        (DNS rebinding) is refused, because its name stays in ``Host``; an address cannot point elsewhere.
-    2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and with
-       every request whose answer a script of another site could read.
-    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413. Uploads stop
-       with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
+    2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and
+       with every request whose answer a script of another site could read.
+    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413.
+       Uploads stop with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
 
     No site can show the answers in a frame.
 

@@ -61,8 +61,8 @@ class _Member(NamedTuple):
 class Entries:
     """The files of a folder, a zip, a tar or a tar compressed with gzip, by their names; the first bytes decide which.
 
-    In a folder, a symbolic link to a file of the folder is that file. Links to folders are not followed, so there are
-    no loops.
+    In a folder, a symbolic link to a file of the folder is that file. Links to folders are not followed, so
+    there are no loops.
 
     If everything in an archive lies in one folder, its names begin inside that folder. Absolute names, names with
     ``..``, links, ``__MACOSX`` and names that begin with a dot are left out. Of several members with one name, the last
@@ -79,8 +79,8 @@ class Entries:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in the folder
-            leads out of it.
+        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in
+            the folder leads out of it.
     """
 
     def __init__(self, path: Path) -> None:

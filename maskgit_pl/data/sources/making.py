@@ -1,8 +1,8 @@
 """Makes a data folder in one call, from images of your own or from a public data set, and logs its content.
 
-The sources of images are files in folders and archives, IDX and parquet files, and the Hub; see ``samples.Source``. The
-commands ``maskgit data make`` and ``maskgit data fetch`` and the demo call these functions. The same call resumes after
-a stop, and does nothing if the folder is complete.
+The sources of images are files in folders and archives, IDX and parquet files, and the Hub; see
+``samples.Source``. The commands ``maskgit data make`` and ``maskgit data fetch`` and the demo call these
+functions. The same call resumes after a stop, and does nothing if the folder is complete.
 """
 
 from __future__ import annotations
@@ -196,8 +196,8 @@ def open_source(
 def _download(name: str) -> Path:
     """Downloads the files of a data set of the Hub that are not there yet, and returns their folder.
 
-    Of a data set with a split, only the files that have the split in their path are downloaded. A file of the data set
-    is never run.
+    Of a data set with a split, only the files that have the split in their path are downloaded. A file of the
+    data set is never run.
     """
     source = f"source {_HUB}{printable(name)}"
     if (match := _NAME.fullmatch(name)) is None:

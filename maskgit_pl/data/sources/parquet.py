@@ -51,13 +51,13 @@ def split_of(name: str) -> str | None:
 class ParquetFolder:
     """The parquet files in a folder or in its sub-folders. Requires pyarrow.
 
-    Files named ``train-*`` and ``validation-*`` (or ``test-*``), or in sub-folders with such names, are the splits.
-    Without train files, all that name no split are train. Columns: an image, as bytes or as a struct with the field
-    ``bytes``, and a class number or a class name. The names of class numbers are in the metadata that ``datasets``
-    writes.
+    Files named ``train-*`` and ``validation-*`` (or ``test-*``), or in sub-folders with such names, are the
+    splits. Without train files, all that name no split are train. Columns: an image, as bytes or as a struct
+    with the field ``bytes``, and a class number or a class name. The names of class numbers are in the
+    metadata that ``datasets`` writes.
 
-    Samples keep the order of the rows. Without a val split, a hash of the file's name and the row chooses the val
-    samples.
+    Samples keep the order of the rows. Without a val split, a hash of the file's name and the row chooses the
+    val samples.
 
     Args:
         folder: The folder.
@@ -66,8 +66,8 @@ class ParquetFolder:
         label_field: Column of the labels.
 
     Raises:
-        ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class, or the
-            class names of the files differ.
+        ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class,
+            or the class names of the files differ.
     """
 
     def __init__(
