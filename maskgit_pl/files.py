@@ -455,8 +455,8 @@ def _one_line() -> Iterator[None]:
         yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ValueError(f"{place}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
+        position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except (UnicodeError, OverflowError) as error:

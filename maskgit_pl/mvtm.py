@@ -159,14 +159,14 @@ class MaskedTokenModel(TokenModel):
 
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
-        place: dict[str, Any] = {
+        key: dict[str, Any] = {
             "index": batch.index,
             "epoch": batch.epoch,
             "position": batch.position,
             "global_batch": self.config.global_batch,
         }
         # 1. Mask. 2. Drop classes.
-        draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **place, grid=network.grid))
+        draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **key, grid=network.grid))
         if not self.training:
             return draws
         # Corruptions and some objectives need more.
@@ -177,7 +177,7 @@ class MaskedTokenModel(TokenModel):
             draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
             draws = draws.predict(draws.mask | replaced)
         if self.objective.needs_slopes:
-            draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **place))
+            draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **key))
         if self.objective.visible_weight > 0:
             return draws.predict(torch.ones_like(draws.mask))
         if self.config.compiled == "step":

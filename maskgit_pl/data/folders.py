@@ -180,14 +180,14 @@ def check_new_folder(
     check_only_known(folder, {description, *known(content)})
 
 
-def check_only_known(folder: Path, known: Collection[str]) -> None:
+def check_only_known(folder: Path, expected_files: Collection[str]) -> None:
     """Checks that a folder holds no other files than those that are replaced, because others would be lost.
 
     What file managers put into the folders that they show is not counted.
 
     Args:
         folder: Folder to replace later, which need not exist.
-        known: Files that may be there, relative to it.
+        expected_files: Files that may be there, relative to it.
 
     Raises:
         FileExistsError: if there are others. The message names up to three.
@@ -195,7 +195,7 @@ def check_only_known(folder: Path, known: Collection[str]) -> None:
     files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     files = (path for path in files if path.name not in _OF_FILE_MANAGERS)
     others = (path.relative_to(folder).as_posix() for path in files)
-    unknown = sorted(islice((path for path in others if path not in known), 3))
+    unknown = sorted(islice((path for path in others if path not in expected_files), 3))
     if unknown:
         raise FileExistsError(
             f"{folder} is replaced as a whole and must hold only files of an earlier export, got also "

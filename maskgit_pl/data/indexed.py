@@ -83,13 +83,13 @@ class IndexedDataset(Dataset[Batch]):
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
         samples: list[tuple[Tensor, int]] = []
         vectors: list[Tensor] = []
-        for index, place in zip(
+        for index, crop in zip(
             rows.index.tolist(), self._built.draw(rows.index, rows.epoch, seed=self.seed), strict=True
         ):
             name = f"sample {index}"
             image, label, *others = _check_item(self.dataset[index], name=name)
             pixels = _to_pixels(image, channels=self.in_channels, name=name)
-            samples.append((fit_image(pixels, image_size=self.image_size, crop=place), _to_label(label, name=name)))
+            samples.append((fit_image(pixels, image_size=self.image_size, crop=crop), _to_label(label, name=name)))
             vectors += [_to_vector(vector, name=name) for vector in others]
         batch = stack_batch(samples, rows)
         if not vectors:
@@ -247,14 +247,14 @@ def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
             image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
         is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 2, 3, 4))
         if image.dtype != np.uint8 or not is_image or not image.size:
-            kind, shape, to_bytes, place = (
+            kind, shape, to_bytes, axis = (
                 ("tensor", "(C, H, W)", "byte()", "front")
                 if is_tensor
                 else ("NumPy array", "(H, W, C)", "astype('u1')", "end")
             )
             raise TypeError(
                 f"{name}: a {kind} must be uint8 of the shape (H, W) or {shape}, with 1 to 4 channels, got {got}; "
-                f"convert floats in [0, 1] by (255 * x).round().{to_bytes}, and move channels to the {place}"
+                f"convert floats in [0, 1] by (255 * x).round().{to_bytes}, and move channels to the {axis}"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if not isinstance(image, Image.Image):

@@ -99,9 +99,9 @@ class ImageBatches(Dataset[Batch]):
             for row, (index, augment) in enumerate(zip(rows.index.tolist(), drawn, strict=True))
         ]
         num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
-        shown = (rows.index + num_skipped) % count
-        labels = torch.from_numpy(self.reader.labels(shown.numpy()))  # 3.
-        return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
+        rows_read = (rows.index + num_skipped) % count
+        labels = torch.from_numpy(self.reader.labels(rows_read.numpy()))  # 3.
+        return Batch(content, labels, *rows, replacement=rows_read.masked_fill(num_skipped == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
         """Reads an unreadable image again, by its number in the split, and describes its fault."""
@@ -180,8 +180,8 @@ class _WithVectors(Dataset[Batch]):
 
     def __getitems__(self, positions: range) -> Batch:
         batch = self.batches.__getitems__(positions)
-        shown = torch.where(batch.replacement < 0, batch.index, batch.replacement)
-        return batch._replace(vectors=torch.from_numpy(self.reader.read(shown.numpy())))
+        rows_read = torch.where(batch.replacement < 0, batch.index, batch.replacement)
+        return batch._replace(vectors=torch.from_numpy(self.reader.read(rows_read.numpy())))
 
 
 class Unreadable(NamedTuple):
@@ -243,8 +243,8 @@ class UnreadableImages:
             return
         # 1. A sample that is its own replacement: all n were tried.
         longest = 0
-        for drawn, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
-            length = (shown - drawn) % self.num_samples or self.num_samples
+        for drawn, replaced_by in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
+            length = (replaced_by - drawn) % self.num_samples or self.num_samples
             longest = max(longest, length)
             for number in (position % self.num_samples for position in range(drawn, drawn + length)):
                 self.times[number] += 1

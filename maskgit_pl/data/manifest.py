@@ -493,9 +493,9 @@ def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | Non
     for offset, header in headers.items():
         # A valid checksum, and the length of the payload in the index.
         if header is None or header[1] != images[offset]:
-            found = "none" if header is None else f"one of {header[1]} bytes"
+            actual = "none" if header is None else f"one of {header[1]} bytes"
             member = f"a member of {images[offset]} bytes expected at byte {offset}"
-            return f"{member}, {found} found; changed after indexing"
+            return f"{member}, {actual} found; changed after indexing"
     return None
 
 

@@ -107,11 +107,11 @@ class ShuffledStream:
             first = number * count
             places = range(max(positions.start - first, 0), min(positions.stop - first, count))
             rows = slice(first + places.start - positions.start, first + places.stop - positions.start)
-            place = torch.arange(places.start, places.stop)
+            offsets = torch.arange(places.start, places.stop)
             if count <= _MAX_CACHED:
-                index[rows] = _full_permutation(count, self.seed, number)[place]
+                index[rows] = _full_permutation(count, self.seed, number)[offsets]
             else:
-                index[rows] = permutation(place, count, stream="order", seed=self.seed, index=0, epoch=number)
+                index[rows] = permutation(offsets, count, stream="order", seed=self.seed, index=0, epoch=number)
             epoch[rows] = number
         return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 

@@ -114,7 +114,7 @@ class EvaluatedModel:
             "model": self.kind,
             "run": self.run,
             "mask_schedule": "" if mask_schedule is None else repr(mask_schedule),
-            "parameters": sum(each.numel() for network in networks for each in network.parameters()),
+            "parameters": sum(parameter.numel() for network in networks for parameter in network.parameters()),
             "tokenizer": shorten_digest(tokenizer.fingerprint),
             "transformer": shorten_digest(fingerprint(self.pretrained / "transformer")),
             "config": shorten_digest(digest_of(config)),
@@ -262,10 +262,10 @@ class Evaluator:
             nonlocal is_new
             is_new = True
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
             remarks: dict[str, Any] = {} if purpose is None else {"purpose": purpose}
-            remarks |= {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
-            return _Images(made.read, made.labels, remarks)
+            remarks |= {"steps_taken": images.steps_taken, "seconds_per_image": images.seconds_per_image}
+            return _Images(images.read, images.labels, remarks)
 
         columns = self._columns(model, num_images, seed, decoding)
         rows = self._measure("samples", columns, generate, networks, metrics)
@@ -373,8 +373,8 @@ class Evaluator:
                 source = draw_order(available, num_images)(range(min(num_images, available))).index
             else:
                 title = f"{model.run}: {num_images} images for CAS"
-                made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-                source = TrainingImages(made.read, made.shape, made.labels, self.data.class_names)
+                images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+                source = TrainingImages(images.read, images.shape, images.labels, self.data.class_names)
             bar = self.bars(f"CAS: {config.model}", config.max_steps)
             accuracy = classification_accuracy(
                 source, self.data, config, on_step=lambda: bar(1), device=str(self.device)
@@ -482,12 +482,12 @@ class Evaluator:
 def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     """Returns the values of rows by name, such as ``fid/classifier`` and ``diversity``."""
     # Values of images come before those of networks, and deviations last.
-    known = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
+    metrics = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
     return {
         metric_name(f"{name}{suffix}", label) if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
         for label, row in rows.items()
         for suffix in ("", DEVIATION)
-        for name, metric in known
+        for name, metric in metrics
         if row.get(f"{name}{suffix}") is not None
     }
 

@@ -210,9 +210,9 @@ def open_extractors(
     """
     # The training of the classifier takes minutes: all other networks are opened before.
     others = {
-        number: Extractor.create(parse_feature_network(each), device=device)
-        for number, each in enumerate(features)
-        if each != CLASSIFIER
+        number: Extractor.create(parse_feature_network(feature), device=device)
+        for number, feature in enumerate(features)
+        if feature != CLASSIFIER
     }
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)

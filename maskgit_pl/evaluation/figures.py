@@ -119,7 +119,7 @@ def figure_2(
 
 def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
     """Returns pictures below each other."""
-    sheet = Image.new("RGB", (max(each.width for each in pictures), sum(each.height for each in pictures)), "white")
+    sheet = Image.new("RGB", (max(image.width for image in pictures), sum(image.height for image in pictures)), "white")
     top = 0
     for picture in pictures:
         sheet.paste(picture, (0, top))

@@ -102,9 +102,9 @@ def ablate_schedules(
     """
     options = options or ReportOptions()
     find_device(options.device)
-    for each in options.features:  # a wrong one must not end hours of training
-        if each != CLASSIFIER:
-            Extractor.create(parse_feature_network(each))
+    for feature in options.features:  # a wrong one must not end hours of training
+        if feature != CLASSIFIER:
+            Extractor.create(parse_feature_network(feature))
     if options.reference is not None:
         ArrayFile(options.reference, thing="reference")
     read = {"dataset": config.dataset, "cluster": config.cluster}
@@ -265,7 +265,7 @@ def _in_order(schedules: Iterable[str]) -> list[str]:
 
 
 def _mean_curve(results: Sequence[_ScheduleResult]) -> dict[int, float]:
-    return {steps: fmean(each.curve[steps] for each in results) for steps in results[0].curve}
+    return {steps: fmean(result.curve[steps] for result in results) for steps in results[0].curve}
 
 
 def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Page:
@@ -277,7 +277,7 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Pa
         likelihoods: Row of likelihoods of each run.
     """
     grouped = _group_results(samples, likelihoods)
-    results = [each for group in grouped.values() for each in group]
+    results = [result for group in grouped.values() for result in group]
     networks = list(results[0].fresh)
     any_row = results[0].fresh[networks[0]]
     steps = ", ".join(map(str, sorted(results[0].curve)))
@@ -293,10 +293,10 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Pa
         "models. The bound is the order-agnostic ELBO in bits per token, which is comparable for all schedules (lower",
         "is better).",
     )
-    fids = {name: fmean([each.fresh[networks[0]]["fid"] for each in group]) for name, group in grouped.items()}
+    fids = {name: fmean([result.fresh[networks[0]]["fid"] for result in group]) for name, group in grouped.items()}
     lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
-    lines += describe_provenance([row for each in results for row in each.fresh.values()])
-    flat = [_flatten(name, each, networks) for name, group in grouped.items() for each in group]
+    lines += describe_provenance([row for result in results for row in result.fresh.values()])
+    flat = [_flatten(name, result, networks) for name, group in grouped.items() for result in group]
     return finish_page("table-3", lines, flat, picture="figure-8.png")
 
 
@@ -305,7 +305,7 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
     scored = [
         name
         for name in networks
-        if any(each.fresh[name].get("is") is not None for group in grouped.values() for each in group)
+        if any(result.fresh[name].get("is") is not None for group in grouped.values() for result in group)
     ]
     headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
     headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
@@ -313,10 +313,10 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
     for name, group in grouped.items():
         paper = SCHEDULES.get(name)
         row = [code_span(name), "" if paper is None else paper.formula]
-        row += [", ".join(map(str, sorted({each.best_steps for each in group})))]
-        row += [_cell([each.fresh[network] for each in group], "fid") for network in networks]
-        row += [_cell([each.fresh[network] for each in group], "is") for network in scored]
-        likelihoods = [each.likelihood for each in group]
+        row += [", ".join(map(str, sorted({result.best_steps for result in group})))]
+        row += [_cell([result.fresh[network] for result in group], "fid") for network in networks]
+        row += [_cell([result.fresh[network] for result in group], "is") for network in scored]
+        likelihoods = [result.likelihood for result in group]
         row += [_with_error(likelihoods, "masked_nll"), _with_error(likelihoods, "elbo_bits_per_token")]
         if paper is not None:
             row += [str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}"]

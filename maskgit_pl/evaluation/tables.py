@@ -236,7 +236,7 @@ def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> Op
     """Opens models, data and feature networks. All runs must have the classes and the image size of the first one."""
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
-    models = [open_model(each, options.device) for each in folders]
+    models = [open_model(folder, options.device) for folder in folders]
     data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
     # All rows of a table must compare with the same real images.
     for model in models[1:]:

@@ -289,7 +289,7 @@ class OpenedTokenizer:
         """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
         settings: dict[str, Any] = {
-            "networks": {each.label: shorten_digest(each.digest) for each in self.extractors},
+            "networks": {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors},
             "dtype": self.dtype,
         }
         if self.options.lpips is not None:

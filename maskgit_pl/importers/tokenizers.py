@@ -528,12 +528,12 @@ def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
             raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}; name its own file")
 
 
-def _choose_size(given: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
+def _choose_size(requested: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
     """Returns the size of the images, and a note if no file gives it, or another one than the user."""
     if declared == _DIFFUSERS_SIZE:
         assumed = f"no file gives the size of the images: {_IMAGE_SIZE} px are assumed; name another with --image-size"
-        return (_IMAGE_SIZE, [assumed]) if given is None else (given, [])
+        return (_IMAGE_SIZE, [assumed]) if requested is None else (requested, [])
     declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
-    if given is None or as_image_size(given) == declared:
+    if requested is None or as_image_size(requested) == declared:
         return declared, []
-    return given, [f"config.json gives images of {pixels_text(declared)}, not of {pixels_text(given)}"]
+    return requested, [f"config.json gives images of {pixels_text(declared)}, not of {pixels_text(requested)}"]

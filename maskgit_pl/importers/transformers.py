@@ -175,13 +175,15 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
     return layout
 
 
-def _find_num_heads(given: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int) -> int:
+def _find_num_heads(
+    requested: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int
+) -> int:
     """Returns the number of attention heads, which no shape of a tensor tells.
 
     Raises:
         ValueError: if the user names none, and no published network has this size.
     """
-    num_heads = published.get((embed_dim, depth)) if given is None else given
+    num_heads = published.get((embed_dim, depth)) if requested is None else requested
     if num_heads is None:
         raise ValueError(
             f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "

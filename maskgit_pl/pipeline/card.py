@@ -140,9 +140,9 @@ class RunOrigin:
         Raises:
             ValueError: if a file has another format.
         """
-        known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
+        config = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
         entry = _json(folder / "decoding.json").get("tuned") if tuned else None
-        return cls(folder, known, entry if isinstance(entry, dict) else {})
+        return cls(folder, config, entry if isinstance(entry, dict) else {})
 
     @property
     def name(self) -> str:
@@ -312,12 +312,12 @@ def _json(file: Path) -> dict[str, Any]:
 def _metadata(content: Mapping[str, Any]) -> list[str]:
     from huggingface_hub import EvalResult, ModelCardData
 
-    known, run = content.get("license"), content.get("run") or {}
+    license_name, run = content.get("license"), content.get("run") or {}
     results = [EvalResult(**result) for result in _eval_results(run)]
     data = ModelCardData(
         library_name="maskgit_pl",
         pipeline_tag=_TASK,
-        license=printable(known) if known else None,
+        license=printable(license_name) if license_name else None,
         tags=["maskgit", "vqgan", "masked-generative-transformer", "class-conditional"],
         model_name=(printable(run["name"]) or "MaskGIT") if results else None,
         eval_results=results or None,

@@ -226,9 +226,9 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         Raises:
             ValueError: if an option is not supported.
         """
-        given = {name: value for name, value in options.items() if value}
-        if given or not safe_serialization:
-            name, value = next(iter(given.items()), ("safe_serialization", safe_serialization))
+        set_options = {name: value for name, value in options.items() if value}
+        if set_options or not safe_serialization:
+            name, value = next(iter(set_options.items()), ("safe_serialization", safe_serialization))
             raise ValueError(
                 f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
                 "`maskgit push FOLDER OWNER/NAME` uploads it"

@@ -284,7 +284,7 @@ def select_steps(count: int, kind: Literal["animation", "filmstrip"]) -> list[in
     if count <= most:
         return list(range(count))
     # Rounding keeps 0 and count - 1 exactly.
-    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 
 def number_windows(steps: Sequence[DecodingStep]) -> list[int]:

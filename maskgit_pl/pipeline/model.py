@@ -644,8 +644,8 @@ class MaskGIT:
     def _request(self, classes: Classes | None, options: GenerateKeywords, kind: type = GenerateKeywords) -> Request:
         """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
         request = Request.of(self.outline, [None] if classes is None else classes, options, kind)
-        given, vectors = options.get("negative_model"), options.get("vectors")
-        negative = self.negative_model if given is None else self._open_negative(given)
+        model, vectors = options.get("negative_model"), options.get("vectors")
+        negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
             negative.check_labels(request.negative_labels or request.labels)
             negative.caches.follow_weights()
@@ -658,19 +658,19 @@ class MaskGIT:
         )
         return replace(request, negative_model=negative, vectors=checked)
 
-    def _open_negative(self, given: NegativeModelLike) -> PretrainedTransformer:
+    def _open_negative(self, model: NegativeModelLike) -> PretrainedTransformer:
         """Returns the transformer from which guidance moves away, checked; one of a folder moves to this device."""
         negative: PretrainedTransformer | None
-        if isinstance(given, str | Path):
-            negative = load_transformer(find_transformer(given))
+        if isinstance(model, str | Path):
+            negative = load_transformer(find_transformer(model))
             negative.to(self.device, dtype=next(self.transformer.network.parameters()).dtype)
             set_packing(negative.network, enabled=self._pack_weights)
         else:
-            negative = given if isinstance(given, PretrainedTransformer) else getattr(given, "transformer", None)
+            negative = model if isinstance(model, PretrainedTransformer) else getattr(model, "transformer", None)
         if negative is None:
             raise TypeError(
                 "negative_model must be a folder, a repository of the Hub, a MaskGIT or a PretrainedTransformer, got "
-                f"{type(given).__name__}"
+                f"{type(model).__name__}"
             )
         self.transformer.check_negative(negative)
         return negative

@@ -227,8 +227,8 @@ def save_decoding(
         "tuned": dict(tuned or {}),
     }
     if negative_model is not None:
-        place = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
-        content["negative_model"] = {"folder": place, "transformer": fingerprint(negative_model)}
+        relative_path = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
+        content["negative_model"] = {"folder": relative_path, "transformer": fingerprint(negative_model)}
     old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
     if old is not None:
         shutil.copyfile(file, old)  # a copy: the folder is never without one

@@ -85,10 +85,12 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
     from maskgit_pl.data.images import decode_image, from_pil, read_image_file
 
     if isinstance(image, str | Path):
-        shown = printable(image)
+        printed_name = printable(image)
         if not Path(image).exists():
-            raise FileNotFoundError(f"{name.split()[0]} {shown}: no such file; name a JPEG, PNG or WebP file")
-        return decode_image(read_image_file(image, name=shown), channels=channels, name=shown, background=background)
+            raise FileNotFoundError(f"{name.split()[0]} {printed_name}: no such file; name a JPEG, PNG or WebP file")
+        return decode_image(
+            read_image_file(image, name=printed_name), channels=channels, name=printed_name, background=background
+        )
     # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
     # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
@@ -400,11 +402,11 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
     """
     own_height, own_width = height_width(least)
     size = [("height", plain_number(height), own_height), ("width", plain_number(width), own_width)]
-    for name, value, own in size:
+    for name, value, least_side in size:
         number = check_integer(name, value, f"[1, {MAX_PIXELS}]")
-        if number < own:
-            raise ValueError(f"{name} must be >= {own} pixels, the {name} of the model's images, got {number}")
-        _check_whole_tokens(name, number, factor, least=own)
+        if number < least_side:
+            raise ValueError(f"{name} must be >= {least_side} pixels, the {name} of the model's images, got {number}")
+        _check_whole_tokens(name, number, factor, least=least_side)
     height, width = int(height), int(width)
     if height * width > MAX_PIXELS:
         name = "height" if height > width else "width"
@@ -465,11 +467,11 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
         # 1. (R - h + 1, C - w + 1): number of unknown tokens of each window
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
         # 2. A window without unknown tokens is never chosen: -1 known tokens.
-        known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
-        enough = min(ceil(overlap * size[0] * size[1]), int(known.max()))
+        num_known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
+        enough = min(ceil(overlap * size[0] * size[1]), int(num_known.max()))
         # 3. argmax returns the first maximum in raster order.
-        place = int(counts.masked_fill(known < enough, -1).flatten().argmax())
-        top, column = divmod(place, counts.shape[1])
+        index = int(counts.masked_fill(num_known < enough, -1).flatten().argmax())
+        top, column = divmod(index, counts.shape[1])
         window = left[top : top + size[0], column : column + size[1]]
         yield Window(top, column, window.clone())
         window.fill_(value=False)  # a view of ``left``
@@ -490,12 +492,14 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
         raise TypeError(
             f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"
         )
-    shown = f"{tuple(image.shape)} {image.dtype}"
+    description = f"{tuple(image.shape)} {image.dtype}"
     if isinstance(image, Tensor):
         image = image.cpu().numpy()
         # torch has channels first, numpy and PIL have them last.
         image = rearrange(image, "c h w -> h w c") if image.ndim == 3 else image
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 2, 3, 4) or pixels.size == 0:
-        raise ValueError(f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {shown}")
+        raise ValueError(
+            f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {description}"
+        )
     return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -135,12 +135,12 @@ def build(plan: Plan) -> StageRun:
     _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
-        for key, wanted in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
-            if (value := getattr(module.config.network, key)) != wanted:
+        for key, expected in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
+            if (value := getattr(module.config.network, key)) != expected:
                 vectors = f" with data.vectors {data.config.vectors}" if key == "condition_dim" else ""
                 raise ValueError(
-                    f"model.network.{key} must be {wanted} for {data.config.path}{vectors}, got {value}; leave the key "
-                    "out or use other data"
+                    f"model.network.{key} must be {expected} for {data.config.path}{vectors}, got {value}; leave the "
+                    "key out or use other data"
                 )
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(
@@ -230,13 +230,13 @@ class StageRun:
         newest = newest_checkpoint(self.folder / "checkpoints")
         if newest is not None:
             self._check_resumes(newest)
-        given = self.values.trainer
-        if self.stage == "tokenizer" and given.gradient_clip_val is not None:
+        values = self.values.trainer
+        if self.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
         profiler = self.values.profiler
         ours = {
-            "strategy": build_strategy(given.strategy, longest_wait=self.watchdog.longest_limit),
+            "strategy": build_strategy(values.strategy, longest_wait=self.watchdog.longest_limit),
             "profiler": _NoProfiler() if profiler is None else profilers.build(profiler).create(self.folder),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
@@ -249,16 +249,16 @@ class StageRun:
             "enable_checkpointing": True,
         }
         try:
-            trainer = Trainer(**{**asdict(given), **ours}, callbacks=self._build_callbacks())
+            trainer = Trainer(**{**asdict(values), **ours}, callbacks=self._build_callbacks())
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             if is_user_error(error):
                 raise
             raise ValueError(
-                f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this "
+                f"trainer: accelerator {values.accelerator!r} with devices {values.devices!r} is not available on this "
                 f"machine ({' '.join(str(error).split())}); choose others with --trainer.accelerator and "
                 "--trainer.devices, or use a machine that has them, with a torch that is built for them"
             ) from error
-        check_strategy(given.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
+        check_strategy(values.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
         # A signal sets a flag that the ranks exchange once a step.
         disable_sigterm_handler(trainer)
         self.trainer = trainer

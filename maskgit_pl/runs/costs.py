@@ -107,8 +107,8 @@ def step_memory(
     """
     config, is_half = module.config, precision != "32-true"
     trained = _trained(module)
-    copies = _HALF * sum(each.numel() for each in trained if each.ndim > 1) if is_half else 0
-    own, average, gathered = _count(trained), module.ema_network, 0
+    copies = _HALF * sum(parameter.numel() for parameter in trained if parameter.ndim > 1) if is_half else 0
+    trained_values, average, gathered = _count(trained), module.ema_network, 0
     averaged = 0 if average is None else _count(average.parameters())
     if isinstance(module, TokenModel):
         with skeletons():
@@ -119,17 +119,17 @@ def step_memory(
         ).peak  # fmt: skip
         if strategy == "fsdp":
             block = max((_count(block.parameters()) for block in module.transformer.blocks), default=0)
-            root = own - sum(_count(block.parameters()) for block in module.transformer.blocks)
+            root = trained_values - sum(_count(block.parameters()) for block in module.transformer.blocks)
             gathered = (_HALF if is_half else _FLOAT) * (root + 3 * block) + _FLOAT * (root + 2 * block)
-            own, averaged = -(-own // ranks), -(-averaged // ranks)
+            trained_values, averaged = -(-trained_values // ranks), -(-averaged // ranks)
             activations -= copies
     else:
         step = _first_full_step(module)
         meter = _run_tokenizer_step(module, images=per_device, step=step, checkpointing=config.activation_checkpointing)
         activations = meter.peak + copies
-        others = _bytes_of(*_trained_networks(module), *_perceptual_networks(module)) - _FLOAT * own
+        others = _bytes_of(*_trained_networks(module), *_perceptual_networks(module)) - _FLOAT * trained_values
         frozen = others + sum(buffer.nbytes for buffer in module.network.buffers())  # of the average
-    states = _FLOAT * (own * (2 + state_values(config.optimizer)) + averaged) + frozen
+    states = _FLOAT * (trained_values * (2 + state_values(config.optimizer)) + averaged) + frozen
     return Memory(round(states), gathered, activations)
 
 
@@ -264,8 +264,8 @@ def _trained_networks(module: TokenModel | Tokenizer) -> list[nn.Module]:
 
 
 def _trained(module: TokenModel | Tokenizer) -> list[Tensor]:
-    parameters = (each for network in _trained_networks(module) for each in network.parameters())
-    return [each for each in parameters if each.requires_grad]
+    parameters = (parameter for network in _trained_networks(module) for parameter in network.parameters())
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _perceptual_networks(module: Tokenizer) -> list[nn.Module]:
@@ -277,7 +277,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes_of(*networks: nn.Module) -> int:
-    return sum(each.nbytes for network in networks for each in (*network.parameters(), *network.buffers()))
+    return sum(tensor.nbytes for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
 
 @contextmanager
@@ -290,15 +290,15 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
     """
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        known: list[Tensor] = []
+        tensors: list[Tensor] = []
         for network in networks:
             network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-                    known.append(parameter.grad)
-            known += [*network.parameters(), *network.buffers()]
-        with StepMeter(known) as meter:
+                    tensors.append(parameter.grad)
+            tensors += [*network.parameters(), *network.buffers()]
+        with StepMeter(tensors) as meter:
             yield meter
 
 
@@ -331,14 +331,14 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Calls ``func``, and counts its FLOPs and the results that do not share memory with known tensors."""
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         operation = func._overloadpacket
         if operation in _ATTENTION:
             self.flops += _ATTENTION[operation](*args)
         elif operation in flop_registry:
-            self.flops += int(flop_registry[operation](*args, **(kwargs or {}), out_val=made))
-        tree_map_only(Tensor, self._see, made)
-        return made
+            self.flops += int(flop_registry[operation](*args, **(kwargs or {}), out_val=result))
+        tree_map_only(Tensor, self._see, result)
+        return result
 
     def _see(self, tensor: Tensor, *, counts: bool = True) -> None:
         storage = tensor.untyped_storage()  # views share it and are counted once

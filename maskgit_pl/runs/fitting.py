@@ -141,7 +141,7 @@ def _set_aside(folder: Path) -> Path | None:
         return None
     with hold_lock(folder, hint="train another run (--run)"):
         names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
-        old = next(each for each in names if not each.exists())
+        old = next(name for name in names if not name.exists())
         folder.rename(old)
     log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
     return old
@@ -218,7 +218,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     if stage == "transformer":
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
-        tokenizer = next((place for place in places if (place / "config.json").is_file()), None)
+        tokenizer = next((path for path in places if (path / "config.json").is_file()), None)
         if tokenizer is None:
             raise FileNotFoundError(
                 f"tokenizer {places[0]} of {config}: no such folder; copy it back, or run `maskgit export {folder} "
@@ -308,7 +308,7 @@ def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
         "data": _describe_data(stage_run, plan),
         "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
         "weights": None if plan.pretrained is None else f"a new run starts from those of {plan.pretrained}",
-        "model": f"{sum(each.numel() for each in stage_run.model.parameters() if each.requires_grad):,} parameters",
+        "model": f"{sum(part.numel() for part in stage_run.model.parameters() if part.requires_grad):,} parameters",
         "steps": f"{trainer.max_steps:,}, with a global batch of {_describe_batch(stage_run)}",
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
     }
@@ -353,11 +353,11 @@ def check_run_outputs(plan: Plan) -> None:
     for file in (*_RECORDS, _EXPORTED):
         check_writable(name, plan.stage_folder / file)
     check_stage_folder(exported)  # which the export at the end replaces
-    own = plan.folder / "pretrained" / "tokenizer"
-    if plan.tokenizer is None or has_weights_of(own, plan.tokenizer):
+    exported_tokenizer = plan.folder / "pretrained" / "tokenizer"
+    if plan.tokenizer is None or has_weights_of(exported_tokenizer, plan.tokenizer):
         return
-    check_stage_folder(own)
-    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file():
+    check_stage_folder(exported_tokenizer)
+    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (exported_tokenizer / "config.json").is_file():
         raise ValueError(
             f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
             "replace; name another run with --run, or leave out --tokenizer"

@@ -96,8 +96,8 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     if _CARD in files:
         text = files.pop(_CARD).read_text(encoding="utf-8")
     else:
-        known = read_config(folder, "pipeline") if "config.json" in files else {}
-        text = model_card(folder, {**describe_folder(folder), "license": None, "run": None, **known})
+        config = read_config(folder, "pipeline") if "config.json" in files else {}
+        text = model_card(folder, {**describe_folder(folder), "license": None, "run": None, **config})
     try:
         card = ModelCard(text.replace(python_string(PLACEHOLDER), python_string(hub_id)))
     except (ValueError, yaml.YAMLError) as error:

@@ -205,8 +205,8 @@ def recipes_folders() -> list[Path]:
 
 def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
     """Returns the files of a kind of recipe by name, sorted by name."""
-    found = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
-    return dict(sorted(found.items()))
+    files = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
@@ -224,18 +224,18 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
             the names and the closest one.
     """
-    known: dict[Stage, dict[str, Path]] = {each: list_recipes(each) for each in STAGES}
-    own = known[stage]
-    files = [own["base"]]
+    files_of_stages: dict[Stage, dict[str, Path]] = {each: list_recipes(each) for each in STAGES}
+    stage_files = files_of_stages[stage]
+    files = [stage_files["base"]]
     if dataset != DEFAULT_DATASET:
-        files.append(own.get(dataset, own["own-images"]))
+        files.append(stage_files.get(dataset, stage_files["own-images"]))
     for name in names:
-        found = _files_by_stage(name, known)
-        files += [found[stage]] if stage in found else []
+        named_files = _files_by_stage(name, files_of_stages)
+        files += [named_files[stage]] if stage in named_files else []
     return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
-def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
+def _files_by_stage(name: str, files_of_stages: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
     """Returns the file of a name or path for each stage that has it; there is at least one."""
     if _is_path(name):
         file = Path(name)
@@ -243,15 +243,15 @@ def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dic
             raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
         homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
         return dict.fromkeys(homes, file)
-    _find_named("recipe", name, {each: file for files in known.values() for each, file in files.items()})
-    return {each: files[name] for each, files in known.items() if name in files}
+    _find_named("recipe", name, {each: file for files in files_of_stages.values() for each, file in files.items()})
+    return {each: files[name] for each, files in files_of_stages.items() if name in files}
 
 
-def _find_named(what: str, name: str, known: Mapping[str, Path]) -> Path:
-    if name not in known:
+def _find_named(what: str, name: str, named_files: Mapping[str, Path]) -> Path:
+    if name not in named_files:
         folders = " or ".join(map(str, recipes_folders()))
-        raise FileNotFoundError(f"{what} {name!r}: no such file in {folders}: {nearest(name, known)}")
-    return known[name]
+        raise FileNotFoundError(f"{what} {name!r}: no such file in {folders}: {nearest(name, named_files)}")
+    return named_files[name]
 
 
 def _is_path(name: str) -> bool:

@@ -138,8 +138,8 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}
     # Not those that tokenizer and data determine, nor those of training. The attention selects the kind of recipe.
-    own = {*BackboneConfig.transferable, "codebook_size", "attention"}
-    network = {name: value for name, value in config["network"].items() if name not in own}
+    excluded = {*BackboneConfig.transferable, "codebook_size", "attention"}
+    network = {name: value for name, value in config["network"].items() if name not in excluded}
     return {"model": {"network": {"backbone": DEFAULT_BACKBONE, **network}}}
 
 
@@ -167,8 +167,8 @@ def choose_precision(
             if recorded in get_args(Precision) and recorded != AUTO:
                 return cast(Precision, recorded)
     key, width = _WIDE[stage]
-    own = getattr(network, key, None)
-    is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
+    size = getattr(network, key, None)
+    is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
     # All devices of GPUS have the instructions.
     device = "cpu" if trainer.accelerator == "cpu" else default_device()
     is_fast = trainer.strategy == "auto" and (gpu is not None or has_bfloat16(device))
@@ -209,17 +209,17 @@ def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in node.items():
         key = f"{path}.{name}"
         if key in _FREE_MODEL:
             continue
         # A specification {name: ...} is compared as a whole.
         if isinstance(value, Mapping) and "name" not in value:
-            found |= _flat(value, key)
+            leaves |= _flat(value, key)
         else:
-            found[key] = _without_weights(value)
-    return found
+            leaves[key] = _without_weights(value)
+    return leaves
 
 
 def _without_weights(value: Any) -> Any:
@@ -241,9 +241,9 @@ def config_text(run: ResolvedRun) -> str:
 
 def config_text_without_data(recipe: Recipe) -> str:
     """Returns the complete recipe without the keys that data and tokenizer give, unless the recipe sets them."""
-    given = values_without_data(recipe.stage)
+    defaults = values_without_data(recipe.stage)
     try:
-        tree = resolve(recipe.kind, merge([given, recipe.tree])).tree
+        tree = resolve(recipe.kind, merge([defaults, recipe.tree])).tree
     except ValueError:  # the sizes of the paper do not fit the recipe, whose tokenizer may have others
         return _recipe_text(recipe.tree)
     sizes = (f"model.network.{name}" for name in _PAPER_SIZES)

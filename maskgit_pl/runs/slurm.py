@@ -293,8 +293,8 @@ def _resources(plan: Plan, job: JobOptions) -> list[str]:
     is_on_cpu = recipe.get("trainer.accelerator") == "cpu"
     options = [] if is_on_cpu or job.names_gpus else [f"--gpus-per-node={job.devices}"]
     named = ("partition", "account", "qos", "constraint")
-    given = [f"--{name}={value}" for name in named if (value := getattr(job, name))]
-    return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *given]
+    named_options = [f"--{name}={value}" for name in named if (value := getattr(job, name))]
+    return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *named_options]
 
 
 def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:

@@ -139,27 +139,27 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
         )
 
     with suppress(FileNotFoundError, ValueError):  # no store, or one that will be replaced
-        own = read_description(folder / "tokens")
-        if not named and own == describe(**{name: getattr(own, name) for name in _VIEWS}):
-            return own
+        stored = read_description(folder / "tokens")
+        if not named and stored == describe(**{name: getattr(stored, name) for name in _VIEWS}):
+            return stored
     return describe(**named)
 
 
 def _store_of(folder: Path, description: StoreDescription) -> Path:
     """Returns the folder of a store, and links ``RUN/tokens`` to it."""
-    own = folder / "tokens"
+    store = folder / "tokens"
     fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
-    own.parent.mkdir(parents=True, exist_ok=True)
-    if own.is_dir() and not own.is_symlink():
-        raise ValueError(f"{own} must be a link to a store in {shared.parent}, got a folder; remove it")
+    store.parent.mkdir(parents=True, exist_ok=True)
+    if store.is_dir() and not store.is_symlink():
+        raise ValueError(f"{store} must be a link to a store in {shared.parent}, got a folder; remove it")
     # A new link replaces the old one in one step, which is safe if other ranks do the same.
-    link = own.with_name(f".tokens.{os.getpid()}")
+    link = store.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
-    link.replace(own)  # atomic: ranks may do this at the same time, with the same target
+    link.symlink_to(os.path.relpath(shared, store.parent), target_is_directory=True)
+    link.replace(store)  # atomic: ranks may do this at the same time, with the same target
     return shared
 
 

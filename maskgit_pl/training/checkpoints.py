@@ -271,7 +271,7 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
 
 def _finish(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
     write_text(temporary / _STATE, json.dumps(state))
-    files = {name: entry for each in written for name, entry in each.items()}
+    files = {name: entry for entries in written for name, entry in entries.items()}
     files[_STATE] = _describe_file(temporary / _STATE)
     write_text(temporary / _MARKER, json.dumps({"version": _VERSION, "files": files}))
     replace_folder(temporary, target)

@@ -326,7 +326,7 @@ class HealthMonitor(Callback):
         self.quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
         self.history = CodeHistory(self.quantizer.codebook_size)
 
-        def observe(module: nn.Module, given: Any, output: QuantizerOutput) -> None:
+        def observe(module: nn.Module, inputs: Any, output: QuantizerOutput) -> None:
             # 1. A frozen quantizer stays in evaluation mode, and is observed too.
             if torch.is_grad_enabled() and pl_module.training:
                 self._last = output.features, output.tokens
@@ -404,12 +404,12 @@ class HealthMonitor(Callback):
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         return metrics, num_tokens
 
-    def _judge(self, step: int, grace: int, found: Iterable[Problem]) -> None:
+    def _judge(self, step: int, grace: int, problems_now: Iterable[Problem]) -> None:
         """Reports each cause that has been outside of its range for ``patience`` measurements (3)."""
         assert self.config is not None
         problems = {
             problem.cause: problem
-            for problem in found
+            for problem in problems_now
             if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
         }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}

@@ -206,7 +206,9 @@ def weight_norm(optimizer: Optimizer) -> Tensor:
     Returns:
         Scalar float tensor, over all shards.
     """
-    norm = nn.utils.get_total_norm([each.detach() for group in optimizer.param_groups for each in group["params"]])
+    norm = nn.utils.get_total_norm(
+        [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+    )
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -217,4 +219,4 @@ def _clocks() -> tuple[float, float]:
 
 def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:
     names = ("train/weight_norm", "train/weight_norm_discriminator")
-    return {name: float(weight_norm(each)) for name, each in zip(names, optimizers, strict=False)}
+    return {name: float(weight_norm(optimizer)) for name, optimizer in zip(names, optimizers, strict=False)}

@@ -217,13 +217,15 @@ class _FullyShardedDataParallel2(ModelParallelStrategy):
         """Reads this rank's rows of a checkpoint that any number of ranks has written."""
         assert self.lightning_module is not None
         # Own tensors by their keys in the checkpoint: weights, and the parameter of each optimizer state.
-        own = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
-        for place, optimizer in enumerate(self.optimizers):
+        values = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
+        for optimizer_index, optimizer in enumerate(self.optimizers):
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            own |= {f"/optimizer_states/{place}/state/{number}": value for number, value in enumerate(parameters)}
+            values |= {
+                f"/optimizer_states/{optimizer_index}/state/{number}": value for number, value in enumerate(parameters)
+            }
 
         def read(key: str, saved: SavedTensor) -> Tensor:
-            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
+            like = values.get(key, values.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
             return saved.read_all() if like is None or saved.is_scalar else _rows_like(like, saved)
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)

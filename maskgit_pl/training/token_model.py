@@ -160,10 +160,10 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
         ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
         ("grid", config.grid, tokenizer.grid),
     )
-    for name, wanted, has in pairs:
-        if wanted != has:
+    for name, value, has in pairs:
+        if value != has:
             raise ValueError(
-                f"model.network.{name} must be {has}, that of the tokenizer, got {wanted}; leave the key out, or name "
+                f"model.network.{name} must be {has}, that of the tokenizer, got {value}; leave the key out, or name "
                 "another tokenizer"
             )
 
@@ -326,8 +326,8 @@ class TokenModel(CheckpointedModule):
         """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
         if self.config.network.dropout == 0:
             return
-        place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
-        word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
+        index = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
+        word = random_bits("dropout", seed=self.config.seed, index=index, epoch=self.trainer.global_step)
         torch.manual_seed(int(word))
 
     def _encode(self, batch: Batch) -> Tensor:
@@ -356,8 +356,8 @@ class TokenModel(CheckpointedModule):
         """Computes the mean over rows of their cross-entropies, and the values for the logs."""
         draws = batch.draws
         assert draws is not None
-        found = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
-        return StepLosses(mean_over_rows(found.losses, draws.rows, num_rows=len(tokens)), found.nll, found.hits)
+        result = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
+        return StepLosses(mean_over_rows(result.losses, draws.rows, num_rows=len(tokens)), result.nll, result.hits)
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Returns tokens (B, N) with the mask token where ``mask`` is True; causal attention hides tokens itself."""
@@ -489,7 +489,7 @@ class TokenModel(CheckpointedModule):
         """Logs the means of each group since the last call, over this rank's tokens only."""
         metrics = self._bins.take(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
@@ -560,14 +560,14 @@ class TokenModel(CheckpointedModule):
         Raises:
             ValueError: if there is not one name for each class.
         """
-        given = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
-        names = check_class_names("class_names", given, self.config.network.num_classes)
+        class_list = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
+        names = check_class_names("class_names", class_list, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
-        weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
+        weights, tokenizer_folder = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
-            copy_stage_folder(Path(self.config.tokenizer), own)
+            copy_stage_folder(Path(self.config.tokenizer), tokenizer_folder)
             save_transformer(
-                own.with_name("transformer"),
+                tokenizer_folder.with_name("transformer"),
                 self.config.network,
                 weights,
                 mask_schedule=self.mask_schedule_spec,

@@ -98,11 +98,11 @@ class TokenizerLoss(ABC):
         return None
 
     @abstractmethod
-    def __call__(self, given: LossInputs, network: Any) -> Tensor:
+    def __call__(self, inputs: LossInputs, network: Any) -> Tensor:
         """Computes the term without its weight, a scalar float32: a mean over images.
 
         Args:
-            given: Images, reconstructions and features.
+            inputs: Images, reconstructions and features.
             network: The network of ``create_network``, or None.
         """
 
@@ -132,8 +132,8 @@ class SquaredError(TokenizerLoss):
 
     weight: float = 1.0
 
-    def __call__(self, given: LossInputs, network: None) -> Tensor:
-        return losses.reconstruction_loss(given.reconstruction, given.images, kind="l2")
+    def __call__(self, inputs: LossInputs, network: None) -> Tensor:
+        return losses.reconstruction_loss(inputs.reconstruction, inputs.images, kind="l2")
 
 
 @tokenizer_losses.register("l1")
@@ -143,8 +143,8 @@ class AbsoluteError(TokenizerLoss):
 
     weight: float = 1.0
 
-    def __call__(self, given: LossInputs, network: None) -> Tensor:
-        return losses.reconstruction_loss(given.reconstruction, given.images, kind="l1")
+    def __call__(self, inputs: LossInputs, network: None) -> Tensor:
+        return losses.reconstruction_loss(inputs.reconstruction, inputs.images, kind="l1")
 
 
 @tokenizer_losses.register("perceptual")
@@ -192,8 +192,8 @@ class PerceptualConfig(TokenizerLoss):
                 "it by --model.perceptual=null"
             ) from error
 
-    def __call__(self, given: LossInputs, network: nn.Module) -> Tensor:
-        distances: Tensor = network(given.reconstruction, given.images)
+    def __call__(self, inputs: LossInputs, network: nn.Module) -> Tensor:
+        distances: Tensor = network(inputs.reconstruction, inputs.images)
         return distances.mean()
 
 
@@ -376,21 +376,21 @@ class LossTerms:
             if isinstance(network, nn.Module):
                 network.to(device)
 
-    def gradients(self, given: LossInputs) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def gradients(self, inputs: LossInputs) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Computes the gradients of the weighted sum. Each term is differentiated once.
 
         Args:
-            given: Images, and reconstruction and features as leaves that require a gradient.
+            inputs: Images, and reconstruction and features as leaves that require a gradient.
 
         Returns:
             Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float,
             None if no term uses them; and detached scalars by name: the terms without their weights, and the
             norms of their weighted gradients at the image (``gradient/NAME``).
         """
-        leaves, metrics = (given.reconstruction, given.features), {}
+        leaves, metrics = (inputs.reconstruction, inputs.features), {}
         at_image, at_features = None, None
         for name, term in self.terms.items():
-            loss = term(given, self.networks[name])
+            loss = term(inputs, self.networks[name])
             metrics[name] = loss.detach()
             if not loss.requires_grad:  # such as 0 before the step at which a term begins
                 continue

@@ -76,9 +76,9 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
         _interrupt_once()
         with _temporary_folder() as temporary:
             _start(pipe, str(folder), temporary, listening, host)
-            shown = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
+            host_name = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
             with suppress(KeyboardInterrupt):
-                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", shown, port, folder)
+                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", host_name, port, folder)
                 while True:
                     time.sleep(3600)
             # A thread whose files disappear has errors that concern nobody.
@@ -117,8 +117,8 @@ def names_of(host: str) -> set[str]:
     """
     names = {"localhost", host}
     if host not in _LOCAL:
-        own = socket.gethostname()
-        names |= {own, f"{own}.local", socket.getfqdn()}
+        machine = socket.gethostname()
+        names |= {machine, f"{machine}.local", socket.getfqdn()}
     return {name.lower() for name in names}
 
 
@@ -154,12 +154,12 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", b"frame-ancestors 'none'")]
             await send(message)
 
-        given: dict[str, list[str]] = {}
+        headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
-            given.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
-        length = int(given.get("content-length", ["0"])[0])
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        length = int(headers.get("content-length", ["0"])[0])
         is_upload = scope["path"].endswith("/upload")
-        refusal = self._refuse_site(given) or self._refuse_length(given, length, is_upload=is_upload)
+        refusal = self._refuse_site(headers) or self._refuse_length(headers, length, is_upload=is_upload)
         if refusal:
             status, text = refusal
             content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
@@ -173,9 +173,9 @@ class Guard:
         finally:
             self._under_way -= held
 
-    def _refuse_site(self, given: dict[str, list[str]]) -> tuple[int, str] | None:
+    def _refuse_site(self, headers: dict[str, list[str]]) -> tuple[int, str] | None:
         """Returns the status and the text of the answer to a request of another site; None for one of the page."""
-        host, origins = ",".join(given.get("host", [])).lower(), given.get("origin", [])
+        host, origins = ",".join(headers.get("host", [])).lower(), headers.get("origin", [])
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name not in self._names:
@@ -186,9 +186,9 @@ class Guard:
             return 403, "Origin must be the page itself"
         return None
 
-    def _refuse_length(self, given: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
+    def _refuse_length(self, headers: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
         """Returns the status and the text of the answer to a request that is too long; None for others."""
-        if "transfer-encoding" in given:
+        if "transfer-encoding" in headers:
             return 411, "a request must have a length"
         most = MAX_UPLOAD_BYTES + _MULTIPART_BYTES if is_upload else _MAX_REQUEST_BYTES
         if length > most:
@@ -240,8 +240,8 @@ def _interrupt_once() -> None:
     """
 
     def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):

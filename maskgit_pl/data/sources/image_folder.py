@@ -144,11 +144,11 @@ class ImageFolder:
                 sample = self._add_vector(sample, file)
             yield sample
 
-    def _read_image(self, name: str, shown: str) -> bytes:
+    def _read_image(self, name: str, printed_name: str) -> bytes:
         try:
             return self._entries.read(name)
         except EntryError as error:
-            raise UnreadableImageError(f"image {shown} {error}") from error
+            raise UnreadableImageError(f"image {printed_name} {error}") from error
 
     def _split_roots(self) -> dict[Split | None, str]:
         """Returns the folder of each split with a trailing ``/``; one folder, the whole source, for no splits."""
