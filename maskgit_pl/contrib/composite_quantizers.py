@@ -46,7 +46,6 @@ class _CompositeQuantizer(Quantizer):
     @abstractmethod
     def parts(self) -> nn.ModuleList:
         """The quantizers."""
-        raise NotImplementedError
 
     @property
     def _quantizers(self) -> list[Quantizer]:

@@ -8,6 +8,7 @@ epoch) and the name of the augmentation, so ranks, workers, batches and resuming
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ Augment = Callable[[Tensor, tuple[int, int]], Tensor]
 _ATTEMPTS = 10  # Source: torchvision.transforms.RandomResizedCrop
 
 
-class Augmentation:
+class Augmentation(ABC):
     """The base of registered augmentations: a frozen dataclass of the values in a recipe, and a function of an image.
 
     Attributes:
@@ -38,6 +39,7 @@ class Augmentation:
 
     num_random: ClassVar[int] = 0
 
+    @abstractmethod
     def __call__(self, image: Tensor, random: Sequence[float], *, size: tuple[int, int]) -> Tensor:
         """Returns the augmented image. It must not change ``image`` itself.
 
@@ -49,7 +51,6 @@ class Augmentation:
         Returns:
             (C, h', w') uint8.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(image, random, *, size)")
 
 
 def _check(name: str, augmentation: Augmentation) -> None:

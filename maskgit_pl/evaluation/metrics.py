@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -72,7 +73,7 @@ class Metric:
     of_network: bool = False
 
 
-class FeatureMetric(Metric):
+class FeatureMetric(Metric, ABC):
     """A metric of generated images that is computed from their features. Plug-ins derive from it.
 
     Attributes:
@@ -87,6 +88,7 @@ class FeatureMetric(Metric):
     needs: ClassVar[Sequence[str]] = ()
     is_fast: ClassVar[bool] = True
 
+    @abstractmethod
     def compute(self, images: ComparedImages) -> Value:
         """Computes the metric. Every rank calls it with the same images, and must get the same result.
 
@@ -97,7 +99,6 @@ class FeatureMetric(Metric):
             The value, or the value and its standard deviation, which the column ``NAME_deviation`` records;
             None if the images do not suffice.
         """
-        raise NotImplementedError
 
 
 def _check_metric(name: str, metric: Metric) -> None:

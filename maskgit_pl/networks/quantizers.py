@@ -10,7 +10,7 @@ Shapes: B images, D size of a code, K codes, h w token grid, N = h w tokens; row
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -64,7 +64,7 @@ class QuantizerOutput(NamedTuple):
     features: Tensor
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """The base of all quantizers: features of the encoder to tokens, and tokens to codes for the decoder.
 
     Subclasses define which code is nearest, the codes, and the losses. All codes are ``lookup(torch.arange(K))``.
@@ -91,17 +91,14 @@ class Quantizer(nn.Module):
         Returns:
             (B, N) int64 in [0, K), raster order.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define nearest(features)")
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
         """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
-        raise NotImplementedError(f"{type(self).__name__} must define lookup(tokens)")
 
     @abstractmethod
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes (B, D, h, w) float features and computes the losses that train encoder and codes."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(features)")
 
     def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
         """Tells which counter-based numbers the next training forward draws; called before each one.

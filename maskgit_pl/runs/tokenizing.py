@@ -153,8 +153,6 @@ def _store_of(folder: Path, description: StoreDescription) -> Path:
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
     store.parent.mkdir(parents=True, exist_ok=True)
-    if store.is_dir() and not store.is_symlink():
-        raise ValueError(f"{store} must be a link to a store in {shared.parent}, got a folder; remove it")
     # A new link replaces the old one in one step, which is safe if other ranks do the same.
     link = store.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)

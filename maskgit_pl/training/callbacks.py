@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,9 +48,10 @@ _MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
 _MOST_PAIRS = 16
 
 
-class CallbackSpec:
+class CallbackSpec(ABC):
     """The base of registered callbacks: a frozen dataclass of the values in a recipe, which builds a callback."""
 
+    @abstractmethod
     def create(self, folder: Path) -> Callback:
         """Builds the callback of a run, on every rank.
 
@@ -59,19 +61,18 @@ class CallbackSpec:
         Args:
             folder: Folder of the stage, ``runs/RUN/STAGE``. Only rank 0 may write to it.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define create(folder)")
 
 
-class ProfilerSpec:
+class ProfilerSpec(ABC):
     """The base of registered profilers: a frozen dataclass of the values in a recipe, which builds a profiler."""
 
+    @abstractmethod
     def create(self, folder: Path) -> Profiler:
         """Builds the profiler, whose files go to a folder.
 
         Args:
             folder: Folder of the stage, ``runs/RUN/STAGE``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define create(folder)")
 
 
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))

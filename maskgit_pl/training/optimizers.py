@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -57,7 +58,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class OptimizerSpec:
+class OptimizerSpec(ABC):
     """The base of registered optimizers: a frozen dataclass of the values in a recipe, which builds the optimizer.
 
     A step must be a function of the gradients, the state dict and the learning rate of each group, so that a resumed
@@ -73,6 +74,7 @@ class OptimizerSpec:
     elementwise: ClassVar[bool] = False
     other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
+    @abstractmethod
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
         """Builds the optimizer.
 
@@ -80,7 +82,6 @@ class OptimizerSpec:
             groups: Parameter groups with the weight decay of each; see ``parameter_groups``.
             config: Learning rate, of which the peak is the rate of the new optimizer, and betas.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define create(groups, config)")
 
 
 optimizers: Registry[OptimizerSpec] = Registry("optimizer", "maskgit_pl.optimizers", check=derives_from(OptimizerSpec))
@@ -165,7 +166,7 @@ class SGDSpec(OptimizerSpec):
         return SGDW(groups, lr=config.learning_rate.peak, **asdict(self))
 
 
-class LearningRateSchedule:
+class LearningRateSchedule(ABC):
     """The base of registered schedules: a frozen dataclass that maps steps after the warm-up to a factor.
 
     A schedule is a function of the step only, so that a resumed run continues it exactly.
@@ -176,6 +177,7 @@ class LearningRateSchedule:
 
     has_end: ClassVar[bool] = True
 
+    @abstractmethod
     def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
         """Computes the factor of a step, in [0, 1]; 1 is the peak.
 
@@ -184,7 +186,6 @@ class LearningRateSchedule:
             warmup_steps: w, number of warm-up steps, >= 0.
             max_steps: Steps of the whole run.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(step, *, warmup_steps, max_steps)")
 
 
 def _check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> None:
