@@ -190,7 +190,7 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
     path = follow_links(path, name, is_folder=is_folder)
     # The nearest folder that exists decides: the ones below it are made later.
     folder = path if is_folder else path.parent
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    existing = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):  # permission bits are not reliable on all file systems
             pass
@@ -211,7 +211,7 @@ def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -
             f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
         )
     real = Path(os.path.realpath(path))
-    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    nearest = next(ancestor for ancestor in (path.absolute(), *path.absolute().parents) if os.path.lexists(ancestor))
     # A link to nothing is written if it is the path itself, and the folder of its target exists.
     if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
         raise OutputError(

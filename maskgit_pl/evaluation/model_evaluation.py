@@ -174,11 +174,11 @@ def _measure(
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     if not options.resume:  # images of an earlier evaluation would be reused by their file name
-        for each in decodings.values():
-            delete_generated(model.samples_file(each, **images))
+        for settings in decodings.values():
+            delete_generated(model.samples_file(settings, **images))
     samples = {
-        name: collect_numbers(evaluator.measure_samples(model, each, keep=True, **images))
-        for name, each in decodings.items()
+        name: collect_numbers(evaluator.measure_samples(model, settings, keep=True, **images))
+        for name, settings in decodings.items()
     }
     for numbers in samples.values():
         numbers.pop("steps_taken", None)

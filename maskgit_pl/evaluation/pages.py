@@ -67,8 +67,8 @@ class Page:
         writer.writeheader()
         for row in self.rows:
             writer.writerow(
-                {name: json.dumps(each, sort_keys=True) if isinstance(each, Mapping) else each
-                 for name, each in row.items()}
+                {name: json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+                 for name, value in row.items()}
             )  # fmt: skip
         return stream.getvalue()
 

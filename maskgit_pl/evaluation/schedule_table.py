@@ -168,7 +168,7 @@ def table_3(
     # Two runs may have the same name, and the rows of a run that was renamed have its old one.
     runs_seen = [model.run for model in opened.models]
     labels = [run if runs_seen.count(run) == 1 else f"{run} ({index})" for index, run in enumerate(runs_seen, start=1)]
-    _check_budgets({label: _read_recipe(each) for label, each in zip(labels, opened.models, strict=True)})
+    _check_budgets({label: _read_recipe(entry) for label, entry in zip(labels, opened.models, strict=True)})
     schedules: dict[str, MaskSchedule] = {}
     num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
     steps = choose_plot_steps(num_tokens, num_steps or PLOT_STEPS)

@@ -149,7 +149,9 @@ def table_1(
     scores = []
     if cas is not None:
         count = min(cas_images or count, evaluator.data.summary.samples["train"])
-        scores = [evaluator.measure_cas(each, each.pipe.decoding, cas, num_images=count, seed=seed) for each in models]
+        scores = [
+            evaluator.measure_cas(entry, entry.pipe.decoding, cas, num_images=count, seed=seed) for entry in models
+        ]
         scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
     page = make_generation_page(rows, scores)
     sheet = image_to_png(_draw_samples(opened, seed))

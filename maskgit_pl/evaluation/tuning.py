@@ -268,7 +268,7 @@ def tune(
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
     folders = find_run(run, data=data, classifier=options.classifier)
-    if folders.pretrained.resolve() in (each.resolve() for each in bundled_models().values()):
+    if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
         bundled = folders.pretrained.name
         raise ValueError(
             f"tune must have a model outside of the package, next to whose weights it writes, got {bundled}; copy it "
@@ -458,7 +458,9 @@ def make_page(result: TuningResult, real: Row) -> Page:
     )
     lines += ["", "## Second measurement", "", *_trial_table(result, result.confirmed), "", *_explain_winner(result)]
     lines += ["", f"## Best of {len(result.trials)} trials, {count} images each", "", *_trial_table(result, best)]
-    rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
+    rows = [
+        {"trial": trial.number, **trial.numbers, "decoding": decoding_key(trial.decoding)} for trial in result.trials
+    ]
     return Page("tuning", "\n".join([*lines, ""]), rows)
 
 

@@ -320,11 +320,11 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         known: Existing tensors, which are not counted.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
         self.flops = self.live = self.peak = 0
         self._seen: set[int] = set()
-        for tensor in known:
+        for tensor in tensors:
             self._see(tensor, counts=False)
 
     def __torch_dispatch__(

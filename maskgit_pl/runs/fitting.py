@@ -183,14 +183,14 @@ def export(
     check_writable("--out", out, is_folder=True)
     # Locked before it is checked, so that of two processes one is refused.
     with hold_lock(out, hint="give another --out"):
-        for each in stages:
-            if (out / each).exists() and not replace:
-                raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
+        for part in stages:
+            if (out / part).exists() and not replace:
+                raise FileExistsError(f"{out / part} exists; replace it with --replace, or write elsewhere with --out")
         # Everything is found before anything is written.
-        plans = [_plan(folder, each, data, out) for each in stages]
+        plans = [_plan(folder, part, data, out) for part in stages]
         chosen = [_checkpoint(plan, step) for plan in plans]
-        for each in stages:
-            check_stage_folder(out / each)
+        for part in stages:
+            check_stage_folder(out / part)
         for plan, checkpoint in zip(plans, chosen, strict=True):
             _export_checkpoint(plan, checkpoint, out)
     return out

@@ -224,7 +224,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
             the names and the closest one.
     """
-    files_of_stages: dict[Stage, dict[str, Path]] = {each: list_recipes(each) for each in STAGES}
+    files_of_stages: dict[Stage, dict[str, Path]] = {key: list_recipes(key) for key in STAGES}
     stage_files = files_of_stages[stage]
     files = [stage_files["base"]]
     if dataset != DEFAULT_DATASET:

@@ -320,7 +320,7 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
     layers = list(layers)
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
-            _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(each.tree for each in layers[:number]))
+            _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(part.tree for part in layers[:number]))
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     if wrong_types := [fault for fault in _faults(kind, files) if fault.kind == "type"]:
@@ -354,7 +354,7 @@ def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
 
 def _culprit(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> int:
     """Returns the number of the layer from which on the merged layers have a fault."""
-    without = [n for n in range(len(layers)) if fault.text not in {each.text for each in _faults(kind, layers[:n])}]
+    without = [n for n in range(len(layers)) if fault.text not in {left.text for left in _faults(kind, layers[:n])}]
     return max(without, default=0)
 
 
@@ -408,7 +408,7 @@ def _explain_unknown_key(key: str, names: Sequence[str], *, backbone: str) -> st
     names = [name for name in names if name not in DERIVED_KEYS]
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
     # First candidates: similar names in the same group.
-    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    close = [beside[leaf_name] for leaf_name in get_close_matches(leaf, beside, n=1)]
     # Second: the same name in another group.
     close += [name for name in names if name.rpartition(".")[2] == leaf]
     if backbone and group == "model.network":
@@ -490,5 +490,5 @@ def _definitions(kind: type) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     """Returns a copy of a tree with lists instead of tuples, as in YAML."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -103,7 +103,7 @@ class FolderCheckpointIO(CheckpointIO):
         rank, _ = rank_and_world()
         pieces = _own_pieces(tensors, rank)
         sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
-        writers = [each for each, size in enumerate(sizes) if size]
+        writers = [writer for writer, size in enumerate(sizes) if size]
         try:
             # 2. Check the disk space and make the temporary folder.
             on_all_ranks(lambda: _make_temporary_folder(temporary, sum(sizes)) if rank == 0 else None)

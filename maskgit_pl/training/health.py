@@ -413,7 +413,7 @@ class HealthMonitor(Callback):
             if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
         }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
-        healed = [each for each in self.reports if each["cause"] not in problems and each["healthy_again"] is None]
+        healed = [past for past in self.reports if past["cause"] not in problems and past["healthy_again"] is None]
         for report in healed:
             report["healthy_again"] = step
             log.info("step %d: health: %s is in its healthy range again", step, report["cause"])

@@ -368,7 +368,7 @@ def _add_settings(pipe: MaskGIT) -> list[Any]:
     """Adds a field for each of ``start_values``, folded away."""
     start, decoding = start_values(pipe), pipe.decoding
     selectors, schedules, guidances = (
-        [(f"as the model{f' ({name})' if (name := _name(spec)) else ''}", None), *((each, each) for each in built)]
+        [(f"as the model{f' ({name})' if (name := _name(spec)) else ''}", None), *((key, key) for key in built)]
         for spec, built in (
             (decoding.token_selector, token_selectors.build_all()),
             (decoding.mask_schedule, mask_schedules.build_all()),
