@@ -1,8 +1,8 @@
 """Checks of values from users and files. Every message has the form ``NAME must RULE, got VALUE``.
 
-Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing heavy, so
-that a wrong key is reported immediately. In this order: single values, the mappings of files (keys, dataclasses, whose
-types pydantic checks), and the sizes, channels and file names of images.
+Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing
+heavy, so that a wrong key is reported immediately. In this order: single values, the mappings of files (keys,
+dataclasses, whose types pydantic checks), and the sizes, channels and file names of images.
 """
 
 from __future__ import annotations
@@ -112,8 +112,10 @@ def shorten(value: object) -> str:
 
 def did_you_mean(name: str, choices: Collection[str]) -> str:
     """Returns ``"did you mean 'x'?"`` for the choice closest to ``name``, or an empty string if none is close."""
-    given, names = name.lower(), {choice.lower(): choice for choice in choices}
-    close = get_close_matches(given, names, n=1) or [each for each in names if given and each.startswith(given)]
+    lower_name, names = name.lower(), {choice.lower(): choice for choice in choices}
+    close = get_close_matches(lower_name, names, n=1) or [
+        candidate for candidate in names if lower_name and candidate.startswith(lower_name)
+    ]
     return f"did you mean {names[close[0]]!r}?" if close else ""
 
 
@@ -206,8 +208,8 @@ def _end(word: str) -> float:
 def plain_number(value: object) -> object:
     """Returns a number of NumPy, or an integer in a tensor, as an ``int`` or a ``float``, and other values unchanged.
 
-    Methods that users call from Python apply it before the checks below, which accept plain numbers only, because
-    values from files are plain and values for files must be.
+    Methods that users call from Python apply it before the checks below, which accept plain numbers only,
+    because values from files are plain and values for files must be.
     """
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     if is_bool or bool(getattr(value, "ndim", 0)):
@@ -222,7 +224,7 @@ def plain_list(value: object) -> list[Any] | None:
     """Returns the elements of a list, an array or another iterable, with plain numbers; None for a single value."""
     if isinstance(value, str | bytes) or not isinstance(value, Iterable) or getattr(value, "ndim", None) == 0:
         return None
-    return [plain_number(each) for each in value]
+    return [plain_number(item) for item in value]
 
 
 def check_keys(where: str, given: Collection[str], *, known: Collection[str], required: Collection[str] = ()) -> None:
@@ -276,8 +278,8 @@ def build_dataclass(kind: type[T], values: object, where: str) -> T:
         where: File and key of ``values``, for the message.
 
     Raises:
-        ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or if
-            ``kind`` raises a ``ValueError``. The message begins with ``where``.
+        ValueError: if ``values`` is not a mapping, has unknown or missing keys or values of another type, or
+            if ``kind`` raises a ``ValueError``. The message begins with ``where``.
     """
     if not isinstance(values, Mapping):
         raise ValueError(f"{where} must be a mapping, got {shorten(values)}")
@@ -294,8 +296,8 @@ def validate(kind: type[T], values: Mapping[str, Any]) -> T:
     """Builds a dataclass from plain values. Types are compared strictly, as in JSON: a bool is no number.
 
     Raises:
-        ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages, see
-            ``describe_wrong_values``.
+        ValueError: if a key or a type is wrong, or the dataclass raises a ``ValueError``; for the messages,
+            see ``describe_wrong_values``.
     """
     validator = _validator(cast(Hashable, kind))
     return kind(**values) if validator is None else cast(T, validator.validate_python([values])[0])
@@ -323,12 +325,12 @@ def _validator(kind: type) -> SchemaValidator | None:
 def _strict(schema: Any) -> Any:
     """Returns a schema that converts only lists to tuples, mappings to dataclasses, and integers to floats."""
     if type(schema) in (list, tuple):
-        return type(schema)(_strict(each) for each in schema)
+        return type(schema)(_strict(part) for part in schema)
     if type(schema) is not dict:
         return schema
     if schema.get("type") == "is-instance":  # of a type that no file can hold
         return {"type": "any"}
-    parts = {name: each if name == "default" else _strict(each) for name, each in schema.items()}
+    parts = {name: part if name == "default" else _strict(part) for name, part in schema.items()}
     return {**parts, "strict": True} if schema.get("type") in _CONVERTED else parts
 
 
@@ -376,10 +378,10 @@ def _describe_wrong_value(
     first = details[0]
     if first["type"] in ("value_error", "assertion_error"):
         return _refused_value(where, key, str(first["ctx"]["error"]), fields_at)
-    place = ".".join((where, *key) if where else key)
+    path = ".".join((where, *key) if where else key)
     for part in key:
         if first["type"] == "missing" and part not in values:
-            return WrongValue(key, f"{place} must be given", "missing")
+            return WrongValue(key, f"{path} must be given", "missing")
         values = values[part]
     expected = " ".join(detail.get("ctx", {}).get("expected", "") for detail in details)
     choices = re.findall("'([^']*)'", expected)
@@ -387,7 +389,7 @@ def _describe_wrong_value(
     rule = " or ".join(dict.fromkeys(map(_rule_of, details)))
     if isinstance(values, list | tuple):
         rule = f"a list with {rule} as each item" if "a list" not in rule else rule
-    return WrongValue(key, f"{place} must be {rule}, got {shorten(values)}{close and f'; {close}'}", "type")
+    return WrongValue(key, f"{path} must be {rule}, got {shorten(values)}{close and f'; {close}'}", "type")
 
 
 def _rule_of(detail: Mapping[str, Any]) -> str:
@@ -402,11 +404,11 @@ def _rule_of(detail: Mapping[str, Any]) -> str:
 
 def _refused_value(where: str, key: tuple[str, ...], message: str, fields_at: FieldsAt | None) -> WrongValue:
     """Puts the place in front of the message of a dataclass, which knows its fields and not its file."""
-    place = ".".join((where, *key) if where else key)
+    path = ".".join((where, *key) if where else key)
     word = re.split(r"[.:\s]", message, maxsplit=1)[0]
-    if place and not message.startswith((f"{place}.", f"{place}:")):
+    if path and not message.startswith((f"{path}.", f"{path}:")):
         is_field = fields_at is not None and word in fields_at(key)
-        message = f"{place}.{message}" if is_field else f"{place}: {message}"
+        message = f"{path}.{message}" if is_field else f"{path}: {message}"
     return WrongValue(tuple(re.split(r"[:\s]", message, maxsplit=1)[0].split(".")), message, "value")
 
 
@@ -440,8 +442,8 @@ def check_channels(name: str, channels: object) -> int:
         ValueError: if it is not 1 or 3.
     """
     if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
-        known = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
-        raise ValueError(f"{name} must be one of {known}, got {shorten(channels)}")
+        accepted = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
+        raise ValueError(f"{name} must be one of {accepted}, got {shorten(channels)}")
     return channels
 
 

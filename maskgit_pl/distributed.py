@@ -1,8 +1,8 @@
 """The ranks of a process group, the devices of this machine, and the record of both that is saved with results.
 
-Collectives: sums, means, gathered rows, and errors that all ranks raise. Without a process group, each function behaves
-as for a single process, so callers do not check whether there is one. Measurements gather their rows and sort them
-before they sum, so a result is bit-exact on any number of ranks.
+Collectives: sums, means, gathered rows, and errors that all ranks raise. Without a process group, each
+function behaves as for a single process, so callers do not check whether there is one. Measurements gather
+their rows and sort them before they sum, so a result is bit-exact on any number of ranks.
 """
 
 from __future__ import annotations
@@ -213,12 +213,12 @@ def check_device(device: torch.device | str, *, name: str = "device") -> torch.d
     Raises:
         ValueError: if there is no such device. The message lists the available devices.
     """
-    known, given = device_names(), str(device)
-    if given in known:
-        return torch.device(given)
-    hint = "the name of a GPU is 'cuda'" if given.startswith("gpu") else did_you_mean(given, known)
-    where = f" (torch {torch.__version__} finds no GPU here)" if known == ["cpu"] else ""
-    raise ValueError(f"{name} must be one of {', '.join(known)}, got {shorten(given)}{hint and f'; {hint}'}{where}")
+    names, requested = device_names(), str(device)
+    if requested in names:
+        return torch.device(requested)
+    hint = "the name of a GPU is 'cuda'" if requested.startswith("gpu") else did_you_mean(requested, names)
+    where = f" (torch {torch.__version__} finds no GPU here)" if names == ["cpu"] else ""
+    raise ValueError(f"{name} must be one of {', '.join(names)}, got {shorten(requested)}{hint and f'; {hint}'}{where}")
 
 
 def default_device(*, local_rank: int | None = None) -> str:
@@ -319,7 +319,7 @@ def _commit() -> str | None:
     """Returns the commit of this code; None without git or outside a repository."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
     except FileNotFoundError:
         return None
-    return found.stdout.strip() or None
+    return result.stdout.strip() or None

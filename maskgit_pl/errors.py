@@ -18,9 +18,9 @@ library or from an expression is an internal error, and so is every ``TypeError`
 ``AttributeError``. If user input can make a library raise a ``ValueError``, the caller catches it and raises one of its
 own. A file that does not exist, exists already, is a folder, or has the wrong permissions is bad input anywhere.
 
-Data sets, pretrained folders and plug-ins contain names, such as those of classes. They are stored unchanged and
-escaped on output (``printable``, ``markdown``, ``python_string`` ...), so that every name is accepted and none can
-forge a heading, a link, a table cell or a line of the terminal.
+Data sets, pretrained folders and plug-ins contain names, such as those of classes. They are stored unchanged
+and escaped on output (``printable``, ``markdown``, ``python_string`` ...), so that every name is accepted and
+none can forge a heading, a link, a table cell or a line of the terminal.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ def _is_raised_by_us(error: BaseException) -> bool:
 def printable(text: object, *, limit: int | None = _MAX_SHOWN) -> str:
     r"""Returns one line without control characters, for terminals, logs and error messages.
 
-    All kinds of spaces become a space. Control characters, line breaks, bidirectional and zero-width formatting, and
-    characters that Unicode does not assign are written as Python escapes (``\x1b``).
+    All kinds of spaces become a space. Control characters, line breaks, bidirectional and zero-width
+    formatting, and characters that Unicode does not assign are written as Python escapes (``\x1b``).
 
     Args:
         text: Any object; its ``str`` is used.

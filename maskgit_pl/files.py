@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 import yaml
+from safetensors import SafetensorError
 
 from maskgit_pl.checks import shorten
 
@@ -76,13 +77,13 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
     2. Flushes it to the disk with ``fsync``.
     3. Renames it to ``path``, which is atomic.
 
-    After an error, the partial file is removed and an older file at ``path`` is unchanged. A killed process leaves the
-    partial file; see ``remove_partials``.
+    After an error, the partial file is removed and an older file at ``path`` is unchanged. A killed process
+    leaves the partial file; see ``remove_partials``.
 
     Args:
         path: File to write; an existing one is replaced. A link stays, and its target is written.
-        partial_in: Folder of the partial file on the file system of ``path``; the folder of ``path`` by default, and
-            that of the target for a link.
+        partial_in: Folder of the partial file on the file system of ``path``; the folder of ``path`` by
+            default, and that of the target for a link.
 
     Yields:
         The stream to write to.
@@ -125,7 +126,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         OutputError: if ``file`` is a folder, a device, a pipe or a broken link.
     """
     file = follow_links(file)
-    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with _replacing(file, file.parent) as partial:
@@ -184,13 +184,13 @@ def check_writable(name: str, path: Path, *, is_folder: bool = False) -> None:
         is_folder: True for a folder.
 
     Raises:
-        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the name, a link
-            is broken, or the nearest existing folder is not writable.
+        ValueError: if a folder has the name of the file or the other way round, a device or a pipe has the
+            name, a link is broken, or the nearest existing folder is not writable.
     """
     path = follow_links(path, name, is_folder=is_folder)
     # The nearest folder that exists decides: the ones below it are made later.
     folder = path if is_folder else path.parent
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    existing = next(ancestor for ancestor in (folder, *folder.parents) if ancestor.exists())
     try:
         with tempfile.TemporaryFile(dir=existing):  # permission bits are not reliable on all file systems
             pass
@@ -211,7 +211,7 @@ def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -
             f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
         )
     real = Path(os.path.realpath(path))
-    nearest = next(each for each in (path.absolute(), *path.absolute().parents) if os.path.lexists(each))
+    nearest = next(ancestor for ancestor in (path.absolute(), *path.absolute().parents) if os.path.lexists(ancestor))
     # A link to nothing is written if it is the path itself, and the folder of its target exists.
     if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
         raise OutputError(
@@ -243,8 +243,8 @@ def open_regular(path: str | Path) -> int:
     Raises:
         OSError: if it cannot be opened or is not a regular file.
     """
-    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files. Windows lacks it,
-    # and changes line ends without O_BINARY.
+    # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files. Windows
+    # lacks it, and changes line ends without O_BINARY.
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -305,9 +305,9 @@ def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested over 64
-            levels deep, not a mapping, has a key twice, or holds NaN or infinity. The message is one line that names
-            the file.
+        ValueError: if it is not a regular file, larger than ``max_bytes``, not UTF-8, not JSON, nested over
+            64 levels deep, not a mapping, has a key twice, or holds NaN or infinity. The message is one line
+            that names the file.
     """
     return parse_json(_read_bounded(file, max_bytes), str(file))
 
@@ -329,8 +329,8 @@ def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
         where: Name of the file for the message.
 
     Raises:
-        ValueError: if the text is not UTF-8, not JSON, nested over 64 levels deep, not a mapping, has a key twice, or
-            holds NaN or infinity.
+        ValueError: if the text is not UTF-8, not JSON, nested over 64 levels deep, not a mapping, has a key
+            twice, or holds NaN or infinity.
     """
     content = parse_any_json(
         text, where, object_pairs_hook=_unique_keys, parse_constant=_finite_float, parse_float=_finite_float
@@ -394,9 +394,9 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file as plain values.
 
     Raises:
-        ValueError: if the file is over 200 kB, not YAML, nested too deep or not a mapping, or holds an alias, a
-            repeated key, a non-finite number, a value that is not plain, or a key that names code. The message is one
-            line.
+        ValueError: if the file is over 200 kB, not YAML, nested too deep or not a mapping, or holds an alias,
+            a repeated key, a non-finite number, a value that is not plain, or a key that names code. The
+            message is one line.
     """
     text = _read_bounded(file, _MAX_YAML_BYTES)
     try:
@@ -428,8 +428,8 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         depth: Nesting depth of the part.
 
     Raises:
-        ValueError: if the tree is nested too deep, or holds another type, a non-finite number, or a key that names
-            code. The message names the key.
+        ValueError: if the tree is nested too deep, or holds another type, a non-finite number, or a key that
+            names code. The message names the key.
     """
     if depth > _MAX_YAML_DEPTH:
         raise ValueError(f"{path[:80]}: it is nested too deep")
@@ -455,8 +455,8 @@ def _one_line() -> Iterator[None]:
         yield
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ValueError(f"{place}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
+        position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
     except (UnicodeError, OverflowError) as error:
@@ -512,8 +512,8 @@ class TooLargeDirectoryError(zipfile.BadZipFile):
 def open_zip(stream: IO[bytes], *, max_entries: int) -> zipfile.ZipFile:
     """Opens a zip for reading.
 
-    ``zipfile`` needs some 600 bytes of memory for each entry, which takes as few as 46 bytes of the file. It ignores
-    the number of entries that the file states.
+    ``zipfile`` needs some 600 bytes of memory for each entry, which takes as few as 46 bytes of the file. It
+    ignores the number of entries that the file states.
 
     Args:
         stream: The file, which must stay open.

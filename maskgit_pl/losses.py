@@ -50,10 +50,10 @@ def token_cross_entropy(
     Args:
         logits: (M, V) float: logits of the tokens; V = G k with G token groups of k values.
         targets: (M,) int64 in [0, V), or in [0, k^G).
-        label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V, as in ``torch.nn.CrossEntropyLoss``; in
-            each group (1 - s) one-hot + s / k.
-        num_token_groups: G. Above 1, the loss of a token is the sum of the cross-entropies of its groups, whose
-            negative log-likelihood is that of the token.
+        label_smoothing: s in [0, 1): the target is (1 - s) one-hot + s / V, as in
+            ``torch.nn.CrossEntropyLoss``; in each group (1 - s) one-hot + s / k.
+        num_token_groups: G. Above 1, the loss of a token is the sum of the cross-entropies of its groups,
+            whose negative log-likelihood is that of the token.
 
     Returns:
         (M,) float32 cross-entropies with label smoothing, and without.
@@ -76,8 +76,8 @@ def token_cross_entropy(
 def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
     """Computes the loss of the paper: the mean over images of (sum of the losses of an image's tokens / their number).
 
-    The mean is over images, not over tokens, so the loss of a global batch does not depend on the number of ranks and
-    micro-batches.
+    The mean is over images, not over tokens, so the loss of a global batch does not depend on the number of
+    ranks and micro-batches.
 
     Args:
         losses: (M,) float32: cross-entropies of the predicted tokens of all images; 0 for padding.

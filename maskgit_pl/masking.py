@@ -1,8 +1,8 @@
 """The masks of training: how many tokens of an image are masked, and which. Section 3.1 of the paper.
 
-``MaskSampler`` draws them for ``mvtm.MaskedTokenModel``. It holds the mask schedule that decoding follows too, a
-``MaskRatio`` (by default gamma(u), the ratio of that schedule) and ``MaskPositions`` (by default uniform).
-``evaluation.likelihood`` draws masks with ``UniformPositions``.
+``MaskSampler`` draws them for ``mvtm.MaskedTokenModel``. It holds the mask schedule that decoding follows
+too, a ``MaskRatio`` (by default gamma(u), the ratio of that schedule) and ``MaskPositions`` (by default
+uniform). ``evaluation.likelihood`` draws masks with ``UniformPositions``.
 
 A mask ratio is a function of a uniform number u, usually its inverse cumulative distribution: the u of a global batch
 are stratified, so the ratios are stratified too. Your own ratios and positions are registered frozen dataclasses::
@@ -62,9 +62,9 @@ class MaskSampler:
 
     The steps for each sample:
 
-    1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G, with a
-       random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly, which lowers the
-       variance of the gradient.
+    1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G,
+       with a random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly,
+       which lowers the variance of the gradient.
     2. Compute the mask ratio max(gamma(u), min_mask_ratio), or with another distribution than gamma(u).
     3. Mask ceil(ratio N) positions, chosen uniformly or by another rule.
 
@@ -127,8 +127,8 @@ class MaskSampler:
     def slope(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Computes |d ratio / du| for the ratios of ``ratio``, (B,) float32 >= 0; infinite where the curve is vertical.
 
-        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation under the
-        drawn ratios into one under uniform ratios.
+        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation
+        under the drawn ratios into one under uniform ratios.
 
         Raises:
             ValueError: if the ratio cannot be differentiated.
@@ -342,8 +342,8 @@ class UniformPositions(MaskPositions):
     """All sets of positions are equally likely. Source: paper, training objective."""
 
     def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        # Sorting random keys gives a uniformly random order of the positions. A stable sort breaks ties by position, so
-        # the mask is bit-exact on every device.
+        # Sorting random keys gives a uniformly random order of the positions. A stable sort breaks ties by
+        # position, so the mask is bit-exact on every device.
         keys = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N)
         return keys.argsort(dim=1, stable=True)
 
@@ -353,9 +353,9 @@ class UniformPositions(MaskPositions):
 class BlockPositions(MaskPositions):
     """Rectangles of random size and place, one after another, until the count is reached; the last one is cut.
 
-    Height and width of a rectangle are independent: uniform on the integers between ``min_side * max_side`` and
-    ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are drawn per
-    image. Positions outside of all rectangles are masked last, in random order.
+    Height and width of a rectangle are independent: uniform on the integers between ``min_side * max_side``
+    and ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are
+    drawn per image. Positions outside of all rectangles are masked last, in random order.
 
     Args:
         max_side: Largest side as a fraction of the grid's side, in (0, 1].
@@ -433,8 +433,8 @@ class Draws(NamedTuple):
     Args:
         labels: (B,) int64: the labels, some of them replaced by the null label.
         mask: (B, N) bool, True = masked.
-        positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch, image
-            after image; rising, except for padding.
+        positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch,
+            image after image; rising, except for padding.
         is_masked: (M,) bool, False for predicted tokens that the network sees; None if all are masked.
         is_visible: (M,) bool, True for predicted tokens that are neither masked nor replaced; None if there are none.
         is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.

@@ -1,7 +1,7 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
-``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and ``ParallelDecoder``. The
-numbers of its comments are those of the steps in ``training.token_model``.
+``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and
+``ParallelDecoder``. The numbers of its comments are those of the steps in ``training.token_model``.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ class MaskedTokenConfig(TokenModelConfig):
     Args:
         global_batch: Samples per step over all ranks and micro-batches. The mask ratios of a global batch are
             stratified; see ``MaskSampler``.
-        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the following
-            parts may be objects of registered classes, too.
+        mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the
+            following parts may be objects of registered classes, too.
         min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
         mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
         mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
@@ -159,14 +159,14 @@ class MaskedTokenModel(TokenModel):
 
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
-        place: dict[str, Any] = {
+        key: dict[str, Any] = {
             "index": batch.index,
             "epoch": batch.epoch,
             "position": batch.position,
             "global_batch": self.config.global_batch,
         }
         # 1. Mask. 2. Drop classes.
-        draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **place, grid=network.grid))
+        draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **key, grid=network.grid))
         if not self.training:
             return draws
         # Corruptions and some objectives need more.
@@ -177,7 +177,7 @@ class MaskedTokenModel(TokenModel):
             draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
             draws = draws.predict(draws.mask | replaced)
         if self.objective.needs_slopes:
-            draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **place))
+            draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **key))
         if self.objective.visible_weight > 0:
             return draws.predict(torch.ones_like(draws.mask))
         if self.config.compiled == "step":

@@ -55,8 +55,8 @@ class TokenLosses:
         rows: (M,) int64 in [0, B]: the image of each token; B for padding, which ``compiled: step`` adds.
         num_rows: B, images of the batch.
         is_masked: (M,) bool, False for tokens that the network saw; None if all are masked.
-        is_visible: (M,) bool, True for tokens that the network saw and that no corruption replaced; None if there are
-            none.
+        is_visible: (M,) bool, True for tokens that the network saw and that no corruption replaced; None if
+            there are none.
         slopes: (B,) float32 >= 0: |dr/du| of the mask ratio r; None if the objective needs none.
     """
 
@@ -134,8 +134,8 @@ class MaskedCrossEntropy(Objective):
     w is 1 for masked and for replaced tokens, and ``visible_weight`` for all other tokens.
 
     Args:
-        visible_weight: Weight of visible tokens, in [0, 1000000]. 0 predicts masked tokens only, 1 weights all tokens
-            alike.
+        visible_weight: Weight of visible tokens, in [0, 1000000]. 0 predicts masked tokens only, 1 weights
+            all tokens alike.
 
     Source: paper, training objective (``visible_weight`` 0); with 0, the released code,
     ``weighted_sequence_cross_entropy``.
@@ -166,16 +166,16 @@ class Elbo(Objective):
     under the drawn ratios into that under uniform ratios. With ceil(r N) masked tokens, it is the order-agnostic bound
     of ``evaluation.likelihood.negative_elbo``, divided by N. Set ``label_smoothing`` to 0 for a bound in nats.
 
-    ``max_weight`` bounds the weight where gamma is steep, and makes the estimate too low there. With 100, ``cosine``,
-    ``linear``, ``square``, ``cubic`` and, up to 512 tokens, ``log`` are exact; ``sqrt`` loses 0.25 % of the masks. The
-    second term is 0 by default, and no part of the bound.
+    ``max_weight`` bounds the weight where gamma is steep, and makes the estimate too low there. With 100,
+    ``cosine``, ``linear``, ``square``, ``cubic`` and, up to 512 tokens, ``log`` are exact; ``sqrt`` loses
+    0.25 % of the masks. The second term is 0 by default, and no part of the bound.
 
     Args:
         visible_weight: Weight of the mean over visible tokens, in [0, 1000000].
         max_weight: Largest weight of an image, in [1, 1000000].
 
-    Source: MDLM, Sahoo et al., arXiv:2406.07524, eq. 10 (weight |alpha'| / (1 - alpha) of a sum over masked tokens;
-    1 - alpha is our ratio); order-agnostic bound: Hoogeboom et al., arXiv:2110.02037, eq. 5.
+    Source: MDLM, Sahoo et al., arXiv:2406.07524, eq. 10 (weight |alpha'| / (1 - alpha) of a sum over masked
+    tokens; 1 - alpha is our ratio); order-agnostic bound: Hoogeboom et al., arXiv:2110.02037, eq. 5.
     """
 
     needs_slopes: ClassVar[bool] = True
@@ -225,8 +225,8 @@ class Corruption(ABC):
             replaced: (B, N) bool: the R positions to replace.
             uniform: (R,) float32 in (0, 1): random numbers, a function of (seed, sample, epoch, position).
             codebook_size: K.
-            predict: Computes the logits (R, K) of the replaced positions, which the network sees masked in addition to
-                the mask. It costs a forward pass.
+            predict: Computes the logits (R, K) of the replaced positions, which the network sees masked in
+                addition to the mask. It costs a forward pass.
         """
 
     def draw(self, mask: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor]:
@@ -259,8 +259,8 @@ class UniformCorruption(Corruption):
     Args:
         fraction: Probability that a visible token is replaced, in (0, 1).
 
-    Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676. NLD-Image,
-    arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
+    Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676.
+    NLD-Image, arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
     """
 
     def codes(
@@ -274,14 +274,14 @@ class UniformCorruption(Corruption):
 class ModelCorruption(Corruption):
     """Codes that the model draws for these positions: mistakes of the kind that decoding makes.
 
-    The averaged network, which is the one that is sampled, sees the replaced positions masked in addition to the mask.
-    It costs an additional forward pass without gradients.
+    The averaged network, which is the one that is sampled, sees the replaced positions masked in addition to
+    the mask. It costs an additional forward pass without gradients.
 
     Args:
         fraction: Probability that a visible token is replaced, in (0, 1).
 
-    Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with the most
-    likely codes, and adds a second loss on that sequence.
+    Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with
+    the most likely codes, and adds a second loss on that sequence.
     """
 
     def codes(

@@ -150,13 +150,13 @@ class _Flag:
 def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterator[None]:
     """Lets the stop signals set the flag inside the context.
 
-    Enter it before slow imports, since a signal that arrives earlier kills the process. A nested context, and one in a
-    thread other than the main thread, changes nothing.
+    Enter it before slow imports, since a signal that arrives earlier kills the process. A nested context, and
+    one in a thread other than the main thread, changes nothing.
 
     Args:
-        until: End of the context. ``"return"``: the caller continues, as in a notebook; a second Ctrl-C raises
-            KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process exits; a second Ctrl-C ends it
-            immediately, and after a first signal all further ones are ignored.
+        until: End of the context. ``"return"``: the caller continues, as in a notebook; a second Ctrl-C
+            raises KeyboardInterrupt, and the handlers are restored. ``"exit"``: the process exits; a second
+            Ctrl-C ends it immediately, and after a first signal all further ones are ignored.
     """
     if _Flag.process == os.getpid() or threading.current_thread() is not threading.main_thread():
         yield
@@ -352,17 +352,21 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def choose_workers(given: int | None, *, work: float) -> int:
+def choose_workers(requested: int | None, *, work: float) -> int:
     """Returns the number of worker processes.
 
     Args:
-        given: The number that the user asked for; None for one per core, fewer if there is little work.
+        requested: The number that the user asked for; None for one per core, fewer if there is little work.
         work: Amount of work, in units that take one process about 10 seconds.
 
     Raises:
-        ValueError: if ``given`` is not an integer of at least 1.
+        ValueError: if ``requested`` is not an integer of at least 1.
     """
-    return min(available_cores(), 1 + int(work)) if given is None else check_integer("num_workers", given, "[1, inf)")
+    return (
+        min(available_cores(), 1 + int(work))
+        if requested is None
+        else check_integer("num_workers", requested, "[1, inf)")
+    )
 
 
 _shared: Any = None  # in a worker: the argument that all jobs share, sent once

@@ -1,9 +1,9 @@
 """Counter-based random numbers: a function of where they are used, without a state.
 
-Used for every random choice of the framework: order of the data, mask ratios, masks, class dropout, augmentation and
-decoding noise are ``f(stream, seed, index, epoch)``. Nothing is stored, so a resumed run sees the same numbers, and so
-does a run with another number of ranks or workers. The generator is Philox4x32-10 in int64 tensor operations, bit-exact
-on every device.
+Used for every random choice of the framework: order of the data, mask ratios, masks, class dropout,
+augmentation and decoding noise are ``f(stream, seed, index, epoch)``. Nothing is stored, so a resumed run
+sees the same numbers, and so does a run with another number of ranks or workers. The generator is
+Philox4x32-10 in int64 tensor operations, bit-exact on every device.
 
 Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011 (the Random123 library).
 """
@@ -41,8 +41,8 @@ def philox(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Computes Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
 
-    One of the 10 rounds maps the words to (high(m1 c2) ^ c1 ^ k0, low(m1 c2), high(m0 c0) ^ c3 ^ k1, low(m0 c0)), with
-    high and low the halves of the 64-bit product; the keys then grow by a Weyl constant.
+    One of the 10 rounds maps the words to (high(m1 c2) ^ c1 ^ k0, low(m1 c2), high(m0 c0) ^ c3 ^ k1, low(m0
+    c0)), with high and low the halves of the 64-bit product; the keys then grow by a Weyl constant.
 
     Args:
         counter: Four int64 tensors of one shape, values in [0, 2**32).
@@ -61,8 +61,8 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple
     Both multiplications of a round run as one kernel on the stacked pair (c0, c2):
 
     1. Stack the words as the pairs even = (c0, c2) and odd = (c3, c1).
-    2. Compute a round. The new c0 comes from the old c2 and the new c2 from the old c0, so its pairs are in swapped
-       order: (c2, c0) and (c1, c3).
+    2. Compute a round. The new c0 comes from the old c2 and the new c2 from the old c0, so its pairs are in
+       swapped order: (c2, c0) and (c1, c3).
     3. Compute the next round on the swapped pairs, with swapped constants. This restores the order.
 
     The constants lie in three rows (a, b, a): rounds of step 2 read the first two rows, those of step 3 the last two.
@@ -124,8 +124,8 @@ def random_bits(
     integers give one row. One call for many rows and streams launches as many kernels as a call for a single row.
 
     Args:
-        stream: Name of the purpose, such as ``"mask"``. Different names give independent numbers. A list of names adds
-            a first dimension.
+        stream: Name of the purpose, such as ``"mask"``. Different names give independent numbers. A list of
+            names adds a first dimension.
         seed: Integer or int64 tensor in [0, 2**32).
         index: Integer or int64 tensor in [0, 2**32), usually the global sample index.
         epoch: Integer or int64 tensor in [0, 2**32): an epoch or a step.
@@ -190,9 +190,9 @@ def gumbel(uniform: Tensor) -> Tensor:
 def gumbel_rows(first: Tensor, second: Tensor, size: int) -> Tensor:
     """Computes ``size`` standard Gumbel numbers for each pair of random words, with a few operations for each number.
 
-    Philox gives the two words of a row, and a hash expands them (SplitMix with 32 bits): number k is the hash of
-    ``first + k * golden ratio``, with ``second`` added to the bits in its middle. Uniform numbers have a resolution of
-    2**-31 near 0, where the largest Gumbel numbers come from.
+    Philox gives the two words of a row, and a hash expands them (SplitMix with 32 bits): number k is the hash
+    of ``first + k * golden ratio``, with ``second`` added to the bits in its middle. Uniform numbers have a
+    resolution of 2**-31 near 0, where the largest Gumbel numbers come from.
 
     Args:
         first: int64 of any shape, in [0, 2**32): see ``random_bits``.
@@ -225,8 +225,8 @@ def permutation(
     Memory and time grow with the number of positions, not with ``size``:
 
     1. A Feistel network is a bijection of the numbers of 2 h bits, with 4^h >= size.
-    2. Values outside of range(size) pass through the network again until all are inside (cycle walking). This is a
-       bijection of range(size).
+    2. Values outside of range(size) pass through the network again until all are inside (cycle walking). This
+       is a bijection of range(size).
 
     Args:
         positions: int64 of any shape, in [0, size).

@@ -50,8 +50,8 @@ class Registry(Generic[T]):
         kind: Kind of the objects for error messages, such as ``"mask schedule"``.
         group: Entry point group of other packages' factories, such as ``"maskgit_pl.mask_schedules"``.
         check: Function of the name and a new object that raises ``ValueError`` if the object breaks its contract.
-        modules: Modules that register built-in parts when they are imported, which happens at the first look-up. For
-            parts whose modules import the module of the registry.
+        modules: Modules that register built-in parts when they are imported, which happens at the first
+            look-up. For parts whose modules import the module of the registry.
     """
 
     def __init__(
@@ -137,8 +137,8 @@ class Registry(Generic[T]):
             where: File and key of the arguments for error messages; None for the kind and the name.
 
         Raises:
-            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown, missing, of a
-                wrong type or out of range, or the object breaks its contract.
+            ValueError: if the spec is neither, the name is unknown or missing, an argument is unknown,
+                missing, of a wrong type or out of range, or the object breaks its contract.
             PluginError: if the code of a plug-in raises an error or exits.
         """
         name, arguments = self._parse(spec)
@@ -182,7 +182,7 @@ class Registry(Generic[T]):
                 f"{self.kind} must be a name, a mapping, or an object of a registered class, got {shorten(part)}; "
                 "register a class of your own by @REGISTRY.register('NAME')"
             )
-        return {"name": names[0], **{each.name: getattr(part, each.name) for each in fields(part)}}
+        return {"name": names[0], **{field.name: getattr(part, field.name) for field in fields(part)}}
 
     def _makes(self, factory: Callable[..., T], part: T) -> bool:
         """Returns True if a factory without arguments makes an object that equals a part."""
@@ -215,8 +215,8 @@ class Registry(Generic[T]):
         arguments = dict(spec)
         name = arguments.pop("name", None)
         if not isinstance(name, str):
-            known = nearest("", self.names())
-            raise ValueError(f"{self.kind} must have the key 'name' ({known}), got {shorten(dict(spec))}")
+            choices = nearest("", self.names())
+            raise ValueError(f"{self.kind} must have the key 'name' ({choices}), got {shorten(dict(spec))}")
         return name, arguments
 
     def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any], where: str) -> T:
@@ -316,9 +316,9 @@ def nearest(name: str, choices: Iterable[str]) -> str:
         name: Unknown name.
         choices: Known names.
     """
-    known = sorted(map(printable, choices))
-    hint = f"{did_you_mean(name, known)} ".lstrip()
-    return f"{hint}known: {', '.join(known) or 'none'}"
+    names = sorted(map(printable, choices))
+    hint = f"{did_you_mean(name, names)} ".lstrip()
+    return f"{hint}known: {', '.join(names) or 'none'}"
 
 
 def describe(spec: str | Mapping[str, Any] | None) -> str:
@@ -367,8 +367,8 @@ def _find_plugins(group: str) -> Iterator[_Plugin]:
             package = distribution.metadata["Name"] or "without a name"
             points = [point for point in distribution.entry_points if point.group == group]
         except Exception as error:  # importlib defines no exception for files that it cannot parse
-            place = printable(getattr(distribution, "_path", "of a package"))
-            _warn(f"{place}: cannot read the entry points: {_one_line(error)}")
+            location = printable(getattr(distribution, "_path", "of a package"))
+            _warn(f"{location}: cannot read the entry points: {_one_line(error)}")
             continue
         for point in points:
             if (package, point.name) not in seen:

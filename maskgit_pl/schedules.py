@@ -88,8 +88,8 @@ class Pow(MaskSchedule):
     """1 - r^exponent. Source: paper, Table 3 (the released code names them ``pow2``, ``pow3``, ``pow0.5``).
 
     Args:
-        exponent: Exponent in [0.001, 1000]. Above 1 the schedule is concave (more tokens stay masked for longer), below
-            1 convex.
+        exponent: Exponent in [0.001, 1000]. Above 1 the schedule is concave (more tokens stay masked for
+            longer), below 1 convex.
     """
 
     exponent: float
@@ -138,8 +138,8 @@ def num_masked(ratio: Tensor, num_tokens: int | Tensor, *, rounding: Rounding) -
 
     count = ceil or floor of clip(ratio, 1e-6, 1) * num_tokens
 
-    The product is in float32 as in the released code: cos(pi / 3) is 0.49999997 there, so floor gives 127 for 256
-    tokens.
+    The product is in float32 as in the released code: cos(pi / 3) is 0.49999997 there, so floor gives 127 for
+    256 tokens.
 
     Args:
         ratio: float of any shape, in [0, 1].
@@ -178,10 +178,8 @@ def check_mask_schedule(name: str, schedule: MaskSchedule) -> None:
 
 def _find_broken_rule(ratio: Any, progress: Tensor, *, tolerance: float) -> str | None:
     """Returns the first rule that the values break; None if they keep all rules."""
-    from torch import Tensor
-
-    if not (isinstance(ratio, Tensor) and ratio.shape == progress.shape and ratio.is_floating_point()):
-        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, Tensor) else type(ratio).__name__
+    if not (isinstance(ratio, type(progress)) and ratio.shape == progress.shape and ratio.is_floating_point()):
+        seen = f"{ratio.dtype} {tuple(ratio.shape)}" if isinstance(ratio, type(progress)) else type(ratio).__name__
         return f"it must return a float tensor in the shape of progress {tuple(progress.shape)}, got {seen}"
     rules = (
         (bool(ratio.isfinite().all()), "its values must be finite"),

@@ -4,13 +4,13 @@ Optimization is manual, because a GAN has two optimizers. A training step is one
 micro-batches (the code repeats the numbers):
 
 1. Convert the images to float32 in [0, 1], and flip some of them.
-2. Run the generator (the VQGAN) forward once. Differentiate the terms of the loss (``TokenizerLoss``: reconstruction,
-   perceptual, and your own) at the reconstructed image and at the features, not further.
+2. Run the generator (the VQGAN) forward once. Differentiate the terms of the loss (``TokenizerLoss``:
+   reconstruction, perceptual, and your own) at the reconstructed image and at the features, not further.
 3. From ``adversarial.start_step``, run the discriminator on real images and reconstructions. Differentiate the
    generator's adversarial loss at the reconstructed image too. Compute the discriminator's loss, which keeps its graph.
-4. Propagate the sum of the gradients at the image through the generator once, then the discriminator's loss through the
-   discriminator. The result is the gradient of the weighted sum of losses. The adaptive weight needs no second pass
-   through the discriminator.
+4. Propagate the sum of the gradients at the image through the generator once, then the discriminator's loss
+   through the discriminator. The result is the gradient of the weighted sum of losses. The adaptive weight
+   needs no second pass through the discriminator.
 
 After the last micro-batch:
 
@@ -62,13 +62,13 @@ _Network = TypeVar("_Network", bound=nn.Module)
 class Tokenizer(CheckpointedModule):
     """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
-    The module accumulates and clips gradients itself. Only the generator's optimizer advances ``global_step``, so
-    ``max_steps`` counts global batches.
+    The module accumulates and clips gradients itself. Only the generator's optimizer advances
+    ``global_step``, so ``max_steps`` counts global batches.
 
     Args:
         config: Network, losses and optimizer.
-        accumulation: Micro-batches of a global batch on each rank, >= 1. It depends on the number of devices, and may
-            be set until training starts.
+        accumulation: Micro-batches of a global batch on each rank, >= 1. It depends on the number of devices,
+            and may be set until training starts.
 
     Raises:
         ValueError: if ``accumulation`` is below 1, or the weights of the perceptual network cannot be read.
@@ -216,11 +216,11 @@ class Tokenizer(CheckpointedModule):
         assert config is not None
         assert self.discriminator is not None
         real = images.detach().requires_grad_(config.has_r1_penalty(step))
-        # Only the first call uses the wrapper: each forward of DistributedDataParallel prepares its gradient hooks, and
-        # a second forward before the backward pass would prepare them again. The hooks run when the gradient of a
-        # parameter is complete, with the parts of both calls.
-        # R1 differentiates twice, in the dtype of this pass. Not in bfloat16: oneDNN's kernel for the second derivative
-        # of a convolution is wrong for some sizes on CPUs with AMX, and elsewhere the penalty's gradient is noise.
+        # Only the first call uses the wrapper: each forward of DistributedDataParallel prepares its gradient
+        # hooks, and a second forward before the backward pass would prepare them again. The hooks run when
+        # the gradient of a parameter is complete, with the parts of both calls. R1 differentiates twice, in
+        # the dtype of this pass. Not in bfloat16: oneDNN's kernel for the second derivative of a convolution
+        # is wrong for some sizes on CPUs with AMX, and elsewhere the penalty's gradient is noise.
         with torch.autocast(real.device.type, enabled=False) if real.requires_grad else nullcontext():
             real_logits = self._run_network("discriminator", real)
         return AdversarialStep(config, real, real_logits, self.discriminator(image), config.weight_at(step))
@@ -242,8 +242,8 @@ class Tokenizer(CheckpointedModule):
         for optimizer in active:
             if is_skipped:
                 optimizer.zero_grad()  # without gradients the step changes neither weights nor moments
-            # Lightning counts each step of a LightningOptimizer in global_step. The discriminator steps its plain
-            # optimizer, which is not counted, so max_steps counts global batches.
+            # Lightning counts each step of a LightningOptimizer in global_step. The discriminator steps its
+            # plain optimizer, which is not counted, so max_steps counts global batches.
             (optimizer if optimizer is generator else optimizer.optimizer).step()
             optimizer.zero_grad()
         # 7. Statistics. A skipped step leaves them as they are.

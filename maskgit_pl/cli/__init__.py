@@ -169,9 +169,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         SystemExit: raised by argparse, with 0 after ``--help`` and ``--version``, and with 2 for unknown arguments.
     """
-    # OpenMP threads that spin while they wait slow each other down on a busy machine: a training step on two busy cores
-    # took 1.8 s with spinning threads and 0.1 s with sleeping ones. torch reads the variable when it is imported, which
-    # happens inside a command.
+    # OpenMP threads that spin while they wait slow each other down on a busy machine: a training step on two
+    # busy cores took 1.8 s with spinning threads and 0.1 s with sleeping ones. torch reads the variable when
+    # it is imported, which happens inside a command.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):

@@ -17,8 +17,8 @@ Args:
 
 1. A parameter before ``*`` is positional, any other is a flag, such as ``--width``. ``Args`` has its help.
 2. A dataclass, or ``**settings: Unpack[Settings]`` with a TypedDict, stands for a flag for each of its fields.
-3. The annotation tells how words are read: see ``_read``. ``Annotated[T, Word(...)]`` names another placeholder or
-   reader, ``Annotated[Path, Output(".png")]`` a file that the command writes.
+3. The annotation tells how words are read: see ``_read``. ``Annotated[T, Word(...)]`` names another
+   placeholder or reader, ``Annotated[Path, Output(".png")]`` a file that the command writes.
 4. A parameter ``overrides`` takes the flags that the command does not have: keys of a recipe.
 
 argparse only splits the command line. What is not given is not passed: a default stands once, in the signature.
@@ -65,8 +65,8 @@ class Word:
 class Output:
     """A file or folder that a command writes: ``Annotated[Path, Output(".png")]``.
 
-    Its suffix is checked before any work, that it can be written, and that it is neither a file that the command reads
-    nor another output.
+    Its suffix is checked before any work, that it can be written, and that it is neither a file that the
+    command reads nor another output.
 
     Args:
         suffix: Suffix of the file; "" for a folder.
@@ -263,8 +263,8 @@ def _read_parsed(argument: _Argument, parsed: Any) -> Any:
 def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
     """Returns the value of a word.
 
-    ``str | dict`` is a name or a mapping in YAML, which JSON is too, ``tuple[int, ...]`` are numbers separated by
-    commas, and ``float | tuple[float, float]`` is one number or several.
+    ``str | dict`` is a name or a mapping in YAML, which JSON is too, ``tuple[int, ...]`` are numbers
+    separated by commas, and ``float | tuple[float, float]`` is one number or several.
 
     Raises:
         ValueError: if the word has another form. The message begins with ``name``.

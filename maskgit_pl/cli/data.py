@@ -46,8 +46,8 @@ def make(
     Example: maskgit data make photos.zip --out data/shards/photos --image-size 64
 
     Args:
-        source: Folder or archive of images, folder of IDX or parquet files, or hf:OWNER/NAME[@REVISION][:SPLIT] of the
-            Hugging Face Hub, which is downloaded to data/raw.
+        source: Folder or archive of images, folder of IDX or parquet files, or
+            hf:OWNER/NAME[@REVISION][:SPLIT] of the Hugging Face Hub, which is downloaded to data/raw.
         out: Data folder to write.
         val_fraction: Val fraction of a source without a val split (default: 0.1).
         image_size: Crop the centre and resize to S x S pixels, or height H and width W (default: keep the files).
@@ -105,16 +105,15 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
+    from maskgit_pl.data import manifest, samples
     from maskgit_pl.data.index import index_shards, locate_shards, split_shards
-    from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.samples import find_class_names
     from maskgit_pl.data.verify import class_lines, describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, tars = locate_shards(shards)
     splits, how = split_shards(folder, tars, train=train, val=val, val_fraction=val_fraction)
     # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
-    names = class_names or (None if no_labels else find_class_names(folder))
+    names = class_names or (None if no_labels else samples.find_class_names(folder))
     with named_bars("shards") as advance:
         manifests = index_shards(
             folder,
@@ -126,7 +125,7 @@ def index(
             workers=num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
-    print(describe_data(folder, read_manifest_summary(folder), "indexed"))
+    print(describe_data(folder, manifest.read_manifest_summary(folder), "indexed"))
     if names is not None and class_names is None:
         print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, splits, how, manifests)))
@@ -146,14 +145,13 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data.manifest import read_manifest_summary
-    from maskgit_pl.data.token_store import DESCRIPTION_FILE, open_store
+    from maskgit_pl.data import manifest, token_store
     from maskgit_pl.data.verify import class_lines, describe_bad_files, describe_data, verify_shards
 
-    if (folder / DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
+    if (folder / token_store.DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
             raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-        num_rows = sum(len(reader.arrays[0]) for reader in open_store(folder).values())
+        num_rows = sum(len(reader.arrays[0]) for reader in token_store.open_store(folder).values())
         print(f"{folder}: {num_rows} rows: hashes agree with the description")
         return
     with named_bars("shards") as advance:
@@ -164,7 +162,9 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         raise ValueError(f"data {folder}: {describe_bad_files(result.bad)}")
     print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
     if (folder / "train.json").is_file():
-        print(describe_data(folder, read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  ")
+        print(
+            describe_data(folder, manifest.read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  "
+        )
 
 
 def fetch(

@@ -13,6 +13,7 @@ from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Run, check_one_of
 from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
+from maskgit_pl.schedules import num_masked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,10 +35,10 @@ class Region:
     """The region of an image that is generated.
 
     Args:
-        box: Region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its width and
-            height, such as 10%,20%,60%,80%.
-        mask: Region to generate: a picture of the size of IMAGE, white inside the region; black and transparent pixels
-            stay.
+        box: Region to generate: left,top,right,bottom in pixels of IMAGE before --fit, or in percent of its
+            width and height, such as 10%,20%,60%,80%.
+        mask: Region to generate: a picture of the size of IMAGE, white inside the region; black and
+            transparent pixels stay.
         fit: Crop the centre of IMAGE and resize it to the size of the model.
     """
 
@@ -125,8 +126,8 @@ def edit(
 ) -> None:
     """Turns an image, or a part of it, into another class.
 
-    What is in a box or under a mask is generated again and pasted into the image; or with --strength, a random share of
-    all tokens is generated again.
+    What is in a box or under a mask is generated again and pasted into the image; or with --strength, a
+    random share of all tokens is generated again.
 
     Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'
 
@@ -134,8 +135,8 @@ def edit(
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
         image: JPEG, PNG or WebP file.
         class_: Class name or index.
-        strength: Share of the tokens of the whole image that are generated again, above 0 and up to 1, in place of
-            --box and --mask.
+        strength: Share of the tokens of the whole image that are generated again, above 0 and up to 1, in
+            place of --box and --mask.
         out: Picture of the image and all results.
     """
     check_one_of(box=region.box, mask=region.mask, strength=strength, required=True)
@@ -207,8 +208,8 @@ def outpaint(
     pixels = image_pixels(image, channels=job.pipe.outline.channels)
     outline = job.pipe.outline
     margins.check(pixels.shape[-2:], factor=outline.token_size, least=outline.image_size)
-    # (H + up + down, W + left + right): the image on the canvas, and True outside of it. With --dilation, tokens along
-    # the border of the image are generated again too.
+    # (H + up + down, W + left + right): the image on the canvas, and True outside of it. With --dilation,
+    # tokens along the border of the image are generated again too.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
     task = partial(job.pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
     job.run("outpainting", task, original, mask=outside, dilation=variants.dilation or 0)
@@ -275,13 +276,10 @@ class _Edit:
         """
         import torch
 
-        from maskgit_pl.pipeline.display import describe_settings
-        from maskgit_pl.pipeline.grids import edit_sheet
-        from maskgit_pl.pipeline.regions import pixel_region, token_mask
-        from maskgit_pl.schedules import num_masked
+        from maskgit_pl.pipeline import display, grids, regions
 
         outline, variants, (height, width) = self.pipe.outline, self.variants, mask.shape
-        unknown = token_mask(mask, factor=outline.token_size, dilation=dilation)
+        unknown = regions.token_mask(mask, factor=outline.token_size, dilation=dilation)
         num_tokens = int(num_masked(torch.tensor(share), int(unknown.sum()), rounding="ceil"))
         count, is_recording = variants.variants, self.pictures.show_decoding or share < 1
         labels, seeds = [self.label] * count, [variants.seed + number for number in range(count)]
@@ -297,12 +295,12 @@ class _Edit:
         if share < 1:
             unknown = steps[0].was_masked[0].view(unknown.shape).cpu()
         described = outline.describe_class(self.label)
-        sheet = edit_sheet(
+        sheet = grids.edit_sheet(
             original,
             images,
             mask=mask,
-            region=pixel_region(unknown, factor=outline.token_size, height=height, width=width),
-            title=f"{self.file.name}: {described}, {describe_settings(self.decoding)}",
+            region=regions.pixel_region(unknown, factor=outline.token_size, height=height, width=width),
+            title=f"{self.file.name}: {described}, {display.describe_settings(self.decoding)}",
             captions=[f"seed {seed}" for seed in seeds],
         )
         is_canvas = (height, width) != height_width(outline.image_size)
@@ -342,15 +340,13 @@ def panorama(
         batch_size: Images per batch.
         out: Picture of all images.
     """
-    from maskgit_pl.pipeline.display import describe_settings
-    from maskgit_pl.pipeline.grids import add_title, image_grid
-    from maskgit_pl.pipeline.regions import check_canvas
+    from maskgit_pl.pipeline import display, grids, regions
 
     pipe = model.open(folder)
     outline = pipe.outline
     labels = outline.parse_classes(classes)
     decoding = pipe.decoding_with(**decoding_settings)
-    height, width = check_canvas(
+    height, width = regions.check_canvas(
         outline.least_canvas[0] if height is None else height,
         width,
         factor=outline.token_size,
@@ -372,9 +368,9 @@ def panorama(
     images = cast("Tensor", panoramas)
     names, seeds = [outline.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
     captions = [f"{name}, seed {number}" for name, number in zip(names, seeds, strict=True)]
-    sheet = image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))
+    sheet = grids.image_grid(images, columns=1, row_captions=captions, scale=max(1, _TILE_SIZE // height))
     size = f"{width} x {height} pixels"
-    title = f"{size} in windows of {pixels_text(outline.image_size)}: {describe_settings(decoding)}"
+    title = f"{size} in windows of {pixels_text(outline.image_size)}: {display.describe_settings(decoding)}"
     summary = f"{count_text(len(images), 'image')} of {size}"
-    generated = Generated(images, labels, seeds, add_title(sheet, title), summary, steps, names, seeds)
+    generated = Generated(images, labels, seeds, grids.add_title(sheet, title), summary, steps, names, seeds)
     pictures.write(generated, out, pipe=pipe, decoding=decoding)

@@ -57,8 +57,8 @@ def evaluate(
 ) -> None:
     """Measures a trained model on the val split.
 
-    That is its reconstructions, generated images in the features of several networks, likelihood and speed. The command
-    writes evaluation.json and pictures. Processes that torchrun starts share the work.
+    That is its reconstructions, generated images in the features of several networks, likelihood and speed.
+    The command writes evaluation.json and pictures. Processes that torchrun starts share the work.
 
     Example: maskgit evaluate runs/fashion-mnist-adaln --num-images 2000 --features classifier
 
@@ -102,9 +102,9 @@ def evaluate_tokenizer(
 ) -> None:
     """Measures a tokenizer on the val split.
 
-    That is the reconstructions, codes, bits per pixel, speed and memory of a trained, exported or imported tokenizer.
-    The command writes tokenizer.json, tokenizer.md, tokenizer.csv and a picture of the worst reconstructions. `maskgit
-    table tokenizers` compares several.
+    That is the reconstructions, codes, bits per pixel, speed and memory of a trained, exported or imported
+    tokenizer. The command writes tokenizer.json, tokenizer.md, tokenizer.csv and a picture of the worst
+    reconstructions. `maskgit table tokenizers` compares several.
 
     Example: maskgit evaluate-tokenizer runs/fashion-mnist-adaln --num-images 2000
 
@@ -145,18 +145,18 @@ def compare(
 ) -> None:
     """Measures every token selector on one model.
 
-    All have the same noise, at several numbers of steps. The command writes comparison.md, comparison.csv and a sheet
-    of images. Measurements that the ledger holds are reused.
+    All have the same noise, at several numbers of steps. The command writes comparison.md, comparison.csv and
+    a sheet of images. Measurements that the ledger holds are reused.
 
     Example: maskgit compare runs/fashion-mnist-adaln --selectors confidence,halton --num-steps 4,8
 
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
         data: Data folder (default: that of the training).
-        selectors: Names, or mappings such as '{name: remdm, eta: 0.4}'; a name uses the model's own choice temperature
-            (default: all, remdm with each strategy).
-        num_steps: Numbers of decoding steps, or a range such as 4-16 (default: 4,8,16,32, at most the tokens per
-            image).
+        selectors: Names, or mappings such as '{name: remdm, eta: 0.4}'; a name uses the model's own choice
+            temperature (default: all, remdm with each strategy).
+        num_steps: Numbers of decoding steps, or a range such as 4-16 (default: 4,8,16,32, at most the tokens
+            per image).
         num_images: Images generated for each row.
         out: Folder of the pages and the ledger (default: RUN/comparison, and the ledger of RUN/evaluation).
     """
@@ -206,8 +206,8 @@ def tune(
         folder: Run folder (runs/NAME) or pretrained folder.
         data: Data folder (default: that of the training).
         trials: Number of trials, with those of earlier calls.
-        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own classifier,
-            or agreement with it.
+        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
+            classifier, or agreement with it.
         num_images: Images generated for each trial.
         out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
     """
@@ -242,9 +242,9 @@ def train_classifier(
 ) -> None:
     """Trains a classifier of a data set for evaluation.
 
-    It learns from the train split of a data folder. The command prints its accuracy on the val split, and writes it to
-    a folder for `--features classifier=DIR` of other commands. An existing classifier of the same data and settings is
-    reused.
+    It learns from the train split of a data folder. The command prints its accuracy on the val split, and
+    writes it to a folder for `--features classifier=DIR` of other commands. An existing classifier of the
+    same data and settings is reused.
 
     Example: maskgit train-classifier --data data/shards/fashion-mnist --model resnet18
 

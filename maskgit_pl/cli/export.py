@@ -1,7 +1,7 @@
 """``maskgit export``, ``push`` and ``import-*``: write, upload and convert models.
 
-A model is written for this or other programs, uploaded to the Hugging Face Hub, or converted from weights that others
-released to a pretrained folder.
+A model is written for this or other programs, uploaded to the Hugging Face Hub, or converted from weights
+that others released to a pretrained folder.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def export(
 
     Args:
         folder: Run folder (runs/NAME); with a --format also a pretrained folder, a model of the package or OWNER/NAME.
-        format_: pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load; diffusers:
-            DiffusionPipeline of Hugging Face.
+        format_: pretrained: safetensors and JSON; onnx: ONNX Runtime and others; pt2: torch.export.load;
+            diffusers: DiffusionPipeline of Hugging Face.
         stage: Export only this stage (default: every stage that has a checkpoint).
         step: Step of the checkpoint (default: the newest).
         data: Data folder, if it has moved since the training.
@@ -166,8 +166,8 @@ def import_tokenizer(
         file: Checkpoint: .ckpt, .pt, .bin or .safetensors, or a folder that diffusers saved.
         out: Pretrained folder; DIR/tokenizer is written.
         image_size: Side of the images in pixels (default: as config.json of diffusers says, else 256).
-        layout: Project that wrote the file (default: by the names of its tensors); IBQ and taming-transformers have the
-            same names.
+        layout: Project that wrote the file (default: by the names of its tensors); IBQ and
+            taming-transformers have the same names.
         signed_images: The network expects images in [-1, 1]; with --no-signed-images, in [0, 1] (default: as in the
             published networks; only those of taming-transformers, LlamaGen, diffusers and IBQ have the choice).
     """
@@ -186,8 +186,8 @@ def import_transformer(
 ) -> None:
     """Converts a transformer of Halton-MaskGIT or MaskGIL.
 
-    A pretrained folder with it and its tokenizer is written, and what was read is printed. Nothing in the checkpoint is
-    executed.
+    A pretrained folder with it and its tokenizer is written, and what was read is printed. Nothing in the
+    checkpoint is executed.
 
     Example: maskgit import-transformer ImageNet_384_large.pth --tokenizer pretrained/llamagen --out
     pretrained/halton-384

@@ -60,8 +60,8 @@ class NewRunFlags:
     """The recipe, the data and the folders of a run.
 
     Args:
-        recipe: Recipe, or the path of its file; of several in quotes, later ones override earlier ones: --recipe
-            'paper-256 log'.
+        recipe: Recipe, or the path of its file; of several in quotes, later ones override earlier ones:
+            --recipe 'paper-256 log'.
         dataset: Name of the data set.
         data: Data folder (default: data/shards/DATASET).
         cluster: Machines: a file of recipes/cluster.
@@ -125,11 +125,11 @@ class ModelFlags:
 
     Args:
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
-        dtype: Arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32 (default:
-            that of the weights).
+        dtype: Arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32
+            (default: that of the weights).
         decoding: Read all settings from a decoding.json; other flags override it.
-        negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a run or a
-            folder of `maskgit export` (default: that of decoding.json, or none).
+        negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
+            run or a folder of `maskgit export` (default: that of decoding.json, or none).
     """
 
     device: Device | None = None
@@ -161,8 +161,8 @@ class CasFlags:
     """The training of the classification accuracy score (CAS), up to the scale of the paper.
 
     Args:
-        cas_model: timm network of the classification accuracy score (CAS), or none to skip it (default: resnet50, or
-            resnet18 below 64 pixels).
+        cas_model: timm network of the classification accuracy score (CAS), or none to skip it (default:
+            resnet50, or resnet18 below 64 pixels).
         cas_max_steps: Training steps of that network.
         cas_batch_size: Images per training step.
         cas_learning_rate: Peak learning rate.

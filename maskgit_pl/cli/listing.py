@@ -11,6 +11,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import shtab
+
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, make_folder, print_json, print_rows
@@ -21,6 +23,7 @@ from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
 from maskgit_pl.runs.layers import Kind
 from maskgit_pl.runs.recipe import STAGES, Stage
+from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.registry import Registry
@@ -87,8 +90,8 @@ _OPTIONAL = (  # libraries whose versions ``env`` also prints
 def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
     """Lists the models that commands can load, and how to get others.
 
-    They are those of the package, of runs/ and of pretrained/, and the released models that can be imported, each with
-    a command.
+    They are those of the package, of runs/ and of pretrained/, and the released models that can be imported,
+    each with a command.
 
     Example: maskgit models --json
 
@@ -212,8 +215,8 @@ def _recipe_files(name: str) -> dict[str, Path]:
 def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = False) -> None:
     """Lists schedules, selectors, quantizers and all other parts that a recipe can name.
 
-    Each name of each registry is listed with the package that it comes from. Other packages add names with entry points
-    in the group maskgit_pl.KIND, which are listed without loading them.
+    Each name of each registry is listed with the package that it comes from. Other packages add names with
+    entry points in the group maskgit_pl.KIND, which are listed without loading them.
 
     Example: maskgit plugins quantizers
 
@@ -280,7 +283,6 @@ def schedules(
         json: Print JSON, a list of objects, instead of the table.
     """
     from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
-    from maskgit_pl.schedules import mask_schedules
 
     check_integer("num_tokens", num_tokens, "[1, inf)")
     built = mask_schedules.build_all()
@@ -307,16 +309,14 @@ def schedules(
 def completion(shell: Literal["bash", "zsh"]) -> None:
     """Prints a script for the completion of commands and flags in a shell.
 
-    It completes files too. For bash, add the line of the example to ~/.bashrc. For zsh, write the output to a file
-    named _maskgit in a folder of $fpath.
+    It completes files too. For bash, add the line of the example to ~/.bashrc. For zsh, write the output to a
+    file named _maskgit in a folder of $fpath.
 
     Example: eval "$(maskgit completion bash)"
 
     Args:
         shell: Shell that reads the script.
     """
-    import shtab
-
     from maskgit_pl.cli import build_parser
 
     parsers = [build_parser()]

@@ -72,15 +72,14 @@ class Pictures:
 
     def write(self, generated: Generated, out: Path, *, pipe: MaskGIT, decoding: DecodingConfig) -> None:
         """Writes all images as one picture, and the other files."""
-        from maskgit_pl.pipeline.display import Recording
-        from maskgit_pl.pipeline.grids import save_images, save_png
+        from maskgit_pl.pipeline import display, grids
 
         make_folder(out.parent)
-        save_png(generated.sheet, out)
+        grids.save_png(generated.sheet, out)
         print(f"{out}: {generated.summary}")
         if self.images is not None:
             make_folder(self.images)
-            save_images(generated.images, generated.labels, self.images, seed=generated.seeds)
+            grids.save_images(generated.images, generated.labels, self.images, seed=generated.seeds)
             print(f"{self.images}: {count_text(len(generated.images), 'file')}")
         if not generated.steps:
             return
@@ -90,7 +89,7 @@ class Pictures:
         if size != height_width(tokenizer.image_size):  # a canvas of outpaint or panorama
             decode = partial(tokenizer.decode, grid=grid)
         captions, seeds = generated.captions[:count], generated.recorded[:count]
-        recording = Recording(
+        recording = display.Recording(
             generated.steps, decode, grid, decoding, captions, seeds, generated.requested, pipe.outline.token_size
         )
         for file, content in ((self.gif, count_text(count, "image")), (self.filmstrip, "the first image")):

@@ -67,10 +67,10 @@ def table(
 ) -> None:
     """Writes Table 1, 2 or 3 of the paper with our rows, or a table of tokenizers.
 
-    The table is written as Markdown and CSV, with the rows of the paper and of the runs, and a sheet of images. 1:
-    class-conditional generation. 2: outpainting and inpainting. 3: mask schedules, one run for each (`maskgit ablation`
-    trains them). tokenizers: tokenizers side by side, without their transformers. Measurements that the ledger holds
-    are reused.
+    The table is written as Markdown and CSV, with the rows of the paper and of the runs, and a sheet of
+    images. 1: class-conditional generation. 2: outpainting and inpainting. 3: mask schedules, one run for
+    each (`maskgit ablation` trains them). tokenizers: tokenizers side by side, without their transformers.
+    Measurements that the ledger holds are reused.
 
     Example: maskgit table 1 runs/fashion-mnist-adaln --num-images 2000
 
@@ -158,12 +158,12 @@ class VariantFlags:
 
     Args:
         vary: Recipe key with the values to compare; repeat the flag for further keys. decoding.KEY needs no training.
-        recipes: Sets of recipes to compare, separated by semicolons; the first one is the base (default: that of
-            --recipe).
+        recipes: Sets of recipes to compare, separated by semicolons; the first one is the base (default: that
+            of --recipe).
         grid: Compare all combinations (default: change one key of the base at a time).
         stage: Stage to train.
-        stage_2: With --stage tokenizer: train a transformer on each tokenizer, and measure its images, too; flags in
-            quotes override its recipe, such as --stage-2='--trainer.max_steps 200'.
+        stage_2: With --stage tokenizer: train a transformer on each tokenizer, and measure its images, too;
+            flags in quotes override its recipe, such as --stage-2='--trainer.max_steps 200'.
         name: Name of the page (default: ablation-KEY).
         page_only: Make the page from the ledger, and train and measure nothing.
     """

@@ -65,21 +65,21 @@ def sample(
 ) -> None:
     """Generates images of classes.
 
-    They are written as one picture, as single files, as an animation of the decoding, or with --num-images as one .npz
-    file.
+    They are written as one picture, as single files, as an animation of the decoding, or with --num-images as
+    one .npz file.
 
     Example: maskgit sample runs/fashion-mnist-adaln --classes Sneaker,Bag --num-steps 8 --gif bags.gif
 
     Args:
-        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo, a model in the
-            package.
+        folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo, a
+            model in the package.
         classes: Class names or indices, or all (default: all, at most 10).
         per_class: Number of images of each class (default: 8).
         seed: Seed of the first image; image i has seed + i (default: 0).
         batch_size: Images per batch.
         negative_class: Class that guidance moves away from (default: no class).
-        accept_rate: Generate 1 / X times as many images, and keep the fraction X of each class to which a classifier
-            gives the highest probability of that class.
+        accept_rate: Generate 1 / X times as many images, and keep the fraction X of each class to which a
+            classifier gives the highest probability of that class.
         classifier: Classifier of --accept-rate (default: that of the data of the run, runs/DATA-classifier/small).
         vectors: Array with one vector per row, for a model that was trained with vectors: makes one image of each class
             for each row, or takes the rows in turn with --num-images; one row only with --accept-rate.
@@ -134,15 +134,15 @@ def web(
 ) -> None:
     """Shows a page in the browser that generates and edits.
 
-    The page generates images step by step, compares settings, and edits with a brush. Ctrl-C ends it. Requires the
-    extra web: pip install 'maskgit_pl[web]'.
+    The page generates images step by step, compares settings, and edits with a brush. Ctrl-C ends it.
+    Requires the extra web: pip install 'maskgit_pl[web]'.
 
     Example: maskgit web runs/fashion-mnist-adaln --port 7861
 
     Args:
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or a model in the package.
-        host: Address that the page is bound to; others than 127.0.0.1 let other machines use it, without a password.
-            0.0.0.0 and :: are all addresses of this machine.
+        host: Address that the page is bound to; others than 127.0.0.1 let other machines use it, without a
+            password. 0.0.0.0 and :: are all addresses of this machine.
         port: Port of the page.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
     """

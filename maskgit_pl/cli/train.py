@@ -61,19 +61,18 @@ def train(
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
     """Prints the complete recipe; without data or tokenizer, if they are not named, only the keys that need neither."""
-    from maskgit_pl.runs.resolve import config_text, config_text_without_data, merge_values
-    from maskgit_pl.runs.settings import resolve
+    from maskgit_pl.runs import resolve, settings
 
     try:
         plan = plan_run(recipe, **folders)
     except FileNotFoundError as error:
         if any(folders.get(name) is not None for name in ("data", "tokenizer", "pretrained")):
             raise
-        text = config_text_without_data(recipe)
+        text = resolve.config_text_without_data(recipe)
         print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {error}")
         print(text, end="")
     else:
-        print(config_text(resolve(recipe.kind, merge_values(plan))), end="")
+        print(resolve.config_text(settings.resolve(recipe.kind, resolve.merge_values(plan))), end="")
 
 
 def tokenize(
@@ -86,10 +85,10 @@ def tokenize(
 ) -> None:
     """Encodes the images of a data set to tokens, once.
 
-    The token store serves all runs with the same tokenizer. The same command resumes after a stop. Processes of
-    torchrun or srun share the work; without a launcher, set --rank and --world-size. An existing store of the run keeps
-    its crops, flips and precision unless --crops, --flip or --precision is given. Further flags override recipe values,
-    as in `maskgit train transformer`.
+    The token store serves all runs with the same tokenizer. The same command resumes after a stop. Processes
+    of torchrun or srun share the work; without a launcher, set --rank and --world-size. An existing store of
+    the run keeps its crops, flips and precision unless --crops, --flip or --precision is given. Further flags
+    override recipe values, as in `maskgit train transformer`.
 
     Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln
 
@@ -144,8 +143,8 @@ def doctor(
 ) -> int:
     """Checks a run before it starts: recipe, data, batch, memory, disk; or this machine.
 
-    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it checks this
-    machine. The exit code is 0 if all checks pass, else 2.
+    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it
+    checks this machine. The exit code is 0 if all checks pass, else 2.
 
     Example: maskgit doctor transformer --recipe paper-256 --cluster fsdp --nodes 4 --devices 8
 
@@ -176,9 +175,9 @@ def demo(
 ) -> None:
     """Does everything once: fetches data, trains both stages, makes pictures, measures.
 
-    Fashion-MNIST takes about 10 minutes on 2 CPU cores. The same command resumes after a stop. Without --recipe, it
-    trains the recipe adaln, and on other data than Fashion-MNIST 'adaln 15m'. Further flags override recipe values of
-    both stages.
+    Fashion-MNIST takes about 10 minutes on 2 CPU cores. The same command resumes after a stop. Without
+    --recipe, it trains the recipe adaln, and on other data than Fashion-MNIST 'adaln 15m'. Further flags
+    override recipe values of both stages.
 
     Example: maskgit demo --dataset mine --images path/to/folder
 

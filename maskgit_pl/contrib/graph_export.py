@@ -1,10 +1,10 @@
 """Exports a model as ONNX or ``torch.export`` files, for programs without this package.
 
-A graph is one network call as a file, with fixed shapes except for the batch: the tokenizer's decoder and encoder, and
-the transformer's logits. The decoding loop stays outside; ``docs/export.md`` has one in NumPy.
+A graph is one network call as a file, with fixed shapes except for the batch: the tokenizer's decoder and
+encoder, and the transformer's logits. The decoding loop stays outside; ``docs/export.md`` has one in NumPy.
 
-``onnx``: ``torch.onnx.export`` of a ``torch.export`` program, for ONNX Runtime. Weights over 1 GB are in a second file,
-because a protobuf holds at most 2 GB.
+``onnx``: ``torch.onnx.export`` of a ``torch.export`` program, for ONNX Runtime. Weights over 1 GB are in a
+second file, because a protobuf holds at most 2 GB.
 
 ``pt2``: ``torch.export.save``, for ``torch.export.load``. A file of somebody else can hold pickles, which run code when
 they are loaded. Those written here hold none, and only files that were just written are loaded here.
@@ -94,8 +94,8 @@ def export_graphs(
     Raises:
         FileNotFoundError: if there is no such model.
         FileExistsError: if ``out`` has files, and ``replace`` is False or not all are of an earlier export.
-        ValueError: if ``out`` cannot be replaced, a package is missing, a network cannot be exported, or a file
-            computes something else than ours.
+        ValueError: if ``out`` cannot be replaced, a package is missing, a network cannot be exported, or a
+            file computes something else than ours.
     """
     _check_packages(kind)
     entry = ("format", _FORMAT)
@@ -238,8 +238,8 @@ class Graph:
         output: Name of its output.
         draw: Draws random inputs (B, ...) by name, in the order of the arguments, for a batch size B.
         tolerance: Largest difference to the module that is accepted; see ``difference``.
-        is_optional: True if the graph is left out, with a warning, when it cannot be exported. Images are generated
-            without it.
+        is_optional: True if the graph is left out, with a warning, when it cannot be exported. Images are
+            generated without it.
     """
 
     name: str

@@ -90,8 +90,8 @@ class GumbelQuantizerSpec:
     is a function of seed, step, and place in the global batch. The memory is (M, K) numbers, some 30 bytes each.
 
     Attributes:
-        form: ``soft`` decodes the mixture; ``hard`` decodes the code with the largest weight, with the gradient of the
-            mixture.
+        form: ``soft`` decodes the mixture; ``hard`` decodes the code with the largest weight, with the
+            gradient of the mixture.
         temperature: T of step 0, in [1e-3, 1e6].
         final_temperature: T of the last annealing step and all later ones, in [1e-3, ``temperature``].
         annealing_steps: Number of steps of the schedule, in [1, 1e9].

@@ -22,8 +22,8 @@ def inspect(
 ) -> None:
     """Writes an HTML page about the training of a run.
 
-    The run may still be training. The page is one file and shows what looks wrong and what to try, the logged metrics,
-    the use of codes, a picture of each code, and the worst reconstructions.
+    The run may still be training. The page is one file and shows what looks wrong and what to try, the logged
+    metrics, the use of codes, a picture of each code, and the worst reconstructions.
 
     Example: maskgit inspect runs/fashion-mnist-adaln
 
@@ -33,8 +33,8 @@ def inspect(
         out: Page to write (default: RUN/inspect.html).
         num_images: Measure at most N val images.
         device: cpu, cuda, cuda:1, mps ... (default: cpu)
-        dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32 (default:
-            that of the weights).
+        dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
+            (default: that of the weights).
     """
     from maskgit_pl.contrib.inspect_page import inspect_run  # torch takes seconds to import
 

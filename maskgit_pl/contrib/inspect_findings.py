@@ -1,8 +1,8 @@
 """Reads the logs of a run and measures its tokenizer, and judges both by the rules of the alarms of training.
 
-A record of a TensorBoard event file is its length (8 bytes, little endian), 4 bytes of checksum, the content, and 4
-bytes of checksum. The content is parsed as a protocol buffer, which executes nothing. A file may still be written to,
-damaged, or hostile.
+A record of a TensorBoard event file is its length (8 bytes, little endian), 4 bytes of checksum, the content,
+and 4 bytes of checksum. The content is parsed as a protocol buffer, which executes nothing. A file may still
+be written to, damaged, or hostile.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def _records(file: Path) -> Iterator[bytes]:
     """Yields the complete records of an event file.
 
     Raises:
-        ValueError: if the file or a record is too large, or a record is empty. The end of a file that is still
-            written to is no error.
+        ValueError: if the file or a record is too large, or a record is empty. The end of a file that is
+            still written to is no error.
     """
     if not file.is_file():
         raise ValueError("it must be a regular file")

@@ -5,8 +5,8 @@
 3. Encode and decode validation images with the tokenizer.
 4. Judge both by the rules of the alarms, and write one HTML file.
 
-Charts are inline SVG with a description. The page has no scripts and no network, is for light and dark screens, and all
-text in it is escaped.
+Charts are inline SVG with a description. The page has no scripts and no network, is for light and dark
+screens, and all text in it is escaped.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Quantizers of the package vector-quantize-pytorch, which is imported when one is built.
 
-The package learns within its forward pass and draws from torch's generator. Here it learns in ``update``, from the
-global batch and with a seed of the step, so that ranks agree. A run that resumes continues from the saved state, but
-nobody promises that versions of the package compute the same bits.
+The package learns within its forward pass and draws from torch's generator. Here it learns in ``update``,
+from the global batch and with a seed of the step, so that ranks agree. A run that resumes continues from the
+saved state, but nobody promises that versions of the package compute the same bits.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _in(interval: str) -> Callable[[str, Any], object]:
     return lambda name, value: check_number(name, value, interval)
 
 
-# Options of each class, with their checks. Left out: those that add random numbers, projections, several indices, or
-# statistics of one rank.
+# Options of each class, with their checks. Left out: those that add random numbers, projections, several
+# indices, or statistics of one rank.
 _OPTIONS: Mapping[ClassName, Mapping[str, Callable[[str, Any], object]]] = {
     "VectorQuantize": {
         "decay": _in("[0, 1)"),

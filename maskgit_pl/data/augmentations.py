@@ -8,6 +8,7 @@ epoch) and the name of the augmentation, so ranks, workers, batches and resuming
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +30,7 @@ Augment = Callable[[Tensor, tuple[int, int]], Tensor]
 _ATTEMPTS = 10  # Source: torchvision.transforms.RandomResizedCrop
 
 
-class Augmentation:
+class Augmentation(ABC):
     """The base of registered augmentations: a frozen dataclass of the values in a recipe, and a function of an image.
 
     Attributes:
@@ -38,6 +39,7 @@ class Augmentation:
 
     num_random: ClassVar[int] = 0
 
+    @abstractmethod
     def __call__(self, image: Tensor, random: Sequence[float], *, size: tuple[int, int]) -> Tensor:
         """Returns the augmented image. It must not change ``image`` itself.
 
@@ -49,7 +51,6 @@ class Augmentation:
         Returns:
             (C, h', w') uint8.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(image, random, *, size)")
 
 
 def _check(name: str, augmentation: Augmentation) -> None:
@@ -89,8 +90,8 @@ class RandomCrop(Augmentation):
 class RandomResizedCrop(Augmentation):
     """A part of random area and shape, anywhere, resized to the model's size.
 
-    1. Draw the share s of the area from U(scale), and the ratio r of width to height, divided by that of the model's
-       images, from exp(U(log(ratio))).
+    1. Draw the share s of the area from U(scale), and the ratio r of width to height, divided by that of the
+       model's images, from exp(U(log(ratio))).
     2. If the part of width sqrt(s h w r) and height sqrt(s h w / r) fits in, take one anywhere.
     3. After 10 attempts, take the largest part at the centre whose ratio is in the range.
 

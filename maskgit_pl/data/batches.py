@@ -32,8 +32,8 @@ class Batch(NamedTuple):
         epoch: (B,) int64, number of earlier passes of the stream through the split.
         position: (B,) int64, position in the stream: step * global batch + slot.
         valid: (B,) bool; False for a row that only fills up the last validation batch.
-        replacement: (B,) int64, number of the sample that is shown, with its label, in place of an unreadable one; -1
-            if the sample itself is shown.
+        replacement: (B,) int64, number of the sample that is shown, with its label, in place of an unreadable
+            one; -1 if the sample itself is shown.
         vectors: (B, C) float32, vector of each sample shown; None if the data module reads no vectors.
         draws: The random draws of a training step for these samples; None before the module has made them.
     """

@@ -1,7 +1,7 @@
 """Atomic replacement of whole folders, with checks that nothing else is lost, and locks against other writers.
 
-Used by exports, importers, checkpoints and data folders: a folder has its name only when all of it is on disk, and only
-one process at a time writes it.
+Used by exports, importers, checkpoints and data folders: a folder has its name only when all of it is on
+disk, and only one process at a time writes it.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ def write_folder(
     """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
 
     1. Follow links, and check that the folder can be replaced.
-    2. Lock it, so that of two processes only one writes it, put back an older one that a kill has left under its other
-       name (``replace_folder``), and check its content.
+    2. Lock it, so that of two processes only one writes it, put back an older one that a kill has left under
+       its other name (``replace_folder``), and check its content.
     3. Remove the new folders that killed processes have left.
     4. After the work, write all of the new folder to the disk, and give it the name.
 
     After an error, the new folder is removed and an older one at ``folder`` is unchanged.
 
     Args:
-        folder: Folder to write; an existing one is replaced. Folders above it are made. A link stays, and its target is
-            written.
+        folder: Folder to write; an existing one is replaced. Folders above it are made. A link stays, and its
+            target is written.
         name: Name of the setting for errors, such as ``--out``.
         check: Raises an error if the content of the existing folder must stay.
 
@@ -90,9 +90,9 @@ def replace_folder(fresh: Path, folder: Path) -> None:
 
     1. Without an old folder: renames the new one.
     2. With an old folder: exchanges the two names in one system call.
-    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new one. A kill
-       between the two leaves no folder at ``folder``; both exist under their other names, and the next
-       ``write_folder`` puts the old one back.
+    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new
+       one. A kill between the two leaves no folder at ``folder``; both exist under their other names, and the
+       next ``write_folder`` puts the old one back.
     4. Removes the old folder.
 
     Args:
@@ -129,8 +129,8 @@ def resolve_folder(name: str, folder: Path) -> Path:
         folder: Folder to replace later. Neither it nor the folders above it need to exist.
 
     Raises:
-        ValueError: if it cannot be written (``check_writable``), or not be renamed: a mount point such as ``/``, the
-            current folder, or one above it.
+        ValueError: if it cannot be written (``check_writable``), or not be renamed: a mount point such as
+            ``/``, the current folder, or one above it.
     """
     check_writable(name, folder, is_folder=True)
     real, current = follow_links(folder, name, is_folder=True), Path.cwd()
@@ -180,14 +180,14 @@ def check_new_folder(
     check_only_known(folder, {description, *known(content)})
 
 
-def check_only_known(folder: Path, known: Collection[str]) -> None:
+def check_only_known(folder: Path, expected_files: Collection[str]) -> None:
     """Checks that a folder holds no other files than those that are replaced, because others would be lost.
 
     What file managers put into the folders that they show is not counted.
 
     Args:
         folder: Folder to replace later, which need not exist.
-        known: Files that may be there, relative to it.
+        expected_files: Files that may be there, relative to it.
 
     Raises:
         FileExistsError: if there are others. The message names up to three.
@@ -195,7 +195,7 @@ def check_only_known(folder: Path, known: Collection[str]) -> None:
     files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     files = (path for path in files if path.name not in _OF_FILE_MANAGERS)
     others = (path.relative_to(folder).as_posix() for path in files)
-    unknown = sorted(islice((path for path in others if path not in known), 3))
+    unknown = sorted(islice((path for path in others if path not in expected_files), 3))
     if unknown:
         raise FileExistsError(
             f"{folder} is replaced as a whole and must hold only files of an earlier export, got also "
@@ -207,16 +207,16 @@ def check_only_known(folder: Path, known: Collection[str]) -> None:
 def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[None]:
     """Locks a file or folder against other processes while it is written.
 
-    The lock is on the file ``.NAME.lock`` beside the target, or beside what a link leads to, which is removed at the
-    end. The kernel releases it at every end of the process, so that a killed job never blocks its restart, and forked
-    data workers do not keep it. The lock holds between the nodes of a cluster on NFS, on GPFS, and on Lustre mounted
-    with ``flock``. Where nothing can be locked, a warning is logged.
+    The lock is on the file ``.NAME.lock`` beside the target, or beside what a link leads to, which is removed
+    at the end. The kernel releases it at every end of the process, so that a killed job never blocks its
+    restart, and forked data workers do not keep it. The lock holds between the nodes of a cluster on NFS, on
+    GPFS, and on Lustre mounted with ``flock``. Where nothing can be locked, a warning is logged.
 
     Args:
         target: File or folder to lock, which need not exist.
         hint: Advice for the message besides waiting, such as ``"give another --out"``.
-        rank: Rank of a process that shares the work on the target with others, each with its own lock; None for
-            exclusive work.
+        rank: Rank of a process that shares the work on the target with others, each with its own lock; None
+            for exclusive work.
 
     Raises:
         ValueError: if another process holds the lock, or its file belongs to another user and cannot be opened.
@@ -225,8 +225,8 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
     # Folders that are made for the lock file are removed at the end if they are empty.
     new_folders = [folder for folder in path.parents if not folder.exists()]
-    # Without flock, filelock would otherwise use a marker file, which outlives a killed process. All users may write
-    # the lock file, or one that another user left would block a shared folder.
+    # Without flock, filelock would otherwise use a marker file, which outlives a killed process. All users
+    # may write the lock file, or one that another user left would block a shared folder.
     lock = FileLock(path, mode=0o666, fallback_to_soft=False, on_acquired=_write_holder)
     try:
         lock.acquire(timeout=0.2)  # a holder that ends removes the file: then another one is made

@@ -1,9 +1,9 @@
 """Opening of image files that may be hostile: checks of format, parts and completeness before any pixel is decoded.
 
-Bytes, PNG chunks and JPEG scans are counted and limited here, so that no file takes minutes or gigabytes to open.
-Pillow gets only those chunks of a PNG and segments of a JPEG on which pixels and orientation depend. Profiles, texts
-and animations never reach it, so that they cost nothing and cannot fail. Used by ``images``, which decodes, and by the
-code that reads only headers.
+Bytes, PNG chunks and JPEG scans are counted and limited here, so that no file takes minutes or gigabytes to
+open. Pillow gets only those chunks of a PNG and segments of a JPEG on which pixels and orientation depend.
+Profiles, texts and animations never reach it, so that they cost nothing and cannot fail. Used by ``images``,
+which decodes, and by the code that reads only headers.
 """
 
 from __future__ import annotations
@@ -117,8 +117,8 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        UnreadableImageError: if it is not a regular file, is empty, is larger than 256 MiB, or does not begin like a
-            JPEG, PNG or WebP.
+        UnreadableImageError: if it is not a regular file, is empty, is larger than 256 MiB, or does not begin
+            like a JPEG, PNG or WebP.
     """
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
@@ -141,8 +141,8 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
         header_only: True leaves the pixels out.
 
     Raises:
-        UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in PNG,
-            within them, or has more than 64 million pixels or too many parts.
+        UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in
+            PNG, within them, or has more than 64 million pixels or too many parts.
     """
     _check_format(data, name)
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin

@@ -1,11 +1,11 @@
 """Decoding of images: the bytes of a file become a uint8 tensor of a given size and number of channels.
 
 * Files may be hostile: ``image_bytes`` limits their parts before any pixel is allocated.
-* Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where libjpeg only
-  warns (flipped or zeroed bytes), while PIL returns garbage.
+* Grey and colour JPEG: simplejpeg gives the pixels of PIL in half the time. It also raises an error where
+  libjpeg only warns (flipped or zeroed bytes), while PIL returns garbage.
 * PNG, WebP and CMYK JPEG: PIL. Of 16 bits, the upper byte is kept. Transparent images are composited over white.
-* Resampling is bicubic (a = -0.5) and antialiased, from full resolution: at a fraction of its size, a JPEG's pixels
-  would depend on the ratio of the sizes.
+* Resampling is bicubic (a = -0.5) and antialiased, from full resolution: at a fraction of its size, a JPEG's
+  pixels would depend on the ratio of the sizes.
 
 Used by the data modules, by ``tokenize`` and by commands that read images.
 """
@@ -19,6 +19,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
+import simplejpeg
+from PIL import Image
+from PIL.Image import Transpose
 
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.image_bytes import (
@@ -37,7 +40,6 @@ from maskgit_pl.data.image_bytes import (
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from PIL import Image
     from torch import Tensor
 
 __all__ = [
@@ -114,23 +116,19 @@ def decode_image(
         channels: 1 for grey (luma of ITU-R 601), 3 for RGB.
         name: The image's name in error messages.
         background: Colour below transparent pixels.
-        reuse_memory: True may return a view of memory that the next call in this thread overwrites. Allocating new
-            memory for each image would take a fifth of the decoding time.
+        reuse_memory: True may return a view of memory that the next call in this thread overwrites.
+            Allocating new memory for each image would take a fifth of the decoding time.
 
     Returns:
         (channels, H, W) uint8, in most cases channels-last in memory.
 
     Raises:
-        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded. Damage of a
-            JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
+        UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded.
+            Damage of a JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
     if data[:3] != JPEG_MAGIC:
         return from_pil(open_image(data, name), channels=channels, name=name, background=background)
     head, _ = read_jpeg_head(data, name)
-    import simplejpeg
-    import torch
-    from PIL import Image
-
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:  # damaged, or a rare layout: PIL decides
@@ -146,7 +144,7 @@ def decode_image(
         raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
     orientation = _find_orientation(open_image(head, name, header_only=True)) if b"\xff\xe1" in head else 1
     if orientation == 1 and channels == 3:
-        return torch.from_numpy(pixels).permute(2, 0, 1)
+        return _to_tensor(pixels)
     return from_pil(_apply_orientation(Image.fromarray(pixels), orientation), channels=channels, name=name)
 
 
@@ -165,8 +163,6 @@ def from_pil(image: Image.Image, *, channels: int, name: str, background: str = 
     Raises:
         UnreadableImageError: if it has more than 64 million pixels, or its file cannot be decoded.
     """
-    import torch
-
     check_size(image.height, image.width, name)
     with pil_errors(name):
         image.load()  # EXIF may follow a PNG's pixels
@@ -175,7 +171,7 @@ def from_pil(image: Image.Image, *, channels: int, name: str, background: str = 
         if converted.mode != _MODES[channels]:
             converted = converted.convert(_MODES[channels])
         pixels = np.array(converted)  # (H, W) or (H, W, channels)
-    return torch.from_numpy(pixels.reshape(*pixels.shape[:2], channels)).permute(2, 0, 1)
+    return _to_tensor(pixels.reshape(*pixels.shape[:2], channels))
 
 
 def encode_png(image: Tensor) -> bytes:
@@ -184,8 +180,6 @@ def encode_png(image: Tensor) -> bytes:
     Args:
         image: (C, H, W) uint8 with C = 1 or 3.
     """
-    from PIL import Image
-
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     stream = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
@@ -198,8 +192,6 @@ def encode_jpeg(image: Tensor) -> bytes:
     Args:
         image: (C, H, W) uint8 with C = 1 or 3.
     """
-    import simplejpeg
-
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     kind, sampling = ("GRAY", "Gray") if pixels.shape[-1] == 1 else ("RGB", "420")
     data: bytes = simplejpeg.encode_jpeg(pixels, quality=95, colorspace=kind, colorsubsampling=sampling)
@@ -209,8 +201,8 @@ def encode_jpeg(image: Tensor) -> bytes:
 def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
     """Crops an image to the shape of the result and resizes it. An image of the right size is returned unchanged.
 
-    The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels outside
-    the crop.
+    The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels
+    outside the crop.
 
     Args:
         image: (C, h, w) uint8.
@@ -257,6 +249,13 @@ def resize(image: Tensor, size: tuple[int, int]) -> Tensor:
     return torch.nn.functional.interpolate(batch, size, mode="bicubic", antialias=True)[0]
 
 
+def _to_tensor(pixels: npt.NDArray[np.uint8]) -> Tensor:
+    """Returns pixels (H, W, C) as a tensor (C, H, W) of the same memory."""
+    import torch
+
+    return torch.from_numpy(pixels).permute(2, 0, 1)
+
+
 def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
     """Returns this thread's buffer to decode into, or None for large images."""
     if size > _MAX_SCRATCH_BYTES:
@@ -269,8 +268,6 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
 
 def _find_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
-    from PIL import Image
-
     if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
         return 1
     try:
@@ -284,8 +281,6 @@ def _find_orientation(image: Image.Image) -> int:
 
 def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
     """Rotates or mirrors a stored image so that it is upright, by its EXIF orientation, 1 to 8."""
-    from PIL.Image import Transpose
-
     undoing = {
         2: Transpose.FLIP_LEFT_RIGHT,
         3: Transpose.ROTATE_180,
@@ -300,8 +295,6 @@ def _apply_orientation(image: Image.Image, orientation: int) -> Image.Image:
 
 def _flatten(image: Image.Image, background: str) -> Image.Image:
     """Scales 16-bit grey, which PIL would clip, to 8 bits, and composites transparent images over a colour."""
-    from PIL import Image
-
     if image.mode.startswith("I"):
         return Image.fromarray((np.array(image).astype("uint32") >> 8).clip(max=255).astype("uint8"))
     if image.mode in ("LA", "PA", "RGBA", "La", "RGBa") or "transparency" in image.info:

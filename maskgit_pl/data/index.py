@@ -1,8 +1,8 @@
 """Indexing: finds ordinary WebDataset tars and writes manifests beside them; the tars stay unchanged.
 
-Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by ``writer``.
-Faults that would silently lose samples are rejected in one list, with the ways out, or left out and counted with
-``lenient``.
+Used by ``maskgit data index`` for existing shards (such as those of open_clip and img2dataset) and by
+``writer``. Faults that would silently lose samples are rejected in one list, with the ways out, or left out
+and counted with ``lenient``.
 
 Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for any
 number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
@@ -63,21 +63,21 @@ _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
 _Scans = Mapping[str, ShardScan]  # by the name of the shard
 
 
-def locate_shards(place: str) -> tuple[Path, list[Path]]:
+def locate_shards(location: str) -> tuple[Path, list[Path]]:
     """Returns the data folder and all its shards.
 
     Args:
-        place: A folder with tars in it or in its sub-folders; or a glob or brace expression of tars, such as
+        location: A folder with tars in it or in its sub-folders; or a glob or brace expression of tars, such as
             ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
 
     Raises:
         ValueError: if the place is a URL or a command, or contains no tars.
     """
-    folder = Path(place)
-    if not os.path.isdir(place):  # Path.is_dir() raises an error for long names
-        if _URL.match(place):
-            kind = place.partition(":")[0]
-            raise ValueError(f"shards {place!r} must be local files, got {kind}:; download the shards first")
+    folder = Path(location)
+    if not os.path.isdir(location):  # Path.is_dir() raises an error for long names
+        if _URL.match(location):
+            kind = location.partition(":")[0]
+            raise ValueError(f"shards {location!r} must be local files, got {kind}:; download the shards first")
         # The folder ends at the first component with a wildcard.
         parts = folder.parts
         magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
@@ -128,8 +128,8 @@ def split_shards(
 ) -> tuple[dict[Split, list[Path]], str]:
     """Divides the shards between train and val.
 
-    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose path
-       contains val, valid or validation; else test; else the last tenth.
+    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose
+       path contains val, valid or validation; else test; else the last tenth.
     2. train: the shards of the pattern ``train``; else the shards whose path contains train; else all that are not val.
 
     Args:
@@ -250,15 +250,15 @@ def index_shards(
         shards: The tars of each split, in the order in which samples are numbered.
         classes: Class names; None names the classes by their numbers, up to the largest label.
         labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``; see ``samples.Labels``.
-        vectors: True to read ``.npy`` members as vectors, which either all samples or none must have; False ignores
-            them.
+        vectors: True to read ``.npy`` members as vectors, which either all samples or none must have; False
+            ignores them.
         lenient: True leaves out samples with a fault; False rejects them.
         workers: Number of processes; the result does not depend on it. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
     Raises:
-        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have samples with a
-            fault. The message lists all of them.
+        ValueError: if another process indexes the folder, or shards are damaged or, unless lenient, have
+            samples with a fault. The message lists all of them.
     """
     folder = Path(folder)
     if labels == "none":
@@ -335,13 +335,13 @@ def _raise_faults(task: _ScanTask, scans: _Scans, kind: VectorKind | None) -> No
     listed = [f"{name}: {faults}" for name, faults in of_shards.items() if faults]
     if not listed:
         return
-    found = {fault for scan in scans.values() for fault in scan.faults}
+    fault_names = {fault for scan in scans.values() for fault in scan.faults}
     hints = ["restore damaged tars"]
-    if not task.lenient and found:
+    if not task.lenient and fault_names:
         hints.append("--lenient leaves out samples with a fault and counts them")
-    if task.labels.source == "cls" and NO_LABEL in found:
+    if task.labels.source == "cls" and NO_LABEL in fault_names:
         hints.append("--label-field NAME reads labels from .json, --no-labels trains without labels")
-    if found & {NO_VECTOR, BAD_VECTOR}:
+    if fault_names & {NO_VECTOR, BAD_VECTOR}:
         hints.append("--no-vectors ignores .npy members")
     lines = "\n  ".join(listed)
     raise ValueError(
@@ -353,7 +353,7 @@ def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> It
     if scan.damage:
         yield scan.damage
     elif not lenient:
-        yield from (f"{found.samples} {fault} (first {found.first})" for fault, found in scan.faults.items())
+        yield from (f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items())
     if not (scan.damage or len(scan.rows) or scan.faults):
         yield f"no image samples, {f'only {format_counts(scan.ignored)}' if scan.ignored else 'no members'}"
     if scan.vector_kind not in (None, kind):
@@ -388,7 +388,7 @@ def _make_manifest(
             vectors = VectorArray(kind, copy_vectors(file, offsets, kind))
     left_out: Counter[str] = Counter()
     for scan in scans.values():
-        left_out.update({fault: found.samples for fault, found in scan.faults.items()})
+        left_out.update({fault: entry.samples for fault, entry in scan.faults.items()})
     return Manifest(
         task.folder,
         split,

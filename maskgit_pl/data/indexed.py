@@ -1,7 +1,7 @@
 """Batches from any map-style ``torch.utils.data.Dataset`` of images and labels, for both training stages.
 
-Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step and their
-random numbers are the same for any number of ranks, workers and micro-batches, and after a resume.
+Used from Python, with a plain ``lightning.Trainer``, for data that are not in shards. The samples of a step
+and their random numbers are the same for any number of ranks, workers and micro-batches, and after a resume.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ class IndexedDataset(Dataset[Batch]):
             a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item may have a
             third part, the vector of the image: a float tensor or array, of the same length for all items. An item must
             depend only on its index: with random transforms, a resumed run would differ.
-        image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is cropped and
-            resized.
+        image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is
+            cropped and resized.
         in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
         order: Maps positions of the stream to samples; ``IndexedDataModule`` sets it. None keeps the dataset's order.
         seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
-        augmentations: Names or mappings of registered augmentations, functions of (seed, index, epoch); None for the
-            central crop.
+        augmentations: Names or mappings of registered augmentations, functions of (seed, index, epoch); None
+            for the central crop.
 
     Raises:
         ValueError: if a value is out of range or the dataset is empty.
@@ -83,13 +83,13 @@ class IndexedDataset(Dataset[Batch]):
         rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
         samples: list[tuple[Tensor, int]] = []
         vectors: list[Tensor] = []
-        for index, place in zip(
+        for index, crop in zip(
             rows.index.tolist(), self._built.draw(rows.index, rows.epoch, seed=self.seed), strict=True
         ):
             name = f"sample {index}"
             image, label, *others = _check_item(self.dataset[index], name=name)
             pixels = _to_pixels(image, channels=self.in_channels, name=name)
-            samples.append((fit_image(pixels, image_size=self.image_size, crop=place), _to_label(label, name=name)))
+            samples.append((fit_image(pixels, image_size=self.image_size, crop=crop), _to_label(label, name=name)))
             vectors += [_to_vector(vector, name=name) for vector in others]
         batch = stack_batch(samples, rows)
         if not vectors:
@@ -105,15 +105,15 @@ class IndexedDataset(Dataset[Batch]):
 class IndexedDataModule(StepDataModule):
     """A LightningDataModule of map-style datasets, for a plain ``lightning.Trainer``.
 
-    A step has ``global_batch`` samples, which depend only on (seed, step), divided among ranks and micro-batches. On
-    several devices, build the Trainer with ``use_distributed_sampler=False``.
+    A step has ``global_batch`` samples, which depend only on (seed, step), divided among ranks and
+    micro-batches. On several devices, build the Trainer with ``use_distributed_sampler=False``.
 
     Args:
         train: Training samples; their ``order`` and ``seed`` are replaced.
         validation: Validation samples, each used once; None for no validation (``Trainer(limit_val_batches=0)``).
         global_batch: Number of samples per step, over all ranks and micro-batches.
-        accumulation: Number of micro-batches per step on each rank: ``Trainer(accumulate_grad_batches=)`` in stage 2,
-            the tokenizer's own accumulation in stage 1.
+        accumulation: Number of micro-batches per step on each rank: ``Trainer(accumulate_grad_batches=)`` in
+            stage 2, the tokenizer's own accumulation in stage 1.
         validation_batch: Number of samples of a validation batch on each rank.
         num_workers: Number of worker processes on each rank; 0 reads in the training process.
         seed: Seed of the order and of random crops, in [0, 2**32).
@@ -168,8 +168,8 @@ class IndexedDataModule(StepDataModule):
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch.
 
         Raises:
-            ValueError: if the batch cannot be divided evenly among the ranks, or the Trainer has another number of
-                accumulated batches or would replace the sampler.
+            ValueError: if the batch cannot be divided evenly among the ranks, or the Trainer has another
+                number of accumulated batches or would replace the sampler.
         """
         self._check_trainer()
         # The Trainer knows the number of ranks only now, so the division is checked here.
@@ -247,14 +247,14 @@ def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
             image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
         is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 2, 3, 4))
         if image.dtype != np.uint8 or not is_image or not image.size:
-            kind, shape, to_bytes, place = (
+            kind, shape, to_bytes, axis = (
                 ("tensor", "(C, H, W)", "byte()", "front")
                 if is_tensor
                 else ("NumPy array", "(H, W, C)", "astype('u1')", "end")
             )
             raise TypeError(
                 f"{name}: a {kind} must be uint8 of the shape (H, W) or {shape}, with 1 to 4 channels, got {got}; "
-                f"convert floats in [0, 1] by (255 * x).round().{to_bytes}, and move channels to the {place}"
+                f"convert floats in [0, 1] by (255 * x).round().{to_bytes}, and move channels to the {axis}"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
     if not isinstance(image, Image.Image):

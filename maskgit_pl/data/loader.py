@@ -1,7 +1,7 @@
 """Datasets and the loader of whole batches of images or tokens, and the base class of the data modules.
 
-Batches are drawn by their positions in the training stream. The position of a data module is the Trainer's step, so a
-resumed run continues there.
+Batches are drawn by their positions in the training stream. The position of a data module is the Trainer's
+step, so a resumed run continues there.
 
 An unreadable image is replaced by the next readable one of its split (index + 1, + 2, ... modulo n), with its label:
 a function of the data and the index. The training process counts and lists replacements; too many end the run.
@@ -99,9 +99,9 @@ class ImageBatches(Dataset[Batch]):
             for row, (index, augment) in enumerate(zip(rows.index.tolist(), drawn, strict=True))
         ]
         num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
-        shown = (rows.index + num_skipped) % count
-        labels = torch.from_numpy(self.reader.labels(shown.numpy()))  # 3.
-        return Batch(content, labels, *rows, replacement=shown.masked_fill(num_skipped == 0, -1))
+        rows_read = (rows.index + num_skipped) % count
+        labels = torch.from_numpy(self.reader.labels(rows_read.numpy()))  # 3.
+        return Batch(content, labels, *rows, replacement=rows_read.masked_fill(num_skipped == 0, -1))
 
     def explain(self, index: int) -> Unreadable:
         """Reads an unreadable image again, by its number in the split, and describes its fault."""
@@ -117,8 +117,8 @@ class ImageBatches(Dataset[Batch]):
     def _load(self, row: Tensor, index: int, crop: Place) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
-        Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black, and
-        ``UnreadableImages`` ends the run.
+        Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black,
+        and ``UnreadableImages`` ends the run.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
@@ -180,8 +180,8 @@ class _WithVectors(Dataset[Batch]):
 
     def __getitems__(self, positions: range) -> Batch:
         batch = self.batches.__getitems__(positions)
-        shown = torch.where(batch.replacement < 0, batch.index, batch.replacement)
-        return batch._replace(vectors=torch.from_numpy(self.reader.read(shown.numpy())))
+        rows_read = torch.where(batch.replacement < 0, batch.index, batch.replacement)
+        return batch._replace(vectors=torch.from_numpy(self.reader.read(rows_read.numpy())))
 
 
 class Unreadable(NamedTuple):
@@ -210,8 +210,8 @@ class UnreadableImages:
     Args:
         explain: Maps the number of an unreadable sample to a description; called once per image.
         num_samples: Number of samples in the split, n.
-        budget: Fraction of the samples seen that may be unreadable, in [0, 1]. Above 0, 10 different images are always
-            allowed; 0 allows none.
+        budget: Fraction of the samples seen that may be unreadable, in [0, 1]. Above 0, 10 different images
+            are always allowed; 0 allows none.
     """
 
     def __init__(self, explain: Callable[[int], Unreadable], *, num_samples: int, budget: float) -> None:
@@ -243,8 +243,8 @@ class UnreadableImages:
             return
         # 1. A sample that is its own replacement: all n were tried.
         longest = 0
-        for drawn, shown in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
-            length = (shown - drawn) % self.num_samples or self.num_samples
+        for drawn, replaced_by in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
+            length = (replaced_by - drawn) % self.num_samples or self.num_samples
             longest = max(longest, length)
             for number in (position % self.num_samples for position in range(drawn, drawn + length)):
                 self.times[number] += 1
@@ -298,8 +298,8 @@ def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
 class StepLoader(DataLoader[Batch]):
     """A loader whose position is the Trainer's step.
 
-    It has ``state_dict`` and ``load_state_dict`` because Lightning resumes within an epoch only with loaders that have
-    a state. ``unreadable`` counts unreadable images, in the process that iterates.
+    It has ``state_dict`` and ``load_state_dict`` because Lightning resumes within an epoch only with loaders
+    that have a state. ``unreadable`` counts unreadable images, in the process that iterates.
     """
 
     unreadable: UnreadableImages | None = None

@@ -9,8 +9,8 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
     train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
-``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into workers: it
-shares no file position, and each process opens its own files.
+``ShardReader`` needs one ``pread`` per image, without walking a tar. It may be forked or pickled into
+workers: it shares no file position, and each process opens its own files.
 
 Used by everything that reads data. Imports neither torch nor PIL, so that summaries are fast.
 """
@@ -253,8 +253,8 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
 def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
     """Describes in a sentence that all images are resized for a model, and how to avoid it.
 
-    Every image is enlarged, or all images have one size and are reduced; None in other cases, since photos of several
-    sizes are expected to be resized.
+    Every image is enlarged, or all images have one size and are reduced; None in other cases, since photos of
+    several sizes are expected to be resized.
     """
     size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
     # An image is resized by the larger of the two ratios, and the rest of it is cropped.
@@ -303,8 +303,8 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
     """Reads the manifests of some splits and compares the files on disk with them; lists all bad shards in one error.
 
-    Compares the whole index, and length, first and last header of each shard, which is fast enough for the start of
-    each run; ``maskgit data verify`` reads everything.
+    Compares the whole index, and length, first and last header of each shard, which is fast enough for the
+    start of each run; ``maskgit data verify`` reads everything.
 
     Raises:
         FileNotFoundError: if the folder or a manifest is missing.
@@ -494,9 +494,9 @@ def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | Non
     for offset, header in headers.items():
         # A valid checksum, and the length of the payload in the index.
         if header is None or header[1] != images[offset]:
-            found = "none" if header is None else f"one of {header[1]} bytes"
+            actual = "none" if header is None else f"one of {header[1]} bytes"
             member = f"a member of {images[offset]} bytes expected at byte {offset}"
-            return f"{member}, {found} found; changed after indexing"
+            return f"{member}, {actual} found; changed after indexing"
     return None
 
 

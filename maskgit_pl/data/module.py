@@ -58,19 +58,19 @@ class ShardDataConfig:
 
     Args:
         path: Data folder: shards with manifests (see data/README.md).
-        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"`` trains on
-            shards that cannot be indexed and uses the folder for validation and the class names.
+        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"``
+            trains on shards that cannot be indexed and uses the folder for validation and the class names.
         token_store: Folder of the token store; required for ``"tokens"``, else unused.
-        image_size: Side of square images, or [height, width], in pixels. The largest part of an image with this shape
-            is cropped and resized.
+        image_size: Side of square images, or [height, width], in pixels. The largest part of an image with
+            this shape is cropped and resized.
         in_channels: 1 for grey, 3 for RGB. Files are converted, and transparent images are composited over white.
-        augmentations: Crops and flips of the training images: names or mappings of registered augmentations, in the
-            order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None is
-            ``[center_crop]``.
+        augmentations: Crops and flips of the training images: names or mappings of registered augmentations,
+            in the order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None
+            is ``[center_crop]``.
         crop: Short for ``augmentations: [center_crop]`` (``"center"``) or ``[random_crop]`` (``"random"``).
-        views: Number of views of each training image in the token store: the central crop, then augmented ones (random
-            crops without ``augmentations``). Training draws one of them in each epoch. None is 1, or the number that an
-            existing store has.
+        views: Number of views of each training image in the token store: the central crop, then augmented
+            ones (random crops without ``augmentations``). Training draws one of them in each epoch. None is
+            1, or the number that an existing store has.
         global_batch: Number of samples per step, over all ranks.
         max_batch_per_device: Largest micro-batch of a device; micro-batch and accumulation are derived from it.
         validation_batch: Number of samples of a validation batch on each rank.
@@ -78,8 +78,8 @@ class ShardDataConfig:
         num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
         seed: Seed of order and crops, in [0, 2**32).
         stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
-        unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above 0, 10
-            different images are always allowed; 0 allows none. See ``UnreadableImages``.
+        unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
+            0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``.
         vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
 
     Raises:
@@ -236,8 +236,8 @@ class ShardData(StepDataModule):
 
         Raises:
             FileNotFoundError: if the data folder, a manifest or the store is missing.
-            ValueError: if shards differ from the manifest, the store is damaged or made from other data, the samples
-                have no vectors, or the batch cannot be divided evenly among the ranks.
+            ValueError: if shards differ from the manifest, the store is damaged or made from other data, the
+                samples have no vectors, or the batch cannot be divided evenly among the ranks.
         """
         split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
         if self._tokens is None:  # opens and checks the token store, if there is one

@@ -1,12 +1,12 @@
 """The order of samples: a function of (seed, step), without any state to save or restore.
 
-1. The training stream is endless. Position p lies in epoch ``p // n`` and is sample ``permutation(p % n)`` of the n
-   samples, with another permutation in each epoch.
+1. The training stream is endless. Position p lies in epoch ``p // n`` and is sample ``permutation(p % n)`` of
+   the n samples, with another permutation in each epoch.
 2. Step s takes positions [s G, (s + 1) G) for a global batch G.
 3. Ranks, workers and micro-batches divide this range among themselves; they do not change it.
 
-A split may have up to 2**32 samples: each position is computed independently, from (seed, epoch). Used by the data
-modules, ``tokenize`` and the evaluation.
+A split may have up to 2**32 samples: each position is computed independently, from (seed, epoch). Used by the
+data modules, ``tokenize`` and the evaluation.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ class Order(Protocol):
 class ShuffledStream:
     """The endless training stream: another permutation of the split in each epoch.
 
-    The permutation of a small split is computed once per epoch and cached. For a large split, only the requested
-    positions are computed. Both give the same numbers.
+    The permutation of a small split is computed once per epoch and cached. For a large split, only the
+    requested positions are computed. Both give the same numbers.
 
     Args:
         num_samples: Number of samples in the split, n, at most 2**32.
@@ -107,11 +107,11 @@ class ShuffledStream:
             first = number * count
             places = range(max(positions.start - first, 0), min(positions.stop - first, count))
             rows = slice(first + places.start - positions.start, first + places.stop - positions.start)
-            place = torch.arange(places.start, places.stop)
+            offsets = torch.arange(places.start, places.stop)
             if count <= _MAX_CACHED:
-                index[rows] = _full_permutation(count, self.seed, number)[place]
+                index[rows] = _full_permutation(count, self.seed, number)[offsets]
             else:
-                index[rows] = permutation(place, count, stream="order", seed=self.seed, index=0, epoch=number)
+                index[rows] = permutation(offsets, count, stream="order", seed=self.seed, index=0, epoch=number)
             epoch[rows] = number
         return Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
 

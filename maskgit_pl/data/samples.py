@@ -134,8 +134,8 @@ class Labels:
     """The source of labels.
 
     Args:
-        source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the ``.json``
-            member, a class number or a class name. ``"none"``: no labels; all images have class 0.
+        source: ``"cls"``: a ``.cls`` member with a decimal class number. ``"json:FIELD"``: that field of the
+            ``.json`` member, a class number or a class name. ``"none"``: no labels; all images have class 0.
         classes: Class names; None if they are unknown, then any number below 100,000 is a class.
 
     Raises:

@@ -3,10 +3,10 @@
 Used by ``index``, which writes manifests from scans.
 
 1. Walk the members of the tar; see ``tar.read_members``.
-2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last component.
-   Members without a key are passed over.
-3. Read the header of each image, each label and each vector (``.npy``), within limits on their size; no other member
-   is read.
+2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last
+   component. Members without a key are passed over.
+3. Read the header of each image, each label and each vector (``.npy``), within limits on their size; no other
+   member is read.
 4. Note the faults of each sample as bits.
 5. At the end, find keys that occur more than once, and count the faults.
 
@@ -133,8 +133,8 @@ def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: boo
     Args:
         path: The tar.
         labels: Source of the labels.
-        lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan stops
-            after 100,000 of them, and a shard with faults is not hashed.
+        lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan
+            stops after 100,000 of them, and a shard with faults is not hashed.
         vectors: True to read ``.npy`` members as vectors; False ignores them.
 
     Raises:
@@ -311,8 +311,8 @@ class _Scan:
 def _mark_repeated(keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Returns the faults of samples, with those of keys that occur more than once.
 
-    A complete sample is repeated. One that lacks its image or its label is a part of a sample whose other part is
-    elsewhere in the tar.
+    A complete sample is repeated. One that lacks its image or its label is a part of a sample whose other
+    part is elsewhere in the tar.
     """
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
     is_repeated = counts[inverse] > 1

@@ -1,8 +1,8 @@
 """Training batches from shards at URLs or paths that are not indexed. Used by ``ShardData``.
 
-Each worker downloads a shard, scans it as ``maskgit data index`` does, and reads its samples, which ``webdataset``
-shuffles. The order is not exact: it depends on the numbers of ranks and workers, a sample may occur twice in an epoch
-or not at all, and a resumed run starts another order, drawn from (seed, step).
+Each worker downloads a shard, scans it as ``maskgit data index`` does, and reads its samples, which
+``webdataset`` shuffles. The order is not exact: it depends on the numbers of ranks and workers, a sample may
+occur twice in an epoch or not at all, and a resumed run starts another order, drawn from (seed, step).
 """
 
 from __future__ import annotations
@@ -89,10 +89,10 @@ class StreamConfig:
             raise ValueError(f"data.stream.urls: {error}") from error
         # A recipe may come from elsewhere: "file:" or "ftp:" would read other things.
         wrong = (url for url in urls if not url or re.match(r"(?!https?://)[a-z][\w+.-]*:", url, re.IGNORECASE))
-        if not urls or (found := next(wrong, None)) is not None:
+        if not urls or (wrong_url := next(wrong, None)) is not None:
             raise ValueError(
                 "data.stream.urls must be paths, or URLs that begin with https:// or http://, got "
-                f"{found if urls else urls!r}; copy the shards of other places to a folder"
+                f"{wrong_url if urls else urls!r}; copy the shards of other places to a folder"
             )
         return urls
 
@@ -197,9 +197,11 @@ class StreamBatches(Dataset[Batch]):
     def _endless_urls(self) -> Iterator[str]:
         # 1. The same order on all workers.
         urls = self.stream.expand()
-        place, seed = torch.arange(len(urls)), self.seed
+        positions, seed = torch.arange(len(urls)), self.seed
         for epoch in count():
-            order = permutation(place, len(urls), stream="order/stream", seed=seed, index=self.first_step, epoch=epoch)
+            order = permutation(
+                positions, len(urls), stream="order/stream", seed=seed, index=self.first_step, epoch=epoch
+            )
             yield from (urls[number] for number in order.tolist())
 
 
@@ -218,8 +220,8 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
                 unreadable = faults.pop(BAD_IMAGE, None)
                 if scan.damage or not (len(scan.rows) or scan.faults):
                     raise StreamError(f"{name}: must be a complete tar of samples: {scan.damage or 'no images'}")
-                for fault, found in faults.items():
-                    raise StreamError(f"{name}: {found.samples} samples {fault} (first {found.first})")
+                for fault, entry in faults.items():
+                    raise StreamError(f"{name}: {entry.samples} samples {fault} (first {entry.first})")
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))

@@ -1,8 +1,8 @@
 """Reader of the member headers of an uncompressed tar, safe with damaged and hostile files.
 
-``tarfile`` stops silently at a damaged header or a missing end, reads extended headers of any declared length into
-memory and takes five times as long per member. This reader raises an error and limits what it reads. It supports the
-formats that writers of shards use: ustar, older tars, GNU long names and pax headers.
+``tarfile`` stops silently at a damaged header or a missing end, reads extended headers of any declared length
+into memory and takes five times as long per member. This reader raises an error and limits what it reads. It
+supports the formats that writers of shards use: ustar, older tars, GNU long names and pax headers.
 
 Source: POSIX.1-2001, ``pax``: ustar and pax formats; GNU tar manual, "Basic Tar Format".
 """

@@ -9,9 +9,9 @@ A store is a folder::
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-A store may come from somebody else: its description is checked, its arrays are compared with their hashes when it is
-opened, and each batch is checked again. Used by the data modules, ``maskgit tokenize`` and ``verify``; ``tokenizing``
-writes stores.
+A store may come from somebody else: its description is checked, its arrays are compared with their hashes
+when it is opened, and each batch is checked again. Used by the data modules, ``maskgit tokenize`` and
+``verify``; ``tokenizing`` writes stores.
 """
 
 from __future__ import annotations
@@ -81,10 +81,10 @@ class StoreDescription:
         flip: True if each training crop is also stored mirrored.
         precision: Precision of the tokenizer's computation, ``"float32"`` or ``"bfloat16"``.
         augmentations: Augmentations of the other crops, see ``augmentations_text``; empty for random crops.
-        replaced: Unreadable samples of each split, each with the sample whose tokens and label it has. Comparison of
-            descriptions ignores this field and the next.
-        sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty until the store is
-            finished.
+        replaced: Unreadable samples of each split, each with the sample whose tokens and label it has.
+            Comparison of descriptions ignores this field and the next.
+        sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty until the store
+            is finished.
 
     Raises:
         ValueError: if a number is out of range.
@@ -211,8 +211,8 @@ def array_paths(folder: Path, split: Split) -> tuple[Path, Path]:
 def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]:
     """Opens every split of a finished store, after a check of its origin and of all bytes.
 
-    The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range would not
-    be noticed later. Readers check the ranges of each batch.
+    The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range
+    would not be noticed later. Readers check the ranges of each batch.
 
     Args:
         folder: The store.

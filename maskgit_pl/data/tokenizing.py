@@ -65,8 +65,8 @@ def describe_store(
         views: The fields ``crops``, ``flip``, ``precision`` and ``augmentations``.
 
     Raises:
-        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of the
-            crops.
+        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of
+            the crops.
     """
     summary = read_manifest_summary(path)
     samples = cast("dict[Split, int]", dict(summary.samples))
@@ -91,8 +91,8 @@ def tokenize(
     """Makes the token store of a data folder, or resumes an interrupted one.
 
     1. Each rank takes its share of the parts of the store, without those that are already on disk.
-    2. It encodes each part batch by batch and writes it as a whole. A batch is the same on every rank, so the store
-       does not depend on ranks, workers or interruptions.
+    2. It encodes each part batch by batch and writes it as a whole. A batch is the same on every rank, so the
+       store does not depend on ranks, workers or interruptions.
     3. The rank that finds all parts on disk joins them into the store.
 
     Args:
@@ -102,8 +102,8 @@ def tokenize(
         encode: Maps images (B, in_channels, H, W) uint8 on the CPU to tokens (B, N) int64 on any device.
         in_channels: Channels of the images for ``encode``, 1 or 3.
         config: Batches, workers and the budget of unreadable images.
-        ranks: Rank of this process among those that share the work, and their number; they need not run at the same
-            time.
+        ranks: Rank of this process among those that share the work, and their number; they need not run at
+            the same time.
         bars: Shows the progress of each split.
 
     Returns:
@@ -164,8 +164,8 @@ class StoreParts:
     """An unfinished store and its parts.
 
     Args:
-        folder: The store; it is made if it is missing. A finished store of another description becomes invalid: its
-            ``store.json`` is removed.
+        folder: The store; it is made if it is missing. A finished store of another description becomes
+            invalid: its ``store.json`` is removed.
         description: Description of the store; parts of another description are removed.
         part_size: Number of samples in a part, at least 1; parts of another size are removed.
     """
@@ -235,8 +235,8 @@ class StoreParts:
         3. Write ``store.json`` with the hashes of the arrays.
         4. Remove the parts of the finished store.
 
-        Two processes that join at the same time write the same bytes. The slower one may find the parts already
-        removed; then the store must be complete.
+        Two processes that join at the same time write the same bytes. The slower one may find the parts
+        already removed; then the store must be complete.
 
         Returns:
             True if the store is finished.

@@ -1,11 +1,11 @@
 """Vectors of images, such as frozen text or image embeddings, and the memory-mapped arrays that hold them.
 
-A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data set have the
-same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n, C), row i for sample
-i, which is memory-mapped.
+A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data
+set have the same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n,
+C), row i for sample i, which is memory-mapped.
 
-Files may be damaged, or be truncated while they are mapped: ``map_array`` and ``has_all_bytes`` guard every mapped
-array, those of indexes and token stores too.
+Files may be damaged, or be truncated while they are mapped: ``map_array`` and ``has_all_bytes`` guard every
+mapped array, those of indexes and token stores too.
 """
 
 from __future__ import annotations

@@ -211,17 +211,17 @@ def _find_difference(descriptor: int, shard: Shard) -> BadFile | None:
     size, actual = os.fstat(descriptor).st_size, sha256_of(descriptor)
     if actual == shard.sha256:
         return None
-    expected, found = f"sha256 {shard.sha256[:12]}", f"sha256 {actual[:12]}"
+    expected, actual_text = f"sha256 {shard.sha256[:12]}", f"sha256 {actual[:12]}"
     reason = "changed after indexing, same length"
     if size != shard.bytes:
-        expected, found = f"{shard.bytes} bytes", f"{size} bytes"
+        expected, actual_text = f"{shard.bytes} bytes", f"{size} bytes"
         reason = ("shorter" if size < shard.bytes else "longer") + " than when it was indexed"
     try:
         for _ in read_members(descriptor):
             pass
     except DamagedTarError as error:
         reason = str(error)
-    return BadFile(shard.name, expected, found, reason)
+    return BadFile(shard.name, expected, actual_text, reason)
 
 
 def _find_bad_images(

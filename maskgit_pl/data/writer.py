@@ -1,7 +1,7 @@
 """Makes a data folder from a source: shards, manifests and a record of the source.
 
-Used by ``maskgit data make`` and the scripts in ``data/``; see ``make_shards``. ``webdataset`` writes the shards, whose
-bytes do not depend on interruptions or on the number of workers.
+Used by ``maskgit data make`` and the scripts in ``data/``; see ``make_shards``. ``webdataset`` writes the
+shards, whose bytes do not depend on interruptions or on the number of workers.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def make_shards(
         size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
         shard_size: Maximum number of samples per shard.
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
-        workers: Number of processes; each writes one shard at a time, and the result does not depend on it. None: one
-            per core, fewer for little data.
+        workers: Number of processes; each writes one shard at a time, and the result does not depend on it.
+            None: one per core, fewer for little data.
         on_samples: Called with the split and the number of its samples that were just finished (for a progress bar).
 
     Returns:

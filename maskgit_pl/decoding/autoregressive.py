@@ -45,15 +45,15 @@ class AutoregressiveDecoder:
         """Decodes, and yields after each token.
 
         Args:
-            predictor: Computes the logits (B, K) of the next token from the tokens so far, (B, t) int64 in [0, K). t is
-                0 at the first call and grows by 1 with each call, so it may keep a cache.
+            predictor: Computes the logits (B, K) of the next token from the tokens so far, (B, t) int64 in
+                [0, K). t is 0 at the first call and grows by 1 with each call, so it may keep a cache.
             noise: Source of the random numbers.
             batch_size: B, number of images.
             device: Device of the predictor's logits.
 
         Yields:
-            A ``DecodingStep`` for each token. Codes and confidence are 0 at positions that are not drawn yet. The score
-            of position n is -n.
+            A ``DecodingStep`` for each token. Codes and confidence are 0 at positions that are not drawn yet.
+            The score of position n is -n.
         """
         shape = batch_size, self.num_tokens
         tokens = torch.zeros(shape, dtype=torch.int64, device=device)
@@ -83,8 +83,8 @@ class AutoregressiveClassPredictor:
         labels: (B,) int64 in [0, num_classes), or the null label.
         negative_labels: (B,) int64: class that guidance pushes each image away from; None if there is none.
         scales: Guidance scale of each step, >= 0; empty for no guidance.
-        cache: True keeps keys and values from step to step. False computes all of them at each step, for measurements:
-            equal up to rounding, and slower for long sequences.
+        cache: True keeps keys and values from step to step. False computes all of them at each step, for
+            measurements: equal up to rounding, and slower for long sequences.
 
     Raises:
         ValueError: if a scale is positive and there is no class to push images away from.

@@ -1,7 +1,7 @@
 """The decoding settings in plain values, as recipes, pretrained folders and ``decoding.json`` store them.
 
-Used by the pipeline, the command line and both training stages. ``maskgit tune`` writes ``decoding.json`` next to a
-model's weights, and ``read_settings_file`` reads it. torch is imported only to build a decoder.
+Used by the pipeline, the command line and both training stages. ``maskgit tune`` writes ``decoding.json``
+next to a model's weights, and ``read_settings_file`` reads it. torch is imported only to build a decoder.
 """
 
 from __future__ import annotations
@@ -98,8 +98,8 @@ class DecodingConfig:
         """Builds the decoder that follows ``mask_schedule``, or the schedule that these settings name.
 
         Raises:
-            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` or ``token_selector`` is
-                None.
+            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` or
+                ``token_selector`` is None.
         """
         if mask_schedule is None:
             raise ValueError("mask_schedule must be given for parallel decoding, got None (autoregressive model)")
@@ -152,8 +152,8 @@ class DecodingConfig:
 
         Raises:
             TypeError: if a part does not take its arguments.
-            ValueError: if a name is unknown, a number is out of range, an autoregressive model does not support a
-                setting, or guidance has no class to push images away from.
+            ValueError: if a name is unknown, a number is out of range, an autoregressive model does not
+                support a setting, or guidance has no class to push images away from.
         """
         if is_autoregressive:
             self.build_autoregressive_decoder(num_tokens)
@@ -204,8 +204,8 @@ def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is not JSON, has another format or version, or has unknown keys or values of a wrong
-            type.
+        ValueError: if the file is not JSON, has another format or version, or has unknown keys or values of a
+            wrong type.
     """
     content = read_json(file)
     if (content.get("format"), content.get("version")) != (SETTINGS_FORMAT, _VERSION):

@@ -6,15 +6,15 @@ Each step processes all images of the batch together (``_Run.steps`` repeats the
     2. Draw. A code is drawn for each of these positions.
     3. Score. The token selector scores the draws. High scores are kept.
     4. Count. The mask schedule (``ParallelDecoder.plan``) or the selector sets how many tokens stay masked.
-    5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that earlier
-       steps decided.
+    5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that
+       earlier steps decided.
 
 The last step keeps all of its draws. They are the result.
 
-A selector with ``needs_decided_logits`` compares the draws with the tokens that earlier steps decided: the M positions
-are then all that were masked at the start. In 2, decided ones keep their code; in 3, they are scored by their current
-logits, and may get another code; in 5, the tokens with the lowest scores are masked, new or old. Source: P2, Peng et
-al., arXiv:2502.03540, algorithm 1.
+A selector with ``needs_decided_logits`` compares the draws with the tokens that earlier steps decided: the M
+positions are then all that were masked at the start. In 2, decided ones keep their code; in 3, they are
+scored by their current logits, and may get another code; in 5, the tokens with the lowest scores are masked,
+new or old. Source: P2, Peng et al., arXiv:2502.03540, algorithm 1.
 
 ``decode_classes`` decodes images of given classes and seeds for the pipeline, and for the sample images of
 ``mvtm.MaskedTokenModel``.
@@ -115,8 +115,8 @@ class ParallelDecoder:
             num_masked: Masked tokens of each row; None counts them, which waits for the device.
 
         Yields:
-            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked. A
-            selector that sets the number of tokens to keep may finish before the last step.
+            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is
+            masked. A selector that sets the number of tokens to keep may finish before the last step.
 
         Raises:
             ValueError: if the logits have another shape than (B, M, K), or the selector needs the grid.
@@ -145,9 +145,9 @@ class ParallelDecoder:
 
         A row starts with U masked tokens, and m of them are masked before step t. The counts after the step are
 
-            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded down
-            remasked = tokens that the selector masks again, of the U - m that earlier steps decided; usually 0
-            after    = ``count_after(m, planned, remasked)``, and 0 after the last step
+            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded
+            down remasked = tokens that the selector masks again, of the U - m that earlier steps decided;
+            usually 0 after    = ``count_after(m, planned, remasked)``, and 0 after the last step
 
         They are upper bounds if the selector sets the number of tokens to keep.
 
@@ -239,8 +239,8 @@ class _Run:
         tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` where ``masked``.
         masked: (B, N) bool.
         unknown: (B, N) bool, True = masked at the start. All other tokens were given and are never masked.
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for given
-            codes.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for
+            given codes.
         no_scores: (B, N) float32: +inf, the score of a position that a step does not draw.
     """
 
@@ -300,15 +300,15 @@ class _Run:
             yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
             if selector.needs_decided_logits:
                 continue  # the same positions in every step
-            # The columns are sorted by score, so those that stay masked come first: they need no second sort, except
-            # when the selector has masked positions that are not among the columns.
+            # The columns are sorted by score, so those that stay masked come first: they need no second sort,
+            # except when the selector has masked positions that are not among the columns.
             widths = counts.after
             positions = _sort_masked_first(self.masked, widths) if has_remasked else by_score[:, : max(widths)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K); decided ones keep their code."""
-        # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling temperature and
-        # guidance run from 0 at the first step to 1 at the last (``step_progress``).
+        # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling
+        # temperature and guidance run from 0 at the first step to 1 at the last (``step_progress``).
         progress = (step + 1) / self.num_steps
         drawn = self.sampling.draw(
             logits,
@@ -384,8 +384,8 @@ class DecodingStep:
         was_masked: (B, N) bool, True = masked before the step.
         still_masked: (B, N) bool, True = masked after the step; all False at the last step.
         scores: (B, N) float32: the selector's scores where ``was_masked``, +inf elsewhere.
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for codes
-            that were given.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was last drawn; 1 for
+            codes that were given.
     """
 
     step: int
@@ -446,8 +446,8 @@ class SeededNoise:
     Args:
         seeds: (B,) int64 in [0, 2**32), one per image.
         num_tokens: N, tokens per image.
-        steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run of 8
-            steps launches an eighth of the kernels.
+        steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run
+            of 8 steps launches an eighth of the kernels.
         method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 

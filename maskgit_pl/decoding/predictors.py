@@ -5,8 +5,8 @@
 ``FirstStepPredictor`` shares the first step between images of a class. ``VectorPool`` and ``check_condition_vectors``
 give the vectors of images, such as text embeddings, that ``ConditionalModel.bind`` hands to the network.
 
-Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704; of
-guidance by a second network: Karras et al., arXiv:2406.02507.
+Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704;
+of guidance by a second network: Karras et al., arXiv:2406.02507.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Predictor(Protocol):
 
         Args:
             tokens: (B, N) int64: codes in [0, K), and ``mask_token_id`` at unknown positions.
-            positions: (B, M) int64 in [0, N): the masked positions. Rows with fewer masked tokens are padded with known
-                positions, whose logits are ignored.
+            positions: (B, M) int64 in [0, N): the masked positions. Rows with fewer masked tokens are padded
+                with known positions, whose logits are ignored.
 
         Returns:
             (B, M, K) float: logits of the codes.
@@ -131,8 +131,8 @@ class GuidedPredictor:
 class AutoguidedPredictor:
     """A predictor with autoguidance: a weaker network takes the place of the unconditional prediction.
 
-    guided = positive + scale (positive - negative), on logits. Both networks see the same tokens, each with its own
-    mask token. Calls with scale 0 run the positive network only.
+    guided = positive + scale (positive - negative), on logits. Both networks see the same tokens, each with
+    its own mask token. Calls with scale 0 run the positive network only.
 
     Args:
         positive: Predictor of the network that generates.
@@ -199,8 +199,8 @@ class FirstStepPredictor:
 class FirstStepLogits:
     """A cache of the logits of the first step. It sees mask tokens only, so its logits depend on the class only. Exact.
 
-    The cache keeps the ``max_labels`` classes that were used last. Callers that change the weights, the device or the
-    dtype of the network call ``clear``.
+    The cache keeps the ``max_labels`` classes that were used last. Callers that change the weights, the
+    device or the dtype of the network call ``clear``.
 
     Args:
         network: The network, usually a ``networks.transformer.MaskedTransformer``.
@@ -260,8 +260,8 @@ class ConditionalModel(Generic[_NetworkT]):
         null_label: Label of "no class"; None if the network has none.
         device: Device of the network.
         first_step_logits: Cache of the first step's logits, shared between runs; None computes them once per batch.
-        negative: Weaker model of the same tokens, which guidance pushes images away from (``AutoguidedPredictor``);
-            None pushes them away from the negative or null class.
+        negative: Weaker model of the same tokens, which guidance pushes images away from
+            (``AutoguidedPredictor``); None pushes them away from the negative or null class.
         condition_dim: Size C of the vector of an image; 0 for a network without vectors.
         vectors: (B, C) float, the vectors of a batch (``bind``).
     """
@@ -336,11 +336,11 @@ def build_class_predictor(
     Args:
         model: The network.
         labels: Class of each image.
-        negative_labels: Class that guidance pushes each image away from; None uses the null class, or with a negative
-            model the class of the image.
+        negative_labels: Class that guidance pushes each image away from; None uses the null class, or with a
+            negative model the class of the image.
         scales: Guidance scale of each call, >= 0; empty for no guidance.
-        all_masked: True if all tokens start masked. Images of a class then share the logits of the first call, unless
-            each has a vector (``ConditionalModel.bind``).
+        all_masked: True if all tokens start masked. Images of a class then share the logits of the first
+            call, unless each has a vector (``ConditionalModel.bind``).
 
     Raises:
         ValueError: if a scale is positive and there is no class to push images away from.
@@ -403,13 +403,13 @@ def _obtain_first_step(model: ConditionalModel[ConditionalNetwork]) -> FirstStep
 class VectorPool:
     """Vectors from which images that are given none take theirs, such as those of the val split of the data.
 
-    The image of seed s takes row (s - ``first_seed``) mod n of the n vectors of its class: it depends on its class and
-    its seed only, and the images of a class with consecutive seeds take its vectors in turn.
+    The image of seed s takes row (s - ``first_seed``) mod n of the n vectors of its class: it depends on its
+    class and its seed only, and the images of a class with consecutive seeds take its vectors in turn.
 
     Args:
         vectors: (m, C) float32.
-        labels: (m,) int64, class of each vector; None if every class takes all vectors. A class without vectors takes
-            all of them too.
+        labels: (m,) int64, class of each vector; None if every class takes all vectors. A class without
+            vectors takes all of them too.
         first_seed: Seed of the image that takes the first vector.
 
     Raises:

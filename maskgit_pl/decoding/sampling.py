@@ -47,8 +47,8 @@ class CodeSampling:
     smallest set whose probabilities sum to ``top_p``. Token selectors see the logits before these changes.
 
     Args:
-        temperature: Temperature >= 0; 0 takes the most likely code. A pair is interpolated linearly from the first to
-            the last step.
+        temperature: Temperature >= 0; 0 takes the most likely code. A pair is interpolated linearly from the
+            first to the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
         method: Method by which codes are drawn; see ``DrawMethod``.
@@ -120,8 +120,8 @@ class CodeSampling:
             logits = logits.masked_fill(logits < least, -math.inf)
         if self.top_p is not None and self.top_p < 1:
             ordered, codes = logits.sort(dim=-1, descending=True)
-            # Probability of all codes that are more likely than this one: a code is kept while it is below top_p, so
-            # the code that crosses top_p is the last one kept.
+            # Probability of all codes that are more likely than this one: a code is kept while it is below
+            # top_p, so the code that crosses top_p is the last one kept.
             likelier = ordered.softmax(-1).cumsum(-1).roll(1, -1)
             likelier[..., 0] = 0  # roll moved the total there
             ordered = ordered.masked_fill(likelier >= self.top_p, -math.inf)

@@ -95,8 +95,8 @@ class Decided:
     """The tokens that earlier steps decided, which a selector may mask again: all N positions of a row.
 
     Args:
-        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was drawn. Undecided positions
-            are ignored.
+        confidence: (B, N) float32 in [0, 1]: the probability that each code had when it was drawn. Undecided
+            positions are ignored.
         gumbel: (B, N) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
     """
@@ -190,8 +190,8 @@ class TokenSelector(ABC):
 def check_token_selector(name: str, selector: TokenSelector) -> None:
     """Checks the contract of a selector at the first, a middle and the last of 8 steps on a grid of 2 x 2 tokens.
 
-    All methods are called that the decoder calls for this selector: their results must have the right types and shapes,
-    and be finite or in range.
+    All methods are called that the decoder calls for this selector: their results must have the right types
+    and shapes, and be finite or in range.
 
     Raises:
         TypeError: if a method that the selector needs is not defined.
@@ -223,8 +223,6 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
 
 def _check_step(where: str, selector: TokenSelector, candidates: Candidates) -> None:
     """Checks the results of a selector for the draws of a step, (2, 4) of 3 codes."""
-    import torch
-
     progress, log_probs = candidates.progress, candidates.log_probs
     check_number(f"{where}: sharpness at progress {progress:g}", selector.sharpness(progress), "(0, inf)")
     scores = _check_tensor(f"{where}: scores", selector(candidates), (2, 4))
@@ -233,7 +231,7 @@ def _check_step(where: str, selector: TokenSelector, candidates: Candidates) -> 
         if not bool(((codes >= 0) & (codes < 3)).all()):
             raise ValueError(f"{where}: replacements must be codes in [0, 3), got {codes.tolist()}")
     if not selector.follows_schedule:
-        kept = selector.num_kept(candidates, scores, torch.ones(2, 4, dtype=torch.bool))
+        kept = selector.num_kept(candidates, scores, candidates.gumbel.new_ones(2, 4).bool())
         _check_tensor(f"{where}: num_kept", kept, (2,), is_integer=True)
     elif not selector.needs_decided_logits:
         count = selector.num_remasked(decided=2, planned=1, progress=progress)
@@ -268,8 +266,8 @@ class Confidence(TokenSelector):
     """The rule of the paper and of the released code: log p(drawn) + choice_temperature (1 - progress) Gumbel.
 
     Args:
-        choice_temperature: Scale of the Gumbel noise, >= 0. 0 keeps the most probable tokens; larger values choose more
-            randomly, above all in the early steps.
+        choice_temperature: Scale of the Gumbel noise, >= 0. 0 keeps the most probable tokens; larger values
+            choose more randomly, above all in the early steps.
 
     Source: google-research/maskgit, ``parallel_decode.py`` (default 4.5 in its inference notebook).
     """
@@ -298,8 +296,8 @@ class Random(TokenSelector):
 class Halton(TokenSelector):
     """A selector that keeps tokens in the order of a Halton sequence, so that the tokens of a step are far apart.
 
-    Distant tokens are nearly independent, so it costs little to draw them independently. The order is the same for all
-    images; only the codes are random.
+    Distant tokens are nearly independent, so it costs little to draw them independently. The order is the
+    same for all images; only the codes are random.
 
     Args:
         seed: None starts at the beginning of the sequence; a seed in [0, 2**32) rotates it.
@@ -366,9 +364,9 @@ def _two_likeliest(log_probs: Tensor) -> tuple[Tensor, Tensor]:
 class EntropyBounded(TokenSelector):
     """A selector that keeps as many tokens as an entropy budget allows, in order of rising entropy H.
 
-    A step keeps the largest k with (H_1 + ... + H_k) - max(H_1 ... H_k) <= gamma, a bound on the error of drawing k
-    tokens independently. Images with low entropies finish in few steps. T is an upper bound: the last step keeps all
-    remaining tokens. The counts depend on the data, so each step waits for the device.
+    A step keeps the largest k with (H_1 + ... + H_k) - max(H_1 ... H_k) <= gamma, a bound on the error of
+    drawing k tokens independently. Images with low entropies finish in few steps. T is an upper bound: the
+    last step keeps all remaining tokens. The counts depend on the data, so each step waits for the device.
 
     Args:
         gamma: Budget of a step in nats, >= 0; 0 decides one token per step, or several with entropy 0.
@@ -424,19 +422,19 @@ class Moment(Confidence):
 class ReMDM(Confidence):
     """A selector that masks decided tokens again, so that later steps can correct errors of earlier steps.
 
-    Candidates are kept by the rule of ``confidence``. Of the D tokens that earlier steps decided, round(sigma D) are
-    masked again, and as many more candidates are kept, so that the number of masked tokens follows the schedule. With m
-    tokens masked after the step and sigma_max = min(1, m / D), the strategies are
+    Candidates are kept by the rule of ``confidence``. Of the D tokens that earlier steps decided, round(sigma
+    D) are masked again, and as many more candidates are kept, so that the number of masked tokens follows the
+    schedule. With m tokens masked after the step and sigma_max = min(1, m / D), the strategies are
 
-    - ``cap``: sigma = min(eta, sigma_max), random tokens;
-    - ``rescale``: sigma = eta sigma_max, random tokens;
-    - ``confidence``: sigma = eta sigma_max, random tokens with weights exp(-p), p the probability of a code when drawn;
-    - ``loop``: three phases. Until progress ``start`` the mask schedule runs to its progress ``hold``. Then the number
-      of masked tokens stays constant with sigma = eta. From progress ``stop`` the schedule runs to its end with
-      sigma = 0.
+    - ``cap``: sigma = min(eta, sigma_max), random tokens; - ``rescale``: sigma = eta sigma_max, random
+    tokens; - ``confidence``: sigma = eta sigma_max, random tokens with weights exp(-p), p the probability of
+    a code when drawn; - ``loop``: three phases. Until progress ``start`` the mask schedule runs to its
+    progress ``hold``. Then the number
+      of masked tokens stays constant with sigma = eta. From progress ``stop`` the schedule runs to its end
+      with sigma = 0.
 
-    The source masks each token again independently. Here a fixed number is masked, the expected one, so that shapes are
-    known before the loop.
+    The source masks each token again independently. Here a fixed number is masked, the expected one, so that
+    shapes are known before the loop.
 
     Args:
         choice_temperature: Scale of the Gumbel noise, >= 0.
@@ -469,8 +467,8 @@ class ReMDM(Confidence):
     def schedule_progress(self, progress: Tensor) -> Tensor:
         if self.strategy != "loop":
             return progress
-        # Before ``start``: [0, start] -> [0, hold]. After ``stop``: [stop, 1] -> [hold, 1]. The clamp keeps ``hold`` in
-        # between.
+        # Before ``start``: [0, start] -> [0, hold]. After ``stop``: [stop, 1] -> [hold, 1]. The clamp keeps
+        # ``hold`` in between.
         rising = progress / self.start * self.hold
         ending = self.hold + (progress - self.stop) / (1 - self.stop) * (1 - self.hold)
         return rising.where(progress < self.start, ending.clamp(min=self.hold)).clamp(max=1.0)
@@ -499,18 +497,18 @@ class ReMDM(Confidence):
 class PathPlanning(Confidence):
     """A selector that masks decided tokens again if their current probability is low, by the rule of P2.
 
-    Draws and decided tokens compete by log p + choice_temperature (1 - progress) Gumbel, with p the current probability
-    of the code at its position. The log p of decided tokens is multiplied by ``penalty``. As many tokens as the
-    schedule says are kept, new or old.
+    Draws and decided tokens compete by log p + choice_temperature (1 - progress) Gumbel, with p the current
+    probability of the code at its position. The log p of decided tokens is multiplied by ``penalty``. As many
+    tokens as the schedule says are kept, new or old.
 
     The network sees a decided token when it judges it. One that was trained on masked tokens only has not learnt to do
-    so: train it with ``corruption``, or with ``visible_weight`` above 0 (``docs/objectives.md``). Each step computes
-    logits at all tokens, which costs more than ``confidence`` in late steps.
+    so: train it with ``corruption``, or with ``visible_weight`` above 0 (``docs/objectives.md``). Each step
+    computes logits at all tokens, which costs more than ``confidence`` in late steps.
 
     Args:
         choice_temperature: Scale of the Gumbel noise, >= 0; the source draws codes with noise, and adds none here.
-        penalty: Factor of the log-probability of decided tokens, >= 0; above 1 more of them are masked again, 0 keeps
-            all.
+        penalty: Factor of the log-probability of decided tokens, >= 0; above 1 more of them are masked again,
+            0 keeps all.
 
     Source: Peng et al., arXiv:2502.03540, self-planning; ``penalty`` is its stochasticity eta.
     """
@@ -542,8 +540,8 @@ class TokenEditing(Confidence):
         choice_temperature: Scale of the Gumbel noise, >= 0.
         threshold: Probability from which the most likely code replaces a decided one, in (0, 1].
 
-    Source: token editing of LLaDA2.1, arXiv:2602.08676; for images, NLD-Image, arXiv:2606.29814. The default threshold
-    is ours.
+    Source: token editing of LLaDA2.1, arXiv:2602.08676; for images, NLD-Image, arXiv:2606.29814. The default
+    threshold is ours.
     """
 
     needs_decided_logits: ClassVar[bool] = True

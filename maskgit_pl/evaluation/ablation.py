@@ -68,8 +68,8 @@ def run_ablation(
 
     Args:
         config: The ablation.
-        options: Number of images, networks, folders and other options; None for the defaults. The data folder is that
-            of ``config``.
+        options: Number of images, networks, folders and other options; None for the defaults. The data folder
+            is that of ``config``.
         name: Name of the ablation, and of the files of its page; None for ``config.name``.
         bars: Progress bars.
 
@@ -88,8 +88,8 @@ def run_ablation(
     ablation = _Ablation(AblationRuns(config), options, name, bars)  # 1.
     failures: list[Failure] = []
     for seed in config.seeds or ():  # 2.
-        for place, variant in enumerate(ablation.runs.variants):
-            row: dict[str, Any] = {"place": place, "variant": variant.label, "seed": seed}
+        for number, variant in enumerate(ablation.runs.variants):
+            row: dict[str, Any] = {"place": number, "variant": variant.label, "seed": seed}
             try:
                 row |= ablation.measure(variant, seed)
             except (PreemptedError, KeyboardInterrupt):
@@ -166,7 +166,8 @@ class AblationRuns:
         }
         run = config.runs / _FOLDER / "variant"
         self.variants = [
-            _build(each, base, Plan(each.recipe, self.shards, run, self.tokenizer), shared) for each in planned
+            _build(variant_plan, base, Plan(variant_plan.recipe, self.shards, run, self.tokenizer), shared)
+            for variant_plan in planned
         ]
         self.base = base_values(config, self.variants[0].values.tree)
 
@@ -218,7 +219,7 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
     tree = merge([run.values.tree])
     for key in _NO_PART:
         remove_key(tree, key)
-    parameters = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
+    parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     return BuiltVariant(variant, run.values, digest_of([tree, shared]), decoding, parameters)
 
 
@@ -263,7 +264,7 @@ class _Ablation:
             "command": typed_command(),
             "dataset": self.evaluator.dataset,
             "stage": config.stage,
-            "variants": [each.label for each in runs.variants],
+            "variants": [variant.label for variant in runs.variants],
             "reference": reference.label,
             "base": dict(runs.base),
             "seeds": list(config.seeds or ()),
@@ -312,7 +313,7 @@ class _Ablation:
         folders, device = self._folders(run), self.device
         tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
         tokenizer.network.to(device)
-        extractors = [each.extractor for each in self.evaluator.networks.values()]
+        extractors = [network.extractor for network in self.evaluator.networks.values()]
         options = TokenizerOptions(batch_size=self.options.batch_size, device=device)
         opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
         numbers = measure_tokenizer_once(self.ledger, opened, self.bars)["numbers"]

@@ -87,7 +87,7 @@ class _Summary:
 
 
 def _summarize(rows: Sequence[Row]) -> _Summary:
-    protocol, known = rows[-1]["protocol"], known_metrics()
+    protocol, all_metrics = rows[-1]["protocol"], known_metrics()
 
     def order(name: str) -> tuple[int, bool, str]:
         metric, _, network = name.partition("/")
@@ -96,7 +96,7 @@ def _summarize(rows: Sequence[Row]) -> _Summary:
     def is_shown(name: str) -> bool:
         metric, _, network = name.partition("/")
         is_of_other = metric in _OF_FIRST and network != protocol["first"]
-        return metric in known and metric not in _NOT_SHOWN and not is_of_other
+        return metric in all_metrics and metric not in _NOT_SHOWN and not is_of_other
 
     metrics = sorted({name for row in rows for name in row["numbers"] if is_shown(name)}, key=order)
     values: dict[str, Values] = {}
@@ -105,8 +105,8 @@ def _summarize(rows: Sequence[Row]) -> _Summary:
         seeds = {name: [float(numbers[name]) for numbers in runs if name in numbers] for name in metrics}
         if any(seeds.values()):
             values[label] = {name: each for name, each in seeds.items() if each}
-    # Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed codebook
-    # needs the fewest bits.
+    # Times of a machine with other work are not compared, and bits per token not for tokenizers: a collapsed
+    # codebook needs the fewest bits.
     left_out = ("seconds_per_image", *(["bits_per_token"] if protocol["stage"] == "tokenizer" else []))
     return _Summary(protocol, rows, metrics, [name for name in metrics if name not in left_out], values)
 
@@ -145,7 +145,9 @@ def _explain(summary: _Summary) -> list[str]:
 
 
 def _result_lines(summary: _Summary) -> list[str]:
-    means = {label: {name: fmean(each) for name, each in values.items()} for label, values in summary.values.items()}
+    means = {
+        label: {name: fmean(numbers) for name, numbers in values.items()} for label, values in summary.values.items()
+    }
     rows = []
     for label in summary.protocol["variants"]:
         cells = []
@@ -231,7 +233,7 @@ def _conclude(summary: _Summary, reference: Values) -> list[str]:
         if label != summary.protocol["reference"] and name in values and name in reference:
             labels[compare_seeds(name, values[name], reference[name])].append(markdown(label))
     words = {"better": "Helped", "worse": "Made it worse", "unclear": "No difference beyond the spread of the seeds"}
-    lines = [f"- {words[verdict]}: {', '.join(each) or 'none'}." for verdict, each in labels.items()]
+    lines = [f"- {words[verdict]}: {', '.join(names) or 'none'}." for verdict, names in labels.items()]
     return [f"By {markdown(title(name))} ({direction(name)}):", "", *lines]
 
 

@@ -1,12 +1,12 @@
 """Classifiers of a data set: training, accuracy, the folder that stores one, and the classification accuracy score.
 
 For small images, features of a classifier of the same data set are more informative than those of an ImageNet
-classifier; the small network takes half a minute on two CPU cores. ``features`` opens it with ``obtain_classifier``,
-and ``maskgit train-classifier`` calls ``train_classifier``.
+classifier; the small network takes half a minute on two CPU cores. ``features`` opens it with
+``obtain_classifier``, and ``maskgit train-classifier`` calls ``train_classifier``.
 
-The classification accuracy score (CAS) trains the same module on generated images, and tests it on real ones. It is low
-for a model whose images look good but cover only a part of each class. The same network, trained on the same number of
-real images, gives the upper limit.
+The classification accuracy score (CAS) trains the same module on generated images, and tests it on real ones.
+It is low for a model whose images look good but cover only a part of each class. The same network, trained on
+the same number of real images, gives the upper limit.
 
 Source of CAS: Ravuri and Vinyals, arXiv:1905.10887; paper, Table 1.
 """
@@ -246,14 +246,14 @@ def obtain_classifier(
 ) -> FrozenClassifier:
     """Returns the classifier of a data set that a folder holds; if the folder holds no model, trains and stores one.
 
-    A folder that the user named is never overwritten. With several ranks, the first one trains, and all read the
-    folder.
+    A folder that the user named is never overwritten. With several ranks, the first one trains, and all read
+    the folder.
 
     Args:
         folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
         data: The real images. A stored classifier must have their fingerprint, classes, image size and channels.
-        config: Network and training, which a stored classifier must have, too; None for any, and to train the small
-            network.
+        config: Network and training, which a stored classifier must have, too; None for any, and to train the
+            small network.
         replaces: True to replace another classifier, as in a default folder; never another model.
         on_step: Called after each training step.
         device: See ``fit_classifier``.
@@ -343,8 +343,8 @@ def train_classifier(
     Args:
         data: Data folder.
         config: Network and training, such as ``default_training("resnet18")``.
-        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if all have
-            the same.
+        image_size: Side of square images, or (height, width), in pixels; None for the size of the images, if
+            all have the same.
         num_workers: Number of processes that read images.
         device: Device such as ``cpu`` or ``cuda``; None for a GPU if there is one.
         out: Folder of the classifier, which must hold no other one; None for ``runs/DATA-classifier/MODEL``.
@@ -353,8 +353,8 @@ def train_classifier(
     Raises:
         FileNotFoundError: if the data folder does not exist.
         FileExistsError: if the folder holds another model.
-        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or the folder
-            cannot be written.
+        ValueError: if ``image_size`` is None and the images have several sizes, the network is unknown, or
+            the folder cannot be written.
     """
     summary = read_manifest_summary(Path(data))
     least, largest = zip(summary.images.height, summary.images.width, strict=True)
@@ -408,8 +408,8 @@ def classification_accuracy(
     trains and all get its result. Images are read on demand, so that memory does not grow with their number.
 
     Args:
-        source: Generated images with the size and channels of the data; or (n,) int64 indices of real images in the
-            train split.
+        source: Generated images with the size and channels of the data; or (n,) int64 indices of real images
+            in the train split.
         data: The real images.
         config: Network and training.
         on_step: Called after each training step.

@@ -67,8 +67,8 @@ def compare(
     Raises:
         FileNotFoundError: if the run or the data do not exist.
         TypeError: if a selector or a guidance schedule does not accept its arguments.
-        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the model's, or a
-            number is out of range.
+        ValueError: if a name is unknown, the model is autoregressive, the classes of the data are not the
+            model's, or a number is out of range.
     """
     options = options or ComparisonOptions()
     folders = find_run(run, data=data, classifier=options.classifier)
@@ -176,16 +176,16 @@ def _cell(rows: Sequence[Row], row: Row, name: str) -> str:
     return f"**{cell}**" if row[name] == least else cell
 
 
-def label_selectors(selectors: Sequence[Spec] | None, own: Spec) -> dict[str, Spec]:
+def label_selectors(selectors: Sequence[Spec] | None, model_selector: Spec) -> dict[str, Spec]:
     """Returns the selectors to compare, by label; None for ``list_selectors``.
 
-    A selector that is given by name takes the choice temperature of the model's own selector, if both have one, so that
-    selectors are compared at equal randomness. A mapping is used as it is.
+    A selector that is given by name takes the choice temperature of the model's own selector, if both have
+    one, so that selectors are compared at equal randomness. A mapping is used as it is.
 
     Raises:
         ValueError: if a name is unknown, a number is out of range, or the same selector is given twice.
     """
-    temperature = getattr(token_selectors.build(own), "choice_temperature", None)
+    temperature = getattr(token_selectors.build(model_selector), "choice_temperature", None)
     specs = list_selectors() if selectors is None else [(describe(spec), spec) for spec in selectors]
     labelled: dict[str, Spec] = {}
     for label, spec in specs:
@@ -203,7 +203,9 @@ def list_selectors() -> list[tuple[str, Spec]]:
     specs: list[tuple[str, Spec]] = []
     for name in token_selectors.build_all():
         if name == "remdm":
-            specs += [(f"remdm {each}", {"name": "remdm", "strategy": each}) for each in get_args(Remasking)]
+            specs += [
+                (f"remdm {strategy}", {"name": "remdm", "strategy": strategy}) for strategy in get_args(Remasking)
+            ]
         else:
             specs.append((name, name))
     return specs

@@ -1,7 +1,7 @@
 """``maskgit_pl.demo``: makes the data, trains both stages and measures the model, in one process.
 
-Each step is one call of a public function, which leaves the process as it was: its results are those of the command
-that the step shows, bit for bit.
+Each step is one call of a public function, which leaves the process as it was: its results are those of the
+command that the step shows, bit for bit.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class Step(NamedTuple):
 def demo(**options: Unpack[DemoOptions]) -> Path:
     """Fetches a data set, or converts your own images, trains both stages of a model, and measures it.
 
-    The same call resumes after a stop; only the measurement is always made again. Several processes convert many
-    images, so a script must call it below ``if __name__ == "__main__"``.
+    The same call resumes after a stop; only the measurement is always made again. Several processes convert
+    many images, so a script must call it below ``if __name__ == "__main__"``.
 
     Args:
         options: See ``DemoOptions``.

@@ -30,8 +30,8 @@ __all__ = [
     "precision_recall",
 ]
 
-# Defaults of the authors' code: 50 subsets of 1000 images for KID, 10 splits for IS, k = 3 neighbours for precision and
-# recall, k = 5 for density and coverage.
+# Defaults of the authors' code: 50 subsets of 1000 images for KID, 10 splits for IS, k = 3 neighbours for
+# precision and recall, k = 5 for density and coverage.
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 _IS_SPLITS = 10
 _PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
@@ -178,8 +178,8 @@ def frechet_distance(generated: Statistics, real: Statistics) -> float:
 
     Source: Heusel et al., arXiv:1706.08500; for spatial features (sFID) Nash et al., arXiv:2103.03841.
     """
-    # The public metric of torchmetrics takes images, not statistics, so its private function is called. The tests
-    # compare it with closed forms.
+    # The public metric of torchmetrics takes images, not statistics, so its private function is called. The
+    # tests compare it with closed forms.
     return float(_compute_fid(real.mean, real.covariance, generated.mean, generated.covariance))
 
 
@@ -187,8 +187,8 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Computes the kernel distance: the unbiased squared maximum mean discrepancy with the kernel (x . y / D + 1)^3.
 
     Returns:
-        Mean and standard deviation over 50 subsets of at most 1000 of the (n, D) and (m, D) float features. Every call
-        draws the same subsets. The estimate is unbiased and may be negative.
+        Mean and standard deviation over 50 subsets of at most 1000 of the (n, D) and (m, D) float features.
+        Every call draws the same subsets. The estimate is unbiased and may be negative.
 
     Source: Binkowski et al., arXiv:1801.01401.
     """
@@ -208,8 +208,8 @@ def kernel_distance(generated: Tensor, real: Tensor) -> tuple[float, float]:
 def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float, float]:
     """Computes the inception score exp(mean KL(p(y | x) || p(y))) and its standard deviation over random parts.
 
-    It is high if the network is certain about each image and the images show all classes equally often. Every call
-    makes the same parts. There must be two of the (n, C) float logits in each.
+    It is high if the network is certain about each image and the images show all classes equally often. Every
+    call makes the same parts. There must be two of the (n, C) float logits in each.
 
     Source: Salimans et al., arXiv:1606.03498.
     """
@@ -285,8 +285,8 @@ def diversity(
         diversity = mean over classes of d(generated) / mean over classes of d(real)
 
     Here d is the mean pairwise distance of the features of a class. Both kinds take the same number of images of a
-    class: the first ``per_class``, or fewer if one kind has fewer. Classes with fewer than 2 images of either kind are
-    left out.
+    class: the first ``per_class``, or fewer if one kind has fewer. Classes with fewer than 2 images of either
+    kind are left out.
 
     Args:
         generated: (n, D) float features of generated images.

@@ -1,9 +1,9 @@
 """The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
 
-``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row consists of
-everything that determines its values: weights and configuration of the model, the data, weights and reference of the
-feature network, the decoding, the number of images and the seed. Commit, date and device are recorded with it, but are
-not part of the key.
+``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row
+consists of everything that determines its values: weights and configuration of the model, the data, weights
+and reference of the feature network, the decoding, the number of images and the seed. Commit, date and device
+are recorded with it, but are not part of the key.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class EvaluatedModel:
             "model": self.kind,
             "run": self.run,
             "mask_schedule": "" if mask_schedule is None else repr(mask_schedule),
-            "parameters": sum(each.numel() for network in networks for each in network.parameters()),
+            "parameters": sum(parameter.numel() for network in networks for parameter in network.parameters()),
             "tokenizer": shorten_digest(tokenizer.fingerprint),
             "transformer": shorten_digest(fingerprint(self.pretrained / "transformer")),
             "config": shorten_digest(digest_of(config)),
@@ -262,10 +262,10 @@ class Evaluator:
             nonlocal is_new
             is_new = True
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+            images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
             remarks: dict[str, Any] = {} if purpose is None else {"purpose": purpose}
-            remarks |= {"steps_taken": made.steps_taken, "seconds_per_image": made.seconds_per_image}
-            return _Images(made.read, made.labels, remarks)
+            remarks |= {"steps_taken": images.steps_taken, "seconds_per_image": images.seconds_per_image}
+            return _Images(images.read, images.labels, remarks)
 
         columns = self._columns(model, num_images, seed, decoding)
         rows = self._measure("samples", columns, generate, networks, metrics)
@@ -292,8 +292,8 @@ class Evaluator:
     ) -> dict[str, Row]:
         """Measures random images of the train split instead of generated ones; see ``measure_samples``.
 
-        Their distances are a floor: the value that perfect samples of this number would have. If the split has fewer
-        than ``num_images``, all are measured.
+        Their distances are a floor: the value that perfect samples of this number would have. If the split
+        has fewer than ``num_images``, all are measured.
         """
         count = min(num_images, self.data.summary.samples["train"])
 
@@ -323,8 +323,8 @@ class Evaluator:
     def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
         """Measures the likelihood of real val images, at most all of the split.
 
-        A MaskGIT gets the masked NLL and the order-agnostic bound, from ``draws`` masks per image that follow from
-        ``seed``; an autoregressive model gets the exact NLL.
+        A MaskGIT gets the masked NLL and the order-agnostic bound, from ``draws`` masks per image that follow
+        from ``seed``; an autoregressive model gets the exact NLL.
         """
         count = min(num_images, self.data.summary.samples["val"])
         columns = {**self._model_columns(model), "num_images": count, "seed": seed, "draws": draws}
@@ -373,8 +373,8 @@ class Evaluator:
                 source = draw_order(available, num_images)(range(min(num_images, available))).index
             else:
                 title = f"{model.run}: {num_images} images for CAS"
-                made = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-                source = TrainingImages(made.read, made.shape, made.labels, self.data.class_names)
+                images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
+                source = TrainingImages(images.read, images.shape, images.labels, self.data.class_names)
             bar = self.bars(f"CAS: {config.model}", config.max_steps)
             accuracy = classification_accuracy(
                 source, self.data, config, on_step=lambda: bar(1), device=str(self.device)
@@ -482,12 +482,12 @@ class Evaluator:
 def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     """Returns the values of rows by name, such as ``fid/classifier`` and ``diversity``."""
     # Values of images come before those of networks, and deviations last.
-    known = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
+    metrics = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
     return {
         metric_name(f"{name}{suffix}", label) if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
         for label, row in rows.items()
         for suffix in ("", DEVIATION)
-        for name, metric in known
+        for name, metric in metrics
         if row.get(f"{name}{suffix}") is not None
     }
 

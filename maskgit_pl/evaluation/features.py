@@ -1,8 +1,8 @@
 """Feature networks, and the features of images, which the ranks extract together.
 
-The ranks share the batches of images, and every rank gets the features of all images. The last bits of a feature may
-depend on the other images of its batch. Batches are therefore cut by image index and not by rank: with the same number
-of threads, the features are bit-exact for any number of ranks.
+The ranks share the batches of images, and every rank gets the features of all images. The last bits of a
+feature may depend on the other images of its batch. Batches are therefore cut by image index and not by rank:
+with the same number of threads, the features are bit-exact for any number of ranks.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class Extractor:
 
     Args:
         label: Suffix of metric names, e.g. ``inception`` for ``fid/inception``.
-        knows_classes: True if the classes of the network are those of the images, so that the inception score of its
-            logits is meaningful.
+        knows_classes: True if the classes of the network are those of the images, so that the inception score
+            of its logits is meaningful.
         network: (B, C, H, W) uint8 -> ``FeatureOutput``.
     """
 
@@ -210,9 +210,9 @@ def open_extractors(
     """
     # The training of the classifier takes minutes: all other networks are opened before.
     others = {
-        number: Extractor.create(parse_feature_network(each), device=device)
-        for number, each in enumerate(features)
-        if each != CLASSIFIER
+        number: Extractor.create(parse_feature_network(feature), device=device)
+        for number, feature in enumerate(features)
+        if feature != CLASSIFIER
     }
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)

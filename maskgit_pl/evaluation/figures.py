@@ -13,6 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 
 from maskgit_pl import pipeline
 from maskgit_pl.decoding import ParallelDecoder
@@ -35,7 +38,6 @@ from maskgit_pl.schedules import MaskSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from PIL import Image
 
 __all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules", "figure_2"]
 
@@ -117,9 +119,7 @@ def figure_2(
 
 def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
     """Returns pictures below each other."""
-    from PIL import Image
-
-    sheet = Image.new("RGB", (max(each.width for each in pictures), sum(each.height for each in pictures)), "white")
+    sheet = Image.new("RGB", (max(image.width for image in pictures), sum(image.height for image in pictures)), "white")
     top = 0
     for picture in pictures:
         sheet.paste(picture, (0, top))
@@ -143,8 +143,6 @@ def draw_figure_8(
 
     Source: paper, Figure 8.
     """
-    from matplotlib.figure import Figure
-
     page = Figure(figsize=(13.4, 5.2), layout="constrained")
     left, right = page.subplots(1, 2)
     _plot_ratios(left, schedules, num_tokens)
@@ -163,8 +161,6 @@ def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) ->
 
     Source: paper, Figure 8, left.
     """
-    from matplotlib.figure import Figure
-
     page = Figure(figsize=(6.4, 4.4), layout="constrained")
     _plot_ratios(page.subplots(), schedules, num_tokens)
     page.legend(loc="outside right center", frameon=False)
@@ -207,11 +203,9 @@ def _plot_quality(
 ) -> None:
     """Plots a metric over T with a line per schedule, a star at its best T, and a dashed line for real images.
 
-    The vertical axis is logarithmic if the values span more than a factor of 4. The legend is in the order of the line
-    ends.
+    The vertical axis is logarithmic if the values span more than a factor of 4. The legend is in the order of
+    the line ends.
     """
-    from matplotlib.ticker import LogLocator, NullLocator
-
     factor, choose = find_metric(metric).factor, max if find_metric(metric).higher_is_better else min
     colours, values = _choose_colours(curves), [value for curve in curves.values() for value in curve.values()]
     axes.set_xscale("log", base=2)

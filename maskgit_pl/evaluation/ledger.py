@@ -1,8 +1,8 @@
 """The ledger of measurements, and the cache of features of real images, so that nothing is computed twice.
 
 The ledger is a JSON Lines file with the values, settings and inputs of each measurement, which ``evaluate``,
-``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` read and write. A line is appended as soon as it is
-measured and never changed: if the same measurement occurs twice, the last line counts.
+``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` read and write. A line is appended as soon as it
+is measured and never changed: if the same measurement occurs twice, the last line counts.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Ledger:
     """The measurements of a file, which is read once, with those that this process adds.
 
     Args:
-        file: Path of ``ledger.jsonl``; the first measurement creates it. An incomplete last line, of a process that was
-            killed, is ignored, and removed before the next line is written.
+        file: Path of ``ledger.jsonl``; the first measurement creates it. An incomplete last line, of a
+            process that was killed, is ignored, and removed before the next line is written.
         writes: True if this process writes the file; only one of several ranks does.
         reuse: True to find the lines that the file already holds; False to measure everything again.
 
@@ -108,8 +108,8 @@ class Ledger:
         if self.writes:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a+b") as stream:
-                # The lock keeps lines of several commands apart; closing the file releases it. Some file systems have
-                # none.
+                # The lock keeps lines of several commands apart; closing the file releases it. Some file
+                # systems have none.
                 with suppress(OSError):
                     lock_descriptor(stream.fileno())
                 stream.seek(0)

@@ -61,8 +61,8 @@ def masked_nll(
     different masks, so that a lower value does not mean a better model; use ``negative_elbo`` to compare them.
 
     Args:
-        network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after image,
-            such as ``MaskedTransformer.forward_masked`` in evaluation mode.
+        network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after
+            image, such as ``MaskedTransformer.forward_masked`` in evaluation mode.
         tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
         sampler: Sampler of masks with the schedule gamma of the model and a seed.
@@ -78,8 +78,8 @@ def masked_nll(
     """
 
     def mask(index: Tensor, draw: int) -> Tensor:
-        # The sampler stratifies r over the positions of a global batch. Here the draws of one image form that batch,
-        # and each draw is an epoch, so that its mask differs.
+        # The sampler stratifies r over the positions of a global batch. Here the draws of one image form that
+        # batch, and each draw is an epoch, so that its mask differs.
         draw_of_row = torch.full_like(index, draw)
         position = index * draws + draw_of_row
         return sampler.mask(tokens.shape[1], index=index, epoch=draw_of_row, position=position, global_batch=draws)
@@ -107,10 +107,10 @@ def negative_elbo(
         log p(x) >= E over t ~ U{1..N} and orders s of
                     N / (N - t + 1) sum over k >= t of log p(x_s(k) | x_s(<t))
 
-    With m = N - t + 1 masked tokens, this is N times the mean over them, where m is uniform on {1..N}: N times
-    ``masked_nll`` of the linear schedule. It does not depend on the schedule of the training, so that models of all
-    schedules are comparable. The bound is exact if the conditionals of the network belong to one joint distribution.
-    The t of the draws of an image are stratified.
+    With m = N - t + 1 masked tokens, this is N times the mean over them, where m is uniform on {1..N}: N
+    times ``masked_nll`` of the linear schedule. It does not depend on the schedule of the training, so that
+    models of all schedules are comparable. The bound is exact if the conditionals of the network belong to
+    one joint distribution. The t of the draws of an image are stratified.
 
     Args:
         network: See ``masked_nll``, as for the other arguments.
@@ -151,8 +151,8 @@ def exact_nll(
     """Computes the exact negative log-likelihood of a network that predicts each token from those before it.
 
     Args:
-        network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; the logits of token i depend only on the class
-            and on tokens before i.
+        network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; the logits of token i depend only on
+            the class and on tokens before i.
         tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
         batch_size: Images per batch, the same on all ranks.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -72,14 +73,14 @@ class Metric:
     of_network: bool = False
 
 
-class FeatureMetric(Metric):
+class FeatureMetric(Metric, ABC):
     """A metric of generated images that is computed from their features. Plug-ins derive from it.
 
     Attributes:
-        of_network: False for a metric that only the classifier of the data computes, because it predicts the classes
-            that were requested.
-        needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads. The metric is left out where one of
-            them is unknown, such as ``real_features`` for a reference file with statistics only.
+        of_network: False for a metric that only the classifier of the data computes, because it predicts the
+            classes that were requested.
+        needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads. The metric is left out
+            where one of them is unknown, such as ``real_features`` for a reference file with statistics only.
         is_fast: False for a metric that takes much longer than the Frechet distance; a search leaves it out.
     """
 
@@ -87,6 +88,7 @@ class FeatureMetric(Metric):
     needs: ClassVar[Sequence[str]] = ()
     is_fast: ClassVar[bool] = True
 
+    @abstractmethod
     def compute(self, images: ComparedImages) -> Value:
         """Computes the metric. Every rank calls it with the same images, and must get the same result.
 
@@ -94,10 +96,9 @@ class FeatureMetric(Metric):
             images: Generated and real images in the features of one network.
 
         Returns:
-            The value, or the value and its standard deviation, which the column ``NAME_deviation`` records; None if the
-            images do not suffice.
+            The value, or the value and its standard deviation, which the column ``NAME_deviation`` records;
+            None if the images do not suffice.
         """
-        raise NotImplementedError
 
 
 def _check_metric(name: str, metric: Metric) -> None:
@@ -149,8 +150,8 @@ _record("bits_per_token", "bits per token", digits=3)
 class ComparedImages:
     """Generated and real images in the features of one network, on the CPU: the input of a metric.
 
-    The attributes that ``FeatureMetric.needs`` can name are ``features``, ``logits``, ``spatial``, ``labels``,
-    ``real_features`` and ``real_labels``.
+    The attributes that ``FeatureMetric.needs`` can name are ``features``, ``logits``, ``spatial``,
+    ``labels``, ``real_features`` and ``real_labels``.
 
     Args:
         generated: Features of n generated images.
@@ -210,8 +211,8 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
     """Computes metrics.
 
     Returns:
-        Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not suffice or a
-        value is non-finite. A metric of a plug-in that raises an error is left out.
+        Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not
+        suffice or a value is non-finite. A metric of a plug-in that raises an error is left out.
     """
     numbers: dict[str, float | None] = {}
     for name, metric in chosen.items():
@@ -222,8 +223,8 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
         except Exception as error:
             if type(metric).__module__.startswith("maskgit_pl."):
                 raise
-            # A plug-in must not lose the values of the others, which may have taken hours. A row without its column is
-            # measured again.
+            # A plug-in must not lose the values of the others, which may have taken hours. A row without its
+            # column is measured again.
             _log.warning("metric %s raised %s: %s; it is left out", name, type(error).__name__, printable(error))
             continue
         for column, number in zip((name, f"{name}{DEVIATION}"), values, strict=True):

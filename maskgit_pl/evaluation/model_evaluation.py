@@ -1,10 +1,10 @@
 """``evaluate`` measures one model.
 
 1. It opens the model, the data and the feature networks.
-2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy score. Several
-   processes under ``torchrun`` share the work, and the ledger keeps the rows.
-3. It reports: ``evaluation.json`` with everything that reproduces it, a table, pictures, and findings, which say which
-   stage of the model limits its images.
+2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy
+   score. Several processes under ``torchrun`` share the work, and the ledger keeps the rows.
+3. It reports: ``evaluation.json`` with everything that reproduces it, a table, pictures, and findings, which
+   say which stage of the model limits its images.
 """
 
 from __future__ import annotations
@@ -175,11 +175,11 @@ def _measure(
     if any(decoding.scales()):
         decodings["without_guidance"] = model.pipe.decoding_with(decoding=decoding, guidance_scale=0)
     if not options.resume:  # images of an earlier evaluation would be reused by their file name
-        for each in decodings.values():
-            delete_generated(model.samples_file(each, **images))
+        for settings in decodings.values():
+            delete_generated(model.samples_file(settings, **images))
     samples = {
-        name: collect_numbers(evaluator.measure_samples(model, each, keep=True, **images))
-        for name, each in decodings.items()
+        name: collect_numbers(evaluator.measure_samples(model, settings, keep=True, **images))
+        for name, settings in decodings.items()
     }
     for numbers in samples.values():
         numbers.pop("steps_taken", None)
@@ -214,7 +214,7 @@ def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: De
         "num_steps": decoding.num_steps,
         "data": evaluator.data.summary.fingerprint,
         "split": "val",
-        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in origins.values())),
+        "reference": ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins.values())),
         "mask_schedule": repr(model.pipe.transformer.mask_schedule),
         "decoding": asdict(decoding),
         **({} if negative is None else {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}),
@@ -236,8 +236,8 @@ def _describe_model(model: EvaluatedModel) -> dict[str, Any]:
         "grid": list(tokenizer.grid),
         "codebook_size": tokenizer.network.config.codebook_size,
         "num_classes": len(model.pipe.class_names),
-        "tokenizer_parameters": sum(each.numel() for each in tokenizer.network.parameters()),
-        "transformer_parameters": sum(each.numel() for each in transformer.network.parameters()),
+        "tokenizer_parameters": sum(parameter.numel() for parameter in tokenizer.network.parameters()),
+        "transformer_parameters": sum(parameter.numel() for parameter in transformer.network.parameters()),
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "transformer_digest": model.identity["transformer"],
         "config_digest": model.identity["config"],
@@ -316,16 +316,16 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
 def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
     """Describes the stage that limits the images, in plain values, by the FID of the first feature network.
 
-    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect transformer
-    would have. The rule, in this order:
+    The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect
+    transformer would have. The rule, in this order:
 
     1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
-    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove less than
-       half of it.
+    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove
+       less than half of it.
     3. ``transformer`` otherwise.
 
-    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more codes do not
-    always help.
+    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more
+    codes do not always help.
 
     Args:
         content: Content of ``evaluation.json``.

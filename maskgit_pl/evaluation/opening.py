@@ -79,8 +79,8 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     """Finds the folders of a run.
 
     Args:
-        run: Run folder, pretrained folder, or the name of a model in the package, whose results are written to
-            ``runs/NAME``.
+        run: Run folder, pretrained folder, or the name of a model in the package, whose results are written
+            to ``runs/NAME``.
         data: Data folder; None for the data that the run was trained on.
         classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 
@@ -269,14 +269,18 @@ def open_evaluator(
     extractors = open_extractors(
         folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
     )
-    on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
+    on_images = bars(
+        f"real images: {', '.join(extractor.label for extractor in extractors)}", data.summary.samples["val"]
+    )
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
         labels = None
     else:
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)
-    networks = {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
+    networks = {
+        extractor.label: FeatureMetrics(extractor, references[extractor.label], labels) for extractor in extractors
+    }
     return Evaluator(
         data,
         dataset=data_name(folders.data),

@@ -81,10 +81,10 @@ class ModelOptions(MeasurementOptions):
 
     Args:
         seed: Seed of the first image; image i has seed + i (default: 0).
-        dtype: Arithmetic of the transformer; auto: bfloat16 on devices with instructions for it, else float32 (default:
-            that of the weights).
-        negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a run or a
-            folder of `maskgit export` (default: that of decoding.json, or none).
+        dtype: Arithmetic of the transformer; auto: bfloat16 on devices with instructions for it, else float32
+            (default: that of the weights).
+        negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
+            run or a folder of `maskgit export` (default: that of decoding.json, or none).
     """
 
     seed: int = 0
@@ -142,12 +142,12 @@ class TuningOptions(ModelOptions):
     In Python, None stands for all selectors or schedules, and an empty list of schedules keeps the model's own.
 
     Args:
-        num_steps: Numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16, at most the tokens
-            per image).
-        selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: loop}, whose arguments are
-            fixed (default: all).
-        schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow, exponent: 2.5},
-            or pow (any exponent); own: only the model's (default: all).
+        num_steps: Numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16, at most
+            the tokens per image).
+        selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: loop}, whose
+            arguments are fixed (default: all).
+        schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow,
+            exponent: 2.5}, or pow (any exponent); own: only the model's (default: all).
         seconds: Start no further trial after this time (default: no limit).
 
     Raises:
@@ -173,8 +173,8 @@ class ReportOptions(MeasurementOptions):
         data: Data folder (default: that of the training).
         seed: Seed of the first image; image i has seed + i (default: 0).
         num_images: Images generated for each row.
-        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings; the first one
-            ranks results.
+        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings; the
+            first one ranks results.
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
         results: Folder of the pages and the ledger, whose measurements are reused.
 
@@ -213,8 +213,8 @@ class TokenizerOptions(MeasurementOptions):
 
     Args:
         num_images: Number of random val images, at most all (default: all).
-        dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32 (default:
-            that of the weights).
+        dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
+            (default: that of the weights).
         lpips: Also measure LPIPS with vgg=FILE, alex=FILE or squeeze=FILE.
 
     Raises:

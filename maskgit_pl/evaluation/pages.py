@@ -67,8 +67,8 @@ class Page:
         writer.writeheader()
         for row in self.rows:
             writer.writerow(
-                {name: json.dumps(each, sort_keys=True) if isinstance(each, Mapping) else each
-                 for name, each in row.items()}
+                {name: json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+                 for name, value in row.items()}
             )  # fmt: skip
         return stream.getvalue()
 
@@ -112,11 +112,11 @@ def code_cell(text: str) -> str:
 
 def metrics_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns the metrics that any row has: those of features in the order of tables, then others in that of rows."""
-    known = known_metrics()  # once: the names of plug-ins are read from all installed packages
-    computed = [name for name, metric in known.items() if isinstance(metric, FeatureMetric)]
+    metrics = known_metrics()  # once: the names of plug-ins are read from all installed packages
+    computed = [name for name, metric in metrics.items() if isinstance(metric, FeatureMetric)]
     names = dict.fromkeys([*computed, *(name for row in rows for name in row)])
     return [
-        name for name in names if name.partition("/")[0] in known and any(row.get(name) is not None for row in rows)
+        name for name in names if name.partition("/")[0] in metrics and any(row.get(name) is not None for row in rows)
     ]
 
 

@@ -1,9 +1,9 @@
 """Statistics and features of real images, which generated images are compared with.
 
-They are computed once per network and kept in files, or read from a file in the layout of ADM's evaluator: ``arr_0``
-(n, H, W, 3) uint8 holds images and ``arr_1`` (n,) integers their labels; ``mu`` and ``sigma`` are the statistics of
-Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial features. Such files come from strangers:
-only plain numbers are read, never pickled objects.
+They are computed once per network and kept in files, or read from a file in the layout of ADM's evaluator:
+``arr_0`` (n, H, W, 3) uint8 holds images and ``arr_1`` (n,) integers their labels; ``mu`` and ``sigma`` are
+the statistics of Inception's pooled features, ``mu_s`` and ``sigma_s`` those of its spatial features. Such
+files come from strangers: only plain numbers are read, never pickled objects.
 
 Source: openai/guided-diffusion, evaluations/README.md and evaluator.py.
 """
@@ -129,11 +129,12 @@ class ArrayFile:
             stored_shape, is_fortran, dtype = _HEADERS[np.lib.format.read_magic(stream)](stream)
             header = stream.tell()
         fits = (
-            size >= 1 if wanted is None else size == wanted for size, wanted in zip(stored_shape, shape, strict=False)
+            size >= 1 if expected is None else size == expected
+            for size, expected in zip(stored_shape, shape, strict=False)
         )
         if len(stored_shape) != len(shape) or not all(fits):
-            wanted = ", ".join("n" if size is None else str(size) for size in shape)
-            raise self.error(name, f"the shape must be ({wanted}), got {stored_shape}")
+            expected = ", ".join("n" if size is None else str(size) for size in shape)
+            raise self.error(name, f"the shape must be ({expected}), got {stored_shape}")
         # Objects, which are pickled, records and text are of other kinds.
         if dtype != kinds if kinds == "uint8" else dtype.kind not in kinds:
             raise self.error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
@@ -323,7 +324,10 @@ def obtain_references(
     """
     batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
     references = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
-    return {label: replace(each, origin=ReferenceOrigin.from_split(data, split)) for label, each in references.items()}
+    return {
+        label: replace(reference, origin=ReferenceOrigin.from_split(data, split))
+        for label, reference in references.items()
+    }
 
 
 def read_references(
@@ -363,7 +367,7 @@ def read_references(
     samples = open_samples(file)
     batches = iter_image_batches(samples.read, len(samples))
     references = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, batches, on_images)
-    named = {label: replace(each, origin=origin) for label, each in references.items()}
+    named = {label: replace(reference, origin=origin) for label, reference in references.items()}
     if statistics is None or "inception" not in named:
         return named
     # The published statistics take precedence over those of the images in the file.
@@ -398,14 +402,14 @@ def _obtain(
         features = extract([by_name[name] for name in missing], batches, on_images=on_images)
         return {name: _to_arrays(Reference.from_features(features[by_name[name].label])) for name in missing}
 
-    by_name = {f"{key['split']}-{each.label}": each for each in extractors}
+    by_name = {f"{key['split']}-{extractor.label}": extractor for extractor in extractors}
     # The weights are part of the key: another network with the same label has another file.
     keys = {
-        name: {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
-        for name, each in by_name.items()
+        name: {**key, "network": extractor.label, "weights": extractor.digest, "knows_classes": extractor.knows_classes}
+        for name, extractor in by_name.items()
     }
     arrays = cached(folder, keys, make)
-    return {each.label: _from_arrays(each.label, arrays[name]) for name, each in by_name.items()}
+    return {extractor.label: _from_arrays(extractor.label, arrays[name]) for name, extractor in by_name.items()}
 
 
 def _to_arrays(reference: Reference) -> Arrays:

@@ -81,12 +81,12 @@ def ablate_schedules(
 ) -> tuple[Page, list[Failure]]:
     """Trains a transformer with each mask schedule and seed, and makes Table 3 and Figure 8 of them.
 
-    Finished runs are not trained again, and an error of one does not end the others. All recipes and options are
-    checked before the first run starts.
+    Finished runs are not trained again, and an error of one does not end the others. All recipes and options
+    are checked before the first run starts.
 
     Args:
-        config: The schedules as ``recipes``, and what they share. Run ``DATASET-RECIPE`` has the seed of its recipe,
-            and ``DATASET-RECIPE-seedN`` that of ``seeds``.
+        config: The schedules as ``recipes``, and what they share. Run ``DATASET-RECIPE`` has the seed of its
+            recipe, and ``DATASET-RECIPE-seedN`` that of ``seeds``.
         options: See ``table_3``. The data folder is that of ``config``.
         num_steps: See ``table_3``.
         bars: Progress bars.
@@ -102,9 +102,9 @@ def ablate_schedules(
     """
     options = options or ReportOptions()
     find_device(options.device)
-    for each in options.features:  # a wrong one must not end hours of training
-        if each != CLASSIFIER:
-            Extractor.create(parse_feature_network(each))
+    for feature in options.features:  # a wrong one must not end hours of training
+        if feature != CLASSIFIER:
+            Extractor.create(parse_feature_network(feature))
     if options.reference is not None:
         ArrayFile(options.reference, thing="reference")
     read = {"dataset": config.dataset, "cluster": config.cluster}
@@ -146,21 +146,21 @@ def table_3(
     ``ablate_schedules`` trains the runs. Each is measured in three steps:
 
     1. Find the best T: the lowest FID in the first network, from the ``num_images`` images that begin at ``seed``.
-    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too low on
-       average, since their minimum is taken.
+    2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too
+       low on average, since their minimum is taken.
     3. Measure the likelihood of ``2 * num_images`` real images.
 
     Args:
         runs: Run folders of models that differ only in their mask schedule and their seed.
         options: Number of images, networks, folders and other options; None for the defaults.
-        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of tokens are
-            left out.
+        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of
+            tokens are left out.
         bars: Progress bars.
 
     Raises:
         FileNotFoundError: if a run or the data do not exist.
-        ValueError: if the training budgets differ, no number of steps is left, a model is autoregressive, or for a
-            reason of ``table_1``.
+        ValueError: if the training budgets differ, no number of steps is left, a model is autoregressive, or
+            for a reason of ``table_1``.
     """
     options = options or ReportOptions()
     opened = open_models("table 3", runs, options, bars)
@@ -168,7 +168,7 @@ def table_3(
     # Two runs may have the same name, and the rows of a run that was renamed have its old one.
     runs_seen = [model.run for model in opened.models]
     labels = [run if runs_seen.count(run) == 1 else f"{run} ({index})" for index, run in enumerate(runs_seen, start=1)]
-    _check_budgets({label: _read_recipe(each) for label, each in zip(labels, opened.models, strict=True)})
+    _check_budgets({label: _read_recipe(entry) for label, entry in zip(labels, opened.models, strict=True)})
     schedules: dict[str, MaskSchedule] = {}
     num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
     steps = choose_plot_steps(num_tokens, num_steps or PLOT_STEPS)
@@ -265,19 +265,19 @@ def _in_order(schedules: Iterable[str]) -> list[str]:
 
 
 def _mean_curve(results: Sequence[_ScheduleResult]) -> dict[int, float]:
-    return {steps: fmean(each.curve[steps] for each in results) for steps in results[0].curve}
+    return {steps: fmean(result.curve[steps] for result in results) for steps in results[0].curve}
 
 
 def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Page:
     """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
 
     Args:
-        samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the first seed,
-            in the first network, and those at the best T with the second seed, in all networks.
+        samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the
+            first seed, in the first network, and those at the best T with the second seed, in all networks.
         likelihoods: Row of likelihoods of each run.
     """
     grouped = _group_results(samples, likelihoods)
-    results = [each for group in grouped.values() for each in group]
+    results = [result for group in grouped.values() for result in group]
     networks = list(results[0].fresh)
     any_row = results[0].fresh[networks[0]]
     steps = ", ".join(map(str, sorted(results[0].curve)))
@@ -293,10 +293,10 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Pa
         "models. The bound is the order-agnostic ELBO in bits per token, which is comparable for all schedules (lower",
         "is better).",
     )
-    fids = {name: fmean([each.fresh[networks[0]]["fid"] for each in group]) for name, group in grouped.items()}
+    fids = {name: fmean([result.fresh[networks[0]]["fid"] for result in group]) for name, group in grouped.items()}
     lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
-    lines += describe_provenance([row for each in results for row in each.fresh.values()])
-    flat = [_flatten(name, each, networks) for name, group in grouped.items() for each in group]
+    lines += describe_provenance([row for result in results for row in result.fresh.values()])
+    flat = [_flatten(name, result, networks) for name, group in grouped.items() for result in group]
     return finish_page("table-3", lines, flat, picture="figure-8.png")
 
 
@@ -305,7 +305,7 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
     scored = [
         name
         for name in networks
-        if any(each.fresh[name].get("is") is not None for group in grouped.values() for each in group)
+        if any(result.fresh[name].get("is") is not None for group in grouped.values() for result in group)
     ]
     headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
     headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
@@ -313,10 +313,10 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
     for name, group in grouped.items():
         paper = SCHEDULES.get(name)
         row = [code_span(name), "" if paper is None else paper.formula]
-        row += [", ".join(map(str, sorted({each.best_steps for each in group})))]
-        row += [_cell([each.fresh[network] for each in group], "fid") for network in networks]
-        row += [_cell([each.fresh[network] for each in group], "is") for network in scored]
-        likelihoods = [each.likelihood for each in group]
+        row += [", ".join(map(str, sorted({result.best_steps for result in group})))]
+        row += [_cell([result.fresh[network] for result in group], "fid") for network in networks]
+        row += [_cell([result.fresh[network] for result in group], "is") for network in scored]
+        likelihoods = [result.likelihood for result in group]
         row += [_with_error(likelihoods, "masked_nll"), _with_error(likelihoods, "elbo_bits_per_token")]
         if paper is not None:
             row += [str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}"]

@@ -1,9 +1,9 @@
 """Tables 1 and 2 of the paper, our rows beside the published ones, and the table of tokenizers.
 
-A table opens its runs, measures what the ledger lacks, and gives the rows to a function that makes the page of them.
-Our rows have separate tables per feature network, because values of different networks, data or numbers of images are
-not comparable. Published Tables 1 and 3 are measured on ImageNet with 50,000 images, Table 2 on Places2, all with the
-features of Inception. ``schedule_table`` has Table 3.
+A table opens its runs, measures what the ledger lacks, and gives the rows to a function that makes the page
+of them. Our rows have separate tables per feature network, because values of different networks, data or
+numbers of images are not comparable. Published Tables 1 and 3 are measured on ImageNet with 50,000 images,
+Table 2 on Places2, all with the features of Inception. ``schedule_table`` has Table 3.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3.
 """
@@ -149,7 +149,9 @@ def table_1(
     scores = []
     if cas is not None:
         count = min(cas_images or count, evaluator.data.summary.samples["train"])
-        scores = [evaluator.measure_cas(each, each.pipe.decoding, cas, num_images=count, seed=seed) for each in models]
+        scores = [
+            evaluator.measure_cas(entry, entry.pipe.decoding, cas, num_images=count, seed=seed) for entry in models
+        ]
         scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
     page = make_generation_page(rows, scores)
     sheet = image_to_png(_draw_samples(opened, seed))
@@ -236,7 +238,7 @@ def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> Op
     """Opens models, data and feature networks. All runs must have the classes and the image size of the first one."""
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
-    models = [open_model(each, options.device) for each in folders]
+    models = [open_model(folder, options.device) for folder in folders]
     data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
     # All rows of a table must compare with the same real images.
     for model in models[1:]:

@@ -160,8 +160,8 @@ def _describe(sizes: BackboneConfig) -> str:
         codes += f", {sizes.num_token_groups} token groups"
     if isinstance(sizes, TransformerConfig):
         return f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, {codes}"
-    common = {each.name for each in fields(BackboneConfig)} | {"attention"}
-    words = [f"{each.name} {getattr(sizes, each.name)}" for each in fields(sizes) if each.name not in common]
+    common = {field.name for field in fields(BackboneConfig)} | {"attention"}
+    words = [f"{field.name} {getattr(sizes, field.name)}" for field in fields(sizes) if field.name not in common]
     return ", ".join([sizes.backbone, *words, codes])
 
 
@@ -170,8 +170,8 @@ def _time(
 ) -> Iterator[tuple[Method, list[float]]]:
     """Yields each method with the seconds of its runs, as soon as it has enough runs.
 
-    The methods take turns, so that a change in the speed of the machine affects all of them. The last run is the
-    estimate of the next one.
+    The methods take turns, so that a change in the speed of the machine affects all of them. The last run is
+    the estimate of the next one.
     """
     for decode in decoders.values():  # the first calls allocate memory and choose kernels
         for _ in zip(range(_WARM_UP), decode(), strict=False):
@@ -234,13 +234,15 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
     first = rows[0]
     lines = {method: {row["num_tokens"]: row for row in rows if row["method"] == method} for method in METHODS}
     cells = []
-    for count, own in lines["MaskGIT"].items():
+    for count, maskgit_row in lines["MaskGIT"].items():
         points = [lines[method][count] for method in METHODS]
         seconds = [row["seconds_per_image"] for row in points]
-        times = [f"{each:.3g} s" if each >= 1 else f"{1000 * each:.3g} ms" for each in seconds]
+        times = [f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms" for value in seconds]
         times = [f"{text} (n = {row['runs']})" for text, row in zip(times, points, strict=True)]
-        ratios = [each / seconds[0] for each in seconds[1:]]
-        cells.append([str(count), str(own["num_steps"]), *times, *(f"{each:.{int(each < 9.95)}f}" for each in ratios)])
+        ratios = [value / seconds[0] for value in seconds[1:]]
+        cells.append(
+            [str(count), str(maskgit_row["num_steps"]), *times, *(f"{value:.{int(value < 9.95)}f}" for value in ratios)]
+        )
     headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
     text = [
         *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT"),

@@ -1,9 +1,9 @@
 """Measures tokenizers: the reconstruction error, and ``evaluate_tokenizer``, which needs no transformer.
 
-``evaluate`` calls ``measure_reconstruction``. ``evaluate_tokenizer`` measures more with the same meter, and writes
-``tokenizer.json``, a page with a picture of the worst reconstructions, and a row of the ledger. Originals and
-reconstructions go through the feature networks in the same pass over the val images, so that any random choice of
-images has its own reference.
+``evaluate`` calls ``measure_reconstruction``. ``evaluate_tokenizer`` measures more with the same meter, and
+writes ``tokenizer.json``, a page with a picture of the worst reconstructions, and a row of the ledger.
+Originals and reconstructions go through the feature networks in the same pass over the val images, so that
+any random choice of images has its own reference.
 """
 
 from __future__ import annotations
@@ -103,9 +103,9 @@ def measure_reconstruction(
         on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
-        Values by name: ``psnr_db`` (from the mean squared error of all images together), ``ssim`` (for images of 11
-        pixels or more), ``rfid/NETWORK``, ``lpips/BACKBONE``, ``codebook_usage``, ``perplexity``, and ``images``, their
-        number.
+        Values by name: ``psnr_db`` (from the mean squared error of all images together), ``ssim`` (for images
+        of 11 pixels or more), ``rfid/NETWORK``, ``lpips/BACKBONE``, ``codebook_usage``, ``perplexity``, and
+        ``images``, their number.
     """
     meter = ReconstructionMeter(tokenizer, extractors, lpips)
     for batch in batches:
@@ -169,8 +169,8 @@ class ReconstructionMeter:
             positions: (b,) int64: indices among all images.
 
         Returns:
-            (b, C, H, W) uint8: the reconstructions; and (b,) float64: the mean squared errors before rounding. Both are
-            on the CPU.
+            (b, C, H, W) uint8: the reconstructions; and (b,) float64: the mean squared errors before
+            rounding. Both are on the CPU.
         """
         network, (height, width) = self.tokenizer.network, height_width(self.tokenizer.image_size)
         like = next(network.parameters())  # for device and dtype
@@ -289,7 +289,7 @@ class OpenedTokenizer:
         """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
         settings: dict[str, Any] = {
-            "networks": {each.label: shorten_digest(each.digest) for each in self.extractors},
+            "networks": {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors},
             "dtype": self.dtype,
         }
         if self.options.lpips is not None:

@@ -1,7 +1,7 @@
 """``tune``: searches for the best decoding of a run's model with Optuna, and writes it next to the weights.
 
-1. Measure the trials. Trial 0 is the model's current decoding; Optuna draws the others from ``SearchSpace``. The study
-   is an SQLite file, so that the same command continues it.
+1. Measure the trials. Trial 0 is the model's current decoding; Optuna draws the others from ``SearchSpace``.
+   The study is an SQLite file, so that the same command continues it.
 2. Measure trial 0, the best trials and the current decoding again, with other noise and twice the number of images.
 3. The best of step 2 wins. Without the second measurement, the winner would be the trial with the luckiest noise.
 """
@@ -87,8 +87,8 @@ class SearchSpace:
         start: Decoding that gives the settings which are not searched.
         selectors: Token selectors: names and mappings; the arguments in a mapping are fixed.
         num_steps: Numbers of steps.
-        schedules: Mask schedules besides that of ``start``: names and mappings, and ``pow`` with any exponent. Empty
-            keeps the mask schedule.
+        schedules: Mask schedules besides that of ``start``: names and mappings, and ``pow`` with any
+            exponent. Empty keeps the mask schedule.
         codebook_size: Number K of codes.
         can_guide: True if guidance has something to move away from.
 
@@ -249,8 +249,8 @@ def tune(
         run: Run folder or pretrained folder.
         data: Data folder; None for the data that the run was trained on.
         trials: Number of trials of the study, with those of earlier calls.
-        metric: A metric of the registry, such as ``fid`` or ``kid``, in the features of the data's own classifier, or
-            ``agreement``.
+        metric: A metric of the registry, such as ``fid`` or ``kid``, in the features of the data's own
+            classifier, or ``agreement``.
         num_images: Number of images per trial, at least 2 per class.
         out: Folder of the study, the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
         options: The search, the seed and other options; None for the defaults.
@@ -259,8 +259,8 @@ def tune(
     Raises:
         FileNotFoundError: if the run or the data do not exist.
         TypeError: if a selector does not accept its arguments.
-        ValueError: if Optuna is not installed, a name is unknown, the model is autoregressive or one of the package,
-            the classes of the data are not the model's, or a number is out of range.
+        ValueError: if Optuna is not installed, a name is unknown, the model is autoregressive or one of the
+            package, the classes of the data are not the model's, or a number is out of range.
     """
     options = options or TuningOptions()
     check_integer("trials", trials, "[1, inf)")
@@ -268,7 +268,7 @@ def tune(
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
     folders = find_run(run, data=data, classifier=options.classifier)
-    if folders.pretrained.resolve() in (each.resolve() for each in bundled_models().values()):
+    if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
         bundled = folders.pretrained.name
         raise ValueError(
             f"tune must have a model outside of the package, next to whose weights it writes, got {bundled}; copy it "
@@ -458,7 +458,9 @@ def make_page(result: TuningResult, real: Row) -> Page:
     )
     lines += ["", "## Second measurement", "", *_trial_table(result, result.confirmed), "", *_explain_winner(result)]
     lines += ["", f"## Best of {len(result.trials)} trials, {count} images each", "", *_trial_table(result, best)]
-    rows = [{"trial": each.number, **each.numbers, "decoding": decoding_key(each.decoding)} for each in result.trials]
+    rows = [
+        {"trial": trial.number, **trial.numbers, "decoding": decoding_key(trial.decoding)} for trial in result.trials
+    ]
     return Page("tuning", "\n".join([*lines, ""]), rows)
 
 

@@ -1,8 +1,8 @@
 """Reads checkpoints that other projects released, as tensors by name: of torch, of safetensors, and flax's msgpack.
 
-Files are untrusted, and none is executed: torch's loader for tensors reads them, known records of training programs are
-passed over without their classes, no tensor may describe more than its file holds, and flax's files are read without
-flax or jax, in a small multiple of their size. Used by all importers.
+Files are untrusted, and none is executed: torch's loader for tensors reads them, known records of training
+programs are passed over without their classes, no tensor may describe more than its file holds, and flax's
+files are read without flax or jax, in a small multiple of their size. Used by all importers.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pickle
 import re
 import zipfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -54,8 +54,8 @@ _FORMATS = {  # the first that matches counts
 }
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 
-# Classes that training programs store beside weights: numpy's are learning rates and scores, the types are those in
-# containers of omegaconf.
+# Classes that training programs store beside weights: numpy's are learning rates and scores, the types are
+# those in containers of omegaconf.
 _RECORDS = ("pytorch_lightning.", "lightning.", "argparse.Namespace", "omegaconf.", "numpy.")
 _TYPES = {"typing.Any", "collections.defaultdict"}
 _TYPES |= {f"builtins.{name}" for name in ("bool", "bytes", "dict", "float", "int", "list", "str", "tuple")}
@@ -73,8 +73,8 @@ def find_weights(path: Path) -> Path:
     """Returns the file of weights that a path names.
 
     Args:
-        path: A file, a folder in which diffusers saved a VQModel, or one of a pipeline with its ``vqvae``; any other
-            path is returned as it is.
+        path: A file, a folder in which diffusers saved a VQModel, or one of a pipeline with its ``vqvae``;
+            any other path is returned as it is.
     """
     names = [path / folder / name for folder in ("", "vqvae") for name in _DIFFUSERS]
     return next((name for name in names if name.is_file()), path)
@@ -85,8 +85,8 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
 
     Args:
         file: A file of torch.save or safetensors.
-        entries: Names of the entries that may hold the state dict; the first that does is read. A file without such an
-            entry is a state dict itself.
+        entries: Names of the entries that may hold the state dict; the first that does is read. A file
+            without such an entry is a state dict itself.
 
     Returns:
         The state dict without the prefixes of wrappers, with values of any type, and the names of the other entries.
@@ -243,9 +243,9 @@ def _list_classes(file: Path) -> list[str]:
 def _load_tensors(file: Path, classes: Sequence[str], *, mmap: bool) -> Any:
     """Reads a file with torch's loader for tensors, with a stand-in for each class of a training program.
 
-    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the optimizer
-    of Halton-MaskGIT has a learning rate of numpy. The classes are never imported. Files from before torch 1.6, which
-    are no zip archives, must hold tensors only.
+    Lightning before 1.7 keyed its callbacks' states by their classes, LlamaGen stores its arguments, and the
+    optimizer of Halton-MaskGIT has a learning rate of numpy. The classes are never imported. Files from
+    before torch 1.6, which are no zip archives, must hold tensors only.
     """
     # The loader fills mappings of a few classes only.
     stand_ins = [
@@ -273,13 +273,13 @@ def read_flax(path: Path) -> dict[str, Array]:
         path: Path of the file.
 
     Returns:
-        Arrays by their path in the tree, such as ``params/Embed_0/word_embeddings/embedding``. Numbers become arrays
-        without dimensions; None and empty maps are dropped.
+        Arrays by their path in the tree, such as ``params/Embed_0/word_embeddings/embedding``. Numbers become
+        arrays without dimensions; None and empty maps are dropped.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds; or if the package
-            msgpack is not installed.
+        ValueError: if it is of another format, is cut off or damaged, or claims more than it holds; or if the
+            package msgpack is not installed.
 
     Source: flax, serialization.py.
     """
@@ -302,7 +302,7 @@ def read_flax(path: Path) -> dict[str, Array]:
 
     def as_array(code: int, data: bytes) -> Array:
         count(1)
-        return _read_array(code, data)
+        return _read_array(code, data, msgpack.unpackb)
 
     # The limits hold while msgpack parses, before it allocates what a hostile file claims. The file is read array by
     # array, so that its bytes are in memory only once. flax writes lists as maps, and bytes only inside extensions.
@@ -336,14 +336,12 @@ def _flatten(value: Any, name: str) -> Iterator[tuple[str, Array]]:
         raise ValueError(f"{name} must be an array or a number, got {type(value).__name__}")
 
 
-def _read_array(code: int, data: bytes) -> Array:
-    """Returns the array or numpy's scalar in an extension, which is msgpack's (shape, dtype, bytes)."""
-    import msgpack
-
+def _read_array(code: int, data: bytes, unpack: Callable[..., Any]) -> Array:
+    """Returns the array or numpy's scalar in an extension, which ``unpack`` splits into (shape, dtype, bytes)."""
     if code not in (_ARRAY, _SCALAR):
         raise ValueError(f"extension types must be {_ARRAY} or {_SCALAR} (real numbers), got {code}")
     limits = {"max_array_len": _MAX_DIMENSIONS, "max_str_len": _MAX_TEXT, "max_map_len": 0, "max_ext_len": 0}
-    match msgpack.unpackb(data, **limits):
+    match unpack(data, **limits):
         case [list(shape), str(dtype), bytes(content)] if all(type(size) is int and size >= 0 for size in shape):
             pass
         case _:

@@ -163,14 +163,14 @@ def _named_in(rule: Rule, axes: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in axes.items() if name in rule.axes}
 
 
-def _check_shapes(tensors: Mapping[str, Tensor], wanted: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Checks that tensors have exactly these names and shapes; one message lists all differences."""
     differences = {
-        "missing": [name for name in wanted if name not in tensors],
-        "not in the network": [name for name in tensors if name not in wanted],
+        "missing": [name for name in shapes if name not in tensors],
+        "not in the network": [name for name in tensors if name not in shapes],
         "of another shape": [
             f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-            for name, shape in wanted.items()
+            for name, shape in shapes.items()
             if name in tensors and tuple(tensors[name].shape) != shape
         ],
     }
@@ -298,29 +298,31 @@ def check_out(folder: Path) -> None:
     resolve_folder("--out", folder)
 
 
-def choose_class_names(given: Path | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+def choose_class_names(class_names: Path | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
     """Returns the names of the classes of an imported transformer, whose file has none.
 
     Args:
-        given: One name per class, or a text file with one name per line; None for ImageNet's names if there are 1000
-            classes, otherwise numbers.
+        class_names: One name per class, or a text file with one name per line; None for ImageNet's names if there
+            are 1000 classes, otherwise numbers.
         num_classes: Number of classes of the transformer.
 
     Raises:
         ValueError: if there is no such file in UTF-8, the number of names is wrong, or one is empty.
     """
-    if given is None and num_classes == _IMAGENET_CLASSES:
+    if class_names is None and num_classes == _IMAGENET_CLASSES:
         from timm.data.imagenet_info import ImageNetInfo  # half of the import time of an importer
 
         info = ImageNetInfo()  # in the order of the synset ids of ILSVRC 2012
         return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(num_classes))
-    if isinstance(given, Path):
+    if isinstance(class_names, Path):
         try:
             # Windows writes a byte order mark.
-            given = [line.strip() for line in given.read_text(encoding="utf-8-sig").splitlines()]
+            class_names = [line.strip() for line in class_names.read_text(encoding="utf-8-sig").splitlines()]
         except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"class names {given} must be a text in UTF-8, one name per line, got {error}") from error
-    names = tuple(map(str, range(num_classes)) if given is None else given)
+            raise ValueError(
+                f"class names {class_names} must be a text in UTF-8, one name per line, got {error}"
+            ) from error
+    names = tuple(map(str, range(num_classes)) if class_names is None else class_names)
     if len(names) != num_classes or not all(name.strip() for name in names):
         empty = sum(not name.strip() for name in names)
         raise ValueError(

@@ -109,14 +109,14 @@ def import_jax(
         tokenizer: Checkpoint such as ``tokenizer_imagenet256_checkpoint``.
         out: Folder to make.
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
-        image_size: Side of the images in pixels. Default: the size that follows from the transformer's grid; 256
-            without a transformer.
+        image_size: Side of the images in pixels. Default: the size that follows from the transformer's grid;
+            256 without a transformer.
         class_names: See ``conversion.choose_class_names``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file is of another kind, damaged, or not of this size, parts do not belong together, or the
-            number of names is wrong.
+        ValueError: if a file is of another kind, damaged, or not of this size, parts do not belong together,
+            or the number of names is wrong.
         FileExistsError: if ``out`` exists.
     """
     check_out(out)

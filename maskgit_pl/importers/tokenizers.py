@@ -91,8 +91,8 @@ class TokenizerLayout:
         norm: Name of the norms at the beginning of the decoder's levels, if it has them.
         norm_out: Name of the norm before the last convolution of both halves.
         layers: Our name of a layer of a block -> the project's; an empty one is left out, others are the same.
-        lowest_first: True if the decoder's levels are numbered in the order in which they run, from the lowest
-            resolution.
+        lowest_first: True if the decoder's levels are numbered in the order in which they run, from the
+            lowest resolution.
         bits: The quantizer of tokens of bits, which have no table.
         others: Names of tensors that are not part of the network; a name that ends in a dot is a beginning.
         prepare: Returns the tensors under today's names and with the axes of a convolution; by default all as they are.
@@ -409,8 +409,8 @@ def import_tokenizer(
     Args:
         file: A ``.ckpt``, ``.pt``, ``.bin`` or ``.safetensors`` file of a tokenizer, or a folder of diffusers.
         out: Pretrained folder to make.
-        image_size: Side, or (height, width), of the images that it will encode, in pixels. Default: that of diffusers'
-            ``config.json``, otherwise 256.
+        image_size: Side, or (height, width), of the images that it will encode, in pixels. Default: that of
+            diffusers' ``config.json``, otherwise 256.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
         signed_images: True if the network expects images in [-1, 1], False if in [0, 1]; by default as in the published
             networks. Only networks of taming-transformers, LlamaGen, diffusers and IBQ have the choice.
@@ -528,15 +528,15 @@ def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
             raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}; name its own file")
 
 
-def _choose_size(given: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
+def _choose_size(requested: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
     """Returns the size of the images, and a note if no file gives it, or another one than the user."""
     if declared == _DIFFUSERS_SIZE:
         assumed = (
             f"no file gives the size of the images (a sample_size of {_DIFFUSERS_SIZE} is the default of diffusers): "
             f"{_IMAGE_SIZE} px are assumed; name another with --image-size"
         )
-        return (_IMAGE_SIZE, [assumed]) if given is None else (given, [])
+        return (_IMAGE_SIZE, [assumed]) if requested is None else (requested, [])
     declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
-    if given is None or as_image_size(given) == declared:
+    if requested is None or as_image_size(requested) == declared:
         return declared, []
-    return given, [f"config.json gives images of {pixels_text(declared)}, not of {pixels_text(given)}"]
+    return requested, [f"config.json gives images of {pixels_text(declared)}, not of {pixels_text(requested)}"]

@@ -1,12 +1,12 @@
 """Imports transformers of Halton-MaskGIT and MaskGIL as pretrained folders. Used by ``maskgit import-transformer``.
 
-A project is one ``TransformerLayout``: a table of names, how to read its sizes, and the decoding that it publishes.
-Both are our ``adaln`` backbone. The names of the tensors tell the layouts apart, and their shapes tell all sizes except
-the number of attention heads.
+A project is one ``TransformerLayout``: a table of names, how to read its sizes, and the decoding that it
+publishes. Both are our ``adaln`` backbone. The names of the tensors tell the layouts apart, and their shapes
+tell all sizes except the number of attention heads.
 
-Source: Halton-MaskGIT, arXiv:2503.17076; valeoai/Halton-MaskGIT, ``Network/transformer.py``, ``Config``, README,
-``Trainer/cls_trainer.py`` and ``Trainer/abstract_trainer.py``. MaskGIL, arXiv:2507.13032; synbol/MaskGIL,
-``Network/gpt.py``, ``Trainer/vit.py``, ``main.py`` and ``FID_sample.py``.
+Source: Halton-MaskGIT, arXiv:2503.17076; valeoai/Halton-MaskGIT, ``Network/transformer.py``, ``Config``,
+README, ``Trainer/cls_trainer.py`` and ``Trainer/abstract_trainer.py``. MaskGIL, arXiv:2507.13032;
+synbol/MaskGIL, ``Network/gpt.py``, ``Trainer/vit.py``, ``main.py`` and ``FID_sample.py``.
 """
 
 from __future__ import annotations
@@ -71,8 +71,8 @@ class TransformerLayout:
         name: Name of the project.
         marks: Tensors that tell this layout from others.
         rules: The table of names, for any number of blocks.
-        read_config: Reads the sizes of the network off the tensors; the arguments are the tensors, the grid of the
-            tokenizer (rows, columns), and the number of attention heads or None.
+        read_config: Reads the sizes of the network off the tensors; the arguments are the tensors, the grid
+            of the tokenizer (rows, columns), and the number of attention heads or None.
         decoding: Returns the decoding settings that the project publishes for a network.
         norms: Names in ``rules`` of vectors of D numbers that our network does not have, which ``finish`` folds.
         finish: Changes float32 tensors by our names to the state dict of our network.
@@ -123,8 +123,8 @@ def import_transformer(
     Raises:
         FileNotFoundError: if a file or folder is missing.
         FileExistsError: if ``out`` exists.
-        ValueError: if the file is no such transformer, describes more than it holds, has non-finite numbers, or its
-            tokenizer has another codebook.
+        ValueError: if the file is no such transformer, describes more than it holds, has non-finite numbers,
+            or its tokenizer has another codebook.
     """
     # 1.
     check_out(out)
@@ -175,13 +175,15 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
     return layout
 
 
-def _find_num_heads(given: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int) -> int:
+def _find_num_heads(
+    requested: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int
+) -> int:
     """Returns the number of attention heads, which no shape of a tensor tells.
 
     Raises:
         ValueError: if the user names none, and no published network has this size.
     """
-    num_heads = published.get((embed_dim, depth)) if given is None else given
+    num_heads = published.get((embed_dim, depth)) if requested is None else requested
     if num_heads is None:
         raise ValueError(
             f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "

@@ -1,8 +1,8 @@
 """The ``adaln`` backbone: a pre-norm transformer whose condition scales, shifts and gates every layer (adaLN-zero).
 
-``mvtm.MaskedTokenModel`` trains it, and the predictors of ``decoding`` call ``forward_at``. ``AutoregressiveAdaLN`` is
-its causal form, a baseline as in the paper's Table 1. With its options it is the network of Halton-MaskGIT
-(``conditioning: adaln``) or of MaskGIL (``conditioning: token``, a LLaMA block).
+``mvtm.MaskedTokenModel`` trains it, and the predictors of ``decoding`` call ``forward_at``.
+``AutoregressiveAdaLN`` is its causal form, a baseline as in the paper's Table 1. With its options it is the
+network of Halton-MaskGIT (``conditioning: adaln``) or of MaskGIL (``conditioning: token``, a LLaMA block).
 
 With the condition c = SiLU(class embedding + projected vector), a block computes
 
@@ -12,12 +12,12 @@ With the condition c = SiLU(class embedding + projected vector), a block compute
 
 where norm(x) = x / sqrt(mean(x^2) + 1e-5) (RMSNorm). Queries and keys are normalized in the same way.
 
-Shapes: B images, N tokens, S positions of the sequence (tokens in raster order, then the class token if there is one,
-then registers), D embedding dimension, C size of a conditioning vector, V columns.
+Shapes: B images, N tokens, S positions of the sequence (tokens in raster order, then the class token if there
+is one, then registers), D embedding dimension, C size of a conditioning vector, V columns.
 
-Source: DiT, arXiv:2212.09748 (adaLN-zero); Halton-MaskGIT, arXiv:2503.17076, ``Network/transformer.py``; MaskGIL,
-arXiv:2507.13032, ``Network/gpt.py``; RMSNorm arXiv:1910.07467; SwiGLU arXiv:2002.05202; norm of queries and keys
-arXiv:2302.05442; registers arXiv:2309.16588; rotary positions arXiv:2104.09864.
+Source: DiT, arXiv:2212.09748 (adaLN-zero); Halton-MaskGIT, arXiv:2503.17076, ``Network/transformer.py``;
+MaskGIL, arXiv:2507.13032, ``Network/gpt.py``; RMSNorm arXiv:1910.07467; SwiGLU arXiv:2002.05202; norm of
+queries and keys arXiv:2302.05442; registers arXiv:2309.16588; rotary positions arXiv:2104.09864.
 """
 
 from __future__ import annotations
@@ -65,20 +65,20 @@ class AdaLNConfig(BackboneConfig):
         embed_dim: D, a multiple of ``num_heads`` unless ``attention_dim`` is given.
         depth: Number of blocks.
         num_heads: Number of attention heads.
-        mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an ordinary
-            MLP of 4 D.
+        mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an
+            ordinary MLP of 4 D.
         num_registers: Number of learned tokens that are added to the sequence and predict nothing, in [0, 1024].
         positions: ``learned``: an embedding for each token; ``rotary``: queries and keys are rotated by row and column,
             which fits any grid; ``rotary-raster``: rotated by the raster order as in the released MaskGIL code.
         rotary_base: Largest wavelength of the rotary positions in units of 2 pi tokens, > 1.
-        conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the sequence, and the
-            norms have weights.
+        conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the
+            sequence, and the norms have weights.
         qk_norm: True normalizes queries and keys over all heads, without weights.
         tied_head: True multiplies by the token embedding for the logits; False learns another table.
-        attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D. Halton-MaskGIT's
-            "small" has 6 heads of 85 numbers for D = 512.
-        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
-            order, without registers. Both have the same weights.
+        attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D.
+            Halton-MaskGIT's "small" has 6 heads of 85 numbers for D = 512.
+        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
+            in raster order, without registers. Both have the same weights.
 
     Raises:
         ValueError: if a size is out of range or an option is unknown.
@@ -389,8 +389,8 @@ class AdaLNTransformer(Backbone):
 class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
-    The sequence is [start, x_1 .. x_{N-1}], and the output at each position predicts the next token. The start is the
-    mask token, or the embedded class with ``conditioning: token``.
+    The sequence is [start, x_1 .. x_{N-1}], and the output at each position predicts the next token. The
+    start is the mask token, or the embedded class with ``conditioning: token``.
 
     Args:
         config: Sizes and options, with causal attention.
@@ -462,8 +462,8 @@ def _initialise(module: nn.Module) -> None:
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Rotates pairs of neighbouring numbers by angles that grow with their position.
 
-    A pair (a, b) at a place t turns by the angle t w into (a cos - b sin, b cos + a sin), so that the product of a
-    query and a key depends on the difference of their places only.
+    A pair (a, b) at a place t turns by the angle t w into (a cos - b sin, b cos + a sin), so that the product
+    of a query and a key depends on the difference of their places only.
 
     Args:
         x: (..., S, D) float, D even.
@@ -484,9 +484,9 @@ def rotation_table(
 ) -> Tensor:
     """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
 
-    ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all other
-    positions are not rotated. ``rotary-raster`` follows the released MaskGIL code: position t of the sequence is
-    rotated by t - 1, and the first one has a table of zeros, so that its query and key vanish.
+    ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all
+    other positions are not rotated. ``rotary-raster`` follows the released MaskGIL code: position t of the
+    sequence is rotated by t - 1, and the first one has a table of zeros, so that its query and key vanish.
 
     Args:
         kind: ``rotary`` or ``rotary-raster``.
@@ -494,8 +494,8 @@ def rotation_table(
         length: S, positions of the sequence.
         size: D, size of a head.
         base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
-        device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference mode made
-            would fail in training.
+        device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference
+            mode made would fail in training.
 
     Returns:
         (S, D / 2, 2) float32.

@@ -76,16 +76,16 @@ _MOST_GROUPS = 24
 class BackboneConfig(ABC):
     """The base of all configurations of backbones: what the rest of the package must know of a network.
 
-    A subclass is a frozen dataclass with further fields, all with defaults, and gives ``backbone`` the name that it is
-    registered under as its default.
+    A subclass is a frozen dataclass with further fields, all with defaults, and gives ``backbone`` the name
+    that it is registered under as its default.
 
     Args:
         codebook_size: K, size of the tokenizer's codebook.
         num_classes: Number of classes, >= 1 (1 for data without classes).
         grid: Rows and columns (h, w) of the token grid; N = h w.
         backbone: Registered name of the backbone.
-        class_dropout: Fraction of training samples whose class and vector are hidden from the network, in [0, 1). Above
-            0 there is a null label, which classifier-free guidance needs.
+        class_dropout: Fraction of training samples whose class and vector are hidden from the network, in [0,
+            1). Above 0 there is a null label, which classifier-free guidance needs.
         dropout: Dropout probability of the network, in [0, 1).
         condition_dim: C, size of the conditioning vector of an image, such as an embedding of its caption; 0 for none.
         num_token_groups: G, groups in which a token is embedded and predicted; K = k^G. With 1, a token is one id.
@@ -214,27 +214,27 @@ class BackboneConfig(ABC):
 class Backbone(nn.Module):
     """The base of all networks of stage 2.
 
-    All methods take tokens (B, N) int64, codes in [0, K) or ``mask_token_id``; labels (B,) int64 in [0, num_classes),
-    or ``null_label``; and for a network with ``condition_dim`` C > 0, vectors (B, C) float. Where the label is the null
-    label, the network ignores the vector and uses a learned null vector instead.
+    All methods take tokens (B, N) int64, codes in [0, K) or ``mask_token_id``; labels (B,) int64 in [0,
+    num_classes), or ``null_label``; and for a network with ``condition_dim`` C > 0, vectors (B, C) float.
+    Where the label is the null label, the network ignores the vector and uses a learned null vector instead.
 
-    All weights must be parameters or buffers of the state dict. A network with other entry points than these, whose
-    blocks are run by other methods than ``forward``, or with row-wise tables sets the attributes below.
+    All weights must be parameters or buffers of the state dict. A network with other entry points than these,
+    whose blocks are run by other methods than ``forward``, or with row-wise tables sets the attributes below.
 
     Args:
         config: The configuration that creates the network.
 
     Attributes:
         config: The configuration.
-        blocks: The repeated parts. Activation checkpointing, compilation and FSDP2 work block by block. May be
-            empty: the network is then one group.
+        blocks: The repeated parts. Activation checkpointing, compilation and FSDP2 work block by block. May
+            be empty: the network is then one group.
         entry_points: Methods that are called besides ``forward``. FSDP2 gathers the weights for them too.
         takes_project: True if ``forward_selected`` follows ``project``.
-        vocabulary_tables: Names of tensors in the state dict with a row for each id of the vocabulary; the codes have
-            ``num_code_rows`` rows.
+        vocabulary_tables: Names of tensors in the state dict with a row for each id of the vocabulary; the
+            codes have ``num_code_rows`` rows.
         class_tables: Names of tensors with a row for each class, and for the null label if there is one.
-        position_tables: Names of tensors with a row for each token of the grid in raster order, after any number of
-            other rows.
+        position_tables: Names of tensors with a row for each token of the grid in raster order, after any
+            number of other rows.
     """
 
     entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_at")
@@ -258,9 +258,9 @@ class Backbone(nn.Module):
             tokens: (B, N) int64.
             labels: (B,) int64.
             vectors: (B, C) float; None without conditioning vectors.
-            vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all token groups.
-                A network that predicts only codes may return K columns for the first two. Without token groups, the
-                last one is not asked for.
+            vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all
+                token groups. A network that predicts only codes may return K columns for the first two.
+                Without token groups, the last one is not asked for.
 
         Returns:
             (B, N, V) float.
@@ -302,8 +302,8 @@ class Backbone(nn.Module):
             positions: (M,) int64 in [0, B N): token n of image b is at b N + n.
             vectors: (B, C) float; None without conditioning vectors.
             vocabulary: Columns of the result: the K codes, or the whole vocabulary.
-            project: (M, D) hidden states, (V, D) table, (V,) bias -> (M, V) logits, or values that are computed from
-                logits without a tensor of all of them; followed if ``takes_project``.
+            project: (M, D) hidden states, (V, D) table, (V,) bias -> (M, V) logits, or values that are
+                computed from logits without a tensor of all of them; followed if ``takes_project``.
 
         Returns:
             (M, V) float, or what ``project`` returns.
@@ -341,8 +341,8 @@ class AutoregressiveBackbone(Backbone):
         Args:
             tokens: (B, t) int64 in [0, K): the tokens before it, t in [0, N).
             labels: (B,) int64 in [0, num_classes), or ``null_label``.
-            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token more than
-                the call before. None computes all rows at each call.
+            cache: Cache of this decoding run from ``create_cache``, changed in place; each call has one token
+                more than the call before. None computes all rows at each call.
 
         Returns:
             (B, K) float: logits of the codes.
@@ -483,9 +483,9 @@ class KVCache:
 # most significant digit comes first: token = sum_g digit_g k^(G - 1 - g). For ``lfq`` and ``bsq``, whose bit i is the
 # sign of channel i, group g of B bits holds the channels from D - (g + 1) B on; for ``product``, the group G - 1 - g.
 #
-# Source: MaskBit, arXiv:2409.16211 (groups of bits), and the class ``Bert`` of its code: the sum of an embedding for
-# each group, a head for each group. Factorized prediction: Open-MAGVIT2, arXiv:2409.04410. MaskBit masks and decodes
-# each group for itself; here a token is masked and decoded as a whole.
+# Source: MaskBit, arXiv:2409.16211 (groups of bits), and the class ``Bert`` of its code: the sum of an
+# embedding for each group, a head for each group. Factorized prediction: Open-MAGVIT2, arXiv:2409.04410.
+# MaskBit masks and decodes each group for itself; here a token is masked and decoded as a whole.
 
 
 def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
@@ -528,8 +528,8 @@ def likeliest_tokens(logits: Tensor, *, num_groups: int) -> Tensor:
 class TokenEmbedding(nn.Embedding):
     """The embedding of the ids of a vocabulary: the sum of a row for each digit of a code, or the row of another id.
 
-    Rows: the k values of the first group, of the second one and so on, then one for each id from K on (classes, mask
-    token). With one group, it is ``torch.nn.Embedding`` of the vocabulary.
+    Rows: the k values of the first group, of the second one and so on, then one for each id from K on
+    (classes, mask token). With one group, it is ``torch.nn.Embedding`` of the vocabulary.
 
     Args:
         config: Sizes of the vocabulary and of its groups.
@@ -572,8 +572,8 @@ def token_logits(
         table: (rows, D) float.
         bias: (rows,) float.
         config: Sizes of the vocabulary and of its groups.
-        vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all groups. With
-            several groups, the whole vocabulary is that of the codes.
+        vocabulary: Columns of the result: the K codes, the whole vocabulary, or the G k values of all groups.
+            With several groups, the whole vocabulary is that of the codes.
         project: The product of hidden states and table; see ``Backbone.forward_selected``.
 
     Returns:

@@ -1,8 +1,8 @@
 """Quantizers with a table of codes: learnt by gradient, as moving averages of features, by one layer, by a softmax.
 
-Batch statistics (the mean probability of the entropy loss, the moving averages, the candidates of a restart) are those
-of the global batch: they are all-reduced if a process group exists, and equal for any number of ranks and
-micro-batches. SimVQ trains all codes at once by one linear layer, IBQ by a softmax over all codes.
+Batch statistics (the mean probability of the entropy loss, the moving averages, the candidates of a restart)
+are those of the global batch: they are all-reduced if a process group exists, and equal for any number of
+ranks and micro-batches. SimVQ trains all codes at once by one linear layer, IBQ by a softmax over all codes.
 """
 
 from __future__ import annotations
@@ -151,8 +151,8 @@ class EMAQuantizerSpec(CodebookSpec):
 
     Attributes:
         decay: Decay of the averages, in [0, 1).
-        restart_below: Fraction in [0, 1) of the count that each code would have if all were used equally; a code with
-            at most that count is dead, as is one with at most 1e-12, too few to compute a mean.
+        restart_below: Fraction in [0, 1) of the count that each code would have if all were used equally; a
+            code with at most that count is dead, as is one with at most 1e-12, too few to compute a mean.
         gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
 
     Raises:
@@ -180,8 +180,8 @@ class EMAQuantizerSpec(CodebookSpec):
 class EMAQuantizer(CodebookQuantizer):
     """A quantizer whose codes are moving averages of the features nearest to them; see ``EMAQuantizerSpec``.
 
-    The codebook and its statistics are buffers. All counts start at 0, so nearly every code is dead at the first
-    update, and the codebook starts from features of the first global batch.
+    The codebook and its statistics are buffers. All counts start at 0, so nearly every code is dead at the
+    first update, and the codebook starts from features of the first global batch.
     """
 
     counts: Tensor  # (K,) float32: moving average of a code's features in a global batch
@@ -243,8 +243,8 @@ class SimVQSpec(TrainedSpec):
 
     ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
 
-    Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W and b
-    start as in torch's Linear.
+    Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W
+    and b start as in torch's Linear.
     """
 
     entropy_weight: float = 0.0
@@ -280,8 +280,8 @@ class SimVQ(TrainedQuantizer):
 class IBQSpec(CodebookSpec):
     """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
 
-    p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C
-    loss = |q - z|^2 + commitment |sg(c) - z|^2 + codebook_weight |c - sg(z)|^2 + entropy_weight entropy(C z / T)
+    p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C loss = |q - z|^2 + commitment |sg(c) -
+    z|^2 + codebook_weight |c - sg(z)|^2 + entropy_weight entropy(C z / T)
 
     c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
 
@@ -293,8 +293,8 @@ class IBQSpec(CodebookSpec):
     Raises:
         ValueError: if a number is out of range.
 
-    Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25 (beta), 0.01,
-    and standard normal codes.
+    Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25
+    (beta), 0.01, and standard normal codes.
     """
 
     commitment: float = 1.0
@@ -380,8 +380,8 @@ def _code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[
 def _global_choice(rows: Tensor, micro_batches: int, count: int, *, seed: int, step: int) -> Tensor:
     """Draws rows of the global batch, (count, D), the same for every number of ranks and of micro-batches.
 
-    1. With W ranks and M rows a micro-batch, row j of micro-batch a on rank r is at (a W + r) M + j: the order in which
-       the data module deals samples out.
+    1. With W ranks and M rows a micro-batch, row j of micro-batch a on rank r is at (a W + r) M + j: the
+       order in which the data module deals samples out.
     2. Each rank takes its own rows at these places, and zeros for those of other ranks.
     3. The sum over ranks is the result.
     """

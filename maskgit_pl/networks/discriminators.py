@@ -1,7 +1,7 @@
 """Discriminators by name: the networks of the adversarial loss, which ``Tokenizer`` trains against the VQGAN.
 
-``stylegan`` is that of the released code, a residual network of StyleGAN's type with one logit for each image.
-``patchgan`` judges overlapping patches, as in pix2pix, taming-transformers and LlamaGen.
+``stylegan`` is that of the released code, a residual network of StyleGAN's type with one logit for each
+image. ``patchgan`` judges overlapping patches, as in pix2pix, taming-transformers and LlamaGen.
 
 ``AdversarialConfig`` takes one by a recipe value (``patchgan``, or ``{name: patchgan, num_layers: 2}``); a value
 without a name is ``stylegan``. Other packages add their own in the entry point group ``maskgit_pl.discriminators``.
@@ -53,8 +53,8 @@ _DEVIATION = 0.02  # of its initial weights
 class DiscriminatorSpec(Protocol):
     """A registered discriminator: a frozen dataclass of the values in a recipe, which builds the module.
 
-    A spec whose network normalises over the batch has the attribute ``mixes_images = True``: a logit then depends on
-    other images too, and R1 is refused.
+    A spec whose network normalises over the batch has the attribute ``mixes_images = True``: a logit then
+    depends on other images too, and R1 is refused.
     """
 
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
@@ -118,9 +118,9 @@ class DiscriminatorConfig:
     """The sizes of the discriminator ``stylegan``, by default the released code's. The image size is the tokenizer's.
 
     Attributes:
-        channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half for each
-            doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32. 1/8 suits small
-            images.
+        channel_multiplier: Factor of the released numbers of channels, in (0, 16]: 512 up to 32 px, then half
+            for each doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32.
+            1/8 suits small images.
         pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
 
     Raises:
@@ -161,8 +161,8 @@ class Discriminator(nn.Module):
         in_channels: Channels of an image.
         image_size: Side of square images, or (height, width), in pixels.
 
-    Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the minibatch
-    deviation and the equalised learning rate).
+    Source: released code, ``discriminator.py`` (StyleGAN2's, Karras et al., arXiv:1912.04958, without the
+    minibatch deviation and the equalised learning rate).
     """
 
     def __init__(self, config: DiscriminatorConfig, *, in_channels: int, image_size: ImageSize) -> None:
@@ -255,8 +255,8 @@ class PatchDiscriminatorConfig:
     Raises:
         ValueError: if a number is out of range or the norm is unknown.
 
-    Source: Isola et al., arXiv:1611.07004; ``NLayerDiscriminator`` of CompVis/taming-transformers (3 layers, 64
-    channels).
+    Source: Isola et al., arXiv:1611.07004; ``NLayerDiscriminator`` of CompVis/taming-transformers (3 layers,
+    64 channels).
     """
 
     num_layers: int = 3
@@ -311,8 +311,8 @@ class PatchDiscriminator(nn.Module):
         config: Layers, channels and norm.
         in_channels: Channels of an image.
 
-    Source: ``NLayerDiscriminator`` of CompVis/taming-transformers, with its initial weights: convolutions N(0, 0.02),
-    scales of norms N(1, 0.02) and offsets 0.
+    Source: ``NLayerDiscriminator`` of CompVis/taming-transformers, with its initial weights: convolutions
+    N(0, 0.02), scales of norms N(1, 0.02) and offsets 0.
     """
 
     def __init__(self, config: PatchDiscriminatorConfig, *, in_channels: int) -> None:
@@ -354,8 +354,8 @@ def _norm(kind: PatchNorm, channels: int) -> nn.Module:
 class BatchNorm(nn.Module):
     """The normalisation by mean and variance of the micro-batch of all ranks.
 
-    Torch's ``SyncBatchNorm`` does not run on a CPU. There are no running statistics: a discriminator only trains, so
-    nothing would read them.
+    Torch's ``SyncBatchNorm`` does not run on a CPU. There are no running statistics: a discriminator only
+    trains, so nothing would read them.
 
     Args:
         channels: C, number of channels.

@@ -74,8 +74,8 @@ class FeatureOutput(NamedTuple):
     Attributes:
         features: (B, F) float, pooled, before the classifier.
         logits: (B, C) float.
-        spatial: (B, S) float, S at most 2023: some channels of a feature map, place by place, for sFID; None if the
-            network has no map.
+        spatial: (B, S) float, S at most 2023: some channels of a feature map, place by place, for sFID; None
+            if the network has no map.
     """
 
     features: Tensor
@@ -201,8 +201,8 @@ class SmallClassifier(nn.Module):
 class TimmClassifier(nn.Module):
     """A timm model with random weights, for the channels and classes of the data.
 
-    Images keep their size if the model runs on it; otherwise (transformers, or too many halvings for small images) they
-    are resized to the size that timm gives for the model.
+    Images keep their size if the model runs on it; otherwise (transformers, or too many halvings for small
+    images) they are resized to the size that timm gives for the model.
 
     Args:
         sizes: Sizes of the images, and the name of the model.
@@ -269,8 +269,8 @@ def load_classifier(folder: Path) -> FrozenClassifier:
 
     Raises:
         FileNotFoundError: if there are no weights.
-        ValueError: if a file is missing, of another kind or version, a value is out of range, or the weights do not fit
-            or are non-finite.
+        ValueError: if a file is missing, of another kind or version, a value is out of range, or the weights
+            do not fit or are non-finite.
     """
     sizes, class_names = _read_config(folder)
     file = folder / WEIGHT_FILE

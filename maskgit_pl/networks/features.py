@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -100,8 +100,8 @@ class Inception(FrozenNetwork, nn.Sequential):
     ``features`` are the 2048 numbers of the last pooling. ``logits`` are the 1008 logits without bias, which define IS.
     ``spatial`` are the first 7 channels of the 1 x 1 branch of Mixed_6d at its 17 x 17 places, channel fastest.
 
-    The blocks are torch-fidelity's. Its constructor unpickles the weight file, so the network is built here; a test
-    compares both bit by bit. ``InceptionSpec`` loads the weights.
+    The blocks are torch-fidelity's. Its constructor unpickles the weight file, so the network is built here;
+    a test compares both bit by bit. ``InceptionSpec`` loads the weights.
 
     Source: torch_fidelity.FeatureExtractorInceptionV3; spatial: openai/guided-diffusion, evaluations/evaluator.py
     (``mixed_6/conv:0``, ``[..., :7]`` of height x width x channels, which statistics made there keep).
@@ -137,6 +137,7 @@ class Inception(FrozenNetwork, nn.Sequential):
                 fc=nn.Linear(2048, 1008),
             )
         )
+        self._resize = blocks.interpolate_bilinear_2d_like_tensorflow1x
         self.freeze()
 
     def forward(self, images: Tensor) -> FeatureOutput:
@@ -145,11 +146,9 @@ class Inception(FrozenNetwork, nn.Sequential):
         Args:
             images: (B, 1 or 3, H, W), uint8 or float in [0, 1].
         """
-        from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
-
         x = images.float() if images.dtype == torch.uint8 else images.float() * 255
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
-        x = interpolate_bilinear_2d_like_tensorflow1x(x, size=(_INCEPTION_SIZE, _INCEPTION_SIZE), align_corners=False)
+        x = self._resize(x, size=(_INCEPTION_SIZE, _INCEPTION_SIZE), align_corners=False)
         x = (x - 128) / 128  # not 127.5: the graph's own normalisation
         for name, layer in list(self.named_children())[:-1]:  # all but fc, which has no bias here
             if name == _SPATIAL_LAYER:
@@ -239,12 +238,9 @@ class TimmSpec:
         Raises:
             ValueError: if the file is missing or does not fit the model.
         """
-        import timm
-
         thing = "feature network 'timm'"
         weights = read_weights(Path(self.weights), thing=thing)
-        create = partial(timm.create_model, self.model, pretrained=False)
-        return _with_normalisation(load_network(create, weights, f"{thing} {self.weights}"), self.size)
+        return _with_normalisation(load_network(_timm_model(self.model), weights, f"{thing} {self.weights}"), self.size)
 
 
 @feature_networks.register("lite0")
@@ -272,10 +268,8 @@ class Lite0Spec:
         Raises:
             ValueError: if the package is not installed.
         """
-        import timm
-
         file, thing = _lite0_file(), "feature network 'lite0'"
-        create = partial(timm.create_model, "tf_efficientnet_lite0", pretrained=False)
+        create = _timm_model("tf_efficientnet_lite0")
         with skeletons():
             names = create().state_dict()
         # The package names its tensors otherwise, but stores them in the order of timm's model.
@@ -317,8 +311,8 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     """Builds the feature network that a command's argument names.
 
     Args:
-        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any registered
-            name, or a mapping with ``name`` and arguments.
+        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any
+            registered name, or a mapping with ``name`` and arguments.
 
     Raises:
         ValueError: if the name is unknown, or a part is missing or too many.
@@ -349,6 +343,13 @@ def _lite0_file() -> Path:
     if not weight_files or not weight_files[0].is_file():
         raise ValueError(f"feature network 'lite0': {package} holds no weight file; install it again")
     return weight_files[0]
+
+
+def _timm_model(name: str) -> Callable[[], nn.Module]:
+    """Returns the constructor of a timm model without weights."""
+    import timm
+
+    return partial(timm.create_model, name, pretrained=False)
 
 
 def _with_normalisation(model: Any, size: int) -> FeatureNetwork:

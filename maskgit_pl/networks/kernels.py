@@ -1,7 +1,7 @@
 """Linear layers and MLPs for inference on a CPU, with weights in the layout that matrix products read.
 
-Transformers are built of ``PackingLinear`` and ``feed_forward``. ``set_packing`` turns packing on, which ``MaskGIT``
-does for the networks that it loads.
+Transformers are built of ``PackingLinear`` and ``feed_forward``. ``set_packing`` turns packing on, which
+``MaskGIT`` does for the networks that it loads.
 
 A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
 decoding, this takes a fifth to a half of the time. ``PackingLinear`` copies it once. float32 weights are packed by MKL,
@@ -56,9 +56,9 @@ _has_amx = cache(has_amx)
 class PackingLinear(nn.Linear):
     """A linear layer, with GELU if asked for, that packs its weight for inference on a CPU.
 
-    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and again
-    after an optimizer step or an operation in place. ``WeightWatch`` names the changes that nothing counts; call
-    ``free_packed`` after them.
+    The weight stays a parameter. It is packed at the first call without gradients after ``set_packing``, and
+    again after an optimizer step or an operation in place. ``WeightWatch`` names the changes that nothing
+    counts; call ``free_packed`` after them.
 
     Args:
         in_features: Size of the input.
@@ -199,16 +199,16 @@ def feed_forward(
 ) -> Tensor:
     """Returns the output of an MLP, ``outer(inner(x))``.
 
-    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the cache. With
-    many rows, some of the hidden values are therefore computed and multiplied at once, and the products of these parts
-    are added, which is the same to rounding.
+    Packed bfloat16 products are so fast that the second layer waits for hidden values that have left the
+    cache. With many rows, some of the hidden values are therefore computed and multiplied at once, and the
+    products of these parts are added, which is the same to rounding.
 
     Args:
         x: (..., D).
         inner: Layer (..., D) -> (..., H) with the activation; (..., D) -> (..., 2 H) with ``gate``.
         outer: Layer (..., H) -> (..., E).
-        gate: Function of both halves of the output of ``inner``, (..., H) each, to hidden values (..., H). It works
-            value by value.
+        gate: Function of both halves of the output of ``inner``, (..., H) each, to hidden values (..., H). It
+            works value by value.
         to: (..., E), to which the output is added; None for zero.
 
     Returns:
@@ -302,8 +302,8 @@ def _pack(weight: Tensor) -> Tensor:
 def _apply_gelu(x: Tensor) -> Tensor:
     """Replaces a float32 tensor (..., D) by its GELU in the tanh form, and returns it.
 
-    With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that stay in the
-    cache take two thirds of the time of torch's GELU.
+    With u = sqrt(2 / pi) (x + 0.044715 x^3), 0.5 x (1 + tanh u) = x sigmoid(2 u). Operations on rows that
+    stay in the cache take two thirds of the time of torch's GELU.
     """
     scale = torch.tensor(_GELU_SCALE)
     for rows in torch.split(x.view(-1, x.shape[-1]), _ROWS_IN_CACHE):
@@ -319,8 +319,8 @@ class WeightWatch:
 
     1. ``Tensor._version`` counts operations in place.
     2. A hook counts the steps of all optimizers of the process.
-    3. A sample of the weights is compared with their earlier values, which finds the writes that nothing counts. Only
-       writes to few entries can stay unnoticed.
+    3. A sample of the weights is compared with their earlier values, which finds the writes that nothing
+       counts. Only writes to few entries can stay unnoticed.
 
     ``PackingLinear`` uses 1 and 2 at every call, a pipeline all three at every call of its methods.
 

@@ -1,11 +1,11 @@
 """Quantizers without a table of codes: signs (LFQ, BSQ), and rounding to a few levels (FSQ), channel by channel.
 
-The signs of lookup-free (LFQ) and binary spherical (BSQ) quantization give K = 2^D codes. Token k has bit i set where
-channel i is positive. The distribution over all codes is a product of one distribution a bit, so the entropies cost no
-(M, K) table:
+The signs of lookup-free (LFQ) and binary spherical (BSQ) quantization give K = 2^D codes. Token k has bit i
+set where channel i is positive. The distribution over all codes is a product of one distribution a bit, so
+the entropies cost no (M, K) table:
 
-- the entropy of a feature's assignment is the sum of the entropies of its bits;
-- the mean assignment of LFQ is one matrix product of the distributions over the lower and over the upper half of the
+- the entropy of a feature's assignment is the sum of the entropies of its bits; - the mean assignment of LFQ
+is one matrix product of the distributions over the lower and over the upper half of the
   bits: (2^(D/2), M) x (M, 2^(D/2)), exact.
 """
 
@@ -244,8 +244,8 @@ class BSQSpec(BinarySpec):
     loss = commitment E|u - sg(q)|^2 + entropy_weight T (E[sum_i H(p_i)] - diversity sum_i H(E[p_i]))
     u = z / |z|,  p_i = sigmoid(4 u_i / (sqrt(D) T)), T = entropy_temperature
 
-    The entropy of the mean assignment is the sum over bits, an upper bound of that over codes. E is over the global
-    batch.
+    The entropy of the mean assignment is the sum over bits, an upper bound of that over codes. E is over the
+    global batch.
 
     Source: Zhao et al., arXiv:2406.07548, section 3, equations 6 to 10. Released code ``BinarySphericalQuantizer``: the
     factor T of the loss (its ``inv_temperature`` is 1 / T), and the scale 4 / sqrt(D).
@@ -314,8 +314,8 @@ class FSQSpec:
     K = prod_i L_i and D is the number of channels. There is no loss and nothing to collapse: all codes are in use.
 
     Attributes:
-        levels: The number of levels of each channel, in [2, 4096] each. The paper takes 5 or more, such as (8, 6, 5)
-            for 240 codes, (8, 5, 5, 5) for 1000, (8, 8, 8, 6, 5) for 15360.
+        levels: The number of levels of each channel, in [2, 4096] each. The paper takes 5 or more, such as
+            (8, 6, 5) for 240 codes, (8, 5, 5, 5) for 1000, (8, 8, 8, 6, 5) for 15360.
 
     Raises:
         ValueError: if there is no level, one is out of range, or there are over 2^24 codes.

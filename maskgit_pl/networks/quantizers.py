@@ -1,8 +1,8 @@
 """The base of all quantizers: the interface, the registry, the nearest code, and the losses and gradients they share.
 
-``VQGAN`` and ``Tokenizer`` use a quantizer through ``Quantizer`` only, so codes need no table: ``lookup`` returns them.
-The entropy losses ask for sure assignments of each feature, and for even use of all codes in the global batch.
-Gradients pass the choice of a code straight through, or by the rotation trick.
+``VQGAN`` and ``Tokenizer`` use a quantizer through ``Quantizer`` only, so codes need no table: ``lookup``
+returns them. The entropy losses ask for sure assignments of each feature, and for even use of all codes in
+the global batch. Gradients pass the choice of a code straight through, or by the rotation trick.
 
 Shapes: B images, D size of a code, K codes, h w token grid, N = h w tokens; rows (M, D), M = B h w.
 """
@@ -10,7 +10,7 @@ Shapes: B images, D size of a code, K codes, h w token grid, N = h w tokens; row
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -64,7 +64,7 @@ class QuantizerOutput(NamedTuple):
     features: Tensor
 
 
-class Quantizer(nn.Module):
+class Quantizer(nn.Module, ABC):
     """The base of all quantizers: features of the encoder to tokens, and tokens to codes for the decoder.
 
     Subclasses define which code is nearest, the codes, and the losses. All codes are ``lookup(torch.arange(K))``.
@@ -91,17 +91,14 @@ class Quantizer(nn.Module):
         Returns:
             (B, N) int64 in [0, K), raster order.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define nearest(features)")
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
         """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
-        raise NotImplementedError(f"{type(self).__name__} must define lookup(tokens)")
 
     @abstractmethod
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes (B, D, h, w) float features and computes the losses that train encoder and codes."""
-        raise NotImplementedError(f"{type(self).__name__} must define forward(features)")
 
     def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
         """Tells which counter-based numbers the next training forward draws; called before each one.
@@ -134,8 +131,8 @@ class Quantizer(nn.Module):
 class CodebookQuantizer(Quantizer):
     """The base of quantizers with a table of codes: the nearest code by squared L2 distance.
 
-    Distances are one float32 matrix product, also under autocast: two codes may differ by less than bfloat16 resolves.
-    A subclass sets ``codebook``, a parameter, a buffer or a property.
+    Distances are one float32 matrix product, also under autocast: two codes may differ by less than bfloat16
+    resolves. A subclass sets ``codebook``, a parameter, a buffer or a property.
 
     Args:
         codebook_size: K, number of codes.
@@ -161,8 +158,8 @@ class CodebookQuantizer(Quantizer):
 class QuantizerSpec(Protocol):
     """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module.
 
-    One that does not fit every K and D also has a method ``check(*, codebook_size, code_dim)``, which raises a
-    ``ValueError`` that names the values that fit. Recipes are checked with it before anything is built.
+    One that does not fit every K and D also has a method ``check(*, codebook_size, code_dim)``, which raises
+    a ``ValueError`` that names the values that fit. Recipes are checked with it before anything is built.
     """
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
@@ -272,8 +269,8 @@ def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:
     """Computes the mean entropy of each row's assignment minus the entropy of the mean assignment.
 
-    mean_m H(p_m) - H(mean_m p_m), p = softmax(affinity / temperature): low if each row prefers one code and the rows
-    together use all codes. The mean assignment is all-reduced over the ranks, with its gradient.
+    mean_m H(p_m) - H(mean_m p_m), p = softmax(affinity / temperature): low if each row prefers one code and
+    the rows together use all codes. The mean assignment is all-reduced over the ranks, with its gradient.
 
     Args:
         affinity: (..., K) float, such as negative distances.

@@ -6,8 +6,8 @@
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
 
-Source: paper, implementation details and Table 1 (VQGAN*, "the same setup as MaskGIT"); google-research/maskgit,
-``maskgit_transformer.py``.
+Source: paper, implementation details and Table 1 (VQGAN*, "the same setup as MaskGIT");
+google-research/maskgit, ``maskgit_transformer.py``.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ _NORM_EPSILON = 1e-12  # of every layer norm; released code, far below torch's d
 class TransformerConfig(BackboneConfig):
     """Sizes of the backbone ``bert``, by default the released ones; see ``BackboneConfig`` for the common ones.
 
-    The class is the only condition: ``condition_dim`` is 0. Dropout applies to embeddings, attention probabilities and
-    both outputs of a block.
+    The class is the only condition: ``condition_dim`` is 0. Dropout applies to embeddings, attention
+    probabilities and both outputs of a block.
 
     Args:
         embed_dim: D, a multiple of ``num_heads``.
         depth: Number of blocks.
         num_heads: Number of attention heads.
         mlp_dim: Hidden size of the MLP of each block.
-        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it in raster
-            order. Both have the same weights.
+        attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
+            in raster order. Both have the same weights.
 
     Raises:
         ValueError: if a size is out of range, or the attention is unknown.

@@ -1,15 +1,15 @@
 """The tokenizer's network: a convolutional encoder, a vector quantizer and a convolutional decoder.
 
-``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``. The structure is that of
-published code, quirks included, so that its weights fit: modules are created in the order in which it numbers them.
-``VQGANConfig.layout`` chooses one:
+``Tokenizer`` trains the network; stage 2, sampling and editing use ``encode`` and ``decode``. The structure
+is that of published code, quirks included, so that its weights fit: modules are created in the order in which
+it numbers them. ``VQGANConfig.layout`` chooses one:
 
 - ``maskgit``, the released code: no biases except in the heads, in resampling and in the decoder's stem; a block that
   changes the number of channels has a 1x1 convolution on the *output* of its convolutions.
 - ``taming``, of taming-transformers, which LlamaGen, diffusers and IBQ share: every convolution has a bias; the 1x1
-  convolution is on the *input* of the block; there is self-attention at chosen levels and, unless it is left out, in
-  the middle; the decoder has one more block at each level; and images are in [-1, 1] inside, so that padding with
-  zeros is grey, unless ``signed_images`` is False.
+  convolution is on the *input* of the block; there is self-attention at chosen levels and, unless it is left
+  out, in the middle; the decoder has one more block at each level; and images are in [-1, 1] inside, so that
+  padding with zeros is grey, unless ``signed_images`` is False.
 - ``magvit2``, of Open-MAGVIT2's image tokenizers, differs from ``taming``: the convolutions of residual blocks have no
   bias; there is no self-attention; an upsampling is a convolution to four times the channels and a pixel shuffle; and
   each level of the decoder starts with a norm whose scale and shift depend on the codes of the whole image.
@@ -62,8 +62,8 @@ _FIXED = {  # layout -> fields that keep their defaults
     "taming": ("num_middle_blocks", *_ONLY_OF_MASKGIT),
     "magvit2": (*_ONLY_OF_TAMING, *_ONLY_OF_MASKGIT),
 }
-# Of all norms, and of the variance of codes. flax's default and taming's choice; torch's 1e-5 changes the outputs of
-# the released model.
+# Of all norms, and of the variance of codes. flax's default and taming's choice; torch's 1e-5 changes the
+# outputs of the released model.
 _NORM_EPSILON = 1e-6
 
 
@@ -74,8 +74,8 @@ class VQGANConfig:
     Attributes:
         in_channels: C, channels of an image: 1 or 3.
         base_channels: Channels of the first level.
-        channel_multipliers: Channels of each level as a multiple of ``base_channels``; each level has half the
-            resolution of the one before.
+        channel_multipliers: Channels of each level as a multiple of ``base_channels``; each level has half
+            the resolution of the one before.
         num_res_blocks: Number of residual blocks of each level.
         num_middle_blocks: Number of residual blocks after the encoder's last and before the decoder's first level.
         downsampling: ``average``: 2x2 mean; ``strided``: 4x4 convolution of stride 2; ``strided-3x3``: 3x3
@@ -84,26 +84,26 @@ class VQGANConfig:
         num_groups: Number of groups of each GroupNorm; divides the channels of every level.
         codebook_size: K, number of codes.
         code_dim: D, size of a code.
-        patch_size: Factor of space to depth before the first convolution and of depth to space after the last one.
-            1 (released code) does neither; 2 or more makes the network cheaper by its square.
+        patch_size: Factor of space to depth before the first convolution and of depth to space after the last
+            one. 1 (released code) does neither; 2 or more makes the network cheaper by its square.
         quantizer: Name or mapping of a registered quantizer.
-        initial_scale: Factor of the initial convolution weights, in (0, 1000]. 1 is the released LeCun normal; 0.577
-            gives the variance of torch's default, with which short runs learn faster.
-        layout: ``maskgit``, ``taming`` or ``magvit2``; see the module. ``taming`` fixes ``num_middle_blocks``, and both
-            others fix ``downsampling``, ``activation`` and ``patch_size``; their image sizes are multiples of the
-            downsampling factor.
+        initial_scale: Factor of the initial convolution weights, in (0, 1000]. 1 is the released LeCun
+            normal; 0.577 gives the variance of torch's default, with which short runs learn faster.
+        layout: ``maskgit``, ``taming`` or ``magvit2``; see the module. ``taming`` fixes
+            ``num_middle_blocks``, and both others fix ``downsampling``, ``activation`` and ``patch_size``;
+            their image sizes are multiples of the downsampling factor.
         attention_levels: Levels (0: full resolution) with self-attention after each block; layout ``taming`` only.
-        middle_attention: True for self-attention between the two middle blocks; layout ``taming`` only. aMUSEd
-            (arXiv:2401.01808) has none.
-        latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; required by layout
-            ``taming``, and for it only.
-        signed_images: True: images are in [-1, 1] inside; False: in [0, 1], as the tokenizer of aMUSEd needs; layout
-            ``taming`` only.
+        middle_attention: True for self-attention between the two middle blocks; layout ``taming`` only.
+            aMUSEd (arXiv:2401.01808) has none.
+        latent_channels: Channels between the last 3x3 and the 1x1 convolution before the codes; required by
+            layout ``taming``, and for it only.
+        signed_images: True: images are in [-1, 1] inside; False: in [0, 1], as the tokenizer of aMUSEd needs;
+            layout ``taming`` only.
 
     Raises:
-        ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``, the
-            quantizer is unknown or does not fit ``codebook_size`` and ``code_dim``, or the layout does not support a
-            value.
+        ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``,
+            the quantizer is unknown or does not fit ``codebook_size`` and ``code_dim``, or the layout does
+            not support a value.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py;
@@ -460,8 +460,8 @@ def group_norm(channels: int, config: VQGANConfig, *, affine: bool = True) -> nn
 class ResidualBlock(nn.Module):
     """A residual block: norm, activation, 3x3 convolution, twice, plus a shortcut.
 
-    If the number of channels changes, the input passes through a 1x1 convolution. The released code applies it to the
-    *output* of the two convolutions instead and drops the input: f(x) + conv(f(x)).
+    If the number of channels changes, the input passes through a 1x1 convolution. The released code applies
+    it to the *output* of the two convolutions instead and drops the input: f(x) + conv(f(x)).
 
     Args:
         in_channels: Channels of the input.

@@ -1,8 +1,8 @@
 """Weights from untrusted files: tensors are checked before a network takes them, and networks before they take memory.
 
-Pretrained folders, feature networks, classifiers and importers read weights with these functions. No file is executed,
-and no memory is allocated for tensors that a file claims but does not hold. ``skeletons`` creates networks with shapes,
-but without memory and values: to compare names, to count, or to be filled with weights.
+Pretrained folders, feature networks, classifiers and importers read weights with these functions. No file is
+executed, and no memory is allocated for tensors that a file claims but does not hold. ``skeletons`` creates
+networks with shapes, but without memory and values: to compare names, to count, or to be filled with weights.
 """
 
 from __future__ import annotations
@@ -96,12 +96,12 @@ def read_weights(path: Path, *, thing: str, sha256: str = "") -> dict[str, Tenso
         sha256: First digits of the expected sha256; empty accepts any file.
 
     Returns:
-        Tensors by name, contiguous in memory of their own: the place and the strides of a weight change how products
-        round.
+        Tensors by name, contiguous in memory of their own: the place and the strides of a weight change how
+        products round.
 
     Raises:
-        ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors larger
-            than itself.
+        ValueError: if the file is missing, its sha256 differs, or it holds anything but tensors, or tensors
+            larger than itself.
     """
     if not path.is_file():
         raise ValueError(f"{thing} weights must be an existing file, got {path}")
@@ -226,16 +226,16 @@ def check_tensor(name: str, tensor: Tensor) -> None:
 def check_held(tensors: Mapping[str, Tensor], size: int) -> None:
     """Checks that tensors are not larger than the file that they come from.
 
-    A pickle can describe a tensor as a view that repeats a few numbers, or use one storage many times. Such a tensor
-    takes its full size when it is copied.
+    A pickle can describe a tensor as a view that repeats a few numbers, or use one storage many times. Such a
+    tensor takes its full size when it is copied.
 
     Args:
         tensors: Tensors by name.
         size: Size of the file in bytes.
 
     Raises:
-        ValueError: if a tensor is larger than its storage or is not dense, or all of them together are larger than the
-            file.
+        ValueError: if a tensor is larger than its storage or is not dense, or all of them together are larger
+            than the file.
     """
     total = 0
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
 """The pipeline ``MaskGIT``: loads a pretrained folder, generates images and edits them.
 
-Used by the commands that generate and measure, in notebooks and by other programs. ``MaskGIT`` is imported when it is
-first used, because the checks of the command line need no torch.
+Used by the commands that generate and measure, in notebooks and by other programs. ``MaskGIT`` is imported
+when it is first used, because the checks of the command line need no torch.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
 """Rejection sampling: of more images than are wanted, keep those that a classifier assigns to their class most surely.
 
-The images of a class that are generated are its candidates; the fraction that is kept is the acceptance rate. Candidate
-j has seed + j, class by class, so that the candidates are the images of an ordinary call with more images. A classifier
-that selects images must not judge them: class agreement and distances in its own features are then better than the
-images are. ``maskgit sample --accept-rate`` uses this.
+The images of a class that are generated are its candidates; the fraction that is kept is the acceptance rate.
+Candidate j has seed + j, class by class, so that the candidates are the images of an ordinary call with more
+images. A classifier that selects images must not judge them: class agreement and distances in its own
+features are then better than the images are. ``maskgit sample --accept-rate`` uses this.
 
-Source: Razavi et al. (VQ-VAE-2), arXiv:1906.00446, section on classifier-based rejection sampling; MaskGIT reports
-FID 4.02 (256 px) and 4.46 (512 px) with acceptance rate 0.05.
+Source: Razavi et al. (VQ-VAE-2), arXiv:1906.00446, section on classifier-based rejection sampling; MaskGIT
+reports FID 4.02 (256 px) and 4.46 (512 px) with acceptance rate 0.05.
 """
 
 from __future__ import annotations

@@ -59,8 +59,8 @@ class BulkOptions:
         classes: Indices or names. The images are spread evenly over them. All classes by default.
         seed: Seed of the first image; image i has seed + i.
         negative_class: Index or name of the class that guidance moves away from; "no class" by default.
-        batch_size: Number of images that are decoded, and in memory, at a time. Tokens do not depend on it, and pixels
-            differ by rounding only.
+        batch_size: Number of images that are decoded, and in memory, at a time. Tokens do not depend on it,
+            and pixels differ by rounding only.
         rank: Index of this process in [0, world_size).
         world_size: Number of processes that share the work. They share a folder and need no network.
 
@@ -194,8 +194,8 @@ def generate_many(
         options: Fields of ``BulkOptions``, and the decoding settings of ``MaskGIT.generate``.
 
     Raises:
-        ValueError: if a number is out of range, a class is unknown, the file holds images of other settings, or there
-            is too little disk space.
+        ValueError: if a number is out of range, a class is unknown, the file holds images of other settings,
+            or there is too little disk space.
         FileExistsError: if the file is not one of ``generate_many``.
         TypeError: see ``MaskGIT.generate``.
     """

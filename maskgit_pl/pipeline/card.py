@@ -1,7 +1,7 @@
 """The model card of a pretrained folder: ``config.json`` with all facts of the model, and ``README.md`` from it.
 
-The facts come from the files of the folder and of its run. Used by ``MaskGIT.save_pretrained``, by training when it
-exports, and by the commands that measure a run.
+The facts come from the files of the folder and of its run. Used by ``MaskGIT.save_pretrained``, by training
+when it exports, and by the commands that measure a run.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -24,9 +24,6 @@ from maskgit_pl.networks.backbone import build_config, create_network
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config, read_decoding
-
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
 
 __all__ = [
     "PLACEHOLDER",
@@ -143,9 +140,9 @@ class RunOrigin:
         Raises:
             ValueError: if a file has another format.
         """
-        known = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
+        config = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
         entry = _json(folder / "decoding.json").get("tuned") if tuned else None
-        return cls(folder, known, entry if isinstance(entry, dict) else {})
+        return cls(folder, config, entry if isinstance(entry, dict) else {})
 
     @property
     def name(self) -> str:
@@ -221,8 +218,8 @@ def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
 def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
     """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
 
-    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they cannot act
-    as markup or as metadata keys.
+    Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they
+    cannot act as markup or as metadata keys.
 
     Args:
         folder: Pretrained folder, which names the classes.
@@ -313,14 +310,14 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _metadata(content: Mapping[str, Any]) -> list[str]:
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
-    known, run = content.get("license"), content.get("run") or {}
-    results = list(_eval_results(run))
+    license_name, run = content.get("license"), content.get("run") or {}
+    results = [EvalResult(**result) for result in _eval_results(run)]
     data = ModelCardData(
         library_name="maskgit_pl",
         pipeline_tag=_TASK,
-        license=printable(known) if known else None,
+        license=printable(license_name) if license_name else None,
         tags=["maskgit", "vqgan", "masked-generative-transformer", "class-conditional"],
         model_name=(printable(run["name"]) or "MaskGIT") if results else None,
         eval_results=results or None,
@@ -328,14 +325,12 @@ def _metadata(content: Mapping[str, Any]) -> list[str]:
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:
+def _eval_results(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yields the metrics that the Hub lists: those of images generated with the settings of the shared model.
 
     The type of a metric names its feature network, such as ``fid/classifier``. Only metrics of Inception have the plain
     type ``fid``, with which other models are listed. The name states the number of images, because FID depends on it.
     """
-    from huggingface_hub import EvalResult
-
     measured = run.get("measured")
     dataset = run["transformer"]["settings"].get("data.path") if run else None
     if not measured or not isinstance(dataset, str):
@@ -347,15 +342,15 @@ def _eval_results(run: Mapping[str, Any]) -> Iterator[EvalResult]:
         if match is None or not isinstance(value, float) or not math.isfinite(value):
             continue
         metric, network = match.groups()
-        yield EvalResult(
-            task_type=_TASK,
-            dataset_type=printable(dataset),
-            dataset_name=printable(dataset),
-            dataset_split=printable(protocol.get("split", "val")),
-            metric_type=metric if network == "inception" else f"{metric}/{network}",
-            metric_name=f"{metric} of {printable(protocol.get('num_images'))} images in the features of {network}",
-            metric_value=value,
-        )
+        yield {
+            "task_type": _TASK,
+            "dataset_type": printable(dataset),
+            "dataset_name": printable(dataset),
+            "dataset_split": printable(protocol.get("split", "val")),
+            "metric_type": metric if network == "inception" else f"{metric}/{network}",
+            "metric_name": f"{metric} of {printable(protocol.get('num_images'))} images in the features of {network}",
+            "metric_value": value,
+        }
 
 
 def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> list[str]:

@@ -1,8 +1,8 @@
 """``MaskGITPipeline`` and its networks, which diffusers loads from a folder of ``maskgit export --format diffusers``.
 
 ``pipeline.py`` of each such folder imports the classes of this module, so their names stay. Weights are read
-and written as in any pretrained folder, with the same checks, and are never unpickled. Importing this module requires
-diffusers.
+and written as in any pretrained folder, with the same checks, and are never unpickled. Importing this module
+requires diffusers.
 """
 
 from __future__ import annotations
@@ -126,8 +126,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         pipe = DiffusionPipeline.from_pretrained("folder", trust_remote_code=True)
         pipe(["Sneaker", 3], num_inference_steps=8, seed=0).images[0].save("sneaker.png")
 
-    ``MaskGITPipeline.from_pretrained`` runs no code of a folder. It loads any pretrained folder, model of the package
-    and repository of the Hub, without its negative model.
+    ``MaskGITPipeline.from_pretrained`` runs no code of a folder. It loads any pretrained folder, model of the
+    package and repository of the Hub, without its negative model.
 
     Args:
         tokenizer: Decodes tokens to images.
@@ -170,11 +170,11 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         Args:
             class_labels: Indices or names of classes, as a list or a single one. None in a list is "no class".
             num_inference_steps: Number of decoding steps; None for that of the model.
-            guidance_scale: Scale of guidance as in diffusers, at least 0: up to 1 is no guidance, and above 1 it is the
-                scale of ``MaskGIT`` + 1. None for the guidance of the model.
+            guidance_scale: Scale of guidance as in diffusers, at least 0: up to 1 is no guidance, and above 1
+                it is the scale of ``MaskGIT`` + 1. None for the guidance of the model.
             generator: Draws the seeds: one generator, or one for each image. None for the default generator of torch.
-            seed: Seed of the first image, image i has seed + i; or one for each image. The images are those of
-                ``MaskGIT.generate`` with these seeds. It takes the place of ``generator``.
+            seed: Seed of the first image, image i has seed + i; or one for each image. The images are those
+                of ``MaskGIT.generate`` with these seeds. It takes the place of ``generator``.
             output_type: ``"pil"``, ``"pt"`` for a tensor (n, C, H, W) on the CPU, or ``"np"`` for an array
                 (n, H, W, C), both float32 in [0, 1].
             return_dict: False returns a tuple.
@@ -226,9 +226,9 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         Raises:
             ValueError: if an option is not supported.
         """
-        given = {name: value for name, value in options.items() if value}
-        if given or not safe_serialization:
-            name, value = next(iter(given.items()), ("safe_serialization", safe_serialization))
+        set_options = {name: value for name, value in options.items() if value}
+        if set_options or not safe_serialization:
+            name, value = next(iter(set_options.items()), ("safe_serialization", safe_serialization))
             raise ValueError(
                 f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
                 "`maskgit push FOLDER OWNER/NAME` uploads it"
@@ -264,8 +264,8 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
     """Writes a model as a folder that ``DiffusionPipeline.from_pretrained`` loads.
 
     1. Find and load the model.
-    2. Write the folder beside ``out``. The decoding settings of ``decoding.json`` become those of the transformer,
-       because diffusers does not download that file from the Hub.
+    2. Write the folder beside ``out``. The decoding settings of ``decoding.json`` become those of the
+       transformer, because diffusers does not download that file from the Hub.
     3. Load the folder with diffusers, and compare two images with those of ``MaskGIT``.
     4. Give the folder its name.
 

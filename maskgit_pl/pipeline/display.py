@@ -93,8 +93,8 @@ class StepRecorder:
 
     def __call__(self, step: DecodingStep) -> None:
         self._batch_size = self._batch_size or len(step.tokens)
-        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another batch may
-        # have another size.
+        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another
+        # batch may have another size.
         is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
         if is_complete or len(step.tokens) != self._batch_size:
             return
@@ -180,8 +180,8 @@ class Recording:
     def frames(self) -> list[Image.Image]:
         """Draws a frame for each of at most 64 steps: above, the decided tokens; below, the image of all tokens.
 
-        In the upper row, masked tokens are grey, tokens kept at this step have an orange frame, tokens masked again
-        have a blue frame, and decided tokens show their part of the image. A legend says so.
+        In the upper row, masked tokens are grey, tokens kept at this step have an orange frame, tokens masked
+        again have a blue frame, and decided tokens show their part of the image. A legend says so.
 
         Source: paper, Figure 2.
         """
@@ -208,8 +208,8 @@ class Recording:
         The four pictures of a step show, from above or from the left:
 
         1. The mask before the step, in grey.
-        2. Confidence, the probability of each code when it was last drawn, from dark (0) to bright (the highest value).
-           The legend has the color bar with its numbers.
+        2. Confidence, the probability of each code when it was last drawn, from dark (0) to bright (the
+           highest value). The legend has the color bar with its numbers.
         3. Newly kept tokens in an orange frame, and tokens masked again in a blue frame.
         4. The image of all tokens of the step.
 
@@ -284,7 +284,7 @@ def select_steps(count: int, kind: Literal["animation", "filmstrip"]) -> list[in
     if count <= most:
         return list(range(count))
     # Rounding keeps 0 and count - 1 exactly.
-    return [round(place * (count - 1) / (most - 1)) for place in range(most)]
+    return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 
 def number_windows(steps: Sequence[DecodingStep]) -> list[int]:

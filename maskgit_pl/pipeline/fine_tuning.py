@@ -262,8 +262,8 @@ def weights_for(config: BackboneConfig, pretrained: PretrainedTransformer) -> di
         State dict of a network of ``config``.
 
     Raises:
-        ValueError: if the backbone or another field of its configuration differs, or the backbone declares no table
-            that follows a field that differs.
+        ValueError: if the backbone or another field of its configuration differs, or the backbone declares no
+            table that follows a field that differs.
     """
     source = pretrained.network
     _check_same(config, source.config)

@@ -1,10 +1,10 @@
 """The decoding of a request: whole images, regions of images, and canvases that are filled window by window.
 
-The methods of ``MaskGIT`` call these functions (``edit`` calls ``redraw``). Each yields the decoding steps while they
-are decoded and returns the images, (n, C, H, W) uint8 on the CPU; ``finish`` runs them to the end.
+The methods of ``MaskGIT`` call these functions (``edit`` calls ``redraw``). Each yields the decoding steps
+while they are decoded and returns the images, (n, C, H, W) uint8 on the CPU; ``finish`` runs them to the end.
 
-Source: paper, sections on iterative decoding and on class-conditional image editing; released code, its editing
-functions.
+Source: paper, sections on iterative decoding and on class-conditional image editing; released code, its
+editing functions.
 """
 
 from __future__ import annotations
@@ -114,10 +114,9 @@ def finish(steps: StepsOfImages, output_type: OutputType, callback: StepCallback
     if output_type == "np":
         pixels: npt.NDArray[np.uint8] = rearrange(images.numpy(), "n c h w -> n h w c")
         return pixels
-    from maskgit_pl.pipeline.display import ImageList  # which imports Pillow
-    from maskgit_pl.pipeline.grids import to_pil
+    from maskgit_pl.pipeline import display, grids  # which import Pillow
 
-    return ImageList(to_pil(image) for image in images)
+    return display.ImageList(grids.to_pil(image) for image in images)
 
 
 def generate(tokenizer: PretrainedTokenizer, transformer: PretrainedTransformer, request: Request) -> StepsOfImages:
@@ -255,8 +254,8 @@ def _regenerate(
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for start in sorted(set(first_steps)):
         for rows in request.batches([row for row, first in enumerate(first_steps) if first == start]):
-            known = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
-            steps = decode(transformer, request.part(rows), tokens=known, first_step=start)
+            context = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
+            steps = decode(transformer, request.part(rows), tokens=context, first_step=start)
             images[rows] = yield from _decode_images(tokenizer, steps)
     return images
 
@@ -293,11 +292,11 @@ def _fill(
         seeds = torch.tensor(batch.seeds)
         for number, window in enumerate(windows(unknown, size=config.grid, overlap=overlap)):
             first = first_step(window.unknown, num_steps=request.decoding.num_steps)
-            known = canvas.window(window, mask_token_id=config.mask_token_id)
+            context = canvas.window(window, mask_token_id=config.mask_token_id)
             # 2. Each window has its own noise: with the same noise, windows would repeat one another.
             window_seeds = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
             part = replace(batch, seeds=window_seeds.tolist())
-            start = None if bool(window.unknown.all()) else known  # None: a window without context
+            start = None if bool(window.unknown.all()) else context  # None: a window without context
             for step in decode(transformer, part, tokens=start, first_step=first):
                 yield canvas.step(window, step)
             canvas.keep(window, step)
@@ -330,8 +329,8 @@ class _Canvas:
             count: B, the number of canvases.
             device: Device of the tokens.
         """
-        known = tokens.masked_fill(unknown, 0).to(device)
-        every = known.expand(count, *known.shape).clone()
+        kept = tokens.masked_fill(unknown, 0).to(device)
+        every = kept.expand(count, *kept.shape).clone()
         return cls(every, unknown.clone(), torch.ones(every.shape, device=device))
 
     def window(self, window: Window, *, mask_token_id: int) -> Tensor:
@@ -414,10 +413,10 @@ def _read_images(
     return torch.stack([pixels for pixels, _ in read]), torch.stack([region for _, region in read])
 
 
-def _as_list(name: str, given: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
+def _as_list(name: str, images: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
     """Returns a list of one image or mask for all results, or of one for each of the ``count`` results."""
-    if not isinstance(given, list | tuple):
-        return [cast("ImageLike", given)]
-    if len(given) not in (1, count):
-        raise ValueError(f"{name} must be one {name}, or one for each of the {count} classes, got {len(given)}")
-    return list(given)
+    if not isinstance(images, list | tuple):
+        return [cast("ImageLike", images)]
+    if len(images) not in (1, count):
+        raise ValueError(f"{name} must be one {name}, or one for each of the {count} classes, got {len(images)}")
+    return list(images)

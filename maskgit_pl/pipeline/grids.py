@@ -52,8 +52,8 @@ __all__ = [
 
 TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
 _PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
-# RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again; REQUESTED outlines the
-# pixels that the user of an edit named.
+# RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again; REQUESTED
+# outlines the pixels that the user of an edit named.
 PAPER, _INK, MASKED, NEW, REMASKED = (255, 255, 255), (40, 40, 40), (176, 176, 176), (230, 90, 20), (40, 110, 220)
 REQUESTED = (0, 158, 115)
 _GAP, _MARGIN, _FONT_SIZE = 4, 8, 14  # pixels

@@ -78,20 +78,20 @@ class MaskGIT:
     Args:
         tokenizer: Encodes images to tokens and decodes tokens to images.
         transformer: Predicts the tokens of a class.
-        mask_schedule: Mask schedule to decode with and to save, in place of that of the transformer's training: a name,
-            a mapping, or an object of a registered class.
+        mask_schedule: Mask schedule to decode with and to save, in place of that of the transformer's
+            training: a name, a mapping, or an object of a registered class.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
-        pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products on a CPU;
-            see ``networks.kernels``.
+        pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
+            on a CPU; see ``networks.kernels``.
         origin: Folder that the networks were loaded from, for the card that ``save_pretrained`` writes.
 
     Attributes:
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
 
     Raises:
-        ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model predicts
-            other tokens.
+        ValueError: if the transformer was trained on the tokens of another tokenizer, or the negative model
+            predicts other tokens.
     """
 
     def __init__(
@@ -144,24 +144,24 @@ class MaskGIT:
         """Loads the model of a run, a pretrained folder, or a repository of the Hugging Face Hub.
 
         Args:
-            path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, the model of
-                the package ``fashion-mnist-demo``, or ``owner/name`` on the Hub. Downloaded files are read as data and
-                never executed.
-            decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json`` in the
-                folder (``maskgit tune`` writes it), else those exported with the transformer.
-            negative_model: Default of the option ``negative_model``. Without it, the one that the file of decoding
-                settings names.
+            path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, the
+                model of the package ``fashion-mnist-demo``, or ``owner/name`` on the Hub. Downloaded files
+                are read as data and never executed.
+            decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json``
+                in the folder (``maskgit tune`` writes it), else those exported with the transformer.
+            negative_model: Default of the option ``negative_model``. Without it, the one that the file of
+                decoding settings names.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
-            pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster matrix
-                products; False saves the memory.
+            pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster
+                matrix products; False saves the memory.
             hub: Options of a download: ``revision``, ``cache_dir``, ``local_files_only`` and ``token``; see
                 ``sharing.HubOptions``.
 
         Raises:
             FileNotFoundError: if a folder, repository or file is missing.
-            ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the negative model
-                predicts other tokens.
+            ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the
+                negative model predicts other tokens.
         """
         check_foreign(hub)
         folder = find_folder(path_or_hub_id, **hub)
@@ -195,8 +195,8 @@ class MaskGIT:
 
         Args:
             folder: Folder to write. A pipeline in it is replaced, with its negative model.
-            run: Run folder that the weights come from, for the card; by default the run that they were loaded from, if
-                they have not changed.
+            run: Run folder that the weights come from, for the card; by default the run that they were loaded
+                from, if they have not changed.
             license: License of the weights as the Hub spells it; None leaves it open in the card.
             name: Name for ``from_pretrained`` in the card, such as ``owner/name``.
 
@@ -300,8 +300,8 @@ class MaskGIT:
     def clear_caches(self) -> None:
         """Removes all that was computed from the weights: packed weights, and the logits of the first step.
 
-        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them. Call it
-        after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
+        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them.
+        Call it after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
         """
         for transformer in self._transformers():
             transformer.caches.clear()
@@ -326,8 +326,8 @@ class MaskGIT:
 
         Raises:
             TypeError: if a plug-in does not take an argument.
-            ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or a setting
-                of parallel decoding is given to an autoregressive model.
+            ValueError: if a name is unknown, a number is out of range, there are more steps than tokens, or a
+                setting of parallel decoding is given to an autoregressive model.
         """
         num_tokens, schedule = self.transformer.network.config.num_tokens, self.transformer.mask_schedule
         decoding.check(num_tokens, is_autoregressive=schedule is None)
@@ -362,13 +362,13 @@ class MaskGIT:
     ) -> Images:
         """Generates one image for each class.
 
-        An image depends on its class, its seed and the settings only, not on the batch that it is decoded in. An
-        autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``, ``top_k`` and
-        ``top_p``, and refuses settings of parallel decoding.
+        An image depends on its class, its seed and the settings only, not on the batch that it is decoded in.
+        An autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``,
+        ``top_k`` and ``top_p``, and refuses settings of parallel decoding.
 
         Args:
-            classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is "no
-                class", if the model was trained with it.
+            classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is
+                "no class", if the model was trained with it.
             output_type: ``"pil"`` for PIL images (L or RGB), ``"pt"`` for (n, C, H, W) uint8 on the CPU,
                 ``"np"`` for (n, H, W, C) uint8.
             options: ``seed``, ``batch_size`` and others of ``options.GenerateKeywords``; ``decoding``, a
@@ -381,8 +381,8 @@ class MaskGIT:
         Raises:
             FileNotFoundError: if ``negative_model`` names no model.
             ValueError: if a class is unknown, a number is out of range, or ``negative_model`` predicts other tokens.
-            TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not take an
-                argument.
+            TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not
+                take an argument.
         """
         request = self._request(classes, options)
         steps = tasks.generate(self.tokenizer, self.transformer, request)
@@ -439,10 +439,10 @@ class MaskGIT:
         A result depends on its image, mask, class, seed and the settings only, not on the batch.
 
         Args:
-            image: One image for all results, or a list with one for each: a file, a PIL image, or uint8 pixels as a
-                tensor (C, H, W) or an array (H, W) or (H, W, C).
-            mask: One mask for all results, or a list with one for each: a file or a PIL image, white where pixels
-                are generated, or (H, W) bool.
+            image: One image for all results, or a list with one for each: a file, a PIL image, or uint8
+                pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C).
+            mask: One mask for all results, or a list with one for each: a file or a PIL image, white where
+                pixels are generated, or (H, W) bool.
             classes: Index or name of the class of each result. None gives one result of "no class" (see ``generate``).
             output_type: See ``generate``.
             options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``options.EditKeywords``. The
@@ -450,8 +450,8 @@ class MaskGIT:
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if an image or a mask cannot be read, has another size or is empty, a class is unknown, a number
-                is out of range, or the length of a list differs from that of ``classes``.
+            ValueError: if an image or a mask cannot be read, has another size or is empty, a class is
+                unknown, a number is out of range, or the length of a list differs from that of ``classes``.
             TypeError: see ``generate``.
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
@@ -523,12 +523,12 @@ class MaskGIT:
 
         Args:
             image: One image for all results, or a list with one for each. See ``inpaint``.
-            strength: Share of the tokens that are generated again, in (0, 1]. With 1 nothing of the image stays: the
-                results are those of ``generate``.
+            strength: Share of the tokens that are generated again, in (0, 1]. With 1 nothing of the image
+                stays: the results are those of ``generate``.
             classes: See ``inpaint``.
             output_type: See ``generate``.
-            options: Options of ``generate``, and ``fit`` of ``options.FitKeywords``. The first floor(T / 6) of T steps
-                are skipped, except with strength 1.
+            options: Options of ``generate``, and ``fit`` of ``options.FitKeywords``. The first floor(T / 6)
+                of T steps are skipped, except with strength 1.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -564,22 +564,22 @@ class MaskGIT:
 
         Args:
             image: A file, a PIL image or uint8 pixels (see ``inpaint``) of any size.
-            left: Pixels to add on the left. All four numbers and the size of the image are multiples of the pixels of
-                a token, and the result is at least as large as the images of the model.
+            left: Pixels to add on the left. All four numbers and the size of the image are multiples of the
+                pixels of a token, and the result is at least as large as the images of the model.
             right: Pixels to add on the right.
             up: Pixels to add above.
             down: Pixels to add below.
             classes: See ``inpaint``.
             overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has as much.
             output_type: See ``generate``.
-            options: Options of ``generate``, and of ``options.SeamKeywords``: ``dilation``, 0 by default, is the number
-                of tokens along the border of the image that are decoded again. With ``blend=0`` all pixels of the image
-                stay.
+            options: Options of ``generate``, and of ``options.SeamKeywords``: ``dilation``, 0 by default, is
+                the number of tokens along the border of the image that are decoded again. With ``blend=0``
+                all pixels of the image stay.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if the file is not an image, all sides are 0, a size is not a multiple of the pixels of a token,
-                a class is unknown, or a number is out of range.
+            ValueError: if the file is not an image, all sides are 0, a size is not a multiple of the pixels
+                of a token, a class is unknown, or a number is out of range.
             TypeError: see ``generate``.
 
         Source: paper, Figure 1 and Table 2.
@@ -615,8 +615,8 @@ class MaskGIT:
             options: See ``generate``.
 
         Raises:
-            ValueError: if a size is too small or not a multiple of the pixels of a token, a class is unknown, or a
-                number is out of range.
+            ValueError: if a size is too small or not a multiple of the pixels of a token, a class is unknown,
+                or a number is out of range.
             TypeError: see ``generate``.
 
         Source: paper, Figure 1.
@@ -644,8 +644,8 @@ class MaskGIT:
     def _request(self, classes: Classes | None, options: GenerateKeywords, kind: type = GenerateKeywords) -> Request:
         """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
         request = Request.of(self.outline, [None] if classes is None else classes, options, kind)
-        given, vectors = options.get("negative_model"), options.get("vectors")
-        negative = self.negative_model if given is None else self._open_negative(given)
+        model, vectors = options.get("negative_model"), options.get("vectors")
+        negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
             negative.check_labels(request.negative_labels or request.labels)
             negative.caches.follow_weights()
@@ -658,19 +658,19 @@ class MaskGIT:
         )
         return replace(request, negative_model=negative, vectors=checked)
 
-    def _open_negative(self, given: NegativeModelLike) -> PretrainedTransformer:
+    def _open_negative(self, model: NegativeModelLike) -> PretrainedTransformer:
         """Returns the transformer from which guidance moves away, checked; one of a folder moves to this device."""
         negative: PretrainedTransformer | None
-        if isinstance(given, str | Path):
-            negative = load_transformer(find_transformer(given))
+        if isinstance(model, str | Path):
+            negative = load_transformer(find_transformer(model))
             negative.to(self.device, dtype=next(self.transformer.network.parameters()).dtype)
             set_packing(negative.network, enabled=self._pack_weights)
         else:
-            negative = given if isinstance(given, PretrainedTransformer) else getattr(given, "transformer", None)
+            negative = model if isinstance(model, PretrainedTransformer) else getattr(model, "transformer", None)
         if negative is None:
             raise TypeError(
                 "negative_model must be a folder, a repository of the Hub, a MaskGIT or a PretrainedTransformer, got "
-                f"{type(given).__name__}"
+                f"{type(model).__name__}"
             )
         self.transformer.check_negative(negative)
         return negative

@@ -122,13 +122,13 @@ class GenerateKeywords(DecodingKeywords, total=False):
 
     Args:
         seed: Seed of the first result in [0, 2**32), 0 by default; result i has seed + i. Or a list with one for each.
-        negative_classes: Index or name of the class that guidance moves away from, or a list with one for each result;
-            "no class" by default.
-        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no class": a run or
-            pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device. By default the pipeline's
-            own, if it has one.
-        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model that was
-            trained with vectors of C values.
+        negative_classes: Index or name of the class that guidance moves away from, or a list with one for
+            each result; "no class" by default.
+        negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no
+            class": a run or pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device.
+            By default the pipeline's own, if it has one.
+        vectors: (n, C) float array or tensor with the vector of each result, or (C,) for all, for a model
+            that was trained with vectors of C values.
         batch_size: Number of results decoded at a time, 64 by default. It changes no token.
         callback: Called with a ``decoding.DecodingStep`` after each decoding step of each batch.
     """
@@ -145,8 +145,8 @@ class SeamKeywords(GenerateKeywords, total=False):
     """Keyword arguments of ``MaskGIT.outpaint``: those of ``generate``, and the seam.
 
     Args:
-        dilation: Number of tokens by which the region grows on each side, in [0, 65536]. By default 1 inside an image,
-            as in the released code (the seam then lies outside the mask), and 0 beyond its borders.
+        dilation: Number of tokens by which the region grows on each side, in [0, 65536]. By default 1 inside
+            an image, as in the released code (the seam then lies outside the mask), and 0 beyond its borders.
         blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
             region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
     """
@@ -169,8 +169,8 @@ class EditKeywords(SeamKeywords, FitKeywords, total=False):
     """Keyword arguments of ``MaskGIT.inpaint`` and ``edit_class``: all of the above."""
 
 
-# Names that users of diffusers and of other samplers type -> what to type here. They are never accepted: diffusers
-# counts guidance_scale from 1, and its generators have no seed for each image.
+# Names that users of diffusers and of other samplers type -> what to type here. They are never accepted:
+# diffusers counts guidance_scale from 1, and its generators have no seed for each image.
 _FOREIGN = {
     "callback_on_step_end": "callback, a function of a DecodingStep",
     "cfg": "guidance_scale, which is that of diffusers - 1",
@@ -190,13 +190,13 @@ _FOREIGN = {
 }
 
 
-def check_foreign(given: Iterable[str]) -> None:
+def check_foreign(names: Iterable[str]) -> None:
     """Answers the names of options that other libraries use with those of this one.
 
     Raises:
         TypeError: if one is given.
     """
-    for name in given:
+    for name in names:
         if name in _FOREIGN:
             raise TypeError(f"option {name!r}: its name here is {_FOREIGN[name]}")
 
@@ -240,18 +240,18 @@ class Outline:
             classes: A list of indices in [0, number of classes), names and None; or a single index or name.
 
         Raises:
-            ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None is given to
-                a model that was trained without "no class".
+            ValueError: if the list is empty, a class is unknown, a name belongs to several classes, or None
+                is given to a model that was trained without "no class".
             TypeError: if a class is neither an integer nor a string.
         """
-        given = plain_list(classes)
-        if given is None:  # a single class
-            given = [plain_number(classes)]
-            if not isinstance(given[0], str | int):
+        choices = plain_list(classes)
+        if choices is None:  # a single class
+            choices = [plain_number(classes)]
+            if not isinstance(choices[0], str | int):
                 raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
-        if not given:
+        if not choices:
             raise ValueError("classes must have at least one class, got none")
-        return [self._class_id(name_or_label) for name_or_label in given]
+        return [self._class_id(name_or_label) for name_or_label in choices]
 
     def parse_class(self, word: str | None) -> int | None:
         """Returns the label of the class of a command line argument. None is "no class" and stays None.
@@ -287,30 +287,30 @@ class Outline:
     def _read_word(self, word: str) -> int | str:
         return int(word) if word not in self.class_names and _INTEGER.fullmatch(word) else word
 
-    def _class_id(self, given: object) -> int:
+    def _class_id(self, choice: object) -> int:
         names = self.class_names
-        if given is None:
+        if choice is None:
             if self.null_label is None:
                 raise ValueError(
                     "class must not be None: the model was trained without a null class (class_dropout 0); name a class"
                 )
             return self.null_label
-        if isinstance(given, bool) or not isinstance(given, int | str):
-            raise TypeError(f"class must be an index or a name, got {shorten(given)} ({type(given).__name__})")
-        if isinstance(given, int):
-            if not 0 <= given < len(names):
-                raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(given)}")
-            return given
+        if isinstance(choice, bool) or not isinstance(choice, int | str):
+            raise TypeError(f"class must be an index or a name, got {shorten(choice)} ({type(choice).__name__})")
+        if isinstance(choice, int):
+            if not 0 <= choice < len(names):
+                raise ValueError(f"class must be an index in [0, {len(names)}) or a name, got {shorten(choice)}")
+            return choice
         # An exact match wins; without one, the case of letters is ignored.
-        labels = [label for label, name in enumerate(names) if name == given]
-        labels = labels or [label for label, name in enumerate(names) if name.casefold() == given.casefold()]
+        labels = [label for label, name in enumerate(names) if name == choice]
+        labels = labels or [label for label, name in enumerate(names) if name.casefold() == choice.casefold()]
         if not labels:
             # 1,000 names of ImageNet would fill the terminal: only close ones are listed.
-            close = difflib.get_close_matches(given, names, n=5, cutoff=0.3)
-            known = names if len(names) <= _MAX_LISTED else close
-            raise ValueError(f"unknown class {given!r}: {nearest(given, known)}")
+            close = difflib.get_close_matches(choice, names, n=5, cutoff=0.3)
+            listed = names if len(names) <= _MAX_LISTED else close
+            raise ValueError(f"unknown class {choice!r}: {nearest(choice, listed)}")
         if len(labels) > 1:
-            raise ValueError(f"class {given!r} is the name of several classes; give one of the indices {labels}")
+            raise ValueError(f"class {choice!r} is the name of several classes; give one of the indices {labels}")
         return labels[0]
 
 
@@ -345,34 +345,34 @@ class Request:
     fit: bool = False
 
     @classmethod
-    def of(cls, outline: Outline, classes: Classes, given: Mapping[str, Any], kind: type) -> Request:
+    def of(cls, outline: Outline, classes: Classes, options: Mapping[str, Any], kind: type) -> Request:
         """Reads the arguments of a method of ``MaskGIT``, without ``negative_model`` and ``vectors``.
 
         Args:
             outline: The model.
             classes: Classes of the results as indices or names.
-            given: Keyword arguments of the method.
+            options: Keyword arguments of the method.
             kind: ``GenerateKeywords`` or a subclass: the names that the method takes.
 
         Raises:
             TypeError: if a name is unknown (the message names the nearest one), or a value has another type.
             ValueError: if a value is out of range, or a class is unknown.
         """
-        _check_names(given, kind.__annotations__)
-        settings = {name: given[name] for name in ("decoding", *SETTINGS) if name in given}
-        callback, fit = given.get("callback"), given.get("fit", False)
+        _check_names(options, kind.__annotations__)
+        settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
+        callback, fit = options.get("callback"), options.get("fit", False)
         if callback is not None and not callable(callback):
             raise TypeError(f"callback must be a function of a DecodingStep, got {shorten(callback)}")
         if not isinstance(fit, bool):
             raise TypeError(f"fit must be True or False, got {shorten(fit)}")
-        dilation, blend = plain_number(given.get("dilation")), plain_number(given.get("blend"))
+        dilation, blend = plain_number(options.get("dilation")), plain_number(options.get("blend"))
         labels = outline.class_ids(classes)
         return cls(
             labels=labels,
-            seeds=seeds_of(given.get("seed", 0), len(labels)),
+            seeds=seeds_of(options.get("seed", 0), len(labels)),
             decoding=replace_settings(outline.decoding, settings),
-            negative_labels=_negative_labels(given.get("negative_classes"), len(labels), outline),
-            batch_size=check_integer("batch_size", plain_number(given.get("batch_size", 64)), "[1, inf)"),
+            negative_labels=_negative_labels(options.get("negative_classes"), len(labels), outline),
+            batch_size=check_integer("batch_size", plain_number(options.get("batch_size", 64)), "[1, inf)"),
             callback=callback,
             dilation=None if dilation is None else check_integer("dilation", dilation, _MOST_PIXELS),
             blend=None if blend is None else check_number("blend", blend, _MOST_PIXELS),
@@ -396,13 +396,15 @@ class Request:
         )
 
 
-def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingConfig) -> tuple[Options, DecodingConfig]:
+def read_options(
+    kind: type[Options], keywords: Mapping[str, Any], default: DecodingConfig
+) -> tuple[Options, DecodingConfig]:
     """Splits keyword arguments into options and decoding settings.
 
     Args:
         kind: Dataclass of the options.
-        given: Keyword arguments: fields of ``kind``, names of ``SETTINGS``, and ``decoding``.
-        own: Default decoding settings of the model.
+        keywords: Keyword arguments: fields of ``kind``, names of ``SETTINGS``, and ``decoding``.
+        default: Default decoding settings of the model.
 
     Returns:
         The options and the decoding settings.
@@ -413,60 +415,61 @@ def read_options(kind: type[Options], given: Mapping[str, Any], own: DecodingCon
     """
     # One namespace for both, so that a mistyped option is never taken for a setting.
     names = [field.name for field in dataclasses.fields(kind)]
-    _check_names(given, [*names, *SETTINGS, "decoding"])
-    options = kind(**{name: value for name, value in given.items() if name in names})
-    return options, replace_settings(own, {name: value for name, value in given.items() if name not in names})
+    _check_names(keywords, [*names, *SETTINGS, "decoding"])
+    options = kind(**{name: value for name, value in keywords.items() if name in names})
+    return options, replace_settings(default, {name: value for name, value in keywords.items() if name not in names})
 
 
-def replace_settings(own: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
+def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
     """Returns decoding settings with some of them replaced.
 
-    ``tokens_per_step`` without ``num_steps`` sets both. A new ``num_steps`` removes the ``tokens_per_step`` of ``own``,
-    which has another length; a ``mask_schedule`` removes it, too, because it would have no effect beside the list.
+    ``tokens_per_step`` without ``num_steps`` sets both. A new ``num_steps`` removes the ``tokens_per_step`` of
+    ``default``, which has another length; a ``mask_schedule`` removes it, too, because it would have no effect
+    beside the list.
 
     Args:
-        own: Settings to start from.
-        settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``own``.
+        default: Settings to start from.
+        settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``default``.
 
     Raises:
         TypeError: if a setting is unknown, or ``decoding`` is not a ``DecodingConfig``.
         ValueError: if a value is out of range, or both ``mask_schedule`` and ``tokens_per_step`` are given.
     """
     _check_names(settings, [*SETTINGS, "decoding"])
-    given = {name: value for name, value in settings.items() if value is not None}
-    config = given.pop("decoding", own)
+    changes = {name: value for name, value in settings.items() if value is not None}
+    config = changes.pop("decoding", default)
     if not isinstance(config, DecodingConfig):
         raise TypeError(
             f"decoding must be a DecodingConfig, got {shorten(config)}; give single settings as options, or a file to "
             "from_pretrained"
         )
     # The list has one number for each step, so that it must agree with num_steps. It takes the place of the schedule.
-    if "tokens_per_step" in given:
-        if "mask_schedule" in given:
+    if "tokens_per_step" in changes:
+        if "mask_schedule" in changes:
             raise ValueError(
                 "mask_schedule must be left out with tokens_per_step, which takes its place, got "
-                f"{shorten(given['mask_schedule'])}; give one of the two"
+                f"{shorten(changes['mask_schedule'])}; give one of the two"
             )
-        counts = plain_list(given["tokens_per_step"])
+        counts = plain_list(changes["tokens_per_step"])
         if counts is not None:
-            given = {"num_steps": len(counts), **given, "tokens_per_step": counts}
-    elif "mask_schedule" in given or (
-        isinstance(steps := plain_number(given.get("num_steps")), int) and steps != config.num_steps
+            changes = {"num_steps": len(counts), **changes, "tokens_per_step": counts}
+    elif "mask_schedule" in changes or (
+        isinstance(steps := plain_number(changes.get("num_steps")), int) and steps != config.num_steps
     ):
-        given["tokens_per_step"] = None
+        changes["tokens_per_step"] = None
     # guidance_scale and choice_temperature are arguments of plug-ins: they go into the spec of the plug-in.
     for name, (part, argument, interval) in _ARGUMENTS.items():
-        if name in given:
-            value = check_number(name, plain_number(given.pop(name)), interval)
-            given[part] = _with_argument(given.get(part, getattr(config, part)), argument, value)
-    return dataclasses.replace(config, **given)
+        if name in changes:
+            value = check_number(name, plain_number(changes.pop(name)), interval)
+            changes[part] = _with_argument(changes.get(part, getattr(config, part)), argument, value)
+    return dataclasses.replace(config, **changes)
 
 
-def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
-    for name in given:
-        if name not in known:
+def _check_names(names: Iterable[str], accepted: Iterable[str]) -> None:
+    for name in names:
+        if name not in accepted:
             check_foreign([name])
-            raise TypeError(f"option {name!r}: {nearest(name, known)}")
+            raise TypeError(f"option {name!r}: {nearest(name, accepted)}")
 
 
 def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:
@@ -484,25 +487,25 @@ def seeds_of(seed: Seeds, count: int) -> list[int]:
     Raises:
         ValueError: if there is another number of seeds, or one is out of range.
     """
-    given = plain_list(seed)
-    if given is not None:
-        if len(given) != count:
-            raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(given)}")
-        return [check_seed("seed", number) for number in given]
+    seeds = plain_list(seed)
+    if seeds is not None:
+        if len(seeds) != count:
+            raise ValueError(f"seed must be one number or one for each of the {count} images, got {len(seeds)}")
+        return [check_seed("seed", number) for number in seeds]
     first = check_seed("seed", plain_number(seed))
     if first + count > 2**32:
         raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")
     return list(range(first, first + count))
 
 
-def _negative_labels(given: int | str | Classes | None, count: int, outline: Outline) -> list[int] | None:
+def _negative_labels(classes: int | str | Classes | None, count: int, outline: Outline) -> list[int] | None:
     """Returns the label that guidance moves each of ``count`` results away from; None for "no class"."""
-    if given is None:
+    if classes is None:
         return None
-    several = plain_list(given)
-    wanted = [cast("int | str", given)] * count if several is None else several
-    if len(wanted) != count:
+    several = plain_list(classes)
+    choices = [cast("int | str", classes)] * count if several is None else several
+    if len(choices) != count:
         raise ValueError(
-            f"negative_classes must be one class, or one for each of the {count} classes, got {len(wanted)}"
+            f"negative_classes must be one class, or one for each of the {count} classes, got {len(choices)}"
         )
-    return outline.class_ids(wanted)
+    return outline.class_ids(choices)

@@ -114,8 +114,8 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
 
     Raises:
         FileNotFoundError: if there is no such folder, or a file is missing.
-        ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the configuration or
-            are non-finite.
+        ValueError: if it is not a tokenizer, a value is out of range, or the weights do not fit the
+            configuration or are non-finite.
     """
     folder = Path(folder)
     config, image_size = _parse_tokenizer(_read_json(folder, "tokenizer"), folder / _CONFIG)
@@ -128,8 +128,8 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
 
     Raises:
         FileNotFoundError: if there is no such folder, or a file is missing.
-        ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit the
-            configuration or are non-finite.
+        ValueError: if it is not a transformer, a value is out of range or unknown, or the weights do not fit
+            the configuration or are non-finite.
     """
     folder = Path(folder)
     config, facts = _parse_transformer(_read_json(folder, "transformer"), folder / _CONFIG)
@@ -209,8 +209,8 @@ def save_decoding(
         folder: Folder such as ``runs/RUN/pretrained``.
         decoding: Configuration of decoding.
         tuned: Record of the search that found it, in plain values, for people.
-        negative_model: Transformer folder from which guidance moves away; None for guidance by classes. It is recorded
-            relative to ``folder``, with the SHA-256 of its weights.
+        negative_model: Transformer folder from which guidance moves away; None for guidance by classes. It is
+            recorded relative to ``folder``, with the SHA-256 of its weights.
 
     Returns:
         The copy of an older ``decoding.json``; None if there was none.
@@ -227,8 +227,8 @@ def save_decoding(
         "tuned": dict(tuned or {}),
     }
     if negative_model is not None:
-        place = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
-        content["negative_model"] = {"folder": place, "transformer": fingerprint(negative_model)}
+        relative_path = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
+        content["negative_model"] = {"folder": relative_path, "transformer": fingerprint(negative_model)}
     old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
     if old is not None:
         shutil.copyfile(file, old)  # a copy: the folder is never without one

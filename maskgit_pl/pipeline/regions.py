@@ -65,8 +65,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
     """Reads an image for the tokenizer: rotated upright, with the channels of the model.
 
     Args:
-        image: JPEG, PNG or WebP file, PIL image, or uint8 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C)
-            with C = 1 to 4.
+        image: JPEG, PNG or WebP file, PIL image, or uint8 pixels as a tensor (C, H, W) or an array (H, W) or
+            (H, W, C) with C = 1 to 4.
         channels: 1 for grey, 3 for RGB.
         name: Word for the image in an error, if it is not a file.
         background: Colour below transparent pixels.
@@ -76,8 +76,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a PIL image
-            of floats or 32-bit integers.
+        ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a
+            PIL image of floats or 32-bit integers.
         TypeError: if it is something else.
     """
     from PIL import Image  # with the first image only
@@ -85,10 +85,12 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
     from maskgit_pl.data.images import decode_image, from_pil, read_image_file
 
     if isinstance(image, str | Path):
-        shown = printable(image)
+        printed_name = printable(image)
         if not Path(image).exists():
-            raise FileNotFoundError(f"{name.split()[0]} {shown}: no such file; name a JPEG, PNG or WebP file")
-        return decode_image(read_image_file(image, name=shown), channels=channels, name=shown, background=background)
+            raise FileNotFoundError(f"{name.split()[0]} {printed_name}: no such file; name a JPEG, PNG or WebP file")
+        return decode_image(
+            read_image_file(image, name=printed_name), channels=channels, name=printed_name, background=background
+        )
     # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
     # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
@@ -104,8 +106,8 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     """Reads a mask.
 
     Args:
-        mask: File or PIL image, white (grey value >= 128) where pixels are generated, or a bool tensor or array (H, W).
-            Transparent pixels are composited over black, so that they stay as they are.
+        mask: File or PIL image, white (grey value >= 128) where pixels are generated, or a bool tensor or
+            array (H, W). Transparent pixels are composited over black, so that they stay as they are.
         name: Word for the mask in an error, if it is not a file.
 
     Returns:
@@ -138,16 +140,16 @@ def fit_to_model(
         image: (C, h, w) uint8.
         mask: (h, w) bool; None for the whole image.
         image_size: Image size of the model: H = W, or (H, W), in pixels.
-        fit: True crops both to the central part with the model's shape and resizes it; False accepts images of the
-            model's size only.
+        fit: True crops both to the central part with the model's shape and resizes it; False accepts images
+            of the model's size only.
         name: Word for the image in an error.
 
     Returns:
         (C, H, W) uint8 and (H, W) bool. A pixel of the new mask is True if any pixel of the old mask that it covers is.
 
     Raises:
-        ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the mask is all
-            False.
+        ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the
+            mask is all False.
     """
     from maskgit_pl.data.images import crop_to_shape, fit_image  # which import Pillow
 
@@ -238,8 +240,8 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
     Returns:
         (h, w) bool with h = ceil(H / factor) and w = ceil(W / factor).
 
-    Source: released code, which takes the tokens of the box and one more on each side. It rounds position and size of
-    the box down, so that a box between tokens may lose its last pixels; here no pixel is lost.
+    Source: released code, which takes the tokens of the box and one more on each side. It rounds position and
+    size of the box down, so that a box between tokens may lose its last pixels; here no pixel is lost.
     """
     # Pixels that the last tokens cover beyond the image.
     bottom, right = -mask.shape[0] % factor, -mask.shape[1] % factor
@@ -260,8 +262,8 @@ def pixel_region(tokens: Tensor, *, factor: int, height: int, width: int) -> Ten
 def first_step(tokens: Tensor, *, num_steps: int) -> int:
     """Returns the first decoding step of an edit: floor(T / 6), or 0 if all tokens are masked.
 
-    The first steps of a generation decide few tokens, because they have little context. An edit has context from the
-    start.
+    The first steps of a generation decide few tokens, because they have little context. An edit has context
+    from the start.
 
     Args:
         tokens: Bool mask of any shape, True for the tokens to decode.
@@ -282,8 +284,8 @@ def seam(region: Tensor, *, radius: float) -> Tensor:
 
     Args:
         region: (H, W) bool, True where tokens were generated.
-        radius: Standard deviation of the Gaussian blur in pixels, at least 0. Beyond the image, the values at its
-            border are repeated.
+        radius: Standard deviation of the Gaussian blur in pixels, at least 0. Beyond the image, the values at
+            its border are repeated.
 
     Returns:
         (H, W) float32 in [0, 1].
@@ -346,8 +348,8 @@ class Margins:
             least: Smallest size of the result: the image size of the model.
 
         Raises:
-            ValueError: if all sides are 0, a size is not a multiple of ``factor``, or the result is too small or too
-                large.
+            ValueError: if all sides are 0, a size is not a multiple of ``factor``, or the result is too small
+                or too large.
         """
         sides = asdict(self)
         if not any(sides.values()):
@@ -395,16 +397,16 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
         least: Image size of the model: a side, or (height, width), in pixels.
 
     Raises:
-        ValueError: if a side is not an integer, smaller than that of ``least``, or not a multiple of ``factor`` (the
-            message names the nearest sizes), or the canvas has more than 64 million pixels.
+        ValueError: if a side is not an integer, smaller than that of ``least``, or not a multiple of
+            ``factor`` (the message names the nearest sizes), or the canvas has more than 64 million pixels.
     """
     own_height, own_width = height_width(least)
     size = [("height", plain_number(height), own_height), ("width", plain_number(width), own_width)]
-    for name, value, own in size:
+    for name, value, least_side in size:
         number = check_integer(name, value, f"[1, {MAX_PIXELS}]")
-        if number < own:
-            raise ValueError(f"{name} must be >= {own} pixels, the {name} of the model's images, got {number}")
-        _check_whole_tokens(name, number, factor, least=own)
+        if number < least_side:
+            raise ValueError(f"{name} must be >= {least_side} pixels, the {name} of the model's images, got {number}")
+        _check_whole_tokens(name, number, factor, least=least_side)
     height, width = int(height), int(width)
     if height * width > MAX_PIXELS:
         name = "height" if height > width else "width"
@@ -448,8 +450,8 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
     """Yields the windows that fill a canvas, one after the other, until no token is unknown.
 
     1. Counts the unknown tokens in each possible window.
-    2. Keeps the windows with enough known tokens as context: a fraction of ``overlap``, or as many as the window with
-       the most known tokens has, if that is less.
+    2. Keeps the windows with enough known tokens as context: a fraction of ``overlap``, or as many as the
+       window with the most known tokens has, if that is less.
     3. Yields the window with the most unknown tokens among them, the first one in raster order if several have as many.
 
     Args:
@@ -465,11 +467,11 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
         # 1. (R - h + 1, C - w + 1): number of unknown tokens of each window
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
         # 2. A window without unknown tokens is never chosen: -1 known tokens.
-        known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
-        enough = min(ceil(overlap * size[0] * size[1]), int(known.max()))
+        num_known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
+        enough = min(ceil(overlap * size[0] * size[1]), int(num_known.max()))
         # 3. argmax returns the first maximum in raster order.
-        place = int(counts.masked_fill(known < enough, -1).flatten().argmax())
-        top, column = divmod(place, counts.shape[1])
+        index = int(counts.masked_fill(num_known < enough, -1).flatten().argmax())
+        top, column = divmod(index, counts.shape[1])
         window = left[top : top + size[0], column : column + size[1]]
         yield Window(top, column, window.clone())
         window.fill_(value=False)  # a view of ``left``
@@ -490,12 +492,14 @@ def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
         raise TypeError(
             f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"
         )
-    shown = f"{tuple(image.shape)} {image.dtype}"
+    description = f"{tuple(image.shape)} {image.dtype}"
     if isinstance(image, Tensor):
         image = image.cpu().numpy()
         # torch has channels first, numpy and PIL have them last.
         image = rearrange(image, "c h w -> h w c") if image.ndim == 3 else image
     pixels = image[..., None] if image.ndim == 2 else image
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[-1] not in (1, 2, 3, 4) or pixels.size == 0:
-        raise ValueError(f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {shown}")
+        raise ValueError(
+            f"{name} must be uint8, a tensor (C, H, W) or an array (H, W, C) with C = 1 to 4, got {description}"
+        )
     return np.ascontiguousarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)

@@ -2,10 +2,10 @@
 
 Downloaded files are read as data and never executed.
 
-Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers. The first
-names the classes and their file. From the Hub, diffusers loads only classes whose file is in the folder of their
-network, so that ``pipeline.py`` is in three places. It imports the classes of ``diffusers_pipeline``, and
-``maskgit push`` sends no other code.
+Two further files, ``model_index.json`` and ``pipeline.py``, make a pretrained folder one of 🤗 diffusers. The
+first names the classes and their file. From the Hub, diffusers loads only classes whose file is in the folder
+of their network, so that ``pipeline.py`` is in three places. It imports the classes of
+``diffusers_pipeline``, and ``maskgit push`` sends no other code.
 """
 
 from __future__ import annotations
@@ -226,27 +226,20 @@ def _is_hub_id(text: str) -> bool:
 
 
 def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
     if not hub.get("local_files_only"):
         check_token(hub_id, token=hub.get("token"))
     try:
         folder = snapshot_download(hub_id, **hub, allow_patterns=list(FILES))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
         reasons = {
-            LocalEntryNotFoundError: "no such folder, not in the cache, and the Hub cannot be reached or is switched "
-            "off; download it once with a connection",
-            RevisionNotFoundError: f"no revision {hub.get('revision')!r}; leave it out",
+            errors.LocalEntryNotFoundError: "no such folder, not in the cache, and the Hub cannot be reached or is "
+            "switched off; download it once with a connection",
+            errors.RevisionNotFoundError: f"no revision {hub.get('revision')!r}; leave it out",
             # Also if it is private or gated.
-            RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, give "
-            "token= for a repository that is not public",
+            errors.RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, "
+            "give token= for a repository that is not public",
         }
         plain = f"{' '.join(str(error).split())}; try again"
         reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), plain)

@@ -1,8 +1,8 @@
 """The trainings of an ablation: for each setting and seed, a run.
 
-A variant differs from the base in recipe keys or in recipe files. Each training is a process of its own, so that an
-error or a full memory ends only that one, and a run that was stopped resumes. ``evaluation.ablation`` measures the
-runs, ``evaluation.schedule_table`` those of mask schedules. Imports no torch.
+A variant differs from the base in recipe keys or in recipe files. Each training is a process of its own, so
+that an error or a full memory ends only that one, and a run that was stopped resumes. ``evaluation.ablation``
+measures the runs, ``evaluation.schedule_table`` those of mask schedules. Imports no torch.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class AblationConfig:
         grid: True for all combinations; False changes one factor of the base at a time.
         seeds: Training seeds (``data.seed``), all different; None for that of the recipe, for mask schedules only.
         stage: Stage to train.
-        stage_2: Values of the transformer that is trained on each tokenizer, whose images are judged too, on top of the
-            recipes of the base; None trains no transformer.
+        stage_2: Values of the transformer that is trained on each tokenizer, whose images are judged too, on
+            top of the recipes of the base; None trains no transformer.
         dataset: Name of the data set.
         cluster: A file of ``recipes/cluster``.
         overrides: Values of all variants, on top of their recipes; ``trainer.max_steps`` is their budget.
@@ -151,8 +151,8 @@ class Variant:
 def plan_variants(config: AblationConfig) -> list[Variant]:
     """Reads the recipes of all variants; the base comes first.
 
-    Without ``grid``, each further variant differs from the base in one value or in its recipe files. With ``grid``, the
-    further variants are all combinations.
+    Without ``grid``, each further variant differs from the base in one value or in its recipe files. With
+    ``grid``, the further variants are all combinations.
 
     Raises:
         FileNotFoundError: if a recipe does not exist. The message names the closest one.

@@ -70,8 +70,8 @@ _VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")  # set by Lightnin
 def restore_process_state() -> Iterator[None]:
     """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
 
-    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of open files
-    and the variables in which a launcher keeps the ranks stay.
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of
+    open files and the variables in which a launcher keeps the ranks stay.
     """
     lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -110,8 +110,8 @@ def _skip_tensorboard(report: Callable[[Any], object], error: threading.ExceptHo
 def build(plan: Plan) -> StageRun:
     """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
 
-    It changes settings of the process, such as the threads of torch, which the training needs: call it inside of
-    ``restore_process_state``.
+    It changes settings of the process, such as the threads of torch, which the training needs: call it inside
+    of ``restore_process_state``.
 
     Raises:
         FileNotFoundError: if a token store is missing.
@@ -135,12 +135,12 @@ def build(plan: Plan) -> StageRun:
     _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
-        for key, wanted in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
-            if (value := getattr(module.config.network, key)) != wanted:
+        for key, expected in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
+            if (value := getattr(module.config.network, key)) != expected:
                 vectors = f" with data.vectors {data.config.vectors}" if key == "condition_dim" else ""
                 raise ValueError(
-                    f"model.network.{key} must be {wanted} for {data.config.path}{vectors}, got {value}; leave the key "
-                    "out or use other data"
+                    f"model.network.{key} must be {expected} for {data.config.path}{vectors}, got {value}; leave the "
+                    "key out or use other data"
                 )
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(
@@ -223,20 +223,20 @@ class StageRun:
         """Builds the Trainer with our callbacks, checkpoint format and strategies.
 
         Raises:
-            ValueError: if the settings of the run have changed since its last checkpoint, the stage does not support
-                the strategy or the precision, or the devices do not exist.
+            ValueError: if the settings of the run have changed since its last checkpoint, the stage does not
+                support the strategy or the precision, or the devices do not exist.
         """
         self.fixed = self._fixed_settings()
         newest = newest_checkpoint(self.folder / "checkpoints")
         if newest is not None:
             self._check_resumes(newest)
-        given = self.values.trainer
-        if self.stage == "tokenizer" and given.gradient_clip_val is not None:
+        values = self.values.trainer
+        if self.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
         profiler = self.values.profiler
         ours = {
-            "strategy": build_strategy(given.strategy, longest_wait=self.watchdog.longest_limit),
+            "strategy": build_strategy(values.strategy, longest_wait=self.watchdog.longest_limit),
             "profiler": _NoProfiler() if profiler is None else profilers.build(profiler).create(self.folder),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
@@ -249,16 +249,16 @@ class StageRun:
             "enable_checkpointing": True,
         }
         try:
-            trainer = Trainer(**{**asdict(given), **ours}, callbacks=self._build_callbacks())
+            trainer = Trainer(**{**asdict(values), **ours}, callbacks=self._build_callbacks())
         except (MisconfigurationException, ModuleNotFoundError, TypeError, ValueError) as error:
             if is_user_error(error):
                 raise
             raise ValueError(
-                f"trainer: accelerator {given.accelerator!r} with devices {given.devices!r} is not available on this "
+                f"trainer: accelerator {values.accelerator!r} with devices {values.devices!r} is not available on this "
                 f"machine ({' '.join(str(error).split())}); choose others with --trainer.accelerator and "
                 "--trainer.devices, or use a machine that has them, with a torch that is built for them"
             ) from error
-        check_strategy(given.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
+        check_strategy(values.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
         # A signal sets a flag that the ranks exchange once a step.
         disable_sigterm_handler(trainer)
         self.trainer = trainer
@@ -309,8 +309,8 @@ class StageRun:
             find_vectors = self._find_vectors if self.datamodule.config.vectors else None
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
-        # Health comes first: another callback may save a step and end the run. Speed comes last, so that it does not
-        # count the pictures after a validation.
+        # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
+        # does not count the pictures after a validation.
         health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
         tensor_float32 = self.values.matmul_precision != "highest"

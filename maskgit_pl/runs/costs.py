@@ -59,8 +59,8 @@ class Memory:
     """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
 
     Attributes:
-        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not trained
-            (tokenizer, perceptual network). Under FSDP2, this rank's shard.
+        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not
+            trained (tokenizer, perceptual network). Under FSDP2, this rank's shard.
         gathered: Whole weights and gradients that FSDP2 holds temporarily.
         activations: Peak of everything else: what is kept for the backward pass, temporary tensors, and under
             bf16-mixed the bfloat16 copies of the weights.
@@ -107,8 +107,8 @@ def step_memory(
     """
     config, is_half = module.config, precision != "32-true"
     trained = _trained(module)
-    copies = _HALF * sum(each.numel() for each in trained if each.ndim > 1) if is_half else 0
-    own, average, gathered = _count(trained), module.ema_network, 0
+    copies = _HALF * sum(parameter.numel() for parameter in trained if parameter.ndim > 1) if is_half else 0
+    trained_values, average, gathered = _count(trained), module.ema_network, 0
     averaged = 0 if average is None else _count(average.parameters())
     if isinstance(module, TokenModel):
         with skeletons():
@@ -119,17 +119,17 @@ def step_memory(
         ).peak  # fmt: skip
         if strategy == "fsdp":
             block = max((_count(block.parameters()) for block in module.transformer.blocks), default=0)
-            root = own - sum(_count(block.parameters()) for block in module.transformer.blocks)
+            root = trained_values - sum(_count(block.parameters()) for block in module.transformer.blocks)
             gathered = (_HALF if is_half else _FLOAT) * (root + 3 * block) + _FLOAT * (root + 2 * block)
-            own, averaged = -(-own // ranks), -(-averaged // ranks)
+            trained_values, averaged = -(-trained_values // ranks), -(-averaged // ranks)
             activations -= copies
     else:
         step = _first_full_step(module)
         meter = _run_tokenizer_step(module, images=per_device, step=step, checkpointing=config.activation_checkpointing)
         activations = meter.peak + copies
-        others = _bytes_of(*_trained_networks(module), *_perceptual_networks(module)) - _FLOAT * own
+        others = _bytes_of(*_trained_networks(module), *_perceptual_networks(module)) - _FLOAT * trained_values
         frozen = others + sum(buffer.nbytes for buffer in module.network.buffers())  # of the average
-    states = _FLOAT * (own * (2 + state_values(config.optimizer)) + averaged) + frozen
+    states = _FLOAT * (trained_values * (2 + state_values(config.optimizer)) + averaged) + frozen
     return Memory(round(states), gathered, activations)
 
 
@@ -180,8 +180,8 @@ def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
 def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
     """Returns the largest number of checkpoints that a run has on disk at the same time.
 
-    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a multiple
-    of ``keep_every``.
+    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a
+    multiple of ``keep_every``.
 
     Args:
         max_steps: Steps of the run. The last step always has a checkpoint.
@@ -211,8 +211,8 @@ def _run_token_step(
 ) -> StepMeter:
     """Counts a micro-batch of stage 2, with ``masked`` tokens of each image that the network predicts.
 
-    ``encoder`` encodes images to tokens first. With ``is_half``, dtypes are those of autocast on a CPU, which are those
-    on a GPU for the layers of our backbones.
+    ``encoder`` encodes images to tokens first. With ``is_half``, dtypes are those of autocast on a CPU, which
+    are those on a GPU for the layers of our backbones.
     """
     config = module.config.network
     with skeletons():
@@ -264,8 +264,8 @@ def _trained_networks(module: TokenModel | Tokenizer) -> list[nn.Module]:
 
 
 def _trained(module: TokenModel | Tokenizer) -> list[Tensor]:
-    parameters = (each for network in _trained_networks(module) for each in network.parameters())
-    return [each for each in parameters if each.requires_grad]
+    parameters = (parameter for network in _trained_networks(module) for parameter in network.parameters())
+    return [parameter for parameter in parameters if parameter.requires_grad]
 
 
 def _perceptual_networks(module: Tokenizer) -> list[nn.Module]:
@@ -277,7 +277,7 @@ def _count(tensors: Iterable[Tensor]) -> int:
 
 
 def _bytes_of(*networks: nn.Module) -> int:
-    return sum(each.nbytes for network in networks for each in (*network.parameters(), *network.buffers()))
+    return sum(tensor.nbytes for network in networks for tensor in (*network.parameters(), *network.buffers()))
 
 
 @contextmanager
@@ -285,20 +285,20 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
     """Counts the step in the context, in which tensors have shapes but no content.
 
     Args:
-        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights, gradients and
-            buffers exist before the step and are not counted.
+        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights,
+            gradients and buffers exist before the step and are not counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        known: list[Tensor] = []
+        tensors: list[Tensor] = []
         for network in networks:
             network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
-                    known.append(parameter.grad)
-            known += [*network.parameters(), *network.buffers()]
-        with StepMeter(known) as meter:
+                    tensors.append(parameter.grad)
+            tensors += [*network.parameters(), *network.buffers()]
+        with StepMeter(tensors) as meter:
             yield meter
 
 
@@ -320,25 +320,25 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         known: Existing tensors, which are not counted.
     """
 
-    def __init__(self, known: Iterable[Tensor] = ()) -> None:
+    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
         self.flops = self.live = self.peak = 0
         self._seen: set[int] = set()
-        for tensor in known:
+        for tensor in tensors:
             self._see(tensor, counts=False)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Calls ``func``, and counts its FLOPs and the results that do not share memory with known tensors."""
-        made = func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
         operation = func._overloadpacket
         if operation in _ATTENTION:
             self.flops += _ATTENTION[operation](*args)
         elif operation in flop_registry:
-            self.flops += int(flop_registry[operation](*args, **(kwargs or {}), out_val=made))
-        tree_map_only(Tensor, self._see, made)
-        return made
+            self.flops += int(flop_registry[operation](*args, **(kwargs or {}), out_val=result))
+        tree_map_only(Tensor, self._see, result)
+        return result
 
     def _see(self, tensor: Tensor, *, counts: bool = True) -> None:
         storage = tensor.untyped_storage()  # views share it and are counted once

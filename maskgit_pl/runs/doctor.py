@@ -143,8 +143,8 @@ def preflight(
 
     Args:
         recipe: Values of the run, and the stage. None checks this machine instead.
-        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this machine, if
-            it has a GPU.
+        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this
+            machine, if it has a GPU.
         folders: See ``Folders``.
 
     Raises:
@@ -240,8 +240,8 @@ def _build(
     recipe, folder = plan.recipe, plan.stage_folder
     missing = {"path": str(plan.shards), "tokenizer": str(plan.tokenizer or "missing")}
     instead = values_without_data(plan.stage, token_store=str(plan.folder / "tokens"), **missing)
-    given = merge_recipe_values(plan) if summary is None else merge_values(plan)
-    values = resolve(recipe.kind, merge([instead, given]))
+    recipe_values = merge_recipe_values(plan) if summary is None else merge_values(plan)
+    values = resolve(recipe.kind, merge([instead, recipe_values]))
     trainer = values.trainer
     precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
     with report.catch("strategy"):
@@ -351,7 +351,7 @@ def _check_disk(report: Preflight, plan: Plan, module: TokenModel | Tokenizer, v
         keep_every=values.keep_every,
     )  # fmt: skip
     count, size = max(1, most - len(complete_checkpoints(plan.checkpoints))), checkpoint_bytes(module)
-    existing = next(each for each in plan.checkpoints.absolute().parents if each.exists())
+    existing = next(parent for parent in plan.checkpoints.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     text = (
         f"{existing}: {size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}, "
@@ -381,7 +381,7 @@ def _check_machine(report: Preflight) -> None:
         report.add("shared memory", f"{size_text(total)}{hint}", "warning" if hint else "ok")
     runs = Path("runs") if Path("runs").is_dir() else Path()
     report.add("disk", f"{size_text(shutil.disk_usage(runs).free)} free for runs/")
-    names = sorted(each.parent.name for each in Path("data/shards").glob("*/train.json"))
+    names = sorted(file.parent.name for file in Path("data/shards").glob("*/train.json"))
     hint = "no data in data/shards; start with `maskgit demo`, or `maskgit data fetch fashion-mnist`"
     report.add("data", ", ".join(names) or hint, "ok" if names else "warning")
     missing = [name for name, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]

@@ -102,8 +102,8 @@ def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> F
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have changed, or
-            another process trains it; also if ``fresh`` is set for one of several ranks.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have
+            changed, or another process trains it; also if ``fresh`` is set for one of several ranks.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
@@ -129,8 +129,8 @@ def _set_aside(folder: Path) -> Path | None:
     """Renames a stage folder to the first free ``NAME.old-N``, and returns its new name; None if there is no folder.
 
     Raises:
-        ValueError: if a launcher started several ranks, which would not see the change together, or another process
-            trains the run.
+        ValueError: if a launcher started several ranks, which would not see the change together, or another
+            process trains the run.
     """
     if (count := launcher_rank()[1]) > 1:
         raise ValueError(
@@ -141,7 +141,7 @@ def _set_aside(folder: Path) -> Path | None:
         return None
     with hold_lock(folder, hint="train another run (--run)"):
         names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
-        old = next(each for each in names if not each.exists())
+        old = next(name for name in names if not name.exists())
         folder.rename(old)
     log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
     return old
@@ -158,8 +158,8 @@ def export(
 ) -> Path:
     """Writes the averaged weights of a checkpoint as a pretrained folder, as training does at its end.
 
-    A transformer that is written to another folder than ``RUN/pretrained`` gets a copy of its tokenizer there, so that
-    the folder can be sampled from, or serve as the negative model of guidance.
+    A transformer that is written to another folder than ``RUN/pretrained`` gets a copy of its tokenizer
+    there, so that the folder can be sampled from, or serve as the negative model of guidance.
 
     Args:
         run: A name in ``runs/``, or a folder.
@@ -183,14 +183,14 @@ def export(
     check_writable("--out", out, is_folder=True)
     # Locked before it is checked, so that of two processes one is refused.
     with hold_lock(out, hint="give another --out"):
-        for each in stages:
-            if (out / each).exists() and not replace:
-                raise FileExistsError(f"{out / each} exists; replace it with --replace, or write elsewhere with --out")
+        for part in stages:
+            if (out / part).exists() and not replace:
+                raise FileExistsError(f"{out / part} exists; replace it with --replace, or write elsewhere with --out")
         # Everything is found before anything is written.
-        plans = [_plan(folder, each, data, out) for each in stages]
+        plans = [_plan(folder, part, data, out) for part in stages]
         chosen = [_checkpoint(plan, step) for plan in plans]
-        for each in stages:
-            check_stage_folder(out / each)
+        for part in stages:
+            check_stage_folder(out / part)
         for plan, checkpoint in zip(plans, chosen, strict=True):
             _export_checkpoint(plan, checkpoint, out)
     return out
@@ -218,7 +218,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     if stage == "transformer":
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
-        tokenizer = next((place for place in places if (place / "config.json").is_file()), None)
+        tokenizer = next((path for path in places if (path / "config.json").is_file()), None)
         if tokenizer is None:
             raise FileNotFoundError(
                 f"tokenizer {places[0]} of {config}: no such folder; copy it back, or run `maskgit export {folder} "
@@ -244,8 +244,8 @@ def fit_stage(plan: Plan) -> FitResult:
 
     Raises:
         FileExistsError: if there are other files in the folder of the export.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the settings of
-            the run have changed, or another process trains it.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
+            settings of the run have changed, or another process trains it.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
     """
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
@@ -290,8 +290,8 @@ def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
     """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
 
     Returns:
-        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``, ``steps``,
-        ``devices``. Names without content are left out.
+        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``,
+        ``steps``, ``devices``. Names without content are left out.
 
     Raises:
         FileNotFoundError: see ``runs.fit``.
@@ -308,7 +308,7 @@ def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
         "data": _describe_data(stage_run, plan),
         "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
         "weights": None if plan.pretrained is None else f"a new run starts from those of {plan.pretrained}",
-        "model": f"{sum(each.numel() for each in stage_run.model.parameters() if each.requires_grad):,} parameters",
+        "model": f"{sum(part.numel() for part in stage_run.model.parameters() if part.requires_grad):,} parameters",
         "steps": f"{trainer.max_steps:,}, with a global batch of {_describe_batch(stage_run)}",
         "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
     }
@@ -353,11 +353,11 @@ def check_run_outputs(plan: Plan) -> None:
     for file in (*_RECORDS, _EXPORTED):
         check_writable(name, plan.stage_folder / file)
     check_stage_folder(exported)  # which the export at the end replaces
-    own = plan.folder / "pretrained" / "tokenizer"
-    if plan.tokenizer is None or has_weights_of(own, plan.tokenizer):
+    exported_tokenizer = plan.folder / "pretrained" / "tokenizer"
+    if plan.tokenizer is None or has_weights_of(exported_tokenizer, plan.tokenizer):
         return
-    check_stage_folder(own)
-    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (own / "config.json").is_file():
+    check_stage_folder(exported_tokenizer)
+    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (exported_tokenizer / "config.json").is_file():
         raise ValueError(
             f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
             "replace; name another run with --run, or leave out --tokenizer"

@@ -1,8 +1,8 @@
 """The values of recipes and flags before they are checked: layers of plain values, their merge, and the text of flags.
 
-A flag overrides one value of a recipe by its dotted key: ``--KEY=VALUE``. Other flags of commands hold numbers, names
-or mappings: their parsers take the name of the flag, for errors, and its text, and raise a ``ValueError`` for a text of
-another form. Imports no torch.
+A flag overrides one value of a recipe by its dotted key: ``--KEY=VALUE``. Other flags of commands hold
+numbers, names or mappings: their parsers take the name of the flag, for errors, and its text, and raise a
+``ValueError`` for a text of another form. Imports no torch.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Layer:
 def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Merges trees recursively; later values override earlier ones.
 
-    A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping without
-    ``name`` adds arguments to the object that an earlier tree names.
+    A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping
+    without ``name`` adds arguments to the object that an earlier tree names.
 
     A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
     keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout,
@@ -160,8 +160,8 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def flag_layer(key: str, text: str) -> Layer:
     """Returns the layer of one flag, whose text is YAML.
 
-    A name such as ``on``, which YAML reads as a bool, and a path such as ``[a`` are strings where the key takes one; a
-    single item is the list of this item where the key takes a list.
+    A name such as ``on``, which YAML reads as a bool, and a path such as ``[a`` are strings where the key
+    takes one; a single item is the list of this item where the key takes a list.
     """
     readings: list[Any] = [text]
     fault = None

@@ -189,8 +189,8 @@ def find_tokenizer(
 ) -> Path:
     """Finds the tokenizer of stage 2.
 
-    The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``; the only
-    tokenizer that other runs have trained on the same data.
+    The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``;
+    the only tokenizer that other runs have trained on the same data.
 
     Args:
         recipe: Recipe of the run.
@@ -207,9 +207,9 @@ def find_tokenizer(
     named = tokenizer or recipe.paths.get("model.tokenizer")
     if named is not None:
         return _check_tokenizer(Path(named))
-    own = folder / "pretrained" / "tokenizer"
-    if (own / "config.json").is_file():
-        return own
+    exported = folder / "pretrained" / "tokenizer"
+    if (exported / "config.json").is_file():
+        return exported
     if pretrained is not None and (Path(pretrained) / "tokenizer" / "config.json").is_file():
         return Path(pretrained) / "tokenizer"
     # Only a name that the user gave can be mistyped.
@@ -219,7 +219,7 @@ def find_tokenizer(
     if len(tokenizers) != 1:
         several = f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
         raise (ValueError if tokenizers else FileNotFoundError)(
-            f"tokenizer {own}: no such folder{several if tokenizers else ''}; train one with `maskgit train "
+            f"tokenizer {exported}: no such folder{several if tokenizers else ''}; train one with `maskgit train "
             "tokenizer`, or name another with --tokenizer"
         )
     log.info("tokenizer: %s, the only one trained on %s", tokenizers[0], shards)
@@ -240,7 +240,7 @@ def _refuse_unknown_run(folder: Path) -> None:
     Raises:
         FileNotFoundError: if the run does not exist and there are others. The message names the closest one.
     """
-    runs = [each.name for each in folder.parent.glob("*") if (each / "pretrained").is_dir()]
+    runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
     if folder.is_dir() or not runs:
         return
     raise FileNotFoundError(

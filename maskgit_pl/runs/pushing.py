@@ -12,6 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or requests
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # named in its documentation
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.errors import BAD_INPUT, RunError, python_string
@@ -66,10 +74,6 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
         FileNotFoundError: if there is no such folder, or a part of it is missing.
         ValueError: if a name is wrong, a file is damaged or holds a token, or the card names no license.
     """
-    from huggingface_hub import ModelCard
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # named in its documentation
-
     try:
         validate_repo_id(hub_id)
         has_owner = "/" in hub_id
@@ -92,8 +96,8 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     if _CARD in files:
         text = files.pop(_CARD).read_text(encoding="utf-8")
     else:
-        known = read_config(folder, "pipeline") if "config.json" in files else {}
-        text = model_card(folder, {**describe_folder(folder), "license": None, "run": None, **known})
+        config = read_config(folder, "pipeline") if "config.json" in files else {}
+        text = model_card(folder, {**describe_folder(folder), "license": None, "run": None, **config})
     try:
         card = ModelCard(text.replace(python_string(PLACEHOLDER), python_string(hub_id)))
     except (ValueError, yaml.YAMLError) as error:
@@ -143,13 +147,6 @@ def push(plan: Push, *, private: bool = False) -> str:
         PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.
         ValueError: if the access token cannot be one.
     """
-    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-    from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is of httpx or requests
-        HfHubHTTPError,
-        HTTPError,
-        RepositoryNotFoundError,
-    )
-
     if get_token() is None:
         raise PushError(f"hub {plan.hub_id}: no access token found; log in with `hf auth login`, or set HF_TOKEN")
     check_token(plan.hub_id)

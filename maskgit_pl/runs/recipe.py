@@ -1,9 +1,9 @@
 """The recipe of a run: the values of its files and flags, checked and merged into one tree of plain values.
 
-Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers, strings, lists
-and mappings with known keys, and names of registered objects. It is parsed exactly once, so that no value can name a
-class, a function or another file to read. ``settings`` checks the values, and imports torch and Lightning for it. The
-``config.yaml`` of an earlier run is also a recipe.
+Merge order: base, data set, RECIPE from left to right, cluster, flags. A recipe is only data: numbers,
+strings, lists and mappings with known keys, and names of registered objects. It is parsed exactly once, so
+that no value can name a class, a function or another file to read. ``settings`` checks the values, and
+imports torch and Lightning for it. The ``config.yaml`` of an earlier run is also a recipe.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ class Recipe:
 
         Raises:
             FileNotFoundError: if a recipe does not exist. The message names the closest one.
-            ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a flag has
-                no meaning for the model. The message names the file or flag, and the key.
+            ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a
+                flag has no meaning for the model. The message names the file or flag, and the key.
         """
         if isinstance(names, str):  # the name of a file may have spaces
             names = [names] if _is_path(names) and Path(names).is_file() else names.split()
@@ -187,8 +187,8 @@ class Recipe:
 def recipes_folders() -> list[Path]:
     """Returns the folders in which recipes are searched, in order.
 
-    These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without one, of the
-    installed package. A recipe of the first folder hides one of the same name in the second.
+    These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without
+    one, of the installed package. A recipe of the first folder hides one of the same name in the second.
 
     Raises:
         FileNotFoundError: if no folder has the base recipes.
@@ -205,8 +205,8 @@ def recipes_folders() -> list[Path]:
 
 def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
     """Returns the files of a kind of recipe by name, sorted by name."""
-    found = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
-    return dict(sorted(found.items()))
+    files = {file.stem: file for folder in reversed(recipes_folders()) for file in (folder / kind).glob("*.yaml")}
+    return dict(sorted(files.items()))
 
 
 def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
@@ -214,28 +214,28 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
 
     Args:
         stage: Stage of the recipes.
-        dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The default data
-            set only has the base file.
-        names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the other.
-            A path counts for the stage, unless the file is in a folder named after the other stage.
+        dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The
+            default data set only has the base file.
+        names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the
+            other. A path counts for the stage, unless the file is in a folder named after the other stage.
         cluster: A file of ``recipes/cluster``.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists the names
-            and the closest one.
+        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
+            the names and the closest one.
     """
-    known: dict[Stage, dict[str, Path]] = {each: list_recipes(each) for each in STAGES}
-    own = known[stage]
-    files = [own["base"]]
+    files_of_stages: dict[Stage, dict[str, Path]] = {key: list_recipes(key) for key in STAGES}
+    stage_files = files_of_stages[stage]
+    files = [stage_files["base"]]
     if dataset != DEFAULT_DATASET:
-        files.append(own.get(dataset, own["own-images"]))
+        files.append(stage_files.get(dataset, stage_files["own-images"]))
     for name in names:
-        found = _files_by_stage(name, known)
-        files += [found[stage]] if stage in found else []
+        named_files = _files_by_stage(name, files_of_stages)
+        files += [named_files[stage]] if stage in named_files else []
     return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
-def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
+def _files_by_stage(name: str, files_of_stages: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
     """Returns the file of a name or path for each stage that has it; there is at least one."""
     if _is_path(name):
         file = Path(name)
@@ -243,15 +243,15 @@ def _files_by_stage(name: str, known: Mapping[Stage, Mapping[str, Path]]) -> dic
             raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
         homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
         return dict.fromkeys(homes, file)
-    _find_named("recipe", name, {each: file for files in known.values() for each, file in files.items()})
-    return {each: files[name] for each, files in known.items() if name in files}
+    _find_named("recipe", name, {each: file for files in files_of_stages.values() for each, file in files.items()})
+    return {each: files[name] for each, files in files_of_stages.items() if name in files}
 
 
-def _find_named(what: str, name: str, known: Mapping[str, Path]) -> Path:
-    if name not in known:
+def _find_named(what: str, name: str, named_files: Mapping[str, Path]) -> Path:
+    if name not in named_files:
         folders = " or ".join(map(str, recipes_folders()))
-        raise FileNotFoundError(f"{what} {name!r}: no such file in {folders}: {nearest(name, known)}")
-    return known[name]
+        raise FileNotFoundError(f"{what} {name!r}: no such file in {folders}: {nearest(name, named_files)}")
+    return named_files[name]
 
 
 def _is_path(name: str) -> bool:
@@ -263,8 +263,8 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """Reads ``config.yaml`` of a run.
 
     Returns:
-        The recipe values, without paths, which a command sets, and without derived keys; and the paths in the file by
-        dotted key, such as ``data.path``.
+        The recipe values, without paths, which a command sets, and without derived keys; and the paths in the
+        file by dotted key, such as ``data.path``.
 
     Raises:
         ValueError: see ``read_yaml``; also if the file is not the configuration of a run.

@@ -4,9 +4,9 @@
 2. Derived keys are set from the keys that determine them.
 3. ``ResolvedRun`` is built from the tree: its dataclasses own the names, types, ranges and defaults of all keys.
 
-A checkpoint carries all settings that affect the training result (``fixed_settings``). A run that resumes compares them
-with its own before it trains. Everything else may change: steps, logging, validation, devices, workers, micro-batch
-size, precision, and the execution of blocks and optimizer.
+A checkpoint carries all settings that affect the training result (``fixed_settings``). A run that resumes
+compares them with its own before it trains. Everything else may change: steps, logging, validation, devices,
+workers, micro-batch size, precision, and the execution of blocks and optimizer.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ _VIEWS = {"augmentations": [{"name": "random_resized_crop", "scale": [0.8, 1.0]}
 
 _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
 
-# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with 64 base
-# channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
+# The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with
+# 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 # Settings that must not change: these of data and Trainer, and all of the model but _FREE_MODEL.
@@ -152,8 +152,8 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
         data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
         return {"data": data, "model": {"network": network}}
     # Not those that tokenizer and data determine, nor those of training. The attention selects the kind of recipe.
-    own = {*BackboneConfig.transferable, "codebook_size", "attention"}
-    network = {name: value for name, value in config["network"].items() if name not in own}
+    excluded = {*BackboneConfig.transferable, "codebook_size", "attention"}
+    network = {name: value for name, value in config["network"].items() if name not in excluded}
     return {"model": {"network": {"backbone": DEFAULT_BACKBONE, **network}}}
 
 
@@ -181,8 +181,8 @@ def choose_precision(
             if recorded in get_args(Precision) and recorded != AUTO:
                 return cast(Precision, recorded)
     key, width = _WIDE[stage]
-    own = getattr(network, key, None)
-    is_wide = isinstance(own, int) and own >= width  # the keys of plug-ins are theirs
+    size = getattr(network, key, None)
+    is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
     # All devices of GPUS have the instructions.
     device = "cpu" if trainer.accelerator == "cpu" else default_device()
     is_fast = trainer.strategy == "auto" and (gpu is not None or has_bfloat16(device))
@@ -192,8 +192,8 @@ def choose_precision(
 def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
     """Returns the settings that must not change, as plain values by dotted key.
 
-    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so a change
-    would have no effect.
+    They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so
+    a change would have no effect.
 
     Args:
         tree: All values of the run, ``ResolvedRun.tree``.
@@ -223,17 +223,17 @@ def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 
 def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    leaves: dict[str, Any] = {}
     for name, value in node.items():
         key = f"{path}.{name}"
         if key in _FREE_MODEL:
             continue
         # A specification {name: ...} is compared as a whole.
         if isinstance(value, Mapping) and "name" not in value:
-            found |= _flat(value, key)
+            leaves |= _flat(value, key)
         else:
-            found[key] = _without_weights(value)
-    return found
+            leaves[key] = _without_weights(value)
+    return leaves
 
 
 def _without_weights(value: Any) -> Any:
@@ -255,9 +255,9 @@ def config_text(run: ResolvedRun) -> str:
 
 def config_text_without_data(recipe: Recipe) -> str:
     """Returns the complete recipe without the keys that data and tokenizer give, unless the recipe sets them."""
-    given = values_without_data(recipe.stage)
+    defaults = values_without_data(recipe.stage)
     try:
-        tree = resolve(recipe.kind, merge([given, recipe.tree])).tree
+        tree = resolve(recipe.kind, merge([defaults, recipe.tree])).tree
     except ValueError:  # the sizes of the paper do not fit the recipe, whose tokenizer may have others
         return _recipe_text(recipe.tree)
     sizes = (f"model.network.{name}" for name in _PAPER_SIZES)

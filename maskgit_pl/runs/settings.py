@@ -183,7 +183,7 @@ class RunSettings:
     def __post_init__(self) -> None:
         _check_integers(self, _RUN_RANGES)
         check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
-        names = [each if isinstance(each, str) else each.get("name") for each in self.loggers]
+        names = [logger if isinstance(logger, str) else logger.get("name") for logger in self.loggers]
         if any(names.count(name) > 1 for name in names):
             raise ValueError(f"loggers must be different, got {shorten(names)}")
 
@@ -266,8 +266,8 @@ def _build(kind: Kind, tree: Mapping[str, Any]) -> tuple[ResolvedRun | None, lis
     try:
         return validate(RUNS[kind], tree), []
     except ValueError as error:
-        found = describe_wrong_values(error, tree, "", fields_at=lambda key: _fields_at(RUNS[kind], tree, key))
-        faults = [_of_source(fault) for fault in found]
+        wrong_values = describe_wrong_values(error, tree, "", fields_at=lambda key: _fields_at(RUNS[kind], tree, key))
+        faults = [_of_source(fault) for fault in wrong_values]
         return None, sorted(faults, key=lambda fault: fault.kind == "missing")
 
 
@@ -314,13 +314,13 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
         The layers, with those readings of flags that fit the types of their keys.
 
     Raises:
-        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The message
-            names the file or the flag, the key, and the closest known key.
+        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
+            message names the file or the flag, the key, and the closest known key.
     """
     layers = list(layers)
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
-            _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(each.tree for each in layers[:number]))
+            _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(part.tree for part in layers[:number]))
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     if wrong_types := [fault for fault in _faults(kind, files) if fault.kind == "type"]:
@@ -340,35 +340,35 @@ def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
     """Returns the wrong values of merged layers, which may miss values."""
     tree = merge([_COMMAND_PATHS, *(layer.tree for layer in layers)])
     _, faults = _build(kind, tree)
-    found = [fault for fault in faults if fault.kind != "missing"]
-    if found or not faults:
-        return found
+    present_faults = [fault for fault in faults if fault.kind != "missing"]
+    if present_faults or not faults:
+        return present_faults
     # A missing value of the model hides the ranges of the other settings.
-    own = {each.name: tree[each.name] for each in fields(RunSettings) if each.name in tree}
+    run = {field.name: tree[field.name] for field in fields(RunSettings) if field.name in tree}
     try:
-        validate(RunSettings, own)
+        validate(RunSettings, run)
     except ValueError as error:
-        return describe_wrong_values(error, own, "", fields_at=lambda _: [each.name for each in fields(RunSettings)])
+        return describe_wrong_values(error, run, "", fields_at=lambda _: [field.name for field in fields(RunSettings)])
     return []
 
 
 def _culprit(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> int:
     """Returns the number of the layer from which on the merged layers have a fault."""
-    without = [n for n in range(len(layers)) if fault.text not in {each.text for each in _faults(kind, layers[:n])}]
+    without = [n for n in range(len(layers)) if fault.text not in {left.text for left in _faults(kind, layers[:n])}]
     return max(without, default=0)
 
 
 def _has_type(faults: Sequence[WrongValue], fault: WrongValue) -> bool:
     """Returns True if the key of a fault, and the groups around it, are not among the wrong types."""
-    return all(each.kind != "type" or each.key != fault.key[: len(each.key)] for each in faults)
+    return all(wrong_type.kind != "type" or wrong_type.key != fault.key[: len(wrong_type.key)] for wrong_type in faults)
 
 
 def _refuse(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> NoReturn:
     """Raises the error of a wrong value, with its file or flag; a flag takes the place of the key."""
-    layer, place = layers[_culprit(kind, layers, fault)], ".".join(fault.key)
-    is_of_flag = f"{layer.origin}.".startswith(f"flag --{place}.")
+    layer, path = layers[_culprit(kind, layers, fault)], ".".join(fault.key)
+    is_of_flag = f"{layer.origin}.".startswith(f"flag --{path}.")
     with _named(layer.origin):
-        raise ValueError(layer.fault or (fault.text.removeprefix(f"{place}: ") if is_of_flag else fault.text))
+        raise ValueError(layer.fault or (fault.text.removeprefix(f"{path}: ") if is_of_flag else fault.text))
 
 
 @contextmanager
@@ -400,17 +400,17 @@ def _check_names(
         _check_names(value, inner, run=run, root=root, path=where)
 
 
-def _explain_unknown_key(key: str, known: Sequence[str], *, backbone: str) -> str:
+def _explain_unknown_key(key: str, names: Sequence[str], *, backbone: str) -> str:
     """Returns the message for a key that no recipe has; ``backbone`` owns ``model.network``, empty for stage 1."""
     if key in _REASONS:
         return f"{key} cannot be set: {_REASONS[key]}"
     group, _, leaf = key.rpartition(".")
-    known = [name for name in known if name not in DERIVED_KEYS]
-    beside = {name.rpartition(".")[2]: name for name in known if name.rpartition(".")[0] == group}
+    names = [name for name in names if name not in DERIVED_KEYS]
+    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
     # First candidates: similar names in the same group.
-    close = [beside[each] for each in get_close_matches(leaf, beside, n=1)]
+    close = [beside[leaf_name] for leaf_name in get_close_matches(leaf, beside, n=1)]
     # Second: the same name in another group.
-    close += [name for name in known if name.rpartition(".")[2] == leaf]
+    close += [name for name in names if name.rpartition(".")[2] == leaf]
     if backbone and group == "model.network":
         hint = f"did you mean {close[0]!r}? " if close else ""
         return f"unknown key {key!r}: {hint}keys of backbone {backbone}: {', '.join(sorted(beside))}"
@@ -428,8 +428,10 @@ def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, tuple[type[Any] | 
         hints = get_type_hints(kind)
     except (NameError, SyntaxError):  # a plug-in imports the names for type checkers
         hints = {}
-    annotations = {each.name: hints.get(each.name, Any) for each in fields(kind) if each.init}
-    return {name: (_group(each, root), type(None) in get_args(each)) for name, each in annotations.items()}
+    annotations = {annotation.name: hints.get(annotation.name, Any) for annotation in fields(kind) if annotation.init}
+    return {
+        name: (_group(annotation, root), type(None) in get_args(annotation)) for name, annotation in annotations.items()
+    }
 
 
 def _group(annotation: Any, root: Mapping[str, Any]) -> type[Any] | None:
@@ -437,9 +439,9 @@ def _group(annotation: Any, root: Mapping[str, Any]) -> type[Any] | None:
     options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     if len(options) > 2:
         return None
-    found = [each for each in options if isinstance(each, type) and is_dataclass(each)]
-    if found != [BackboneConfig]:
-        return found[0] if found else None
+    groups = [option for option in options if isinstance(option, type) and is_dataclass(option)]
+    if groups != [BackboneConfig]:
+        return groups[0] if groups else None
     network = value_at(root, "model.network")
     name = network.get("backbone", DEFAULT_BACKBONE) if isinstance(network, Mapping) else DEFAULT_BACKBONE
     if not isinstance(name, str):
@@ -478,15 +480,15 @@ def json_schema(kind: Kind) -> dict[str, Any]:
 
 def _definitions(kind: type) -> dict[str, Any]:
     """Returns the schemas of a dataclass and of those inside it by name. A file of a recipe needs none of the keys."""
-    found: dict[str, Any] = type_adapter(kind).json_schema()["$defs"]
-    for each in found.values():
-        each.pop("required", None)
-        each["additionalProperties"] = False  # pydantic before 2.14 leaves it out of inner dataclasses
-    return found
+    definitions: dict[str, Any] = type_adapter(kind).json_schema()["$defs"]
+    for definition in definitions.values():
+        definition.pop("required", None)
+        definition["additionalProperties"] = False  # pydantic before 2.14 leaves it out of inner dataclasses
+    return definitions
 
 
 def _plain(value: Any) -> Any:
     """Returns a copy of a tree with lists instead of tuples, as in YAML."""
     if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -9,8 +9,8 @@
     print(submission)  # the shell command
     job_id = runs.submit(submission)
 
-The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand. This file imports no torch, so
-that invalid options are rejected immediately.
+The job script is ``recipes/slurm/train.sbatch``, which can also be submitted by hand. This file imports no
+torch, so that invalid options are rejected immediately.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class JobOptions:
         program: ``maskgit`` on the nodes; None means this one, or with a container the one on its PATH.
 
     Raises:
-        ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax, or
-            ``sbatch`` or ``srun`` has an option that the job sets itself.
+        ValueError: if a number is out of range, ``time`` is not a time, a string is not valid shell syntax,
+            or ``sbatch`` or ``srun`` has an option that the job sets itself.
     """
 
     nodes: int = 1
@@ -137,8 +137,8 @@ class JobOptions:
     def names_gpus(self) -> bool:
         """A bool: ``sbatch`` already requests GPUs.
 
-        A second request must not be added: sbatch passes both to srun, and a count of 0 in one of them leaves the tasks
-        without GPUs.
+        A second request must not be added: sbatch passes both to srun, and a count of 0 in one of them leaves
+        the tasks without GPUs.
         """
         return any(
             flag == "-G" or flag.startswith("--gpus") or (flag == "--gres" and ("gpu" in value or value == "none"))
@@ -220,16 +220,15 @@ def check_submission(submission: Submission) -> str:
     """
     plan, job = submission.plan, submission.job
     log.info("%s: checking the run as training will, which takes some seconds ...", plan.stage_folder)
-    from maskgit_pl.runs.build import build, restore_process_state  # lightning and torch take seconds to import
-    from maskgit_pl.runs.fitting import describe_start
+    from maskgit_pl.runs import build, fitting  # lightning and torch take seconds to import
 
     here = ["--trainer.accelerator=cpu", f"--trainer.num_nodes={job.nodes}", f"--trainer.devices={job.devices}"]
-    with hide_launcher(), restore_process_state():
-        run = build(replace(plan, recipe=plan.recipe.with_overrides(here)))
+    with hide_launcher(), build.restore_process_state():
+        run = build.build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data, steps = run.datamodule, run.trainer.max_steps
     if data.config.source != "stream":
         data.setup()
-    start = describe_start(plan.stage_folder, steps)
+    start = fitting.describe_start(plan.stage_folder, steps)
     return f"{start}; {job.nodes * job.devices} ranks share a global batch of {data.config.global_batch}; {steps} steps"
 
 
@@ -241,8 +240,8 @@ def submit(submission: Submission) -> str:
 
     Raises:
         FileNotFoundError: if Slurm is not installed, or a file that training needs is missing.
-        ValueError: if training would reject the run, a job of the run is already in the queue, or ``sbatch`` rejects
-            the job.
+        ValueError: if training would reject the run, a job of the run is already in the queue, or ``sbatch``
+            rejects the job.
     """
     if shutil.which("sbatch") is None:
         raise FileNotFoundError(
@@ -294,8 +293,8 @@ def _resources(plan: Plan, job: JobOptions) -> list[str]:
     is_on_cpu = recipe.get("trainer.accelerator") == "cpu"
     options = [] if is_on_cpu or job.names_gpus else [f"--gpus-per-node={job.devices}"]
     named = ("partition", "account", "qos", "constraint")
-    given = [f"--{name}={value}" for name in named if (value := getattr(job, name))]
-    return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *given]
+    named_options = [f"--{name}={value}" for name in named if (value := getattr(job, name))]
+    return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *named_options]
 
 
 def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """``runs.tokenize``: makes the token store that stage 2 of a run reads.
 
-Runs with the same tokenizer and the same data share a store in ``runs/tokens/KEY``, where KEY is a hash of its
-description. ``runs/RUN/tokens`` is a symbolic link to it.
+Runs with the same tokenizer and the same data share a store in ``runs/tokens/KEY``, where KEY is a hash of
+its description. ``runs/RUN/tokens`` is a symbolic link to it.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def tokenize(
     Args:
         recipe: Recipe of stage 2.
         options: Options of the store.
-        ranks: Rank of this process among those that share the work, and their number. Default: those of torchrun or
-            srun, or (0, 1).
+        ranks: Rank of this process among those that share the work, and their number. Default: those of
+            torchrun or srun, or (0, 1).
         bars: Shows the progress of each split.
         folders: See ``Folders``. ``pretrained`` may hold the tokenizer.
 
@@ -140,27 +140,25 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
         )
 
     with suppress(FileNotFoundError, ValueError):  # no store, or one that will be replaced
-        own = read_description(folder / "tokens")
-        if not named and own == describe(**{name: getattr(own, name) for name in _VIEWS}):
-            return own
+        stored = read_description(folder / "tokens")
+        if not named and stored == describe(**{name: getattr(stored, name) for name in _VIEWS}):
+            return stored
     return describe(**named)
 
 
 def _store_of(folder: Path, description: StoreDescription) -> Path:
     """Returns the folder of a store, and links ``RUN/tokens`` to it."""
-    own = folder / "tokens"
+    store = folder / "tokens"
     fields = plain_description(description)
     key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
-    own.parent.mkdir(parents=True, exist_ok=True)
-    if own.is_dir() and not own.is_symlink():
-        raise ValueError(f"{own} must be a link to a store in {shared.parent}, got a folder; remove it")
+    store.parent.mkdir(parents=True, exist_ok=True)
     # A new link replaces the old one in one step, which is safe if other ranks do the same.
-    link = own.with_name(f".tokens.{os.getpid()}")
+    link = store.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
-    link.symlink_to(os.path.relpath(shared, own.parent), target_is_directory=True)
-    link.replace(own)  # atomic: ranks may do this at the same time, with the same target
+    link.symlink_to(os.path.relpath(shared, store.parent), target_is_directory=True)
+    link.replace(store)  # atomic: ranks may do this at the same time, with the same target
     return shared
 
 

@@ -1,13 +1,14 @@
 """The callbacks and profilers that a recipe names, and the callbacks that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``. ``runs.build``
-adds these callbacks after those that every run has.
+A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``.
+``runs.build`` adds these callbacks after those that every run has.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -47,31 +48,31 @@ _MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
 _MOST_PAIRS = 16
 
 
-class CallbackSpec:
+class CallbackSpec(ABC):
     """The base of registered callbacks: a frozen dataclass of the values in a recipe, which builds a callback."""
 
+    @abstractmethod
     def create(self, folder: Path) -> Callback:
         """Builds the callback of a run, on every rank.
 
-        A callback that keeps a state between steps returns it from ``state_dict`` as plain values, so that a resumed
-        run continues it.
+        A callback that keeps a state between steps returns it from ``state_dict`` as plain values, so that a
+        resumed run continues it.
 
         Args:
             folder: Folder of the stage, ``runs/RUN/STAGE``. Only rank 0 may write to it.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define create(folder)")
 
 
-class ProfilerSpec:
+class ProfilerSpec(ABC):
     """The base of registered profilers: a frozen dataclass of the values in a recipe, which builds a profiler."""
 
+    @abstractmethod
     def create(self, folder: Path) -> Profiler:
         """Builds the profiler, whose files go to a folder.
 
         Args:
             folder: Folder of the stage, ``runs/RUN/STAGE``.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define create(folder)")
 
 
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
@@ -198,9 +199,9 @@ class ReconstructionPictures(Callback):
 class SamplePictures(Callback):
     """A callback that writes ``samples.png`` after each validation of stage 2, always with the same classes and seeds.
 
-    Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank. Only rank
-    0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets those of validation
-    samples of the classes.
+    Every rank samples tokens, since sharded networks must run the same number of forward passes on each rank.
+    Only rank 0 turns the tokens into pixels and writes the picture. A network with conditioning vectors gets
+    those of validation samples of the classes.
 
     Args:
         folder: Folder of the stage.

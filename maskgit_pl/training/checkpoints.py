@@ -8,11 +8,11 @@ A folder holds Lightning's checkpoint as safetensors and JSON, written atomicall
       state.json                           plain values, with names in place of tensors
       COMPLETE.json                        the marker, written last: size and sha256 of each file
 
-A single process and DDP write one tensor file; FSDP2 writes one per rank. The header of a tensor file has the first row
-of each piece, so that any number of ranks reads a checkpoint of any other number.
+A single process and DDP write one tensor file; FSDP2 writes one per rank. The header of a tensor file has the
+first row of each piece, so that any number of ranks reads a checkpoint of any other number.
 
-JSON has no tuples and no numeric keys, so in ``state.json`` a mapping with one key stands for what is neither a number,
-a text nor a list: ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``.
+JSON has no tuples and no numeric keys, so in ``state.json`` a mapping with one key stands for what is neither
+a number, a text nor a list: ``{"tuple": [...]}``, ``{"items": [[key, value], ...]}``, ``{"tensor": name}``.
 
 Protocol of a save, on all ranks together; an error of one rank is raised on all of them:
 
@@ -22,8 +22,8 @@ Protocol of a save, on all ranks together; an error of one rank is raised on all
 4. Rank 0 writes ``state.json``, then the marker, and renames the temporary folder.
 5. Rank 0 removes the temporary folder if a step has failed.
 
-Protocol of a load: the ranks verify the sizes and hashes together, then each rank reads the rows that it needs. A
-folder without a marker is ignored; it is removed when the run resumes.
+Protocol of a load: the ranks verify the sizes and hashes together, then each rank reads the rows that it
+needs. A folder without a marker is ignored; it is removed when the run resumes.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class FolderCheckpointIO(CheckpointIO):
         rank, _ = rank_and_world()
         pieces = _own_pieces(tensors, rank)
         sizes = on_all_ranks(lambda: sum(rows.nbytes for rows, _ in pieces.values()))
-        writers = [each for each, size in enumerate(sizes) if size]
+        writers = [writer for writer, size in enumerate(sizes) if size]
         try:
             # 2. Check the disk space and make the temporary folder.
             on_all_ranks(lambda: _make_temporary_folder(temporary, sum(sizes)) if rank == 0 else None)
@@ -271,7 +271,7 @@ def _write_tensors(folder: Path, pieces: Mapping[str, tuple[Tensor, int]], numbe
 
 def _finish(temporary: Path, target: Path, state: Any, written: Sequence[Mapping[str, Any]]) -> None:
     write_text(temporary / _STATE, json.dumps(state))
-    files = {name: entry for each in written for name, entry in each.items()}
+    files = {name: entry for entries in written for name, entry in entries.items()}
     files[_STATE] = _describe_file(temporary / _STATE)
     write_text(temporary / _MARKER, json.dumps({"version": _VERSION, "files": files}))
     replace_folder(temporary, target)
@@ -483,8 +483,8 @@ class Checkpoints(Checkpoint):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Converts the micro-batch counts of the checkpoint to the gradient accumulation of this run.
 
-        Lightning ends a step when the number of micro-batches of the epoch is a multiple of the accumulation. With the
-        counts of another accumulation, steps would end within a global batch.
+        Lightning ends a step when the number of micro-batches of the epoch is a multiple of the accumulation.
+        With the counts of another accumulation, steps would end within a global batch.
         """
         accumulation = getattr(pl_module, "accumulation", trainer.accumulate_grad_batches)  # stage 1 has its own
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
@@ -511,8 +511,8 @@ class Checkpoints(Checkpoint):
             last: True at the end of a run: a failed step is tried again, and another failure ends the run.
 
         Raises:
-            CannotWriteError: if the checkpoint cannot be written, and it is the last one or the third failure in a row.
-                Raised on all ranks.
+            CannotWriteError: if the checkpoint cannot be written, and it is the last one or the third failure
+                in a row. Raised on all ranks.
         """
         step = trainer.global_step
         # Also called after micro-batches that end no step.

@@ -3,11 +3,11 @@
 ``HealthMonitor`` knows which codes the training batches have used (steps of the code):
 
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
-2. At the Trainer's logging steps, and before a validation, the ranks add up their counts, and the measurements go to
-   all loggers.
-3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of a run. A
-   value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage folder. Training
-   continues.
+2. At the Trainer's logging steps, and before a validation, the ranks add up their counts, and the
+   measurements go to all loggers.
+3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of
+   a run. A value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage
+   folder. Training continues.
 
 Counts and reports are saved in checkpoints, so a resumed run has the same measurements and repeats no report.
 """
@@ -61,18 +61,18 @@ class HealthConfig:
     """The healthy ranges of the training of a tokenizer, and when a value outside of them is reported.
 
     Args:
-        least_usage: Smallest healthy codebook usage, in [0, 1], of what uniform use of all codes would give. A
-            collapsed codebook uses a few percent of its codes; a healthy one uses nearly all.
-        least_perplexity: Smallest healthy perplexity, in [0, 1], of what uniform use would give. Some codes are always
-            more frequent (background), so it is lower than the usage.
+        least_usage: Smallest healthy codebook usage, in [0, 1], of what uniform use of all codes would give.
+            A collapsed codebook uses a few percent of its codes; a healthy one uses nearly all.
+        least_perplexity: Smallest healthy perplexity, in [0, 1], of what uniform use would give. Some codes
+            are always more frequent (background), so it is lower than the usage.
         largest_distance: Largest healthy commitment distance, > 0, in units of the feature norm, for quantizers with a
             codebook. At 1 the nearest code is as far from a feature as the origin is: the codes explain nothing.
-        least_discriminator_accuracy: Smallest healthy accuracy of the discriminator, in [0, 1]. It is 0.5 if images
-            cannot be told apart; lower values mean that its training is unstable.
-        largest_discriminator_accuracy: Largest healthy accuracy of the discriminator, in [0, 1]. A discriminator that
-            is always right leaves the generator nearly no gradient.
-        dead_after: A code is dead if no training batch has used it for this number of steps, >= 1. The number is
-            raised until uniform use would use each code 10 times.
+        least_discriminator_accuracy: Smallest healthy accuracy of the discriminator, in [0, 1]. It is 0.5 if
+            images cannot be told apart; lower values mean that its training is unstable.
+        largest_discriminator_accuracy: Largest healthy accuracy of the discriminator, in [0, 1]. A
+            discriminator that is always right leaves the generator nearly no gradient.
+        dead_after: A code is dead if no training batch has used it for this number of steps, >= 1. The number
+            is raised until uniform use would use each code 10 times.
         grace_steps: Steps without alarms at the beginning, and after the first step of the discriminator, >= 0. None:
             5 % of the run, at least 200 and at most 5,000, since the warm-up changes features faster than codes.
         patience: Number of measurements in a row outside of a range before an alarm, >= 1, since single
@@ -326,7 +326,7 @@ class HealthMonitor(Callback):
         self.quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
         self.history = CodeHistory(self.quantizer.codebook_size)
 
-        def observe(module: nn.Module, given: Any, output: QuantizerOutput) -> None:
+        def observe(module: nn.Module, inputs: Any, output: QuantizerOutput) -> None:
             # 1. A frozen quantizer stays in evaluation mode, and is observed too.
             if torch.is_grad_enabled() and pl_module.training:
                 self._last = output.features, output.tokens
@@ -404,16 +404,16 @@ class HealthMonitor(Callback):
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         return metrics, num_tokens
 
-    def _judge(self, step: int, grace: int, found: Iterable[Problem]) -> None:
+    def _judge(self, step: int, grace: int, problems_now: Iterable[Problem]) -> None:
         """Reports each cause that has been outside of its range for ``patience`` measurements (3)."""
         assert self.config is not None
         problems = {
             problem.cause: problem
-            for problem in found
+            for problem in problems_now
             if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
         }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
-        healed = [each for each in self.reports if each["cause"] not in problems and each["healthy_again"] is None]
+        healed = [past for past in self.reports if past["cause"] not in problems and past["healthy_again"] is None]
         for report in healed:
             report["healthy_again"] = step
             log.info("step %d: health: %s is in its healthy range again", step, report["cause"])

@@ -1,8 +1,8 @@
 """The loggers of a run: trackers that a recipe names, which get its metrics and pictures.
 
-A recipe lists them: ``loggers: [tensorboard, {name: wandb, project: faces}]``. ``runs.build`` puts a ``TolerantLogger``
-around each one: training continues if a tracker fails, such as on a full disk. Trackers of other packages are installed
-separately; see the extras of the package.
+A recipe lists them: ``loggers: [tensorboard, {name: wandb, project: faces}]``. ``runs.build`` puts a
+``TolerantLogger`` around each one: training continues if a tracker fails, such as on a full disk. Trackers of
+other packages are installed separately; see the extras of the package.
 """
 
 from __future__ import annotations
@@ -94,8 +94,8 @@ class CSV(LoggerSpec):
 class WandB(LoggerSpec):
     """Weights & Biases. A resumed training continues the same run.
 
-    The account, its team and the server are those of the environment (``WANDB_ENTITY``, ``WANDB_BASE_URL``): a recipe,
-    which may come from elsewhere, cannot choose where a run is sent.
+    The account, its team and the server are those of the environment (``WANDB_ENTITY``, ``WANDB_BASE_URL``):
+    a recipe, which may come from elsewhere, cannot choose where a run is sent.
 
     Args:
         project: Name of the project.
@@ -138,8 +138,8 @@ class WandB(LoggerSpec):
 class MLflow(LoggerSpec):
     """MLflow. A resumed training continues the same run.
 
-    The environment variable ``MLFLOW_TRACKING_URI`` has the address of the server. Without it, all is written to the
-    database ``mlflow.db`` of the stage folder, and the pictures to ``mlflow-files``.
+    The environment variable ``MLFLOW_TRACKING_URI`` has the address of the server. Without it, all is written
+    to the database ``mlflow.db`` of the stage folder, and the pictures to ``mlflow-files``.
 
     Args:
         experiment: Name of the experiment.

@@ -6,15 +6,16 @@ decoupled weight decay that resume bit-exactly: none that draws random numbers o
 
 The learning rate is a warm-up to a peak, and a registered schedule after it.
 
-The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is a
-submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and
-exports use it.
+The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is
+a submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample
+pictures and exports use it.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -57,7 +58,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 _DECAYED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class OptimizerSpec:
+class OptimizerSpec(ABC):
     """The base of registered optimizers: a frozen dataclass of the values in a recipe, which builds the optimizer.
 
     A step must be a function of the gradients, the state dict and the learning rate of each group, so that a resumed
@@ -65,14 +66,15 @@ class OptimizerSpec:
     stay as it is. The state of a parameter has its dtype: torch converts it when it loads a state dict.
 
     Attributes:
-        elementwise: True if the step of a value depends on nothing but the gradients and the state at its place. FSDP2,
-            which gives each rank some rows of a matrix, needs this.
+        elementwise: True if the step of a value depends on nothing but the gradients and the state at its
+            place. FSDP2, which gives each rank some rows of a matrix, needs this.
         other_options: Options of the parameter group that does not decay: embeddings, positions, norms and biases.
     """
 
     elementwise: ClassVar[bool] = False
     other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({})
 
+    @abstractmethod
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
         """Builds the optimizer.
 
@@ -80,7 +82,6 @@ class OptimizerSpec:
             groups: Parameter groups with the weight decay of each; see ``parameter_groups``.
             config: Learning rate, of which the peak is the rate of the new optimizer, and betas.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define create(groups, config)")
 
 
 optimizers: Registry[OptimizerSpec] = Registry("optimizer", "maskgit_pl.optimizers", check=derives_from(OptimizerSpec))
@@ -165,7 +166,7 @@ class SGDSpec(OptimizerSpec):
         return SGDW(groups, lr=config.learning_rate.peak, **asdict(self))
 
 
-class LearningRateSchedule:
+class LearningRateSchedule(ABC):
     """The base of registered schedules: a frozen dataclass that maps steps after the warm-up to a factor.
 
     A schedule is a function of the step only, so that a resumed run continues it exactly.
@@ -176,6 +177,7 @@ class LearningRateSchedule:
 
     has_end: ClassVar[bool] = True
 
+    @abstractmethod
     def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
         """Computes the factor of a step, in [0, 1]; 1 is the peak.
 
@@ -184,7 +186,6 @@ class LearningRateSchedule:
             warmup_steps: w, number of warm-up steps, >= 0.
             max_steps: Steps of the whole run.
         """
-        raise NotImplementedError(f"{type(self).__name__} must define __call__(step, *, warmup_steps, max_steps)")
 
 
 def _check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> None:
@@ -246,8 +247,8 @@ class LinearRate(LearningRateSchedule):
 class LearningRate:
     """A learning rate: linear warm-up to a peak, then a schedule.
 
-    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the rate is not
-    rescaled by their number. With another ``data.global_batch``, choose another peak.
+    The learning rate belongs to one global batch. Devices and micro-batches divide the global batch, so the
+    rate is not rescaled by their number. With another ``data.global_batch``, choose another peak.
 
     Args:
         peak: Maximum learning rate, > 0.
@@ -337,8 +338,8 @@ class OptimizerConfig:
 def parameter_groups(module: nn.Module, weight_decay: float, *, prefix: str = "") -> list[dict[str, Any]]:
     """Divides the trained parameters into weights of Linear and Conv layers, which decay, and all others.
 
-    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters are in
-    neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
+    Embeddings, tied tables, positions, codebooks, norms and biases are in the second group. Frozen parameters
+    are in neither group. Each parameter keeps its name, which identifies its optimizer state in a checkpoint.
 
     Args:
         module: The trained network.

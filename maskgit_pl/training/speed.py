@@ -3,8 +3,8 @@
 ``SpeedMonitor`` logs at the Trainer's logging steps, for the steps since the last time and without validations:
 
 1. ``speed/images_per_second`` of all ranks together.
-2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying them.
-   Writing a checkpoint is no part of it, but of the time.
+2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying
+   them. Writing a checkpoint is no part of it, but of the time.
 3. ``speed/peak_memory_gb``, 10^9 bytes: of the GPU by torch, else of the process.
 4. ``speed/tflops``, 10^12 FLOPs of the model per second and device, without recomputation, and
    ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``training.gpus``.
@@ -69,9 +69,9 @@ def read_training_time(folder: Path) -> TrainingTime | None:
 class SpeedMonitor(Callback):
     """A callback that logs speed, memory and norms, and keeps the time of all steps.
 
-    Rank 0 measures its own time and memory, which are about those of every rank. The time from the start to the end of
-    training counts, except validation. Reading data and writing checkpoints count, since they belong to a step. Data
-    workers are processes of their own, whose CPU seconds do not count.
+    Rank 0 measures its own time and memory, which are about those of every rank. The time from the start to
+    the end of training counts, except validation. Reading data and writing checkpoints count, since they
+    belong to a step. Data workers are processes of their own, whose CPU seconds do not count.
 
     ``training_time.json`` is written with each checkpoint and at the end. A run that resumes continues its total.
 
@@ -207,7 +207,9 @@ def weight_norm(optimizer: Optimizer) -> Tensor:
     Returns:
         Scalar float tensor, over all shards.
     """
-    norm = nn.utils.get_total_norm([each.detach() for group in optimizer.param_groups for each in group["params"]])
+    norm = nn.utils.get_total_norm(
+        [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
+    )
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
@@ -218,4 +220,4 @@ def _clocks() -> tuple[float, float]:
 
 def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:
     names = ("train/weight_norm", "train/weight_norm_discriminator")
-    return {name: float(weight_norm(each)) for name, each in zip(names, optimizers, strict=False)}
+    return {name: float(weight_norm(optimizer)) for name, optimizer in zip(names, optimizers, strict=False)}

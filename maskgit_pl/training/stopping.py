@@ -5,21 +5,21 @@
 1. Each rank collects the losses and sample indices of the micro-batches of a step.
 2. When the gradients of the step are complete, the module passes their norms to ``StepCheck.should_skip_update``.
 3. The ranks exchange one tensor (all-reduce, maximum): stop requested, non-finite norm, rank with a non-finite loss.
-4. If a loss or a norm of any rank is non-finite, no rank updates its weights. The fourth such step in a row ends the
-   run, after each rank has written the samples of these steps.
+4. If a loss or a norm of any rank is non-finite, no rank updates its weights. The fourth such step in a row
+   ends the run, after each rank has written the samples of these steps.
 5. If any rank has received a stop signal, all ranks save the step when its batch ends, and stop.
 
 ``Watchdog``: ranks wait for each other in collectives, so a rank never ends without the others:
 
-1. A thread checks once per second for a finished micro-batch, validation batch or checkpoint. After a time without
-   progress that exceeds the limit, it writes the stacks of all threads and ends the process.
-2. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit silently
-   with the same exit code.
-3. A rank with any other error prints it and exits with its exit code, without cleanup, which would wait for the other
-   ranks. Their collectives then fail: with gloo immediately, with NCCL after its timeout, so that the launcher
-   (``torchrun``, ``srun --wait``) or the watchdog ends them first.
-4. If Lightning's own launcher has started the ranks of this machine, the first process exits with the code of a rank
-   that has ended with an error, and the other ranks exit when the first process has ended.
+1. A thread checks once per second for a finished micro-batch, validation batch or checkpoint. After a time
+   without progress that exceeds the limit, it writes the stacks of all threads and ends the process.
+2. An error on which all ranks agree (a signal, non-finite losses) is raised on rank 0. The other ranks exit
+   silently with the same exit code.
+3. A rank with any other error prints it and exits with its exit code, without cleanup, which would wait for
+   the other ranks. Their collectives then fail: with gloo immediately, with NCCL after its timeout, so that
+   the launcher (``torchrun``, ``srun --wait``) or the watchdog ends them first.
+4. If Lightning's own launcher has started the ranks of this machine, the first process exits with the code of
+   a rank that has ended with an error, and the other ranks exit when the first process has ended.
 
 With a single process, an error is only raised, so that a notebook keeps its kernel.
 """
@@ -73,8 +73,8 @@ class StepCheck(Callback):
     The module calls ``should_skip_update``.
 
     Args:
-        folder: Folder of the stage. If non-finite steps end a run, ``nonfinite.json`` (``nonfinite-rank1.json`` ...)
-            lists their samples there.
+        folder: Folder of the stage. If non-finite steps end a run, ``nonfinite.json``
+            (``nonfinite-rank1.json`` ...) lists their samples there.
         checkpoints: Callback that saves the run before it stops.
     """
 
@@ -103,8 +103,8 @@ class StepCheck(Callback):
             gradient_norms: Scalar float tensors, the gradient norm of each optimizer; see ``clip_gradients``.
 
         Raises:
-            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the samples of these
-                steps are written.
+            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the
+                samples of these steps are written.
         """
         decision = _decide_together(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
         self._stops = decision.stops
@@ -203,8 +203,8 @@ def _any_nonfinite(values: Sequence[Tensor], device: torch.device) -> Tensor:
 def disable_sigterm_handler(trainer: Trainer) -> None:
     """Leaves signals to the handlers of this process.
 
-    Lightning's handler of SIGTERM talks to other ranks, its broadcast before each micro-batch waits for the device, and
-    a process without ranks would end as by an internal error.
+    Lightning's handler of SIGTERM talks to other ranks, its broadcast before each micro-batch waits for the
+    device, and a process without ranks would end as by an internal error.
     """
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # its own
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]  # its own
@@ -243,12 +243,12 @@ _MOST_BYTES = 1 << 24  # of the stacks
 class Watchdog(Callback):
     """A callback that ends the process if the run makes no progress, or if another rank has ended; see the module.
 
-    The limit in training is max(``seconds``, 20 x the median step); with gradient accumulation, a step here is a
-    micro-batch. The limit is 18 x ``seconds`` during set-up, validation, saving, export and cleanup, and in the first
-    steps. Time in which the process is stopped (SIGSTOP) does not count.
+    The limit in training is max(``seconds``, 20 x the median step); with gradient accumulation, a step here
+    is a micro-batch. The limit is 18 x ``seconds`` during set-up, validation, saving, export and cleanup, and
+    in the first steps. Time in which the process is stopped (SIGSTOP) does not count.
 
-    After a hang, each rank writes the stacks of all its threads to ``stacks.txt`` (``stacks-rank1.txt`` ...) in the
-    folder of the stage, and to stderr.
+    After a hang, each rank writes the stacks of all its threads to ``stacks.txt`` (``stacks-rank1.txt`` ...)
+    in the folder of the stage, and to stderr.
 
     Args:
         folder: Folder of the stage.

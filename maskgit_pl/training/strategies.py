@@ -1,13 +1,13 @@
 """Strategies for several devices, and activation checkpointing and compilation of the blocks of a network.
 
-A recipe names the strategy: ``auto`` (one device), ``ddp`` or ``fsdp``. They differ from Lightning's strategies in
-three points. DDP wraps the two networks of stage 1 separately, which avoids the search for unused parameters. FSDP2
-reads and writes the same checkpoint folders as DDP. Both take batches that the data module has already divided among
-the ranks.
+A recipe names the strategy: ``auto`` (one device), ``ddp`` or ``fsdp``. They differ from Lightning's
+strategies in three points. DDP wraps the two networks of stage 1 separately, which avoids the search for
+unused parameters. FSDP2 reads and writes the same checkpoint folders as DDP. Both take batches that the data
+module has already divided among the ranks.
 
-Activation checkpointing and ``torch.compile`` replace the ``forward`` of the blocks of a network in place instead of
-wrapping the blocks. The names in a state dict do not change, and the hooks of DDP and FSDP2 are neither compiled nor
-run a second time.
+Activation checkpointing and ``torch.compile`` replace the ``forward`` of the blocks of a network in place
+instead of wrapping the blocks. The names in a state dict do not change, and the hooks of DDP and FSDP2 are
+neither compiled nor run a second time.
 """
 
 from __future__ import annotations
@@ -54,10 +54,10 @@ _LONGEST_WAIT = 365 * 86400.0  # torch counts nanoseconds in 64 bits
 
 _POLICIES = {
     "32-true": MixedPrecisionPolicy(),
-    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: matrix products in bfloat16,
-    # norms and losses in float32. This policy only sets the dtypes of the collectives. Blocks are gathered in bfloat16:
-    # half the bytes, and autocast has no weights left to cast. Gradients are reduced in float32. The dtypes of
-    # activations between blocks are left to autocast.
+    # Lightning's bf16-mixed is autocast, which chooses the precision of each operation: matrix products in
+    # bfloat16, norms and losses in float32. This policy only sets the dtypes of the collectives. Blocks are
+    # gathered in bfloat16: half the bytes, and autocast has no weights left to cast. Gradients are reduced in
+    # float32. The dtypes of activations between blocks are left to autocast.
     "bf16-mixed": MixedPrecisionPolicy(
         param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
     ),
@@ -69,8 +69,8 @@ def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy
 
     Args:
         name: ``auto``, ``ddp`` or ``fsdp``.
-        longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later, since it
-            ends a rank without a reason, and without the stacks that the watchdog writes.
+        longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later,
+            since it ends a rank without a reason, and without the stacks that the watchdog writes.
     """
     if name == "auto":
         return name
@@ -90,8 +90,8 @@ def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
         ranks: Number of ranks.
 
     Raises:
-        ValueError: if ``auto`` is set for several ranks; or FSDP2 for stage 1, whose two networks only train with DDP,
-            for one graph of the whole step, or for an optimizer whose step needs whole matrices.
+        ValueError: if ``auto`` is set for several ranks; or FSDP2 for stage 1, whose two networks only train
+            with DDP, for one graph of the whole step, or for an optimizer whose step needs whole matrices.
     """
     if name == "auto" and ranks > 1:
         raise ValueError(
@@ -133,11 +133,11 @@ def prepare_blocks(
 
     Args:
         blocks: Modules whose ``forward`` takes tensors and returns one.
-        activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which runs the
-            block again with the same dropout mask. Losses and gradients are bit-exact.
-        compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then rounded in a
-            different order, and dropout draws different numbers. ``step`` is compiled by the module that computes the
-            loss, not here.
+        activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which
+            runs the block again with the same dropout mask. Losses and gradients are bit-exact.
+        compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then
+            rounded in a different order, and dropout draws different numbers. ``step`` is compiled by the
+            module that computes the loss, not here.
     """
     for block in blocks:
         if compiled == "blocks":
@@ -217,13 +217,15 @@ class _FullyShardedDataParallel2(ModelParallelStrategy):
         """Reads this rank's rows of a checkpoint that any number of ranks has written."""
         assert self.lightning_module is not None
         # Own tensors by their keys in the checkpoint: weights, and the parameter of each optimizer state.
-        own = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
-        for place, optimizer in enumerate(self.optimizers):
+        values = {f"/state_dict/{name}": value for name, value in self.lightning_module.state_dict().items()}
+        for optimizer_index, optimizer in enumerate(self.optimizers):
             parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-            own |= {f"/optimizer_states/{place}/state/{number}": value for number, value in enumerate(parameters)}
+            values |= {
+                f"/optimizer_states/{optimizer_index}/state/{number}": value for number, value in enumerate(parameters)
+            }
 
         def read(key: str, saved: SavedTensor) -> Tensor:
-            like = own.get(key, own.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
+            like = values.get(key, values.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
             return saved.read_all() if like is None or saved.is_scalar else _rows_like(like, saved)
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)

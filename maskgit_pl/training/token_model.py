@@ -1,17 +1,17 @@
 """Stage 2: the base of both models and of their configurations, with optimization, averages, samples and export.
 
-``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A training step
-does for each micro-batch (the code of both repeats the numbers):
+``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A
+training step does for each micro-batch (the code of both repeats the numbers):
 
-1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample, epoch,
-   position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel predicts all
-   tokens.
-2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample, epoch). The
-   null class also hides the vector of the sample, if the network is conditioned on vectors.
+1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample,
+   epoch, position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel
+   predicts all tokens.
+2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample,
+   epoch). The null class also hides the vector of the sample, if the network is conditioned on vectors.
 3. Seed dropout with (seed, step, micro-batch, rank).
 4. Take the tokens (B, N) of the batch, or flip some of its images and encode them with the frozen tokenizer.
-5. Replace the masked tokens by the mask token (causal attention keeps all tokens), and compute logits at the M
-   predicted tokens only.
+5. Replace the masked tokens by the mask token (causal attention keeps all tokens), and compute logits at the
+   M predicted tokens only.
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
 
 The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
@@ -91,14 +91,14 @@ class TokenModelConfig:
         optimizer: The optimizer and its learning rate.
         tokenizer: Path of the pretrained tokenizer folder.
         label_smoothing: Label smoothing of the training loss, in [0, 1).
-        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token embedding.
-            With token groups it is ``codes``: the softmax of each group.
+        loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token
+            embedding. With token groups it is ``codes``: the softmax of each group.
         ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step`` forward pass
-            and loss as one graph.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step``
+            forward pass and loss as one graph.
 
     Raises:
         ValueError: if a number is out of range.
@@ -136,8 +136,8 @@ def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_auto
     """Checks that a network supports decoding settings.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not support a
-            setting, or guidance is set without a null class.
+        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not
+            support a setting, or guidance is set without a null class.
     """
     try:
         decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
@@ -160,10 +160,10 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
         ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
         ("grid", config.grid, tokenizer.grid),
     )
-    for name, wanted, has in pairs:
-        if wanted != has:
+    for name, value, has in pairs:
+        if value != has:
             raise ValueError(
-                f"model.network.{name} must be {has}, that of the tokenizer, got {wanted}; leave the key out, or name "
+                f"model.network.{name} must be {has}, that of the tokenizer, got {value}; leave the key out, or name "
                 "another tokenizer"
             )
 
@@ -171,8 +171,8 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
 def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
     """Checks that the samples of a batch are those of a transformer.
 
-    Labels are checked because the rows of the embedding before and after those of the classes are codes, the null class
-    and the mask token.
+    Labels are checked because the rows of the embedding before and after those of the classes are codes, the
+    null class and the mask token.
 
     Args:
         batch: The batch that the Trainer passes.
@@ -326,8 +326,8 @@ class TokenModel(CheckpointedModule):
         """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
         if self.config.network.dropout == 0:
             return
-        place = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
-        word = random_bits("dropout", seed=self.config.seed, index=place, epoch=self.trainer.global_step)
+        index = batch_idx % self.trainer.accumulate_grad_batches * self.trainer.world_size + self.global_rank
+        word = random_bits("dropout", seed=self.config.seed, index=index, epoch=self.trainer.global_step)
         torch.manual_seed(int(word))
 
     def _encode(self, batch: Batch) -> Tensor:
@@ -356,8 +356,8 @@ class TokenModel(CheckpointedModule):
         """Computes the mean over rows of their cross-entropies, and the values for the logs."""
         draws = batch.draws
         assert draws is not None
-        found = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
-        return StepLosses(mean_over_rows(found.losses, draws.rows, num_rows=len(tokens)), found.nll, found.hits)
+        result = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
+        return StepLosses(mean_over_rows(result.losses, draws.rows, num_rows=len(tokens)), result.nll, result.hits)
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Returns tokens (B, N) with the mask token where ``mask`` is True; causal attention hides tokens itself."""
@@ -489,7 +489,7 @@ class TokenModel(CheckpointedModule):
         """Logs the means of each group since the last call, over this rank's tokens only."""
         metrics = self._bins.take(loss)
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        finite = {name: each for name, each in metrics.items() if math.isfinite(each)}
+        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
@@ -560,14 +560,14 @@ class TokenModel(CheckpointedModule):
         Raises:
             ValueError: if there is not one name for each class.
         """
-        given = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
-        names = check_class_names("class_names", given, self.config.network.num_classes)
+        class_list = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
+        names = check_class_names("class_names", class_list, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
-        weights, own = full_state(self.averaged_network), Path(folder) / "tokenizer"
+        weights, tokenizer_folder = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
-            copy_stage_folder(Path(self.config.tokenizer), own)
+            copy_stage_folder(Path(self.config.tokenizer), tokenizer_folder)
             save_transformer(
-                own.with_name("transformer"),
+                tokenizer_folder.with_name("transformer"),
                 self.config.network,
                 weights,
                 mask_schedule=self.mask_schedule_spec,
@@ -597,8 +597,8 @@ class BinnedMeans:
             hits: (M,) float, 1 where the prediction is right.
         """
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
-        # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32, single values
-        # that are added to a sum of millions are rounded.
+        # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32,
+        # single values that are added to a sum of millions are rounded.
         sums = torch.zeros(NUM_BINS + 1, 3, device=values.device).index_add(0, bins, values)
         self._sums = sums if self._sums is None else self._sums + sums
 

@@ -98,11 +98,11 @@ class TokenizerLoss(ABC):
         return None
 
     @abstractmethod
-    def __call__(self, given: LossInputs, network: Any) -> Tensor:
+    def __call__(self, inputs: LossInputs, network: Any) -> Tensor:
         """Computes the term without its weight, a scalar float32: a mean over images.
 
         Args:
-            given: Images, reconstructions and features.
+            inputs: Images, reconstructions and features.
             network: The network of ``create_network``, or None.
         """
 
@@ -132,8 +132,8 @@ class SquaredError(TokenizerLoss):
 
     weight: float = 1.0
 
-    def __call__(self, given: LossInputs, network: None) -> Tensor:
-        return losses.reconstruction_loss(given.reconstruction, given.images, kind="l2")
+    def __call__(self, inputs: LossInputs, network: None) -> Tensor:
+        return losses.reconstruction_loss(inputs.reconstruction, inputs.images, kind="l2")
 
 
 @tokenizer_losses.register("l1")
@@ -143,8 +143,8 @@ class AbsoluteError(TokenizerLoss):
 
     weight: float = 1.0
 
-    def __call__(self, given: LossInputs, network: None) -> Tensor:
-        return losses.reconstruction_loss(given.reconstruction, given.images, kind="l1")
+    def __call__(self, inputs: LossInputs, network: None) -> Tensor:
+        return losses.reconstruction_loss(inputs.reconstruction, inputs.images, kind="l1")
 
 
 @tokenizer_losses.register("perceptual")
@@ -155,8 +155,8 @@ class PerceptualConfig(TokenizerLoss):
     Args:
         network: Name or mapping: ``lpips``, or a registered feature network.
         weight: Factor of the loss, in (0, 1e6].
-        output: Output of a feature network that is compared: the classifier's ``logits`` (released configuration) or
-            the pooled ``features``.
+        output: Output of a feature network that is compared: the classifier's ``logits`` (released
+            configuration) or the pooled ``features``.
 
     Raises:
         ValueError: if the weight is out of range, or the network is unknown.
@@ -192,8 +192,8 @@ class PerceptualConfig(TokenizerLoss):
                 "it by --model.perceptual=null"
             ) from error
 
-    def __call__(self, given: LossInputs, network: nn.Module) -> Tensor:
-        distances: Tensor = network(given.reconstruction, given.images)
+    def __call__(self, inputs: LossInputs, network: nn.Module) -> Tensor:
+        distances: Tensor = network(inputs.reconstruction, inputs.images)
         return distances.mean()
 
 
@@ -202,8 +202,8 @@ class AdversarialConfig:
     """The adversarial loss and its discriminator. The defaults are the released configuration's.
 
     Args:
-        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a name:
-            ``stylegan``.
+        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a
+            name: ``stylegan``.
         loss: ``non-saturating`` or ``hinge``.
         weight: Factor of the generator's loss, in [0, 1e6].
         weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
@@ -278,8 +278,8 @@ class TokenizerConfig:
         flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
         seed: Seed of flips and of the restarts of dead codes, in [0, 2**32).
         memory_format: Layout of images and convolution weights; ``channels_last`` is faster on most GPUs.
-        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the backward
-            pass.
+        activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the
+            backward pass.
 
     Raises:
         ValueError: if a number is out of range or a word is unknown.
@@ -376,21 +376,21 @@ class LossTerms:
             if isinstance(network, nn.Module):
                 network.to(device)
 
-    def gradients(self, given: LossInputs) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
+    def gradients(self, inputs: LossInputs) -> tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """Computes the gradients of the weighted sum. Each term is differentiated once.
 
         Args:
-            given: Images, and reconstruction and features as leaves that require a gradient.
+            inputs: Images, and reconstruction and features as leaves that require a gradient.
 
         Returns:
-            Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float, None if no
-            term uses them; and detached scalars by name: the terms without their weights, and the norms of their
-            weighted gradients at the image (``gradient/NAME``).
+            Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float,
+            None if no term uses them; and detached scalars by name: the terms without their weights, and the
+            norms of their weighted gradients at the image (``gradient/NAME``).
         """
-        leaves, metrics = (given.reconstruction, given.features), {}
+        leaves, metrics = (inputs.reconstruction, inputs.features), {}
         at_image, at_features = None, None
         for name, term in self.terms.items():
-            loss = term(given, self.networks[name])
+            loss = term(inputs, self.networks[name])
             metrics[name] = loss.detach()
             if not loss.requires_grad:  # such as 0 before the step at which a term begins
                 continue
@@ -408,8 +408,8 @@ class LossTerms:
 class AdversarialStep:
     """The adversarial losses of one micro-batch.
 
-    Both losses use the weights before the step. One forward pass of the discriminator on the reconstructions therefore
-    serves both, and accumulation does not change the result.
+    Both losses use the weights before the step. One forward pass of the discriminator on the reconstructions
+    therefore serves both, and accumulation does not change the result.
 
     Args:
         config: Losses and their weights.

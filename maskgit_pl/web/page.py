@@ -1,8 +1,8 @@
 """The page of a model: two tabs, Generate and Edit, made of gradio's own components.
 
-Each task is one call of ``MaskGIT``, whose callback hands over the decoding steps: the page shows them as they come.
-A run that nobody waits for any more ends after its current step. This module imports gradio; ``server`` imports it when
-it serves.
+Each task is one call of ``MaskGIT``, whose callback hands over the decoding steps: the page shows them as
+they come. A run that nobody waits for any more ends after its current step. This module imports gradio;
+``server`` imports it when it serves.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
     def read(path: str) -> Iterator[list[Any]]:
         yield _show_source(read_upload(Path(path), pipe))
 
-    for given in (upload, drop):
-        given.upload(read, given, [drop, editor, source], **_LIGHT)
+    for component in (upload, drop):
+        component.upload(read, component, [drop, editor, source], **_LIGHT)
     task.change(
         lambda chosen: [gr.Group(visible=chosen == task) for task in (_PAINT, _EXTEND, _VARY)],
         task, [paint, extend, vary], **_LIGHT,
@@ -294,8 +294,8 @@ def stream_steps(
     """Yields the decoding steps of a call as they come, slowly enough to be seen, and then its images.
 
     Args:
-        call: Function that takes ``callback`` and returns images. It runs in the one thread that uses the model; if the
-            iterator is closed, it ends after its current step.
+        call: Function that takes ``callback`` and returns images. It runs in the one thread that uses the
+            model; if the iterator is closed, it ends after its current step.
         num_steps: Number of decoding steps, about.
     """
     queue: SimpleQueue[DecodingStep | None] = SimpleQueue()
@@ -321,19 +321,19 @@ def stream_steps(
 
 def start_values(pipe: MaskGIT) -> dict[str, Any]:
     """Returns the value of each field of the settings with which the page begins: the model's own, None for names."""
-    own = pipe.decoding
-    temperature = own.sampling_temperature
+    decoding = pipe.decoding
+    temperature = decoding.sampling_temperature
     first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
-    selector = None if own.token_selector is None else token_selectors.build(own.token_selector)
+    selector = None if decoding.token_selector is None else token_selectors.build(decoding.token_selector)
     return {
-        "num_steps": own.num_steps,
+        "num_steps": decoding.num_steps,
         "token_selector": None,
         "mask_schedule": None,
         "first": float(first),
         "last": float(last),
         "choice_temperature": float(getattr(selector, "choice_temperature", 4.5)),
         "guidance": None,
-        "guidance_scale": float(getattr(guidance_schedules.build(own.guidance), "scale", 0.0)),
+        "guidance_scale": float(getattr(guidance_schedules.build(decoding.guidance), "scale", 0.0)),
     }
 
 
@@ -349,30 +349,30 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     """
     start = start_values(pipe)
     every = dict(zip(start, values, strict=True))
-    given = {name: value for name, value in every.items() if value != start[name]}
-    if given.keys() & {"first", "last"}:
-        given["sampling_temperature"] = (every["first"], every["last"])
+    changes = {name: value for name, value in every.items() if value != start[name]}
+    if changes.keys() & {"first", "last"}:
+        changes["sampling_temperature"] = (every["first"], every["last"])
     # Numbers belong to their part: another part has the number that the page shows, and some take none.
     for part, number in (("token_selector", "choice_temperature"), ("guidance", "guidance_scale")):
-        if part in given:
-            given[number] = every[number]
-    selector = given.get("token_selector", pipe.decoding.token_selector)
+        if part in changes:
+            changes[number] = every[number]
+    selector = changes.get("token_selector", pipe.decoding.token_selector)
     if selector is None or not hasattr(token_selectors.build(selector), "choice_temperature"):
-        given.pop("choice_temperature", None)
-    settings = {name: value for name, value in given.items() if name not in ("first", "last")}
+        changes.pop("choice_temperature", None)
+    settings = {name: value for name, value in changes.items() if name not in ("first", "last")}
     pipe.check_decoding(pipe.decoding_with(**settings))
     return settings
 
 
 def _add_settings(pipe: MaskGIT) -> list[Any]:
     """Adds a field for each of ``start_values``, folded away."""
-    start, own = start_values(pipe), pipe.decoding
+    start, decoding = start_values(pipe), pipe.decoding
     selectors, schedules, guidances = (
-        [(f"as the model{f' ({name})' if (name := _name(spec)) else ''}", None), *((each, each) for each in built)]
+        [(f"as the model{f' ({name})' if (name := _name(spec)) else ''}", None), *((key, key) for key in built)]
         for spec, built in (
-            (own.token_selector, token_selectors.build_all()),
-            (own.mask_schedule, mask_schedules.build_all()),
-            (own.guidance, guidance_schedules.build_all()),
+            (decoding.token_selector, token_selectors.build_all()),
+            (decoding.mask_schedule, mask_schedules.build_all()),
+            (decoding.guidance, guidance_schedules.build_all()),
         )
     )
 
@@ -452,8 +452,8 @@ def _add_gallery(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> Any:
 
 def _on_run(button: Any, stop: Any, handler: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> None:
     """Lets a button run a task, and another one end it; the images scroll into view when it begins and ends."""
-    place = f"document.getElementById('{outputs[0].elem_id}')"
-    scroll = f"() => {place}.scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
+    element = f"document.getElementById('{outputs[0].elem_id}')"
+    scroll = f"() => {element}.scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
     button.click(None, None, None, js=scroll, api_visibility="private")
     event = button.click(handler, inputs, outputs, show_progress_on=outputs[0], **_MODEL)
     event.then(None, None, None, js=scroll, api_visibility="private")

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 from urllib.parse import urlsplit
 
+from PIL import Image
+
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import printable
@@ -49,15 +51,15 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
 
     Args:
         folder: Run folder, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
-        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a password;
-            0.0.0.0 and :: are all addresses of this machine.
+        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a
+            password; 0.0.0.0 and :: are all addresses of this machine.
         port: Port in [1, 65535].
         device: Device of the model; None for a GPU if there is one.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if the device or gradio is missing, the port is out of range or used, the address is not one of this
-            machine, or the page cannot show the model.
+        ValueError: if the device or gradio is missing, the port is out of range or used, the address is not
+            one of this machine, or the page cannot show the model.
         KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
     chosen = find_device(device)
@@ -74,9 +76,9 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
         _interrupt_once()
         with _temporary_folder() as temporary:
             _start(pipe, str(folder), temporary, listening, host)
-            shown = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
+            host_name = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
             with suppress(KeyboardInterrupt):
-                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", shown, port, folder)
+                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", host_name, port, folder)
                 while True:
                     time.sleep(3600)
             # A thread whose files disappear has errors that concern nobody.
@@ -115,8 +117,8 @@ def names_of(host: str) -> set[str]:
     """
     names = {"localhost", host}
     if host not in _LOCAL:
-        own = socket.gethostname()
-        names |= {own, f"{own}.local", socket.getfqdn()}
+        machine = socket.gethostname()
+        names |= {machine, f"{machine}.local", socket.getfqdn()}
     return {name.lower() for name in names}
 
 
@@ -125,10 +127,10 @@ class Guard:
 
     1. ``Host`` must be an IP address or one of ``names``, else 403. A site that lets its own name point to this machine
        (DNS rebinding) is refused, because its name stays in ``Host``; an address cannot point elsewhere.
-    2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and with
-       every request whose answer a script of another site could read.
-    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413. Uploads stop
-       with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
+    2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and
+       with every request whose answer a script of another site could read.
+    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413.
+       Uploads stop with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
 
     No site can show the answers in a frame.
 
@@ -152,12 +154,12 @@ class Guard:
                 message["headers"] = [*message["headers"], (b"content-security-policy", b"frame-ancestors 'none'")]
             await send(message)
 
-        given: dict[str, list[str]] = {}
+        headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
-            given.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
-        length = int(given.get("content-length", ["0"])[0])
+            headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+        length = int(headers.get("content-length", ["0"])[0])
         is_upload = scope["path"].endswith("/upload")
-        refusal = self._refuse_site(given) or self._refuse_length(given, length, is_upload=is_upload)
+        refusal = self._refuse_site(headers) or self._refuse_length(headers, length, is_upload=is_upload)
         if refusal:
             status, text = refusal
             content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
@@ -171,9 +173,9 @@ class Guard:
         finally:
             self._under_way -= held
 
-    def _refuse_site(self, given: dict[str, list[str]]) -> tuple[int, str] | None:
+    def _refuse_site(self, headers: dict[str, list[str]]) -> tuple[int, str] | None:
         """Returns the status and the text of the answer to a request of another site; None for one of the page."""
-        host, origins = ",".join(given.get("host", [])).lower(), given.get("origin", [])
+        host, origins = ",".join(headers.get("host", [])).lower(), headers.get("origin", [])
         try:
             name = urlsplit(f"//{host}").hostname or ""
             if name not in self._names:
@@ -184,9 +186,9 @@ class Guard:
             return 403, "Origin must be the page itself"
         return None
 
-    def _refuse_length(self, given: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
+    def _refuse_length(self, headers: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
         """Returns the status and the text of the answer to a request that is too long; None for others."""
-        if "transfer-encoding" in given:
+        if "transfer-encoding" in headers:
             return 411, "a request must have a length"
         most = MAX_UPLOAD_BYTES + _MULTIPART_BYTES if is_upload else _MAX_REQUEST_BYTES
         if length > most:
@@ -209,7 +211,6 @@ def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, hos
     import gradio as gr
     import uvicorn
     from fastapi import FastAPI
-    from PIL import Image
 
     from maskgit_pl.web.page import STYLE, build_page
 
@@ -239,8 +240,8 @@ def _interrupt_once() -> None:
     """
 
     def interrupt(number: int, frame: object) -> None:
-        for each in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(each, signal.SIG_IGN)
+        for signal_number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signal_number, signal.SIG_IGN)
         raise KeyboardInterrupt
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,7 +4,6 @@ import json
 import re
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from huggingface_hub import ModelCard, constants
@@ -13,6 +12,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.files import sha256_of
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import save_decoding
+from maskgit_pl.runs import pushing
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import LocalHub, local_hub
 
@@ -40,7 +40,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 @pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(huggingface_hub, "HfApi", None)
+    monkeypatch.setattr(pushing, "HfApi", None)
 
 
 def test_a_model_is_pushed_and_loaded_by_its_name(folder: Path, hub: LocalHub, tmp_path: Path, monkeypatch, capsys):

@@ -61,8 +61,8 @@ class _Member(NamedTuple):
 class Entries:
     """The files of a folder, a zip, a tar or a tar compressed with gzip, by their names; the first bytes decide which.
 
-    In a folder, a symbolic link to a file of the folder is that file. Links to folders are not followed, so there are
-    no loops.
+    In a folder, a symbolic link to a file of the folder is that file. Links to folders are not followed, so
+    there are no loops.
 
     If everything in an archive lies in one folder, its names begin inside that folder. Absolute names, names with
     ``..``, links, ``__MACOSX`` and names that begin with a dot are left out. Of several members with one name, the last
@@ -79,8 +79,8 @@ class Entries:
 
     Raises:
         FileNotFoundError: if it does not exist.
-        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in the folder
-            leads out of it.
+        ValueError: if it is no archive, is damaged, or would expand to implausibly many bytes, or a link in
+            the folder leads out of it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -137,8 +137,8 @@ class Entries:
 
     def _scan(self, folder: str) -> Iterator[str]:
         """Takes the files of a folder, and yields the names of its sub-folders with a trailing ``/``."""
-        with os.scandir(self.path / folder) as found:
-            for entry in sorted(found, key=lambda entry: entry.name):
+        with os.scandir(self.path / folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
                 name = folder + entry.name
                 if entry.name.startswith("."):
                     self.left_out[_HIDDEN].append(name)
@@ -166,8 +166,8 @@ class Entries:
                 self.left_out[_UNSAFE].append(member.name)
             elif not name:  # the folder "./" itself
                 continue
-            elif found := re.match(r"(?:.*?/)??(?:\.[^/]*|__MACOSX)(?=/|\Z)", name, re.DOTALL):
-                hidden[found[0]] = None
+            elif hidden_part := re.match(r"(?:.*?/)??(?:\.[^/]*|__MACOSX)(?=/|\Z)", name, re.DOTALL):
+                hidden[hidden_part[0]] = None
             elif member.fault:
                 self.left_out[member.fault].append(name)
             elif member.is_folder:
@@ -219,7 +219,7 @@ def _read_file(folder: Path, name: str, _: int, size: int) -> bytes:
 def _zip_members(path: Path) -> list[_Member]:
     try:
         with open(path, "rb") as stream, open_zip(stream, max_entries=_MAX_ENTRIES) as archive:
-            return [_zip_member(info, place) for place, info in enumerate(archive.infolist())]
+            return [_zip_member(info, number) for number, info in enumerate(archive.infolist())]
     except TooLargeDirectoryError as error:
         raise ValueError(
             f"archive {printable(path)} must have {error}; extract it and name the folder, or make a tar of it"
@@ -228,14 +228,14 @@ def _zip_members(path: Path) -> list[_Member]:
         raise ValueError(f"archive {printable(path)} must be a complete zip, got: {printable(error)}") from error
 
 
-def _zip_member(info: zipfile.ZipInfo, place: int) -> _Member:
+def _zip_member(info: zipfile.ZipInfo, offset: int) -> _Member:
     fault = "links" if stat.S_ISLNK(info.external_attr >> 16) else ""  # 0 if the zip was not made on Unix
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # bzip2 and LZMA may take any memory
         fault = "with a compression other than deflate"
     if info.flag_bits & 0x1:
         fault = "encrypted"
     name = info.filename.replace("\\", "/")  # as some programs of Windows write it
-    return _Member(name, info.file_size, place, fault, is_folder=name.endswith("/"))
+    return _Member(name, info.file_size, offset, fault, is_folder=name.endswith("/"))
 
 
 @lru_cache(maxsize=1)
@@ -244,10 +244,10 @@ def _open_zip(path: Path, _: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _read_zip(path: Path, _: str, place: int, size: int) -> bytes:
+def _read_zip(path: Path, _: str, number: int, size: int) -> bytes:
     try:
         archive = _open_zip(path, path.stat().st_mtime_ns)
-        with archive.open(archive.infolist()[place]) as stream:  # gives at most the length in the directory
+        with archive.open(archive.infolist()[number]) as stream:  # gives at most the length in the directory
             data = stream.read(size)
             stream.read(1)  # compares the checksum, also of a member of no bytes
     except (*_ZIP_ERRORS, zlib.error) as error:
@@ -271,9 +271,9 @@ def _tar_members(path: Path, tar: Path) -> list[_Member]:
         raise ValueError(f"source {printable(path)} {rule}, got: {error}") from error
 
 
-def _read_tar(path: Path, _: str, place: int, size: int) -> bytes:
+def _read_tar(path: Path, _: str, offset: int, size: int) -> bytes:
     with open(path, "rb") as file:
-        file.seek(place)
+        file.seek(offset)
         return file.read(size)
 
 

@@ -1,7 +1,7 @@
 """Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a metadata file.
 
-A row of ``metadata.csv`` or ``metadata.jsonl`` names an image relative to the folder of the file, and its label, as in
-Hugging Face's ImageFolder. Files ``NAME.npy`` beside the images are their vectors.
+A row of ``metadata.csv`` or ``metadata.jsonl`` names an image relative to the folder of the file, and its
+label, as in Hugging Face's ImageFolder. Files ``NAME.npy`` beside the images are their vectors.
 
 Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
 """
@@ -69,8 +69,8 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: if there is no such folder or archive.
-        ValueError: if the archive or the metadata cannot be used, there are no images, val has a class that train
-            lacks, one split folder stands without the other, or a split has no files.
+        ValueError: if the archive or the metadata cannot be used, there are no images, val has a class that
+            train lacks, one split folder stands without the other, or a split has no files.
     """
 
     def __init__(
@@ -144,11 +144,11 @@ class ImageFolder:
                 sample = self._add_vector(sample, file)
             yield sample
 
-    def _read_image(self, name: str, shown: str) -> bytes:
+    def _read_image(self, name: str, printed_name: str) -> bytes:
         try:
             return self._entries.read(name)
         except EntryError as error:
-            raise UnreadableImageError(f"image {shown} {error}") from error
+            raise UnreadableImageError(f"image {printed_name} {error}") from error
 
     def _split_roots(self) -> dict[Split | None, str]:
         """Returns the folder of each split with a trailing ``/``; one folder, the whole source, for no splits."""
@@ -157,8 +157,8 @@ class ImageFolder:
         val = next((name for name in _VAL_FOLDERS if name in folders), None)
         if "train" in folders and val is not None:
             return {"train": "train/", "val": f"{val}/"}
-        # One split folder without the other would become a class that is named like a split. A class may be called
-        # train too: it has images in it, not folders.
+        # One split folder without the other would become a class that is named like a split. A class may be
+        # called train too: it has images in it, not folders.
         above = {folder.partition("/")[0] for folder in folders if "/" in folder}
         for name in ("train", *_VAL_FOLDERS):
             if name in above or (name in folders and self._metadata_in(f"{name}/")):
@@ -364,8 +364,8 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
         label_field: Column of the labels.
 
     Raises:
-        ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder, or has
-            two labels for one file.
+        ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder,
+            or has two labels for one file.
     """
     title = f"metadata {printable(entries.path / name)}"
     try:
@@ -438,8 +438,8 @@ def _number_metadata(
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """Returns the class names, and the class number of each file.
 
-    If every label is a whole number, labels are class numbers. Else they are class names; if some of them are such
-    numbers, a warning says so.
+    If every label is a whole number, labels are class numbers. Else they are class names; if some of them are
+    such numbers, a warning says so.
 
     Args:
         parts: Labels of the files in each metadata file.

@@ -1,8 +1,8 @@
 """Makes a data folder in one call, from images of your own or from a public data set, and logs its content.
 
-The sources of images are files in folders and archives, IDX and parquet files, and the Hub; see ``samples.Source``. The
-commands ``maskgit data make`` and ``maskgit data fetch`` and the demo call these functions. The same call resumes after
-a stop, and does nothing if the folder is complete.
+The sources of images are files in folders and archives, IDX and parquet files, and the Hub; see
+``samples.Source``. The commands ``maskgit data make`` and ``maskgit data fetch`` and the demo call these
+functions. The same call resumes after a stop, and does nothing if the folder is complete.
 """
 
 from __future__ import annotations
@@ -196,14 +196,13 @@ def open_source(
 def _download(name: str) -> Path:
     """Downloads the files of a data set of the Hub that are not there yet, and returns their folder.
 
-    Of a data set with a split, only the files that have the split in their path are downloaded. A file of the data set
-    is never run.
+    Of a data set with a split, only the files that have the split in their path are downloaded. A file of the
+    data set is never run.
     """
     source = f"source {_HUB}{printable(name)}"
     if (match := _NAME.fullmatch(name)) is None:
         raise ValueError(f"{source} must be {_HUB}OWNER/NAME[@REVISION][:SPLIT]")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
     folder = Path("data/raw", re.sub(r"[^\w.-]+", "-", name))
     try:
@@ -214,7 +213,7 @@ def _download(name: str) -> Path:
             allow_patterns=match["split"] and f"*{match['split']}*",
             local_dir=folder,
         )
-    except (HfHubHTTPError, HFValidationError, FileNotFoundError) as error:
+    except (errors.HfHubHTTPError, errors.HFValidationError, FileNotFoundError) as error:
         got = " ".join(str(error).split())
         raise FileNotFoundError(
             f"{source} must be a data set of the Hub, with a connection to it, got: {got}"

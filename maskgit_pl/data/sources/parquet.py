@@ -51,13 +51,13 @@ def split_of(name: str) -> str | None:
 class ParquetFolder:
     """The parquet files in a folder or in its sub-folders. Requires pyarrow.
 
-    Files named ``train-*`` and ``validation-*`` (or ``test-*``), or in sub-folders with such names, are the splits.
-    Without train files, all that name no split are train. Columns: an image, as bytes or as a struct with the field
-    ``bytes``, and a class number or a class name. The names of class numbers are in the metadata that ``datasets``
-    writes.
+    Files named ``train-*`` and ``validation-*`` (or ``test-*``), or in sub-folders with such names, are the
+    splits. Without train files, all that name no split are train. Columns: an image, as bytes or as a struct
+    with the field ``bytes``, and a class number or a class name. The names of class numbers are in the
+    metadata that ``datasets`` writes.
 
-    Samples keep the order of the rows. Without a val split, a hash of the file's name and the row chooses the val
-    samples.
+    Samples keep the order of the rows. Without a val split, a hash of the file's name and the row chooses the
+    val samples.
 
     Args:
         folder: The folder.
@@ -66,8 +66,8 @@ class ParquetFolder:
         label_field: Column of the labels.
 
     Raises:
-        ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class, or the
-            class names of the files differ.
+        ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class,
+            or the class names of the files differ.
     """
 
     def __init__(
@@ -214,16 +214,16 @@ class ParquetFolder:
         return next(islice(images, row - first, None), None)
 
 
-def _read(path: Path, shown: str, *arguments: str) -> Iterator[bytes | None]:
+def _read(path: Path, title: str, *arguments: str) -> Iterator[bytes | None]:
     """Yields the records of a file that a child process reads; see ``parquet_child`` for its arguments.
 
     Raises:
-        ValueError: if the child reports an error, or ends early. The message begins with ``shown``.
+        ValueError: if the child reports an error, or ends early. The message begins with ``title``.
     """
     try:
         os.close(open_regular(path))  # rejects a FIFO or a device, which would block
     except OSError as error:
-        raise ValueError(f"{shown} cannot be read: {error.strerror}") from error
+        raise ValueError(f"{title} cannot be read: {error.strerror}") from error
     # A thread of OpenBLAS takes 40 MB of the bound.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     arrow = {"PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}
@@ -243,12 +243,12 @@ def _read(path: Path, shown: str, *arguments: str) -> Iterator[bytes | None]:
                 return
             if kind == TOO_LARGE:
                 raise ValueError(
-                    f"{shown} cannot be read: its pages take more than {size_text(_CHILD_BYTES)} of memory"
+                    f"{title} cannot be read: its pages take more than {size_text(_CHILD_BYTES)} of memory"
                 )
             if kind == ERROR:
-                raise ValueError(f"{shown} cannot be read: {printable(data.decode())}")
+                raise ValueError(f"{title} cannot be read: {printable(data.decode())}")
             yield None if kind == NOTHING else data
-        raise ValueError(f"{shown} cannot be read: it is damaged, and pyarrow ended with {child.wait()}")
+        raise ValueError(f"{title} cannot be read: it is damaged, and pyarrow ended with {child.wait()}")
     finally:
         child.stdout.close()
         child.kill()

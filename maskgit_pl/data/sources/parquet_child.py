@@ -1,7 +1,7 @@
 """The program that reads a parquet file for ``parquet``, in a process of its own and within a bound of memory.
 
-Damaged bytes may abort pyarrow, and a page of a few bytes may expand to gigabytes. It imports nothing of the package,
-so that it starts at once, and writes records to stdout: a kind and a length, then so many bytes.
+Damaged bytes may abort pyarrow, and a page of a few bytes may expand to gigabytes. It imports nothing of the
+package, so that it starts at once, and writes records to stdout: a kind and a length, then so many bytes.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Public data sets that ``maskgit data fetch`` downloads, checks and opens as sources of samples.
 
-Fashion-MNIST is here, with the reader of the IDX files of MNIST and similar data. Each of the others is a file of
-``contrib`` with a subclass of ``Dataset`` and an object ``DATASET``. Imports neither torch nor NumPy: each ``--help``
-reads it.
+Fashion-MNIST is here, with the reader of the IDX files of MNIST and similar data. Each of the others is a
+file of ``contrib`` with a subclass of ``Dataset`` and an object ``DATASET``. Imports neither torch nor NumPy:
+each ``--help`` reads it.
 """
 
 from __future__ import annotations
@@ -172,8 +172,8 @@ class IdxFiles:
         classes: Class names; None names the classes by their numbers.
 
     Raises:
-        ValueError: if a file is missing, is not IDX, is larger than 1 GiB decompressed, or has another length than its
-            header states.
+        ValueError: if a file is missing, is not IDX, is larger than 1 GiB decompressed, or has another length
+            than its header states.
     """
 
     left_out: tuple[str, ...] = ()
@@ -213,20 +213,19 @@ class IdxFiles:
         """Yields the images of a split at some places as PNG."""
         import torch
 
-        from maskgit_pl.data.images import encode_png
-        from maskgit_pl.data.samples import Sample
+        from maskgit_pl.data import images, samples
 
         for number in places:
             pixels = torch.from_numpy(self._images[split][number].copy())[None]  # (1, H, W); the bytes are read-only
             label = int(self._labels[split][number])
-            yield Sample(encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
+            yield samples.Sample(images.encode_png(pixels), "png", label, f"{self.folder}:{split} image {number}")
 
 
 def _read_idx(folder: Path, pattern: str, dimensions: int, digest: Any) -> npt.NDArray[np.uint8]:
     """Reads an IDX file, plain or gzipped, of 3 (images) or 1 (labels) dimensions, and updates a digest with its bytes.
 
-    IDX: two zero bytes, type 8 (uint8), number of dimensions, each dimension as big-endian uint32, then the values. No
-    more bytes are read than the header states, since a small gzip file may expand to any size.
+    IDX: two zero bytes, type 8 (uint8), number of dimensions, each dimension as big-endian uint32, then the
+    values. No more bytes are read than the header states, since a small gzip file may expand to any size.
     """
     import numpy as np
 
