@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import resource
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import numpy as np
-from measuring import format_table, read_cpu_name
+from measuring import children_cpu_seconds, format_table, read_cpu_name
 from PIL import Image
 
 LIMIT = 1.03
@@ -103,10 +102,9 @@ class Side:
 
     def run_maskgit(self, *words: str) -> float:
         """Runs a ``maskgit`` command and returns the CPU seconds of its process and of all processes below it."""
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        before = children_cpu_seconds()
         self.run("-m", "maskgit_pl", *words)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+        return children_cpu_seconds() - before
 
     def measure(self, program: str, *words: str) -> float:
         """Runs a program of this file and returns the CPU seconds that it reports, without its start and imports."""

@@ -1,4 +1,4 @@
-"""Measures the throughput of the data loaders for images and tokens, and the start of a resumed run.
+"""Measures the data loaders for images and tokens against the usual ones, and the start of a resumed run.
 
     python benchmarks/data.py --json data.json
 
@@ -7,21 +7,18 @@ benchmarks/README.md describes the contenders and the tables.
 
 from __future__ import annotations
 
-import argparse
 import io
-import json
+import itertools
 import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from measuring import format_table, read_cpu_name
+from measuring import Contender, build_parser, compare, start
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -33,36 +30,13 @@ from maskgit_pl.data.manifest import ShardReader, load_manifest
 from maskgit_pl.data.order import TrainBatchSampler
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, open_store
 from maskgit_pl.data.tokenizing import StoreParts
-from maskgit_pl.distributed import describe_environment
 
 _SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored
 _SLOPE = 1.4  # exponent of amplitude over frequency: JPEGs of quality 90 have 2.5 to 3 bits per pixel, like photos
-_PASSES = 3
+_EPOCHS = 3  # of images in a round, in which memory is mostly reused, as in a long run
 _IMAGE_BATCH, _TOKEN_BATCHES = 64, (256, 1024)
 _GRID, _CODES = (16, 16), 1024
-_STEPS = (10, 10_000_000)
-Run = Callable[[], int]
-
-
-def measure_rates(contenders: Mapping[str, Run], *, repeats: int) -> dict[str, list[float]]:
-    """Returns the items per CPU second of this process, which is the rate of one core, for each round.
-
-    CPU time does not grow while the process waits on a busy machine.
-
-    Args:
-        contenders: Functions that process their items once and return their number. They run in turn.
-        repeats: Number of rounds, after one that is not counted.
-    """
-    measured: dict[str, list[float]] = {name: [] for name in contenders}
-    for number in range(repeats + 1):
-        for name, run in contenders.items():
-            start = time.process_time()
-            count = run()
-            # Round 0 fills caches and is not counted.
-            if number > 0:
-                measured[name].append(count / (time.process_time() - start))
-    return measured
 
 
 # Images
@@ -126,21 +100,9 @@ def read_webdataset_images(folder: Path) -> int:
     return sum(len(images) for images, _ in DataLoader(dataset, batch_size=None))
 
 
-def _repeat_epochs(run: Run) -> Run:
-    """Returns a run of several epochs, in which memory is mostly reused, as in a long run."""
-    return lambda: sum(run() for _ in range(_PASSES))
-
-
-def measure_images(folder: Path, *, count: int, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields a row for each size of the stored images."""
-    for name, size in _SOURCES.items():
-        images = folder / name.replace(" ", "")
-        length = write_images(images, size, count)
-        contenders = {
-            "ours": _repeat_epochs(partial(read_our_images, images)),
-            "webdataset + PIL": _repeat_epochs(partial(read_webdataset_images, images)),
-        }
-        yield _row(f"images, {name}, {length / 1000:.0f} kB", measure_rates(contenders, repeats=repeats))
+def repeat_epochs(read: Callable[[Path], int], folder: Path) -> int:
+    """Reads the epochs of a round; returns the number of images."""
+    return sum(read(folder) for _ in range(_EPOCHS))
 
 
 # Tokens
@@ -173,9 +135,15 @@ def write_tokens(folder: Path, count: int) -> TokenReader:
     return open_store(folder, data="benchmark")["train"]
 
 
+def load_our_tokens(reader: TokenReader, batch: int, *, step: int = 0, seed: int = 0) -> Iterable[Any]:
+    """Returns the loader of training: an epoch of shuffled batches from a training step."""
+    order = TrainBatchSampler(len(reader), per_device=min(batch, len(reader)), current_step=lambda: step)
+    return make_loader(TokenBatches(reader, ShuffledStream(len(reader), seed=seed)), order, num_workers=0)
+
+
 def read_our_tokens(reader: TokenReader, batch: int) -> int:
     """Reads an epoch of shuffled batches with the loader of training; returns the number of sequences."""
-    return sum(len(rows.content) for rows in _token_loader(reader, batch))
+    return sum(len(rows.content) for rows in load_our_tokens(reader, batch))
 
 
 def read_item_by_item(reader: TokenReader, batch: int) -> int:
@@ -184,84 +152,44 @@ def read_item_by_item(reader: TokenReader, batch: int) -> int:
     return sum(len(tokens) for tokens, _ in batches)
 
 
-def _token_loader(reader: TokenReader, batch: int, *, step: int = 0, seed: int = 0) -> Iterable[Any]:
-    order = TrainBatchSampler(len(reader), per_device=min(batch, len(reader)), current_step=lambda: step)
-    return make_loader(TokenBatches(reader, ShuffledStream(len(reader), seed=seed)), order, num_workers=0)
+# Contenders
 
 
-def measure_tokens(reader: TokenReader, *, repeats: int) -> Iterator[dict[str, Any]]:
-    """Yields a row for each batch size."""
+def build_start(folder: Path, step: int) -> Contender:
+    """Returns the start of a run that resumes from a step, up to its first batch."""
+    seeds = itertools.count(1)  # a new one in each round, so that no order is cached
+
+    def run() -> None:
+        next(iter(load_our_tokens(open_store(folder, data="benchmark")["train"], 256, step=step, seed=next(seeds))))
+
+    return Contender("first batch of a run", f"resumed from step {step:,}", run)
+
+
+def list_contenders(folder: Path, *, images: int, rows: int) -> list[Contender]:
+    """Writes images and tokens into a folder and returns all contenders."""
+    readers: list[tuple[str, str, Callable[[], int]]] = []
+    for name, size in _SOURCES.items():
+        source = folder / name.replace(" ", "")
+        group = f"images, {name}, {write_images(source, size, images) / 1000:.0f} kB"
+        readers.append((group, "ours", partial(repeat_epochs, read_our_images, source)))
+        readers.append((group, "webdataset + PIL", partial(repeat_epochs, read_webdataset_images, source)))
+    reader = write_tokens(folder / "tokens", rows)
     for batch in _TOKEN_BATCHES:
-        contenders = {
-            "ours": partial(read_our_tokens, reader, batch),
-            "item by item": partial(read_item_by_item, reader, batch),
-        }
-        subject = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
-        yield _row(subject, measure_rates(contenders, repeats=repeats))
-
-
-# The start of a resumed run
-
-
-def time_first_batch(folder: Path, step: int, seed: int) -> float:
-    """Returns the CPU milliseconds until a fresh loader gives its first batch; a new seed avoids cached orders."""
-    start = time.process_time()
-    reader = open_store(folder, data="benchmark")["train"]
-    batches = _token_loader(reader, _TOKEN_BATCHES[0], step=step, seed=seed)
-    next(iter(batches))
-    return 1000 * (time.process_time() - start)
-
-
-def measure_start(folder: Path, *, repeats: int) -> dict[str, Any]:
-    """Returns a row with the waiting time of a run that resumes early and of one that resumes late."""
-    seconds: dict[int, list[float]] = {step: [] for step in _STEPS}
-    for number in range(repeats + 1):
-        for step in _STEPS:
-            milliseconds = time_first_batch(folder, step, seed=1 + number)
-            if number > 0:
-                seconds[step].append(milliseconds)
-    medians = {f"step {step:,}: ms": median(values) for step, values in seconds.items()}
-    early, late = medians.values()
-    return {"until the first batch of": "a resumed run", **medians, "late / early": late / early}
-
-
-# The tables
-
-
-def _row(subject: str, rates: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-    """Returns a row of medians, and the median ratio of ours to the last contender, the usual method."""
-    ours, usual = rates["ours"], list(rates.values())[-1]
-    ratio = median(a / b for a, b in zip(ours, usual, strict=True))
-    medians = {name: median(values) for name, values in rates.items()}
-    return {"items per second and core": subject, **medians, "ours / usual": ratio}
-
-
-def _format_row(row: Mapping[str, Any]) -> dict[str, str]:
-    digits = {name: 0 if isinstance(value, float) and value >= 100 else 2 for name, value in row.items()}
-    return {name: value if isinstance(value, str) else f"{value:,.{digits[name]}f}" for name, value in row.items()}
+        group = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
+        readers.append((group, "ours", partial(read_our_tokens, reader, batch)))
+        readers.append((group, "item by item", partial(read_item_by_item, reader, batch)))
+    starts = [build_start(folder / "tokens", step) for step in (10, 10_000_000)]
+    # The first run of each reader counts its items.
+    return [*(Contender(group, name, run, items=run()) for group, name, run in readers), *starts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints the tables and writes the numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("--images", type=int, default=256, help="JPEGs of each size (default: 256)")
-    parser.add_argument("--rows", type=int, default=100_000, help="token sequences (default: 100000)")
-    parser.add_argument("--repeats", type=int, default=5, help="number of rounds (default: 5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE")
-    args = parser.parse_args(argv)
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        images = list(measure_images(folder, count=args.images, repeats=args.repeats))
-        reader = write_tokens(folder / "tokens", args.rows)
-        tokens = list(measure_tokens(reader, repeats=args.repeats))
-        start = measure_start(folder / "tokens", repeats=args.repeats)
-    print(f"{read_cpu_name()}, 1 thread, torch {torch.__version__}, medians of {args.repeats} rounds, CPU seconds\n")
-    for rows in (images, tokens, [start]):
-        print(format_table([_format_row(row) for row in rows]), end="\n\n")
-    if args.json is not None:
-        figures = {"images": images, "tokens": tokens, "start": start, "environment": describe_environment()}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    """Measures and prints the table."""
+    parser = build_parser(__doc__, images=256, rows=100_000)
+    arguments = parser.parse_args(argv)
+    start(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        compare(arguments, list_contenders(Path(folder), images=arguments.images, rows=arguments.rows))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,8 @@
 
     python benchmarks/fidelity.py --data data/shards/fashion-mnist --num-images 250
 
-The images are real: some of the val split against as many of the train split. The network is InceptionV3 with the
-weight file of ``--weights``. Without it, the weights are random, which serves the comparison as well.
+The images are real: some of the val split against as many of the train split. The network is InceptionV3 with random
+weights, which serve the comparison as well as the published ones.
 """
 
 from __future__ import annotations
@@ -118,18 +118,12 @@ def _invert_permutation(logits: Tensor) -> Tensor:
     return logits[order.argsort()]
 
 
-def compare(data: ShardData, count: int, weights: Path | None) -> dict[str, tuple[float, float]]:
-    """Returns each metric as we compute it and as torch-fidelity does.
-
-    Args:
-        data: Real images.
-        count: Number of images of each split.
-        weights: Published weight file of InceptionV3; None for random weights.
-    """
+def compare(data: ShardData, count: int) -> dict[str, tuple[float, float]]:
+    """Returns each metric of ``count`` images of each split, as we compute it and as torch-fidelity does."""
     generated, real = (load_images(data, split, count) for split in ("val", "train"))
     with tempfile.TemporaryDirectory() as folder:
-        file = weights or Path(folder) / "inception.pth"
-        spec = InceptionSpec(str(file)) if weights is not None else InceptionSpec(str(file), write_random_weights(file))
+        file = Path(folder) / "inception.pth"
+        spec = InceptionSpec(str(file), write_random_weights(file))
         ours, theirs = measure_ours(generated, real, spec), measure_torch_fidelity(generated, real, file)
     return {name: (ours[name], theirs[name]) for name in _NAMES}
 
@@ -139,14 +133,11 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--data", type=Path, default=Path("data/shards/fashion-mnist"), help="data folder")
     parser.add_argument("--num-images", type=int, default=250, help="images of each split (default: 250)")
-    parser.add_argument("--weights", type=Path, help="Inception's published weight file (default: random weights)")
     args = parser.parse_args(argv)
     summary = read_manifest_summary(args.data)
     data = ShardData(ShardDataConfig(str(args.data), image_size=summary.images.height[0], in_channels=summary.channels))
     data.setup()
-    compared = compare(data, args.num_images, args.weights)
-    kind = "random weights" if args.weights is None else args.weights.name
-    print(f"InceptionV3, {kind}; {args.num_images} val against {args.num_images} train images of {args.data.name}\n")
+    print(f"InceptionV3, random weights; {args.num_images} val against as many train images of {args.data.name}\n")
     rows = [
         {
             "": name,
@@ -154,7 +145,7 @@ def main(argv: list[str] | None = None) -> None:
             "torch-fidelity": f"{theirs:.9g}",
             "relative difference": f"{abs(ours - theirs) / max(abs(theirs), 1e-12):.1e}",
         }
-        for name, (ours, theirs) in compared.items()
+        for name, (ours, theirs) in compare(data, args.num_images).items()
     ]
     print(format_table(rows))
 

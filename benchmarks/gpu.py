@@ -21,22 +21,18 @@ from statistics import median
 import stage1_step
 import stage2_step
 import torch
-from decode import build_network_config
-from measuring import DTYPES, Precision, count_work, format_table, read_cpu_name
-from peers import Task
-from torch import Tensor
+from decode import build_ours
+from measuring import DTYPES, Contender, Precision, count_work, format_table, measure, read_cpu_name
+from peers import NUM_STEPS, Task
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit_pl.data.loader import StepDataModule
-from maskgit_pl.decoding import ConditionalModel, DecodingConfig, decode_classes
 from maskgit_pl.networks.transformer import MaskedTransformer
-from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.gpus import find_gpu
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _NAMES = {"fp32": "32-true", "bf16": "bf16-mixed"}
-_STEPS = 8
-_WARM_UP = 3  # rounds, in which torch also compiles
+_WARM_UP = 2  # rounds before that of ``measure``, in which torch also compiles
 
 
 @dataclass(frozen=True)
@@ -72,7 +68,8 @@ SMALL = Sizes(
 """Sizes to check the script on a CPU."""
 
 
-class Measurement:
+@dataclass(frozen=True)
+class Timer:
     """Times functions on a device.
 
     Args:
@@ -80,21 +77,21 @@ class Measurement:
         repeats: Rounds after the warm-up.
     """
 
-    def __init__(self, device: torch.device, repeats: int) -> None:
-        self.device, self.repeats = device, repeats
+    device: torch.device
+    repeats: int
 
     def __call__(self, run: Callable[[], object]) -> float:
         """Returns the median of the seconds of a function."""
         for _ in range(_WARM_UP):
             run()
-        seconds = []
-        for _ in range(self.repeats):
-            self._wait()
-            begun = time.perf_counter()
-            run()
-            self._wait()
-            seconds.append(time.perf_counter() - begun)
-        return median(seconds)
+        contender = Contender("", "", run)
+        measure([contender], repeats=self.repeats, clock=self._read_clock)
+        return median(contender.seconds)
+
+    def _read_clock(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def reset_memory(self) -> None:
         """Starts a new measurement of the memory, without that of earlier networks."""
@@ -103,133 +100,95 @@ class Measurement:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def memory(self) -> str:
-        """Returns the peak of the memory in 10^9 bytes; "-" without a GPU."""
-        return f"{torch.cuda.max_memory_allocated(self.device) / 1e9:.1f}" if self.device.type == "cuda" else "-"
+    def row(self, batch: int, seconds: float) -> dict[str, str]:
+        """Returns the columns of both tables; the memory is in 10^9 bytes, "-" without a GPU."""
+        peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None
+        return {
+            "batch": str(batch),
+            "ms": f"{1000 * seconds:.1f}",
+            "images/s": f"{batch / seconds:.1f}",
+            "memory GB": "-" if peak is None else f"{peak / 1e9:.1f}",
+        }
 
     def utilization(self, flops: float, seconds: float, precision: Precision) -> str:
         """Returns FLOPs per second in percent of the card's listed peak; "-" for a card that is not listed."""
         gpu = find_gpu(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
         return "-" if gpu is None else f"{100 * flops / seconds / gpu.rate(_NAMES[precision]):.1f}"
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
-
-def measure_training(sizes: Sizes, measure: Measurement, *, compiled: bool) -> Iterator[dict[str, str]]:
+def measure_training(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
     """Yields a row for a training step of each stage and precision; of stage 2 also compiled."""
     for precision in DTYPES:
-        yield _measure_step("1, tokenizer", partial(stage1_step.Ours, sizes.stage1, precision), measure)
+        yield _measure_step("1, tokenizer", partial(stage1_step.Ours, sizes.stage1, precision), timer)
         make = partial(stage2_step.Ours, sizes.stage2, precision)
-        yield (eager := _measure_step("2, transformer", make, measure))
-        if compiled:  # its FLOPs cannot be counted; they are the same
+        yield (eager := _measure_step("2, transformer", make, timer))
+        if timer.device.type == "cuda":  # its FLOPs cannot be counted; they are the same
             name = "2, transformer, compiled: step"
-            yield _measure_step(name, partial(make, compiled="step"), measure, gflop=eager["GFLOP"])
+            yield _measure_step(name, partial(make, compiled="step"), timer, gflop=eager["GFLOP"])
 
 
 def _measure_step(
     name: str,
     make: Callable[[], stage1_step.Ours | stage2_step.Ours],
-    measure: Measurement,
+    timer: Timer,
     *,
     gflop: str | None = None,
 ) -> dict[str, str]:
-    measure.reset_memory()
+    timer.reset_memory()
     torch.manual_seed(0)
     step = make()
-    step.module.to(measure.device)
+    step.module.to(timer.device)
     if isinstance(step, stage1_step.Ours):  # stage 2 copies its batch in each step, as the Trainer does
-        step.batch = StepDataModule().transfer_batch_to_device(step.batch, measure.device, 0)
-    batch = len(step.batch.labels)
-    seconds, memory = measure(step), measure.memory()
+        step.batch = StepDataModule().transfer_batch_to_device(step.batch, timer.device, 0)
+    batch, seconds = len(step.batch.labels), timer(step)
+    figures = timer.row(batch, seconds)
     if gflop is None:
         with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
             gflop = f"{count_work(step).flops / 1e9:.4g}"
-    return {
-        "stage": name,
-        "precision": step.precision,
-        "batch": str(batch),
-        "ms": f"{1000 * seconds:.1f}",
-        "images/s": f"{batch / seconds:.1f}",
-        "GFLOP": gflop,
-        "MFU %": measure.utilization(1e9 * float(gflop), seconds, step.precision),
-        "memory GB": memory,
-    }
+    utilization = timer.utilization(1e9 * float(gflop), seconds, step.precision)
+    return {"stage": name, "precision": step.precision, **figures, "GFLOP": gflop, "MFU %": utilization}
 
 
-def our_decoder(task: Task, device: torch.device, dtype: torch.dtype) -> Callable[[], Tensor]:
-    """Returns a function that decodes a batch in 8 steps."""
-    torch.manual_seed(0)
-    network = MaskedTransformer(build_network_config(task)).to(device, dtype).eval()
-    config = DecodingConfig(_STEPS)
-    decoder, model = (
-        config.build_decoder(mask_schedules.build("cosine")),
-        ConditionalModel.from_network(network, device),
-    )
-    labels, seeds = [number % task.num_classes for number in range(task.batch)], list(range(task.batch))
-
-    @torch.inference_mode()
-    def decode() -> Tensor:
-        *_, last = decode_classes(model, labels, seeds, decoder=decoder, scales=config.scales())
-        return last.tokens
-
-    return decode
-
-
-def measure_decoding(sizes: Sizes, measure: Measurement) -> Iterator[dict[str, str]]:
+def measure_decoding(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
     """Yields a row for each precision and batch."""
     for batch in sizes.decoded:
         for precision, dtype in DTYPES.items():
-            measure.reset_memory()
-            seconds = measure(our_decoder(replace(sizes.stage2, batch=batch), measure.device, dtype))
-            yield {
-                "decoder": f"ours, {precision}",
-                "batch": str(batch),
-                "ms": f"{1000 * seconds:.1f}",
-                "images/s": f"{batch / seconds:.1f}",
-                "memory GB": measure.memory(),
-            }
+            timer.reset_memory()
+            task = replace(sizes.stage2, batch=batch)
+            torch.manual_seed(0)
+            network = MaskedTransformer(task.network).to(timer.device, dtype).eval()
+            seconds = timer(torch.inference_mode()(build_ours(network, task, device=timer.device)))
+            yield {"decoder": f"ours, {precision}", **timer.row(batch, seconds)}
 
 
-def describe(device: torch.device) -> list[str]:
-    """Returns the lines that say what was measured, and with which versions."""
+def describe(device: torch.device) -> str:
+    """Returns what was measured, and with which versions."""
     if device.type != "cuda":
-        return [
-            f"{read_cpu_name()}, torch {torch.__version__}.",
-            "",
-            "Without a GPU, the sizes are small. These figures only show that the script runs.",
-        ]
+        machine = f"{read_cpu_name()}, torch {torch.__version__}."
+        return f"{machine}\n\nWithout a GPU, the sizes are small. These figures only show that the script runs."
     major, minor = torch.cuda.get_device_capability(device)
-    return [
-        f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), torch {torch.__version__}, CUDA "
-        f"{torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}.",
-    ]
+    card = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}), torch {torch.__version__}"
+    return f"{card}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}."
 
 
 def report(sizes: Sizes, device: torch.device, *, repeats: int) -> str:
     """Returns the page of results."""
-    measure = Measurement(device, repeats)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    training = list(measure_training(sizes, measure, compiled=device.type == "cuda"))
-    return "\n".join(
-        [
-            f"# {name}",
-            "",
-            *describe(device),
-            "",
-            f"Written by `make benchmark-gpu`; medians of {repeats} rounds. [On a GPU](../docs/gpu.md) describes it.",
-            "",
-            "## Training",
-            "",
-            format_table(training),
-            "",
-            f"## Decoding of tokens in {_STEPS} steps",
-            "",
-            format_table(list(measure_decoding(sizes, measure))),
-            "",
-        ]
-    )
+    timer = Timer(device, repeats)
+    return f"""\
+# {torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"}
+
+{describe(device)}
+
+Written by `make benchmark-gpu`; medians of {repeats} rounds. [On a GPU](../docs/gpu.md) describes it.
+
+## Training
+
+{format_table(list(measure_training(sizes, timer)))}
+
+## Decoding of tokens in {NUM_STEPS} steps
+
+{format_table(list(measure_decoding(sizes, timer)))}
+"""
 
 
 def file_of(device: torch.device) -> Path | None:
@@ -243,19 +202,15 @@ def file_of(device: torch.device) -> Path | None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the page and writes it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found = "cuda" if torch.cuda.is_available() else "cpu"
-    parser.add_argument("--device", choices=["cuda", "cpu"], default=found, help="device (%(default)s)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=["cuda", "cpu"], default=default, help="device (%(default)s)")
     parser.add_argument("--repeats", type=int, default=20, help="rounds after the warm-up (%(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="page to write (results/gpu-CARD.md; none on a CPU)")
-    given = parser.parse_args(argv)
-    if given.repeats < 1:
-        parser.error(f"--repeats must be an integer >= 1, got {given.repeats}")
-    if given.device == "cuda" and found == "cpu":
-        parser.error("--device cuda: torch finds no GPU here")
-    device = torch.device(given.device)
-    page, out = report(RELEASED if device.type == "cuda" else SMALL, device, repeats=given.repeats), given.out
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    page = report(RELEASED if device.type == "cuda" else SMALL, device, repeats=arguments.repeats)
     print(page)
-    out = file_of(device) if out is None else out
+    out = arguments.out or file_of(device)
     if out is None:
         print("no GPU was measured, and no page of results was written (--out FILE writes one)")
         return

@@ -1,14 +1,16 @@
-"""Parts of all benchmarks: timing in turn, counted work, peak memory of a process, command line, report and tables."""
+"""The harness of all benchmarks: timing in turn, counted work, peak memory of a process, command line and tables."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import platform
+import resource
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from math import prod
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,45 +22,23 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
-from maskgit_pl.distributed import describe_environment
-
-__all__ = [
-    "CLOCKS",
-    "DTYPES",
-    "Contender",
-    "Measured",
-    "Precision",
-    "Work",
-    "autocast",
-    "build_parser",
-    "count_work",
-    "format_table",
-    "interleave",
-    "list_precisions",
-    "measure",
-    "measure_peak_memory",
-    "read_cpu_name",
-    "run_in_fresh_process",
-    "start",
-    "write_report",
-]
+from maskgit_pl.distributed import describe_environment, has_bfloat16
 
 Precision = Literal["fp32", "bf16"]
 """Lightning's ``32-true`` and ``bf16-mixed``."""
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOCKS: Mapping[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
-"""The clocks of ``--clock``: seconds, and CPU seconds of all threads, for a machine on which other programs run."""
+CLOCKS: Mapping[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
+"""The clocks of ``--clock``: CPU seconds of all threads, which other programs hardly affect, and seconds."""
 
 _WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
-_STATUS = Path("/proc/self/status")
 _CPUINFO = Path("/proc/cpuinfo")
 
 
 # Work
 
 
-@dataclass(frozen=True)
+@dataclass
 class Work:
     """The work of one run.
 
@@ -68,16 +48,16 @@ class Work:
         syncs: Number of times that the host would wait for a GPU.
     """
 
-    flops: int
-    kernels: int
-    syncs: int
+    flops: int = 0
+    kernels: int = 0
+    syncs: int = 0
 
 
 def count_work(run: Callable[[], object]) -> Work:
     """Runs a function once and returns its work."""
     with _WorkCounter() as counter:
         run()
-    return Work(counter.flops, counter.kernels, counter.syncs)
+    return counter.work
 
 
 class _WorkCounter(TorchDispatchMode):
@@ -85,22 +65,19 @@ class _WorkCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.flops, self.kernels, self.syncs = 0, 0, 0
+        self.work = Work()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         packet = func.overloadpacket
         formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is not None:
-            self.flops += int(formula(*args, **kwargs or {}, out_val=result))
-        self.kernels += not func.is_view
-        self.syncs += packet.__name__ in _WAITS or (packet.__name__ == "index" and _has_mask(args))
+            self.work.flops += int(formula(*args, **kwargs or {}, out_val=result))
+        self.work.kernels += not func.is_view
+        # The host must wait for the number of True values of a mask.
+        has_mask = packet.__name__ == "index" and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])
+        self.work.syncs += packet.__name__ in _WAITS or has_mask
         return result
-
-
-def _has_mask(args: Any) -> bool:
-    """Returns True if an index is a mask: the host must wait for the number of True values."""
-    return any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -128,129 +105,84 @@ _FORMULAS: dict[Any, Callable[..., int]] = {  # operations of a CPU for which to
 # Time
 
 
-def interleave(
-    runs: Mapping[Any, Callable[[], object]], *, repeats: int, clock: Callable[[], float] = time.perf_counter
-) -> dict[Any, list[float]]:
-    """Times functions in turn (A B A B), so that changes in the machine's speed affect all of them.
-
-    Returns:
-        The seconds of each function in each round.
-    """
-    seconds: dict[Any, list[float]] = {key: [] for key in runs}
-    for _ in range(repeats):
-        for key, run in runs.items():
-            begun = clock()
-            run()
-            seconds[key].append(clock() - begun)
-    return seconds
-
-
-class _MatrixProduct:
-    """A square matrix product; its best rate is the practical peak of this machine."""
-
-    def __init__(self, dtype: torch.dtype, size: int) -> None:
-        self.flops = 2 * size**3  # a multiplication and an addition for each of size^3 terms
-        self.left, self.right = (torch.randn(size, size).to(dtype) for _ in range(2))
-
-    def __call__(self) -> Tensor:
-        return torch.mm(self.left, self.right)
-
-    def rate(self, seconds: Sequence[float]) -> float:
-        """Returns the best rate in FLOP/s."""
-        return self.flops / min(seconds)
-
-
-@dataclass(frozen=True)
+@dataclass
 class Contender:
-    """A function that is timed.
+    """A function that is timed, and its measurements.
 
     Args:
-        group: The task, such as a precision; contenders of a group are compared with its ``"ours"``.
+        group: The task, such as a precision; contenders of a group are compared with its first one.
         name: Its name.
         run: The function.
-        work: Its work.
+        items: Number of items that it processes, such as images.
+        work: Its work; None if it is not counted.
         dtype: Number format of the matrix product that gives the machine's peak.
         memory: Peak memory in bytes; None if it is not measured.
+        seconds: Seconds per item of each round.
     """
 
     group: str
     name: str
     run: Callable[[], object]
-    work: Work
+    items: int = 1
+    work: Work | None = None
     dtype: torch.dtype = torch.float32
     memory: int | None = None
+    seconds: list[float] = field(default_factory=list)
 
-
-@dataclass(frozen=True)
-class Measured:
-    """The measurements of a contender.
-
-    Args:
-        group: See ``Contender``.
-        name: See ``Contender``.
-        work: See ``Contender``.
-        memory: See ``Contender``.
-        seconds: Seconds of each round.
-        ours: Seconds of ``"ours"`` of the group in the same rounds.
-        peak: Best rate of a matrix product in the same rounds, in FLOP/s.
-    """
-
-    group: str
-    name: str
-    work: Work
-    memory: int | None
-    seconds: list[float]
-    ours: list[float]
-    peak: float
-
-    def row(self, *, images: int = 1) -> dict[str, str]:
-        """Returns the row of the table; times and counts are divided by a number of images."""
-        middle, best = median(self.seconds), min(self.seconds)
-        shares = [f"{100 * self.work.flops / seconds / self.peak:.0f}" for seconds in (middle, best)]
-        ratio = median(its / ours for its, ours in zip(self.seconds, self.ours, strict=True))
-        memory = {} if self.memory is None else {"memory GB": f"{self.memory / 1e9:.2f}"}
-        return {
+    def row(self, first: Contender, peaks: Mapping[torch.dtype, float]) -> dict[str, str]:
+        """Returns the row of the table, compared with the first contender of the group."""
+        seconds = median(self.seconds)
+        ratio = median(its / reference for its, reference in zip(self.seconds, first.seconds, strict=True))
+        row = {
             "": self.group,
             "name": self.name,
-            "s median": f"{middle / images:.3g}",
-            "s best": f"{best / images:.3g}",
-            "time / ours": f"{ratio:.2f}",
-            "GFLOP": f"{self.work.flops / images / 1e9:.3g}",
-            "% of peak: median (best)": f"{shares[0]} ({shares[1]})",
-            "kernels": f"{self.work.kernels / images:.0f}",
-            "syncs": f"{self.work.syncs / images:.0f}",
-            **memory,
+            "s": f"{seconds:.3g}",
+            "per s": f"{1 / seconds:,.0f}" if seconds < 0.01 else f"{1 / seconds:.3g}",
+            "ratio": f"{ratio:.2f}",
         }
+        if self.work is not None:
+            flops = self.work.flops / self.items
+            row |= {
+                "GFLOP": f"{flops / 1e9:.3g}",
+                "% of peak": f"{100 * flops / seconds / peaks[self.dtype]:.0f}",
+                "kernels": f"{self.work.kernels / self.items:.0f}",
+                "syncs": f"{self.work.syncs / self.items:.0f}",
+            }
+        if self.memory is not None:
+            row["memory GB"] = f"{self.memory / 1e9:.2f}"
+        return row
 
 
 def measure(
-    contenders: Sequence[Contender],
-    *,
-    repeats: int,
-    clock: Callable[[], float] = time.perf_counter,
-    product_size: int = 2048,
-) -> list[Measured]:
-    """Times contenders in turn, all of them in memory, and the machine's peaks in the same rounds."""
-    products = {contender.dtype: _MatrixProduct(contender.dtype, product_size) for contender in contenders}
-    runs: dict[Any, Callable[[], object]] = {**products, **{(c.group, c.name): c.run for c in contenders}}
-    for run in runs.values():
-        run()  # warm-up
-    seconds = interleave(runs, repeats=repeats, clock=clock)
-    return [
-        Measured(
-            c.group, c.name, c.work, c.memory, seconds[c.group, c.name], seconds[c.group, "ours"],
-            products[c.dtype].rate(seconds[c.dtype]),
-        )
-        for c in contenders
-    ]  # fmt: skip
+    contenders: Sequence[Contender], *, repeats: int, clock: Callable[[], float], product_size: int = 2048
+) -> dict[torch.dtype, float]:
+    """Times contenders in turn (A B A B), so that changes in the machine's speed affect all of them.
+
+    Returns:
+        The machine's peaks: the best rates of a square matrix product in the same rounds, in FLOP/s.
+    """
+    products = {}
+    for dtype in {contender.dtype for contender in contenders if contender.work is not None}:
+        left, right = (torch.randn(product_size, product_size).to(dtype) for _ in range(2))
+        products[dtype] = Contender("", "", partial(torch.mm, left, right))
+    for number in range(repeats + 1):
+        for contender in (*products.values(), *contenders):
+            begun = clock()
+            contender.run()
+            if number > 0:  # round 0 is the warm-up
+                contender.seconds.append((clock() - begun) / contender.items)
+    return {dtype: 2 * product_size**3 / min(product.seconds) for dtype, product in products.items()}
+
+
+def children_cpu_seconds() -> float:
+    """Returns the CPU seconds of the processes that this one started and that have ended: a clock."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def list_precisions() -> list[Precision]:
     """Returns the precisions of this CPU; a CPU without bfloat16 instructions multiplies it in software."""
-    # 512 is large enough for the comparison, and quick enough even in software.
-    products = {dtype: _MatrixProduct(dtype, 512) for dtype in (torch.bfloat16, torch.float32)}
-    seconds = interleave(products, repeats=4)
-    if min(seconds[torch.bfloat16]) <= min(seconds[torch.float32]):
+    if has_bfloat16("cpu"):
         return ["fp32", "bf16"]
     print("bf16 is left out: this CPU has no bfloat16 instructions")
     return ["fp32"]
@@ -264,14 +196,19 @@ def autocast(precision: Precision, device: str = "cpu") -> torch.autocast:
 # Memory
 
 
-def measure_peak_memory(run: Callable[[], object]) -> int | None:
-    """Returns the peak of the resident memory that ``run`` adds to this process, in bytes; None without /proc.
+def measure_peak_memory(run: Callable[[], object]) -> int:
+    """Returns the peak of the resident memory that ``run`` adds to a new interpreter, in bytes (Linux).
 
-    Call it in a fresh process. It reads VmHWM of /proc/self/status, because ``ru_maxrss`` starts from the value of the
-    parent process. The result is accurate to some tens of MB: the system may reclaim pages of libraries meanwhile.
+    It reads VmHWM of /proc/self/status, because ``ru_maxrss`` starts from the value of the parent process. The result
+    is accurate to some tens of MB: the system may reclaim pages of libraries meanwhile.
     """
-    if not _STATUS.exists():
-        return None
+    # "spawn" starts a new interpreter; a forked one would keep this memory.
+    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_peak_memory_of, run, torch.get_num_threads()).result()
+
+
+def _peak_memory_of(run: Callable[[], object], threads: int) -> int:
+    torch.set_num_threads(threads)
     torch.randn(64, 64) @ torch.randn(64, 64)  # loads the libraries of the first matrix product
     before = _kilobytes("VmRSS")
     run()
@@ -279,15 +216,8 @@ def measure_peak_memory(run: Callable[[], object]) -> int | None:
 
 
 def _kilobytes(name: str) -> int:
-    lines = _STATUS.read_text().splitlines()
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))
-
-
-def run_in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
-    """Returns the result of a function that runs in a new interpreter, without the memory of this one."""
-    # "spawn" starts a new interpreter; a forked one would keep this memory.
-    with ProcessPoolExecutor(max_workers=1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
 
 
 # Command line and report
@@ -296,11 +226,9 @@ def run_in_fresh_process(function: Callable[..., Any], *args: Any) -> Any:
 def build_parser(description: str | None, *, repeats: int = 5, **sizes: int) -> argparse.ArgumentParser:
     """Returns a parser with the flags that the benchmarks share, and a flag for each size with its default."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    counts = {"threads": torch.get_num_threads(), **sizes, "repeats": repeats}
-    for name, default in counts.items():
-        flag = f"--{name.replace('_', '-')}"
-        parser.add_argument(flag, type=_positive, default=default, help="(%(default)s)")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="wall", help="cpu: if other programs run")
+    for name, default in {"threads": 1, **sizes, "repeats": repeats}.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, default=default, help="(%(default)s)")
+    parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help="cpu: other programs may run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser
 
@@ -316,18 +244,28 @@ def start(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
-    print(f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}, n = {arguments.repeats} rounds")
+    machine = f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}"
+    print(f"{machine}, {arguments.clock} time, medians of {arguments.repeats} rounds")
 
 
-def write_report(arguments: argparse.Namespace, measured: Sequence[Measured], *, images: int = 1) -> None:
-    """Prints the table, and writes all numbers to the file of ``--json``."""
-    for dtype_peak in sorted({one.peak for one in measured}):
-        print(f"matrix-product peak: {dtype_peak / 1e9:.1f} GFLOP/s")
-    print("\n" + format_table([one.row(images=images) for one in measured]))
+def compare(
+    arguments: argparse.Namespace, contenders: Sequence[Contender], *, clock: Callable[[], float] | None = None
+) -> None:
+    """Measures contenders, prints the table, and writes all numbers to the file of ``--json``."""
+    peaks = measure(contenders, repeats=arguments.repeats, clock=clock or CLOCKS[arguments.clock])
+    for dtype, peak in peaks.items():
+        print(f"matrix-product peak, {dtype}: {peak / 1e9:.1f} GFLOP/s")
+    first: dict[str, Contender] = {}
+    rows = [contender.row(first.setdefault(contender.group, contender), peaks) for contender in contenders]
+    print("\n" + format_table(rows))
     if arguments.json:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
+        measured = [
+            {"group": contender.group, **row, "seconds": contender.seconds}
+            for contender, row in zip(contenders, rows, strict=True)
+        ]
         environment = {**describe_environment(), "cpu": read_cpu_name()}
-        content = {"environment": environment, "settings": settings, "measured": [asdict(one) for one in measured]}
+        content = {"environment": environment, "settings": settings, "measured": measured}
         arguments.json.write_text(json.dumps(content, indent=2) + "\n")
 
 

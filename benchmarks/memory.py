@@ -8,7 +8,6 @@ The weights are random, which changes neither memory nor time. ``--out`` keeps t
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from measuring import format_table, read_cpu_name
+from measuring import children_cpu_seconds, format_table, read_cpu_name
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
@@ -70,15 +69,14 @@ def measure_peak(words: Sequence[str], *, folder: Path) -> dict[str, str]:
     Raises:
         RuntimeError: if the command fails.
     """
-    before = os.times()
+    before = children_cpu_seconds()
     # The process reads its own peak: that of wait4 would start from the memory of this process.
     done = subprocess.run(
         [sys.executable, "-c", _RUN, *words], cwd=folder, stdout=subprocess.PIPE, text=True, check=False
     )
     if done.returncode:
         raise RuntimeError(f"maskgit {shlex.join(words)} must succeed, got exit code {done.returncode}")
-    after = os.times()
-    seconds = after.children_user + after.children_system - before.children_user - before.children_system
+    seconds = children_cpu_seconds() - before
     command = f"`maskgit {shlex.join(words)}`" if words else "imports only"
     kilobytes = int(done.stdout.split()[-1])
     return {"command": command, "peak, GB": f"{1024 * kilobytes / 1e9:.2f}", "CPU s": f"{seconds:.0f}"}

@@ -15,19 +15,6 @@ from maskgit_pl.masking import MaskSampler
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
-__all__ = [
-    "BERT",
-    "ENCODER",
-    "NUM_STEPS",
-    "VQMODEL",
-    "BertPeer",
-    "Decode",
-    "EncoderPeer",
-    "Task",
-    "build_plain",
-    "list_installed",
-]
-
 Decode = Callable[[], Tensor]
 """Decodes a batch and gives its tokens (B, N)."""
 
@@ -71,13 +58,14 @@ class Task:
             dropout=0.0, class_dropout=0.0,
         )  # fmt: skip
 
+    @property
+    def labels(self) -> list[int]:
+        """The classes that are decoded: all in turn."""
+        return [number % self.num_classes for number in range(self.batch)]
+
     def describe(self) -> str:
         """Returns the sizes in words."""
-        config = self.network
-        return (
-            f"{self.depth} layers x {self.embed_dim}, MLP {self.mlp_dim}, {self.num_heads} heads, "
-            f"{config.num_tokens + 1} tokens, vocabulary {config.vocabulary_size}, batch {self.batch}"
-        )
+        return f"{self.depth} layers x {self.embed_dim}, {self.network.num_tokens + 1} tokens, batch {self.batch}"
 
     def data(self) -> Batch:
         """Returns the batch that every contender trains on in every round."""
@@ -179,7 +167,7 @@ class BertPeer(nn.Module):
 def build_plain(network: nn.Module, task: Task) -> Decode:
     """Returns a plain decoding loop for a peer's network: all logits in each step, Gumbel draws, cosine schedule."""
     network.eval().requires_grad_(requires_grad=False)
-    labels = torch.arange(task.batch) % task.num_classes
+    labels = torch.tensor(task.labels)
 
     @torch.no_grad()
     def decode() -> Tensor:

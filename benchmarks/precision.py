@@ -12,7 +12,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import torch
 from measuring import format_table, read_cpu_name
@@ -20,7 +20,6 @@ from torch import Tensor
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.decoding.sampling import DrawMethod
-from maskgit_pl.distributed import describe_environment
 
 
 def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tensor, float]:
@@ -35,23 +34,20 @@ def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tenso
     return last.tokens, time.process_time() - before
 
 
-def measure(run: Path, *, num_images: int) -> list[dict[str, Any]]:
+def measure(run: Path, *, num_images: int) -> list[dict[str, str]]:
     """Decodes in float32 and bfloat16 with each method; returns the rows of the table."""
     exact = MaskGIT.from_pretrained(run).to("cpu")
     other = MaskGIT.from_pretrained(run).to("cpu", dtype=torch.bfloat16)
     rows = []
     for method in get_args(DrawMethod):
         expected, seconds = decode(exact, num_images=num_images, method=method)
-        rows.append({"draw method": method, "precision": "float32", "CPU ms per image": seconds})
-        tokens, seconds = decode(other, num_images=num_images, method=method)
+        tokens, other_seconds = decode(other, num_images=num_images, method=method)
         same = tokens == expected
-        row = {"equal tokens": same.float().mean().item(), "equal images": same.all(1).float().mean().item()}
-        rows.append({"draw method": method, "precision": "bfloat16", "CPU ms per image": seconds, **row})
-    for row in rows:
-        row["CPU ms per image"] = f"{1000 * row['CPU ms per image'] / num_images:.1f}"
-        for name in ("equal tokens", "equal images"):
-            row[name] = f"{100 * row[name]:.1f} %" if name in row else "-"
-    return rows
+        shares = [f"{100 * equal.float().mean():.1f} %" for equal in (same, same.all(1))]
+        for precision, taken, shown in (("float32", seconds, ["-", "-"]), ("bfloat16", other_seconds, shares)):
+            rows.append([method, precision, f"{1000 * taken / num_images:.1f}", *shown])
+    columns = ("draw method", "precision", "CPU ms per image", "equal tokens", "equal images")
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -61,7 +57,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--num-images", type=int, default=500, help="images per row (500)")
     args = parser.parse_args(words)
     torch.set_num_threads(1)
-    print(f"{read_cpu_name()}, 1 thread, torch {describe_environment()['torch']}, {args.num_images} images")
+    print(f"{read_cpu_name()}, 1 thread, torch {torch.__version__}, {args.num_images} images")
     print(format_table(measure(args.run, num_images=args.num_images)))
 
 

@@ -16,9 +16,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,83 +28,44 @@ from maskgit_pl.distributed import has_bfloat16
 
 _README = Path(__file__).parent / "README.md"
 _BEGIN, _END = "<!-- ratios: written by `make benchmarks` -->", "<!-- end of ratios -->"
-_DECODE = "--threads 1 --clock cpu --repeats {repeats} --only 'ours, first step cached' 'ours, weights not packed' "
+_DECODE = "decode.py --only 'ours, first step cached' 'ours, weights not packed' "
 _DECODE += "'encoder layers of torch, as dome272' 'BertModel of transformers, as 1d-tokenizer' "
+_DECODING = "decoding, {group}, batch {batch_size}"
+SOURCES: Mapping[str, str] = {
+    f"{_DECODE}--dtype float32 --batch-size 1": _DECODING,
+    f"{_DECODE}--dtype bfloat16 --batch-size 1": _DECODING,
+    f"{_DECODE}--dtype bfloat16 --batch-size 8": _DECODING,
+    "stage1_step.py": "training step of stage 1, {group}",
+    "stage2_step.py": "training step of stage 2, {group}",
+    "tokenizer.py": "tokenizer, {group}",
+    "data.py": "data: {group}",
+    "import_time.py": "{group}",
+}
+"""Command of each benchmark, and the task of a row."""
 
-
-@dataclass(frozen=True)
-class Ratio:
-    """A ratio of the table.
-
-    Args:
-        task: The task, such as a training step of stage 1.
-        alternative: Implementation that ours is compared with.
-        ratios: Our time divided by that of the alternative, of each round.
-    """
-
-    task: str
-    alternative: str
-    ratios: Sequence[float]
-
-    @classmethod
-    def of(cls, task: str, alternative: str, ours: Sequence[float], other: Sequence[float]) -> Ratio:
-        """Returns the ratio of the seconds of both in each round."""
-        return cls(task, alternative, [mine / its for mine, its in zip(ours, other, strict=True)])
-
-    def row(self, number: int) -> dict[str, str]:
-        """Returns the row of the table; ``number`` is that of the command."""
-        spread = f"{min(self.ratios):.2f} to {max(self.ratios):.2f}"
-        return {
-            "task": self.task,
-            "alternative": self.alternative,
-            "ours / alternative": f"{median(self.ratios):.2f}",
-            "of each round": spread,
-            "command": str(number),
-        }
-
-
-_OURS = {"ours": "", "ours, first step cached": ", class seen before", "ours, bf16": ", bf16"}
+_OURS = {
+    "ours": "",
+    "ours, first step cached": ", class seen before",
+    "ours, bf16": ", bf16",
+    "MaskGIT": ": MaskGIT",
+    "maskgit sample, one image": ": maskgit sample, one image",
+}
 """Our contenders, and what they add to the task; all others are alternatives."""
 
 
-def read_measured(report: Mapping[str, Any], *, task: str) -> Iterator[Ratio]:
-    """Yields the ratios of a benchmark: ours and the alternatives of each group."""
+def read_ratios(report: Mapping[str, Any], task: str) -> Iterator[dict[str, str]]:
+    """Yields a row for each pair of ours and an alternative of a group."""
     seconds = {(row["group"], row["name"]): row["seconds"] for row in report["measured"]}
-    settings = report["settings"]
-    for (group, name), its in seconds.items():
-        for ours, addition in _OURS.items() if name not in _OURS else ():
+    for (group, alternative), theirs in seconds.items():
+        for ours, addition in _OURS.items() if alternative not in _OURS else ():
             if (group, ours) in seconds:
-                yield Ratio.of(task.format(group=group, **settings) + addition, name, seconds[group, ours], its)
-
-
-def read_data(report: Mapping[str, Any]) -> Iterator[Ratio]:
-    """Yields the ratios of ``data.py``, whose figures are items per second."""
-    for row in (*report["images"], *report["tokens"]):
-        names = list(row)
-        usual = names[names.index("ours / usual") - 1]
-        yield Ratio(f"data: {row['items per second and core']}", usual, [1 / row["ours / usual"]])
-
-
-def read_imports(report: Mapping[str, Sequence[float]]) -> Iterator[Ratio]:
-    """Yields the ratios of ``import_time.py``."""
-    for name, seconds in report.items():
-        if name != "import torch":
-            yield Ratio.of(f"start of a process: {name}", "import torch", seconds, report["import torch"])
-
-
-_DECODING = partial(read_measured, task="decoding, {group}, batch {batch_size}")
-_STEP = "--threads 1 --clock cpu --repeats {repeats}"
-SOURCES: Sequence[tuple[str, Callable[[Mapping[str, Any]], Iterator[Ratio]]]] = (
-    (f"decode.py {_DECODE}--dtype float32 --batch-size 1", _DECODING),
-    (f"decode.py {_DECODE}--dtype bfloat16 --batch-size 1", _DECODING),
-    (f"decode.py {_DECODE}--dtype bfloat16 --batch-size 8", _DECODING),
-    (f"stage1_step.py {_STEP}", partial(read_measured, task="training step of stage 1, {group}")),
-    (f"stage2_step.py {_STEP}", partial(read_measured, task="training step of stage 2, {group}")),
-    (f"tokenizer.py {_STEP}", partial(read_measured, task="tokenizer, {group}")),
-    ("data.py --repeats {repeats}", read_data),
-    ("import_time.py --repeats {repeats}", read_imports),
-)
-"""Command of each benchmark, and the reader of its JSON file."""
+                ratios = [mine / its for mine, its in zip(seconds[group, ours], theirs, strict=True)]
+                yield {
+                    "task": task.format(group=group, **report["settings"]) + addition,
+                    "alternative": alternative,
+                    "ours / alternative": f"{median(ratios):.2f}",
+                    "of each round": f"{min(ratios):.2f} to {max(ratios):.2f}",
+                }
 
 
 def measure(*, repeats: int, only: Sequence[str] = ()) -> str:
@@ -118,14 +77,13 @@ def measure(*, repeats: int, only: Sequence[str] = ()) -> str:
     """
     rows: list[dict[str, str]] = []
     commands: list[str] = []
-    for template, read in SOURCES:
-        command = template.format(repeats=repeats)
-        script = command.split()[0]
-        if (only and script not in only) or ("bfloat16" in command and not has_bfloat16("cpu")):
+    for source, task in SOURCES.items():
+        command = f"{source} --repeats {repeats}"
+        if (only and command.split()[0] not in only) or ("bfloat16" in command and not has_bfloat16("cpu")):
             continue
         print(f"python benchmarks/{command}", flush=True)
         commands.append(f"{len(commands) + 1}. `python benchmarks/{command}`")
-        rows += [ratio.row(len(commands)) for ratio in read(run_benchmark(command))]
+        rows += [{**row, "command": str(len(commands))} for row in read_ratios(run_benchmark(command), task)]
     return "\n".join([format_table(rows), "", *commands])
 
 
@@ -150,9 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each benchmark (%(default)s)")
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="SCRIPT", help="print the ratios of these scripts only"
-    )
+    parser.add_argument("--only", nargs="+", default=[], metavar="SCRIPT", help="print the ratios of these only")
     arguments = parser.parse_args(argv)
     table = measure(repeats=arguments.repeats, only=arguments.only)
     print("\n" + table)

@@ -1,6 +1,6 @@
 """Measures a training step of stage 1: ours, a plain one as in taming-transformers, and one with diffusers' VQModel.
 
-    python benchmarks/stage1_step.py --threads 1 --repeats 5 --json stage1_step.json
+    python benchmarks/stage1_step.py --repeats 5 --json stage1_step.json
 
 benchmarks/README.md describes the contenders and the columns of the table.
 """
@@ -18,24 +18,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from measuring import (
-    CLOCKS,
-    DTYPES,
-    Contender,
-    Precision,
-    autocast,
-    build_parser,
-    count_work,
-    list_precisions,
-    measure,
-    measure_peak_memory,
-    run_in_fresh_process,
-    start,
-    write_report,
-)
+from measuring import DTYPES, Contender, Precision, autocast, build_parser, compare, count_work, list_precisions, start
 from peers import VQMODEL, list_installed
 from torch import Tensor, nn
 from torch.optim import AdamW
+from torchvision.models import vgg
 
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
@@ -51,11 +38,9 @@ from maskgit_pl.training.tokenizer_losses import (
     TokenizerLoss,
 )
 
-Weights = dict[str, Tensor]
-
 # Source: configs/imagenet_vqgan.yaml of CompVis/taming-transformers (0.8: discriminator_weight).
 _RATE, _BETAS, _ADVERSARIAL_WEIGHT, _PERCEPTUAL_WEIGHT, _COMMITMENT = 4.5e-6, (0.5, 0.9), 0.8, 1.0, 0.25
-_VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG-16, as in LPIPS
+_VGG_STAGES = (0, 4, 9, 16, 23, 30)  # first layers of the five stages that LPIPS compares, and the end
 
 
 @dataclass(frozen=True)
@@ -98,6 +83,10 @@ class Task:
             ),
         )
 
+    def describe(self) -> str:
+        """Returns the sizes in words."""
+        return f"{self.image_size} px, batch {self.batch}, channels {self.network.widths}"
+
     def data(self) -> Batch:
         """Returns the batch that every contender trains on in every round."""
         chance = torch.Generator().manual_seed(0)
@@ -112,22 +101,17 @@ class RandomVGG(FrozenNetwork):
 
     def __init__(self) -> None:
         super().__init__()
-        self.stages = nn.ModuleList()
-        width = 3
-        for widths in _VGG_WIDTHS:
-            sizes = pairwise((width, *widths))
-            layers = [layer for a, b in sizes for layer in (nn.Conv2d(a, b, 3, padding=1), nn.ReLU())]
-            self.stages.append(nn.Sequential(*([nn.MaxPool2d(2)] if len(self.stages) else []), *layers))
-            width = widths[-1]
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight)  # keeps the scale of the features over the depth
+        layers = vgg.make_layers(vgg.cfgs["D"])
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight)  # keeps the scale of the features over the depth
+        self.stages = nn.ModuleList(layers[first:last] for first, last in pairwise(_VGG_STAGES))
         self.freeze()
 
     def forward(self, images: Tensor, targets: Tensor) -> Tensor:
         """Returns the distances (B,) of images from targets, (B, 3, H, W) float in [0, 1] each."""
         pairs = zip(self._features(images), self._features(targets), strict=True)
-        return torch.stack([(one - other).square().mean((2, 3)).sum(1) for one, other in pairs]).sum(0)
+        return torch.stack([(x - y).square().mean((2, 3)).sum(1) for x, y in pairs]).sum(0)
 
     def _features(self, images: Tensor) -> Iterator[Tensor]:
         """Yields the features of each stage, normalised over the channels, (B, C, h, w) float32."""
@@ -143,8 +127,8 @@ class _Perceptual(TokenizerLoss):
 
     weight: float = _PERCEPTUAL_WEIGHT
 
-    def __call__(self, given: LossInputs, network: nn.Module) -> Tensor:
-        distances: Tensor = network(given.reconstruction, given.images)
+    def __call__(self, inputs: LossInputs, network: nn.Module) -> Tensor:
+        distances: Tensor = network(inputs.reconstruction, inputs.images)
         return distances.mean()
 
 
@@ -187,16 +171,6 @@ class Ours:
             self.module.training_step(self.batch, 0)
         self.trainer.global_step += 1
 
-    def gradients(self) -> Weights:
-        """Returns the gradients of both networks by name, without an optimizer step."""
-        self.module.zero_grad()
-        with autocast(self.precision):
-            self.module.replay_step(self.batch, step=1)
-        assert self.module.discriminator is not None
-        gradients = _gradients(self.module.network, self.module.discriminator)
-        self.module.zero_grad()
-        return gradients
-
 
 class Plain:
     """The step of taming-transformers: each optimizer has its own forward pass of the generator.
@@ -221,11 +195,8 @@ class Plain:
         self.network, self.last_layer, self.precision = network, last_layer, precision
         self.discriminator, self.perceptual = ours.discriminator, ours.loss_terms.networks.get("perceptual")
         self.images = to_unit_range(task.data().content)
-        self.optimizers = [AdamW(each.parameters(), _RATE, betas=_BETAS, weight_decay=0.0) for each in self._networks]
-
-    @property
-    def _networks(self) -> tuple[nn.Module, nn.Module]:
-        return self.network, self.discriminator
+        self.networks = network, self.discriminator
+        self.optimizers = [AdamW(each.parameters(), _RATE, betas=_BETAS, weight_decay=0.0) for each in self.networks]
 
     def __call__(self) -> None:
         """Trains one step of both networks."""
@@ -233,15 +204,6 @@ class Plain:
             part()
             optimizer.step()
             optimizer.zero_grad()
-
-    def gradients(self) -> Weights:
-        """Returns the gradients of both networks by name, without an optimizer step."""
-        self.train_generator()
-        self.train_discriminator()
-        gradients = _gradients(*self._networks)
-        for network in self._networks:
-            network.zero_grad()
-        return gradients
 
     def train_generator(self) -> None:
         """Adds the gradients of the generator."""
@@ -280,11 +242,6 @@ def _frozen(network: nn.Module) -> Iterator[None]:
     network.requires_grad_(requires_grad=False)
     yield
     network.requires_grad_(requires_grad=True)
-
-
-def _gradients(network: nn.Module, discriminator: nn.Module) -> Weights:
-    named = [*network.named_parameters(prefix="network"), *discriminator.named_parameters(prefix="discriminator")]
-    return {name: weight.grad.detach().clone() for name, weight in named if weight.grad is not None}
 
 
 def build_tokenizer(task: Task) -> Tokenizer:
@@ -337,49 +294,18 @@ def build(name: str, task: Task, precision: Precision) -> Ours | Plain:
     return STEPS[name](task, precision)
 
 
-def compare_gradients(task: Task, precision: Precision) -> float:
-    """Returns the largest relative difference of our gradients from those of the plain step, over all weights.
-
-    The discriminator's gradients are compared before a step of the generator, so that the weights are equal.
-    """
-    ours, plain = (build(name, task, precision).gradients() for name in ("ours", "plain"))
-    if ours.keys() != plain.keys():
-        raise RuntimeError(f"both steps must train the same weights, got {sorted(ours.keys() ^ plain.keys())} in one")
-    # A gradient that is 0 except for rounding, such as that of a key's bias, is compared to the largest one.
-    scale = 1e-3 * max(float(gradient.norm()) for gradient in plain.values())
-    return max(float((ours[name] - plain[name]).norm()) / max(float(plain[name].norm()), scale) for name in plain)
-
-
-def measure_memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
-    """Returns the peak memory of two steps in bytes; the second one has optimizer state. Call it in a fresh process."""
-    torch.set_num_threads(threads)
-
-    def run() -> None:
-        step = build(name, task, precision)
-        for _ in range(2):
-            step()
-
-    return measure_peak_memory(run)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    parser = build_parser(__doc__, batch_size=Task.batch, image_size=Task.image_size)
-    parser.add_argument("--memory", action="store_true", help="also measure the peak memory, in processes of their own")
-    arguments = parser.parse_args(argv)
+    arguments = build_parser(__doc__, batch_size=Task.batch, image_size=Task.image_size).parse_args(argv)
     start(arguments)
     task = Task(arguments.batch_size, arguments.image_size)
-    print(f"{task.image_size} px, batch {task.batch}, channels {task.network.widths}, {arguments.clock} time")
+    print(task.describe())
     names, contenders = list_installed(list(STEPS)), []
     for precision in list_precisions():
-        difference = compare_gradients(task, precision)
-        print(f"{precision}: the gradients of ours and plain differ by at most {difference:.1e} of their norm")
         for name in names:
-            words = name, task, precision, arguments.threads
-            memory = run_in_fresh_process(measure_memory, *words) if arguments.memory else None
             step = build(name, task, precision)
-            contenders.append(Contender(precision, name, step, count_work(step), DTYPES[precision], memory))
-    write_report(arguments, measure(contenders, repeats=arguments.repeats, clock=CLOCKS[arguments.clock]))
+            contenders.append(Contender(precision, name, step, work=count_work(step), dtype=DTYPES[precision]))
+    compare(arguments, contenders)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures a training step of stage 2: ours, a plain one of the same network, and one with layers of torch.
 
-    python benchmarks/stage2_step.py --threads 1 --repeats 5 --json stage2_step.json
+    python benchmarks/stage2_step.py --repeats 5 --json stage2_step.json
 
 benchmarks/README.md describes the contenders and the columns of the table.
 """
@@ -9,24 +9,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from measuring import (
-    CLOCKS,
     DTYPES,
     Contender,
     Precision,
     autocast,
     build_parser,
+    compare,
     count_work,
     list_precisions,
-    measure,
     measure_peak_memory,
-    run_in_fresh_process,
     start,
-    write_report,
 )
 from peers import ENCODER, EncoderPeer, Task
 from torch import Tensor, nn
@@ -40,17 +38,6 @@ from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from maskgit_pl.training.strategies import Compiled
 
 _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
-
-
-@dataclass
-class _Run:
-    """A stand-in for the Trainer with the attributes that the module reads."""
-
-    global_step: int = 1
-    max_steps: int = 1_000_000
-    log_every_n_steps: int = 1_000_001
-    accumulate_grad_batches: int = 1
-    world_size: int = 1
 
 
 class Ours:
@@ -68,8 +55,10 @@ class Ours:
             global_batch=task.batch,
         )
         self.module = MaskedTokenModel(config)
-        self.run = _Run()  # the module has only a weak reference to it
-        self.module.trainer = self.run  # type: ignore[assignment]  # stands in for the Trainer
+        self.trainer = SimpleNamespace(  # the module has only a weak reference to it
+            global_step=1, max_steps=1_000_000, log_every_n_steps=1_000_001, accumulate_grad_batches=1, world_size=1
+        )
+        self.module.trainer = self.trainer  # type: ignore[assignment]  # stands in for the Trainer
         self.optimizer = self.module.configure_optimizers()["optimizer"]
 
     def __call__(self) -> Tensor:
@@ -88,7 +77,7 @@ class Ours:
             return loss
 
         self.module.optimizer_step(0, 0, self.optimizer, closure)
-        self.run.global_step += 1
+        self.trainer.global_step += 1
         return losses[0]
 
 
@@ -187,15 +176,12 @@ class NaiveTransformer(nn.Module):
 
 def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns our weights, or their gradients, with the names of ``NaiveTransformer``."""
-    found = {}
-    for name, tensor in weights.items():
-        if "qkv" not in name:
-            found[name] = tensor
-            continue
+    renamed = {name: tensor for name, tensor in weights.items() if "qkv" not in name}
+    for name in weights.keys() - renamed.keys():
         # Our qkv projection stacks the three matrices along its rows.
-        for part, third in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
-            found[name.replace("qkv", part)] = third
-    return found
+        for part, third in zip(("query", "key", "value"), weights[name].chunk(3), strict=True):
+            renamed[name.replace("qkv", part)] = third
+    return renamed
 
 
 def build_naive(task: Task, precision: Precision) -> Plain:
@@ -239,29 +225,24 @@ def build(name: str, task: Task, precision: Precision) -> Ours | Plain:
     return STEPS[name](task, precision)
 
 
-def measure_memory(name: str, task: Task, precision: Precision, threads: int) -> int | None:
-    """Returns the peak memory of two steps in bytes; the second one has optimiser state. Call it in a fresh process."""
-    torch.set_num_threads(threads)
-
-    def run() -> None:
-        step = build(name, task, precision)
-        for _ in range(2):
-            step()
-
-    return measure_peak_memory(run)
+def train_two_steps(name: str, task: Task, precision: Precision) -> None:
+    """Builds a step and runs it twice: the second time, there is optimizer state."""
+    step = build(name, task, precision)
+    for _ in range(2):
+        step()
 
 
-def build_contender(name: str, task: Task, precision: Precision, memory: int | None = None) -> Contender:
+def build_contender(name: str, task: Task, precision: Precision, *, with_memory: bool = False) -> Contender:
     """Returns a training step after its first call, with the work of one step."""
+    memory = measure_peak_memory(partial(train_two_steps, name, task, precision)) if with_memory else None
     step = build(name, task, precision)
     step()
-    if not isinstance(step, Ours):
-        return Contender(precision, name, step, count_work(step), DTYPES[precision], memory)
-    # The host makes the random draws before it copies the batch to the device.
-    batch, step.batch = step.batch, step.module.draw_on_host(step.batch)
+    batch = step.batch
+    if isinstance(step, Ours):  # the host makes the random draws before it copies the batch to the device
+        step.batch = step.module.draw_on_host(batch)
     work = count_work(step)
     step.batch = batch
-    return Contender(precision, name, step, work, DTYPES[precision], memory)
+    return Contender(precision, name, step, work=work, dtype=DTYPES[precision], memory=memory)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -272,13 +253,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     start(arguments)
     task = Task(batch=arguments.batch_size, depth=arguments.depth)
     print(f"{task.describe()}, {100 * float(task.mask().float().mean()):.0f} % of the tokens masked")
-    contenders = []
-    for precision in list_precisions():
-        for name in STEPS:
-            words = name, task, precision, arguments.threads
-            memory = run_in_fresh_process(measure_memory, *words) if arguments.memory else None
-            contenders.append(build_contender(name, task, precision, memory))
-    write_report(arguments, measure(contenders, repeats=arguments.repeats, clock=CLOCKS[arguments.clock]))
+    pairs = [(name, precision) for precision in list_precisions() for name in STEPS]
+    memory = arguments.memory
+    compare(arguments, [build_contender(name, task, precision, with_memory=memory) for name, precision in pairs])
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measures a tokenizer: images per second that are encoded and decoded, ours and others of equal sizes.
 
-    python benchmarks/tokenizer.py --threads 1 --repeats 5 --json tokenizer.json
+    python benchmarks/tokenizer.py --repeats 5 --json tokenizer.json
 
 benchmarks/README.md describes the contenders and the columns of the table.
 """
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import CLOCKS, Contender, build_parser, count_work, list_precisions, measure, start, write_report
+from measuring import Contender, build_parser, compare, count_work, list_precisions, start
 from peers import VQMODEL, list_installed
 from stage1_step import Task, build_diffusers
 from torch import Tensor
@@ -120,22 +120,18 @@ def list_contenders(task: Task, names: Sequence[str]) -> list[Contender]:
         encode = torch.no_grad()(partial(halves.encode, images))
         decode = torch.no_grad()(partial(halves.decode, encode()))
         for half, run in (("encode", encode), ("decode", decode)):
-            contenders.append(Contender(half, name, run, count_work(run)))
+            contenders.append(Contender(half, name, run, task.batch, count_work(run)))
     return contenders
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    parser = build_parser(__doc__, batch_size=4, image_size=Task.image_size)
-    arguments = parser.parse_args(argv)
+    arguments = build_parser(__doc__, batch_size=4, image_size=Task.image_size).parse_args(argv)
     start(arguments)
     task = Task(arguments.batch_size, arguments.image_size)
-    names = list_installed(["ours", BFLOAT16, "plain", VQMODEL])
-    if "bf16" not in list_precisions():
-        names.remove(BFLOAT16)
-    print(f"{task.image_size} px, batch {task.batch}, channels {task.network.widths}, {arguments.clock} time")
-    measured = measure(list_contenders(task, names), repeats=arguments.repeats, clock=CLOCKS[arguments.clock])
-    write_report(arguments, measured, images=task.batch)
+    names = list_installed(["ours", *([BFLOAT16] if "bf16" in list_precisions() else []), "plain", VQMODEL])
+    print(task.describe())
+    compare(arguments, list_contenders(task, names))
 
 
 if __name__ == "__main__":
