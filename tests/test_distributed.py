@@ -12,7 +12,6 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags
 from tests.observing import Runs, Seen, StageRuns, Topology, assert_same_state, run_on_ranks
@@ -212,29 +211,3 @@ def test_two_ranks_measure_and_report_the_health_of_one_process(fine_tunings):
     assert ("codebook_usage", 2) in alarms[0]
     assert alarms[1] == alarms[0]
     assert {cause for cause, _ in alarms[2]} == {cause for cause, _ in alarms[0]}
-
-
-def test_frozen_parts_keep_every_bit_on_two_ranks(fine_tunings, tiny_pretrained):
-    start = load_tokenizer(tiny_pretrained / "tokenizer").network.state_dict()
-    frozen = {name for name in start if name.startswith(("encoder.", "quantizer."))}
-    states = {}
-    for name in ("1 process", "2 ranks"):
-        fine_tunings.leg(f"frozen, {name}", TOPOLOGIES[name], "--model.freeze=[encoder, quantizer]")
-        seen = fine_tunings.seen(f"frozen, {name}")
-        states[name] = seen.state["state_dict"]
-        for part in ("network", "ema_network"):
-            kept = {each for each in start if torch.equal(states[name][f"{part}.{each}"], start[each])}
-            assert kept == frozen, part
-        assert len(seen.state["optimizer_states"][0]["state"]) == len(start.keys() - frozen)
-    first, second = (rank_weights(fine_tunings, "frozen, 2 ranks", rank) for rank in (0, 1))
-    assert first == second
-    for each in start:
-        key = f"network.{each}"
-        torch.testing.assert_close(states["2 ranks"][key], states["1 process"][key], atol=1e-5, rtol=1e-5)
-
-
-def rank_weights(fine_tunings, name, rank):
-    """Returns the exact sum of all weights after each micro-batch of a rank."""
-    lines = (fine_tunings.folder / f"{name}-leg00-rank{rank}.jsonl").read_text().splitlines()
-    assert len(lines) >= STEPS
-    return [json.loads(line)["weights"] for line in lines]

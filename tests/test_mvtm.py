@@ -3,7 +3,6 @@
 import csv
 from copy import deepcopy
 from dataclasses import replace
-from itertools import chain
 from typing import ClassVar
 
 import pytest
@@ -98,19 +97,6 @@ def test_an_extended_run_resumes_at_the_rate_of_its_new_length(tiny_shards, tiny
         fit(module, data(tiny_shards, store), steps=steps, folder=tmp_path, resume=newest, callbacks=[Rates()])
     expected = [rate.factor(step, 4) for step in range(4)] + [rate.factor(step, 8) for step in range(4, 8)]
     assert Rates.rates == [1e-2 * factor for factor in expected]
-
-
-def test_accumulation_has_the_samples_and_the_loss_of_whole_batches(tiny_shards, tiny_pretrained, store, tmp_path):
-    network = replace(CONFIG, dropout=0.0)
-    whole = fit(model(tiny_pretrained, network=network), data(tiny_shards, store), steps=6, folder=tmp_path / "a")
-    parts = fit(
-        model(tiny_pretrained, network=network), data(tiny_shards, store, max_batch_per_device=4), steps=6,
-        folder=tmp_path / "b", accumulate_grad_batches=2,
-    )  # fmt: skip
-    assert list(chain(*parts.ids)) == list(chain(*whole.ids))
-    halves = [float.fromhex(loss) for loss in parts.losses]
-    means = [2 * (a + b) / 2 for a, b in zip(halves[::2], halves[1::2], strict=True)]  # Lightning divides by 2
-    assert means == pytest.approx([float.fromhex(loss) for loss in whole.losses], rel=1e-5)
 
 
 class Weights(Callback):
@@ -216,29 +202,6 @@ def test_means_of_many_tokens_are_not_rounded():
     for _ in range(260):  # 17 million tokens: float32 cannot count them one by one
         means.add(bins, torch.full((1,), 6.1).expand(2**16), torch.ones(1).expand(2**16))
     assert means.take(torch.tensor(0.0))["train/loss/position-0.00-0.25"] == pytest.approx(6.1, rel=1e-3)
-
-
-class Seeds(Callback):
-    """Keeps what torch's generator was seeded with for each micro-batch."""
-
-    def __init__(self):
-        self.seeds = []
-
-    def on_before_backward(self, trainer, module, loss):
-        self.seeds.append(torch.initial_seed())
-
-
-def test_dropout_has_its_own_seed_for_each_micro_batch(tiny_shards, tiny_pretrained, store, tmp_path):
-    runs = []
-    for torch_seed in (1, 2):
-        seen, source = Seeds(), data(tiny_shards, store, max_batch_per_device=4)
-        module = model(tiny_pretrained)
-        torch.manual_seed(torch_seed)
-        options = {"steps": 3, "folder": tmp_path / str(torch_seed), "accumulate_grad_batches": 2}
-        fit(module, source, callbacks=[seen], **options)
-        runs.append(seen.seeds)
-    assert runs[0] == runs[1]
-    assert len(set(runs[0])) == 6
 
 
 def test_images_are_flipped_in_training_only(tiny_shards, tiny_pretrained):

@@ -53,23 +53,6 @@ def test_a_row_does_not_depend_on_the_rest_of_the_batch_nor_on_the_count():
         assert alone.tolist() == batch[row : row + 1, :3].tolist()
 
 
-def test_seed_index_epoch_and_stream_each_change_the_numbers():
-    base = {"seed": 1, "index": 2, "epoch": 3, "count": 4}
-    values = [random_bits("a", **base), random_bits("b", **base)]
-    values += [random_bits("a", **{**base, name: 9}) for name in ("seed", "index", "epoch")]
-    assert len({tuple(bits.flatten().tolist()) for bits in values}) == 5
-
-
-def test_rows_are_the_shape_to_which_seed_index_and_epoch_broadcast():
-    seeds, epochs = torch.tensor([[3], [4], [2**32 - 1]]), torch.tensor([6, 0])
-    values = random_bits("s", seed=seeds, index=5, epoch=epochs, count=7)
-    assert values.shape == (3, 2, 7)
-    for row, seed in enumerate(seeds.flatten().tolist()):
-        for column, epoch in enumerate(epochs.tolist()):
-            alone = random_bits("s", seed=seed, index=5, epoch=epoch, count=7)
-            assert values[row, column].tolist() == alone[0].tolist()
-
-
 @pytest.mark.parametrize("draw", [random_bits, random_uniform])
 def test_several_streams_at_once_give_the_numbers_of_each_alone(draw):
     place = {"seed": torch.tensor([3, 4]), "index": 5, "epoch": 6, "count": 7}

@@ -60,30 +60,6 @@ def line(text: str, pattern: str) -> str:
     return found[0]
 
 
-# Kills, and changed settings
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_resumes_from_its_last_checkpoint(bench, stage):
-    runs = bench.runs[stage]
-    runs.leg("killed-at-7", TWO, "--checkpoint_every=3", kill_at=7)
-    assert runs.newest("killed-at-7").name == "step-00000006"
-    (text, _) = runs.leg("killed-at-7", TWO, "--trainer.max_steps=8")
-    assert_resumes(bench, stage, "killed-at-7", TWO)
-    line(text, "resuming from step-00000006")
-
-
-def test_a_run_with_other_settings_is_refused_and_stays_as_it_is(bench):
-    runs = bench.runs["transformer"]
-    runs.leg("another", TWO, "--trainer.max_steps=2")
-    before = {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
-    changed = ("--model.network.depth=2", "--data.seed=7", "--model.mask_schedule=square")
-    texts = runs.leg("another", TWO, *changed, code=BAD_INPUT)
-    said = line(texts[0], "from step 2: settings changed")
-    assert all(word in said for word in ("depth: 1 -> 2", "seed: 0 -> 7", "cosine -> square"))
-    assert before == {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
-
-
 # Kills while a checkpoint is written
 
 SIZES = (10_000, 40_000)  # bytes of a tensor file of 61,700
@@ -227,30 +203,6 @@ def test_a_stopped_rank_ends_the_run_with_the_stacks_of_the_other(bench, rank):
     stacks = (runs.folder / run / "transformer" / STACKS[other]).read_text()
     assert "training_step" in stacks or "backward" in stacks or "all_reduce" in stacks
     assert_resumes(bench, "transformer", run, TWO)
-
-
-@pytest.mark.parametrize("rank", [1, 0])
-def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_both(bench, rank):
-    """The other rank waits in a collective, so both reach the limit."""
-    runs, run = bench.runs["transformer"], f"asleep{rank}"
-    fault, more = Fault("asleep", 9, rank=rank), ("--hang_seconds=3", "--checkpoint_every=6")
-    texts = runs.leg(run, TWO, *more, faults=[fault], code=INTERNAL_ERROR)
-    for each, text in enumerate(texts):
-        line(text, f"^hang, rank {each}: training: no progress")
-    for each, file in enumerate(STACKS):
-        stacks = (runs.folder / run / "transformer" / file).read_text()
-        assert bool(re.search(r'injection.py", line \d+ in on_train_batch_end', stacks)) == (each == rank)
-    assert_resumes(bench, "transformer", run, TWO)
-
-
-def fill_stderr() -> None:
-    """Sends the output to a full disk."""
-    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
-
-
-def test_a_hang_ends_a_run_whose_stderr_is_full(bench):
-    runs, sleep = bench.runs["transformer"], Fault("asleep", 7)  # the median counts from 5 steps on
-    runs.leg("mute", Topology(), "--hang_seconds=3", faults=[sleep], code=INTERNAL_ERROR, prepare=fill_stderr)
 
 
 # Losses that are not finite

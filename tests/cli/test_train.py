@@ -346,12 +346,6 @@ def test_names_of_files_do_not_control_the_terminal(doctor):
     assert "\x1b" not in answer.out
 
 
-def test_doctor_without_a_stage_checks_this_machine(maskgit):
-    answer = maskgit("doctor")
-    assert answer.code == 0
-    assert "torch" in answer.out
-
-
 # The demo; tests/evaluation/test_demo_steps.py runs its steps
 
 

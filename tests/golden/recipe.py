@@ -20,8 +20,6 @@ from typing import TypeAlias
 import msgpack
 import numpy as np
 
-__all__ = ["MODELS", "array_of", "discriminator", "tokenizer", "transformer", "write", "write_tree"]
-
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Iterator[tuple[str, Shape]]  # path -> shape, in the order in which the file has them
 

@@ -147,12 +147,6 @@ def test_a_batch_script_without_srun_is_refused(tiny_shards, tmp_path, monkeypat
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("name", runs.__all__)
-def test_every_public_name_has_a_docstring(name):
-    assert getattr(runs, name).__doc__
-    assert getattr(runs, name).__name__ == name
-
-
 def test_the_python_page_calls_fit_with_its_arguments(monkeypatch):
     calls, signature = [], inspect.signature(runs.fit)
     monkeypatch.setattr(runs, "fit", lambda *args, **named: calls.append(signature.bind(*args, **named)), raising=False)

@@ -17,8 +17,6 @@ from maskgit_pl.decoding import ClassPredictor, DecodingStep, ParallelDecoder, P
 from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.networks.transformer import MaskedTransformer
 
-__all__ = ["compare_decoding"]
-
 _MASK = -1
 _INPUTS = (
     "inputs", "prng_seed", "num_iter", "start_iter", "choice_temperature", "cat_gumbel", "conf_gumbel", "method"

@@ -15,8 +15,6 @@ from comparators.losses import cross_entropy
 from maskgit_pl.importers.released import parameters, transformer_config, transformer_weights
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 
-__all__ = ["compare_transformer", "everywhere", "load_transformer", "network_from", "our_tokens", "recorded_outputs"]
-
 _SMOOTHING = 0.1  # of the recorded loss
 _MASK = -1  # the released code's id of an unknown token
 
