@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -239,18 +238,6 @@ def test_four_non_finite_steps_end_the_run_with_their_samples(bench, stage, clus
 
 
 # Disks
-
-
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 3 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"mount: {mounted.stderr.strip()}; needs root")
-    yield folder
-    subprocess.run(["umount", "--recursive", "--lazy", folder], check=True)
 
 
 @pytest.mark.parametrize("what", ["full disk", "read-only disk"])

@@ -16,7 +16,7 @@ from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.stopping import StepCheck
 from tests.conftest import tiny_flags
-from tests.holding import holder
+from tests.forked import holder
 
 
 def recipe(stage: str, **overrides: object) -> runs.Recipe:
