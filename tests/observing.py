@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,12 @@ from maskgit_pl.data import Batch
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.forked import PROCESSES, Command, begin
-from tests.injection import Fault, Injection, Prepare
+from tests.injection import Fault, Injection
+from tests.short_runs import assert_equal
 
 SECONDS = 120  # limit for one process
 KILLED = -signal.SIGKILL
+Prepare = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -48,10 +50,6 @@ class Topology:
             f"--cluster={self.cluster if self.ranks > 1 else 'single'}", f"--trainer.devices={self.ranks}",
             f"--data.num_workers={self.workers}", f"--data.max_batch_per_device={per_device}",
         ]  # fmt: skip
-
-    def __str__(self) -> str:
-        ranks = "1 process" if self.ranks == 1 else f"{self.ranks} ranks ({self.cluster})"
-        return f"{ranks}, {self.workers} workers, accumulation {self.accumulation}"
 
 
 class Observer(Callback):
@@ -90,21 +88,12 @@ class Observer(Callback):
         if outputs:  # stage 2: Lightning has divided it by the accumulation
             self.losses = {"loss": (float(outputs["loss"]) * trainer.accumulate_grad_batches).hex()}
         rows = [list(row) for row in zip(batch.index.tolist(), batch.epoch.tolist(), self.drawn, strict=True)]
-        weights = torch.stack([p.detach().double().sum() for p in map(_local, module.parameters())]).sum()
-        line = {
-            "positions": batch.position.tolist(),
-            "rows": rows,
-            "losses": self.losses,
-            "weights": float(weights).hex(),
-        }
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]  # the shards of this rank
+        weights = float(torch.stack([part.detach().double().sum() for part in local]).sum()).hex()
+        line = {"positions": batch.position.tolist(), "rows": rows, "losses": self.losses, "weights": weights}
         self.losses = {}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Returns the shard of this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def digest(row: Tensor) -> str:
@@ -113,16 +102,19 @@ def digest(row: Tensor) -> str:
 
 
 def _run(
-    words: list[str], file: Path, faults: tuple[Fault, ...], environment: dict[str, str], prepare: Prepare | None
+    words: list[str],
+    file: Path,
+    faults: tuple[Fault, ...],
+    environment: dict[str, str],
+    prepare: Prepare | None,
 ) -> None:
     log = file.with_suffix(".log")
     begin({**os.environ, **environment}, log, log)
     from maskgit_pl.cli import main
     from maskgit_pl.runs.build import StageRun
 
-    own = StageRun._build_callbacks
-    more = [Observer(file), Injection(faults)]
-    StageRun._build_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
+    build, more = StageRun._build_callbacks, [Observer(file), Injection(faults)]
+    StageRun._build_callbacks = lambda run: [*build(run), *more]  # type: ignore[method-assign]
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]
@@ -239,14 +231,13 @@ class Runs:
         if during is not None:
             during([process for process, _ in started])
         codes = [code or 0] * topology.ranks if code is None or isinstance(code, int) else list(code)
-        for (process, file), wanted in zip(started, codes, strict=True):
+        for (process, file), expected in zip(started, codes, strict=True):
             process.join(SECONDS)
-            if process.exitcode != wanted:
-                got = process.exitcode
-                for each, _ in started:
-                    each.kill()
-                log = file.with_suffix(".log").read_text()
-                raise AssertionError(f"{file.stem}: exit code {wanted} expected, got {got}\n{log[-4000:]}")
+            exit_code = process.exitcode
+            if exit_code != expected:
+                for running, _ in started:
+                    running.kill()
+            assert exit_code == expected, f"{file.stem}:\n{file.with_suffix('.log').read_text()[-4000:]}"
         return [file.with_suffix(".log").read_text() for _, file in started]
 
     def newest(self, name: str) -> Path:
@@ -301,11 +292,9 @@ class StageRuns:
 
 
 def assert_same_state(left: Seen, right: Seen) -> None:
-    """Asserts that the last checkpoints of two runs are bit-exact."""
-    states = trained_state(left.state), trained_state(right.state)
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert same(value, states[1][name]), name
+    """Asserts that the last checkpoints of two runs have bit-exact weights, averages, optimizers and rates."""
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert_equal(left.state[key], right.state[key])
 
 
 def free_port() -> int:
@@ -330,28 +319,3 @@ def run_on_ranks(words: Sequence[object], ranks: int) -> None:
         for command in [stack.enter_context(Command(words, env=each)) for each in environments]:
             texts = command.communicate()
             assert command.returncode == 0, "".join(texts)
-
-
-def trained_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of the state that a run resumes: weights, averages, optimizers, learning rates, step."""
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
-    return dict(leaves({name: state[name] for name in kept}))
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields path and value of each leaf of nested mappings and sequences."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{path}/{key}")
-    elif isinstance(node, list | tuple):
-        for number, value in enumerate(node):
-            yield from leaves(value, f"{path}/{number}")
-    else:
-        yield path, node
-
-
-def same(left: Any, right: Any) -> bool:
-    """Returns True if two values are bit-exact."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    return type(left) is type(right) and left == right

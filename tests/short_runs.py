@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.networks.transformer import TransformerConfig
@@ -74,3 +76,14 @@ def fit(
     )  # fmt: skip
     trainer.fit(module, datamodule=source, ckpt_path=resume)
     return seen
+
+
+def assert_equal(found: object, expected: object) -> None:
+    """Asserts that nested mappings and sequences are bit-exact, with the same types."""
+    leaves, others = (dict(tree_flatten_with_path(tree)[0]) for tree in (found, expected))
+    assert leaves.keys() == others.keys()
+    for path, leaf in leaves.items():
+        other = others[path]
+        equal = torch.equal(leaf, other) if isinstance(leaf, Tensor) else leaf == other
+        assert equal, keystr(path)
+        assert getattr(leaf, "dtype", type(leaf)) == getattr(other, "dtype", type(other)), keystr(path)

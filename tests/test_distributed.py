@@ -106,21 +106,6 @@ def test_a_run_that_changes_ranks_and_strategy_trains_like_one_process(bench, wh
     near_to_one_process(bench, name)
 
 
-def test_ranks_train_the_tokenizer_of_one_process_over_10_steps(bench):
-    one = bench.straight("tokenizer", WHOLE)
-    bench.runs["tokenizer"].leg("ddp", DDP)
-    assert bench.runs["tokenizer"].seen("ddp").rows() == one.rows()
-    for step in range(10, LONG + 1, 10):
-        folders = (bench.runs["tokenizer"].folder / f"{name}/tokenizer/checkpoints" for name in ("straight-0", "ddp"))
-        read = FolderCheckpointIO().load_checkpoint
-        states = (read(folder / f"step-{step:08d}")["state_dict"] for folder in folders)
-        found = apart(*states)
-        assert any("discriminator" in name for name in found)
-        sums = max(value for name, value in found.items() if ".quantizer." in name and ".codebook" not in name)
-        weights = max(value for name, value in found.items() if ".quantizer." not in name or ".codebook" in name)
-        assert step > 10 or max(weights, sums) < NEAR
-
-
 SHORT = ("--trainer.max_steps=6", "--checkpoint_every=6")
 MIXED = "--trainer.precision=bf16-mixed"
 

@@ -32,21 +32,16 @@ class Case:
     topology: Topology
     kills: tuple[int, ...]
     every: int
-    where: str
-
-    def __str__(self) -> str:
-        return f"{self.stage}: {self.topology}, {self.where}"
 
 
-ONCE, BORDER = "within an epoch", "at the border of two epochs"
-CASES = [
-    Case(stage, topology, kills, every, where)
+CASES = {
+    f"{stage}, {name}": Case(stage, topology, kills, every)
     for stage in ("tokenizer", "transformer")
-    for topology, kills, every, where in (
-        (Topology(workers=2, accumulation=2), (4, 10), 3, BORDER),
-        (Topology(ranks=2, workers=2, accumulation=2), (6,), 4, ONCE),
+    for name, topology, kills, every in (
+        ("at the border of two epochs", Topology(workers=2, accumulation=2), (4, 10), 3),
+        ("two ranks within an epoch", Topology(ranks=2, workers=2, accumulation=2), (6,), 4),
     )
-] + [Case("transformer", Topology(ranks=2, cluster="fsdp"), (10,), 3, BORDER)]
+} | {"transformer, fsdp": Case("transformer", Topology(ranks=2, cluster="fsdp"), (10,), 3)}
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +52,11 @@ def bench(tmp_path_factory) -> StageRuns:
 
 @pytest.mark.slow  # 70 s, all of them, on two cores that others use too
 @pytest.mark.survival
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_killed_run_resumes_bit_exact(bench, case):
     straight = bench.straight(case.stage, replace(case.topology, workers=0))
     runs = bench.runs[case.stage]
-    name = f"case{CASES.index(case)}"
+    name = f"case{list(CASES.values()).index(case)}"
     for step in case.kills:
         runs.leg(name, case.topology, f"--checkpoint_every={case.every}", kill_at=step)
         saved = (step - 1) // case.every * case.every

@@ -1,6 +1,5 @@
 """Memory, FLOPs and disk space that are calculated equal those of real steps, of FSDP2 and of real checkpoints."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -96,17 +95,6 @@ def test_flops_of_stage_2_are_those_that_torch_counts_in_a_real_step(name):
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         token_step(plain, 2, masked=masked)
     assert useful_flops(module, global_batch=2) == counter.get_total_flops()
-
-
-def test_the_work_of_the_paper():
-    """6 S (L 4 D^2 - D^2 + (L - 1) 2 D F) + 6 m (2 D^2 + 2 D F + D V) + 12 L S^2 D for S = 257 and m masked tokens."""
-    config = TransformerConfig(1024, 1000, (16, 16), depth=2, class_dropout=0.0)
-    module = masked_model(config, "")
-    masked = round(256 * 2 / math.pi + 0.5)  # the mean of cosine, rounded up
-    d, f, length, depth = config.embed_dim, config.mlp_dim, 257, config.depth
-    linear = 6 * length * (depth * 4 * d**2 - d**2 + (depth - 1) * 2 * d * f)
-    head = 6 * masked * (2 * d**2 + 2 * d * f + d * config.num_rows)
-    assert useful_flops(module, global_batch=1) == linear + head + 12 * depth * length**2 * d
 
 
 @pytest.mark.slow

@@ -339,31 +339,6 @@ def test_moments_of_weights_in_channels_last_are_restored_exactly(tmp_path):
     assert torch.equal(straight, resumed)
 
 
-class Counted(Line):
-    """A module that records the step of each micro-batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def training_step(self, batch, batch_idx):
-        self.steps.append(self.trainer.global_step)
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 2)])
-def test_steps_are_whole_when_a_run_resumes_with_another_accumulation(tmp_path, before, after):
-    def fit(accumulation, *, steps, resume=None):
-        module = Counted()
-        fit_line(tmp_path, steps=steps, module=module, accumulation=accumulation, every_n_steps=100, resume=resume)
-        return module.steps
-
-    assert fit(before, steps=3) == [step for step in range(3) for _ in range(before)]
-    resumed = fit(after, steps=6, resume=newest_checkpoint(tmp_path))
-    assert resumed == [step for step in range(3, 6) for _ in range(after)]
-
-
 NETWORK = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
 VQGAN = VQGANConfig(
     1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=4, codebook_size=16, code_dim=4

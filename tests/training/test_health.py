@@ -116,25 +116,6 @@ def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
     assert found["codebook_norm"] == pytest.approx(float(codes.norm(dim=1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_logging_step_measures_the_batches_since_the_last_one(tmp_path, accumulation):
-    seen = []
-
-    class Watching(HealthMonitor):
-        def setup(self, trainer, pl_module, stage):
-            super().setup(trainer, pl_module, stage)
-            pl_module.network.quantizer.register_forward_hook(lambda *given: seen.append(given[-1].tokens.clone()))
-
-    train(tmp_path, steps=5, monitor=Watching(tmp_path), accumulation=accumulation, log_every=2)
-    rows = logged(tmp_path)
-    assert [step for step, row in rows.items() if "train/codebook_usage" in row] == [2, 4]
-    tokens = torch.cat(seen[2 * accumulation : 4 * accumulation])
-    assert rows[4]["train/codebook_usage"] == pytest.approx(len(tokens.unique()) / 16)
-    ages = [4 - max((1 + n // accumulation for n, each in enumerate(seen[: 4 * accumulation]) if (each == code).any()),
-                    default=0) for code in range(16)]  # fmt: skip
-    assert rows[4]["train/oldest_code_age"] == max(ages)
-
-
 def test_a_resumed_run_measures_and_reports_as_an_uninterrupted_one(tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     whole, _ = train(straight, steps=8, log_every=2, monitor=HealthMonitor(straight, STRICT))
