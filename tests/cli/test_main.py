@@ -49,19 +49,6 @@ def test_a_plug_in_cannot_end_a_command_in_silence(maskgit, monkeypatch, source)
     assert "was called by plugin, which may not end a command" in answer.error
 
 
-@pytest.mark.parametrize("error", [TypeError("list indices"), KeyError("key"), ValueError("of a library")])
-def test_a_fault_of_the_package_is_no_bad_input(maskgit, monkeypatch, error):
-    def run() -> None:
-        """Runs."""
-        raise error
-
-    monkeypatch.setattr(listing, "schedules", run)
-    answer = maskgit("schedules")
-    assert answer.code == 70
-    assert answer.error.startswith("Traceback")
-    assert "internal error of maskgit_pl" in answer.error.splitlines()[-1]
-
-
 def test_ctrl_c_ends_a_command_with_one_line_and_130(tmp_path: Path):
     # Within exec of a string, where runpy would print a traceback.
     (tmp_path / "interrupted.py").write_text(
