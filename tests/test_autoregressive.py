@@ -14,8 +14,7 @@ from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import load_transformer
 from maskgit_pl.training.optimizers import LearningRate
-from tests.modules import autoregressive_model, masked_model
-from tests.short_runs import data, fit
+from tests.short_runs import autoregressive_model, data, fit, masked_model
 
 CONFIG = TransformerConfig(
     16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1, attention="causal"

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from maskgit_pl.cli import build_parser
-from tests.cli.commands import parsers
+from tests.cli.conftest import parsers
 
 OPENINGS = r"As|How|If|Likewise|None|Nothing|Of|So|What|Whatever|When|Where|Whether|Which|Who|Whoever|Why"
 ARTICLES = frozenset({"A", "An", "The"})

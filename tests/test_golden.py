@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch
 from maskgit_pl.importers.released import transformer_weights
-from tests.modules import masked_model
+from tests.short_runs import masked_model
 
 GOLDEN = Folder(Path(__file__).parent / "golden")
 ELSEWHERE = os.environ.get("MASKGIT_GOLDEN_DIR")  # another folder of the same layout

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl.cli import build_parser
-from tests.cli.commands import parsers
+from tests.cli.conftest import parsers
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "maskgit_pl"

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from maskgit_pl import losses
 from maskgit_pl.losses import TokenStatistics, chunked_statistics, needs_chunks, token_statistics
 from maskgit_pl.networks.transformer import TransformerConfig
-from tests.modules import losses_of_step, masked_model
+from tests.short_runs import losses_of_step, masked_model
 from tests.test_one_graph import BACKBONES, OBJECTIVES, batch, build, check_one_graph, loss_and_gradients
 
 

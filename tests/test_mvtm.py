@@ -23,8 +23,7 @@ from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.token_model import BinnedMeans, check_tokenizer
 from tests.conftest import peak_predictions
-from tests.modules import masked_model
-from tests.short_runs import data, fit
+from tests.short_runs import data, fit, masked_model
 
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
 

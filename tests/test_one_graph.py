@@ -16,7 +16,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import objectives
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.token_model import TokenModel
-from tests.modules import RATE, autoregressive_model, losses_of_step, masked_model
+from tests.short_runs import RATE, autoregressive_model, losses_of_step, masked_model
 
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}
 BERT = TransformerConfig(16, 3, (4, 4), **SIZES)

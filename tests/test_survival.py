@@ -3,7 +3,6 @@
 docs/survival.md lists the faults.
 """
 
-import json
 import os
 import re
 import signal
@@ -25,7 +24,7 @@ from maskgit_pl.errors import (
     exit_code_of,
 )
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, complete_checkpoints, newest_checkpoint, step_of
-from tests.injection import Disk, Fault, kill_in_saving, kill_in_writing
+from tests.injection import Fault, kill_in_saving, kill_in_writing
 from tests.observing import KILLED, Runs, StageRuns, Topology, assert_same_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.survival]
@@ -219,24 +218,6 @@ def test_no_rank_updates_after_a_non_finite_value_of_one(bench, stage, what):
         assert "loss on rank 1" in said
 
 
-@pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "fsdp")])
-def test_four_non_finite_steps_end_the_run_with_their_samples(bench, stage, cluster):
-    runs, run = bench.runs[stage], f"nan-{cluster}"
-    fault = Fault("nan loss", 5, rank=1, times=STEPS)
-    texts = runs.leg(run, Topology(ranks=2, cluster=cluster), "--checkpoint_every=2", faults=[fault], code=NOT_FINITE)
-    folder = runs.folder / run / stage
-    assert step_of(runs.newest(run)) <= 7
-    loaded = FolderCheckpointIO().load_checkpoint(runs.newest(run))
-    assert all(value.isfinite().all() for value in loaded["state_dict"].values() if value.is_floating_point())
-    for rank, name in enumerate(("nonfinite.json", "nonfinite-rank1.json")):
-        steps = json.loads((folder / name).read_text())
-        assert [step["step"] for step in steps] == [4, 5, 6, 7]
-        assert {"nan"} == set(steps[0]["losses"]) if rank else "nan" not in steps[0]["losses"]
-        assert len(steps[0]["samples"]) == GLOBAL_BATCH // 2
-    line(texts[0], "4 steps in a row")
-    assert "4 steps in a row" not in texts[1]
-
-
 # Disks
 
 
@@ -250,19 +231,6 @@ def test_a_run_survives_a_checkpoint_that_cannot_be_written(bench, small_disk, t
     line(texts[0], "checkpoint of step 4 cannot be written")
     assert "cannot be written" not in texts[1]
     assert_same_state(runs.seen("mended"), bench.straight("transformer", TWO))
-
-
-@pytest.mark.parametrize("what", ["full disk", "read-only disk"])
-def test_three_unwritable_checkpoints_end_the_run_with_one_line(bench, small_disk, tmp_path, what):
-    runs = Runs(tmp_path, bench.runs["transformer"].given, GLOBAL_BATCH, small_disk)
-    fault = Fault(what, 3, times=STEPS)
-    texts = runs.leg("full", TWO, "--checkpoint_every=2", "--keep_last=1", faults=[fault], code=CANNOT_WRITE)
-    Disk().mend(small_disk / "full" / "transformer")
-    assert runs.newest("full").name == "step-00000002"
-    assert FolderCheckpointIO().load_checkpoint(runs.newest("full"))["global_step"] == 2
-    line(texts[0], "3 failures in a row")
-    assert "Traceback" not in texts[0]
-    assert_resumes(bench, "transformer", "full", TWO, runs)
 
 
 # Lightning's own launcher

@@ -23,7 +23,7 @@ from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 from tests.forked import run_ranks
-from tests.modules import tokenizer_model
+from tests.short_runs import tokenizer_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),

@@ -14,8 +14,7 @@ from maskgit_pl.objectives import Elbo
 from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
-from tests.modules import losses_of_step, masked_model
-from tests.short_runs import assert_equal, data, fit
+from tests.short_runs import assert_equal, data, fit, losses_of_step, masked_model
 
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
 ALL = {

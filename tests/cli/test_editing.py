@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import REQUESTED
-from tests.cli.commands import Answer, pixels
+from tests.cli.conftest import Answer, pixels
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_decoding, save_transformer
 from maskgit_pl.pipeline.sharing import bundled_models
-from tests.cli.commands import call_command
+from tests.cli.conftest import call_command
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
 from tests.data.conftest import not_root
 from tests.observing import run_on_ranks

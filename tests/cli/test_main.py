@@ -12,7 +12,7 @@ from PIL import Image
 from maskgit_pl import __version__
 from maskgit_pl.cli import build_parser, listing
 from maskgit_pl.cli.arguments import Output, _groups
-from tests.cli.commands import Answer, parsers, refused
+from tests.cli.conftest import Answer, parsers, refused
 
 
 def test_no_words_print_the_help_and_a_flag_the_version(maskgit):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from tests.cli.commands import Answer, pixels, refused
+from tests.cli.conftest import Answer, pixels, refused
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -198,6 +198,24 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("tune model --data shards --seconds nan", "--seconds must be a"),
         ("tune model --data shards --schedules cosin", "did you mean 'cosine'"),
         ("tune model --data shards --negative-model nowhere", "negative_model nowhere must be a run"),
+        ("table 1", "table 1 must have at least one run"),
+        ("table 1 nowhere", "nowhere: no such folder"),
+        ("table 1 model --data shards --num-images 2", "--num-images must be >= 3, one per class, got 2"),
+        ("table 1 model --data shards --cas-images 0", "--cas-images must be an integer in"),
+        ("table 1 model --data shards --results text.jpg", "--results must be a folder, got the file"),
+        ("figure 2", "figure 2 must have at least one run"),
+        ("figure 2 model --class-name Bag", "class 'Bag'"),
+        ("figure 4 model model", "figure 4 must have at most one RUN"),
+        ("figure 4 --embed-dim 17", "embed_dim must be a multiple of num_heads"),
+        ("ablation --grid", "--grid must come with --vary or --recipes"),
+        ("ablation --vary model.network.depth=2 --schedules cosine", "--schedules must not be given with --vary"),
+        ("ablation --vary model.network.depth=2 --name ../x", "--name must be letters"),
+        ("ablation --vary model.network.dept=2", "did you mean 'model.network.depth'"),
+        ("ablation --vary model.network.depth=2 --budget hours=2", "--budget must be steps=N"),
+        ("ablation --page-only --name x", "ablation x: there must be at least one row"),
+        ("ablation --schedules square,cosin", "recipe 'cosin'"),
+        ("ablation --features bogus", "unknown feature network 'bogus'"),
+        ("ablation --reference nowhere.npz", "reference nowhere.npz must be an existing"),
         ("train-classifier --data nowhere", "nowhere"),
         ("train-classifier --data shards --model resnt18", "did you mean"),
         ("train-classifier --data shards --max-steps 0", "--max-steps must be an integer in [1, inf), got 0"),

@@ -26,7 +26,7 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
 from maskgit_pl.runs import fitting
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoints import newest_checkpoint
-from tests.cli.commands import Answer, refused
+from tests.cli.conftest import Answer, refused
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.test_makefile import run_make
 

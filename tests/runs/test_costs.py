@@ -26,8 +26,8 @@ from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints, newest_checkpoint
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import tiny_flags
-from tests.modules import autoregressive_model, masked_model, tokenizer_model
 from tests.networks.backbone_cases import small_config
+from tests.short_runs import autoregressive_model, masked_model, tokenizer_model
 
 VQGAN = VQGANConfig(
     1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=8, codebook_size=16, code_dim=8

@@ -30,8 +30,7 @@ from maskgit_pl.training.checkpoints import (
 )
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
-from tests.modules import autoregressive_model, masked_model, tokenizer_model
-from tests.short_runs import data, fit
+from tests.short_runs import autoregressive_model, data, fit, masked_model, tokenizer_model
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},

@@ -13,7 +13,7 @@ from maskgit_pl.training.strategies import (
     check_strategy,
     prepare_blocks,
 )
-from tests.modules import masked_model
+from tests.short_runs import masked_model
 
 CONFIG = masked_model(TransformerConfig(16, 3, (4, 4), 8, 2, 2, 16), "").config
 MUON = replace(CONFIG.optimizer, algorithm="muon")
