@@ -1,9 +1,13 @@
 import csv
+import encodings.cp437  # noqa: F401  # zipfile imports it late, when another user may not read Python's files
 import json
+import os
 import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +29,6 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_d
 from maskgit_pl.pipeline.sharing import bundled_models
 from tests.cli.conftest import call_command
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
-from tests.data.conftest import not_root
 from tests.observing import run_on_ranks
 
 
@@ -91,6 +94,17 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert report["limiting_stage"]["stage"] in ("tokenizer", "transformer", "neither")
     assert all(report[finding]["text"] in out for finding in ("limiting_stage", "held_out"))
     assert out.index("FID (classifier)") < out.index("of reconstructions") < out.index("KID x 1000")
+
+
+@contextmanager
+def not_root() -> Iterator[None]:
+    """Drops the rights of root, which may write everywhere."""
+    user = os.geteuid()
+    os.seteuid(user or 65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
 
 
 @pytest.mark.slow
