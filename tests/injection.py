@@ -41,11 +41,7 @@ class Fault:
 
 
 class Injection(Callback):
-    """A callback that injects the faults of its rank.
-
-    Args:
-        faults: Faults of all ranks.
-    """
+    """A callback that injects the faults of its rank."""
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self.waiting = [fault for fault in faults if isinstance(fault.what, signal.Signals)]

@@ -53,11 +53,7 @@ class Topology:
 
 
 class Observer(Callback):
-    """A callback that writes a line per micro-batch: positions, samples, random draws, losses, sum of the weights.
-
-    Args:
-        file: File of JSON lines.
-    """
+    """A callback that writes a line per micro-batch: positions, samples, random draws, losses, sum of the weights."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.open("a")
@@ -171,14 +167,7 @@ class Seen:
 
 
 class Runs:
-    """Starts runs of one stage and collects their records.
-
-    Args:
-        folder: Folder of the records, and of the runs unless ``runs`` is given.
-        words: Flags of all runs.
-        global_batch: Samples per step.
-        runs: Folder of the runs.
-    """
+    """Starts runs of one stage, and collects their records in a folder, by default that of the runs."""
 
     def __init__(self, folder: Path, words: Sequence[str], global_batch: int, runs: Path | None = None) -> None:
         self.folder = folder
@@ -242,9 +231,9 @@ class Runs:
 
     def newest(self, name: str) -> Path:
         """Returns the newest complete checkpoint of a run."""
-        found = newest_checkpoint(self.runs / name / self.given[0] / "checkpoints")
-        assert found is not None
-        return found
+        checkpoint = newest_checkpoint(self.runs / name / self.given[0] / "checkpoints")
+        assert checkpoint is not None
+        return checkpoint
 
     def seen(self, name: str) -> Seen:
         """Returns the record of all legs of a run."""
@@ -258,14 +247,7 @@ class Runs:
 
 
 class StageRuns:
-    """Runs of both stages on the same data; ``straight`` runs are made once.
-
-    Args:
-        folder: Folder of data, tokenizer and runs.
-        words: Flags of all runs.
-        more: Flags of the runs of a stage.
-        global_batch: Samples per step.
-    """
+    """Runs of both stages on the same data, with ``more`` flags for each stage; ``straight`` runs are made once."""
 
     def __init__(
         self, folder: Path, words: Sequence[str], more: Mapping[str, Sequence[str]], global_batch: int

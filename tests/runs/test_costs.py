@@ -1,6 +1,7 @@
 """Memory, FLOPs and disk space that are calculated equal those of real steps, of FSDP2 and of real checkpoints."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -152,37 +153,23 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
     assert 1.8 * whole < mixed.activations - sharded.activations < 2 * whole
 
 
-class _Run:
-    """The methods of a Trainer that ``Checkpoints`` calls."""
-
-    is_global_zero = True
-
-    def __init__(self):
-        self.global_step = 0
-
-    def save_checkpoint(self, path):
-        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
-
-
 @pytest.mark.parametrize(("steps", "every", "keep_last", "keep_every"), [
     (100, 10, 2, None), (100, 10, 3, 20), (95, 10, 2, 30), (7, 10, 2, None), (100, 10, 1, 10), (15, 10, 3, None),
 ])  # fmt: skip
 def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps, every, keep_last, keep_every):
-    run, most = _Run(), 0
+    run, counts = SimpleNamespace(global_step=0, is_global_zero=True), []
     checkpoints = Checkpoints(tmp_path, every_n_steps=every, keep_last=keep_last, keep_every=keep_every)
-    save = run.save_checkpoint
 
-    def watched(path):
-        nonlocal most
-        save(path)
-        most = max(most, len(complete_checkpoints(tmp_path)))  # before the oldest goes
+    def save_checkpoint(path):
+        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
+        counts.append(len(complete_checkpoints(tmp_path)))  # before the oldest goes
 
-    run.save_checkpoint = watched
+    run.save_checkpoint = save_checkpoint
     for step in range(1, steps + 1):
         run.global_step = step
         if step % every == 0 or step == steps:
             checkpoints.save(run)
-    assert most == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
+    assert max(counts) == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"
