@@ -51,7 +51,7 @@ def third_party(*, late: bool) -> set[str]:
         for name in imported(module, at_import=not late)
         if late or name.partition(".")[0] != OF_AN_EXTRA.get(module)
     }
-    return names - sys.stdlib_module_names - {"maskgit_pl"} - OF_DEPENDENCIES
+    return names - sys.stdlib_module_names - {"maskgit_pl", "_typeshed"} - OF_DEPENDENCIES
 
 
 @pytest.mark.slow
