@@ -11,9 +11,11 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -134,3 +136,35 @@ def _run(what: list[str] | str, environment: dict[str, str], cwd: str, files: li
     else:
         sys.argv = ["maskgit", *what]
         runpy.run_module("maskgit_pl", run_name="__main__", alter_sys=True)
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from maskgit_pl.data.folders import hold_lock
+rank = int(sys.argv[3]) if sys.argv[3:] else None
+with hold_lock(Path(sys.argv[1]), hint="wait", rank=rank):
+    if sys.argv[2] == "fork":
+        ready, started = os.pipe()
+        if os.fork() == 0:
+            os.write(started, b"x")
+            time.sleep(30)
+            os._exit(0)
+        os.read(ready, 1)
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(target: Path, how: str = "plain", *, rank: int | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Starts a process that holds a lock until its stdin is closed or it is killed with its children."""
+    words = [sys.executable, "-c", HOLD, str(target), how, *([] if rank is None else [str(rank)])]
+    with subprocess.Popen(
+        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)

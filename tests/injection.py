@@ -7,8 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,8 +23,8 @@ class Fault:
     """A fault, with its time and its rank.
 
     Args:
-        what: A signal, a sleep of ten minutes, a fault of the step (loss, gradient, error), or one of the run's disk.
-        step: Signals and sleep come after this step; losses, gradients and errors are those of this step (from 1).
+        what: A signal, a fault of the step (loss, gradient, error), or one of the run's disk.
+        step: Signals come after this step; losses, gradients and errors are those of this step (from 1).
         where: Time of a signal: before the first step, after a step, during the validation, or during the first
             save at or after the step.
         rank: Rank that is affected; None for all.
@@ -34,7 +32,7 @@ class Fault:
         to: Receiver of a signal: the process or its group.
     """
 
-    what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk", "asleep"] | Exception
+    what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk"] | Exception
     step: int = 0
     where: Where = "step"
     rank: int | None = None
@@ -43,11 +41,7 @@ class Fault:
 
 
 class Injection(Callback):
-    """A callback that injects the faults of its rank.
-
-    Args:
-        faults: Faults of all ranks.
-    """
+    """A callback that injects the faults of its rank."""
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self.waiting = [fault for fault in faults if isinstance(fault.what, signal.Signals)]
@@ -74,8 +68,6 @@ class Injection(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._here(trainer, "step")
         for fault in self.poison:
-            if fault.what == "asleep" and trainer.global_step == fault.step:
-                time.sleep(600)
             if "disk" in str(fault.what) and trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
                 if trainer.global_step == fault.step:
@@ -124,9 +116,9 @@ class Disk:
     def spoil(self, folder: Path, how: Literal["full", "read-only"]) -> None:
         """Fills the disk up to 20 kB, or makes the folder of checkpoints read-only."""
         if how == "read-only":
-            place = folder / "checkpoints"
-            subprocess.run(["mount", "--bind", place, place], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
+            checkpoints = folder / "checkpoints"
+            subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", checkpoints], check=True)
             return
         free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
         (folder / "filled").write_bytes(bytes(max(0, free - 20_000)))
@@ -134,9 +126,8 @@ class Disk:
     def mend(self, folder: Path) -> None:
         """Restores the file system."""
         (folder / "filled").unlink(missing_ok=True)
-        subprocess.run(
-            ["umount", "--quiet", folder / "checkpoints"], check=False
-        )  # fails if the disk was full, not read-only
+        # It fails if the disk was full, not read-only.
+        subprocess.run(["umount", "--quiet", folder / "checkpoints"], check=False)
 
 
 def kill_in_saving(folder: Path, number: int) -> None:
@@ -164,6 +155,3 @@ def kill_in_writing(size: int) -> None:
     """Limits the file size in bytes, so that the kernel kills this process in the middle of a write."""
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
-
-
-Prepare = Callable[[], None]

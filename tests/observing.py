@@ -11,7 +11,7 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +26,12 @@ from maskgit_pl.data import Batch
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.forked import PROCESSES, Command, begin
-from tests.injection import Fault, Injection, Prepare
+from tests.injection import Fault, Injection
+from tests.short_runs import assert_equal
 
 SECONDS = 120  # limit for one process
 KILLED = -signal.SIGKILL
+Prepare = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -49,17 +51,9 @@ class Topology:
             f"--data.num_workers={self.workers}", f"--data.max_batch_per_device={per_device}",
         ]  # fmt: skip
 
-    def __str__(self) -> str:
-        ranks = "1 process" if self.ranks == 1 else f"{self.ranks} ranks ({self.cluster})"
-        return f"{ranks}, {self.workers} workers, accumulation {self.accumulation}"
-
 
 class Observer(Callback):
-    """A callback that writes a line per micro-batch: positions, samples, random draws, losses, sum of the weights.
-
-    Args:
-        file: File of JSON lines.
-    """
+    """A callback that writes a line per micro-batch: positions, samples, random draws, losses, sum of the weights."""
 
     def __init__(self, file: Path) -> None:
         self.file = file.open("a")
@@ -90,21 +84,12 @@ class Observer(Callback):
         if outputs:  # stage 2: Lightning has divided it by the accumulation
             self.losses = {"loss": (float(outputs["loss"]) * trainer.accumulate_grad_batches).hex()}
         rows = [list(row) for row in zip(batch.index.tolist(), batch.epoch.tolist(), self.drawn, strict=True)]
-        weights = torch.stack([p.detach().double().sum() for p in map(_local, module.parameters())]).sum()
-        line = {
-            "positions": batch.position.tolist(),
-            "rows": rows,
-            "losses": self.losses,
-            "weights": float(weights).hex(),
-        }
+        local = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]  # the shards of this rank
+        weights = float(torch.stack([part.detach().double().sum() for part in local]).sum()).hex()
+        line = {"positions": batch.position.tolist(), "rows": rows, "losses": self.losses, "weights": weights}
         self.losses = {}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Returns the shard of this rank."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def digest(row: Tensor) -> str:
@@ -113,16 +98,19 @@ def digest(row: Tensor) -> str:
 
 
 def _run(
-    words: list[str], file: Path, faults: tuple[Fault, ...], environment: dict[str, str], prepare: Prepare | None
+    words: list[str],
+    file: Path,
+    faults: tuple[Fault, ...],
+    environment: dict[str, str],
+    prepare: Prepare | None,
 ) -> None:
     log = file.with_suffix(".log")
     begin({**os.environ, **environment}, log, log)
     from maskgit_pl.cli import main
     from maskgit_pl.runs.build import StageRun
 
-    own = StageRun._build_callbacks
-    more = [Observer(file), Injection(faults)]
-    StageRun._build_callbacks = lambda run: [*own(run), *more]  # type: ignore[method-assign]
+    build, more = StageRun._build_callbacks, [Observer(file), Injection(faults)]
+    StageRun._build_callbacks = lambda run: [*build(run), *more]  # type: ignore[method-assign]
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]
@@ -179,14 +167,7 @@ class Seen:
 
 
 class Runs:
-    """Starts runs of one stage and collects their records.
-
-    Args:
-        folder: Folder of the records, and of the runs unless ``runs`` is given.
-        words: Flags of all runs.
-        global_batch: Samples per step.
-        runs: Folder of the runs.
-    """
+    """Starts runs of one stage, and collects their records in a folder, by default that of the runs."""
 
     def __init__(self, folder: Path, words: Sequence[str], global_batch: int, runs: Path | None = None) -> None:
         self.folder = folder
@@ -239,21 +220,20 @@ class Runs:
         if during is not None:
             during([process for process, _ in started])
         codes = [code or 0] * topology.ranks if code is None or isinstance(code, int) else list(code)
-        for (process, file), wanted in zip(started, codes, strict=True):
+        for (process, file), expected in zip(started, codes, strict=True):
             process.join(SECONDS)
-            if process.exitcode != wanted:
-                got = process.exitcode
-                for each, _ in started:
-                    each.kill()
-                log = file.with_suffix(".log").read_text()
-                raise AssertionError(f"{file.stem}: exit code {wanted} expected, got {got}\n{log[-4000:]}")
+            exit_code = process.exitcode
+            if exit_code != expected:
+                for running, _ in started:
+                    running.kill()
+            assert exit_code == expected, f"{file.stem}:\n{file.with_suffix('.log').read_text()[-4000:]}"
         return [file.with_suffix(".log").read_text() for _, file in started]
 
     def newest(self, name: str) -> Path:
         """Returns the newest complete checkpoint of a run."""
-        found = newest_checkpoint(self.runs / name / self.given[0] / "checkpoints")
-        assert found is not None
-        return found
+        checkpoint = newest_checkpoint(self.runs / name / self.given[0] / "checkpoints")
+        assert checkpoint is not None
+        return checkpoint
 
     def seen(self, name: str) -> Seen:
         """Returns the record of all legs of a run."""
@@ -267,14 +247,7 @@ class Runs:
 
 
 class StageRuns:
-    """Runs of both stages on the same data; ``straight`` runs are made once.
-
-    Args:
-        folder: Folder of data, tokenizer and runs.
-        words: Flags of all runs.
-        more: Flags of the runs of a stage.
-        global_batch: Samples per step.
-    """
+    """Runs of both stages on the same data, with ``more`` flags for each stage; ``straight`` runs are made once."""
 
     def __init__(
         self, folder: Path, words: Sequence[str], more: Mapping[str, Sequence[str]], global_batch: int
@@ -301,11 +274,9 @@ class StageRuns:
 
 
 def assert_same_state(left: Seen, right: Seen) -> None:
-    """Asserts that the last checkpoints of two runs are bit-exact."""
-    states = trained_state(left.state), trained_state(right.state)
-    assert states[0].keys() == states[1].keys()
-    for name, value in states[0].items():
-        assert same(value, states[1][name]), name
+    """Asserts that the last checkpoints of two runs have bit-exact weights, averages, optimizers and rates."""
+    for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        assert_equal(left.state[key], right.state[key])
 
 
 def free_port() -> int:
@@ -330,28 +301,3 @@ def run_on_ranks(words: Sequence[object], ranks: int) -> None:
         for command in [stack.enter_context(Command(words, env=each)) for each in environments]:
             texts = command.communicate()
             assert command.returncode == 0, "".join(texts)
-
-
-def trained_state(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns the leaves of the state that a run resumes: weights, averages, optimizers, learning rates, step."""
-    kept = ("state_dict", "optimizer_states", "lr_schedulers", "global_step")
-    return dict(leaves({name: state[name] for name in kept}))
-
-
-def leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields path and value of each leaf of nested mappings and sequences."""
-    if isinstance(node, dict):
-        for key, value in node.items():
-            yield from leaves(value, f"{path}/{key}")
-    elif isinstance(node, list | tuple):
-        for number, value in enumerate(node):
-            yield from leaves(value, f"{path}/{number}")
-    else:
-        yield path, node
-
-
-def same(left: Any, right: Any) -> bool:
-    """Returns True if two values are bit-exact."""
-    if isinstance(left, Tensor) and isinstance(right, Tensor):
-        return left.dtype == right.dtype and torch.equal(left, right)
-    return type(left) is type(right) and left == right

@@ -1,4 +1,4 @@
-"""Short training runs in this process: tiny modules and data, ``fit``, and a record of each step."""
+"""Small LightningModules of both stages with the released betas and weight decay, and short runs in this process."""
 
 import logging
 from collections.abc import Sequence
@@ -7,12 +7,63 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig
+from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
-from tests.modules import autoregressive_model, masked_model, tokenizer_model
+from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
+from maskgit_pl.training.token_model import StepLosses, TokenModel
+from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+
+RATE = LearningRate(1e-3)
+
+
+def tokenizer_model(
+    network: VQGANConfig,
+    *,
+    rate: LearningRate = RATE,
+    algorithm: str | dict[str, Any] = "adamw",
+    accumulation: int = 1,
+    **options: Any,
+) -> Tokenizer:
+    """Builds a module of stage 1; ``options`` are fields of ``TokenizerConfig``."""
+    optimizer = OptimizerConfig(rate, betas=(0.0, 0.99), weight_decay=0.0, algorithm=algorithm)
+    return Tokenizer(TokenizerConfig(network=network, optimizer=optimizer, **options), accumulation=accumulation)
+
+
+def masked_model(
+    network: TransformerConfig,
+    tokenizer: Path | str,
+    *,
+    rate: LearningRate = RATE,
+    algorithm: str | dict[str, Any] = "adamw",
+    **options: Any,
+) -> MaskedTokenModel:
+    """Builds a module of stage 2; ``options`` are fields of ``MaskedTokenConfig``."""
+    optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045, algorithm=algorithm)
+    return MaskedTokenModel(MaskedTokenConfig(network, optimizer, str(tokenizer), **{"global_batch": 8, **options}))
+
+
+def autoregressive_model(
+    network: TransformerConfig, tokenizer: Path | str, *, rate: LearningRate = RATE, **options: Any
+) -> AutoregressiveModel:
+    """Builds a module of the autoregressive baseline; ``options`` are fields of ``AutoregressiveConfig``."""
+    optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
+    return AutoregressiveModel(AutoregressiveConfig(network, optimizer, str(tokenizer), **options))
+
+
+def losses_of_step(module: TokenModel, batch: Batch) -> StepLosses:
+    """Computes steps 5 and 6 of a batch of tokens that has its draws."""
+    tokens = seen = batch.content
+    if isinstance(module, MaskedTokenModel) and module.corruption is not None:
+        seen = module._corrupt(batch, tokens)
+    return module._run_step(batch._replace(content=seen), tokens)
 
 
 class Recorder(Callback):
@@ -74,3 +125,14 @@ def fit(
     )  # fmt: skip
     trainer.fit(module, datamodule=source, ckpt_path=resume)
     return seen
+
+
+def assert_equal(found: object, expected: object) -> None:
+    """Asserts that nested mappings and sequences are bit-exact, with the same types."""
+    leaves, others = (dict(tree_flatten_with_path(tree)[0]) for tree in (found, expected))
+    assert leaves.keys() == others.keys()
+    for path, leaf in leaves.items():
+        other = others[path]
+        equal = torch.equal(leaf, other) if isinstance(leaf, Tensor) else leaf == other
+        assert equal, keystr(path)
+        assert getattr(leaf, "dtype", type(leaf)) == getattr(other, "dtype", type(other)), keystr(path)

@@ -69,14 +69,6 @@ def test_a_backbone_of_another_package_is_trained_exported_and_sampled(workplace
 
 
 @pytest.mark.slow
-def test_doctor_estimates_the_costs_of_a_backbone_of_another_package(workplace, tiny_shards, tiny_pretrained):
-    paths = ("--data", tiny_shards, "--tokenizer", tiny_pretrained / "tokenizer", "--runs-folder", workplace / "runs")
-    done = maskgit(workplace, "doctor", "transformer", *paths, *TINY, *SIZES, "--device-memory", "8GB")
-    assert re.search(r"14,\d{3} trained parameters, .* MFLOP per step", done.stdout), done.stdout + done.stderr
-    assert re.search(r"ok +memory", done.stdout), done.stdout
-
-
-@pytest.mark.slow
 def test_a_backbone_that_breaks_the_contract_is_refused_in_one_line(workplace, tiny_shards, tiny_pretrained):
     done = train(workplace, tiny_shards, tiny_pretrained, "wrong", "--model.network.backbone=wide")
     assert done.returncode == 2, done.stdout + done.stderr

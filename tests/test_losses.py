@@ -10,8 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl import losses
 from maskgit_pl.losses import TokenStatistics, chunked_statistics, needs_chunks, token_statistics
-from maskgit_pl.networks.transformer import TransformerConfig
-from tests.modules import losses_of_step, masked_model
+from tests.short_runs import losses_of_step
 from tests.test_one_graph import BACKBONES, OBJECTIVES, batch, build, check_one_graph, loss_and_gradients
 
 
@@ -137,20 +136,6 @@ def test_no_tensor_is_larger_than_a_chunk(columns, rows):
         with LargestTensor() as seen:
             chunked_statistics(*arguments, targets=targets, measure=token_statistics)[:, 0].sum().backward()
     assert seen.numel <= max(2**24, 128 * columns) < rows * columns
-
-
-@pytest.mark.slow
-def test_a_model_of_a_large_codebook_computes_its_logits_in_chunks(monkeypatch):
-    monkeypatch.setattr(losses, "_MOST_LOGITS", 2**20)
-    network = TransformerConfig(2**14, 3, (16, 16), embed_dim=8, depth=1, num_heads=1, mlp_dim=8, dropout=0.0)
-    module = masked_model(network, "unused")
-    drawn = module._with_draws(batch()._replace(content=torch.arange(8 * 256).view(8, 256)))
-    with LargestTensor() as seen:
-        loss = losses_of_step(module, drawn).loss
-        loss.backward()
-    assert torch.isfinite(loss)
-    assert seen.numel < len(drawn.draws.positions) * network.num_rows
-    assert seen.numel <= 2**24
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)

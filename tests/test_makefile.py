@@ -66,10 +66,3 @@ def test_only_targets_for_development_install_its_tools(target):
 
 def test_make_fetches_the_data_sets_of_the_package():
     assert re.search(r"^FETCHED = (.*)$", TEXT, re.MULTILINE)[1].split() == [*public_datasets()]
-
-
-def test_the_variables_of_an_outer_make_do_not_reach_the_tests(monkeypatch):
-    expected = run_make("sample").stdout
-    monkeypatch.setenv("MAKEFLAGS", "-- ARGS=--maxfail=80 SEED=7")
-    monkeypatch.setenv("SEED", "7")
-    assert run_make("sample").stdout == expected

@@ -1,16 +1,14 @@
 """Masks of training: stratified ratios, positions by rules with exact counts, and distributions of the ratio."""
 
 import math
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import DecodingConfig, ParallelDecoder, SeededNoise
-from maskgit_pl.decoding.selectors import Confidence
+from maskgit_pl.decoding import DecodingConfig, SeededNoise
 from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_positions, mask_ratios
-from maskgit_pl.schedules import MaskSchedule, halton_order, mask_schedules
+from maskgit_pl.schedules import halton_order, mask_schedules
 
 GLOBAL_BATCH = 64
 
@@ -82,22 +80,6 @@ def test_every_position_is_masked_equally_often():
     assert (by_position - by_position.mean()).abs().max() < 0.03  # 6400 rows: four standard deviations
     pairs = torch.corrcoef((mask - mask.mean(1, keepdim=True)).T).fill_diagonal_(-1 / 15)
     assert (pairs + 1 / 15).abs().max() < 0.07  # positions are independent
-
-
-def test_the_sampler_and_the_decoder_use_the_same_schedule_object():
-    @dataclass(frozen=True)
-    class Recording(MaskSchedule):
-        calls: list[tuple[int, int]] = field(default_factory=list)
-
-        def __call__(self, progress: Tensor, num_tokens: int) -> Tensor:
-            self.calls.append((progress.numel(), num_tokens))
-            return 1 - progress
-
-    schedule = Recording()
-    MaskSampler(schedule, 0).mask(16, **batch())
-    plan = ParallelDecoder(schedule, Confidence(), num_steps=4).plan([16], 16)
-    assert schedule.calls == [(GLOBAL_BATCH, 16), (4, 16)]
-    assert [step.before[0] for step in plan] == [16, 12, 8, 4]
 
 
 # Positions

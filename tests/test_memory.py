@@ -1,20 +1,17 @@
 """A long run does not grow: memory and open files stay constant over many steps."""
 
-import logging
 import multiprocessing
 import os
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback
 
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig
-from maskgit_pl.networks.transformer import TransformerConfig
+from maskgit_pl.data import Batch
 from maskgit_pl.training.callbacks import UnreadableReport
 from maskgit_pl.training.optimizers import LearningRate
-from tests.modules import masked_model
+from tests.short_runs import data, fit, tiny_module
 
 STEPS, WARM_UP, EVERY = 2000, 550, 50
 MOST = 1024  # kB of growth in 100 steps
@@ -48,23 +45,13 @@ class Gauge(Callback):
 
 
 def test_memory_and_open_files_stay_level_over_2000_steps(tiny_shards, tiny_pretrained, tmp_path):
-    num_workers = 2
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    torch.manual_seed(0)
-    network = TransformerConfig(16, 3, (4, 4), 16, 1, 2, 32, dropout=0.0)
-    module = masked_model(network, tiny_pretrained / "tokenizer", rate=LearningRate(1e-4), global_batch=2)
-    data = ShardData(ShardDataConfig(
-        str(tiny_shards), image_size=8, in_channels=1, global_batch=2, max_batch_per_device=2, validation_batch=8,
-        validation_samples=8, num_workers=num_workers,
-    ))  # fmt: skip
-    gauge = Gauge()
-    trainer = Trainer(
-        max_steps=STEPS, max_epochs=-1, accelerator="cpu", logger=False, callbacks=[gauge, UnreadableReport(tmp_path)],
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
-        use_distributed_sampler=False, num_sanity_val_steps=0, log_every_n_steps=50, check_val_every_n_epoch=None,
-        val_check_interval=500,
+    num_workers, gauge = 2, Gauge()
+    module = tiny_module("transformer", tiny_pretrained / "tokenizer", rate=LearningRate(1e-4), global_batch=2)
+    source = data(tiny_shards, global_batch=2, max_batch_per_device=2, validation_samples=8, num_workers=num_workers)
+    fit(
+        module, source, steps=STEPS, folder=tmp_path, every=STEPS, callbacks=[gauge, UnreadableReport(tmp_path)],
+        num_sanity_val_steps=0, check_val_every_n_epoch=None, val_check_interval=500,
     )  # fmt: skip
-    trainer.fit(module, datamodule=data)
     assert gauge.steps[-1] == STEPS
     assert len(gauge.kilobytes) >= 1 + num_workers
     for name, kilobytes in gauge.kilobytes.items():

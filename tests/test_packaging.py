@@ -1,14 +1,14 @@
 """pyproject.toml: imports are declared, named extras exist, and constraints/lowest.txt has the lower bounds."""
 
-import ast
 import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests.test_floors import MODULES, imported
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -21,8 +21,8 @@ IMPORTED_AS = {
 # Imported, but declared by a package that is: tensorboard (google.protobuf), gradio (fastapi, uvicorn).
 OF_DEPENDENCIES = {"fastapi", "google", "pydantic_core", "uvicorn"}
 OF_AN_EXTRA = {
-    "pipeline/diffusers_pipeline.py": "diffusers",
-    "web/page.py": "gradio",
+    "pipeline/diffusers_pipeline": "diffusers",
+    "web/page": "gradio",
 }  # modules that only an extra needs
 # Extras whose packages the code does not import.
 FOR_DEVELOPMENT = {"benchmarks", "dev", "docs", "test", "test-web"}
@@ -43,28 +43,15 @@ def lower_bounds(requirements: list[str]) -> dict[str, str]:
     return {name: match[1] for name, match in found.items() if match}
 
 
-def imported(node: ast.AST, *, late: bool) -> Iterator[str]:
-    """Yields the top-level names of modules that are imported when a module is imported, or also later."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.Import):
-            yield from (alias.name.partition(".")[0] for alias in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.level == 0:
-            yield str(child.module).partition(".")[0]
-        elif isinstance(child, ast.If) and "TYPE_CHECKING" in ast.dump(child.test):
-            continue
-        elif late or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            yield from imported(child, late=late)
-
-
 def third_party(*, late: bool) -> set[str]:
-    package = ROOT / "maskgit_pl"
+    """Returns the packages that modules import when they are imported, or also later."""
     names = {
-        name
-        for file in package.rglob("*.py")
-        for name in imported(ast.parse(file.read_text()), late=late)
-        if late or name != OF_AN_EXTRA.get(file.relative_to(package).as_posix())
+        name.partition(".")[0]
+        for module in MODULES
+        for name in imported(module, at_import=not late)
+        if late or name.partition(".")[0] != OF_AN_EXTRA.get(module)
     }
-    return names - sys.stdlib_module_names - {"maskgit_pl"} - OF_DEPENDENCIES
+    return names - sys.stdlib_module_names - {"maskgit_pl", "_typeshed"} - OF_DEPENDENCIES
 
 
 @pytest.mark.slow

@@ -1,6 +1,5 @@
 """Signals to a process that listens, as it runs and as it waits for something that does not come."""
 
-import logging
 import os
 import signal
 import subprocess
@@ -12,7 +11,7 @@ import pytest
 
 from maskgit_pl import processes
 from maskgit_pl.errors import DataWorkerError
-from maskgit_pl.processes import launcher_rank, local_rank, named_bars, progress_bars, run_jobs
+from maskgit_pl.processes import launcher_rank, local_rank, run_jobs
 
 # Python 3.12 and newer warn of a fork beside another thread, such as the one that waits for signals.
 PYTHON = [sys.executable, "-W", "ignore::DeprecationWarning"]
@@ -200,43 +199,3 @@ def test_each_job_has_its_result(workers: int) -> None:
 def test_a_killed_worker_is_one_line_with_the_way_out() -> None:
     with pytest.raises(DataWorkerError, match=r"a worker process was killed, .*; use fewer workers \(--num-workers\)"):
         list(run_jobs(die, 1, [2, 3, 4], workers=2))
-
-
-@pytest.fixture
-def clock(monkeypatch) -> list[float]:
-    """Yields the seconds of a fake clock, one after the other."""
-    seconds: list[float] = []
-    monkeypatch.setattr(processes.time, "monotonic", lambda: seconds.pop(0))
-    return seconds
-
-
-@pytest.fixture
-def lines(monkeypatch, caplog) -> pytest.LogCaptureFixture:
-    """The log lines without a terminal."""
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: False, raising=False)
-    monkeypatch.setattr(logging.getLogger("maskgit_pl"), "propagate", True)
-    caplog.set_level(logging.INFO, "maskgit_pl")
-    return caplog
-
-
-def test_a_log_has_lines_with_the_recent_pace(clock, lines):
-    clock += [0.0, 10.0, 40.0, 60.0]
-    with progress_bars() as bars:
-        advance = bars("sampling", 100, done=20, unit="images")
-        for _ in range(3):
-            advance(10)
-    assert lines.messages == [
-        "sampling: 40 of 100 images, 0.50 images/s, 0:02:00 left",
-        "sampling: 50 of 100 images, 0.50 images/s, 0:01:40 left",
-    ]
-
-
-def test_a_named_bar_begins_with_its_work(clock, lines):
-    clock += [0.0, 10.0, 30.0, 40.0, 60.0]
-    with named_bars("shards") as advance:
-        for title, count in (("train", 1), ("train", 1), ("val", 3)):
-            advance(title, count, 4)
-    assert [record.getMessage().partition(",")[0] for record in lines.records] == [
-        "train: 2 of 4 shards",
-        "val: 3 of 4 shards",
-    ]

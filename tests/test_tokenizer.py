@@ -2,7 +2,6 @@
 
 import os
 import socket
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -24,7 +23,7 @@ from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 from tests.forked import run_ranks
-from tests.modules import tokenizer_model
+from tests.short_runs import tokenizer_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -380,61 +379,6 @@ def test_two_ranks_train_as_one(tmp_path, discriminator):
     assert first[1]["val/psnr"].item() == pytest.approx(trainer.callback_metrics["val/psnr"].item(), abs=1e-4)
 
 
-# Frozen parts
-
-PARTS = ("encoder", "quantizer", "decoder")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quantizer", ["ema", "gradient"])
-@pytest.mark.parametrize(
-    "frozen", [["encoder", "quantizer"], ["encoder"], ["quantizer"], ["decoder"], ["quantizer", "decoder"]], ids=str
-)
-def test_frozen_parts_keep_every_bit_and_the_others_train(frozen, quantizer):
-    network = replace(NETWORK, quantizer=quantizer)
-    adversarial = replace(ADVERSARIAL, weight_rule="fixed" if "decoder" in frozen else "adaptive")
-    module = tokenizer(network=network, freeze=frozen, adversarial=adversarial)
-    before = deepcopy(module.network.state_dict())
-    trainer = fit(module, max_steps=2)
-    after = deepcopy(module.network.state_dict())
-    for part in PARTS:
-        same = [torch.equal(after[name], before[name]) for name in before if name.startswith(f"{part}.")]
-        assert all(same) if part in frozen else not all(same), part
-    averaged = deepcopy(module.ema_network.state_dict())
-    for name in before:
-        if name.split(".")[0] in frozen:
-            assert torch.equal(averaged[name], before[name]), name
-    trained = sum(1 for name, _ in module.network.named_parameters() if name.split(".")[0] not in frozen)
-    assert len(trainer.optimizers[0].state) == trained
-    assert all(parameter.grad is None for part in frozen for parameter in getattr(module.network, part).parameters())
-
-
-def test_only_the_codes_train_with_both_networks_frozen():
-    module = tokenizer(network=replace(NETWORK, quantizer="gradient"), freeze=["encoder", "decoder"])
-    before = deepcopy(module.network.state_dict())
-    trainer = fit(module, max_steps=1)
-    changed = [name for name, value in module.network.state_dict().items() if not torch.equal(value, before[name])]
-    assert changed == ["quantizer.codebook"]
-    assert len(trainer.optimizers[0].state) == 1
-
-
-def test_a_decoder_is_fine_tuned_at_another_resolution(tmp_path):
-    start = tokenizer()
-    fit(start, max_steps=2)
-    start.export(tmp_path)
-    larger = tokenizer(image_size=24, freeze=["encoder", "quantizer"])
-    larger.start_from(tmp_path / "tokenizer")
-    assert larger.grid == (6, 6)
-    assert start.grid == (4, 4)
-    images = torch.nn.functional.interpolate(batch_of(range(4)).content.float() / 255, size=(24, 24))
-    tokens = start.ema_network.encode(images)
-    assert torch.equal(larger.network.encode(images), tokens)
-    batch = batch_of(range(4))._replace(content=(images * 255).to(torch.uint8))
-    larger.replay_step(batch, step=0)
-    assert all(parameter.grad is not None for parameter in larger.network.decoder.parameters())
-    assert all(parameter.grad is None for parameter in larger.network.encoder.parameters())
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -442,13 +386,6 @@ def test_a_decoder_is_fine_tuned_at_another_resolution(tmp_path):
         ({"ema_decay": 1.0}, "ema_decay"),
         ({"flip_probability": 1.5}, "flip_probability"),
         ({"accumulation": 0}, "accumulation"),
-        ({"freeze": PARTS}, r"freeze must be one or two different parts of encoder, quantizer, decoder, got"),
-        ({"freeze": ["encoderr"]}, r"freeze must be one of encoder, quantizer, decoder, got 'encoderr'; did you mean"),
-        ({"freeze": ["encoder", "decoder"]}, r"freeze must leave weights to train, .* the quantizer ema has none"),
-        (
-            {"freeze": ["decoder"], "adversarial": AdversarialConfig(weight_rule="adaptive")},
-            r"freeze must not hold the decoder .*set model\.adversarial\.weight_rule to fixed",
-        ),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -12,7 +12,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.pipeline.pretrained import load_transformer
-from tests.cli.commands import refused
+from tests.cli.conftest import refused
 from tests.conftest import tiny_flags
 
 DIM = 3

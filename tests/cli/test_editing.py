@@ -10,7 +10,7 @@ from PIL import Image
 
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import REQUESTED
-from tests.cli.commands import Answer, pixels
+from tests.cli.conftest import Answer, pixels
 
 
 @pytest.fixture
@@ -113,51 +113,45 @@ def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
     assert (read(images) == expected[..., 0]).all()
 
 
-@pytest.mark.slow
-def test_outpaint_writes_the_images_of_the_pipeline_and_their_decoding(call, pipe, tmp_path: Path) -> None:
-    said = call(
-        "outpaint", "--all", 4, "--left", 6, "--class", "Trouser", "--variants", 2, "--no-blend", "--num-steps", 3,
-        "--images", tmp_path / "images", "--gif", tmp_path / "out.gif", "--filmstrip", tmp_path / "strip.png",
-    )  # fmt: skip
-    assert "2 variants of class Trouser, 18 x 16 pixels" in said
-    expected = pipe.outpaint(
-        pixels().numpy(), left=6, right=4, up=4, down=4, classes=[2, 2], num_steps=3, blend=0, output_type="np"
-    )
-    images = read(tmp_path / "images")
-    assert (images == expected[..., 0]).all()
-    assert (images[:, 4:12, 6:14] == pixels().numpy()).all()
-    with Image.open(tmp_path / "out.gif") as animation:
-        assert animation.n_frames % 3 == 0  # three steps of each window
-        assert animation.n_frames > 3
-    assert (tmp_path / "strip.png").is_file()
-
-
 def test_a_side_of_0_pixels_stays_0_beside_all(call) -> None:
     said = call("outpaint", "--right", 4, "--left", 0, "--all", 2, "--variants", 1, "--num-steps", 2)
     assert "1 variant of no class, 12 x 12 pixels" in said
 
 
 @pytest.mark.slow
-def test_panorama_writes_the_images_of_the_pipeline(call, pipe, tmp_path: Path) -> None:
-    said = call(
-        "panorama", "--classes", "T-shirt,2", "--width", 20, "--overlap", 0.25, "--seed", 3, "--images",
-        tmp_path / "images", "--gif", tmp_path / "out.gif",
-    )  # fmt: skip
-    assert "2 images of 20 x 8 pixels" in said
-    expected = pipe.panorama([1, 2], 20, overlap=0.25, seed=3, output_type="np")
-    assert (read(tmp_path / "images") == expected[..., 0]).all()
+@pytest.mark.parametrize(
+    ("command", "words", "expected", "text", "frames"),
+    [
+        (
+            "outpaint", "--all 4 --left 6 --class Trouser --variants 2 --no-blend --num-steps 3",
+            lambda pipe, image: pipe.outpaint(
+                image, left=6, right=4, up=4, down=4, classes=[2, 2], num_steps=3, blend=0, output_type="np"
+            ),
+            "2 variants of class Trouser, 18 x 16 pixels", range(6, 100, 3),  # three steps of each window
+        ),
+        (
+            "panorama", "--classes T-shirt,2 --width 20 --overlap 0.25 --seed 3",
+            lambda pipe, _: pipe.panorama([1, 2], 20, overlap=0.25, seed=3, output_type="np"),
+            "2 images of 20 x 8 pixels", range(5, 100),
+        ),
+        (
+            "edit", "--strength 0.5 --class 1 --variants 2 --seed 3 --num-steps 6",
+            lambda pipe, image: pipe.edit(
+                image, strength=0.5, classes=[1, 1], seed=3, num_steps=6, output_type="np"
+            ),
+            "2 variants of class T-shirt, 8 of 16 tokens generated", [5],  # of 6 steps the first is left out
+        ),
+    ],
+    ids=["outpaint", "panorama", "strength"],
+)  # fmt: skip
+def test_a_command_writes_the_images_of_the_pipeline_and_their_decoding(
+    call, pipe, tmp_path: Path, command, words, expected, text, frames
+) -> None:
+    files = ("--images", tmp_path / "images", "--gif", tmp_path / "out.gif", "--filmstrip", tmp_path / "strip.png")
+    assert text in call(command, *words.split(), *files)
+    images = expected(pipe, pixels().numpy())[..., 0]
+    assert (read(tmp_path / "images") == images).all()
+    assert command != "outpaint" or (images[:, 4:12, 6:14] == pixels().numpy()).all()
     with Image.open(tmp_path / "out.gif") as animation:
-        assert animation.n_frames > 4
-
-
-def test_strength_writes_the_images_of_the_pipeline(call, pipe, tmp_path: Path) -> None:
-    said = call(
-        "edit", "--strength", 0.5, "--class", 1, "--variants", 2, "--seed", 3, "--num-steps", 6, "--images",
-        tmp_path / "images", "--gif", tmp_path / "out.gif", "--filmstrip", tmp_path / "strip.png",
-    )  # fmt: skip
+        assert animation.n_frames in frames
     assert (tmp_path / "strip.png").is_file()
-    assert "2 variants of class T-shirt, 8 of 16 tokens generated" in said
-    expected = pipe.edit(pixels().numpy(), strength=0.5, classes=[1, 1], seed=3, num_steps=6, output_type="np")
-    assert (read(tmp_path / "images") == expected[..., 0]).all()
-    with Image.open(tmp_path / "out.gif") as animation:
-        assert animation.n_frames == 5  # of 6 steps the first is left out

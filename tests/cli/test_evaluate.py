@@ -27,7 +27,7 @@ from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_decoding, save_transformer
 from maskgit_pl.pipeline.sharing import bundled_models
-from tests.cli.commands import call_command
+from tests.cli.conftest import call_command
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
 from tests.observing import run_on_ranks
 
@@ -50,56 +50,6 @@ def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
 
 def forbid_generation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
-
-
-@pytest.mark.usefixtures("quick_judge")
-@pytest.mark.parametrize(
-    ("command", "words", "message"),
-    [
-        ("evaluate", "--features clasifier", "unknown feature network 'clasifier'"),
-        ("evaluate", "--features lite0,classifier,lite0", "--features must name each network once, got lite0 twice"),
-        ("evaluate", "--features inception=nowhere.pth", "MASKGIT_INCEPTION"),
-        ("evaluate", "--data nowhere", "nowhere: no such folder"),
-        ("evaluate", "--num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
-        ("evaluate", "--cas --cas-learning-rate nan", "--cas-learning-rate must be a finite number"),
-        ("evaluate-tokenizer", "--num-images 3", "--num-images must be an integer in [4, inf), got 3"),
-        ("evaluate-tokenizer", "--out x.txt", "--out must end in .json"),
-        ("compare", "--num-steps 4,17", "--num-steps must be <= 16, the tokens per image, got 17"),
-        ("compare", f"--out {__file__}", "--out must be a folder, got the file"),
-        ("compare", "--num-steps many", "--num-steps must be numbers such as 4,8,16"),
-        ("compare", "--selectors halton,confidnce", "did you mean 'confidence'"),
-        ("compare", "--selectors halton,halton", "must be different, got halton twice"),
-        ("compare", "--guidance-scale -1", "scale must be a number in [0, 10000], got -1.0"),
-        ("tune", "--trials 0", "--trials must be an integer in [1, inf), got 0"),
-        ("tune", "--metric fdi", "did you mean 'fid'"),
-        ("tune", "--seconds nan", "--seconds must be a"),
-        ("tune", "--schedules cosin", "did you mean 'cosine'"),
-        ("tune", "--negative-model nowhere", "negative_model nowhere must be a run"),
-    ],
-)
-def test_a_wrong_flag_ends_with_one_line_before_any_work(
-    run_folder: Path, tiny_shards: Path, command: str, words: str, message: str, capsys
-) -> None:
-    data = [] if "--data" in words else ["--data", str(tiny_shards)]
-    assert main([command, str(run_folder), *data, *words.split(), "--device", "cpu"]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
-    assert not (run_folder.parent / "shards-classifier").exists()
-    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
-
-
-def test_data_and_tokenizers_that_do_not_exist_or_fit_are_named(run_folder: Path, tmp_path, capsys) -> None:
-    (tmp_path / "empty").mkdir()
-    for words, message in (
-        (["evaluate", run_folder], "choose them with --data"),
-        (["evaluate-tokenizer", run_folder], "choose them with --data"),
-        (["evaluate-tokenizer", tmp_path / "nowhere"], "nowhere: no tokenizer there"),
-        (["evaluate-tokenizer", tmp_path / "empty"], "no tokenizer there; name a run"),
-        (["train-classifier", "--data", tmp_path / "none"], "none"),
-    ):
-        assert main([*map(str, words), "--device", "cpu"]) == 2
-        assert message in capsys.readouterr().err
 
 
 # evaluate
@@ -400,21 +350,6 @@ def test_a_classifier_is_trained_once_and_its_accuracy_printed(tiny_shards, tmp_
     second = capsys.readouterr().out
     assert "reused" in second
     assert second.splitlines()[-1] == first.splitlines()[-1]
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--model", "resnt18"), "did you mean"),
-        (("--max-steps", "0"), "--max-steps must be an integer in [1, inf), got 0"),
-        (("--learning-rate", "nan"), "learning rate of the classifier must be a finite number in (0, inf), got nan"),
-        (("--flip-probability", "2"), "--flip-probability must be a number in [0, 1], got 2"),
-        (("--out", __file__), "--out must be a folder, got the file"),
-    ],
-)
-def test_a_classifier_that_cannot_be_trained_is_refused_in_one_line(tiny_shards, capsys, words, message):
-    assert call_train_classifier(tiny_shards, *words) == 2
-    assert message in capsys.readouterr().err
 
 
 # Models of other backbones

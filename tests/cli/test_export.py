@@ -15,7 +15,7 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
-from tests.cli.commands import refused
+from tests.cli.conftest import refused
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.importers.tokenizer_references import DiffusersVQModel, diffusers_config
 from tests.importers.transformer_references import Halton, randomise, save_checkpoint

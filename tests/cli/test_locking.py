@@ -9,7 +9,7 @@ import pytest
 from maskgit_pl.cli import main
 from tests import forked
 from tests.conftest import tiny_flags
-from tests.holding import holder
+from tests.forked import holder
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from maskgit_pl import __version__
 from maskgit_pl.cli import build_parser, listing
 from maskgit_pl.cli.arguments import Output, _groups
-from tests.cli.commands import Answer, parsers, refused
+from tests.cli.conftest import Answer, parsers, refused
 
 
 def test_no_words_print_the_help_and_a_flag_the_version(maskgit):
@@ -47,19 +47,6 @@ def test_a_plug_in_cannot_end_a_command_in_silence(maskgit, monkeypatch, source)
     answer = maskgit("schedules")
     assert answer.code == 70
     assert "was called by plugin, which may not end a command" in answer.error
-
-
-@pytest.mark.parametrize("error", [TypeError("list indices"), KeyError("key"), ValueError("of a library")])
-def test_a_fault_of_the_package_is_no_bad_input(maskgit, monkeypatch, error):
-    def run() -> None:
-        """Runs."""
-        raise error
-
-    monkeypatch.setattr(listing, "schedules", run)
-    answer = maskgit("schedules")
-    assert answer.code == 70
-    assert answer.error.startswith("Traceback")
-    assert "internal error of maskgit_pl" in answer.error.splitlines()[-1]
 
 
 def test_ctrl_c_ends_a_command_with_one_line_and_130(tmp_path: Path):

@@ -11,7 +11,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.evaluation import evaluator
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.runs import ablation
-from tests.cli.commands import call_command as call
+from tests.cli.conftest import call_command as call
 from tests.conftest import flags, save_tiny_pretrained
 
 TINY = Path(__file__).parents[1] / "tiny"
@@ -156,28 +156,6 @@ def test_the_table_of_tokenizers_measures_each_once(
     assert (folder / "tokenizers.md").read_text() == page
 
 
-@pytest.mark.slow
-def test_a_wrong_flag_is_refused_before_anything_is_measured(
-    runs: list[Path], tiny_shards: Path, judge: Path, tmp_path: Path
-) -> None:
-    results, one = tmp_path / "results", runs[0]
-    for words, match in (
-        (["table", 1], "table 1 must have at least one run"),
-        (["table", 1, tmp_path / "nowhere"], "nowhere: no such folder"),
-        (["table", 1, one, "--num-images", 2], "--num-images must be >= 3, one per class, got 2"),
-        (["table", 1, one, "--cas-images", 0], "--cas-images must be an integer in"),
-        (["table", 1, one, "--results", __file__], "--results must be a folder, got the file"),
-        (["table", 3, *runs, "--num-steps", 12], "--num-steps must be <= 8, half the number of tokens, got only"),
-        (["figure", 2], "figure 2 must have at least one run"),
-        (["figure", 2, one, "--class-name", "Bag"], "class 'Bag'|unknown class"),
-        (["figure", 4, *runs], "figure 4 must have at most one RUN"),
-        (["figure", 4, "--embed-dim", 17], "embed_dim must be a multiple of num_heads"),
-    ):
-        with pytest.raises((ValueError, FileNotFoundError), match=match):
-            call(words[0], *common(tiny_shards, judge, results), *words[1:])
-    assert not results.exists()
-
-
 # ablation
 
 
@@ -275,29 +253,6 @@ def test_tokenizers_are_compared_by_their_reconstructions(tiny_shards: Path, jud
         assert {"rfid/classifier", "psnr_db", "codebook_usage", "perplexity"} <= numbers.keys()
         assert "fid/classifier" not in numbers
     assert (tmp_path / "results" / "shards" / "ablation-tokenizer-codebook_size.md").is_file()
-
-
-@pytest.mark.parametrize(
-    ("words", "match"),
-    [
-        (("--grid",), "--grid must come with --vary or --recipes"),
-        (("--vary", "model.network.depth=2", "--schedules", "cosine"), "--schedules must not be given with --vary"),
-        (("--vary", "model.network.depth=2", "--name", "../x"), "--name must be letters"),
-        (("--vary", "model.network.dept=2"), "did you mean 'model.network.depth'"),
-        (("--vary", "model.network.depth=2", "--budget", "hours=2"), "--budget must be steps=N"),
-        (("--page-only", "--name", "x"), "ablation x: there must be at least one row"),
-        (("--schedules", "square,cosin"), "recipe 'cosin'"),
-        (("--features", "bogus"), "unknown feature network 'bogus'"),
-        (("--features", "lite0,inception=nowhere"), "nowhere"),
-        (("--reference", "nowhere.npz"), "reference nowhere.npz must be an existing"),
-    ],
-)
-def test_a_wrong_flag_is_answered_before_anything_is_trained(
-    words: tuple[str, ...], match: str, tmp_path: Path
-) -> None:
-    with pytest.raises((ValueError, FileNotFoundError), match=match):
-        call("ablation", "--runs-folder", tmp_path, "--results", tmp_path, *words)
-    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

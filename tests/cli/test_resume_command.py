@@ -9,7 +9,7 @@ from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.training.checkpoints import newest_checkpoint, read_settings, step_of
-from tests.cli.commands import Answer, refused
+from tests.cli.conftest import Answer, refused
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
 

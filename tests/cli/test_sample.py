@@ -16,7 +16,7 @@ from maskgit_pl.cli.sample import sample
 from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.options import SETTINGS
-from tests.cli.commands import Answer, refused
+from tests.cli.conftest import Answer, refused
 from tests.conftest import CLASSES
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.commands import Answer
+from tests.cli.conftest import Answer
 from tests.conftest import tiny_flags
 
 

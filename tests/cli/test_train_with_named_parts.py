@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
-from tests.cli.commands import Answer, refused
+from tests.cli.conftest import Answer, refused
 from tests.installed_packages import install
 
 DOCS = Path(__file__).parents[2] / "docs"

@@ -13,7 +13,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.contrib import emoji
 from maskgit_pl.contrib.emoji import DATASET, EmojiImages, base_of
 from maskgit_pl.data.image_bytes import UnreadableImageError
-from tests.cli.commands import call_command
+from tests.cli.conftest import call_command
 
 
 def png(value, size=64):

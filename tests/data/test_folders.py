@@ -17,7 +17,7 @@ from maskgit_pl.data.folders import (
     write_folder,
 )
 from maskgit_pl.files import write_text
-from tests.holding import holder
+from tests.forked import holder
 
 
 @pytest.fixture(params=["one step", "two steps"])

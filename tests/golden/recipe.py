@@ -1,14 +1,11 @@
 """Full-size checkpoints that need not be stored: every array is a fixed function of a seed and its own name.
 
-    python tests/golden/recipe.py 31 /tmp/checkpoints transformer256 transformer512 tokenizer256 discriminator256
-
-writes each as flax's msgpack bytes of {"params": ...}, as the released checkpoints are, and prints its sha256.
+``write`` makes flax's msgpack bytes of {"params": ...}, as the released checkpoints are, and returns their sha256.
 ``full/full_golden.json`` holds the sums for seed 31, the seed of the arrays recorded beside it.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import math
 import zlib
@@ -19,8 +16,6 @@ from typing import TypeAlias
 
 import msgpack
 import numpy as np
-
-__all__ = ["MODELS", "array_of", "discriminator", "tokenizer", "transformer", "write", "write_tree"]
 
 Shape: TypeAlias = tuple[int, ...]
 Shapes: TypeAlias = Iterator[tuple[str, Shape]]  # path -> shape, in the order in which the file has them
@@ -188,20 +183,3 @@ def _decoder_levels(widths: list[int], blocks: int) -> Shapes:
         if start + blocks < len(widths):
             width = widths[start + blocks - 1]
             yield from _layer(f"decoder/Conv_{level}", (3, 3, width, width))
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Write full-size checkpoints that are a function of a seed.")
-    parser.add_argument("seed", type=int)
-    parser.add_argument("out", type=Path, help="folder, made if need be")
-    parser.add_argument("models", nargs="+", choices=list(MODELS))
-    arguments = parser.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for model in arguments.models:
-        path = arguments.out / f"{model}.msgpack"
-        digest = write(arguments.seed, model, path)
-        print(model, path.stat().st_size, digest, flush=True)
-
-
-if __name__ == "__main__":
-    main()

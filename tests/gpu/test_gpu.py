@@ -30,7 +30,7 @@ from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.training.strategies import shard_blocks
 from maskgit_pl.training.token_model import TokenModel
 from tests.decoding.test_graph import FIRST, OTHERS, whole_run
-from tests.modules import losses_of_step
+from tests.short_runs import losses_of_step
 from tests.test_one_graph import BERT, Run, batch, build
 
 GOLDEN = Folder(Path(__file__).parents[1] / "golden")

@@ -29,9 +29,8 @@ from maskgit_pl.runs import layers
 from maskgit_pl.training.strategies import prepare_blocks, shard_blocks
 from tests.conftest import save_tiny_pretrained
 from tests.forked import run_ranks
-from tests.modules import masked_model
 from tests.networks.backbone_cases import all_configs, create, inputs, small_config
-from tests.short_runs import data, fit
+from tests.short_runs import data, fit, masked_model
 
 CASES = all_configs()
 NAMES = backbones.names()

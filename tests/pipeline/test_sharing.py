@@ -23,8 +23,8 @@ from maskgit_pl.runs.recipe import STAGES, Recipe
 from maskgit_pl.runs.resolve import choose_precision, values_without_data
 from maskgit_pl.runs.settings import resolve
 from tests.conftest import CLASSES, save_tiny_pretrained
-from tests.modules import masked_model
 from tests.pipeline.conftest import images
+from tests.short_runs import masked_model
 
 ROOT = Path(__file__).parents[2]
 

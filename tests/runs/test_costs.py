@@ -1,7 +1,7 @@
 """Memory, FLOPs and disk space that are calculated equal those of real steps, of FSDP2 and of real checkpoints."""
 
-import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,8 +27,8 @@ from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints, newest_checkpoint
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import tiny_flags
-from tests.modules import autoregressive_model, masked_model, tokenizer_model
 from tests.networks.backbone_cases import small_config
+from tests.short_runs import autoregressive_model, masked_model, tokenizer_model
 
 VQGAN = VQGANConfig(
     1, base_channels=32, channel_multipliers=(1, 2), num_res_blocks=1, num_groups=8, codebook_size=16, code_dim=8
@@ -98,17 +98,6 @@ def test_flops_of_stage_2_are_those_that_torch_counts_in_a_real_step(name):
     assert useful_flops(module, global_batch=2) == counter.get_total_flops()
 
 
-def test_the_work_of_the_paper():
-    """6 S (L 4 D^2 - D^2 + (L - 1) 2 D F) + 6 m (2 D^2 + 2 D F + D V) + 12 L S^2 D for S = 257 and m masked tokens."""
-    config = TransformerConfig(1024, 1000, (16, 16), depth=2, class_dropout=0.0)
-    module = masked_model(config, "")
-    masked = round(256 * 2 / math.pi + 0.5)  # the mean of cosine, rounded up
-    d, f, length, depth = config.embed_dim, config.mlp_dim, 257, config.depth
-    linear = 6 * length * (depth * 4 * d**2 - d**2 + (depth - 1) * 2 * d * f)
-    head = 6 * masked * (2 * d**2 + 2 * d * f + d * config.num_rows)
-    assert useful_flops(module, global_batch=1) == linear + head + 12 * depth * length**2 * d
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["none", "blocks"])
 def test_the_memory_and_the_work_of_stage_1_are_those_of_a_real_step(checkpointing):
@@ -164,37 +153,23 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
     assert 1.8 * whole < mixed.activations - sharded.activations < 2 * whole
 
 
-class _Run:
-    """The methods of a Trainer that ``Checkpoints`` calls."""
-
-    is_global_zero = True
-
-    def __init__(self):
-        self.global_step = 0
-
-    def save_checkpoint(self, path):
-        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
-
-
 @pytest.mark.parametrize(("steps", "every", "keep_last", "keep_every"), [
     (100, 10, 2, None), (100, 10, 3, 20), (95, 10, 2, 30), (7, 10, 2, None), (100, 10, 1, 10), (15, 10, 3, None),
 ])  # fmt: skip
 def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps, every, keep_last, keep_every):
-    run, most = _Run(), 0
+    run, counts = SimpleNamespace(global_step=0, is_global_zero=True), []
     checkpoints = Checkpoints(tmp_path, every_n_steps=every, keep_last=keep_last, keep_every=keep_every)
-    save = run.save_checkpoint
 
-    def watched(path):
-        nonlocal most
-        save(path)
-        most = max(most, len(complete_checkpoints(tmp_path)))  # before the oldest goes
+    def save_checkpoint(path):
+        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
+        counts.append(len(complete_checkpoints(tmp_path)))  # before the oldest goes
 
-    run.save_checkpoint = watched
+    run.save_checkpoint = save_checkpoint
     for step in range(1, steps + 1):
         run.global_step = step
         if step % every == 0 or step == steps:
             checkpoints.save(run)
-    assert most == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
+    assert max(counts) == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"

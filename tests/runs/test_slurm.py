@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from maskgit_pl import runs
-from maskgit_pl.runs.slurm import JobOptions, check_submission
+from maskgit_pl.runs.slurm import JobOptions
 from tests.conftest import tiny_flags
 
 SCRIPT = Path(__file__).parents[2] / "recipes" / "slurm" / "train.sbatch"
@@ -45,18 +45,6 @@ def slurm(tmp_path, monkeypatch):
         (folder / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
     return folder
-
-
-def test_a_plan_is_words_and_variables_and_writes_nothing(plan, tmp_path):
-    submission = plan(partition="gpu", sbatch="--mem=0")
-    assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--mem=0"} <= set(submission.options)
-    assert submission.variables["STAGE"] == "tokenizer"
-    assert submission.variables["CLUSTER"] == "ddp"
-    assert "RECIPE" not in submission.variables
-    typed = shlex.split(str(submission).replace("\\\n", ""))
-    assert typed[len(submission.variables) :] == submission.command
-    assert "2 ranks share a global batch of 4" in check_submission(submission)
-    assert not (tmp_path / "runs").exists()
 
 
 def test_a_job_gets_its_own_variables_and_none_of_a_surrounding_job(plan, slurm, monkeypatch):

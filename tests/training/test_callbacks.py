@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
@@ -24,7 +23,7 @@ from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.training.callbacks import ReconstructionPictures, SamplePictures, UnreadableReport
 from maskgit_pl.training.loggers import TensorBoard, TolerantLogger
 from tests import forked, short_runs
-from tests.conftest import tiny_tokenizer
+from tests.conftest import tiny_flags, tiny_tokenizer
 from tests.data_folders import save_data
 from tests.pipeline.conftest import random_images, step
 
@@ -99,9 +98,6 @@ def test_nothing_is_drawn_in_the_sanity_check(tmp_path) -> None:
     assert list(tmp_path.glob("*.png")) == []
 
 
-TINY = Path(__file__).parents[1] / "tiny"
-
-
 def image(number: int) -> bytes:
     return encode_png(torch.full((1, 8, 8), number * 5 % 256, dtype=torch.uint8))
 
@@ -171,10 +167,8 @@ def test_a_run_over_budget_ends_with_the_list_in_its_folder(tmp_path, num_worker
 
 
 def train_command(shards: Path, runs: Path) -> list[str]:
-    tiny = yaml.safe_load((TINY / "tokenizer.yaml").read_text())
-    values = {"data": tiny["data"], "model.network": tiny["model"]["network"], "trainer": tiny["trainer"]}
-    words = [f"--{part}.{key}={value}" for part, keys in values.items() for key, value in keys.items()]
-    return ["train", "tokenizer", "--data", str(shards), "--runs-folder", str(runs), "--run", "tiny", *words]
+    where = ["--data", str(shards), "--runs-folder", str(runs), "--run", "tiny"]
+    return ["train", "tokenizer", *where, *tiny_flags("tokenizer")]
 
 
 def test_the_command_ends_with_76_and_the_list_of_images(tmp_path, monkeypatch, capsys):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from maskgit_pl.errors import CannotWriteError
@@ -30,8 +30,7 @@ from maskgit_pl.training.checkpoints import (
 )
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
-from tests.modules import autoregressive_model, masked_model, tokenizer_model
-from tests.short_runs import data, fit
+from tests.short_runs import autoregressive_model, data, fit, masked_model, tokenizer_model
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -257,19 +256,6 @@ def test_the_last_step_is_saved_again_and_its_failure_is_an_error(tmp_path, capl
     assert sum("checkpoint of step 4" in record.message for record in caplog.records) == 1
 
 
-def test_a_folder_that_cannot_be_listed_has_three_tries(tmp_path, caplog):
-    class Unplug(Callback):
-        def __init__(self, checkpoints):
-            self.checkpoints = checkpoints
-
-        def on_train_batch_start(self, trainer, *_):
-            self.checkpoints.folder = tmp_path / ("x" * 300)  # any question about it is an OSError
-
-    with caplog.at_level(logging.WARNING), pytest.raises(CannotWriteError, match=r"step 6 .*3 failures in a row"):
-        fit_line(tmp_path, steps=9, more=[Unplug])
-    assert sum("cannot be listed" in record.message for record in caplog.records) == 3
-
-
 class Unwritable(FolderCheckpointIO):
     """A disk that is full at some steps."""
 
@@ -350,31 +336,6 @@ def test_moments_of_weights_in_channels_last_are_restored_exactly(tmp_path):
     resumed = fit("stopped", 4, newest_checkpoint(tmp_path / "stopped"))
     assert resumed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(straight, resumed)
-
-
-class Counted(Line):
-    """A module that records the step of each micro-batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.steps = []
-
-    def training_step(self, batch, batch_idx):
-        self.steps.append(self.trainer.global_step)
-        return super().training_step(batch, batch_idx)
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize(("before", "after"), [(1, 2), (3, 2), (2, 2)])
-def test_steps_are_whole_when_a_run_resumes_with_another_accumulation(tmp_path, before, after):
-    def fit(accumulation, *, steps, resume=None):
-        module = Counted()
-        fit_line(tmp_path, steps=steps, module=module, accumulation=accumulation, every_n_steps=100, resume=resume)
-        return module.steps
-
-    assert fit(before, steps=3) == [step for step in range(3) for _ in range(before)]
-    resumed = fit(after, steps=6, resume=newest_checkpoint(tmp_path))
-    assert resumed == [step for step in range(3, 6) for _ in range(after)]
 
 
 NETWORK = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)

@@ -7,14 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, IterableDataset
 
-from maskgit_pl.data import Batch
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 from maskgit_pl.training.health import (
     CodeHistory,
     HealthConfig,
@@ -24,52 +19,28 @@ from maskgit_pl.training.health import (
     measure_vectors,
 )
 from tests.forked import run_ranks
-from tests.modules import tokenizer_model
+from tests.short_runs import data, fit, tiny_module
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*in eval mode at the start of training"),
-    pytest.mark.filterwarnings("ignore:.*LeafSpec"),
-    pytest.mark.filterwarnings("ignore:You defined a `validation_step`"),
-    pytest.mark.filterwarnings("ignore:Experiment logs directory"),
-    pytest.mark.filterwarnings("ignore:.*smaller than the logging interval"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:.*smaller than the logging")
 
-NETWORK = VQGANConfig(
-    1, base_channels=8, channel_multipliers=(1,), num_res_blocks=1, num_middle_blocks=0, num_groups=4,
-    codebook_size=16, code_dim=8, patch_size=4, quantizer="ema",
-)  # fmt: skip
 # Any usage below all codes is reported, so that a healthy network gives alarms.
 STRICT = HealthConfig(least_usage=1.0, least_perplexity=1.0, grace_steps=2, patience=2)
 
 
-class Noise(IterableDataset):
-    """Endless micro-batches of noise, a function of the step."""
+@pytest.fixture
+def train(tiny_shards):
+    """Trains a tokenizer with a CSV log and checkpoints in the folder; returns the monitor."""
 
-    def __init__(self, accumulation=1, first=0):
-        self.accumulation, self.first = accumulation, first
+    def call(folder, *, steps, monitor=None, resume=None, log_every=1, every=100):
+        monitor = monitor or HealthMonitor(folder)
+        fit(
+            tiny_module("tokenizer"), data(tiny_shards), steps=steps, folder=folder / "checkpoints", every=every,
+            resume=resume, callbacks=[monitor], logger=CSVLogger(folder, "", ""), num_sanity_val_steps=0,
+            log_every_n_steps=log_every,
+        )  # fmt: skip
+        return monitor
 
-    def __iter__(self):
-        for number in range(self.first, 10**6):
-            generator = torch.Generator().manual_seed(number)
-            content = torch.randint(256, (4, 1, 16, 16), generator=generator, dtype=torch.uint8)
-            index = number * 4 + torch.arange(4)
-            yield Batch(content, index % 10, index, torch.zeros_like(index), index, torch.ones(4, dtype=torch.bool))
-
-
-def train(folder, *, steps, monitor=None, resume=None, accumulation=1, log_every=1, network=NETWORK, every=100):
-    """Trains on noise, with a CSV log and checkpoints in the folder; returns the monitor and the module."""
-    torch.manual_seed(0)
-    module = tokenizer_model(network, image_size=16, accumulation=accumulation)
-    monitor = monitor or HealthMonitor(folder)
-    trainer = Trainer(
-        max_steps=steps, max_epochs=-1, accelerator="cpu", logger=CSVLogger(folder, "", ""),
-        plugins=[FolderCheckpointIO()], callbacks=[monitor, Checkpoints(folder / "checkpoints", every_n_steps=every)],
-        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, log_every_n_steps=log_every,
-    )  # fmt: skip
-    first = 0 if resume is None else int(resume.name.removeprefix("step-")) * accumulation
-    trainer.fit(module, DataLoader(Noise(accumulation, first), batch_size=None), ckpt_path=resume)
-    return monitor, module
+    return call
 
 
 def logged(folder):
@@ -116,30 +87,11 @@ def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
     assert found["codebook_norm"] == pytest.approx(float(codes.norm(dim=1).mean()), rel=1e-5)
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_each_logging_step_measures_the_batches_since_the_last_one(tmp_path, accumulation):
-    seen = []
-
-    class Watching(HealthMonitor):
-        def setup(self, trainer, pl_module, stage):
-            super().setup(trainer, pl_module, stage)
-            pl_module.network.quantizer.register_forward_hook(lambda *given: seen.append(given[-1].tokens.clone()))
-
-    train(tmp_path, steps=5, monitor=Watching(tmp_path), accumulation=accumulation, log_every=2)
-    rows = logged(tmp_path)
-    assert [step for step, row in rows.items() if "train/codebook_usage" in row] == [2, 4]
-    tokens = torch.cat(seen[2 * accumulation : 4 * accumulation])
-    assert rows[4]["train/codebook_usage"] == pytest.approx(len(tokens.unique()) / 16)
-    ages = [4 - max((1 + n // accumulation for n, each in enumerate(seen[: 4 * accumulation]) if (each == code).any()),
-                    default=0) for code in range(16)]  # fmt: skip
-    assert rows[4]["train/oldest_code_age"] == max(ages)
-
-
-def test_a_resumed_run_measures_and_reports_as_an_uninterrupted_one(tmp_path):
+def test_a_resumed_run_measures_and_reports_as_an_uninterrupted_one(train, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    whole, _ = train(straight, steps=8, log_every=2, monitor=HealthMonitor(straight, STRICT))
+    whole = train(straight, steps=8, log_every=2, monitor=HealthMonitor(straight, STRICT))
     train(resumed, steps=5, log_every=2, monitor=HealthMonitor(resumed, STRICT), every=5)
-    second, _ = train(
+    second = train(
         resumed, steps=8, log_every=2, monitor=HealthMonitor(resumed, STRICT),
         resume=resumed / "checkpoints" / "step-00000005",
     )  # fmt: skip
@@ -155,7 +107,7 @@ def judge_own_accuracy(rank, store, folder):
     """Rank 0 classifies its few images correctly, and rank 1 half of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     monitor = HealthMonitor(folder, HealthConfig(largest_discriminator_accuracy=0.7, grace_steps=0, patience=1))
-    module = tokenizer_model(NETWORK, image_size=16)
+    module = tiny_module("tokenizer")
     trainer = SimpleNamespace(
         global_step=2, max_steps=10, log_every_n_steps=2, is_global_zero=rank == 0, loggers=[],
         callback_metrics={"train/discriminator_accuracy": torch.tensor(1.0 - rank / 2)},
@@ -171,9 +123,9 @@ def test_the_discriminator_is_judged_on_the_images_of_all_ranks(tmp_path):
     run_ranks(judge_own_accuracy, tmp_path / "store", tmp_path)
 
 
-def test_an_alarm_is_reported_once_after_grace_and_patience(tmp_path, caplog):
+def test_an_alarm_is_reported_once_after_grace_and_patience(train, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        monitor, _ = train(tmp_path, steps=8, monitor=HealthMonitor(tmp_path, STRICT))
+        monitor = train(tmp_path, steps=8, monitor=HealthMonitor(tmp_path, STRICT))
     warnings = [record.getMessage() for record in caplog.records if "health:" in record.getMessage()]
     causes = [report["cause"] for report in monitor.reports]
     assert len(warnings) == len(causes) == len(set(causes)) >= 1
@@ -182,7 +134,7 @@ def test_an_alarm_is_reported_once_after_grace_and_patience(tmp_path, caplog):
     assert json.loads((tmp_path / "health.json").read_text()) == monitor.reports
 
 
-def test_without_ranges_measurements_are_logged_and_not_reported(tmp_path, caplog):
+def test_without_ranges_measurements_are_logged_and_not_reported(train, tmp_path, caplog):
     train(tmp_path, steps=8)
     assert "train/perplexity" in logged(tmp_path)[8]
     assert not [record for record in caplog.records if "health:" in record.getMessage()]

@@ -30,7 +30,7 @@ from maskgit_pl.training.optimizers import (
 from maskgit_pl.training.speed import weight_norm
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
-from tests.short_runs import data, fit, tiny_module
+from tests.short_runs import assert_equal, data, fit, tiny_module
 
 NAMES = optimizers.names()
 RATE = 0.02
@@ -72,22 +72,6 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range, rows
 
 def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
-
-
-def leaves(state: object, key: str = "") -> dict[str, object]:
-    """Returns the leaves of nested mappings and lists by their keys."""
-    if isinstance(state, dict | list | tuple):
-        items = state.items() if isinstance(state, dict) else enumerate(state)
-        return {k: v for name, each in items for k, v in leaves(each, f"{key}/{name}").items()}
-    return {key: state}
-
-
-def assert_equal(found: object, expected: object) -> None:
-    found, expected = leaves(found), leaves(expected)
-    assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        same = torch.equal(value, found[key]) if isinstance(value, torch.Tensor) else value == found[key]
-        assert same, key
 
 
 def names(group: dict[str, object]) -> list[str]:
@@ -152,7 +136,7 @@ def test_a_resumed_run_is_bit_exact(name, stage, tiny_shards, tiny_pretrained, t
             fit(module, data(tiny_shards), steps=steps, folder=folder, resume=resume, limit_val_batches=0)
             resume = folder / f"step-{steps:08d}"
         states[run] = FolderCheckpointIO().load_checkpoint(resume)
-    assert len(leaves(states["straight"]["optimizer_states"])) > 10
+    assert states["straight"]["optimizer_states"][0]["state"]
     for key in ("state_dict", "optimizer_states"):
         assert_equal(states["resumed"][key], states["straight"][key])
 

@@ -10,21 +10,10 @@ import torch
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.strategies import (
-    _POLICIES,
-    check_precision,
     check_strategy,
     prepare_blocks,
 )
-from tests.modules import masked_model
-
-
-def test_mixed_precision_gathers_bfloat16_and_reduces_float32():
-    mixed = _POLICIES["bf16-mixed"]
-    assert (mixed.param_dtype, mixed.reduce_dtype) == (torch.bfloat16, torch.float32)
-    assert not mixed.cast_forward_inputs  # only autocast decides the dtypes between blocks
-    whole = _POLICIES["32-true"]
-    assert (whole.param_dtype, whole.reduce_dtype, whole.output_dtype) == (None, None, None)
-
+from tests.short_runs import masked_model
 
 CONFIG = masked_model(TransformerConfig(16, 3, (4, 4), 8, 2, 2, 16), "").config
 MUON = replace(CONFIG.optimizer, algorithm="muon")
@@ -45,11 +34,6 @@ MUON = replace(CONFIG.optimizer, algorithm="muon")
 def test_a_strategy_must_support_the_module_and_the_number_of_ranks(name, stage, config, ranks, reason):
     with pytest.raises(ValueError, match=f"trainer.strategy must .*{reason}") if reason else nullcontext():
         check_strategy(name, config, stage=stage, ranks=ranks)
-
-
-def test_16_bit_weights_are_refused():
-    with pytest.raises(ValueError, match=r"trainer\.precision must be 32-true or bf16-mixed, got bf16-true"):
-        check_precision("bf16-true")
 
 
 def transformer(attention="bidirectional", dropout=0.1):

@@ -22,8 +22,7 @@ from maskgit_pl.training.tokenizer_losses import (
     tokenizer_losses,
 )
 from tests.installed_packages import install
-from tests.modules import tokenizer_model
-from tests.short_runs import data, fit, tiny_module
+from tests.short_runs import data, fit, tiny_module, tokenizer_model
 
 SIZE = 20
 NETWORK = VQGANConfig(

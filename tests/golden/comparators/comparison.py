@@ -11,8 +11,6 @@ from torch import Tensor
 
 from maskgit_pl.importers.released import parameters
 
-__all__ = ["TOLERANCE", "Comparison", "close", "equal", "gradients", "inputs", "present"]
-
 TOLERANCE = 1e-4  # absolute, of float32 values; two float32 implementations differ by about a tenth of it
 
 

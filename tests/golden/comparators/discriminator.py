@@ -21,8 +21,6 @@ from maskgit_pl.importers.released import parameters
 from maskgit_pl.losses import r1_penalty
 from maskgit_pl.networks.discriminators import Discriminator, DiscriminatorConfig, Pooling
 
-__all__ = ["compare_discriminator", "network_from", "weights"]
-
 _POOLINGS: dict[str, Pooling] = {"blur": "blur", "avgpool": "average"}
 _GRADIENTS_OF: str = "blur"  # the variant whose R1 penalty has recorded gradients
 

@@ -21,9 +21,6 @@ from maskgit_pl.losses import (
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 from maskgit_pl.networks.quantizers import entropy_loss
 
-__all__ = ["adversarial_losses", "compare_losses", "cross_entropy"]
-
-
 _INPUTS = (
     "ce_logits", "ce_labels", "ce_weights", "dist_a", "dist_b", "entropy_affinity", "real_logit", "fake_logit",
     "l_true", "l_pred", "perplexity_one_hot", "sigmoid_ce_labels",

@@ -15,8 +15,6 @@ from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.schedules import MaskSchedule, mask_schedules, num_masked
 
-__all__ = ["compare_schedules", "released_mask_len", "released_ratio", "schedule_of"]
-
 _RATIO_TOLERANCE = 1e-6
 _MIN_RATIO = 1e-6  # the released code clips its ratios to [1e-6, 1]
 

@@ -21,8 +21,6 @@ from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 from maskgit_pl.networks.quantizers import QuantizerOutput, entropy_loss
 from maskgit_pl.networks.vqgan import VQGAN, Activation, Downsample, Encoder, ResidualBlock
 
-__all__ = ["coded", "compare_vqvae", "network_from", "nhwc", "to_images"]
-
 _GRADIENT_TOLERANCE = 1e-3  # of the largest gradient: distances are divided by a small entropy temperature
 
 

@@ -15,29 +15,15 @@ from comparators.losses import cross_entropy
 from maskgit_pl.importers.released import parameters, transformer_config, transformer_weights
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 
-__all__ = ["compare_transformer", "everywhere", "load_transformer", "network_from", "our_tokens", "recorded_outputs"]
-
 _SMOOTHING = 0.1  # of the recorded loss
 _MASK = -1  # the released code's id of an unknown token
 
 
 def load_transformer(folder: Folder, tag: str) -> MaskedTransformer:
-    """Imports the network of ``transformer_{tag}_checkpoint.msgpack``, whose sizes the manifest lists for ``tf{N}``."""
+    """Imports ``transformer_{tag}_checkpoint.msgpack``, whose codebook the manifest lists for ``tf{N}``."""
     arrays = parameters(folder.tree(f"transformer_{tag}_checkpoint.msgpack"))
     entry = folder.config["tf" + tag.split("_")[0].removeprefix("n")]
-    network = network_from(arrays, codebook_size=entry["codebook"])
-    config = network.config
-    names = {
-        "layers": "depth",
-        "hidden": "embed_dim",
-        "heads": "num_heads",
-        "inter": "mlp_dim",
-        "classes": "num_classes",
-    }
-    for said, has in names.items():
-        if entry[said] != getattr(config, has):
-            raise ValueError(f"transformer {tag} {said}: the manifest says {entry[said]}, got {getattr(config, has)}")
-    return network
+    return network_from(arrays, codebook_size=entry["codebook"])
 
 
 def network_from(arrays: dict[str, np.ndarray], *, codebook_size: int) -> MaskedTransformer:
