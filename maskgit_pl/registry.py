@@ -221,6 +221,8 @@ class Registry(Generic[T]):
 
     def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any], where: str) -> T:
         part: T
+        if missing := sorted(getattr(factory, "__abstractmethods__", ())):
+            raise ValueError(f"{where} must define {', '.join(missing)}")
         if isinstance(factory, type) and is_dataclass(factory):
             part = cast(T, build_dataclass(factory, arguments, where))
         else:

@@ -315,11 +315,12 @@ def _changed(folder: Path, name: str) -> ValueError:
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
     try:
-        state = dict(json.loads((folder / _STATE).read_bytes()))
-    except (TypeError, ValueError) as error:
+        content = json.loads((folder / _STATE).read_bytes())
+        dict(_join_state(content, str))  # without the tensors, whose reader has errors of its own
+    except (LookupError, TypeError, ValueError) as error:
         raise _changed(folder, _STATE) from error
     try:
-        return cast("dict[str, Any]", _join_state(state, read))
+        return cast("dict[str, Any]", _join_state(content, read))
     except (LookupError, StopIteration) as error:  # a tensor that no file has
         raise _changed(folder, _STATE) from error
 

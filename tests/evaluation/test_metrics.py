@@ -61,8 +61,12 @@ def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> 
 @pytest.mark.parametrize(
     ("attributes", "match"),
     [
-        ({}, "must derive from FeatureMetric and have a title"),
-        ({"title": "mine", "needs": ("pixels",)}, "needs must be one of .*real_features.*, got 'pixels'"),
+        ({}, "must define compute"),
+        ({"compute": len}, "must derive from FeatureMetric and have a title"),
+        (
+            {"compute": len, "title": "mine", "needs": ("pixels",)},
+            "needs must be one of .*real_features.*, got 'pixels'",
+        ),
     ],
 )
 def test_a_metric_that_breaks_the_interface_is_named(attributes: dict, match: str, monkeypatch) -> None:
