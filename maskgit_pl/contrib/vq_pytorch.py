@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_keys, check_number, shorten
+from maskgit_pl.checks import check_choice, check_number, did_you_mean, shorten
 from maskgit_pl.distributed import rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput, quantizer_output, quantizers, rows_of
 from maskgit_pl.randomness import random_bits
@@ -183,8 +183,10 @@ class VQPyTorchSpec:
         if not isinstance(self.options, Mapping):
             raise ValueError(f"options must be a mapping of arguments, got {shorten(self.options)}")
         checks = _OPTIONS[self.class_name]
-        check_keys(f"options of {self.class_name}", self.options, known=checks)
         for name, value in self.options.items():
+            if name not in checks:
+                text = f"options must be of {self.class_name} ({', '.join(sorted(checks))}), got {shorten(name)}; "
+                raise ValueError(f"{text}{did_you_mean(str(name), checks)}".removesuffix("; "))
             checks[name](name, value)
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:

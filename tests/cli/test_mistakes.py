@@ -74,7 +74,7 @@ def is_refused(
     [
         ("sampel model", "maskgit: unknown command 'sampel': did you mean 'sample'? commands: demo, models, data, "),
         ("data mak", "maskgit data: unknown command 'mak': did you mean 'make'? commands: make, index, verify, fetch"),
-        ("slurm sumbit", "did you mean 'submit'?"),
+        ("slurm submitt", "did you mean 'submit'?"),
         ("train", "the following arguments are required: tokenizer|transformer; see maskgit train --help"),
         ("edit model image.png", "the following arguments are required: --class"),
         ("train tokeniser", "stage must be one of tokenizer, transformer, got 'tokeniser'; did you mean 'tokenizer'?"),

@@ -102,7 +102,7 @@ def test_a_missing_weight_file_is_found_before_the_classifier_is_trained(data: S
 
 
 def on_a_rank(rank: int, folder: str, shards: str) -> None:
-    """Trains into an empty folder, and writes the error of a folder that cannot be made."""
+    """Trains into an empty folder, and writes down the error of a folder that cannot be made."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     data, steps = open_shards(shards), []
     obtain_classifier(Path(folder) / "judge", data, config=MOMENT, on_step=lambda: steps.append(1))
@@ -111,7 +111,7 @@ def on_a_rank(rank: int, folder: str, shards: str) -> None:
     )
     try:
         obtain_classifier(Path(folder) / "file" / "judge", data, config=MOMENT)
-    except OSError as error:
+    except ValueError as error:
         (Path(folder) / str(rank)).write_text(f"{len(steps)} {score.top1} {error}")
     dist.destroy_process_group()
 
