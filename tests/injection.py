@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,8 +24,8 @@ class Fault:
     """A fault, with its time and its rank.
 
     Args:
-        what: A signal, a fault of the step (loss, gradient, error), or one of the run's disk.
-        step: Signals come after this step; losses, gradients and errors are those of this step (from 1).
+        what: A signal, a sleep of ten minutes, a fault of the step (loss, gradient, error), or one of the run's disk.
+        step: Signals and sleep come after this step; losses, gradients and errors are those of this step (from 1).
         where: Time of a signal: before the first step, after a step, during the validation, or during the first
             save at or after the step.
         rank: Rank that is affected; None for all.
@@ -32,7 +33,7 @@ class Fault:
         to: Receiver of a signal: the process or its group.
     """
 
-    what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk"] | Exception
+    what: signal.Signals | Literal["nan loss", "nan gradient", "full disk", "read-only disk", "asleep"] | Exception
     step: int = 0
     where: Where = "step"
     rank: int | None = None
@@ -41,7 +42,11 @@ class Fault:
 
 
 class Injection(Callback):
-    """A callback that injects the faults of its rank."""
+    """A callback that injects the faults of its rank.
+
+    Args:
+        faults: Faults of all ranks.
+    """
 
     def __init__(self, faults: tuple[Fault, ...]) -> None:
         self.waiting = [fault for fault in faults if isinstance(fault.what, signal.Signals)]
@@ -68,6 +73,8 @@ class Injection(Callback):
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._here(trainer, "step")
         for fault in self.poison:
+            if fault.what == "asleep" and trainer.global_step == fault.step:
+                time.sleep(600)
             if "disk" in str(fault.what) and trainer.is_global_zero:
                 folder = Path(trainer.default_root_dir)
                 if trainer.global_step == fault.step:
@@ -116,9 +123,9 @@ class Disk:
     def spoil(self, folder: Path, how: Literal["full", "read-only"]) -> None:
         """Fills the disk up to 20 kB, or makes the folder of checkpoints read-only."""
         if how == "read-only":
-            checkpoints = folder / "checkpoints"
-            subprocess.run(["mount", "--bind", checkpoints, checkpoints], check=True)
-            subprocess.run(["mount", "-o", "remount,bind,ro", checkpoints], check=True)
+            place = folder / "checkpoints"
+            subprocess.run(["mount", "--bind", place, place], check=True)
+            subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
             return
         free = os.statvfs(folder).f_bavail * os.statvfs(folder).f_frsize
         (folder / "filled").write_bytes(bytes(max(0, free - 20_000)))

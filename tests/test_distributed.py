@@ -12,6 +12,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from tests.conftest import flags
 from tests.observing import Runs, Seen, StageRuns, Topology, assert_same_state, run_on_ranks
@@ -45,12 +46,18 @@ def test_fsdp_trains_the_autoregressive_baseline_of_one_process(tiny_shards, tin
 LONG, GLOBAL_BATCH, KILL_AT = 50, 12, 23
 NEAR = 1e-5
 WHOLE = Topology()
-DDP, FSDP = Topology(ranks=2), Topology(ranks=2, cluster="fsdp")
-FSDP_ACCUMULATING = Topology(ranks=2, accumulation=2, cluster="fsdp")
+STRAIGHT = {
+    "2 ranks of DDP": Topology(ranks=2),
+    "2 ranks of FSDP2": Topology(ranks=2, cluster="fsdp"),
+    "2 ranks of FSDP2, accumulating 2": Topology(ranks=2, accumulation=2, cluster="fsdp"),
+}
+DDP, FSDP = STRAIGHT["2 ranks of DDP"], STRAIGHT["2 ranks of FSDP2"]
 MOVES = {
     "DDP, FSDP2, DDP": (DDP, FSDP, DDP),
-    "FSDP2, 1 process, FSDP2 accumulating 2": (FSDP, WHOLE, FSDP_ACCUMULATING),
+    "FSDP2, 1 process, FSDP2 accumulating 2": (FSDP, WHOLE, STRAIGHT["2 ranks of FSDP2, accumulating 2"]),
 }
+# Of the micro-batch, and so of the ranks: the adaptive weight and LeCam's averages of logits.
+ADVERSARIAL = '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "start_step": 3, "r1_every": 2}'
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def bench(tmp_path_factory) -> StageRuns:
     """Runs of both stages in float32 and without dropout."""
     words = [f"--trainer.max_steps={LONG}", f"--trainer.val_check_interval={LONG}", "--checkpoint_every=10", EXACT]
     words += ["--keep_last=9", "--model.flip_probability=0.5"]
-    more = {"tokenizer": [], "transformer": ["--model.network.dropout=0"]}
+    more = {"tokenizer": [ADVERSARIAL, "--model.gradient_clip=1.0"], "transformer": ["--model.network.dropout=0"]}
     return StageRuns(tmp_path_factory.mktemp("distributed"), words, more, GLOBAL_BATCH)
 
 
@@ -84,12 +91,35 @@ def near_to_one_process(bench: StageRuns, name: str) -> None:
     assert max(losses, weights) < NEAR
 
 
+@pytest.mark.parametrize("where", STRAIGHT)
+def test_ranks_train_like_one_process_over_50_steps_with_a_kill(bench, where):
+    runs, topology, name = bench.runs["transformer"], STRAIGHT[where], f"straight{list(STRAIGHT).index(where)}"
+    runs.leg(name, topology, kill_at=KILL_AT)
+    runs.leg(name, topology)
+    near_to_one_process(bench, name)
+
+
 @pytest.mark.parametrize("where", MOVES)
 def test_a_run_that_changes_ranks_and_strategy_trains_like_one_process(bench, where):
     runs, name = bench.runs["transformer"], f"moves{list(MOVES).index(where)}"
     for topology, kill_at in zip(MOVES[where], (14, 33, None), strict=True):
         runs.leg(name, topology, kill_at=kill_at)
     near_to_one_process(bench, name)
+
+
+def test_ranks_train_the_tokenizer_of_one_process_over_10_steps(bench):
+    one = bench.straight("tokenizer", WHOLE)
+    bench.runs["tokenizer"].leg("ddp", DDP)
+    assert bench.runs["tokenizer"].seen("ddp").rows() == one.rows()
+    for step in range(10, LONG + 1, 10):
+        folders = (bench.runs["tokenizer"].folder / f"{name}/tokenizer/checkpoints" for name in ("straight-0", "ddp"))
+        read = FolderCheckpointIO().load_checkpoint
+        states = (read(folder / f"step-{step:08d}")["state_dict"] for folder in folders)
+        found = apart(*states)
+        assert any("discriminator" in name for name in found)
+        sums = max(value for name, value in found.items() if ".quantizer." in name and ".codebook" not in name)
+        weights = max(value for name, value in found.items() if ".quantizer." not in name or ".codebook" in name)
+        assert step > 10 or max(weights, sums) < NEAR
 
 
 SHORT = ("--trainer.max_steps=6", "--checkpoint_every=6")
@@ -182,3 +212,29 @@ def test_two_ranks_measure_and_report_the_health_of_one_process(fine_tunings):
     assert ("codebook_usage", 2) in alarms[0]
     assert alarms[1] == alarms[0]
     assert {cause for cause, _ in alarms[2]} == {cause for cause, _ in alarms[0]}
+
+
+def test_frozen_parts_keep_every_bit_on_two_ranks(fine_tunings, tiny_pretrained):
+    start = load_tokenizer(tiny_pretrained / "tokenizer").network.state_dict()
+    frozen = {name for name in start if name.startswith(("encoder.", "quantizer."))}
+    states = {}
+    for name in ("1 process", "2 ranks"):
+        fine_tunings.leg(f"frozen, {name}", TOPOLOGIES[name], "--model.freeze=[encoder, quantizer]")
+        seen = fine_tunings.seen(f"frozen, {name}")
+        states[name] = seen.state["state_dict"]
+        for part in ("network", "ema_network"):
+            kept = {each for each in start if torch.equal(states[name][f"{part}.{each}"], start[each])}
+            assert kept == frozen, part
+        assert len(seen.state["optimizer_states"][0]["state"]) == len(start.keys() - frozen)
+    first, second = (rank_weights(fine_tunings, "frozen, 2 ranks", rank) for rank in (0, 1))
+    assert first == second
+    for each in start:
+        key = f"network.{each}"
+        torch.testing.assert_close(states["2 ranks"][key], states["1 process"][key], atol=1e-5, rtol=1e-5)
+
+
+def rank_weights(fine_tunings, name, rank):
+    """Returns the exact sum of all weights after each micro-batch of a rank."""
+    lines = (fine_tunings.folder / f"{name}-leg00-rank{rank}.jsonl").read_text().splitlines()
+    assert len(lines) >= STEPS
+    return [json.loads(line)["weights"] for line in lines]

@@ -97,14 +97,23 @@ FIXED_WEIGHT = '--model.adversarial={"discriminator": {"channel_multiplier": 0.0
 LEGS = (Topology(), Topology(ranks=2, workers=2, accumulation=3), Topology(workers=3, accumulation=2))
 
 
-@pytest.mark.slow  # 10 s; tests/test_distributed.py has stage 2
+@pytest.mark.slow  # 10 s
 @pytest.mark.survival
-def test_order_and_draws_are_the_same_on_other_ranks_and_workers(bench):
-    straight, runs = bench.straight("tokenizer", Topology(), FIXED_WEIGHT), bench.runs["tokenizer"]
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_order_and_draws_are_the_same_on_other_ranks_and_workers(bench, stage):
+    more = ("--model.network.dropout=0",) if stage == "transformer" else (FIXED_WEIGHT,)
+    straight, runs = bench.straight(stage, Topology(), *more), bench.runs[stage]
     for topology, kill_at in zip(LEGS, (5, 9, None), strict=True):
-        runs.leg("moved", topology, FIXED_WEIGHT, "--checkpoint_every=2", kill_at=kill_at)
+        runs.leg("moved", topology, *more, "--checkpoint_every=2", kill_at=kill_at)
     seen = runs.seen("moved")
     assert seen.rows() == straight.rows()
-    ends = (seen.state["state_dict"], straight.state["state_dict"])
-    names = [name for name in ends[0] if ".quantizer." not in name]
-    assert max(float((ends[0][name] - ends[1][name]).abs().max()) for name in names) < 1e-3
+    if stage == "transformer":
+        wanted = dict(straight.step_losses(GLOBAL_BATCH))
+        losses = seen.step_losses(GLOBAL_BATCH)
+        assert {step for step, _ in losses} == set(range(STEPS))
+        assert losses == [(step, pytest.approx(wanted[step], rel=1e-5)) for step, _ in losses]
+    else:
+        ends = (seen.state["state_dict"], straight.state["state_dict"])
+        names = [name for name in ends[0] if ".quantizer." not in name]
+        apart = max(float((ends[0][name] - ends[1][name]).abs().max()) for name in names)
+        assert apart < 1e-3

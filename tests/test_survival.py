@@ -3,6 +3,7 @@
 docs/faults.md lists the faults.
 """
 
+import json
 import os
 import re
 import signal
@@ -24,7 +25,7 @@ from maskgit_pl.errors import (
     exit_code_of,
 )
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, complete_checkpoints, newest_checkpoint, step_of
-from tests.injection import Fault, kill_in_saving, kill_in_writing
+from tests.injection import Disk, Fault, kill_in_saving, kill_in_writing
 from tests.observing import KILLED, Runs, StageRuns, Topology, assert_same_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.survival]
@@ -56,6 +57,30 @@ def line(text: str, pattern: str) -> str:
     found = [each for each in text.splitlines() if re.search(pattern, each)]
     assert found, f"{pattern!r} is not in:\n{text[-3000:]}"
     return found[0]
+
+
+# Kills, and changed settings
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_killed_run_resumes_from_its_last_checkpoint(bench, stage):
+    runs = bench.runs[stage]
+    runs.leg("killed-at-7", TWO, "--checkpoint_every=3", kill_at=7)
+    assert runs.newest("killed-at-7").name == "step-00000006"
+    (text, _) = runs.leg("killed-at-7", TWO, "--trainer.max_steps=8")
+    assert_resumes(bench, stage, "killed-at-7", TWO)
+    line(text, "resuming from step-00000006")
+
+
+def test_a_run_with_other_settings_is_refused_and_stays_as_it_is(bench):
+    runs = bench.runs["transformer"]
+    runs.leg("another", TWO, "--trainer.max_steps=2")
+    before = {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
+    changed = ("--model.network.depth=2", "--data.seed=7", "--model.mask_schedule=square")
+    texts = runs.leg("another", TWO, *changed, code=BAD_INPUT)
+    said = line(texts[0], "from step 2: settings changed")
+    assert all(word in said for word in ("depth: 1 -> 2", "seed: 0 -> 7", "cosine -> square"))
+    assert before == {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
 
 
 # Kills while a checkpoint is written
@@ -203,6 +228,30 @@ def test_a_stopped_rank_ends_the_run_with_the_stacks_of_the_other(bench, rank):
     assert_resumes(bench, "transformer", run, TWO)
 
 
+@pytest.mark.parametrize("rank", [1, 0])
+def test_a_rank_that_hangs_ends_the_run_with_the_stacks_of_both(bench, rank):
+    """The other rank waits in a collective, so both reach the limit."""
+    runs, run = bench.runs["transformer"], f"asleep{rank}"
+    fault, more = Fault("asleep", 9, rank=rank), ("--hang_seconds=3", "--checkpoint_every=6")
+    texts = runs.leg(run, TWO, *more, faults=[fault], code=INTERNAL_ERROR)
+    for each, text in enumerate(texts):
+        line(text, f"^hang, rank {each}: training: no progress")
+    for each, file in enumerate(STACKS):
+        stacks = (runs.folder / run / "transformer" / file).read_text()
+        assert bool(re.search(r'injection.py", line \d+ in on_train_batch_end', stacks)) == (each == rank)
+    assert_resumes(bench, "transformer", run, TWO)
+
+
+def fill_stderr() -> None:
+    """Sends the output to a full disk."""
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+
+
+def test_a_hang_ends_a_run_whose_stderr_is_full(bench):
+    runs, sleep = bench.runs["transformer"], Fault("asleep", 7)  # the median counts from 5 steps on
+    runs.leg("mute", Topology(), "--hang_seconds=3", faults=[sleep], code=INTERNAL_ERROR, prepare=fill_stderr)
+
+
 # Losses that are not finite
 
 
@@ -218,6 +267,24 @@ def test_no_rank_updates_after_a_non_finite_value_of_one(bench, stage, what):
         assert "loss on rank 1" in said
 
 
+@pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "fsdp")])
+def test_four_non_finite_steps_end_the_run_with_their_samples(bench, stage, cluster):
+    runs, run = bench.runs[stage], f"nan-{cluster}"
+    fault = Fault("nan loss", 5, rank=1, times=STEPS)
+    texts = runs.leg(run, Topology(ranks=2, cluster=cluster), "--checkpoint_every=2", faults=[fault], code=NOT_FINITE)
+    folder = runs.folder / run / stage
+    assert step_of(runs.newest(run)) <= 7
+    loaded = FolderCheckpointIO().load_checkpoint(runs.newest(run))
+    assert all(value.isfinite().all() for value in loaded["state_dict"].values() if value.is_floating_point())
+    for rank, name in enumerate(("nonfinite.json", "nonfinite-rank1.json")):
+        steps = json.loads((folder / name).read_text())
+        assert [step["step"] for step in steps] == [4, 5, 6, 7]
+        assert {"nan"} == set(steps[0]["losses"]) if rank else "nan" not in steps[0]["losses"]
+        assert len(steps[0]["samples"]) == GLOBAL_BATCH // 2
+    line(texts[0], "4 steps in a row")
+    assert "4 steps in a row" not in texts[1]
+
+
 # Disks
 
 
@@ -231,6 +298,19 @@ def test_a_run_survives_a_checkpoint_that_cannot_be_written(bench, small_disk, t
     line(texts[0], "checkpoint of step 4 cannot be written")
     assert "cannot be written" not in texts[1]
     assert_same_state(runs.seen("mended"), bench.straight("transformer", TWO))
+
+
+@pytest.mark.parametrize("what", ["full disk", "read-only disk"])
+def test_three_unwritable_checkpoints_end_the_run_with_one_line(bench, small_disk, tmp_path, what):
+    runs = Runs(tmp_path, bench.runs["transformer"].given, GLOBAL_BATCH, small_disk)
+    fault = Fault(what, 3, times=STEPS)
+    texts = runs.leg("full", TWO, "--checkpoint_every=2", "--keep_last=1", faults=[fault], code=CANNOT_WRITE)
+    Disk().mend(small_disk / "full" / "transformer")
+    assert runs.newest("full").name == "step-00000002"
+    assert FolderCheckpointIO().load_checkpoint(runs.newest("full"))["global_step"] == 2
+    line(texts[0], "3 failures in a row")
+    assert "Traceback" not in texts[0]
+    assert_resumes(bench, "transformer", "full", TWO, runs)
 
 
 # Lightning's own launcher
