@@ -175,3 +175,9 @@ def test_the_page_names_the_winner_and_the_value_before() -> None:
     assert '"token_selector": "halton"' in page.markdown
     page = make_page(replace(result, confirmed=(first,)), real)
     assert "Trial 0 wins, with fid/classifier 2: no other decoding is better." in page.markdown
+
+
+def test_a_time_limit_ends_the_trials_but_not_the_second_measurement(study) -> None:
+    result = run(study, Measure(), seconds=1e-9)
+    assert [trial.number for trial in result.trials] == [0]
+    assert result.winner == result.before
