@@ -426,12 +426,13 @@ class ReMDM(Confidence):
     D) are masked again, and as many more candidates are kept, so that the number of masked tokens follows the
     schedule. With m tokens masked after the step and sigma_max = min(1, m / D), the strategies are
 
-    - ``cap``: sigma = min(eta, sigma_max), random tokens; - ``rescale``: sigma = eta sigma_max, random
-    tokens; - ``confidence``: sigma = eta sigma_max, random tokens with weights exp(-p), p the probability of
-    a code when drawn; - ``loop``: three phases. Until progress ``start`` the mask schedule runs to its
-    progress ``hold``. Then the number
-      of masked tokens stays constant with sigma = eta. From progress ``stop`` the schedule runs to its end
-      with sigma = 0.
+    - ``cap``: sigma = min(eta, sigma_max), random tokens;
+    - ``rescale``: sigma = eta sigma_max, random tokens;
+    - ``confidence``: sigma = eta sigma_max, random tokens with weights exp(-p), p the probability of a code
+      when drawn;
+    - ``loop``: three phases. Until progress ``start`` the mask schedule runs to its progress ``hold``. Then
+      the number of masked tokens stays constant with sigma = eta. From progress ``stop`` the schedule runs to
+      its end with sigma = 0.
 
     The source masks each token again independently. Here a fixed number is masked, the expected one, so that
     shapes are known before the loop.

@@ -1,8 +1,8 @@
 """Importers: convert weights that other projects released to pretrained folders.
 
-- ``checkpoints`` reads files of torch, safetensors and flax as tensors by name. - ``tokenizers``,
-``transformers`` and ``released`` (the JAX code of MaskGIT) hold a table of names for each project. -
-``conversion`` converts tensors by such a table, writes the pretrained folder, and describes it.
+- ``checkpoints`` reads files of torch, safetensors and flax as tensors by name.
+- ``tokenizers``, ``transformers`` and ``released`` (MaskGIT's JAX code) have a table of names for each project.
+- ``conversion`` converts tensors by such a table, writes the pretrained folder, and describes it.
 """
 
 from typing import Literal, get_args

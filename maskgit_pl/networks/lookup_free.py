@@ -4,9 +4,9 @@ The signs of lookup-free (LFQ) and binary spherical (BSQ) quantization give K = 
 set where channel i is positive. The distribution over all codes is a product of one distribution a bit, so
 the entropies cost no (M, K) table:
 
-- the entropy of a feature's assignment is the sum of the entropies of its bits; - the mean assignment of LFQ
-is one matrix product of the distributions over the lower and over the upper half of the
-  bits: (2^(D/2), M) x (M, 2^(D/2)), exact.
+- the entropy of a feature's assignment is the sum of the entropies of its bits;
+- the mean assignment of LFQ is one matrix product of the distributions over the lower and over the upper
+  half of the bits: (2^(D/2), M) x (M, 2^(D/2)), exact.
 """
 
 from __future__ import annotations
