@@ -98,7 +98,7 @@ def inpaint(
 
     The tokens under a box or a mask are generated again, and the result is pasted into the image.
 
-    Example: maskgit inpaint runs/fashion-mnist-adaln sneaker.png --box 0,0,28,14 --out inpainted.png
+    Example: maskgit inpaint fashion-mnist-demo shirt.png --box 0,0,28,14 --out inpainted.png
 
     Args:
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
@@ -129,7 +129,7 @@ def edit(
     What is in a box or under a mask is generated again and pasted into the image; or with --strength, a
     random share of all tokens is generated again.
 
-    Example: maskgit edit runs/fashion-mnist-adaln sneaker.png --box 0,4,28,16 --class 'Ankle boot'
+    Example: maskgit edit fashion-mnist-demo shirt.png --box 0,12,28,28 --class Pullover
 
     Args:
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
