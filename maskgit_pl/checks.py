@@ -310,7 +310,7 @@ def type_adapter(kind: type) -> TypeAdapter[Any]:
 
     # A plug-in may have types that no file can hold: its __post_init__ converts them.
     settings = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
-    return TypeAdapter(list[kind], config=settings)  # type: ignore[valid-type]
+    return TypeAdapter(list[kind], config=settings)  # type: ignore[valid-type]  # a value names the type
 
 
 @cache

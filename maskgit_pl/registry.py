@@ -257,7 +257,7 @@ class Registry(Generic[T]):
         factory = announced[0].point.load()
         if not callable(factory):
             raise TypeError(f"the entry point must be a class or a function, got {shorten(factory)}")
-        return factory  # type: ignore[no-any-return]
+        return factory  # type: ignore[no-any-return]  # what a package announces
 
     @contextmanager
     def _guard(self, name: str, announced: list[_Plugin], what: str, where: str) -> Iterator[None]:

@@ -69,7 +69,7 @@ def wide_image(number: int) -> torch.Tensor:
 
 def save_wide_images(folder: Path, counts: Mapping[Split, int]) -> Path:
     """Writes a data folder of wide images; sample n has label n % 3."""
-    png = lambda n: Sample(encode_png(wide_image(n)), "png", n % 3, f"{n}")  # noqa: E731
+    png = lambda n: Sample(encode_png(wide_image(n)), "png", n % 3, f"{n}")  # noqa: E731  # one expression, named for the reader
     return save_samples(folder, {split: map(png, range(count)) for split, count in counts.items()})
 
 

@@ -110,7 +110,7 @@ def _run(
     from maskgit_pl.runs.build import StageRun
 
     build, more = StageRun._build_callbacks, [Observer(file), Injection(faults)]
-    StageRun._build_callbacks = lambda run: [*build(run), *more]  # type: ignore[method-assign]
+    StageRun._build_callbacks = lambda run: [*build(run), *more]  # type: ignore[method-assign]  # replaced in this process only
     if prepare is not None:
         prepare()
     sys.argv = ["maskgit", *words]

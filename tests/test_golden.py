@@ -141,7 +141,7 @@ def test_a_training_step_has_the_recorded_loss_and_gradients(micro_batch, tmp_pa
         float(arrays["loss_value"]), abs=1e-4
     )  # Lightning divides each by their number
     tree = "transformer_n16_grads.msgpack"
-    to_ours = lambda recorded: transformer_weights(recorded, config)  # noqa: E731
+    to_ours = lambda recorded: transformer_weights(recorded, config)  # noqa: E731  # one expression, named for the reader
     compared = list(gradients(tree, GOLDEN.tree(tree), seen.gradients, to_ours, tolerance=1e-4))
     assert_agree(compared, record_property, folder="golden training step")
 

@@ -150,7 +150,7 @@ def test_moment_is_the_limit_of_confidence_if_few_of_many_tokens_are_kept():
     for name in ("confidence", "moment"):
         decoder = decoder_of({"name": name, "choice_temperature": temperature / 0.5}, 2, tokens_per_step=(1, 39))
         noise = SeededNoise(torch.arange(num_images), 40, steps_at_once=1)
-        predictor = lambda tokens, positions: logits[positions]  # noqa: E731
+        predictor = lambda tokens, positions: logits[positions]  # noqa: E731  # one expression, named for the reader
         step = next(decoder.steps(predictor, torch.full((num_images, 40), MASK), noise, mask_token_id=MASK))
         positions = (step.was_masked & ~step.still_masked).nonzero()[:, 1]
         codes = step.tokens[~step.still_masked]

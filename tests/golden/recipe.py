@@ -132,7 +132,7 @@ def _nested(shapes: Shapes) -> dict[str, object]:
         *owners, name = path.split("/")
         node = tree
         for owner in owners:
-            node = node.setdefault(owner, {})  # type: ignore[assignment]
+            node = node.setdefault(owner, {})  # type: ignore[assignment]  # a tree of dicts and arrays
         node[name] = shape
     return tree
 
@@ -147,7 +147,7 @@ def _packed(tree: dict[str, object], prefix: str, make: Callable[[str, Shape], n
         if isinstance(node, dict):
             yield from _packed(node, path, make)
         else:
-            array = make(path.removeprefix("/params/"), node)  # type: ignore[arg-type]
+            array = make(path.removeprefix("/params/"), node)  # type: ignore[arg-type]  # a tree of dicts and arrays
             payload = msgpack.packb((array.shape, array.dtype.name, array.tobytes("C")))
             yield packer.pack(msgpack.ExtType(_ARRAY, payload))
 

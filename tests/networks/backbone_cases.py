@@ -27,7 +27,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of backbones that have options; 
 
 def small_config(name: str, **options: Any) -> BackboneConfig:
     """Builds a small configuration of a backbone: 16 codes, 3 classes, 3 x 4 tokens, no dropout."""
-    known = {each.name for each in fields(backbones.factory(name))}  # type: ignore[arg-type]
+    known = {each.name for each in fields(backbones.factory(name))}  # type: ignore[arg-type]  # every backbone is a dataclass
     sizes = {key: value for key, value in SIZES.items() if key in known}
     values = {"codebook_size": 16, "num_classes": 3, "grid": [3, 4], "dropout": 0.0, **sizes, **options}
     return build_config({"backbone": name, **values}, "test")

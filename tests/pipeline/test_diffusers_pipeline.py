@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 diffusers = pytest.importorskip("diffusers")
 
 from maskgit_pl.pipeline import diffusers_pipeline  # noqa: E402  # needs diffusers
-from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline, MaskGITTransformer  # noqa: E402
+from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline, MaskGITTransformer  # noqa: E402  # needs diffusers
 
 BY_DIFFUSERS, BY_CLASS = (code for _, code in BLOCKS["docs/export.md"] if "diffusers" in code)
 FRESH = f"""

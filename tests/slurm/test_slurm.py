@@ -328,7 +328,7 @@ def test_signals_to_a_job_and_to_a_task_in_a_container_without_slurm(site: Site)
     code, refusal = run.ask()
     assert code == 2
     assert f"job {run.number} is RUNNING" in refusal
-    typed = cluster.run(re.search(r"(?s)STAGE=.*?(?=\njob )", printed)[0])  # type: ignore[index]
+    typed = cluster.run(re.search(r"(?s)STAGE=.*?(?=\njob )", printed)[0])  # type: ignore[index]  # it is there
     cluster.wait_until(lambda: cluster.job(typed)["Reason"] == "Dependency", "the second job waits")
     cluster.run(f"scancel {typed}")
 
@@ -338,7 +338,7 @@ def test_signals_to_a_job_and_to_a_task_in_a_container_without_slurm(site: Site)
     run.wait_beyond(run.step)
     for restarts, words in enumerate(("", "--batch ", "--full "), start=2):  # the tasks, the script, both
         cluster.run(f"scancel {words}--signal=USR1 {run.number}")
-        cluster.wait_until(lambda count=restarts: run.restarts == count, "back in the queue")  # type: ignore[misc]
+        cluster.wait_until(lambda count=restarts: run.restarts == count, "back in the queue")  # type: ignore[misc]  # binds the loop variable
         run.wait_beyond(run.step)
     (task,) = cluster.tasks(run.number, "node2")
     os.kill(task, signal.SIGTERM)
@@ -392,7 +392,7 @@ def test_a_job_without_progress_is_stopped_after_three_restarts(site: Site) -> N
     for restart in range(1, 5):
         cluster.wait_until(lambda: cluster.job(back.number)["JobState"] == "RUNNING", "a start")
         cluster.run(f"scontrol requeue {back.number}")
-        cluster.wait_until(lambda count=restart: back.restarts == count, "a restart")  # type: ignore[misc]
+        cluster.wait_until(lambda count=restart: back.restarts == count, "a restart")  # type: ignore[misc]  # binds the loop variable
     for run, restarts in ((asked, 3), (back, 4)):
         run.finish(state="FAILED")
         assert cluster.job(run.number)["ExitCode"] == "70:0"

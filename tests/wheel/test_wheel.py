@@ -56,7 +56,7 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
         return done.stdout
 
-    call.place = place / "here"  # type: ignore[attr-defined]
+    call.place = place / "here"  # type: ignore[attr-defined]  # an attribute of the fixture
     return call
 
 
@@ -84,14 +84,14 @@ def test_the_first_commands_work(run: Run) -> None:
 
 def test_pictures_are_made_before_anything_is_trained(run: Run) -> None:
     run("maskgit sample fashion-mnist-demo --classes Sneaker,Bag --per-class 4 --images pictures --out sampled.png")
-    picture = min((run.place / "pictures").iterdir())  # type: ignore[attr-defined]
+    picture = min((run.place / "pictures").iterdir())  # type: ignore[attr-defined]  # an attribute of the fixture
     run(f"maskgit edit fashion-mnist-demo pictures/{picture.name} --box 0,4,28,16 --class 'Ankle boot' --out boot.png")
     for made in ("sampled.png", "boot.png"):
-        assert (run.place / made).stat().st_size > 500  # type: ignore[attr-defined]
+        assert (run.place / made).stat().st_size > 500  # type: ignore[attr-defined]  # an attribute of the fixture
 
 
 def test_the_demo_runs_and_its_model_is_listed(run: Run) -> None:
-    here: Path = run.place  # type: ignore[attr-defined]
+    here: Path = run.place  # type: ignore[attr-defined]  # an attribute of the fixture
     if (files := ROOT / "data" / "raw" / "fashion-mnist").is_dir():  # an earlier download
         shutil.copytree(files, here / "data" / "raw" / "fashion-mnist")
     try:

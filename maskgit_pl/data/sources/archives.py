@@ -114,7 +114,7 @@ class Entries:
         else:
             if first == b"\x1f\x8b":
                 # Without a name, so that also a killed process leaves nothing; worker processes can open it.
-                plain = tempfile.TemporaryFile()  # noqa: SIM115
+                plain = tempfile.TemporaryFile()  # noqa: SIM115  # closed by the finalizer
                 weakref.finalize(self, plain.close)
                 self._archive = Path(f"/proc/{os.getpid()}/fd/{plain.fileno()}")
                 _decompress(path, plain)

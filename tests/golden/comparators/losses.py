@@ -98,7 +98,7 @@ def _entropies(arrays: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name in arrays:
         if match := re.fullmatch(r"entropy_(softmax|argmax)_T([\d.e-]+)", name):
             affinity = arrays["entropy_affinity"].clone().requires_grad_()
-            loss = entropy_loss(affinity, temperature=float(match[2]), kind=match[1])  # type: ignore[arg-type]
+            loss = entropy_loss(affinity, temperature=float(match[2]), kind=match[1])  # type: ignore[arg-type]  # a name of the recording
             made[name] = loss.detach()
             (made[f"entropy_grad_{match[1]}_T{match[2]}"],) = torch.autograd.grad(loss, affinity)
     return made

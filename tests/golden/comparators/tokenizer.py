@@ -121,7 +121,7 @@ def _from_distances(distances: Tensor, arrays: Mapping[str, np.ndarray]) -> dict
     made = {"nearest_gap": two[:, 1] - two[:, 0]}
     for name in arrays:
         if match := re.fullmatch(r"entropy_(softmax|argmax)_T([\d.e-]+)", name):
-            made[name] = entropy_loss(-distances, temperature=float(match[2]), kind=match[1])  # type: ignore[arg-type]
+            made[name] = entropy_loss(-distances, temperature=float(match[2]), kind=match[1])  # type: ignore[arg-type]  # a name of the recording
     return made
 
 
@@ -154,7 +154,7 @@ def _compare_training(folder: Folder, file: str, network: VQGAN) -> Iterator[Com
         names, values = zip(*network.named_parameters(), strict=True)
         ours = dict(zip(names, torch.autograd.grad(loss, values), strict=True))
         tolerance = _GRADIENT_TOLERANCE * max(float(np.abs(array).max()) for array in recorded.values())
-        to_ours = lambda arrays: tokenizer_weights(arrays, network.config)  # noqa: E731
+        to_ours = lambda arrays: tokenizer_weights(arrays, network.config)  # noqa: E731  # one expression, named for the reader
         yield from gradients(tree, recorded, ours, to_ours, tolerance=tolerance)
 
 

@@ -81,7 +81,7 @@ def _compare_loss(folder: Folder, file: str, network: MaskedTransformer, logits:
         names, values = zip(*network.named_parameters(), strict=True)
         ours = dict(zip(names, torch.autograd.grad(loss, values), strict=True))
         config = network.config
-        to_ours = lambda recorded: transformer_weights(recorded, config)  # noqa: E731
+        to_ours = lambda recorded: transformer_weights(recorded, config)  # noqa: E731  # one expression, named for the reader
         yield from gradients(tree, folder.tree(tree), ours, to_ours, tolerance=TOLERANCE)
 
 
