@@ -6,6 +6,7 @@ import pytest
 
 from maskgit_pl import runs
 from maskgit_pl.cli import main
+from maskgit_pl.data.token_store import read_description
 from maskgit_pl.runs.tokenizing import _find_rank
 from tests.runs.test_fitting import recipe
 
@@ -48,6 +49,14 @@ def test_tokens_are_made_and_training_reads_them(tiny_shards, tiny_pretrained, t
     assert store == (tmp_path / "one" / "tokens").resolve()
     assert told == {"tokens of train": 120, "tokens of val": 24}
     assert runs.fit(reads_tokens, **where).step == 1
+
+
+@pytest.mark.slow
+def test_few_images_are_trained_on_the_views_that_were_tokenized(tiny_shards, tiny_pretrained, tmp_path):
+    where = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
+    few = recipe("transformer", data__source="tokens", max_passes=1)
+    assert read_description(runs.tokenize(few, **where)).crops == 8
+    assert runs.fit(few, **where).step == 1
 
 
 def test_a_rank_that_is_no_number_ends_a_command_with_one_line(environment, capsys):
