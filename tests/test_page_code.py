@@ -29,7 +29,7 @@ for kind, out in (("onnx", "exported"), ("diffusers", "folder")):
 BEFORE = {"docs/export.md": EXPORT}  # what a page takes for granted
 FILES = {  # what the blocks of a page write
     "README.md": ["shirt.png"],
-    "docs/index.md": ["sneaker.png"],
+    "docs/index.md": ["shirt.png"],
     "docs/export.md": ["generated.png"],
     "docs/generation.md": ["shirt.png", "folder/config.json"],
     "docs/own-images.md": ["wanted.npy"],
