@@ -35,7 +35,7 @@ __all__ = [
     "open_extractors",
 ]
 
-BATCH_SIZE = 50  # images; part of the result, see the module docstring
+BATCH_SIZE = 16  # images, which fit into the caches of a CPU; part of the result, see the module docstring
 
 
 @dataclass(frozen=True)

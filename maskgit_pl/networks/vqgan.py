@@ -24,6 +24,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ _RANGES = {  # well above any existing network: a larger number is a mistake, or
     "num_groups": "[1, 16384]",
     "codebook_size": "[2, 16777216]",
     "code_dim": "[1, 65536]",
-    "patch_size": "[1, 64]",
+    "patch_size": "[1, 32]",
 }
 _MAX_LEVELS = 12  # the resolution is halved 11 times
 _ONLY_OF_TAMING = ("attention_levels", "middle_attention", "latent_channels", "signed_images")
@@ -65,6 +66,7 @@ _FIXED = {  # layout -> fields that keep their defaults
 # Of all norms, and of the variance of codes. flax's default and taming's choice; torch's 1e-5 changes the
 # outputs of the released model.
 _NORM_EPSILON = 1e-6
+_PATCH_CHANNELS = 8  # of ``PatchUpsample`` at full resolution; 16 take a quarter more time
 
 
 @dataclass(frozen=True)
@@ -84,8 +86,8 @@ class VQGANConfig:
         num_groups: Number of groups of each GroupNorm; divides the channels of every level.
         codebook_size: K, number of codes.
         code_dim: D, size of a code.
-        patch_size: Factor of space to depth before the first convolution and of depth to space after the last
-            one. 1 (released code) does neither; 2 or more makes the network cheaper by its square.
+        patch_size: Factor of space to depth before the first convolution, and of the upsamplings before the
+            last one. 1 (released code) does neither; a power of 2 makes the network cheaper by its square.
         quantizer: Name or mapping of a registered quantizer.
         initial_scale: Factor of the initial convolution weights, in (0, 1000]. 1 is the released LeCun
             normal; 0.577 gives the variance of torch's default, with which short runs learn faster.
@@ -143,6 +145,8 @@ class VQGANConfig:
         check_channels("network in_channels", self.in_channels)
         for name, interval in _RANGES.items():
             check_integer(f"network {name}", getattr(self, name), interval)
+        if self.patch_size & (self.patch_size - 1):
+            raise ValueError(f"network patch_size must be 1, 2, 4, 8, 16 or 32, got {self.patch_size}")
         if not 1 <= len(self.channel_multipliers) <= _MAX_LEVELS:
             raise ValueError(
                 f"network channel_multipliers must be 1 to {_MAX_LEVELS} integers, one a level, got "
@@ -366,15 +370,16 @@ class Decoder(nn.Module):
         self.blocks = nn.Sequential(*_decoder_blocks(config))
         self.norm = group_norm(last, config)
         self.activation = _activation(config)
-        self.head = conv(last, config.in_channels * config.patch_size**2, 3, bias=True)
+        self.patches = nn.Sequential(*_patch_blocks(config))
+        channels = last if config.patch_size == 1 else _PATCH_CHANNELS
+        self.head = conv(channels, config.in_channels, 3, bias=True)
 
     def forward(self, codes: Tensor) -> Tensor:
         """Returns the images (B, C, H, W), not clipped, of codes (B, D, h, w)."""
         x = self.stem(self.projection(codes))
         for block in self.blocks:
             x = block(x, codes) if isinstance(block, AdaptiveGroupNorm) else block(x)
-        out: Tensor = self.head(self.activation(self.norm(x)))
-        out = F.pixel_shuffle(out, self.config.patch_size) if self.config.patch_size > 1 else out
+        out: Tensor = self.head(self.patches(self.activation(self.norm(x))))
         return (out + 1) / 2 if self.config.is_signed else out
 
 
@@ -401,6 +406,16 @@ def _decoder_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
         width = out
         if level > 0:
             yield ShuffleUpsample(width) if config.layout == "magvit2" else Upsample(width)
+
+
+def _patch_blocks(config: VQGANConfig) -> Iterator[nn.Module]:
+    """Yields the upsamplings from patches to pixels, each to half of the channels of the one before."""
+    width, size = config.widths[0], config.patch_size
+    while size > 1:
+        size //= 2
+        yield PatchUpsample(width, _PATCH_CHANNELS * size)
+        yield _activation(config)
+        width = _PATCH_CHANNELS * size
 
 
 def _level(width: int, out: int, config: VQGANConfig, *, level: int, blocks: int) -> Iterator[nn.Module]:
@@ -530,6 +545,32 @@ class Upsample(nn.Module):
         """Returns x (B, channels, h, w) at twice the resolution, (B, channels, 2 h, 2 w)."""
         out: Tensor = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return out
+
+
+class PatchUpsample(nn.Module):
+    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution, calculated as one convolution before it.
+
+    The 3x3 pixels around each of the 2x2 places of a patch lie in 3x3 patches, so each place has a 3x3 kernel over
+    patches: sums of the taps of the one kernel. Kernels of their own, as in ``ShuffleUpsample``, can draw a pattern of
+    2 pixels on an even area, which an adversarial loss rewards; these cannot.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = conv(in_channels, out_channels, 3, bias=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns x (B, in_channels, h, w) at twice the resolution, (B, out_channels, 2 h, 2 w)."""
+        weight, index = self.conv.weight, torch.arange(3, device=x.device)
+        patch = (index[:2, None] + index + 1) // 2  # (2, 3): of 3 patches, that of each tap at each place
+        taps = (patch[..., None] == index).to(weight.dtype)
+        kernels = torch.einsum("aui,bvj,ocuv->oabcij", taps, taps, weight).flatten(0, 2)
+        bias = self.conv.bias.repeat_interleave(4)
+        return F.pixel_shuffle(F.conv2d(x, kernels, bias, padding=1), 2)
 
 
 class ShuffleUpsample(nn.Module):

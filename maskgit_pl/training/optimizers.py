@@ -396,21 +396,24 @@ def frozen_copy(network: _Network) -> _Network:
 
 @torch.no_grad()
 def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) -> None:
-    """Updates the moving average in place.
+    """Updates the moving average in place, with Adam's correction of its bias.
 
-        ema <- d ema + (1 - d) source,  d = min(decay, (1 + step) / (10 + step))
+        ema <- ema + w (source - ema),  w = (1 - decay) / (1 - decay^(step + 1))
 
-    Buffers are copied. Sharded parameters are updated shard by shard, without communication.
+    So the average has the weights of every step so far, each as a power of ``decay`` in its age, and nothing of the
+    initial weights. Buffers are copied. Sharded parameters are updated shard by shard, without communication.
 
     Args:
         ema: The average, made by ``frozen_copy`` from ``source``.
         source: The trained network.
-        decay: Upper bound of d, in [0, 1).
-        step: Number of steps before this one, >= 0. The ramp lets early averages forget the initial weights.
+        decay: In [0, 1); the average spans about 1 / (1 - decay) steps.
+        step: Number of steps before this one, >= 0.
+
+    Source: Kingma and Ba, arXiv:1412.6980, section 3.
     """
     _reshard(ema)
-    weight = 1 - min(decay, (1 + step) / (10 + step))
-    # lerp: ema + (1 - d) (source - ema), in one kernel for many tensors.
+    weight = (1 - decay) / (1 - decay ** (step + 1))
+    # In one kernel for many tensors.
     averaged = [_local(parameter) for parameter in ema.parameters()]
     torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
     for kept, new in zip(ema.buffers(), source.buffers(), strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from maskgit_pl.networks.vqgan import VQGAN, Downsample, VQGANConfig
+from maskgit_pl.networks.vqgan import VQGAN, Downsample, PatchUpsample, VQGANConfig
 
 SMALL = {
     "base_channels": 8,
@@ -63,6 +63,11 @@ def test_the_strided_convolution_pads_as_same_does(size, after):
     torch.testing.assert_close(layer(x), expected)
 
 
+def test_an_upsampling_of_patches_is_nearest_neighbour_and_a_convolution():
+    layer, x = PatchUpsample(3, 5).double(), torch.rand(2, 3, 6, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), layer.conv(F.interpolate(x, scale_factor=2, mode="nearest")))
+
+
 def test_convolutions_start_with_the_truncated_lecun_normal():
     weight = VQGAN(VQGANConfig(3, base_channels=64, channel_multipliers=(1,))).encoder.blocks[0].conv1.weight
     assert weight.std().item() == pytest.approx(math.sqrt(1 / (64 * 9)), rel=0.02)
@@ -76,6 +81,7 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({"channel_multipliers": (1, 2.5)}, "channel_multipliers must be an integer in .* got 2.5"),
         ({"num_res_blocks": 10**9}, r"num_res_blocks must be an integer in \[1, 64\], got 1000000000"),
         ({"downsampling": "max"}, "downsampling"),
+        ({"patch_size": 6}, "patch_size must be 1, 2, 4, 8, 16 or 32, got 6"),
         ({"quantizer": "emma"}, "'ema'"),
         ({"layout": "unet"}, "layout must be one of maskgit, taming, magvit2, got 'unet'"),
         ({"attention_levels": (1,)}, r"attention_levels must be \(\) in layout 'maskgit', got \(1,\)"),
