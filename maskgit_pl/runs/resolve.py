@@ -49,6 +49,7 @@ AUTO = "auto"
 # Stage 2 of few images: fewer steps leave it untrained, and with one view of each image its validation loss rises
 # from the tenth pass on (docs/own-images.md).
 _LEAST_STEPS = 400
+_PASSES_OF_A_VIEW = 10
 _VIEWS = {"augmentations": [{"name": "random_resized_crop", "scale": [0.8, 1.0]}], "views": 8}
 
 _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
@@ -82,25 +83,26 @@ def merge_values(plan: Plan) -> dict[str, Any]:
 
 
 def adapt_to_few_images(recipe: Recipe, shards: Path) -> Recipe:
-    """Returns the recipe with fewer steps and more views, if ``max_passes`` over the images are fewer than its steps.
+    """Returns the recipe with fewer steps and more views, as ``max_passes`` demands for the number of images.
 
-    ``trainer.max_steps`` is lowered, but not below ``_LEAST_STEPS``. The warm-up takes at most a fifth of them, and a
-    validation takes place. The token store gets several views of an image, unless the recipe says how it is cropped.
-    Flags override all of this.
+    ``trainer.max_steps`` is lowered to ``max_passes`` passes over the images, but not below ``_LEAST_STEPS``. The
+    warm-up takes at most a fifth of the steps, and a validation takes place. If more than ``_PASSES_OF_A_VIEW`` passes
+    remain, the token store gets several views of an image, unless the recipe says how it is cropped. Flags override
+    all of this.
     """
     passes, batch, source = (recipe.get(key) for key in ("max_passes", "data.global_batch", "data.source"))
     steps = value_at(recipe.base, "trainer.max_steps")
     if passes is None or batch is None or steps is None or source == "stream":  # streams do not count their images
         return recipe
-    limit = max(_LEAST_STEPS, passes * read_manifest_summary(shards).samples["train"] // batch)
-    if limit >= steps:
-        return recipe
+    images = read_manifest_summary(shards).samples["train"]
+    limit = min(steps, max(_LEAST_STEPS, passes * images // batch))
     lower: dict[str, Any] = {"trainer": {"max_steps": limit}}
     if every := value_at(recipe.base, "trainer.val_check_interval"):
         lower["trainer"]["val_check_interval"] = min(every, limit)
     if warmup := value_at(recipe.base, "model.optimizer.learning_rate.warmup_steps"):
         lower["model"] = {"optimizer": {"learning_rate": {"warmup_steps": min(warmup, limit // 5)}}}
-    if source == "tokens" and all(recipe.get(f"data.{key}") is None for key in ("augmentations", "crop", "views")):
+    is_cropped = any(recipe.get(f"data.{key}") is not None for key in ("augmentations", "crop", "views"))
+    if source == "tokens" and limit * batch > _PASSES_OF_A_VIEW * images and not is_cropped:
         lower["data"] = _VIEWS
     return replace(recipe, base=merge([recipe.base, lower]))
 

@@ -175,12 +175,28 @@ def test_few_images_are_trained_for_fewer_steps(tiny_shards, tmp_path, tiny_pret
     assert values["model"]["optimizer"]["learning_rate"]["warmup_steps"] == warmup
 
 
-def test_few_images_get_views_unless_the_recipe_crops_them(tiny_shards):
-    few, crops = {"data.source": "tokens", "max_passes": 1}, {"data.augmentations": ["random_crop"]}
-    adapted = [
-        adapt_to_few_images(Recipe.read("transformer", overrides=few | more), tiny_shards) for more in ({}, crops)
+@pytest.mark.parametrize(
+    ("budget", "images", "steps", "warmup", "views"),
+    [
+        ("15m", 100, 400, 80, 8), ("15m", 300, 400, 80, 8), ("15m", 1_000, 1_250, 100, 8), ("15m", 3_000, 2_700, 100, 8),
+        ("15m", 45_000, 2_700, 100, None), ("1h", 3_000, 3_750, 100, 8), ("1h", 45_000, 6_000, 100, None),
+    ],
+)  # fmt: skip
+def test_a_budget_follows_the_number_of_images(tiny_shards, tmp_path, budget, images, steps, warmup, views):
+    for split in ("train", "val"):
+        manifest = json.loads((tiny_shards / f"{split}.json").read_text())
+        shards = [{**shard, "samples": images} for shard in manifest["shards"]]
+        (tmp_path / f"{split}.json").write_text(json.dumps({**manifest, "samples": images, "shards": shards}))
+    recipe = adapt_to_few_images(Recipe.read("transformer", names=f"adaln {budget}", dataset="mine"), tmp_path)
+    found = [
+        recipe.get(key) for key in ("trainer.max_steps", "model.optimizer.learning_rate.warmup_steps", "data.views")
     ]
-    assert [recipe.get("data.views") for recipe in adapted] == [8, None]
+    assert found == [steps, warmup, views]
+
+
+def test_few_images_get_no_views_if_the_recipe_crops_them(tiny_shards):
+    crops = {"data.source": "tokens", "max_passes": 1, "data.augmentations": ["random_crop"]}
+    assert adapt_to_few_images(Recipe.read("transformer", overrides=crops), tiny_shards).get("data.views") is None
 
 
 def test_a_stream_has_no_passes(tiny_shards):
