@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 _RECIPE, _BUDGET = "adaln", "15m"  # the temperatures of `adaln` without a budget suit Fashion-MNIST
 _SHORT_RUN = "demo-short"
 _SHORT = ("--trainer.max_steps=60", "--trainer.val_check_interval=60", "--data.validation_samples=500")
-_FEATURES = "classifier"
 _NUM_IMAGES, _SHORT_NUM_IMAGES = 1000, 50
 
 
@@ -134,7 +133,10 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
     common += [word for flag, folder in pretrained.items() if folder is not None for word in (f"--{flag}", str(folder))]
     common += flags
     num_images = _SHORT_NUM_IMAGES if is_short else _NUM_IMAGES
-    words = ["evaluate", str(run), "--data", str(data), "--features", _FEATURES, "--num-images", str(num_images)]
+    # A classifier of coloured images may read only their palette.
+    features = ["classifier"] if read[0].get("data.in_channels") == 1 else ["classifier", "lite0"]
+    words = ["evaluate", str(run), "--data", str(data)]
+    words += ["--features", ",".join(features), "--num-images", str(num_images)]
     steps = _plan_data(dataset, options.get("images"), data, lenient=options.get("lenient", False))
     if pretrained["tokenizer"] is None:
         work = partial(_train, read[0], folders)
@@ -143,7 +145,7 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
         *steps,
         Step("encode the images to tokens", ["tokenize", *common], partial(_encode, read[1], folders)),
         Step("train the transformer (stage 2)", ["train", "transformer", *common], partial(_train, read[1], folders)),
-        Step("generate pictures and measure the model", words, partial(_measure, run, data, num_images)),
+        Step("generate pictures and measure the model", words, partial(_measure, run, data, features, num_images)),
     ], run
 
 
@@ -177,9 +179,9 @@ def _encode(recipe: Recipe, folders: Mapping[str, Any]) -> None:
         tokenize(recipe, **folders, bars=bars)
 
 
-def _measure(run: Path, data: Path, num_images: int) -> None:
+def _measure(run: Path, data: Path, features: list[str], num_images: int) -> None:
     with progress_bars() as bars:
-        report = evaluate(run, data=data, num_images=num_images, features=[_FEATURES], bars=bars)
+        report = evaluate(run, data=data, num_images=num_images, features=features, bars=bars)
     table = io.StringIO()
     Console(file=table, force_jupyter=False).print(report.table())
     log.info("%s", "\n".join([table.getvalue().rstrip("\n"), *report.findings()]))

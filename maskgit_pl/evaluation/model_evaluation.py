@@ -23,8 +23,10 @@ from torch import Tensor
 from maskgit_pl.checks import check_integer, plain_size
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
+from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
+from maskgit_pl.evaluation.features import extract, iter_image_batches
 from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
@@ -54,7 +56,7 @@ from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
-__all__ = ["Report", "describe_limit", "evaluate"]
+__all__ = ["Report", "describe_agreement", "describe_limit", "evaluate"]
 
 _DRAWS = 4  # masks per image for likelihoods
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
@@ -62,6 +64,7 @@ _BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _SCORE = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")  # columns of a CAS
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
 _NEAR_REAL = 1.5  # times the FID of real images
+_EXCEEDING = 2  # standard errors
 _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
@@ -131,17 +134,18 @@ def evaluate(
 
         images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
         measured = _measure(model, evaluator, decoding, images, options, lpips, cas)  # 2.
+        # The file of the measured images still exists.
+        generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
         # 3.
         content = {
             "protocol": {**images, **_describe_protocol(model, evaluator, decoding)},
             **measured,
+            **_measure_agreement(evaluator, generated),
             "model": _describe_model(model),
             "environment": {**describe_environment(), "device": str(pipe.device)},
             "held_out": describe_held_out(real.summary),
         }
         report = Report({**content, "limiting_stage": describe_limit(content)}, file)
-        # The file of the measured images still exists.
-        generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
         if rank == 0:
             originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
             _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
@@ -191,10 +195,6 @@ def _measure(
         "real_against_real": {**collect_numbers(floor), "images": next(iter(floor.values()))["num_images"]},
         "likelihood": {name: value for name, value in likelihood.items() if name.startswith(_LIKELIHOOD)},
     }
-    judge = networks.get(CLASSIFIER)
-    if judge is not None and judge.accuracy is not None and judge.labels is not None:
-        # The class agreement is read relative to the accuracy of the classifier.
-        measured["classifier"] = {"accuracy_on_real_images": judge.accuracy, "real_images": len(judge.labels)}
     if cas is not None:
         scores = {
             "generated_images": evaluator.measure_cas(model, decoding, cas, **images),
@@ -204,6 +204,54 @@ def _measure(
             trained_on: {name: row[name] for name in _SCORE} for trained_on, row in scores.items()
         }
     return measured
+
+
+def _measure_agreement(evaluator: Evaluator, generated: GeneratedImages) -> dict[str, Any]:
+    """Measures the accuracy of the classifier, which class agreement is read relative to, and agreement per class."""
+    judge = evaluator.networks.get(CLASSIFIER)
+    if judge is None or judge.labels is None or judge.reference.features is None:
+        return {}
+    (features,) = extract([judge.extractor], iter_image_batches(generated.read, len(generated.labels))).values()
+    hits = []
+    for each, labels in ((features, generated.labels), (judge.reference.features, judge.labels)):
+        assert each.logits is not None  # of a classifier
+        hits.append((each.logits.argmax(1) == labels, labels))
+    by_class = describe_agreement(hits[0], hits[1], evaluator.data.class_names)
+    return {"classifier": {"accuracy_on_real_images": judge.accuracy, "real_images": len(judge.labels), **by_class}}
+
+
+def describe_agreement(
+    generated: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], class_names: Sequence[str]
+) -> dict[str, Any]:
+    """Describes the agreement of each class in plain values, and names the classes that exceed real images.
+
+    The agreement p of n generated images exceeds q of m real ones by two standard errors of the difference if::
+
+        p - q > 2 sqrt(r (1 - r) (1 / n + 1 / m)), where r is the agreement of all n + m images
+
+    Args:
+        generated: (n,) bool, True where the classifier predicts the class, and the (n,) int64 classes.
+        real: The same of real images.
+        class_names: Names of the classes.
+
+    Returns:
+        ``per_class``: the classes with both kinds of images. ``text``: a sentence, if it names any class.
+    """
+    rows, named = [], []
+    for label, name in enumerate(class_names):
+        ours, theirs = (hits[labels == label].double() for hits, labels in (generated, real))
+        if not (len(ours) and len(theirs)):
+            continue
+        p, q = float(ours.mean()), float(theirs.mean())
+        rows.append({"class": name, "generated": p, "real": q})
+        deviation = float(torch.cat([ours, theirs]).std(correction=0))  # sqrt(r (1 - r))
+        if p - q > _EXCEEDING * deviation * math.sqrt(1 / len(ours) + 1 / len(theirs)):
+            named.append(f"{printable(name)} {p:.0%} (real {q:.0%})")
+    text = (
+        f"Agreement above that of real images: {', '.join(named)}. The classifier may read texture or palette, and "
+        "guidance pushes towards what it reads; look at lite0 and at the pictures."
+    )
+    return {"per_class": rows, **({"text": text} if named else {})}
 
 
 def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: DecodingConfig) -> dict[str, Any]:
@@ -286,8 +334,9 @@ class Report:
         return table
 
     def findings(self) -> list[str]:
-        """Returns sentences about the limiting stage and the images that were held out."""
-        return [self.content["limiting_stage"]["text"], self.content["held_out"]["text"]]
+        """Returns sentences about the limiting stage, the agreement if it is suspicious, and the held-out images."""
+        sections = (self.content.get(name, {}) for name in ("limiting_stage", "classifier", "held_out"))
+        return [section["text"] for section in sections if "text" in section]
 
 
 def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:

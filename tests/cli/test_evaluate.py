@@ -81,6 +81,8 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
     assert report["likelihood"]["elbo_bits_per_token"] > 0
     assert report["classifier"]["real_images"] == 24
+    agreement = [row["generated"] for row in report["classifier"]["per_class"]]
+    assert sum(agreement) / len(CLASSES) == pytest.approx(report["samples"]["exported_guidance"]["class_agreement"])
     assert report["real_against_real"]["images"] == 12
     assert (run_folder.parent / "shards-classifier" / "small" / "model.safetensors").is_file()
     for name in ("samples.png", "reconstructions.png"):

@@ -1,5 +1,5 @@
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from maskgit_pl.data import InOrder, ShardData
+from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.classifier import (
     TrainingImages,
     classification_accuracy,
@@ -17,7 +18,8 @@ from maskgit_pl.evaluation.classifier import (
     obtain_classifier,
 )
 from maskgit_pl.evaluation.features import open_extractors
-from maskgit_pl.evaluation.options import CASConfig, ClassifierConfig
+from maskgit_pl.evaluation.options import SMALL_TRAINING, CASConfig, ClassifierConfig
+from maskgit_pl.networks.feature_networks import load_classifier, weights_digest
 from tests.evaluation.feature_networks import in_memory, open_shards
 from tests.forked import run_ranks
 
@@ -93,6 +95,33 @@ def test_another_model_is_kept_unless_its_folder_is_the_default(data: ShardData,
         obtain_classifier(tmp_path, data, config=MOMENT, replaces=True)
         stored = json.loads(file.read_text())
         assert (stored["data"], stored["training"]["seed"]) == (data.summary.fingerprint, 0)
+
+
+def test_a_default_folder_gets_the_classifier_of_the_package_in_place_of_an_equal_training(
+    data: ShardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(classifier, "_SHIPPED", tmp_path / "shipped")
+    obtain_classifier(tmp_path / "shipped", data, config=MOMENT)
+
+    def count_steps(name: str, **options: Any) -> int:
+        steps: list[int] = []
+        obtain_classifier(tmp_path / name, data, on_step=lambda: steps.append(1), **options)
+        return len(steps)
+
+    assert count_steps("default", config=MOMENT, replaces=True) == 0
+    assert contents(tmp_path / "default") == contents(tmp_path / "shipped")
+    assert (
+        count_steps("named", config=MOMENT) == count_steps("other", config=replace(MOMENT, seed=1), replaces=True) == 2
+    )
+
+
+def test_the_classifier_of_the_package_is_that_of_the_demo() -> None:
+    models, page = classifier._SHIPPED.parent, Path(__file__).parents[2] / "docs" / "demo" / "evaluation.json"
+    config = json.loads((classifier._SHIPPED / "config.json").read_text())
+    model = json.loads((models / "fashion-mnist-demo" / "transformer" / "config.json").read_text())
+    assert (config["training"], config["class_names"]) == (asdict(SMALL_TRAINING), model["class_names"])
+    measured = json.loads(page.read_text())["protocol"]["features"]["classifier"]
+    assert weights_digest(load_classifier(classifier._SHIPPED)) == measured["weights"]
 
 
 def test_a_missing_weight_file_is_found_before_the_classifier_is_trained(data: ShardData, tmp_path: Path) -> None:

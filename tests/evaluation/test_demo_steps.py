@@ -36,6 +36,7 @@ def test_the_demo_has_the_steps_of_make() -> None:
     steps = commands()
     assert [words[:2] for words in steps[:2]] == [["data", "fetch"], ["train", "tokenizer"]]
     assert [words[0] for words in steps[2:]] == ["tokenize", "train", "evaluate"]
+    assert value(steps[-1], "--features") == "classifier"  # grey images
     # The commands of the targets that make has for single steps.
     for target, words in zip(("train-tokenizer", "tokenize", "train-transformer"), steps[1:4], strict=True):
         (*_, line) = run_make(target).stdout.splitlines()
@@ -47,7 +48,7 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     steps = commands(dataset="mine", images="photos", runs_folder="r", lenient=True)
     assert steps[0] == ["data", "make", "photos", "--out", "data/shards/mine", "--lenient"]
     assert (value(steps[1], "--recipe"), value(steps[1], "--run")) == ("adaln 15m", "mine-adaln-15m")
-    assert steps[-1][:2] == ["evaluate", "r/mine-adaln-15m"]
+    assert (steps[-1][:2], value(steps[-1], "--features")) == (["evaluate", "r/mine-adaln-15m"], "classifier,lite0")
     assert [words[0] for words in commands(tokenizer="x")] == ["data", "tokenize", "train", "evaluate"]
 
 

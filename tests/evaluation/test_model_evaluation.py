@@ -3,8 +3,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from maskgit_pl.evaluation.model_evaluation import describe_limit
+from maskgit_pl.evaluation.model_evaluation import Report, describe_agreement, describe_limit
 
 PAGE = Path(__file__).parents[2] / "docs" / "evaluation" / "README.md"
 
@@ -42,6 +43,37 @@ def test_bits_stand_beside_those_of_a_uniform_guess_with_or_without_a_reconstruc
     assert known["text"].startswith("The tokenizer limits: reconstructed real images already have FID 0.55, 86% of")
     assert "stage" not in unknown
     assert unknown["text"] == "The transformer needs 5.15 bits per val token, a uniform guess 8.00."
+
+
+@pytest.mark.parametrize(
+    ("generated", "real", "exceeds"),
+    [
+        ((98, 100), (700, 1000), True),
+        ((80, 100), (700, 1000), True),
+        ((79, 100), (700, 1000), False),  # less than two standard errors, 0.094
+        ((5, 5), (800, 1000), False),  # too few images to say so
+        ((7, 10), (800, 1000), False),
+        ((10, 10), (100, 100), False),
+    ],
+)
+def test_a_class_is_named_if_its_agreement_exceeds_that_of_real_images_by_two_standard_errors(
+    generated: tuple[int, int], real: tuple[int, int], exceeds: bool
+) -> None:
+    hits, real_hits = (torch.arange(count) < right for right, count in (generated, real))
+    # All images are of the class 1, and 9 generated ones of the class 2, of which there are no real ones.
+    labels = torch.ones(len(hits)).long(), torch.ones(len(real_hits)).long()
+    ours = torch.cat([hits, hits.new_ones(9)]), torch.cat([labels[0], torch.full((9,), 2)])
+    described = describe_agreement(ours, (real_hits, labels[1]), ["Ice", "Forest", "Sea"])
+    p, q = (right / count for right, count in (generated, real))
+    assert described["per_class"] == [{"class": "Forest", "generated": pytest.approx(p), "real": pytest.approx(q)}]
+    texts = {name: {"text": name} for name in ("limiting_stage", "held_out")}
+    found = Report({**texts, "classifier": described}, Path()).findings()
+    assert [found[0], found[-1]] == ["limiting_stage", "held_out"]
+    assert found[1:-1] == ([described["text"]] if exceeds else [])
+    assert (
+        described.get("text", "").startswith(f"Agreement above that of real images: Forest {p:.0%} (real {q:.0%}).")
+        is exceeds
+    )
 
 
 def test_the_advice_of_the_page_is_measured_on_the_pages_that_it_links() -> None:

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from maskgit_pl import __version__
-from maskgit_pl.pipeline.sharing import bundled_models
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,15 +59,14 @@ def run(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return call
 
 
-def test_the_wheel_has_only_the_package_the_recipes_and_the_model(wheel: Path) -> None:
+def test_the_wheel_has_only_the_package_the_recipes_and_the_models(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     tops = {name.split("/")[0] for name in names}
     assert tops == {"maskgit_pl", f"maskgit_pl-{__version__}.dist-info"}
     for file in (ROOT / "recipes").rglob("*.*"):
         assert f"maskgit_pl/recipes/{file.relative_to(ROOT / 'recipes').as_posix()}" in names
-    for name, folder in bundled_models().items():
-        for file in folder.rglob("*.*"):
-            assert f"maskgit_pl/models/{name}/{file.relative_to(folder).as_posix()}" in names
+    for file in (ROOT / "maskgit_pl" / "models").rglob("*.*"):
+        assert file.relative_to(ROOT).as_posix() in names
     assert wheel.stat().st_size < 9_000_000
 
 
