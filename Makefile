@@ -17,7 +17,7 @@ LOWEST := .venv-lowest
 #: DATA|Folder of its shards (default: data/shards/DATASET)
 #: IMAGES|Folder or archive of your own images, or hf:OWNER/NAME, which `make data` converts
 #: RECIPE|Recipes, merged from left to right (default: adaln)
-#: BUDGET|Recipe for a time on 2 CPU cores, merged after RECIPE: 15m or 1h (default: 15m, but none with RECIPE or fashion-mnist)
+#: BUDGET|Recipe for a time, merged after RECIPE: 15m, 1h or overnight on a CPU core, gpu-1h (default: 15m, but none with RECIPE or fashion-mnist)
 #: RUN|Name of the run folder in runs/ (default: DATASET-RECIPE, or DATASET-RECIPE-BUDGET)
 #: CLUSTER|single, ddp or fsdp (default: single; on Slurm: ddp)
 #: TOKENIZER|Pretrained tokenizer for stage 2 (default: that of the run)
