@@ -188,7 +188,7 @@ def measure_costs(ledger: Ledger, models: Sequence[EvaluatedModel], bars: Bars =
                 for size in BATCH_SIZES
                 for method, decode in _build_decoders(
                     pipe.transformer.network, pipe.decoding, pipe.transformer.mask_schedule, pipe.device,
-                    batch_size=size, negative=pipe.negative_model and pipe.negative_model.network,
+                    batch_size=size, negative=None if pipe.negative_model is None else pipe.negative_model.network,
                 ).items()
             }  # fmt: skip
             times = {column: median(seconds) / size for (column, size), seconds in _time(decoders, pipe.device)}
