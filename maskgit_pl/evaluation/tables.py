@@ -412,7 +412,8 @@ def _cost_lines(costs: Sequence[Row]) -> list[str]:
         if any(f"batch_{size}{suffix}" in cost for cost in costs)
     }
     cells = [
-        [*_model_cells(group), *(seeds_cell(group, name, lambda seconds: f"{1000 * seconds:.3g}") for name in columns),
+        [*_model_cells(group), *(seeds_cell(group, name, lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}")
+               for name in columns),
          seeds_cell(group, "training_seconds", "{:.0f}".format)]
         for group in _group_seeds(costs)
     ]  # fmt: skip

@@ -50,8 +50,8 @@ def test_table_1_has_a_row_per_model_with_the_range_of_its_seeds() -> None:
         f"{model} 1.50 (1.00 to 2.00) | 0.85M | 8 |",
         f"{model} 2.50 (2.00 to 3.00) | 1.50 (1.00 to 2.00) |  |",  # T = 2, 8 and 16
         "| autoregressive (bert) | `run-2` |  |  | 3.00 |",
-        f"{model} 10 (10 to 10) | 3 (2 to 4) |  |  | 150 (100 to 200) |",
-        "| autoregressive (bert) | `run-2` | 10 | 6 | 40 | 20 | 300 |",
+        f"{model} 10.0 (10.0 to 10.0) | 3.00 (2.00 to 4.00) |  |  | 150 (100 to 200) |",
+        "| autoregressive (bert) | `run-2` | 10.0 | 6.00 | 40.0 | 20.0 | 300 |",
         f"{model} 15.00 (10.00 to 20.00) | 100.00 (100.00 to 100.00) |",
     ):
         assert f"\n{line}\n" in text
