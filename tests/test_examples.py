@@ -59,7 +59,7 @@ def test_one_short_script_checks_trains_evaluates_tunes_and_writes_table_1(shard
     measured = Ledger(run / "evaluation" / FILE_NAME).rows("samples")
     assert len([row for row in measured if row["model"] == "MaskGIT"]) >= 3  # evaluated, and each trial of the search
     table = (tmp_path / "results" / "shards" / "table-1.md").read_text()
-    assert "| MaskGIT | `notebook` |" in table
+    assert "| MaskGIT (bert) | `notebook` |" in table
     assert table.strip() in printed
 
 

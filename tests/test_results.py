@@ -12,10 +12,10 @@ from unittest.mock import patch
 import pytest
 
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
-from maskgit_pl.evaluation.ledger import REAL, Ledger, Row
+from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import make_schedule_page
-from maskgit_pl.evaluation.tables import make_editing_page, make_generation_page
+from maskgit_pl.evaluation.tables import OTHER_STEPS, SETTINGS, make_editing_page, make_generation_page
 from maskgit_pl.evaluation.timing import METHODS, make_timing_page
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -28,6 +28,18 @@ def rows(measurement: str, **columns: Any) -> list[Row]:
     return [row for row in LEDGER.rows(measurement) if columns.items() <= row.items()]
 
 
+def of_table_1(measurement: str, **columns: Any) -> list[Row]:
+    """Returns the last measurements of the runs that the command of the page names, and of real images."""
+    command = (TABLES / "table-1.md").read_text().splitlines()[2]
+    runs = [*(Path(word).name for word in command.split() if word.startswith("runs/")), ""]
+    last = {
+        (row["run"], row.get("network"), row.get("num_steps")): row
+        for row in rows(measurement, **columns)
+        if row["run"] in runs
+    }
+    return sorted(last.values(), key=lambda row: runs.index(row["run"]))
+
+
 def page(name: str) -> Page:
     """Makes a page again from its ledger, with the command that it states."""
     command = (PAGES[name] / f"{name}.md").read_text().splitlines()[2].strip()
@@ -37,8 +49,14 @@ def page(name: str) -> Page:
 
 def make_page(name: str) -> Page:
     if name == "table-1":
-        samples = rows("samples", num_images=2000)
-        return make_generation_page(sorted(samples, key=lambda row: row["model"] == REAL), rows("cas"))
+        costs = of_table_1("cost")
+        marks = {row["run"]: {column: row[column] for column in SETTINGS} for row in costs}
+        samples, cas = (
+            [{**row, **marks.get(row["run"], {})} for row in measured]
+            for measured in (of_table_1("samples", num_images=2000), of_table_1("cas"))
+        )
+        other_steps = [row for row in samples if row.get("purpose") == OTHER_STEPS]
+        return make_generation_page([row for row in samples if row not in other_steps], cas, costs, other_steps)
     if name == "table-2":
         return make_editing_page(rows("editing"))
     if name == "table-3":

@@ -68,16 +68,17 @@ def table(
     """Writes Table 1, 2 or 3 of the paper with our rows, or a table of tokenizers.
 
     The table is written as Markdown and CSV, with the rows of the paper and of the runs, and a sheet of
-    images. 1: class-conditional generation. 2: outpainting and inpainting. 3: mask schedules, one run for
-    each (`maskgit ablation` trains them). tokenizers: tokenizers side by side, without their transformers.
-    Measurements that the ledger holds are reused.
+    images. 1: class-conditional generation, with the times of decoding and training. 2: outpainting and inpainting. 3:
+    mask schedules (`maskgit ablation` trains them). In 1 and 3, runs that differ only in their seed share a row.
+    tokenizers: tokenizers side by side, without their transformers. Measurements that the ledger holds are reused.
 
-    Example: maskgit table 1 runs/fashion-mnist-adaln --num-images 2000
+    Example: maskgit table 1 runs/fashion-mnist-adaln --num-images 2000 --num-steps 1,2,4,8,16
 
     Args:
         number: Number of the table in the paper, or tokenizers.
         runs: Run folders (runs/NAME) or pretrained folders.
-        num_steps: Decoding steps T of Table 3 (default: 2,3,4,6,8,12,16,24, at most half the tokens).
+        num_steps: Decoding steps T of Table 3 (default: 2,3,4,6,8,12,16,24, at most half the tokens), or further T of
+            which Table 1 has the FID.
         cas_images: Number of images that the CAS network is trained on (default: --num-images).
         json: Print JSON, a list of objects, instead of the table.
     """
@@ -85,7 +86,9 @@ def table(
         if number == "tokenizers":
             page = evaluation.compare_tokenizers(runs, report, bars=bars)
         elif number == "1":
-            page = evaluation.table_1(runs, report, cas=accuracy_score.config, cas_images=cas_images, bars=bars)
+            page = evaluation.table_1(
+                runs, report, cas=accuracy_score.config, cas_images=cas_images, num_steps=num_steps or (), bars=bars
+            )
         elif number == "2":
             page = evaluation.table_2(runs, report, bars=bars)
         else:

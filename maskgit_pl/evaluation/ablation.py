@@ -27,7 +27,7 @@ from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
-from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_images, open_model
+from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_images, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
@@ -37,7 +37,7 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
-from maskgit_pl.runs.layers import merge, remove_key
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
@@ -50,11 +50,6 @@ __all__ = ["AblationRuns", "BuiltVariant", "read_ablation", "run_ablation"]
 log = logging.getLogger(__name__)
 
 _FOLDER = "ablation"  # in the folder of all runs
-_NO_PART = (  # keys that do not affect the trained weights, and that of the seed
-    "model.decoding", "data.path", "data.token_store", "model.tokenizer", "checkpoint_every", "keep_last", "keep_every",
-    "hang_seconds", "trainer.val_check_interval", "trainer.limit_val_batches", "trainer.num_sanity_val_steps",
-    "trainer.log_every_n_steps", "data.validation_batch", "data.validation_samples", "data.seed", "model.seed",
-)  # fmt: skip
 _DRAWS = 4  # masks per image for likelihoods
 _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
@@ -216,9 +211,7 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
             decoding.check(network.num_tokens, is_autoregressive=is_causal, has_negative_class=has_null)
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant.label}: {error}") from error
-    tree = merge([run.values.tree])
-    for key in _NO_PART:
-        remove_key(tree, key)
+    tree = remove_untrained(merge([run.values.tree]))
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     return BuiltVariant(variant, run.values, digest_of([tree, shared]), decoding, parameters)
 

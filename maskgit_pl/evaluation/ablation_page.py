@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import comb
 from statistics import fmean
 from typing import Any, Literal
@@ -152,7 +153,7 @@ def _result_lines(summary: _Summary) -> list[str]:
     for label in summary.protocol["variants"]:
         cells = []
         for name in summary.metrics:
-            cell = format_seeds(name, summary.values.get(label, {}).get(name, [])) or "failed"
+            cell = format_seeds(summary.values.get(label, {}).get(name, []), partial(format_value, name)) or "failed"
             others = [values[name] for values in means.values() if name in values]
             best = (max if find_metric(name).higher_is_better else min)(others)
             is_best = name in summary.compared and len(others) > 1 and means.get(label, {}).get(name) == best

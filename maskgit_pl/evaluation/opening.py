@@ -27,6 +27,7 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.runs.layers import remove_key
 
 __all__ = [
     "RunFolders",
@@ -42,10 +43,16 @@ __all__ = [
     "open_images",
     "open_model",
     "read_run_recipe",
+    "remove_untrained",
 ]
 
 _VALIDATION_BATCH = 200  # images
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
+_UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
+    "model.decoding", "data.path", "data.token_store", "model.tokenizer", "checkpoint_every", "keep_last", "keep_every",
+    "hang_seconds", "trainer.val_check_interval", "trainer.limit_val_batches", "trainer.num_sanity_val_steps",
+    "trainer.log_every_n_steps", "data.validation_batch", "data.validation_samples", "data.seed", "model.seed",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -88,9 +95,8 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
     pretrained = local_folder(run)
-    if pretrained in bundled_models().values():
-        return _folders(pretrained, Path("runs", pretrained.name), data, classifier)
-    return _folders(pretrained, _home(pretrained), data, classifier)
+    home = Path("runs", pretrained.name) if pretrained in bundled_models().values() else _home(pretrained)
+    return _folders(pretrained, home, data, classifier)
 
 
 def find_tokenizer_folders(
@@ -163,6 +169,13 @@ def _recorded_name(file: Path) -> str | None:
 def read_run_recipe(file: Path) -> dict[str, Any]:
     """Reads the ``config.yaml`` of a run as plain values; a missing file gives an empty mapping."""
     return read_yaml(file) if file.is_file() else {}
+
+
+def remove_untrained(tree: dict[str, Any]) -> dict[str, Any]:
+    """Removes the seed and what does not affect the trained weights from a complete recipe, and returns it."""
+    for key in _UNTRAINED:
+        remove_key(tree, key)
+    return tree
 
 
 def describe_held_out(summary: DataSummary) -> dict[str, Any]:

@@ -8,8 +8,9 @@ import json
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -34,6 +35,7 @@ __all__ = [
     "metric_cell",
     "metrics_of",
     "paragraph",
+    "seeds_cell",
     "typed_command",
 ]
 
@@ -65,11 +67,11 @@ class Page:
         names = list(dict.fromkeys(name for row in self.rows for name in row))
         writer = csv.DictWriter(stream, names, restval="", lineterminator="\n")
         writer.writeheader()
-        for row in self.rows:
-            writer.writerow(
-                {name: json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
-                 for name, value in row.items()}
-            )  # fmt: skip
+        writer.writerows(
+            {name: json.dumps(value, sort_keys=True) if isinstance(value, Mapping) else value
+             for name, value in row.items()}
+            for row in self.rows
+        )  # fmt: skip
         return stream.getvalue()
 
     @property
@@ -126,12 +128,16 @@ def metric_cell(row: Mapping[str, Any], name: str, *, more_digits: int = 0) -> s
     return "" if value is None else format_value(name, value, more_digits=more_digits)
 
 
-def format_seeds(name: str, values: Sequence[float]) -> str:
+def format_seeds(values: Sequence[float], text: Callable[[float], str]) -> str:
     """Returns the value of one seed, or the mean and the range of several: ``2.10 (2.00 to 2.20)``; empty for none."""
     if len(values) < 2:
-        return "".join(format_value(name, value) for value in values)
-    mean, low, high = (format_value(name, value) for value in (fmean(values), min(values), max(values)))
-    return f"{mean} ({low} to {high})"
+        return "".join(map(text, values))
+    return f"{text(fmean(values))} ({text(min(values))} to {text(max(values))})"
+
+
+def seeds_cell(rows: Sequence[Mapping[str, Any]], name: str, text: Callable[[float], str] | None = None) -> str:
+    """Returns the values of a column, by default of a metric, as a table cell with the rows of all seeds."""
+    return format_seeds([row[name] for row in rows if row.get(name) is not None], text or partial(format_value, name))
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +25,7 @@ from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.options import CLASSIFIER, PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
-from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, metrics_of, paragraph
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metrics_of, paragraph, seeds_cell
 from maskgit_pl.evaluation.reference import ArrayFile
 from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
 from maskgit_pl.networks.features import parse_feature_network
@@ -168,7 +169,8 @@ def table_3(
     # Two runs may have the same name, and the rows of a run that was renamed have its old one.
     runs_seen = [model.run for model in opened.models]
     labels = [run if runs_seen.count(run) == 1 else f"{run} ({index})" for index, run in enumerate(runs_seen, start=1)]
-    _check_budgets({label: _read_recipe(entry) for label, entry in zip(labels, opened.models, strict=True)})
+    configs = [read_run_recipe(model.pretrained.parent / "transformer" / "config.yaml") for model in opened.models]
+    _check_budgets(dict(zip(labels, configs, strict=True)))
     schedules: dict[str, MaskSchedule] = {}
     num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
     steps = choose_plot_steps(num_tokens, num_steps or PLOT_STEPS)
@@ -181,14 +183,10 @@ def table_3(
         schedules[marks["schedule"]] = model.pipe.transformer.mask_schedule
         # The exported decoding without guidance, which the paper does not use.
         decoding = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
-        curve = {}
-        for number in steps:  # 1.
-            row = evaluator.measure_samples(
-                model, with_steps(decoding, number), num_images=count, seed=seed, networks=[first]
-            )[first]
-            curve[number] = row["fid"]
-            samples.append({**row, **marks})
-        best = with_steps(decoding, min(curve, key=lambda number: curve[number]))
+        measure = partial(evaluator.measure_samples, model, num_images=count, seed=seed, networks=[first])
+        curve = [{**measure(with_steps(decoding, number))[first], **marks} for number in steps]  # 1.
+        samples += curve
+        best = with_steps(decoding, min(curve, key=lambda row: row["fid"])["num_steps"])
         fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
         samples += [{**row, **marks} for row in fresh.values()]
         likelihood = evaluator.measure_likelihood(model, num_images=2 * count, draws=_DRAWS)  # 3.
@@ -196,7 +194,10 @@ def table_3(
     floor = evaluator.measure_real(num_images=count, networks=[first])[first]
     picture = draw_figure_8(
         {name: schedules[name] for name in _in_order(schedules)},
-        {name: _mean_curve(results) for name, results in _group_results(samples, likelihoods).items()},
+        {
+            name: {number: fmean(result.curve[number] for result in results) for number in steps}
+            for name, results in _group_results(samples, likelihoods).items()
+        },
         num_tokens=num_tokens,
         metric=f"fid/{first}",
         num_images=count,
@@ -205,10 +206,6 @@ def table_3(
     )
     page = make_schedule_page(samples, likelihoods)
     return replace(page, folder=opened.folder, pictures={"figure-8.png": picture})
-
-
-def _read_recipe(model: EvaluatedModel) -> dict[str, Any]:
-    return read_run_recipe(model.folder.parent / "transformer" / "config.yaml")
 
 
 def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -264,10 +261,6 @@ def _in_order(schedules: Iterable[str]) -> list[str]:
     return sorted(schedules, key=lambda name: order.index(name) if name in order else len(order))
 
 
-def _mean_curve(results: Sequence[_ScheduleResult]) -> dict[int, float]:
-    return {steps: fmean(result.curve[steps] for result in results) for steps in results[0].curve}
-
-
 def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Page:
     """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
 
@@ -312,29 +305,25 @@ def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: 
     cells = []
     for name, group in grouped.items():
         paper = SCHEDULES.get(name)
-        row = [code_span(name), "" if paper is None else paper.formula]
-        row += [", ".join(map(str, sorted({result.best_steps for result in group})))]
-        row += [_cell([result.fresh[network] for result in group], "fid") for network in networks]
-        row += [_cell([result.fresh[network] for result in group], "is") for network in scored]
         likelihoods = [result.likelihood for result in group]
-        row += [_with_error(likelihoods, "masked_nll"), _with_error(likelihoods, "elbo_bits_per_token")]
-        if paper is not None:
-            row += [str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}"]
-        # A schedule that the paper does not have gets empty cells in the paper's columns.
-        cells.append(row + [""] * (len(headings) - len(row)))
+        cells.append([
+            code_span(name),
+            "" if paper is None else paper.formula,
+            ", ".join(map(str, sorted({result.best_steps for result in group}))),
+            *(seeds_cell([result.fresh[network] for result in group], "fid") for network in networks),
+            *(seeds_cell([result.fresh[network] for result in group], "is") for network in scored),
+            *(_with_error(likelihoods, column) for column in ("masked_nll", "elbo_bits_per_token")),
+            *([""] * 4 if paper is None else [
+                str(paper.best_steps), f"{paper.fid:.2f}", f"{paper.inception_score:.1f}", f"{paper.nll:.2f}",
+            ]),
+        ])  # fmt: skip
     return markdown_table(headings, cells, left=2)
-
-
-def _cell(rows: Sequence[Row], name: str) -> str:
-    return format_seeds(name, [float(row[name]) for row in rows if row.get(name) is not None])
 
 
 def _with_error(rows: Sequence[Row], name: str) -> str:
     """Returns the value of one row with its standard error, or the mean and the range of several."""
-    values = [float(row[name]) for row in rows]
-    if len(values) > 1:
-        return f"{fmean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
-    return f"{values[0]:.3f} ± {rows[0][f'{name}_error']:.3f}"
+    text = seeds_cell(rows, name, "{:.3f}".format)
+    return text if len(rows) > 1 else f"{text} ± {rows[0][f'{name}_error']:.3f}"
 
 
 def compare_with_paper(fids: Mapping[str, float], network: str, seeds: int = 1) -> list[str]:
@@ -362,12 +351,19 @@ def compare_with_paper(fids: Mapping[str, float], network: str, seeds: int = 1) 
 def _flatten(schedule: str, result: _ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
     """Returns the row of the CSV: values of all networks, likelihoods, and the FID at every T."""
     first = result.fresh[networks[0]]
-    flat: dict[str, object] = {"schedule": schedule, "run": first["run"], "best_steps": result.best_steps}
-    for network in networks:
-        row = result.fresh[network]
-        flat |= {f"{name}/{network}": row[name] for name in metrics_of([row]) if name not in NO_COLUMN}
-    flat |= {name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name}
-    flat |= {f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())}
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",
             "judge", "reference")  # fmt: skip
-    return flat | {name: first.get(name, "") for name in kept}
+    return {
+        "schedule": schedule,
+        "run": first["run"],
+        "best_steps": result.best_steps,
+        **{
+            f"{name}/{network}": result.fresh[network][name]
+            for network in networks
+            for name in metrics_of([result.fresh[network]])
+            if name not in NO_COLUMN
+        },
+        **{name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name},
+        **{f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())},
+        **{name: first.get(name, "") for name in kept},
+    }

@@ -13,12 +13,12 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from maskgit_pl.checks import check_integer, pixels_text
 from maskgit_pl.errors import markdown
@@ -29,6 +29,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
 from maskgit_pl.evaluation.metrics import metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
+    check_model_decoding,
     data_name,
     describe_held_out,
     find_run,
@@ -37,7 +38,7 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig, ReportOptions, TokenizerOptions
+from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig, ReportOptions, TokenizerOptions, with_steps
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
@@ -48,13 +49,17 @@ from maskgit_pl.evaluation.pages import (
     metric_cell,
     metrics_of,
     paragraph,
+    seeds_cell,
 )
+from maskgit_pl.evaluation.timing import BATCH_SIZES, measure_costs
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 
 __all__ = [
     "NO_COLUMN",
+    "OTHER_STEPS",
+    "SETTINGS",
     "OpenedModels",
     "Runs",
     "compare_tokenizers",
@@ -106,6 +111,8 @@ _TASKS: dict[Task, str] = {
     "outpaint-right": "Outpainting, the right 50 %",
     "inpaint-centre": "Inpainting, the centre 50 % x 50 %",
 }
+OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of their model
+SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get in Table 1
 NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 _OF_MACHINE = ("images_per_second", "peak_memory_mb")  # which only the CSV of tokenizers has
@@ -119,15 +126,17 @@ def table_1(
     *,
     cas: CASConfig | None = CAS_TRAINING,
     cas_images: int | None = None,
+    num_steps: Sequence[int] = (),
     bars: Bars = no_bars,
 ) -> Page:
-    """Makes Table 1: class-conditional generation, with a row per model.
+    """Makes Table 1: class-conditional generation, with a row per model. Runs that differ in their seed are one model.
 
     Args:
         runs: Run folders or pretrained folders of the same data.
         options: Number of images, networks, folders and other options; None for the defaults.
         cas: Training of the classification accuracy score; None leaves the score out.
         cas_images: Number of training images of the score; None for that of a row.
+        num_steps: Numbers of steps T, at which the FID of each MaskGIT is measured, too, in the first network.
         bars: Progress bars.
 
     Raises:
@@ -140,21 +149,39 @@ def table_1(
     check_cas(cas)
     opened = open_models("table 1", runs, options, bars)
     evaluator, models, count, seed = opened.evaluator, opened.models, options.num_images, options.seed
+    curve = [
+        (index, with_steps(model.pipe.decoding, number))
+        for index, model in enumerate(models)
+        for number in sorted({*num_steps} - {model.pipe.decoding.num_steps})
+        if not model.pipe.outline.is_autoregressive
+    ]
+    for index, decoding in curve:  # all are checked before the first one is measured
+        check_model_decoding(models[index].pipe, decoding)
+    costs = measure_costs(evaluator.ledger, models, bars)
+    marks = [{name: cost[name] for name in SETTINGS} for cost in costs]
     rows = [
-        row
-        for model in models
+        {**row, **mark}
+        for model, mark in zip(models, marks, strict=True)
         for row in evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
     ]
     rows += evaluator.measure_real(num_images=count).values()
+    first, *_ = evaluator.networks
+    measure = partial(evaluator.measure_samples, num_images=count, seed=seed, networks=[first], metrics="fast")
+    other_steps = [
+        {**measure(models[index], decoding, purpose=OTHER_STEPS)[first], **marks[index]} for index, decoding in curve
+    ]
     scores = []
     if cas is not None:
         count = min(cas_images or count, evaluator.data.summary.samples["train"])
         scores = [
-            evaluator.measure_cas(entry, entry.pipe.decoding, cas, num_images=count, seed=seed) for entry in models
+            {**evaluator.measure_cas(model, model.pipe.decoding, cas, num_images=count, seed=seed), **mark}
+            for model, mark in zip(models, marks, strict=True)
         ]
         scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
-    page = make_generation_page(rows, scores)
-    sheet = image_to_png(_draw_samples(opened, seed))
+    page = make_generation_page(rows, scores, costs, other_steps)
+    # The sheet has the first seed of each model.
+    shown = {cost["settings"]: model for cost, model in reversed(list(zip(costs, models, strict=True)))}
+    sheet = image_to_png(_draw_samples(replace(opened, models=[*reversed(shown.values())]), seed))
     return replace(page, folder=opened.folder, pictures={"table-1.png": sheet})
 
 
@@ -191,17 +218,6 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
     held_out = describe_held_out(tokenizers[0].data.summary)["text"]
-    return _make_tokenizer_page(rows, held_out, options.results / data_name(shared))
-
-
-def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
-    """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
-    row = ledger.find("tokenizer", opened.key)
-    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row)
-
-
-def _make_tokenizer_page(rows: Sequence[Row], held_out: str, folder: Path) -> Page:
-    """Returns the page of tokenizers, one row for each; ``held_out`` is a sentence about the images."""
     names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _OF_MACHINE]
     lines = [
         *heading("Tokenizers"),
@@ -222,7 +238,13 @@ def _make_tokenizer_page(rows: Sequence[Row], held_out: str, folder: Path) -> Pa
         ),
     ]  # fmt: skip
     flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
-    return Page("tokenizers", "\n".join([*lines, ""]), flat, folder=folder)
+    return Page("tokenizers", "\n".join([*lines, ""]), flat, folder=options.results / data_name(shared))
+
+
+def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
+    """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
+    row = ledger.find("tokenizer", opened.key)
+    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row)
 
 
 @dataclass(frozen=True)
@@ -275,32 +297,45 @@ def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
     classes = choose_classes(data.num_classes)
     # 50 images per class on average contain one of each class almost certainly.
     images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
-    rows = [torch.stack([_first_of(images, labels, label) for label in classes])]
+    black = torch.zeros_like(images[0])  # of a class without an image
+    rows = [torch.stack([next(iter(images[labels == label]), black) for label in classes])]
     rows += [torch.as_tensor(model.pipe.generate(classes, seed=seed, output_type="pt")) for model in models]
-    captions = ["real images", *(f"{model.kind}, T = {model.pipe.decoding.num_steps}" for model in models)]
-    names = [data.class_names[label] for label in classes]
-    return image_grid(torch.cat(rows), columns=len(classes), row_captions=captions, column_captions=names)
-
-
-def _first_of(images: Tensor, labels: Tensor, label: int) -> Tensor:
-    """Returns the first image of a class, or a black one if the class has none."""
-    rows = (labels == label).nonzero()
-    return images[int(rows[0])] if len(rows) else torch.zeros_like(images[0])
+    captions = [
+        f"{model.kind} ({model.pipe.transformer.network.config.backbone}), T = {model.pipe.decoding.num_steps}"
+        for model in models
+    ]
+    return image_grid(
+        torch.cat(rows),
+        columns=len(classes),
+        row_captions=["real images", *captions],
+        column_captions=[data.class_names[label] for label in classes],
+    )
 
 
 def _draw_edits(opened: OpenedModels, seed: int) -> Image.Image:
     """Draws a sheet of val images, with the part that is given and the edit of each task by the first model."""
     pipe = opened.models[0].pipe
     images, labels = opened.evaluator.read_real_images("val", _SHOWN_EDITS)
-    images_shown, captions = [images], ["held out"]
-    for task in _TASKS:
-        images_shown += [hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=seed)]
-        captions += ["given", task]
-    return image_grid(torch.cat(images_shown), columns=len(images), row_captions=captions)
+    edits = [
+        shown
+        for task in _TASKS
+        for shown in (hide_pixels(task, pipe.tokenizer, images), edit(task, pipe, images, labels, seed=seed))
+    ]
+    captions = ["held out", *(caption for task in _TASKS for caption in ("given", task))]
+    return image_grid(torch.cat([images, *edits]), columns=len(images), row_captions=captions)
 
 
-def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
-    """Returns the page of Table 1 from rows of images and of the classification accuracy score, which may be empty."""
+def make_generation_page(
+    samples: Sequence[Row], cas: Sequence[Row], costs: Sequence[Row] = (), other_steps: Sequence[Row] = ()
+) -> Page:
+    """Returns the page of Table 1. Rows with equal ``settings`` are the seeds of a model.
+
+    Args:
+        samples: Rows of images with the decoding of their model, and of real images.
+        cas: Rows of the classification accuracy score.
+        costs: Rows of ``measure_costs``.
+        other_steps: Rows of images at other numbers of steps, in the first network.
+    """
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in samples))
     lines = heading("Table 1: class-conditional generation")
     lines += paragraph(
@@ -308,12 +343,27 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
         f"{_describe_reference(samples)}. The last line of each table shows the same number of real training images",
         "instead of generated ones: the value of a perfect model with this number of images. FID falls with the number",
         "of images and depends on the network, so that it is only comparable for the same number of images, network",
-        "and data. KID has no such bias. IS is measured only in networks that know the classes.",
+        "and data. KID has no such bias. IS is measured only in networks that know the classes. Runs that differ only",
+        "in their seed share a row: mean (lowest to highest value).",
     )
     # One table per network, in the order in which the networks were measured.
     for network in dict.fromkeys(row["network"] for row in samples):
         of_network = [row for row in samples if row["network"] == network]
         lines += ["", f"## In the features of {markdown(network)}", "", *_generation_lines(of_network, network)]
+    if other_steps:
+        first = other_steps[0]["network"]
+        drawn = [*(row for row in samples if row["network"] == first and row["model"] != REAL), *other_steps]
+        steps = sorted({row["num_steps"] for row in drawn})
+        cells = [
+            [*_model_cells(group),
+             *(seeds_cell([row for row in group if row["num_steps"] == number], "fid") for number in steps)]
+            for group in _group_seeds(drawn)
+        ]  # fmt: skip
+        lines += ["", f"## FID ({markdown(first)}) by number of steps T", ""]
+        lines += ["An autoregressive model always takes a step per token.", ""]
+        lines += markdown_table(["model", "run", *(f"T = {number}" for number in steps)], cells, left=2)
+    if costs:
+        lines += ["", "## Time", "", *_cost_lines(costs)]
     if cas:
         lines += ["", "## Classification accuracy score", "", *_cas_lines(cas)]
     lines += ["", *describe_provenance(samples), "", "## Published", ""]
@@ -321,22 +371,64 @@ def make_generation_page(samples: Sequence[Row], cas: Sequence[Row]) -> Page:
     headings = ["model", "size", "FID (inception)", "IS (inception)", "precision", "recall", "parameters", "steps",
                 "CAS top-1", "CAS top-5"]  # fmt: skip
     lines += markdown_table(headings, _GENERATION)
-    return finish_page("table-1", lines, [*samples, *cas], picture="table-1.png")
+    return finish_page("table-1", lines, [*samples, *other_steps, *cas, *costs], picture="table-1.png")
+
+
+def _group_seeds(rows: Sequence[Row]) -> list[list[Row]]:
+    """Returns the rows of each model, with those of all seeds together; real images come last."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["model"] == REAL):
+        groups.setdefault(row.get("settings") or row["run"], []).append(row)
+    return list(groups.values())
+
+
+def _model_cells(group: Sequence[Row]) -> list[str]:
+    """Returns the cells "model", with the backbone if it is known, and "run" of a row of Table 1."""
+    model, backbone = _word(group[0], "model"), _word(group[0], "backbone")
+    runs = dict.fromkeys(code_cell(row["run"]) for row in group)
+    return [f"{model} ({backbone})" if backbone else model, ", ".join(runs)]
 
 
 def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
     names = [name for name in metrics_of(rows) if name not in NO_COLUMN]
     headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in names]
-    # Real images come last, below the models.
     return markdown_table(
-        ["model", "run", *headings, "parameters", "steps", "ms per image"],
+        ["model", "run", *headings, "parameters", "steps"],
         [
-            [_word(row, "model"), code_cell(row["run"]), *(metric_cell(row, name) for name in names), _millions(row),
-             _word(row, "num_steps"), metric_cell(row, "seconds_per_image")]
-            for row in sorted(rows, key=lambda row: row["model"] == REAL)
+            [*_model_cells(group), *(seeds_cell(group, name) for name in names), _millions(group[0]),
+             _word(group[0], "num_steps")]
+            for group in _group_seeds(rows)
         ],
         left=2,
     )  # fmt: skip
+
+
+def _cost_lines(costs: Sequence[Row]) -> list[str]:
+    """Returns the times of decoding and of training of each model."""
+    columns = {
+        f"batch_{size}{suffix}": f"ms, batch {size}{words}"
+        for suffix, words in (("", ""), ("_no_cache", ", no KV cache"))
+        for size in BATCH_SIZES
+        if any(f"batch_{size}{suffix}" in cost for cost in costs)
+    }
+    cells = [
+        [*_model_cells(group), *(seeds_cell(group, name, lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}")
+               for name in columns),
+         seeds_cell(group, "training_seconds", "{:.0f}".format)]
+        for group in _group_seeds(costs)
+    ]  # fmt: skip
+    devices = dict.fromkeys(markdown(cost["training_device"]) for cost in costs if cost["training_device"])
+    return [
+        *paragraph(
+            "Milliseconds of the transformer per image, in batches of one image and of 64 that are evenly distributed",
+            "over the classes, with the decoding of each model, guidance included, and without the tokenizer: medians",
+            f"of runs that took turns, on {markdown(costs[0]['device'])}, torch {markdown(costs[0]['torch'])}.",
+            "Training of stage 2: CPU seconds of all threads on a CPU, else wall-clock seconds, without validation, on",
+            f"{' and '.join(devices) or 'an unknown device'}.",
+        ),
+        "",
+        *markdown_table(["model", "run", *columns.values(), "training, s"], cells, left=2),
+    ]
 
 
 def _cas_lines(rows: Sequence[Row]) -> list[str]:
@@ -346,10 +438,13 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
         f"{_word(first, 'training_steps')} steps, and tested on the {_word(first, 'real_images')} real val images.",
     )
     cells = [
-        [f"{_word(row, 'model')} {code_cell(row['run'])}".strip(),
-         *(f"{100 * float(row[name]):.2f}" for name in ("top1", "top5"))] for row in rows
-    ]  # fmt: skip
-    return [*lines, "", *markdown_table(["trained on images of", "top-1 %", "top-5 %"], cells)]
+        [
+            *_model_cells(group),
+            *(seeds_cell(group, name, lambda share: f"{100 * share:.2f}") for name in ("top1", "top5")),
+        ]
+        for group in _group_seeds(rows)
+    ]
+    return [*lines, "", *markdown_table(["trained on images of", "run", "top-1 %", "top-5 %"], cells, left=2)]
 
 
 def make_editing_page(rows: Sequence[Row]) -> Page:
@@ -385,8 +480,7 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
 
 def finish_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
     """Returns a page whose picture comes last."""
-    image = f"![{picture.removesuffix('.png')}]({picture})"
-    return Page(name, "\n".join([*lines, "", image, ""]), rows)
+    return Page(name, "\n".join([*lines, "", f"![{picture.removesuffix('.png')}]({picture})", ""]), rows)
 
 
 def _describe_reference(rows: Sequence[Row]) -> str:
@@ -408,11 +502,15 @@ def _reference_name(row: Mapping[str, Any]) -> str:
 def describe_provenance(rows: Sequence[Row]) -> list[str]:
     """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
     # Each value occurs once, although all rows repeat it.
-    facts = []
-    for name, column in (("data", "dataset"), ("data fingerprint", "data"), ("commit", "commit"), ("date", "date"),
-                         ("device", "device")):  # fmt: skip
-        values = dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
-        facts.append(f"{name} {', '.join(markdown(value) for value in values if value)}")
+    columns = {"data": "dataset", "data fingerprint": "data", "commit": "commit", "date": "date", "device": "device"}
+    facts = [
+        f"{name} " + ", ".join(
+            markdown(value)
+            for value in dict.fromkeys(str(row.get(column) or "")[: 12 if column == "commit" else None] for row in rows)
+            if value
+        )
+        for name, column in columns.items()
+    ]  # fmt: skip
     compared = _join_names(rows, _reference_name, "reference")
     networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
     models = dict.fromkeys(

@@ -1,6 +1,6 @@
-"""Figure 4 of the paper: the decoding time per image of autoregressive decoding and MaskGIT over the number of tokens.
+"""Decoding times: Figure 4 of the paper, over the number of tokens with random weights, and those of models.
 
-The time does not depend on the values of the weights, so that random ones are used; the tokenizer is not timed.
+The tokenizer is not timed.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator
 
 from maskgit_pl.decoding import (
-    AutoregressiveDecoder,
     ConditionalModel,
     DecodingConfig,
     DecodingStep,
@@ -29,20 +29,33 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import markdown, plain_label
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
+from maskgit_pl.evaluation.evaluator import EvaluatedModel
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
+from maskgit_pl.evaluation.opening import read_run_recipe, remove_untrained
 from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
 from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
-from maskgit_pl.networks.backbone import Attention, AutoregressiveBackbone, BackboneConfig, build_config, create_network
+from maskgit_pl.networks.backbone import (
+    Attention,
+    AutoregressiveBackbone,
+    Backbone,
+    BackboneConfig,
+    build_config,
+    create_network,
+)
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import local_folder
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.training.speed import read_training_time
 
-__all__ = ["METHODS", "SIZES", "figure_4", "make_timing_page", "measure_timings"]
+__all__ = ["BATCH_SIZES", "METHODS", "SIZES", "figure_4", "make_timing_page", "measure_costs", "measure_timings"]
 
 Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
+BATCH_SIZES = (1, 64)  # of the times of a model
+Decode: TypeAlias = Callable[[], Iterator[DecodingStep]]
+_Point = TypeVar("_Point")
 
 SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_heads=8, mlp_dim=1024)
 """Sizes for a CPU, on which 1,024 tokens without a cache take minutes."""
@@ -111,7 +124,7 @@ def measure_timings(
     Returns:
         The points, sorted by N and method.
     """
-    device, matmul = torch.device(device), torch.get_float32_matmul_precision()
+    device = torch.device(device)
     for count in num_tokens:
         if count < 1 or math.isqrt(count) ** 2 != count:
             raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
@@ -133,62 +146,108 @@ def measure_timings(
                 "num_tokens": count,
                 "num_steps": num_steps if method == "MaskGIT" else count,
                 "network": _describe(sizes),
-                "device": device_name(device),
-                "torch": torch.__version__,
-                "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
-                "kind": device.type,
+                **_describe_machine(device),
             }
             for method in METHODS
         }
         measured_rows = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
         advance(len(measured_rows))
         missing = [method for method in METHODS if method not in measured_rows]
-        decoders = _build_decoders(sizes, count, num_steps, device) if missing else {}
+        decoders = _build_random_decoders(sizes, count, num_steps, device) if missing else {}
         for method, seconds in _time({method: decoders[method] for method in missing}, device):
-            measured = {"seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds)}
-            commit = describe_environment()["commit"]
-            measured_rows[method] = ledger.add("timing", {**keys[method], **measured, "commit": commit})
+            measured_rows[method] = ledger.add("timing", {
+                **keys[method], "seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds),
+                "commit": describe_environment()["commit"],
+            })  # fmt: skip
             advance(1)
         rows += [measured_rows[method] for method in METHODS]
     return rows
 
 
+def measure_costs(ledger: Ledger, models: Sequence[EvaluatedModel], bars: Bars = no_bars) -> list[Row]:
+    """Times the decoding of models, each with its own settings, and reads the time of their training.
+
+    Args:
+        ledger: Ledger; the models in it are not measured again.
+        models: The models.
+        bars: Progress bars.
+
+    Returns:
+        A row per model. ``batch_1`` and ``batch_64`` are seconds per image; an autoregressive model also has
+        ``batch_1_no_cache`` and ``batch_64_no_cache``. Models of equal ``settings`` differ in their seed only.
+    """
+    rows, advance = [], bars("times of decoding", len(models))
+    for model in models:
+        pipe, decoding = model.pipe, model.decoding_key(model.pipe.decoding)
+        digests = {name: model.identity[name] for name in ("transformer", "config")}
+        key = {**digests, "num_steps": pipe.decoding.num_steps, "decoding": decoding, **_describe_machine(pipe.device)}
+        row = ledger.find("cost", key)
+        if row is None:
+            decoders = {
+                (f"batch_{size}{'_no_cache' if method == METHODS[2] else ''}", size): decode
+                for size in BATCH_SIZES
+                for method, decode in _build_decoders(
+                    pipe.transformer.network, pipe.decoding, pipe.transformer.mask_schedule, pipe.device,
+                    batch_size=size, negative=None if pipe.negative_model is None else pipe.negative_model.network,
+                ).items()
+            }  # fmt: skip
+            times = {column: median(seconds) / size for (column, size), seconds in _time(decoders, pipe.device)}
+            stage = model.pretrained.parent / "transformer"
+            # Without a recipe, another model is never a seed of the same settings.
+            recipe = remove_untrained(read_run_recipe(stage / "config.yaml")) or digests["transformer"]
+            training = read_training_time(stage)
+            row = ledger.add("cost", {
+                **key, **times, "model": model.kind, "run": model.run,
+                "backbone": pipe.transformer.network.config.backbone,
+                "settings": shorten_digest(digest_of([recipe, digests["config"], key["num_steps"], decoding])),
+                "training_seconds": training and training.cost,
+                "training_device": training and training.device,
+                "commit": describe_environment()["commit"],
+            })  # fmt: skip
+        rows.append(row)
+        advance(1)
+    return rows
+
+
+def _describe_machine(device: torch.device) -> dict[str, str]:
+    """Returns the keys of a time that do not depend on the network."""
+    matmul = torch.get_float32_matmul_precision()
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "dtype": "float32" if matmul == "highest" else f"float32, matmul precision {matmul}",
+        "kind": device.type,
+    }
+
+
 def _describe(sizes: BackboneConfig) -> str:
     """Returns the sizes and options of a network in words, which identify it in the ledger."""
-    codes = f"{sizes.codebook_size} codes, {sizes.num_classes} classes"
-    if sizes.num_token_groups > 1:
-        codes += f", {sizes.num_token_groups} token groups"
-    if isinstance(sizes, TransformerConfig):
-        return f"{sizes.depth} layers x {sizes.embed_dim}, MLP {sizes.mlp_dim}, {sizes.num_heads} heads, {codes}"
-    common = {field.name for field in fields(BackboneConfig)} | {"attention"}
-    words = [f"{field.name} {getattr(sizes, field.name)}" for field in fields(sizes) if field.name not in common]
-    return ", ".join([sizes.backbone, *words, codes])
+    left_out = ("backbone", "attention", "grid", "class_dropout", "dropout", "condition_dim")
+    words = [f"{field.name} {getattr(sizes, field.name)}" for field in fields(sizes) if field.name not in left_out]
+    return ", ".join([sizes.backbone, *words])
 
 
-def _time(
-    decoders: Mapping[Method, Callable[[], Iterator[DecodingStep]]], device: torch.device
-) -> Iterator[tuple[Method, list[float]]]:
-    """Yields each method with the seconds of its runs, as soon as it has enough runs.
+def _time(decoders: Mapping[_Point, Decode], device: torch.device) -> Iterator[tuple[_Point, list[float]]]:
+    """Yields each point with the seconds of its runs, as soon as it has enough runs.
 
-    The methods take turns, so that a change in the speed of the machine affects all of them. The last run is
+    The points take turns, so that a change in the speed of the machine affects all of them. The last run is
     the estimate of the next one.
     """
     for decode in decoders.values():  # the first calls allocate memory and choose kernels
-        for _ in zip(range(_WARM_UP), decode(), strict=False):
-            pass
-    seconds: dict[Method, list[float]] = {method: [] for method in decoders}
+        deque(islice(decode(), _WARM_UP), maxlen=0)
+    seconds: dict[_Point, list[float]] = {point: [] for point in decoders}
     waiting = deque(decoders)
     while waiting:
-        method = waiting.popleft()
-        runs = seconds[method]
-        runs.append(_time_run(decoders[method], device))
+        point = waiting.popleft()
+        runs = seconds[point]
+        runs.append(_time_run(decoders[point], device))
         if len(runs) < _MAX_RUNS and sum(runs) + runs[-1] <= _SECONDS:
-            waiting.append(method)
+            waiting.append(point)
         else:
-            yield method, runs
+            yield point, runs
 
 
-def _time_run(decode: Callable[[], Iterator[DecodingStep]], device: torch.device) -> float:
+def _time_run(decode: Decode, device: torch.device) -> float:
     """Returns the seconds of one run. A GPU works asynchronously: waits for it before and after the run."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -199,33 +258,52 @@ def _time_run(decode: Callable[[], Iterator[DecodingStep]], device: torch.device
     return time.perf_counter() - start
 
 
-def _build_decoders(
+def _build_random_decoders(
     sizes: BackboneConfig, num_tokens: int, num_steps: int, device: torch.device
-) -> dict[Method, Callable[[], Iterator[DecodingStep]]]:
+) -> dict[Method, Decode]:
     """Returns a function per method that decodes one image, without guidance and with random weights."""
-    side = math.isqrt(num_tokens)
+    decoders: dict[Method, Decode] = {}
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
-        networks = []
         for attention in get_args(Attention):
-            changes: dict[str, Any] = {"attention": attention, "condition_dim": 0, "grid": (side, side)}
-            networks.append(create_network(replace(sizes, **changes)).eval().requires_grad_(requires_grad=False))
-    masked, causal = networks
-    assert isinstance(causal, AutoregressiveBackbone)
-    parallel = DecodingConfig(num_steps).build_decoder(mask_schedules.build("cosine"))
-    one_by_one = partial(
-        decode_autoregressive,
-        ConditionalModel.from_network(causal, device),
-        [0],
-        [0],
-        decoder=AutoregressiveDecoder(num_tokens),
-        scales=[0.0] * num_tokens,
-    )
-    model = ConditionalModel.from_network(masked, device)
+            changes: dict[str, Any] = {
+                "attention": attention,
+                "condition_dim": 0,
+                "grid": (math.isqrt(num_tokens),) * 2,
+            }
+            network = create_network(replace(sizes, **changes)).eval().requires_grad_(requires_grad=False)
+            decoding = DecodingConfig(num_steps) if attention == "bidirectional" else DecodingConfig(num_tokens, None)
+            decoders |= _build_decoders(network, decoding, mask_schedules.build("cosine"), device)
+    return decoders
+
+
+def _build_decoders(
+    network: Backbone,
+    decoding: DecodingConfig,
+    mask_schedule: MaskSchedule | None,
+    device: torch.device,
+    *,
+    batch_size: int = 1,
+    negative: Backbone | None = None,
+) -> dict[Method, Decode]:
+    """Returns a function per method of a network that decodes a batch of images, evenly distributed over classes."""
+    seeds, scales = range(batch_size), decoding.scales()
+    labels = [seed % network.config.num_classes for seed in seeds]  # images of a class share their first step
+    if isinstance(network, AutoregressiveBackbone):
+        one_by_one = partial(
+            decode_autoregressive, ConditionalModel.from_network(network, device), labels, seeds,
+            decoder=decoding.build_autoregressive_decoder(network.config.num_tokens), scales=scales,
+        )  # fmt: skip
+        return {METHODS[1]: one_by_one, METHODS[2]: partial(one_by_one, cache=False)}
+    model = ConditionalModel.from_network(network, device)  # without a cache of the first step
+    if negative is not None:
+        model = replace(model, negative=ConditionalModel.from_network(negative, device))
+    if size := network.config.condition_dim:
+        model = model.bind(torch.zeros(batch_size, size, device=device))
     return {
-        "MaskGIT": partial(decode_classes, model, [0], [0], decoder=parallel, scales=[0.0] * num_steps),
-        "autoregressive, KV cache": one_by_one,
-        "autoregressive, no cache": partial(one_by_one, cache=False),
+        "MaskGIT": partial(
+            decode_classes, model, labels, seeds, decoder=decoding.build_decoder(mask_schedule), scales=scales
+        )
     }
 
 
@@ -238,11 +316,11 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
         points = [lines[method][count] for method in METHODS]
         seconds = [row["seconds_per_image"] for row in points]
         times = [f"{value:.3g} s" if value >= 1 else f"{1000 * value:.3g} ms" for value in seconds]
-        times = [f"{text} (n = {row['runs']})" for text, row in zip(times, points, strict=True)]
-        ratios = [value / seconds[0] for value in seconds[1:]]
-        cells.append(
-            [str(count), str(maskgit_row["num_steps"]), *times, *(f"{value:.{int(value < 9.95)}f}" for value in ratios)]
-        )
+        cells.append([
+            str(count), str(maskgit_row["num_steps"]),
+            *(f"{text} (n = {row['runs']})" for text, row in zip(times, points, strict=True)),
+            *(f"{ratio:.{int(ratio < 9.95)}f}" for ratio in (value / seconds[0] for value in seconds[1:])),
+        ])  # fmt: skip
     headings = ["N", "T of MaskGIT", *METHODS, "KV cache / MaskGIT", "no cache / MaskGIT"]
     text = [
         *heading("Figure 4: decoding time of autoregressive decoding and MaskGIT"),
@@ -286,8 +364,7 @@ def _draw_timings(lines: Mapping[Method, Mapping[int, Row]]) -> bytes:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 3)))
     axes.yaxis.set_major_formatter(EngFormatter("s"))
     axes.minorticks_off()
-    axes.set_xlabel("tokens per image, N")
-    axes.set_ylabel("transformer time per image")
+    axes.set(xlabel="tokens per image, N", ylabel="transformer time per image")
     axes.set_title(
         "Figure 4: autoregressive decoding and MaskGIT\n"
         f"{plain_label(first['network'])}; batch 1, {plain_label(first['dtype'])}\n"
