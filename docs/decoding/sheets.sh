@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Makes the images of docs/decoding from val images of the default data, and a generated shirt:
-#     bash docs/decoding/sheets.sh fashion-mnist-demo docs/decoding
+# Makes the images of docs/decoding from val images of Fashion-MNIST and Blue Marble, and a generated shirt:
+#     bash docs/decoding/sheets.sh fashion-mnist-demo runs/blue-marble-adaln-15m docs/decoding
 set -euo pipefail
 
-run=$1 out=$2
+run=$1 colour=$2 out=$3
 maskgit=${MASKGIT:-.venv/bin/maskgit}
 images=$(mktemp -d)
 trap 'rm -rf "$images"' EXIT
 
 tar -xf data/shards/fashion-mnist/val-000000.tar -C "$images" 00000009.png 00000019.png
+tar -xf data/shards/blue-marble/val-000000.tar -C "$images" 00001377.png
 mv "$images/00000009.png" "$images/sneaker.png"
+mv "$images/00001377.png" "$images/coast.png"
 mv "$images/00000019.png" "$images/shirt.png"
 mkdir "$images/generated"
 "$(dirname "$maskgit")/python" - "$images" "$run" <<'PYTHON'
@@ -29,8 +31,8 @@ PYTHON
 "$maskgit" edit "$run" "$images/generated/shirt.png" --box 0,12,28,28 --class Pullover --seed 4 --out "$out/edit.png"
 "$maskgit" outpaint "$run" "$images/front.png" --right 12 --class Sneaker --seed 8 --out "$out/outpaint-right.png"
 "$maskgit" outpaint "$run" "$images/upper.png" --down 12 --class T-shirt/top --out "$out/outpaint-down.png"
-"$maskgit" outpaint "$run" "$images/sneaker.png" --all 8 --class Sneaker --out "$out/outpaint-all.png"
-"$maskgit" panorama "$run" --classes Trouser,Bag,Sandal --width 140 --overlap 0.3 --out "$out/panorama.png" \
+"$maskgit" outpaint "$colour" "$images/coast.png" --all 8 --class "Southern South America" --out "$out/outpaint-all.png"
+"$maskgit" panorama "$colour" --classes "Arctic Canada,Central America,Middle East" --width 160 --seed 3 --out "$out/panorama.png" \
     --filmstrip "$out/panorama-filmstrip.png"
 "$maskgit" sample "$run" --classes Sneaker --per-class 1 --seed 3 --choice-temperature 9 \
     --token-selector '{"name": "remdm", "eta": 0.3}' --out "$images/one.png" --filmstrip "$out/filmstrip.png"
