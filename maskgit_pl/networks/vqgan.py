@@ -569,8 +569,8 @@ class PatchUpsample(nn.Module):
         patch = (index[:2, None] + index + 1) // 2  # (2, 3): of 3 patches, that of each tap at each place
         taps = (patch[..., None] == index).to(weight.dtype)
         kernels = torch.einsum("aui,bvj,ocuv->oabcij", taps, taps, weight).flatten(0, 2)
-        bias = self.conv.bias.repeat_interleave(4)
-        return F.pixel_shuffle(F.conv2d(x, kernels, bias, padding=1), 2)
+        assert self.conv.bias is not None
+        return F.pixel_shuffle(F.conv2d(x, kernels, self.conv.bias.repeat_interleave(4), padding=1), 2)
 
 
 class ShuffleUpsample(nn.Module):
