@@ -173,7 +173,7 @@ def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps,
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"
-GAN = "--model.adversarial={discriminator: {channel_multiplier: 0.125}}"
+GAN = "--model.adversarial={discriminator: {channel_multiplier: 0.125}, start_step: 0}"
 WIDE = "--model.network.embed_dim=64", "--model.network.mlp_dim=256", "--model.network.depth=3"
 
 
@@ -182,7 +182,7 @@ WIDE = "--model.network.embed_dim=64", "--model.network.mlp_dim=256", "--model.n
     ("stage", "words"),
     [
         ("tokenizer", (*SIZES, GAN)),
-        ("tokenizer", (*SIZES, "--model.freeze=[encoder,quantizer]")),
+        ("tokenizer", (*SIZES, "--model.adversarial=null", "--model.freeze=[encoder,quantizer]")),
         ("transformer", WIDE),
     ],
 )
