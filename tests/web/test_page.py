@@ -338,7 +338,7 @@ def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, sele
     has_noise = hasattr(token_selectors.build(selector), "choice_temperature")
     assert settings.pop("choice_temperature", None) == (12.0 if has_noise else None)
     assert settings == {
-        "token_selector": selector, "sampling_temperature": (0.5, 1.0), "guidance": "cosine", "guidance_scale": 2.25,
+        "token_selector": selector, "sampling_temperature": (0.5, 0.8), "guidance": "cosine", "guidance_scale": 3.0,
         "num_steps": 4,
     }  # fmt: skip
 
