@@ -473,11 +473,9 @@ class Evaluator:
     def _columns(
         self, model: EvaluatedModel | None, num_images: int, seed: int, decoding: DecodingConfig | None
     ) -> dict[str, Any]:
-        columns = (
-            _NO_DECODING
-            if model is None or decoding is None
-            else {"num_steps": decoding.num_steps, "decoding": model.decoding_key(decoding)}
-        )
+        columns = _NO_DECODING
+        if model is not None and decoding is not None:
+            columns = {"num_steps": decoding.num_steps, "decoding": model.decoding_key(decoding)}
         return {**self._model_columns(model), "num_images": num_images, "seed": seed, **columns}
 
 

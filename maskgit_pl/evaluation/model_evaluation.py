@@ -248,8 +248,8 @@ def describe_agreement(
         if p - q > _EXCEEDING * deviation * math.sqrt(1 / len(ours) + 1 / len(theirs)):
             named.append(f"{printable(name)} {p:.0%} (real {q:.0%})")
     text = (
-        f"Agreement above that of real images: {', '.join(named)}. The classifier may read texture or palette, and "
-        "guidance pushes towards what it reads; look at lite0 and at the pictures."
+        f"Agreement above that of real images: {', '.join(named)}. Guidance pushes towards what the "
+        "classifier reads, which may be texture: look at the pictures, or at another network (--features lite0)."
     )
     return {"per_class": rows, **({"text": text} if named else {})}
 
