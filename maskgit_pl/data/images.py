@@ -28,12 +28,10 @@ from maskgit_pl.data.image_bytes import (
     JPEG_MAGIC,
     PIL_ERRORS,
     UnreadableImageError,
-    check_complete,
     check_size,
     first_line,
     open_image,
     pil_errors,
-    read_image_file,
     read_jpeg_head,
     silent_warnings,
 )
@@ -46,8 +44,6 @@ __all__ = [
     "Crop",
     "ImageHeader",
     "Place",
-    "UnreadableImageError",
-    "check_complete",
     "crop_to_shape",
     "decode_image",
     "encode_jpeg",
@@ -55,7 +51,6 @@ __all__ = [
     "fit_image",
     "from_pil",
     "parse_image_header",
-    "read_image_file",
     "resize",
 ]
 

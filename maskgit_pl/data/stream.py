@@ -31,7 +31,8 @@ from torch.utils.data import Dataset, get_worker_info
 from maskgit_pl.checks import ImageSize, check_integer
 from maskgit_pl.data.augmentations import Augmentations
 from maskgit_pl.data.batches import Batch, stack_batch
-from maskgit_pl.data.images import Place, UnreadableImageError, decode_image, fit_image
+from maskgit_pl.data.image_bytes import UnreadableImageError
+from maskgit_pl.data.images import Place, decode_image, fit_image
 from maskgit_pl.data.index import expand_braces
 from maskgit_pl.data.loader import ALWAYS_ALLOWED, MAX_IN_A_ROW
 from maskgit_pl.data.order import Rows

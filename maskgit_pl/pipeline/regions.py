@@ -24,7 +24,7 @@ from einops import rearrange, reduce, repeat
 from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, plain_number, shorten
-from maskgit_pl.data.image_bytes import MAX_PIXELS
+from maskgit_pl.data.image_bytes import MAX_PIXELS, read_image_file
 from maskgit_pl.errors import printable
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
     """
     from PIL import Image  # with the first image only
 
-    from maskgit_pl.data.images import decode_image, from_pil, read_image_file
+    from maskgit_pl.data.images import decode_image, from_pil
 
     if isinstance(image, str | Path):
         printed_name = printable(image)

@@ -29,7 +29,8 @@ from PIL import Image
 from torch import Tensor
 
 from maskgit_pl.checks import height_width, pixels_text
-from maskgit_pl.data.images import decode_image, fit_image, read_image_file
+from maskgit_pl.data.image_bytes import read_image_file
+from maskgit_pl.data.images import decode_image, fit_image
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors

@@ -9,7 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from maskgit_pl.data.images import UnreadableImageError, check_complete, decode_image, encode_png, parse_image_header
+from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
+from maskgit_pl.data.images import decode_image, encode_png, parse_image_header
 from tests.hostile_images import PNG, chunk, save, saved, zeros
 
 NOISE = np.random.default_rng(0).integers(0, 256, (9, 11, 3), dtype=np.uint8)

@@ -13,15 +13,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 
-from maskgit_pl.data.images import (
-    UnreadableImageError,
-    check_complete,
-    crop_to_shape,
-    decode_image,
-    fit_image,
-    parse_image_header,
-    read_image_file,
-)
+from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete, read_image_file
+from maskgit_pl.data.images import crop_to_shape, decode_image, fit_image, parse_image_header
 from tests.hostile_images import (
     REFUSED,
     SPECIAL,
@@ -127,7 +120,8 @@ def test_every_cut_of_an_image_is_found_without_decoding_it(kind, progressive):
 MEASURE = """
 import json, sys, time
 from pathlib import Path
-from maskgit_pl.data.images import UnreadableImageError, decode_image, fit_image, parse_image_header, read_image_file
+from maskgit_pl.data.image_bytes import UnreadableImageError, read_image_file
+from maskgit_pl.data.images import decode_image, fit_image, parse_image_header
 from maskgit_pl.pipeline.regions import image_pixels
 
 def kilobytes(name):
