@@ -142,14 +142,7 @@ class ProductQuantizer(_CompositeQuantizer):
         return self.groups
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place: sum_g t_g k^g, t_g the token of group g of k codes.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the token of each place: sum_g t_g k^g, t_g the token of group g of k codes."""
         parts = zip(self._quantizers, self._split(features), strict=True)
         return self._join([group.nearest(part) for group, part in parts])
 
@@ -265,14 +258,7 @@ class ResidualQuantizer(_CompositeQuantizer):
         return self.levels
 
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place: sum_l t_l k^(L - 1 - l), t_l the token of the residual of level l.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the token of each place: sum_l t_l k^(L - 1 - l), t_l the token of the residual of level l."""
         digits: list[Tensor] = []
         residual = features.float()
         for level in self._quantizers:

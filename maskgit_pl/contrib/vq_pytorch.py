@@ -81,14 +81,7 @@ class VQPyTorchQuantizer(Quantizer):
 
     @torch.no_grad()
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place, as the package chooses it.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the token of each place, as the package chooses it."""
         _, tokens, _ = self._quantize(features)
         return tokens.long().view(features.shape[0], -1)
 
