@@ -35,6 +35,7 @@ __all__ = [
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 _IS_SPLITS = 10
 _PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+_DIVERSE_IMAGES = 100  # largest number per class in the diversity
 _ROWS = 1000  # real images per block of pairwise distances; bounds the memory
 
 
@@ -275,9 +276,7 @@ def class_agreement(predicted: Tensor, requested: Tensor) -> float:
     return float((predicted == requested).double().mean())
 
 
-def diversity(
-    generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor, *, per_class: int = 100
-) -> float | None:
+def diversity(generated: Tensor, generated_labels: Tensor, real: Tensor, real_labels: Tensor) -> float | None:
     """Computes the diversity of generated images within their classes, relative to real images.
 
     ::
@@ -285,7 +284,7 @@ def diversity(
         diversity = mean over classes of d(generated) / mean over classes of d(real)
 
     Here d is the mean pairwise distance of the features of a class. Both kinds take the same number of images of a
-    class: the first ``per_class``, or fewer if one kind has fewer. Classes with fewer than 2 images of either
+    class: the first 100, or fewer if one kind has fewer. Classes with fewer than 2 images of either
     kind are left out.
 
     Args:
@@ -293,7 +292,6 @@ def diversity(
         generated_labels: (n,) int64: classes that the images were generated for.
         real: (m, D) float features of real images.
         real_labels: (m,) int64: classes of the real images.
-        per_class: Maximum number of images per class, >= 2.
 
     Returns:
         The ratio, in [0, inf); None if no class has 2 images of both kinds, or the real images of each class are equal.
@@ -302,7 +300,7 @@ def diversity(
     for label in sorted(set(generated_labels.tolist())):
         ours, theirs = generated[generated_labels == label], real[real_labels == label]
         # The mean distance of few images has more noise, so that both kinds take the same number.
-        count = min(len(ours), len(theirs), per_class)
+        count = min(len(ours), len(theirs), _DIVERSE_IMAGES)
         if count >= 2:
             pairs.append([pdist(images[:count].double()).mean() for images in (ours, theirs)])
     if not pairs:

@@ -70,11 +70,6 @@ class RunFolders:
         """Returns True if the classifier is the one that all runs of the data share; the user named no folder."""
         return self.classifier == self.references / "small"
 
-    @property
-    def evaluation(self) -> Path:
-        """The folder of the ledger and of generated images."""
-        return self.run / "evaluation"
-
 
 def data_name(data: Path) -> str:
     """Returns the name of a data folder for ledgers and pages, which is also that of a folder of results."""
@@ -203,7 +198,7 @@ def open_model(
     models = [pipe.transformer] if pipe.negative_model is None else [pipe.transformer, pipe.negative_model]
     for model in models:  # the tokenizer stays: reconstructions remain comparable
         model.network.to(dtype=parse_dtype(dtype, target))
-    return EvaluatedModel(folders.run.name, pipe, folders.pretrained, out or folders.evaluation)
+    return EvaluatedModel(folders.run.name, pipe, folders.pretrained, out or folders.run / "evaluation")
 
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:

@@ -362,7 +362,7 @@ def _cells_panel(
         for box, is_framed in zip(boxes, tokens.tolist(), strict=True):
             if is_framed:
                 draw.rectangle(box, outline=color, width=2)
-    return panel if requested is None else draw_outline(panel, requested, REQUESTED)
+    return panel if requested is None else draw_outline(panel, requested)
 
 
 def _boxes(size: Sequence[int], token_size: int, scale: int) -> list[tuple[int, int, int, int]]:

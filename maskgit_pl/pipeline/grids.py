@@ -61,6 +61,7 @@ _NARROWEST = 420  # pixels: a head line or a legend widens a narrower picture to
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont  # the latter in a Pillow without FreeType
 _BAR = (160, 12)  # width and height of a color bar in pixels
 _LINE = 2  # pixels of an outline
+_LAST_FRAME = 2400  # milliseconds
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -185,13 +186,12 @@ def viridis(values: Sequence[float]) -> list[tuple[int, int, int]]:
     return [(int(red), int(green), int(blue)) for red, green, blue in colors]
 
 
-def draw_outline(picture: Image.Image, mask: Tensor, color: tuple[int, int, int]) -> Image.Image:
-    """Returns a picture with a line along the inner edge of a mask.
+def draw_outline(picture: Image.Image, mask: Tensor) -> Image.Image:
+    """Returns a picture with a green line along the inner edge of a mask: the pixels that the user of an edit named.
 
     Args:
         picture: RGB picture, an integer factor larger than the mask.
         mask: (H, W) bool.
-        color: RGB color of the line.
     """
     scale = picture.width // mask.shape[1]
     inside = mask.repeat_interleave(scale, 0).repeat_interleave(scale, 1)
@@ -199,7 +199,7 @@ def draw_outline(picture: Image.Image, mask: Tensor, color: tuple[int, int, int]
     outside = F.pad(inside.logical_not()[None].float(), (_LINE,) * 4, value=1.0)
     line = inside.cpu() & (F.max_pool2d(outside, 2 * _LINE + 1, stride=1)[0] > 0).cpu()
     outlined = picture.copy()
-    outlined.paste(color, mask=to_pil(line[None].byte() * 255))
+    outlined.paste(REQUESTED, mask=to_pil(line[None].byte() * 255))
     return outlined
 
 
@@ -269,7 +269,7 @@ def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> 
     # Grey images become RGB, because the outline has a color.
     pixels = original.expand(3, -1, -1)
     masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
-    return draw_outline(enlarge(masked, scale), mask, REQUESTED)
+    return draw_outline(enlarge(masked, scale), mask)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:
@@ -293,16 +293,15 @@ def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, s
         save_png(to_pil(image), folder / image_file_name(label, image_seed))
 
 
-def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int = 600, last: int = 2400) -> None:
+def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int) -> None:
     """Writes frames as a looping GIF atomically, and makes the folders above it.
 
     Args:
         frames: At least one frame. All have the same size.
         path: File to write.
-        milliseconds: Duration of each frame but the last.
-        last: Duration of the last frame in milliseconds.
+        milliseconds: Duration of each frame but the last, which stays longer.
     """
-    durations = [milliseconds] * (len(frames) - 1) + [last]
+    durations = [milliseconds] * (len(frames) - 1) + [_LAST_FRAME]
     # 128 colours per frame keep the file small.
     first, *rest = [frame.quantize(128) for frame in frames]
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -384,13 +384,13 @@ class Request:
         rows = range(len(self.labels)) if rows is None else rows
         return [rows[first : first + self.batch_size] for first in range(0, len(rows), self.batch_size)]
 
-    def part(self, rows: Sequence[int], *, seeds: Sequence[int] | None = None) -> Request:
-        """Returns the request for some of the results, with other seeds if ``seeds`` is given."""
+    def part(self, rows: Sequence[int]) -> Request:
+        """Returns the request for some of the results."""
         negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
         return dataclasses.replace(
             self,
             labels=[self.labels[row] for row in rows],
-            seeds=[self.seeds[row] for row in rows] if seeds is None else list(seeds),
+            seeds=[self.seeds[row] for row in rows],
             negative_labels=negative,
             vectors=None if self.vectors is None else self.vectors[list(rows)],
         )

@@ -10,7 +10,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 _MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
 _MOST_PAIRS = 16
+_SECONDS_BETWEEN_LINES = 15.0
 
 
 class CallbackSpec(ABC):
@@ -132,14 +133,10 @@ class ProgressLines(ProgressBar):
     """A callback that logs step, metrics, speed and remaining time, at most once per interval.
 
     It is for batch logs and CI, in place of a progress bar.
-
-    Args:
-        seconds: Minimum time between two lines, in seconds.
     """
 
-    def __init__(self, seconds: float = 15.0) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.seconds = seconds
         self._is_enabled = True
         self._start = (0.0, 0)  # time and step at the start of training
         self._last = 0.0  # time of the last line
@@ -158,7 +155,7 @@ class ProgressLines(ProgressBar):
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         now = time.monotonic()
-        if now - self._last >= self.seconds:
+        if now - self._last >= _SECONDS_BETWEEN_LINES:
             self._last = now
             self._log_line(trainer, pl_module, now)
 
@@ -310,7 +307,7 @@ def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
     return {split: images for split, images in counters.items() if isinstance(images, UnreadableImages)}
 
 
-def _format_counts(counts: dict[str, int], most: int = 5) -> str:
-    """Formats the first few counts: ``train-000000.tar 3, train-000004.tar 1``."""
-    items: Iterable[tuple[str, int]] = list(counts.items())[:most]
-    return ", ".join(f"{name} {count}" for name, count in items) + (", ..." if len(counts) > most else "")
+def _format_counts(counts: dict[str, int]) -> str:
+    """Formats the first five counts: ``train-000000.tar 3, train-000004.tar 1``."""
+    items = [f"{name} {count}" for name, count in counts.items()]
+    return ", ".join(items[:5] + ["..."] * (len(items) > 5))

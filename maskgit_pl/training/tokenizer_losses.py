@@ -450,7 +450,7 @@ class AdversarialStep:
         """
         loss = losses.generator_loss(self.fake_logits, kind=self.config.loss)
         # The discriminator's loss needs the same graph again.
-        gradient = _gradient_at(image, loss, retain_graph=True)
+        gradient = torch.autograd.grad(loss, image, retain_graph=True)[0].float()
         weight = torch.tensor(self.weight, device=gradient.device)
         if self.config.weight_rule == "adaptive":
             # Autograd runs only from the image to the last layer, once for each of the two gradients.
@@ -516,9 +516,3 @@ def gradient_norm(gradient: Tensor) -> Tensor:
     """
     norm: Tensor = torch.linalg.vector_norm(gradient) * len(gradient) ** 0.5
     return norm.detach()
-
-
-def _gradient_at(image: Tensor, loss: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """Computes the gradient of a scalar loss with respect to an image, in float32."""
-    (gradient,) = torch.autograd.grad(loss, image, retain_graph=retain_graph)
-    return gradient.float()
