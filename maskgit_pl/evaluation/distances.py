@@ -39,17 +39,6 @@ _DIVERSE_IMAGES = 100  # largest number per class in the diversity
 _ROWS = 1000  # real images per block of pairwise distances; bounds the memory
 
 
-class _PassThrough(nn.Module):
-    """A network that returns its input: torchmetrics wants a network, but the features are already computed."""
-
-    def __init__(self, num_features: int) -> None:
-        super().__init__()
-        self.num_features = num_features
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features
-
-
 @metrics.register("fid")
 class FID(FeatureMetric):
     """The Frechet distance of pooled features."""
@@ -216,7 +205,8 @@ def inception_score(logits: Tensor, *, splits: int = _IS_SPLITS) -> tuple[float,
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*will save all extracted features.*")
-        score = InceptionScore(_PassThrough(logits.shape[1]), splits=splits, sync_on_compute=False)
+        # torchmetrics wants a network, but the logits are already computed.
+        score = InceptionScore(nn.Identity(), splits=splits, sync_on_compute=False)
     score.update(logits.double())
     with torch.random.fork_rng(devices=[]):  # see ``kernel_distance``
         torch.manual_seed(0)
