@@ -42,16 +42,12 @@ from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.training.checkpoints import CheckpointedModule
-from maskgit_pl.training.optimizers import build_optimizer, frozen_copy, parameter_groups, update_ema
+from maskgit_pl.training.optimizers import build_optimizer, freeze, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
 from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, Part, TokenizerConfig
 
-__all__ = [
-    "CodebookUsage",
-    "Tokenizer",
-    "freeze",
-]
+__all__ = ["CodebookUsage", "Tokenizer"]
 
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch
@@ -392,16 +388,6 @@ class CodebookUsage(Metric):
             "codebook_usage": (self.counts > 0).float().mean(),
             "perplexity": torch.special.entr(shares).sum().exp().float(),
         }
-
-
-def freeze(part: nn.Module) -> None:
-    """Freezes a part of a network in place: its weights take no gradients, and it stays in evaluation mode.
-
-    Args:
-        part: Module of the network. Its optimizer must be built later, and must leave out frozen parameters.
-    """
-    part.requires_grad_(requires_grad=False).eval()
-    part.train = lambda mode=True: part  # type: ignore[method-assign]  # Lightning calls train() on every submodule
 
 
 def _freeze_parts(network: VQGAN, parts: Sequence[Part]) -> None:

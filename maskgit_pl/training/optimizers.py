@@ -42,6 +42,7 @@ __all__ = [
     "OptimizerConfig",
     "OptimizerSpec",
     "build_optimizer",
+    "freeze",
     "frozen_copy",
     "learning_rate_schedules",
     "optimizers",
@@ -387,11 +388,19 @@ def state_values(config: OptimizerConfig) -> float:
     return round(kept / weight.numel(), 2)
 
 
+def freeze(network: _Network) -> _Network:
+    """Freezes a network, or a part of one, in place: its weights take no gradients, and it stays in evaluation mode.
+
+    An optimizer must be built later, and must leave out frozen parameters.
+    """
+    network.requires_grad_(requires_grad=False).eval()
+    network.train = lambda mode=True: network  # type: ignore[method-assign]  # Lightning calls train() on every submodule
+    return network
+
+
 def frozen_copy(network: _Network) -> _Network:
     """Returns a deep copy that requires no gradients and stays in evaluation mode."""
-    duplicate = copy.deepcopy(network).requires_grad_(requires_grad=False).eval()
-    duplicate.train = lambda mode=True: duplicate  # type: ignore[method-assign]  # Lightning calls train() on every submodule
-    return duplicate
+    return freeze(copy.deepcopy(network))
 
 
 @torch.no_grad()
