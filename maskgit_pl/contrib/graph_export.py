@@ -99,7 +99,7 @@ def export_graphs(
     """
     _check_packages(kind)
     entry = ("format", _FORMAT)
-    check = partial(check_new_folder, replace=replace, description=DESCRIPTION, entry=entry, known=lambda _: _FILES)
+    check = partial(check_new_folder, replace=replace, description=DESCRIPTION, entry=entry, known=_FILES)
     # The folder is locked and checked before the model is loaded.
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.

@@ -153,7 +153,7 @@ def check_new_folder(
     replace: bool,
     description: str,
     entry: tuple[str, Any],
-    known: Callable[[dict[str, Any]], Collection[str]],
+    known: Collection[str],
 ) -> None:
     """Checks that a folder is new or empty, or holds an earlier export that is to be replaced, and nothing else.
 
@@ -162,7 +162,7 @@ def check_new_folder(
         replace: True if an earlier one may be replaced.
         description: JSON file in an earlier one.
         entry: Key and value in that file, by which it is known.
-        known: Returns the files of an earlier one, relative to it, from the content of that file.
+        known: Files of an earlier one, relative to it.
 
     Raises:
         FileExistsError: if the folder has other files, or ``replace`` is False.
@@ -172,12 +172,12 @@ def check_new_folder(
     if not replace:
         raise FileExistsError(f"{folder} has files; replace an earlier export with --replace, or name a new folder")
     file, (key, value) = folder / description, entry
-    if not file.is_file() or (content := read_json(file)).get(key) != value:
+    if not file.is_file() or read_json(file).get(key) != value:
         raise FileExistsError(
             f"--replace replaces only the folder of an earlier export, and {folder} has no {description} of one; name "
             "a new folder"
         )
-    check_only_known(folder, {description, *known(content)})
+    check_only_known(folder, {description, *known})
 
 
 def check_only_known(folder: Path, expected_files: Collection[str]) -> None:

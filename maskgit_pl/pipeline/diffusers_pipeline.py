@@ -282,7 +282,7 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
         ValueError: if ``out`` cannot be replaced, a file is damaged, or the images differ.
     """
     entry = ("_class_name", CLASS_NAME)
-    check = partial(check_new_folder, replace=replace, description=INDEX_FILE, entry=entry, known=lambda _: _FILES)
+    check = partial(check_new_folder, replace=replace, description=INDEX_FILE, entry=entry, known=_FILES)
     # The folder is locked and checked before the model is loaded.
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.
