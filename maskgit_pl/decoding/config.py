@@ -10,7 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from maskgit_pl.checks import build_dataclass, check_integer, check_keys, plain_list, plain_number, shorten
+from maskgit_pl.checks import (
+    build_dataclass,
+    check_integer,
+    check_keys,
+    check_number,
+    plain_list,
+    plain_number,
+    shorten,
+)
 from maskgit_pl.decoding.guidance import check_guidance, guidance_scales, guidance_schedules
 from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Temperature
 from maskgit_pl.decoding.selectors import token_selectors
@@ -35,7 +43,7 @@ SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid
 # The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
-_ONLY_PARALLEL = ("token_selector", "mask_schedule", "tokens_per_step")
+_ONLY_PARALLEL = ("token_selector", "mask_schedule", "tokens_per_step", "random_start")
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,8 @@ class DecodingConfig:
         mask_schedule: Name, mapping or object of a mask schedule to decode with; None uses that of the training.
         draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``. Recipes and importers have
             ``gumbel``.
+        random_start: Probability that the network sees a random code in place of a mask token in the first step, in
+            [0, 1]. Models that are distilled to few steps need it (``distillation``).
 
     Raises:
         ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
@@ -68,14 +78,16 @@ class DecodingConfig:
     tokens_per_step: tuple[int, ...] | None = None
     mask_schedule: str | dict[str, Any] | None = None
     draw_method: DrawMethod = "inverse_cdf"
+    random_start: float = 0.0
 
     def __post_init__(self) -> None:
         set_specs(self, token_selector=token_selectors, guidance=guidance_schedules, mask_schedule=mask_schedules)
-        for name in ("num_steps", "sampling_temperature", "top_k", "top_p"):
+        for name in ("num_steps", "sampling_temperature", "top_k", "top_p", "random_start"):
             pair = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if pair is None else tuple(pair)  # JSON has no tuples
             object.__setattr__(self, name, plain)
         check_integer("num_steps", self.num_steps, f"[1, {_MOST_STEPS}]")
+        check_number("random_start", self.random_start, "[0, 1]")
         if self.tokens_per_step is not None:
             counts = plain_list(self.tokens_per_step)
             if counts is None or not all(type(count) is int and count >= 1 for count in counts):
@@ -116,6 +128,7 @@ class DecodingConfig:
             num_steps=self.num_steps,
             sampling=self._build_sampling(),
             tokens_per_step=self.tokens_per_step,
+            random_start=self.random_start,
         )
 
     def build_autoregressive_decoder(self, num_tokens: int) -> AutoregressiveDecoder:
@@ -128,7 +141,7 @@ class DecodingConfig:
             ValueError: if an autoregressive model does not support a setting, or a number is out of range.
         """
         for name in _ONLY_PARALLEL:
-            if getattr(self, name) is not None:
+            if getattr(self, name):
                 raise ValueError(
                     f"{name} must not be set for an autoregressive model, which draws one token per step in raster "
                     f"order, got {getattr(self, name)!r}; leave it out, or use a model with bidirectional attention"

@@ -37,10 +37,16 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.decoding.guidance import step_progress
-from maskgit_pl.decoding.predictors import ConditionalModel, ConditionalNetwork, Predictor, build_class_predictor
+from maskgit_pl.decoding.predictors import (
+    ConditionalModel,
+    ConditionalNetwork,
+    Predictor,
+    StartPredictor,
+    build_class_predictor,
+)
 from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
-from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, uniform_of
+from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, random_uniform, uniform_of
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
 __all__ = [
@@ -51,6 +57,7 @@ __all__ = [
     "count_after",
     "decode_classes",
     "draw_codes",
+    "draw_start",
 ]
 
 
@@ -68,6 +75,7 @@ class ParallelDecoder:
         sampling: Temperature and truncation of the logits that codes are drawn from.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers >= 1 whose
             sum is N. Images with fewer masked tokens at the start decide them in proportion, rounded down.
+        random_start: Probability that ``decode_classes`` shows a random code in place of a mask token in step 0.
 
     Raises:
         TypeError: if the schedule or the selector is a name, from which a registry builds the object.
@@ -79,6 +87,7 @@ class ParallelDecoder:
     num_steps: int = 8
     sampling: CodeSampling = field(default_factory=CodeSampling)
     tokens_per_step: tuple[int, ...] | None = None
+    random_start: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("mask_schedule", "token_selector"):
@@ -494,6 +503,28 @@ class SeededNoise:
         return first
 
 
+def draw_start(seeds: Tensor, num_tokens: int, fraction: float, codebook_size: int, *, mask_token_id: int) -> Tensor:
+    """Draws what the network sees in place of mask tokens in the first step: random codes, or the mask token.
+
+    Args:
+        seeds: (B,) int64 in [0, 2**32), one per image.
+        num_tokens: N, tokens per image.
+        fraction: Probability of a random code, in [0, 1].
+        codebook_size: K.
+        mask_token_id: Id of the mask token.
+
+    Returns:
+        (B, N) int64.
+
+    Source: Di[M]O, Zhu et al., arXiv:2503.15457, token initialization.
+    """
+    chance, codes = random_uniform(
+        ["decode/start", "decode/start/codes"], seed=seeds, index=0, epoch=0, count=num_tokens
+    )  # (B, N) each
+    start: Tensor = (codes * codebook_size).long().clamp(max=codebook_size - 1)
+    return start.masked_fill(chance >= fraction, mask_token_id)
+
+
 def decode_classes(
     model: ConditionalModel[ConditionalNetwork],
     labels: Sequence[int],
@@ -523,10 +554,15 @@ def decode_classes(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
+    is_random = decoder.random_start > 0 and first_step == 0
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = build_class_predictor(
-            model, labels, negative_labels=negative_labels, scales=scales[first_step:], all_masked=tokens is None
+            model,
+            labels,
+            negative_labels=negative_labels,
+            scales=scales[first_step:],
+            all_masked=tokens is None and not is_random,
         )
     num_masked = None
     if tokens is None:
@@ -534,6 +570,11 @@ def decode_classes(
         tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
         num_masked = [model.num_tokens] * len(labels)  # known without asking the device
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
+    if is_random:
+        start = draw_start(
+            seed_tensor, model.num_tokens, decoder.random_start, model.codebook_size, mask_token_id=model.mask_token_id
+        )
+        predictor = StartPredictor(predictor, start, mask_token_id=model.mask_token_id)
     return decoder.steps(
         predictor,
         tokens.to(model.device),

@@ -1,9 +1,10 @@
 """Predictors: the sources of the logits of ``ParallelDecoder``.
 
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
-``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
-``FirstStepPredictor`` shares the first step between images of a class. ``VectorPool`` and ``check_condition_vectors``
-give the vectors of images, such as text embeddings, that ``ConditionalModel.bind`` hands to the network.
+``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network,
+``FirstStepPredictor`` shares the first step between images of a class, and ``StartPredictor`` shows random codes in it.
+``VectorPool`` and ``check_condition_vectors`` give the vectors of images, such as text embeddings, that
+``ConditionalModel.bind`` hands to the network.
 
 Source of guidance: Ho and Salimans, arXiv:2207.12598; of its use with masked tokens: Muse, arXiv:2301.00704;
 of guidance by a second network: Karras et al., arXiv:2406.02507.
@@ -34,6 +35,7 @@ __all__ = [
     "FirstStepPredictor",
     "GuidedPredictor",
     "Predictor",
+    "StartPredictor",
     "VectorPool",
     "apply_guidance",
     "build_class_predictor",
@@ -196,6 +198,26 @@ class FirstStepPredictor:
         return logits  # all positions are masked, so ``positions`` is raster order
 
 
+class StartPredictor:
+    """A predictor whose first call shows the network other tokens in place of mask tokens, such as random codes.
+
+    Args:
+        predictor: Predictor of all calls.
+        start: (B, N) int64: what the first call shows in place of each mask token; see ``decoder.draw_start``.
+        mask_token_id: Id of the mask token.
+    """
+
+    def __init__(self, predictor: Predictor, start: Tensor, *, mask_token_id: int) -> None:
+        self.predictor = predictor
+        self.start: Tensor | None = start
+        self.mask_token_id = mask_token_id
+
+    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        if self.start is not None:
+            tokens, self.start = self.start.where(tokens == self.mask_token_id, tokens), None
+        return self.predictor(tokens, positions)
+
+
 class FirstStepLogits:
     """A cache of the logits of the first step. It sees mask tokens only, so its logits depend on the class only. Exact.
 
@@ -256,6 +278,7 @@ class ConditionalModel(Generic[_NetworkT]):
         network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveBackbone`` for
             ``decode_autoregressive``.
         grid: Rows and columns of tokens; N is their product.
+        codebook_size: Number of codes K.
         mask_token_id: Id of the mask token.
         null_label: Label of "no class"; None if the network has none.
         device: Device of the network.
@@ -268,6 +291,7 @@ class ConditionalModel(Generic[_NetworkT]):
 
     network: _NetworkT
     grid: tuple[int, int]
+    codebook_size: int
     mask_token_id: int
     null_label: int | None
     device: torch.device
@@ -285,6 +309,7 @@ class ConditionalModel(Generic[_NetworkT]):
         return ConditionalModel(
             network,
             config.grid,
+            config.codebook_size,
             config.mask_token_id,
             config.null_label,
             device,

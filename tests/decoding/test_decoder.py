@@ -176,7 +176,7 @@ class Network:
 
 
 def model(network: Network, *, null_label: int | None = 3, **options: object) -> ConditionalModel:
-    return ConditionalModel(network, (4, 4), MASK, null_label, CPU, **options)
+    return ConditionalModel(network, (4, 4), 7, MASK, null_label, CPU, **options)
 
 
 def decoded(
@@ -375,3 +375,34 @@ def test_a_small_change_of_the_logits_changes_few_gumbel_draws():
     changed = (noise.draw(logits, zeros, step=0) != noise.draw(rounded, zeros, step=0)).float().mean()
     distance = (logits.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
     assert 0 < changed < 2 * distance / (1 + distance) + 0.003
+
+
+def test_a_random_start_shows_codes_in_the_first_step_only():
+    seen: list[Tensor] = []
+
+    class Watched(Network):
+        def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+            seen.append(tokens)
+            return super().forward_at(tokens, labels, positions)
+
+    options = {"decoder": decoder(3, random_start=0.5), "scales": (0.0,) * 3}
+    known = torch.full((200, 16), MASK)
+    known[:, :4] = 2
+    for tokens in (None, known):
+        steps = list(decode_classes(model(Watched()), [0] * 200, range(200), tokens=tokens, **options))
+        assert len(steps) == 3
+        assert torch.equal(seen[-2] == MASK, steps[0].still_masked)
+    free, given = seen[0], seen[3]
+    assert 0.47 < float((free != MASK).float().mean()) < 0.53
+    assert sorted(free.unique().tolist()) == list(range(8))  # 7 codes and the mask token
+    assert bool((given[:, :4] == 2).all())  # known tokens stay
+    assert torch.equal(given[:, 4:], free[:, 4:])  # a seed gives the same codes
+
+
+def test_images_of_a_random_start_do_not_depend_on_their_batch():
+    def decode(labels: list[int], seeds: list[int]) -> Tensor:
+        options = {"decoder": decoder(2, random_start=0.4), "scales": (0.0, 0.0)}
+        return list(decode_classes(model(Network()), labels, seeds, **options))[-1].tokens
+
+    alone = [decode([label], [seed]) for label, seed in ((0, 5), (1, 6), (2, 7))]
+    assert torch.equal(decode([0, 1, 2], [5, 6, 7]), torch.cat(alone))
