@@ -24,21 +24,28 @@ STEPS = 6
 EXACT = "--trainer.precision=32-true"
 
 
-def test_fsdp_trains_the_autoregressive_baseline_of_one_process(tiny_shards, tiny_pretrained, tmp_path):
+@pytest.mark.parametrize("kind", ["autoregressive", "distillation"])
+def test_ranks_train_the_other_kinds_of_stage_2_like_one_process(kind, tiny_shards, tiny_pretrained, tmp_path):
     tiny = yaml.safe_load((TINY / "transformer.yaml").read_text())
     tiny["trainer"] |= {"max_steps": STEPS, "val_check_interval": STEPS}
-    del tiny["model"]["decoding"]  # steps that it has no use for
+    del tiny["model"]["decoding"]  # of a masked model
     words = ["train", "transformer", f"--data={tiny_shards}", f"--tokenizer={tiny_pretrained / 'tokenizer'}", EXACT]
-    words += ["--recipe=autoregressive", f"--runs-folder={tmp_path}", *flags(tiny)]
-    states, pictures = [], []
-    for cluster, ranks in (("single", 1), ("fsdp", 2)):
+    if kind == "distillation":
+        del tiny["model"]["network"]  # that of the teacher
+        words += ["--recipe=distill-dimo", f"--pretrained={tiny_pretrained}", "--model.decoding.num_steps=3"]
+    else:
+        words += ["--recipe=autoregressive"]
+    words += [f"--runs-folder={tmp_path}", *flags(tiny)]
+    states, pictures = {}, {}
+    for cluster, ranks in (("single", 1), ("ddp", 2), ("fsdp", 2)):
         run_on_ranks([*words, f"--run={cluster}", f"--cluster={cluster}", f"--trainer.devices={ranks}"], ranks)
         folder = tmp_path / cluster / "transformer"
-        states.append(FolderCheckpointIO().load_checkpoint(newest_checkpoint(folder / "checkpoints"))["state_dict"])
-        pictures.append((folder / "samples.png").read_bytes())
+        states[cluster] = FolderCheckpointIO().load_checkpoint(newest_checkpoint(folder / "checkpoints"))["state_dict"]
+        pictures[cluster] = (folder / "samples.png").read_bytes()
         assert (tmp_path / cluster / "pretrained" / "transformer" / "model.safetensors").is_file()
-    assert max(apart(*states).values()) < NEAR
-    assert pictures[0] == pictures[1]
+    for cluster in ("ddp", "fsdp"):
+        assert max(apart(states["single"], states[cluster]).values()) < NEAR
+        assert pictures["single"] == pictures[cluster]
 
 
 # Over 50 steps, with kills and other ranks in between.

@@ -29,6 +29,7 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "tokenizer": 6,
     "mvtm": 6,
     "autoregressive": 6,
+    "distillation": 7,  # its student is a model of mvtm
     "importers": 7,
     "runs": 8,
     "evaluation": 9,  # it measures what the pipeline generates

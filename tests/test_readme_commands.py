@@ -31,6 +31,7 @@ PARSED_ONLY = {
     "ablation": "trains seven models",
     "figure": "times decoding for minutes",
     "train": "trains",
+    "distill": "trains",
     "tokenize": "comes before training",
     "slurm": "needs a cluster",
     "doctor": "has its own tests",

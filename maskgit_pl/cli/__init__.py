@@ -48,6 +48,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "train": "cli.train:train",
     "slurm submit": "cli.train:submit",
     "tokenize": "cli.train:tokenize",
+    "distill": "cli.train:distill",
     "export": "cli.export:export",
     "push": "cli.export:push",
     "sample": "cli.sample:sample",

@@ -49,6 +49,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "mask_positions": "masking",
     "objectives": "objectives",
     "corruptions": "objectives",
+    "distillations": "distillation",
     "backbones": "networks.backbone",
     "quantizers": "networks.quantizers",
     "tokenizer_losses": "training.tokenizer_losses",

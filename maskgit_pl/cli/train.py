@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from maskgit_pl import runs
+from maskgit_pl import evaluation, runs
 from maskgit_pl.cli.arguments import Word
-from maskgit_pl.cli.flags import NewRunFlags, RunFlags, check_one_of, print_json
+from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, check_one_of, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT, printable
 from maskgit_pl.processes import catch_stop_signals, progress_bars
@@ -20,7 +20,7 @@ from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
 from maskgit_pl.training.gpus import Machines
 
-__all__ = ["demo", "doctor", "submit", "tokenize", "train"]
+__all__ = ["demo", "distill", "doctor", "submit", "tokenize", "train"]
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +73,45 @@ def _print_config(recipe: Recipe, folders: Folders) -> None:
         print(text, end="")
     else:
         print(resolve.config_text(settings.resolve(recipe.kind, resolve.merge_values(plan))), end="")
+
+
+def distill(
+    model: Run,
+    *,
+    method: str = "dimo",
+    num_steps: Annotated[int, Word("T")] = 1,
+    data: Folder | None = None,
+    cluster: str = "single",
+    run: str | None = None,
+    overrides: Sequence[str] = (),
+) -> None:
+    """Distils a model to fewer decoding steps, or resumes it.
+
+    The student starts from the weights of the model, its teacher, and needs no guidance. Further flags override recipe
+    values, as in `maskgit train transformer`.
+
+    Example: maskgit distill runs/fashion-mnist-adaln --num-steps 1
+
+    Args:
+        model: The teacher: a run, a pretrained folder, or a model of the package.
+        method: Recipe distill-METHOD: dimo, redi or guidance.
+        num_steps: Decoding steps of the student.
+        data: Data folder (default: that of the training).
+        cluster: Machines: a file of recipes/cluster.
+        run: Name of the student's run (default: MODEL-METHOD-T).
+    """
+    with catch_stop_signals(until="exit"), progress_bars() as bars:
+        result = evaluation.distill(
+            model,
+            method=method,
+            num_steps=num_steps,
+            data=data,
+            cluster=cluster,
+            run=run,
+            overrides=overrides,
+            bars=bars,
+        )
+    print(f"The student: maskgit sample {shlex.quote(str(result.folder))} --out sampled.png")
 
 
 def tokenize(

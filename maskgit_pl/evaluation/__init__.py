@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.ablation import read_ablation, run_ablation
     from maskgit_pl.evaluation.classifier import train_classifier
     from maskgit_pl.evaluation.comparison import compare
+    from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
     from maskgit_pl.evaluation.figures import figure_2
     from maskgit_pl.evaluation.ledger import Ledger
@@ -58,6 +59,7 @@ __all__ = [
     "ablate_schedules",
     "compare",
     "compare_tokenizers",
+    "distill",
     "evaluate",
     "evaluate_tokenizer",
     "figure_2",
@@ -89,6 +91,7 @@ __getattr__ = lazy_names(
         "ablate_schedules": "schedule_table",
         "compare": "comparison",
         "compare_tokenizers": "tables",
+        "distill": "distilling",
         "evaluate": "model_evaluation",
         "evaluate_tokenizer": "tokenizer",
         "figure_2": "figures",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.data.token_store import DESCRIPTION_FILE
+from maskgit_pl.distillation import DistilledModel
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
@@ -107,7 +108,7 @@ def _skip_tensorboard(report: Callable[[Any], object], error: threading.ExceptHo
         report(error)
 
 
-def build(plan: Plan) -> StageRun:
+def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     """Builds module, data and Trainer of a run, and divides its global batch among the devices. Trains nothing.
 
     It changes settings of the process, such as the threads of torch, which the training needs: call it inside
@@ -127,7 +128,7 @@ def build(plan: Plan) -> StageRun:
         )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
-    run = StageRun(plan.stage, values, plan.stage_folder)
+    run = StageRun(plan.stage, values, plan.stage_folder, callbacks)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
@@ -188,6 +189,7 @@ class StageRun:
         stage: Stage to train.
         values: All values of the run.
         folder: Stage folder, ``runs/RUN/STAGE``.
+        callbacks: Further callbacks of the Trainer.
 
     Attributes:
         values: All values of the run, with the chosen precision.
@@ -201,9 +203,9 @@ class StageRun:
 
     trainer: Trainer
 
-    def __init__(self, stage: Stage, values: ResolvedRun, folder: Path) -> None:
+    def __init__(self, stage: Stage, values: ResolvedRun, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
         self.stage: Stage = stage
-        self.folder = folder
+        self.folder, self.callbacks = folder, callbacks
         trainer = replace(
             values.trainer, precision=choose_precision(values.trainer, values.model.network, stage, folder)
         )
@@ -264,12 +266,14 @@ class StageRun:
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
-        tokenizer = None
+        weights = {}
         if self.stage == "transformer":
             folder = Path(self.values.model.tokenizer)
             read_config(folder, "tokenizer")  # raises if it is not a tokenizer
-            tokenizer = fingerprint(folder)
-        return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, tokenizer=tokenizer)
+            weights["tokenizer"] = fingerprint(folder)
+        if isinstance(self.model, DistilledModel):
+            weights["teacher"] = fingerprint(Path(self.values.model.teacher))
+        return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, **weights)
 
     def _check_resumes(self, checkpoint: Path) -> None:
         """Raises ValueError if a setting has changed that must not change when a run resumes."""
@@ -316,7 +320,7 @@ class StageRun:
         tensor_float32 = self.values.matmul_precision != "highest"
         speed = SpeedMonitor(self.folder, self._count_flops, tensor_float32=tensor_float32)
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
-        return [*health, *usual, *named, speed]
+        return [*health, *usual, *named, *self.callbacks, speed]
 
     def _count_flops(self) -> float:
         assert isinstance(self.model, Tokenizer | TokenModel)

@@ -27,6 +27,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data import Batch
+from maskgit_pl.distillation import DistilledModel
 from maskgit_pl.masking import Draws
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
@@ -113,10 +114,11 @@ def step_memory(
     if isinstance(module, TokenModel):
         with skeletons():
             frozen = 0 if encoder is None else _bytes_of(VQGAN(encoder[0]))
+            frozen += _bytes_of(module.transformer) if isinstance(module, DistilledModel) else 0  # the teacher
         activations = _run_token_step(
             module, images=per_device, masked=module.config.network.num_tokens, encoder=encoder if encodes else None,
             checkpointing=config.activation_checkpointing, is_half=is_half,
-        ).peak  # fmt: skip
+        ).peak * len(_trained_networks(module))  # fmt: skip
         if strategy == "fsdp":
             block = max((_count(block.parameters()) for block in module.transformer.blocks), default=0)
             root = trained_values - sum(_count(block.parameters()) for block in module.transformer.blocks)
@@ -136,8 +138,9 @@ def step_memory(
 def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: Encoder | None = None) -> float:
     """Returns the FLOPs of a step over all ranks: matrix products and convolutions, forward and backward.
 
-    What activation checkpointing computes again does not count, nor the forward pass of a corruption. The masked tokens
-    are the mean of the training; the R1 penalty counts in the mean over the steps from one to the next.
+    What activation checkpointing computes again does not count, nor the forward pass of a corruption, nor the networks
+    of a distillation beside the student. The masked tokens are the mean of the training; the R1 penalty counts in the
+    mean over the steps from one to the next.
 
     Args:
         module: The module that trains. It stays as it is.
@@ -258,6 +261,8 @@ def _first_full_step(module: Tokenizer) -> int:
 
 
 def _trained_networks(module: TokenModel | Tokenizer) -> list[nn.Module]:
+    if isinstance(module, DistilledModel) and module.auxiliary is not None:
+        return [module.transformer, module.auxiliary]
     if isinstance(module, TokenModel):
         return [module.transformer]
     return [module.network] if module.discriminator is None else [module.network, module.discriminator]

@@ -18,7 +18,7 @@ from typing import Unpack
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from maskgit_pl.checks import count_text
@@ -88,7 +88,9 @@ class FitResult:
         return self.folder / "pretrained"
 
 
-def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> FitResult:
+def fit(
+    recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[Callback] = (), **folders: Unpack[Folders]
+) -> FitResult:
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
     During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
@@ -98,6 +100,7 @@ def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> F
     Args:
         recipe: Values of the run, and the stage.
         fresh: True starts over: an existing stage folder is renamed to ``STAGE.old-N``. Nothing is deleted.
+        callbacks: Callbacks of the Trainer, beside those of the recipe.
         folders: See ``Folders``.
 
     Raises:
@@ -113,7 +116,7 @@ def fit(recipe: Recipe, *, fresh: bool = False, **folders: Unpack[Folders]) -> F
     old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with catch_stop_signals():
-            return fit_stage(plan)
+            return fit_stage(plan, callbacks)
     except SystemExit as stop:
         # Lightning turns KeyboardInterrupt into SystemExit, which would end a notebook's kernel.
         if isinstance(stop.__context__, KeyboardInterrupt):
@@ -239,7 +242,7 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
 
 
 @restore_process_state()
-def fit_stage(plan: Plan) -> FitResult:
+def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished.
 
     Raises:
@@ -255,7 +258,7 @@ def fit_stage(plan: Plan) -> FitResult:
     limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
     if soft != resource.RLIM_INFINITY and soft < limit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
-    run = build(plan)
+    run = build(plan, callbacks)
     trainer = run.trainer
     newest = newest_checkpoint(plan.checkpoints)
     if newest is not None and step_of(newest) >= trainer.max_steps and _is_exported(plan, step_of(newest)):

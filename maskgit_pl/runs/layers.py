@@ -38,7 +38,7 @@ __all__ = [
     "value_at",
 ]
 
-Kind = Literal["tokenizer", "transformer", "autoregressive"]
+Kind = Literal["tokenizer", "transformer", "autoregressive", "distillation"]
 """The kinds of modules that a recipe trains."""
 
 DEFAULT_BACKBONE = "bert"

@@ -46,6 +46,7 @@ STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 DEFAULT_DATASET = "fashion-mnist"
 _PATHS = ("data.path", "data.token_store", "model.tokenizer")
 _BACKBONE, _ATTENTION = "model.network.backbone", "model.network.attention"
+_DISTILLATION = "model.distillation"
 # Keys that have no meaning with causal attention, which masks nothing and samples one token after another.
 _MASKED_ONLY = (
     "model.mask_schedule",
@@ -58,6 +59,7 @@ _MASKED_ONLY = (
     "model.decoding.token_selector",
     "model.decoding.tokens_per_step",
     "model.decoding.mask_schedule",
+    "model.decoding.random_start",
 )
 
 
@@ -282,12 +284,13 @@ def _find_kind(stage: Stage, layers: Sequence[Layer], words: Sequence[str]) -> K
     """Returns the kind of module that files and flags select."""
     if stage == "tokenizer":
         return "tokenizer"
-    flags = [
-        flag.tree for flag in _flag_layers(words) if flag.origin in (f"flag --{_BACKBONE}", f"flag --{_ATTENTION}")
-    ]
+    keys = [f"flag --{key}" for key in (_BACKBONE, _ATTENTION, _DISTILLATION)]
+    flags = [flag.tree for flag in _flag_layers(words) if flag.origin in keys]
+    tree = merge([*(layer.tree for layer in layers), *flags])
+    if value_at(tree, _DISTILLATION) is not None:
+        return "distillation"
     # Backbones without causal attention refuse the key.
-    is_causal = value_at(merge([*(layer.tree for layer in layers), *flags]), _ATTENTION) == "causal"
-    return "autoregressive" if is_causal else "transformer"
+    return "autoregressive" if value_at(tree, _ATTENTION) == "causal" else "transformer"
 
 
 def _flag_layers(words: Sequence[str]) -> list[Layer]:

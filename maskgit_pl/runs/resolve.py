@@ -72,6 +72,7 @@ _FREE_MODEL = {
     "model.optimizer.learning_rate.final_fraction",
     "model.optimizer.learning_rate.warmup_steps",
     "model.seed",  # data.seed
+    "model.teacher",  # a path; the content of the folder is compared instead
     "model.tokenizer",  # a path; the content of the folder is compared instead
 }
 
@@ -156,7 +157,10 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
     # Not those that tokenizer and data determine, nor those of training. The attention selects the kind of recipe.
     excluded = {*BackboneConfig.transferable, "codebook_size", "attention"}
     network = {name: value for name, value in config["network"].items() if name not in excluded}
-    return {"model": {"network": {"backbone": DEFAULT_BACKBONE, **network}}}
+    values: dict[str, Any] = {"network": {"backbone": DEFAULT_BACKBONE, **network}}
+    if plan.recipe.kind == "distillation":
+        values |= {"teacher": str(plan.pretrained), "mask_schedule": config["mask_schedule"]}
+    return {"model": values}
 
 
 def choose_precision(
@@ -191,7 +195,7 @@ def choose_precision(
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 
-def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None = None) -> dict[str, Any]:
+def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dict[str, Any]:
     """Returns the settings that must not change, as plain values by dotted key.
 
     They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so
@@ -200,7 +204,7 @@ def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None 
     Args:
         tree: All values of the run, ``ResolvedRun.tree``.
         data: Fingerprint of the data folder.
-        tokenizer: Fingerprint of the tokenizer, for stage 2.
+        weights: Fingerprint of the tokenizer, for stage 2, and of the teacher, for a distillation.
 
     Returns:
         Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
@@ -208,9 +212,7 @@ def fixed_settings(tree: Mapping[str, Any], *, data: str, tokenizer: str | None 
     settings = {"data": data, **_flat(tree["model"], "model")}
     settings |= {f"data.{key}": tree["data"].get(key) for key in _DATA}
     settings |= {f"trainer.{key}": tree["trainer"].get(key) for key in _TRAINER}
-    if tokenizer is not None:
-        settings["tokenizer"] = tokenizer
-    return settings
+    return settings | weights
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -246,7 +248,7 @@ def _without_weights(value: Any) -> Any:
 
 
 def _short(key: str, value: Any) -> Any:
-    return str(value)[:12] if key in ("data", "tokenizer") else value
+    return str(value)[:12] if key in ("data", "tokenizer", "teacher") else value
 
 
 def config_text(run: ResolvedRun) -> str:

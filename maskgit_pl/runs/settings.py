@@ -28,6 +28,7 @@ from maskgit_pl.checks import (
     validate,
 )
 from maskgit_pl.data import ShardDataConfig
+from maskgit_pl.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.files import NO_CODE
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
@@ -240,10 +241,19 @@ class AutoregressiveRun(ResolvedRun):
     module = AutoregressiveModel
 
 
+@dataclass(frozen=True, kw_only=True)
+class DistillationRun(ResolvedRun):
+    """All values of a distillation, the third kind of stage 2."""
+
+    model: DistillationConfig
+    module = DistilledModel
+
+
 RUNS: dict[Kind, type[ResolvedRun]] = {
     "tokenizer": TokenizerRun,
     "transformer": MaskedRun,
     "autoregressive": AutoregressiveRun,
+    "distillation": DistillationRun,
 }
 
 
@@ -296,7 +306,7 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(data, dict) or not isinstance(model, dict):
         return tree
     model["seed"] = data.get("seed", ShardDataConfig.seed)
-    if kind == "transformer":
+    if kind in ("transformer", "distillation"):
         model["global_batch"] = data.get("global_batch", ShardDataConfig.global_batch)
     if kind == "tokenizer":
         model["image_size"] = data.get("image_size", ShardDataConfig.image_size)

@@ -365,11 +365,12 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Op
     """Builds an optimizer, with the peak as its learning rate.
 
     Args:
-        groups: The two groups of ``parameter_groups``. A frozen network may leave one empty, which torch refuses.
+        groups: The two groups of ``parameter_groups`` of each network. A network with a rate of its own has it in the
+            key ``lr``. A frozen network may leave a group empty, which torch refuses.
         config: Algorithm, betas and peak.
     """
-    decayed, others = groups
-    filled = [group for group in (decayed, {**others, **config.spec.other_options}) if group["params"]]
+    others = [{**group, **config.spec.other_options} for group in groups[1::2]]
+    filled = [group for group in (*groups[::2], *others) if group["params"]]
     return config.spec.create(filled, config)
 
 

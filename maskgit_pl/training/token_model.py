@@ -416,11 +416,14 @@ class TokenModel(CheckpointedModule):
         if self.ema_network is not None:  # it samples and is evaluated in float32, without mixed precision
             shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
 
+    def trained_groups(self) -> list[dict[str, Any]]:
+        """Returns the parameter groups of the optimizer."""
+        return parameter_groups(self.transformer, self.config.optimizer.weight_decay, prefix="transformer.")
+
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Builds the optimizer and its learning rate schedule, which advances with each step."""
         config = self.config.optimizer
-        groups = parameter_groups(self.transformer, config.weight_decay, prefix="transformer.")
-        optimizer = build_optimizer(groups, config)
+        optimizer = build_optimizer(self.trained_groups(), config)
         max_steps = int(self.trainer.max_steps)
         scheduler = LambdaLR(optimizer, lambda step: config.learning_rate.factor(step, max_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -143,11 +143,12 @@ def test_every_recipe_is_valid_in_an_editor(stage):
     assert files
     for name, file in files.items():
         recipe = yaml.safe_load(file.read_text()) or {}
-        for kind in (stage,) if stage in STAGES else STAGES:
+        stage_kind = "distillation" if "distillation" in recipe.get("model", {}) else stage
+        for kind in (stage_kind,) if stage in STAGES else STAGES:
             assert faults(kind, recipe) == [], name
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "transformer", "autoregressive"])
+@pytest.mark.parametrize("kind", ["tokenizer", "transformer", "autoregressive", "distillation"])
 def test_the_schemas_are_schemas_and_refuse_mistakes(kind):
     Draft202012Validator.check_schema(json_schema(kind))
     for wrong in ({"trainer": {"max_step": 3}}, {"trainer": {"max_steps": "many"}}, {"modle": {}}, {"data": 7}):

@@ -1,0 +1,128 @@
+"""``distill`` trains a student that needs fewer steps than a model, and ``QualityMonitor`` measures it meanwhile.
+
+A student of few steps can collapse to a few images of each class, which its loss does not show.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+from typing import cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from maskgit_pl.evaluation.evaluator import FeatureMetrics
+from maskgit_pl.evaluation.features import extract, iter_image_batches, open_extractors
+from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
+from maskgit_pl.evaluation.opening import data_name, find_run, open_images
+from maskgit_pl.evaluation.options import CLASSIFIER
+from maskgit_pl.evaluation.reference import obtain_references, read_real_labels
+from maskgit_pl.pipeline.pretrained import load_transformer
+from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.runs.fitting import FitResult, fit
+from maskgit_pl.runs.layers import Overrides, flag_words
+from maskgit_pl.runs.plan import Folders
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.tokenizing import tokenize
+from maskgit_pl.training.token_model import TokenModel
+
+__all__ = ["QualityMonitor", "distill"]
+
+_METRICS = ("fid", "class_agreement", "diversity", "recall")
+_NUM_IMAGES = 500
+_BATCH = 100
+
+
+def distill(
+    model: str | Path,
+    *,
+    method: str = "dimo",
+    num_steps: int = 1,
+    data: str | Path | None = None,
+    cluster: str = "single",
+    run: str | Path | None = None,
+    overrides: Overrides = (),
+    bars: Bars = no_bars,
+) -> FitResult:
+    """Distils a model to fewer steps. Resumes an interrupted distillation, and does nothing for a finished one.
+
+    The student is exported to ``RUN/pretrained`` with its decoding settings, so that it is used as any other model.
+
+    Args:
+        model: The teacher: a run, a pretrained folder, or the name of a model in the package.
+        method: Recipe ``distill-METHOD``: dimo, redi or guidance.
+        num_steps: T of the student, in [1, N].
+        data: Data folder. Default: that of the model's training.
+        cluster: A file of ``recipes/cluster``.
+        run: Run of the student, see ``runs.Folders``. Default: ``MODEL-METHOD-T`` beside the model's run.
+        overrides: Overrides of recipe values; see ``Recipe.read``.
+        bars: Shows the progress of the token store.
+
+    Raises:
+        FileNotFoundError: if model, data or recipe do not exist.
+        ValueError: if a value is out of range, or the model is autoregressive.
+        RunError: see ``runs.fit``.
+    """
+    found = find_run(model, data=None if data is None else Path(data))
+    load_transformer(found.pretrained / "transformer").schedule_for("distillation")
+    recipe = Recipe.read(
+        "transformer",
+        names=f"distill-{method}",
+        dataset=data_name(found.data),
+        cluster=cluster,
+        overrides=[f"--model.decoding.num_steps={num_steps}", *flag_words(overrides)],
+    )
+    folders = Folders(
+        run=found.run.with_name(f"{found.run.name}-{method}-{num_steps}") if run is None else run,
+        data=found.data,
+        tokenizer=found.pretrained / "tokenizer",
+        pretrained=found.pretrained,
+    )
+    tokenize(recipe, **folders, bars=bars)
+    return fit(recipe, callbacks=[QualityMonitor(found.references, found.data)], **folders)
+
+
+class QualityMonitor(Callback):
+    """A callback that measures images of the same classes and seeds at each validation, by the classifier of the data.
+
+    It logs ``val/fid``, ``val/class_agreement``, ``val/diversity`` and ``val/recall``. FID of 500 images is higher than
+    that of more.
+
+    Args:
+        folder: Folder of the classifier of the data, ``runs/DATA-classifier``; a missing one is trained.
+        data: Data folder.
+    """
+
+    def __init__(self, folder: Path, data: Path) -> None:
+        self.folder, self.data = folder, data
+        self.judge: FeatureMetrics | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.judge is None:
+            tokenizer = cast("TokenModel", pl_module).tokenizer
+            images = open_images(self.data, tokenizer.image_size, tokenizer.network.config.in_channels)
+            extractors = open_extractors(self.folder / "small", images, [CLASSIFIER], device="cpu", replaces=True)
+            references = obtain_references(self.folder, images, extractors)
+            self.judge = FeatureMetrics(extractors[0], references[CLASSIFIER], read_real_labels(images))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.judge is not None
+        model, judge = cast("TokenModel", pl_module), self.judge
+        labels = [seed % model.config.network.num_classes for seed in range(_NUM_IMAGES)]
+        parts = []
+        # Every rank runs all steps: with FSDP2, each forward pass is a collective.
+        for first in range(0, _NUM_IMAGES, _BATCH):
+            seeds = range(first, first + _BATCH)
+            (last,) = deque(model.sample(labels[first : first + _BATCH], seeds), maxlen=1)
+            parts.append(last.tokens)
+        tokens = torch.cat(parts)
+        batches = iter_image_batches(lambda rows: model.tokenizer.decode(tokens[rows.start : rows.stop]), _NUM_IMAGES)
+        features = extract([judge.extractor], batches)[CLASSIFIER]
+        chosen = {name: metric for name, metric in judge.choose().items() if name in _METRICS}
+        images = ComparedImages(features, judge.reference, torch.tensor(labels), judge.labels)
+        values = {f"val/{name}": value for name, value in compute_metrics(chosen, images).items() if value is not None}
+        model.log_dict(values, prog_bar=True, logger=False)
+        if not trainer.sanity_checking:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step=trainer.global_step)

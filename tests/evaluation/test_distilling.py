@@ -1,0 +1,37 @@
+"""``distill``: it trains, measures and exports a student, resumes it, and refuses models that have no steps."""
+
+import pytest
+
+from maskgit_pl import MaskGIT
+from maskgit_pl.evaluation import distill
+
+SHORT = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.global_batch": 8, "trainer.accelerator": "cpu"}
+MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/recall")
+
+
+@pytest.mark.slow
+@pytest.mark.trainings
+def test_a_student_is_trained_measured_and_exported(tiny_shards, tiny_pretrained, tmp_path):
+    def train():
+        run = tmp_path / "student"
+        return distill(
+            tiny_pretrained,
+            method="dimo",
+            num_steps=2,
+            data=tiny_shards,
+            run=run,
+            overrides={**SHORT, "loggers": ["csv"]},
+        )
+
+    result = train()
+    assert result.step == 2
+    assert set(result.metrics) == set(MEASURED)
+    pipe = MaskGIT.from_pretrained(result.pretrained)
+    assert (pipe.decoding.num_steps, pipe.decoding.random_start) == (2, 0.4)
+    assert len(pipe.generate(["Trouser"] * 3, seed=1)) == 3
+    assert train().was_finished
+
+
+def test_an_autoregressive_teacher_is_refused(tiny_shards, tiny_autoregressive, tmp_path):
+    with pytest.raises(ValueError, match="distillation requires a model with bidirectional attention"):
+        distill(tiny_autoregressive, data=tiny_shards, run=tmp_path / "student")
