@@ -120,16 +120,20 @@ class DistillationConfig(MaskedTokenConfig):
         distillation: Name or mapping of a registered distillation.
 
     Raises:
-        ValueError: if a name is unknown, a number is out of range, or the student is decoded with guidance.
+        ValueError: if a name is unknown, a number is out of range, there is no teacher, or ``decoding`` has guidance.
     """
 
     _: KW_ONLY
-    teacher: str
+    teacher: str = ""
     distillation: str | dict[str, Any] = "dimo"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "teacher", str(self.teacher))
         super().__post_init__()
+        if not self.teacher:
+            raise ValueError(
+                "teacher must be a pretrained transformer folder, got none; name its model by --pretrained"
+            )
         set_specs(self, distillation=distillations)
         if any(self.decoding.scales()):
             raise ValueError(

@@ -163,6 +163,10 @@ def test_a_student_is_exported_with_its_decoding(tiny_pretrained, tmp_path) -> N
 def test_settings_that_do_not_fit_are_refused(tiny_pretrained, tiny_autoregressive) -> None:
     with pytest.raises(ValueError, match=r"^decoding\.guidance must have scale 0, since the student learns"):
         student(tiny_pretrained, decoding=DecodingConfig(2, guidance={"name": "linear", "scale": 1.0}))
+    with pytest.raises(
+        ValueError, match="teacher must be a pretrained transformer folder, got none; name its model by"
+    ):
+        student(tiny_pretrained, teacher="")
     with pytest.raises(ValueError, match=r"distillation 'dymo': .*dimo"):
         student(tiny_pretrained, "dymo")
     with pytest.raises(ValueError, match=r"reverse must be a number in \[0, 1\], got 2"):

@@ -12,6 +12,7 @@ from typing import cast
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from maskgit_pl.checks import check_choice
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import extract, iter_image_batches, open_extractors
 from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
@@ -23,7 +24,7 @@ from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.fitting import FitResult, fit
 from maskgit_pl.runs.layers import Overrides, flag_words
 from maskgit_pl.runs.plan import Folders
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe import Recipe, list_recipes
 from maskgit_pl.runs.tokenizing import tokenize
 from maskgit_pl.training.token_model import TokenModel
 
@@ -64,11 +65,14 @@ def distill(
         ValueError: if a value is out of range, or the model is autoregressive.
         RunError: see ``runs.fit``.
     """
+    prefix = "distill-"
+    known = [name.removeprefix(prefix) for name in list_recipes("transformer") if name.startswith(prefix)]
+    check_choice("method", method, known)
     found = find_run(model, data=None if data is None else Path(data))
     load_transformer(found.pretrained / "transformer").schedule_for("distillation")
     recipe = Recipe.read(
         "transformer",
-        names=f"distill-{method}",
+        names=f"{prefix}{method}",
         dataset=data_name(found.data),
         cluster=cluster,
         overrides=[f"--model.decoding.num_steps={num_steps}", *flag_words(overrides)],
