@@ -145,8 +145,9 @@ def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_p
 @pytest.mark.parametrize("name", TRANSFORMERS)
 def test_a_transformer_recipe_trains_a_step(name, tiny_shards, tiny_pretrained, tmp_path):
     files = [*layers("transformer", name), RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
-    tokenizer = tiny_pretrained / "tokenizer"
-    assert fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer)).step == 1
+    teacher = tiny_pretrained / "transformer" if name.startswith("distill-") else None
+    recipe = Recipe.from_files("transformer", files)
+    assert fit_stage(Plan(recipe, tiny_shards, tmp_path, tiny_pretrained / "tokenizer", teacher)).step == 1
     model = load_transformer(tmp_path / "pretrained" / "transformer")
     if name == "autoregressive":
         assert (model.mask_schedule, model.network.config.attention) == (None, "causal")
