@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -80,7 +81,7 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
             with suppress(KeyboardInterrupt):
                 _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", host_name, port, folder)
                 while True:
-                    time.sleep(3600)
+                    time.sleep(1)  # not longer: a signal that another thread takes does not wake this one
             # A thread whose files disappear has errors that concern nobody.
             logging.disable()
     logging.disable(logging.NOTSET)
@@ -251,13 +252,14 @@ def _interrupt_once() -> None:
 @contextmanager
 def _temporary_folder() -> Iterator[Path]:
     """Makes the folder of all files of the page, and removes it at the end."""
-    folder = Path(tempfile.mkdtemp(prefix="maskgit-web-"))
-    tempfile.tempdir = str(folder)
+    folder = Path(tempfile.gettempdir(), f"maskgit-web-{secrets.token_hex(8)}")
     # gradio and matplotlib, which caches its list of fonts, read these variables when they are imported.
     os.environ["MPLCONFIGDIR"] = str(folder / "matplotlib")
     os.environ["GRADIO_TEMP_DIR"] = str(folder / "gradio")
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     try:
+        folder.mkdir(mode=0o700)  # in the try block: Ctrl-C may come right after it
+        tempfile.tempdir = str(folder)
         yield folder
     finally:
         for _ in range(_ATTEMPTS):  # a thread may still write to it

@@ -71,6 +71,19 @@ def finish(page: Page, panel: Locator, *, steps: int = 8) -> None:
     expect(panel.get_by_text(f"{steps} steps, token selector").first).to_be_visible()
 
 
+def generate(page: Page, panel: Locator) -> None:
+    """Generates in 8 steps, and waits for the images: the page shows the settings of its first ones from the start."""
+    page.evaluate(
+        """() => {
+            const seen = window.seen = new Set(), panel = document.querySelector('#generated').closest('.tabitem');
+            new MutationObserver(() => seen.add(panel.innerText.match(/Step \\d+ of 8: \\d+ of 49 tokens/)?.[0]))
+                .observe(panel, {childList: true, subtree: true, characterData: true}) }"""
+    )
+    press(panel, "Generate")
+    page.wait_for_function("window.seen.has('Step 8 of 8: 49 of 49 tokens')")
+    finish(page, panel)
+
+
 def check_equal(results: list[np.ndarray], expected: list[Image.Image] | list[np.ndarray]) -> None:
     assert all((pixels == np.array(image)).all() for pixels, image in zip(results, expected, strict=True))
 
@@ -132,15 +145,7 @@ def test_the_page_opens_with_images_that_its_button_makes_again(page: Page, pipe
     expected = pipe.generate([0, 2, 5, 7], seed=11)
     check_equal(shown(page, "generated"), expected)
     panel = tab(page, "Generate")
-    page.evaluate(
-        """() => {
-            const seen = window.seen = new Set(), panel = document.querySelector('#generated').closest('.tabitem');
-            new MutationObserver(() => seen.add(panel.innerText.match(/Step \\d+ of 8: \\d+ of 49 tokens/)?.[0]))
-                .observe(panel, {childList: true, subtree: true, characterData: true}) }"""
-    )
-    press(panel, "Generate")
-    page.wait_for_function("window.seen.has('Step 8 of 8: 49 of 49 tokens')")
-    finish(page, panel)
+    generate(page, panel)
     assert len(page.evaluate("[...window.seen].filter(Boolean)")) > 4  # each step is shown
     check_equal(shown(page, "generated"), expected)
 
@@ -238,8 +243,7 @@ def test_a_run_ends_when_it_is_stopped_or_its_page_left(page: Page, server: Serv
     assert server.cpu_seconds() - began < 20  # a whole run takes more than 60
     page.goto(server.url)
     panel = tab(page, "Generate")
-    press(panel, "Generate")  # the model is free
-    finish(page, panel)
+    generate(page, panel)  # the model is free
 
 
 @pytest.mark.parametrize(("width", "height"), [(1280, 900), (390, 844)])
@@ -257,8 +261,7 @@ def test_a_region_is_painted_on_a_screen_and_on_a_phone(
         assert picture["y"] + picture["height"] < height  # seen at once
         assert width > 390 or below["y"] > picture["y"]
         choose(page, panel, "Class", "Ankle boot")
-        press(panel, "Generate")
-        finish(page, panel)
+        generate(page, panel)
         expect(page.locator("#generated")).to_be_in_viewport(ratio=0.95)
         check_fit(page, panel, width)
         save(page, folder / f"generate-{width}.png")
