@@ -24,7 +24,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.decoding.guidance import check_guidance
-from maskgit_pl.networks.backbone import Backbone
+from maskgit_pl.networks.backbone import Backbone, PredictAt
 
 __all__ = [
     "AutoguidedPredictor",
@@ -65,33 +65,35 @@ class Predictor(Protocol):
 
 
 class ConditionalNetwork(Protocol):
-    """A network that computes the logits of the codes at some positions, given tokens and labels."""
+    """A network that computes the logits of the codes at some positions, given tokens and labels: a ``Backbone``."""
 
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Computes logits (B, M, K) at positions (B, M) of tokens (B, N) for labels (B,), all int64.
+    def conditioned(self, labels: Tensor, vectors: Tensor | None = None) -> PredictAt:
+        """Returns a function of tokens (B, N) and positions (B, M), int64, to logits (B, M, K) for labels (B,).
 
         A network that is conditioned on vectors takes them too, (B, C) float; the null label hides them.
         """
 
 
-@dataclass(frozen=True)
 class ClassPredictor:
     """A predictor that runs the network once per call, given the class of each image. Exact.
 
+    What depends on the class alone is computed at the first call: the weights must not change between the calls.
+
     Args:
-        network: The network, usually a ``networks.transformer.MaskedTransformer``.
+        network: The network, usually a ``networks.backbone.Backbone``.
         labels: (B,) int64 in [0, num_classes), or the null label.
         vectors: (B, C) float on the network's device; None for a network without vectors.
     """
 
-    network: ConditionalNetwork
-    labels: Tensor
-    vectors: Tensor | None = None
+    def __init__(self, network: ConditionalNetwork, labels: Tensor, vectors: Tensor | None = None) -> None:
+        self.network, self.labels, self.vectors = network, labels, vectors
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.vectors is None:
-            return self.network.forward_at(tokens, self.labels, positions)
-        return self.network.forward_at(tokens, self.labels, positions, vectors=self.vectors)
+        return self._predict(tokens, positions)
+
+    @cached_property
+    def _predict(self) -> PredictAt:
+        return self.network.conditioned(self.labels, self.vectors)
 
 
 class GuidedPredictor:
@@ -264,7 +266,8 @@ class FirstStepLogits:
         shape = len(labels), self.num_tokens
         tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
         positions = torch.arange(self.num_tokens, device=device).expand(shape)
-        logits = self.network.forward_at(tokens, torch.tensor(labels, device=device), positions)  # (classes, N, K)
+        predict = self.network.conditioned(torch.tensor(labels, device=device))
+        logits = predict(tokens, positions)  # (classes, N, K)
         # A view would keep the memory of all classes while one of them is in the cache.
         rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
         self._known.update(zip(labels, rows, strict=True))

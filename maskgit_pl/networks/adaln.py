@@ -39,6 +39,7 @@ from maskgit_pl.networks.backbone import (
     Backbone,
     BackboneConfig,
     KVCache,
+    PredictAt,
     Project,
     TokenEmbedding,
     Vocabulary,
@@ -152,7 +153,12 @@ class AdaLNBlock(nn.Module):
 
     Args:
         config: Sizes and options.
+
+    Attributes:
+        entry_points: Methods that a network calls besides ``forward``. FSDP2 gathers the weights for them too.
     """
+
+    entry_points: ClassVar[tuple[str, ...]] = ("modulate",)
 
     def __init__(self, config: AdaLNConfig) -> None:
         super().__init__()
@@ -170,12 +176,17 @@ class AdaLNBlock(nn.Module):
         self.fc1 = PackingLinear(dim, 2 * hidden, bias=False)  # rows of the weight: the gate g, then the value v
         self.fc2 = PackingLinear(hidden, dim, bias=False)
 
+    def modulate(self, condition: Tensor) -> Tensor | None:
+        """Returns the modulation (B, 6 D) of a condition (B, D); None with ``conditioning: token``."""
+        return None if self.modulation is None else self.modulation(condition)
+
     def forward(
         self,
         x: Tensor,
         condition: Tensor,
         rotation: Tensor | None = None,
         *,
+        modulation: Tensor | None = None,
         rows: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
@@ -186,6 +197,7 @@ class AdaLNBlock(nn.Module):
             x: (B, S, D).
             condition: (B, D): the condition c; not used with ``conditioning: token``.
             rotation: (S, D / heads / 2, 2): cosines and sines of the rotary positions; None for learned positions.
+            modulation: ``modulate(condition)``, if it is known already.
             rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output.
             positions: (B, M) int64 in [0, S): return only these rows; not with causal attention.
             cache: Keys and values of the rows before x, to which those of x are added; x is then one row, or the first.
@@ -193,9 +205,11 @@ class AdaLNBlock(nn.Module):
         Returns:
             (B, S, D), (M, D) with rows, or (B, M, D) with positions.
         """
+        if modulation is None:
+            modulation = self.modulate(condition)
         parts: Sequence[Tensor | None] = [None] * 6
-        if self.modulation is not None:
-            parts = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)  # 6 times (B, 1, D)
+        if modulation is not None:
+            parts = modulation.unsqueeze(1).chunk(6, dim=-1)  # 6 times (B, 1, D)
         normed = _modulate(self.attention_norm(x), *parts[:2])
         if positions is not None:
             index = positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])
@@ -320,22 +334,47 @@ class AdaLNTransformer(Backbone):
         # The last MLP runs at these rows only.
         return self.blocks[-1](x, condition, rotation, rows=rows), F.embedding(images, condition)
 
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
-        x, condition, rotation = self._before_last(tokens, labels, vectors)
-        x = self.blocks[-1](x, condition, rotation, positions=positions)
+    def forward_at(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        positions: Tensor,
+        *,
+        vectors: Tensor | None = None,
+        modulations: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only.
+
+        ``modulations`` are those of the blocks, (B, 6 D) each, if they are known already (``conditioned``).
+        """
+        x, condition, rotation = self._before_last(tokens, labels, vectors, modulations)
+        modulation = None if modulations is None else modulations[-1]
+        x = self.blocks[-1](x, condition, rotation, modulation=modulation, positions=positions)
         return self._head(x, condition.unsqueeze(1), "codes")
 
+    def conditioned(self, labels: Tensor, vectors: Tensor | None = None) -> PredictAt:
+        """Returns ``forward_at`` with fixed classes: their modulations, a third of the weights, are computed here."""
+        condition = F.silu(self._embed_condition(labels, vectors))
+        modulations = [block.modulate(condition) for block in self._blocks()]
+        return lambda tokens, positions: self.forward_at(
+            tokens, labels, positions, vectors=vectors, modulations=modulations
+        )
+
     def _before_last(
-        self, tokens: Tensor, labels: Tensor, vectors: Tensor | None
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        vectors: Tensor | None,
+        modulations: Sequence[Tensor | None] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the input (B, S, D) of the last block, the condition (B, D), and the rotary table or None."""
         embedded = self._embed_condition(labels, vectors)
         x = self._embed(tokens, embedded)
         condition = F.silu(embedded)
         rotation = self._rotation(x.shape[1], x.device)
-        for block in self.blocks[:-1]:
-            x = block(x, condition, rotation)
+        for number, block in enumerate(self.blocks[:-1]):
+            modulation = None if modulations is None else modulations[number]
+            x = block(x, condition, rotation, modulation=modulation)
         return x, condition, rotation
 
     def _rotation(self, length: int, device: torch.device) -> Tensor | None:

@@ -34,6 +34,7 @@ __all__ = [
     "Backbone",
     "BackboneConfig",
     "KVCache",
+    "PredictAt",
     "Project",
     "TokenEmbedding",
     "Vocabulary",
@@ -52,6 +53,8 @@ __all__ = [
 Attention = Literal["bidirectional", "causal"]
 Vocabulary = Literal["codes", "all", "groups"]
 Project: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
+PredictAt: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Tokens (B, N), positions (B, M) -> logits (B, M, K) of the codes; see ``Backbone.forward_at``."""
 
 DEFAULT_BACKBONE = "bert"
 """The backbone of recipes and files that name none."""
@@ -237,7 +240,7 @@ class Backbone(nn.Module):
             number of other rows.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_at")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_at", "conditioned")
     takes_project: ClassVar[bool] = False
     vocabulary_tables: ClassVar[tuple[str, ...]] = ()
     class_tables: ClassVar[tuple[str, ...]] = ()
@@ -324,6 +327,13 @@ class Backbone(nn.Module):
         """
         logits = self.forward(tokens, labels, vectors=vectors)
         return logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+    def conditioned(self, labels: Tensor, vectors: Tensor | None = None) -> PredictAt:
+        """Returns ``forward_at`` with fixed labels and vectors, for the steps of a decoding run.
+
+        A network that computes much from these alone does so here, once for all steps.
+        """
+        return lambda tokens, positions: self.forward_at(tokens, labels, positions, vectors=vectors)
 
 
 class AutoregressiveBackbone(Backbone):

@@ -21,6 +21,7 @@ from maskgit_pl.decoding import (
 from maskgit_pl.decoding.decoder import count_after
 from maskgit_pl.decoding.predictors import FirstStepPredictor, build_class_predictor
 from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
+from maskgit_pl.networks.backbone import PredictAt
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from tests.decoding.fakes import (
@@ -168,6 +169,9 @@ class Network:
     """A network of gathers and sums, exact in any batch, that records all labels. Label 3 is the null class."""
 
     labels: list[list[int]] = field(default_factory=list)
+
+    def conditioned(self, labels: Tensor, vectors: None = None) -> PredictAt:
+        return lambda tokens, positions: self.forward_at(tokens, labels, positions)
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
         self.labels.append(labels.tolist())

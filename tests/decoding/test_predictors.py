@@ -70,7 +70,7 @@ def test_a_model_that_guides_itself_is_unguided(large):
 
 def test_scale_0_never_runs_the_negative_network(large):
     class Forbidden:
-        def forward_at(self, *_):
+        def conditioned(self, *_):
             raise AssertionError
 
     guided = guided_by(large, dataclasses.replace(large, network=Forbidden()))

@@ -66,6 +66,8 @@ def test_some_tokens_have_the_logits_of_the_whole_forward_pass(config):
     logits = network.forward_at(tokens, labels, positions, vectors=vectors)
     expected = network(tokens, labels, vectors=vectors)[torch.arange(4)[:, None], positions]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    predict = network.conditioned(labels, vectors)
+    assert all(torch.equal(predict(tokens, positions), logits) for _ in range(2))
 
 
 @over_all
