@@ -46,7 +46,7 @@ from maskgit_pl.networks.backbone import (
     backbones,
     token_logits,
 )
-from maskgit_pl.networks.kernels import PackingLinear, feed_forward
+from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward
 
 __all__ = ["AdaLNConfig", "AdaLNTransformer", "AutoregressiveAdaLN"]
 
@@ -227,7 +227,8 @@ class AdaLNBlock(nn.Module):
         return _add(x, feed_forward(normed, self.fc1, self.fc2, self._gate), parts[5])
 
     def _gate(self, gate: Tensor, value: Tensor) -> Tensor:
-        return F.dropout(F.silu(gate) * value, self.dropout, self.training)
+        # In place where nothing is differentiated: new memory takes more time than SiLU.
+        return F.dropout(F.silu(gate, inplace=not torch.is_grad_enabled()) * value, self.dropout, self.training)
 
     def _attend(
         self,
@@ -252,14 +253,8 @@ class AdaLNBlock(nn.Module):
             key = rotate(key, rotation)
         if cache is not None:
             key, value = cache.extend(torch.stack([key, value]))
-        attended = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=self.is_causal and query.shape[2] > 1,  # a single new row attends to all rows so far
-        )
-        return rearrange(attended, "b heads m d -> b m (heads d)")
+        is_causal = self.is_causal and query.shape[2] > 1  # a single new row attends to all rows so far
+        return attend(query, key, value, dropout=self.dropout if self.training else 0.0, is_causal=is_causal)
 
 
 class AdaLNTransformer(Backbone):

@@ -35,7 +35,7 @@ from maskgit_pl.networks.backbone import (
     backbones,
     token_logits,
 )
-from maskgit_pl.networks.kernels import PackingLinear, add_output, feed_forward
+from maskgit_pl.networks.kernels import PackingLinear, add_output, attend, feed_forward
 
 __all__ = [
     "AutoregressiveTransformer",
@@ -341,10 +341,7 @@ class Block(nn.Module):
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> Tensor:
         """Computes (B, M, D): queries (B, heads, M, D / heads) attend to keys and values (B, heads, S, D / heads)."""
-        attended = F.scaled_dot_product_attention(
-            query, key, value, dropout_p=self.dropout if self.training else 0.0, is_causal=is_causal
-        )
-        return attended.transpose(1, 2).flatten(2)
+        return attend(query, key, value, dropout=self.dropout if self.training else 0.0, is_causal=is_causal)
 
     def _add_and_feed_forward(self, x: Tensor, attended: Tensor) -> Tensor:
         """Returns the output (..., D) of the block, given its input and the output of its attention, both (..., D)."""

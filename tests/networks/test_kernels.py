@@ -14,6 +14,7 @@ from maskgit_pl.networks.kernels import (
     _apply_gelu,
     _packed_dtypes,
     add_output,
+    attend,
     feed_forward,
     set_packing,
 )
@@ -189,3 +190,17 @@ def test_a_residual_is_added_to_the_output(dtype, bias):
     if dtype == torch.bfloat16 and dtype in _packed_dtypes():
         assert not torch.equal(add_output(to, outer, x), to + outer(x))  # rounded once, not twice
     assert len(outer._packed) == (dtype in _packed_dtypes())  # the same as of the output alone
+
+
+@pytest.mark.parametrize("heads_at_once", [1, 2, 3])
+def test_attention_by_products_is_the_fused_one_to_rounding(monkeypatch, heads_at_once):
+    monkeypatch.setattr(module, "_multiplies_bfloat16", lambda: True)
+    monkeypatch.setattr(module, "_SCORE_BYTES", 2 * 5 * 130 * heads_at_once)
+    query = torch.randn(2, 3, 5, 16)
+    key, value = torch.randn(2, 2, 3, 130, 16)
+    fused = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
+    with torch.no_grad():
+        attended = attend(*(part.bfloat16() for part in (query, key, value)))
+        assert torch.equal(attend(query, key, value), fused)
+    assert (attended.dtype, attended.shape) == (torch.bfloat16, (2, 5, 48))
+    assert 0 < (attended.float() - fused).abs().max() < 0.03
