@@ -7,6 +7,7 @@ of the commands import no torch at their top, so that ``--help`` and wrong flags
 from __future__ import annotations
 
 import argparse
+import ctypes
 import io
 import logging
 import os
@@ -83,6 +84,7 @@ _GROUPS = {  # commands that have commands
     "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
     "recipes": "Lists, shows and copies the recipes that --recipe can name, and prints their JSON Schema.",
 }
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 _HANDLER = logging.StreamHandler()  # prints the log of the package
 
 
@@ -177,6 +179,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")
+    _keep_freed_memory()
     _open_closed_streams()
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     try:
@@ -188,6 +191,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(end="", flush=True)
         except OSError:  # the interpreter's own flush would fail too, and change the exit code
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _keep_freed_memory() -> None:
+    """Lets glibc keep up to 1 GiB of freed memory.
+
+    By default it returns each large tensor to the system, and the next one costs a page fault for every 4 KiB: a
+    training step of a tokenizer takes 1.05 to 1.15 times as long on a CPU. Other C libraries have no ``mallopt``.
+    """
+    if mallopt := getattr(ctypes.CDLL(None), "mallopt", None):
+        mallopt(_M_TRIM_THRESHOLD, 2**30)
+        mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
 
 
 def _open_closed_streams() -> None:

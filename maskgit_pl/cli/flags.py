@@ -126,7 +126,8 @@ class ModelFlags:
     Args:
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
         dtype: Arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32
-            (default: that of the weights).
+            (default: auto on a GPU, else that of the weights).
+        compiled: Compile the transformer, which takes a minute and pays off for thousands of images on a GPU.
         decoding: Read all settings from a decoding.json; other flags override it.
         negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
             run or a folder of `maskgit export` (default: that of decoding.json, or none).
@@ -134,6 +135,7 @@ class ModelFlags:
 
     device: Device | None = None
     dtype: Dtype | None = None
+    compiled: bool = False
     decoding: Annotated[Path, Word("FILE.json")] | None = None
     negative_model: Folder | None = None
 
@@ -147,13 +149,14 @@ class ModelFlags:
         from maskgit_pl.distributed import check_device, default_device, parse_dtype
 
         device = self.device or default_device(local_rank=local_rank)
-        return pipeline.MaskGIT.from_pretrained(
+        pipe = pipeline.MaskGIT.from_pretrained(
             folder,
             decoding=self.decoding,
             negative_model=self.negative_model,
             device=check_device(device),
             dtype=parse_dtype(self.dtype, device),
         )
+        return pipe.compile() if self.compiled else pipe
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ def inspect(
         num_images: Measure at most N val images.
         device: cpu, cuda, cuda:1, mps ... (default: cpu)
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
-            (default: that of the weights).
+            (default: auto on a GPU, else that of the weights).
     """
     from maskgit_pl.contrib.inspect_page import inspect_run  # torch takes seconds to import
 

@@ -82,7 +82,7 @@ class ModelOptions(MeasurementOptions):
     Args:
         seed: Seed of the first image; image i has seed + i (default: 0).
         dtype: Arithmetic of the transformer; auto: bfloat16 on devices with instructions for it, else float32
-            (default: that of the weights).
+            (default: auto on a GPU, else that of the weights).
         negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
             run or a folder of `maskgit export` (default: that of decoding.json, or none).
     """
@@ -214,7 +214,7 @@ class TokenizerOptions(MeasurementOptions):
     Args:
         num_images: Number of random val images, at most all (default: all).
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
-            (default: that of the weights).
+            (default: auto on a GPU, else that of the weights).
         lpips: Also measure LPIPS with vgg=FILE, alex=FILE or squeeze=FILE.
 
     Raises:

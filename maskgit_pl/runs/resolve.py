@@ -169,8 +169,8 @@ def choose_precision(
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
     1. A run that has a checkpoint keeps the precision of its last start, so that it continues as it began.
-    2. A wide network trains on one device with ``bf16-mixed``, if the device has instructions for bfloat16.
-    3. Any other run trains with ``32-true``: several ranks could choose differently.
+    2. A wide network trains with ``bf16-mixed`` on GPUs, or on one CPU, that have instructions for bfloat16.
+    3. Any other run trains with ``32-true``: the CPUs of several ranks could choose differently.
 
     Args:
         trainer: Settings of the Trainer.
@@ -191,7 +191,8 @@ def choose_precision(
     is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
     # All devices of GPUS have the instructions.
     device = "cpu" if trainer.accelerator == "cpu" else default_device()
-    is_fast = trainer.strategy == "auto" and (gpu is not None or has_bfloat16(device))
+    is_one_choice = trainer.strategy == "auto" or device != "cpu"
+    is_fast = gpu is not None or (is_one_choice and has_bfloat16(device))
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 

@@ -1,6 +1,7 @@
 """The console script, and rules that hold for every command: devices and outputs."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -129,6 +130,22 @@ for words, wanted in (
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries keep memory in other ways")
+def test_a_command_keeps_freed_memory():
+    code = """
+import resource
+from maskgit_pl.cli import main
+main(["env"])
+def use():
+    for _ in range(20):
+        [bytes(2**21) for _ in range(8)]
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+print(-use() + use())
+"""
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said.split()[-1]) < 2**21 / 4096  # less than one of 320 blocks has pages
+
+
 def test_help_and_wrong_flags_are_answered_without_torch():
     subprocess.run([sys.executable, "-c", WITHOUT_TORCH], capture_output=True, check=True)
 

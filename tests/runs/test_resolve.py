@@ -68,9 +68,13 @@ def test_precision_follows_the_device_of_the_run_or_a_named_gpu(bfloat16, tmp_pa
         choose_precision(*config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]
     assert choose_precision(*config("transformer", 256), "transformer", tmp_path, gpu="h100") == "bf16-mixed"
-    several = config("transformer", 256, strategy="ddp")  # ranks could choose differently
-    assert choose_precision(*several, "transformer", tmp_path) == "32-true"
-    assert len(asked) == 3
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", "32-true"), ("cuda", "bf16-mixed")])
+def test_several_ranks_use_bfloat16_on_gpus_only(device, chosen, bfloat16, tmp_path, monkeypatch):
+    bfloat16(exists=True)
+    monkeypatch.setattr(resolve, "default_device", lambda: device)
+    assert choose_precision(*config("transformer", 256, strategy="ddp"), "transformer", tmp_path) == chosen
 
 
 def wide(**trainer: object) -> runs.Recipe:
