@@ -77,7 +77,7 @@ class ConditionalNetwork(Protocol):
 class ClassPredictor:
     """A predictor that runs the network once per call, given the class of each image. Exact.
 
-    What depends on the class alone is computed at the first call: the weights must not change between the calls.
+    What depends only on the class is computed at the first call: the weights must not change between the calls.
 
     Args:
         network: The network, usually a ``networks.backbone.Backbone``.

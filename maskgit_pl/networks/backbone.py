@@ -331,7 +331,7 @@ class Backbone(nn.Module):
     def conditioned(self, labels: Tensor, vectors: Tensor | None = None) -> PredictAt:
         """Returns ``forward_at`` with fixed labels and vectors, for the steps of a decoding run.
 
-        A network that computes much from these alone does so here, once for all steps.
+        A network that computes much from these only does so here, once for all steps.
         """
         return lambda tokens, positions: self.forward_at(tokens, labels, positions, vectors=vectors)
 
