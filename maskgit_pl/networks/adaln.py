@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar, Literal, cast, get_args
+from typing import ClassVar, Literal, TypeAlias, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -52,6 +52,9 @@ __all__ = ["AdaLNConfig", "AdaLNTransformer", "AutoregressiveAdaLN"]
 
 Conditioning = Literal["adaln", "token"]
 Positions = Literal["learned", "rotary", "rotary-raster"]
+
+Modulation: TypeAlias = tuple[Tensor | None, ...]
+"""shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2 and gate_2, (B, 1, D) each; Nones with ``conditioning: token``."""
 
 _EPS = 1e-5  # of every RMSNorm; both released networks
 _INIT_STD = 0.02  # of embeddings; both released networks
@@ -176,9 +179,12 @@ class AdaLNBlock(nn.Module):
         self.fc1 = PackingLinear(dim, 2 * hidden, bias=False)  # rows of the weight: the gate g, then the value v
         self.fc2 = PackingLinear(hidden, dim, bias=False)
 
-    def modulate(self, condition: Tensor) -> Tensor | None:
-        """Returns the modulation (B, 6 D) of a condition (B, D); None with ``conditioning: token``."""
-        return None if self.modulation is None else self.modulation(condition)
+    def modulate(self, condition: Tensor) -> Modulation:
+        """Returns the modulation of a condition (B, D)."""
+        if self.modulation is None:
+            return (None,) * 6
+        parts = list(self.modulation(condition).unsqueeze(1).chunk(6, dim=-1))  # 6 times (B, 1, D)
+        return parts[0], 1 + parts[1], parts[2], parts[3], 1 + parts[4], parts[5]
 
     def forward(
         self,
@@ -186,7 +192,7 @@ class AdaLNBlock(nn.Module):
         condition: Tensor,
         rotation: Tensor | None = None,
         *,
-        modulation: Tensor | None = None,
+        modulation: Modulation | None = None,
         rows: Tensor | None = None,
         positions: Tensor | None = None,
         cache: KVCache | None = None,
@@ -205,11 +211,7 @@ class AdaLNBlock(nn.Module):
         Returns:
             (B, S, D), (M, D) with rows, or (B, M, D) with positions.
         """
-        if modulation is None:
-            modulation = self.modulate(condition)
-        parts: Sequence[Tensor | None] = [None] * 6
-        if modulation is not None:
-            parts = modulation.unsqueeze(1).chunk(6, dim=-1)  # 6 times (B, 1, D)
+        parts: Sequence[Tensor | None] = self.modulate(condition) if modulation is None else modulation
         normed = _modulate(self.attention_norm(x), *parts[:2])
         if positions is not None:
             index = positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])
@@ -336,11 +338,11 @@ class AdaLNTransformer(Backbone):
         positions: Tensor,
         *,
         vectors: Tensor | None = None,
-        modulations: Sequence[Tensor | None] | None = None,
+        modulations: Sequence[Modulation] | None = None,
     ) -> Tensor:
         """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only.
 
-        ``modulations`` are those of the blocks, (B, 6 D) each, if they are known already (``conditioned``).
+        ``modulations`` are those of the blocks, if they are known already (``conditioned``).
         """
         x, condition, rotation = self._before_last(tokens, labels, vectors, modulations)
         modulation = None if modulations is None else modulations[-1]
@@ -360,7 +362,7 @@ class AdaLNTransformer(Backbone):
         tokens: Tensor,
         labels: Tensor,
         vectors: Tensor | None,
-        modulations: Sequence[Tensor | None] | None = None,
+        modulations: Sequence[Modulation] | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Returns the input (B, S, D) of the last block, the condition (B, D), and the rotary table or None."""
         embedded = self._embed_condition(labels, vectors)
@@ -412,7 +414,8 @@ class AdaLNTransformer(Backbone):
         """Computes the logits (..., V) of hidden states (..., D), given the condition (..., D)."""
         x = self.head_norm(x)
         if self.head_modulation is not None:
-            x = _modulate(x, *self.head_modulation(condition).chunk(2, dim=-1))
+            shift, scale = self.head_modulation(condition).chunk(2, dim=-1)
+            x = _modulate(x, shift, 1 + scale)
         table = (self.head_embedding or self.token_embedding).weight
         return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
 
@@ -474,8 +477,8 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
 
 
 def _modulate(x: Tensor, shift: Tensor | None, scale: Tensor | None) -> Tensor:
-    """Returns x (1 + scale) + shift, or x without a modulation."""
-    return x if shift is None or scale is None else torch.addcmul(shift, x, 1 + scale)
+    """Returns x scale + shift, or x without a modulation."""
+    return x if shift is None or scale is None else torch.addcmul(shift, x, scale)
 
 
 def _add(x: Tensor, change: Tensor, gate: Tensor | None) -> Tensor:
