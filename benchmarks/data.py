@@ -1,9 +1,4 @@
-"""Measures the data loaders for images and tokens against the usual ones, and the start of a resumed run.
-
-    python benchmarks/data.py --json data.json
-
-benchmarks/README.md describes the contenders and the tables.
-"""
+"""Measures the data loaders for images and tokens against the usual ones, and the start of a resumed run."""
 
 from __future__ import annotations
 
@@ -22,6 +17,9 @@ from measuring import Contender, build_parser, compare, start
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+from torchvision.datasets import ImageFolder
+from torchvision.io import ImageReadMode, decode_jpeg, read_file
 
 from maskgit_pl.data import ShuffledStream
 from maskgit_pl.data.index import find_shards, index_shards
@@ -30,6 +28,7 @@ from maskgit_pl.data.manifest import ShardReader, load_manifest
 from maskgit_pl.data.order import TrainBatchSampler
 from maskgit_pl.data.token_store import StoreDescription, TokenReader, open_store
 from maskgit_pl.data.tokenizing import StoreParts
+from maskgit_pl.pipeline.grids import to_unit_range
 
 _SIDE = 256  # pixels of the images that the loader returns
 _SOURCES = {"256 x 256": (256, 256), "500 x 375": (500, 375)}  # width and height as stored
@@ -37,6 +36,7 @@ _SLOPE = 1.4  # exponent of amplitude over frequency: JPEGs of quality 90 have 2
 _EPOCHS = 3  # of images in a round, in which memory is mostly reused, as in a long run
 _IMAGE_BATCH, _TOKEN_BATCHES = 64, (256, 1024)
 _GRID, _CODES = (16, 16), 1024
+_FIT = (transforms.Resize(_SIDE), transforms.CenterCrop(_SIDE))
 
 
 # Images
@@ -60,44 +60,70 @@ def make_texture(width: int, height: int, generator: np.random.Generator) -> Ima
 
 
 def write_images(folder: Path, size: tuple[int, int], count: int) -> int:
-    """Writes a data folder of JPEGs of quality 90 and returns their mean size in bytes."""
+    """Writes JPEGs of quality 90, as a data folder and as single files; returns their mean size in bytes."""
     from webdataset import TarWriter
 
     generator, total = np.random.default_rng(0), 0
-    folder.mkdir(parents=True)
+    files = folder / "files" / "class"
+    files.mkdir(parents=True)
     with TarWriter(str(folder / "train-000000.tar")) as tar:
         for number in range(count):
             buffer = io.BytesIO()
             make_texture(*size, generator).save(buffer, "JPEG", quality=90)
             total += buffer.tell()
             tar.write({"__key__": f"{number:08d}", "jpg": buffer.getvalue(), "cls": number % 10})
+            (files / f"{number:08d}.jpg").write_bytes(buffer.getvalue())
     index_shards(folder, {"train": find_shards(folder, "train-*.tar")})
     return total // count
 
 
-def read_our_images(folder: Path) -> int:
-    """Reads an epoch of shuffled uint8 batches with the loader of training; returns the number of images."""
+def read_our_images(folder: Path, convert: Callable[[Tensor], Tensor] = lambda images: images) -> int:
+    """Reads an epoch of shuffled batches with the loader of training, converted; returns the number of images."""
     reader = ShardReader(load_manifest(folder, "train"))
     dataset = ImageBatches(reader, ShuffledStream(len(reader), seed=0), image_size=_SIDE, in_channels=3)
     order = TrainBatchSampler(len(reader), per_device=min(_IMAGE_BATCH, len(reader)))
-    return sum(len(batch.content) for batch in make_loader(dataset, order, num_workers=0))
+    return sum(len(convert(batch.content)) for batch in make_loader(dataset, order, num_workers=0))
 
 
-def read_webdataset_images(folder: Path) -> int:
-    """Reads an epoch like the examples of webdataset and torchvision: PIL, then transforms v1."""
-    from torchvision import transforms
+def open_image(data: bytes) -> Image.Image:
+    """Decodes a JPEG with PIL, in the smallest size that PIL's draft mode has for the crop."""
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (_SIDE, _SIDE))
+    return image.convert("RGB")
+
+
+def read_webdataset_images(folder: Path, convert: Callable[[Image.Image], Tensor]) -> int:
+    """Reads an epoch with webdataset and PIL, and converts each image; returns the number of images."""
     from webdataset import WebDataset
 
-    transform = transforms.Compose([transforms.Resize(_SIDE), transforms.CenterCrop(_SIDE), transforms.ToTensor()])
     dataset = (
         WebDataset(str(folder / "train-000000.tar"), shardshuffle=False)
         .shuffle(100, initial=100)
-        .decode("pilrgb")
         .to_tuple("jpg", "cls")
-        .map_tuple(transform)
+        .map_tuple(transforms.Compose([open_image, *_FIT, convert]), int)
         .batched(_IMAGE_BATCH)
     )
     return sum(len(images) for images, _ in DataLoader(dataset, batch_size=None))
+
+
+def read_image_files(folder: Path) -> int:
+    """Reads an epoch of shuffled uint8 batches of files with torchvision's JPEG decoder; returns their number."""
+    dataset = ImageFolder(
+        folder / "files",
+        transform=transforms.Compose(_FIT),
+        loader=lambda path: decode_jpeg(read_file(path), mode=ImageReadMode.RGB),
+    )
+    return sum(len(images) for images, _ in DataLoader(dataset, batch_size=_IMAGE_BATCH, shuffle=True))
+
+
+IMAGE_READERS: Sequence[tuple[str, str, Callable[[Path], int]]] = (
+    ("uint8", "ours", read_our_images),
+    ("uint8", "webdataset + PIL", partial(read_webdataset_images, convert=transforms.PILToTensor())),
+    ("uint8", "files + torchvision", read_image_files),
+    ("floats", "ours", partial(read_our_images, convert=to_unit_range)),
+    ("floats", "webdataset + PIL", partial(read_webdataset_images, convert=transforms.ToTensor())),
+)
+"""Readers of an epoch of images: what they return, name, and function."""
 
 
 def repeat_epochs(read: Callable[[Path], int], folder: Path) -> int:
@@ -171,8 +197,8 @@ def list_contenders(folder: Path, *, images: int, rows: int) -> list[Contender]:
     for name, size in _SOURCES.items():
         source = folder / name.replace(" ", "")
         group = f"images, {name}, {write_images(source, size, images) / 1000:.0f} kB"
-        readers.append((group, "ours", partial(repeat_epochs, read_our_images, source)))
-        readers.append((group, "webdataset + PIL", partial(repeat_epochs, read_webdataset_images, source)))
+        for output, contender, read in IMAGE_READERS:
+            readers.append((f"{group}, {output}", contender, partial(repeat_epochs, read, source)))
     reader = write_tokens(folder / "tokens", rows)
     for batch in _TOKEN_BATCHES:
         group = f"sequences of {reader.description.num_tokens} tokens, batches of {batch}"
@@ -186,8 +212,7 @@ def list_contenders(folder: Path, *, images: int, rows: int) -> list[Contender]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
     parser = build_parser(__doc__, images=256, rows=100_000)
-    arguments = parser.parse_args(argv)
-    start(arguments)
+    arguments = start(parser, argv)
     with tempfile.TemporaryDirectory() as folder:
         compare(arguments, list_contenders(Path(folder), images=arguments.images, rows=arguments.rows))
 

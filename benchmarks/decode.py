@@ -1,20 +1,15 @@
-"""Measures decoding without a tokenizer: ours, two peers, and an autoregressive decoder.
-
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --repeats 5 --json decode.json
-    OMP_WAIT_POLICY=PASSIVE python benchmarks/decode.py --dtype bfloat16 --batch-size 8
-
-benchmarks/README.md describes the rows and the columns of the table.
-"""
+"""Measures decoding without a tokenizer: ours with both backbones, networks of peers, and an autoregressive decoder."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 
 import torch
 from measuring import Contender, build_parser, compare, count_work, start
-from peers import BERT, ENCODER, NUM_STEPS, BertPeer, Decode, EncoderPeer, Task, build_plain, list_installed
+from peers import NUM_STEPS, PEERS, Decode, Task, build_peer, build_plain, list_available
 from torch import Tensor
 
 from maskgit_pl.decoding import (
@@ -25,15 +20,21 @@ from maskgit_pl.decoding import (
     decode_autoregressive,
     decode_classes,
 )
+from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.networks.kernels import set_packing
-from maskgit_pl.networks.transformer import AutoregressiveTransformer, MaskedTransformer
+from maskgit_pl.networks.transformer import AutoregressiveTransformer
 from maskgit_pl.schedules import mask_schedules
 
 _CPU = torch.device("cpu")
+_AUTOREGRESSIVE = "autoregressive, KV cache"
+NAMES = (
+    "ours", "ours, class seen", "ours, weights not packed", "ours, adaln", "ours, adaln, class seen", *PEERS,
+    _AUTOREGRESSIVE,
+)  # fmt: skip
 
 
 def build_ours(
-    network: MaskedTransformer, task: Task, *, first_step_cached: bool = False, device: torch.device = _CPU
+    network: Backbone, task: Task, *, first_step_cached: bool = False, device: torch.device = _CPU
 ) -> Decode:
     """Returns our parallel decoder, always with the same classes and noise.
 
@@ -58,13 +59,14 @@ def build_ours(
     return decode
 
 
-def build_autoregressive(network: MaskedTransformer, task: Task) -> Decode:
+def build_autoregressive(network: Backbone, task: Task) -> Decode:
     """Returns an autoregressive decoder in raster order with cached keys and values, of the same weights."""
     # Built without memory on the meta device; the weights are shared, not copied.
     with torch.device("meta"):
         causal = AutoregressiveTransformer(replace(network.config, attention="causal"))
     causal.load_state_dict(network.state_dict(), assign=True)
     causal.eval().requires_grad_(requires_grad=False)
+    set_packing(causal, enabled=True)
     num_tokens, seeds = causal.config.num_tokens, list(range(task.batch))
     model, decoder = ConditionalModel.from_network(causal, _CPU), AutoregressiveDecoder(num_tokens)
     scales = [0.0] * num_tokens
@@ -76,43 +78,47 @@ def build_autoregressive(network: MaskedTransformer, task: Task) -> Decode:
     return decode
 
 
-def list_builders(task: Task, dtype: torch.dtype = torch.float32) -> dict[str, Callable[[], Decode]]:
-    """Returns functions that build each decoder, by name; ours and the autoregressive one share their weights."""
-    # Seeded: every run of the benchmark measures the same weights.
+@cache
+def create_network(task: Task, dtype: torch.dtype, *, packed: bool) -> Backbone:
+    """Creates a network, always with the same weights."""
     torch.manual_seed(0)
-    network = MaskedTransformer(task.network).eval().requires_grad_(requires_grad=False).to(dtype)
-    unpacked = copy.deepcopy(network)
-    set_packing(network, enabled=True)
-    return {
-        "ours": lambda: build_ours(network, task),
-        "ours, first step cached": lambda: build_ours(network, task, first_step_cached=True),
-        "ours, weights not packed": lambda: build_ours(unpacked, task),
-        ENCODER: lambda: build_plain(EncoderPeer(task).to(dtype), task),
-        BERT: lambda: build_plain(BertPeer(task).to(dtype), task),
-        "autoregressive, KV cache": lambda: build_autoregressive(network, task),
-    }
+    network = task.network.create().eval().requires_grad_(requires_grad=False).to(dtype)
+    set_packing(network, enabled=packed)
+    return network
 
 
-def build_contender(name: str, task: Task, decode: Decode, dtype: torch.dtype) -> Contender:
-    """Returns a decoder with its work after its first run, which fills the cache of the first step."""
-    decode()
+def build(name: str, task: Task, dtype: torch.dtype, peers: Path | None = None) -> Decode:
+    """Builds a decoder by name; those of a backbone have the same weights."""
+    if name in PEERS:
+        assert peers is not None
+        return build_plain(build_peer(name, task, peers).to(dtype), task)
+    task = replace(task, backbone="adaln" if "adaln" in name else "bert")
+    network = create_network(task, dtype, packed="not packed" not in name)
+    if name == _AUTOREGRESSIVE:
+        return build_autoregressive(network, task)
+    return build_ours(network, task, first_step_cached="class seen" in name)
+
+
+def build_contender(name: str, task: Task, dtype: torch.dtype, peers: Path | None = None) -> Contender:
+    """Returns a decoder with its work."""
+    decode = build(name, task, dtype, peers)
+    if name.startswith("ours"):
+        decode()  # packs the weights, and fills the cache of the first step
     return Contender(str(dtype).removeprefix("torch."), name, decode, task.batch, count_work(decode), dtype)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    names = list(list_builders(Task(batch=1, depth=1)))
     parser = build_parser(__doc__, batch_size=1, depth=24)
-    listed = f"contenders besides ours: {'; '.join(names[1:])}"
-    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="NAME", help=listed)
+    listed = f"contenders besides ours, of: {'; '.join(NAMES[1:])} (all but the last, which takes ten times as long)"
+    parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES[:-1], metavar="NAME", help=listed)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="weights (%(default)s)")
-    arguments = parser.parse_args(argv)
-    start(arguments)
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="folder with clones of the peers")
+    arguments = start(parser, argv)
     task, dtype = Task(batch=arguments.batch_size, depth=arguments.depth), getattr(torch, arguments.dtype)
     print(f"{task.describe()}, {NUM_STEPS} steps, {arguments.dtype}")
-    builders = list_builders(task, dtype)
-    chosen = list_installed([name for name in names if name in ("ours", *arguments.only)])
-    compare(arguments, [build_contender(name, task, builders[name](), dtype) for name in chosen])
+    names = list_available([name for name in NAMES if name in ("ours", *arguments.only)], arguments.peers)
+    compare(arguments, [build_contender(name, task, dtype, arguments.peers) for name in names])
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from statistics import median
 
@@ -27,10 +28,10 @@ from peers import NUM_STEPS, Task
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit_pl.data.loader import StepDataModule
-from maskgit_pl.networks.transformer import MaskedTransformer
 from maskgit_pl.training.gpus import find_gpu
 
 _RESULTS = Path(__file__).parents[1] / "results"
+_BACKBONES = ("bert", "adaln")
 _NAMES = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _WARM_UP = 2  # rounds before that of ``measure``, in which torch also compiles
 
@@ -117,14 +118,15 @@ class Timer:
 
 
 def measure_training(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
-    """Yields a row for a training step of each stage and precision; of stage 2 also compiled."""
+    """Yields a row for a training step of each stage, backbone and precision; of stage 2 also compiled."""
     for precision in DTYPES:
         yield _measure_step("1, tokenizer", partial(stage1_step.Ours, sizes.stage1, precision), timer)
-        make = partial(stage2_step.Ours, sizes.stage2, precision)
-        yield (eager := _measure_step("2, transformer", make, timer))
-        if timer.device.type == "cuda":  # its FLOPs cannot be counted; they are the same
-            name = "2, transformer, compiled: step"
-            yield _measure_step(name, partial(make, compiled="step"), timer, gflop=eager["GFLOP"])
+        for backbone in _BACKBONES:
+            make = partial(stage2_step.Ours, replace(sizes.stage2, backbone=backbone), precision)
+            yield (eager := _measure_step(f"2, {backbone}", make, timer))
+            if timer.device.type == "cuda":  # its FLOPs cannot be counted; they are the same
+                name = f"2, {backbone}, compiled: step"
+                yield _measure_step(name, partial(make, compiled="step"), timer, gflop=eager["GFLOP"])
 
 
 def _measure_step(
@@ -150,15 +152,14 @@ def _measure_step(
 
 
 def measure_decoding(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
-    """Yields a row for each precision and batch."""
-    for batch in sizes.decoded:
-        for precision, dtype in DTYPES.items():
-            timer.reset_memory()
-            task = replace(sizes.stage2, batch=batch)
-            torch.manual_seed(0)
-            network = MaskedTransformer(task.network).to(timer.device, dtype).eval()
-            seconds = timer(torch.inference_mode()(build_ours(network, task, device=timer.device)))
-            yield {"decoder": f"ours, {precision}", **timer.row(batch, seconds)}
+    """Yields a row for each batch, backbone and precision."""
+    for batch, backbone, (precision, dtype) in product(sizes.decoded, _BACKBONES, DTYPES.items()):
+        timer.reset_memory()
+        task = replace(sizes.stage2, batch=batch, backbone=backbone)
+        torch.manual_seed(0)
+        network = task.network.create().to(timer.device, dtype).eval()
+        seconds = timer(torch.inference_mode()(build_ours(network, task, device=timer.device)))
+        yield {"decoder": f"{backbone}, {precision}", **timer.row(batch, seconds)}
 
 
 def describe(device: torch.device) -> str:

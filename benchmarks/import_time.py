@@ -53,8 +53,7 @@ def list_contenders() -> list[Contender]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures, and prints the table and the packages that are loaded besides those of torch."""
-    arguments = build_parser(__doc__, repeats=9).parse_args(argv)
-    start(arguments)
+    arguments = start(build_parser(__doc__, repeats=9), argv)
     compare(arguments, list_contenders(), clock=children_cpu_seconds)
     of_torch, *others = (list_packages(load(statement)) for statement in IMPORTS.values())
     for name, packages in zip(list(IMPORTS)[1:], others, strict=True):

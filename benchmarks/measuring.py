@@ -6,7 +6,9 @@ import argparse
 import json
 import platform
 import resource
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -28,11 +30,10 @@ Precision = Literal["fp32", "bf16"]
 """Lightning's ``32-true`` and ``bf16-mixed``."""
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
-CLOCKS: Mapping[str, Callable[[], float]] = {"cpu": time.process_time, "wall": time.perf_counter}
-"""The clocks of ``--clock``: CPU seconds of all threads, which other programs hardly affect, and seconds."""
 
 _WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "unique", "unique2", "_unique2"}
 _CPUINFO = Path("/proc/cpuinfo")
+_TORCH = Path(torch.__file__).parent
 
 
 # Work
@@ -45,12 +46,12 @@ class Work:
     Args:
         flops: FLOPs of matrix products and convolutions, including attention and the backward pass.
         kernels: Number of operations that are not views.
-        syncs: Number of times that the host would wait for a GPU.
+        waits: Number of times that the host would wait for a GPU, by file and line.
     """
 
     flops: int = 0
     kernels: int = 0
-    syncs: int = 0
+    waits: Counter[str] = field(default_factory=Counter)
 
 
 def count_work(run: Callable[[], object]) -> Work:
@@ -76,8 +77,19 @@ class _WorkCounter(TorchDispatchMode):
         self.work.kernels += not func.is_view
         # The host must wait for the number of True values of a mask.
         has_mask = packet.__name__ == "index" and any(isinstance(x, Tensor) and x.dtype == torch.bool for x in args[1])
-        self.work.syncs += packet.__name__ in _WAITS or has_mask
+        if (packet.__name__ in _WAITS or has_mask) and (place := _find_caller()):
+            self.work.waits[place] += 1
         return result
+
+
+def _find_caller() -> str | None:
+    """Returns file and line outside torch; None in an optimizer, whose counters of steps are on the CPU anyway."""
+    frame = sys._getframe(2)
+    while (path := Path(frame.f_code.co_filename)).is_relative_to(_TORCH) and frame.f_back is not None:
+        if path.parent.name == "optim":
+            return None
+        frame = frame.f_back
+    return f"{path.parent.name}/{path.name}:{frame.f_lineno}"
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -89,14 +101,24 @@ def _attention_backward_flops(_: Tensor, *args: Any, **kwargs: Any) -> int:
     return 2 * _attention_flops(*args, **kwargs)  # twice the forward pass, as for every matrix product
 
 
+def _multi_head_attention_flops(query: Tensor, key: Tensor, value: Tensor, dim: int, *_: Any, **__: Any) -> int:
+    # Four projections of D x D; scores and sums of all heads.
+    return 8 * query.numel() * dim + 4 * query.numel() * key.shape[1]
+
+
+def _encoder_layer_flops(x: Tensor, dim: int, *args: Any, **_: Any) -> int:
+    return _multi_head_attention_flops(x, x, x, dim) + 4 * x.numel() * len(args[12])  # args[12]: the MLP's first weight
+
+
 def _linear_flops(x: Tensor, *_: Any, out_val: Tensor, **__: Any) -> int:
     return 2 * prod(out_val.shape) * x.shape[-1]
 
 
-_FORMULAS: dict[Any, Callable[..., int]] = {  # operations of a CPU for which torch has no formula
+_FORMULAS: dict[Any, Callable[..., int]] = {  # operations for which torch has no formula
+    torch.ops.aten._native_multi_head_attention: _multi_head_attention_flops,
+    torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    torch.ops.onednn.qlinear_pointwise: _linear_flops,
     torch.ops.mkldnn._linear_pointwise: _linear_flops,
     torch.ops.mkl._mkl_linear: _linear_flops,
 }
@@ -146,7 +168,7 @@ class Contender:
                 "GFLOP": f"{flops / 1e9:.3g}",
                 "% of peak": f"{100 * flops / seconds / peaks[self.dtype]:.0f}",
                 "kernels": f"{self.work.kernels / self.items:.0f}",
-                "syncs": f"{self.work.syncs / self.items:.0f}",
+                "syncs": f"{self.work.waits.total() / self.items:.0f}",
             }
         if self.memory is not None:
             row["memory GB"] = f"{self.memory / 1e9:.2f}"
@@ -225,10 +247,13 @@ def _kilobytes(name: str) -> int:
 
 def build_parser(description: str | None, *, repeats: int = 5, **sizes: int) -> argparse.ArgumentParser:
     """Returns a parser with the flags that the benchmarks share, and a flag for each size with its default."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="benchmarks/README.md describes the contenders and the columns of the table.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     for name, default in {"threads": 1, **sizes, "repeats": repeats}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=_positive, default=default, help="(%(default)s)")
-    parser.add_argument("--clock", choices=list(CLOCKS), default="cpu", help="cpu: other programs may run")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers and the environment to FILE")
     return parser
 
@@ -239,25 +264,34 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def start(arguments: argparse.Namespace) -> None:
-    """Applies the shared flags and prints the machine, so that results can be compared."""
+def start(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """Parses the flags, applies the shared ones, and prints the machine, so that results can be compared."""
+    arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
     machine = f"{read_cpu_name()}, {arguments.threads} threads, torch {torch.__version__}"
-    print(f"{machine}, {arguments.clock} time, medians of {arguments.repeats} rounds")
+    seconds = "CPU seconds" if arguments.threads == 1 else "seconds"
+    print(f"{machine}, {seconds}, medians of {arguments.repeats} rounds")
+    return arguments
 
 
 def compare(
     arguments: argparse.Namespace, contenders: Sequence[Contender], *, clock: Callable[[], float] | None = None
 ) -> None:
     """Measures contenders, prints the table, and writes all numbers to the file of ``--json``."""
-    peaks = measure(contenders, repeats=arguments.repeats, clock=clock or CLOCKS[arguments.clock])
+    # Other programs hardly affect CPU seconds, but with several threads these do not tell how long the work takes.
+    clock = clock or (time.process_time if arguments.threads == 1 else time.perf_counter)
+    peaks = measure(contenders, repeats=arguments.repeats, clock=clock)
     for dtype, peak in peaks.items():
         print(f"matrix-product peak, {dtype}: {peak / 1e9:.1f} GFLOP/s")
     first: dict[str, Contender] = {}
     rows = [contender.row(first.setdefault(contender.group, contender), peaks) for contender in contenders]
     print("\n" + format_table(rows))
+    for contender in contenders:
+        if contender.work is not None and contender.work.waits:
+            waits = ", ".join(f"{count} x {place}" for place, count in contender.work.waits.most_common())
+            print(f"waits of a run, {contender.group}, {contender.name}: {waits}")
     if arguments.json:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
         measured = [

@@ -1,17 +1,23 @@
-"""The peers of the benchmarks: networks of other projects, a plain decoding loop for them, and the sizes of stage 2."""
+"""The peers of the benchmarks: networks by the code of other projects, a plain decoding loop, and sizes of stage 2."""
 
 from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from maskgit_pl.data import Batch
 from maskgit_pl.masking import MaskSampler
+from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 
@@ -19,27 +25,14 @@ Decode = Callable[[], Tensor]
 """Decodes a batch and gives its tokens (B, N)."""
 
 NUM_STEPS = 8
-
-ENCODER = "encoder layers of torch, as dome272"
-BERT = "BertModel of transformers, as 1d-tokenizer"
 VQMODEL = "diffusers VQModel"
-_PACKAGES = {BERT: "transformers", VQMODEL: "diffusers"}
-"""The packages that peers need."""
-
-
-def list_installed(names: Sequence[str]) -> list[str]:
-    """Returns the contenders whose packages are installed, and prints the others."""
-    missing = [name for name in names if name in _PACKAGES and importlib.util.find_spec(_PACKAGES[name]) is None]
-    for name in missing:
-        print(f"{name} is not installed and is left out; to install it: python -m pip install -e '.[benchmarks]'")
-    return [name for name in names if name not in missing]
 
 
 @dataclass(frozen=True)
 class Task:
     """The sizes of the network and the batch, without dropout.
 
-    The vocabulary is codebook_size + num_classes + 1: 2025 as released.
+    The vocabulary of ``bert`` is codebook_size + num_classes + 1: 2025 as released.
     """
 
     batch: int = 8
@@ -50,11 +43,15 @@ class Task:
     grid: tuple[int, int] = (16, 16)
     codebook_size: int = 1024
     num_classes: int = 1000
+    backbone: str = "bert"
 
     @property
-    def network(self) -> TransformerConfig:
-        return TransformerConfig(
-            self.codebook_size, self.num_classes, self.grid, self.embed_dim, self.depth, self.num_heads, self.mlp_dim,
+    def network(self) -> TransformerConfig | AdaLNConfig:
+        is_adaln = self.backbone == "adaln"
+        # SwiGLU has three matrices, an ordinary MLP two.
+        mlp_dim = 2 * self.mlp_dim // 3 if is_adaln else self.mlp_dim
+        return (AdaLNConfig if is_adaln else TransformerConfig)(
+            self.codebook_size, self.num_classes, self.grid, self.embed_dim, self.depth, self.num_heads, mlp_dim,
             dropout=0.0, class_dropout=0.0,
         )  # fmt: skip
 
@@ -88,95 +85,111 @@ class Task:
         )
 
 
-class Encoder(nn.Module):
-    """A post-norm layer of torch's own modules with the erf form of GELU, as in dome272/MaskGIT-pytorch."""
+class Peer(nn.Module):
+    """A network of another project that is called like ours.
 
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        width = task.embed_dim
-        self.attention = nn.MultiheadAttention(width, task.num_heads, batch_first=True)
-        self.mlp = nn.Sequential(nn.Linear(width, task.mlp_dim), nn.GELU(), nn.Linear(task.mlp_dim, width))
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, eps=1e-12), nn.LayerNorm(width, eps=1e-12)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (B, S, D) to (B, S, D)."""
-        attended, _ = self.attention(x, x, x, need_weights=False)
-        x = self.attention_norm(x + attended)
-        normed: Tensor = self.mlp_norm(x + self.mlp(x))
-        return normed
-
-
-class EncoderPeer(nn.Module):
-    """The network of dome272/MaskGIT-pytorch: ``Encoder`` layers, and a head that is tied to the token embedding.
-
-    Its released code has no classes; here the class is a token of the sequence, as in ours.
+    Args:
+        network: The network.
+        mask_token_id: Its id of the mask token.
+        call: Function of tokens (B, N) and labels (B,), both int64, that returns its logits (B, N, V).
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, network: nn.Module, mask_token_id: int, call: Callable[[Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        config = task.network
-        self.codebook_size = config.codebook_size
-        self.tokens = nn.Embedding(config.vocabulary_size, config.embed_dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(config.num_tokens + 1, config.embed_dim))
-        self.norm = nn.LayerNorm(config.embed_dim, eps=1e-12)
-        self.layers = nn.Sequential(*(Encoder(task) for _ in range(config.depth)))
-        self.head = nn.Sequential(
-            nn.Linear(config.embed_dim, config.embed_dim), nn.GELU(), nn.LayerNorm(config.embed_dim, eps=1e-12)
-        )
-        self.bias = nn.Parameter(torch.zeros(config.num_tokens + 1, config.vocabulary_size))
-        nn.init.trunc_normal_(self.tokens.weight, std=0.02)
+        self.network, self.mask_token_id, self.forward = network, mask_token_id, call
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Returns the logits (B, N, V) of tokens (B, N) int64 and labels (B,) int64."""
-        sequence = torch.cat([labels.unsqueeze(1) + self.codebook_size, tokens], dim=1)
-        x = self.layers(self.norm(self.tokens(sequence) + self.positions))
-        logits: Tensor = self.head(x) @ self.tokens.weight.T + self.bias
+
+def build_dome272(task: Task) -> Peer:
+    """Returns the network of dome272/MaskGIT-pytorch: 8 heads, no classes. The class is a token, as in ours."""
+    from bidirectional_transformer import BidirectionalTransformer
+
+    config = task.network
+    sizes = SimpleNamespace(
+        num_image_tokens=config.num_tokens, num_codebook_vectors=config.vocabulary_size - 2, dim=config.embed_dim,
+        hidden_dim=config.mlp_dim, n_layers=config.depth,
+    )  # fmt: skip
+    network = BidirectionalTransformer(sizes)
+
+    def call(tokens: Tensor, labels: Tensor) -> Tensor:
+        logits: Tensor = network(torch.cat([labels.unsqueeze(1) + config.codebook_size, tokens], dim=1))
         return logits[:, 1:]
 
+    return Peer(network, config.mask_token_id, call)
 
-class BertPeer(nn.Module):
-    """The network of 1d-tokenizer's ``ImageBert``: the ``BertModel`` of transformers, and a linear head."""
 
-    def __init__(self, task: Task) -> None:
-        super().__init__()
-        from transformers import BertConfig, BertModel
+def build_image_bert(task: Task) -> Peer:
+    """Returns the network of bytedance/1d-tokenizer, around the ``BertModel`` of transformers."""
+    from modeling.maskgit import ImageBert
 
-        config = task.network
-        self.codebook_size = config.codebook_size
-        self.model = BertModel(
-            BertConfig(
-                vocab_size=config.vocabulary_size,
-                hidden_size=config.embed_dim,
-                num_hidden_layers=config.depth,
-                num_attention_heads=config.num_heads,
-                intermediate_size=config.mlp_dim,
-                max_position_embeddings=config.num_tokens + 1,
-                hidden_act="gelu",
-            ),
-            add_pooling_layer=False,
-        )
-        self.head = nn.Linear(config.embed_dim, config.codebook_size)
+    sizes = {
+        "condition_num_classes": task.num_classes, "image_seq_len": task.network.num_tokens, "dropout": 0.0,
+        "hidden_size": task.embed_dim, "num_hidden_layers": task.depth, "num_attention_heads": task.num_heads,
+        "intermediate_size": task.mlp_dim, "attn_drop": 0.0,
+    }  # fmt: skip
+    network = ImageBert({"model": {"vq_model": {"codebook_size": task.codebook_size}, "generator": sizes}})
+    return Peer(network, task.codebook_size, partial(network, cond_drop_prob=0.0))
 
-    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Returns the logits (B, N, K) of tokens (B, N) int64 and labels (B,) int64."""
-        sequence = torch.cat([labels.unsqueeze(1) + self.codebook_size, tokens], dim=1)
-        logits: Tensor = self.head(self.model(sequence).last_hidden_state[:, 1:])
+
+def build_halton(task: Task) -> Peer:
+    """Returns the network of valeoai/Halton-MaskGIT: adaLN-zero, and a SwiGLU MLP of two thirds of ``mlp_dim``."""
+    from Network.transformer import Transformer
+
+    sizes = task.grid[0], task.embed_dim, task.codebook_size, task.depth, task.num_heads, task.mlp_dim
+    network = Transformer(*sizes, nclass=task.num_classes)
+
+    def call(tokens: Tensor, labels: Tensor) -> Tensor:
+        logits: Tensor = network(tokens.unflatten(1, task.grid), labels, drop_label=labels < 0)
         return logits
 
+    return Peer(network, task.codebook_size, call)
 
-def build_plain(network: nn.Module, task: Task) -> Decode:
+
+PEERS: Mapping[str, Callable[[Task], Peer]] = {
+    "dome272/MaskGIT-pytorch": build_dome272,
+    "bytedance/1d-tokenizer": build_image_bert,
+    "valeoai/Halton-MaskGIT": build_halton,
+}
+"""Functions that build the networks of other projects, by the name of their repository on GitHub."""
+
+
+def build_peer(name: str, task: Task, folder: Path) -> Peer:
+    """Returns a peer's network with random weights, by the unchanged code of its clone in a folder."""
+    clone = str(folder / Path(name).name)
+    sys.path.insert(0, clone)
+    try:
+        with redirect_stdout(None):  # they print their layers
+            return PEERS[name](task)
+    finally:
+        sys.path.remove(clone)
+
+
+def list_available(names: Sequence[str], folder: Path | None = None) -> list[str]:
+    """Returns the contenders whose code is there, and prints how to get the others."""
+    missing = {}
+    if importlib.util.find_spec("diffusers") is None:
+        missing[VQMODEL] = "python -m pip install -e '.[benchmarks]'"
+    for name in PEERS:
+        if folder is None or not (folder / Path(name).name).is_dir():
+            missing[name] = f"git clone https://github.com/{name}, and --peers with the folder of the clone"
+    for name in names:
+        if name in missing:
+            print(f"{name} is left out; to measure it: {missing[name]}")
+    return [name for name in names if name not in missing]
+
+
+def build_plain(network: Peer, task: Task) -> Decode:
     """Returns a plain decoding loop for a peer's network: all logits in each step, Gumbel draws, cosine schedule."""
     network.eval().requires_grad_(requires_grad=False)
-    labels = torch.tensor(task.labels)
+    labels, mask_token_id = torch.tensor(task.labels), network.mask_token_id
 
     @torch.no_grad()
     def decode() -> Tensor:
         num_tokens = task.network.num_tokens
-        tokens = torch.full((task.batch, num_tokens), task.network.mask_token_id)
+        tokens = torch.full((task.batch, num_tokens), mask_token_id)
         for step in range(NUM_STEPS):
             logits = network(tokens, labels)[..., : task.codebook_size].float()
             drawn = (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
-            masked = tokens == task.network.mask_token_id
+            masked = tokens == mask_token_id
             drawn = torch.where(masked, drawn, tokens)
             confidence = logits.log_softmax(-1).gather(-1, drawn.unsqueeze(-1)).squeeze(-1)
             confidence -= 4.5 * (1 - (step + 1) / NUM_STEPS) * torch.empty_like(confidence).exponential_().log()
@@ -185,7 +198,7 @@ def build_plain(network: nn.Module, task: Task) -> Decode:
             tokens = drawn
             if count:
                 last = confidence.topk(count, largest=False).indices
-                tokens = drawn.scatter(1, last, task.network.mask_token_id)
+                tokens = drawn.scatter(1, last, mask_token_id)
         return tokens
 
     return decode

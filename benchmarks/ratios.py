@@ -1,10 +1,10 @@
 """Runs the benchmarks that compare, and writes one table of their ratios into benchmarks/README.md.
 
-    make benchmarks
+    make benchmarks ARGS="--peers ~/clones"
 
 Each ratio is our time divided by that of the alternative in the same round, as the median over the rounds: below 1,
-ours is faster. All are CPU seconds of one thread, so that other programs matter little. Alternatives whose package is
-not installed are left out.
+ours is faster. One thread is measured in CPU seconds, so that other programs matter little, several in seconds.
+Alternatives whose code is not there are left out.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,63 +29,62 @@ from maskgit_pl.distributed import has_bfloat16
 
 _README = Path(__file__).parent / "README.md"
 _BEGIN, _END = "<!-- ratios: written by `make benchmarks` -->", "<!-- end of ratios -->"
-_DECODE = "decode.py --only 'ours, first step cached' 'ours, weights not packed' "
-_DECODE += "'encoder layers of torch, as dome272' 'BertModel of transformers, as 1d-tokenizer' "
 _DECODING = "decoding, {group}, batch {batch_size}"
 SOURCES: Mapping[str, str] = {
-    f"{_DECODE}--dtype float32 --batch-size 1": _DECODING,
-    f"{_DECODE}--dtype bfloat16 --batch-size 1": _DECODING,
-    f"{_DECODE}--dtype bfloat16 --batch-size 8": _DECODING,
+    "decode.py --dtype float32 PEERS": _DECODING,
+    "decode.py --dtype bfloat16 PEERS": _DECODING,
+    "decode.py --dtype bfloat16 --batch-size 8 --only dome272/MaskGIT-pytorch bytedance/1d-tokenizer PEERS": _DECODING,
     "stage1_step.py": "training step of stage 1, {group}",
-    "stage2_step.py": "training step of stage 2, {group}",
+    "stage2_step.py --memory PEERS": "training step of stage 2, {group}",
     "tokenizer.py": "tokenizer, {group}",
     "data.py": "data: {group}",
     "import_time.py": "{group}",
 }
 """Command of each benchmark, and the task of a row."""
 
-_OURS = {
-    "ours": "",
-    "ours, first step cached": ", class seen before",
-    "ours, bf16": ", bf16",
-    "MaskGIT": ": MaskGIT",
-    "maskgit sample, one image": ": maskgit sample, one image",
-}
-"""Our contenders, and what they add to the task; all others are alternatives."""
+_OURS = ("ours", "MaskGIT", "maskgit sample, one image")
 
 
 def read_ratios(report: Mapping[str, Any], task: str) -> Iterator[dict[str, str]]:
-    """Yields a row for each pair of ours and an alternative of a group."""
+    """Yields a row for each alternative of a group: the ratio of ours, and of ours with the backbone ``adaln``."""
     seconds = {(row["group"], row["name"]): row["seconds"] for row in report["measured"]}
+
+    def ratio(group: str, name: str, theirs: Sequence[float]) -> str:
+        if (group, name) not in seconds:
+            return ""
+        ratios = [mine / its for mine, its in zip(seconds[group, name], theirs, strict=True)]
+        return f"{median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
     for (group, alternative), theirs in seconds.items():
-        for ours, addition in _OURS.items() if alternative not in _OURS else ():
-            if (group, ours) in seconds:
-                ratios = [mine / its for mine, its in zip(seconds[group, ours], theirs, strict=True)]
+        is_ours = alternative in _OURS or alternative.startswith("ours")
+        for name in () if is_ours else _OURS:
+            if text := ratio(group, name, theirs):
                 yield {
-                    "task": task.format(group=group, **report["settings"]) + addition,
+                    "task": task.format(group=group, **report["settings"]) + (f": {name}" if name != "ours" else ""),
                     "alternative": alternative,
-                    "ours / alternative": f"{median(ratios):.2f}",
-                    "of each round": f"{min(ratios):.2f} to {max(ratios):.2f}",
+                    "ours / alternative": text,
+                    "adaln / alternative": ratio(group, "ours, adaln", theirs),
                 }
 
 
-def measure(*, repeats: int, only: Sequence[str] = ()) -> str:
-    """Runs the benchmarks one after another and returns the table and the list of the commands.
+def measure(*, repeats: int, threads: Sequence[int] = (1,), peers: Path | None = None, only: Sequence[str] = ()) -> str:
+    """Runs the benchmarks one after another and returns the table.
 
     Args:
         repeats: Rounds of each benchmark.
+        threads: Numbers of threads; all benchmarks run with each.
+        peers: Folder with clones of the peers; None leaves them out.
         only: Scripts to run, such as ``data.py``; empty for all.
     """
     rows: list[dict[str, str]] = []
-    commands: list[str] = []
-    for source, task in SOURCES.items():
-        command = f"{source} --repeats {repeats}"
-        if (only and command.split()[0] not in only) or ("bfloat16" in command and not has_bfloat16("cpu")):
+    for count, (source, task) in product(threads, SOURCES.items()):
+        if (only and source.split()[0] not in only) or ("bfloat16" in source and not has_bfloat16("cpu")):
             continue
+        folder = "" if peers is None else f"--peers {shlex.quote(str(peers))}"
+        command = f"{source.replace('PEERS', folder)} --repeats {repeats} --threads {count}"
         print(f"python benchmarks/{command}", flush=True)
-        commands.append(f"{len(commands) + 1}. `python benchmarks/{command}`")
-        rows += [{**row, "command": str(len(commands))} for row in read_ratios(run_benchmark(command), task)]
-    return "\n".join([format_table(rows), "", *commands])
+        rows += [{"threads": str(count), **row} for row in read_ratios(run_benchmark(command), task)]
+    return format_table(rows)
 
 
 def run_benchmark(command: str) -> Any:
@@ -100,7 +100,7 @@ def write_table(table: str, readme: Path = _README) -> None:
     """Replaces what stands between the two comments of the page."""
     before, rest = readme.read_text().split(_BEGIN)
     after = rest.split(_END)[1]
-    machine = f"{datetime.date.today().isoformat()}, {read_cpu_name()}, 1 thread, torch {torch.__version__}:"
+    machine = f"{datetime.date.today().isoformat()}, {read_cpu_name()}, torch {torch.__version__}:"
     readme.write_text(f"{before}{_BEGIN}\n\n{machine}\n\n{table}\n\n{_END}{after}")
 
 
@@ -108,9 +108,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures, prints the table, and writes it into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=3, help="rounds of each benchmark (%(default)s)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1], metavar="N", help="numbers of threads (1)")
+    parser.add_argument("--peers", type=Path, metavar="FOLDER", help="folder with clones of the peers")
     parser.add_argument("--only", nargs="+", default=[], metavar="SCRIPT", help="print the ratios of these only")
     arguments = parser.parse_args(argv)
-    table = measure(repeats=arguments.repeats, only=arguments.only)
+    table = measure(**vars(arguments))
     print("\n" + table)
     if not arguments.only:
         write_table(table)

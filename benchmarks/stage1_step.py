@@ -1,9 +1,4 @@
-"""Measures a training step of stage 1: ours, a plain one as in taming-transformers, and one with diffusers' VQModel.
-
-    python benchmarks/stage1_step.py --repeats 5 --json stage1_step.json
-
-benchmarks/README.md describes the contenders and the columns of the table.
-"""
+"""Measures a training step of stage 1: ours, a plain one as in taming-transformers, and one with diffusers' VQModel."""
 
 from __future__ import annotations
 
@@ -19,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from measuring import DTYPES, Contender, Precision, autocast, build_parser, compare, count_work, list_precisions, start
-from peers import VQMODEL, list_installed
+from peers import VQMODEL, list_available
 from torch import Tensor, nn
 from torch.optim import AdamW
 from torchvision.models import vgg
@@ -196,7 +191,8 @@ class Plain:
         self.discriminator, self.perceptual = ours.discriminator, ours.loss_terms.networks.get("perceptual")
         self.images = to_unit_range(task.data().content)
         self.networks = network, self.discriminator
-        self.optimizers = [AdamW(each.parameters(), _RATE, betas=_BETAS, weight_decay=0.0) for each in self.networks]
+        weights = [each.parameters() for each in self.networks]
+        self.optimizers = [AdamW(each, _RATE, _BETAS, weight_decay=0.0, fused=True) for each in weights]
 
     def __call__(self) -> None:
         """Trains one step of both networks."""
@@ -296,11 +292,10 @@ def build(name: str, task: Task, precision: Precision) -> Ours | Plain:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures and prints the table."""
-    arguments = build_parser(__doc__, batch_size=Task.batch, image_size=Task.image_size).parse_args(argv)
-    start(arguments)
+    arguments = start(build_parser(__doc__, batch_size=Task.batch, image_size=Task.image_size), argv)
     task = Task(arguments.batch_size, arguments.image_size)
     print(task.describe())
-    names, contenders = list_installed(list(STEPS)), []
+    names, contenders = list_available(list(STEPS)), []
     for precision in list_precisions():
         for name in names:
             step = build(name, task, precision)

@@ -42,9 +42,9 @@ def uses(name: str):
 
 
 @uses("stage2_step")
-def test_our_step_of_stage_2_and_the_naive_one_have_equal_gradients(script):
+def test_our_step_of_stage_2_and_plain_pytorch_have_equal_gradients(script):
     task, results = script.Task(**STAGE_2), []
-    for name in ("ours", "naive"):
+    for name in ("ours", script.PLAIN):
         step = script.build(name, task, "fp32")
         network, gradients = step.module.transformer if name == "ours" else step.network, {}
         step.optimizer.register_step_post_hook(
@@ -53,11 +53,10 @@ def test_our_step_of_stage_2_and_the_naive_one_have_equal_gradients(script):
             )
         )
         results.append((step(), gradients))
-    (our_loss, ours), (naive_loss, naive) = results
-    torch.testing.assert_close(our_loss, naive_loss, rtol=1e-6, atol=1e-6)
-    ours = script.rename_weights(ours)
-    assert ours.keys() == naive.keys()
-    for name, gradient in naive.items():
+    (our_loss, ours), (plain_loss, plain) = results
+    torch.testing.assert_close(our_loss, plain_loss, rtol=1e-6, atol=1e-6)
+    assert ours.keys() == plain.keys()
+    for name, gradient in plain.items():
         assert gradient.norm() > 0, name
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
 
@@ -72,12 +71,12 @@ def test_the_counted_work_of_a_training_step_is_that_of_the_formula(script):
     projections, feed_forward = 3 * width**2, width**2 + 2 * width * task.mlp_dim
     head = width**2 + width * task.network.vocabulary_size
     block = 6 * rows * (projections + feed_forward)
-    naive, ours = (script.build_contender(name, task, "fp32").work for name in ("naive", "ours"))
-    assert naive.flops == attention + task.depth * block + 6 * rows * head
+    plain, ours, adaln = (script.build_contender(name, task, "fp32").work for name in (script.PLAIN, *script.NAMES[:2]))
+    assert plain.flops == attention + task.depth * block + 6 * rows * head
     last = 6 * rows * projections + 6 * masked * feed_forward
     assert ours.flops == attention + (task.depth - 1) * block + last + 6 * masked * head
     assert ours.kernels > 100
-    assert (ours.syncs, naive.syncs > 0) == (0, True)
+    assert plain.waits == ours.waits == adaln.waits == {}
 
 
 @pytest.mark.slow
@@ -114,13 +113,16 @@ def test_our_step_of_stage_1_and_the_plain_one_have_equal_gradients(script):
 def test_contenders_are_timed_in_turn_and_compared_with_the_first(script, tmp_path, capsys):
     arguments = script.build_parser("").parse_args(["--repeats", "3", "--json", str(tmp_path / "report.json")])
     task = script.Task(**STAGE_2)
-    script.compare(arguments, [script.build_contender(name, task, "fp32") for name in script.STEPS])
+    names = script.list_available(script.NAMES)
+    script.compare(arguments, [script.build_contender(name, task, "fp32") for name in names])
     rows = json.loads((tmp_path / "report.json").read_text())["measured"]
-    assert [row["name"] for row in rows] == list(script.STEPS)
+    assert [row["name"] for row in rows] == names == ["ours", "ours, adaln", script.PLAIN]
     assert (rows[0]["ratio"], [len(row["seconds"]) for row in rows]) == ("1.00", [3, 3, 3])
     ratios = [its / ours for its, ours in zip(rows[1]["seconds"], rows[0]["seconds"], strict=True)]
     assert rows[1]["ratio"] == f"{median(ratios):.2f}"
-    lines = capsys.readouterr().out.rpartition("\n\n")[2].splitlines()
+    printed = capsys.readouterr().out
+    assert "git clone https://github.com/dome272/MaskGIT-pytorch, " in printed
+    lines = printed.rpartition("\n\n")[2].splitlines()
     assert (len(lines), len({len(line) for line in lines})) == (2 + len(rows), 1)
 
 
@@ -134,54 +136,86 @@ def test_peak_memory_is_that_of_the_function(script):
 # Decoding and tokenizers
 
 
-@pytest.fixture
-def decoders(script):
-    task = script.Task(**{**STAGE_2, "batch": 2, "mlp_dim": 96})
-    builders = script.list_builders(task)
-    return task, lambda name: script.build_contender(name, task, builders[name](), torch.float32)
+DECODED = {**STAGE_2, "batch": 2, "mlp_dim": 96}
 
 
+@pytest.mark.parametrize("backbone", ["ours", "ours, adaln"])
 @uses("decode")
-def test_a_class_that_was_seen_saves_one_step_of_eight(decoders):
-    _, build = decoders
-    names = ("ours", "ours, first step cached", "ours, weights not packed")
-    cold, seen, unpacked = (build(name) for name in names)
+def test_a_class_that_was_seen_saves_one_step_of_eight(script, backbone):
+    cold, seen = (
+        script.build_contender(name, script.Task(**DECODED), torch.float32)
+        for name in (backbone, f"{backbone}, class seen")
+    )
     assert torch.equal(cold.run(), seen.run())
-    assert torch.equal(cold.run(), unpacked.run())
     assert 0.8 < seen.work.flops / cold.work.flops < 7 / 8  # later steps ask for fewer logits
     assert seen.work.kernels < cold.work.kernels
-    assert cold.work.flops == unpacked.work.flops
-    assert cold.work.syncs == seen.work.syncs == 0
+    assert cold.work.waits == seen.work.waits == {}
 
 
-@pytest.mark.slow
+CLONES = {
+    "MaskGIT-pytorch/bidirectional_transformer.py": "BidirectionalTransformer",
+    "1d-tokenizer/modeling/maskgit.py": "ImageBert",
+    "Halton-MaskGIT/Network/transformer.py": "Transformer",
+}
+CLONE = """
+import torch
+class {name}(torch.nn.Module):
+    def __init__(self, *_, **__):
+        super().__init__()
+        print("Initializing")
+        self.table = torch.nn.Embedding(20, 20)
+    def forward(self, tokens, *_, **__):
+        return self.table(tokens.flatten(1))
+"""
+
+
 @uses("decode")
-def test_every_decoder_returns_the_tokens_of_whole_images(script, decoders):
-    task, build = decoders
-    for name in script.list_installed(list(script.list_builders(task))):
-        tokens = build(name).run()
-        assert tokens.shape == (2, 16), name
-        assert ((tokens >= 0) & (tokens < task.network.vocabulary_size)).all(), name
+def test_every_decoder_returns_the_tokens_of_whole_images(script, tmp_path, capsys):
+    for file, name in CLONES.items():
+        (tmp_path / file).parent.mkdir(parents=True)
+        (tmp_path / file).write_text(CLONE.format(name=name))
+    task = script.Task(**DECODED)
+    assert script.list_available(script.NAMES, tmp_path) == list(script.NAMES)
+    tokens = {name: script.build(name, task, torch.float32, tmp_path)() for name in script.NAMES}
+    for name, drawn in tokens.items():
+        assert drawn.shape == (2, 16), name
+        assert ((drawn >= 0) & (drawn < task.codebook_size)).all(), name
+    assert torch.equal(tokens["ours"], tokens["ours, weights not packed"])
+    assert capsys.readouterr().out == ""
 
 
 @uses("measuring")
 def test_waits_are_counted(script):
     x = torch.tensor([1.0, 0.0])
     for wait in (lambda: x.sum().item(), lambda: bool(x[0] > 0), lambda: x.nonzero(), lambda: x[x > 0]):
-        assert script.count_work(wait).syncs == 1
-    assert script.count_work(lambda: x[torch.tensor([0])] + x.argsort()).syncs == 0
+        assert script.count_work(wait).waits == {f"tests/{Path(__file__).name}:{wait.__code__.co_firstlineno}": 1}
+    assert script.count_work(lambda: x[torch.tensor([0])] + x.argsort()).waits == {}
+    weight = torch.nn.Parameter(x)
+    weight.grad = x
+    assert script.count_work(torch.optim.AdamW([weight], foreach=False).step).waits == {}  # its counter is on the CPU
+
+
+@uses("measuring")
+def test_the_fused_attention_of_torch_is_counted(script):
+    x = torch.randn(2, 5, 16)
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval()
+    layer = torch.nn.TransformerEncoderLayer(16, 2, 48, batch_first=True).eval()
+    with torch.no_grad():
+        flops = [
+            script.count_work(run).flops for run in (lambda: attention(x, x, x, need_weights=False), lambda: layer(x))
+        ]
+    products = 2 * 4 * 10 * 16 * 16 + 4 * 2 * 5 * 5 * 16
+    assert flops == [products, products + 4 * 10 * 16 * 48]
 
 
 @uses("tokenizer")
-def test_our_tokenizer_and_the_plain_one_give_equal_tokens_and_images(script):
+def test_a_tokenizer_is_measured_in_both_halves_and_precisions(script):
     task = script.Task(**STAGE_1)
-    ours, plain = script.build(task, ["ours", "plain"]).values()
-    images = script.to_unit_range(task.data().content)
-    tokens = ours.encode(images)
-    assert torch.equal(plain.encode(images), tokens)
-    torch.testing.assert_close(plain.decode(tokens), ours.decode(tokens))
-    contenders = script.list_contenders(task, ["ours", script.BFLOAT16, "plain"])
-    assert [contender.group for contender in contenders] == ["encode", "decode"] * 3
+    contenders = [each for name in ("fp32", "bf16") for each in script.list_contenders(task, "ours", name)]
+    assert [contender.group for contender in contenders] == [
+        "encode, fp32", "decode, fp32", "encode, bf16", "decode, bf16",
+    ]  # fmt: skip
+    assert [contender.run().shape for contender in contenders] == 2 * [(2, 64), (2, 3, 16, 16)]
 
 
 @uses("precision")
@@ -200,13 +234,13 @@ def test_each_precision_is_compared_with_float32_of_its_method(script, tiny_pret
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")  # webdataset
 def test_both_loaders_see_each_image_and_each_sequence_once(script, tmp_path):
     script.write_images(tmp_path / "images", (300, 280), 5)
-    assert script.read_our_images(tmp_path / "images") == script.read_webdataset_images(tmp_path / "images") == 5
+    assert [read(tmp_path / "images") for _, _, read in script.IMAGE_READERS] == [5] * 5
     reader = script.write_tokens(tmp_path / "tokens", 10)
     assert script.read_our_tokens(reader, 4) >= 10
     assert script.read_item_by_item(reader, 4) == 10
     contenders = script.list_contenders(tmp_path / "contenders", images=2, rows=300)
-    assert [contender.items for contender in contenders[:6]] == [6, 6, 6, 6, 512, 300]
-    for contender in contenders[6:]:
+    assert [contender.items for contender in contenders[:12]] == [*[6] * 10, 512, 300]
+    for contender in contenders[14:]:
         contender.run()  # the start of a run that resumes
 
 
@@ -235,8 +269,8 @@ def test_the_gpu_page_measures_both_stages_and_decoding(script, tmp_path, capsys
     script.main(["--device", "cpu", "--repeats", "1", "--out", str(tmp_path / "new" / "gpu.md")])
     page = (tmp_path / "new" / "gpu.md").read_text()
     assert page.strip() in capsys.readouterr().out
-    assert page.count("| 1, tokenizer ") == page.count("| 2, transformer ") == 2
-    assert page.count("| ours, fp32 ") == page.count("| ours, bf16 ") == 2
+    assert page.count("| 1, tokenizer ") == page.count("| 2, bert ") == page.count("| 2, adaln ") == 2
+    assert page.count("| bert, fp32 ") == page.count("| adaln, bf16 ") == 2
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     assert script.file_of(torch.device("cuda")).name == "gpu-h100-80gb-hbm3.md"
     assert script.file_of(torch.device("cpu")) is None
@@ -296,12 +330,26 @@ def test_the_checkouts_take_turns_and_a_slower_task_is_exit_code_1(script, monke
 
 @uses("ratios")
 def test_a_ratio_is_the_median_over_the_rounds_with_its_range(script):
-    seconds = {"ours": [1.0, 2.0, 3.0], "ours, first step cached": [1.0] * 3, "other": [2.0] * 3}
+    seconds = {"ours": [1.0, 2.0, 3.0], "ours, class seen": [1.0] * 3, "ours, adaln": [4.0] * 3, "other": [2.0] * 3}
     rows = [{"group": "float32", "name": name, "seconds": its} for name, its in seconds.items()]
     report = {"settings": {"batch_size": 8}, "measured": rows}
-    cold, seen = script.read_ratios(report, next(iter(script.SOURCES.values())))
-    assert list(cold.values()) == ["decoding, float32, batch 8", "other", "1.00", "0.50 to 1.50"]
-    assert seen["task"] == "decoding, float32, batch 8, class seen before"
+    (row,) = script.read_ratios(report, next(iter(script.SOURCES.values())))
+    assert list(row.values()) == [
+        "decoding, float32, batch 8", "other", "1.00 (0.50 to 1.50)", "2.00 (2.00 to 2.00)",
+    ]  # fmt: skip
+
+
+@uses("ratios")
+def test_each_command_runs_with_each_number_of_threads_and_the_clones(script, monkeypatch, tmp_path):
+    commands = []
+    report = {"settings": {"batch_size": 1}, "measured": [{"group": "", "name": n, "seconds": [1]} for n in "ab"]}
+    monkeypatch.setattr(script, "run_benchmark", lambda command: commands.append(command) or report)
+    monkeypatch.setattr(script, "format_table", list)
+    script.measure(repeats=2, threads=[1, 2], peers=tmp_path, only=["stage2_step.py", "data.py"])
+    ends = [f"--repeats 2 --threads {count}" for count in (1, 2)]
+    assert commands == [
+        f"{start} {end}" for end in ends for start in (f"stage2_step.py --memory --peers {tmp_path}", "data.py")
+    ]
 
 
 @uses("ratios")
