@@ -71,15 +71,6 @@ class AutoregressiveModel(TokenModel):
         super().__init__(config, create_network(config.network), decoding)
         self.decoder = decoding.build_autoregressive_decoder(num_tokens)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes the loss of one micro-batch, scalar float32."""
-        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
-        self._reseed_dropout(batch_idx)  # 3
-        tokens = self._encode(batch)  # 4 (B, N)
-        losses = self._run_step(batch._replace(content=tokens), tokens)  # 5, 6
-        self._log_step(batch, losses, batch_idx)
-        return losses.loss
-
     def _draw(self, batch: Batch) -> Draws:
         shape = len(batch.index), self.config.network.num_tokens
         return self._draws_of(batch, torch.ones(shape, dtype=torch.bool, device=batch.index.device))

@@ -436,11 +436,7 @@ class Draws(NamedTuple):
         positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch,
             image after image; rising, except for padding.
         is_masked: (M,) bool, False for predicted tokens that the network sees; None if all are masked.
-        is_visible: (M,) bool, True for predicted tokens that are neither masked nor replaced; None if there are none.
         is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
-        replaced: (B, N) bool: visible tokens that a corruption replaces; None without corruption.
-        replaced_positions: (R,) int64 in [0, B N), rising: the places of ``replaced``.
-        uniform: (R,) float32 in (0, 1): a random number for each replaced token.
         slopes: (B,) float32: see ``MaskSampler.slope``; None if the objective needs none.
     """
 
@@ -448,11 +444,7 @@ class Draws(NamedTuple):
     mask: Tensor
     positions: Tensor
     is_masked: Tensor | None = None
-    is_visible: Tensor | None = None
     is_real: Tensor | None = None
-    replaced: Tensor | None = None
-    replaced_positions: Tensor | None = None
-    uniform: Tensor | None = None
     slopes: Tensor | None = None
 
     @property
@@ -469,19 +461,15 @@ class Draws(NamedTuple):
     def predict(self, tokens: Tensor) -> Draws:
         """Returns a copy with other predicted tokens, (B, N) bool, of which some are not masked."""
         positions = true_positions(tokens)
-        replaced = torch.zeros_like(self.mask) if self.replaced is None else self.replaced
-        is_masked, is_replaced = self.mask.flatten()[positions], replaced.flatten()[positions]
-        return self._replace(positions=positions, is_masked=is_masked, is_visible=~(is_masked | is_replaced))
+        return self._replace(positions=positions, is_masked=self.mask.flatten()[positions])
 
     def pad(self, multiple: int) -> Draws:
         """Returns a copy whose positions are padded with zeros to a multiple of a number, so that few sizes occur."""
         count, more = len(self.positions), -len(self.positions) % multiple
-        is_masked, is_visible = (
-            None if flag is None else F.pad(flag, (0, more)) for flag in (self.is_masked, self.is_visible)
-        )
+        is_masked = None if self.is_masked is None else F.pad(self.is_masked, (0, more))
         is_real = torch.arange(count + more, device=self.positions.device) < count
         positions = F.pad(self.positions, (0, more))
-        return self._replace(positions=positions, is_masked=is_masked, is_visible=is_visible, is_real=is_real)
+        return self._replace(positions=positions, is_masked=is_masked, is_real=is_real)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
         """Returns a copy on a device; see ``torch.Tensor.to``."""

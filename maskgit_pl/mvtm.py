@@ -19,15 +19,9 @@ from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
 from maskgit_pl.decoding.predictors import ConditionalModel
-from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios, true_positions
+from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.objectives import (
-    Corruption,
-    Objective,
-    TokenLosses,
-    corruptions,
-    objectives,
-)
+from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
 
@@ -49,7 +43,6 @@ class MaskedTokenConfig(TokenModelConfig):
         mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
         mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
         objective: Name or mapping of a registered objective, the loss of the training.
-        corruption: Name or mapping of a registered corruption of visible tokens in training; None for none.
         decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
@@ -64,7 +57,6 @@ class MaskedTokenConfig(TokenModelConfig):
     mask_ratio: str | dict[str, Any] = "schedule"
     mask_positions: str | dict[str, Any] = "uniform"
     objective: str | dict[str, Any] = "masked_cross_entropy"
-    corruption: str | dict[str, Any] | None = None
     decoding: DecodingConfig = DecodingConfig()  # noqa: RUF009  # frozen
 
     def __post_init__(self) -> None:
@@ -80,11 +72,9 @@ class MaskedTokenConfig(TokenModelConfig):
             mask_ratio=mask_ratios,
             mask_positions=mask_positions,
             objective=objectives,
-            corruption=corruptions,
         )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
         self.built_objective.check(self.sampler, self.network.num_tokens)
-        _ = self.built_corruption  # built now, so that it is checked
         check_decoding(self.decoding, self.network, is_autoregressive=False)
 
     @cached_property
@@ -102,11 +92,6 @@ class MaskedTokenConfig(TokenModelConfig):
     def built_objective(self) -> Objective:
         """The objective that ``objective`` names."""
         return objectives.build(self.objective)
-
-    @cached_property
-    def built_corruption(self) -> Corruption | None:
-        """The corruption that ``corruption`` names."""
-        return None if self.corruption is None else corruptions.build(self.corruption)
 
 
 class MaskedTokenModel(TokenModel):
@@ -129,7 +114,7 @@ class MaskedTokenModel(TokenModel):
         self.mask_sampler = config.sampler
         self.mask_schedule = config.sampler.mask_schedule
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
-        self.objective, self.corruption = config.built_objective, config.built_corruption
+        self.objective = config.built_objective
 
     def draw_on_host(self, batch: Batch) -> Batch:
         """Checks the size of a batch, which would leave strata empty, and adds the random draws of the step.
@@ -147,16 +132,6 @@ class MaskedTokenModel(TokenModel):
                 )
         return super().draw_on_host(batch)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes the loss of one micro-batch, scalar float32."""
-        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
-        self._reseed_dropout(batch_idx)  # 3
-        tokens = self._encode(batch)  # 4 (B, N)
-        seen = tokens if self.corruption is None else self._corrupt(batch, tokens)  # (B, N)
-        losses = self._run_step(batch._replace(content=seen), tokens)  # 5, 6
-        self._log_step(batch, losses, batch_idx)
-        return losses.loss
-
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
         key: dict[str, Any] = {
@@ -169,13 +144,7 @@ class MaskedTokenModel(TokenModel):
         draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **key, grid=network.grid))
         if not self.training:
             return draws
-        # Corruptions and some objectives need more.
-        if self.corruption is not None:
-            replaced, uniform = self.corruption.draw(
-                draws.mask, seed=self.config.seed, index=batch.index, epoch=batch.epoch
-            )
-            draws = draws._replace(replaced=replaced, replaced_positions=true_positions(replaced), uniform=uniform)
-            draws = draws.predict(draws.mask | replaced)
+        # Some objectives need more.
         if self.objective.needs_slopes:
             draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **key))
         if self.objective.visible_weight > 0:
@@ -184,41 +153,18 @@ class MaskedTokenModel(TokenModel):
             return draws.pad(max(1, draws.mask.numel() // _NUM_SIZES))
         return draws
 
-    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
+    def _compute_training_losses(self, batch: Batch) -> StepLosses:
         """Computes the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
-        draws = batch.draws
+        draws, tokens = batch.draws, batch.content
         assert draws is not None
         # 5. Mask, and predict the masked tokens.
-        hidden = batch.content.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
+        hidden = tokens.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
         losses, nll, hits = self._predict(
             self.transformer, hidden, batch, tokens, smoothing=self.config.label_smoothing
         )  # (M,) each
         # 6. Average over the tokens of each image, then over images.
         loss = self.objective(TokenLosses.of(losses, draws))
         return StepLosses(loss, nll, hits)
-
-    @torch.no_grad()
-    def _corrupt(self, batch: Batch, tokens: Tensor) -> Tensor:
-        """Replaces some visible tokens, and returns the tokens (B, N)."""
-        draws, network = batch.draws, self.averaged_network.eval()
-        assert self.corruption is not None
-        assert draws is not None
-        mask, replaced, places, uniform = draws.mask, draws.replaced, draws.replaced_positions, draws.uniform
-        assert replaced is not None
-        assert places is not None
-        assert uniform is not None
-        vectors = batch.vectors_for(self.config.network.condition_dim)
-
-        def predict(hidden: Tensor) -> Tensor:
-            positions = places if hidden is replaced else true_positions(hidden)
-            seen = self._hide(tokens, mask | hidden)
-            return network.forward_selected(seen, draws.labels, positions, vectors=vectors)
-
-        size = self.config.network.codebook_size
-        codes = self.corruption.codes(tokens, replaced, uniform, codebook_size=size, predict=predict)  # (R,)
-        self.transformer.train(self.training)  # without an average, it is the network that drew
-        torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
-        return tokens.masked_scatter(replaced, codes)
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""

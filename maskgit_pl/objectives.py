@@ -1,49 +1,30 @@
-"""Training objectives of stage 2 by name, and the corruption of the tokens that the network sees.
+"""Training objectives of stage 2 by name.
 
-An ``Objective`` turns the cross-entropies of the tokens of a batch into the loss. A ``Corruption`` replaces some
-visible tokens by wrong codes, and the network predicts the original: decoding makes mistakes that training on true
-tokens never shows. A network that has seen wrong tokens gives them low probabilities, which selectors such as ``p2``
-use to correct them. Used by ``mvtm.MaskedTokenModel``. Yours are registered frozen dataclasses::
+An ``Objective`` turns the cross-entropies of the tokens of a batch into the loss. Used by ``mvtm.MaskedTokenModel``.
+Yours is a registered frozen dataclass::
 
     @objectives.register("sum")
     @dataclass(frozen=True)
     class Sum(Objective):
         def __call__(self, tokens: TokenLosses) -> Tensor:
             return tokens.sum_rows(tokens.losses).mean()
-
-    @corruptions.register("zero")
-    @dataclass(frozen=True)
-    class Zero(Corruption):
-        def codes(self, tokens, replaced, uniform, *, codebook_size, predict):
-            return torch.zeros_like(tokens[replaced])
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.decoding.decoder import draw_codes
 from maskgit_pl.losses import mean_over_rows
 from maskgit_pl.masking import Draws, MaskSampler
-from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = [
-    "Corruption",
-    "Objective",
-    "TokenLosses",
-    "corruptions",
-    "objectives",
-]
-
-Predict: TypeAlias = Callable[[Tensor], Tensor]
+__all__ = ["Objective", "TokenLosses", "objectives"]
 
 
 @dataclass(frozen=True)
@@ -55,8 +36,6 @@ class TokenLosses:
         rows: (M,) int64 in [0, B]: the image of each token; B for padding, which ``compiled: step`` adds.
         num_rows: B, images of the batch.
         is_masked: (M,) bool, False for tokens that the network saw; None if all are masked.
-        is_visible: (M,) bool, True for tokens that the network saw and that no corruption replaced; None if
-            there are none.
         slopes: (B,) float32 >= 0: |dr/du| of the mask ratio r; None if the objective needs none.
     """
 
@@ -64,7 +43,6 @@ class TokenLosses:
     rows: Tensor
     num_rows: int
     is_masked: Tensor | None = None
-    is_visible: Tensor | None = None
     slopes: Tensor | None = None
 
     @classmethod
@@ -72,12 +50,12 @@ class TokenLosses:
         """Returns the cross-entropies (M,) of the tokens that a micro-batch predicts; those of padding become 0."""
         if draws.is_real is not None:
             losses = losses.masked_fill(~draws.is_real, 0.0)
-        return cls(losses, draws.rows, len(draws.mask), draws.is_masked, draws.is_visible, draws.slopes)
+        return cls(losses, draws.rows, len(draws.mask), draws.is_masked, draws.slopes)
 
     def weights(self, visible_weight: float) -> Tensor:
-        """Returns (M,) float32: ``visible_weight`` for visible tokens, 1 for masked and for replaced ones."""
+        """Returns (M,) float32: ``visible_weight`` for visible tokens, 1 for masked ones."""
         ones = torch.ones_like(self.losses)
-        return ones if self.is_visible is None else ones.masked_fill(self.is_visible, visible_weight)
+        return ones if self.is_masked is None else ones.masked_fill(~self.is_masked, visible_weight)
 
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
@@ -91,7 +69,7 @@ class Objective(ABC):
 
     Attributes:
         needs_slopes: True if ``TokenLosses.slopes`` must be given.
-        visible_weight: Weight of visible tokens that no corruption replaced. Above 0, all tokens are predicted.
+        visible_weight: Weight of visible tokens. Above 0, all tokens are predicted.
     """
 
     needs_slopes: ClassVar[bool] = False
@@ -131,7 +109,7 @@ objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives",
 class MaskedCrossEntropy(Objective):
     """The weighted mean of the cross-entropies of each image: sum w l / sum w, then the mean over images.
 
-    w is 1 for masked and for replaced tokens, and ``visible_weight`` for all other tokens.
+    w is 1 for masked tokens, and ``visible_weight`` for all other tokens.
 
     Args:
         visible_weight: Weight of visible tokens, in [0, 1000000]. 0 predicts masked tokens only, 1 weights
@@ -196,95 +174,3 @@ class Elbo(Objective):
             return loss
         visible = tokens.sum_rows((1 - masked) * tokens.weights(self.visible_weight) * tokens.losses)
         return loss + (visible / tokens.sum_rows(1 - masked).clamp(min=1)).mean()
-
-
-@dataclass(frozen=True)
-class Corruption(ABC):
-    """A rule that replaces visible tokens. Subclasses are frozen dataclasses.
-
-    Args:
-        fraction: Probability that a visible token is replaced, in (0, 1).
-
-    Raises:
-        ValueError: if ``fraction`` is out of range.
-    """
-
-    fraction: float = 0.1
-
-    def __post_init__(self) -> None:
-        check_number("fraction", self.fraction, "(0, 1)")
-
-    @abstractmethod
-    def codes(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        """Returns the new codes, (R,) int64 in [0, K), image after image.
-
-        Args:
-            tokens: (B, N) int64 in [0, K): the true tokens.
-            replaced: (B, N) bool: the R positions to replace.
-            uniform: (R,) float32 in (0, 1): random numbers, a function of (seed, sample, epoch, position).
-            codebook_size: K.
-            predict: Computes the logits (R, K) of the replaced positions, which the network sees masked in
-                addition to the mask. It costs a forward pass.
-        """
-
-    def draw(self, mask: Tensor, *, seed: int, index: Tensor, epoch: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws the positions to replace.
-
-        Args:
-            mask: (B, N) bool, True = masked; masked tokens are not replaced.
-            seed: Seed in [0, 2**32).
-            index: (B,) int64: sample index.
-            epoch: (B,) int64.
-
-        Returns:
-            (B, N) bool, True = replaced, and (R,) float32, the random numbers of ``codes``.
-        """
-        chance, codes = random_uniform(
-            ["corruption", "corruption/codes"], seed=seed, index=index, epoch=epoch, count=mask.shape[1]
-        )  # (B, N) each
-        replaced = (chance < self.fraction) & ~mask
-        return replaced, codes[replaced]
-
-
-corruptions: Registry[Corruption] = Registry("corruption", "maskgit_pl.corruptions", check=derives_from(Corruption))
-
-
-@corruptions.register("uniform")
-@dataclass(frozen=True)
-class UniformCorruption(Corruption):
-    """Codes that are uniform over the codebook.
-
-    Args:
-        fraction: Probability that a visible token is replaced, in (0, 1).
-
-    Source: random replacement of BERT, arXiv:1810.04805; for token editing, LLaDA2.1, arXiv:2602.08676.
-    NLD-Image, arXiv:2606.29814, edits the tokens of images; its training was not reproduced.
-    """
-
-    def codes(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        return (uniform * codebook_size).long().clamp(max=codebook_size - 1)
-
-
-@corruptions.register("model")
-@dataclass(frozen=True)
-class ModelCorruption(Corruption):
-    """Codes that the model draws for these positions: mistakes of the kind that decoding makes.
-
-    The averaged network, which is the one that is sampled, sees the replaced positions masked in addition to
-    the mask. It costs an additional forward pass without gradients.
-
-    Args:
-        fraction: Probability that a visible token is replaced, in (0, 1).
-
-    Source: the idea of ProSeCo, Schiff et al., arXiv:2602.11590, which instead fills all masked tokens with
-    the most likely codes, and adds a second loss on that sequence.
-    """
-
-    def codes(
-        self, tokens: Tensor, replaced: Tensor, uniform: Tensor, *, codebook_size: int, predict: Predict
-    ) -> Tensor:
-        return draw_codes(predict(replaced).float(), uniform)

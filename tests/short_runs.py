@@ -11,14 +11,13 @@ from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig
+from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-from maskgit_pl.training.token_model import StepLosses, TokenModel
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 RATE = LearningRate(1e-3)
@@ -56,14 +55,6 @@ def autoregressive_model(
     """Builds a module of the autoregressive baseline; ``options`` are fields of ``AutoregressiveConfig``."""
     optimizer = OptimizerConfig(rate, betas=(0.9, 0.96), weight_decay=0.045)
     return AutoregressiveModel(AutoregressiveConfig(network, optimizer, str(tokenizer), **options))
-
-
-def losses_of_step(module: TokenModel, batch: Batch) -> StepLosses:
-    """Computes steps 5 and 6 of a batch of tokens that has its draws."""
-    tokens = seen = batch.content
-    if isinstance(module, MaskedTokenModel) and module.corruption is not None:
-        seen = module._corrupt(batch, tokens)
-    return module._run_step(batch._replace(content=seen), tokens)
 
 
 class Recorder(Callback):

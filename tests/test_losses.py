@@ -10,7 +10,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl import losses
 from maskgit_pl.losses import TokenStatistics, chunked_statistics, needs_chunks, token_statistics
-from tests.short_runs import losses_of_step
 from tests.test_one_graph import BACKBONES, OBJECTIVES, batch, build, check_one_graph, loss_and_gradients
 
 
@@ -142,7 +141,7 @@ def test_no_tensor_is_larger_than_a_chunk(columns, rows):
 def test_values_for_the_logs_keep_no_graph(backbone, small_chunks):
     """Sums of them live until the next log: they would keep the graphs of all steps until then."""
     module = build(backbone)
-    step = losses_of_step(module, module._with_draws(batch()))
+    step = module._run_step(module._with_draws(batch()))
     assert step.loss.requires_grad
     assert not step.token_losses.requires_grad
     assert not step.hits.requires_grad

@@ -1,4 +1,4 @@
-"""Objectives: the bound is unbiased, and weights follow their formulas. Corruption: which tokens, by which codes."""
+"""Objectives: the bound is unbiased, and weights follow their formulas."""
 
 import math
 
@@ -7,11 +7,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.masking import MaskSampler, mask_ratios
-from maskgit_pl.objectives import (
-    TokenLosses,
-    corruptions,
-    objectives,
-)
+from maskgit_pl.objectives import TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
 
 N, K = 4, 3
@@ -70,7 +66,7 @@ def loss_of_half_masked_images(name: str, *, visible_weight: float) -> tuple[flo
     """The loss of three images of four tokens, of which the first and the last are masked, and their losses (3, 4)."""
     losses = torch.rand(12, generator=torch.Generator().manual_seed(0))
     is_masked = torch.tensor([1, 0, 0, 1] * 3).bool()
-    tokens = TokenLosses(losses, torch.arange(12) // 4, 3, is_masked, ~is_masked, torch.ones(3))
+    tokens = TokenLosses(losses, torch.arange(12) // 4, 3, is_masked, torch.ones(3))
     return float(objectives.build({"name": name, "visible_weight": visible_weight})(tokens)), losses.view(3, 4)
 
 
@@ -84,61 +80,13 @@ def test_visible_tokens_are_weighted_in_the_mean_and_added_to_the_bound(weight):
     assert loss == pytest.approx(float(expected.mean()))
 
 
-B, NUM_TOKENS, CODEBOOK_SIZE = 400, 16, 8
-TOKENS = torch.randint(CODEBOOK_SIZE, (B, NUM_TOKENS), generator=torch.Generator().manual_seed(0))
-MASK = torch.rand(B, NUM_TOKENS, generator=torch.Generator().manual_seed(1)) < 0.4
-LOGITS = torch.tensor([0.0, 0, 5, 0, 0, 0, 0, 7])  # of the network that corruption asks
-every_corruption = pytest.mark.parametrize("name", corruptions.names())
-
-
-def predict(replaced: Tensor) -> Tensor:
-    return LOGITS.expand(int(replaced.sum()), CODEBOOK_SIZE)
-
-
-def corrupt(name: str, *, rows: slice = slice(None), seed: int = 3, epoch: int = 0, fraction: float = 0.25):
-    index, corruption = torch.arange(B)[rows], corruptions.build({"name": name, "fraction": fraction})
-    replaced, uniform = corruption.draw(MASK[rows], seed=seed, index=index, epoch=torch.full_like(index, epoch))
-    codes = corruption.codes(TOKENS[rows], replaced, uniform, codebook_size=CODEBOOK_SIZE, predict=predict)
-    return TOKENS[rows].masked_scatter(replaced, codes), replaced
-
-
-@every_corruption
-def test_a_fraction_of_the_visible_tokens_is_replaced(name):
-    seen, replaced = corrupt(name)
-    assert not (replaced & MASK).any()
-    assert torch.equal(seen[~replaced], TOKENS[~replaced])
-    assert float(replaced[~MASK].float().mean()) == pytest.approx(0.25, abs=0.03)
-    assert 0 <= seen.min() <= seen.max() < CODEBOOK_SIZE
-    assert replaced.any(0).all()
-
-
-@every_corruption
-def test_a_corruption_depends_on_sample_seed_and_epoch_only(name):
-    seen, replaced = corrupt(name)
-    for mine, whole in zip(corrupt(name, rows=slice(100, 120)), (seen, replaced), strict=True):
-        assert torch.equal(mine, whole[100:120])
-    assert not torch.equal(corrupt(name, seed=4)[1], replaced)
-    assert not torch.equal(corrupt(name, epoch=1)[1], replaced)
-
-
 @pytest.mark.parametrize(
-    ("name", "expected"), [("uniform", torch.full((8,), 1 / 8)), ("model", LOGITS.softmax(0))], ids=["uniform", "model"]
-)
-def test_new_codes_have_the_distribution_of_the_rule(name, expected):
-    seen, replaced = corrupt(name, fraction=0.9)
-    share = torch.bincount(seen[replaced], minlength=CODEBOOK_SIZE) / replaced.sum()
-    torch.testing.assert_close(share, expected, atol=0.03, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("registry", "spec", "message"),
+    ("spec", "message"),
     [
-        (objectives, {"name": "elbo", "max_weight": 0.5}, r"max_weight must be a number in \[1, 1000000\], got 0.5"),
-        (objectives, {"name": "masked_cross_entropy", "visible_weight": -1}, "visible_weight must be a number"),
-        (corruptions, {"name": "uniform", "fraction": 0}, r"fraction must be a number in \(0, 1\), got 0"),
-        (corruptions, {"name": "model", "fraction": 1}, r"fraction must be a number in \(0, 1\), got 1"),
+        ({"name": "elbo", "max_weight": 0.5}, r"max_weight must be a number in \[1, 1000000\], got 0.5"),
+        ({"name": "masked_cross_entropy", "visible_weight": -1}, "visible_weight must be a number"),
     ],
 )
-def test_arguments_out_of_range_are_refused(registry, spec, message):
+def test_arguments_out_of_range_are_refused(spec, message):
     with pytest.raises(ValueError, match=message):
-        registry.build(spec)
+        objectives.build(spec)

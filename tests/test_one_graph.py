@@ -16,7 +16,7 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.objectives import objectives
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.token_model import TokenModel
-from tests.short_runs import RATE, autoregressive_model, losses_of_step, masked_model
+from tests.short_runs import RATE, autoregressive_model, masked_model
 
 SIZES = {"embed_dim": 16, "depth": 2, "num_heads": 2, "mlp_dim": 32, "dropout": 0.0}
 BERT = TransformerConfig(16, 3, (4, 4), **SIZES)
@@ -33,10 +33,10 @@ BACKBONES = {
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "masked_cross_entropy": {},
     "codes": {"loss_vocabulary": "codes", "label_smoothing": 0.0},
-    "visible": {"objective": {"name": "masked_cross_entropy", "visible_weight": 0.5}, "corruption": "uniform"},
-    "elbo": {"objective": "elbo", "corruption": "uniform", "mask_positions": "halton"},
+    "visible": {"objective": {"name": "masked_cross_entropy", "visible_weight": 0.5}},
+    "elbo": {"objective": "elbo", "mask_positions": "halton"},
     "elbo-visible": {"objective": {"name": "elbo", "visible_weight": 0.3}, "mask_positions": "blocks"},
-    "model": {"corruption": "model", "mask_ratio": "truncated_normal"},
+    "truncated": {"mask_ratio": "truncated_normal"},
 }
 STEPS = 3
 
@@ -66,7 +66,7 @@ def batch(step: int = 0) -> Batch:
 def loss_and_gradients(module: TokenModel, step: int) -> tuple[Tensor, Tensor, int]:
     drawn = module._with_draws(batch(step))
     module.zero_grad()
-    loss = losses_of_step(module, drawn).loss
+    loss = module._run_step(drawn).loss
     loss.backward()
     gradients = [weight.grad.flatten() for weight in module.transformer.parameters() if weight.grad is not None]
     return loss.detach(), torch.cat(gradients), len(drawn.draws.positions)

@@ -18,7 +18,7 @@ from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_posit
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, PatchDiscriminatorConfig, discriminators
 from maskgit_pl.networks.features import LPIPSSpec, feature_networks, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.objectives import Corruption, Objective, TokenLosses, corruptions, objectives
+from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.registry import PluginError, Registry
 from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
 from tests.installed_packages import install
@@ -174,7 +174,7 @@ FAULTS = {  # source of the module, and the message
 }
 REGISTRIES = (
     mask_schedules, token_selectors, guidance_schedules, quantizers, feature_networks, mask_ratios, mask_positions,
-    objectives, corruptions, discriminators, perceptual_networks,
+    objectives, discriminators, perceptual_networks,
 )  # fmt: skip
 
 
@@ -282,8 +282,6 @@ def works(made: object) -> bool:
         return bool(mask.any(1).all())
     if isinstance(made, Objective):
         return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, slopes=torch.ones(2))).isfinite())
-    if isinstance(made, Corruption):
-        return 0 < made.fraction < 1
     if hasattr(made, "label") or isinstance(made, LPIPSSpec):
         return isinstance(getattr(made, "label", ""), str)  # networks of features read files when they are made
     if isinstance(made, DiscriminatorConfig | PatchDiscriminatorConfig):

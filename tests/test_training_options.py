@@ -1,4 +1,4 @@
-"""Training with other mask ratios, positions, objectives and corruption: steps by hand, resume, and what is refused."""
+"""Training with other mask ratios, positions, and objectives: steps by hand, resume, and what is refused."""
 
 from dataclasses import replace
 
@@ -14,20 +14,19 @@ from maskgit_pl.objectives import Elbo
 from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
-from tests.short_runs import assert_equal, data, fit, losses_of_step, masked_model
+from tests.short_runs import assert_equal, data, fit, masked_model
 
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
 ALL = {
     "mask_ratio": "truncated_normal",
     "mask_positions": "blocks",
     "objective": {"name": "masked_cross_entropy", "visible_weight": 0.5},
-    "corruption": {"name": "model", "fraction": 0.3},
 }
 VARIANTS = [
     ALL,
-    {"objective": "elbo", "corruption": "uniform", "mask_positions": "halton"},
-    {"mask_ratio": {"name": "uniform", "low": 0.2}, "corruption": "model", "ema_decay": 0.0},
-    {"network": replace(CONFIG, num_token_groups=2), "corruption": "model"},
+    {"objective": "elbo", "mask_positions": "halton"},
+    {"mask_ratio": {"name": "uniform", "low": 0.2}, "ema_decay": 0.0},
+    {"network": replace(CONFIG, num_token_groups=2)},
 ]
 
 
@@ -61,7 +60,7 @@ def losses_of(module: MaskedTokenModel, given: Batch):
     """Returns the batch with its draws, and the losses, without class dropout."""
     given = module._with_draws(given)
     given = given._replace(draws=given.draws._replace(labels=given.labels))
-    return given, losses_of_step(module, given)
+    return given, module._run_step(given)
 
 
 def test_parts_of_the_configuration_may_be_objects():
@@ -96,29 +95,6 @@ def test_the_weighted_loss_by_hand():
     assert torch.equal(drawn.draws.counted, mask.flatten())  # logs are of masked tokens only
 
 
-@pytest.mark.parametrize("name", ["uniform", "model"])
-def test_the_loss_asks_for_the_original_of_a_replaced_token(name):
-    network, given = replace(CONFIG, dropout=0.0), batch()
-    module = model(network=network, corruption={"name": name, "fraction": 0.4}, label_smoothing=0.0)
-    drawn, found = losses_of(module, given)
-    mask, replaced, seen = drawn.draws.mask, drawn.draws.replaced, module._corrupt(drawn, given.content)
-    assert replaced.any()
-    assert (seen != given.content)[replaced].any()
-    logits = module.transformer(seen.masked_fill(mask, network.mask_token_id), given.labels, vocabulary="all")
-    each, asked = cross_entropy(logits.transpose(1, 2), given.content, reduction="none"), mask | replaced
-    torch.testing.assert_close(found.loss, ((each * asked).sum(1) / asked.sum(1)).mean())
-    assert module.transformer.training
-
-
-def test_drawing_codes_does_not_cut_the_graph_in_mixed_precision():
-    module, given = model(corruption="model", ema_decay=0.0, network=replace(CONFIG, dropout=0.0)), batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        _, found = losses_of(module, given)
-    assert module.transformer.training  # without an average, it has drawn in evaluation mode
-    found.loss.backward()
-    assert all(parameter.grad is not None for parameter in module.transformer.parameters())
-
-
 @pytest.mark.parametrize(
     ("options", "text"),
     [
@@ -129,8 +105,6 @@ def test_drawing_codes_does_not_cut_the_graph_in_mixed_precision():
         ),
         ({"objective": "elbo", "mask_schedule": "exp"}, r"of Exponential\(\)"),
         ({"objective": "elb"}, "unknown objective 'elb': did you mean 'elbo'"),
-        ({"corruption": "unifrm"}, "unknown corruption 'unifrm': did you mean 'uniform'"),
-        ({"corruption": {"name": "uniform", "fraction": 2}}, "fraction must be a number in"),
         ({"mask_ratio": "unifrm"}, "unknown mask ratio 'unifrm': did you mean 'uniform'"),
         ({"mask_positions": "block"}, "unknown mask positions 'block': did you mean 'blocks'"),
     ],

@@ -48,7 +48,6 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "mask_ratios": "masking",
     "mask_positions": "masking",
     "objectives": "objectives",
-    "corruptions": "objectives",
     "distillations": "distillation",
     "backbones": "networks.backbone",
     "quantizers": "networks.quantizers",

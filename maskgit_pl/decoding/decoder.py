@@ -11,11 +11,6 @@ Each step processes all images of the batch together (``_Run.steps`` repeats the
 
 The last step keeps all of its draws. They are the result.
 
-A selector with ``needs_decided_logits`` compares the draws with the tokens that earlier steps decided: the M
-positions are then all that were masked at the start. In 2, decided ones keep their code; in 3, they are
-scored by their current logits, and may get another code; in 5, the tokens with the lowest scores are masked,
-new or old. Source: P2, Peng et al., arXiv:2502.03540, algorithm 1.
-
 ``decode_classes`` decodes images of given classes and seeds for the pipeline, and for the sample images of
 ``mvtm.MaskedTokenModel``.
 
@@ -29,7 +24,7 @@ Source: paper, section on iterative decoding; google-research/maskgit, ``paralle
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -179,9 +174,8 @@ class ParallelDecoder:
         for step in range(first_step, self.num_steps - 1):
             progress, rows = (step + 1) / self.num_steps, []
             for start, masked, target in zip(at_start, before, planned[step], strict=True):
-                decided, num_remasked = start - masked, 0
-                if not selector.needs_decided_logits:
-                    num_remasked = selector.num_remasked(decided=decided, planned=target, progress=progress)
+                decided = start - masked
+                num_remasked = selector.num_remasked(decided=decided, planned=target, progress=progress)
                 rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
             after, remasked = (list(column) for column in zip(*rows, strict=True))
             steps.append(StepCounts(before, after, remasked))
@@ -303,19 +297,15 @@ class _Run:
             if has_remasked:
                 self._mask_decided(counts.remasked, step)
             self.masked = self.tokens == self.mask_token_id
-            if candidates.is_decided is not None:
-                scores = scores.masked_fill(candidates.is_decided, torch.inf)
             all_scores = self.no_scores.scatter(1, positions, scores)  # (B, N)
             yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
-            if selector.needs_decided_logits:
-                continue  # the same positions in every step
             # The columns are sorted by score, so those that stay masked come first: they need no second sort,
             # except when the selector has masked positions that are not among the columns.
             widths = counts.after
             positions = _sort_masked_first(self.masked, widths) if has_remasked else by_score[:, : max(widths)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
-        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K); decided ones keep their code."""
+        """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
         # Selectors and the mask schedule count progress to the end of the step, in (0, 1]. Sampling
         # temperature and guidance run from 0 at the first step to 1 at the last (``step_progress``).
         progress = (step + 1) / self.num_steps
@@ -327,10 +317,6 @@ class _Run:
             progress=step_progress(step, self.num_steps),
             sharpness=self.selector.sharpness(progress),
         )
-        is_decided = None
-        if self.selector.needs_decided_logits:
-            is_decided = ~self.masked.gather(1, positions)  # (B, M), True in padding too
-            drawn = self.tokens.gather(1, positions).where(is_decided, drawn)
         return Candidates(
             log_probs=logits.log_softmax(-1),
             tokens=drawn,
@@ -338,28 +324,19 @@ class _Run:
             gumbel=self.noise.gumbel(positions, step),
             progress=progress,
             grid=self.grid,
-            is_decided=is_decided,
         )
 
     def _keep_draws(self, candidates: Candidates, is_real: Tensor | None) -> Tensor:
         """Returns all tokens (B, N) after the draw, and keeps the probabilities of new codes as their confidence.
 
         Args:
-            candidates: The draws. A selector may replace the codes of decided ones.
+            candidates: The draws.
             is_real: (B, M) bool, False in padding; None if there is none.
         """
-        positions, is_decided, is_new = candidates.positions, candidates.is_decided, is_real
-        if is_decided is not None:
-            drawn = candidates.tokens
-            if self.selector.replaces_decided:
-                is_replaceable = is_decided if is_real is None else is_decided & is_real
-                codes = self.selector.replacements(candidates).where(is_replaceable, drawn)
-                candidates = replace(candidates, tokens=codes)
-            is_new = ~is_decided | (candidates.tokens != drawn)
-        codes, confidence = candidates.tokens, candidates.drawn_log_probs.exp()  # (B, M)
-        if is_new is not None:
-            codes = codes.where(is_new, self.tokens.gather(1, positions))
-            confidence = confidence.where(is_new, self.confidence.gather(1, positions))
+        positions, codes, confidence = candidates.positions, candidates.tokens, candidates.drawn_log_probs.exp()
+        if is_real is not None:
+            codes = codes.where(is_real, self.tokens.gather(1, positions))
+            confidence = confidence.where(is_real, self.confidence.gather(1, positions))
         self.confidence = self.confidence.scatter(1, positions, confidence)
         return self.tokens.scatter(1, positions, codes)
 

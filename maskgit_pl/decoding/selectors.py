@@ -1,8 +1,8 @@
 """Token selectors: the rules that choose the tokens that a decoding step keeps, and their registry.
 
 The mask schedule sets the number of tokens that stay masked. The selector scores the candidates, and those with the
-lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, mask or replace
-tokens that earlier steps decided, or set the number of tokens to keep. Used by ``decoding.ParallelDecoder``.
+lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, mask tokens that
+earlier steps decided, or set the number of tokens to keep. Used by ``decoding.ParallelDecoder``.
 
 Functions import torch where they need it, so the command line can list the names immediately. Your own selector is a
 registered frozen dataclass::
@@ -38,11 +38,9 @@ __all__ = [
     "Halton",
     "Margin",
     "Moment",
-    "PathPlanning",
     "Random",
     "ReMDM",
     "Remasking",
-    "TokenEditing",
     "TokenSelector",
     "check_token_selector",
     "token_selectors",
@@ -52,8 +50,6 @@ Remasking = Literal["cap", "rescale", "confidence", "loop"]
 
 # The range of noise scales. Gumbel noise from 24-bit uniforms is below 17, so scores stay finite in float32.
 _TEMPERATURES = "[0, 1000000]"
-_LEAST_LOG_PROB = -1e4  # of a decided code whose probability is now 0; finite scores are required
-_KEPT = 1e30  # score of a decided token that is never masked again
 
 
 @dataclass(frozen=True)
@@ -62,12 +58,11 @@ class Candidates:
 
     Args:
         log_probs: (B, M, K) float32: log-softmax of the logits at temperature 1.
-        tokens: (B, M) int64 in [0, K): the codes drawn, or the current codes where ``is_decided``.
+        tokens: (B, M) int64 in [0, K): the codes drawn.
         positions: (B, M) int64 in [0, N): the position of each code.
         gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
         grid: Rows and columns of tokens; None if not given.
-        is_decided: (B, M) bool, True = decided by an earlier step; None unless ``needs_decided_logits``.
     """
 
     log_probs: Tensor
@@ -76,7 +71,6 @@ class Candidates:
     gumbel: Tensor
     progress: float
     grid: tuple[int, int] | None = None
-    is_decided: Tensor | None = None
 
     @cached_property
     def drawn_log_probs(self) -> Tensor:
@@ -114,15 +108,9 @@ class TokenSelector(ABC):
     Attributes:
         follows_schedule: True if the mask schedule sets the number of tokens that stay masked. False if the selector
             sets it (``num_kept``): the counts then depend on the data, so each step waits for the device.
-        needs_decided_logits: True if the candidates of each step are all tokens that were masked at the start, with
-            their current probabilities, decided or not (``Candidates.is_decided``). Those with the lowest scores are
-            masked, so that decided tokens compete with new draws. ``num_remasked`` is not used then.
-        replaces_decided: True if ``replacements`` gives decided tokens other codes; requires ``needs_decided_logits``.
     """
 
     follows_schedule: ClassVar[bool] = True
-    needs_decided_logits: ClassVar[bool] = False
-    replaces_decided: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -164,15 +152,6 @@ class TokenSelector(ABC):
             f"token selector {type(self).__name__} must define remasking_scores(), since it masks decided tokens again"
         )
 
-    def replacements(self, candidates: Candidates) -> Tensor:
-        """Returns codes (B, M) int64 in [0, K) for decided positions; called if ``replaces_decided`` is True.
-
-        Where a code is to stay, it is that of ``candidates.tokens``. Undecided positions are ignored.
-        """
-        raise TypeError(
-            f"token selector {type(self).__name__} must define replacements(), since replaces_decided is True"
-        )
-
     def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
         """Returns the number of tokens of each row to keep; called if ``follows_schedule`` is False.
 
@@ -201,23 +180,14 @@ def check_token_selector(name: str, selector: TokenSelector) -> None:
 
     derives_from(TokenSelector)(name, selector)
     where = f"token selector {name!r}"
-    # Attributes that contradict one another.
-    if selector.needs_decided_logits and not selector.follows_schedule:
-        raise ValueError(
-            f"{where}: follows_schedule must be True with needs_decided_logits, got False; the counts of masked tokens "
-            "must be known before the loop"
-        )
-    if selector.replaces_decided and not selector.needs_decided_logits:
-        raise ValueError(f"{where}: needs_decided_logits must be True with replaces_decided, got False")
     warped = selector.schedule_progress(torch.arange(1, 9) / 8)
     progress = _check_tensor(f"{where}: schedule_progress", warped, (8,)).tolist()
     if not all(0 < value <= 1 for value in progress) or sorted(progress) != progress:
         raise ValueError(f"{where}: schedule_progress must lie in (0, 1] and never fall, got {shorten(progress)}")
     log_probs = torch.linspace(-3, 3, 24).view(2, 4, 3).log_softmax(-1)
     positions, gumbel = torch.arange(4).expand(2, 4), torch.linspace(-2, 8, 8).view(2, 4)
-    is_decided = torch.arange(8).view(2, 4) % 3 == 0 if selector.needs_decided_logits else None
     for step in (1 / 8, 1 / 2, 1.0):
-        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, step, (2, 2), is_decided)
+        candidates = Candidates(log_probs, log_probs.argmin(-1), positions, gumbel, step, (2, 2))
         _check_step(where, selector, candidates)
 
 
@@ -226,18 +196,14 @@ def _check_step(where: str, selector: TokenSelector, candidates: Candidates) -> 
     progress, log_probs = candidates.progress, candidates.log_probs
     check_number(f"{where}: sharpness at progress {progress:g}", selector.sharpness(progress), "(0, inf)")
     scores = _check_tensor(f"{where}: scores", selector(candidates), (2, 4))
-    if selector.replaces_decided:
-        codes = _check_tensor(f"{where}: replacements", selector.replacements(candidates), (2, 4), is_integer=True)
-        if not bool(((codes >= 0) & (codes < 3)).all()):
-            raise ValueError(f"{where}: replacements must be codes in [0, 3), got {codes.tolist()}")
     if not selector.follows_schedule:
         kept = selector.num_kept(candidates, scores, candidates.gumbel.new_ones(2, 4).bool())
         _check_tensor(f"{where}: num_kept", kept, (2,), is_integer=True)
-    elif not selector.needs_decided_logits:
-        count = selector.num_remasked(decided=2, planned=1, progress=progress)
-        if check_integer(f"{where}: num_remasked at progress {progress:g}", count, "(-inf, inf)") > 0:
-            decided = Decided(log_probs.exp()[..., 0], candidates.gumbel, progress)
-            _check_tensor(f"{where}: remasking_scores", selector.remasking_scores(decided), (2, 4))
+        return
+    count = selector.num_remasked(decided=2, planned=1, progress=progress)
+    if check_integer(f"{where}: num_remasked at progress {progress:g}", count, "(-inf, inf)") > 0:
+        decided = Decided(log_probs.exp()[..., 0], candidates.gumbel, progress)
+        _check_tensor(f"{where}: remasking_scores", selector.remasking_scores(decided), (2, 4))
 
 
 def _check_tensor(what: str, values: Any, shape: tuple[int, ...], *, is_integer: bool = False) -> Tensor:
@@ -491,73 +457,3 @@ class ReMDM(Confidence):
     def remasking_scores(self, decided: Decided) -> Tensor:
         # Gumbel noise minus p: the largest are a sample without replacement with weights exp(-p).
         return decided.gumbel - decided.confidence if self.strategy == "confidence" else decided.gumbel
-
-
-@token_selectors.register("p2")
-@dataclass(frozen=True)
-class PathPlanning(Confidence):
-    """A selector that masks decided tokens again if their current probability is low, by the rule of P2.
-
-    Draws and decided tokens compete by log p + choice_temperature (1 - progress) Gumbel, with p the current
-    probability of the code at its position. The log p of decided tokens is multiplied by ``penalty``. As many
-    tokens as the schedule says are kept, new or old.
-
-    The network sees a decided token when it judges it. One that was trained on masked tokens only has not learnt to do
-    so: train it with ``corruption``, or with ``visible_weight`` above 0 (``docs/objectives.md``). Each step
-    computes logits at all tokens, which costs more than ``confidence`` in late steps.
-
-    Args:
-        choice_temperature: Scale of the Gumbel noise, >= 0; the source draws codes with noise, and adds none here.
-        penalty: Factor of the log-probability of decided tokens, >= 0; above 1 more of them are masked again,
-            0 keeps all.
-
-    Source: Peng et al., arXiv:2502.03540, self-planning; ``penalty`` is its stochasticity eta.
-    """
-
-    needs_decided_logits: ClassVar[bool] = True
-    penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("penalty", self.penalty, "[0, 1000000]")
-
-    def __call__(self, candidates: Candidates) -> Tensor:
-        log_probs = candidates.drawn_log_probs.clamp(min=_LEAST_LOG_PROB)
-        if candidates.is_decided is not None:
-            log_probs = (self.penalty * log_probs).where(candidates.is_decided, log_probs)
-        noise_scale = self.choice_temperature * (1 - candidates.progress)
-        return log_probs.add(candidates.gumbel, alpha=noise_scale)
-
-
-@token_selectors.register("edit")
-@dataclass(frozen=True)
-class TokenEditing(Confidence):
-    """A selector that replaces decided tokens in place where another code is now very likely.
-
-    Draws are kept by the rule of ``confidence``. A decided token becomes the most likely code of its position if that
-    has a probability of at least ``threshold``. See ``p2`` for the training that it requires, and for its cost.
-
-    Args:
-        choice_temperature: Scale of the Gumbel noise, >= 0.
-        threshold: Probability from which the most likely code replaces a decided one, in (0, 1].
-
-    Source: token editing of LLaDA2.1, arXiv:2602.08676; for images, NLD-Image, arXiv:2606.29814. The default
-    threshold is ours.
-    """
-
-    needs_decided_logits: ClassVar[bool] = True
-    replaces_decided: ClassVar[bool] = True
-    threshold: float = 0.9
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("threshold", self.threshold, "(0, 1]")
-
-    def __call__(self, candidates: Candidates) -> Tensor:
-        scores = super().__call__(candidates)
-        return scores if candidates.is_decided is None else scores.masked_fill(candidates.is_decided, _KEPT)
-
-    def replacements(self, candidates: Candidates) -> Tensor:
-        likeliest = candidates.log_probs.max(-1)  # (B, M) values and codes
-        is_sure = likeliest.values.exp() >= self.threshold
-        return likeliest.indices.where(is_sure, candidates.tokens)

@@ -138,9 +138,9 @@ def step_memory(
 def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: Encoder | None = None) -> float:
     """Returns the FLOPs of a step over all ranks: matrix products and convolutions, forward and backward.
 
-    What activation checkpointing computes again does not count, nor the forward pass of a corruption, nor the networks
-    of a distillation beside the student. The masked tokens are the mean of the training; the R1 penalty counts in the
-    mean over the steps from one to the next.
+    What activation checkpointing computes again does not count, nor the networks of a distillation beside the student.
+    The masked tokens are the mean of the training; the R1 penalty counts in the mean over the steps from one to the
+    next.
 
     Args:
         module: The module that trains. It stays as it is.
@@ -165,8 +165,7 @@ def count_predicted(module: TokenModel) -> float:
         return float(num_tokens)
     progress, sampler = (torch.arange(4096) + 0.5) / 4096, module.mask_sampler
     ratios = sampler.mask_ratio(progress, module.mask_schedule, num_tokens).clamp(min=sampler.min_mask_ratio)
-    masked = float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
-    return masked + (0.0 if module.corruption is None else module.corruption.fraction * (num_tokens - masked))
+    return float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
 
 
 def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:

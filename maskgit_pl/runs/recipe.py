@@ -54,7 +54,6 @@ _MASKED_ONLY = (
     "model.mask_ratio",
     "model.mask_positions",
     "model.objective",
-    "model.corruption",
     "model.decoding.num_steps",
     "model.decoding.token_selector",
     "model.decoding.tokens_per_step",

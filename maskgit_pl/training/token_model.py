@@ -213,8 +213,8 @@ class StepLosses(NamedTuple):
 class TokenModel(CheckpointedModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
-    A subclass defines the random draws of a step (``_draw``), ``training_step``, the groups of logged values
-    (``_assign_bins``) and the decoding of images (``_decode``).
+    A subclass defines the random draws of a step (``_draw``), the groups of logged values (``_assign_bins``) and the
+    decoding of images (``_decode``).
 
     Args:
         config: Network, optimizer, tokenizer and loss.
@@ -249,7 +249,7 @@ class TokenModel(CheckpointedModule):
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
         self._bins = BinnedMeans(self.binned_by)
-        self._run_step: Callable[[Batch, Tensor], StepLosses] = self._compute_training_losses
+        self._run_step: Callable[[Batch], StepLosses] = self._compute_training_losses
         if config.compiled == "step":
             # Sizes are few and static, which a CUDA graph needs.
             self._run_step = torch.compile(self._compute_training_losses, fullgraph=True, dynamic=False)
@@ -322,6 +322,14 @@ class TokenModel(CheckpointedModule):
 
     # 3 to 6: dropout, tokens and losses
 
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Computes the loss of one micro-batch, scalar float32."""
+        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
+        self._reseed_dropout(batch_idx)  # 3
+        losses = self._run_step(batch._replace(content=self._encode(batch)))  # 4, 5, 6
+        self._log_step(batch, losses, batch_idx)
+        return losses.loss
+
     def _reseed_dropout(self, batch_idx: int) -> None:
         """Seeds dropout by (seed, step, micro-batch, rank): a resumed run is bit-exact on the same number of ranks."""
         if self.config.network.dropout == 0:
@@ -343,14 +351,9 @@ class TokenModel(CheckpointedModule):
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             return self.tokenizer.network.encode(images.to(torch.float32) / 255)
 
-    def _compute_training_losses(self, batch: Batch, tokens: Tensor) -> StepLosses:
-        """Returns loss and statistics of the trained network; ``compiled: step`` compiles it.
-
-        Args:
-            batch: The batch with its draws; its content is the tokens that the network sees where they are not masked.
-            tokens: (B, N) int64, the true tokens.
-        """
-        return self.compute_losses(self.transformer, batch, tokens, smoothing=self.config.label_smoothing)
+    def _compute_training_losses(self, batch: Batch) -> StepLosses:
+        """Returns loss and statistics of the trained network for a batch of tokens; ``compiled: step`` compiles it."""
+        return self.compute_losses(self.transformer, batch, batch.content, smoothing=self.config.label_smoothing)
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
         """Computes the mean over rows of their cross-entropies, and the values for the logs."""

@@ -1,4 +1,4 @@
-"""The decoding loop with a predictor of three lines, decoding of classes, self-correction, and the noise."""
+"""The decoding loop with a predictor of three lines, decoding of classes, and the noise."""
 
 import re
 from dataclasses import dataclass, field
@@ -30,7 +30,6 @@ from tests.decoding.fakes import (
     LOGITS,
     MASK,
     MIXED,
-    NUM_CODES,
     count_masked,
     decoder,
     decoder_of,
@@ -261,65 +260,24 @@ def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
     assert isinstance(build_class_predictor(without_null, [0], scales=[0.0, 0.0]), ClassPredictor)
 
 
-P2 = {"name": "p2", "choice_temperature": 0.0}
-EDIT = {"name": "edit", "choice_temperature": 0.0}
-CONFIDENCE = {"name": "confidence", "choice_temperature": 0.0}
-NOISY = {"choice_temperature": 3.0}
-PLACE, WRONG, RIGHT = 6, 2, 5
-
-
-@dataclass
-class Misled:
-    """A predictor that is sure of the right code everywhere, except that its first call is surest of a wrong one."""
-
-    num_positions: list[int] = field(default_factory=list)
-
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        logits = torch.zeros(*positions.shape, NUM_CODES)
-        logits[..., RIGHT] = 6.0
-        if not self.num_positions:
-            logits[positions == PLACE] = torch.eye(NUM_CODES)[WRONG] * 30
-        self.num_positions.append(positions.shape[1])
-        return logits
-
-
-@pytest.mark.parametrize(
-    ("selector", "codes", "was_masked"),
-    [
-        (CONFIDENCE, [WRONG] * 6, [True, *[False] * 5]),
-        (P2, [WRONG, WRONG, RIGHT, RIGHT, RIGHT, RIGHT], [True, False, True]),
-        (EDIT, [WRONG, *[RIGHT] * 5], [True, False]),
-    ],
-    ids=["confidence", "p2", "edit"],
-)
-def test_p2_masks_a_wrong_token_again_and_edit_replaces_it(selector, codes, was_masked):
-    steps = run(ALL_MASKED, decoder_of(selector), Misled())
-    assert [int(step.tokens[0, PLACE]) for step in steps] == codes
-    assert [bool(step.was_masked[0, PLACE]) for step in steps][: len(was_masked)] == was_masked
-
-
-@pytest.mark.parametrize(
-    ("selector", "plain"),
-    [
-        ({**P2, "penalty": 0.0}, CONFIDENCE),  # all decided tokens have the highest score
-        ({**EDIT, **NOISY, "threshold": 1.0}, {**CONFIDENCE, **NOISY}),
-        ({"name": "remdm", **NOISY, "eta": 0.0}, {**CONFIDENCE, **NOISY}),
-    ],
-    ids=["p2", "edit", "remdm"],
-)
-def test_without_corrections_the_tokens_are_those_of_confidence(selector, plain):
-    tokens = partly_known(MIXED)
-    for step, expected in zip(run(tokens, decoder_of(selector)), run(tokens, decoder_of(plain)), strict=True):
+def test_remdm_without_remasking_decodes_the_tokens_of_confidence():
+    tokens, plain = partly_known(MIXED), decoder_of({"name": "confidence", "choice_temperature": 3.0})
+    remdm = decoder_of({"name": "remdm", "choice_temperature": 3.0, "eta": 0.0})
+    for step, expected in zip(run(tokens, remdm), run(tokens, plain), strict=True):
         for name in ("tokens", "still_masked", "confidence", "scores"):
             assert torch.equal(getattr(step, name), getattr(expected, name))
 
 
 @pytest.mark.parametrize("name", [name for name in token_selectors.names() if name != "entropy"])
-def test_only_selectors_with_needs_decided_logits_pay_for_decided_tokens(name):
-    predictor, parallel_decoder = Misled(), decoder_of(name)
-    run(ALL_MASKED, parallel_decoder, predictor)
-    counts = [before for before, _ in count_masked(parallel_decoder, [16, 16])[:-1]]
-    assert predictor.num_positions == ([16] * 6 if parallel_decoder.token_selector.needs_decided_logits else counts)
+def test_logits_are_computed_at_masked_tokens_only(name):
+    num_positions, parallel_decoder = [], decoder_of(name)
+
+    def predict(tokens: Tensor, positions: Tensor) -> Tensor:
+        num_positions.append(positions.shape[1])
+        return fake_predictor(tokens, positions)
+
+    run(ALL_MASKED, parallel_decoder, predict)
+    assert num_positions == [before for before, _ in count_masked(parallel_decoder, [16, 16])[:-1]]
 
 
 METHODS = ["gumbel", "inverse_cdf"]

@@ -32,8 +32,6 @@ EVERY = [
     {"name": "halton", "seed": 5},
     {"name": "entropy", "gamma": 0.0},
     {"name": "confidence", "choice_temperature": 0.0},
-    {"name": "p2", "choice_temperature": 0.0, "penalty": 2.0},
-    {"name": "edit", "threshold": 0.5},
 ]
 every_selector = pytest.mark.parametrize("spec", EVERY, ids=str)
 
@@ -43,12 +41,9 @@ def test_contract_scores_are_finite_for_impossible_and_for_certain_codes(spec):
     logits = torch.full((1, 3, 3), -torch.inf)
     logits[:, 0, :2] = 0  # one code is impossible
     logits[:, 1:, 0] = 0  # one code is certain
-    tokens, is_decided = torch.tensor([[0, 0, 2]]), torch.tensor([[False, False, True]])  # the last one is impossible
-    log_probs = logits.log_softmax(-1)
-    drawn = Candidates(log_probs, tokens, torch.arange(3)[None], torch.zeros(1, 3), 0.5, (1, 3), is_decided)
-    assert token_selectors.build(spec)(drawn)[:, :2].isfinite().all()
-    if token_selectors.build(spec).needs_decided_logits:
-        assert token_selectors.build(spec)(drawn).isfinite().all()
+    tokens, log_probs = torch.zeros(1, 3, dtype=torch.int64), logits.log_softmax(-1)
+    drawn = Candidates(log_probs, tokens, torch.arange(3)[None], torch.zeros(1, 3), 0.5, (1, 3))
+    assert token_selectors.build(spec)(drawn).isfinite().all()
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 16])
@@ -98,8 +93,7 @@ def test_contract_decided_tokens_and_their_confidence_stay_until_redrawn(spec):
     for step in run(tokens, decoder):
         if still_masked is not None:
             assert torch.equal(step.was_masked, still_masked)
-            stays = torch.equal(step.tokens[~still_masked], tokens[~still_masked])
-            assert stays or decoder.token_selector.replaces_decided
+            assert torch.equal(step.tokens[~still_masked], tokens[~still_masked])
         probabilities = fake_predictor(tokens, torch.arange(NUM_TOKENS).expand_as(tokens)).softmax(-1)
         drawn = probabilities.gather(-1, step.tokens.unsqueeze(-1)).squeeze(-1)
         confidence = drawn.where(step.tokens != tokens, confidence)
@@ -207,7 +201,6 @@ def test_remdm_by_confidence_masks_unlikely_codes_more_often():
         ({"name": "halton", "seed": -1}, r"'halton': seed must be an integer in \[0, 2\*\*32\), got -1"),
         ({"name": "remdm", "strategy": "lop"}, "'remdm'.strategy must be 'cap', .* got 'lop'; did you mean 'loop'"),
         ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
-        ({"name": "edit", "threshold": 0.0}, r"'edit': threshold must be a number in \(0, 1\], got 0.0"),
         ({"name": "remdm", "start": 0.9, "stop": 0.5}, r"'remdm': stop must be a number in \(0.9, 1\), got 0.5"),
     ],
 )
@@ -247,7 +240,6 @@ def test_a_selector_that_would_keep_no_token_keeps_one():
 
 
 NAN = float("nan")
-CORRECTING = {"needs_decided_logits": True, "replaces_decided": True}
 REMASKING = {"num_remasked": lambda self, **counts: 2}
 OWN_COUNT = {"follows_schedule": False}
 
@@ -262,9 +254,6 @@ OWN_COUNT = {"follows_schedule": False}
         ({"num_remasked": lambda self, **counts: 2.5}, "num_remasked at progress .* must be an integer .* got 2.5"),
         (REMASKING | {"remasking_scores": lambda self, d: d.confidence * NAN}, "remasking_scores must be finite"),
         (OWN_COUNT | {"num_kept": lambda self, c, s, v: 3}, r"num_kept must be an int64 tensor of shape \(2,\), got 3"),
-        (CORRECTING | {"replacements": lambda self, c: c.tokens + 7}, r"replacements must be codes in \[0, "),
-        (OWN_COUNT | CORRECTING, "follows_schedule must be True with needs_decided_logits"),
-        ({"replaces_decided": True}, "needs_decided_logits must be True with replaces_decided"),
     ],
 )
 def test_a_selector_that_breaks_the_contract_is_refused(methods, message):
@@ -272,7 +261,7 @@ def test_a_selector_that_breaks_the_contract_is_refused(methods, message):
         check_token_selector("mine", selector_with(**methods))
 
 
-@pytest.mark.parametrize("methods", [REMASKING, OWN_COUNT, CORRECTING])
+@pytest.mark.parametrize("methods", [REMASKING, OWN_COUNT])
 def test_a_selector_without_a_method_that_it_needs_is_refused(methods):
     with pytest.raises(TypeError, match="Mine must define "):
         check_token_selector("mine", selector_with(**methods))

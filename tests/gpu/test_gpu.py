@@ -30,7 +30,6 @@ from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.training.strategies import shard_blocks
 from maskgit_pl.training.token_model import TokenModel
 from tests.decoding.test_graph import FIRST, OTHERS, whole_run
-from tests.short_runs import losses_of_step
 from tests.test_one_graph import BERT, Run, batch, build
 
 GOLDEN = Folder(Path(__file__).parents[1] / "golden")
@@ -74,7 +73,7 @@ def on(device: torch.device, given: Batch) -> Batch:
 
 def loss_and_gradients(module: TokenModel, given: Batch) -> tuple[Tensor, Tensor]:
     module.zero_grad()
-    loss = losses_of_step(module, given).loss
+    loss = module._run_step(given).loss
     loss.backward()
     gradients = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
     return loss.detach().cpu(), torch.cat(gradients).cpu()
@@ -211,7 +210,7 @@ def test_a_training_step_is_one_cuda_graph(card):
 
     def run() -> Tensor:
         module.zero_grad(set_to_none=False)
-        loss = module._compute_training_losses(static, static.content).loss
+        loss = module._compute_training_losses(static).loss
         loss.backward()
         return loss
 
@@ -291,7 +290,7 @@ class Loss(nn.Module):
         self.transformer, self.compute = module.transformer, [module]  # not a submodule
 
     def forward(self, given: Batch) -> Tensor:
-        return self.compute[0]._compute_training_losses(given, given.content).loss
+        return self.compute[0]._compute_training_losses(given).loss
 
 
 def run_rank(rank: int, folder: Path) -> None:
@@ -309,7 +308,7 @@ def run_rank(rank: int, folder: Path) -> None:
         else:
             mesh = init_device_mesh("cuda", (2,))
             shard_blocks(module.transformer, module.transformer.blocks, mesh, precision="32-true")
-            module._compute_training_losses(given, given.content).loss.backward()
+            module._compute_training_losses(given).loss.backward()
         found = {name: each.grad for name, each in module.transformer.named_parameters() if each.grad is not None}
         whole = {name: each.full_tensor() if isinstance(each, DTensor) else each for name, each in found.items()}
         if rank == 0:
