@@ -52,11 +52,6 @@ class TokenLosses:
             losses = losses.masked_fill(~draws.is_real, 0.0)
         return cls(losses, draws.rows, len(draws.mask), draws.is_masked, draws.slopes)
 
-    def weights(self, visible_weight: float) -> Tensor:
-        """Returns (M,) float32: ``visible_weight`` for visible tokens, 1 for masked ones."""
-        ones = torch.ones_like(self.losses)
-        return ones if self.is_masked is None else ones.masked_fill(~self.is_masked, visible_weight)
-
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
         # Atomic additions have no order on a GPU; in float64 the order does not change the float32 result.
@@ -127,7 +122,9 @@ class MaskedCrossEntropy(Objective):
     def __call__(self, tokens: TokenLosses) -> Tensor:
         if self.visible_weight == 0:
             return mean_over_rows(tokens.losses, tokens.rows, num_rows=tokens.num_rows)
-        weights = tokens.weights(self.visible_weight)
+        weights = torch.ones_like(tokens.losses)
+        if tokens.is_masked is not None:
+            weights = weights.masked_fill(~tokens.is_masked, self.visible_weight)
         # Each image has a masked token, so the sum of its weights is at least 1.
         return (tokens.sum_rows(weights * tokens.losses) / tokens.sum_rows(weights)).mean()
 
@@ -138,7 +135,6 @@ class Elbo(Objective):
     """An unbiased estimate of an upper bound of -log p(x | class) / N in nats per token.
 
     loss = mean over images of min(|dr/du|, max_weight) (mean of l over masked tokens)
-           + visible_weight (mean of l over visible tokens that are predicted)
 
     The mask ratio r = gamma(u) of a uniform u has the density 1 / |dr/du|, so the weight |dr/du| turns the expectation
     under the drawn ratios into that under uniform ratios. With ceil(r N) masked tokens, it is the order-agnostic bound
@@ -146,10 +142,9 @@ class Elbo(Objective):
 
     ``max_weight`` bounds the weight where gamma is steep, and makes the estimate too low there. With 100,
     ``cosine``, ``linear``, ``square``, ``cubic`` and, up to 512 tokens, ``log`` are exact; ``sqrt`` loses
-    0.25 % of the masks. The second term is 0 by default, and no part of the bound.
+    0.25 % of the masks.
 
     Args:
-        visible_weight: Weight of the mean over visible tokens, in [0, 1000000].
         max_weight: Largest weight of an image, in [1, 1000000].
 
     Source: MDLM, Sahoo et al., arXiv:2406.07524, eq. 10 (weight |alpha'| / (1 - alpha) of a sum over masked
@@ -157,20 +152,12 @@ class Elbo(Objective):
     """
 
     needs_slopes: ClassVar[bool] = True
-    visible_weight: float = 0.0
     max_weight: float = 100.0
 
     def __post_init__(self) -> None:
-        check_number("visible_weight", self.visible_weight, "[0, 1000000]")
         check_number("max_weight", self.max_weight, "[1, 1000000]")
 
     def __call__(self, tokens: TokenLosses) -> Tensor:
         assert tokens.slopes is not None
-        ones = torch.ones_like(tokens.losses)
-        masked = ones if tokens.is_masked is None else tokens.is_masked.to(ones.dtype)
-        bound = tokens.sum_rows(masked * tokens.losses) / tokens.sum_rows(masked)  # each image has a masked token
-        loss = (tokens.slopes.clamp(max=self.max_weight) * bound).mean()
-        if tokens.is_masked is None:
-            return loss
-        visible = tokens.sum_rows((1 - masked) * tokens.weights(self.visible_weight) * tokens.losses)
-        return loss + (visible / tokens.sum_rows(1 - masked).clamp(min=1)).mean()
+        counts = tokens.sum_rows(torch.ones_like(tokens.losses))  # each image has a masked token
+        return (tokens.slopes.clamp(max=self.max_weight) * (tokens.sum_rows(tokens.losses) / counts)).mean()

@@ -35,7 +35,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "codes": {"loss_vocabulary": "codes", "label_smoothing": 0.0},
     "visible": {"objective": {"name": "masked_cross_entropy", "visible_weight": 0.5}},
     "elbo": {"objective": "elbo", "mask_positions": "halton"},
-    "elbo-visible": {"objective": {"name": "elbo", "visible_weight": 0.3}, "mask_positions": "blocks"},
     "truncated": {"mask_ratio": "truncated_normal"},
 }
 STEPS = 3

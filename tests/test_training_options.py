@@ -64,10 +64,10 @@ def losses_of(module: MaskedTokenModel, given: Batch):
 
 
 def test_parts_of_the_configuration_may_be_objects():
-    config = model(mask_schedule=Pow(2.0), objective=Elbo(visible_weight=0.5), mask_ratio=UniformRatio()).config
+    config = model(mask_schedule=Pow(2.0), objective=Elbo(max_weight=50.0), mask_ratio=UniformRatio()).config
     assert (config.mask_schedule, config.mask_ratio) == ("square", "uniform")
-    assert config.objective == {"name": "elbo", "visible_weight": 0.5, "max_weight": 100.0}
-    assert config.built_objective == Elbo(visible_weight=0.5)
+    assert config.objective == {"name": "elbo", "max_weight": 50.0}
+    assert config.built_objective == Elbo(max_weight=50.0)
 
 
 def test_a_subclass_with_an_optimizer_of_its_own_trains_at_its_rate(tiny_shards, tiny_pretrained, tmp_path):
