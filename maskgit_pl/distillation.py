@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -35,7 +35,7 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.batches import Batch
-from maskgit_pl.decoding.config import set_specs
+from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, draw_start
 from maskgit_pl.decoding.guidance import guidance_schedules, step_progress
 from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, Predictor, StartPredictor
@@ -117,6 +117,7 @@ class DistillationConfig(MaskedTokenConfig):
 
     Args:
         teacher: Path of the teacher, a pretrained transformer folder.
+        teacher_decoding: Decoding of the teacher that the student learns; None for the one that was exported with it.
         distillation: Name or mapping of a registered distillation.
 
     Raises:
@@ -125,6 +126,7 @@ class DistillationConfig(MaskedTokenConfig):
 
     _: KW_ONLY
     teacher: str = ""
+    teacher_decoding: DecodingConfig | None = None
     distillation: str | dict[str, Any] = "dimo"
 
     def __post_init__(self) -> None:
@@ -182,7 +184,7 @@ class DistilledModel(MaskedTokenModel):
             for name, value, expected in pairs:
                 if value != expected:
                     raise ValueError(f"model.{name} must be {expected}, that of the teacher, got {value}")
-            self._teacher = teacher
+            self._teacher = replace(teacher, decoding=self.config.teacher_decoding or teacher.decoding)
         self._teacher.network.to(self.device)
         return self._teacher
 
@@ -192,11 +194,13 @@ class DistilledModel(MaskedTokenModel):
         decoding, num_tokens = self.teacher.decoding, self.config.network.num_tokens
         guidance = guidance_schedules.build(decoding.guidance)
         sampling = decoding.build_decoder(self.mask_schedule).sampling
-        # The progress at which the decoding has this number of masked tokens: the first that leaves no more.
+        # The step at which the decoding has this number of masked tokens: the first that sees no more.
         progress = torch.linspace(0, 1, 1025)
         left = num_masked(self.mask_schedule(progress, num_tokens), num_tokens, rounding="ceil")
-        first = progress[torch.searchsorted(-left, -torch.arange(num_tokens + 1)).clamp(max=1024)].tolist()
-        pairs = [(guidance(place), 1 / max(sampling.temperature_at(place), _COLDEST)) for place in first]
+        first = progress[torch.searchsorted(-left, -torch.arange(num_tokens + 1)).clamp(max=1024)]
+        steps = (decoding.num_steps * first).clamp(max=decoding.num_steps - 1).tolist()  # between two steps, too
+        places = [step_progress(step, decoding.num_steps) for step in steps]
+        pairs = [(guidance(place), 1 / max(sampling.temperature_at(place), _COLDEST)) for place in places]
         return torch.tensor(pairs).T.to(self.device)
 
     @torch.no_grad()

@@ -1,6 +1,5 @@
 """Distillation: its divergences and losses by hand, the teacher's answers, roll-outs, resume, and wrong settings."""
 
-import math
 from dataclasses import replace
 
 import pytest
@@ -76,11 +75,12 @@ def test_the_gradient_of_a_divergence_is_that_of_autograd(reverse: float) -> Non
 
 
 def test_the_teacher_answers_as_its_decoding_draws(tiny_pretrained) -> None:
-    module = student(tiny_pretrained)
     decoding = DecodingConfig(4, guidance={"name": "linear", "scale": 3.0}, sampling_temperature=(0.5, 1.5))
-    module._teacher = replace(module.teacher, decoding=decoding)
+    module = student(tiny_pretrained, teacher_decoding=decoding)
     batch, network = batch_of(module), module.teacher.network
-    for masked, progress in ((16, 0.0), (9, math.sqrt(1 - 9 / 16))):  # 1 - r^2 = 9 / 16
+    plan = decoding.build_decoder(module.mask_schedule).plan([16], 16)
+    assert [counts.before[0] for counts in plan] == [16, 15, 12, 7]
+    for masked, progress in ((16, 0.0), (15, 1 / 3), (12, 2 / 3), (7, 1.0), (1, 1.0)):
         tokens = batch.content.clone()
         tokens[:, :masked] = module.config.network.mask_token_id
         conditional, unconditional = network(tokens, LABELS), network(tokens, torch.full_like(LABELS, 3))

@@ -40,7 +40,7 @@ def _check_guidance_schedule(name: str, schedule: GuidanceSchedule) -> None:
         check_number(f"guidance schedule {name!r}: the scale at progress {progress:g}", schedule(progress), _SCALES)
 
 
-def step_progress(step: int, num_steps: int) -> float:
+def step_progress(step: float, num_steps: int) -> float:
     """Returns t / (T - 1): 0 at the first step and 1 at the last. A single step counts as the last one."""
     return step / (num_steps - 1) if num_steps > 1 else 1.0
 

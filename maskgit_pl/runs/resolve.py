@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -24,7 +24,7 @@ from maskgit_pl.distributed import default_device, has_bfloat16
 from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import read_config, read_decoding
 from maskgit_pl.runs.layers import DERIVED_KEYS, merge, remove_key, value_at
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, Stage
@@ -159,7 +159,13 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
     network = {name: value for name, value in config["network"].items() if name not in excluded}
     values: dict[str, Any] = {"network": {"backbone": DEFAULT_BACKBONE, **network}}
     if plan.recipe.kind == "distillation":
-        values |= {"teacher": str(plan.pretrained), "mask_schedule": config["mask_schedule"]}
+        tuned = read_decoding(plan.pretrained.parent)
+        decoding = config["decoding"] if tuned is None else asdict(tuned)
+        values |= {
+            "teacher": str(plan.pretrained),
+            "mask_schedule": config["mask_schedule"],
+            "teacher_decoding": decoding,
+        }
     return {"model": values}
 
 

@@ -1,9 +1,14 @@
 """``distill``: it trains, measures and exports a student, resumes it, and refuses models that have no steps."""
 
+import shutil
+
 import pytest
 
 from maskgit_pl import MaskGIT
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation import distill
+from maskgit_pl.files import read_yaml
+from maskgit_pl.pipeline.pretrained import save_decoding
 
 SHORT = {"trainer.max_steps": 2, "trainer.val_check_interval": 2, "data.global_batch": 8, "trainer.accelerator": "cpu"}
 MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/recall")
@@ -12,10 +17,12 @@ MEASURED = ("val/fid", "val/class_agreement", "val/diversity", "val/recall")
 @pytest.mark.slow
 @pytest.mark.trainings
 def test_a_student_is_trained_measured_and_exported(tiny_shards, tiny_pretrained, tmp_path):
+    teacher, run = shutil.copytree(tiny_pretrained, tmp_path / "teacher"), tmp_path / "student"
+    save_decoding(teacher, DecodingConfig(3, guidance={"name": "linear", "scale": 2.0}))
+
     def train():
-        run = tmp_path / "student"
         return distill(
-            tiny_pretrained,
+            teacher,
             method="dimo",
             num_steps=2,
             data=tiny_shards,
@@ -29,6 +36,7 @@ def test_a_student_is_trained_measured_and_exported(tiny_shards, tiny_pretrained
     pipe = MaskGIT.from_pretrained(result.pretrained)
     assert (pipe.decoding.num_steps, pipe.decoding.random_start) == (2, 0.4)
     assert len(pipe.generate(["Trouser"] * 3, seed=1)) == 3
+    assert read_yaml(run / "transformer" / "config.yaml")["model"]["teacher_decoding"]["num_steps"] == 3
     assert train().was_finished
 
 
