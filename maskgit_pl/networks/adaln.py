@@ -211,7 +211,8 @@ class AdaLNBlock(nn.Module):
         Returns:
             (B, S, D), (M, D) with rows, or (B, M, D) with positions.
         """
-        parts: Sequence[Tensor | None] = self.modulate(condition) if modulation is None else modulation
+        # The method of the class: FSDP2 has gathered the weights already.
+        parts: Sequence[Tensor | None] = type(self).modulate(self, condition) if modulation is None else modulation
         normed = _modulate(self.attention_norm(x), *parts[:2])
         if positions is not None:
             index = positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])

@@ -393,6 +393,8 @@ def step(network: torch.nn.Module, config: BackboneConfig, rows: slice) -> dict[
     with torch.no_grad():
         positions = torch.arange(5).expand(len(tokens), 5)
         results["logits"] = network.forward_at(tokens, labels, positions, vectors=vectors)
+        predict = network.conditioned(labels, vectors)
+        assert all(torch.equal(predict(tokens, positions), results["logits"]) for _ in range(2))
     return results
 
 
