@@ -29,11 +29,12 @@ from maskgit_pl.distributed import has_bfloat16
 
 _README = Path(__file__).parent / "README.md"
 _BEGIN, _END = "<!-- ratios: written by `make benchmarks` -->", "<!-- end of ratios -->"
-_DECODING = "decoding, {group}, batch {batch_size}"
+_DECODING = "decoding, {depth} layers, {group}, batch {batch_size}"
+_OTHERS = "--only dome272/MaskGIT-pytorch bytedance/1d-tokenizer"
 SOURCES: Mapping[str, str] = {
     "decode.py --dtype float32 PEERS": _DECODING,
     "decode.py --dtype bfloat16 PEERS": _DECODING,
-    "decode.py --dtype bfloat16 --batch-size 8 --only dome272/MaskGIT-pytorch bytedance/1d-tokenizer PEERS": _DECODING,
+    f"decode.py --dtype bfloat16 --batch-size 8 --depth 8 {_OTHERS} PEERS": _DECODING,
     "stage1_step.py": "training step of stage 1, {group}",
     "stage2_step.py --memory PEERS": "training step of stage 2, {group}",
     "tokenizer.py": "tokenizer, {group}",

@@ -332,10 +332,10 @@ def test_the_checkouts_take_turns_and_a_slower_task_is_exit_code_1(script, monke
 def test_a_ratio_is_the_median_over_the_rounds_with_its_range(script):
     seconds = {"ours": [1.0, 2.0, 3.0], "ours, class seen": [1.0] * 3, "ours, adaln": [4.0] * 3, "other": [2.0] * 3}
     rows = [{"group": "float32", "name": name, "seconds": its} for name, its in seconds.items()]
-    report = {"settings": {"batch_size": 8}, "measured": rows}
+    report = {"settings": {"batch_size": 8, "depth": 24}, "measured": rows}
     (row,) = script.read_ratios(report, next(iter(script.SOURCES.values())))
     assert list(row.values()) == [
-        "decoding, float32, batch 8", "other", "1.00 (0.50 to 1.50)", "2.00 (2.00 to 2.00)",
+        "decoding, 24 layers, float32, batch 8", "other", "1.00 (0.50 to 1.50)", "2.00 (2.00 to 2.00)",
     ]  # fmt: skip
 
 
