@@ -155,7 +155,7 @@ PEERS: Mapping[str, Callable[[Task], Peer]] = {
 def build_peer(name: str, task: Task, folder: Path) -> Peer:
     """Returns a peer's network with random weights, by the unchanged code of its clone in a folder."""
     clone = str(folder / Path(name).name)
-    sys.path.insert(0, clone)
+    sys.path.insert(0, clone)  # their modules import each other from the root of the repository
     try:
         with redirect_stdout(None):  # they print their layers
             return PEERS[name](task)
