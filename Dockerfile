@@ -5,6 +5,7 @@
 #   docker run --rm --volume "$PWD:/work" --user "$(id -u):$(id -g)" maskgit:cpu sample fashion-mnist-demo --out sampled.png
 #
 # A GPU: docker run --gpus all --shm-size 8g ...; workers of the data loader share memory in /dev/shm.
+# A cluster: apptainer build maskgit.sif docker-daemon:maskgit:latest
 ARG PYTHON=3.12
 
 FROM python:${PYTHON}-slim AS build

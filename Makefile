@@ -60,7 +60,7 @@ WORKERS ?= auto
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel mutants test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate compare tune train-classifier ablation edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -198,9 +198,6 @@ OLD_WARNINGS = -W ignore::DeprecationWarning -W ignore::FutureWarning
 test-lowest: $(LOWEST)/.installed ## Run the quick tests with the oldest versions of the dependencies (constraints/lowest.txt)
 	$(LOWEST)/bin/python $(PYTEST) -m "not slow" $(OLD_WARNINGS) $(ARGS)
 
-mutants: $(DEV_STAMP) ## Mutation testing: break the package in one place at a time and check that a quick test fails; ARGS="--only masking.py" or "--minutes 5"
-	@$(BIN)/python -m tests.mutants $(ARGS)
-
 test-wheel: $(DEV_STAMP) ## Build the wheel, and run the quick start in an empty folder with nothing but it
 	@$(BIN)/python -m pytest tests/wheel --durations=5 $(ARGS)
 
@@ -226,7 +223,7 @@ docs: $(DEV_STAMP) ## Build the documentation site in build/site; warnings and b
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto --conf-dir docs . build/site $(ARGS)
 	@echo "build/site/index.html: $$(find build/site -name '*.html' -not -path '*/_*' | wc -l) pages"
 
-SPELLED = maskgit_pl tests docs recipes benchmarks data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile maskgit.def
+SPELLED = maskgit_pl tests docs recipes benchmarks data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile
 
 CHECK_SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema vendor
 

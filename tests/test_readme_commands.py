@@ -39,7 +39,7 @@ PARSED_ONLY = {
     "train-classifier": "trains",
 }
 OTHER_DATA = ("pretrained/imagenet256", "data/shards/mine", "runs/mine", "runs/RUN")
-MAKE_ONLY = ("demo", "test", "benchmark", "help", "install", "test-slurm", "test-wheel", "mutants", "lint", "format")
+MAKE_ONLY = ("demo", "test", "benchmark", "help", "install", "test-slurm", "test-wheel", "lint", "format")
 RECORDED = ("results/",)  # pages that commands print, of the time of the recording
 COMMAND = r"(?:make|maskgit|\.venv/bin/maskgit) (?!\w+:)"  # without lines that a command printed
 
