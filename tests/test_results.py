@@ -17,6 +17,7 @@ from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import make_schedule_page
 from maskgit_pl.evaluation.tables import OTHER_STEPS, SETTINGS, make_editing_page, make_generation_page
 from maskgit_pl.evaluation.timing import METHODS, make_timing_page
+from maskgit_pl.runs.ablation import PAPER_SCHEDULES
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"
@@ -57,14 +58,13 @@ def make_page(name: str) -> Page:
     if name == "table-2":
         return make_editing_page(rows("editing"))
     if name == "table-3":
-        likelihoods = rows("likelihood")
-        runs = [row["run"] for row in likelihoods]
+        schedules = {f"fashion-mnist-adaln-{name}-seed0": name for name in PAPER_SCHEDULES}
         samples = [
-            {**row, "schedule": row["run"].removeprefix("fashion-mnist-")}
+            {**row, "schedule": schedules[row["run"]]}
             for row in rows("samples", num_images=1000)
-            if row["run"] in runs
+            if row["run"] in schedules
         ]
-        return make_schedule_page(samples, likelihoods)
+        return make_schedule_page(samples, [row for row in rows("likelihood") if row["run"] in schedules])
     return make_timing_page(sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))))
 
 
