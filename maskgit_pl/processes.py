@@ -48,7 +48,6 @@ __all__ = [
     "check_launcher",
     "choose_workers",
     "hide_launcher",
-    "hold_ctrl_c",
     "ignore_job_signals",
     "is_requested",
     "launcher_rank",
@@ -82,25 +81,17 @@ log = logging.getLogger(__name__)
 
 
 def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Returns this process's rank and the number of processes; (0, 1) without a launcher.
-
-    Raises:
-        ValueError: if a variable is not a whole number.
-    """
+    """Returns this process's rank and the number of processes; (0, 1) without a launcher."""
     variables = next((names for names in _RANKS if all(name in environment for name in names)), None)
     if variables is None:
         return 0, 1
-    rank, world_size = (_number(name, environment) for name in variables)
+    rank, world_size = (int(environment[name]) for name in variables)
     return rank, world_size
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank on its machine; 0 without a launcher.
-
-    Raises:
-        ValueError: if the variable is not a whole number.
-    """
-    return next((_number(name, environment) for name in _LOCAL_RANKS if name in environment), 0)
+    """Returns this process's rank on its machine; 0 without a launcher."""
+    return next((int(environment[name]) for name in _LOCAL_RANKS if name in environment), 0)
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
@@ -129,12 +120,6 @@ def hide_launcher() -> Iterator[None]:
         yield
     finally:
         os.environ.update(hidden)
-
-
-def _number(name: str, environment: Mapping[str, str]) -> int:
-    if not environment[name].isdecimal():
-        raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; unset it outside of a job")
-    return int(environment[name])
 
 
 class _Flag:
@@ -183,32 +168,6 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
 def is_requested() -> bool:
     """Returns True if this process has received a stop signal."""
     return _Flag.is_set
-
-
-@contextmanager
-def hold_ctrl_c() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the context. Processes that start inside ignore it.
-
-    A process that is interrupted while it starts another one leaves it without its first message.
-    """
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes
-    # Another thread that does not block the signal may receive it; the handler then still runs in the main thread.
-    handler = signal.getsignal(signal.SIGINT)
-    is_held = threading.current_thread() is threading.main_thread() and handler is not None
-    received: list[int] = []
-    if is_held:
-        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if is_held:
-            signal.signal(signal.SIGINT, handler)
-        if received and callable(handler):
-            # Not raised again: ``_count_ctrl_c`` has counted it when it arrived.
-            handler(signal.SIGINT, None)
-        elif received and handler == signal.SIG_DFL:
-            signal.raise_signal(signal.SIGINT)
 
 
 def ignore_job_signals(worker: int) -> None:
@@ -327,8 +286,11 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        with hold_ctrl_c():
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is not for the workers
+        try:
             waiting = {pool.submit(_call, function, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for future in as_completed(waiting):
             result = future.result()
             if isinstance(result, _Refusal):

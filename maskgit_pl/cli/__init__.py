@@ -71,7 +71,6 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "recipes list": "cli.listing:recipes_list",
     "recipes show": "cli.listing:recipes_show",
     "recipes copy": "cli.listing:recipes_copy",
-    "recipes schema": "cli.listing:recipes_schema",
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
     "completion": "cli.listing:completion",

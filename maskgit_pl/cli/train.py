@@ -116,8 +116,6 @@ def distill(
 
 def tokenize(
     *,
-    rank: int | None = None,
-    world_size: int | None = None,
     run: RunFlags = RunFlags(),
     store: TokenizeOptions = TokenizeOptions(),
     overrides: Sequence[str] = (),
@@ -125,19 +123,15 @@ def tokenize(
     """Encodes the images of a data set to tokens, once.
 
     The token store serves all runs with the same tokenizer. The same command resumes after a stop. Processes
-    of torchrun or srun share the work; without a launcher, set --rank and --world-size. An existing store of
-    the run keeps its crops, flips and precision unless --crops, --flip or --precision is given. Further flags
-    override recipe values, as in `maskgit train transformer`.
+    of torchrun or srun share the work. An existing store of the run keeps its crops, flips and precision unless
+    --crops, --flip or --precision is given. Further flags override recipe values, as in
+    `maskgit train transformer`.
 
     Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln
-
-    Args:
-        rank: Index of this process, from 0 (default: from torchrun or Slurm).
-        world_size: Number of processes that share the work (default: from torchrun or Slurm).
     """
     recipe = run.read("transformer", overrides)
     with progress_bars() as bars:
-        runs.tokenize(recipe, **run.folders(recipe), options=store, ranks=(rank, world_size), bars=bars)
+        runs.tokenize(recipe, **run.folders(recipe), options=store, bars=bars)
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,7 @@ RECIPES, TINY_RECIPES = Path(__file__).parents[2] / "recipes", Path(__file__).pa
 
 FIXED = {  # keys other than those of the model
     "data", "data.image_size", "data.in_channels", "data.augmentations", "data.crop", "data.global_batch", "data.seed",
-    "trainer.gradient_clip_val", "trainer.gradient_clip_algorithm",
+    "trainer.gradient_clip_val",
 }  # fmt: skip
 FREE = {
     "tokenizer": {
