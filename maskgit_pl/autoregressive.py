@@ -62,7 +62,6 @@ class AutoregressiveModel(TokenModel):
     """
 
     config: AutoregressiveConfig
-    config_class = AutoregressiveConfig
     binned_by = "position"
 
     def __init__(self, config: AutoregressiveConfig) -> None:

@@ -27,7 +27,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,6 @@ class DistilledModel(MaskedTokenModel):
     """
 
     config: DistillationConfig
-    config_class: ClassVar[type[MaskedTokenConfig]] = DistillationConfig
 
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__(config)

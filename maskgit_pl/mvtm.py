@@ -104,7 +104,6 @@ class MaskedTokenModel(TokenModel):
     """
 
     config: MaskedTokenConfig
-    config_class = MaskedTokenConfig
     binned_by = "mask-ratio"
 
     def __init__(self, config: MaskedTokenConfig) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -41,7 +42,6 @@ from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.training.checkpoints import CheckpointedModule
 from maskgit_pl.training.optimizers import build_optimizer, freeze, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
@@ -55,7 +55,7 @@ _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global ba
 _Network = TypeVar("_Network", bound=nn.Module)
 
 
-class Tokenizer(CheckpointedModule):
+class Tokenizer(LightningModule):
     """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
     The module accumulates and clips gradients itself. Only the generator's optimizer advances
@@ -71,7 +71,6 @@ class Tokenizer(CheckpointedModule):
     """
 
     config: TokenizerConfig
-    config_class = TokenizerConfig
 
     def __init__(self, config: TokenizerConfig, *, accumulation: int = 1) -> None:
         super().__init__()

@@ -58,10 +58,8 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "metrics": "evaluation.metrics",
     "augmentations": "data.augmentations",
     "optimizers": "training.optimizers",
-    "learning_rate_schedules": "training.optimizers",
     "loggers": "training.loggers",
     "callbacks": "training.callbacks",
-    "profilers": "training.callbacks",
 }
 
 _IMPORTED = Path("pretrained")  # folder of the examples of the importers

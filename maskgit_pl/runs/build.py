@@ -19,7 +19,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
@@ -41,7 +41,6 @@ from maskgit_pl.training.callbacks import (
     SamplePictures,
     UnreadableReport,
     callbacks,
-    profilers,
 )
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.health import HealthMonitor
@@ -236,10 +235,11 @@ class StageRun:
         if self.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
-        profiler = self.values.profiler
+        profilers: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
+        profiler = profilers.get(self.values.profiler or "")
         ours = {
             "strategy": build_strategy(values.strategy, longest_wait=self.watchdog.longest_limit),
-            "profiler": _NoProfiler() if profiler is None else profilers.build(profiler).create(self.folder),
+            "profiler": _NoProfiler() if profiler is None else profiler(dirpath=self.folder, filename="profile"),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,

@@ -146,7 +146,8 @@ class RunSettings:
             store gets eight views of each image; flags override each of these. None, or a stream: no limit.
         loggers: Trackers that get metrics and pictures: names or mappings of registered loggers.
         callbacks: Further callbacks: names or mappings of registered callbacks.
-        profiler: Name or mapping of a registered profiler; None for none.
+        profiler: ``simple``: seconds of each part of Lightning's loop, in ``fit-profile.txt`` of the stage folder;
+            ``pytorch``: operations and kernels, with a trace for Chrome. None for none.
 
     Raises:
         ValueError: if a number is out of range, or a logger is listed twice.
@@ -161,7 +162,7 @@ class RunSettings:
     max_passes: int | None = None
     loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
-    profiler: str | dict[str, Any] | None = None
+    profiler: Literal["simple", "pytorch"] | None = None
 
     def __post_init__(self) -> None:
         _check_integers(self, _RUN_RANGES)

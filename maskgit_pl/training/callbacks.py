@@ -1,7 +1,6 @@
-"""The callbacks and profilers that a recipe names, and the callbacks that report progress, pictures and bad images.
+"""The callbacks that a recipe names, and those that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``.
-``runs.build`` adds these callbacks after those that every run has.
+A recipe has ``callbacks: [device_stats]``. ``runs.build`` adds these callbacks after those that every run has.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
-from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar
 from PIL import Image
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.data.loader import UnreadableImages, write_unreadable
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
@@ -32,14 +29,11 @@ from maskgit_pl.training.token_model import TokenModel
 __all__ = [
     "CallbackSpec",
     "DeviceStats",
-    "ProfilerSpec",
     "ProgressLines",
     "ReconstructionPictures",
     "SamplePictures",
-    "SummaryTable",
     "UnreadableReport",
     "callbacks",
-    "profilers",
 ]
 
 log = logging.getLogger(__name__)
@@ -64,22 +58,7 @@ class CallbackSpec(ABC):
         """
 
 
-class ProfilerSpec(ABC):
-    """The base of registered profilers: a frozen dataclass of the values in a recipe, which builds a profiler."""
-
-    @abstractmethod
-    def create(self, folder: Path) -> Profiler:
-        """Builds the profiler, whose files go to a folder.
-
-        Args:
-            folder: Folder of the stage, ``runs/RUN/STAGE``.
-        """
-
-
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
-
-
-profilers: Registry[ProfilerSpec] = Registry("profiler", "maskgit_pl.profilers", check=derives_from(ProfilerSpec))
 
 
 @callbacks.register("device_stats")
@@ -91,42 +70,6 @@ class DeviceStats(CallbackSpec):
         if find_spec("psutil") is None:
             raise ValueError("callback 'device_stats' must have the package psutil: pip install psutil")
         return DeviceStatsMonitor()
-
-
-@callbacks.register("model_summary")
-@dataclass(frozen=True)
-class SummaryTable(CallbackSpec):
-    """A table of the layers and their parameters at the start, by Lightning's ``RichModelSummary``.
-
-    Args:
-        max_depth: Depth of the modules that have a line of their own, >= 1.
-    """
-
-    max_depth: int = 1
-
-    def __post_init__(self) -> None:
-        check_integer("max_depth", self.max_depth, "[1, 100]")
-
-    def create(self, folder: Path) -> Callback:
-        return RichModelSummary(max_depth=self.max_depth)
-
-
-@profilers.register("simple")
-@dataclass(frozen=True)
-class Simple(ProfilerSpec):
-    """Seconds of each part of Lightning's loop, written to ``fit-profile.txt`` of the stage folder at the end."""
-
-    def create(self, folder: Path) -> Profiler:
-        return SimpleProfiler(dirpath=folder, filename="profile")
-
-
-@profilers.register("pytorch")
-@dataclass(frozen=True)
-class PyTorch(ProfilerSpec):
-    """torch's profiler of operations and kernels: a table in ``fit-profile.txt``, and a trace for Chrome."""
-
-    def create(self, folder: Path) -> Profiler:
-        return PyTorchProfiler(dirpath=folder, filename="profile")
 
 
 class ProgressLines(ProgressBar):

@@ -35,9 +35,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -49,7 +48,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data.folders import replace_folder
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.errors import CannotWriteError
@@ -58,7 +56,6 @@ from maskgit_pl.networks.weights import open_tensors
 
 __all__ = [
     "SETTINGS",
-    "CheckpointedModule",
     "Checkpoints",
     "FolderCheckpointIO",
     "SavedTensor",
@@ -76,7 +73,6 @@ log = logging.getLogger(__name__)
 SETTINGS = "maskgit_pl.settings"
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
-_RUN_KEYS = {SETTINGS, "callbacks", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"}
 _VERSION = 3
 _FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece, if not 0
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
@@ -178,19 +174,13 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Reads the settings of the run from a complete checkpoint.
+    """Reads the settings of the run from a complete checkpoint; none if it was saved without settings.
 
     Raises:
-        ValueError: if the file has changed, or the checkpoint is not one of a run.
+        ValueError: if the file has changed.
     """
     _verify(folder, [_STATE], _read_marker(folder))
-    state = _read_state(folder, lambda _: None)
-    if missing := _RUN_KEYS - state.keys():
-        raise ValueError(
-            f"checkpoint {folder}: {_STATE} must have {', '.join(sorted(missing))}, which `maskgit train` writes; "
-            "remove the folder to resume from an older one, or start a new run with --run"
-        )
-    settings: dict[str, Any] = state[SETTINGS]
+    settings: dict[str, Any] = _read_state(folder, lambda _: None).get(SETTINGS, {})
     return settings
 
 
@@ -314,15 +304,7 @@ def _changed(folder: Path, name: str) -> ValueError:
 
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
-    try:
-        content = json.loads((folder / _STATE).read_bytes())
-        dict(_join_state(content, str))  # without the tensors, whose reader has errors of its own
-    except (LookupError, TypeError, ValueError) as error:
-        raise _changed(folder, _STATE) from error
-    try:
-        return cast("dict[str, Any]", _join_state(content, read))
-    except (LookupError, StopIteration) as error:  # a tensor that no file has
-        raise _changed(folder, _STATE) from error
+    return cast("dict[str, Any]", _join_state(json.loads((folder / _STATE).read_bytes()), read))
 
 
 class _Piece(NamedTuple):
@@ -408,7 +390,6 @@ class SavedTensor(NamedTuple):
         return rows
 
 
-_CONFIG = "maskgit_pl.config"  # key of the module's configuration in a checkpoint
 _MOST_FAILURES = 3
 
 
@@ -563,48 +544,6 @@ class Checkpoints(Checkpoint):
                 FolderCheckpointIO().remove_checkpoint(old)
             except OSError as error:
                 log.warning("checkpoint %s cannot be removed: %s", old, error)
-
-
-class CheckpointedModule(LightningModule):
-    """A LightningModule whose checkpoints hold its configuration, so that ``load_from_checkpoint`` builds it again.
-
-    Attributes:
-        config: Configuration, a dataclass of plain values: the only argument that the class needs.
-        config_class: Its class.
-    """
-
-    config: Any
-    config_class: ClassVar[type]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration."""
-        checkpoint[_CONFIG] = asdict(self.config)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Path | str) -> Self:  # type: ignore[override]  # a folder of our own
-        """Builds the module of a checkpoint, on the CPU, with the weights and averages of its step.
-
-        Args:
-            checkpoint_path: Folder such as ``runs/RUN/transformer/checkpoints/step-00001000``.
-
-        Raises:
-            ValueError: if the folder is incomplete, a file has changed, or it belongs to a module of another class.
-        """
-        if Path(checkpoint_path).is_file():
-            raise ValueError(
-                f"checkpoint {checkpoint_path} must be a folder of the callback Checkpoints, got a file; build the "
-                "module, and resume with Trainer.fit(ckpt_path=...)"
-            )
-        checkpoint = FolderCheckpointIO().load_checkpoint(checkpoint_path)
-        if not {_CONFIG, "state_dict"} <= checkpoint.keys():
-            raise ValueError(
-                f"checkpoint {checkpoint_path} must hold a configuration and weights, which on_save_checkpoint "
-                "of CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
-            )
-        config: Any = build_dataclass(cls.config_class, checkpoint[_CONFIG], f"checkpoint {checkpoint_path}")
-        module = cls(config)
-        module.load_state_dict(checkpoint["state_dict"])
-        return module
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BeforeValidator
@@ -53,7 +54,7 @@ from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, r
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, weights_for
 from maskgit_pl.pipeline.pretrained import copy_stage_folder, load_tokenizer, load_transformer, save_transformer
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.training.checkpoints import CheckpointedModule, full_state
+from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import (
@@ -210,7 +211,7 @@ class StepLosses(NamedTuple):
     hits: Tensor
 
 
-class TokenModel(CheckpointedModule):
+class TokenModel(LightningModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
 
     A subclass defines the random draws of a step (``_draw``), the groups of logged values (``_assign_bins``) and the

@@ -279,8 +279,8 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
         ("TRANSFORMER --pretrained model --model.network.embed_dim=32", "model.network.embed_dim"),
         ("TRANSFORMER --recipe=autoregressive --pretrained model", "model.decoding"),
         ("TRANSFORMER --data.vectors=true", "data.vectors must be false"),
-        ("TRANSFORMER --profiler=simpel", "unknown profiler 'simpel': did you mean 'simple'?"),
-        ("TRANSFORMER --trainer.profiler=simple", "name it with the key profiler"),
+        ("TRANSFORMER --profiler=simpel", "profiler must be 'simple' or 'pytorch', got 'simpel'; did you mean"),
+        ("TRANSFORMER --trainer.profiler=simple", "did you mean 'profiler'?"),
         ("TRANSFORMER --model.optimizer.algorithm=muon --trainer.strategy=fsdp", "trainer.strategy must be 'ddp' or"),
         ("TRANSFORMER --data.source=tokens", "no complete token store in runs/one/tokens; make it with "
          "`maskgit tokenize --data shards --tokenizer model/tokenizer --run one --data."),

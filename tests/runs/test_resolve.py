@@ -115,12 +115,12 @@ FIXED = {  # keys other than those of the model
 }  # fmt: skip
 FREE = {
     "tokenizer": {
-        "activation_checkpointing", "memory_format", "optimizer.adamw", "optimizer.learning_rate.decay",
+        "activation_checkpointing", "memory_format", "optimizer.learning_rate.decay",
         "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "perceptual.network.weights",
         "seed",
     },
     "transformer": {
-        "activation_checkpointing", "compiled", "decoding", "global_batch", "optimizer.adamw",
+        "activation_checkpointing", "compiled", "decoding", "global_batch",
         "optimizer.learning_rate.decay", "optimizer.learning_rate.final_fraction",
         "optimizer.learning_rate.warmup_steps", "seed", "tokenizer",
     },
