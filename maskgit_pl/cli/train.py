@@ -30,7 +30,6 @@ def train(
     *,
     print_config: bool = False,
     dry_run: bool = False,
-    fresh: bool = False,
     run: RunFlags = RunFlags(),
     overrides: Sequence[str] = (),
 ) -> None:
@@ -44,9 +43,8 @@ def train(
         stage: Stage to train.
         print_config: Print the complete recipe of the run and exit.
         dry_run: Check everything that is checked before training, print what would be done, and exit; writes nothing.
-        fresh: Start over: rename the stage folder of an earlier training to STAGE.old-N.
     """
-    check_one_of(print_config=print_config, dry_run=dry_run, fresh=fresh)
+    check_one_of(print_config=print_config, dry_run=dry_run)
     with catch_stop_signals(until="exit"):
         recipe = run.read(stage, overrides)
         folders = run.folders(recipe)
@@ -56,7 +54,7 @@ def train(
             for name, text in runs.dry_run(recipe, **folders).items():
                 print(f"{name:11}{printable(text)}")
         else:
-            runs.fit(recipe, **folders, fresh=fresh)
+            runs.fit(recipe, **folders)
 
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
@@ -167,17 +165,17 @@ def submit(
 
 
 def doctor(
-    stage: Stage | None = None,
+    stage: Stage,
     *,
     json: bool = False,
     run: RunFlags = RunFlags(),
     machines: Machines = Machines(),
     overrides: Sequence[str] = (),
 ) -> int:
-    """Checks a run before it starts: recipe, data, batch, memory, disk; or this machine.
+    """Checks a run before it starts: recipe, data, batch, memory, disk.
 
-    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it
-    checks this machine. The exit code is 0 if all checks pass, else 2.
+    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. The exit code is 0 if all
+    checks pass, else 2.
 
     Example: maskgit doctor transformer --recipe paper-256 --cluster fsdp --nodes 4 --devices 8
 
@@ -185,15 +183,10 @@ def doctor(
         stage: Stage of the run.
         json: Print JSON, an object with ok, checks and figures.
     """
-    if stage is None:
-        if run != RunFlags() or machines != Machines() or overrides:
-            raise ValueError("stage must be tokenizer or transformer for a run, got none; put it after `doctor`")
-        report = runs.preflight()
-    else:
-        report = runs.Preflight()
-        with report.catch("recipe"):
-            recipe = run.read(stage, overrides)
-            report = runs.preflight(recipe, **run.folders(recipe), machines=machines)
+    report = runs.Preflight()
+    with report.catch("recipe"):
+        recipe = run.read(stage, overrides)
+        report = runs.preflight(recipe, **run.folders(recipe), machines=machines)
     print_json(report.as_dict()) if json else print(report)
     return 0 if report.ok else BAD_INPUT
 

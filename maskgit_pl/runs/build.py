@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import threading
 import warnings
@@ -63,7 +62,6 @@ _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # a run that resumes
     "`srun` command is available",  # on a login node of Slurm
 )
-_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")  # set by Lightning
 
 
 @contextmanager
@@ -71,14 +69,13 @@ def restore_process_state() -> Iterator[None]:
     """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
 
     A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of
-    open files and the variables in which a launcher keeps the ranks stay.
+    open files, and variables of the environment that Lightning sets, stay.
     """
     lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
     allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    environment = {name: os.environ.get(name) for name in _VARIABLES}
     report_thread_error = threading.excepthook
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch: untyped
     devices = range(torch.cuda.device_count()) if has_cuda else ()
@@ -93,11 +90,6 @@ def restore_process_state() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         gc.collect()  # module, data and Trainer refer to one another
 
 
@@ -123,7 +115,7 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     values = resolve(plan.recipe.kind, merge_values(plan))
     if values.data.source == "tokens" and not (plan.folder / "tokens" / DESCRIPTION_FILE).exists():
         raise FileNotFoundError(
-            f"no complete token store in {plan.folder / 'tokens'}; make it with `{plan.tokenize_command}`"
+            f"no complete token store in {plan.folder / 'tokens'}; make it with `maskgit tokenize` and these flags"
         )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
@@ -245,6 +237,7 @@ class StageRun:
             "default_root_dir": self.folder,
             "use_distributed_sampler": False,  # the data module divides the global order itself
             "enable_model_summary": False,
+            "enable_progress_bar": sys.stdout.isatty(),
             # Runs are counted in steps: epochs neither end a run nor start a validation.
             "max_epochs": -1,
             "check_val_every_n_epoch": None,

@@ -7,7 +7,6 @@ network and batch, and needs no GPU. Such a step must have no operation whose re
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +43,6 @@ __all__ = [
     "StepMeter",
     "checkpoint_bytes",
     "count_predicted",
-    "max_num_checkpoints",
     "step_memory",
     "useful_flops",
 ]
@@ -177,26 +175,6 @@ def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
     moments = state_values(module.config.optimizer) * _FLOAT * _count(trained)
     averages = 0 if average is None else _bytes_of(average)
     return round(_bytes_of(*_trained_networks(module)) + moments) + averages + 1200 * len(trained)
-
-
-def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
-    """Returns the largest number of checkpoints that a run has on disk at the same time.
-
-    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a
-    multiple of ``keep_every``.
-
-    Args:
-        max_steps: Steps of the run. The last step always has a checkpoint.
-        every: Steps between checkpoints.
-        keep_last: Number of newest checkpoints to keep.
-        keep_every: Older checkpoints of multiples of this step are kept, too; None keeps none of them.
-    """
-    count = -(-max_steps // every)  # the last step has a checkpoint even if it is no multiple
-    # One more than keep_last: the oldest is removed only after the new one is complete.
-    newest = min(count, keep_last + 1)
-    # All older ones are multiples of every: every, 2 every, ...
-    older = 0 if keep_every is None else (count - newest) * every // math.lcm(every, keep_every)
-    return newest + older
 
 
 # The counted steps

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -29,7 +28,7 @@ from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
+from maskgit_pl.processes import catch_stop_signals
 from maskgit_pl.runs.build import StageRun, build, restore_process_state
 from maskgit_pl.runs.plan import Folders, Plan, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
@@ -88,9 +87,7 @@ class FitResult:
         return self.folder / "pretrained"
 
 
-def fit(
-    recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[Callback] = (), **folders: Unpack[Folders]
-) -> FitResult:
+def fit(recipe: Recipe, *, callbacks: Sequence[Callback] = (), **folders: Unpack[Folders]) -> FitResult:
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
     During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
@@ -99,21 +96,19 @@ def fit(
 
     Args:
         recipe: Values of the run, and the stage.
-        fresh: True starts over: an existing stage folder is renamed to ``STAGE.old-N``. Nothing is deleted.
         callbacks: Callbacks of the Trainer, beside those of the recipe.
         folders: See ``Folders``.
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have
-            changed, or another process trains it; also if ``fresh`` is set for one of several ranks.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
+            settings of the run have changed, or another process trains it.
+        FileExistsError: if there are other files in the folder of the export.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
     plan = plan_run(recipe, **folders)
-    # The other ranks start when the folder has its new name.
-    old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with catch_stop_signals():
             return fit_stage(plan, callbacks)
@@ -122,32 +117,6 @@ def fit(
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
-    finally:
-        if old is not None and not plan.stage_folder.exists():  # a check has refused the new run
-            old.rename(plan.stage_folder)
-            log.info("%s: renamed back, since the training did not start", plan.stage_folder)
-
-
-def _set_aside(folder: Path) -> Path | None:
-    """Renames a stage folder to the first free ``NAME.old-N``, and returns its new name; None if there is no folder.
-
-    Raises:
-        ValueError: if a launcher started several ranks, which would not see the change together, or another
-            process trains the run.
-    """
-    if (count := launcher_rank()[1]) > 1:
-        raise ValueError(
-            f"--fresh must be given to a single process, got {count} ranks; train another run (--run), or rename "
-            f"{folder} yourself"
-        )
-    if not folder.exists():
-        return None
-    with hold_lock(folder, hint="train another run (--run)"):
-        names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
-        old = next(name for name in names if not name.exists())
-        folder.rename(old)
-    log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
-    return old
 
 
 def export(
@@ -243,14 +212,7 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
 
 @restore_process_state()
 def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
-    """Trains a stage and exports it; does nothing if the run is finished.
-
-    Raises:
-        FileExistsError: if there are other files in the folder of the export.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
-            settings of the run have changed, or another process trains it.
-        RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
-    """
+    """Trains a stage and exports it; does nothing if the run is finished. See ``fit`` for errors."""
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
     import resource  # Windows lacks it
 
@@ -418,8 +380,6 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
     """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
     if plan.pretrained is not None and newest is None:
         log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
-    for origin, keys in plan.recipe.left_out.items():
-        log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
         log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_resized()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -15,8 +14,8 @@ from typing import TypedDict, Unpack
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import read_yaml, sha256_of
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.layers import split_flags, value_at
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.runs.layers import value_at
+from maskgit_pl.runs.recipe import Recipe, Stage
 
 __all__ = [
     "SHARED_TOKENS",
@@ -71,23 +70,6 @@ class Plan:
     def checkpoints(self) -> Path:
         """The folder ``runs/RUN/STAGE/checkpoints``."""
         return self.stage_folder / "checkpoints"
-
-    @property
-    def tokenize_command(self) -> str:
-        """The command that makes the token store of the run."""
-        recipe, folder = self.recipe, self.folder
-        values = {  # flag -> value, default
-            "config": (recipe.config, None),
-            "recipe": (" ".join(recipe.names), ""),
-            "dataset": (recipe.dataset, DEFAULT_DATASET),
-            "data": (self.shards, _SHARDS / recipe.dataset),
-            "tokenizer": (self.tokenizer, folder / "pretrained" / "tokenizer"),
-            "run": (folder.name, recipe.run_name),
-            "runs-folder": (folder.parent, _RUNS),
-        }
-        words = [word for flag, (value, default) in values.items() if value != default for word in (f"--{flag}", value)]
-        words += [f"--{key}={text}" for key, text in split_flags(recipe.words) if key.startswith("data.")]
-        return shlex.join(["maskgit", "tokenize", *map(str, words)])
 
 
 class Folders(TypedDict, total=False):

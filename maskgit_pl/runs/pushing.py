@@ -34,7 +34,6 @@ _CARD = "README.md"
 _TEXTS = (*DIFFUSERS_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt")
 _OURS = frozenset({*FILES, *_TEXTS, _CARD})
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-_UNAUTHORIZED, _FORBIDDEN = 401, 403
 
 
 class PushError(RunError):
@@ -168,16 +167,10 @@ def push(plan: Push, *, private: bool = False) -> str:
         added += [CommitOperationAdd(path, file) for path, file in plan.files.items()]
         deleted = [CommitOperationDelete(path, is_folder=False) for path in sorted((there & _OURS) - {*plan.files})]
         api.create_commit(plan.hub_id, [*added, *deleted], commit_message="Upload a model of maskgit_pl")
-    except HfHubHTTPError as error:
-        advice = {
-            _UNAUTHORIZED: "the access token is not valid; log in again with `hf auth login`, or set another HF_TOKEN",
-            _FORBIDDEN: "the access token may not write to this repository; use a token with write access to it, or "
-            "another name",
-        }.get(error.response.status_code, "the Hub refused the upload; try again later")
-        raise PushError(f"hub {plan.hub_id}: {advice} ({shorten(' '.join(str(error).split()))})") from error
-    except (HTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__)
         raise PushError(
-            f"hub {plan.hub_id}: the Hub cannot be reached ({shorten(str(error) or type(error).__name__)}); check the "
-            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or share the folder as it is"
+            f"hub {plan.hub_id}: the Hub refused the upload, or cannot be reached ({reason}); check the access token "
+            "and its rights (`hf auth login`), the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
     return str(address)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar
+from lightning.pytorch.callbacks import DeviceStatsMonitor
 from PIL import Image
 from torch import Tensor
 
@@ -72,48 +72,34 @@ class DeviceStats(CallbackSpec):
         return DeviceStatsMonitor()
 
 
-class ProgressLines(ProgressBar):
-    """A callback that logs step, metrics, speed and remaining time, at most once per interval.
+class ProgressLines(Callback):
+    """A callback that logs step, metrics, speed and remaining time on rank 0, at most once per interval.
 
     It is for batch logs and CI, in place of a progress bar.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._is_enabled = True
         self._start = (0.0, 0)  # time and step at the start of training
         self._last = 0.0  # time of the last line
-
-    def enable(self) -> None:
-        """Turns the lines on."""
-        self._is_enabled = True
-
-    def disable(self) -> None:
-        """Turns the lines off; Lightning calls this on every rank except rank 0."""
-        self._is_enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.monotonic()
         self._start = (self._last, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        now = time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = now
-            self._log_line(trainer, pl_module, now)
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_line(trainer, pl_module, time.monotonic())
-
-    def _log_line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
-        if not self._is_enabled:
+        if not trainer.is_global_zero:
             return
+        self._last = time.monotonic()
         begun, first = self._start
         # Speed since the start of this process: a resumed run counts only its own steps.
-        speed = (trainer.global_step - first) / max(now - begun, 1e-9)
+        speed = (trainer.global_step - first) / max(self._last - begun, 1e-9)
         left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
-        metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+        metrics = trainer.progress_bar_metrics.items()
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics if isinstance(value, int | float))
         log.info("step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, text, speed, left)
 
 

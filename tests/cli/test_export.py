@@ -61,7 +61,7 @@ def test_the_newest_checkpoint_becomes_the_export_of_the_training(run, maskgit, 
     config = copy / "transformer" / "config.yaml"
     tree = yaml.safe_load(config.read_text())
     # Packages of the training may be missing.
-    missing = {"loggers": [{"name": "wandb"}, {"name": "mlflow"}], "callbacks": ["gone"]}
+    missing = {"loggers": [{"name": "wandb"}], "callbacks": ["gone"]}
     config.write_text(yaml.safe_dump(tree | missing, sort_keys=False))
     assert maskgit("export", copy, f"--out={tmp_path / 'out'}").code == 0
     assert (tmp_path / "out" / "README.md").is_file()

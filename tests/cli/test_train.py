@@ -153,19 +153,12 @@ def test_a_dry_run_describes_and_refuses_as_training_does_and_writes_nothing(tra
     assert files(tmp_path) == before
 
 
-def test_fresh_is_refused_for_one_of_several_ranks(train, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(train("tokenizer", "--fresh"), "--fresh must be given to a single process, got 2 ranks")
-
-
 @pytest.mark.slow
 def test_a_baseline_trains_resumes_and_keeps_its_kind(maskgit, tiny_shards, tiny_pretrained, runs):
     where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
     sizes = [word for word in tiny_flags("transformer") if "decoding" not in word]
     words = ("train", "transformer", *where, "--recipe=autoregressive", *sizes)
-    first = maskgit(*words, "--model.decoding.guidance=constant")
-    assert "base.yaml: causal attention ignores model.mask_schedule, model.min_mask_ratio" in first.out
+    assert maskgit(*words, "--model.decoding.guidance=constant").code == 0
     assert "resuming from step-00000001" in maskgit(*words, "--trainer.max_steps=2").out
     assert load_transformer(runs / "one" / "pretrained" / "transformer").mask_schedule is None
     assert "| attention | causal |" in (runs / "one" / "pretrained" / "README.md").read_text()

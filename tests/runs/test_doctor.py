@@ -132,14 +132,3 @@ def test_images_of_another_size_are_a_warning(examine, tmp_path):
 def test_a_disk_without_room_for_the_checkpoints(examine, small_disk):
     (small_disk / "other").write_bytes(bytes(3 * 2**20 - 32_768))
     fails(examine(run=small_disk / "one"), "disk", small_disk, "free", "--runs-folder", "keep_last")
-
-
-def test_a_machine_is_described(tmp_path, tiny_shards, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    found = runs.preflight()
-    assert found.ok
-    assert f"torch {torch.__version__}" in str(found)
-    (data,) = [check for check in found.checks if check.name == "data"]
-    assert data.verdict == "warning"
-    shutil.copytree(tiny_shards, tmp_path / "data" / "shards" / "mine")
-    assert runs.preflight().checks[-2].text == "mine"

@@ -103,17 +103,6 @@ def test_an_unwritable_output_ends_a_run_before_it_trains(tiny_shards, tmp_path,
 
 
 @pytest.mark.slow
-def test_fresh_sets_a_run_aside_only_if_training_can_start(tiny_shards, tmp_path):
-    where = {"run": tmp_path / "one", "data": tiny_shards}
-    runs.fit(recipe("tokenizer"), **where)
-    with pytest.raises(ValueError, match="num_groups must divide"):
-        runs.fit(recipe("tokenizer", model__network__num_groups=3), fresh=True, **where)
-    assert runs.fit(recipe("tokenizer"), **where).was_finished
-    assert not runs.fit(recipe("tokenizer"), fresh=True, **where).was_finished
-    assert (tmp_path / "one" / "tokenizer.old-1" / "checkpoints").is_dir()
-
-
-@pytest.mark.slow
 def test_the_tokenizer_that_a_run_has_trained_is_not_replaced(tiny_shards, tiny_pretrained, tmp_path):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
     trained = runs.fit(recipe("tokenizer"), **where)
