@@ -79,10 +79,7 @@ _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """A Lightning checkpoint plugin that writes and reads a folder of tensor files and plain values.
-
-    All ranks must call its methods together. An error of one rank is raised on all of them.
-    """
+    """A Lightning checkpoint plugin that writes and reads folders. All ranks must call its methods together."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
@@ -185,11 +182,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns a value as plain JSON, and adds its tensors to ``tensors`` by their keys, such as ``/state_dict/weight``.
-
-    Raises:
-        TypeError: if a value is neither a tensor nor plain. The message names its key.
-    """
+    """Returns a value as plain JSON, and adds its tensors to ``tensors`` by keys such as ``/state_dict/weight``."""
     if isinstance(value, Tensor):
         assert key not in tensors, f"checkpoint {key}: two tensors with this key"
         tensors[key] = value
@@ -272,11 +265,7 @@ def _describe_file(file: Path) -> dict[str, Any]:
 
 
 def _read_marker(folder: Path) -> dict[str, Any]:
-    """Returns size and sha256 of each file.
-
-    Raises:
-        ValueError: if there is no marker, or it is damaged or of another version.
-    """
+    """Returns size and sha256 of each file."""
     file = folder / _MARKER
     if not file.is_file():
         raise ValueError(f"checkpoint {folder} is incomplete: it has no {_MARKER}; use an older one or train again")
@@ -308,16 +297,16 @@ def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
 
 
 class _Piece(NamedTuple):
-    """Rows of a tensor in an open file."""
+    """Rows of a tensor in an open file, from the row ``start`` on."""
 
     file: Any  # an open safetensors file
     key: str
     start: int
-    shape: list[int]
 
     @property
-    def end(self) -> int:
-        return self.start + self.shape[0]
+    def shape(self) -> list[int]:
+        shape: list[int] = self.file.get_slice(self.key).get_shape()
+        return shape
 
     def read(self, start: int, stop: int) -> Tensor:
         """Reads rows [start, stop) of the tensor, which this piece holds."""
@@ -349,7 +338,7 @@ class _TensorFiles:
                 self._open[name] = file, set(file.keys()), json.loads(file.metadata()[_FIRST_ROWS])
             file, keys, starts = self._open[name]
             if key in keys:
-                yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
+                yield _Piece(file, key, starts.get(key, 0))
 
 
 class SavedTensor(NamedTuple):
@@ -371,18 +360,18 @@ class SavedTensor(NamedTuple):
     def read_all(self) -> Tensor:
         """Reads the whole tensor to the CPU."""
         pieces = list(self.files.find(self.key))
-        if not pieces[0].shape:
+        if self.is_scalar:
             scalar: Tensor = pieces[0].file.get_tensor(self.key)
             return scalar
-        return self.read_rows(0, max(piece.end for piece in pieces))
+        return self.read_rows(0, sum(piece.shape[0] for piece in pieces))
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Reads rows [start, stop) of the first dimension to the CPU."""
         parts: dict[int, Tensor] = {}  # by their first row
         for piece in self.files.find(self.key):
-            if piece.start <= start and stop <= piece.end:  # all rows are in this piece: no copy, and no other file
+            first, last = max(start, piece.start), min(stop, piece.start + piece.shape[0])
+            if (first, last) == (start, stop):  # all rows are in this piece: no copy, and no other file
                 return piece.read(start, stop)
-            first, last = max(start, piece.start), min(stop, piece.end)
             if first < last:
                 parts[first] = piece.read(first, last)
         rows = torch.cat([parts[first] for first in sorted(parts)])

@@ -4,11 +4,8 @@ A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{na
 is AdamW of torch. The others are timm's, which is imported when one of them is named. Registered are algorithms with
 decoupled weight decay that resume bit-exactly: none that draws random numbers or needs a second backward pass.
 
-The learning rate is a warm-up to a peak, and a schedule after it.
-
-The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is
-a submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample
-pictures and exports use it.
+The exponential moving average (EMA) of the weights is a frozen copy of the network. It is a submodule, so that it is
+sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and exports use it.
 """
 
 from __future__ import annotations
@@ -110,27 +107,16 @@ class LionSpec(OptimizerSpec):
 class MuonSpec(OptimizerSpec):
     """Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others.
 
-    Args:
-        momentum: Decay rate of the momentum, in [0, 1).
-        nesterov: True for Nesterov momentum.
-        ns_steps: Newton-Schulz iterations, in [1, 20].
-
     Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.
     """
 
     other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_fallback": True})
-    momentum: float = 0.95
-    nesterov: bool = False
-    ns_steps: int = 5
-
-    def __post_init__(self) -> None:
-        check_number("momentum", self.momentum, "[0, 1)")
-        check_integer("ns_steps", self.ns_steps, "[1, 20]")
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
         from timm.optim.muon import Muon
 
-        return Muon(groups, lr=config.learning_rate.peak, betas=config.betas, **asdict(self))
+        rate = config.learning_rate.peak
+        return Muon(groups, lr=rate, betas=config.betas, momentum=0.95, nesterov=False, ns_steps=5)
 
 
 @optimizers.register("sgd")
@@ -283,15 +269,11 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Op
 
 
 def state_values(config: OptimizerConfig) -> float:
-    """Measures the values that an optimizer keeps for each value of a weight matrix, such as 2.0 for AdamW.
-
-    A step on a 256 x 256 matrix shows it. Statistics of rows and columns are a smaller part in larger matrices.
-    """
+    """Measures the values that an optimizer keeps for each value of a 256 x 256 matrix, such as 2.0 for AdamW."""
     weight = nn.Parameter(torch.ones(256, 256))
-    none: list[tuple[str, nn.Parameter]] = []
-    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": none, "weight_decay": 0.0}]
-    optimizer = build_optimizer(groups, config)
     weight.grad = torch.ones_like(weight)
+    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": [], "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, config)
     optimizer.step()
     kept = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, Tensor))
     return round(kept / weight.numel(), 2)
@@ -329,20 +311,15 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
 
     Source: Kingma and Ba, arXiv:1412.6980, section 3.
     """
-    _reshard(ema)
+    for module in ema.modules():
+        if isinstance(module, FSDPModule):  # it keeps the gathered parameters of the root after a forward pass
+            module.reshard()
     weight = (1 - decay) / (1 - decay ** (step + 1))
     # In one kernel for many tensors.
     averaged = [_local(parameter) for parameter in ema.parameters()]
     torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
     for kept, new in zip(ema.buffers(), source.buffers(), strict=True):
         kept.copy_(new)
-
-
-def _reshard(network: nn.Module) -> None:
-    """Frees gathered parameters: FSDP2 keeps those of the root after a forward pass without a backward pass."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:
