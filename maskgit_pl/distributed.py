@@ -109,11 +109,7 @@ def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Returns the sum of a tensor over the ranks, differentiable; the tensor itself for a single process.
-
-    Args:
-        value: Tensor with the same shape on each rank; it is not changed.
-    """
+    """Returns the sum of a tensor of the same shape over the ranks, differentiable; itself for a single process."""
     if rank_and_world()[1] == 1:
         return value
     total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]  # torch: untyped
@@ -121,21 +117,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Returns the mean of a tensor over the ranks, differentiable; the tensor itself for a single process.
-
-    Args:
-        value: Tensor with the same shape on each rank; it is not changed.
-    """
+    """Returns the mean of a tensor of the same shape over the ranks, differentiable; itself for a single process."""
     world_size = rank_and_world()[1]
     return value if world_size == 1 else sum_over_ranks(value) / world_size
 
 
 def max_over_ranks(value: Tensor) -> Tensor:
-    """Returns the elementwise maximum of a tensor over the ranks, without a gradient.
-
-    Args:
-        value: Tensor with the same shape on each rank; it is not changed.
-    """
+    """Returns the elementwise maximum of a tensor of the same shape over the ranks, without a gradient."""
     if rank_and_world()[1] == 1:
         return value
     largest = value.detach().clone()

@@ -317,19 +317,19 @@ def train(recipe: Recipe, folder: Path, *, data: Path | None = None, tokenizer: 
             raise TrainingError(code if code > 0 else INTERNAL_ERROR, f"{reason}; log: {file}")
 
 
-def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
+def run_maskgit(words: Sequence[str], output: IO[bytes]) -> tuple[int, bool]:
     """Runs ``maskgit``. A stop signal to this process is passed on, so that a training saves and ends.
 
     Args:
         words: Arguments of ``maskgit``.
-        output: File for standard output and errors; None leaves them to this process's own.
+        output: File for standard output and errors.
 
     Returns:
         The exit code, and True if this process received a stop signal.
     """
-    errors = None if output is None else subprocess.STDOUT
     with processes.catch_stop_signals():
-        process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=errors)
+        command = [sys.executable, "-m", "maskgit_pl", *words]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         is_told = False
         try:
             while True:

@@ -266,9 +266,7 @@ def _bytes_of(*networks: nn.Module) -> int:
 def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
     """Counts the step in the context, in which tensors have shapes but no content.
 
-    Args:
-        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights,
-            gradients and buffers exist before the step and are not counted.
+    The networks, which may be on the meta device, lose their weights. Weights, gradients and buffers are not counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -293,13 +291,13 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
     ``FlopCounterMode`` fails in ``autograd.grad``, and torch's ``MemTracker`` counts some tensors twice.
 
+    Args:
+        tensors: Existing tensors, which are not counted.
+
     Attributes:
         flops: FLOPs of matrix products and convolutions.
         live: Bytes that are alive now.
         peak: Maximum of ``live``.
-
-    Args:
-        known: Existing tensors, which are not counted.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:

@@ -101,10 +101,6 @@ def name_folders(
 def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
     """Finds the folders of a run, and checks them as far as possible without torch.
 
-    Args:
-        recipe: Values of the run, and the stage.
-        folders: See ``Folders``.
-
     Raises:
         ValueError: if the name of the run is reserved, or several tokenizers match.
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
@@ -118,11 +114,7 @@ def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
-    """Finds the folder of a run, ``runs/RUN``, which need not exist.
-
-    Args:
-        recipe: Recipe, which gives the default name ``DATASET-RECIPE``.
-        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash.
+    """Finds the folder of a run, which need not exist; its default name is ``DATASET-RECIPE``. See ``folder_of``.
 
     Raises:
         ValueError: if the run has no name, or the name of the folder of token stores.
@@ -146,10 +138,6 @@ def folder_of(run: str | Path) -> Path:
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
     """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set.
 
-    Args:
-        recipe: Recipe, which gives the data set.
-        data: Data folder, if named.
-
     Raises:
         FileNotFoundError: if the folder does not exist.
     """
@@ -172,14 +160,7 @@ def find_tokenizer(
     """Finds the tokenizer of stage 2.
 
     The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``;
-    the only tokenizer that other runs have trained on the same data.
-
-    Args:
-        recipe: Recipe of the run.
-        folder: Run folder.
-        shards: Data folder of the run.
-        tokenizer: Pretrained tokenizer folder, if named.
-        pretrained: Pretrained folder of both stages with the initial weights of the run.
+    the only tokenizer that other runs have trained on the data folder ``shards``.
 
     Raises:
         FileNotFoundError: if there is no tokenizer, or the named run does not exist.
@@ -211,17 +192,11 @@ def find_tokenizer(
 def _check_tokenizer(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"tokenizer {folder}: no config.json there; name a pretrained tokenizer folder")
-    if (folder / "tokenizer" / "config.json").is_file():
-        raise FileNotFoundError(f"tokenizer {folder} is a folder of both stages; did you mean {folder}/tokenizer?")
     return folder
 
 
 def _refuse_unknown_run(folder: Path) -> None:
-    """Rejects stage 2 of a named run that does not exist, since the name is probably mistyped.
-
-    Raises:
-        FileNotFoundError: if the run does not exist and there are others. The message names the closest one.
-    """
+    """Rejects stage 2 of a named run that does not exist, since the name is probably mistyped."""
     runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
     if folder.is_dir() or not runs:
         return

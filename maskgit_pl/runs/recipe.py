@@ -133,12 +133,7 @@ class Recipe:
 
     @classmethod
     def from_run(cls, stage: Stage, config: Path, overrides: Overrides = ()) -> Recipe:
-        """Reads the recipe of an earlier run, to repeat it.
-
-        Args:
-            stage: Stage to train.
-            config: Configuration of that run, ``runs/RUN/STAGE/config.yaml``.
-            overrides: Overrides; see ``read``.
+        """Reads the recipe of an earlier run, ``runs/RUN/STAGE/config.yaml``, to repeat it; see ``read``.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -210,13 +205,8 @@ def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
 def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
     """Finds the files of a run in merge order.
 
-    Args:
-        stage: Stage of the recipes.
-        dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The
-            default data set only has the base file.
-        names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the
-            other. A path counts for the stage, unless the file is in a folder named after the other stage.
-        cluster: A file of ``recipes/cluster``.
+    A data set without a file of its own has ``own-images.yaml``, and the default one only the base. A stage ignores
+    names that only the other one has. A path counts for both, unless its folder is named after one of them.
 
     Raises:
         FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists

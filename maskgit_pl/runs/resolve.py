@@ -201,7 +201,7 @@ def choose_precision(
 
 
 def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dict[str, Any]:
-    """Returns the settings that must not change, as plain values by dotted key.
+    """Returns the settings that must not change, as plain values by dotted key; ``{name: ...}`` is a single value.
 
     They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so
     a change would have no effect.
@@ -210,9 +210,6 @@ def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dic
         tree: All values of the run, ``ResolvedRun.tree``.
         data: Fingerprint of the data folder.
         weights: Fingerprint of the tokenizer, for stage 2, and of the teacher, for a distillation.
-
-    Returns:
-        Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
     """
     settings = {"data": data, **_flat(tree["model"], "model")}
     settings |= {f"data.{key}": tree["data"].get(key) for key in _DATA}
@@ -220,12 +217,7 @@ def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dic
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits.
-
-    Args:
-        old: Settings of a checkpoint.
-        new: Settings of the run.
-    """
+    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits."""
     pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
     return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
 

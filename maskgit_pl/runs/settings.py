@@ -299,12 +299,9 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
-    """Checks the keys and values of the layers of a recipe, in merge order.
+    """Checks the layers of a recipe, in merge order. Returns them with the readings of flags that fit their keys.
 
     Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
-
-    Returns:
-        The layers, with those readings of flags that fit the types of their keys.
 
     Raises:
         ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The

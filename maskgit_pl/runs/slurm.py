@@ -139,13 +139,8 @@ class Submission:
 def plan_submission(recipe: Recipe, *, job: JobOptions | None = None, **folders: Unpack[Folders]) -> Submission:
     """Plans a job that trains a stage of a run. Submits nothing, and works without Slurm.
 
-    Args:
-        recipe: Values of the run, and the stage.
-        job: Options of the job. Default: 1 node with 8 devices.
-        folders: See ``Folders``.
-
     Raises:
-        ValueError: if a flag of the recipe sets nodes or devices, or its number of workers or threads is out of range.
+        ValueError: if a flag of the recipe sets nodes or devices.
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
     """
     job = job or JobOptions()
@@ -189,10 +184,7 @@ def check_submission(submission: Submission) -> str:
 
 
 def submit(submission: Submission) -> str:
-    """Checks a job with ``check_submission`` and submits it.
-
-    Returns:
-        The job ID.
+    """Checks a job with ``check_submission``, submits it, and returns its ID.
 
     Raises:
         FileNotFoundError: if Slurm is not installed, or a file that training needs is missing.

@@ -134,11 +134,10 @@ class TokenModelConfig:
 
 
 def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
-    """Checks that a network supports decoding settings.
+    """Checks that a network supports decoding settings: their names and numbers, and guidance only with a null class.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not
-            support a setting, or guidance is set without a null class.
+        ValueError: if it does not. The message names the setting.
     """
     try:
         decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
@@ -157,28 +156,19 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
     Raises:
         ValueError: if it does not. The message has both values and the recipe key.
     """
-    pairs = (
-        ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
-        ("grid", config.grid, tokenizer.grid),
-    )
-    for name, value, has in pairs:
-        if value != has:
+    has = {"codebook_size": tokenizer.network.config.codebook_size, "grid": tokenizer.grid}
+    for name, expected in has.items():
+        if (value := getattr(config, name)) != expected:
             raise ValueError(
-                f"model.network.{name} must be {has}, that of the tokenizer, got {value}; leave the key out, or name "
-                "another tokenizer"
+                f"model.network.{name} must be {expected}, that of the tokenizer, got {value}; leave the key out, or "
+                "name another tokenizer"
             )
 
 
 def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
-    """Checks that the samples of a batch are those of a transformer.
+    """Checks that the samples of a batch are those of a transformer; ``tokenizer`` returns that of images.
 
-    Labels are checked because the rows of the embedding before and after those of the classes are codes, the
-    null class and the mask token.
-
-    Args:
-        batch: The batch that the Trainer passes.
-        config: Sizes of the transformer.
-        tokenizer: Returns the tokenizer of images.
+    The rows of the embedding beside those of the classes are codes, the null class and the mask token.
 
     Raises:
         TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
@@ -213,9 +203,6 @@ class StepLosses(NamedTuple):
 
 class TokenModel(LightningModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
-
-    A subclass defines the random draws of a step (``_draw``), the groups of logged values (``_assign_bins``) and the
-    decoding of images (``_decode``).
 
     Args:
         config: Network, optimizer, tokenizer and loss.
@@ -261,12 +248,7 @@ class TokenModel(LightningModule):
 
     @abstractmethod
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
-        """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4).
-
-        Args:
-            mask: (B, N) bool.
-            positions: (M,) int64 in [0, B N): the places of the tokens in the batch.
-        """
+        """Returns the group in the logs, (M,) int64 in [0, 4), of the tokens at the M positions, for a mask (B, N)."""
 
     @abstractmethod
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
@@ -408,9 +390,6 @@ class TokenModel(LightningModule):
         """Checks the precision, and shards the networks block by block under FSDP2.
 
         The token embedding, which is tied to the output layer, stays in the root group.
-
-        Raises:
-            ValueError: if the stage does not support the Trainer's precision.
         """
         check_precision(self.trainer.precision)
         if self.device_mesh is None:
@@ -451,11 +430,7 @@ class TokenModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm.
-
-        Raises:
-            ValueError: if the algorithm is not ``norm``.
-        """
+        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
@@ -529,12 +504,9 @@ class TokenModel(LightningModule):
     def sample(
         self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
     ) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, and yields after each step.
+        """Decodes an image for each label and seed in [0, 2**32) with the averaged network; yields after each step.
 
-        Args:
-            labels: Label of each image.
-            seeds: Seed of each image, in [0, 2**32).
-            vectors: (B, C) float, vector of each image; None for a network without conditioning vectors.
+        ``vectors`` (B, C) float are those of the images; None for a network without conditioning vectors.
         """
         # Without an average this is the network that trains, so its mode is restored afterwards, also after a part.
         self.averaged_network.eval()
@@ -544,10 +516,9 @@ class TokenModel(LightningModule):
             self.transformer.train(self.training)
 
     def start_from(self, folder: Path) -> None:
-        """Replaces the initial weights by those of a pretrained transformer. Call it before the first step.
+        """Replaces the initial weights by those of a pretrained transformer folder. Call it before the first step.
 
-        Args:
-            folder: Pretrained transformer folder. See ``pipeline.fine_tuning.weights_for`` for other classes.
+        See ``pipeline.fine_tuning.weights_for`` for other classes.
 
         Raises:
             FileNotFoundError: if there is no such folder.
@@ -567,8 +538,7 @@ class TokenModel(LightningModule):
         Raises:
             ValueError: if there is not one name for each class.
         """
-        class_list = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
-        names = check_class_names("class_names", class_list, self.config.network.num_classes)
+        names = check_class_names("class_names", list(class_names), self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, tokenizer_folder = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
@@ -585,24 +555,14 @@ class TokenModel(LightningModule):
 
 
 class BinnedMeans:
-    """Sums over the predicted tokens of this rank since the last reading, by group, such as a similar mask ratio.
-
-    Args:
-        binned_by: The quantity that the groups are ranges of, in the names of logged values.
-    """
+    """Sums over the predicted tokens of this rank since the last reading, by ranges of the quantity ``binned_by``."""
 
     def __init__(self, binned_by: str) -> None:
         self.binned_by = binned_by
         self._sums: Tensor | None = None  # (bins + 1, 3) of predicted tokens: count, summed loss, summed hits
 
     def add(self, bins: Tensor, token_loss: Tensor, hits: Tensor) -> None:
-        """Adds predicted tokens.
-
-        Args:
-            bins: (M,) int64 in [0, 4], the group of each token; tokens with 4 are not counted.
-            token_loss: (M,) float, the loss of each token.
-            hits: (M,) float, 1 where the prediction is right.
-        """
+        """Adds M tokens, with the group in [0, 4], loss and hit of each; those of group 4 are not counted."""
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
         # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32,
         # single values that are added to a sum of millions are rounded.
@@ -610,13 +570,7 @@ class BinnedMeans:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, loss: Tensor) -> dict[str, float]:
-        """Returns the loss of a step with the means of all groups that have tokens, and starts new sums.
-
-        Call it after ``add``.
-
-        Args:
-            loss: Scalar loss of the step.
-        """
+        """Returns the scalar loss of a step with the means of all groups that have tokens, and starts new sums."""
         # One copy to the host for all values: each copy waits for the device.
         assert self._sums is not None
         value, *sums = torch.cat([loss.reshape(1), self._sums[:NUM_BINS].flatten()]).tolist()

@@ -179,11 +179,7 @@ class PerceptualConfig(TokenizerLoss):
         return getattr(build_perceptual(self.network, self.output), "min_image_size", 1)
 
     def create_network(self) -> nn.Module:
-        """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,).
-
-        Raises:
-            ValueError: if its weights cannot be read.
-        """
+        """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,)."""
         try:
             return create_distance(self.network, self.output)
         except (ValueError, FileNotFoundError) as error:
@@ -242,10 +238,6 @@ class AdversarialConfig:
                 f"adversarial r1_weight must be 0 with a discriminator that normalises over the batch, got "
                 f"{self.r1_weight}; R1 needs logits that depend on one image each: set r1_weight 0, or norm group"
             )
-
-    def has_started(self, step: int) -> bool:
-        """Returns whether the networks have an adversarial loss at a step."""
-        return step >= self.start_step
 
     def weight_at(self, step: int) -> float:
         """Returns the factor of the generator's adversarial loss at a step, from ``start_step`` on."""
@@ -313,8 +305,8 @@ class TokenizerConfig:
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
-        self._check_freeze()
         object.__setattr__(self, "losses", tuple(self.losses))
+        self._check_freeze()
         shorter = min(height_width(self.image_size))
         for name, term in self.terms.items():
             if shorter < term.min_image_size:
@@ -355,12 +347,9 @@ class TokenizerConfig:
 
 
 class LossTerms:
-    """The weighted sum of the terms at the reconstructed image.
+    """The weighted sum of the terms at the reconstructed image, by their names in the logs.
 
     It is not an ``nn.Module``, so the frozen networks of the terms stay out of checkpoints.
-
-    Args:
-        terms: The terms by their names in the logs.
 
     Raises:
         ValueError: if the weights of a network cannot be read.
@@ -472,13 +461,10 @@ class AdversarialStep:
         return gradient
 
     def discriminator_loss(self, lecam_means: Tensor) -> Tensor:
-        """Computes the discriminator's loss with its penalties.
+        """Computes the discriminator's loss with its penalties, scalar float32 with a graph.
 
         Args:
             lecam_means: (2,) float32: moving averages of the logits of real images and of reconstructions.
-
-        Returns:
-            Scalar float32 with a graph.
         """
         config = self.config
         loss = losses.discriminator_loss(self.real_logits, self.fake_logits, kind=config.loss)
@@ -505,14 +491,8 @@ class AdversarialStep:
 def gradient_norm(gradient: Tensor) -> Tensor:
     """Computes the root mean square over images of the norm of the gradient of an image's own loss.
 
-    The gradient g of a mean over B images is 1/B of those of their own losses: sqrt(1/B sum_b |B g_b|^2) = sqrt(B) |g|.
-    The value does not depend on the size of the micro-batch, so that runs and losses can be compared.
-
-    Args:
-        gradient: (B, C, H, W) float32: gradient of a mean over images.
-
-    Returns:
-        Scalar float32.
+    The gradient g (B, C, H, W) of a mean over B images is 1/B of those of their own losses:
+    sqrt(1/B sum_b |B g_b|^2) = sqrt(B) |g|. The value does not depend on the size of the micro-batch.
     """
     norm: Tensor = torch.linalg.vector_norm(gradient) * len(gradient) ** 0.5
     return norm.detach()
