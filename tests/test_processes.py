@@ -52,8 +52,7 @@ def send(*times: float, state: str = "runs", saving: float = 0.0) -> tuple[int, 
     return process.returncode, [line for line in error.splitlines() if line]
 
 
-FIRST = "finishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)"
-CALLED = "finishing this step and saving; press Ctrl-C again to quit immediately"
+FIRST = "finishing this step and saving; press Ctrl-C again to quit immediately"
 SECOND = "quit immediately; repeat the command to resume from the last checkpoint"
 
 
@@ -124,7 +123,7 @@ def test_the_handlers_are_restored_and_a_run_can_be_stopped_again(capfd):
             with processes.catch_stop_signals(until="exit"):  # inside another one: nothing
                 assert processes.is_requested()
         assert handlers() == before
-    assert capfd.readouterr().err.split("\n\n") == ["\n" + CALLED, CALLED + "\n"]
+    assert capfd.readouterr().err.split("\n\n") == ["\n" + FIRST, FIRST + "\n"]
 
 
 def test_a_second_ctrl_c_raises_keyboard_interrupt_in_a_library_call():

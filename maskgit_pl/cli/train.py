@@ -11,9 +11,9 @@ from typing import Annotated
 
 from maskgit_pl import evaluation, runs
 from maskgit_pl.cli.arguments import Word
-from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, check_one_of, print_json
+from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
-from maskgit_pl.errors import BAD_INPUT, printable
+from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
 from maskgit_pl.runs.plan import Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
@@ -29,7 +29,6 @@ def train(
     stage: Stage,
     *,
     print_config: bool = False,
-    dry_run: bool = False,
     run: RunFlags = RunFlags(),
     overrides: Sequence[str] = (),
 ) -> None:
@@ -42,17 +41,12 @@ def train(
     Args:
         stage: Stage to train.
         print_config: Print the complete recipe of the run and exit.
-        dry_run: Check everything that is checked before training, print what would be done, and exit; writes nothing.
     """
-    check_one_of(print_config=print_config, dry_run=dry_run)
     with catch_stop_signals(until="exit"):
         recipe = run.read(stage, overrides)
         folders = run.folders(recipe)
         if print_config:
             _print_config(recipe, folders)
-        elif dry_run:
-            for name, text in runs.dry_run(recipe, **folders).items():
-                print(f"{name:11}{printable(text)}")
         else:
             runs.fit(recipe, **folders)
 

@@ -1,4 +1,4 @@
-"""``fit`` trains a stage of a run and exports it, ``dry_run`` says what it would do, ``export`` exports a checkpoint.
+"""``fit`` trains a stage of a run and exports it, ``export`` exports a checkpoint.
 
 ``maskgit train`` and ``maskgit export`` call them.
 """
@@ -47,7 +47,6 @@ __all__ = [
     "FitResult",
     "check_run_outputs",
     "describe_start",
-    "dry_run",
     "export",
     "fit",
     "fit_stage",
@@ -250,36 +249,6 @@ def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
-@restore_process_state()
-def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
-    """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
-
-    Returns:
-        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``,
-        ``steps``, ``devices``. Names without content are left out.
-
-    Raises:
-        FileNotFoundError: see ``runs.fit``.
-        ValueError: see ``runs.fit``.
-    """
-    plan = plan_run(recipe, **folders)
-    stage_run = build(plan)
-    check_run_outputs(plan)
-    stage_run.datamodule.setup()
-    trainer = stage_run.trainer
-    lines: Mapping[str, str | None] = {
-        "run": describe_start(plan.stage_folder, trainer.max_steps),
-        "recipe": recipe.title,
-        "data": _describe_data(stage_run, plan),
-        "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
-        "weights": None if plan.pretrained is None else f"a new run starts from those of {plan.pretrained}",
-        "model": f"{sum(part.numel() for part in stage_run.model.parameters() if part.requires_grad):,} parameters",
-        "steps": f"{trainer.max_steps:,}, with a global batch of {_describe_batch(stage_run)}",
-        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
-    }
-    return {name: text for name, text in lines.items() if text is not None}
-
-
 def describe_start(stage_folder: Path, max_steps: int) -> str:
     """Returns a line: whether the training starts, resumes or has nothing to do."""
     newest = newest_checkpoint(stage_folder / "checkpoints")
@@ -407,15 +376,6 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
         write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
     if module.global_rank == 0:
         log.info("exported %s", folder)
-
-
-def _describe_data(run: StageRun, plan: Plan) -> str:
-    if run.datamodule.config.source == "stream":
-        return "a stream of shards"
-    summary = run.datamodule.summary
-    counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
-    parts = (f"{plan.shards}: {counts}", count_text(summary.num_classes, "class"), run.datamodule.resizing)
-    return "; ".join(part for part in parts if part is not None)
 
 
 def _describe_batch(run: StageRun) -> str:

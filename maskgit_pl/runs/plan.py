@@ -73,7 +73,7 @@ class Plan:
 
 
 class Folders(TypedDict, total=False):
-    """The folders of a run, which ``fit``, ``dry_run``, ``tokenize``, ``preflight`` and ``plan_submission`` take.
+    """The folders of a run, which ``fit``, ``tokenize``, ``preflight`` and ``plan_submission`` take.
 
     Attributes:
         run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.

@@ -18,9 +18,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
-import re
 import shlex
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,7 +42,6 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_TIME = re.compile(r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d(:\d\d)?)?|UNLIMITED|INFINITE", re.IGNORECASE)
 _SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
 _VARIABLES = (  # of the environment, which the script reads
     "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
@@ -71,7 +68,7 @@ class JobOptions:
         program: ``maskgit`` on the nodes; None means this one, or with a container the one on its PATH.
 
     Raises:
-        ValueError: if a number is out of range, ``time`` is not a time, or a string is not valid shell syntax.
+        ValueError: if a number is out of range, or a string is not valid shell syntax.
     """
 
     nodes: int = 1
@@ -91,8 +88,6 @@ class JobOptions:
         for name in ("nodes", "devices", "cpus"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), "[1, inf)")
-        if not _TIME.fullmatch(self.time):
-            raise ValueError(f"time must be a Slurm time such as 90 (minutes), 24:00:00 or 7-0, got {self.time!r}")
         for name in ("sbatch", "srun", "container"):
             _split(name, getattr(self, name))
 
@@ -187,14 +182,9 @@ def submit(submission: Submission) -> str:
     """Checks a job with ``check_submission``, submits it, and returns its ID.
 
     Raises:
-        FileNotFoundError: if Slurm is not installed, or a file that training needs is missing.
+        FileNotFoundError: if ``sbatch`` or a file that training needs is missing.
         ValueError: if training would reject the run, or ``sbatch`` rejects the job.
     """
-    if shutil.which("sbatch") is None:
-        raise FileNotFoundError(
-            "sbatch must be on PATH to submit a job; run this on a login node of the cluster, or use --dry-run to see "
-            "the command"
-        )
     log.info("%s", check_submission(submission))
     log.info("%s", submission)
     submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log file: Slurm creates no folders

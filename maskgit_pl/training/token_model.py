@@ -32,7 +32,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from lightning.pytorch import LightningModule
@@ -44,7 +44,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_choice, check_class_names, check_number, check_seed, height_width
+from maskgit_pl.checks import check_class_names, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
@@ -120,12 +120,9 @@ class TokenModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", str(self.tokenizer))  # a Path is no plain value
         check_number("label_smoothing", self.label_smoothing, "[0, 1)")
-        check_choice("loss_vocabulary", self.loss_vocabulary, get_args(LossVocabulary))
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_seed("seed", self.seed)
-        check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
-        check_choice("compiled", self.compiled, get_args(Compiled))
 
     @property
     def loss_columns(self) -> Vocabulary:

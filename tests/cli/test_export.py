@@ -190,7 +190,9 @@ def test_the_next_commands_make_tokens_and_fit_the_tokenizer(maskgit, tiny_shard
     answer = maskgit("import-tokenizer", "vqvae", "--out", "with space", "--image-size", 8)
     lines = answer.out.splitlines()[-2:]
     assert [line[:14] for line in lines] == ["next: maskgit ", "then: maskgit "]
-    for line, more in zip(lines, (["--device", "cpu"], ["--dry-run", "--trainer.accelerator", "cpu"]), strict=True):
+    for line, more in zip(
+        lines, (["--device", "cpu"], ["--print-config", "--trainer.accelerator", "cpu"]), strict=True
+    ):
         words = shlex.split(line[14:].replace("NAME", "tiny"))
         # The recipe is for ImageNet, and its network is large.
         sizes = ["--model.network.num_classes", "3", "--model.network.depth", "1", "--data.views", "1"]

@@ -180,7 +180,7 @@ COMPLETED = {
     "maskgit sam": "sample",
     "maskgit data fe": "fetch",
     "maskgit train ''": "tokenizer transformer",
-    "maskgit train tokenizer --dry": "--dry-run",
+    "maskgit train tokenizer --print": "--print-config",
     "maskgit sample --num-": "--num-images --num-steps",
     "maskgit export recipes/tok": "recipes/tokenizer",  # files and folders
     "maskgit tokenize --precision ''": "bfloat16 float32",

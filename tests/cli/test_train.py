@@ -133,27 +133,6 @@ def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, sta
 
 
 @pytest.mark.slow
-def test_a_dry_run_describes_and_refuses_as_training_does_and_writes_nothing(train, runs, tmp_path):
-    def plan(*words: str) -> dict[str, str]:
-        answer = train(*words, "--dry-run")
-        assert answer.code == 0, answer
-        return {line[:11].strip(): line[11:] for line in answer.out.splitlines()}
-
-    lines = plan("tokenizer")
-    assert lines["run"] == f"{runs / 'one/tokenizer'}: starts from scratch"
-    assert lines["steps"] == "1, with a global batch of 4 = 1 rank x 2 accumulation steps x 2 samples"
-    assert not runs.exists()
-    train("tokenizer")
-    before = files(tmp_path)
-    assert "resumes from step-00000001" in plan("tokenizer", "--trainer.max_steps=2")["run"]
-    assert "nothing to do" in plan("tokenizer")["run"]
-    assert "tiny" in plan("transformer", "--run=two")["tokenizer"]
-    refused(train("tokenizer", "--dry-run", "--data.seed=7"), "cannot resume", "data.seed: 0 -> 7")
-    refused(train("tokenizer", "--dry-run", "--trainer.strategy=fsdp"), "trainer.strategy")
-    assert files(tmp_path) == before
-
-
-@pytest.mark.slow
 def test_a_baseline_trains_resumes_and_keeps_its_kind(maskgit, tiny_shards, tiny_pretrained, runs):
     where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
     sizes = [word for word in tiny_flags("transformer") if "decoding" not in word]

@@ -154,4 +154,4 @@ def test_the_page_names_what_is_logged(train_recipe, runs) -> None:
     columns = set(file.read_text().splitlines()[0].split(",")) - {"step"}
     assert {column.partition("/mask-ratio")[0] for column in columns} <= named
     assert {name for name in named if name.startswith("speed/")} - columns == {"speed/model_flops_utilization"}
-    assert {"learning-rate", "train/gradient_norm", "train/weight_norm"} <= columns
+    assert {"learning-rate", "train/gradient_norm"} <= columns

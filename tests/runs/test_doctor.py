@@ -132,3 +132,13 @@ def test_images_of_another_size_are_a_warning(examine, tmp_path):
 def test_a_disk_without_room_for_the_checkpoints(examine, small_disk):
     (small_disk / "other").write_bytes(bytes(3 * 2**20 - 32_768))
     fails(examine(run=small_disk / "one"), "disk", small_disk, "free", "--runs-folder", "keep_last")
+
+
+@pytest.mark.slow
+def test_a_run_resumes_is_finished_or_is_refused_as_in_training(examine, tmp_path, tiny_shards):
+    recipe = runs.Recipe.read("tokenizer", overrides=tiny_flags("tokenizer"))
+    runs.fit(recipe, run=tmp_path / "runs" / "one", data=tiny_shards)
+    for steps, text in ((2, "resumes from step-00000001"), (1, "nothing to do")):
+        found = examine(f"--trainer.max_steps={steps}", stage="tokenizer", cluster="single")
+        assert [text in check.text for check in found.checks if check.name == "run"] == [True], found
+    fails(examine("--data.seed=7", stage="tokenizer", cluster="single"), "recipe", "cannot resume", "data.seed: 0 -> 7")

@@ -101,8 +101,6 @@ def test_a_run_keeps_its_precision_on_a_device_that_would_choose_another(
     assert recorded(run) == first
     assert (f"{run}/transformer: trainer.precision auto: bf16-mixed" in caplog.messages) == (first == "bf16-mixed")
     bfloat16(exists=first != "bf16-mixed")
-    described = runs.dry_run(wide(max_steps=2), **where)
-    assert described["devices"] == f"1 x cpu, {first}"
     runs.fit(wide(max_steps=2), **where)
     assert recorded(run) == first
 

@@ -24,7 +24,6 @@ from maskgit_pl.training.optimizers import (
     state_values,
     update_ema,
 )
-from maskgit_pl.training.speed import weight_norm
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
 from tests.short_runs import assert_equal, data, fit, tiny_module
@@ -152,8 +151,6 @@ def on_a_rank(rank: int, folder: str) -> None:
             optimizer = build(config(name), model)
             train(model, optimizer, range(4), rows)
             found[f"{name} fsdp"] = {key: value.full_tensor() for key, value in weights(model).items()}
-            whole = torch.cat([value.flatten() for value in found[f"{name} fsdp"].values()])
-            torch.testing.assert_close(weight_norm(optimizer), whole.norm())
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
