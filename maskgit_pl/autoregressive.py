@@ -56,9 +56,6 @@ class AutoregressiveModel(TokenModel):
     """The LightningModule that trains an ``AutoregressiveBackbone``.
 
     The loss is the mean cross-entropy of each token, given the tokens before it.
-
-    Args:
-        config: Network, optimizer, tokenizer and loss.
     """
 
     config: AutoregressiveConfig

@@ -95,13 +95,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
 
 class MaskedTokenModel(TokenModel):
-    """The LightningModule that trains a backbone to predict masked tokens.
-
-    Args:
-        config: Network, mask schedule, optimizer, tokenizer and loss.
-
-    Source: paper, training objective.
-    """
+    """The LightningModule that trains a backbone to predict masked tokens. Source: paper, training objective."""
 
     config: MaskedTokenConfig
     binned_by = "mask-ratio"

@@ -171,9 +171,7 @@ def ignore_job_signals(worker: int) -> None:
     """Keeps a data worker alive when the whole job receives SIGTERM, since the last step still needs its data.
 
     SIGTERM from the parent process ends the worker, as in torch. The other stop signals have no effect in workers.
-
-    Args:
-        worker: Index of the worker, which ``DataLoader`` passes to a ``worker_init_fn``.
+    ``DataLoader`` passes the index of the worker.
     """
     if not hasattr(signal, "sigwaitinfo"):  # only Linux tells a thread who sent a signal
         return
@@ -313,11 +311,7 @@ def _call(function: Callable[[Any, _Job], _Result], job: _Job) -> _Result | _Ref
 
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
-    """Yields a function that makes bars. Bars and log lines show the speed and the time left.
-
-    Args:
-        shown: False on all ranks except one.
-    """
+    """Yields a function that makes bars, or log lines, of speed and time left; ``shown`` is True on one rank."""
     if not shown:
         yield no_bars
     # A bar in a log file would be thousands of lines.
@@ -334,11 +328,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
 
 @contextmanager
 def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``advance(title, count, total)``, which adds to the bar of a title and makes it at the first call.
-
-    Args:
-        unit: Unit of the amounts, such as ``"images"``.
-    """
+    """Yields ``advance(title, count, total)``, which adds to the bar of a title and makes it at the first call."""
     with progress_bars() as bars:
         advances: dict[str, Callable[[int], None]] = {}
 

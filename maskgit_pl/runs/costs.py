@@ -58,8 +58,7 @@ class Memory:
     """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
 
     Attributes:
-        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not
-            trained (tokenizer, perceptual network). Under FSDP2, this rank's shard.
+        states: Weights, gradients, optimizer, average, and the networks that do not train. Under FSDP2, a shard.
         gathered: Whole weights and gradients that FSDP2 holds temporarily.
         activations: Peak of everything else: what is kept for the backward pass, temporary tensors, and under
             bf16-mixed the bfloat16 copies of the weights.

@@ -126,13 +126,8 @@ class Preflight:
 def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Unpack[Folders]) -> Preflight:
     """Checks a run on any machine: data, tokenizer, ranks, strategy, recipe, batch, memory, disk.
 
-    A failed check stops only those that need its result. Without data, sizes are those of the paper.
-
-    Args:
-        recipe: Values of the run, and the stage.
-        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this
-            machine, if it has a GPU.
-        folders: See ``Folders``.
+    A failed check stops only those that need its result. Without data, sizes are those of the paper. The machines are
+    by default nodes and devices of the recipe, and the GPU memory of this machine, if it has a GPU.
 
     Raises:
         ValueError: if the run has no name, or a reserved one.
@@ -282,9 +277,7 @@ def _describe_run(
     with report.count("work"):
         reads_tokens = values.data.source == "tokens"
         report.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
-        units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
-        unit, factor = next((each for each in units if report.step_flops >= each[1]), ("MFLOP", 1e6))
-        work = f", {report.step_flops / factor:.3g} {unit} per step"
+        work = f", {report.step_flops / 1e12:.3g} TFLOP per step"
     report.add("model", f"{report.num_parameters:,} trained parameters{work}")
 
 

@@ -104,11 +104,7 @@ class ProgressLines(Callback):
 
 
 class ReconstructionPictures(Callback):
-    """A callback that writes ``reconstructions.png`` after each validation of stage 1.
-
-    Args:
-        folder: Folder of the stage.
-    """
+    """A callback that writes ``reconstructions.png`` to the folder of stage 1 after each validation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -174,9 +170,6 @@ class UnreadableReport(Callback):
     The metric ``data/unreadable`` is their number on rank 0, logged at the Trainer's interval. At the end of the run,
     or when it fails, one line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks)
     lists each image of the train and val split with its reason. The counts start at 0 with each process.
-
-    Args:
-        folder: Folder of the stage.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -3,8 +3,7 @@
 ``HealthMonitor`` knows which codes the training batches have used (steps of the code):
 
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
-2. At the Trainer's logging steps, and before a validation, the ranks add up their counts, and the
-   measurements go to all loggers.
+2. At the Trainer's logging steps, the ranks add up their counts, and the measurements go to all loggers.
 3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of
    a run. A value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage
    folder. Training continues.
@@ -118,14 +117,7 @@ class Problem:
 
 
 def attainable_codes(codebook_size: int, num_tokens: float) -> float:
-    """Returns the expected number of different codes among tokens that are drawn uniformly.
-
-    K (1 - (1 - 1/K)^n)
-
-    Args:
-        codebook_size: K, number of codes, >= 1.
-        num_tokens: n, number of tokens, >= 0.
-    """
+    """Returns the expected number of different codes, K (1 - (1 - 1/K)^n), among n tokens that are drawn uniformly."""
     return float(codebook_size * (1 - (1 - 1 / codebook_size) ** num_tokens))
 
 
@@ -202,12 +194,7 @@ class CodeHistory:
         self.last_used = torch.zeros(codebook_size, dtype=torch.int64)
 
     def add(self, tokens: Tensor, step: int) -> None:
-        """Adds the tokens of a micro-batch.
-
-        Args:
-            tokens: int64 in [0, K), of any shape.
-            step: Step that the micro-batch belongs to, counted from 1.
-        """
+        """Adds the tokens, int64 in [0, K), of a micro-batch of a step, which is counted from 1."""
         flat = tokens.flatten()
         self.counts, self.last_used = self.counts.to(flat.device), self.last_used.to(flat.device)
         # No bincount: it waits for the device to learn the largest token.
@@ -227,11 +214,7 @@ class CodeHistory:
         self.last_used = state["last_used"].clone()
 
     def measure(self, step: int, *, dead_after: int) -> tuple[dict[str, float], int]:
-        """Measures the use of the codes over all ranks; must be called on every rank.
-
-        Args:
-            step: Number of finished steps.
-            dead_after: Number of steps after which an unused code is dead.
+        """Measures the use of the codes after ``step`` steps over all ranks; must be called on every rank.
 
         Returns:
             Measurements by name: ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K] of the counted tokens,
@@ -346,11 +329,6 @@ class HealthMonitor(Callback):
             if "discriminator_accuracy" in metrics and self._first_judged is None:
                 self._first_judged = trainer.global_step
             self._judge(trainer.global_step, self.config.grace(int(trainer.max_steps)), problems)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The counts continue, so that a resumed run, which may repeat no validation, has the same ones.
-        if not trainer.sanity_checking and trainer.global_step > self._measured_step:
-            self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns counts and reports; must be called on every rank."""

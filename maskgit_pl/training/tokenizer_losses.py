@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from maskgit_pl import losses
 from maskgit_pl.checks import (
     ImageSize,
-    check_choice,
     check_image_size,
     check_integer,
     check_number,
@@ -292,7 +291,11 @@ class TokenizerConfig:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "losses", tuple(self.losses))
-        self._check_freeze()
+        if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
+            raise ValueError(
+                f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
+                "that weight is measured at the decoder's last layer: set model.adversarial.weight_rule to fixed"
+            )
         shorter = min(height_width(self.image_size))
         for name, term in self.terms.items():
             if shorter < term.min_image_size:
@@ -315,21 +318,6 @@ class TokenizerConfig:
                 number += 1
             terms[key] = term
         return terms
-
-    def _check_freeze(self) -> None:
-        parts = get_args(Part)
-        for part in self.freeze:
-            check_choice("freeze", part, parts)
-        if len(set(self.freeze)) < len(self.freeze) or len(self.freeze) == len(parts):
-            raise ValueError(
-                f"freeze must be one or two different parts of {', '.join(parts)}, got {list(self.freeze)}; leave out "
-                "what is to be trained"
-            )
-        if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
-            raise ValueError(
-                f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
-                "that weight is measured at the decoder's last layer: set model.adversarial.weight_rule to fixed"
-            )
 
 
 class LossTerms:
