@@ -97,7 +97,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, maskgit, r
     assert answer.code == 0
     recipe = yaml.safe_load(answer.out)
     assert recipe["model"]["mask_schedule"] == "square"
-    assert recipe["trainer"]["gradient_clip_val"] is None
+    assert recipe["trainer"]["benchmark"] is None
     assert not runs.exists()
     for stage in ("tokenizer", "transformer"):  # without data and tokenizer
         answer = maskgit("train", stage, "--recipe", "adaln", "--dataset", "nowhere", "--print-config")
