@@ -80,16 +80,9 @@ def barrier() -> None:
 
 
 def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
-    """Calls a function on each rank and returns the results of all, in the order of the ranks.
+    """Calls a function on each rank and returns the results of all, which are pickled, in the order of the ranks.
 
-    An error of one rank is raised on all ranks; otherwise the others would wait for it forever.
-
-    Args:
-        work: Called once on each rank. Its result is pickled if there are several ranks.
-
-    Raises:
-        OSError: the error of the lowest rank that failed.
-        ValueError: the same.
+    The OSError or ValueError of the lowest rank that failed is raised on all; else the others would wait forever.
     """
     world_size = rank_and_world()[1]
     if world_size == 1:
@@ -189,14 +182,7 @@ def device_names() -> list[str]:
 
 
 def check_device(device: torch.device | str, *, name: str = "device") -> torch.device:
-    """Checks that torch can use a device on this machine.
-
-    Args:
-        device: Name such as ``cpu``, ``cuda`` or ``cuda:1``.
-        name: Name of the setting in the error, such as ``--device``.
-
-    Returns:
-        The device.
+    """Returns a device such as ``cpu``, ``cuda`` or ``cuda:1``; ``name`` is that of the setting in the error.
 
     Raises:
         ValueError: if there is no such device. The message lists the available devices.

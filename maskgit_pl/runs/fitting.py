@@ -71,8 +71,8 @@ class FitResult:
     Args:
         folder: ``runs/RUN``.
         step: Step of the exported weights.
-        was_finished: True if the run was finished before, so that nothing was trained.
-        metrics: Last validation metrics by name, ``val/...``; empty if there was no validation.
+        was_finished: True if nothing was trained.
+        metrics: Last validation metrics by name, ``val/...``.
     """
 
     folder: Path
@@ -260,11 +260,7 @@ def describe_start(stage_folder: Path, max_steps: int) -> str:
 
 
 def _check_tasks(trainer: Trainer) -> None:
-    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job.
-
-    Raises:
-        ValueError: if the training was started in a batch script or an interactive job of several tasks without it.
-    """
+    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job."""
     if not isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
         return
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1" and trainer.world_size > 1:
@@ -275,12 +271,7 @@ def _check_tasks(trainer: Trainer) -> None:
 
 
 def check_run_outputs(plan: Plan) -> None:
-    """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
-
-    Raises:
-        FileExistsError: if there are other files in the folder of the export.
-        ValueError: if an output cannot be written, or would replace the tokenizer of the run by another one.
-    """
+    """Checks all that a stage writes, so that a training does not end with an output that cannot be written."""
     exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
     for folder in (plan.checkpoints, exported):
         check_writable(name, folder, is_folder=True)

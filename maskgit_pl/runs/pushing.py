@@ -111,11 +111,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
 
 
 def _find_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the path in the repository and the file of everything in a folder that belongs to a model.
-
-    Raises:
-        ValueError: if a file is a link, or holds an access token.
-    """
+    """Yields the path in the repository and the file of everything in a folder that belongs to a model."""
     for path in sorted(_OURS):
         file = folder / path
         if file.is_symlink() or (file.parent.is_symlink() and file.parent != folder):
@@ -130,17 +126,11 @@ def _find_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def push(plan: Push, *, private: bool = False) -> str:
-    """Uploads a checked folder.
+    """Uploads a folder that ``plan_push`` has checked, and returns the URL of the repository.
 
-    1. Check that the repository does not exist, is empty, or holds a model of this package, and create it.
+    1. Check that the repository does not exist, is empty, or holds a model of this package, and create it; an existing
+       one stays private or public.
     2. Send all files in one commit, and delete files of an older model that are not among them. Other files stay.
-
-    Args:
-        plan: Result of ``plan_push``.
-        private: True creates a private repository; an existing one keeps its visibility.
-
-    Returns:
-        URL of the repository.
 
     Raises:
         PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.

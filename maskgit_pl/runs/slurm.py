@@ -99,21 +99,13 @@ class JobOptions:
 
 @dataclass(frozen=True)
 class Submission:
-    """An ``sbatch`` command. Made by ``plan_submission``.
-
-    Attributes:
-        plan: Plan of the run.
-        job: Options of the job.
-        options: Options of ``sbatch``.
-        words: Arguments of the script: flags of ``maskgit train``.
-        variables: Environment variables that the script reads.
-    """
+    """An ``sbatch`` command. Made by ``plan_submission``."""
 
     plan: Plan
     job: JobOptions
-    options: tuple[str, ...]
-    words: tuple[str, ...]
-    variables: Mapping[str, str]
+    options: tuple[str, ...]  # of sbatch
+    words: tuple[str, ...]  # arguments of the script: flags of ``maskgit train``
+    variables: Mapping[str, str]  # of the environment, which the script reads
 
     @property
     def command(self) -> list[str]:
@@ -158,12 +150,7 @@ def plan_submission(recipe: Recipe, *, job: JobOptions | None = None, **folders:
 
 
 def check_submission(submission: Submission) -> str:
-    """Builds the run as each task will, on the CPU of this machine, and returns a summary.
-
-    Raises:
-        ValueError: if training would reject the run.
-        FileNotFoundError: if a file or folder that the run reads is missing.
-    """
+    """Builds the run as each task will, on the CPU of this machine, and returns a summary; see ``submit``."""
     plan, job = submission.plan, submission.job
     log.info("%s: checking the run as training will, which takes some seconds ...", plan.stage_folder)
     from maskgit_pl.runs import build, fitting  # lightning and torch take seconds to import

@@ -53,13 +53,7 @@ def tokenize(
     bars: Bars = no_bars,
     **folders: Unpack[Folders],
 ) -> Path | None:
-    """Makes the token store of a run if its recipe reads tokens. Resumes an interrupted store.
-
-    Args:
-        recipe: Recipe of stage 2.
-        options: Options of the store.
-        bars: Shows the progress of each split.
-        folders: See ``Folders``. ``pretrained`` may hold the tokenizer.
+    """Makes the token store of a run if its recipe, of stage 2, reads tokens. Resumes an interrupted store.
 
     Returns:
         The folder of the store; None if the recipe does not read tokens.

@@ -38,7 +38,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
+_MOST_CLASSES, _IMAGES_PER_CLASS = 10, 8
 _MOST_PAIRS = 16
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -127,9 +127,7 @@ class SamplePictures(Callback):
 
     Args:
         folder: Folder of the stage.
-        class_names: Names of all classes; up to 10 evenly spaced classes are shown.
-        images_per_class: Images per class, at most 8.
-        seed: Seed of the first image; image i has seed + i.
+        class_names: Names of all classes; up to 10 evenly spaced classes are shown, with 8 images each.
         find_vectors: Returns the vectors (B, C) of B labels and seeds; None for a network without conditioning vectors.
     """
 
@@ -138,18 +136,15 @@ class SamplePictures(Callback):
         folder: Path,
         *,
         class_names: Sequence[str],
-        images_per_class: int = 8,
-        seed: int = 0,
         find_vectors: Callable[[Sequence[int], Sequence[int]], Tensor] | None = None,
     ) -> None:
         self.folder = folder
         self.find_vectors = find_vectors
         count = min(len(class_names), _MOST_CLASSES)
-        self.classes = [number * len(class_names) // count for number in range(count)]
-        self.captions = [class_names[label] for label in self.classes]
-        self.images_per_class = min(images_per_class, _MOST_OF_A_CLASS)
-        self.labels = [label for label in self.classes for _ in range(self.images_per_class)]
-        self.seeds = [seed + number for number in range(len(self.labels))]
+        classes = [number * len(class_names) // count for number in range(count)]
+        self.captions = [class_names[label] for label in classes]
+        self.labels = [label for label in classes for _ in range(_IMAGES_PER_CLASS)]
+        self.seeds = [*range(len(self.labels))]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -160,7 +155,7 @@ class SamplePictures(Callback):
         (last,) = deque(model.sample(self.labels, self.seeds, **vectors), maxlen=1)  # keeps no other step in memory
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
-            picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
+            picture = image_grid(images, columns=_IMAGES_PER_CLASS, row_captions=self.captions)
             _publish(picture, self.folder, "samples", trainer)
 
 

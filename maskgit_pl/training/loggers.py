@@ -136,15 +136,9 @@ class WandB(LoggerSpec):
 class TolerantLogger(Logger):
     """A logger that skips a failed write with a warning, and builds the tracker again a minute later.
 
-    A write that takes longer than 20 seconds is left to its thread, and others are skipped until it has ended.
-
-    The name under which a tracker continues a run is kept in ``NAME-run.txt`` of the stage folder.
-
-    Args:
-        spec: The tracker.
-        folder: Folder of the stage.
-        name: Registered name of the tracker, for messages and the file.
-        settings: Complete recipe of the run, which a new run of the tracker gets.
+    A write that takes longer than 20 seconds is left to its thread, and others are skipped until it has ended. The name
+    under which a tracker continues a run is kept in ``NAME-run.txt`` of the stage folder. A new run of the tracker gets
+    ``settings``, the complete recipe.
     """
 
     def __init__(self, spec: LoggerSpec, folder: Path, *, name: str, settings: Mapping[str, Any]) -> None:
@@ -177,11 +171,7 @@ class TolerantLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Sends numbers at a step.
-
-        Raises:
-            ValueError: if a value is not a number. This is a mistake of the caller, not of the tracker.
-        """
+        """Sends numbers at a step. Another value is a mistake of the caller, not of the tracker."""
         numbers = {name: float(value) for name, value in metrics.items()}
         self._try(lambda inner: inner.log_metrics(numbers, step))
 

@@ -73,8 +73,7 @@ class SpeedMonitor(Callback):
 
     Args:
         folder: Folder of the stage.
-        count_flops: Function that returns the model's FLOPs in a step of all ranks. Called once, before
-            the first step.
+        count_flops: Returns the model's FLOPs in a step of all ranks. Called once, before the first step.
         tensor_float32: True if float32 products use TF32, which has another peak.
     """
 
