@@ -16,7 +16,7 @@ from typing import Any, Literal, Unpack
 import torch
 
 from maskgit_pl.checks import as_image_size, count_text
-from maskgit_pl.data import split_batch
+from maskgit_pl.data import ShardDataConfig, split_batch
 from maskgit_pl.data.manifest import DataSummary, load_manifest, read_manifest_summary
 from maskgit_pl.errors import is_user_error, printable
 from maskgit_pl.files import parse_size, size_text
@@ -24,7 +24,7 @@ from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
-from maskgit_pl.runs.fitting import check_run_outputs, describe_start
+from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, name_folders, run_folder
 from maskgit_pl.runs.recipe import Recipe
@@ -152,7 +152,7 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
     if plan.tokenizer is not None:
         config = read_config(plan.tokenizer, "tokenizer")
         encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
-    per_device = _share_batch(report, values, summary, nodes * devices)
+    per_device = _share_batch(report, values.data, summary, nodes * devices)
     _describe_run(report, plan, module, values, summary, encoder)
     options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
@@ -240,18 +240,14 @@ def _build(
     return run
 
 
-def _share_batch(report: Preflight, values: ResolvedRun, summary: DataSummary | None, ranks: int) -> int:
+def _share_batch(report: Preflight, data: ShardDataConfig, summary: DataSummary | None, ranks: int) -> int:
     """Divides the global batch among the ranks, and returns the samples of a micro-batch."""
-    batch, most = values.data.global_batch, values.data.max_batch_per_device
     with report.catch("batch"):
-        per_device, micro_batches = split_batch(batch, most, ranks)
-        parts = (count_text(ranks, "rank"), count_text(micro_batches, "accumulation step"))
-        text = f"{batch} = {' x '.join(parts)} x {count_text(per_device, 'sample')}"
-        is_small = summary is not None and summary.samples["train"] < batch
+        is_small = summary is not None and summary.samples["train"] < data.global_batch
         more = "; a step needs more samples than the train split has" if is_small else ""
-        report.add("batch", text + more, "warning" if is_small else "ok")
-        return per_device
-    return most
+        report.add("batch", describe_batch(data, ranks) + more, "warning" if is_small else "ok")
+        return split_batch(data.global_batch, data.max_batch_per_device, ranks)[0]
+    return data.max_batch_per_device
 
 
 def _describe_run(
@@ -267,11 +263,8 @@ def _describe_run(
     batch, steps = values.data.global_batch, values.trainer.max_steps
     report.add("run", describe_start(plan.stage_folder, steps))
     epochs = "" if summary is None else f", {steps * batch / summary.samples['train']:,.1f} epochs"
-    report.add(
-        "steps",
-        f"{count_text(steps, 'step')}{epochs}; learning rate {rate.peak:g} after {rate.warmup_steps} steps, then "
-        f"{rate.decay}, not rescaled by the number of devices",
-    )
+    rates = f"learning rate {rate.peak:g} after {rate.warmup_steps} steps, then {rate.decay}"
+    report.add("steps", f"{count_text(steps, 'step')}{epochs}; {rates}, not rescaled by the number of devices")
     report.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     work = ""
     with report.count("work"):
@@ -306,19 +299,8 @@ def _check_memory(
     fitting = (size for size in sizes if step_memory(module, per_device=size, **options).total <= limit)
     largest = next(fitting, None)
     hint = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
-    is_transformer = isinstance(module, TokenModel)  # stage 1 counts float32 in both precisions
-    savings = {
-        "--model.activation_checkpointing=blocks": module.config.activation_checkpointing == "none",
-        "--trainer.precision=bf16-mixed": is_transformer and options["precision"] == "32-true",
-        "--cluster fsdp": is_transformer and options["strategy"] == "ddp",
-    }
-    flags = ", ".join(flag for flag, helps in savings.items() if helps)
-    report.add(
-        "memory",
-        f"a micro-batch must fit into {size_text(limit)} of a device with {size_text(device)}, got {text}; {hint}"
-        + (f"; to save memory: {flags}" if flags else ""),
-        "FAIL",
-    )
+    rule = f"a micro-batch must fit into {size_text(limit)} of a device with {size_text(device)}, got {text}"
+    report.add("memory", f"{rule}; {hint}; --model.activation_checkpointing=blocks saves memory", "FAIL")
 
 
 def _check_disk(report: Preflight, plan: Plan, module: TokenModel | Tokenizer, values: ResolvedRun) -> None:

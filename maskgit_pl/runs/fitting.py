@@ -21,7 +21,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from maskgit_pl.checks import count_text
-from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.files import check_writable, read_json, write_text
@@ -46,6 +46,7 @@ from maskgit_pl.training.token_model import TokenModel
 __all__ = [
     "FitResult",
     "check_run_outputs",
+    "describe_batch",
     "describe_start",
     "export",
     "fit",
@@ -348,7 +349,8 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
             "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
         )
     resuming = f"; resuming from {newest.name}" if newest else ""
-    log.info("%s: global batch %s%s", plan.stage_folder, _describe_batch(run), resuming)
+    batch = describe_batch(run.datamodule.config, run.trainer.world_size)
+    log.info("%s: global batch %s%s", plan.stage_folder, batch, resuming)
 
 
 def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
@@ -369,9 +371,12 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
         log.info("exported %s", folder)
 
 
-def _describe_batch(run: StageRun) -> str:
-    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``."""
-    config, ranks = run.datamodule.config, run.trainer.world_size
-    per_device, accumulation = split_batch(config.global_batch, config.max_batch_per_device, ranks)
+def describe_batch(data: ShardDataConfig, ranks: int) -> str:
+    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``.
+
+    Raises:
+        ValueError: if the ranks cannot share it.
+    """
+    per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
     parts = (count_text(ranks, "rank"), count_text(accumulation, "accumulation step"), count_text(per_device, "sample"))
-    return f"{config.global_batch} = {' x '.join(parts)}"
+    return f"{data.global_batch} = {' x '.join(parts)}"

@@ -96,8 +96,7 @@ def test_a_wrong_run_is_one_line(examine, words, options, name, parts):
 def test_memory_that_is_too_small_is_answered_with_the_batch_that_fits(examine):
     batch = ("--data.global_batch=64", "--data.max_batch_per_device=64")
     found = examine(*batch, machines=Machines(device_memory="600KB"))
-    fails(found, "memory", "got", "--data.max_batch_per_device=", "--model.activation_checkpointing=blocks, ")
-    fails(found, "memory", "--trainer.precision=bf16-mixed, --cluster fsdp")
+    fails(found, "memory", "got", "--data.max_batch_per_device=", "--model.activation_checkpointing=blocks saves")
     largest = found.errors[0].text.partition("max_batch_per_device=")[2].split()[0]
     assert examine(batch[0], f"--data.max_batch_per_device={largest}", machines=Machines(device_memory="600KB")).ok
     more = f"--data.max_batch_per_device={2 * int(largest)}"
