@@ -225,6 +225,7 @@ _MIN_STEPS = 5  # steps before the median is used
 _OTHER_PHASES = 18
 _GRACE_SECONDS = 3.0  # from the stacks of one rank to its end, so that the other ranks write theirs, too
 _REPORT_SECONDS = 30.0  # time limit for writing the stacks
+_MOST_BYTES = 1 << 24  # of the stacks
 
 
 class Watchdog(Callback):
@@ -346,13 +347,15 @@ class Watchdog(Callback):
         limit.start()
         rank = trainer.global_rank
         path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
-        with suppress(OSError), path.open("w") as file:  # a full disk must not keep the process alive
-            faulthandler.dump_traceback(file)
+        memory = os.memfd_create("stacks")  # faulthandler holds the GIL: a write that blocks would stop the timer, too
+        faulthandler.dump_traceback(memory)
+        stacks = os.pread(memory, _MOST_BYTES, 0).decode()
+        with suppress(OSError):  # a full disk must not keep the process alive
+            path.write_text(stacks)
         _write(
             f"hang, rank {rank}: {self._phase}: no progress for {self.limit:.0f} s after step {trainer.global_step} "
-            f"(limit: {_MEDIANS} x the median step, at least {self.seconds:.0f} s); stacks: {path}\n"
+            f"(limit: {_MEDIANS} x the median step, at least {self.seconds:.0f} s); stacks: {path}\n{stacks}"
         )
-        faulthandler.dump_traceback(2)
         time.sleep(_GRACE_SECONDS)
         self._kill_children()
         os._exit(INTERNAL_ERROR)
