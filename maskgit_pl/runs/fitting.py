@@ -30,7 +30,7 @@ from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
 from maskgit_pl.processes import catch_stop_signals
 from maskgit_pl.runs.build import StageRun, build, restore_process_state
-from maskgit_pl.runs.plan import Folders, Plan, folder_of, plan_run
+from maskgit_pl.runs.plan import Folders, Plan, find_data, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
 from maskgit_pl.runs.resolve import AUTO, config_text
 from maskgit_pl.tokenizer import Tokenizer
@@ -171,9 +171,6 @@ def export(
 def _stages(folder: Path, named: Stage | None) -> Sequence[Stage]:
     """Returns the named stage, or all trained stages, the tokenizer first."""
     stages = [named] if named else [stage for stage in STAGES if (folder / stage / "checkpoints").is_dir()]
-    for stage in stages:
-        if not (folder / stage / "config.yaml").is_file():
-            raise FileNotFoundError(f"run {folder} has no {stage}/config.yaml from training; name a run folder")
     if not stages:
         raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
     return stages
@@ -183,10 +180,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     """Plans the stage as it was trained, but for a single process; data and tokenizer may have moved."""
     config = folder / stage / "config.yaml"
     recipe = Recipe.from_run(stage, config, _HERE)
-    shards = Path(data or recipe.paths["data.path"])
-    if not shards.is_dir():
-        raise FileNotFoundError(f"data {shards} of {config}: no such folder; give its present place with --data")
-    tokenizer = None
+    shards, tokenizer = find_data(recipe, data), None
     if stage == "transformer":
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
