@@ -21,7 +21,7 @@ After the last micro-batch:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.training.optimizers import build_optimizer, freeze, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
-from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, Part, TokenizerConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, TokenizerConfig
 
 __all__ = ["CodebookUsage", "Tokenizer"]
 
@@ -83,7 +83,13 @@ class Tokenizer(LightningModule):
         self.ema_network = frozen_copy(self.network)
         for half in (self.network.encoder, self.network.decoder):
             prepare_blocks(half.blocks, activation_checkpointing=config.activation_checkpointing)
-        _freeze_parts(self.network, config.freeze)
+        for part in config.freeze:
+            freeze(getattr(self.network, part))
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):  # codes may have no gradients
+            raise ValueError(
+                f"freeze must leave weights to train, got {list(config.freeze)}, and the quantizer "
+                f"{config.network.quantizer} has none; leave the encoder or the decoder out of model.freeze"
+            )
         self.grid = config.network.grid(config.image_size)
         self.discriminator: nn.Module | None = None
         if config.adversarial is not None:
@@ -367,21 +373,6 @@ class CodebookUsage(Metric):
             "codebook_usage": (self.counts > 0).float().mean(),
             "perplexity": torch.special.entr(shares).sum().exp().float(),
         }
-
-
-def _freeze_parts(network: VQGAN, parts: Sequence[Part]) -> None:
-    """Freezes parts of the network.
-
-    Raises:
-        ValueError: if no parameter is left to train: codes without gradients are not.
-    """
-    for part in parts:
-        freeze(getattr(network, part))
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError(
-            f"freeze must leave weights to train, got {list(parts)}, and the quantizer "
-            f"{network.config.quantizer} has none; leave the encoder or the decoder out of model.freeze"
-        )
 
 
 @dataclass

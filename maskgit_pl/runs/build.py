@@ -201,16 +201,13 @@ class StageRun:
             values.trainer, precision=choose_precision(values.trainer, values.model.network, stage, folder)
         )
         self.values = replace(values, trainer=trainer)
-        self._set_precision()
+        # Threads and precision of torch come before any computation.
+        if values.cpu_threads is not None:
+            torch.set_num_threads(values.cpu_threads)
+        torch.set_float32_matmul_precision(values.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = values.matmul_precision != "highest"  # for convolutions
         self.datamodule = ShardData(values.data)
         self.model = values.module(values.model)
-
-    def _set_precision(self) -> None:
-        """Sets threads and precision of torch. Must be called before any computation."""
-        if self.values.cpu_threads is not None:
-            torch.set_num_threads(self.values.cpu_threads)
-        torch.set_float32_matmul_precision(self.values.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = self.values.matmul_precision != "highest"  # for convolutions
 
     def add_trainer(self) -> None:
         """Builds the Trainer with our callbacks, checkpoint format and strategies.

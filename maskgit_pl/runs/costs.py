@@ -271,7 +271,7 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
         warnings.simplefilter("ignore")
         tensors: list[Tensor] = []
         for network in networks:
-            network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
+            network._apply(lambda old: torch.empty_strided(old.shape, old.stride(), dtype=old.dtype))  # type: ignore[no-untyped-call]  # torch: untyped
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
@@ -279,10 +279,6 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
             tensors += [*network.parameters(), *network.buffers()]
         with StepMeter(tensors) as meter:
             yield meter
-
-
-def _empty(old: Tensor) -> Tensor:
-    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
 
 
 class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped

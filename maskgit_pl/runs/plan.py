@@ -169,15 +169,21 @@ def find_tokenizer(
     # In the order of the docstring.
     named = tokenizer or recipe.paths.get("model.tokenizer")
     if named is not None:
-        return _check_tokenizer(Path(named))
+        if not (Path(named) / "config.json").is_file():
+            raise FileNotFoundError(f"tokenizer {named}: no config.json there; name a pretrained tokenizer folder")
+        return Path(named)
     exported = folder / "pretrained" / "tokenizer"
     if (exported / "config.json").is_file():
         return exported
     if pretrained is not None and (Path(pretrained) / "tokenizer" / "config.json").is_file():
         return Path(pretrained) / "tokenizer"
     # Only a name that the user gave can be mistyped.
-    if folder.name != recipe.run_name:
-        _refuse_unknown_run(folder)
+    runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
+    if folder.name != recipe.run_name and not folder.is_dir() and runs:
+        raise FileNotFoundError(
+            f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, "
+            "use --tokenizer"
+        )
     tokenizers = _tokenizers_of(shards, folder.parent)
     if len(tokenizers) != 1:
         several = f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
@@ -187,23 +193,6 @@ def find_tokenizer(
         )
     log.info("tokenizer: %s, the only one trained on %s", tokenizers[0], shards)
     return tokenizers[0]
-
-
-def _check_tokenizer(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"tokenizer {folder}: no config.json there; name a pretrained tokenizer folder")
-    return folder
-
-
-def _refuse_unknown_run(folder: Path) -> None:
-    """Rejects stage 2 of a named run that does not exist, since the name is probably mistyped."""
-    runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
-    if folder.is_dir() or not runs:
-        return
-    raise FileNotFoundError(
-        f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, use "
-        "--tokenizer"
-    )
 
 
 def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:

@@ -369,10 +369,8 @@ class HealthMonitor(Callback):
             advice = "; or ".join(problem.advice)
             log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
             self.reports.append({"step": step, **asdict(problem)})
-        if new:
-            self._write()
-
-    def _write(self) -> None:
+        if not new:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")

@@ -453,7 +453,7 @@ class TokenModel(LightningModule):
     # Logs and validation
 
     def _log_step(self, batch: Batch, losses: StepLosses, batch_idx: int) -> None:
-        """Adds the predicted tokens of a micro-batch to the means, which the last one of a logged step logs."""
+        """Adds the predicted tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
         draws = batch.draws
         assert draws is not None
         bins = self._assign_bins(draws.mask, draws.positions)
@@ -461,14 +461,11 @@ class TokenModel(LightningModule):
             bins = bins.masked_fill(~draws.counted, NUM_BINS)
         self._bins.add(bins, losses.token_losses, losses.hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
-        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log_means(losses.loss.detach())
-
-    def _log_means(self, loss: Tensor) -> None:
-        """Logs the means of each group since the last call, over this rank's tokens only."""
-        metrics = self._bins.take(loss)
+        if not is_logged or (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        loss = losses.loss.detach()
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        finite = {name: value for name, value in self._bins.take(loss).items() if math.isfinite(value)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
