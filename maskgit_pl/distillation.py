@@ -195,7 +195,7 @@ class DistilledModel(MaskedTokenModel):
 
     @torch.no_grad()
     def teach(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Returns the log-probabilities of the teacher, (B, N, K) float32, for tokens (B, N) int64, some masked."""
+        """Returns log-probabilities of the teacher, (B, N, K) float32, for tokens (B, N) int64, some masked."""
         network, config = self.teacher.network, self.config.network
         assert batch.draws is not None
         labels, vectors = batch.draws.labels, batch.vectors_for(config.condition_dim)

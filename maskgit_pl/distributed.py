@@ -80,9 +80,9 @@ def barrier() -> None:
 
 
 def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
-    """Calls a function on each rank and returns the results of all, which are pickled, in the order of the ranks.
+    """Calls a function on each rank; returns the results of all, which are pickled, in the order of the ranks.
 
-    The OSError or ValueError of the lowest rank that failed is raised on all; else the others would wait forever.
+    The OSError or ValueError of the lowest failed rank is raised on all; else the others would wait forever.
     """
     world_size = rank_and_world()[1]
     if world_size == 1:
@@ -102,7 +102,7 @@ def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Returns the sum of a tensor of the same shape over the ranks, differentiable; itself for a single process."""
+    """Returns the sum of tensors of the same shape over the ranks, differentiable; the tensor for one process."""
     if rank_and_world()[1] == 1:
         return value
     total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]  # torch: untyped
@@ -110,7 +110,7 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Returns the mean of a tensor of the same shape over the ranks, differentiable; itself for a single process."""
+    """Returns the mean of tensors of the same shape over the ranks, differentiable; the tensor for one process."""
     world_size = rank_and_world()[1]
     return value if world_size == 1 else sum_over_ranks(value) / world_size
 

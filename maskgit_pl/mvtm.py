@@ -95,7 +95,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
 
 class MaskedTokenModel(TokenModel):
-    """The LightningModule that trains a backbone to predict masked tokens. Source: paper, training objective."""
+    """The LightningModule that trains a backbone to predict masked tokens. Source: paper, objective."""
 
     config: MaskedTokenConfig
     binned_by = "mask-ratio"

@@ -231,7 +231,8 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C is not for the workers
+        # Inherited: Ctrl-C is not for the workers.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             waiting = {pool.submit(_call, function, job): job for job in jobs}
         finally:
@@ -311,7 +312,7 @@ def _call(function: Callable[[Any, _Job], _Result], job: _Job) -> _Result | _Ref
 
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
-    """Yields a function that makes bars, or log lines, of speed and time left; ``shown`` is True on one rank."""
+    """Yields a function that makes bars or log lines with the time left; ``shown`` is True on one rank."""
     if not shown:
         yield no_bars
     # A bar in a log file would be thousands of lines.
@@ -328,7 +329,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
 
 @contextmanager
 def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``advance(title, count, total)``, which adds to the bar of a title and makes it at the first call."""
+    """Yields ``advance(title, count, total)``, which adds to the bar of a title, made at its first call."""
     with progress_bars() as bars:
         advances: dict[str, Callable[[int], None]] = {}
 

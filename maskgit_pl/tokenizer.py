@@ -349,7 +349,7 @@ class Tokenizer(LightningModule):
 
 
 class CodebookUsage(Metric):
-    """The usage of the codebook of K codes by a set of tokens: the fraction of codes that occur, and the perplexity.
+    """The use of a codebook of K codes by a set of tokens: fraction of codes that occur, and perplexity.
 
     perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
     """

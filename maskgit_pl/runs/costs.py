@@ -58,7 +58,7 @@ class Memory:
     """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
 
     Attributes:
-        states: Weights, gradients, optimizer, average, and the networks that do not train. Under FSDP2, a shard.
+        states: Weights, gradients, optimizer, average, networks that do not train. Under FSDP2, a shard.
         gathered: Whole weights and gradients that FSDP2 holds temporarily.
         activations: Peak of everything else: what is kept for the backward pass, temporary tensors, and under
             bf16-mixed the bfloat16 copies of the weights.
@@ -271,7 +271,7 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
         warnings.simplefilter("ignore")
         tensors: list[Tensor] = []
         for network in networks:
-            network._apply(lambda old: torch.empty_strided(old.shape, old.stride(), dtype=old.dtype))  # type: ignore[no-untyped-call]  # torch: untyped
+            network._apply(_empty)  # type: ignore[no-untyped-call]  # torch: untyped
             for parameter in network.parameters():
                 if parameter.requires_grad:
                     parameter.grad = torch.empty_like(parameter)
@@ -279,6 +279,10 @@ def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
             tensors += [*network.parameters(), *network.buffers()]
         with StepMeter(tensors) as meter:
             yield meter
+
+
+def _empty(old: Tensor) -> Tensor:
+    return torch.empty_strided(old.shape, old.stride(), dtype=old.dtype)
 
 
 class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: untyped

@@ -266,7 +266,7 @@ def _check_tasks(trainer: Trainer) -> None:
 
 
 def check_run_outputs(plan: Plan) -> None:
-    """Checks all that a stage writes, so that a training does not end with an output that cannot be written."""
+    """Checks all outputs of a stage, so that a training does not end with one that cannot be written."""
     exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
     for folder in (plan.checkpoints, exported):
         check_writable(name, folder, is_folder=True)

@@ -79,7 +79,7 @@ _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """A Lightning checkpoint plugin that writes and reads folders. All ranks must call its methods together."""
+    """A Lightning plugin that writes and reads checkpoint folders. All ranks must call it together."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
@@ -182,7 +182,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns a value as plain JSON, and adds its tensors to ``tensors`` by keys such as ``/state_dict/weight``."""
+    """Returns a value as plain JSON; adds its tensors to ``tensors`` by keys such as ``/state_dict/weight``."""
     if isinstance(value, Tensor):
         assert key not in tensors, f"checkpoint {key}: two tensors with this key"
         tensors[key] = value

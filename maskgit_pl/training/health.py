@@ -56,10 +56,10 @@ _USE_CODES = [  # what brings unused codes back; the first value is that of reci
 
 
 LEAST_USAGE = 0.3
-"""Smallest healthy codebook usage, of what uniform use of all codes would give. A collapsed one uses a few percent."""
+"""Smallest healthy codebook usage, of that of uniform tokens. A collapsed codebook uses a few percent."""
 
 LEAST_PERPLEXITY = 0.1
-"""Smallest healthy perplexity, of what uniform use would give. Some codes (background) are always more frequent."""
+"""Smallest healthy perplexity, of that of uniform tokens. Some codes (background) are more frequent."""
 
 LARGEST_DISTANCE = 1.0
 """Largest healthy commitment distance, in units of the feature norm. At 1 the nearest code is as far from a feature as
@@ -70,7 +70,7 @@ DISCRIMINATOR_ACCURACY = (0.3, 0.98)
 its training is unstable; one that is always right leaves the generator nearly no gradient."""
 
 DEAD_AFTER = 100
-"""A code is dead after this number of steps without use, or after so many that uniform use would use it 10 times."""
+"""A code is dead after so many steps without use, or when uniform tokens would have used it 10 times."""
 
 PATIENCE = 3
 """Number of measurements in a row outside of a range before an alarm, since single measurements are noisy."""

@@ -269,7 +269,7 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Op
 
 
 def state_values(config: OptimizerConfig) -> float:
-    """Measures the values that an optimizer keeps for each value of a 256 x 256 matrix, such as 2.0 for AdamW."""
+    """Measures the values that an optimizer keeps per value of a 256 x 256 matrix, such as 2.0 for AdamW."""
     weight = nn.Parameter(torch.ones(256, 256))
     weight.grad = torch.ones_like(weight)
     groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": [], "weight_decay": 0.0}]

@@ -245,7 +245,7 @@ class TokenModel(LightningModule):
 
     @abstractmethod
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
-        """Returns the group in the logs, (M,) int64 in [0, 4), of the tokens at the M positions, for a mask (B, N)."""
+        """Returns the group in the logs, (M,) int64 in [0, 4), of the M positions, for a mask (B, N)."""
 
     @abstractmethod
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
@@ -427,7 +427,7 @@ class TokenModel(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm."""
+        """Clips the gradient norm at the Trainer's limit. All ranks skip the step if one norm is non-finite."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
@@ -453,7 +453,7 @@ class TokenModel(LightningModule):
     # Logs and validation
 
     def _log_step(self, batch: Batch, losses: StepLosses, batch_idx: int) -> None:
-        """Adds the predicted tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
+        """Adds the tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
         draws = batch.draws
         assert draws is not None
         bins = self._assign_bins(draws.mask, draws.positions)
@@ -498,7 +498,7 @@ class TokenModel(LightningModule):
     def sample(
         self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
     ) -> Iterator[DecodingStep]:
-        """Decodes an image for each label and seed in [0, 2**32) with the averaged network; yields after each step.
+        """Decodes an image for each label and seed in [0, 2**32) by the averaged network; yields each step.
 
         ``vectors`` (B, C) float are those of the images; None for a network without conditioning vectors.
         """
@@ -549,7 +549,7 @@ class TokenModel(LightningModule):
 
 
 class BinnedMeans:
-    """Sums over the predicted tokens of this rank since the last reading, by ranges of the quantity ``binned_by``."""
+    """Sums over the predicted tokens of this rank since the last reading, by ranges of ``binned_by``."""
 
     def __init__(self, binned_by: str) -> None:
         self.binned_by = binned_by
@@ -564,7 +564,7 @@ class BinnedMeans:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, loss: Tensor) -> dict[str, float]:
-        """Returns the scalar loss of a step with the means of all groups that have tokens, and starts new sums."""
+        """Returns the scalar loss of a step and the means of the groups with tokens, and starts new sums."""
         # One copy to the host for all values: each copy waits for the device.
         assert self._sums is not None
         value, *sums = torch.cat([loss.reshape(1), self._sums[:NUM_BINS].flatten()]).tolist()
