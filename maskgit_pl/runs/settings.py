@@ -60,6 +60,7 @@ _TRAINER_RANGES = {
     "max_steps": f"[-1, {_INT64}]",
     "log_every_n_steps": f"[1, {_INT64}]",
     "num_sanity_val_steps": f"[-1, {_INT64}]",
+    "limit_val_batches": f"[0, {_INT64}]",
     "val_check_interval": f"[1, {_INT64}]",
 }
 _RUN_RANGES = {
@@ -91,7 +92,7 @@ class TrainerSettings:
             bfloat16 if the network is wide, else ``32-true``. A run that resumes with ``auto`` keeps its precision.
         max_steps: Number of steps (global batches) of the run.
         val_check_interval: Steps between validations.
-        limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.
+        limit_val_batches: Maximum number of validation batches per rank; None uses all.
         num_sanity_val_steps: Number of validation batches before the first step.
         log_every_n_steps: Steps between log entries.
         gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
@@ -109,7 +110,7 @@ class TrainerSettings:
     precision: Precision = "32-true"
     max_steps: int = -1
     val_check_interval: int | None = None
-    limit_val_batches: int | float | None = None
+    limit_val_batches: int | None = None
     num_sanity_val_steps: int | None = None
     log_every_n_steps: int = 50
     gradient_clip_val: float | None = None
@@ -124,10 +125,6 @@ class TrainerSettings:
         _check_integers(self, _TRAINER_RANGES, "trainer.")
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
-        if isinstance(self.limit_val_batches, int):  # a number of batches; a float is a fraction
-            check_integer("trainer.limit_val_batches", self.limit_val_batches, f"[0, {_INT64}]")
-        elif self.limit_val_batches is not None:
-            check_number("trainer.limit_val_batches", self.limit_val_batches, "(0, 1]")
 
 
 @dataclass(frozen=True)
