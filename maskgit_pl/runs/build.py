@@ -218,8 +218,12 @@ class StageRun:
         """
         self.fixed = self._fixed_settings()
         newest = newest_checkpoint(self.folder / "checkpoints")
-        if newest is not None:
-            self._check_resumes(newest)
+        if newest is not None and (changed := list_changes(read_settings(newest), self.fixed)):
+            raise ValueError(
+                f"cannot resume {self.folder} from step {step_of(newest)}: settings changed "
+                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
+                "--pretrained starts it from existing weights"
+            )
         values = self.values.trainer
         if self.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
@@ -264,16 +268,6 @@ class StageRun:
         if isinstance(self.model, DistilledModel):
             weights["teacher"] = fingerprint(Path(self.values.model.teacher))
         return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, **weights)
-
-    def _check_resumes(self, checkpoint: Path) -> None:
-        """Raises ValueError if a setting has changed that must not change when a run resumes."""
-        changed = list_changes(read_settings(checkpoint), self.fixed)
-        if changed:
-            raise ValueError(
-                f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "
-                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
-                "--pretrained starts it from existing weights"
-            )
 
     def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         return self.datamodule.vector_pool("val").draw(labels, seeds)

@@ -19,7 +19,6 @@ from lightning.pytorch import LightningModule
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import (
     WrongValue,
-    check_choice,
     check_integer,
     check_number,
     describe_wrong_values,
@@ -105,7 +104,7 @@ class TrainerSettings:
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    devices: int | str | list[int] = "auto"
+    devices: int | Literal["auto"] | list[int] = "auto"
     num_nodes: int = 1
     precision: Precision = "32-true"
     max_steps: int = -1
@@ -118,9 +117,7 @@ class TrainerSettings:
     benchmark: bool | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.devices, str):
-            check_choice("trainer.devices", self.devices, ("auto",))
-        elif isinstance(self.devices, int):
+        if isinstance(self.devices, int):
             check_integer("trainer.devices", self.devices, "[-1, 1024]")
         _check_integers(self, _TRAINER_RANGES, "trainer.")
         if self.gradient_clip_val is not None:
