@@ -19,6 +19,7 @@ import itertools
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -172,6 +173,8 @@ def submit(submission: Submission) -> str:
         FileNotFoundError: if ``sbatch`` or a file that training needs is missing.
         ValueError: if training would reject the run, or ``sbatch`` rejects the job.
     """
+    if shutil.which("sbatch") is None:
+        raise FileNotFoundError("sbatch must be on PATH; use a login node, or --dry-run to see the command")
     log.info("%s", check_submission(submission))
     log.info("%s", submission)
     submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log file: Slurm creates no folders

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
-from maskgit_pl.files import write_text
+from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
 __all__ = [
@@ -338,7 +338,7 @@ class HealthMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores ``state_dict``."""
         self.history.load(state_dict)
-        reported = json.loads(state_dict["reported"])
+        reported = parse_any_json(state_dict["reported"], "the health of a checkpoint")
         self.reports, self._streaks = reported["reports"], reported["streaks"]
         self._first_judged = reported["first_judged"]
 

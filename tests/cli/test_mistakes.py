@@ -286,7 +286,7 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
         (f"{SUBMIT} --cpus=0", "--cpus must be an integer in"),
         (f"{SUBMIT} --cluster=fsdp", "trainer.strategy must"),
         (f"{SUBMIT} --trainer.num_nodes=4", "--trainer.num_nodes"),
-        (SUBMIT.removesuffix(" --dry-run"), "No such file or directory: 'sbatch'"),  # there is no Slurm
+        (SUBMIT.removesuffix(" --dry-run"), "sbatch must be on PATH"),  # there is no Slurm
     ],
 )  # fmt: skip
 def test_a_wrong_run_or_recipe_is_one_line_before_training(is_refused, command: str, text: str) -> None:
