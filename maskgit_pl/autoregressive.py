@@ -56,13 +56,9 @@ class AutoregressiveModel(TokenModel):
     """The LightningModule that trains an ``AutoregressiveBackbone``.
 
     The loss is the mean cross-entropy of each token, given the tokens before it.
-
-    Args:
-        config: Network, optimizer, tokenizer and loss.
     """
 
     config: AutoregressiveConfig
-    config_class = AutoregressiveConfig
     binned_by = "position"
 
     def __init__(self, config: AutoregressiveConfig) -> None:

@@ -27,7 +27,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,17 +67,11 @@ _COLDEST = 1e-3  # sampling temperature of a teacher that takes the likeliest co
 
 
 class RollOut(NamedTuple):
-    """Images that the student has generated up to one of its steps, and the draws of this step.
+    """Images that the student has generated up to one of its steps, and the draws of this step."""
 
-    Args:
-        logits: (B, N, K) float32, with a graph: the logits of the step.
-        tokens: (B, N) int64 in [0, K): all tokens after the step, as if it were the last one.
-        is_drawn: (B, N) bool, True where the step drew the token; the others are those of earlier steps.
-    """
-
-    logits: Tensor
-    tokens: Tensor
-    is_drawn: Tensor
+    logits: Tensor  # (B, N, K) float32, with a graph: the logits of the step
+    tokens: Tensor  # (B, N) int64 in [0, K): all tokens after the step, as if it were the last one
+    is_drawn: Tensor  # (B, N) bool, True where the step drew the token; the others are those of earlier steps
 
 
 class Distillation(ABC):
@@ -153,15 +147,11 @@ class DistillationConfig(MaskedTokenConfig):
 class DistilledModel(MaskedTokenModel):
     """The LightningModule that distils a teacher into a student, ``transformer``.
 
-    Args:
-        config: The configuration of the student, and its teacher.
-
     Attributes:
         auxiliary: The second network that trains; None if the method needs none.
     """
 
     config: DistillationConfig
-    config_class: ClassVar[type[MaskedTokenConfig]] = DistillationConfig
 
     def __init__(self, config: DistillationConfig) -> None:
         super().__init__(config)
@@ -205,12 +195,7 @@ class DistilledModel(MaskedTokenModel):
 
     @torch.no_grad()
     def teach(self, tokens: Tensor, batch: Batch) -> Tensor:
-        """Returns the log-probabilities of the teacher at all positions, (B, N, K) float32.
-
-        Args:
-            tokens: (B, N) int64: codes, and the mask token.
-            batch: The batch, which gives labels and vectors.
-        """
+        """Returns log-probabilities of the teacher, (B, N, K) float32, for tokens (B, N) int64, some masked."""
         network, config = self.teacher.network, self.config.network
         assert batch.draws is not None
         labels, vectors = batch.draws.labels, batch.vectors_for(config.condition_dim)

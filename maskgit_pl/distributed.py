@@ -80,16 +80,9 @@ def barrier() -> None:
 
 
 def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
-    """Calls a function on each rank and returns the results of all, in the order of the ranks.
+    """Calls a function on each rank; returns the results of all, which are pickled, in the order of the ranks.
 
-    An error of one rank is raised on all ranks; otherwise the others would wait for it forever.
-
-    Args:
-        work: Called once on each rank. Its result is pickled if there are several ranks.
-
-    Raises:
-        OSError: the error of the lowest rank that failed.
-        ValueError: the same.
+    The OSError or ValueError of the lowest failed rank is raised on all; else the others would wait forever.
     """
     world_size = rank_and_world()[1]
     if world_size == 1:
@@ -109,11 +102,7 @@ def on_all_ranks(work: Callable[[], _Result]) -> list[_Result]:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    """Returns the sum of a tensor over the ranks, differentiable; the tensor itself for a single process.
-
-    Args:
-        value: Tensor with the same shape on each rank; it is not changed.
-    """
+    """Returns the sum of tensors of the same shape over the ranks, differentiable; the tensor for one process."""
     if rank_and_world()[1] == 1:
         return value
     total: Tensor = _SumOverRanks.apply(value)  # type: ignore[no-untyped-call]  # torch: untyped
@@ -121,21 +110,13 @@ def sum_over_ranks(value: Tensor) -> Tensor:
 
 
 def mean_over_ranks(value: Tensor) -> Tensor:
-    """Returns the mean of a tensor over the ranks, differentiable; the tensor itself for a single process.
-
-    Args:
-        value: Tensor with the same shape on each rank; it is not changed.
-    """
+    """Returns the mean of tensors of the same shape over the ranks, differentiable; the tensor for one process."""
     world_size = rank_and_world()[1]
     return value if world_size == 1 else sum_over_ranks(value) / world_size
 
 
 def max_over_ranks(value: Tensor) -> Tensor:
-    """Returns the elementwise maximum of a tensor over the ranks, without a gradient.
-
-    Args:
-        value: Tensor with the same shape on each rank; it is not changed.
-    """
+    """Returns the elementwise maximum of a tensor of the same shape over the ranks, without a gradient."""
     if rank_and_world()[1] == 1:
         return value
     largest = value.detach().clone()
@@ -201,14 +182,7 @@ def device_names() -> list[str]:
 
 
 def check_device(device: torch.device | str, *, name: str = "device") -> torch.device:
-    """Checks that torch can use a device on this machine.
-
-    Args:
-        device: Name such as ``cpu``, ``cuda`` or ``cuda:1``.
-        name: Name of the setting in the error, such as ``--device``.
-
-    Returns:
-        The device.
+    """Returns a device such as ``cpu``, ``cuda`` or ``cuda:1``; ``name`` is that of the setting in the error.
 
     Raises:
         ValueError: if there is no such device. The message lists the available devices.

@@ -95,16 +95,9 @@ class MaskedTokenConfig(TokenModelConfig):
 
 
 class MaskedTokenModel(TokenModel):
-    """The LightningModule that trains a backbone to predict masked tokens.
-
-    Args:
-        config: Network, mask schedule, optimizer, tokenizer and loss.
-
-    Source: paper, training objective.
-    """
+    """The LightningModule that trains a backbone to predict masked tokens. Source: paper, objective."""
 
     config: MaskedTokenConfig
-    config_class = MaskedTokenConfig
     binned_by = "mask-ratio"
 
     def __init__(self, config: MaskedTokenConfig) -> None:

@@ -6,9 +6,9 @@ work without a process group (see ``distributed`` for those that have one) and c
 Stop signals (SIGTERM, SIGUSR1, SIGUSR2, Ctrl-C): their handler sets a flag and does nothing else. A handler that saved
 or talked to other ranks would do so in the middle of other work, and ranks that are not at the same place wait for each
 other forever. ``training.stopping.StepCheck`` reads the flag after each step, on all ranks together. A second
-Ctrl-C ends a command immediately, with exit code 130. A separate thread does this, because a Python handler runs only
-when the main thread does, and that may be waiting for other ranks. In a notebook, the second Ctrl-C raises
-KeyboardInterrupt. The files on disk are complete in either case, as after a kill.
+Ctrl-C ends a command immediately, with exit code 130, or as soon as the main thread, which may be waiting for other
+ranks, runs again. In a notebook, the second Ctrl-C raises KeyboardInterrupt. The files on disk are complete in either
+case, as after a kill.
 
 Workers: ``run_jobs`` runs a function over many shards, in this process or in several, with equal results.
 
@@ -30,9 +30,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
@@ -48,7 +48,6 @@ __all__ = [
     "check_launcher",
     "choose_workers",
     "hide_launcher",
-    "hold_ctrl_c",
     "ignore_job_signals",
     "is_requested",
     "launcher_rank",
@@ -66,8 +65,7 @@ _VARIABLES = ("SLURM_", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK", "GROUP_
 
 _NAMES = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGINT")
 SIGNALS = tuple(signal.Signals[name] for name in _NAMES if hasattr(signal, name))  # Windows lacks some
-_CTRL_C_ONCE = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
-_CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately (exit code 130)\n"
+_CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immediately\n"
 _CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
 
 _SECONDS_BETWEEN_LINES = 15.0
@@ -82,25 +80,17 @@ log = logging.getLogger(__name__)
 
 
 def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
-    """Returns this process's rank and the number of processes; (0, 1) without a launcher.
-
-    Raises:
-        ValueError: if a variable is not a whole number.
-    """
+    """Returns this process's rank and the number of processes; (0, 1) without a launcher."""
     variables = next((names for names in _RANKS if all(name in environment for name in names)), None)
     if variables is None:
         return 0, 1
-    rank, world_size = (_number(name, environment) for name in variables)
+    rank, world_size = (int(environment[name]) for name in variables)
     return rank, world_size
 
 
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
-    """Returns this process's rank on its machine; 0 without a launcher.
-
-    Raises:
-        ValueError: if the variable is not a whole number.
-    """
-    return next((_number(name, environment) for name in _LOCAL_RANKS if name in environment), 0)
+    """Returns this process's rank on its machine; 0 without a launcher."""
+    return next((int(environment[name]) for name in _LOCAL_RANKS if name in environment), 0)
 
 
 def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
@@ -131,12 +121,6 @@ def hide_launcher() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _number(name: str, environment: Mapping[str, str]) -> int:
-    if not environment[name].isdecimal():
-        raise ValueError(f"{name} must be a whole number, got {environment[name]!r}; unset it outside of a job")
-    return int(environment[name])
-
-
 class _Flag:
     """The stop request of this process. Forked processes, such as data workers, ignore the signals."""
 
@@ -162,13 +146,11 @@ def catch_stop_signals(*, until: Literal["return", "exit"] = "return") -> Iterat
         yield
         return
     _Flag.process, _Flag.is_set, _Flag.presses, _Flag.may_raise = os.getpid(), False, 0, until == "return"
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     before = {number: signal.signal(number, _set_flag) for number in SIGNALS}
+    # A job script may start its tasks with these signals blocked; a pending one is delivered now.
+    blocked = signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        with _exit_at_second_ctrl_c() if until == "exit" else nullcontext():
-            # A job script may start its tasks with these signals blocked; a pending one is delivered now.
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-            yield
+        yield
     finally:
         # A signal that arrives after the work is done must not change the exit code. At exit, the interpreter restores
         # the default action (kill) of signals with a Python handler; an ignored signal stays ignored.
@@ -185,39 +167,11 @@ def is_requested() -> bool:
     return _Flag.is_set
 
 
-@contextmanager
-def hold_ctrl_c() -> Iterator[None]:
-    """Delays Ctrl-C to the end of the context. Processes that start inside ignore it.
-
-    A process that is interrupted while it starts another one leaves it without its first message.
-    """
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited by new processes
-    # Another thread that does not block the signal may receive it; the handler then still runs in the main thread.
-    handler = signal.getsignal(signal.SIGINT)
-    is_held = threading.current_thread() is threading.main_thread() and handler is not None
-    received: list[int] = []
-    if is_held:
-        signal.signal(signal.SIGINT, lambda number, frame: received.append(number))
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        if is_held:
-            signal.signal(signal.SIGINT, handler)
-        if received and callable(handler):
-            # Not raised again: ``_count_ctrl_c`` has counted it when it arrived.
-            handler(signal.SIGINT, None)
-        elif received and handler == signal.SIG_DFL:
-            signal.raise_signal(signal.SIGINT)
-
-
 def ignore_job_signals(worker: int) -> None:
     """Keeps a data worker alive when the whole job receives SIGTERM, since the last step still needs its data.
 
     SIGTERM from the parent process ends the worker, as in torch. The other stop signals have no effect in workers.
-
-    Args:
-        worker: Index of the worker, which ``DataLoader`` passes to a ``worker_init_fn``.
+    ``DataLoader`` passes the index of the worker.
     """
     if not hasattr(signal, "sigwaitinfo"):  # only Linux tells a thread who sent a signal
         return
@@ -238,65 +192,15 @@ def _set_flag(number: int, frame: FrameType | None) -> None:
     if os.getpid() != _Flag.process:
         return
     _Flag.is_set = True
-    if number == signal.SIGINT and _Flag.may_raise:
-        _Flag.presses += 1
-        if _Flag.presses > 1:
-            raise KeyboardInterrupt
-        with suppress(OSError):  # stderr may be closed
-            os.write(2, _CTRL_C_ONCE)
-
-
-@contextmanager
-def _exit_at_second_ctrl_c() -> Iterator[None]:
-    """Starts a thread that counts Ctrl-C; a handler would wait for a main thread that waits for other ranks."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-    # The interpreter writes the number of each signal to this pipe as soon as it arrives.
-    previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=_count_ctrl_c, args=(reader,), name="Ctrl-C", daemon=True).start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(previous)
-        os.close(writer)  # ends the thread
-
-
-def _count_ctrl_c(reader: int) -> None:
-    """Prints the effect of each Ctrl-C and ends the process at the second; ``reader`` is a pipe of signal numbers."""
-    presses = 0
-    while numbers := os.read(reader, 64):
-        for _ in range(numbers.count(signal.SIGINT)):
-            presses += 1
-            with suppress(OSError):  # stderr may be full or closed
-                os.write(2, _CTRL_C if presses == 1 else _CTRL_C_AGAIN)
-            if presses > 1:
-                os._exit(INTERRUPTED)
-    os.close(reader)
-
-
-_fork = threading.local()  # signal mask before a fork, per forking thread
-
-
-def _hold_signals() -> None:
-    """Blocks signals during a fork: the new process would write its own signals to the pipe of its parent."""
-    is_catching = _Flag.process == os.getpid()
-    _fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS) if is_catching else None
-
-
-def _release_signals() -> None:
-    if _fork.mask is not None:
-        signal.pthread_sigmask(signal.SIG_SETMASK, _fork.mask)
-
-
-def _leave_signals_to_parent() -> None:
-    """Disconnects a forked process from the pipe of its parent."""
-    if _fork.mask is not None:
-        signal.set_wakeup_fd(-1)
-    _release_signals()
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(before=_hold_signals, after_in_parent=_release_signals, after_in_child=_leave_signals_to_parent)
+    if number != signal.SIGINT:
+        return
+    _Flag.presses += 1
+    if _Flag.presses > 1 and _Flag.may_raise:
+        raise KeyboardInterrupt
+    with suppress(OSError):  # stderr may be full or closed
+        os.write(2, _CTRL_C if _Flag.presses == 1 else _CTRL_C_AGAIN)
+    if _Flag.presses > 1:
+        os._exit(INTERRUPTED)
 
 
 def run_jobs(
@@ -327,8 +231,12 @@ def run_jobs(
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_init_worker, initargs=(shared,))
     others = set(multiprocessing.active_children())
     try:
-        with hold_ctrl_c():
+        # Inherited: Ctrl-C is not for the workers.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             waiting = {pool.submit(_call, function, job): job for job in jobs}
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         for future in as_completed(waiting):
             result = future.result()
             if isinstance(result, _Refusal):
@@ -404,11 +312,7 @@ def _call(function: Callable[[Any, _Job], _Result], job: _Job) -> _Result | _Ref
 
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
-    """Yields a function that makes bars. Bars and log lines show the speed and the time left.
-
-    Args:
-        shown: False on all ranks except one.
-    """
+    """Yields a function that makes bars or log lines with the time left; ``shown`` is True on one rank."""
     if not shown:
         yield no_bars
     # A bar in a log file would be thousands of lines.
@@ -425,11 +329,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
 
 @contextmanager
 def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
-    """Yields ``advance(title, count, total)``, which adds to the bar of a title and makes it at the first call.
-
-    Args:
-        unit: Unit of the amounts, such as ``"images"``.
-    """
+    """Yields ``advance(title, count, total)``, which adds to the bar of a title, made at its first call."""
     with progress_bars() as bars:
         advances: dict[str, Callable[[int], None]] = {}
 
@@ -441,22 +341,12 @@ def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
         yield advance
 
 
-class Bars(Protocol):
-    """The type of a function that makes a progress bar."""
+Bars = Callable[..., Callable[[int], None]]
+"""A function that makes the progress bar of a task, ``bars(title, total, done=0, unit="")``.
 
-    def __call__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
-        """Makes the bar of a task.
-
-        Args:
-            title: Title of the bar.
-            total: Amount of work.
-            done: Amount done by an earlier run, which does not count for the speed.
-            unit: Unit of the amounts, such as ``"images"``.
-
-        Returns:
-            A function to call with each finished amount.
-        """
-        ...
+``total`` is the amount of work, and ``done`` that of an earlier run, which does not count for the speed. It returns a
+function to call with each finished amount.
+"""
 
 
 def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:

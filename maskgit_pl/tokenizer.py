@@ -21,13 +21,14 @@ After the last micro-batch:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
@@ -41,25 +42,21 @@ from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
-from maskgit_pl.training.checkpoints import CheckpointedModule
 from maskgit_pl.training.optimizers import build_optimizer, freeze, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
-from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, Part, TokenizerConfig
+from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, TokenizerConfig
 
 __all__ = ["CodebookUsage", "Tokenizer"]
 
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch
 
-_Network = TypeVar("_Network", bound=nn.Module)
 
-
-class Tokenizer(CheckpointedModule):
+class Tokenizer(LightningModule):
     """The LightningModule of stage 1. Its ``ema_network`` has the averaged weights, which are evaluated and exported.
 
-    The module accumulates and clips gradients itself. Only the generator's optimizer advances
-    ``global_step``, so ``max_steps`` counts global batches.
+    The module accumulates and clips gradients itself, and ``max_steps`` counts global batches.
 
     Args:
         config: Network, losses and optimizer.
@@ -71,7 +68,6 @@ class Tokenizer(CheckpointedModule):
     """
 
     config: TokenizerConfig
-    config_class = TokenizerConfig
 
     def __init__(self, config: TokenizerConfig, *, accumulation: int = 1) -> None:
         super().__init__()
@@ -82,17 +78,24 @@ class Tokenizer(CheckpointedModule):
         channels_last = config.memory_format == "channels_last"
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
 
-        self.network = _set_memory_format(VQGAN(config.network), self.memory_format)
+        self.network = VQGAN(config.network)
+        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing in torch's types
         self.ema_network = frozen_copy(self.network)
         for half in (self.network.encoder, self.network.decoder):
             prepare_blocks(half.blocks, activation_checkpointing=config.activation_checkpointing)
-        _freeze_parts(self.network, config.freeze)
+        for part in config.freeze:
+            freeze(getattr(self.network, part))
+        if not any(parameter.requires_grad for parameter in self.network.parameters()):  # codes may have no gradients
+            raise ValueError(
+                f"freeze must leave weights to train, got {list(config.freeze)}, and the quantizer "
+                f"{config.network.quantizer} has none; leave the encoder or the decoder out of model.freeze"
+            )
         self.grid = config.network.grid(config.image_size)
         self.discriminator: nn.Module | None = None
         if config.adversarial is not None:
             spec, in_channels = build_discriminator(config.adversarial.discriminator), config.network.in_channels
-            discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
-            self.discriminator = _set_memory_format(discriminator, self.memory_format)
+            self.discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
+            self.discriminator.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # as above
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
         self.loss_terms = LossTerms(config.terms)
 
@@ -111,9 +114,6 @@ class Tokenizer(CheckpointedModule):
         """Wraps the training forward passes of both networks, for example with DistributedDataParallel.
 
         The wrappers stay outside of the module tree, so the names in a state dict do not change.
-
-        Args:
-            wrap: Function that returns the wrapper of a network; called once per trained network.
         """
         self._wrapped["network"] = wrap(self.network)
         if self.discriminator is not None:
@@ -126,11 +126,7 @@ class Tokenizer(CheckpointedModule):
         return [build_optimizer(parameter_groups(network, config.weight_decay), config) for network in networks]
 
     def on_fit_start(self) -> None:
-        """Checks the precision, and moves the networks of the loss to the device.
-
-        Raises:
-            ValueError: if the stage does not support the Trainer's precision.
-        """
+        """Checks the precision, and moves the networks of the loss to the device."""
         check_precision(self.trainer.precision)
         self.loss_terms.to(self.device)
 
@@ -204,7 +200,7 @@ class Tokenizer(CheckpointedModule):
         return metrics | {"quantizer": output.quantized.loss.detach()}
 
     def _has_adversarial_loss(self, step: int) -> bool:
-        return self.config.adversarial is not None and self.config.adversarial.has_started(step)
+        return self.config.adversarial is not None and step >= self.config.adversarial.start_step
 
     def _run_discriminator(self, images: Tensor, image: Tensor, step: int) -> AdversarialStep:
         """Runs the discriminator on real images and reconstructions, (B, C, H, W) float32 each."""
@@ -299,10 +295,7 @@ class Tokenizer(CheckpointedModule):
         return self._pictures
 
     def start_from(self, folder: Path) -> None:
-        """Replaces the initial weights by those of a pretrained tokenizer. Call it before the first step.
-
-        Args:
-            folder: Pretrained tokenizer folder.
+        """Replaces the initial weights by those of a pretrained tokenizer folder. Call it before the first step.
 
         Raises:
             FileNotFoundError: if there is no such folder.
@@ -356,12 +349,9 @@ class Tokenizer(CheckpointedModule):
 
 
 class CodebookUsage(Metric):
-    """The usage of the codebook by a set of tokens: the fraction of codes that occur, and the perplexity.
+    """The use of a codebook of K codes by a set of tokens: fraction of codes that occur, and perplexity.
 
     perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
-
-    Args:
-        codebook_size: K, number of codes.
     """
 
     full_state_update = False
@@ -372,12 +362,7 @@ class CodebookUsage(Metric):
         self.add_state("counts", torch.zeros(codebook_size, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, tokens: Tensor, weight: Tensor) -> None:
-        """Counts tokens.
-
-        Args:
-            tokens: (B, N) int64 in [0, K).
-            weight: (B,) float or bool: weight of each row, 0 for padding.
-        """
+        """Counts tokens (B, N) int64 in [0, K), with a weight (B,) of each row, 0 for padding."""
         weights = weight.to(self.counts.dtype).unsqueeze(1).expand_as(tokens)
         self.counts.index_add_(0, tokens.flatten(), weights.flatten())
 
@@ -390,21 +375,6 @@ class CodebookUsage(Metric):
         }
 
 
-def _freeze_parts(network: VQGAN, parts: Sequence[Part]) -> None:
-    """Freezes parts of the network.
-
-    Raises:
-        ValueError: if no parameter is left to train: codes without gradients are not.
-    """
-    for part in parts:
-        freeze(getattr(network, part))
-    if not any(parameter.requires_grad for parameter in network.parameters()):
-        raise ValueError(
-            f"freeze must leave weights to train, got {list(parts)}, and the quantizer "
-            f"{network.config.quantizer} has none; leave the encoder or the decoder out of model.freeze"
-        )
-
-
 @dataclass
 class _PendingUpdate:
     """The results of the micro-batches of the current global batch that step 7 needs."""
@@ -412,12 +382,6 @@ class _PendingUpdate:
     tokens: list[Tensor] = field(default_factory=list)  # (B, N) int64 each
     features: list[Tensor] = field(default_factory=list)  # encoder outputs, see ``networks.quantizers``
     logits: list[Tensor] = field(default_factory=list)  # (2,) each: mean real and fake logit
-
-
-def _set_memory_format(network: _Network, memory_format: torch.memory_format) -> _Network:
-    """Converts a network in place, and returns it."""
-    network.to(memory_format=memory_format)  # type: ignore[call-overload]  # the overload is missing in torch's types
-    return network
 
 
 def _to_uint8(images: Tensor) -> Tensor:

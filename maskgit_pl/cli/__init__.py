@@ -71,7 +71,6 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "recipes list": "cli.listing:recipes_list",
     "recipes show": "cli.listing:recipes_show",
     "recipes copy": "cli.listing:recipes_copy",
-    "recipes schema": "cli.listing:recipes_schema",
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
     "completion": "cli.listing:completion",
@@ -82,7 +81,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
 _GROUPS = {  # commands that have commands
     "data": "Fetches, makes, indexes and verifies shards of images.",
     "slurm": "Trains on a Slurm cluster with jobs that save before their time limit and requeue themselves.",
-    "recipes": "Lists, shows and copies the recipes that --recipe can name, and prints their JSON Schema.",
+    "recipes": "Lists, shows and copies the recipes that --recipe can name.",
 }
 _TRAINING = ("demo", "train", "distill")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h

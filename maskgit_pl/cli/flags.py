@@ -15,7 +15,7 @@ from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
-from maskgit_pl.runs.layers import parse_features, parse_image_size, parse_integers, parse_numbers, parse_specs
+from maskgit_pl.runs.layers import parse_image_size, parse_numbers, parse_specs
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
@@ -49,9 +49,9 @@ Run = Annotated[Path, Word("RUN")]
 Runs = Annotated[tuple[Path, ...], Word("RUN")]
 Device = Annotated[str, Word("NAME")]
 Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
-Seeds = Annotated[tuple[int, ...], Word("N,...", parse_integers)]
+Seeds = Annotated[tuple[int, ...], Word("N,...")]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
-Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_features)]
+Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
 
 

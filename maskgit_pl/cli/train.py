@@ -11,9 +11,9 @@ from typing import Annotated
 
 from maskgit_pl import evaluation, runs
 from maskgit_pl.cli.arguments import Word
-from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, check_one_of, print_json
+from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
-from maskgit_pl.errors import BAD_INPUT, printable
+from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
 from maskgit_pl.runs.plan import Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
@@ -29,8 +29,6 @@ def train(
     stage: Stage,
     *,
     print_config: bool = False,
-    dry_run: bool = False,
-    fresh: bool = False,
     run: RunFlags = RunFlags(),
     overrides: Sequence[str] = (),
 ) -> None:
@@ -43,20 +41,14 @@ def train(
     Args:
         stage: Stage to train.
         print_config: Print the complete recipe of the run and exit.
-        dry_run: Check everything that is checked before training, print what would be done, and exit; writes nothing.
-        fresh: Start over: rename the stage folder of an earlier training to STAGE.old-N.
     """
-    check_one_of(print_config=print_config, dry_run=dry_run, fresh=fresh)
     with catch_stop_signals(until="exit"):
         recipe = run.read(stage, overrides)
         folders = run.folders(recipe)
         if print_config:
             _print_config(recipe, folders)
-        elif dry_run:
-            for name, text in runs.dry_run(recipe, **folders).items():
-                print(f"{name:11}{printable(text)}")
         else:
-            runs.fit(recipe, **folders, fresh=fresh)
+            runs.fit(recipe, **folders)
 
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
@@ -116,8 +108,6 @@ def distill(
 
 def tokenize(
     *,
-    rank: int | None = None,
-    world_size: int | None = None,
     run: RunFlags = RunFlags(),
     store: TokenizeOptions = TokenizeOptions(),
     overrides: Sequence[str] = (),
@@ -125,19 +115,15 @@ def tokenize(
     """Encodes the images of a data set to tokens, once.
 
     The token store serves all runs with the same tokenizer. The same command resumes after a stop. Processes
-    of torchrun or srun share the work; without a launcher, set --rank and --world-size. An existing store of
-    the run keeps its crops, flips and precision unless --crops, --flip or --precision is given. Further flags
-    override recipe values, as in `maskgit train transformer`.
+    of torchrun or srun share the work. An existing store of the run keeps its crops, flips and precision unless
+    --crops, --flip or --precision is given. Further flags override recipe values, as in
+    `maskgit train transformer`.
 
     Example: maskgit tokenize --dataset fashion-mnist --run fashion-mnist-adaln
-
-    Args:
-        rank: Index of this process, from 0 (default: from torchrun or Slurm).
-        world_size: Number of processes that share the work (default: from torchrun or Slurm).
     """
     recipe = run.read("transformer", overrides)
     with progress_bars() as bars:
-        runs.tokenize(recipe, **run.folders(recipe), options=store, ranks=(rank, world_size), bars=bars)
+        runs.tokenize(recipe, **run.folders(recipe), options=store, bars=bars)
 
 
 @dataclass(frozen=True)
@@ -173,17 +159,17 @@ def submit(
 
 
 def doctor(
-    stage: Stage | None = None,
+    stage: Stage,
     *,
     json: bool = False,
     run: RunFlags = RunFlags(),
     machines: Machines = Machines(),
     overrides: Sequence[str] = (),
 ) -> int:
-    """Checks a run before it starts: recipe, data, batch, memory, disk; or this machine.
+    """Checks a run before it starts: recipe, data, batch, memory, disk.
 
-    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. Without a stage, it
-    checks this machine. The exit code is 0 if all checks pass, else 2.
+    It takes the arguments of `maskgit train`, trains nothing, and works on any machine. The exit code is 0 if all
+    checks pass, else 2.
 
     Example: maskgit doctor transformer --recipe paper-256 --cluster fsdp --nodes 4 --devices 8
 
@@ -191,15 +177,10 @@ def doctor(
         stage: Stage of the run.
         json: Print JSON, an object with ok, checks and figures.
     """
-    if stage is None:
-        if run != RunFlags() or machines != Machines() or overrides:
-            raise ValueError("stage must be tokenizer or transformer for a run, got none; put it after `doctor`")
-        report = runs.preflight()
-    else:
-        report = runs.Preflight()
-        with report.catch("recipe"):
-            recipe = run.read(stage, overrides)
-            report = runs.preflight(recipe, **run.folders(recipe), machines=machines)
+    report = runs.Preflight()
+    with report.catch("recipe"):
+        recipe = run.read(stage, overrides)
+        report = runs.preflight(recipe, **run.folders(recipe), machines=machines)
     print_json(report.as_dict()) if json else print(report)
     return 0 if report.ok else BAD_INPUT
 

@@ -247,20 +247,19 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse |
         recipe: The recipe of the run, unchecked; may be empty.
         measured: Measurements on validation images; None without them.
     """
-    config = _health_config(recipe)
     step, max_steps = logs.last_step, _number(value_at(recipe, "trainer.max_steps")) or 0
     problems: list[Problem] = []
     if measured is not None:
         metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
         num_tokens = float(measured.counts.sum())
-        problems += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens)
+        problems += find_problems(metrics, codebook_size=size, num_tokens=num_tokens)
     logged_size = int(_number(value_at(recipe, "model.network.codebook_size")) or 0)
-    if logged_size >= 1 and step > config.grace(int(max_steps)):
+    if logged_size >= 1 and step > _health_config(recipe).grace(int(max_steps)):
         # The number of tokens is at least that of images since the last logging step.
         every, batch = (
             _number(value_at(recipe, key)) or 1 for key in ("trainer.log_every_n_steps", "data.global_batch")
         )
-        problems += find_problems(logs.last("train"), config, codebook_size=logged_size, num_tokens=every * batch)
+        problems += find_problems(logs.last("train"), codebook_size=logged_size, num_tokens=every * batch)
     first: dict[str, Problem] = {}
     for problem in problems:
         first.setdefault(problem.cause, problem)
@@ -295,9 +294,7 @@ def read_reports(folder: Path) -> list[str]:
     sentences = []
     for report in reports if isinstance(reports, list) else ():
         if isinstance(report, Mapping):
-            again = report.get("healthy_again")
-            end = "" if again is None else f" It was healthy again at step {again}."
-            sentences.append(f"Reported in training at step {report.get('step')}: {report.get('text')}.{end}")
+            sentences.append(f"Reported in training at step {report.get('step')}: {report.get('text')}.")
     return sentences
 
 

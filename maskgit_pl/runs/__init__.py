@@ -20,7 +20,7 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.runs.doctor import Machines, Preflight, preflight
-    from maskgit_pl.runs.fitting import FitResult, dry_run, export, fit
+    from maskgit_pl.runs.fitting import FitResult, export, fit
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
@@ -35,7 +35,6 @@ __all__ = [
     "Recipe",
     "Submission",
     "TokenizeOptions",
-    "dry_run",
     "export",
     "fit",
     "plan_run",
@@ -45,24 +44,12 @@ __all__ = [
     "tokenize",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "FitResult": "fitting",
-        "JobOptions": "slurm",
-        "Machines": "doctor",
-        "Plan": "plan",
-        "Preflight": "doctor",
-        "Recipe": "recipe",
-        "Submission": "slurm",
-        "TokenizeOptions": "tokenizing",
-        "dry_run": "fitting",
-        "export": "fitting",
-        "fit": "fitting",
-        "plan_run": "plan",
-        "plan_submission": "slurm",
-        "preflight": "doctor",
-        "submit": "slurm",
-        "tokenize": "tokenizing",
-    },
-)
+_NAMES = {  # by module
+    "doctor": ("Machines", "Preflight", "preflight"),
+    "fitting": ("FitResult", "export", "fit"),
+    "plan": ("Plan", "plan_run"),
+    "recipe": ("Recipe",),
+    "slurm": ("JobOptions", "Submission", "plan_submission", "submit"),
+    "tokenizing": ("TokenizeOptions", "tokenize"),
+}
+__getattr__ = lazy_names(__name__, {name: module for module, names in _NAMES.items() for name in names})

@@ -65,9 +65,6 @@ def parse_factor(flag: str, text: str) -> Factor:
     """Parses a factor such as ``model.network.depth=2,4`` or ``model.network={depth: 2, embed_dim: 192},{depth: 4}``.
 
     ``decoding.KEY`` is short for ``model.decoding.KEY``.
-
-    Raises:
-        ValueError: if the text has another form.
     """
     key, _, values = text.partition("=")
     key = key.strip().removeprefix("--")
@@ -269,12 +266,7 @@ class Failure:
 
 
 class TrainingError(RunError):
-    """The end of a training with an error.
-
-    Args:
-        exit_code: Exit code of its process.
-        text: Reason, for the user.
-    """
+    """The end of a training with an error, the exit code of its process and a reason for the user."""
 
     def __init__(self, exit_code: int, text: str) -> None:
         super().__init__(text)
@@ -284,13 +276,8 @@ class TrainingError(RunError):
 def train(recipe: Recipe, folder: Path, *, data: Path | None = None, tokenizer: Path | None = None) -> None:
     """Trains a stage of a run in a process of its own; after the tokens, if it is stage 2.
 
-    The output goes to ``train-STAGE.log`` of the run. A finished run is not trained again.
-
-    Args:
-        recipe: Recipe with all overrides.
-        folder: Run folder.
-        data: Data folder; None means that of the data set.
-        tokenizer: Pretrained tokenizer of stage 2; None means that of the run, or the only one for these data.
+    The output goes to ``train-STAGE.log`` of the run. A finished run is not trained again. See ``plan.Folders`` for the
+    defaults of data and tokenizer.
 
     Raises:
         TrainingError: if the training fails.
@@ -317,19 +304,15 @@ def train(recipe: Recipe, folder: Path, *, data: Path | None = None, tokenizer: 
             raise TrainingError(code if code > 0 else INTERNAL_ERROR, f"{reason}; log: {file}")
 
 
-def run_maskgit(words: Sequence[str], output: IO[bytes] | None = None) -> tuple[int, bool]:
+def run_maskgit(words: Sequence[str], output: IO[bytes]) -> tuple[int, bool]:
     """Runs ``maskgit``. A stop signal to this process is passed on, so that a training saves and ends.
-
-    Args:
-        words: Arguments of ``maskgit``.
-        output: File for standard output and errors; None leaves them to this process's own.
 
     Returns:
         The exit code, and True if this process received a stop signal.
     """
-    errors = None if output is None else subprocess.STDOUT
     with processes.catch_stop_signals():
-        process = subprocess.Popen([sys.executable, "-m", "maskgit_pl", *words], stdout=output, stderr=errors)
+        command = [sys.executable, "-m", "maskgit_pl", *words]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         is_told = False
         try:
             while True:

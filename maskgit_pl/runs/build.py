@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 import sys
 import threading
 import warnings
@@ -19,7 +18,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
@@ -41,7 +40,6 @@ from maskgit_pl.training.callbacks import (
     SamplePictures,
     UnreadableReport,
     callbacks,
-    profilers,
 )
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, newest_checkpoint, read_settings, step_of
 from maskgit_pl.training.health import HealthMonitor
@@ -64,7 +62,6 @@ _EXPECTED_WARNINGS = (
     "Checkpoint directory .* exists and is not empty",  # a run that resumes
     "`srun` command is available",  # on a login node of Slurm
 )
-_VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")  # set by Lightning
 
 
 @contextmanager
@@ -72,14 +69,13 @@ def restore_process_state() -> Iterator[None]:
     """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
 
     A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of
-    open files and the variables in which a launcher keeps the ranks stay.
+    open files, and variables of the environment that Lightning sets, stay.
     """
     lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
     allow_tf32, benchmark = cudnn.allow_tf32, cudnn.benchmark
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    environment = {name: os.environ.get(name) for name in _VARIABLES}
     report_thread_error = threading.excepthook
     has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # torch: untyped
     devices = range(torch.cuda.device_count()) if has_cuda else ()
@@ -94,11 +90,6 @@ def restore_process_state() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         cudnn.allow_tf32, cudnn.benchmark = allow_tf32, benchmark
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        for name, value in environment.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         gc.collect()  # module, data and Trainer refer to one another
 
 
@@ -124,7 +115,7 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     values = resolve(plan.recipe.kind, merge_values(plan))
     if values.data.source == "tokens" and not (plan.folder / "tokens" / DESCRIPTION_FILE).exists():
         raise FileNotFoundError(
-            f"no complete token store in {plan.folder / 'tokens'}; make it with `{plan.tokenize_command}`"
+            f"no complete token store in {plan.folder / 'tokens'}; make it with `maskgit tokenize` and these flags"
         )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
@@ -210,16 +201,13 @@ class StageRun:
             values.trainer, precision=choose_precision(values.trainer, values.model.network, stage, folder)
         )
         self.values = replace(values, trainer=trainer)
-        self._set_precision()
+        # Threads and precision of torch come before any computation.
+        if values.cpu_threads is not None:
+            torch.set_num_threads(values.cpu_threads)
+        torch.set_float32_matmul_precision(values.matmul_precision)
+        torch.backends.cudnn.allow_tf32 = values.matmul_precision != "highest"  # for convolutions
         self.datamodule = ShardData(values.data)
         self.model = values.module(values.model)
-
-    def _set_precision(self) -> None:
-        """Sets threads and precision of torch. Must be called before any computation."""
-        if self.values.cpu_threads is not None:
-            torch.set_num_threads(self.values.cpu_threads)
-        torch.set_float32_matmul_precision(self.values.matmul_precision)
-        torch.backends.cudnn.allow_tf32 = self.values.matmul_precision != "highest"  # for convolutions
 
     def add_trainer(self) -> None:
         """Builds the Trainer with our callbacks, checkpoint format and strategies.
@@ -230,21 +218,27 @@ class StageRun:
         """
         self.fixed = self._fixed_settings()
         newest = newest_checkpoint(self.folder / "checkpoints")
-        if newest is not None:
-            self._check_resumes(newest)
+        if newest is not None and (changed := list_changes(read_settings(newest), self.fixed)):
+            raise ValueError(
+                f"cannot resume {self.folder} from step {step_of(newest)}: settings changed "
+                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
+                "--pretrained starts it from existing weights"
+            )
         values = self.values.trainer
         if self.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
-        profiler = self.values.profiler
+        profilers: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
+        profiler = profilers.get(self.values.profiler or "")
         ours = {
             "strategy": build_strategy(values.strategy, longest_wait=self.watchdog.longest_limit),
-            "profiler": _NoProfiler() if profiler is None else profilers.build(profiler).create(self.folder),
+            "profiler": _NoProfiler() if profiler is None else profiler(dirpath=self.folder, filename="profile"),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
             "use_distributed_sampler": False,  # the data module divides the global order itself
             "enable_model_summary": False,
+            "enable_progress_bar": sys.stdout.isatty(),
             # Runs are counted in steps: epochs neither end a run nor start a validation.
             "max_epochs": -1,
             "check_val_every_n_epoch": None,
@@ -274,16 +268,6 @@ class StageRun:
         if isinstance(self.model, DistilledModel):
             weights["teacher"] = fingerprint(Path(self.values.model.teacher))
         return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, **weights)
-
-    def _check_resumes(self, checkpoint: Path) -> None:
-        """Raises ValueError if a setting has changed that must not change when a run resumes."""
-        changed = list_changes(read_settings(checkpoint), self.fixed)
-        if changed:
-            raise ValueError(
-                f"cannot resume {self.folder} from step {step_of(checkpoint)}: settings changed "
-                f"({', '.join(changed)}). Restore them, or start a new run with --run; "
-                "--pretrained starts it from existing weights"
-            )
 
     def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
         return self.datamodule.vector_pool("val").draw(labels, seeds)

@@ -7,7 +7,6 @@ network and batch, and needs no GPU. Such a step must have no operation whose re
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -44,7 +43,6 @@ __all__ = [
     "StepMeter",
     "checkpoint_bytes",
     "count_predicted",
-    "max_num_checkpoints",
     "step_memory",
     "useful_flops",
 ]
@@ -60,8 +58,7 @@ class Memory:
     """The peak memory of a step on the rank with the largest share, in bytes, without the device's own context.
 
     Attributes:
-        states: Weights, gradients, state of the optimizer, moving average, and the networks that are not
-            trained (tokenizer, perceptual network). Under FSDP2, this rank's shard.
+        states: Weights, gradients, optimizer, average, networks that do not train. Under FSDP2, a shard.
         gathered: Whole weights and gradients that FSDP2 holds temporarily.
         activations: Peak of everything else: what is kept for the backward pass, temporary tensors, and under
             bf16-mixed the bfloat16 copies of the weights.
@@ -179,26 +176,6 @@ def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
     return round(_bytes_of(*_trained_networks(module)) + moments) + averages + 1200 * len(trained)
 
 
-def max_num_checkpoints(max_steps: int, *, every: int, keep_last: int, keep_every: int | None) -> int:
-    """Returns the largest number of checkpoints that a run has on disk at the same time.
-
-    These are the ``keep_last`` newest, another one that is being written, and all older ones whose step is a
-    multiple of ``keep_every``.
-
-    Args:
-        max_steps: Steps of the run. The last step always has a checkpoint.
-        every: Steps between checkpoints.
-        keep_last: Number of newest checkpoints to keep.
-        keep_every: Older checkpoints of multiples of this step are kept, too; None keeps none of them.
-    """
-    count = -(-max_steps // every)  # the last step has a checkpoint even if it is no multiple
-    # One more than keep_last: the oldest is removed only after the new one is complete.
-    newest = min(count, keep_last + 1)
-    # All older ones are multiples of every: every, 2 every, ...
-    older = 0 if keep_every is None else (count - newest) * every // math.lcm(every, keep_every)
-    return newest + older
-
-
 # The counted steps
 
 
@@ -288,9 +265,7 @@ def _bytes_of(*networks: nn.Module) -> int:
 def _count_step(*networks: nn.Module) -> Iterator[StepMeter]:
     """Counts the step in the context, in which tensors have shapes but no content.
 
-    Args:
-        networks: Networks of the step, which lose their weights. They may be on the meta device. Weights,
-            gradients and buffers exist before the step and are not counted.
+    The networks, which may be on the meta device, lose their weights. Weights, gradients and buffers are not counted.
     """
     with FakeTensorMode(allow_non_fake_inputs=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -315,13 +290,13 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
 
     ``FlopCounterMode`` fails in ``autograd.grad``, and torch's ``MemTracker`` counts some tensors twice.
 
+    Args:
+        tensors: Existing tensors, which are not counted.
+
     Attributes:
         flops: FLOPs of matrix products and convolutions.
         live: Bytes that are alive now.
         peak: Maximum of ``live``.
-
-    Args:
-        known: Existing tensors, which are not counted.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = ()) -> None:

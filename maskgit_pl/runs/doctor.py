@@ -1,35 +1,30 @@
-"""``runs.preflight``: checks a run before it starts, or this machine. ``maskgit doctor`` prints the result.
+"""``runs.preflight``: checks a run before it starts. ``maskgit doctor`` prints the result.
 
 A run is built as training builds it, but on the CPU and with weights of zero. Nothing is trained or written.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Unpack
 
 import torch
 
 from maskgit_pl.checks import as_image_size, count_text
-from maskgit_pl.data import split_batch
+from maskgit_pl.data import ShardDataConfig, split_batch
 from maskgit_pl.data.manifest import DataSummary, load_manifest, read_manifest_summary
-from maskgit_pl.distributed import device_name, device_names
 from maskgit_pl.errors import is_user_error, printable
 from maskgit_pl.files import parse_size, size_text
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config
-from maskgit_pl.processes import available_cores
 from maskgit_pl.runs.build import StageRun, build, leave_no_trace
-from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, max_num_checkpoints, step_memory, useful_flops
-from maskgit_pl.runs.fitting import check_run_outputs, describe_start
+from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
+from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
 from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, name_folders, run_folder
 from maskgit_pl.runs.recipe import Recipe
@@ -44,12 +39,6 @@ from maskgit_pl.training.token_model import TokenModel
 __all__ = ["Check", "Machines", "Preflight", "preflight"]
 
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
-_SHARED_MEMORY = Path("/dev/shm")  # through which data workers send their batches
-_EXTRAS = {  # the module that shows that an optional extra is installed
-    "diffusers": "diffusers", "export": "onnxruntime", "import-jax": "msgpack", "mlflow": "mlflow",
-    "parquet": "pyarrow", "quantizers": "vector_quantize_pytorch", "tune": "optuna",
-    "wandb": "wandb", "web": "gradio",
-}  # fmt: skip
 
 Verdict = Literal["ok", "warning", "FAIL"]
 
@@ -134,26 +123,16 @@ class Preflight:
             self.add(name, f"cannot be calculated ({type(error).__name__}: {reason})", "warning")
 
 
-def preflight(
-    recipe: Recipe | None = None, *, machines: Machines | None = None, **folders: Unpack[Folders]
-) -> Preflight:
+def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Unpack[Folders]) -> Preflight:
     """Checks a run on any machine: data, tokenizer, ranks, strategy, recipe, batch, memory, disk.
 
-    A failed check stops only those that need its result. Without data, sizes are those of the paper.
-
-    Args:
-        recipe: Values of the run, and the stage. None checks this machine instead.
-        machines: Machines of the run. Default: nodes and devices of the recipe, and the GPU memory of this
-            machine, if it has a GPU.
-        folders: See ``Folders``.
+    A failed check stops only those that need its result. Without data, sizes are those of the paper. The machines are
+    by default nodes and devices of the recipe, and the GPU memory of this machine, if it has a GPU.
 
     Raises:
         ValueError: if the run has no name, or a reserved one.
     """
     report, machines = Preflight(), machines or Machines()
-    if recipe is None:
-        _check_machine(report)
-        return report
     nodes, devices = count_devices(machines, recipe)
     plan, summary = _find_inputs(report, recipe, name_folders(**folders))
     is_complete = report.ok
@@ -173,7 +152,7 @@ def preflight(
     if plan.tokenizer is not None:
         config = read_config(plan.tokenizer, "tokenizer")
         encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
-    per_device = _share_batch(report, values, summary, nodes * devices)
+    per_device = _share_batch(report, values.data, summary, nodes * devices)
     _describe_run(report, plan, module, values, summary, encoder)
     options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
@@ -261,18 +240,14 @@ def _build(
     return run
 
 
-def _share_batch(report: Preflight, values: ResolvedRun, summary: DataSummary | None, ranks: int) -> int:
+def _share_batch(report: Preflight, data: ShardDataConfig, summary: DataSummary | None, ranks: int) -> int:
     """Divides the global batch among the ranks, and returns the samples of a micro-batch."""
-    batch, most = values.data.global_batch, values.data.max_batch_per_device
     with report.catch("batch"):
-        per_device, micro_batches = split_batch(batch, most, ranks)
-        parts = (count_text(ranks, "rank"), count_text(micro_batches, "accumulation step"))
-        text = f"{batch} = {' x '.join(parts)} x {count_text(per_device, 'sample')}"
-        is_small = summary is not None and summary.samples["train"] < batch
+        is_small = summary is not None and summary.samples["train"] < data.global_batch
         more = "; a step needs more samples than the train split has" if is_small else ""
-        report.add("batch", text + more, "warning" if is_small else "ok")
-        return per_device
-    return most
+        report.add("batch", describe_batch(data, ranks) + more, "warning" if is_small else "ok")
+        return split_batch(data.global_batch, data.max_batch_per_device, ranks)[0]
+    return data.max_batch_per_device
 
 
 def _describe_run(
@@ -288,19 +263,14 @@ def _describe_run(
     batch, steps = values.data.global_batch, values.trainer.max_steps
     report.add("run", describe_start(plan.stage_folder, steps))
     epochs = "" if summary is None else f", {steps * batch / summary.samples['train']:,.1f} epochs"
-    report.add(
-        "steps",
-        f"{count_text(steps, 'step')}{epochs}; learning rate {rate.peak:g} after {rate.warmup_steps} steps, then "
-        f"{rate.decay}, not rescaled by the number of devices",
-    )
+    rates = f"learning rate {rate.peak:g} after {rate.warmup_steps} steps, then {rate.decay}"
+    report.add("steps", f"{count_text(steps, 'step')}{epochs}; {rates}, not rescaled by the number of devices")
     report.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
     work = ""
     with report.count("work"):
         reads_tokens = values.data.source == "tokens"
         report.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
-        units = (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9))
-        unit, factor = next((each for each in units if report.step_flops >= each[1]), ("MFLOP", 1e6))
-        work = f", {report.step_flops / factor:.3g} {unit} per step"
+        work = f", {report.step_flops / 1e12:.3g} TFLOP per step"
     report.add("model", f"{report.num_parameters:,} trained parameters{work}")
 
 
@@ -329,27 +299,15 @@ def _check_memory(
     fitting = (size for size in sizes if step_memory(module, per_device=size, **options).total <= limit)
     largest = next(fitting, None)
     hint = f"--data.max_batch_per_device={largest} fits" if largest else "not even one sample fits"
-    is_transformer = isinstance(module, TokenModel)  # stage 1 counts float32 in both precisions
-    savings = {
-        "--model.activation_checkpointing=blocks": module.config.activation_checkpointing == "none",
-        "--trainer.precision=bf16-mixed": is_transformer and options["precision"] == "32-true",
-        "--cluster fsdp": is_transformer and options["strategy"] == "ddp",
-    }
-    flags = ", ".join(flag for flag, helps in savings.items() if helps)
-    report.add(
-        "memory",
-        f"a micro-batch must fit into {size_text(limit)} of a device with {size_text(device)}, got {text}; {hint}"
-        + (f"; to save memory: {flags}" if flags else ""),
-        "FAIL",
-    )
+    rule = f"a micro-batch must fit into {size_text(limit)} of a device with {size_text(device)}, got {text}"
+    report.add("memory", f"{rule}; {hint}; --model.activation_checkpointing=blocks saves memory", "FAIL")
 
 
 def _check_disk(report: Preflight, plan: Plan, module: TokenModel | Tokenizer, values: ResolvedRun) -> None:
     """Checks that the run folder is writable, and that its disk has room for the checkpoints to come."""
-    most = max_num_checkpoints(
-        max(1, values.trainer.max_steps), every=values.checkpoint_every, keep_last=values.keep_last,
-        keep_every=values.keep_every,
-    )  # fmt: skip
+    # The newest are kept while another one is written, and so are all that ``keep_every`` protects.
+    kept = values.keep_last + 1 + (values.trainer.max_steps // values.keep_every if values.keep_every else 0)
+    most = min(kept, -(-values.trainer.max_steps // values.checkpoint_every))
     count, size = max(1, most - len(complete_checkpoints(plan.checkpoints))), checkpoint_bytes(module)
     existing = next(parent for parent in plan.checkpoints.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
@@ -362,29 +320,3 @@ def _check_disk(report: Preflight, plan: Plan, module: TokenModel | Tokenizer, v
         if free < count * size:
             raise ValueError(f"{text}; free space, name another --runs-folder, or lower keep_last or raise keep_every")
         report.add("disk", text)
-
-
-def _check_machine(report: Preflight) -> None:
-    """Adds what this machine has: versions, devices, memory for workers, disk, data and optional packages."""
-    libraries = ", ".join(f"{name} {version(name)}" for name in ("maskgit_pl", "torch", "lightning"))
-    report.add("versions", f"{libraries}, Python {platform.python_version()}")
-    gpus = [torch.device(name) for name in device_names()[2:]]
-    for gpu in gpus:
-        memory = f", {size_text(torch.cuda.get_device_properties(gpu).total_memory)}" if gpu.type == "cuda" else ""
-        report.add("device", f"{gpu}: {device_name(gpu)}{memory}")
-    if not gpus:
-        report.add("device", "no GPU: small runs train on the CPU", "warning")
-    report.add("cpu", f"{count_text(available_cores(), 'core')}, {device_name(torch.device('cpu'))}")
-    if _SHARED_MEMORY.is_dir():
-        total = shutil.disk_usage(_SHARED_MEMORY).total
-        hint = "; data workers need 1 GB: in a container, set --shm-size or --ipc=host" if total < 1e9 else ""
-        report.add("shared memory", f"{size_text(total)}{hint}", "warning" if hint else "ok")
-    runs = Path("runs") if Path("runs").is_dir() else Path()
-    report.add("disk", f"{size_text(shutil.disk_usage(runs).free)} free for runs/")
-    names = sorted(file.parent.name for file in Path("data/shards").glob("*/train.json"))
-    hint = "no data in data/shards; start with `maskgit demo`, or `maskgit data fetch fashion-mnist`"
-    report.add("data", ", ".join(names) or hint, "ok" if names else "warning")
-    missing = [name for name, module in _EXTRAS.items() if importlib.util.find_spec(module) is None]
-    present = [name for name in _EXTRAS if name not in missing]
-    more = f"; pip install 'maskgit_pl[{','.join(missing)}]' adds the others" if missing else ""
-    report.add("extras", f"{', '.join(present) or 'none'}{more}")

@@ -1,11 +1,10 @@
-"""``fit`` trains a stage of a run and exports it, ``dry_run`` says what it would do, ``export`` exports a checkpoint.
+"""``fit`` trains a stage of a run and exports it, ``export`` exports a checkpoint.
 
 ``maskgit train`` and ``maskgit export`` call them.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import os
@@ -22,16 +21,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from maskgit_pl.checks import count_text
-from maskgit_pl.data import ShardData, split_batch
+from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.files import check_writable, read_json, write_text
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
-from maskgit_pl.processes import catch_stop_signals, launcher_rank, local_rank
+from maskgit_pl.processes import catch_stop_signals
 from maskgit_pl.runs.build import StageRun, build, restore_process_state
-from maskgit_pl.runs.plan import Folders, Plan, folder_of, plan_run
+from maskgit_pl.runs.plan import Folders, Plan, find_data, folder_of, plan_run
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage
 from maskgit_pl.runs.resolve import AUTO, config_text
 from maskgit_pl.tokenizer import Tokenizer
@@ -47,8 +46,8 @@ from maskgit_pl.training.token_model import TokenModel
 __all__ = [
     "FitResult",
     "check_run_outputs",
+    "describe_batch",
     "describe_start",
-    "dry_run",
     "export",
     "fit",
     "fit_stage",
@@ -73,8 +72,8 @@ class FitResult:
     Args:
         folder: ``runs/RUN``.
         step: Step of the exported weights.
-        was_finished: True if the run was finished before, so that nothing was trained.
-        metrics: Last validation metrics by name, ``val/...``; empty if there was no validation.
+        was_finished: True if nothing was trained.
+        metrics: Last validation metrics by name, ``val/...``.
     """
 
     folder: Path
@@ -88,9 +87,7 @@ class FitResult:
         return self.folder / "pretrained"
 
 
-def fit(
-    recipe: Recipe, *, fresh: bool = False, callbacks: Sequence[Callback] = (), **folders: Unpack[Folders]
-) -> FitResult:
+def fit(recipe: Recipe, *, callbacks: Sequence[Callback] = (), **folders: Unpack[Folders]) -> FitResult:
     """Trains a stage of a run and exports it. Resumes an interrupted run, and does nothing for a finished one.
 
     During training, SIGTERM and a first Ctrl-C save the run and raise PreemptedError; the same call resumes it. With
@@ -99,21 +96,19 @@ def fit(
 
     Args:
         recipe: Values of the run, and the stage.
-        fresh: True starts over: an existing stage folder is renamed to ``STAGE.old-N``. Nothing is deleted.
         callbacks: Callbacks of the Trainer, beside those of the recipe.
         folders: See ``Folders``.
 
     Raises:
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, the settings of the run have
-            changed, or another process trains it; also if ``fresh`` is set for one of several ranks.
+        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
+            settings of the run have changed, or another process trains it.
+        FileExistsError: if there are other files in the folder of the export.
         RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses. See
             ``maskgit_pl.errors``.
         KeyboardInterrupt: at a second Ctrl-C. The same call resumes the run from its last checkpoint.
     """
     plan = plan_run(recipe, **folders)
-    # The other ranks start when the folder has its new name.
-    old = _set_aside(plan.stage_folder) if fresh and local_rank() == 0 else None
     try:
         with catch_stop_signals():
             return fit_stage(plan, callbacks)
@@ -122,32 +117,6 @@ def fit(
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
-    finally:
-        if old is not None and not plan.stage_folder.exists():  # a check has refused the new run
-            old.rename(plan.stage_folder)
-            log.info("%s: renamed back, since the training did not start", plan.stage_folder)
-
-
-def _set_aside(folder: Path) -> Path | None:
-    """Renames a stage folder to the first free ``NAME.old-N``, and returns its new name; None if there is no folder.
-
-    Raises:
-        ValueError: if a launcher started several ranks, which would not see the change together, or another
-            process trains the run.
-    """
-    if (count := launcher_rank()[1]) > 1:
-        raise ValueError(
-            f"--fresh must be given to a single process, got {count} ranks; train another run (--run), or rename "
-            f"{folder} yourself"
-        )
-    if not folder.exists():
-        return None
-    with hold_lock(folder, hint="train another run (--run)"):
-        names = (folder.with_name(f"{folder.name}.old-{number}") for number in itertools.count(1))
-        old = next(name for name in names if not name.exists())
-        folder.rename(old)
-    log.info("%s: renamed to %s; training starts at step 0. Without --fresh, the same command resumes it", folder, old)
-    return old
 
 
 def export(
@@ -202,9 +171,6 @@ def export(
 def _stages(folder: Path, named: Stage | None) -> Sequence[Stage]:
     """Returns the named stage, or all trained stages, the tokenizer first."""
     stages = [named] if named else [stage for stage in STAGES if (folder / stage / "checkpoints").is_dir()]
-    for stage in stages:
-        if not (folder / stage / "config.yaml").is_file():
-            raise FileNotFoundError(f"run {folder} has no {stage}/config.yaml from training; name a run folder")
     if not stages:
         raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
     return stages
@@ -214,10 +180,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     """Plans the stage as it was trained, but for a single process; data and tokenizer may have moved."""
     config = folder / stage / "config.yaml"
     recipe = Recipe.from_run(stage, config, _HERE)
-    shards = Path(data or recipe.paths["data.path"])
-    if not shards.is_dir():
-        raise FileNotFoundError(f"data {shards} of {config}: no such folder; give its present place with --data")
-    tokenizer = None
+    shards, tokenizer = find_data(recipe, data), None
     if stage == "transformer":
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
@@ -243,14 +206,7 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
 
 @restore_process_state()
 def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
-    """Trains a stage and exports it; does nothing if the run is finished.
-
-    Raises:
-        FileExistsError: if there are other files in the folder of the export.
-        ValueError: if the recipe is invalid, data or tokenizer do not fit, an output cannot be written, the
-            settings of the run have changed, or another process trains it.
-        RunError: if training ends early: a stop signal, unreadable data, a full disk, non-finite losses.
-    """
+    """Trains a stage and exports it; does nothing if the run is finished. See ``fit`` for errors."""
     # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
     import resource  # Windows lacks it
 
@@ -288,36 +244,6 @@ def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
 
 
-@restore_process_state()
-def dry_run(recipe: Recipe, **folders: Unpack[Folders]) -> dict[str, str]:
-    """Builds a stage and opens its data as ``runs.fit`` does, with the same arguments, and describes the training.
-
-    Returns:
-        One line of text by name: ``run``, ``recipe``, ``data``, ``tokenizer``, ``weights``, ``model``,
-        ``steps``, ``devices``. Names without content are left out.
-
-    Raises:
-        FileNotFoundError: see ``runs.fit``.
-        ValueError: see ``runs.fit``.
-    """
-    plan = plan_run(recipe, **folders)
-    stage_run = build(plan)
-    check_run_outputs(plan)
-    stage_run.datamodule.setup()
-    trainer = stage_run.trainer
-    lines: Mapping[str, str | None] = {
-        "run": describe_start(plan.stage_folder, trainer.max_steps),
-        "recipe": recipe.title,
-        "data": _describe_data(stage_run, plan),
-        "tokenizer": None if plan.tokenizer is None else str(plan.tokenizer),
-        "weights": None if plan.pretrained is None else f"a new run starts from those of {plan.pretrained}",
-        "model": f"{sum(part.numel() for part in stage_run.model.parameters() if part.requires_grad):,} parameters",
-        "steps": f"{trainer.max_steps:,}, with a global batch of {_describe_batch(stage_run)}",
-        "devices": f"{trainer.world_size} x {trainer.strategy.root_device.type}, {trainer.precision}",
-    }
-    return {name: text for name, text in lines.items() if text is not None}
-
-
 def describe_start(stage_folder: Path, max_steps: int) -> str:
     """Returns a line: whether the training starts, resumes or has nothing to do."""
     newest = newest_checkpoint(stage_folder / "checkpoints")
@@ -329,11 +255,7 @@ def describe_start(stage_folder: Path, max_steps: int) -> str:
 
 
 def _check_tasks(trainer: Trainer) -> None:
-    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job.
-
-    Raises:
-        ValueError: if the training was started in a batch script or an interactive job of several tasks without it.
-    """
+    """Checks that ``srun`` has started the ranks for which Lightning will wait in a Slurm job."""
     if not isinstance(getattr(trainer.strategy, "cluster_environment", None), SLURMEnvironment):
         return
     if os.environ.get("SLURM_STEP_NUM_TASKS", "1") == "1" and trainer.world_size > 1:
@@ -344,12 +266,7 @@ def _check_tasks(trainer: Trainer) -> None:
 
 
 def check_run_outputs(plan: Plan) -> None:
-    """Checks all that a stage writes, so that a training does not end with an output that cannot be written.
-
-    Raises:
-        FileExistsError: if there are other files in the folder of the export.
-        ValueError: if an output cannot be written, or would replace the tokenizer of the run by another one.
-    """
+    """Checks all outputs of a stage, so that a training does not end with one that cannot be written."""
     exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
     for folder in (plan.checkpoints, exported):
         check_writable(name, folder, is_folder=True)
@@ -418,8 +335,6 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
     """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
     if plan.pretrained is not None and newest is None:
         log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
-    for origin, keys in plan.recipe.left_out.items():
-        log.info("%s: causal attention ignores %s", origin, ", ".join(keys))
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
         log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_resized()
@@ -428,7 +343,8 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
             "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
         )
     resuming = f"; resuming from {newest.name}" if newest else ""
-    log.info("%s: global batch %s%s", plan.stage_folder, _describe_batch(run), resuming)
+    batch = describe_batch(run.datamodule.config, run.trainer.world_size)
+    log.info("%s: global batch %s%s", plan.stage_folder, batch, resuming)
 
 
 def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
@@ -449,18 +365,12 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
         log.info("exported %s", folder)
 
 
-def _describe_data(run: StageRun, plan: Plan) -> str:
-    if run.datamodule.config.source == "stream":
-        return "a stream of shards"
-    summary = run.datamodule.summary
-    counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
-    parts = (f"{plan.shards}: {counts}", count_text(summary.num_classes, "class"), run.datamodule.resizing)
-    return "; ".join(part for part in parts if part is not None)
+def describe_batch(data: ShardDataConfig, ranks: int) -> str:
+    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``.
 
-
-def _describe_batch(run: StageRun) -> str:
-    """Returns the shares of the global batch, such as ``64 = 2 ranks x 1 accumulation step x 32 samples``."""
-    config, ranks = run.datamodule.config, run.trainer.world_size
-    per_device, accumulation = split_batch(config.global_batch, config.max_batch_per_device, ranks)
+    Raises:
+        ValueError: if the ranks cannot share it.
+    """
+    per_device, accumulation = split_batch(data.global_batch, data.max_batch_per_device, ranks)
     parts = (count_text(ranks, "rank"), count_text(accumulation, "accumulation step"), count_text(per_device, "sample"))
-    return f"{config.global_batch} = {' x '.join(parts)}"
+    return f"{data.global_batch} = {' x '.join(parts)}"

@@ -25,9 +25,7 @@ __all__ = [
     "flag_layer",
     "flag_words",
     "merge",
-    "parse_features",
     "parse_image_size",
-    "parse_integers",
     "parse_named_spec",
     "parse_numbers",
     "parse_spec",
@@ -209,14 +207,6 @@ def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def parse_integers(flag: str, text: str) -> tuple[int, ...]:
-    """Parses integers separated by commas, such as ``0,1``."""
-    words = split_values(text)
-    if not words or not all(word.isdecimal() and len(word) < 20 for word in words):
-        raise ValueError(f"{flag} must be integers >= 0 such as 0,1, got {shorten(text)}")
-    return tuple(map(int, words))
-
-
 def parse_image_size(flag: str, text: str) -> ImageSize:
     """Parses the size of images in pixels: a side such as ``64``, or height and width such as ``48,64``."""
     match = re.fullmatch(r"\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*)?", text)
@@ -238,31 +228,13 @@ def parse_spec(flag: str, text: str) -> Any:
 
 
 def parse_named_spec(flag: str, text: str) -> str | dict[str, Any]:
-    """Parses a plug-in: a mapping with its name and arguments; what does not begin like one is its name, as it is."""
-    if not text.lstrip().startswith(("{", "[", '"')):
+    """Parses a plug-in: a mapping with its name and arguments; any other text is its name, as it is."""
+    if not text.lstrip().startswith("{"):
         return text
-    spec = parse_spec(flag, text)
-    if not isinstance(spec, dict) or not isinstance(spec.get("name"), str):
-        raise ValueError(f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}', got {text}")
+    spec: dict[str, Any] = parse_spec(flag, text)
     return spec
 
 
 def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
     """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``."""
-    specs = [parse_spec(flag, word) for word in split_values(text)]
-    if not specs:
-        raise ValueError(f"{flag} must have at least one name, got {text!r}")
-    for spec in specs:
-        if not isinstance(spec, str | dict):
-            raise ValueError(f"{flag} must be names or mappings, got {spec!r} in {text}")
-    return specs
-
-
-def parse_features(flag: str, text: str) -> list[str | dict[str, Any]]:
-    """Parses feature networks: names, ``NAME=PATH``, ``timm:MODEL=FILE`` or mappings, each network once."""
-    specs = parse_specs(flag, text)
-    names = [str(spec if isinstance(spec, str) else spec.get("name")).partition("=")[0] for spec in specs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"{flag} must name each network once, got {', '.join(twice)} twice")
-    return specs
+    return [parse_named_spec(flag, word) for word in split_values(text) or [text]]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict, Unpack
@@ -15,8 +14,8 @@ from typing import TypedDict, Unpack
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import read_yaml, sha256_of
 from maskgit_pl.registry import nearest
-from maskgit_pl.runs.layers import split_flags, value_at
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
+from maskgit_pl.runs.layers import value_at
+from maskgit_pl.runs.recipe import Recipe, Stage
 
 __all__ = [
     "SHARED_TOKENS",
@@ -72,26 +71,9 @@ class Plan:
         """The folder ``runs/RUN/STAGE/checkpoints``."""
         return self.stage_folder / "checkpoints"
 
-    @property
-    def tokenize_command(self) -> str:
-        """The command that makes the token store of the run."""
-        recipe, folder = self.recipe, self.folder
-        values = {  # flag -> value, default
-            "config": (recipe.config, None),
-            "recipe": (" ".join(recipe.names), ""),
-            "dataset": (recipe.dataset, DEFAULT_DATASET),
-            "data": (self.shards, _SHARDS / recipe.dataset),
-            "tokenizer": (self.tokenizer, folder / "pretrained" / "tokenizer"),
-            "run": (folder.name, recipe.run_name),
-            "runs-folder": (folder.parent, _RUNS),
-        }
-        words = [word for flag, (value, default) in values.items() if value != default for word in (f"--{flag}", value)]
-        words += [f"--{key}={text}" for key, text in split_flags(recipe.words) if key.startswith("data.")]
-        return shlex.join(["maskgit", "tokenize", *map(str, words)])
-
 
 class Folders(TypedDict, total=False):
-    """The folders of a run, which ``fit``, ``dry_run``, ``tokenize``, ``preflight`` and ``plan_submission`` take.
+    """The folders of a run, which ``fit``, ``tokenize``, ``preflight`` and ``plan_submission`` take.
 
     Attributes:
         run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash. Default: ``DATASET-RECIPE``.
@@ -119,10 +101,6 @@ def name_folders(
 def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
     """Finds the folders of a run, and checks them as far as possible without torch.
 
-    Args:
-        recipe: Values of the run, and the stage.
-        folders: See ``Folders``.
-
     Raises:
         ValueError: if the name of the run is reserved, or several tokenizers match.
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
@@ -136,11 +114,7 @@ def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
-    """Finds the folder of a run, ``runs/RUN``, which need not exist.
-
-    Args:
-        recipe: Recipe, which gives the default name ``DATASET-RECIPE``.
-        run: A name in ``runs/``, or a folder: a ``Path`` or a string with a slash.
+    """Finds the folder of a run, which need not exist; its default name is ``DATASET-RECIPE``. See ``folder_of``.
 
     Raises:
         ValueError: if the run has no name, or the name of the folder of token stores.
@@ -164,10 +138,6 @@ def folder_of(run: str | Path) -> Path:
 def find_data(recipe: Recipe, data: str | Path | None = None) -> Path:
     """Finds the data folder of a run: the named one, else that of the repeated run, else that of the data set.
 
-    Args:
-        recipe: Recipe, which gives the data set.
-        data: Data folder, if named.
-
     Raises:
         FileNotFoundError: if the folder does not exist.
     """
@@ -190,14 +160,7 @@ def find_tokenizer(
     """Finds the tokenizer of stage 2.
 
     The first that exists of: the named one; that of the repeated run; the run's own; that of ``pretrained``;
-    the only tokenizer that other runs have trained on the same data.
-
-    Args:
-        recipe: Recipe of the run.
-        folder: Run folder.
-        shards: Data folder of the run.
-        tokenizer: Pretrained tokenizer folder, if named.
-        pretrained: Pretrained folder of both stages with the initial weights of the run.
+    the only tokenizer that other runs have trained on the data folder ``shards``.
 
     Raises:
         FileNotFoundError: if there is no tokenizer, or the named run does not exist.
@@ -206,15 +169,21 @@ def find_tokenizer(
     # In the order of the docstring.
     named = tokenizer or recipe.paths.get("model.tokenizer")
     if named is not None:
-        return _check_tokenizer(Path(named))
+        if not (Path(named) / "config.json").is_file():
+            raise FileNotFoundError(f"tokenizer {named}: no config.json there; name a pretrained tokenizer folder")
+        return Path(named)
     exported = folder / "pretrained" / "tokenizer"
     if (exported / "config.json").is_file():
         return exported
     if pretrained is not None and (Path(pretrained) / "tokenizer" / "config.json").is_file():
         return Path(pretrained) / "tokenizer"
     # Only a name that the user gave can be mistyped.
-    if folder.name != recipe.run_name:
-        _refuse_unknown_run(folder)
+    runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
+    if folder.name != recipe.run_name and not folder.is_dir() and runs:
+        raise FileNotFoundError(
+            f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, "
+            "use --tokenizer"
+        )
     tokenizers = _tokenizers_of(shards, folder.parent)
     if len(tokenizers) != 1:
         several = f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
@@ -224,29 +193,6 @@ def find_tokenizer(
         )
     log.info("tokenizer: %s, the only one trained on %s", tokenizers[0], shards)
     return tokenizers[0]
-
-
-def _check_tokenizer(folder: Path) -> Path:
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"tokenizer {folder}: no config.json there; name a pretrained tokenizer folder")
-    if (folder / "tokenizer" / "config.json").is_file():
-        raise FileNotFoundError(f"tokenizer {folder} is a folder of both stages; did you mean {folder}/tokenizer?")
-    return folder
-
-
-def _refuse_unknown_run(folder: Path) -> None:
-    """Rejects stage 2 of a named run that does not exist, since the name is probably mistyped.
-
-    Raises:
-        FileNotFoundError: if the run does not exist and there are others. The message names the closest one.
-    """
-    runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
-    if folder.is_dir() or not runs:
-        return
-    raise FileNotFoundError(
-        f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, use "
-        "--tokenizer"
-    )
 
 
 def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:

@@ -34,7 +34,6 @@ _CARD = "README.md"
 _TEXTS = (*DIFFUSERS_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt")
 _OURS = frozenset({*FILES, *_TEXTS, _CARD})
 _SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
-_UNAUTHORIZED, _FORBIDDEN = 401, 403
 
 
 class PushError(RunError):
@@ -112,11 +111,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
 
 
 def _find_files(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Yields the path in the repository and the file of everything in a folder that belongs to a model.
-
-    Raises:
-        ValueError: if a file is a link, or holds an access token.
-    """
+    """Yields the path in the repository and the file of everything in a folder that belongs to a model."""
     for path in sorted(_OURS):
         file = folder / path
         if file.is_symlink() or (file.parent.is_symlink() and file.parent != folder):
@@ -131,17 +126,11 @@ def _find_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def push(plan: Push, *, private: bool = False) -> str:
-    """Uploads a checked folder.
+    """Uploads a folder that ``plan_push`` has checked, and returns the URL of the repository.
 
-    1. Check that the repository does not exist, is empty, or holds a model of this package, and create it.
+    1. Check that the repository does not exist, is empty, or holds a model of this package, and create it; an existing
+       one stays private or public.
     2. Send all files in one commit, and delete files of an older model that are not among them. Other files stay.
-
-    Args:
-        plan: Result of ``plan_push``.
-        private: True creates a private repository; an existing one keeps its visibility.
-
-    Returns:
-        URL of the repository.
 
     Raises:
         PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.
@@ -168,16 +157,10 @@ def push(plan: Push, *, private: bool = False) -> str:
         added += [CommitOperationAdd(path, file) for path, file in plan.files.items()]
         deleted = [CommitOperationDelete(path, is_folder=False) for path in sorted((there & _OURS) - {*plan.files})]
         api.create_commit(plan.hub_id, [*added, *deleted], commit_message="Upload a model of maskgit_pl")
-    except HfHubHTTPError as error:
-        advice = {
-            _UNAUTHORIZED: "the access token is not valid; log in again with `hf auth login`, or set another HF_TOKEN",
-            _FORBIDDEN: "the access token may not write to this repository; use a token with write access to it, or "
-            "another name",
-        }.get(error.response.status_code, "the Hub refused the upload; try again later")
-        raise PushError(f"hub {plan.hub_id}: {advice} ({shorten(' '.join(str(error).split()))})") from error
-    except (HTTPError, OSError) as error:
+    except (HfHubHTTPError, HTTPError, OSError) as error:
+        reason = shorten(" ".join(str(error).split()) or type(error).__name__)
         raise PushError(
-            f"hub {plan.hub_id}: the Hub cannot be reached ({shorten(str(error) or type(error).__name__)}); check the "
-            "network, HF_ENDPOINT and HF_HUB_OFFLINE, or share the folder as it is"
+            f"hub {plan.hub_id}: the Hub refused the upload, or cannot be reached ({reason}); check the access token "
+            "and its rights (`hf auth login`), the network, HF_ENDPOINT and HF_HUB_OFFLINE"
         ) from error
     return str(address)

@@ -69,11 +69,10 @@ class Recipe:
     Args:
         stage: Stage to train.
         kind: Kind of module, as decided by files and flags.
-        base: Merged values of the files, without ``left_out``.
+        base: Merged values of the files; with causal attention without the keys of masking.
         flags: Values of each flag, in the given order.
         words: The flags as given.
         files: Names of the files in merge order, for messages.
-        left_out: Dropped keys of each file, which have no meaning with causal attention.
         names: RECIPE: file names from left to right, without the files of every recipe.
         dataset: Name of the data set.
         cluster: File of ``recipes/cluster``; empty if the recipe repeats a run.
@@ -88,7 +87,6 @@ class Recipe:
     flags: tuple[Mapping[str, Any], ...] = ()
     words: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
-    left_out: Mapping[str, Sequence[str]] = field(default_factory=dict)
     names: tuple[str, ...] = ()
     dataset: str = DEFAULT_DATASET
     cluster: str = ""
@@ -135,12 +133,7 @@ class Recipe:
 
     @classmethod
     def from_run(cls, stage: Stage, config: Path, overrides: Overrides = ()) -> Recipe:
-        """Reads the recipe of an earlier run, to repeat it.
-
-        Args:
-            stage: Stage to train.
-            config: Configuration of that run, ``runs/RUN/STAGE/config.yaml``.
-            overrides: Overrides; see ``read``.
+        """Reads the recipe of an earlier run, ``runs/RUN/STAGE/config.yaml``, to repeat it; see ``read``.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -156,13 +149,12 @@ class Recipe:
         """Checks and merges layers; see ``read``."""
         words = flag_words(overrides)
         kind = _find_kind(stage, layers, words)
-        left_out: dict[str, list[str]] = {}
         # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
         if kind == "autoregressive":
-            layers, left_out = _drop_masking_keys(layers)
+            layers = [Layer(layer.origin, _without_masking(layer.tree)) for layer in layers]
         flags = _read_flags(kind, layers, words)
         base, files = merge([layer.tree for layer in layers]), tuple(layer.origin for layer in layers)
-        return cls(stage, kind, base, flags, words, files, left_out)
+        return cls(stage, kind, base, flags, words, files)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
@@ -213,13 +205,8 @@ def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
 def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: str) -> list[Path]:
     """Finds the files of a run in merge order.
 
-    Args:
-        stage: Stage of the recipes.
-        dataset: Data set with the file ``<dataset>.yaml``, or ``own-images.yaml`` if there is none. The
-            default data set only has the base file.
-        names: RECIPE, from left to right. A name must be a recipe of some stage; a stage ignores those of the
-            other. A path counts for the stage, unless the file is in a folder named after the other stage.
-        cluster: A file of ``recipes/cluster``.
+    A data set without a file of its own has ``own-images.yaml``, and the default one only the base. A stage ignores
+    names that only the other one has. A path counts for both, unless its folder is named after one of them.
 
     Raises:
         FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
@@ -301,24 +288,12 @@ def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tu
     """Checks layers together with flags on top of them, and returns the trees of the flags."""
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    flags = _flag_layers(words)
-    for flag in flags if kind == "autoregressive" else ():
-        for key in _MASKED_ONLY:
-            if value_at(flag.tree, key) is not None:
-                raise ValueError(
-                    f"{flag.origin}: with causal attention no token is masked, and tokens are drawn one after another; "
-                    f"{key} is for bidirectional attention; leave the flag out"
-                )
-    return tuple(flag.tree for flag in check_layers(kind, [*layers, *flags])[len(layers) :])
+    return tuple(flag.tree for flag in check_layers(kind, [*layers, *_flag_layers(words)])[len(layers) :])
 
 
-def _drop_masking_keys(files: Sequence[Layer]) -> tuple[list[Layer], dict[str, list[str]]]:
-    """Returns the layers without the keys that causal attention ignores, and these keys by origin."""
-    kept, left_out = [], {}
-    for layer in files:
-        tree = merge([layer.tree])
-        keys = [key for key in _MASKED_ONLY if remove_key(tree, key)]
-        kept.append(Layer(layer.origin, tree))
-        if keys:
-            left_out[layer.origin] = keys
-    return kept, left_out
+def _without_masking(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a tree without the keys that causal attention ignores."""
+    tree = merge([tree])
+    for key in _MASKED_ONLY:
+        remove_key(tree, key)
+    return tree

@@ -58,16 +58,14 @@ _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  #
 # 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
-# Settings that must not change: these of data and Trainer, and all of the model but _FREE_MODEL.
+# Settings that must not change: the clipping of gradients, these of data, and all of the model but _FREE_MODEL.
 _DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed")
-_TRAINER = ("gradient_clip_val", "gradient_clip_algorithm")
 _FREE_MODEL = {
     "model.activation_checkpointing",
     "model.compiled",
     "model.decoding",  # affects only pictures and exports
     "model.global_batch",  # data.global_batch
     "model.memory_format",
-    "model.optimizer.adamw",
     "model.optimizer.learning_rate.decay",
     "model.optimizer.learning_rate.final_fraction",
     "model.optimizer.learning_rate.warmup_steps",
@@ -203,7 +201,7 @@ def choose_precision(
 
 
 def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dict[str, Any]:
-    """Returns the settings that must not change, as plain values by dotted key.
+    """Returns the settings that must not change, as plain values by dotted key; ``{name: ...}`` is a single value.
 
     They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so
     a change would have no effect.
@@ -212,23 +210,14 @@ def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dic
         tree: All values of the run, ``ResolvedRun.tree``.
         data: Fingerprint of the data folder.
         weights: Fingerprint of the tokenizer, for stage 2, and of the teacher, for a distillation.
-
-    Returns:
-        Mapping of dotted keys to values; a specification (``{name: ...}``) is a single value.
     """
     settings = {"data": data, **_flat(tree["model"], "model")}
     settings |= {f"data.{key}": tree["data"].get(key) for key in _DATA}
-    settings |= {f"trainer.{key}": tree["trainer"].get(key) for key in _TRAINER}
-    return settings | weights
+    return settings | {"trainer.gradient_clip_val": tree["trainer"].get("gradient_clip_val"), **weights}
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits.
-
-    Args:
-        old: Settings of a checkpoint.
-        new: Settings of the run.
-    """
+    """Lists the changed settings as ``key: old -> new``, sorted by key; hashes are cut to 12 digits."""
     pairs = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
     return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
 

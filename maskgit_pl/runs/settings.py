@@ -19,20 +19,16 @@ from lightning.pytorch import LightningModule
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import (
     WrongValue,
-    check_choice,
     check_integer,
     check_number,
     describe_wrong_values,
     shorten,
-    type_adapter,
     validate,
 )
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.distillation import DistillationConfig, DistilledModel
-from maskgit_pl.files import NO_CODE
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
-from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
@@ -46,26 +42,15 @@ __all__ = [
     "TokenizerRun",
     "TrainerSettings",
     "check_layers",
-    "json_schema",
     "resolve",
 ]
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
-_STEPS = "runs are counted in steps; set trainer.max_steps"
 _REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
     **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
-    "trainer.max_epochs": _STEPS,
-    "trainer.min_epochs": _STEPS,
-    "trainer.fast_dev_run": _STEPS,
-    "trainer.max_time": "end a run with SIGTERM or the job's time limit: it saves, and the same command resumes it",
+    "trainer.max_epochs": "runs are counted in steps; set trainer.max_steps",
     "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
     "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
-    "trainer.default_root_dir": "use --runs-folder and --run",
-    "trainer.enable_checkpointing": "set checkpoint_every, keep_last and keep_every",
-    "trainer.plugins": f"{NO_CODE}; plugins require your own Trainer in Python",
-    "trainer.logger": "name the loggers with the key loggers, such as loggers: [tensorboard, csv]",
-    "trainer.callbacks": "name the callbacks with the key callbacks, such as callbacks: [device_stats]",
-    "trainer.profiler": "name it with the key profiler, such as profiler: simple",
 }
 Precision = Literal["32-true", "bf16-mixed", "auto"]
 _INT64 = 2**63 - 1  # largest count that Lightning and torch can store
@@ -74,6 +59,7 @@ _TRAINER_RANGES = {
     "max_steps": f"[-1, {_INT64}]",
     "log_every_n_steps": f"[1, {_INT64}]",
     "num_sanity_val_steps": f"[-1, {_INT64}]",
+    "limit_val_batches": f"[0, {_INT64}]",
     "val_check_interval": f"[1, {_INT64}]",
 }
 _RUN_RANGES = {
@@ -105,14 +91,12 @@ class TrainerSettings:
             bfloat16 if the network is wide, else ``32-true``. A run that resumes with ``auto`` keeps its precision.
         max_steps: Number of steps (global batches) of the run.
         val_check_interval: Steps between validations.
-        limit_val_batches: Maximum number of validation batches per rank, or a fraction of all; None uses all.
+        limit_val_batches: Maximum number of validation batches per rank; None uses all.
         num_sanity_val_steps: Number of validation batches before the first step.
         log_every_n_steps: Steps between log entries.
         gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
-        gradient_clip_algorithm: ``norm`` or None, which means the norm. Lightning's ``value`` is not offered.
         deterministic: True allows only deterministic kernels.
         benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
-        detect_anomaly: True lets autograd check each backward pass for NaN, which is slow.
 
     Raises:
         ValueError: if a number is out of range.
@@ -120,32 +104,24 @@ class TrainerSettings:
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    devices: int | str | list[int] = "auto"
+    devices: int | Literal["auto"] | list[int] = "auto"
     num_nodes: int = 1
     precision: Precision = "32-true"
     max_steps: int = -1
     val_check_interval: int | None = None
-    limit_val_batches: int | float | None = None
+    limit_val_batches: int | None = None
     num_sanity_val_steps: int | None = None
     log_every_n_steps: int = 50
     gradient_clip_val: float | None = None
-    gradient_clip_algorithm: Literal["norm"] | None = None
     deterministic: bool | Literal["warn"] | None = None
     benchmark: bool | None = None
-    detect_anomaly: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.devices, str):
-            check_choice("trainer.devices", self.devices, ("auto",))
-        elif isinstance(self.devices, int):
+        if isinstance(self.devices, int):
             check_integer("trainer.devices", self.devices, "[-1, 1024]")
         _check_integers(self, _TRAINER_RANGES, "trainer.")
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
-        if isinstance(self.limit_val_batches, int):  # a number of batches; a float is a fraction
-            check_integer("trainer.limit_val_batches", self.limit_val_batches, f"[0, {_INT64}]")
-        elif self.limit_val_batches is not None:
-            check_number("trainer.limit_val_batches", self.limit_val_batches, "(0, 1]")
 
 
 @dataclass(frozen=True)
@@ -164,7 +140,8 @@ class RunSettings:
             store gets eight views of each image; flags override each of these. None, or a stream: no limit.
         loggers: Trackers that get metrics and pictures: names or mappings of registered loggers.
         callbacks: Further callbacks: names or mappings of registered callbacks.
-        profiler: Name or mapping of a registered profiler; None for none.
+        profiler: ``simple``: seconds of each part of Lightning's loop, in ``fit-profile.txt`` of the stage folder;
+            ``pytorch``: operations and kernels, with a trace for Chrome. None for none.
 
     Raises:
         ValueError: if a number is out of range, or a logger is listed twice.
@@ -179,7 +156,7 @@ class RunSettings:
     max_passes: int | None = None
     loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
-    profiler: str | dict[str, Any] | None = None
+    profiler: Literal["simple", "pytorch"] | None = None
 
     def __post_init__(self) -> None:
         _check_integers(self, _RUN_RANGES)
@@ -316,12 +293,9 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
-    """Checks the keys and values of the layers of a recipe, in merge order.
+    """Checks the layers of a recipe, in merge order. Returns them with the readings of flags that fit their keys.
 
     Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
-
-    Returns:
-        The layers, with those readings of flags that fit the types of their keys.
 
     Raises:
         ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
@@ -350,16 +324,7 @@ def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
     """Returns the wrong values of merged layers, which may miss values."""
     tree = merge([_COMMAND_PATHS, *(layer.tree for layer in layers)])
     _, faults = _build(kind, tree)
-    present_faults = [fault for fault in faults if fault.kind != "missing"]
-    if present_faults or not faults:
-        return present_faults
-    # A missing value of the model hides the ranges of the other settings.
-    run = {field.name: tree[field.name] for field in fields(RunSettings) if field.name in tree}
-    try:
-        validate(RunSettings, run)
-    except ValueError as error:
-        return describe_wrong_values(error, run, "", fields_at=lambda _: [field.name for field in fields(RunSettings)])
-    return []
+    return [fault for fault in faults if fault.kind != "missing"]
 
 
 def _culprit(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> int:
@@ -400,8 +365,7 @@ def _check_names(
     for key, value in node.items():
         where = f"{path}.{key}" if path else str(key)
         if where in DERIVED_KEYS or key not in groups:
-            backbone = "" if kind is VQGANConfig else value_at(root, "model.network.backbone") or DEFAULT_BACKBONE
-            raise ValueError(_explain_unknown_key(where, list(_keys(run, root)), backbone=backbone))
+            raise ValueError(_explain_unknown_key(where, list(_keys(run, root))))
         inner, is_optional = groups[key]
         if inner is None or (value is None and is_optional):
             continue
@@ -410,26 +374,19 @@ def _check_names(
         _check_names(value, inner, run=run, root=root, path=where)
 
 
-def _explain_unknown_key(key: str, names: Sequence[str], *, backbone: str) -> str:
-    """Returns the message for a key that no recipe has; ``backbone`` owns ``model.network``, empty for stage 1."""
+def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
+    """Returns the message for a key that no recipe has; ``names`` are those that it can have."""
     if key in _REASONS:
         return f"{key} cannot be set: {_REASONS[key]}"
     group, _, leaf = key.rpartition(".")
-    names = [name for name in names if name not in DERIVED_KEYS]
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
-    # First candidates: similar names in the same group.
-    close = [beside[leaf_name] for leaf_name in get_close_matches(leaf, beside, n=1)]
-    # Second: the same name in another group.
+    # A similar name in the same group, or the same name in another group.
+    close = [beside[similar] for similar in get_close_matches(leaf, beside, n=1)]
     close += [name for name in names if name.rpartition(".")[2] == leaf]
-    if backbone and group == "model.network":
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return f"unknown key {key!r}: {hint}keys of backbone {backbone}: {', '.join(sorted(beside))}"
-    if not close:
-        return f"unknown key {key!r}; base.yaml of recipes/tokenizer and recipes/transformer shows the keys"
-    if key in close:  # a key with dots in a file
-        nested = key.replace(".", ": {") + ": ..." + "}" * key.count(".")
-        return f"unknown key {key!r}: keys of a file are nested, as in {nested}; dots are for flags"
-    return f"unknown key {key!r}: did you mean {close[0]!r}?"
+    if key in close:  # written with dots in a file
+        return f"unknown key {key!r}: keys of a file are nested; dots are for flags"
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown key {key!r}: {hint}keys of {group or 'a recipe'}: {', '.join(sorted(beside))}"
 
 
 def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, tuple[type[Any] | None, bool]]:
@@ -466,35 +423,11 @@ def _keys(kind: type, root: Mapping[str, Any], path: str = "") -> Iterator[str]:
     """Yields the dotted keys of all values of a dataclass."""
     for name, (inner, _) in _groups(kind, root).items():
         where = f"{path}.{name}" if path else name
+        if where in DERIVED_KEYS:
+            continue
         yield where
         if inner is not None:
             yield from _keys(inner, root, where)
-
-
-def json_schema(kind: Kind) -> dict[str, Any]:
-    """Returns the JSON Schema of a recipe, with which editors check and complete its files.
-
-    ``model.network`` may have the keys of any backbone of this package; those of plug-ins are not known to it.
-    """
-    definitions = _definitions(RUNS[kind])
-    if kind != "tokenizer":
-        networks = [config_class(name) for name in BUILT_IN]
-        for network in networks:
-            definitions |= _definitions(network)
-        choices = [{"$ref": f"#/$defs/{network.__name__}"} for network in networks]
-        definitions[get_type_hints(RUNS[kind])["model"].__name__]["properties"]["network"] = {"anyOf": choices}
-    root = definitions.pop(RUNS[kind].__name__)
-    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"maskgit_pl recipe: {kind}"}
-    return {**root, **title, "$defs": definitions}
-
-
-def _definitions(kind: type) -> dict[str, Any]:
-    """Returns the schemas of a dataclass and of those inside it by name. A file of a recipe needs none of the keys."""
-    definitions: dict[str, Any] = type_adapter(kind).json_schema()["$defs"]
-    for definition in definitions.values():
-        definition.pop("required", None)
-        definition["additionalProperties"] = False  # pydantic before 2.14 leaves it out of inner dataclasses
-    return definitions
 
 
 def _plain(value: Any) -> Any:

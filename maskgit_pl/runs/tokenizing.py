@@ -50,19 +50,10 @@ def tokenize(
     recipe: Recipe,
     *,
     options: TokenizeOptions | None = None,
-    ranks: tuple[int | None, int | None] = (None, None),
     bars: Bars = no_bars,
     **folders: Unpack[Folders],
 ) -> Path | None:
-    """Makes the token store of a run if its recipe reads tokens. Resumes an interrupted store.
-
-    Args:
-        recipe: Recipe of stage 2.
-        options: Options of the store.
-        ranks: Rank of this process among those that share the work, and their number. Default: those of
-            torchrun or srun, or (0, 1).
-        bars: Shows the progress of each split.
-        folders: See ``Folders``. ``pretrained`` may hold the tokenizer.
+    """Makes the token store of a run if its recipe, of stage 2, reads tokens. Resumes an interrupted store.
 
     Returns:
         The folder of the store; None if the recipe does not read tokens.
@@ -77,12 +68,12 @@ def tokenize(
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return None
     options = options or TokenizeOptions()
-    rank, world_size, on_machine = _find_rank(*ranks)
+    rank, world_size = launcher_rank()  # of torchrun or srun, whose processes share the work
     shards, folder = find_data(recipe, named["data"]), run_folder(recipe, named["run"])
     others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
     loaded = load_tokenizer(find_tokenizer(recipe, folder=folder, shards=shards, **others))
     is_auto = options.device == "auto"  # the processes of a machine take its accelerators in turn
-    device = check_device(default_device(local_rank=on_machine) if is_auto else options.device, name="--device")
+    device = check_device(default_device(local_rank=local_rank()) if is_auto else options.device, name="--device")
     if options.num_workers is None:  # on a CPU, decoding processes would slow down the encoder
         options = replace(options, num_workers=0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores()))
     description = _describe(_views(adapt_to_few_images(recipe, shards), options), folder, shards, loaded)
@@ -99,17 +90,6 @@ def tokenize(
             bars=bars,
         )
     return store
-
-
-def _find_rank(rank: int | None, world_size: int | None) -> tuple[int, int, int]:
-    """Returns the rank of this process, their number, and the rank on its machine."""
-    if (rank is None) != (world_size is None):
-        raise ValueError(f"--rank and --world-size must be given together, got {rank} and {world_size}")
-    if rank is None or world_size is None:
-        return *launcher_rank(), local_rank()
-    if not 0 <= rank < world_size:
-        raise ValueError(f"--rank must be in [0, {world_size - 1}] with --world-size {world_size}, got {rank}")
-    return rank, world_size, rank
 
 
 def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""The callbacks and profilers that a recipe names, and the callbacks that report progress, pictures and bad images.
+"""The callbacks that a recipe names, and those that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [device_stats, {name: model_summary, max_depth: 3}]`` and ``profiler: simple``.
-``runs.build`` adds these callbacks after those that every run has.
+A recipe has ``callbacks: [device_stats]``. ``runs.build`` adds these callbacks after those that every run has.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor, ProgressBar, RichModelSummary
-from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.callbacks import DeviceStatsMonitor
 from PIL import Image
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.data.loader import UnreadableImages, write_unreadable
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
@@ -32,19 +29,16 @@ from maskgit_pl.training.token_model import TokenModel
 __all__ = [
     "CallbackSpec",
     "DeviceStats",
-    "ProfilerSpec",
     "ProgressLines",
     "ReconstructionPictures",
     "SamplePictures",
-    "SummaryTable",
     "UnreadableReport",
     "callbacks",
-    "profilers",
 ]
 
 log = logging.getLogger(__name__)
 
-_MOST_CLASSES, _MOST_OF_A_CLASS = 10, 8
+_MOST_CLASSES, _IMAGES_PER_CLASS = 10, 8
 _MOST_PAIRS = 16
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -64,22 +58,7 @@ class CallbackSpec(ABC):
         """
 
 
-class ProfilerSpec(ABC):
-    """The base of registered profilers: a frozen dataclass of the values in a recipe, which builds a profiler."""
-
-    @abstractmethod
-    def create(self, folder: Path) -> Profiler:
-        """Builds the profiler, whose files go to a folder.
-
-        Args:
-            folder: Folder of the stage, ``runs/RUN/STAGE``.
-        """
-
-
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
-
-
-profilers: Registry[ProfilerSpec] = Registry("profiler", "maskgit_pl.profilers", check=derives_from(ProfilerSpec))
 
 
 @callbacks.register("device_stats")
@@ -93,93 +72,39 @@ class DeviceStats(CallbackSpec):
         return DeviceStatsMonitor()
 
 
-@callbacks.register("model_summary")
-@dataclass(frozen=True)
-class SummaryTable(CallbackSpec):
-    """A table of the layers and their parameters at the start, by Lightning's ``RichModelSummary``.
-
-    Args:
-        max_depth: Depth of the modules that have a line of their own, >= 1.
-    """
-
-    max_depth: int = 1
-
-    def __post_init__(self) -> None:
-        check_integer("max_depth", self.max_depth, "[1, 100]")
-
-    def create(self, folder: Path) -> Callback:
-        return RichModelSummary(max_depth=self.max_depth)
-
-
-@profilers.register("simple")
-@dataclass(frozen=True)
-class Simple(ProfilerSpec):
-    """Seconds of each part of Lightning's loop, written to ``fit-profile.txt`` of the stage folder at the end."""
-
-    def create(self, folder: Path) -> Profiler:
-        return SimpleProfiler(dirpath=folder, filename="profile")
-
-
-@profilers.register("pytorch")
-@dataclass(frozen=True)
-class PyTorch(ProfilerSpec):
-    """torch's profiler of operations and kernels: a table in ``fit-profile.txt``, and a trace for Chrome."""
-
-    def create(self, folder: Path) -> Profiler:
-        return PyTorchProfiler(dirpath=folder, filename="profile")
-
-
-class ProgressLines(ProgressBar):
-    """A callback that logs step, metrics, speed and remaining time, at most once per interval.
+class ProgressLines(Callback):
+    """A callback that logs step, metrics, speed and remaining time on rank 0, at most once per interval.
 
     It is for batch logs and CI, in place of a progress bar.
     """
 
     def __init__(self) -> None:
-        super().__init__()
-        self._is_enabled = True
         self._start = (0.0, 0)  # time and step at the start of training
         self._last = 0.0  # time of the last line
-
-    def enable(self) -> None:
-        """Turns the lines on."""
-        self._is_enabled = True
-
-    def disable(self) -> None:
-        """Turns the lines off; Lightning calls this on every rank except rank 0."""
-        self._is_enabled = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._last = time.monotonic()
         self._start = (self._last, trainer.global_step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        now = time.monotonic()
-        if now - self._last >= _SECONDS_BETWEEN_LINES:
-            self._last = now
-            self._log_line(trainer, pl_module, now)
+        if time.monotonic() - self._last >= _SECONDS_BETWEEN_LINES:
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log_line(trainer, pl_module, time.monotonic())
-
-    def _log_line(self, trainer: Trainer, pl_module: LightningModule, now: float) -> None:
-        if not self._is_enabled:
+        if not trainer.is_global_zero:
             return
+        self._last = time.monotonic()
         begun, first = self._start
         # Speed since the start of this process: a resumed run counts only its own steps.
-        speed = (trainer.global_step - first) / max(now - begun, 1e-9)
+        speed = (trainer.global_step - first) / max(self._last - begun, 1e-9)
         left = (trainer.max_steps - trainer.global_step) / speed if speed > 0 else float("inf")
-        metrics = {name: value for name, value in self.get_metrics(trainer, pl_module).items() if name != "v_num"}
-        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float))
+        metrics = trainer.progress_bar_metrics.items()
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics if isinstance(value, int | float))
         log.info("step %d/%d  %s  %.2f steps/s  %.0f s left", trainer.global_step, trainer.max_steps, text, speed, left)
 
 
 class ReconstructionPictures(Callback):
-    """A callback that writes ``reconstructions.png`` after each validation of stage 1.
-
-    Args:
-        folder: Folder of the stage.
-    """
+    """A callback that writes ``reconstructions.png`` to the folder of stage 1 after each validation."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -202,9 +127,7 @@ class SamplePictures(Callback):
 
     Args:
         folder: Folder of the stage.
-        class_names: Names of all classes; up to 10 evenly spaced classes are shown.
-        images_per_class: Images per class, at most 8.
-        seed: Seed of the first image; image i has seed + i.
+        class_names: Names of all classes; up to 10 evenly spaced classes are shown, with 8 images each.
         find_vectors: Returns the vectors (B, C) of B labels and seeds; None for a network without conditioning vectors.
     """
 
@@ -213,18 +136,15 @@ class SamplePictures(Callback):
         folder: Path,
         *,
         class_names: Sequence[str],
-        images_per_class: int = 8,
-        seed: int = 0,
         find_vectors: Callable[[Sequence[int], Sequence[int]], Tensor] | None = None,
     ) -> None:
         self.folder = folder
         self.find_vectors = find_vectors
         count = min(len(class_names), _MOST_CLASSES)
-        self.classes = [number * len(class_names) // count for number in range(count)]
-        self.captions = [class_names[label] for label in self.classes]
-        self.images_per_class = min(images_per_class, _MOST_OF_A_CLASS)
-        self.labels = [label for label in self.classes for _ in range(self.images_per_class)]
-        self.seeds = [seed + number for number in range(len(self.labels))]
+        classes = [number * len(class_names) // count for number in range(count)]
+        self.captions = [class_names[label] for label in classes]
+        self.labels = [label for label in classes for _ in range(_IMAGES_PER_CLASS)]
+        self.seeds = [*range(len(self.labels))]
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
@@ -235,7 +155,7 @@ class SamplePictures(Callback):
         (last,) = deque(model.sample(self.labels, self.seeds, **vectors), maxlen=1)  # keeps no other step in memory
         if trainer.is_global_zero:
             images = model.tokenizer.decode(last.tokens)
-            picture = image_grid(images, columns=self.images_per_class, row_captions=self.captions)
+            picture = image_grid(images, columns=_IMAGES_PER_CLASS, row_captions=self.captions)
             _publish(picture, self.folder, "samples", trainer)
 
 
@@ -245,9 +165,6 @@ class UnreadableReport(Callback):
     The metric ``data/unreadable`` is their number on rank 0, logged at the Trainer's interval. At the end of the run,
     or when it fails, one line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks)
     lists each image of the train and val split with its reason. The counts start at 0 with each process.
-
-    Args:
-        folder: Folder of the stage.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -35,9 +35,8 @@ import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -49,7 +48,6 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from maskgit_pl.checks import build_dataclass
 from maskgit_pl.data.folders import replace_folder
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.errors import CannotWriteError
@@ -58,7 +56,6 @@ from maskgit_pl.networks.weights import open_tensors
 
 __all__ = [
     "SETTINGS",
-    "CheckpointedModule",
     "Checkpoints",
     "FolderCheckpointIO",
     "SavedTensor",
@@ -76,17 +73,13 @@ log = logging.getLogger(__name__)
 SETTINGS = "maskgit_pl.settings"
 
 _STATE, _MARKER = "state.json", "COMPLETE.json"
-_RUN_KEYS = {SETTINGS, "callbacks", "global_step", "loops", "lr_schedulers", "optimizer_states", "state_dict"}
 _VERSION = 3
 _FIRST_ROWS = "first_rows"  # key in the header of a tensor file: tensor name -> first row of the piece, if not 0
 _STEP_FOLDER = re.compile(r"step-(\d{8,})")
 
 
 class FolderCheckpointIO(CheckpointIO):
-    """A Lightning checkpoint plugin that writes and reads a folder of tensor files and plain values.
-
-    All ranks must call its methods together. An error of one rank is raised on all of them.
-    """
+    """A Lightning plugin that writes and reads checkpoint folders. All ranks must call it together."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Writes the folder ``path`` by the protocol of the module; an existing folder is replaced only at the end.
@@ -178,28 +171,18 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """Reads the settings of the run from a complete checkpoint.
+    """Reads the settings of the run from a complete checkpoint; none if it was saved without settings.
 
     Raises:
-        ValueError: if the file has changed, or the checkpoint is not one of a run.
+        ValueError: if the file has changed.
     """
     _verify(folder, [_STATE], _read_marker(folder))
-    state = _read_state(folder, lambda _: None)
-    if missing := _RUN_KEYS - state.keys():
-        raise ValueError(
-            f"checkpoint {folder}: {_STATE} must have {', '.join(sorted(missing))}, which `maskgit train` writes; "
-            "remove the folder to resume from an older one, or start a new run with --run"
-        )
-    settings: dict[str, Any] = state[SETTINGS]
+    settings: dict[str, Any] = _read_state(folder, lambda _: None).get(SETTINGS, {})
     return settings
 
 
 def _split_state(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
-    """Returns a value as plain JSON, and adds its tensors to ``tensors`` by their keys, such as ``/state_dict/weight``.
-
-    Raises:
-        TypeError: if a value is neither a tensor nor plain. The message names its key.
-    """
+    """Returns a value as plain JSON; adds its tensors to ``tensors`` by keys such as ``/state_dict/weight``."""
     if isinstance(value, Tensor):
         assert key not in tensors, f"checkpoint {key}: two tensors with this key"
         tensors[key] = value
@@ -282,11 +265,7 @@ def _describe_file(file: Path) -> dict[str, Any]:
 
 
 def _read_marker(folder: Path) -> dict[str, Any]:
-    """Returns size and sha256 of each file.
-
-    Raises:
-        ValueError: if there is no marker, or it is damaged or of another version.
-    """
+    """Returns size and sha256 of each file."""
     file = folder / _MARKER
     if not file.is_file():
         raise ValueError(f"checkpoint {folder} is incomplete: it has no {_MARKER}; use an older one or train again")
@@ -314,28 +293,20 @@ def _changed(folder: Path, name: str) -> ValueError:
 
 def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     """Returns the values of a checkpoint, with the result of ``read`` in place of each tensor."""
-    try:
-        content = json.loads((folder / _STATE).read_bytes())
-        dict(_join_state(content, str))  # without the tensors, whose reader has errors of its own
-    except (LookupError, TypeError, ValueError) as error:
-        raise _changed(folder, _STATE) from error
-    try:
-        return cast("dict[str, Any]", _join_state(content, read))
-    except (LookupError, StopIteration) as error:  # a tensor that no file has
-        raise _changed(folder, _STATE) from error
+    return cast("dict[str, Any]", _join_state(json.loads((folder / _STATE).read_bytes()), read))
 
 
 class _Piece(NamedTuple):
-    """Rows of a tensor in an open file."""
+    """Rows of a tensor in an open file, from the row ``start`` on."""
 
     file: Any  # an open safetensors file
     key: str
     start: int
-    shape: list[int]
 
     @property
-    def end(self) -> int:
-        return self.start + self.shape[0]
+    def shape(self) -> list[int]:
+        shape: list[int] = self.file.get_slice(self.key).get_shape()
+        return shape
 
     def read(self, start: int, stop: int) -> Tensor:
         """Reads rows [start, stop) of the tensor, which this piece holds."""
@@ -367,7 +338,7 @@ class _TensorFiles:
                 self._open[name] = file, set(file.keys()), json.loads(file.metadata()[_FIRST_ROWS])
             file, keys, starts = self._open[name]
             if key in keys:
-                yield _Piece(file, key, starts.get(key, 0), file.get_slice(key).get_shape())
+                yield _Piece(file, key, starts.get(key, 0))
 
 
 class SavedTensor(NamedTuple):
@@ -389,18 +360,18 @@ class SavedTensor(NamedTuple):
     def read_all(self) -> Tensor:
         """Reads the whole tensor to the CPU."""
         pieces = list(self.files.find(self.key))
-        if not pieces[0].shape:
+        if self.is_scalar:
             scalar: Tensor = pieces[0].file.get_tensor(self.key)
             return scalar
-        return self.read_rows(0, max(piece.end for piece in pieces))
+        return self.read_rows(0, sum(piece.shape[0] for piece in pieces))
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Reads rows [start, stop) of the first dimension to the CPU."""
         parts: dict[int, Tensor] = {}  # by their first row
         for piece in self.files.find(self.key):
-            if piece.start <= start and stop <= piece.end:  # all rows are in this piece: no copy, and no other file
+            first, last = max(start, piece.start), min(stop, piece.start + piece.shape[0])
+            if (first, last) == (start, stop):  # all rows are in this piece: no copy, and no other file
                 return piece.read(start, stop)
-            first, last = max(start, piece.start), min(stop, piece.end)
             if first < last:
                 parts[first] = piece.read(first, last)
         rows = torch.cat([parts[first] for first in sorted(parts)])
@@ -408,7 +379,6 @@ class SavedTensor(NamedTuple):
         return rows
 
 
-_CONFIG = "maskgit_pl.config"  # key of the module's configuration in a checkpoint
 _MOST_FAILURES = 3
 
 
@@ -563,48 +533,6 @@ class Checkpoints(Checkpoint):
                 FolderCheckpointIO().remove_checkpoint(old)
             except OSError as error:
                 log.warning("checkpoint %s cannot be removed: %s", old, error)
-
-
-class CheckpointedModule(LightningModule):
-    """A LightningModule whose checkpoints hold its configuration, so that ``load_from_checkpoint`` builds it again.
-
-    Attributes:
-        config: Configuration, a dataclass of plain values: the only argument that the class needs.
-        config_class: Its class.
-    """
-
-    config: Any
-    config_class: ClassVar[type]
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the configuration."""
-        checkpoint[_CONFIG] = asdict(self.config)
-
-    @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Path | str) -> Self:  # type: ignore[override]  # a folder of our own
-        """Builds the module of a checkpoint, on the CPU, with the weights and averages of its step.
-
-        Args:
-            checkpoint_path: Folder such as ``runs/RUN/transformer/checkpoints/step-00001000``.
-
-        Raises:
-            ValueError: if the folder is incomplete, a file has changed, or it belongs to a module of another class.
-        """
-        if Path(checkpoint_path).is_file():
-            raise ValueError(
-                f"checkpoint {checkpoint_path} must be a folder of the callback Checkpoints, got a file; build the "
-                "module, and resume with Trainer.fit(ckpt_path=...)"
-            )
-        checkpoint = FolderCheckpointIO().load_checkpoint(checkpoint_path)
-        if not {_CONFIG, "state_dict"} <= checkpoint.keys():
-            raise ValueError(
-                f"checkpoint {checkpoint_path} must hold a configuration and weights, which on_save_checkpoint "
-                "of CheckpointedModule adds; build the module, and resume with Trainer.fit(ckpt_path=...)"
-            )
-        config: Any = build_dataclass(cls.config_class, checkpoint[_CONFIG], f"checkpoint {checkpoint_path}")
-        module = cls(config)
-        module.load_state_dict(checkpoint["state_dict"])
-        return module
 
 
 @torch.no_grad()

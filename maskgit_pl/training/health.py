@@ -3,8 +3,7 @@
 ``HealthMonitor`` knows which codes the training batches have used (steps of the code):
 
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
-2. At the Trainer's logging steps, and before a validation, the ranks add up their counts, and the
-   measurements go to all loggers.
+2. At the Trainer's logging steps, the ranks add up their counts, and the measurements go to all loggers.
 3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of
    a run. A value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage
    folder. Training continues.
@@ -27,7 +26,7 @@ from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
 from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
@@ -56,64 +55,48 @@ _USE_CODES = [  # what brings unused codes back; the first value is that of reci
 ]
 
 
+LEAST_USAGE = 0.3
+"""Smallest healthy codebook usage, of that of uniform tokens. A collapsed codebook uses a few percent."""
+
+LEAST_PERPLEXITY = 0.1
+"""Smallest healthy perplexity, of that of uniform tokens. Some codes (background) are more frequent."""
+
+LARGEST_DISTANCE = 1.0
+"""Largest healthy commitment distance, in units of the feature norm. At 1 the nearest code is as far from a feature as
+the origin is: the codes explain nothing."""
+
+DISCRIMINATOR_ACCURACY = (0.3, 0.98)
+"""Smallest and largest healthy accuracy of the discriminator. It is 0.5 if images cannot be told apart. Below the first
+its training is unstable; one that is always right leaves the generator nearly no gradient."""
+
+DEAD_AFTER = 100
+"""A code is dead after so many steps without use, or when uniform tokens would have used it 10 times."""
+
+PATIENCE = 3
+"""Number of measurements in a row outside of a range before an alarm, since single measurements are noisy."""
+
+
 @dataclass(frozen=True)
 class HealthConfig:
-    """The healthy ranges of the training of a tokenizer, and when a value outside of them is reported.
+    """The recipe key ``health``.
 
     Args:
-        least_usage: Smallest healthy codebook usage, in [0, 1], of what uniform use of all codes would give.
-            A collapsed codebook uses a few percent of its codes; a healthy one uses nearly all.
-        least_perplexity: Smallest healthy perplexity, in [0, 1], of what uniform use would give. Some codes
-            are always more frequent (background), so it is lower than the usage.
-        largest_distance: Largest healthy commitment distance, > 0, in units of the feature norm, for quantizers with a
-            codebook. At 1 the nearest code is as far from a feature as the origin is: the codes explain nothing.
-        least_discriminator_accuracy: Smallest healthy accuracy of the discriminator, in [0, 1]. It is 0.5 if
-            images cannot be told apart; lower values mean that its training is unstable.
-        largest_discriminator_accuracy: Largest healthy accuracy of the discriminator, in [0, 1]. A
-            discriminator that is always right leaves the generator nearly no gradient.
-        dead_after: A code is dead if no training batch has used it for this number of steps, >= 1. The number
-            is raised until uniform use would use each code 10 times.
         grace_steps: Steps without alarms at the beginning, and after the first step of the discriminator, >= 0. None:
             5 % of the run, at least 200 and at most 5,000, since the warm-up changes features faster than codes.
-        patience: Number of measurements in a row outside of a range before an alarm, >= 1, since single
-            measurements are noisy.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if the number is out of range.
     """
 
-    least_usage: float = 0.3
-    least_perplexity: float = 0.1
-    largest_distance: float = 1.0
-    least_discriminator_accuracy: float = 0.3
-    largest_discriminator_accuracy: float = 0.98
-    dead_after: int = 100
     grace_steps: int | None = None
-    patience: int = 3
 
     def __post_init__(self) -> None:
-        for name in ("least_usage", "least_perplexity", "least_discriminator_accuracy"):
-            check_number(name, getattr(self, name), "[0, 1]")
-        interval = f"[{self.least_discriminator_accuracy}, 1]"
-        check_number("largest_discriminator_accuracy", self.largest_discriminator_accuracy, interval)
-        check_number("largest_distance", self.largest_distance, "(0, inf)")
-        check_integer("dead_after", self.dead_after, "[1, 2**53)")
-        check_integer("patience", self.patience, "[1, 1000000]")
         if self.grace_steps is not None:
             check_integer("grace_steps", self.grace_steps, "[0, 2**53)")
 
     def grace(self, max_steps: int) -> int:
         """Returns the number of steps without alarms in a run of ``max_steps`` steps."""
         return min(max(max_steps // 20, 200), 5000) if self.grace_steps is None else self.grace_steps
-
-    def dead_steps(self, codebook_size: int, tokens_per_step: int) -> int:
-        """Returns the number of steps after which an unused code is dead.
-
-        Args:
-            codebook_size: K, number of codes.
-            tokens_per_step: Number of tokens of a global batch, >= 1.
-        """
-        return max(self.dead_after, -(-10 * codebook_size // tokens_per_step))
 
 
 @dataclass(frozen=True)
@@ -134,43 +117,30 @@ class Problem:
 
 
 def attainable_codes(codebook_size: int, num_tokens: float) -> float:
-    """Returns the expected number of different codes among tokens that are drawn uniformly.
-
-    K (1 - (1 - 1/K)^n)
-
-    Args:
-        codebook_size: K, number of codes, >= 1.
-        num_tokens: n, number of tokens, >= 0.
-    """
+    """Returns the expected number of different codes, K (1 - (1 - 1/K)^n), among n tokens that are drawn uniformly."""
     return float(codebook_size * (1 - (1 - 1 / codebook_size) ** num_tokens))
 
 
 def find_problems(
-    metrics: Mapping[str, float],
-    config: HealthConfig,
-    *,
-    codebook_size: int,
-    num_tokens: float,
-    has_codebook: bool = True,
+    metrics: Mapping[str, float], *, codebook_size: int, num_tokens: float, has_codebook: bool = True
 ) -> Iterator[Problem]:
     """Compares measurements with their healthy ranges.
 
     Args:
         metrics: Measurements by name without ``train/`` or ``val/``; missing ones are not judged.
-        config: The ranges.
         codebook_size: K, number of codes.
         num_tokens: Number of tokens that usage and perplexity were measured on.
         has_codebook: True if the quantizer stores its codes as vectors, in the space of the features.
     """
     attainable = attainable_codes(codebook_size, num_tokens)
 
-    value, limit = metrics.get("codebook_usage", math.inf), config.least_usage * attainable / codebook_size
+    value, limit = metrics.get("codebook_usage", math.inf), LEAST_USAGE * attainable / codebook_size
     if value < limit:
         codes = f"{value * codebook_size:.0f} of {codebook_size} codes"
         text = f"only {codes} are in use ({value:.1%}, healthy: at least {limit:.1%})"
         yield Problem("codebook_usage", value, text, _USE_CODES)
 
-    value, limit = metrics.get("perplexity", math.inf), max(1.0, config.least_perplexity * attainable)
+    value, limit = metrics.get("perplexity", math.inf), max(1.0, LEAST_PERPLEXITY * attainable)
     if value < limit:
         text = (
             f"the tokens are distributed like {value:.1f} equally frequent codes of {codebook_size} (perplexity, "
@@ -179,7 +149,7 @@ def find_problems(
         yield Problem("perplexity", value, text, _USE_CODES)
 
     value, norm = metrics.get("commitment_distance", 0.0), metrics.get("feature_norm", math.inf)
-    limit = config.largest_distance * norm
+    limit = LARGEST_DISTANCE * norm
     if value > limit and has_codebook:
         text = (
             f"the features are {value:.3g} away from their codes on average (healthy: at most {limit:.3g}, for a "
@@ -187,7 +157,7 @@ def find_problems(
         )
         yield Problem("commitment_distance", value, text, ["raise model.network.quantizer.commitment", _LOWER_RATE])
 
-    value, limit = metrics.get("discriminator_accuracy", 0.5), config.largest_discriminator_accuracy
+    value, (least, limit) = metrics.get("discriminator_accuracy", 0.5), DISCRIMINATOR_ACCURACY
     if value > limit:
         text = (
             f"the discriminator is right on {value:.1%} of the images (healthy: at most {limit:.1%}), so the generator "
@@ -199,10 +169,10 @@ def find_problems(
             "use a smaller discriminator (model.adversarial.discriminator)",
         ]
         yield Problem("discriminator_wins", value, text, advice)
-    if value < config.least_discriminator_accuracy:
+    if value < least:
         text = (
-            f"the discriminator is right on only {value:.1%} of the images (healthy: at least "
-            f"{config.least_discriminator_accuracy:.1%}; guessing gives 50 %), so its training is unstable"
+            f"the discriminator is right on only {value:.1%} of the images (healthy: at least {least:.1%}; guessing "
+            "gives 50 %), so its training is unstable"
         )
         advice = [_LOWER_RATE, "lower model.adversarial.weight or r1_weight, or set its weight_rule: adaptive"]
         yield Problem("discriminator_fails", value, text, advice)
@@ -224,12 +194,7 @@ class CodeHistory:
         self.last_used = torch.zeros(codebook_size, dtype=torch.int64)
 
     def add(self, tokens: Tensor, step: int) -> None:
-        """Adds the tokens of a micro-batch.
-
-        Args:
-            tokens: int64 in [0, K), of any shape.
-            step: Step that the micro-batch belongs to, counted from 1.
-        """
+        """Adds the tokens, int64 in [0, K), of a micro-batch of a step, which is counted from 1."""
         flat = tokens.flatten()
         self.counts, self.last_used = self.counts.to(flat.device), self.last_used.to(flat.device)
         # No bincount: it waits for the device to learn the largest token.
@@ -249,30 +214,22 @@ class CodeHistory:
         self.last_used = state["last_used"].clone()
 
     def measure(self, step: int, *, dead_after: int) -> tuple[dict[str, float], int]:
-        """Measures the use of the codes over all ranks; must be called on every rank.
-
-        Args:
-            step: Number of finished steps.
-            dead_after: Number of steps after which an unused code is dead.
+        """Measures the use of the codes after ``step`` steps over all ranks; must be called on every rank.
 
         Returns:
             Measurements by name: ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K] of the counted tokens,
-            ``dead_codes``, and in steps ``dead_code_age``, the mean age of dead codes, and ``oldest_code_age``. The age
-            of a code is the number of steps since a batch used it. Second, the number of counted tokens.
+            and ``dead_codes``. Second, the number of counted tokens.
         """
         state = self.state()
-        counts, age = state["counts"].double(), (step - state["last_used"]).double()
-        dead = age >= dead_after
+        counts, dead = state["counts"].double(), step - state["last_used"] >= dead_after
         shares = counts / counts.sum().clamp(min=1)
         values = [
             counts.sum(),
             (counts > 0).double().mean(),
             torch.special.entr(shares).sum().exp(),
             dead.double().sum(),
-            (age * dead).sum() / dead.double().sum().clamp(min=1),
-            age.max(),
         ]
-        names = ("codebook_usage", "perplexity", "dead_codes", "dead_code_age", "oldest_code_age")
+        names = ("codebook_usage", "perplexity", "dead_codes")
         num_tokens, *measurements = torch.stack(values).tolist()  # one transfer to the host
         return dict(zip(names, measurements, strict=True)), int(num_tokens)
 
@@ -365,7 +322,6 @@ class HealthMonitor(Callback):
         if trainer.is_global_zero:
             problems = find_problems(
                 metrics,
-                self.config,
                 codebook_size=self.quantizer.codebook_size,
                 num_tokens=num_tokens,
                 has_codebook=isinstance(getattr(self.quantizer, "codebook", None), Tensor),
@@ -373,11 +329,6 @@ class HealthMonitor(Callback):
             if "discriminator_accuracy" in metrics and self._first_judged is None:
                 self._first_judged = trainer.global_step
             self._judge(trainer.global_step, self.config.grace(int(trainer.max_steps)), problems)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The counts continue, so that a resumed run, which may repeat no validation, has the same ones.
-        if not trainer.sanity_checking and trainer.global_step > self._measured_step:
-            self._measure(trainer, pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         """Returns counts and reports; must be called on every rank."""
@@ -397,7 +348,7 @@ class HealthMonitor(Callback):
             return {}, 0
         features, tokens = self._last
         tokens_per_step = tokens.numel() * getattr(pl_module, "accumulation", 1) * trainer.world_size
-        dead_after = (self.config or HealthConfig()).dead_steps(self.quantizer.codebook_size, tokens_per_step)
+        dead_after = max(DEAD_AFTER, -(-10 * self.quantizer.codebook_size // tokens_per_step))
         metrics, num_tokens = self.history.measure(trainer.global_step, dead_after=dead_after)
         metrics |= measure_vectors(self.quantizer, features, tokens)
         for logger in trainer.loggers:
@@ -405,29 +356,21 @@ class HealthMonitor(Callback):
         return metrics, num_tokens
 
     def _judge(self, step: int, grace: int, problems_now: Iterable[Problem]) -> None:
-        """Reports each cause that has been outside of its range for ``patience`` measurements (3)."""
-        assert self.config is not None
+        """Reports each cause that has been outside of its range for ``PATIENCE`` measurements (3)."""
         problems = {
             problem.cause: problem
             for problem in problems_now
             if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
         }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
-        healed = [past for past in self.reports if past["cause"] not in problems and past["healthy_again"] is None]
-        for report in healed:
-            report["healthy_again"] = step
-            log.info("step %d: health: %s is in its healthy range again", step, report["cause"])
         reported = {report["cause"] for report in self.reports}
-        new = [problems[cause] for cause, streak in self._streaks.items() if streak >= self.config.patience]
-        new = [problem for problem in new if problem.cause not in reported]
-        for problem in new:
+        new = [cause for cause, streak in self._streaks.items() if streak >= PATIENCE and cause not in reported]
+        for problem in (problems[cause] for cause in new):
             advice = "; or ".join(problem.advice)
             log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
-            self.reports.append({"step": step, "healthy_again": None, **asdict(problem)})
-        if new or healed:
-            self._write()
-
-    def _write(self) -> None:
+            self.reports.append({"step": step, **asdict(problem)})
+        if not new:
+            return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")

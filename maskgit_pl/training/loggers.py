@@ -8,7 +8,6 @@ other packages are installed separately; see the extras of the package.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
@@ -27,7 +26,7 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import write_text
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = ["CSV", "LoggerSpec", "MLflow", "TensorBoard", "TolerantLogger", "WandB", "loggers"]
+__all__ = ["CSV", "LoggerSpec", "TensorBoard", "TolerantLogger", "WandB", "loggers"]
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +108,8 @@ class WandB(LoggerSpec):
         check_choice("mode", self.mode, ("online", "offline"))
 
     def check(self) -> None:
-        _require("wandb")
+        if find_spec("wandb") is None:
+            raise ValueError("logger 'wandb' must have the package wandb: pip install 'maskgit_pl[wandb]'")
         import wandb
 
         if self.mode == "online" and not wandb.login(prompt=False):
@@ -133,53 +133,12 @@ class WandB(LoggerSpec):
         cast(WandbLogger, logger).log_image(name, [picture], step=step)
 
 
-@loggers.register("mlflow")
-@dataclass(frozen=True)
-class MLflow(LoggerSpec):
-    """MLflow. A resumed training continues the same run.
-
-    The environment variable ``MLFLOW_TRACKING_URI`` has the address of the server. Without it, all is written
-    to the database ``mlflow.db`` of the stage folder, and the pictures to ``mlflow-files``.
-
-    Args:
-        experiment: Name of the experiment.
-    """
-
-    experiment: str = "maskgit_pl"
-
-    def check(self) -> None:
-        _require("mlflow")
-
-    def create(self, folder: Path, *, run_id: str | None) -> Logger:
-        address = os.environ.get("MLFLOW_TRACKING_URI")
-        return MLFlowLogger(
-            experiment_name=self.experiment,
-            run_name=f"{folder.parent.name}/{folder.name}",
-            tracking_uri=address or f"sqlite:///{folder.absolute() / 'mlflow.db'}",
-            artifact_location=None if address else str(folder.absolute() / "mlflow-files"),
-            run_id=run_id,
-        )
-
-    def run_id(self, logger: Logger) -> str | None:
-        return cast(MLFlowLogger, logger).run_id
-
-    def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
-        tracker = cast(MLFlowLogger, logger)
-        tracker.experiment.log_image(tracker.run_id, picture, key=name, step=step)
-
-
 class TolerantLogger(Logger):
     """A logger that skips a failed write with a warning, and builds the tracker again a minute later.
 
-    A write that takes longer than 20 seconds is left to its thread, and others are skipped until it has ended.
-
-    The name under which a tracker continues a run is kept in ``NAME-run.txt`` of the stage folder.
-
-    Args:
-        spec: The tracker.
-        folder: Folder of the stage.
-        name: Registered name of the tracker, for messages and the file.
-        settings: Complete recipe of the run, which a new run of the tracker gets.
+    A write that takes longer than 20 seconds is left to its thread, and others are skipped until it has ended. The name
+    under which a tracker continues a run is kept in ``NAME-run.txt`` of the stage folder. A new run of the tracker gets
+    ``settings``, the complete recipe.
     """
 
     def __init__(self, spec: LoggerSpec, folder: Path, *, name: str, settings: Mapping[str, Any]) -> None:
@@ -212,11 +171,7 @@ class TolerantLogger(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Sends numbers at a step.
-
-        Raises:
-            ValueError: if a value is not a number. This is a mistake of the caller, not of the tracker.
-        """
+        """Sends numbers at a step. Another value is a mistake of the caller, not of the tracker."""
         numbers = {name: float(value) for name, value in metrics.items()}
         self._try(lambda inner: inner.log_metrics(numbers, step))
 
@@ -273,8 +228,3 @@ class TolerantLogger(Logger):
                 write_text(file, f"{run_id}\n")
             self._inner = inner
         return self._inner
-
-
-def _require(package: str) -> None:
-    if find_spec(package) is None:
-        raise ValueError(f"logger {package!r} must have the package {package}: pip install 'maskgit_pl[{package}]'")

@@ -4,11 +4,8 @@ A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{na
 is AdamW of torch. The others are timm's, which is imported when one of them is named. Registered are algorithms with
 decoupled weight decay that resume bit-exactly: none that draws random numbers or needs a second backward pass.
 
-The learning rate is a warm-up to a peak, and a registered schedule after it.
-
-The exponential moving average (EMA) of the weights of a network is a frozen copy of the network. The copy is
-a submodule, so that it is sharded, moved and saved with the rest of the LightningModule. Validation, sample
-pictures and exports use it.
+The exponential moving average (EMA) of the weights is a frozen copy of the network. It is a submodule, so that it is
+sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and exports use it.
 """
 
 from __future__ import annotations
@@ -29,30 +26,23 @@ from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from maskgit_pl.checks import check_choice, check_integer, check_number
-from maskgit_pl.registry import Registry, derives_from, describe
+from maskgit_pl.registry import Registry, derives_from
 
 __all__ = [
-    "AdamWKind",
     "AdamWSpec",
-    "ConstantRate",
-    "CosineRate",
     "LearningRate",
-    "LearningRateSchedule",
-    "LinearRate",
     "OptimizerConfig",
     "OptimizerSpec",
     "build_optimizer",
     "freeze",
     "frozen_copy",
-    "learning_rate_schedules",
     "optimizers",
     "parameter_groups",
     "state_values",
     "update_ema",
 ]
 
-AdamWKind = Literal["fused", "foreach", "for-loop"]
-"""Implementations of AdamW in torch: one kernel for everything, one kernel per operation, or one per parameter."""
+Decay = Literal["constant", "cosine", "linear"]
 
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -91,16 +81,12 @@ optimizers: Registry[OptimizerSpec] = Registry("optimizer", "maskgit_pl.optimize
 @optimizers.register("adamw")
 @dataclass(frozen=True)
 class AdamWSpec(OptimizerSpec):
-    """AdamW of torch, with the betas and the implementation of the recipe. Source: arXiv:1711.05101."""
+    """The fused AdamW of torch, with the betas of the recipe. Source: arXiv:1711.05101."""
 
     elementwise: ClassVar[bool] = True
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> AdamW:
-        """Builds AdamW. It keeps its implementation when it loads a state that another one wrote."""
-        fused, foreach = config.adamw == "fused", config.adamw == "foreach"
-        optimizer = AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=fused, foreach=foreach)
-        optimizer.register_load_state_dict_pre_hook(_keep_kind)
-        return optimizer
+        return AdamW(groups, lr=config.learning_rate.peak, betas=config.betas, fused=True)
 
 
 @optimizers.register("lion")
@@ -121,27 +107,16 @@ class LionSpec(OptimizerSpec):
 class MuonSpec(OptimizerSpec):
     """Muon, orthogonal steps of Linear and Conv weights; AdamW with the recipe's betas for all others.
 
-    Args:
-        momentum: Decay rate of the momentum, in [0, 1).
-        nesterov: True for Nesterov momentum.
-        ns_steps: Newton-Schulz iterations, in [1, 20].
-
     Source: github.com/KellerJordan/Muon; scaled as in arXiv:2502.16982.
     """
 
     other_options: ClassVar[Mapping[str, Any]] = MappingProxyType({"use_fallback": True})
-    momentum: float = 0.95
-    nesterov: bool = False
-    ns_steps: int = 5
-
-    def __post_init__(self) -> None:
-        check_number("momentum", self.momentum, "[0, 1)")
-        check_integer("ns_steps", self.ns_steps, "[1, 20]")
 
     def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
         from timm.optim.muon import Muon
 
-        return Muon(groups, lr=config.learning_rate.peak, betas=config.betas, **asdict(self))
+        rate = config.learning_rate.peak
+        return Muon(groups, lr=rate, betas=config.betas, momentum=0.95, nesterov=False, ns_steps=5)
 
 
 @optimizers.register("sgd")
@@ -167,83 +142,6 @@ class SGDSpec(OptimizerSpec):
         return SGDW(groups, lr=config.learning_rate.peak, **asdict(self))
 
 
-class LearningRateSchedule(ABC):
-    """The base of registered schedules: a frozen dataclass that maps steps after the warm-up to a factor.
-
-    A schedule is a function of the step only, so that a resumed run continues it exactly.
-
-    Attributes:
-        has_end: True if the schedule depends on the last step of the run.
-    """
-
-    has_end: ClassVar[bool] = True
-
-    @abstractmethod
-    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
-        """Computes the factor of a step, in [0, 1]; 1 is the peak.
-
-        Args:
-            step: Number of steps before this one, >= ``warmup_steps``.
-            warmup_steps: w, number of warm-up steps, >= 0.
-            max_steps: Steps of the whole run.
-        """
-
-
-def _check_learning_rate_schedule(name: str, schedule: LearningRateSchedule) -> None:
-    """Checks that a schedule starts at a factor in (0, 1] and stays in [0, 1].
-
-    Raises:
-        ValueError: if it does not. The message names the step.
-    """
-    derives_from(LearningRateSchedule)(name, schedule)
-    for step in (10, 11, 55, 99, 100, 200):
-        factor = schedule(step, warmup_steps=10, max_steps=100)
-        if not (0 <= factor <= 1 and (factor > 0 or step > 10)):
-            raise ValueError(
-                f"learning rate schedule {name!r} must be in [0, 1], and above 0 after the warm-up, got {factor} at "
-                f"step {step} of 100 with 10 steps of warm-up"
-            )
-
-
-learning_rate_schedules: Registry[LearningRateSchedule] = Registry(
-    "learning rate schedule", "maskgit_pl.learning_rate_schedules", check=_check_learning_rate_schedule
-)
-
-
-def _progress(step: int, warmup_steps: int, max_steps: int) -> float:
-    """Returns p = (step - w) / (max_steps - w), at most 1."""
-    return min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
-
-
-@learning_rate_schedules.register("constant")
-@dataclass(frozen=True)
-class ConstantRate(LearningRateSchedule):
-    """1: the peak until the end."""
-
-    has_end: ClassVar[bool] = False
-
-    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
-        return 1.0
-
-
-@learning_rate_schedules.register("cosine")
-@dataclass(frozen=True)
-class CosineRate(LearningRateSchedule):
-    """(1 + cos(pi p)) / 2. Source: arXiv:1608.03983, without restarts."""
-
-    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
-        return (1 + math.cos(math.pi * _progress(step, warmup_steps, max_steps))) / 2
-
-
-@learning_rate_schedules.register("linear")
-@dataclass(frozen=True)
-class LinearRate(LearningRateSchedule):
-    """1 - p."""
-
-    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
-        return 1 - _progress(step, warmup_steps, max_steps)
-
-
 @dataclass(frozen=True)
 class LearningRate:
     """A learning rate: linear warm-up to a peak, then a schedule.
@@ -254,51 +152,50 @@ class LearningRate:
     Args:
         peak: Maximum learning rate, > 0.
         warmup_steps: Steps of the linear warm-up, >= 0.
-        decay: Name or mapping of a registered learning rate schedule, such as ``constant``, ``cosine`` or ``linear``.
+        decay: ``constant``, ``cosine`` (arXiv:1608.03983, without restarts) or ``linear``.
         final_fraction: Lowest learning rate of the schedule as a fraction of the peak, in [0, 1].
 
     Raises:
-        ValueError: if a number is out of range or the schedule is unknown.
+        ValueError: if a number is out of range or the decay is unknown.
     """
 
     peak: float
     warmup_steps: int = 0
-    decay: str | Mapping[str, Any] = "constant"
+    decay: Decay = "constant"
     final_fraction: float = 0.0
 
     def __post_init__(self) -> None:
         check_number("peak", self.peak, "(0, inf)")
         check_integer("warmup_steps", self.warmup_steps, "[0, 9e18]")
-        _ = self.schedule  # raises if it is unknown
+        check_choice("decay", self.decay, get_args(Decay))
         check_number("final_fraction", self.final_fraction, "[0, 1]")
-
-    @cached_property
-    def schedule(self) -> LearningRateSchedule:
-        """The schedule after the warm-up, which is built once and not in each step."""
-        return learning_rate_schedules.build(self.decay)
 
     def factor(self, step: int, max_steps: int) -> float:
         """Computes the multiplier of the peak, in [0, 1].
 
-        With w warm-up steps, fraction f = ``final_fraction`` and the schedule g:
+        With w warm-up steps, fraction f = ``final_fraction``, and p = (step - w) / (max_steps - w), at most 1:
 
-            (step + 1) / w              while step < w
-            f + (1 - f) g(step)         then
+            (step + 1) / w                      while step < w
+            1                                   then, if constant
+            f + (1 - f) (1 + cos(pi p)) / 2     then, if cosine
+            f + (1 - f) (1 - p)                 then, if linear
 
         Args:
             step: Number of steps before this one, >= 0.
             max_steps: Steps of the whole run.
 
         Raises:
-            ValueError: if the schedule depends on the last step and ``max_steps`` is below 1.
+            ValueError: if the rate decays and ``max_steps`` is below 1.
         """
-        if self.schedule.has_end and max_steps < 1:
-            name = describe(self.decay)
-            raise ValueError(f"learning_rate.decay {name!r}: trainer.max_steps must be >= 1, got {max_steps}")
+        if self.decay != "constant" and max_steps < 1:
+            raise ValueError(f"learning_rate.decay {self.decay!r}: trainer.max_steps must be >= 1, got {max_steps}")
         # Step 0 already has a rate above 0.
         if step < self.warmup_steps:
             return (step + 1) / self.warmup_steps
-        factor = self.schedule(step, warmup_steps=self.warmup_steps, max_steps=max_steps)
+        if self.decay == "constant":
+            return 1.0
+        progress = min(1.0, (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps))
+        factor = (1 + math.cos(math.pi * progress)) / 2 if self.decay == "cosine" else 1 - progress
         return 1.0 if factor == 1 else self.final_fraction + (1 - self.final_fraction) * factor
 
 
@@ -310,24 +207,21 @@ class OptimizerConfig:
         learning_rate: Peak, warm-up and decay.
         betas: Decay rates of the first and the second moment, each in [0, 1), of algorithms that have these two.
         weight_decay: Weight decay of Linear and Conv weights, in [0, 10]; see ``parameter_groups``.
-        adamw: Implementation of the step of AdamW. All implementations compute the same up to rounding.
         algorithm: Name or mapping of a registered optimizer.
 
     Raises:
-        ValueError: if a number is out of range, or the algorithm or its implementation is unknown.
+        ValueError: if a number is out of range, or the algorithm is unknown.
     """
 
     learning_rate: LearningRate
     betas: tuple[float, float] = (0.9, 0.96)
     weight_decay: float = 0.045
-    adamw: AdamWKind = "fused"
     algorithm: str | Mapping[str, Any] = "adamw"
 
     def __post_init__(self) -> None:
         for beta in self.betas:
             check_number("betas", beta, "[0, 1)")
         check_number("weight_decay", self.weight_decay, "[0, 10]")
-        check_choice("adamw", self.adamw, get_args(AdamWKind))
         _ = self.spec  # raises if it is unknown
 
     @cached_property
@@ -375,15 +269,11 @@ def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> Op
 
 
 def state_values(config: OptimizerConfig) -> float:
-    """Measures the values that an optimizer keeps for each value of a weight matrix, such as 2.0 for AdamW.
-
-    A step on a 256 x 256 matrix shows it. Statistics of rows and columns are a smaller part in larger matrices.
-    """
+    """Measures the values that an optimizer keeps per value of a 256 x 256 matrix, such as 2.0 for AdamW."""
     weight = nn.Parameter(torch.ones(256, 256))
-    none: list[tuple[str, nn.Parameter]] = []
-    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": none, "weight_decay": 0.0}]
-    optimizer = build_optimizer(groups, config)
     weight.grad = torch.ones_like(weight)
+    groups = [{"params": [("weight", weight)], "weight_decay": 0.0}, {"params": [], "weight_decay": 0.0}]
+    optimizer = build_optimizer(groups, config)
     optimizer.step()
     kept = sum(value.numel() for value in optimizer.state[weight].values() if isinstance(value, Tensor))
     return round(kept / weight.numel(), 2)
@@ -421,26 +311,15 @@ def update_ema(ema: nn.Module, source: nn.Module, *, decay: float, step: int) ->
 
     Source: Kingma and Ba, arXiv:1412.6980, section 3.
     """
-    _reshard(ema)
+    for module in ema.modules():
+        if isinstance(module, FSDPModule):  # it keeps the gathered parameters of the root after a forward pass
+            module.reshard()
     weight = (1 - decay) / (1 - decay ** (step + 1))
     # In one kernel for many tensors.
     averaged = [_local(parameter) for parameter in ema.parameters()]
     torch._foreach_lerp_(averaged, [_local(parameter) for parameter in source.parameters()], weight)
     for kept, new in zip(ema.buffers(), source.buffers(), strict=True):
         kept.copy_(new)
-
-
-def _keep_kind(optimizer: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict in which the groups have the implementation of ``optimizer``."""
-    kind = {name: optimizer.param_groups[0][name] for name in ("fused", "foreach")}
-    return {**state, "param_groups": [{**group, **kind} for group in state["param_groups"]]}
-
-
-def _reshard(network: nn.Module) -> None:
-    """Frees gathered parameters: FSDP2 keeps those of the root after a forward pass without a backward pass."""
-    for module in network.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def _local(tensor: Tensor) -> Tensor:

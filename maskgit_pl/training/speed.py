@@ -8,7 +8,6 @@
 3. ``speed/peak_memory_gb``, 10^9 bytes: of the GPU by torch, else of the process.
 4. ``speed/tflops``, 10^12 FLOPs of the model per second and device, without recomputation, and
    ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``training.gpus``.
-5. ``train/weight_norm``, the L2 norm of the trained weights, and ``train/weight_norm_discriminator``.
 
 It keeps the total in ``training_time.json``, which the ablation reads.
 """
@@ -25,16 +24,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.optim import Optimizer
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.distributed import device_name, peak_memory
 from maskgit_pl.files import read_json, write_text
 from maskgit_pl.training.gpus import find_gpu
 
-__all__ = ["SpeedMonitor", "TrainingTime", "read_training_time", "weight_norm"]
+__all__ = ["SpeedMonitor", "TrainingTime", "read_training_time"]
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +73,7 @@ class SpeedMonitor(Callback):
 
     Args:
         folder: Folder of the stage.
-        count_flops: Function that returns the model's FLOPs in a step of all ranks. Called once, before
-            the first step.
+        count_flops: Returns the model's FLOPs in a step of all ranks. Called once, before the first step.
         tensor_float32: True if float32 products use TF32, which has another peak.
     """
 
@@ -120,7 +115,7 @@ class SpeedMonitor(Callback):
         # A micro-batch that ends no step leaves global_step as it is.
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
         if is_logged and trainer.global_step > self._logged_step:
-            values = {**self._measure(trainer, pl_module), **_weight_norms(trainer.optimizers)}
+            values = self._measure(trainer, pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
             self._restart(trainer)  # counting FLOPs, once, is no part of a step
@@ -200,24 +195,6 @@ class SpeedMonitor(Callback):
         return self._flops
 
 
-@torch.no_grad()
-def weight_norm(optimizer: Optimizer) -> Tensor:
-    """Computes the L2 norm of all trained weights of an optimizer; must be called on every rank.
-
-    Returns:
-        Scalar float tensor, over all shards.
-    """
-    norm = nn.utils.get_total_norm(
-        [parameter.detach() for group in optimizer.param_groups for parameter in group["params"]]
-    )
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
-
-
 def _clocks() -> tuple[float, float]:
     """Returns CPU and wall-clock seconds."""
     return time.process_time(), time.perf_counter()
-
-
-def _weight_norms(optimizers: list[Optimizer]) -> dict[str, float]:
-    names = ("train/weight_norm", "train/weight_norm_discriminator")
-    return {name: float(weight_norm(optimizer)) for name, optimizer in zip(names, optimizers, strict=False)}

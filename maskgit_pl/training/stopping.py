@@ -98,9 +98,7 @@ class StepCheck(Callback):
     def should_skip_update(self, trainer: Trainer, gradient_norms: Sequence[Tensor]) -> bool:
         """Returns True if all ranks skip the update of this step; must be called once per step on every rank.
 
-        Args:
-            trainer: The Trainer, in the middle of a step.
-            gradient_norms: Scalar float tensors, the gradient norm of each optimizer; see ``clip_gradients``.
+        ``gradient_norms`` are scalar float tensors, one of each optimizer; see ``clip_gradients``.
 
         Raises:
             NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the
@@ -162,17 +160,11 @@ class StepCheck(Callback):
 
 
 class _Decision(NamedTuple):
-    """The common decision of all ranks.
+    """The common decision of all ranks."""
 
-    Attributes:
-        stops: True if any rank has received a stop signal.
-        skips: True if any rank has a non-finite loss or gradient norm.
-        worst_rank: Highest rank with a non-finite loss; None if all losses are finite.
-    """
-
-    stops: bool
-    skips: bool
-    worst_rank: int | None
+    stops: bool  # any rank has received a stop signal
+    skips: bool  # any rank has a non-finite loss or gradient norm
+    worst_rank: int | None  # highest rank with a non-finite loss
 
 
 def _decide_together(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Decision:
@@ -211,11 +203,7 @@ def disable_sigterm_handler(trainer: Trainer) -> None:
 
 
 def clip_gradients(optimizer: Optimizer, max_norm: float | None) -> Tensor:
-    """Scales the gradients of an optimizer down to a maximum norm.
-
-    Args:
-        optimizer: Optimizer whose parameters are clipped. Parameters without a gradient are ignored.
-        max_norm: Maximum L2 norm of all gradients together, > 0; None only computes the norm.
+    """Scales the gradients of an optimizer down to a maximum L2 norm of all together; None only computes the norm.
 
     Returns:
         Scalar float tensor: the norm before clipping, over all shards. It is non-finite if any gradient is.
@@ -359,7 +347,7 @@ class Watchdog(Callback):
         limit.start()
         rank = trainer.global_rank
         path = self.folder / ("stacks.txt" if rank == 0 else f"stacks-rank{rank}.txt")
-        memory = os.memfd_create("stacks")
+        memory = os.memfd_create("stacks")  # faulthandler holds the GIL: a write that blocks would stop the timer, too
         faulthandler.dump_traceback(memory)
         stacks = os.pread(memory, _MOST_BYTES, 0).decode()
         with suppress(OSError):  # a full disk must not keep the process alive

@@ -67,10 +67,8 @@ _POLICIES = {
 def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy:
     """Builds the strategy of a recipe from its name.
 
-    Args:
-        name: ``auto``, ``ddp`` or ``fsdp``.
-        longest_wait: Seconds for which ranks may have to wait for each other. A collective gives up later,
-            since it ends a rank without a reason, and without the stacks that the watchdog writes.
+    Ranks may have to wait for each other for ``longest_wait`` seconds. A collective gives up later, since it ends a
+    rank without a reason, and without the stacks that the watchdog writes.
     """
     if name == "auto":
         return name
@@ -81,13 +79,7 @@ def build_strategy(name: str, *, longest_wait: float = 1800.0) -> str | Strategy
 
 
 def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
-    """Checks that a strategy supports a module and a number of ranks.
-
-    Args:
-        name: ``auto``, ``ddp`` or ``fsdp``.
-        config: Configuration of the module.
-        stage: ``tokenizer`` or ``transformer``.
-        ranks: Number of ranks.
+    """Checks that a strategy supports a module with a configuration and a number of ranks.
 
     Raises:
         ValueError: if ``auto`` is set for several ranks; or FSDP2 for stage 1, whose two networks only train
@@ -151,12 +143,7 @@ def shard_blocks(network: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMe
     """Applies FSDP2 to a network: each block is one group, and all other parameters are another group.
 
     Weights are gathered for ``forward``, and for the methods listed in ``entry_points`` of the network or the block.
-
-    Args:
-        network: Network, changed in place. Its parameters stay float32.
-        blocks: Blocks of the network.
-        mesh: One-dimensional device mesh.
-        precision: One of ``PRECISIONS``.
+    The network is changed in place; its parameters stay float32.
     """
     for part in (*blocks, network):  # the root comes last: it takes the parameters that are left
         fully_shard(part, mesh=mesh, mp_policy=_POLICIES[precision])

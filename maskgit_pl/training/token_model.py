@@ -32,9 +32,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BeforeValidator
@@ -43,7 +44,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_choice, check_class_names, check_number, check_seed, height_width
+from maskgit_pl.checks import check_class_names, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
@@ -53,7 +54,7 @@ from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, r
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, weights_for
 from maskgit_pl.pipeline.pretrained import copy_stage_folder, load_tokenizer, load_transformer, save_transformer
 from maskgit_pl.randomness import random_bits, random_uniform
-from maskgit_pl.training.checkpoints import CheckpointedModule, full_state
+from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema
 from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import (
@@ -119,12 +120,9 @@ class TokenModelConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokenizer", str(self.tokenizer))  # a Path is no plain value
         check_number("label_smoothing", self.label_smoothing, "[0, 1)")
-        check_choice("loss_vocabulary", self.loss_vocabulary, get_args(LossVocabulary))
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_seed("seed", self.seed)
-        check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
-        check_choice("compiled", self.compiled, get_args(Compiled))
 
     @property
     def loss_columns(self) -> Vocabulary:
@@ -133,11 +131,10 @@ class TokenModelConfig:
 
 
 def check_decoding(decoding: DecodingConfig, network: BackboneConfig, *, is_autoregressive: bool) -> None:
-    """Checks that a network supports decoding settings.
+    """Checks that a network supports decoding settings: their names and numbers, and guidance only with a null class.
 
     Raises:
-        ValueError: if there are more steps than tokens, a name is unknown, an autoregressive model does not
-            support a setting, or guidance is set without a null class.
+        ValueError: if it does not. The message names the setting.
     """
     try:
         decoding.check(network.num_tokens, is_autoregressive=is_autoregressive)
@@ -156,28 +153,19 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
     Raises:
         ValueError: if it does not. The message has both values and the recipe key.
     """
-    pairs = (
-        ("codebook_size", config.codebook_size, tokenizer.network.config.codebook_size),
-        ("grid", config.grid, tokenizer.grid),
-    )
-    for name, value, has in pairs:
-        if value != has:
+    has = {"codebook_size": tokenizer.network.config.codebook_size, "grid": tokenizer.grid}
+    for name, expected in has.items():
+        if (value := getattr(config, name)) != expected:
             raise ValueError(
-                f"model.network.{name} must be {has}, that of the tokenizer, got {value}; leave the key out, or name "
-                "another tokenizer"
+                f"model.network.{name} must be {expected}, that of the tokenizer, got {value}; leave the key out, or "
+                "name another tokenizer"
             )
 
 
 def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
-    """Checks that the samples of a batch are those of a transformer.
+    """Checks that the samples of a batch are those of a transformer; ``tokenizer`` returns that of images.
 
-    Labels are checked because the rows of the embedding before and after those of the classes are codes, the
-    null class and the mask token.
-
-    Args:
-        batch: The batch that the Trainer passes.
-        config: Sizes of the transformer.
-        tokenizer: Returns the tokenizer of images.
+    The rows of the embedding beside those of the classes are codes, the null class and the mask token.
 
     Raises:
         TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
@@ -210,11 +198,8 @@ class StepLosses(NamedTuple):
     hits: Tensor
 
 
-class TokenModel(CheckpointedModule):
+class TokenModel(LightningModule):
     """The LightningModule of stage 2: trains a transformer on tokens, or on images that it encodes on the fly.
-
-    A subclass defines the random draws of a step (``_draw``), the groups of logged values (``_assign_bins``) and the
-    decoding of images (``_decode``).
 
     Args:
         config: Network, optimizer, tokenizer and loss.
@@ -260,12 +245,7 @@ class TokenModel(CheckpointedModule):
 
     @abstractmethod
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
-        """Returns the group of each of the M predicted tokens in the logs, (M,) int64 in [0, 4).
-
-        Args:
-            mask: (B, N) bool.
-            positions: (M,) int64 in [0, B N): the places of the tokens in the batch.
-        """
+        """Returns the group in the logs, (M,) int64 in [0, 4), of the M positions, for a mask (B, N)."""
 
     @abstractmethod
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
@@ -407,9 +387,6 @@ class TokenModel(CheckpointedModule):
         """Checks the precision, and shards the networks block by block under FSDP2.
 
         The token embedding, which is tied to the output layer, stays in the root group.
-
-        Raises:
-            ValueError: if the stage does not support the Trainer's precision.
         """
         check_precision(self.trainer.precision)
         if self.device_mesh is None:
@@ -450,11 +427,7 @@ class TokenModel(CheckpointedModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips the gradient norm if the Trainer has a limit. All ranks skip the step if one has a non-finite norm.
-
-        Raises:
-            ValueError: if the algorithm is not ``norm``.
-        """
+        """Clips the gradient norm at the Trainer's limit. All ranks skip the step if one norm is non-finite."""
         if gradient_clip_algorithm not in (None, "norm"):
             raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
@@ -480,7 +453,7 @@ class TokenModel(CheckpointedModule):
     # Logs and validation
 
     def _log_step(self, batch: Batch, losses: StepLosses, batch_idx: int) -> None:
-        """Adds the predicted tokens of a micro-batch to the means, which the last one of a logged step logs."""
+        """Adds the tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
         draws = batch.draws
         assert draws is not None
         bins = self._assign_bins(draws.mask, draws.positions)
@@ -488,14 +461,11 @@ class TokenModel(CheckpointedModule):
             bins = bins.masked_fill(~draws.counted, NUM_BINS)
         self._bins.add(bins, losses.token_losses, losses.hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
-        if is_logged and (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log_means(losses.loss.detach())
-
-    def _log_means(self, loss: Tensor) -> None:
-        """Logs the means of each group since the last call, over this rank's tokens only."""
-        metrics = self._bins.take(loss)
+        if not is_logged or (batch_idx + 1) % self.trainer.accumulate_grad_batches:
+            return
+        loss = losses.loss.detach()
         self.log("train/loss", loss, prog_bar=True, logger=False)
-        finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        finite = {name: value for name, value in self._bins.take(loss).items() if math.isfinite(value)}
         rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         self._log_metrics({**finite, "learning-rate": rate}, self.trainer.global_step + 1)
 
@@ -528,12 +498,9 @@ class TokenModel(CheckpointedModule):
     def sample(
         self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
     ) -> Iterator[DecodingStep]:
-        """Decodes one image for each label and seed with the averaged network, and yields after each step.
+        """Decodes an image for each label and seed in [0, 2**32) by the averaged network; yields each step.
 
-        Args:
-            labels: Label of each image.
-            seeds: Seed of each image, in [0, 2**32).
-            vectors: (B, C) float, vector of each image; None for a network without conditioning vectors.
+        ``vectors`` (B, C) float are those of the images; None for a network without conditioning vectors.
         """
         # Without an average this is the network that trains, so its mode is restored afterwards, also after a part.
         self.averaged_network.eval()
@@ -543,10 +510,9 @@ class TokenModel(CheckpointedModule):
             self.transformer.train(self.training)
 
     def start_from(self, folder: Path) -> None:
-        """Replaces the initial weights by those of a pretrained transformer. Call it before the first step.
+        """Replaces the initial weights by those of a pretrained transformer folder. Call it before the first step.
 
-        Args:
-            folder: Pretrained transformer folder. See ``pipeline.fine_tuning.weights_for`` for other classes.
+        See ``pipeline.fine_tuning.weights_for`` for other classes.
 
         Raises:
             FileNotFoundError: if there is no such folder.
@@ -566,8 +532,7 @@ class TokenModel(CheckpointedModule):
         Raises:
             ValueError: if there is not one name for each class.
         """
-        class_list = class_names if isinstance(class_names, str) else tuple(class_names)  # any sequence
-        names = check_class_names("class_names", class_list, self.config.network.num_classes)
+        names = check_class_names("class_names", list(class_names), self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, tokenizer_folder = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
@@ -584,24 +549,14 @@ class TokenModel(CheckpointedModule):
 
 
 class BinnedMeans:
-    """Sums over the predicted tokens of this rank since the last reading, by group, such as a similar mask ratio.
-
-    Args:
-        binned_by: The quantity that the groups are ranges of, in the names of logged values.
-    """
+    """Sums over the predicted tokens of this rank since the last reading, by ranges of ``binned_by``."""
 
     def __init__(self, binned_by: str) -> None:
         self.binned_by = binned_by
         self._sums: Tensor | None = None  # (bins + 1, 3) of predicted tokens: count, summed loss, summed hits
 
     def add(self, bins: Tensor, token_loss: Tensor, hits: Tensor) -> None:
-        """Adds predicted tokens.
-
-        Args:
-            bins: (M,) int64 in [0, 4], the group of each token; tokens with 4 are not counted.
-            token_loss: (M,) float, the loss of each token.
-            hits: (M,) float, 1 where the prediction is right.
-        """
+        """Adds M tokens, with the group in [0, 4], loss and hit of each; those of group 4 are not counted."""
         values = torch.stack([torch.ones_like(hits), token_loss.detach(), hits], dim=1)  # (M, 3)
         # Made on the device: a copy from the host would wait. Each call has sums of its own: in float32,
         # single values that are added to a sum of millions are rounded.
@@ -609,13 +564,7 @@ class BinnedMeans:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def take(self, loss: Tensor) -> dict[str, float]:
-        """Returns the loss of a step with the means of all groups that have tokens, and starts new sums.
-
-        Call it after ``add``.
-
-        Args:
-            loss: Scalar loss of the step.
-        """
+        """Returns the scalar loss of a step and the means of the groups with tokens, and starts new sums."""
         # One copy to the host for all values: each copy waits for the device.
         assert self._sums is not None
         value, *sums = torch.cat([loss.reshape(1), self._sums[:NUM_BINS].flatten()]).tolist()

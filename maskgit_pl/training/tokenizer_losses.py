@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,11 @@ from torch import Tensor, nn
 from maskgit_pl import losses
 from maskgit_pl.checks import (
     ImageSize,
-    check_choice,
     check_image_size,
     check_integer,
     check_number,
     check_seed,
     height_width,
-    shorten,
 )
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.losses import AdversarialLoss, ReconstructionLoss
@@ -31,7 +29,7 @@ from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discri
 from maskgit_pl.networks.features import PerceptualOutput, build_perceptual, create_distance
 from maskgit_pl.networks.quantizers import WEIGHTS
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.registry import Registry
+from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.strategies import ActivationCheckpointing
 
@@ -108,18 +106,8 @@ class TokenizerLoss(ABC):
 
 
 def _check_term(name: str, term: TokenizerLoss) -> None:
-    """Checks the contract of a term without a network on two images: a finite scalar."""
-    if not isinstance(term, TokenizerLoss):
-        raise ValueError(f"tokenizer loss {name!r} must be a TokenizerLoss, got {shorten(term)}")
+    derives_from(TokenizerLoss)(name, term)
     check_number(f"tokenizer loss {name!r}: weight", getattr(term, "weight", None), WEIGHTS)
-    if type(term).create_network is not TokenizerLoss.create_network:
-        return
-    images = torch.linspace(0, 1, 1536).view(2, 3, 16, 16)
-    loss = term(
-        LossInputs(images, images.flip(3).requires_grad_(), torch.ones(2, 4, 4, 4, requires_grad=True), 0), None
-    )
-    if not isinstance(loss, Tensor) or loss.shape != () or not bool(loss.isfinite()):
-        raise ValueError(f"tokenizer loss {name!r} must be a finite scalar tensor, got {shorten(loss)}")
 
 
 tokenizer_losses: Registry[TokenizerLoss] = Registry("tokenizer loss", "maskgit_pl.tokenizer_losses", check=_check_term)
@@ -179,11 +167,7 @@ class PerceptualConfig(TokenizerLoss):
         return getattr(build_perceptual(self.network, self.output), "min_image_size", 1)
 
     def create_network(self) -> nn.Module:
-        """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,).
-
-        Raises:
-            ValueError: if its weights cannot be read.
-        """
+        """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,)."""
         try:
             return create_distance(self.network, self.output)
         except (ValueError, FileNotFoundError) as error:
@@ -243,10 +227,6 @@ class AdversarialConfig:
                 f"{self.r1_weight}; R1 needs logits that depend on one image each: set r1_weight 0, or norm group"
             )
 
-    def has_started(self, step: int) -> bool:
-        """Returns whether the networks have an adversarial loss at a step."""
-        return step >= self.start_step
-
     def weight_at(self, step: int) -> float:
         """Returns the factor of the generator's adversarial loss at a step, from ``start_step`` on."""
         if step >= self.start_step + self.warmup_steps:
@@ -303,18 +283,19 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 16384]"))
-        check_choice("reconstruction_loss", self.reconstruction_loss, get_args(ReconstructionLoss))
         check_number("reconstruction_weight", self.reconstruction_weight, "[0, 1e6]")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_seed("seed", self.seed)
-        check_choice("memory_format", self.memory_format, get_args(MemoryFormat))
-        check_choice("activation_checkpointing", self.activation_checkpointing, get_args(ActivationCheckpointing))
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
-        self._check_freeze()
         object.__setattr__(self, "losses", tuple(self.losses))
+        if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
+            raise ValueError(
+                f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
+                "that weight is measured at the decoder's last layer: set model.adversarial.weight_rule to fixed"
+            )
         shorter = min(height_width(self.image_size))
         for name, term in self.terms.items():
             if shorter < term.min_image_size:
@@ -338,29 +319,11 @@ class TokenizerConfig:
             terms[key] = term
         return terms
 
-    def _check_freeze(self) -> None:
-        parts = get_args(Part)
-        for part in self.freeze:
-            check_choice("freeze", part, parts)
-        if len(set(self.freeze)) < len(self.freeze) or len(self.freeze) == len(parts):
-            raise ValueError(
-                f"freeze must be one or two different parts of {', '.join(parts)}, got {list(self.freeze)}; leave out "
-                "what is to be trained"
-            )
-        if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
-            raise ValueError(
-                f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
-                "that weight is measured at the decoder's last layer: set model.adversarial.weight_rule to fixed"
-            )
-
 
 class LossTerms:
-    """The weighted sum of the terms at the reconstructed image.
+    """The weighted sum of the terms at the reconstructed image, by their names in the logs.
 
     It is not an ``nn.Module``, so the frozen networks of the terms stay out of checkpoints.
-
-    Args:
-        terms: The terms by their names in the logs.
 
     Raises:
         ValueError: if the weights of a network cannot be read.
@@ -472,13 +435,10 @@ class AdversarialStep:
         return gradient
 
     def discriminator_loss(self, lecam_means: Tensor) -> Tensor:
-        """Computes the discriminator's loss with its penalties.
+        """Computes the discriminator's loss with its penalties, scalar float32 with a graph.
 
         Args:
             lecam_means: (2,) float32: moving averages of the logits of real images and of reconstructions.
-
-        Returns:
-            Scalar float32 with a graph.
         """
         config = self.config
         loss = losses.discriminator_loss(self.real_logits, self.fake_logits, kind=config.loss)
@@ -505,14 +465,8 @@ class AdversarialStep:
 def gradient_norm(gradient: Tensor) -> Tensor:
     """Computes the root mean square over images of the norm of the gradient of an image's own loss.
 
-    The gradient g of a mean over B images is 1/B of those of their own losses: sqrt(1/B sum_b |B g_b|^2) = sqrt(B) |g|.
-    The value does not depend on the size of the micro-batch, so that runs and losses can be compared.
-
-    Args:
-        gradient: (B, C, H, W) float32: gradient of a mean over images.
-
-    Returns:
-        Scalar float32.
+    The gradient g (B, C, H, W) of a mean over B images is 1/B of those of their own losses:
+    sqrt(1/B sum_b |B g_b|^2) = sqrt(B) |g|. The value does not depend on the size of the micro-batch.
     """
     norm: Tensor = torch.linalg.vector_norm(gradient) * len(gradient) ** 0.5
     return norm.detach()

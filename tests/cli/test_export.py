@@ -61,7 +61,7 @@ def test_the_newest_checkpoint_becomes_the_export_of_the_training(run, maskgit, 
     config = copy / "transformer" / "config.yaml"
     tree = yaml.safe_load(config.read_text())
     # Packages of the training may be missing.
-    missing = {"loggers": [{"name": "wandb"}, {"name": "mlflow"}], "callbacks": ["gone"], "profiler": "gone"}
+    missing = {"loggers": [{"name": "wandb"}], "callbacks": ["gone"]}
     config.write_text(yaml.safe_dump(tree | missing, sort_keys=False))
     assert maskgit("export", copy, f"--out={tmp_path / 'out'}").code == 0
     assert (tmp_path / "out" / "README.md").is_file()
@@ -190,7 +190,9 @@ def test_the_next_commands_make_tokens_and_fit_the_tokenizer(maskgit, tiny_shard
     answer = maskgit("import-tokenizer", "vqvae", "--out", "with space", "--image-size", 8)
     lines = answer.out.splitlines()[-2:]
     assert [line[:14] for line in lines] == ["next: maskgit ", "then: maskgit "]
-    for line, more in zip(lines, (["--device", "cpu"], ["--dry-run", "--trainer.accelerator", "cpu"]), strict=True):
+    for line, more in zip(
+        lines, (["--device", "cpu"], ["--print-config", "--trainer.accelerator", "cpu"]), strict=True
+    ):
         words = shlex.split(line[14:].replace("NAME", "tiny"))
         # The recipe is for ImageNet, and its network is large.
         sizes = ["--model.network.num_classes", "3", "--model.network.depth", "1", "--data.views", "1"]

@@ -45,14 +45,21 @@ def test_a_data_folder_has_one_process(is_refused, tiny_shards, tmp_path):
     is_refused(["data", "make", str(tiny_shards.parent / "images"), f"--out={tmp_path / 'out'}"], tmp_path / "out")
 
 
-def test_a_token_store_has_one_process_of_each_rank(is_refused, tiny_shards, tiny_pretrained, tmp_path):
+def test_a_token_store_has_one_process_of_each_rank(is_refused, tiny_shards, tiny_pretrained, tmp_path, monkeypatch):
+    def launch(rank: int, world_size: int) -> None:
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+
     where = [f"--data={tiny_shards}", f"--runs-folder={tmp_path}", "--run=one"]
     words = ["tokenize", *where, f"--tokenizer={tiny_pretrained / 'tokenizer'}", "--part-size=10"]
-    assert main([*words, "--rank=1", "--world-size=3"]) == 0
+    launch(1, 3)
+    assert main(words) == 0
     (store,) = (tmp_path / "tokens").iterdir()
     with holder(store, rank=0):
-        assert main([*words, "--rank=1", "--world-size=2"]) == 0  # it shares the work
-    is_refused([*words, "--rank=0", "--world-size=2"], store, rank=0)
+        launch(1, 2)
+        assert main(words) == 0  # it shares the work
+    launch(0, 2)
+    is_refused(words, store, rank=0)
     assert (store / "store.json").is_file()
 
 

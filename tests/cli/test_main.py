@@ -89,7 +89,7 @@ def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
 @pytest.mark.parametrize(
     ("words", "to", "code", "error"),
     [
-        ("recipes schema transformer", "> >(true)", 141, ""),  # more than the buffer holds
+        ("recipes show paper-256", "> >(true)", 141, ""),  # more than the buffer holds
         ("schedules", "> >(true)", 141, ""),  # written at the end
         ("plugins", "> /dev/full", 74, "maskgit plugins: [Errno 28] No space left on device\n"),
         ("train tokenizer --data nowhere", "2> /dev/full", 2, ""),

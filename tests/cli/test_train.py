@@ -97,7 +97,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, maskgit, r
     assert answer.code == 0
     recipe = yaml.safe_load(answer.out)
     assert recipe["model"]["mask_schedule"] == "square"
-    assert recipe["trainer"]["gradient_clip_algorithm"] is None
+    assert recipe["trainer"]["benchmark"] is None
     assert not runs.exists()
     for stage in ("tokenizer", "transformer"):  # without data and tokenizer
         answer = maskgit("train", stage, "--recipe", "adaln", "--dataset", "nowhere", "--print-config")
@@ -133,39 +133,11 @@ def test_validation_curves_and_pictures_stand_at_the_same_steps(train, runs, sta
 
 
 @pytest.mark.slow
-def test_a_dry_run_describes_and_refuses_as_training_does_and_writes_nothing(train, runs, tmp_path):
-    def plan(*words: str) -> dict[str, str]:
-        answer = train(*words, "--dry-run")
-        assert answer.code == 0, answer
-        return {line[:11].strip(): line[11:] for line in answer.out.splitlines()}
-
-    lines = plan("tokenizer")
-    assert lines["run"] == f"{runs / 'one/tokenizer'}: starts from scratch"
-    assert lines["steps"] == "1, with a global batch of 4 = 1 rank x 2 accumulation steps x 2 samples"
-    assert not runs.exists()
-    train("tokenizer")
-    before = files(tmp_path)
-    assert "resumes from step-00000001" in plan("tokenizer", "--trainer.max_steps=2")["run"]
-    assert "nothing to do" in plan("tokenizer")["run"]
-    assert "tiny" in plan("transformer", "--run=two")["tokenizer"]
-    refused(train("tokenizer", "--dry-run", "--data.seed=7"), "cannot resume", "data.seed: 0 -> 7")
-    refused(train("tokenizer", "--dry-run", "--trainer.strategy=fsdp"), "trainer.strategy")
-    assert files(tmp_path) == before
-
-
-def test_fresh_is_refused_for_one_of_several_ranks(train, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    refused(train("tokenizer", "--fresh"), "--fresh must be given to a single process, got 2 ranks")
-
-
-@pytest.mark.slow
 def test_a_baseline_trains_resumes_and_keeps_its_kind(maskgit, tiny_shards, tiny_pretrained, runs):
     where = ("--data", tiny_shards, "--runs-folder", runs, "--run", "one", "--tokenizer", tiny_pretrained / "tokenizer")
     sizes = [word for word in tiny_flags("transformer") if "decoding" not in word]
     words = ("train", "transformer", *where, "--recipe=autoregressive", *sizes)
-    first = maskgit(*words, "--model.decoding.guidance=constant")
-    assert "base.yaml: causal attention ignores model.mask_schedule, model.min_mask_ratio" in first.out
+    assert maskgit(*words, "--model.decoding.guidance=constant").code == 0
     assert "resuming from step-00000001" in maskgit(*words, "--trainer.max_steps=2").out
     assert load_transformer(runs / "one" / "pretrained" / "transformer").mask_schedule is None
     assert "| attention | causal |" in (runs / "one" / "pretrained" / "README.md").read_text()

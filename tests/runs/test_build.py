@@ -2,7 +2,6 @@
 
 import gc
 import logging
-import os
 import random
 import signal
 import warnings
@@ -34,7 +33,6 @@ def state() -> dict[str, object]:
         "python": random.getstate(),
         "warnings": list(warnings.filters),
         "lightning": [(each.level, list(each.handlers), each.propagate) for each in loggers],
-        "environment": dict(os.environ),
         "handlers": [signal.getsignal(number) for number in processes.SIGNALS],
     }
 
@@ -45,7 +43,7 @@ def state() -> dict[str, object]:
     [
         (
             {"trainer__deterministic": True},
-            {"deterministic", "tf32", "environment", "torch", "warnings", "lightning", "handlers"},
+            {"deterministic", "tf32", "torch", "warnings", "lightning", "handlers"},
         ),
         ({"cpu_threads": 3, "matmul_precision": "high"}, {"threads", "matmul"}),
         ({"trainer__benchmark": True}, {"benchmark"}),

@@ -1,7 +1,6 @@
 """Memory, FLOPs and disk space that are calculated equal those of real steps, of FSDP2 and of real checkpoints."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,12 +18,11 @@ from maskgit_pl.runs.costs import (
     StepMeter,
     checkpoint_bytes,
     count_predicted,
-    max_num_checkpoints,
     step_memory,
     useful_flops,
 )
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO, complete_checkpoints, newest_checkpoint
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.conftest import tiny_flags
 from tests.networks.backbone_cases import small_config
@@ -151,25 +149,6 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
     )
     assert sharded.gathered == pytest.approx(2 * (root + 3 * block) + 4 * (root + 2 * block), rel=0.01)
     assert 1.8 * whole < mixed.activations - sharded.activations < 2 * whole
-
-
-@pytest.mark.parametrize(("steps", "every", "keep_last", "keep_every"), [
-    (100, 10, 2, None), (100, 10, 3, 20), (95, 10, 2, 30), (7, 10, 2, None), (100, 10, 1, 10), (15, 10, 3, None),
-])  # fmt: skip
-def test_kept_checkpoints_are_the_most_that_a_run_has_at_a_time(tmp_path, steps, every, keep_last, keep_every):
-    run, counts = SimpleNamespace(global_step=0, is_global_zero=True), []
-    checkpoints = Checkpoints(tmp_path, every_n_steps=every, keep_last=keep_last, keep_every=keep_every)
-
-    def save_checkpoint(path):
-        FolderCheckpointIO().save_checkpoint({"weight": torch.zeros(2)}, path)
-        counts.append(len(complete_checkpoints(tmp_path)))  # before the oldest goes
-
-    run.save_checkpoint = save_checkpoint
-    for step in range(1, steps + 1):
-        run.global_step = step
-        if step % every == 0 or step == steps:
-            checkpoints.save(run)
-    assert max(counts) == max_num_checkpoints(steps, every=every, keep_last=keep_last, keep_every=keep_every)
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"

@@ -48,8 +48,6 @@ def test_the_tokenizer_is_the_named_else_the_runs_else_the_weights(tiny_pretrain
     (tmp_path / "one" / "pretrained").symlink_to(tiny_pretrained)
     assert find_tokenizer(recipe, **where, pretrained=tiny_pretrained) == tmp_path / "one" / "pretrained" / "tokenizer"
     assert find_tokenizer(recipe, **where, tokenizer=of_weights) == of_weights
-    with pytest.raises(FileNotFoundError, match="a folder of both stages; did you mean"):
-        find_tokenizer(recipe, **where, tokenizer=both_stages(tmp_path, tiny_pretrained))
 
 
 @pytest.mark.parametrize("broken", ["data: null", "data: {path: 7}", "data: {path: [a]}"])
@@ -60,11 +58,3 @@ def test_damaged_configurations_of_other_runs_are_ignored(tiny_shards, tiny_pret
         (tmp_path / name / "pretrained").symlink_to(tiny_pretrained)
     folder = tmp_path / str(recipe.run_name)
     assert find_tokenizer(recipe, folder=folder, shards=tiny_shards) == tmp_path / "b" / "pretrained" / "tokenizer"
-
-
-def both_stages(folder: Path, pretrained: Path) -> Path:
-    """A folder with a config.json and a tokenizer in it."""
-    (folder / "both").mkdir()
-    (folder / "both" / "tokenizer").symlink_to(pretrained / "tokenizer")
-    (folder / "both" / "config.json").write_text("{}")
-    return folder / "both"

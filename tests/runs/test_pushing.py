@@ -164,9 +164,9 @@ def _refuse(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     ("reason", "wanted"),
     [
         ("no login", "no access token found; log in with `hf auth login`, or set HF_TOKEN"),
-        ("a wrong token", "the access token is not valid; log in again"),
-        ("no network", "the Hub cannot be reached"),
-        ("no rights", "the access token may not write to this repository"),
+        ("a wrong token", "the Hub refused the upload, or cannot be reached ("),
+        ("no network", "the Hub refused the upload, or cannot be reached ("),
+        ("no rights", "the Hub refused the upload, or cannot be reached ("),
         ("another model", "the name is taken by a repository with other files, such as 'pytorch_model.bin'"),
     ],
 )

@@ -7,7 +7,6 @@ import pytest
 from maskgit_pl import runs
 from maskgit_pl.cli import main
 from maskgit_pl.data.token_store import read_description
-from maskgit_pl.runs.tokenizing import _find_rank
 from tests.runs.test_fitting import recipe
 
 VARIABLES = (
@@ -20,20 +19,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return monkeypatch
-
-
-def test_ranks_are_the_given_ones_else_those_of_torchrun_or_srun(environment):
-    assert _find_rank(None, None) == (0, 1, 0)
-    environment.setenv("SLURM_PROCID", "0")
-    environment.setenv("SLURM_NTASKS", "8")  # sbatch without srun: one process for all
-    assert _find_rank(None, None) == (0, 1, 0)
-    for name, value in (("SLURM_STEP_NUM_TASKS", "8"), ("SLURM_PROCID", "5"), ("SLURM_LOCALID", "1")):
-        environment.setenv(name, value)
-    assert _find_rank(None, None) == (5, 8, 1)
-    for name, value in (("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "0")):
-        environment.setenv(name, value)
-    assert _find_rank(None, None) == (3, 4, 0)
-    assert _find_rank(1, 2) == (1, 2, 1)
 
 
 @pytest.mark.slow

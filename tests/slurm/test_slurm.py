@@ -325,9 +325,6 @@ def test_signals_to_a_job_and_to_a_task_in_a_container_without_slurm(site: Site)
     run = site.run("signalled", "transformer ddp", f"--container={container}", "--program=.venv/bin/maskgit")
     printed = run.submit()
     cluster.wait_until(lambda: cluster.job(run.number)["JobState"] == "RUNNING", "the job runs")
-    code, refusal = run.ask()
-    assert code == 2
-    assert f"job {run.number} is RUNNING" in refusal
     typed = cluster.run(re.search(r"(?s)STAGE=.*?(?=\njob )", printed)[0])  # type: ignore[index]  # it is there
     cluster.wait_until(lambda: cluster.job(typed)["Reason"] == "Dependency", "the second job waits")
     cluster.run(f"scancel {typed}")

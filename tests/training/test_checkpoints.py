@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import stat
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,6 @@ from torch import nn
 
 from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.files import sha256_of, write_tensors
-from maskgit_pl.mvtm import MaskedTokenModel
-from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoints import (
     Checkpoints,
     FolderCheckpointIO,
@@ -28,9 +23,7 @@ from maskgit_pl.training.checkpoints import (
     newest_checkpoint,
     read_settings,
 )
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
-from tests.short_runs import autoregressive_model, data, fit, masked_model, tokenizer_model
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -73,39 +66,6 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage):
         file.write_bytes(content if damage == "one bit" else content[:-3])
     with pytest.raises(ValueError, match=rf"checkpoint {file.parent}.* {name}.* an older one"):
         FolderCheckpointIO().load_checkpoint(file.parent)
-
-
-def rewrite_state(folder, change):
-    """Changes ``state.json``, and its hash in the marker."""
-    state, marker = (folder / name for name in ("state.json", "COMPLETE.json"))
-    state.write_text(json.dumps(change(json.loads(state.read_text()))))
-    entry = {"bytes": state.stat().st_size, "sha256": sha256_of(state)}
-    files = json.loads(marker.read_text())["files"] | {"state.json": entry}
-    marker.write_text(json.dumps({"version": 3, "files": files}))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda state: state, r"state.json must have .*maskgit_pl\.settings.* which `maskgit train` writes; remove"),
-        (lambda _: {"items": []}, "state.json must have .*global_step, .*state_dict"),
-        (lambda _: {}, "state.json has changed"),
-        (lambda _: [1], "state.json has changed"),
-        (lambda _: {"items": [["weight"]]}, "state.json has changed"),
-    ],
-)
-def test_a_state_without_the_keys_of_a_run_is_refused_in_one_line(tmp_path, change, message):
-    folder = save(tmp_path / "step-00000003")
-    rewrite_state(folder, change)
-    with pytest.raises(ValueError, match=f"checkpoint {folder}: {message}"):
-        read_settings(folder)
-
-
-def test_a_tensor_that_no_file_has_is_refused_in_one_line(tmp_path):
-    folder = save(tmp_path / "step-00000003")
-    rewrite_state(folder, lambda _: {"items": [["state_dict", {"tensor": "/other"}]]})
-    with pytest.raises(ValueError, match=f"checkpoint {folder}: state.json has changed"):
-        FolderCheckpointIO().load_checkpoint(folder)
 
 
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):
@@ -336,33 +296,3 @@ def test_moments_of_weights_in_channels_last_are_restored_exactly(tmp_path):
     resumed = fit("stopped", 4, newest_checkpoint(tmp_path / "stopped"))
     assert resumed.is_contiguous(memory_format=torch.channels_last)
     assert torch.equal(straight, resumed)
-
-
-NETWORK = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-VQGAN = VQGANConfig(
-    1, base_channels=8, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=4, codebook_size=16, code_dim=4
-)
-OPPONENT = AdversarialConfig({"name": "patchgan", "num_layers": 1, "base_channels": 4}, r1_weight=0.0)
-MODULES = {
-    "masked": lambda tokenizer: masked_model(NETWORK, tokenizer, objective="elbo", mask_schedule=Pow(1.5)),
-    "autoregressive": lambda tokenizer: autoregressive_model(replace(NETWORK, attention="causal"), tokenizer),
-    "adversarial": lambda _: tokenizer_model(VQGAN, image_size=8, adversarial=OPPONENT),
-}
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_a_module_is_built_from_a_checkpoint(tiny_shards, tiny_pretrained, tmp_path, name):
-    module = MODULES[name](tiny_pretrained / "tokenizer")
-    fit(module, data(tiny_shards), steps=2, folder=tmp_path)
-    again = type(module).load_from_checkpoint(newest_checkpoint(tmp_path))
-    assert again.config == module.config
-    assert again.state_dict().keys() == module.state_dict().keys()
-    assert all(torch.equal(value, again.state_dict()[key]) for key, value in module.state_dict().items())
-
-
-def test_a_checkpoint_without_a_configuration_is_refused_in_one_line(tmp_path):
-    with pytest.raises(ValueError, match="must hold a configuration and weights"):
-        MaskedTokenModel.load_from_checkpoint(save(tmp_path / "step-00000003"))
-    (tmp_path / "last.ckpt").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"last\.ckpt must be a folder of the callback Checkpoints, got a file"):
-        MaskedTokenModel.load_from_checkpoint(tmp_path / "last.ckpt")

@@ -1,7 +1,6 @@
 """Optimizers by name, their parameter groups and the averaged weights; the contract holds for every registered name."""
 
 import copy
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -17,17 +16,14 @@ from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.training.checkpoints import FolderCheckpointIO
 from maskgit_pl.training.optimizers import (
     LearningRate,
-    LearningRateSchedule,
     OptimizerConfig,
     build_optimizer,
     frozen_copy,
-    learning_rate_schedules,
     optimizers,
     parameter_groups,
     state_values,
     update_ema,
 )
-from maskgit_pl.training.speed import weight_norm
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 from tests.forked import run_ranks
 from tests.short_runs import assert_equal, data, fit, tiny_module
@@ -54,8 +50,8 @@ class Model(nn.Module):
         return self.fc(self.norm(x).relu()) * self.codebook
 
 
-def config(algorithm: str | dict = "adamw", *, weight_decay: float = 0.1, kind: str = "fused") -> OptimizerConfig:
-    return OptimizerConfig(LearningRate(RATE), (0.9, 0.96), weight_decay, kind, algorithm)
+def config(algorithm: str | dict = "adamw", *, weight_decay: float = 0.1) -> OptimizerConfig:
+    return OptimizerConfig(LearningRate(RATE), (0.9, 0.96), weight_decay, algorithm)
 
 
 def build(made: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -155,8 +151,6 @@ def on_a_rank(rank: int, folder: str) -> None:
             optimizer = build(config(name), model)
             train(model, optimizer, range(4), rows)
             found[f"{name} fsdp"] = {key: value.full_tensor() for key, value in weights(model).items()}
-            whole = torch.cat([value.flatten() for value in found[f"{name} fsdp"].values()])
-            torch.testing.assert_close(weight_norm(optimizer), whole.norm())
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -189,16 +183,18 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
     [
         (OptimizerConfig, {"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
         (OptimizerConfig, {"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
-        (OptimizerConfig, {"adamw": "fuse"}, "adamw must be one of fused, .*, got 'fuse'; did you mean 'fused'"),
         (OptimizerConfig, {"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
         (OptimizerConfig, {"algorithm": {"name": "lion", "betas": [0.9]}}, "optimizer 'lion': unknown key 'betas'"),
         (OptimizerConfig, {"algorithm": {"name": "sgd", "momentum": 0.0}}, r"'sgd': momentum must be a number in \(0"),
-        (OptimizerConfig, {"algorithm": {"name": "muon", "ns_steps": 2.5}}, "'muon'.ns_steps must be an integer, got"),
         (LearningRate, {"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
         (LearningRate, {"peak": float("nan")}, "^peak must be a finite number"),
         (LearningRate, {"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
         (LearningRate, {"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
-        (LearningRate, {"decay": "cosin"}, "^unknown learning rate schedule 'cosin': did you mean 'cosine'"),
+        (
+            LearningRate,
+            {"decay": "cosin"},
+            "^decay must be one of constant, cosine, linear, got 'cosin'; did you",
+        ),
     ],
     ids=str,
 )
@@ -206,21 +202,6 @@ def test_a_wrong_name_or_value_is_refused_with_the_rule(kind, changes, message):
     first = {"learning_rate": LearningRate(0.1)} if kind is OptimizerConfig else {"peak": 0.1}
     with pytest.raises(ValueError, match=message):
         kind(**{**first, **changes})
-
-
-@pytest.mark.parametrize("kind", ["foreach", "for-loop"])
-def test_every_kind_of_adamw_steps_like_the_fused_one_and_continues_it(kind):
-    ends = []
-    for later in ("fused", kind):
-        model = Model()
-        first, second = build(config(), model), build(config(kind=later), model)
-        train(model, first, range(3))
-        second.load_state_dict(first.state_dict())
-        train(model, second, range(3, 6))
-        ends.append(torch.cat([value.flatten() for value in weights(model).values()]))
-        kinds = {(group["fused"], group["foreach"]) for group in second.param_groups}
-        assert kinds == {(later == "fused", later == "foreach")}
-    torch.testing.assert_close(ends[0], ends[1], atol=1e-5, rtol=1e-5)
 
 
 def test_adamw_is_that_of_torch_with_the_defaults_of_the_paper():
@@ -251,31 +232,13 @@ def test_cosine_and_linear_fall_to_their_end_at_max_steps(final):
     assert falling == pytest.approx([1, (1 + final) / 2, final, final])
 
 
-@pytest.mark.parametrize("name", learning_rate_schedules.names())
+@pytest.mark.parametrize("name", ["constant", "cosine", "linear"])
 @pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_every_schedule_reaches_the_peak_and_never_rises_again(name, warmup_steps):
     rate = LearningRate(1e-4, warmup_steps=warmup_steps, decay=name, final_fraction=0.1)
     factors = [rate.factor(step, 110) for step in range(max(0, warmup_steps - 1), 131)]
     assert factors[0] == 1.0
     assert all(early >= late >= 0.1 for early, late in pairwise(factors))
-
-
-@dataclass(frozen=True)
-class Late(LearningRateSchedule):
-    """A schedule that is wrong at one step."""
-
-    factor: float = 1.5
-    at: int = 55
-
-    def __call__(self, step: int, *, warmup_steps: int, max_steps: int) -> float:
-        return self.factor if step == self.at else 1.0
-
-
-@pytest.mark.parametrize(("factor", "at"), [(1.5, 55), (-0.1, 200), (float("nan"), 100), (0.0, 10)])
-def test_a_schedule_out_of_range_is_refused_with_the_step(factor, at, monkeypatch):
-    monkeypatch.setitem(learning_rate_schedules._factories, "late", Late)
-    with pytest.raises(ValueError, match=f"schedule 'late' must be in .* got {factor} at step {at} of 100"):
-        LearningRate(1e-4, decay={"name": "late", "factor": factor, "at": at})
 
 
 @pytest.mark.parametrize("max_steps", [0, -1])

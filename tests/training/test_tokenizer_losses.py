@@ -225,12 +225,7 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
             r"tokenizer loss 'l1': weight must be a number in \[0, 1000000\]",
         ),
         ({"reconstruction_weight": -1.0}, "reconstruction_weight must be a number in"),
-        ({"reconstruction_loss": "l3"}, "reconstruction_loss must be one of l2, l1, got 'l3'"),
-        (
-            {"freeze": ["encoder", "encoder"]},
-            "freeze must be one or two different parts of encoder, quantizer, decoder",
-        ),
-        ({"freeze": ["encoderr"]}, "freeze must be one of .*, got 'encoderr'; did you mean"),
+        ({"reconstruction_loss": "l3"}, "unknown tokenizer loss 'l3'"),
         ({"freeze": ["encoder", "decoder"], "network": EMA}, "freeze must leave weights .* the quantizer ema has none"),
         (
             {"freeze": ["decoder"], "discriminator": "stylegan", "weight_rule": "adaptive"},
