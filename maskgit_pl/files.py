@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NO_CODE",
-    "OutputError",
+    "PathError",
     "TooLargeDirectoryError",
     "check_plain",
     "check_writable",
@@ -65,8 +65,8 @@ _MAX_DIRECTORY_BYTES = 2**30  # of a zip; 10 million entries with names of 60 le
 _SIGNATURE = b"PK\1\2"  # of an entry of a zip. Source: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.12
 
 
-class OutputError(OSError, ValueError):
-    """A path has the name of something that is not replaced. An OSError too, for code that survives a failed write."""
+class PathError(OSError, ValueError):
+    """A path has something of another kind than is read or written. An OSError too, as of any file that cannot be."""
 
 
 @contextmanager
@@ -90,7 +90,7 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
 
     Raises:
         OSError: if the file cannot be written. The message names ``path``.
-        OutputError: if ``path`` is a folder, a device, a pipe or a broken link.
+        PathError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
     if path.is_symlink():
         partial_in = None  # the target may be on another file system
@@ -123,7 +123,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
 
     Raises:
         OSError: if the disk is full or the folder is not writable. The partial file is removed.
-        OutputError: if ``file`` is a folder, a device, a pipe or a broken link.
+        PathError: if ``file`` is a folder, a device, a pipe or a broken link.
     """
     file = follow_links(file)
     from safetensors.torch import save_file
@@ -202,19 +202,19 @@ def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -
     """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
 
     Raises:
-        OutputError: if something of another kind is there, which a rename would replace even if it is a device, or a
+        PathError: if something of another kind is there, which a rename would replace even if it is a device, or a
             link leads to a folder that does not exist, such as one on a disk that is not mounted.
     """
     if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
-        raise OutputError(
+        raise PathError(
             f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
         )
     real = Path(os.path.realpath(path))
     nearest = next(ancestor for ancestor in (path.absolute(), *path.absolute().parents) if os.path.lexists(ancestor))
     # A link to nothing is written if it is the path itself, and the folder of its target exists.
     if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
-        raise OutputError(
+        raise PathError(
             f"{name} must lead to a folder that exists, got {path}, and {nearest} is a link to {os.readlink(nearest)}; "
             "make that folder, or give another path"
         )
@@ -241,7 +241,7 @@ def open_regular(path: str | Path) -> int:
         The file descriptor, which the caller closes.
 
     Raises:
-        OSError: if it cannot be opened or is not a regular file.
+        OSError: if it cannot be opened; a ``PathError`` if it is not a regular file.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files. Windows
     # lacks it, and changes line ends without O_BINARY.
@@ -250,8 +250,8 @@ def open_regular(path: str | Path) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    number, kind = (errno.EISDIR, "a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "a FIFO, a socket or a device")
-    raise OSError(number, f"must be a regular file, got {kind}", str(path))
+    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+    raise PathError(errno.EINVAL, f"must be a regular file, got {kind}", str(path))
 
 
 def sha256_of(file: str | Path | int) -> str:

@@ -146,7 +146,7 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
     from maskgit_pl.data import manifest, token_store
-    from maskgit_pl.data.verify import class_lines, describe_bad_files, describe_data, verify_shards
+    from maskgit_pl.data.verify import class_lines, describe_data, verify_shards
 
     if (folder / token_store.DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
@@ -158,8 +158,9 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         result = verify_shards(
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
         )
-    if result.bad:
-        raise ValueError(f"data {folder}: {describe_bad_files(result.bad)}")
+    if result.faults:
+        files = f"{len(result.faults)} files differ from the manifest or have unreadable images"
+        raise ValueError("\n  ".join([f"data {folder}: {files}:", *result.faults]))
     print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
     if (folder / "train.json").is_file():
         print(

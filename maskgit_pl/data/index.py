@@ -25,7 +25,6 @@ from braceexpand import braceexpand
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import (
-    INDEX_DTYPE,
     Manifest,
     Shard,
     Split,
@@ -40,7 +39,6 @@ from maskgit_pl.data.scan import (
     NO_LABEL,
     NO_VECTOR,
     ShardScan,
-    format_counts,
     require_vectors,
     scan_shard,
 )
@@ -319,11 +317,7 @@ def _scan_all(
 
 
 def _scan(task: _ScanTask, name: str) -> ShardScan:
-    try:
-        return scan_shard(task.folder / name, task.labels, lenient=task.lenient, vectors=task.vectors)
-    except OSError as error:
-        rows, vectors = np.zeros(0, INDEX_DTYPE), np.zeros(0, np.int64)
-        return ShardScan(0, "", rows, None, {}, {}, vectors, damage=str(error.strerror))
+    return scan_shard(task.folder / name, task.labels, vectors=task.vectors)
 
 
 def _raise_faults(task: _ScanTask, scans: _Scans, kind: VectorKind | None) -> None:
@@ -355,7 +349,7 @@ def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> It
     elif not lenient:
         yield from (f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items())
     if not (scan.damage or len(scan.rows) or scan.faults):
-        yield f"no image samples, {f'only {format_counts(scan.ignored)}' if scan.ignored else 'no members'}"
+        yield "no image samples"
     if scan.vector_kind not in (None, kind):
         yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind}"
 

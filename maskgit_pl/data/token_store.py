@@ -9,8 +9,7 @@ A store is a folder::
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-A store may come from somebody else: its description is checked, its arrays are compared with their hashes
-when it is opened, and each batch is checked again. Used by the data modules, ``maskgit tokenize`` and
+The arrays are compared with their hashes when a store is opened. Used by the data modules, ``maskgit tokenize`` and
 ``verify``; ``tokenizing`` writes stores.
 """
 
@@ -21,20 +20,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import (
-    ImageSize,
-    build_dataclass,
-    check_choice,
-    check_image_size,
-    check_integer,
-    check_keys,
-    shorten,
-)
+from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, shorten
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.vectors import has_all_bytes, map_array
 from maskgit_pl.errors import DataChangedError
@@ -87,7 +78,7 @@ class StoreDescription:
             is finished.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if ``crops`` is out of range.
     """
 
     grid: tuple[int, int]
@@ -105,19 +96,8 @@ class StoreDescription:
     sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        numbers = {"grid": min(self.grid), "codebook_size": self.codebook_size, "crops": self.crops}
-        for name, number in {**numbers, **{f"samples.{split}": count for split, count in self.samples.items()}}.items():
-            check_integer(name, number, "[1, 4294967296]")
-        object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 65536]"))
-        check_choice("precision", self.precision, ("float32", "bfloat16"))
-        check_keys("samples", self.samples, known=get_args(Split), required=("train",))
-        check_keys("replaced", self.replaced, known=self.samples)
-        for split, pairs in self.replaced.items():
-            for number in (number for pair in pairs for number in pair):
-                check_integer(f"replaced.{split}", number, f"[0, {self.samples[split]})")
-        if self.sha256:
-            names = [path.stem for path in self.files(Path())]
-            check_keys("sha256", self.sha256, known=names, required=names)
+        check_integer("crops", self.crops, "[1, 4294967296]")
+        object.__setattr__(self, "image_size", as_image_size(self.image_size))
 
     @property
     def num_tokens(self) -> int:
@@ -151,23 +131,16 @@ def read_description(folder: str | Path) -> StoreDescription:
 
     Raises:
         FileNotFoundError: if there is no store, or it is not finished.
-        ValueError: if the description cannot be read, or a value is missing, has another type or is out of range.
+        ValueError: if the description cannot be read, or a value is missing or has another type.
     """
     path = Path(folder) / DESCRIPTION_FILE
     if not path.exists():
         raise FileNotFoundError(f"token store {folder} does not exist or is not finished; {REMAKE_HINT}")
-    try:
-        content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
-        if (version := content.pop("format", None)) != FORMAT:
-            raise ValueError(f"{path}: format must be {FORMAT}, got {shorten(version)}")
-        check_keys(str(path), content, known=content, required=(_CODEBOOK_SIZE,))
-        content["codebook_size"] = content.pop(_CODEBOOK_SIZE)
-        description = build_dataclass(StoreDescription, content, str(path))
-        if not description.sha256:
-            raise ValueError(f"{path}: sha256 must not be empty")
-    except ValueError as error:
-        raise ValueError(f"token store {error}; {REMAKE_HINT}") from error
-    return description
+    content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
+    if content.pop("format", None) != FORMAT:
+        raise ValueError(f"token store {path} must have format {FORMAT}; {REMAKE_HINT}")
+    content["codebook_size"] = content.pop(_CODEBOOK_SIZE, None)
+    return build_dataclass(StoreDescription, content, str(path))
 
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
@@ -212,7 +185,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
     """Opens every split of a finished store, after a check of its origin and of all bytes.
 
     The whole store is read once, in 0.5 to 1 s per GB, since a changed token or label that is still in range
-    would not be noticed later. Readers check the ranges of each batch.
+    would not be noticed later.
 
     Args:
         folder: The store.
@@ -240,8 +213,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
 def is_complete(folder: str | Path, description: StoreDescription) -> bool:
     """Returns whether a folder is a finished store of exactly this description, with undamaged arrays."""
     try:
-        open_store(folder, data=None)
-        return read_description(folder) == description
+        return open_store(folder)["train"].description == description
     except (FileNotFoundError, ValueError):
         return False
 
@@ -283,23 +255,16 @@ class TokenReader:
             Tokens (B, N) int64 in [0, codebook_size), labels (B,) int64 in [0, num_classes).
 
         Raises:
-            DataChangedError: if an array was truncated, or has values out of range.
+            DataChangedError: if an array was truncated.
         """
         tokens, labels = self.arrays
         # Checked for each batch, since reading a truncated map would kill the process.
         if not (has_all_bytes(tokens) and has_all_bytes(labels)):
-            raise self._data_changed_error("a file was truncated")
-        # take() gathers whole rows 1.3 times as fast as indexing; (B, N).
-        codes, classes = tokens.take(indices * self.views + views, axis=0), labels[indices]
-        if codes.max(initial=0) >= self.description.codebook_size:
-            raise self._data_changed_error(
-                f"tokens must be in [0, {self.description.codebook_size}), got {codes.max()}"
+            raise DataChangedError(
+                f"token store {self.folder}, {self.split}: a file was truncated while it was in use; {REMAKE_HINT}"
             )
-        num_classes = len(self.description.classes)
-        if classes.view(np.uint64).max(initial=0) >= num_classes:  # in one pass, since -1 is 2^64 - 1
-            outside = classes[(classes < 0) | (classes >= num_classes)]
-            raise self._data_changed_error(f"labels must be in [0, {num_classes}), got {outside[0]}")
-        return codes.astype(np.int64), classes
+        # take() gathers whole rows 1.3 times as fast as indexing; (B, N).
+        return tokens.take(indices * self.views + views, axis=0).astype(np.int64), labels[indices]
 
     def replacements(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns the samples whose tokens some samples have, (B,) int64; -1 for a sample that has its own."""
@@ -315,14 +280,8 @@ class TokenReader:
         """The tokens (n V, N) and labels (n,), mapped into memory at first use in each process; see ``map_array``."""
         paths, shape = array_paths(self.folder, self.split), (len(self) * self.views, self.description.num_tokens)
         return (
-            map_array("token store", paths[0], shape, self.description.dtype, hint=REMAKE_HINT),
-            map_array("token store", paths[1], (len(self),), np.dtype(np.int64), hint=REMAKE_HINT),
-        )
-
-    def _data_changed_error(self, what: str) -> DataChangedError:
-        return DataChangedError(
-            f"token store {self.folder}, {self.split}: changed while it was in use: {what}; `maskgit data verify "
-            f"{self.folder}` names the file; {REMAKE_HINT}"
+            map_array(paths[0], shape, self.description.dtype, hint=REMAKE_HINT),
+            map_array(paths[1], (len(self),), np.dtype(np.int64), hint=REMAKE_HINT),
         )
 
     def __getstate__(self) -> dict[str, Any]:

@@ -215,13 +215,8 @@ class StoreParts:
             tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
             replaced: (k, 2) int64, unreadable samples and those that are encoded in their place; None without any.
-
-        Raises:
-            ValueError: if a token is out of range.
         """
-        limit = self.description.codebook_size
-        if tokens.min() < 0 or tokens.max() >= limit:  # the smaller type would wrap it
-            raise ValueError(f"tokens must be in [0, {limit}), got {tokens.min()} to {tokens.max()}")
+        assert 0 <= tokens.min() <= tokens.max() < self.description.codebook_size  # the smaller type would wrap it
         replaced = np.zeros((0, 2), np.int64) if replaced is None else replaced
         with self._replace_file(self._path(part)) as file:
             for array in (tokens.astype(self.description.dtype), labels, replaced):
