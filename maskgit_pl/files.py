@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import tempfile
 import uuid
@@ -133,10 +132,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         mode = stat.S_IMODE(partial.stat().st_mode)
         try:
             save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
-        except SafetensorError as error:  # hides the errno of the system
-            needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(file.parent).free
-            code, sizes = errno.ENOSPC if free < needed else errno.EIO, f"{size_text(needed)}, {size_text(free)}"
-            raise OSError(code, f"{error}; it needs {sizes} are free", str(file)) from error
+        except SafetensorError as error:  # hides the errno of the system, and has its text
+            raise OSError(errno.EIO, str(error), str(file)) from error
         partial.chmod(mode)
         sync(partial)
 

@@ -92,10 +92,9 @@ def check_batch(batch: Batch, *, shape: tuple[int, ...]) -> None:
             f"batches of the type {type(batch).__name__}; use IndexedDataModule(IndexedDataset(dataset, ...))"
         )
     if tuple(batch.content.shape[1:]) != shape:
-        kinds = {1: "(tokens,)", 3: "(channels, height, width)"}
         raise ValueError(
-            f"samples of the data must have the shape {shape} {kinds[len(shape)]} of the model, got "
-            f"{tuple(batch.content.shape[1:])}; set image_size and in_channels of the data, or build the model for them"
+            f"samples of the data must have the shape {shape} of the model, got {tuple(batch.content.shape[1:])}; set "
+            "image_size and in_channels of the data, or build the model for them"
         )
 
 

@@ -6,7 +6,6 @@ The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` a
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -42,7 +41,7 @@ from maskgit_pl.data.manifest import (
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.stream import StreamBatches, StreamConfig
-from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
+from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
 from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
@@ -194,11 +193,6 @@ class ShardData(StepDataModule):
         return self.summary.vectors.dim
 
     @property
-    def store(self) -> StoreDescription | None:
-        """The description of the token store; None for other sources."""
-        return None if self._tokens is None else next(iter(self._tokens.values())).description
-
-    @property
     def resizing(self) -> str | None:
         """The sentence of ``describe_resizing`` about the images of the folder; None for a stream."""
         return None if self.stream is not None else describe_resizing(self.summary.images, self.config.image_size)
@@ -207,11 +201,6 @@ class ShardData(StepDataModule):
         """Logs ``resizing`` on rank 0, if there is one."""
         if self.resizing is not None and rank_and_world()[0] == 0:
             log.warning("data %s: %s", self.config.path, self.resizing)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps in which the stream goes through the train split once."""
-        return math.ceil(self._train_samples / self.config.global_batch)
 
     def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
         """Checks that a tokenizer made the token store; does nothing for other sources.
@@ -224,9 +213,9 @@ class ShardData(StepDataModule):
         Raises:
             ValueError: if another tokenizer made it, or it has another grid or codebook. The message names both values.
         """
-        if self.store is not None:
+        if self._tokens is not None:
             origin = {"tokenizer": fingerprint, "grid": grid, "codebook_size": codebook_size}
-            check_origin(self.store, self.config.token_store, **origin)
+            check_origin(self._tokens["train"].description, self.config.token_store, **origin)
 
     def setup(self, stage: str | None = None) -> None:
         """Checks the data before the first step: the index, and the length and ends of each shard; or the token store.
@@ -243,7 +232,6 @@ class ShardData(StepDataModule):
         if self._tokens is None:  # opens and checks the token store, if there is one
             for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
-                _ = self._readers[split].index  # checks the labels
         if self.vector_dim:
             for split in self._splits_of_folder:
                 self._vector_reader(split)

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -248,7 +247,7 @@ def parse_class_names(text: str) -> list[str]:
         text: Names separated by commas, or the path of a UTF-8 file with one name per line.
 
     Raises:
-        ValueError: if a name is empty or repeated, or the file is not text.
+        ValueError: See ``check_class_lines``; or if the file is not text.
     """
     if os.path.isfile(text):  # Path.is_file() raises an error if many names make a path that is too long
         try:
@@ -258,9 +257,7 @@ def parse_class_names(text: str) -> list[str]:
         names = [line.strip() for line in lines if line.strip()]
     else:
         names = [name.strip() for name in text.split(",")]
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if not all(names) or doubled:
-        raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else text)}")
+    check_class_lines("class names", names)
     return names
 
 

@@ -217,12 +217,11 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
                 scan = scan_shard(path, labels, vectors=False)
-                faults = dict(scan.faults)
-                unreadable = faults.pop(BAD_IMAGE, None)
-                if scan.damage or not (len(scan.rows) or scan.faults):
-                    raise StreamError(f"{name}: must be a complete tar of samples: {scan.damage or 'no images'}")
-                for fault, entry in faults.items():
-                    raise StreamError(f"{name}: {entry.samples} samples {fault} (first {entry.first})")
+                unreadable = scan.faults.pop(BAD_IMAGE, None)
+                faults = [f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items()]
+                if scan.damage or faults or not (len(scan.rows) or unreadable):
+                    found = scan.damage or "; ".join(faults) or "no images"
+                    raise StreamError(f"{name}: must be a complete tar of samples: {found}")
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))

@@ -90,7 +90,10 @@ HOSTILE = {
     "empty": (b"", r"must be a \.npy file"),
     "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values"),
     "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
-    "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must have the shape \(C,\) with C from 1 to 65536, got \(1, 3\)"),
+    "two dimensions": (
+        npy(np.zeros((1, 3), np.float32)),
+        r"must have the shape \(C,\) with C from 1 to 65536, got \(1, 3\)",
+    ),
     "too many values": (npy(np.zeros(2**16 + 1, np.float16)), r"must have the shape .*, got \(65537,\)"),
     "True values": (header("(True,)"), r"must have the shape .*, got \(True,\)"),
     "1e3000 values": (header(f"(1{'0' * 3000},)"), r"must have the shape .*, got \(10{78}\.\.\.$"),

@@ -87,17 +87,13 @@ class ParquetFolder:
         heads, codes = zip(*(self._read_labels(name, first_row) for name in self._files), strict=True)
         if sum(map(len, codes)) > _MAX_ROWS:
             raise ValueError(f"source {self.shown} must have at most {_MAX_ROWS} rows in all files, got more")
-        for name, head in zip(self._files, heads, strict=True):
-            if head["names"] != heads[0]["names"]:
-                raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have the class names of {printable(self._files[0])}"
-                )
         names, images = heads[0]["names"], heads[0]["images"]
         self.image_field: str = next((field for field in ("image", "img") if field in images), images[0])
         for name, head in zip(self._files, heads, strict=True):
-            if self.image_field not in head["images"]:
+            if head["names"] != names or self.image_field not in head["images"]:
                 raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have the column {self.image_field!r} of images"
+                    f"source {self.shown}:{printable(name)} must have the class names of "
+                    f"{printable(self._files[0])}, and its column {self.image_field!r} of images"
                 )
         if names and classes is not None and list(classes) != names:
             raise ValueError(f"source {self.shown}: class names must not be given, since the data set has its own")
@@ -220,10 +216,7 @@ def _read(path: Path, title: str, *arguments: str) -> Iterator[bytes | None]:
     Raises:
         ValueError: if the child reports an error, or ends early. The message begins with ``title``.
     """
-    try:
-        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
-    except OSError as error:
-        raise ValueError(f"{title} cannot be read: {error.strerror}") from error
+    os.close(open_regular(path))  # rejects a FIFO or a device, which would block
     # A thread of OpenBLAS takes 40 MB of the bound.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     arrow = {"PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}
