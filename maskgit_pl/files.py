@@ -121,8 +121,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         metadata: Metadata for the header of the file.
 
     Raises:
-        OSError: if the disk is full or the folder is not writable. The partial file is removed.
-        PathError: if ``file`` is a folder, a device, a pipe or a broken link.
+        OSError: See ``write_atomically``.
     """
     file = follow_links(file)
     from safetensors.torch import save_file
@@ -229,13 +228,7 @@ def sync(path: Path) -> None:
 
 
 def open_regular(path: str | Path) -> int:
-    """Opens a regular file for reading.
-
-    Args:
-        path: Regular file, or a link to one.
-
-    Returns:
-        The file descriptor, which the caller closes.
+    """Opens a regular file, or a link to one, for reading, and returns the descriptor, which the caller closes.
 
     Raises:
         OSError: if it cannot be opened; a ``PathError`` if it is not a regular file.
@@ -256,9 +249,6 @@ def sha256_of(file: str | Path | int) -> str:
 
     Args:
         file: Path of a regular file, or the descriptor of an open one, which stays open.
-
-    Raises:
-        OSError: if the file cannot be read or is not a regular file.
     """
     descriptor = file if isinstance(file, int) else open_regular(file)
     with open(descriptor, "rb", buffering=0, closefd=not isinstance(file, int)) as stream:
@@ -277,11 +267,7 @@ def size_text(count: float) -> str:
 
 
 def parse_size(text: str) -> float:
-    """Parses a number of bytes such as ``80GB``, ``24GiB`` or ``4e10``.
-
-    Raises:
-        ValueError: if the text is not such a size, or not a finite number above 0.
-    """
+    """Parses a number of bytes above 0, such as ``80GB``, ``24GiB`` or ``4e10``."""
     match = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*(?:([KMGTP])(i?))?[bB]?", text)
     power = 1 + "KMGTP".index(match[2]) if match and match[2] else 0
     size = float(match[1]) * (1024 if match[3] else 1000) ** power if match else 0.0
@@ -319,16 +305,7 @@ def _read_bounded(file: Path, max_bytes: int) -> bytes:
 
 
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
-    """Parses untrusted JSON.
-
-    Args:
-        text: UTF-8 text.
-        where: Name of the file for the message.
-
-    Raises:
-        ValueError: if the text is not UTF-8, not JSON, nested over 64 levels deep, not a mapping, has a key
-            twice, or holds NaN or infinity.
-    """
+    """Parses untrusted JSON, UTF-8 text of the file ``where``; see ``read_json``."""
     content = parse_any_json(
         text, where, object_pairs_hook=_unique_keys, parse_constant=_finite_float, parse_float=_finite_float
     )
@@ -391,9 +368,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file as plain values.
 
     Raises:
-        ValueError: if the file is over 200 kB, not YAML, nested too deep or not a mapping, or holds an alias,
-            a repeated key, a non-finite number, a value that is not plain, or a key that names code. The
-            message is one line.
+        ValueError: if the file is over 200 kB, not YAML, no mapping, holds an alias or a repeated key, or is not plain
+            (``check_plain``). The message is one line.
     """
     text = _read_bounded(file, _MAX_YAML_BYTES)
     try:
@@ -407,11 +383,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses YAML.
-
-    Raises:
-        ValueError: if the text is invalid. The message is one line.
-    """
+    """Parses YAML; raises a ``ValueError`` of one line if the text is invalid."""
     with _one_line():
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader
 

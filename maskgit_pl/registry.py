@@ -67,7 +67,6 @@ class Registry(Generic[T]):
         self._check = check
         self._modules = modules
         self._factories: dict[str, Callable[..., T]] = {}
-        self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
 
     def register(self, name: str) -> Callable[[_Factory], _Factory]:
         """Returns a decorator that registers a factory named ``name``.
@@ -118,16 +117,16 @@ class Registry(Generic[T]):
             PluginError: if the code of a plug-in raises an error or exits when it is imported.
         """
         self._import_modules()
-        # Built-in names do not read the metadata of all installed packages.
-        plugins = {} if name in self._factories and name not in self._loaded else self._plugins()
-        if name in plugins:
-            return self._load(name, plugins[name])
-        if name not in self._factories:
+        if name in self._factories:  # without reading the metadata of all installed packages
+            return self._factories[name]
+        announced = self._plugins().get(name)
+        if announced is None:
             raise ValueError(
                 f"unknown {self.kind} {shorten(name)}: {nearest(name, self.names())}; if it is a plug-in, install its "
                 "package"
             )
-        return self._factories[name]
+        with self._guard(name, announced, "loaded", f"{self.kind} {shorten(name)}"):
+            return self._import(announced)
 
     def build(self, spec: str | Mapping[str, Any], *, where: str | None = None) -> T:
         """Builds an object and checks it.
@@ -141,10 +140,11 @@ class Registry(Generic[T]):
                 missing, of a wrong type or out of range, or the object breaks its contract.
             PluginError: if the code of a plug-in raises an error or exits.
         """
+        self._import_modules()
         name, arguments = self._parse(spec)
+        announced = None if name in self._factories else self._plugins().get(name)
         factory = self.factory(name)
         where = where or f"{self.kind} {shorten(name)}"
-        announced = self._plugins().get(name) if name in self._loaded else None
         if announced is None:
             return self._make(name, factory, arguments, where)
         with self._guard(name, announced, "built", where):
@@ -172,11 +172,8 @@ class Registry(Generic[T]):
             if is_dataclass(part) and _needs_no_argument(factory) and self._makes(factory, part):
                 return name
         names = [name for name, factory in self._factories.items() if factory is kind]
-        names += [
-            name
-            for name, plugins in self._plugins().items()
-            if plugins[0].point.value == f"{kind.__module__}:{kind.__qualname__}"
-        ]
+        place = f"{kind.__module__}:{kind.__qualname__}"
+        names += [name for name, plugins in self._plugins().items() if plugins[0].point.value == place]
         if not names or not is_dataclass(part):
             raise ValueError(
                 f"{self.kind} must be a name, a mapping, or an object of a registered class, got {shorten(part)}; "
@@ -237,20 +234,6 @@ class Registry(Generic[T]):
             self._check(name, part)
         return part
 
-    def _load(self, name: str, announced: list[_Plugin]) -> Callable[..., T]:
-        """Imports the factory of an entry point once, and raises the same error again if that failed."""
-        # A failed import leaves some of its modules in ``sys.modules``; a second one could fail in another way.
-        if name not in self._loaded:
-            try:
-                with self._guard(name, announced, "loaded", f"{self.kind} {shorten(name)}"):
-                    self._loaded[name] = self._import(announced)
-            except PluginError as error:
-                self._loaded[name] = error
-        loaded = self._loaded[name]
-        if isinstance(loaded, PluginError):
-            raise loaded
-        return loaded
-
     def _import(self, announced: list[_Plugin]) -> Callable[..., T]:
         if len({plugin.point.value for plugin in announced}) > 1:
             raise ValueError("two packages define this name; uninstall one of them")
@@ -283,7 +266,7 @@ class Registry(Generic[T]):
         for plugin in _find_plugins(self.group):
             name = plugin.point.name
             here = self._factories.get(name)
-            if here is None or name in self._loaded:
+            if here is None:
                 plugins.setdefault(name, []).append(plugin)
             # The same module means that the plug-in was imported and has registered itself.
             elif here.__module__ != plugin.point.value.partition(":")[0].strip():

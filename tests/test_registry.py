@@ -191,7 +191,6 @@ def test_a_broken_plugin_names_its_package_and_the_others_stay_usable(registry, 
         entry_points=f"[{registry.group}]\nbroken = {module}:made\n",
         modules={} if source is None else {module: source},
     )
-    monkeypatch.setattr(registry, "_loaded", {})
     expected = rf"{registry.kind} 'broken'[: ]+{text}.*; announced by package faulty-package \({module}:made\)$"
     for _ in range(2):
         with pytest.raises(PluginError, match=expected) as raised:

@@ -219,7 +219,8 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
             for exclusive work.
 
     Raises:
-        ValueError: if another process holds the lock, or its file belongs to another user and cannot be opened.
+        ValueError: if another process holds the lock.
+        PermissionError: if its file cannot be opened.
     """
     real = Path(os.path.realpath(target))  # one lock for all links to the target
     path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
@@ -230,11 +231,9 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
         lock.acquire(timeout=0.2)  # a holder that ends removes the file: then another one is made
     except Timeout as error:
         raise ValueError(f"{target} is in use by {_read_holder(path)}; wait until it ends, or {hint}") from error
+    except PermissionError:
+        raise
     except OSError as error:
-        if isinstance(error, PermissionError) and path.exists():
-            raise ValueError(
-                f"{path} belongs to another user; remove it if no run of theirs uses it, or {hint}"
-            ) from error
         log.warning("%s cannot be locked (%s); make sure that only one process writes to it", target, error.strerror)
     try:
         yield

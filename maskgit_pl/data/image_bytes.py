@@ -79,12 +79,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 class UnreadableImageError(ValueError):
-    """The bytes are not an image that can be read.
-
-    Args:
-        text: The error message.
-        reason: Kind of the fault, for statistics.
-    """
+    """The bytes are not an image that can be read; ``reason`` is the kind of the fault, for statistics."""
 
     def __init__(self, text: str, *, reason: Reason = "damaged") -> None:
         super().__init__(text)
@@ -106,14 +101,7 @@ class _Part(NamedTuple):
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
-    """Reads an image file, after a check of its type, its length and its first bytes.
-
-    Args:
-        path: The file.
-        name: The image's name in error messages.
-
-    Returns:
-        All bytes of the file.
+    """Returns the bytes of an image file, after a check of its type, its length and its first bytes.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -133,12 +121,9 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
-    """Opens a still image with Pillow, which decodes the pixels when they are read.
+    """Opens a still image, all bytes of its file, with Pillow, which decodes the pixels when they are read.
 
-    Args:
-        data: All bytes of the file.
-        name: The image's name in error messages.
-        header_only: True leaves the pixels out.
+    ``header_only`` leaves the pixels out.
 
     Raises:
         UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in
@@ -164,13 +149,9 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
 
 
 def check_complete(data: bytes, *, name: str) -> None:
-    """Checks that an image is not truncated, without decoding it.
+    """Checks that an image whose header ``parse_image_header`` accepts is not truncated, without decoding it.
 
     PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length in its header.
-
-    Args:
-        data: All bytes of a file whose header ``parse_image_header`` accepts.
-        name: The image's name in error messages.
 
     Raises:
         UnreadableImageError: if a part is missing or, in PNG, damaged.
@@ -245,12 +226,8 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
     2. Check that there are at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit,
        since they may also occur inside a segment. The markers are walked only if this limit is above 100.
 
-    Args:
-        data: All bytes of the file.
-        name: The image's name in error messages.
-
     Returns:
-        These bytes, and the position after the header of the first scan in ``data``.
+        These bytes, and the position after the header of the first scan in ``data``, all bytes of the file.
 
     Raises:
         UnreadableImageError: if a limit is exceeded, or there is no scan.

@@ -17,10 +17,18 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
+from maskgit_pl.checks import (
+    ImageSize,
+    check_channels,
+    check_image_size,
+    check_integer,
+    check_seed,
+    height_width,
+    shorten,
+)
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.batches import Batch, stack_batch
-from maskgit_pl.data.images import fit_image, from_pil
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.data.images import from_pil
 from maskgit_pl.data.loader import StepDataModule, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
 
@@ -33,9 +41,8 @@ class IndexedDataset(Dataset[Batch]):
 
     Args:
         dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is
-            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item may have a
-            third part, the vector of the image: a float tensor or array, of the same length for all items. An item must
-            depend only on its index: with random transforms, a resumed run would differ.
+            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend
+            only on its index: with random transforms, a resumed run would differ.
         image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is
             cropped and resized.
         in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
@@ -73,25 +80,18 @@ class IndexedDataset(Dataset[Batch]):
 
         Raises:
             TypeError: if an item has another form than those of ``dataset``.
-            ValueError: if a label is no class, a vector has another form, or only some items have one.
+            ValueError: if a label is no class.
         """
         rows = (InOrder(len(self)) if self.order is None else self.order)(positions)
-        samples: list[tuple[Tensor, int]] = []
-        vectors: list[Tensor] = []
-        for index, crop in zip(
-            rows.index.tolist(), self._built.draw(rows.index, rows.epoch, seed=self.seed), strict=True
-        ):
+        images, labels = list[Tensor](), list[int]()
+        drawn, size = self._built.draw(rows.index, rows.epoch, seed=self.seed), height_width(self.image_size)
+        for index, augment in zip(rows.index.tolist(), drawn, strict=True):
             name = f"sample {index}"
-            image, label, *others = _check_item(self.dataset[index], name=name)
-            pixels = _to_pixels(image, channels=self.in_channels, name=name)
-            samples.append((fit_image(pixels, image_size=self.image_size, crop=crop), _to_label(label, name=name)))
-            vectors += [_to_vector(vector, name=name) for vector in others]
-        batch = stack_batch(samples, rows)
-        if not vectors:
-            return batch
-        if len(vectors) < len(samples) or len({len(vector) for vector in vectors}) > 1:
-            raise ValueError(f"samples {rows.index.tolist()}: all must have a vector of the same length, or none")
-        return batch._replace(vectors=torch.stack(vectors))
+            image, label = _check_item(self.dataset[index], name=name)
+            images.append(augment(_to_pixels(image, channels=self.in_channels, name=name), size))
+            labels.append(_to_label(label, name=name))
+        replacement = torch.full_like(rows.index, -1)
+        return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=replacement)
 
 
 class IndexedDataModule(StepDataModule):
@@ -194,11 +194,11 @@ class IndexedDataModule(StepDataModule):
 
 
 def _check_item(item: Any, *, name: str) -> Sequence[Any]:
-    """Returns an item that is an image, a label and perhaps a vector; raises TypeError for other items."""
-    if not isinstance(item, tuple | list) or len(item) not in (2, 3):
+    """Returns an item that is an image and a label; raises TypeError for other items."""
+    if not isinstance(item, tuple | list) or len(item) != 2:
         raise TypeError(
-            f"{name}: an item of the data set must be (image, label) or (image, label, vector), got a "
-            f"{type(item).__name__}; wrap the data set in one that returns such tuples"
+            f"{name}: an item of the data set must be (image, label), got a {type(item).__name__}; wrap the data set "
+            "in one that returns such tuples"
         )
     return item
 
@@ -209,14 +209,6 @@ def _to_label(label: Any, *, name: str) -> int:
     if not isinstance(number, int) or number < 0:
         raise ValueError(f"{name}: the label must be an integer >= 0, the number of its class, got {shorten(label)}")
     return number
-
-
-def _to_vector(vector: Any, *, name: str) -> Tensor:
-    """Converts the vector of an image to (C,) float32."""
-    values = torch.as_tensor(vector, dtype=torch.float32)
-    if values.ndim != 1 or not values.isfinite().all():
-        raise ValueError(f"{name}: the vector must have the shape (C,) and finite values, got {shorten(vector)}")
-    return values
 
 
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:

@@ -29,10 +29,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, height_width
-from maskgit_pl.data.augmentations import CENTER, Augmentations
+from maskgit_pl.data.augmentations import CENTER, Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import Reason, UnreadableImageError
-from maskgit_pl.data.images import Place, decode_image, fit_image
+from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import ShardReader
 from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
 from maskgit_pl.data.token_store import TokenReader
@@ -114,7 +114,7 @@ class ImageBatches(Dataset[Batch]):
             return Unreadable(index, self.reader.shard(index), name, error.reason, text)
         return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
 
-    def _load(self, row: Tensor, index: int, crop: Place) -> int:
+    def _load(self, row: Tensor, index: int, augment: Augment) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
         Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black,
@@ -129,7 +129,7 @@ class ImageBatches(Dataset[Batch]):
                 image = decode_image(data, channels=self.in_channels, name=f"sample {number}", reuse_memory=True)
             except UnreadableImageError:
                 continue
-            row.copy_(fit_image(image, image_size=self.image_size, crop=crop))
+            row.copy_(augment(image, height_width(self.image_size)))
             return num_skipped
         row.zero_()
         return max_skipped

@@ -23,6 +23,7 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -31,7 +32,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size
 from maskgit_pl.data.tar import BLOCK, member_label, parse_header
-from maskgit_pl.data.vectors import VectorKind, VectorReader, has_all_bytes, map_array, vectors_path
+from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
 
@@ -140,12 +141,7 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
-        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash.
-
-        Raises:
-            FileNotFoundError: if the file is missing.
-            ValueError: if it cannot be read, has another shape or type, or differs from its hash.
-        """
+        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash."""
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         rows = map_array(path, (self.samples,), INDEX_DTYPE, hint=hint)
         if check and (actual := index_sha256(rows)) != self.index_sha256:
@@ -197,12 +193,7 @@ def splits_of(folder: str | Path) -> tuple[Split, ...]:
 
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
-    """Reads class names, counts and image sizes of a data folder from two small JSON files.
-
-    Raises:
-        FileNotFoundError: if the folder or its train manifest is missing.
-        ValueError: if a manifest is invalid.
-    """
+    """Reads class names, counts and image sizes of a data folder from two small JSON files; see ``load_manifest``."""
     manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder)]
     return DataSummary(
         classes=manifests[0].classes,
@@ -214,11 +205,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
 
 
 def union(ranges: Sequence[ImageRange]) -> ImageRange:
-    """Returns the smallest range that contains all given ranges.
-
-    Args:
-        ranges: At least one range.
-    """
+    """Returns the smallest range that contains all given ranges, at least one."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
@@ -249,12 +236,7 @@ def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
 
 
 def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Reads the manifest of a split; see ``load_manifests``, which ``check`` calls.
-
-    Raises:
-        FileNotFoundError: if the folder or the manifest is missing.
-        ValueError: if the manifest is invalid, or index or shards differ from it.
-    """
+    """Reads the manifest of a split; see ``load_manifests``, which ``check`` calls."""
     if check:
         return load_manifests(folder, (split,))[split]
     folder = Path(folder)
@@ -295,12 +277,9 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
 
 
 def check_vectors(manifest: Manifest) -> None:
-    """Compares the hash of the array of vectors with the manifest, in 0.5 to 1 s per GB.
+    """Raises a ``ValueError`` if the array of vectors differs from its hash in the manifest, in 0.5 to 1 s per GB.
 
     A changed value would not be noticed later. Runs that use the vectors call it at their start.
-
-    Raises:
-        ValueError: if it differs.
     """
     assert manifest.vectors is not None
     path = vectors_path(manifest.folder, manifest.split)
@@ -321,24 +300,15 @@ class ShardReader:
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._index: npt.NDArray[np.void] | None = None
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
 
     def __len__(self) -> int:
         return self.manifest.samples
 
-    @property
+    @cached_property
     def index(self) -> npt.NDArray[np.void]:
-        """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process.
-
-        Raises:
-            DataChangedError: if the file was truncated after it was mapped.
-        """
-        if self._index is None:
-            self._index = self.manifest.index()
-        if not has_all_bytes(self._index):
-            raise self._data_changed_error(f"{self.manifest.split}.npy", "the file was truncated")
-        return self._index
+        """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process."""
+        return self.manifest.index()
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns the labels, (B,) int64 in [0, num_classes), of samples, (B,) int64 in [0, len(self))."""
@@ -346,10 +316,7 @@ class ShardReader:
         return labels
 
     def read(self, index: int) -> bytes:
-        """Reads the bytes of a sample's image file.
-
-        Args:
-            index: Number of the sample in its split, in [0, len(self)).
+        """Reads the bytes of a sample's image file; ``index`` is its number in the split, in [0, len(self)).
 
         Raises:
             DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
@@ -399,7 +366,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors and maps are not valid in another process.
-        return {**self.__dict__, "_index": None, "_files": OrderedDict()}
+        return {"manifest": self.manifest, "_files": OrderedDict()}
 
     # At the exit of the interpreter, ``os`` may be gone; without its arguments, a reader has no files.
     def __del__(self, close: Callable[[int], None] = os.close) -> None:

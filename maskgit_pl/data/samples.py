@@ -99,11 +99,6 @@ class Source(Protocol):
 def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:
     """Reads an image file and checks, without decoding it, that its header is valid and that it is complete.
 
-    Args:
-        read: Returns the bytes of the file.
-        label: Label of the sample.
-        name: The sample's name in error messages.
-
     Returns:
         The sample, or an ``UnreadableSample`` with the reason.
     """
@@ -154,11 +149,7 @@ class Labels:
         return None if self.source == "none" else self.source.partition(":")[0]
 
     def read(self, data: bytes, *, name: str) -> int:
-        """Reads a class number from the bytes of a label member.
-
-        Args:
-            data: Bytes of the ``.cls`` or ``.json`` member.
-            name: The member's name in error messages.
+        """Reads a class number from the bytes of a ``.cls`` or ``.json`` member.
 
         Raises:
             ValueError: if the bytes are not a class.
@@ -262,11 +253,7 @@ def parse_class_names(text: str) -> list[str]:
 
 
 def find_class_names(folder: Path) -> list[str] | None:
-    """Returns the class names of a data folder's manifests.
-
-    Returns:
-        The names; None if there is no valid manifest, or its names are only numbers or one name.
-    """
+    """Returns the class names of a data folder's manifests; None without any, or if they are numbers or one name."""
     try:
         names = read_manifest_summary(folder).classes
     except (FileNotFoundError, ValueError):

@@ -27,8 +27,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, shorten
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.vectors import has_all_bytes, map_array
-from maskgit_pl.errors import DataChangedError
+from maskgit_pl.data.vectors import map_array
 from maskgit_pl.files import read_json, sha256_of
 
 __all__ = [
@@ -127,12 +126,7 @@ class StoreDescription:
 
 
 def read_description(folder: str | Path) -> StoreDescription:
-    """Reads the description of a finished store.
-
-    Raises:
-        FileNotFoundError: if there is no store, or it is not finished.
-        ValueError: if the description cannot be read, or a value is missing or has another type.
-    """
+    """Reads the description of a finished store; raises a ``FileNotFoundError`` if there is none."""
     path = Path(folder) / DESCRIPTION_FILE
     if not path.exists():
         raise FileNotFoundError(f"token store {folder} does not exist or is not finished; {REMAKE_HINT}")
@@ -253,16 +247,8 @@ class TokenReader:
 
         Returns:
             Tokens (B, N) int64 in [0, codebook_size), labels (B,) int64 in [0, num_classes).
-
-        Raises:
-            DataChangedError: if an array was truncated.
         """
         tokens, labels = self.arrays
-        # Checked for each batch, since reading a truncated map would kill the process.
-        if not (has_all_bytes(tokens) and has_all_bytes(labels)):
-            raise DataChangedError(
-                f"token store {self.folder}, {self.split}: a file was truncated while it was in use; {REMAKE_HINT}"
-            )
         # take() gathers whole rows 1.3 times as fast as indexing; (B, N).
         return tokens.take(indices * self.views + views, axis=0).astype(np.int64), labels[indices]
 

@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -40,7 +40,6 @@ from maskgit_pl.data.token_store import (
     array_paths,
     is_complete,
     plain_description,
-    read_description,
 )
 from maskgit_pl.data.tokenize_options import TokenizingConfig
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
@@ -115,8 +114,6 @@ def tokenize(
     """
     if is_complete(store, description):
         log.info("%s exists already, made by this tokenizer from these data", store)
-        for leftover in Path(store).glob(".parts-*"):  # of a call that was killed while it removed them
-            shutil.rmtree(leftover, ignore_errors=True)
         return True
     config, (rank, world_size) = config or TokenizingConfig(), ranks
     readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
@@ -164,10 +161,9 @@ class StoreParts:
     """An unfinished store and its parts.
 
     Args:
-        folder: The store; it is made if it is missing. A finished store of another description becomes
-            invalid: its ``store.json`` is removed.
-        description: Description of the store; parts of another description are removed.
-        part_size: Number of samples in a part, at least 1; parts of another size are removed.
+        folder: The store; it is made if it is missing.
+        description: Description of the store.
+        part_size: Number of samples in a part, at least 1.
     """
 
     def __init__(self, folder: str | Path, description: StoreDescription, *, part_size: int) -> None:
@@ -179,14 +175,6 @@ class StoreParts:
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.glob(".parts-*"):
-            if other != self._parts:
-                shutil.rmtree(other, ignore_errors=True)
-        with suppress(FileNotFoundError, ValueError):
-            if read_description(self.folder) == description:
-                return
-        # Not in finish(): another process may have just written it.
-        (self.folder / DESCRIPTION_FILE).unlink(missing_ok=True)
 
     def parts(self) -> list[Part]:
         """Returns all parts of all splits."""
@@ -228,7 +216,7 @@ class StoreParts:
         1. If a part is missing, return whether another process has finished the store.
         2. Join the parts of each split into its arrays.
         3. Write ``store.json`` with the hashes of the arrays.
-        4. Remove the parts of the finished store.
+        4. Remove the parts, also those of other sizes and descriptions.
 
         Two processes that join at the same time write the same bytes. The slower one may find the parts
         already removed; then the store must be complete.
@@ -249,7 +237,8 @@ class StoreParts:
         except FileNotFoundError:
             if not is_complete(self.folder, self.description):
                 raise
-        shutil.rmtree(self._parts, ignore_errors=True)  # 4.
+        for parts in self.folder.glob(".parts-*"):  # 4.
+            shutil.rmtree(parts, ignore_errors=True)
         return True
 
     def _join(self, split: Split) -> list[list[int]]:

@@ -3,16 +3,12 @@
 A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data
 set have the same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n,
 C), row i for sample i, which is memory-mapped.
-
-Files may be damaged, or be truncated while they are mapped: ``map_array`` and ``has_all_bytes`` guard every
-mapped array, those of indexes and token stores too.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import mmap
 import os
 from collections.abc import Mapping
 from dataclasses import KW_ONLY, dataclass
@@ -24,7 +20,6 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
 
 __all__ = [
@@ -33,7 +28,6 @@ __all__ = [
     "VectorKind",
     "VectorReader",
     "copy_vectors",
-    "has_all_bytes",
     "map_array",
     "open_array",
     "parse_vector",
@@ -147,14 +141,7 @@ class VectorReader:
         return map_array(self.path, (self.count, self.kind.dim), np.dtype(self.kind.dtype), hint=self.hint)
 
     def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n).
-
-        Raises:
-            DataChangedError: if the array was truncated after it was opened.
-        """
-        # Checked for each batch, since reading a truncated map would kill the process.
-        if not has_all_bytes(self.array):
-            raise DataChangedError(f"vectors {self.path}: the file was truncated while it was in use; {self.hint}")
+        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n)."""
         values: npt.NDArray[np.float32] = self.array.take(indices, axis=0).astype(np.float32)
         return values
 
@@ -164,17 +151,10 @@ class VectorReader:
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
-    """Maps a ``.npy`` file of a known shape and type into memory, read-only.
-
-    Args:
-        path: The file.
-        shape: Its shape.
-        dtype: Its type.
-        hint: The way to make the file again, for errors.
+    """Maps a ``.npy`` file of a known shape and type into memory; see ``open_array``.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not a complete ``.npy`` file of plain values, or has another shape or type.
+        ValueError: if it has another shape or type; ``hint`` is the way to make it again.
     """
     array = open_array(path)
     if (array.shape, array.dtype) != (shape, dtype):
@@ -198,18 +178,6 @@ def open_array(path: Path) -> npt.NDArray[Any]:
     except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
     return array
-
-
-def has_all_bytes(array: npt.NDArray[Any]) -> bool:
-    """Returns whether the file of a mapped array still has all its bytes.
-
-    Reading beyond the end of a truncated file would kill the process with SIGBUS.
-    """
-    # Views of a mapped array have it as a base.
-    mapped = array
-    while isinstance(mapped.base, np.ndarray):
-        mapped = mapped.base
-    return not isinstance(mapped.base, mmap.mmap) or mapped.base.size() >= len(mapped.base)
 
 
 @lru_cache(maxsize=64)
