@@ -296,12 +296,11 @@ def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]
 
 
 def _read_bounded(file: Path, max_bytes: int) -> bytes:
-    if file.exists() and not file.is_file():  # reading a FIFO would block
-        raise ValueError(f"{file} must be a regular file")
-    size = file.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"{file} must have at most {size_text(max_bytes)}, got {size_text(size)}")
-    return file.read_bytes()
+    with open(open_regular(file), "rb") as stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{file} must have at most {size_text(max_bytes)}")
+    return data
 
 
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:

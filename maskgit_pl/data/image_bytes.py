@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import os
 import re
-import stat
 import struct
 import threading
 import warnings
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from maskgit_pl.errors import printable
-from maskgit_pl.files import size_text
+from maskgit_pl.files import open_regular, size_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -87,17 +86,11 @@ class UnreadableImageError(ValueError):
 
 
 class _Part(NamedTuple):
-    """A part of a file.
+    """A part of a file."""
 
-    Args:
-        kind: Name of a PNG chunk, or code of a JPEG marker.
-        start: Position of the content of a chunk, or of a marker.
-        end: Position after the content of a chunk, which a checksum of 4 bytes follows, or after a segment.
-    """
-
-    kind: Any
-    start: int
-    end: int
+    kind: Any  # name of a PNG chunk, or code of a JPEG marker
+    start: int  # position of the content of a chunk, or of a marker
+    end: int  # position after the content of a chunk, which a checksum of 4 bytes follows, or after a segment
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
@@ -105,19 +98,17 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        UnreadableImageError: if it is not a regular file, is empty, is larger than 256 MiB, or does not begin
-            like a JPEG, PNG or WebP.
+        OSError: See ``files.open_regular``.
+        UnreadableImageError: if it is empty, is larger than 256 MiB, or does not begin like a JPEG, PNG or WebP.
     """
-    status = Path(path).stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
-        raise UnreadableImageError(f"image {name} must be a regular file", reason="not an image")
-    if status.st_size > MAX_IMAGE_BYTES:
-        limit, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
-        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size}", reason="too large")
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         first = file.read(12)
         _check_format(first, name)
-        return first + file.read(status.st_size - len(first))
+        data = first + file.read(MAX_IMAGE_BYTES)
+    if len(data) > MAX_IMAGE_BYTES:
+        limit = size_text(MAX_IMAGE_BYTES)
+        raise UnreadableImageError(f"image {name} must have at most {limit}", reason="too large")
+    return data
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
@@ -246,11 +237,7 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
             break
     if not kept or kept[-1].kind != _SCAN:
         raise UnreadableImageError(f"image {name} is damaged: its pixels were not found")
-    # 2. If a sequential frame's first scan has all colour components, libjpeg rejects a second scan itself.
-    frames = [marker for marker in kept if marker.kind in _FRAMES]
-    scan, frame = kept[-1].start + 4, frames[0].start + 9 if frames else 0  # positions of the number of components
-    is_whole = len(frames) == 1 and frames[0].kind <= 0xC1 and data[scan : scan + 1] == data[frame : frame + 1]
-    if not is_whole and data.count(b"\xff\xda") > _MAX_SCANS:
+    if data.count(b"\xff\xda") > _MAX_SCANS:  # 2.
         codes = [marker.kind for marker in _jpeg_markers(data)]
         if codes.count(_SCAN) > _MAX_SCANS or codes[-1] != _END_OF_IMAGE:
             text = f"image {name} must have at most {_MAX_SCANS} JPEG scans, got more"
@@ -265,10 +252,8 @@ def _jpeg_markers(data: bytes) -> Iterator[_Part]:
         if (match := _MARKER.search(data, position)) is None:
             return
         code, position = data[match.end() - 1], match.end()
-        if code != _END_OF_IMAGE:
-            position += int.from_bytes(
-                data[position : position + 2], "big"
-            )  # length of the segment, these 2 bytes included
+        if code != _END_OF_IMAGE:  # the length of the segment includes its own 2 bytes
+            position += int.from_bytes(data[position : position + 2], "big")
         yield _Part(code, match.start(), position)
         if code == _END_OF_IMAGE:
             return

@@ -33,10 +33,9 @@ from maskgit_pl.data.augmentations import CENTER, Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import Reason, UnreadableImageError
 from maskgit_pl.data.images import decode_image
-from maskgit_pl.data.manifest import ShardReader
+from maskgit_pl.data.manifest import ShardReader, VectorReader
 from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
 from maskgit_pl.data.token_store import TokenReader
-from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataBudgetError, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.files import write_text
 from maskgit_pl.processes import ignore_job_signals
@@ -168,12 +167,7 @@ class TokenBatches(Dataset[Batch]):
 
 @dataclass(eq=False)
 class _WithVectors(Dataset[Batch]):
-    """A dataset of batches with the vectors of their samples.
-
-    Args:
-        batches: The dataset of the batches.
-        reader: Reader of the vectors of the split.
-    """
+    """A dataset of batches with the vectors of their samples."""
 
     batches: ImageBatches | TokenBatches
     reader: VectorReader
@@ -185,21 +179,13 @@ class _WithVectors(Dataset[Batch]):
 
 
 class Unreadable(NamedTuple):
-    """An image that cannot be read.
+    """An image that cannot be read."""
 
-    Args:
-        index: Number of the sample in its split.
-        shard: File name of its tar.
-        name: The image's name in messages, ``SHARD:MEMBER``.
-        reason: Kind of the fault.
-        error: Message of the decoder.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index
+    index: int  # type: ignore[assignment]  # hides tuple.index; number of the sample in its split
     shard: str
-    name: str
+    name: str  # SHARD:MEMBER
     reason: Reason
-    error: str
+    error: str  # of the decoder
 
 
 class UnreadableImages:

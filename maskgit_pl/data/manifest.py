@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size
 from maskgit_pl.data.tar import BLOCK, member_label, parse_header
-from maskgit_pl.data.vectors import VectorKind, VectorReader, map_array, vectors_path
+from maskgit_pl.data.vectors import VectorKind, check_unchanged, map_array, vectors_path
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
 
@@ -45,6 +45,7 @@ __all__ = [
     "ShardReader",
     "Split",
     "VectorArray",
+    "VectorReader",
     "check_vectors",
     "describe_resizing",
     "index_sha256",
@@ -144,18 +145,9 @@ class Manifest:
         """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash."""
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         rows = map_array(path, (self.samples,), INDEX_DTYPE, hint=hint)
-        if check and (actual := index_sha256(rows)) != self.index_sha256:
-            raise ValueError(
-                f"index {path} changed since it was made: sha256 {self.index_sha256[:12]} expected, got "
-                f"{actual[:12]}; {hint}"
-            )
+        if check:
+            check_unchanged(path, index_sha256(rows), expected=self.index_sha256, hint=hint)
         return rows
-
-    def vector_reader(self) -> VectorReader:
-        """Returns a reader of the vectors, for data that have vectors."""
-        assert self.vectors is not None
-        path, hint = vectors_path(self.folder, self.split), _remake_hint(self.folder)
-        return VectorReader(path, self.samples, self.vectors.kind, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -282,13 +274,31 @@ def check_vectors(manifest: Manifest) -> None:
     A changed value would not be noticed later. Runs that use the vectors call it at their start.
     """
     assert manifest.vectors is not None
-    path = vectors_path(manifest.folder, manifest.split)
-    actual = sha256_of(path)
-    if actual != manifest.vectors.sha256:
-        raise ValueError(
-            f"vectors {path} changed since they were indexed: sha256 {manifest.vectors.sha256[:12]} expected, got "
-            f"{actual[:12]}; {_remake_hint(manifest.folder)}"
-        )
+    path, hint = vectors_path(manifest.folder, manifest.split), _remake_hint(manifest.folder)
+    check_unchanged(path, sha256_of(path), expected=manifest.vectors.sha256, hint=hint)
+
+
+class VectorReader:
+    """A reader of the vectors of a split that has vectors: one gather from a memory-mapped array for each batch."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+
+    @cached_property
+    def array(self) -> npt.NDArray[Any]:
+        """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
+        assert self.manifest.vectors is not None
+        folder, kind = self.manifest.folder, self.manifest.vectors.kind
+        path, shape = vectors_path(folder, self.manifest.split), (self.manifest.samples, kind.dim)
+        return map_array(path, shape, np.dtype(kind.dtype), hint=_remake_hint(folder))
+
+    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n)."""
+        values: npt.NDArray[np.float32] = self.array.take(indices, axis=0).astype(np.float32)
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"manifest": self.manifest}  # each process maps the array itself
 
 
 class ShardReader:

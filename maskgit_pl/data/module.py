@@ -33,6 +33,7 @@ from maskgit_pl.data.manifest import (
     DataSummary,
     ShardReader,
     Split,
+    VectorReader,
     check_vectors,
     describe_resizing,
     load_manifest,
@@ -41,7 +42,6 @@ from maskgit_pl.data.manifest import (
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
-from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
 
@@ -129,9 +129,7 @@ class ShardDataConfig:
         try:
             return build_augmentations(self.augmentations, crop=self.crop)
         except ValueError as error:
-            raise ValueError(
-                f"data.{error}" if str(error).startswith(("crop", "augmentations")) else f"data: {error}"
-            ) from error
+            raise ValueError(f"data: {error}") from error
 
 
 class ShardData(StepDataModule):
@@ -196,25 +194,13 @@ class ShardData(StepDataModule):
             log.warning("data %s: %s", self.config.path, self.resizing)
 
     def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
-        """Checks that a tokenizer made the token store; does nothing for other sources.
-
-        Args:
-            fingerprint: Fingerprint of the tokenizer's weights.
-            grid: Height and width of its token grid.
-            codebook_size: Its codebook size.
-
-        Raises:
-            ValueError: if another tokenizer made it, or it has another grid or codebook. The message names both values.
-        """
+        """Checks that a tokenizer of this fingerprint, grid and codebook made the token store, if tokens are read."""
         if self._tokens is not None:
             origin = {"tokenizer": fingerprint, "grid": grid, "codebook_size": codebook_size}
             check_origin(self._tokens["train"].description, self.config.token_store, **origin)
 
     def setup(self, stage: str | None = None) -> None:
         """Checks the data before the first step: the index, and the length and ends of each shard; or the token store.
-
-        Args:
-            stage: Not used.
 
         Raises:
             FileNotFoundError: if the data folder, a manifest or the store is missing.
@@ -249,15 +235,12 @@ class ShardData(StepDataModule):
     def batches(
         self, split: Split, order: Order, *, augmentations: Augmentations = CENTER
     ) -> ImageBatches | TokenBatches:
-        """Returns a dataset of batches of a split, without vectors.
+        """Returns a dataset of batches of a split, without vectors, whose ``__getitems__`` takes a range of positions.
 
         Args:
             split: ``"train"`` or ``"val"``.
             order: Maps positions to samples.
             augmentations: Crops and flips; tokens keep the views of their store.
-
-        Returns:
-            A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
         """
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed)
@@ -271,19 +254,11 @@ class ShardData(StepDataModule):
         )
 
     def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
-        """Returns the vectors (B, C) float32 of samples (B,) of a split.
-
-        Raises:
-            ValueError: if the samples have no vectors, or the vectors differ from the manifest.
-        """
+        """Returns the vectors (B, C) float32 of samples (B,) of a split; see ``check_vectors``."""
         return torch.from_numpy(self._vector_reader(split).read(index))
 
     def vector_pool(self, split: Split) -> VectorPool:
-        """Returns all vectors of a split with their labels, for images that are generated without the data.
-
-        Raises:
-            ValueError: if the samples have no vectors.
-        """
+        """Returns all vectors of a split with their labels, for images that are generated without the data."""
         if self._tokens is not None:
             labels = self._tokens[split].arrays[1]
         else:
@@ -305,7 +280,7 @@ class ShardData(StepDataModule):
                     f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
                 )
             check_vectors(manifest)
-            self._vectors[split] = manifest.vector_reader()
+            self._vectors[split] = VectorReader(manifest)
         return self._vectors[split]
 
     @property

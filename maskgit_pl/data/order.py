@@ -191,13 +191,7 @@ class TrainBatchSampler(Sampler[range]):
 class EvalBatchSampler(Sampler[range]):
     """A sampler of one rank's evaluation batches: each sample once over all ranks, equally many batches on each rank.
 
-    Positions past the end fill up the last batches; see ``InOrder``.
-
-    Args:
-        num_samples: Number of samples to visit.
-        per_device: Number of samples in a batch.
-        world_size: Number of ranks.
-        rank: This rank, in [0, world_size).
+    Positions past the end fill up the last batches; see ``InOrder``. For the arguments, see ``TrainBatchSampler``.
     """
 
     def __init__(self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0) -> None:

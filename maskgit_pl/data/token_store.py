@@ -27,7 +27,7 @@ import numpy.typing as npt
 
 from maskgit_pl.checks import ImageSize, as_image_size, build_dataclass, check_integer, shorten
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.vectors import map_array
+from maskgit_pl.data.vectors import check_unchanged, map_array
 from maskgit_pl.files import read_json, sha256_of
 
 __all__ = [
@@ -195,12 +195,7 @@ def open_store(folder: str | Path, **origin: object) -> dict[Split, TokenReader]
     for reader in readers.values():
         _ = reader.arrays  # checks shapes and types
         for path in array_paths(reader.folder, reader.split):
-            expected, actual = description.sha256[path.stem], sha256_of(path)
-            if expected != actual:
-                raise ValueError(
-                    f"token store {path}: changed since it was made: sha256 {expected[:12]} expected, got "
-                    f"{actual[:12]}; {REMAKE_HINT}"
-                )
+            check_unchanged(path, sha256_of(path), expected=description.sha256[path.stem], hint=REMAKE_HINT)
     return readers
 
 

@@ -158,13 +158,7 @@ class Part(NamedTuple):
 
 
 class StoreParts:
-    """An unfinished store and its parts.
-
-    Args:
-        folder: The store; it is made if it is missing.
-        description: Description of the store.
-        part_size: Number of samples in a part, at least 1.
-    """
+    """An unfinished store and its parts, of ``part_size`` samples each; its folder is made if it is missing."""
 
     def __init__(self, folder: str | Path, description: StoreDescription, *, part_size: int) -> None:
         self.folder = Path(folder)

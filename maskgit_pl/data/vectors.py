@@ -11,8 +11,7 @@ import hashlib
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -26,7 +25,7 @@ __all__ = [
     "MAX_VECTOR_BYTES",
     "VECTOR_EXTENSION",
     "VectorKind",
-    "VectorReader",
+    "check_unchanged",
     "copy_vectors",
     "map_array",
     "open_array",
@@ -118,38 +117,6 @@ def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], ki
     return digest.hexdigest()
 
 
-@dataclass(eq=False)
-class VectorReader:
-    """A reader of the vectors of a split: one gather from a memory-mapped array for each batch.
-
-    Args:
-        path: The array (n, C).
-        count: Number n of samples.
-        kind: Kind of the vectors.
-        hint: The way to make the array again, for error messages.
-    """
-
-    path: Path
-    count: int
-    kind: VectorKind
-    _: KW_ONLY
-    hint: str
-
-    @cached_property
-    def array(self) -> npt.NDArray[Any]:
-        """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
-        return map_array(self.path, (self.count, self.kind.dim), np.dtype(self.kind.dtype), hint=self.hint)
-
-    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n)."""
-        values: npt.NDArray[np.float32] = self.array.take(indices, axis=0).astype(np.float32)
-        return values
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Each process maps the array itself.
-        return {name: value for name, value in self.__dict__.items() if name != "array"}
-
-
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
     """Maps a ``.npy`` file of a known shape and type into memory; see ``open_array``.
 
@@ -160,6 +127,14 @@ def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint:
     if (array.shape, array.dtype) != (shape, dtype):
         raise ValueError(f"{path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
     return array
+
+
+def check_unchanged(path: Path, sha256: str, *, expected: str, hint: str) -> None:
+    """Raises a ``ValueError`` if the hash of a file differs from the expected one; ``hint`` is the way to make it."""
+    if sha256 != expected:
+        raise ValueError(
+            f"{path} changed since it was made: sha256 {expected[:12]} expected, got {sha256[:12]}; {hint}"
+        )
 
 
 def open_array(path: Path) -> npt.NDArray[Any]:

@@ -42,7 +42,7 @@ def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, fie
     assert rows[field][3] != value
     rows[field][3] = value
     rows.flush()
-    with pytest.raises(ValueError, match=r"index .*train\.npy changed since it was made.*maskgit data index"):
+    with pytest.raises(ValueError, match=r"train\.npy changed since it was made.*maskgit data index"):
         load_manifests(folder)
     assert verify_shards(folder).faults[0].startswith("train.npy: ")
 
@@ -70,8 +70,9 @@ def test_a_wrong_manifest_is_refused_in_one_line_with_file_and_key(folder, case)
 def test_a_fifo_in_a_data_folder_is_refused_and_not_waited_for(folder, name):
     (folder / name).unlink()
     os.mkfifo(folder / name)
-    with pytest.raises(ValueError, match=rf"{name}.*must be a regular file"):
+    with pytest.raises(ValueError, match="must be a regular file") as caught:
         load_manifests(folder)
+    assert name in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from maskgit_pl.data import (
 )
 from maskgit_pl.data.images import decode_image, encode_png
 from maskgit_pl.data.index import find_shards, index_shards
-from maskgit_pl.data.manifest import ShardReader, check_vectors, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import ShardReader, VectorReader, check_vectors, load_manifest, read_manifest_summary
 from maskgit_pl.data.samples import Sample, UnreadableSample
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.vectors import VectorKind, open_array, parse_vector
@@ -129,7 +129,7 @@ def test_each_image_keeps_its_vector_through_make_verify_and_read(tmp_path: Path
     for split in ("train", "val"):
         manifest = load_manifest(folder, split)
         check_vectors(manifest)
-        reader, vectors = ShardReader(manifest), manifest.vector_reader()
+        reader, vectors = ShardReader(manifest), VectorReader(manifest)
         for index in range(len(reader)):
             number = int(decode_image(reader.read(index), channels=1, name="")[0, 0, 0])
             (read,) = vectors.read(np.array([index]))
@@ -201,14 +201,14 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     np.save(folder / "train-vectors.npy", array)
     load_manifest(folder, "train")  # the quick check does not read it
     (bad,) = verify_shards(folder).faults
-    assert re.match("train-vectors.npy: .*changed since they were indexed", bad)
+    assert re.match("train-vectors.npy: .*changed since it was made", bad)
 
 
 def test_a_truncated_array_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(shards, tmp_path / "shards")
     os.truncate(folder / "train-vectors.npy", 130)
     with pytest.raises(ValueError, match=r"train-vectors\.npy"):
-        _ = load_manifest(folder, "train").vector_reader().array
+        _ = VectorReader(load_manifest(folder, "train")).array
 
 
 NUM_TRAIN, NUM_VAL = 23, 11
@@ -306,5 +306,5 @@ def test_a_changed_array_is_refused_where_an_evaluation_reads_it(folder, tmp_pat
     if is_set_up:
         module.setup()  # without vectors, which a run may leave aside
     for read in (lambda: module.vector_pool("val"), reading.setup, reading.val_dataloader):
-        with pytest.raises(ValueError, match=r"val-vectors\.npy changed since they were indexed"):
+        with pytest.raises(ValueError, match=r"val-vectors\.npy changed since it was made"):
             read()

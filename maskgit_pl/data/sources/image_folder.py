@@ -358,11 +358,6 @@ def _vector_name(image: str) -> str:
 def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str, str]:
     """Returns the label of each file that a metadata file names, a class number or a class name, as text.
 
-    Args:
-        entries: Files of the source.
-        name: Name of the metadata file inside the source.
-        label_field: Column of the labels.
-
     Raises:
         ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder,
             or has two labels for one file.
@@ -443,11 +438,8 @@ def _number_metadata(
 
     Args:
         parts: Labels of the files in each metadata file.
-        class_names: Class names from the user; None if they are not given.
-        label_field: Column of the labels, for messages.
-
-    Raises:
-        ValueError: See ``number_classes``.
+        class_names: See ``number_classes``.
+        label_field: See there.
     """
     labels = {file: label for part in parts.values() for file, label in part.items()}
     first_row: dict[Any, str] = {}

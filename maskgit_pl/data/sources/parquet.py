@@ -155,11 +155,7 @@ class ParquetFolder:
         return files, sorted(every - used)
 
     def _read_labels(self, name: str, first_row: dict[Any, str]) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
-        """Reads the labels of a file.
-
-        Args:
-            name: The file.
-            first_row: For each label of the files before it, the name of its first row; new labels are added.
+        """Reads the labels of a file, and adds new ones to ``first_row``, with the name of their first row.
 
         Returns:
             Names of the columns of images and of the classes, and for each row the place of its label in ``first_row``.
