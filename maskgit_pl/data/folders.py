@@ -135,9 +135,9 @@ def resolve_folder(name: str, folder: Path) -> Path:
     check_writable(name, folder, is_folder=True)
     real, current = follow_links(folder, name, is_folder=True), Path.cwd()
     if os.path.ismount(real) or real in (current, *current.parents):
-        kind = "a mount point" if os.path.ismount(real) else "the current folder or above it"
         raise ValueError(
-            f"{name} must be a folder that a new one can replace, got {real}, which is {kind}; name a folder in it"
+            f"{name} must be a folder that a new one can replace, got {real}, a mount point, the current folder or one "
+            "above it; name a folder in it"
         )
     return real
 

@@ -55,15 +55,11 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
     if global_batch % world_size:
         below = global_batch // world_size * world_size
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)
-        devices = [str(ranks) for ranks in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % ranks == 0]
         raise ValueError(
-            f"data.global_batch must be a multiple of the {world_size} ranks, got {global_batch}; "
-            f"use {choices}, or run on {', '.join(devices)} ranks"
+            f"data.global_batch must be a multiple of the {world_size} ranks, got {global_batch}; use {choices}"
         )
-    # The largest divisor of per_rank up to max_per_device: divisors come in pairs around the square root.
     per_rank = global_batch // world_size
-    low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
-    per_device = max(size for size in (*low, *(per_rank // size for size in low)) if size <= max_per_device)
+    per_device = next(size for size in range(min(per_rank, max_per_device), 0, -1) if per_rank % size == 0)
     return per_device, per_rank // per_device
 
 

@@ -126,22 +126,18 @@ def scan_shard(path: Path, labels: Labels, *, vectors: bool = True) -> ShardScan
     Raises:
         OSError: if the file cannot be opened or read, or is not a regular file.
     """
-    descriptor = open_regular(path)
-    try:
-        scan = _Scan(descriptor, path.name, labels, vectors=vectors)
-        damage, digest = "", ""
+    with open(open_regular(path), "rb") as file:
+        scan, damage, digest = _Scan(file.fileno(), path.name, labels, vectors=vectors), "", ""
         try:
             for key, members in groupby(scan.named_members(), lambda named: named[0]):  # 2.
                 scan.add(key, members)
                 if scan.num_faulty > _MAX_FAULTY:
                     first = next(iter(scan.first.values()), printable(key))
                     raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
-            digest = sha256_of(descriptor)
+            digest = sha256_of(file.fileno())
         except DamagedTarError as error:
             damage = str(error)
         return scan.result(digest, damage)
-    finally:
-        os.close(descriptor)
 
 
 class _Part(NamedTuple):
