@@ -41,7 +41,7 @@ from maskgit_pl.data.scan import (
     scan_shard,
 )
 from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
-from maskgit_pl.files import remove_partials, write_atomically
+from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
 __all__ = ["find_shards", "index_shards", "locate_shards", "split_shards"]
@@ -335,8 +335,10 @@ def _make_manifest(
     vectors = None
     if kind is not None:
         offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
-        with write_atomically(vectors_path(task.folder, split)) as file:
-            vectors = VectorArray(kind, copy_vectors(file, offsets, kind))
+        path = vectors_path(task.folder, split)
+        with write_atomically(path) as file:
+            copy_vectors(file, offsets, kind)
+        vectors = VectorArray(kind, sha256_of(path))
     left_out: Counter[str] = Counter()
     for scan in scans.values():
         left_out.update({fault: entry.samples for fault, entry in scan.faults.items()})

@@ -7,7 +7,6 @@ C), row i for sample i, which is memory-mapped.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 from collections.abc import Mapping
@@ -91,30 +90,21 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
     return kind, start
 
 
-def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], kind: VectorKind) -> str:
+def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], kind: VectorKind) -> None:
     """Copies the vectors of tars into one array, in the format of ``np.save``.
 
     Args:
         file: Open file.
         tars: For each tar, positions of the values of its vectors, (n,) int64, in the order of the samples.
         kind: Kind of the vectors.
-
-    Returns:
-        The SHA-256 of the file, hex.
     """
-    header = io.BytesIO()
     shape = sum(map(len, tars.values())), kind.dim
-    fields = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, fields)
-    digest = hashlib.sha256(header.getvalue())
-    file.write(header.getvalue())
+    header = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
     for path, offsets in tars.items():
         with open(open_regular(path), "rb", buffering=0) as tar:
             for offset in offsets.tolist():
-                data = os.pread(tar.fileno(), kind.num_bytes, offset)
-                digest.update(data)
-                file.write(data)
-    return digest.hexdigest()
+                file.write(os.pread(tar.fileno(), kind.num_bytes, offset))
 
 
 def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
