@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
@@ -342,23 +342,13 @@ class _Plugin(NamedTuple):
         return printable(f"package {self.package} ({self.point.value})")
 
 
-def _find_plugins(group: str) -> Iterator[_Plugin]:
-    """Yields the entry points of a group. The first on the path counts if a package is installed twice."""
-    seen: set[tuple[str, str]] = set()
-    for distribution in distributions():
-        try:
-            if group not in (distribution.read_text("entry_points.txt") or ""):  # cheaper than parsing the file
-                continue
-            package = distribution.metadata["Name"] or "without a name"
-            points = [point for point in distribution.entry_points if point.group == group]
-        except Exception as error:  # importlib defines no exception for files that it cannot parse
-            location = printable(getattr(distribution, "_path", "of a package"))
-            _warn(f"{location}: cannot read the entry points: {_one_line(error)}")
-            continue
-        for point in points:
-            if (package, point.name) not in seen:
-                yield _Plugin(package, point)
-            seen.add((package, point.name))
+def _find_plugins(group: str) -> list[_Plugin]:
+    """Returns the entry points of a group; none, with a warning, if a package has some that cannot be parsed."""
+    try:
+        return [_Plugin(point.dist.name if point.dist else "?", point) for point in entry_points(group=group)]
+    except Exception as error:  # importlib defines no exception for files that it cannot parse
+        _warn(f"cannot read the entry points of the installed packages: {_one_line(error)}")
+        return []
 
 
 def _needs_no_argument(factory: Callable[..., Any]) -> bool:
