@@ -186,7 +186,7 @@ def splits_of(folder: str | Path) -> tuple[Split, ...]:
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
     """Reads class names, counts and image sizes of a data folder from two small JSON files; see ``load_manifest``."""
-    manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder)]
+    manifests = [load_manifest(folder, split) for split in splits_of(folder)]
     return DataSummary(
         classes=manifests[0].classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
@@ -227,10 +227,8 @@ def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
     )
 
 
-def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Reads the manifest of a split; see ``load_manifests``, which ``check`` calls."""
-    if check:
-        return load_manifests(folder, (split,))[split]
+def load_manifest(folder: str | Path, split: Split) -> Manifest:
+    """Reads the manifest of a split without a look at its other files; see ``load_manifests``."""
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not path.exists():
@@ -257,7 +255,7 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
         FileNotFoundError: if the folder or a manifest is missing.
         ValueError: if a manifest is invalid, or index or shards differ from it.
     """
-    manifests = {split: load_manifest(folder, split, check=False) for split in splits}
+    manifests = {split: load_manifest(folder, split) for split in splits}
     if faults := [fault for manifest in manifests.values() for fault in _faults(manifest)]:
         total, listed = sum(len(manifest.shards) for manifest in manifests.values()), "\n  ".join(faults)
         raise ValueError(

@@ -268,13 +268,13 @@ class ShardData(StepDataModule):
     def _shard_reader(self, split: Split) -> ShardReader:
         # Without ``setup``, as in the evaluation, shards are opened and checked here.
         if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+            self._readers[split] = ShardReader(load_manifests(self.config.path, (split,))[split])
         return self._readers[split]
 
     def _vector_reader(self, split: Split) -> VectorReader:
         """Returns the vectors of a split of the data folder, after a check of their hash at the first call."""
         if split not in self._vectors:
-            manifest = load_manifest(self.config.path, split, check=False)
+            manifest = load_manifest(self.config.path, split)
             if manifest.vectors is None:
                 raise ValueError(
                     f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"

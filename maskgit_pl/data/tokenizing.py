@@ -30,7 +30,7 @@ from maskgit_pl.checks import ImageSize, height_width, pixels_text
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.loader import ImageBatches, make_loader
-from maskgit_pl.data.manifest import ImageRange, ShardReader, Split, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import ImageRange, ShardReader, Split, load_manifests, read_manifest_summary
 from maskgit_pl.data.order import Rows
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
@@ -116,7 +116,8 @@ def tokenize(
         log.info("%s exists already, made by this tokenizer from these data", store)
         return True
     config, (rank, world_size) = config or TokenizingConfig(), ranks
-    readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
+    manifests = load_manifests(path, tuple(description.samples))
+    readers = {split: ShardReader(manifest) for split, manifest in manifests.items()}
     parts = StoreParts(store, description, part_size=config.part_size)
     name = "" if world_size == 1 else f"rank {rank} of {world_size}: "
     encoded_rows, start = 0, time.monotonic()

@@ -82,7 +82,7 @@ def verify_shards(
         ValueError: if a manifest is invalid.
     """
     folder = Path(folder)
-    manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder)}
+    manifests = {split: load_manifest(folder, split) for split in splits_of(folder)}
     faults = [fault for manifest in manifests.values() for fault in _find_bad_arrays(manifest)]  # 1.
     # 2. Jobs finish in any order; the report has the order of the manifests.
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
@@ -111,7 +111,7 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
 
 def class_lines(folder: Path) -> Iterator[str]:
     """Yields lines about the number of train images of each class, and about classes that a model cannot learn."""
-    manifest = load_manifest(folder, "train", check=False)
+    manifest = load_manifest(folder, "train")
     names = manifest.classes
     counts = np.bincount(ShardReader(manifest).index["label"], minlength=len(names)).tolist()
     most = sorted(range(len(names)), key=counts.__getitem__, reverse=True)

@@ -23,7 +23,7 @@ from maskgit_pl.data import (
 )
 from maskgit_pl.data.images import decode_image, encode_png
 from maskgit_pl.data.index import find_shards, index_shards
-from maskgit_pl.data.manifest import ShardReader, VectorReader, check_vectors, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import ShardReader, VectorReader, check_vectors, load_manifest, load_manifests, read_manifest_summary
 from maskgit_pl.data.samples import Sample, UnreadableSample
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.vectors import VectorKind, open_array, parse_vector
@@ -199,7 +199,7 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     array = np.load(folder / "train-vectors.npy")
     array[1, 2] += 1
     np.save(folder / "train-vectors.npy", array)
-    load_manifest(folder, "train")  # the quick check does not read it
+    load_manifests(folder)  # the quick check does not read it
     (bad,) = verify_shards(folder).faults
     assert re.match("train-vectors.npy: .*changed since it was made", bad)
 
