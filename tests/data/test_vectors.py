@@ -23,7 +23,14 @@ from maskgit_pl.data import (
 )
 from maskgit_pl.data.images import decode_image, encode_png
 from maskgit_pl.data.index import find_shards, index_shards
-from maskgit_pl.data.manifest import ShardReader, VectorReader, check_vectors, load_manifest, load_manifests, read_manifest_summary
+from maskgit_pl.data.manifest import (
+    ShardReader,
+    VectorReader,
+    check_vectors,
+    load_manifest,
+    load_manifests,
+    read_manifest_summary,
+)
 from maskgit_pl.data.samples import Sample, UnreadableSample
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.vectors import VectorKind, open_array, parse_vector
