@@ -140,8 +140,7 @@ def check_number(name: str, value: object, interval: str) -> float:
         value: The value. A bool is not a number.
         interval: Interval in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``.
     """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or value in (math.inf, -math.inf) or not _contains(interval, value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _contains(interval, value):
         raise ValueError(f"{name} must be a number in {interval}, got {shorten(value)}")
     return value
 
@@ -164,7 +163,7 @@ def _contains(interval: str, value: int | float) -> bool:
     low, high = (_end(word) for word in interval[1:-1].split(","))
     above = low < value if interval[0] == "(" else low <= value
     below = value < high if interval[-1] == ")" else value <= high
-    return above and below
+    return above and below and abs(value) != math.inf
 
 
 def _end(word: str) -> float:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from braceexpand import UnbalancedBracesError, braceexpand
+from braceexpand import braceexpand
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.folders import hold_lock
@@ -97,7 +97,7 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     folder, paths = Path(folder), set[Path]()
     try:
         names = braceexpand(pattern)
-    except UnbalancedBracesError as error:
+    except ValueError as error:
         raise ValueError(f"shard pattern {pattern!r} must close its braces") from error
     for name in names:
         if name.startswith("/") or ".." in name.split("/"):

@@ -144,7 +144,7 @@ def index_lines(
 
 
 def _find_bad_arrays(manifest: Manifest) -> Iterator[str]:
-    checks = {f"{manifest.split}.npy": lambda: manifest.index(check=True)}
+    checks: dict[str, Callable[[], object]] = {f"{manifest.split}.npy": lambda: manifest.index(check=True)}
     if manifest.vectors is not None:
         checks[vectors_path(manifest.folder, manifest.split).name] = lambda: check_vectors(manifest)
     for name, check in checks.items():
