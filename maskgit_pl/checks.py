@@ -22,35 +22,6 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import SchemaValidator
 
-__all__ = [
-    "CHANNELS",
-    "ImageSize",
-    "WrongValue",
-    "as_image_size",
-    "build_dataclass",
-    "check_channels",
-    "check_choice",
-    "check_class_names",
-    "check_image_size",
-    "check_integer",
-    "check_keys",
-    "check_number",
-    "check_seed",
-    "count_text",
-    "describe_wrong_values",
-    "did_you_mean",
-    "height_width",
-    "image_file_name",
-    "is_image_file_name",
-    "pixels_text",
-    "plain_list",
-    "plain_number",
-    "plain_size",
-    "shorten",
-    "type_adapter",
-    "validate",
-]
-
 ImageSize: TypeAlias = int | tuple[int, int]
 """The side of square images, or (height, width), in pixels."""
 

@@ -30,30 +30,6 @@ from maskgit_pl.checks import shorten
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "NO_CODE",
-    "PathError",
-    "TooLargeDirectoryError",
-    "check_plain",
-    "check_writable",
-    "follow_links",
-    "open_regular",
-    "open_zip",
-    "parse_any_json",
-    "parse_json",
-    "parse_size",
-    "parse_yaml",
-    "read_json",
-    "read_yaml",
-    "remove_partials",
-    "sha256_of",
-    "size_text",
-    "sync",
-    "write_atomically",
-    "write_tensors",
-    "write_text",
-]
-
 NO_CODE = "recipes name registered objects, not classes"
 
 _MAX_JSON_BYTES = 1_000_000

@@ -17,17 +17,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = [
-    "gumbel",
-    "gumbel_rows",
-    "permutation",
-    "philox",
-    "random_bits",
-    "random_uniform",
-    "stream_key",
-    "uniform_of",
-]
-
 _WORD = 0xFFFFFFFF  # mask of the low 32 bits
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1 of Random123
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # PHILOX_W32_0 and _1: golden ratio and sqrt(3) - 1

@@ -22,8 +22,6 @@ from maskgit_pl.data.images import Crop, fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = ["CENTER", "Augment", "Augmentation", "Augmentations", "augmentations", "build_augmentations"]
-
 Augment = Callable[[Tensor, tuple[int, int]], Tensor]
 """A function of an image (C, h, w) uint8 and the size (H, W) of the model's images, which returns an image."""
 

@@ -15,8 +15,6 @@ from maskgit_pl.randomness import random_uniform
 if TYPE_CHECKING:
     from maskgit_pl.masking import Draws
 
-__all__ = ["Batch", "check_batch", "flip"]
-
 _NONE_REPLACED = torch.tensor(-1)
 
 

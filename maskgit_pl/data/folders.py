@@ -24,16 +24,6 @@ from filelock import FileLock, Timeout
 
 from maskgit_pl.files import check_writable, follow_links, read_json, sync
 
-__all__ = [
-    "check_new_folder",
-    "check_only_known",
-    "has_content",
-    "hold_lock",
-    "replace_folder",
-    "resolve_folder",
-    "write_folder",
-]
-
 log = logging.getLogger(__name__)
 
 _OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # macOS and Windows put them into folders that they show

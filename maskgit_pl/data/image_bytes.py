@@ -27,23 +27,6 @@ from maskgit_pl.files import open_regular, size_text
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "JPEG_MAGIC",
-    "MAX_IMAGE_BYTES",
-    "MAX_PIXELS",
-    "PIL_ERRORS",
-    "Reason",
-    "UnreadableImageError",
-    "check_complete",
-    "check_size",
-    "first_line",
-    "open_image",
-    "pil_errors",
-    "read_image_file",
-    "read_jpeg_head",
-    "silent_warnings",
-]
-
 Reason = Literal["empty", "not an image", "animated", "too large", "damaged"]
 
 MAX_PIXELS = 64 * 10**6

@@ -39,19 +39,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-__all__ = [
-    "Crop",
-    "ImageHeader",
-    "crop_to_shape",
-    "decode_image",
-    "encode_jpeg",
-    "encode_png",
-    "fit_image",
-    "from_pil",
-    "parse_image_header",
-    "resize",
-]
-
 Crop = Literal["center", "random"]
 
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width

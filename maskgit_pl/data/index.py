@@ -44,8 +44,6 @@ from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["find_shards", "index_shards", "locate_shards", "split_shards"]
-
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 

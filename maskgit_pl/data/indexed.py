@@ -32,8 +32,6 @@ from maskgit_pl.data.images import from_pil
 from maskgit_pl.data.loader import StepDataModule, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
 
-__all__ = ["IndexedDataModule", "IndexedDataset"]
-
 
 @dataclass(frozen=True)
 class IndexedDataset(Dataset[Batch]):

@@ -41,19 +41,6 @@ from maskgit_pl.files import write_text
 from maskgit_pl.processes import ignore_job_signals
 from maskgit_pl.randomness import random_bits
 
-__all__ = [
-    "ALWAYS_ALLOWED",
-    "MAX_IN_A_ROW",
-    "ImageBatches",
-    "StepDataModule",
-    "StepLoader",
-    "TokenBatches",
-    "Unreadable",
-    "UnreadableImages",
-    "make_loader",
-    "write_unreadable",
-]
-
 ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
 MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
 _MAX_LISTED = 20  # images in an error message; the JSON file lists all

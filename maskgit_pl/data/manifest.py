@@ -36,27 +36,6 @@ from maskgit_pl.data.vectors import VectorKind, check_unchanged, map_array, vect
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
 
-__all__ = [
-    "INDEX_DTYPE",
-    "DataSummary",
-    "ImageRange",
-    "Manifest",
-    "Shard",
-    "ShardReader",
-    "Split",
-    "VectorArray",
-    "VectorReader",
-    "check_vectors",
-    "describe_resizing",
-    "index_sha256",
-    "load_manifest",
-    "load_manifests",
-    "read_manifest_summary",
-    "save_manifest",
-    "splits_of",
-    "union",
-]
-
 Split = Literal["train", "val"]
 _FORMAT = 1
 _MAX_MANIFEST_BYTES = 2**28  # enough for a million shards

@@ -45,8 +45,6 @@ from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_o
 from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
 
-__all__ = ["ShardData", "ShardDataConfig"]
-
 log = logging.getLogger(__name__)
 
 

@@ -23,17 +23,6 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.randomness import permutation
 
-__all__ = [
-    "BATCH_SIZE_RANGE",
-    "EvalBatchSampler",
-    "InOrder",
-    "Order",
-    "Rows",
-    "ShuffledStream",
-    "TrainBatchSampler",
-    "split_batch",
-]
-
 BATCH_SIZE_RANGE = "[1, 16777216]"  # samples of a batch, at most 2**24
 _MAX_CACHED = 2**20  # samples of a cached permutation: 8 MiB, at most two in each worker
 

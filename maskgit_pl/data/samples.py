@@ -21,20 +21,6 @@ from maskgit_pl.data.manifest import Split, read_manifest_summary
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
-__all__ = [
-    "MAX_CLASSES",
-    "Labels",
-    "Sample",
-    "Source",
-    "UnreadableSample",
-    "check_class_lines",
-    "find_class_names",
-    "is_val",
-    "number_classes",
-    "parse_class_names",
-    "read_sample",
-]
-
 MAX_CLASSES = 100_000  # upper limit if no class names are given
 
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")

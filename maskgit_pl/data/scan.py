@@ -36,16 +36,6 @@ from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKi
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
 
-__all__ = [
-    "BAD_VECTOR",
-    "IMAGE_EXTENSIONS",
-    "NO_LABEL",
-    "NO_VECTOR",
-    "ShardScan",
-    "require_vectors",
-    "scan_shard",
-]
-
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 _MAX_LABEL_BYTES = 64  # a .cls member has one number
 _MAX_JSON_BYTES = 2**20

@@ -16,15 +16,6 @@ from zlib import adler32
 
 from maskgit_pl.errors import printable
 
-__all__ = [
-    "BLOCK",
-    "DamagedTarError",
-    "Member",
-    "member_label",
-    "parse_header",
-    "read_members",
-]
-
 BLOCK = 512
 Kind = Literal["file", "folder", "link", "device", "sparse file"]
 

@@ -30,22 +30,6 @@ from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.vectors import check_unchanged, map_array
 from maskgit_pl.files import read_json, sha256_of
 
-__all__ = [
-    "DESCRIPTION_FILE",
-    "FORMAT",
-    "REMAKE_HINT",
-    "StoreDescription",
-    "TokenReader",
-    "Tokens",
-    "array_paths",
-    "augmentations_text",
-    "check_origin",
-    "is_complete",
-    "open_store",
-    "plain_description",
-    "read_description",
-]
-
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 
 DESCRIPTION_FILE = "store.json"

@@ -7,8 +7,6 @@ from typing import Literal
 
 from maskgit_pl.checks import check_integer, check_number
 
-__all__ = ["TokenizeOptions", "TokenizingConfig"]
-
 
 @dataclass(frozen=True)
 class TokenizingConfig:

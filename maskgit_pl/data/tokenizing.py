@@ -45,8 +45,6 @@ from maskgit_pl.data.tokenize_options import TokenizingConfig
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = ["Part", "StoreParts", "describe_store", "tokenize"]
-
 log = logging.getLogger(__name__)
 
 

@@ -20,18 +20,6 @@ import numpy.typing as npt
 from maskgit_pl.checks import shorten
 from maskgit_pl.files import open_regular
 
-__all__ = [
-    "MAX_VECTOR_BYTES",
-    "VECTOR_EXTENSION",
-    "VectorKind",
-    "check_unchanged",
-    "copy_vectors",
-    "map_array",
-    "open_array",
-    "parse_vector",
-    "vectors_path",
-]
-
 VECTOR_EXTENSION = "npy"
 _MAX_DIM = 2**16  # the largest text encoders have 4,096
 _MAX_HEADER_BYTES = 2**12  # NumPy writes 128

@@ -33,15 +33,6 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of, size_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = [
-    "Verification",
-    "class_lines",
-    "describe_data",
-    "index_lines",
-    "unreadable_lines",
-    "verify_shards",
-]
-
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
 
 _SHOWN_CLASSES = 10

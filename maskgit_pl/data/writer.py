@@ -28,8 +28,6 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, remove_partials, write_atomically, write_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "make_shards", "write_shard"]
-
 RECORD = "made_from.json"
 MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
 LEFT_OUT = "left_out.txt"  # one line for each image that could not be read

@@ -27,8 +27,6 @@ from maskgit_pl.data.tar import DamagedTarError, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
-__all__ = ["Entries", "EntryError"]
-
 _HIDDEN = "hidden"
 _UNSAFE = "with an absolute name, '..', a NUL character or more than 4096 characters"
 _REPEATED = "of a name that a later entry has too"

@@ -29,8 +29,6 @@ from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKi
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
-__all__ = ["ImageFolder"]
-
 log = logging.getLogger(__name__)
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")

@@ -27,8 +27,6 @@ from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import named_bars
 
-__all__ = ["convert_images", "fetch_dataset", "open_source"]
-
 log = logging.getLogger(__name__)
 
 _HUB = "hf:"

@@ -27,8 +27,6 @@ from maskgit_pl.data.sources.parquet_child import END, ERROR, HEADER, NOTHING, T
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, parse_any_json, size_text
 
-__all__ = ["ParquetFolder", "find_parquet", "split_of"]
-
 _SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
 _MAX_ROWS = 2**25  # of all files together
 _CHILD_BYTES = 2**31  # memory of the child
