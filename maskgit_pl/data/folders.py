@@ -214,6 +214,8 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     """
     real = Path(os.path.realpath(target))  # one lock for all links to the target
     path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
+    # Folders that are made for the lock file are removed at the end if they are empty.
+    new_folders = [folder for folder in path.parents if not folder.exists()]
     # Without flock, filelock would otherwise use a marker file, which outlives a killed process. All users
     # may write the lock file, or one that another user left would block a shared folder.
     lock = FileLock(path, mode=0o666, fallback_to_soft=False, on_acquired=_write_holder)
@@ -232,6 +234,9 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
             with suppress(OSError):
                 path.unlink()  # before the release, while no other process can hold it
         lock.release()
+        for folder in new_folders:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
 
 
 def _put_back(folder: Path) -> None:

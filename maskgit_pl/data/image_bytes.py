@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import stat
 import struct
 import threading
 import warnings
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from maskgit_pl.errors import printable
-from maskgit_pl.files import open_regular, size_text
+from maskgit_pl.files import size_text
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -81,17 +82,19 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        OSError: See ``files.open_regular``.
-        UnreadableImageError: if it is empty, is larger than 256 MiB, or does not begin like a JPEG, PNG or WebP.
+        UnreadableImageError: if it is not a regular file, is empty, is larger than 256 MiB, or does not begin
+            like a JPEG, PNG or WebP.
     """
-    with open(open_regular(path), "rb") as file:
+    status = Path(path).stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
+        raise UnreadableImageError(f"image {name} must be a regular file", reason="not an image")
+    if status.st_size > MAX_IMAGE_BYTES:
+        limit, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
+        raise UnreadableImageError(f"image {name} must have at most {limit}, got {size}", reason="too large")
+    with open(path, "rb") as file:
         first = file.read(12)
         _check_format(first, name)
-        data = first + file.read(MAX_IMAGE_BYTES)
-    if len(data) > MAX_IMAGE_BYTES:
-        limit = size_text(MAX_IMAGE_BYTES)
-        raise UnreadableImageError(f"image {name} must have at most {limit}", reason="too large")
-    return data
+        return first + file.read(status.st_size - len(first))
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:

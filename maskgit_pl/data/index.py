@@ -98,8 +98,8 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     except ValueError as error:
         raise ValueError(f"shard pattern {pattern!r} must close its braces") from error
     for name in names:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got a path outside")
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got another path")
         matches = _glob_files(folder, name)
         if not matches:
             raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {name!r}")

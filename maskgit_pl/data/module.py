@@ -124,10 +124,7 @@ class ShardDataConfig:
     @cached_property
     def train_augmentations(self) -> Augmentations:
         """The augmentations of the training images."""
-        try:
-            return build_augmentations(self.augmentations, crop=self.crop)
-        except ValueError as error:
-            raise ValueError(f"data: {error}") from error
+        return build_augmentations(self.augmentations, crop=self.crop)
 
 
 class ShardData(StepDataModule):

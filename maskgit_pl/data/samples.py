@@ -142,15 +142,14 @@ class Labels:
         """
         text = data if self.source == "cls" else self._read_field(data, name)
         match = _LABEL.fullmatch(text)  # unlike int(), rejects 1_000 and -1
-        if match is None:
-            raise ValueError(f"label {name} must be a decimal class number, got {text[:40]!r}")
-        label, num_classes = int(match[1]), MAX_CLASSES if self.classes is None else len(self.classes)
-        if label >= num_classes:
-            raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
-        return label
+        num_classes = MAX_CLASSES if self.classes is None else len(self.classes)
+        if match is None or int(match[1]) >= num_classes:
+            names = "" if self.source == "cls" else " or one of the class names"
+            raise ValueError(f"label {name} must be a class number in [0, {num_classes}){names}, got {text[:40]!r}")
+        return int(match[1])
 
     def _read_field(self, data: bytes, name: str) -> bytes:
-        """Returns the decimal class number in the field of a ``.json`` member."""
+        """Returns the field of a ``.json`` member as it is printed; of a class name, the class number."""
         field_name = self.source.partition(":")[2]
         try:
             value = parse_any_json(data, name)[field_name]
@@ -158,11 +157,7 @@ class Labels:
             raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
             value = (self.classes or ()).index(value)
-        if type(value) is not int:  # bool is a subclass of int
-            raise ValueError(
-                f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
-            )
-        return b"%d" % value
+        return repr(value).encode(errors="backslashreplace")
 
 
 def number_classes(
