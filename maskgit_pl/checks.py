@@ -56,17 +56,11 @@ _RULES = {  # type of an error of pydantic -> what the value must be
 
 
 class WrongValue(NamedTuple):
-    """A wrong value.
+    """A wrong value, and the message."""
 
-    Args:
-        key: Keys that lead to the value, such as ``("data", "seed")``.
-        text: The message.
-        kind: ``missing`` for a required value, ``type``, or ``value`` for what a dataclass refuses.
-    """
-
-    key: tuple[str, ...]
+    key: tuple[str, ...]  # that leads to the value, such as ("data", "seed")
     text: str
-    kind: Literal["missing", "type", "value"]
+    kind: Literal["missing", "type", "value"]  # the last is what a dataclass refuses
 
 
 def shorten(value: object) -> str:

@@ -51,19 +51,12 @@ _thread_local = threading.local()
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The header of an image.
+    """The header of an image."""
 
-    Args:
-        format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
-        height: Height in pixels as displayed, after the EXIF orientation.
-        width: Width in pixels as displayed.
-        channels: 1 (grey) or 3 (colour); alpha is not counted.
-    """
-
-    format: str
-    height: int
+    format: str  # JPEG, PNG or WEBP
+    height: int  # in pixels as displayed, after the EXIF orientation
     width: int
-    channels: int
+    channels: int  # 1 (grey) or 3 (colour); alpha is not counted
 
 
 def parse_image_header(data: bytes, *, name: str) -> ImageHeader:

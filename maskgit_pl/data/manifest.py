@@ -46,34 +46,21 @@ INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar in a manifest.
+    """A tar in a manifest."""
 
-    Args:
-        name: Path inside the data folder.
-        bytes: Length of the file.
-        samples: Number of samples in it.
-        sha256: Hash of the whole file, hex.
-    """
-
-    name: str
-    bytes: int
-    samples: int
-    sha256: str
+    name: str  # path inside the data folder
+    bytes: int  # length of the file
+    samples: int  # number of samples in it
+    sha256: str  # of the whole file, hex
 
 
 @dataclass(frozen=True)
 class ImageRange:
-    """The range of image sizes in a split.
+    """The range of image sizes in a split."""
 
-    Args:
-        height: Smallest and largest height in pixels, after the EXIF orientation.
-        width: Smallest and largest width.
-        channels: Numbers of channels that occur, sorted: 1 and 3; alpha is not counted.
-    """
-
-    height: tuple[int, int]
+    height: tuple[int, int]  # smallest and largest, in pixels, after the EXIF orientation
     width: tuple[int, int]
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # that occur, sorted: 1 and 3; alpha is not counted
 
 
 class VectorArray(NamedTuple):

@@ -28,29 +28,17 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of 
 
 
 class Sample(NamedTuple):
-    """An image and its label.
+    """An image and its label."""
 
-    Args:
-        data: Bytes of the image file.
-        extension: ``"png"``, ``"jpg"`` or ``"webp"``.
-        label: Class in [0, num_classes).
-        name: The sample's name in error messages.
-        vector: Bytes of the ``.npy`` file of its vector; None if it has none.
-    """
-
-    data: bytes
-    extension: str
-    label: int
-    name: str
-    vector: bytes | None = None
+    data: bytes  # of the image file
+    extension: str  # png, jpg or webp
+    label: int  # in [0, num_classes)
+    name: str  # in error messages
+    vector: bytes | None = None  # of the ``.npy`` file of its vector
 
 
 class UnreadableSample(NamedTuple):
-    """An image that cannot be read, in place of its sample.
-
-    Args:
-        error: One line that names the image and gives the reason.
-    """
+    """An image that cannot be read, in place of its sample; ``error`` names the image and gives the reason."""
 
     error: str
 

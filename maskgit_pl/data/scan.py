@@ -71,29 +71,17 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardScan:
-    """The result of scanning one tar.
+    """The result of scanning one tar."""
 
-    Args:
-        bytes: Length of the file.
-        sha256: Hash of the whole file, hex; empty if the tar is damaged.
-        rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
-        images: Range of their sizes; None without samples.
-        faults: Faults of the other samples.
-        vectors: (n,) int64: position of the first value of each sample's vector in the file, -1 without a vector.
-        vector_kind: Size and type of the vectors; None if there are none.
-        without_vector: Name of the first sample of ``rows`` without a vector; empty if there is none.
-        damage: The reason if the file is not a complete tar, else empty.
-    """
-
-    bytes: int
-    sha256: str
-    rows: npt.NDArray[np.void]
-    images: ImageRange | None
-    faults: dict[str, Fault]
-    vectors: npt.NDArray[np.int64]
+    bytes: int  # length of the file
+    sha256: str  # of the whole file, hex; empty if the tar is damaged
+    rows: npt.NDArray[np.void]  # (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0
+    images: ImageRange | None  # of these samples; None without any
+    faults: dict[str, Fault]  # of the other samples
+    vectors: npt.NDArray[np.int64]  # (n,), positions of the first values of the vectors in the file; -1 without one
     vector_kind: VectorKind | None = None
-    without_vector: str = ""
-    damage: str = ""
+    without_vector: str = ""  # name of the first sample of ``rows`` without a vector
+    damage: str = ""  # the reason if the file is not a complete tar
 
 
 def require_vectors(scan: ShardScan) -> ShardScan:

@@ -27,15 +27,10 @@ MAX_VECTOR_BYTES = 4 * _MAX_DIM + _MAX_HEADER_BYTES
 
 
 class VectorKind(NamedTuple):
-    """The size and the type of all vectors of a data set.
+    """The size and the type of all vectors of a data set."""
 
-    Args:
-        dim: Number of values C, in [1, 65536].
-        dtype: ``"float16"`` or ``"float32"``.
-    """
-
-    dim: int
-    dtype: str
+    dim: int  # number of values C, in [1, 65536]
+    dtype: str  # float16 or float32
 
     def __str__(self) -> str:
         return f"{self.dim} {self.dtype} values"
