@@ -285,22 +285,13 @@ def derives_from(base: type) -> Callable[[str, Any], None]:
 
 
 def has_create(name: str, part: Any) -> None:
-    """Checks that an object has a method ``create``; for registries whose objects need no base class.
-
-    Raises:
-        ValueError: if it has none.
-    """
+    """Raises a ``ValueError`` if an object has no method ``create``; for objects that need no base class."""
     if not callable(getattr(part, "create", None)):
         raise ValueError(f"{name!r} must have a method create(), got {shorten(part)}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns a hint for an unknown name: the closest choice, then the list of all choices.
-
-    Args:
-        name: Unknown name.
-        choices: Known names.
-    """
+    """Returns a hint for an unknown name: the closest choice, then the list of all choices."""
     names = sorted(map(printable, choices))
     hint = f"{did_you_mean(name, names)} ".lstrip()
     return f"{hint}known: {', '.join(names) or 'none'}"

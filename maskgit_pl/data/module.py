@@ -42,6 +42,7 @@ from maskgit_pl.data.manifest import (
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
+from maskgit_pl.data.vectors import VectorKind
 from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
 
@@ -169,14 +170,16 @@ class ShardData(StepDataModule):
         Raises:
             ValueError: if ``data.vectors`` is True and the samples of the data folder have no vectors.
         """
-        if not self.config.vectors:
-            return 0
+        return self._vector_kind.dim if self.config.vectors else 0
+
+    @property
+    def _vector_kind(self) -> VectorKind:
         if self.summary.vectors is None:
             raise ValueError(
-                f"data.vectors must be false for {self.config.path}, whose samples have no vectors, got true; make the "
-                "data with a .npy file beside each image"
+                f"data {self.config.path} must have a vector for each image, for data.vectors: true or for the model, "
+                "got none; make the data with a .npy file beside each image"
             )
-        return self.summary.vectors.dim
+        return self.summary.vectors
 
     @property
     def resizing(self) -> str | None:
@@ -269,11 +272,8 @@ class ShardData(StepDataModule):
     def _vector_reader(self, split: Split) -> VectorReader:
         """Returns the vectors of a split of the data folder, after a check of their hash at the first call."""
         if split not in self._vectors:
+            _ = self._vector_kind  # raises if there are none
             manifest = load_manifest(self.config.path, split)
-            if manifest.vectors is None:
-                raise ValueError(
-                    f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
-                )
             check_vectors(manifest)
             self._vectors[split] = VectorReader(manifest)
         return self._vectors[split]

@@ -166,11 +166,12 @@ class TrainBatchSampler(Sampler[range]):
         start = self.current_step()  # read now, not at the first next()
         # A resumed run finishes its epoch.
         end = (start // self.steps_per_epoch + 1) * self.steps_per_epoch
-        return (self._positions(step, micro) for step in range(start, end) for micro in range(self.accumulation))
-
-    def _positions(self, step: int, micro: int) -> range:
-        first = step * self.global_batch + (micro * self.world_size + self.rank) * self.per_device
-        return range(first, first + self.per_device)
+        firsts = (
+            step * self.global_batch + (micro * self.world_size + self.rank) * self.per_device
+            for step in range(start, end)
+            for micro in range(self.accumulation)
+        )
+        return (range(first, first + self.per_device) for first in firsts)
 
 
 class EvalBatchSampler(Sampler[range]):

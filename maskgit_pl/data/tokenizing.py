@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.checks import ImageSize, height_width, pixels_text
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.loader import ImageBatches, make_loader
-from maskgit_pl.data.manifest import ImageRange, ShardReader, Split, load_manifests, read_manifest_summary
+from maskgit_pl.data.manifest import ShardReader, Split, load_manifests, read_manifest_summary
 from maskgit_pl.data.order import Rows
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
@@ -62,13 +62,10 @@ def describe_store(
         views: The fields ``crops``, ``flip``, ``precision`` and ``augmentations``.
 
     Raises:
-        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of
-            the crops.
+        ValueError: if ``crops`` is out of range.
     """
     summary = read_manifest_summary(path)
     samples = cast("dict[Split, int]", dict(summary.samples))
-    if views.get("crops", 1) > 1 and not views.get("augmentations"):
-        _check_crops(summary.images, image_size)
     return StoreDescription(
         grid, codebook_size, image_size, tokenizer, summary.fingerprint, summary.classes, samples, **views
     )
@@ -329,14 +326,3 @@ class _PartOrder(Sampler[range]):
         """Returns the positions of each batch of a part."""
         starts = range(part.start, part.stop, self.batch_size)
         return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
-
-
-def _check_crops(images: ImageRange, image_size: ImageSize) -> None:
-    """Checks that the images do not all have the shape of the crops, for which all crops would be equal."""
-    (height, width), (rows, columns) = (images.height[0], images.width[0]), height_width(image_size)
-    is_one_size = (images.height[1], images.width[1]) == (height, width)
-    if is_one_size and height * columns == width * rows:
-        raise ValueError(
-            f"tokenize crops must be 1 if all images have the shape of the crops, got more for "
-            f"{pixels_text((height, width))} pixels; shards made without --image-size keep images of other shapes"
-        )

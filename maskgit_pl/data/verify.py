@@ -157,8 +157,11 @@ def _verify_shard(task: tuple[dict[Split, Manifest], bool, bool], job: tuple[Spl
     shard = manifest.shards[number]
     try:
         with open(open_regular(manifest.folder / shard.name), "rb") as file:
-            if difference := _find_difference(file.fileno(), shard):
-                return f"{shard.name}: {difference}"
+            size, sha256 = os.fstat(file.fileno()).st_size, sha256_of(file.fileno())
+            if size != shard.bytes:
+                return f"{shard.name}: {shard.bytes} bytes expected, got {size}"
+            if sha256 != shard.sha256:
+                return f"{shard.name}: sha256 {shard.sha256[:12]} expected, got {sha256[:12]}"
             if not has_index:  # the places of the images are unknown
                 return ""
             first = sum(earlier.samples for earlier in manifest.shards[:number])
@@ -167,14 +170,6 @@ def _verify_shard(task: tuple[dict[Split, Manifest], bool, bool], job: tuple[Spl
     except OSError as error:
         return f"{shard.name}: {error.strerror}"
     return f"{shard.name}: {count_text(len(faults), 'unreadable image')}: {faults[0]}" if faults else ""
-
-
-def _find_difference(descriptor: int, shard: Shard) -> str:
-    """Compares a shard with its length and its hash."""
-    size, actual = os.fstat(descriptor).st_size, sha256_of(descriptor)
-    if size != shard.bytes:
-        return f"{shard.bytes} bytes expected, got {size}"
-    return "" if actual == shard.sha256 else f"sha256 {shard.sha256[:12]} expected, got {actual[:12]}"
 
 
 def _find_bad_images(

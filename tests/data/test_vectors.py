@@ -298,7 +298,7 @@ def test_an_unreadable_image_is_replaced_together_with_its_vector(tmp_path: Path
 
 def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path) -> None:
     plain = save_data(tmp_path, {split: [(encode_png(image(0)), 0)] * 2 for split in ("train", "val")})
-    with pytest.raises(ValueError, match=r"data\.vectors must be false for .* whose samples have no vectors, got true"):
+    with pytest.raises(ValueError, match=r"must have a vector for each image, for data\.vectors: true"):
         open_data(plain, vectors=True)
     assert open_data(folder).vector_dim == 0
     assert open_data(folder, vectors=True).vector_dim == DIM

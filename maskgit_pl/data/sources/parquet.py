@@ -145,7 +145,8 @@ class ParquetFolder:
             names_of.setdefault(split_of(file.removesuffix(".parquet")) or split_of(parent), []).append(name)
         files: dict[Split, list[str]] = {"train": names_of.get("train") or names_of.get(None) or []}
         if not files["train"]:
-            raise ValueError(f"source {self.shown} must have files of the train split, got {_listed(names)}")
+            listed = ", ".join(map(printable, names[:20]))
+            raise ValueError(f"source {self.shown} must have files of the train split, got {listed}")
         if val := names_of.get("val") or names_of.get("test"):  # test files are val only without validation files
             files["val"] = val
         used = {name for part in files.values() for name in part}
@@ -249,7 +250,3 @@ def _image_bytes(image: bytes | None, name: str) -> bytes:
         limit = size_text(MAX_IMAGE_BYTES)
         raise UnreadableImageError(f"image {name} must have at most {limit}, got more", reason="too large")
     return image
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join([printable(name) for name in names[:20]] + ["..."] * (len(names) > 20))
