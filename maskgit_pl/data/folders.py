@@ -175,10 +175,6 @@ def check_only_known(folder: Path, expected_files: Collection[str]) -> None:
 
     What file managers put into the folders that they show is not counted.
 
-    Args:
-        folder: Folder to replace later, which need not exist.
-        expected_files: Files that may be there, relative to it.
-
     Raises:
         FileExistsError: if there are others. The message names up to three.
     """

@@ -49,24 +49,15 @@ _DEATH_SECONDS = 1.0  # longest time in which a process ends after its connectio
 
 @dataclass(eq=False)
 class ImageBatches(Dataset[Batch]):
-    """A dataset of whole batches of images, decoded and cropped in the worker.
-
-    Args:
-        reader: The split.
-        order: Maps positions to samples.
-        image_size: Side of square images, or (height, width), in pixels.
-        in_channels: Channels of the images, 1 or 3.
-        augmentations: Crops and flips; by default the centre of each image.
-        seed: Seed of the augmentations, in [0, 2**32).
-    """
+    """A dataset of whole batches of images, decoded and cropped in the worker."""
 
     reader: ShardReader
-    order: Order
+    order: Order  # from positions to samples
     _: KW_ONLY
-    image_size: ImageSize
-    in_channels: int
+    image_size: ImageSize  # side of square images, or (height, width), in pixels
+    in_channels: int  # 1 or 3
     augmentations: Augmentations = CENTER
-    seed: int = 0
+    seed: int = 0  # of the augmentations, in [0, 2**32)
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, in_channels, H, W) uint8, channels-last.
@@ -123,18 +114,12 @@ class ImageBatches(Dataset[Batch]):
 
 @dataclass(eq=False)
 class TokenBatches(Dataset[Batch]):
-    """A dataset of whole batches of tokens; each batch is one gather from the memory-mapped store.
-
-    Args:
-        reader: The split of the store.
-        order: Maps positions to samples.
-        seed: Seed of the view of a sample in an epoch, if the store has several views.
-    """
+    """A dataset of whole batches of tokens; each batch is one gather from the memory-mapped store."""
 
     reader: TokenReader
-    order: Order
+    order: Order  # from positions to samples
     _: KW_ONLY
-    seed: int = 0
+    seed: int = 0  # of the view of a sample in an epoch, if the store has several views
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""

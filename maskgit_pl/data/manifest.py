@@ -266,11 +266,7 @@ class VectorReader:
 
 
 class ShardReader:
-    """A reader with random access to the samples of a split.
-
-    Args:
-        manifest: The split.
-    """
+    """A reader with random access to the samples of a split."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest

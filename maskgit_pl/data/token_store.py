@@ -192,16 +192,7 @@ def is_complete(folder: str | Path, description: StoreDescription) -> bool:
 
 
 class TokenReader:
-    """A reader of one split of a store.
-
-    Args:
-        folder: The store.
-        split: ``"train"`` or ``"val"``.
-        description: The store's description.
-
-    Attributes:
-        views: Rows of each sample, V.
-    """
+    """A reader of one split of a store, with ``views`` rows of each sample, V."""
 
     def __init__(self, folder: Path, split: Split, description: StoreDescription) -> None:
         self.folder = folder

@@ -51,18 +51,9 @@ log = logging.getLogger(__name__)
 def describe_store(
     path: str | Path, *, grid: tuple[int, int], codebook_size: int, tokenizer: str, image_size: ImageSize, **views: Any
 ) -> StoreDescription:
-    """Describes a token store of a data folder, for ``tokenize``.
+    """Describes a token store of the data folder ``path``, for ``tokenize``.
 
-    Args:
-        path: The data folder.
-        grid: See ``StoreDescription``, as for the others.
-        codebook_size: Codebook size.
-        tokenizer: Fingerprint of the tokenizer's weights.
-        image_size: Size of the images that the tokenizer encodes.
-        views: The fields ``crops``, ``flip``, ``precision`` and ``augmentations``.
-
-    Raises:
-        ValueError: if ``crops`` is out of range.
+    For the arguments, see ``StoreDescription``; ``views`` are crops, flip, precision and augmentations.
     """
     summary = read_manifest_summary(path)
     samples = cast("dict[Split, int]", dict(summary.samples))

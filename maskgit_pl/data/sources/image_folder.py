@@ -59,11 +59,7 @@ class ImageFolder:
     a tar give the same shards. If one image has a vector, all must have one, of the same size and type.
 
     Args:
-        path: The folder or the archive.
-        classes: Class names, for the forms 1 and 3.
-        val_fraction: Fraction of the files that become val if there are no split folders, in (0, 1).
-        label_field: Column of the labels in a metadata file.
-        vectors: True to read vectors; False leaves out all ``.npy`` files.
+        path: The folder or the archive; for the other arguments, see ``open_source``.
 
     Raises:
         FileNotFoundError: if there is no such folder or archive.

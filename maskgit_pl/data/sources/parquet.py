@@ -58,10 +58,7 @@ class ParquetFolder:
     val samples.
 
     Args:
-        folder: The folder.
-        classes: Class names, if the files have none. If all labels are texts, these are all that may occur.
-        val_fraction: Fraction of the rows that become val if there is no val split, in (0, 1).
-        label_field: Column of the labels.
+        folder: The folder; for the other arguments, see ``open_source``.
 
     Raises:
         ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class,
