@@ -167,13 +167,9 @@ _STREAMS = {"random_crop": "crop", "flip": "flip"}  # of randomness
 
 @dataclass(frozen=True)
 class Augmentations:
-    """The augmentations of a recipe.
+    """The augmentations of a recipe."""
 
-    Args:
-        parts: The augmentations by name, in the order in which they are applied.
-    """
-
-    parts: Mapping[str, Augmentation]
+    parts: Mapping[str, Augmentation]  # by name, in the order in which they are applied
 
     def draw(self, index: Tensor, epoch: Tensor, *, seed: int) -> list[Augment]:
         """Draws the random numbers of images, and returns a function for each image.

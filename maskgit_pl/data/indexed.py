@@ -48,9 +48,6 @@ class IndexedDataset(Dataset[Batch]):
         seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
         augmentations: Names or mappings of registered augmentations, functions of (seed, index, epoch); None
             for the central crop.
-
-    Raises:
-        ValueError: if a value is out of range.
     """
 
     dataset: Dataset[Any]

@@ -72,29 +72,17 @@ class VectorArray(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of one split of a data folder.
-
-    Args:
-        folder: The data folder.
-        split: ``"train"`` or ``"val"``.
-        shards: The shards, in the order in which samples are numbered.
-        classes: Class names; label i is ``classes[i]``.
-        images: Range of the image sizes.
-        index_sha256: Hash of the rows of the index file, hex.
-        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
-        left_out: Number of samples in the tars but not in the index, by kind of fault.
-        vectors: The array of the vectors; None if the samples have none.
-    """
+    """The manifest of one split of a data folder."""
 
     folder: Path
     split: Split
-    shards: tuple[Shard, ...]
-    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]  # in the order in which samples are numbered
+    classes: tuple[str, ...]  # label i is ``classes[i]``
     images: ImageRange
-    index_sha256: str
-    labels: str = "cls"
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    vectors: VectorArray | None = None
+    index_sha256: str  # of the rows of the index file, hex
+    labels: str = "cls"  # their source: cls, json:FIELD or none
+    left_out: Mapping[str, int] = field(default_factory=dict)  # samples that are not in the index, by kind of fault
+    vectors: VectorArray | None = None  # None if the samples have none
 
     @property
     def samples(self) -> int:
@@ -118,21 +106,13 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The facts about a data folder that recipes and commands use before torch is imported.
+    """The facts about a data folder that recipes and commands use before torch is imported."""
 
-    Args:
-        classes: Class names; label i is ``classes[i]``.
-        samples: Number of samples of each split.
-        images: Range of the image sizes over all splits.
-        fingerprint: SHA-256, hex, of all manifests.
-        vectors: Size and type of the vectors of the samples; None if they have none.
-    """
-
-    classes: tuple[str, ...]
-    samples: Mapping[str, int]
-    images: ImageRange
-    fingerprint: str
-    vectors: VectorKind | None = None
+    classes: tuple[str, ...]  # label i is ``classes[i]``
+    samples: Mapping[str, int]  # number of samples of each split
+    images: ImageRange  # over all splits
+    fingerprint: str  # SHA-256, hex, of all manifests
+    vectors: VectorKind | None = None  # None if the samples have none
 
     @property
     def num_classes(self) -> int:

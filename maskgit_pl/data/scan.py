@@ -100,9 +100,6 @@ def scan_shard(path: Path, labels: Labels, *, vectors: bool = True) -> ShardScan
         path: The tar.
         labels: Source of the labels.
         vectors: True to read ``.npy`` members as vectors; False ignores them.
-
-    Raises:
-        OSError: if the file cannot be opened or read, or is not a regular file.
     """
     with open(open_regular(path), "rb") as file:
         scan, damage, digest = _Scan(file.fileno(), path.name, labels, vectors=vectors), "", ""

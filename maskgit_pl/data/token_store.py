@@ -43,39 +43,24 @@ _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 class StoreDescription:
     """The description of a store: its content and its origin.
 
-    Args:
-        grid: Height and width of the token grid.
-        codebook_size: Codebook size K; tokens lie in [0, K).
-        image_size: Size of the images that were encoded: a side, or (height, width), in pixels.
-        tokenizer: Fingerprint of the tokenizer's weights.
-        data: Fingerprint of the data folder.
-        classes: Class names.
-        samples: Number of samples of each split.
-        crops: Crops of each training image: the central one, then random or augmented ones.
-        flip: True if each training crop is also stored mirrored.
-        precision: Precision of the tokenizer's computation, ``"float32"`` or ``"bfloat16"``.
-        augmentations: Augmentations of the other crops, see ``augmentations_text``; empty for random crops.
-        replaced: Unreadable samples of each split, each with the sample whose tokens and label it has.
-            Comparison of descriptions ignores this field and the next.
-        sha256: Hash of each array's file by its name, ``{"train-tokens": hex, ...}``; empty until the store
-            is finished.
-
     Raises:
         ValueError: if ``crops`` is out of range.
     """
 
-    grid: tuple[int, int]
-    codebook_size: int
-    image_size: ImageSize
-    tokenizer: str
-    data: str
+    grid: tuple[int, int]  # height and width of the token grid
+    codebook_size: int  # K; tokens lie in [0, K)
+    image_size: ImageSize  # of the images that were encoded: a side, or (height, width), in pixels
+    tokenizer: str  # fingerprint of its weights
+    data: str  # fingerprint of the data folder
     classes: tuple[str, ...]
-    samples: Mapping[Split, int]
-    crops: int = 1
-    flip: bool = False
-    precision: str = "float32"
-    augmentations: str = ""
+    samples: Mapping[Split, int]  # number of samples of each split
+    crops: int = 1  # of each training image: the central one, then random or augmented ones
+    flip: bool = False  # True if each training crop is also stored mirrored
+    precision: str = "float32"  # of the tokenizer's computation; or bfloat16
+    augmentations: str = ""  # of the other crops, see ``augmentations_text``; empty for random crops
+    # Unreadable samples of each split, each with the sample whose tokens and label it has.
     replaced: Mapping[Split, tuple[tuple[int, int], ...]] = field(default_factory=dict, compare=False)
+    # Hash of each array's file by its name, {"train-tokens": hex, ...}; empty until the store is finished.
     sha256: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:

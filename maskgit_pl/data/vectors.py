@@ -132,8 +132,7 @@ def open_array(path: Path) -> npt.NDArray[Any]:
 def _parse_header(header: bytes) -> tuple[VectorKind, int]:
     """Parses a header. The vectors of a data set have the same one, so almost every call finds it in the cache.
 
-    Raises:
-        ValueError: if it is not the header of a vector. The message continues "vector NAME must ".
+    The ``ValueError`` of another header continues the text "vector NAME must ".
     """
     if len(header) > _MAX_HEADER_BYTES:
         raise ValueError(f"have a header of at most {_MAX_HEADER_BYTES} bytes, got more")

@@ -205,8 +205,7 @@ class ParquetFolder:
 def _read(path: Path, title: str, *arguments: str) -> Iterator[bytes | None]:
     """Yields the records of a file that a child process reads; see ``parquet_child`` for its arguments.
 
-    Raises:
-        ValueError: if the child reports an error, or ends early. The message begins with ``title``.
+    A ``ValueError`` that begins with ``title`` is raised if the child reports an error, or ends early.
     """
     os.close(open_regular(path))  # rejects a FIFO or a device, which would block
     # A thread of OpenBLAS takes 40 MB of the bound.
