@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import Dataset, public_datasets
@@ -159,7 +160,7 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
         )
     if result.faults:
-        files = f"{len(result.faults)} files differ from the manifest or have unreadable images"
+        files = count_text(len(result.faults), "damaged file")
         raise ValueError("\n  ".join([f"data {folder}: {files}:", *result.faults]))
     print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
     if (folder / "train.json").is_file():

@@ -39,15 +39,10 @@ _SHOWN_CLASSES = 10
 
 
 class Verification(NamedTuple):
-    """The result of ``verify_shards``.
+    """The result of ``verify_shards``."""
 
-    Args:
-        amount: Amount of data that was read, such as ``"3 shards, 12 samples, 61.4 kB"``.
-        faults: A line for each file that differs from its manifest, which begins with the name of the file.
-    """
-
-    amount: str
-    faults: tuple[str, ...]
+    amount: str  # of data that was read, such as "3 shards, 12 samples, 61.4 kB"
+    faults: tuple[str, ...]  # a line for each file that differs from its manifest, which begins with its name
 
 
 def verify_shards(

@@ -126,7 +126,7 @@ def test_verify_prints_counts_or_a_list_of_damaged_files(tars, maskgit):
     content[3 * 1024] ^= 1
     (tars / "00002.tar").write_bytes(content)
     head, *faults = maskgit("data", "verify", tars).error.splitlines()
-    assert "2 files differ from the manifest" in head
+    assert "2 damaged files:" in head
     assert [line.split()[0] for line in faults] == ["00000.tar:", "00002.tar:"]
     assert "20480 bytes expected, got 3072" in faults[0]
 
