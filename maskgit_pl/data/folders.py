@@ -206,7 +206,7 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
 
     Raises:
         ValueError: if another process holds the lock.
-        PermissionError: if its file cannot be opened.
+        PermissionError: if its file belongs to another user and cannot be opened.
     """
     real = Path(os.path.realpath(target))  # one lock for all links to the target
     path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
@@ -219,9 +219,9 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
         lock.acquire(timeout=0.2)  # a holder that ends removes the file: then another one is made
     except Timeout as error:
         raise ValueError(f"{target} is in use by {_read_holder(path)}; wait until it ends, or {hint}") from error
-    except PermissionError:
-        raise
     except OSError as error:
+        if isinstance(error, PermissionError) and path.exists():  # of another user
+            raise
         log.warning("%s cannot be locked (%s); make sure that only one process writes to it", target, error.strerror)
     try:
         yield
