@@ -1,4 +1,4 @@
-"""Batches for training and validation from shards of images, a token store, or any map-style dataset."""
+"""Batches for training and validation from shards of images, a token store, a stream, or any map-style dataset."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from maskgit_pl.data.indexed import IndexedDataModule, IndexedDataset
     from maskgit_pl.data.module import ShardData, ShardDataConfig
     from maskgit_pl.data.order import InOrder, ShuffledStream, split_batch
+    from maskgit_pl.data.stream import StreamConfig
     from maskgit_pl.data.tokenize_options import TokenizingConfig
     from maskgit_pl.data.tokenizing import describe_store, tokenize
 
@@ -22,6 +23,7 @@ __all__ = [
     "ShardData",
     "ShardDataConfig",
     "ShuffledStream",
+    "StreamConfig",
     "TokenizingConfig",
     "describe_store",
     "flip",
@@ -33,6 +35,7 @@ _HOMES = {
     "indexed": ("IndexedDataModule", "IndexedDataset"),
     "module": ("ShardData", "ShardDataConfig"),
     "order": ("InOrder", "ShuffledStream", "split_batch"),
+    "stream": ("StreamConfig",),
     "tokenize_options": ("TokenizingConfig",),
     "tokenizing": ("describe_store", "tokenize"),
 }

@@ -4,11 +4,13 @@ Used by ``maskgit data index`` for existing shards (such as those of open_clip a
 ``writer``. Faults that would silently lose samples are rejected in one list, with the ways out, or left out
 and counted with ``lenient``.
 
-Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``.
+Shards are named by a folder, a glob or braces such as ``train-{00000..01023}.tar``. A few characters can stand for any
+number of names and ``braceexpand`` keeps each range in memory, so the number is bounded before the expansion.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections import Counter
@@ -20,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
 
-from maskgit_pl.checks import check_number
+from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import (
     Manifest,
@@ -44,6 +46,10 @@ from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
 
+_MAX_NAMES = 1_000_000  # of a pattern
+_MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
 _VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
@@ -92,11 +98,12 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     Raises:
         ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
     """
-    folder, paths = Path(folder), set[Path]()
+    folder = Path(folder)
     try:
-        names = braceexpand(pattern)
+        names = expand_braces(pattern)
     except ValueError as error:
-        raise ValueError(f"shard pattern {pattern!r} must close its braces") from error
+        raise ValueError(f"shard pattern: {error}") from error
+    paths: set[Path] = set()
     for name in names:
         if not name or name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got another path")
@@ -168,8 +175,44 @@ def split_shards(
 
 
 def _glob_files(folder: Path, pattern: str) -> list[Path]:
-    """Returns the files in a folder that match a glob, sorted, without hidden files."""
-    return sorted(path for path in folder.glob(pattern) if not path.name.startswith(".") and not path.is_dir())
+    """Returns the files in a folder that match a glob, sorted, without hidden files.
+
+    Raises:
+        ValueError: if the pattern is no glob.
+    """
+    try:
+        paths = list(folder.glob(pattern))
+    except ValueError as error:
+        raise ValueError(f"shard pattern {pattern!r} must be a glob: {error}") from error
+    return sorted(path for path in paths if not path.name.startswith(".") and not path.is_dir())
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """Expands the braces of a pattern.
+
+    Args:
+        pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; not nested.
+
+    Returns:
+        The names, in the order of a shell; the pattern itself if it has no braces.
+
+    Raises:
+        ValueError: if the braces do not close or are nested, or the pattern has more than 1,000,000 names.
+    """
+    if re.search(r"[{}]", _BRACES.sub("", pattern)):
+        raise ValueError(f"braces must close, and not be nested, got {shorten(pattern)}")
+    count = math.prod(map(_count_choices, _BRACES.findall(pattern)))
+    if count > min(_MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
+        raise ValueError(f"a pattern must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
+    return list(braceexpand(pattern))
+
+
+def _count_choices(braces: str) -> int:
+    """Returns the number of names of the content of braces at most: the step of a range is not counted."""
+    if (ends := _RANGE.fullmatch(braces)) is None:
+        return 1 + braces.count(",")
+    first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups())
+    return abs(last - first) + 1
 
 
 def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:

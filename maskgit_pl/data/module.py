@@ -1,4 +1,4 @@
-"""The LightningDataModule of shards and token stores, for both training stages, and its configuration.
+"""The LightningDataModule of shards, token stores and streams, for both training stages, and its configuration.
 
 The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` and the evaluation.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ from maskgit_pl.data.manifest import (
     read_manifest_summary,
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
+from maskgit_pl.data.stream import StreamBatches, StreamConfig
 from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
 from maskgit_pl.data.vectors import VectorKind
 from maskgit_pl.decoding.predictors import VectorPool
@@ -55,7 +56,8 @@ class ShardDataConfig:
 
     Args:
         path: Data folder: shards with manifests (see data/README.md).
-        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them.
+        source: ``"images"`` decodes the shards, ``"tokens"`` reads a token store made from them, ``"stream"``
+            trains on shards that cannot be indexed and uses the folder for validation and the class names.
         token_store: Folder of the token store; required for ``"tokens"``, else unused.
         image_size: Side of square images, or [height, width], in pixels. The largest part of an image with
             this shape is cropped and resized.
@@ -73,6 +75,7 @@ class ShardDataConfig:
         validation_samples: Number of samples to validate on, the first of the split; None takes all.
         num_workers: Number of processes on each rank that read and decode; 0 reads in the training process.
         seed: Seed of order and crops, in [0, 2**32).
+        stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
             0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``.
         vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
@@ -82,7 +85,7 @@ class ShardDataConfig:
     """
 
     path: str
-    source: Literal["images", "tokens"] = "images"
+    source: Literal["images", "tokens", "stream"] = "images"
     token_store: str | None = None
     image_size: ImageSize = 256
     in_channels: int = 3
@@ -95,6 +98,7 @@ class ShardDataConfig:
     validation_samples: int | None = None
     num_workers: int = 0
     seed: int = 0
+    stream: StreamConfig | None = None
     unreadable_budget: float = 1e-4
     vectors: bool = False
 
@@ -111,7 +115,9 @@ class ShardDataConfig:
         for name, interval in (("views", "[1, 65536]"), ("validation_samples", "[1, 4294967296]")):
             if getattr(self, name) is not None:
                 check_integer(f"data.{name}", getattr(self, name), interval)
-        check_choice("data.source", self.source, ("images", "tokens"))
+        check_choice("data.source", self.source, ("images", "tokens", "stream"))
+        if self.source == "stream" and (self.stream is None or self.vectors):
+            raise ValueError("data.stream.urls must be given and data.vectors be false for data.source: stream")
         if self.source == "tokens" and self.token_store is None:
             raise ValueError(
                 "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
@@ -140,6 +146,7 @@ class ShardData(StepDataModule):
     def __init__(self, config: ShardDataConfig) -> None:
         super().__init__()
         self.config = config
+        self.stream = config.stream if config.source == "stream" else None
         self._readers: dict[Split, ShardReader] = {}
         self._vectors: dict[Split, VectorReader] = {}
 
@@ -151,7 +158,7 @@ class ShardData(StepDataModule):
     @property
     def fingerprint(self) -> str:
         """The SHA-256, hex, that identifies the data: a run may find the same data in another folder."""
-        return self.summary.fingerprint
+        return self.summary.fingerprint if self.stream is None else self.stream.fingerprint
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -183,8 +190,8 @@ class ShardData(StepDataModule):
 
     @property
     def resizing(self) -> str | None:
-        """The sentence of ``describe_resizing`` about the images of the folder, if there is one."""
-        return describe_resizing(self.summary.images, self.config.image_size)
+        """The sentence of ``describe_resizing`` about the images of the folder; None for a stream."""
+        return None if self.stream is not None else describe_resizing(self.summary.images, self.config.image_size)
 
     def warn_if_resized(self) -> None:
         """Logs ``resizing`` on rank 0, if there is one."""
@@ -207,10 +214,10 @@ class ShardData(StepDataModule):
         """
         split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
         if self._tokens is None:  # opens and checks the token store, if there is one
-            for split, manifest in load_manifests(self.config.path).items():
+            for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
         if self.vector_dim:
-            for split in get_args(Split):
+            for split in self._splits_of_folder:
                 self._vector_reader(split)
 
     def train_dataloader(self) -> DataLoader[Batch]:
@@ -219,16 +226,29 @@ class ShardData(StepDataModule):
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
-        num_samples = self.summary.samples["train"]
-        order = self._train_order(num_samples, per_device=per_device, accumulation=accumulation)
-        stream = ShuffledStream(num_samples, self.config.seed)
-        dataset = self.batches("train", stream, augmentations=self.config.train_augmentations)
-        return self._loader("train", dataset, order)
+        order = self._train_order(self._train_samples, per_device=per_device, accumulation=accumulation)
+        if self.stream is not None:
+            batches = StreamBatches(
+                self.stream,
+                self.class_names,
+                image_size=self.config.image_size,
+                in_channels=self.config.in_channels,
+                augmentations=self.config.train_augmentations,
+                seed=self.config.seed,
+                unreadable_budget=self.config.unreadable_budget,
+                rank=self._rank,
+                world_size=self._world_size,
+                first_step=self._current_step(),
+            )
+            return self._loader(batches, order)
+        order_of_samples = ShuffledStream(self.summary.samples["train"], self.config.seed)
+        dataset = self.batches("train", order_of_samples, augmentations=self.config.train_augmentations)
+        return self._loader(dataset, order, vectors_of="train")
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's batches of the val split, each sample once over all ranks."""
         order = self._eval_order(self._validation_samples, per_device=self.config.validation_batch)
-        return self._loader("val", self.batches("val", InOrder(self._validation_samples)), order)
+        return self._loader(self.batches("val", InOrder(self._validation_samples)), order, vectors_of="val")
 
     def batches(
         self, split: Split, order: Order, *, augmentations: Augmentations = CENTER
@@ -279,17 +299,28 @@ class ShardData(StepDataModule):
         return self._vectors[split]
 
     @property
+    def _splits_of_folder(self) -> tuple[Split, ...]:
+        """The splits that are read from the data folder."""
+        return ("train", "val") if self.stream is None else ("val",)
+
+    @property
+    def _train_samples(self) -> int:
+        return self.summary.samples["train"] if self.stream is None else self.stream.samples
+
+    @property
     def _validation_samples(self) -> int:
         samples, limit = self.summary.samples["val"], self.config.validation_samples
         return samples if limit is None else min(samples, limit)
 
-    def _loader(self, split: Split, dataset: Dataset[Batch], order: Sampler[range]) -> DataLoader[Batch]:
+    def _loader(
+        self, dataset: Dataset[Batch], order: Sampler[range], *, vectors_of: Split | None = None
+    ) -> DataLoader[Batch]:
         return make_loader(
             dataset,
             order,
             num_workers=self.config.num_workers,
             unreadable_budget=self.config.unreadable_budget,
-            vectors=self._vector_reader(split) if self.vector_dim else None,
+            vectors=self._vector_reader(vectors_of) if vectors_of is not None and self.vector_dim else None,
         )
 
     @cached_property

@@ -215,11 +215,12 @@ def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Pla
     plan, summary = Plan(recipe, shards=Path(data or ""), folder=folder), None
     with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
-        for split in ("train", "val"):
-            load_manifest(plan.shards, split)
-        summary = read_manifest_summary(plan.shards)
-        counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
-        report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
+        if recipe.get("data.source") != "stream":
+            for split in ("train", "val"):
+                load_manifest(plan.shards, split)
+            summary = read_manifest_summary(plan.shards)
+            counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
+            report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
     if plan.stage == "transformer":
         with report.catch("tokenizer"):
             others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
@@ -252,7 +253,8 @@ def _build(
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
     run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
-    run.datamodule.setup()
+    if run.datamodule.stream is None:
+        run.datamodule.setup()
     report.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
     if run.datamodule.resizing is not None:
         report.add("image size", run.datamodule.resizing, "warning")

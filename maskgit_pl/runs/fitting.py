@@ -423,6 +423,10 @@ def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
         log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_resized()
+    if run.datamodule.stream is not None:
+        log.info(
+            "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
+        )
     resuming = f"; resuming from {newest.name}" if newest else ""
     log.info("%s: global batch %s%s", plan.stage_folder, _describe_batch(run), resuming)
 
@@ -446,6 +450,8 @@ def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, 
 
 
 def _describe_data(run: StageRun, plan: Plan) -> str:
+    if run.datamodule.config.source == "stream":
+        return "a stream of shards"
     summary = run.datamodule.summary
     counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
     parts = (f"{plan.shards}: {counts}", count_text(summary.num_classes, "class"), run.datamodule.resizing)

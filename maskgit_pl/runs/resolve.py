@@ -93,7 +93,7 @@ def adapt_to_few_images(recipe: Recipe, shards: Path) -> Recipe:
     """
     passes, batch, source = (recipe.get(key) for key in ("max_passes", "data.global_batch", "data.source"))
     steps = value_at(recipe.base, "trainer.max_steps")
-    if passes is None or batch is None or steps is None:
+    if passes is None or batch is None or steps is None or source == "stream":  # streams do not count their images
         return recipe
     images = read_manifest_summary(shards).samples["train"]
     limit = min(steps, max(_LEAST_STEPS, passes * images // batch))

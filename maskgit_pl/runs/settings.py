@@ -161,7 +161,7 @@ class RunSettings:
         cpu_threads: Number of CPU threads of torch; None leaves it to torch.
         max_passes: Maximum number of passes over the training images. For small data sets, which a model would learn by
             heart, it lowers ``trainer.max_steps`` of the recipe files (not below 400) and their warm-up, and a token
-            store gets eight views of each image; flags override each of these. None: no limit.
+            store gets eight views of each image; flags override each of these. None, or a stream: no limit.
         loggers: Trackers that get metrics and pictures: names or mappings of registered loggers.
         callbacks: Further callbacks: names or mappings of registered callbacks.
         profiler: Name or mapping of a registered profiler; None for none.

@@ -226,7 +226,8 @@ def check_submission(submission: Submission) -> str:
     with hide_launcher(), build.restore_process_state():
         run = build.build(replace(plan, recipe=plan.recipe.with_overrides(here)))
     data, steps = run.datamodule, run.trainer.max_steps
-    data.setup()
+    if data.config.source != "stream":
+        data.setup()
     start = fitting.describe_start(plan.stage_folder, steps)
     return f"{start}; {job.nodes * job.devices} ranks share a global batch of {data.config.global_batch}; {steps} steps"
 

@@ -1,5 +1,7 @@
 """``maskgit train``, ``tokenize``, ``doctor`` and ``demo`` as a user calls them; ``test_mistakes`` has the refusals."""
 
+import functools
+import http.server
 import json
 import os
 import re
@@ -8,7 +10,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -22,8 +25,9 @@ from maskgit_pl.evaluation.demo_steps import plan_demo
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
 from maskgit_pl.runs import fitting
 from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.conftest import Answer, refused
-from tests.conftest import save_tiny_pretrained, tiny_flags
+from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.test_makefile import run_make
 
 
@@ -256,6 +260,40 @@ def test_runs_with_the_same_tokenizer_and_data_share_their_tokens(tokenize, runs
 def test_a_recipe_that_reads_images_makes_no_tokens(tokenize, runs):
     assert tokenize("--data.source=images").out == "data.source images: stage 2 reads no tokens; nothing to do\n"
     assert not runs.exists()
+
+
+# Data of a web server
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
+    """A folder of shards, and its address on a server of this machine."""
+    folder = save_uneven_shards(tmp_path_factory.mktemp("web") / "shards", (7, 5, 9, 4), (3, 8))
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        yield folder, f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
+def test_a_stage_trains_from_a_stream_and_resumes(served, maskgit, tiny_pretrained, tmp_path, stage):
+    folder, address = served
+    stream = (
+        "--data.source=stream", "--data.stream.samples=25", "--data.stream.shuffle_buffer=5",
+        f"--data.stream.urls={address}/train-{{000000..000003}}.tar",
+    )  # fmt: skip
+    tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
+    tiny = [word for word in tiny_flags(stage) if "num_classes" not in word]  # the folder has it
+    where = ("--data", folder, "--runs-folder", tmp_path, "--run", "one", *tokenizer, *tiny)
+    train = functools.partial(maskgit, "train", stage, *where, *stream)
+    assert "a resumed run starts another order of shards" in train("--trainer.max_steps=3").out
+    assert (tmp_path / "one" / "pretrained" / stage / "model.safetensors").is_file()
+    assert train("--trainer.max_steps=5").code == 0
+    assert newest_checkpoint(tmp_path / "one" / stage / "checkpoints").name == "step-00000005"
+    refused(train("--trainer.max_steps=6", "--data.stream.urls=other.tar"), "settings changed")  # is another run
+    refused(train("--run=two", "--data.stream.urls=pipe:cat x"), "'pipe:cat x'")
 
 
 # The check of a run

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import pytest
 
-from maskgit_pl.data.index import find_shards, index_shards, locate_shards, split_shards
+from maskgit_pl.data.index import expand_braces, find_shards, index_shards, locate_shards, split_shards
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from tests.data_folders import spy_on_disk
 
@@ -106,6 +106,16 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
     assert {file.name for file in tmp_path.iterdir()} == {"x.tar", "train.json", "train.npy"}
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    ["{0..1099511627776}.tar", "{a,b}" * 60, "{{a,b},c}.tar", "{0..999999}" + "x" * 4000, "{" * 2000 + "}" * 2000],
+    ids=lambda pattern: pattern[:20],
+)
+def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
+    with pytest.raises(ValueError, match=r"shard pattern: (a pattern|braces) must .*got"):
+        find_shards(tmp_path, pattern)
+
+
 def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
     for name in ("imagenet1k-train-0000", "imagenet1k-validation-00", "imagenet1k-test-00"):
         tars.write(tmp_path / f"{name}.tar", tars.samples(1))
@@ -138,11 +148,10 @@ def test_urls_and_commands_are_refused_by_name(place):
 def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     names = ["train-000000.tar", "train-000001.tar"]
     assert [p.name for p in find_shards(folder, "train-{000000..000001}.tar")] == names
+    assert expand_braces("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]  # the order of a shell
     assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
     with pytest.raises(ValueError, match="train-000002"):
         find_shards(folder, "train-{000000..000002}.tar")
-    with pytest.raises(ValueError, match="must close its braces"):
-        find_shards(folder, "train-{000000..000002.tar")
     for pattern in ("../*.tar", "/etc/*"):
         with pytest.raises(ValueError, match="got another path"):
             find_shards(folder, pattern)

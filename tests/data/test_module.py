@@ -51,7 +51,7 @@ def test_tokens_and_images_give_the_same_samples_in_the_same_order(folder, store
 
 @pytest.mark.parametrize(
     "options",
-    [{"source": "tokens"}, {"crop": "left"},
+    [{"source": "stream"}, {"source": "tokens"}, {"crop": "left"},
      {"source": "tokens", "token_store": "x", "crop": "random"}],
 )  # fmt: skip
 def test_arguments_that_contradict_each_other_are_refused(folder, options):

@@ -17,6 +17,7 @@ import torch
 from maskgit_pl.data import (
     ShardData,
     ShardDataConfig,
+    StreamConfig,
     TokenizingConfig,
     describe_store,
     tokenize,
@@ -302,6 +303,8 @@ def test_vectors_are_refused_by_name_where_there_are_none(folder, tmp_path: Path
         open_data(plain, vectors=True)
     assert open_data(folder).vector_dim == 0
     assert open_data(folder, vectors=True).vector_dim == DIM
+    with pytest.raises(ValueError, match=r"data\.vectors be false for data\.source: stream"):
+        ShardDataConfig(str(folder), source="stream", stream=StreamConfig("x.tar", 1), vectors=True)
 
 
 @pytest.mark.parametrize("is_set_up", [False, True])

@@ -86,6 +86,7 @@ def test_values_from_python_are_read_like_flags(tmp_path):
         "model.mask_schedule": {"name": "pow", "exponent": 1e-3},
         "data.validation_samples": None,
         "data.num_workers": 0,
+        "data.stream": {"urls": ["'a'", "#b: c"], "samples": 3},
     }
     recipe = Recipe.from_files("transformer", [], values)
     expected = {**values, "data.path": str(tmp_path), "model.optimizer.betas": [0.9, 0.99]}
@@ -193,6 +194,7 @@ WRONG = [  # text of a file, flags, stage, error
     ("", ["--model.network.backbone=null"], "transformer", "flag --model.network.backbone must be a string"),
     ("", ["--loggers=[{name: [a]}, {name: [a]}]"], "tokenizer", "flag --loggers must be different"),
     ("", ["--trainer.limit_val_batches={a: 1}"], "tokenizer", "flag --trainer.limit_val_batches must be an integer"),
+    ("", ["--data.stream={urls: 3, samples: x}"], "tokenizer", "flag --data.stream.*urls must be a string or"),
     ("", ["--model.mask_shedule=log"], "transformer", "flag --model.mask_shedule: unknown key .*'model.mask_sch"),
     ("", ["cosine"], "transformer", "unrecognized argument"),
     ("", ["--data.seed", "--x=1"], "transformer", "flag --data.seed must have a value"),

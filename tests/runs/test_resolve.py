@@ -202,3 +202,8 @@ def test_a_budget_follows_the_number_of_images(tiny_shards, tmp_path, budget, im
 def test_few_images_get_no_views_if_the_recipe_crops_them(tiny_shards):
     crops = {"data.source": "tokens", "max_passes": 1, "data.augmentations": ["random_crop"]}
     assert adapt_to_few_images(Recipe.read("transformer", overrides=crops), tiny_shards).get("data.views") is None
+
+
+def test_a_stream_has_no_passes(tiny_shards):
+    recipe = Recipe.read("tokenizer", overrides={"max_passes": 1, "data.source": "stream", "data.stream.urls": ["a"]})
+    assert adapt_to_few_images(recipe, tiny_shards) is recipe
