@@ -22,35 +22,6 @@ if TYPE_CHECKING:
     from pydantic import TypeAdapter
     from pydantic_core import SchemaValidator
 
-__all__ = [
-    "CHANNELS",
-    "ImageSize",
-    "WrongValue",
-    "as_image_size",
-    "build_dataclass",
-    "check_channels",
-    "check_choice",
-    "check_class_names",
-    "check_image_size",
-    "check_integer",
-    "check_keys",
-    "check_number",
-    "check_seed",
-    "count_text",
-    "describe_wrong_values",
-    "did_you_mean",
-    "height_width",
-    "image_file_name",
-    "is_image_file_name",
-    "pixels_text",
-    "plain_list",
-    "plain_number",
-    "plain_size",
-    "shorten",
-    "type_adapter",
-    "validate",
-]
-
 ImageSize: TypeAlias = int | tuple[int, int]
 """The side of square images, or (height, width), in pixels."""
 
@@ -85,17 +56,11 @@ _RULES = {  # type of an error of pydantic -> what the value must be
 
 
 class WrongValue(NamedTuple):
-    """A wrong value.
+    """A wrong value, and the message."""
 
-    Args:
-        key: Keys that lead to the value, such as ``("data", "seed")``.
-        text: The message.
-        kind: ``missing`` for a required value, ``type``, or ``value`` for what a dataclass refuses.
-    """
-
-    key: tuple[str, ...]
+    key: tuple[str, ...]  # that leads to the value, such as ("data", "seed")
     text: str
-    kind: Literal["missing", "type", "value"]
+    kind: Literal["missing", "type", "value"]  # the last is what a dataclass refuses
 
 
 def shorten(value: object) -> str:
@@ -120,18 +85,12 @@ def did_you_mean(name: str, choices: Collection[str]) -> str:
 
 
 def check_integer(name: str, value: object, interval: str) -> int:
-    """Checks that ``value`` is an integer in ``interval``.
+    """Returns ``value`` if it is an integer in ``interval``; raises a ``ValueError`` if it is not.
 
     Args:
         name: Name of the value for the message, such as a flag.
         value: The value. A bool is not an integer.
         interval: Interval in mathematical notation, such as ``"[1, 1024]"``, ``"[0, inf)"`` or ``"[0, 2**32)"``.
-
-    Returns:
-        ``value``.
-
-    Raises:
-        ValueError: if ``value`` is not an integer or not in ``interval``.
     """
     if isinstance(value, bool) or not isinstance(value, int) or not _contains(interval, value):
         raise ValueError(f"{name} must be an integer in {interval}, got {shorten(value)}")
@@ -139,55 +98,29 @@ def check_integer(name: str, value: object, interval: str) -> int:
 
 
 def check_number(name: str, value: object, interval: str) -> float:
-    """Checks that ``value`` is a finite number in ``interval``.
+    """Returns ``value`` if it is a finite number, int or float, in ``interval``; raises a ``ValueError`` if it is not.
 
     Args:
         name: Name of the value for the message, such as a flag.
-        value: An int or a float. A bool is not a number.
+        value: The value. A bool is not a number.
         interval: Interval in mathematical notation, such as ``"[0, 1)"`` or ``"(0, inf)"``.
-
-    Returns:
-        ``value``.
-
-    Raises:
-        ValueError: if ``value`` is not a number, not finite, or not in ``interval``.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not _is_finite(value):
-        raise ValueError(f"{name} must be a finite number in {interval}, got {shorten(value)}")
-    if not _contains(interval, value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not _contains(interval, value):
         raise ValueError(f"{name} must be a number in {interval}, got {shorten(value)}")
     return value
 
 
 def check_seed(name: str, value: object) -> int:
-    """Checks that ``value`` is a seed: an integer in [0, 2**32).
-
-    Returns:
-        ``value``.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Returns ``value`` if it is a seed, an integer in [0, 2**32); raises a ``ValueError`` if it is not."""
     return check_integer(name, value, "[0, 2**32)")
 
 
 def check_choice(name: str, value: object, choices: Collection[str]) -> str:
-    """Checks that ``value`` is one of ``choices``.
-
-    Returns:
-        ``value``.
-
-    Raises:
-        ValueError: if it is not. The message lists the choices and names the closest one.
-    """
+    """Returns ``value`` if it is one of ``choices``; else raises a ``ValueError`` that names the closest one."""
     if not isinstance(value, str) or value not in choices:
         hint = did_you_mean(value, choices) if isinstance(value, str) else ""
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {shorten(value)}; {hint}".removesuffix("; "))
     return value
-
-
-def _is_finite(value: int | float) -> bool:
-    return isinstance(value, int) or math.isfinite(value)
 
 
 def _contains(interval: str, value: int | float) -> bool:
@@ -195,7 +128,7 @@ def _contains(interval: str, value: int | float) -> bool:
     low, high = (_end(word) for word in interval[1:-1].split(","))
     above = low < value if interval[0] == "(" else low <= value
     below = value < high if interval[-1] == ")" else value <= high
-    return above and below
+    return above and below and abs(value) != math.inf
 
 
 def _end(word: str) -> float:
@@ -228,16 +161,9 @@ def plain_list(value: object) -> list[Any] | None:
 
 
 def check_keys(where: str, given: Collection[str], *, known: Collection[str], required: Collection[str] = ()) -> None:
-    """Checks the keys of a mapping from a file.
+    """Raises a ``ValueError`` if a mapping has a key that is not ``known``, or lacks one that is ``required``.
 
-    Args:
-        where: File and key of the mapping, for the message.
-        given: Keys of the mapping.
-        known: Allowed keys.
-        required: Keys that must not be missing.
-
-    Raises:
-        ValueError: if a key is unknown (the message names the closest known key) or a required key is missing.
+    The message begins with ``where``, and names the closest known key.
     """
     for key in given:
         if key not in known:
@@ -251,19 +177,7 @@ def check_keys(where: str, given: Collection[str], *, known: Collection[str], re
 
 
 def check_class_names(where: str, names: object, num_classes: int) -> tuple[str, ...]:
-    """Checks the class names from a file.
-
-    Args:
-        where: File and key, for the message.
-        names: Value from the file, which must be a list of strings.
-        num_classes: Required number of names.
-
-    Returns:
-        ``names``.
-
-    Raises:
-        ValueError: if ``names`` is anything else.
-    """
+    """Returns the class names from a file; raises a ``ValueError`` if they are no list of ``num_classes`` strings."""
     if not isinstance(names, list | tuple) or len(names) != num_classes or not all(isinstance(n, str) for n in names):
         raise ValueError(f"{where} must be a list of {num_classes} strings, one for each class, got {shorten(names)}")
     return tuple(names)
@@ -413,18 +327,12 @@ def _refused_value(where: str, key: tuple[str, ...], message: str, fields_at: Fi
 
 
 def check_image_size(name: str, size: object, interval: str) -> ImageSize:
-    """Checks the size of images.
+    """Returns the size of images in its one form (see ``as_image_size``); raises a ``ValueError`` for anything else.
 
     Args:
         name: Name of the value for the message, such as a flag.
         size: An integer, or a list or tuple [height, width].
         interval: Range of a side, such as ``"[1, 8192]"``.
-
-    Returns:
-        The size in its one form; see ``as_image_size``.
-
-    Raises:
-        ValueError: if it is anything else, or a side is out of range.
     """
     if isinstance(size, list | tuple) and len(size) == 2:
         return as_image_size([check_integer(name, side, interval) for side in size])
@@ -436,11 +344,7 @@ def check_image_size(name: str, size: object, interval: str) -> ImageSize:
 
 
 def check_channels(name: str, channels: object) -> int:
-    """Checks the number of channels of images.
-
-    Raises:
-        ValueError: if it is not 1 or 3.
-    """
+    """Returns the number of channels of images if it is 1 or 3; raises a ``ValueError`` if it is not."""
     if isinstance(channels, bool) or not isinstance(channels, int) or channels not in CHANNELS:
         accepted = ", ".join(f"{number} ({what})" for number, what in CHANNELS.items())
         raise ValueError(f"{name} must be one of {accepted}, got {shorten(channels)}")
@@ -480,9 +384,7 @@ def count_text(count: int, noun: str) -> str:
 def image_file_name(label: int | None, seed: int) -> str:
     """Returns the name of the PNG file of a generated image, such as ``class-0003-seed-000007.png``.
 
-    Args:
-        label: Class of the image; None is "no class".
-        seed: Seed of the image.
+    The label None is "no class".
     """
     name = "no-class" if label is None else f"class-{label:04d}"
     return f"{name}-seed-{seed:06d}.png"

@@ -35,30 +35,6 @@ import unicodedata
 from types import TracebackType
 from typing import ClassVar
 
-__all__ = [
-    "BAD_INPUT",
-    "BROKEN_PIPE",
-    "INTERNAL_ERROR",
-    "INTERRUPTED",
-    "CannotWriteError",
-    "DataBudgetError",
-    "DataChangedError",
-    "DataWorkerError",
-    "NonFiniteError",
-    "PreemptedError",
-    "PrintableFormatter",
-    "RunError",
-    "code_span",
-    "describe_error",
-    "error_of_exit",
-    "exit_code_of",
-    "is_user_error",
-    "markdown",
-    "plain_label",
-    "printable",
-    "python_string",
-]
-
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
 INTERRUPTED = 130

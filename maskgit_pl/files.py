@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import shutil
 import stat
 import tempfile
 import uuid
@@ -31,30 +30,6 @@ from maskgit_pl.checks import shorten
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "NO_CODE",
-    "OutputError",
-    "TooLargeDirectoryError",
-    "check_plain",
-    "check_writable",
-    "follow_links",
-    "open_regular",
-    "open_zip",
-    "parse_any_json",
-    "parse_json",
-    "parse_size",
-    "parse_yaml",
-    "read_json",
-    "read_yaml",
-    "remove_partials",
-    "sha256_of",
-    "size_text",
-    "sync",
-    "write_atomically",
-    "write_tensors",
-    "write_text",
-]
-
 NO_CODE = "recipes name registered objects, not classes"
 
 _MAX_JSON_BYTES = 1_000_000
@@ -65,8 +40,8 @@ _MAX_DIRECTORY_BYTES = 2**30  # of a zip; 10 million entries with names of 60 le
 _SIGNATURE = b"PK\1\2"  # of an entry of a zip. Source: PKWARE, APPNOTE.TXT 6.3.10, section 4.3.12
 
 
-class OutputError(OSError, ValueError):
-    """A path has the name of something that is not replaced. An OSError too, for code that survives a failed write."""
+class PathError(OSError, ValueError):
+    """A path has something of another kind than is read or written. An OSError too, as of any file that cannot be."""
 
 
 @contextmanager
@@ -90,7 +65,7 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
 
     Raises:
         OSError: if the file cannot be written. The message names ``path``.
-        OutputError: if ``path`` is a folder, a device, a pipe or a broken link.
+        PathError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
     if path.is_symlink():
         partial_in = None  # the target may be on another file system
@@ -122,8 +97,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         metadata: Metadata for the header of the file.
 
     Raises:
-        OSError: if the disk is full or the folder is not writable. The partial file is removed.
-        OutputError: if ``file`` is a folder, a device, a pipe or a broken link.
+        OSError: See ``write_atomically``.
     """
     file = follow_links(file)
     from safetensors.torch import save_file
@@ -133,10 +107,8 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
         mode = stat.S_IMODE(partial.stat().st_mode)
         try:
             save_file(dict(tensors), partial, metadata=None if metadata is None else dict(metadata))
-        except SafetensorError as error:  # hides the errno of the system
-            needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(file.parent).free
-            code, sizes = errno.ENOSPC if free < needed else errno.EIO, f"{size_text(needed)}, {size_text(free)}"
-            raise OSError(code, f"{error}; it needs {sizes} are free", str(file)) from error
+        except SafetensorError as error:  # hides the errno of the system, and has its text
+            raise OSError(errno.EIO, str(error), str(file)) from error
         partial.chmod(mode)
         sync(partial)
 
@@ -202,19 +174,19 @@ def follow_links(path: Path, name: str = "output", *, is_folder: bool = False) -
     """Returns the file or folder that is written for a path: links are followed, so that a link stays one.
 
     Raises:
-        OutputError: if something of another kind is there, which a rename would replace even if it is a device, or a
+        PathError: if something of another kind is there, which a rename would replace even if it is a device, or a
             link leads to a folder that does not exist, such as one on a disk that is not mounted.
     """
     if path.exists() and not (path.is_dir() if is_folder else path.is_file()):
         kind = "folder" if path.is_dir() else "file" if path.is_file() else "device or pipe"
-        raise OutputError(
+        raise PathError(
             f"{name} must be a {'folder' if is_folder else 'file'}, got the {kind} {path}; give another path"
         )
     real = Path(os.path.realpath(path))
     nearest = next(ancestor for ancestor in (path.absolute(), *path.absolute().parents) if os.path.lexists(ancestor))
     # A link to nothing is written if it is the path itself, and the folder of its target exists.
     if not nearest.exists() and (real.is_symlink() or not real.parent.is_dir()):
-        raise OutputError(
+        raise PathError(
             f"{name} must lead to a folder that exists, got {path}, and {nearest} is a link to {os.readlink(nearest)}; "
             "make that folder, or give another path"
         )
@@ -232,16 +204,10 @@ def sync(path: Path) -> None:
 
 
 def open_regular(path: str | Path) -> int:
-    """Opens a regular file for reading.
-
-    Args:
-        path: Regular file, or a link to one.
-
-    Returns:
-        The file descriptor, which the caller closes.
+    """Opens a regular file, or a link to one, for reading, and returns the descriptor, which the caller closes.
 
     Raises:
-        OSError: if it cannot be opened or is not a regular file.
+        OSError: if it cannot be opened; a ``PathError`` if it is not a regular file.
     """
     # Without O_NONBLOCK, opening a FIFO would wait for a writer. It has no effect on regular files. Windows
     # lacks it, and changes line ends without O_BINARY.
@@ -250,8 +216,8 @@ def open_regular(path: str | Path) -> int:
     if stat.S_ISREG(mode):
         return descriptor
     os.close(descriptor)
-    number, kind = (errno.EISDIR, "a folder") if stat.S_ISDIR(mode) else (errno.EINVAL, "a FIFO, a socket or a device")
-    raise OSError(number, f"must be a regular file, got {kind}", str(path))
+    kind = "a folder" if stat.S_ISDIR(mode) else "a FIFO, a socket or a device"
+    raise PathError(errno.EINVAL, f"must be a regular file, got {kind}", str(path))
 
 
 def sha256_of(file: str | Path | int) -> str:
@@ -259,9 +225,6 @@ def sha256_of(file: str | Path | int) -> str:
 
     Args:
         file: Path of a regular file, or the descriptor of an open one, which stays open.
-
-    Raises:
-        OSError: if the file cannot be read or is not a regular file.
     """
     descriptor = file if isinstance(file, int) else open_regular(file)
     with open(descriptor, "rb", buffering=0, closefd=not isinstance(file, int)) as stream:
@@ -280,11 +243,7 @@ def size_text(count: float) -> str:
 
 
 def parse_size(text: str) -> float:
-    """Parses a number of bytes such as ``80GB``, ``24GiB`` or ``4e10``.
-
-    Raises:
-        ValueError: if the text is not such a size, or not a finite number above 0.
-    """
+    """Parses a number of bytes above 0, such as ``80GB``, ``24GiB`` or ``4e10``."""
     match = re.fullmatch(r"(\d+\.?\d*(?:[eE][+-]?\d+)?)\s*(?:([KMGTP])(i?))?[bB]?", text)
     power = 1 + "KMGTP".index(match[2]) if match and match[2] else 0
     size = float(match[1]) * (1024 if match[3] else 1000) ** power if match else 0.0
@@ -313,25 +272,15 @@ def read_json(file: Path, *, max_bytes: int = _MAX_JSON_BYTES) -> dict[str, Any]
 
 
 def _read_bounded(file: Path, max_bytes: int) -> bytes:
-    if file.exists() and not file.is_file():  # reading a FIFO would block
-        raise ValueError(f"{file} must be a regular file")
-    size = file.stat().st_size
-    if size > max_bytes:
-        raise ValueError(f"{file} must have at most {size_text(max_bytes)}, got {size_text(size)}")
-    return file.read_bytes()
+    with open(open_regular(file), "rb") as stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise ValueError(f"{file} must have at most {size_text(max_bytes)}")
+    return data
 
 
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
-    """Parses untrusted JSON.
-
-    Args:
-        text: UTF-8 text.
-        where: Name of the file for the message.
-
-    Raises:
-        ValueError: if the text is not UTF-8, not JSON, nested over 64 levels deep, not a mapping, has a key
-            twice, or holds NaN or infinity.
-    """
+    """Parses untrusted JSON, UTF-8 text of the file ``where``; see ``read_json``."""
     content = parse_any_json(
         text, where, object_pairs_hook=_unique_keys, parse_constant=_finite_float, parse_float=_finite_float
     )
@@ -394,9 +343,8 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file as plain values.
 
     Raises:
-        ValueError: if the file is over 200 kB, not YAML, nested too deep or not a mapping, or holds an alias,
-            a repeated key, a non-finite number, a value that is not plain, or a key that names code. The
-            message is one line.
+        ValueError: if the file is over 200 kB, not YAML, no mapping, holds an alias or a repeated key, or is not plain
+            (``check_plain``). The message is one line.
     """
     text = _read_bounded(file, _MAX_YAML_BYTES)
     try:
@@ -410,11 +358,7 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 
 def parse_yaml(text: str) -> Any:
-    """Parses YAML.
-
-    Raises:
-        ValueError: if the text is invalid. The message is one line.
-    """
+    """Parses YAML; raises a ``ValueError`` of one line if the text is invalid."""
     with _one_line():
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader
 

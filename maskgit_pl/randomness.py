@@ -17,17 +17,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = [
-    "gumbel",
-    "gumbel_rows",
-    "permutation",
-    "philox",
-    "random_bits",
-    "random_uniform",
-    "stream_key",
-    "uniform_of",
-]
-
 _WORD = 0xFFFFFFFF  # mask of the low 32 bits
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # PHILOX_M4x32_0 and _1 of Random123
 _WEYL = (0x9E3779B9, 0xBB67AE85)  # PHILOX_W32_0 and _1: golden ratio and sqrt(3) - 1
@@ -36,29 +25,14 @@ _FEISTEL_ROUNDS = 6
 _MIX = (0x7FEB352D, 0x846CA68B - 2**32)  # multipliers of the hash lowbias32, as int32
 
 
-def philox(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes Philox4x32-10: four 32-bit words from a 128-bit counter and a 64-bit key.
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple[int, int]]) -> Tensor:
+    """Computes Philox4x32-10: four 32-bit words from a 128-bit counter, under several 64-bit keys.
 
     One of the 10 rounds maps the words to (high(m1 c2) ^ c1 ^ k0, low(m1 c2), high(m0 c0) ^ c3 ^ k1, low(m0
     c0)), with high and low the halves of the 64-bit product; the keys then grow by a Weyl constant.
 
-    Args:
-        counter: Four int64 tensors of one shape, values in [0, 2**32).
-        key: Two integers in [0, 2**32).
-
-    Returns:
-        Four int64 tensors of that shape, values in [0, 2**32).
-    """
-    c0, c1, c2, c3 = _philox(counter, [key])[0].unbind(-1)
-    return c0, c1, c2, c3
-
-
-def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple[int, int]]) -> Tensor:
-    """Computes ``philox`` of one counter under several keys, (keys, ..., 4), in few asynchronous kernels.
-
-    Both multiplications of a round run as one kernel on the stacked pair (c0, c2):
+    Few asynchronous kernels compute all keys. Both multiplications of a round run as one kernel on the stacked pair
+    (c0, c2):
 
     1. Stack the words as the pairs even = (c0, c2) and odd = (c3, c1).
     2. Compute a round. The new c0 comes from the old c2 and the new c2 from the old c0, so its pairs are in
@@ -66,6 +40,13 @@ def _philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], keys: Sequence[tuple
     3. Compute the next round on the swapped pairs, with swapped constants. This restores the order.
 
     The constants lie in three rows (a, b, a): rounds of step 2 read the first two rows, those of step 3 the last two.
+
+    Args:
+        counter: Four int64 tensors of one shape, values in [0, 2**32).
+        keys: Two integers in [0, 2**32) each.
+
+    Returns:
+        (keys, ..., 4) int64 in [0, 2**32).
     """
     # 1.
     c0, c1, c2, c3 = counter
@@ -146,7 +127,7 @@ def random_bits(
     # (..., blocks) each. torch.broadcast_shapes would import sympy.
     counter = torch.broadcast_tensors(block, *columns)  # type: ignore[no-untyped-call]  # torch: untyped
     names = [stream] if isinstance(stream, str) else stream
-    words = _philox(tuple(counter), [stream_key(name) for name in names])
+    words = philox(tuple(counter), [stream_key(name) for name in names])
     bits = words.flatten(-2)[..., :count]  # (streams, ..., blocks, 4) -> (streams, ..., count)
     return bits[0] if isinstance(stream, str) else bits
 

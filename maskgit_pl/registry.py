@@ -17,7 +17,7 @@ from contextlib import contextmanager, redirect_stdout
 from dataclasses import fields, is_dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import EntryPoint, distributions
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 from maskgit_pl.checks import build_dataclass, check_keys, did_you_mean, shorten
@@ -67,7 +67,6 @@ class Registry(Generic[T]):
         self._check = check
         self._modules = modules
         self._factories: dict[str, Callable[..., T]] = {}
-        self._loaded: dict[str, Callable[..., T] | PluginError] = {}  # by the name of the entry point
 
     def register(self, name: str) -> Callable[[_Factory], _Factory]:
         """Returns a decorator that registers a factory named ``name``.
@@ -118,16 +117,16 @@ class Registry(Generic[T]):
             PluginError: if the code of a plug-in raises an error or exits when it is imported.
         """
         self._import_modules()
-        # Built-in names do not read the metadata of all installed packages.
-        plugins = {} if name in self._factories and name not in self._loaded else self._plugins()
-        if name in plugins:
-            return self._load(name, plugins[name])
-        if name not in self._factories:
+        if name in self._factories:  # without reading the metadata of all installed packages
+            return self._factories[name]
+        announced = self._plugins().get(name)
+        if announced is None:
             raise ValueError(
                 f"unknown {self.kind} {shorten(name)}: {nearest(name, self.names())}; if it is a plug-in, install its "
                 "package"
             )
-        return self._factories[name]
+        with self._guard(name, announced, "loaded", f"{self.kind} {shorten(name)}"):
+            return self._import(announced)
 
     def build(self, spec: str | Mapping[str, Any], *, where: str | None = None) -> T:
         """Builds an object and checks it.
@@ -141,10 +140,11 @@ class Registry(Generic[T]):
                 missing, of a wrong type or out of range, or the object breaks its contract.
             PluginError: if the code of a plug-in raises an error or exits.
         """
+        self._import_modules()
         name, arguments = self._parse(spec)
+        announced = None if name in self._factories else self._plugins().get(name)
         factory = self.factory(name)
         where = where or f"{self.kind} {shorten(name)}"
-        announced = self._plugins().get(name) if name in self._loaded else None
         if announced is None:
             return self._make(name, factory, arguments, where)
         with self._guard(name, announced, "built", where):
@@ -172,11 +172,8 @@ class Registry(Generic[T]):
             if is_dataclass(part) and _needs_no_argument(factory) and self._makes(factory, part):
                 return name
         names = [name for name, factory in self._factories.items() if factory is kind]
-        names += [
-            name
-            for name, plugins in self._plugins().items()
-            if plugins[0].point.value == f"{kind.__module__}:{kind.__qualname__}"
-        ]
+        place = f"{kind.__module__}:{kind.__qualname__}"
+        names += [name for name, plugins in self._plugins().items() if plugins[0].point.value == place]
         if not names or not is_dataclass(part):
             raise ValueError(
                 f"{self.kind} must be a name, a mapping, or an object of a registered class, got {shorten(part)}; "
@@ -237,20 +234,6 @@ class Registry(Generic[T]):
             self._check(name, part)
         return part
 
-    def _load(self, name: str, announced: list[_Plugin]) -> Callable[..., T]:
-        """Imports the factory of an entry point once, and raises the same error again if that failed."""
-        # A failed import leaves some of its modules in ``sys.modules``; a second one could fail in another way.
-        if name not in self._loaded:
-            try:
-                with self._guard(name, announced, "loaded", f"{self.kind} {shorten(name)}"):
-                    self._loaded[name] = self._import(announced)
-            except PluginError as error:
-                self._loaded[name] = error
-        loaded = self._loaded[name]
-        if isinstance(loaded, PluginError):
-            raise loaded
-        return loaded
-
     def _import(self, announced: list[_Plugin]) -> Callable[..., T]:
         if len({plugin.point.value for plugin in announced}) > 1:
             raise ValueError("two packages define this name; uninstall one of them")
@@ -283,7 +266,7 @@ class Registry(Generic[T]):
         for plugin in _find_plugins(self.group):
             name = plugin.point.name
             here = self._factories.get(name)
-            if here is None or name in self._loaded:
+            if here is None:
                 plugins.setdefault(name, []).append(plugin)
             # The same module means that the plug-in was imported and has registered itself.
             elif here.__module__ != plugin.point.value.partition(":")[0].strip():
@@ -302,22 +285,13 @@ def derives_from(base: type) -> Callable[[str, Any], None]:
 
 
 def has_create(name: str, part: Any) -> None:
-    """Checks that an object has a method ``create``; for registries whose objects need no base class.
-
-    Raises:
-        ValueError: if it has none.
-    """
+    """Raises a ``ValueError`` if an object has no method ``create``; for objects that need no base class."""
     if not callable(getattr(part, "create", None)):
         raise ValueError(f"{name!r} must have a method create(), got {shorten(part)}")
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """Returns a hint for an unknown name: the closest choice, then the list of all choices.
-
-    Args:
-        name: Unknown name.
-        choices: Known names.
-    """
+    """Returns a hint for an unknown name: the closest choice, then the list of all choices."""
     names = sorted(map(printable, choices))
     hint = f"{did_you_mean(name, names)} ".lstrip()
     return f"{hint}known: {', '.join(names) or 'none'}"
@@ -359,23 +333,13 @@ class _Plugin(NamedTuple):
         return printable(f"package {self.package} ({self.point.value})")
 
 
-def _find_plugins(group: str) -> Iterator[_Plugin]:
-    """Yields the entry points of a group. The first on the path counts if a package is installed twice."""
-    seen: set[tuple[str, str]] = set()
-    for distribution in distributions():
-        try:
-            if group not in (distribution.read_text("entry_points.txt") or ""):  # cheaper than parsing the file
-                continue
-            package = distribution.metadata["Name"] or "without a name"
-            points = [point for point in distribution.entry_points if point.group == group]
-        except Exception as error:  # importlib defines no exception for files that it cannot parse
-            location = printable(getattr(distribution, "_path", "of a package"))
-            _warn(f"{location}: cannot read the entry points: {_one_line(error)}")
-            continue
-        for point in points:
-            if (package, point.name) not in seen:
-                yield _Plugin(package, point)
-            seen.add((package, point.name))
+def _find_plugins(group: str) -> list[_Plugin]:
+    """Returns the entry points of a group; none, with a warning, if a package has some that cannot be parsed."""
+    try:
+        return [_Plugin(point.dist.name if point.dist else "?", point) for point in entry_points(group=group)]
+    except Exception as error:  # importlib defines no exception for files that it cannot parse
+        _warn(f"cannot read the entry points of the installed packages: {_one_line(error)}")
+        return []
 
 
 def _needs_no_argument(factory: Callable[..., Any]) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated
 
+from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import Dataset, public_datasets
@@ -146,7 +147,7 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
     from maskgit_pl.data import manifest, token_store
-    from maskgit_pl.data.verify import class_lines, describe_bad_files, describe_data, verify_shards
+    from maskgit_pl.data.verify import class_lines, describe_data, verify_shards
 
     if (folder / token_store.DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
         if decode:
@@ -158,8 +159,9 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         result = verify_shards(
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
         )
-    if result.bad:
-        raise ValueError(f"data {folder}: {describe_bad_files(result.bad)}")
+    if result.faults:
+        files = count_text(len(result.faults), "damaged file")
+        raise ValueError("\n  ".join([f"data {folder}: {files}:", *result.faults]))
     print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
     if (folder / "train.json").is_file():
         print(

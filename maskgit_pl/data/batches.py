@@ -5,7 +5,6 @@ Images stay uint8 until they are on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -14,10 +13,7 @@ from torch import Tensor
 from maskgit_pl.randomness import random_uniform
 
 if TYPE_CHECKING:
-    from maskgit_pl.data.order import Rows
     from maskgit_pl.masking import Draws
-
-__all__ = ["Batch", "check_batch", "flip", "stack_batch"]
 
 _NONE_REPLACED = torch.tensor(-1)
 
@@ -69,22 +65,12 @@ class Batch(NamedTuple):
         return self.vectors if condition_dim else None
 
 
-def stack_batch(samples: Sequence[tuple[Tensor, int]], rows: Rows) -> Batch:
-    """Returns the batch of images (C, H, W) uint8 and their labels, none of which replaces another."""
-    images, labels = zip(*samples, strict=True)
-    return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=torch.full_like(rows.index, -1))
-
-
 def check_batch(batch: Batch, *, shape: tuple[int, ...]) -> None:
     """Checks that a batch has the samples that a module was built for.
 
     Args:
         batch: The batch that the Trainer passes.
         shape: Shape of the content of each sample: (C, H, W) of images, or (N,) of tokens.
-
-    Raises:
-        TypeError: if it is no ``Batch``.
-        ValueError: if the samples have another shape.
     """
     if not isinstance(batch, Batch):
         raise TypeError(
@@ -92,10 +78,9 @@ def check_batch(batch: Batch, *, shape: tuple[int, ...]) -> None:
             f"batches of the type {type(batch).__name__}; use IndexedDataModule(IndexedDataset(dataset, ...))"
         )
     if tuple(batch.content.shape[1:]) != shape:
-        kinds = {1: "(tokens,)", 3: "(channels, height, width)"}
         raise ValueError(
-            f"samples of the data must have the shape {shape} {kinds[len(shape)]} of the model, got "
-            f"{tuple(batch.content.shape[1:])}; set image_size and in_channels of the data, or build the model for them"
+            f"samples of the data must have the shape {shape} of the model, got {tuple(batch.content.shape[1:])}; set "
+            "image_size and in_channels of the data, or build the model for them"
         )
 
 

@@ -24,16 +24,6 @@ from filelock import FileLock, Timeout
 
 from maskgit_pl.files import check_writable, follow_links, read_json, sync
 
-__all__ = [
-    "check_new_folder",
-    "check_only_known",
-    "has_content",
-    "hold_lock",
-    "replace_folder",
-    "resolve_folder",
-    "write_folder",
-]
-
 log = logging.getLogger(__name__)
 
 _OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # macOS and Windows put them into folders that they show
@@ -135,9 +125,9 @@ def resolve_folder(name: str, folder: Path) -> Path:
     check_writable(name, folder, is_folder=True)
     real, current = follow_links(folder, name, is_folder=True), Path.cwd()
     if os.path.ismount(real) or real in (current, *current.parents):
-        kind = "a mount point" if os.path.ismount(real) else "the current folder or above it"
         raise ValueError(
-            f"{name} must be a folder that a new one can replace, got {real}, which is {kind}; name a folder in it"
+            f"{name} must be a folder that a new one can replace, got {real}, a mount point, the current folder or one "
+            "above it; name a folder in it"
         )
     return real
 
@@ -185,10 +175,6 @@ def check_only_known(folder: Path, expected_files: Collection[str]) -> None:
 
     What file managers put into the folders that they show is not counted.
 
-    Args:
-        folder: Folder to replace later, which need not exist.
-        expected_files: Files that may be there, relative to it.
-
     Raises:
         FileExistsError: if there are others. The message names up to three.
     """
@@ -219,7 +205,8 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
             for exclusive work.
 
     Raises:
-        ValueError: if another process holds the lock, or its file belongs to another user and cannot be opened.
+        ValueError: if another process holds the lock.
+        PermissionError: if its file belongs to another user and cannot be opened.
     """
     real = Path(os.path.realpath(target))  # one lock for all links to the target
     path = real.parent / (f".{real.name}.lock" if rank is None else f".{real.name}.rank{rank}.lock")
@@ -233,10 +220,8 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
     except Timeout as error:
         raise ValueError(f"{target} is in use by {_read_holder(path)}; wait until it ends, or {hint}") from error
     except OSError as error:
-        if isinstance(error, PermissionError) and path.exists():
-            raise ValueError(
-                f"{path} belongs to another user; remove it if no run of theirs uses it, or {hint}"
-            ) from error
+        if isinstance(error, PermissionError) and path.exists():  # of another user
+            raise
         log.warning("%s cannot be locked (%s); make sure that only one process writes to it", target, error.strerror)
     try:
         yield

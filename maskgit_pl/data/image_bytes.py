@@ -28,23 +28,6 @@ from maskgit_pl.files import size_text
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "JPEG_MAGIC",
-    "MAX_IMAGE_BYTES",
-    "MAX_PIXELS",
-    "PIL_ERRORS",
-    "Reason",
-    "UnreadableImageError",
-    "check_complete",
-    "check_size",
-    "first_line",
-    "open_image",
-    "pil_errors",
-    "read_image_file",
-    "read_jpeg_head",
-    "silent_warnings",
-]
-
 Reason = Literal["empty", "not an image", "animated", "too large", "damaged"]
 
 MAX_PIXELS = 64 * 10**6
@@ -79,12 +62,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 class UnreadableImageError(ValueError):
-    """The bytes are not an image that can be read.
-
-    Args:
-        text: The error message.
-        reason: Kind of the fault, for statistics.
-    """
+    """The bytes are not an image that can be read; ``reason`` is the kind of the fault, for statistics."""
 
     def __init__(self, text: str, *, reason: Reason = "damaged") -> None:
         super().__init__(text)
@@ -92,28 +70,15 @@ class UnreadableImageError(ValueError):
 
 
 class _Part(NamedTuple):
-    """A part of a file.
+    """A part of a file."""
 
-    Args:
-        kind: Name of a PNG chunk, or code of a JPEG marker.
-        start: Position of the content of a chunk, or of a marker.
-        end: Position after the content of a chunk, which a checksum of 4 bytes follows, or after a segment.
-    """
-
-    kind: Any
-    start: int
-    end: int
+    kind: Any  # name of a PNG chunk, or code of a JPEG marker
+    start: int  # position of the content of a chunk, or of a marker
+    end: int  # position after the content of a chunk, which a checksum of 4 bytes follows, or after a segment
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
-    """Reads an image file, after a check of its type, its length and its first bytes.
-
-    Args:
-        path: The file.
-        name: The image's name in error messages.
-
-    Returns:
-        All bytes of the file.
+    """Returns the bytes of an image file, after a check of its type, its length and its first bytes.
 
     Raises:
         FileNotFoundError: if the file does not exist.
@@ -133,12 +98,9 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
-    """Opens a still image with Pillow, which decodes the pixels when they are read.
+    """Opens a still image, all bytes of its file, with Pillow, which decodes the pixels when they are read.
 
-    Args:
-        data: All bytes of the file.
-        name: The image's name in error messages.
-        header_only: True leaves the pixels out.
+    ``header_only`` leaves the pixels out.
 
     Raises:
         UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in
@@ -164,13 +126,9 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
 
 
 def check_complete(data: bytes, *, name: str) -> None:
-    """Checks that an image is not truncated, without decoding it.
+    """Checks that an image whose header ``parse_image_header`` accepts is not truncated, without decoding it.
 
     PNG is checked by its chunks and their checksums, JPEG by its end marker, WebP by the length in its header.
-
-    Args:
-        data: All bytes of a file whose header ``parse_image_header`` accepts.
-        name: The image's name in error messages.
 
     Raises:
         UnreadableImageError: if a part is missing or, in PNG, damaged.
@@ -245,12 +203,8 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
     2. Check that there are at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit,
        since they may also occur inside a segment. The markers are walked only if this limit is above 100.
 
-    Args:
-        data: All bytes of the file.
-        name: The image's name in error messages.
-
     Returns:
-        These bytes, and the position after the header of the first scan in ``data``.
+        These bytes, and the position after the header of the first scan in ``data``, all bytes of the file.
 
     Raises:
         UnreadableImageError: if a limit is exceeded, or there is no scan.
@@ -269,11 +223,7 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
             break
     if not kept or kept[-1].kind != _SCAN:
         raise UnreadableImageError(f"image {name} is damaged: its pixels were not found")
-    # 2. If a sequential frame's first scan has all colour components, libjpeg rejects a second scan itself.
-    frames = [marker for marker in kept if marker.kind in _FRAMES]
-    scan, frame = kept[-1].start + 4, frames[0].start + 9 if frames else 0  # positions of the number of components
-    is_whole = len(frames) == 1 and frames[0].kind <= 0xC1 and data[scan : scan + 1] == data[frame : frame + 1]
-    if not is_whole and data.count(b"\xff\xda") > _MAX_SCANS:
+    if data.count(b"\xff\xda") > _MAX_SCANS:  # 2.
         codes = [marker.kind for marker in _jpeg_markers(data)]
         if codes.count(_SCAN) > _MAX_SCANS or codes[-1] != _END_OF_IMAGE:
             text = f"image {name} must have at most {_MAX_SCANS} JPEG scans, got more"
@@ -288,10 +238,8 @@ def _jpeg_markers(data: bytes) -> Iterator[_Part]:
         if (match := _MARKER.search(data, position)) is None:
             return
         code, position = data[match.end() - 1], match.end()
-        if code != _END_OF_IMAGE:
-            position += int.from_bytes(
-                data[position : position + 2], "big"
-            )  # length of the segment, these 2 bytes included
+        if code != _END_OF_IMAGE:  # the length of the segment includes its own 2 bytes
+            position += int.from_bytes(data[position : position + 2], "big")
         yield _Part(code, match.start(), position)
         if code == _END_OF_IMAGE:
             return

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -40,24 +39,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-__all__ = [
-    "Crop",
-    "ImageHeader",
-    "Place",
-    "crop_to_shape",
-    "decode_image",
-    "encode_jpeg",
-    "encode_png",
-    "fit_image",
-    "from_pil",
-    "parse_image_header",
-    "resize",
-]
-
 Crop = Literal["center", "random"]
-Place = tuple[float, float] | Callable[["Tensor", tuple[int, int]], "Tensor"] | None
-"""The part of an image that is used: its place along (height, width), each in [0, 1), a function of the image and of
-the size of the result, which crops by itself, or None for the centre."""
 
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
 _GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB
@@ -69,27 +51,16 @@ _thread_local = threading.local()
 
 @dataclass(frozen=True)
 class ImageHeader:
-    """The header of an image.
+    """The header of an image."""
 
-    Args:
-        format: ``"JPEG"``, ``"PNG"`` or ``"WEBP"``.
-        height: Height in pixels as displayed, after the EXIF orientation.
-        width: Width in pixels as displayed.
-        channels: 1 (grey) or 3 (colour); alpha is not counted.
-    """
-
-    format: str
-    height: int
+    format: str  # JPEG, PNG or WEBP
+    height: int  # in pixels as displayed, after the EXIF orientation
     width: int
-    channels: int
+    channels: int  # 1 (grey) or 3 (colour); alpha is not counted
 
 
 def parse_image_header(data: bytes, *, name: str) -> ImageHeader:
-    """Reads format, size and channels of an image without decoding pixels.
-
-    Args:
-        data: All bytes of the file.
-        name: The image's name in error messages, such as ``train-000000.tar:00000012.png``.
+    """Reads format, size and channels of an image, all bytes of its file, without decoding pixels.
 
     Raises:
         UnreadableImageError: if it is not a still JPEG, PNG or WebP of at most 64 million pixels.
@@ -170,11 +141,7 @@ def from_pil(image: Image.Image, *, channels: int, name: str, background: str = 
 
 
 def encode_png(image: Tensor) -> bytes:
-    """Encodes an image as PNG; equal pixels give equal bytes.
-
-    Args:
-        image: (C, H, W) uint8 with C = 1 or 3.
-    """
+    """Encodes an image (C, H, W) uint8 with C = 1 or 3 as PNG; equal pixels give equal bytes."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     stream = io.BytesIO()
     Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(stream, format="PNG")
@@ -182,18 +149,14 @@ def encode_png(image: Tensor) -> bytes:
 
 
 def encode_jpeg(image: Tensor) -> bytes:
-    """Encodes an image as JPEG of quality 95, with colours at half the resolution, as most cameras do.
-
-    Args:
-        image: (C, H, W) uint8 with C = 1 or 3.
-    """
+    """Encodes an image (C, H, W) uint8 with C = 1 or 3 as JPEG of quality 95, with colours at half the resolution."""
     pixels = image.permute(1, 2, 0).contiguous().numpy()
     kind, sampling = ("GRAY", "Gray") if pixels.shape[-1] == 1 else ("RGB", "420")
     data: bytes = simplejpeg.encode_jpeg(pixels, quality=95, colorspace=kind, colorsubsampling=sampling)
     return data
 
 
-def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
+def fit_image(image: Tensor, *, image_size: ImageSize, crop: tuple[float, float] | None) -> Tensor:
     """Crops an image to the shape of the result and resizes it. An image of the right size is returned unchanged.
 
     The result is that of the usual "resize until the result fits in, then crop", without resizing the pixels
@@ -202,14 +165,12 @@ def fit_image(image: Tensor, *, image_size: ImageSize, crop: Place) -> Tensor:
     Args:
         image: (C, h, w) uint8.
         image_size: Size of the result: H = W, or (H, W).
-        crop: Place of the crop; see ``crop_to_shape``. A function returns the result itself.
+        crop: Place of the crop; see ``crop_to_shape``.
 
     Returns:
         (C, H, W) uint8.
     """
     size = height_width(image_size)
-    if callable(crop):
-        return crop(image, size)
     part = crop_to_shape(image, image_size=size, crop=crop)
     return part if part.shape[-2:] == size else resize(part, size)
 

@@ -25,7 +25,6 @@ from braceexpand import braceexpand
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import (
-    INDEX_DTYPE,
     Manifest,
     Shard,
     Split,
@@ -40,15 +39,12 @@ from maskgit_pl.data.scan import (
     NO_LABEL,
     NO_VECTOR,
     ShardScan,
-    format_counts,
     require_vectors,
     scan_shard,
 )
 from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
-from maskgit_pl.files import remove_partials, write_atomically
+from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
-
-__all__ = ["expand_braces", "find_shards", "index_shards", "locate_shards", "split_shards"]
 
 _MAX_NAMES = 1_000_000  # of a pattern
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
@@ -109,8 +105,8 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
         raise ValueError(f"shard pattern: {error}") from error
     paths: set[Path] = set()
     for name in names:
-        if name.startswith("/") or ".." in name.split("/"):
-            raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got a path outside")
+        if not name or name.startswith("/") or ".." in name.split("/"):
+            raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got another path")
         matches = _glob_files(folder, name)
         if not matches:
             raise ValueError(f"shard pattern {pattern!r}: no file in {folder} matches {name!r}")
@@ -319,11 +315,7 @@ def _scan_all(
 
 
 def _scan(task: _ScanTask, name: str) -> ShardScan:
-    try:
-        return scan_shard(task.folder / name, task.labels, lenient=task.lenient, vectors=task.vectors)
-    except OSError as error:
-        rows, vectors = np.zeros(0, INDEX_DTYPE), np.zeros(0, np.int64)
-        return ShardScan(0, "", rows, None, {}, {}, vectors, damage=str(error.strerror))
+    return scan_shard(task.folder / name, task.labels, vectors=task.vectors)
 
 
 def _raise_faults(task: _ScanTask, scans: _Scans, kind: VectorKind | None) -> None:
@@ -355,7 +347,7 @@ def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> It
     elif not lenient:
         yield from (f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items())
     if not (scan.damage or len(scan.rows) or scan.faults):
-        yield f"no image samples, {f'only {format_counts(scan.ignored)}' if scan.ignored else 'no members'}"
+        yield "no image samples"
     if scan.vector_kind not in (None, kind):
         yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind}"
 
@@ -384,8 +376,10 @@ def _make_manifest(
     vectors = None
     if kind is not None:
         offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
-        with write_atomically(vectors_path(task.folder, split)) as file:
-            vectors = VectorArray(kind, copy_vectors(file, offsets, kind))
+        path = vectors_path(task.folder, split)
+        with write_atomically(path) as file:
+            copy_vectors(file, offsets, kind)
+        vectors = VectorArray(kind, sha256_of(path))
     left_out: Counter[str] = Counter()
     for scan in scans.values():
         left_out.update({fault: entry.samples for fault, entry in scan.faults.items()})

@@ -6,10 +6,8 @@ and their random numbers are the same for any number of ranks, workers and micro
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
 
@@ -19,14 +17,20 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from maskgit_pl.checks import ImageSize, check_channels, check_image_size, check_integer, check_seed, shorten
+from maskgit_pl.checks import (
+    ImageSize,
+    check_channels,
+    check_image_size,
+    check_integer,
+    check_seed,
+    height_width,
+    shorten,
+)
 from maskgit_pl.data.augmentations import Augmentations, build_augmentations
-from maskgit_pl.data.batches import Batch, stack_batch
-from maskgit_pl.data.images import fit_image, from_pil
+from maskgit_pl.data.batches import Batch
+from maskgit_pl.data.images import from_pil
 from maskgit_pl.data.loader import StepDataModule, make_loader
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream
-
-__all__ = ["IndexedDataModule", "IndexedDataset"]
 
 
 @dataclass(frozen=True)
@@ -35,9 +39,8 @@ class IndexedDataset(Dataset[Batch]):
 
     Args:
         dataset: A dataset with ``len(dataset)`` samples; ``dataset[i]`` is an image and its label, an int. An image is
-            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item may have a
-            third part, the vector of the image: a float tensor or array, of the same length for all items. An item must
-            depend only on its index: with random transforms, a resumed run would differ.
+            a PIL image, a uint8 tensor (C, H, W) or (H, W), or a uint8 array (H, W) or (H, W, C). An item must depend
+            only on its index: with random transforms, a resumed run would differ.
         image_size: Side of square images, or (height, width), in pixels; the largest part of this shape is
             cropped and resized.
         in_channels: 1 for grey, 3 for RGB; images are converted, and alpha is over white.
@@ -45,9 +48,6 @@ class IndexedDataset(Dataset[Batch]):
         seed: Seed of the augmentations; ``IndexedDataModule`` sets it.
         augmentations: Names or mappings of registered augmentations, functions of (seed, index, epoch); None
             for the central crop.
-
-    Raises:
-        ValueError: if a value is out of range or the dataset is empty.
     """
 
     dataset: Dataset[Any]
@@ -56,50 +56,37 @@ class IndexedDataset(Dataset[Batch]):
     order: Order | None = None
     seed: int = 0
     augmentations: list[str | dict[str, Any]] | None = None
-    num_samples: int = field(init=False)
 
     def __post_init__(self) -> None:
         _ = self._built
         check_channels("in_channels", self.in_channels)
         # The dataclass is frozen: a plain assignment would raise an error.
         object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 8192]"))
-        object.__setattr__(self, "num_samples", len(cast("Sized", self.dataset)))
-        check_integer("number of samples", self.num_samples, "[1, 4294967296]")
 
     @cached_property
     def _built(self) -> Augmentations:
         return build_augmentations(self.augmentations)
 
     def __len__(self) -> int:
-        return self.num_samples
+        return len(cast("Sized", self.dataset))
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, in_channels, H, W) uint8.
 
         Raises:
             TypeError: if an item has another form than those of ``dataset``.
-            ValueError: if a label is negative, or the vectors of the items do not have one length.
+            ValueError: if a label is no class.
         """
-        rows = (InOrder(self.num_samples) if self.order is None else self.order)(positions)
-        samples: list[tuple[Tensor, int]] = []
-        vectors: list[Tensor] = []
-        for index, crop in zip(
-            rows.index.tolist(), self._built.draw(rows.index, rows.epoch, seed=self.seed), strict=True
-        ):
+        rows = (InOrder(len(self)) if self.order is None else self.order)(positions)
+        images, labels = list[Tensor](), list[int]()
+        drawn, size = self._built.draw(rows.index, rows.epoch, seed=self.seed), height_width(self.image_size)
+        for index, augment in zip(rows.index.tolist(), drawn, strict=True):
             name = f"sample {index}"
-            image, label, *others = _check_item(self.dataset[index], name=name)
-            pixels = _to_pixels(image, channels=self.in_channels, name=name)
-            samples.append((fit_image(pixels, image_size=self.image_size, crop=crop), _to_label(label, name=name)))
-            vectors += [_to_vector(vector, name=name) for vector in others]
-        batch = stack_batch(samples, rows)
-        if not vectors:
-            return batch
-        if len(vectors) < len(samples) or len({len(vector) for vector in vectors}) > 1:
-            raise ValueError(
-                f"samples {rows.index.tolist()}: all must have a vector of the same length, or none, got the lengths "
-                f"{sorted({len(vector) for vector in vectors})} and {len(samples) - len(vectors)} samples without one"
-            )
-        return batch._replace(vectors=torch.stack(vectors))
+            image, label = _check_item(self.dataset[index], name=name)
+            images.append(augment(_to_pixels(image, channels=self.in_channels, name=name), size))
+            labels.append(_to_label(label, name=name))
+        replacement = torch.full_like(rows.index, -1)
+        return Batch(torch.stack(images), torch.tensor(labels), *rows, replacement=replacement)
 
 
 class IndexedDataModule(StepDataModule):
@@ -145,10 +132,10 @@ class IndexedDataModule(StepDataModule):
         for name, size in sizes.items():
             check_integer(name, size, BATCH_SIZE_RANGE)
         check_seed("seed", seed)
-        for name, samples in (("train", train), ("validation", validation)):
-            if not isinstance(samples, IndexedDataset) and (name == "train" or samples is not None):
+        for samples in (train, validation):
+            if not isinstance(samples, IndexedDataset | None):
                 raise TypeError(
-                    f"{name} must be an IndexedDataset, got a {type(samples).__name__}; give "
+                    f"train and validation must be an IndexedDataset, got a {type(samples).__name__}; give "
                     "IndexedDataset(dataset, image_size=...)"
                 )
         # Validation keeps the dataset's order, with central or random crops as given.
@@ -158,11 +145,6 @@ class IndexedDataModule(StepDataModule):
         self.accumulation = accumulation
         self.validation_batch = validation_batch
         self.num_workers = num_workers
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps in which the stream goes through the training samples once."""
-        return math.ceil(len(self.train) / self.global_batch)
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch.
@@ -207,58 +189,38 @@ class IndexedDataModule(StepDataModule):
 
 
 def _check_item(item: Any, *, name: str) -> Sequence[Any]:
-    """Returns an item that is an image, a label and perhaps a vector; raises TypeError for other items."""
-    if not isinstance(item, tuple | list) or len(item) not in (2, 3):
-        parts = f" of {len(item)}" if isinstance(item, Sized) else ""
+    """Returns an item that is an image and a label; raises TypeError for other items."""
+    if not isinstance(item, tuple | list) or len(item) != 2:
         raise TypeError(
-            f"{name}: an item of the data set must be (image, label) or (image, label, vector), got a "
-            f"{type(item).__name__}{parts}; wrap the data set in one that returns such tuples"
+            f"{name}: an item of the data set must be (image, label), got a {type(item).__name__}; wrap the data set "
+            "in one that returns such tuples"
         )
     return item
 
 
 def _to_label(label: Any, *, name: str) -> int:
     """Converts an integer of Python, NumPy or torch to an int that is not negative."""
-    try:
-        value: Any = label.item() if isinstance(label, Tensor | np.ndarray) else label
-        number = operator.index(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        rule = "an integer, the number of its class from 0"
-        raise TypeError(f"{name}: the label must be {rule}, got {shorten(label)}") from error
-    if number < 0:
-        raise ValueError(f"{name}: the label must be >= 0, the number of its class, got {number}")
+    number = label.item() if hasattr(label, "item") else label
+    if not isinstance(number, int) or number < 0:
+        raise ValueError(f"{name}: the label must be an integer >= 0, the number of its class, got {shorten(label)}")
     return number
-
-
-def _to_vector(vector: Any, *, name: str) -> Tensor:
-    """Converts the vector of an image to (C,) float32."""
-    values = torch.as_tensor(vector, dtype=torch.float32)
-    if values.ndim != 1 or not values.isfinite().all():
-        got = "non-finite values" if values.ndim == 1 else f"the shape {tuple(values.shape)}"
-        raise ValueError(f"{name}: the vector must have the shape (C,) and finite values, got {got}")
-    return values
 
 
 def _to_pixels(image: Any, *, channels: int, name: str) -> Tensor:
     """Converts an image of any supported type to (channels, H, W) uint8."""
-    if isinstance(image, Tensor | np.ndarray):
-        is_tensor, got = isinstance(image, Tensor), f"{image.dtype} {tuple(image.shape)}"
-        if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
-            image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
+    if isinstance(image, Tensor):  # to (H, W) or (H, W, C), the layout of arrays
+        image = (image if image.ndim < 3 else image.movedim(0, -1)).cpu().numpy()
+    if isinstance(image, np.ndarray):
         is_image = image.ndim == 2 or (image.ndim == 3 and image.shape[-1] in (1, 2, 3, 4))
-        if image.dtype != np.uint8 or not is_image or not image.size:
-            kind, shape, to_bytes, axis = (
-                ("tensor", "(C, H, W)", "byte()", "front")
-                if is_tensor
-                else ("NumPy array", "(H, W, C)", "astype('u1')", "end")
-            )
+        if image.dtype != np.uint8 or not is_image:
             raise TypeError(
-                f"{name}: a {kind} must be uint8 of the shape (H, W) or {shape}, with 1 to 4 channels, got {got}; "
-                f"convert floats in [0, 1] by (255 * x).round().{to_bytes}, and move channels to the {axis}"
+                f"{name}: a tensor must be uint8 of the shape (H, W) or (C, H, W), an array (H, W) or (H, W, C), with "
+                f"1 to 4 channels, got {image.dtype} and, with channels last, the shape {image.shape}; convert floats "
+                "in [0, 1] by (255 * x).round() to uint8"
             )
         image = Image.fromarray(image[..., 0] if image.ndim == 3 and image.shape[-1] == 1 else image)
-    if not isinstance(image, Image.Image):
-        raise TypeError(f"{name}: an image must be a PIL image, a uint8 tensor or a uint8 array, got {shorten(image)}")
-    if image.mode == "F":  # PIL would clip [0, 1] to black
-        raise TypeError(f"{name}: a PIL image must have integer pixels, got floats (mode F); convert it to mode L")
+    if not isinstance(image, Image.Image) or image.mode == "F":  # PIL would clip floats in [0, 1] to black
+        raise TypeError(
+            f"{name}: an image must be a PIL image of integers, a uint8 tensor or a uint8 array, got {shorten(image)}"
+        )
     return from_pil(image, channels=channels, name=name)

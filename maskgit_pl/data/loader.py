@@ -29,31 +29,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, height_width
-from maskgit_pl.data.augmentations import CENTER, Augmentations
+from maskgit_pl.data.augmentations import CENTER, Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import Reason, UnreadableImageError
-from maskgit_pl.data.images import Place, decode_image, fit_image
-from maskgit_pl.data.manifest import ShardReader
+from maskgit_pl.data.images import decode_image
+from maskgit_pl.data.manifest import ShardReader, VectorReader
 from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
 from maskgit_pl.data.token_store import TokenReader
-from maskgit_pl.data.vectors import VectorReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataBudgetError, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.files import write_text
 from maskgit_pl.processes import ignore_job_signals
 from maskgit_pl.randomness import random_bits
-
-__all__ = [
-    "ALWAYS_ALLOWED",
-    "MAX_IN_A_ROW",
-    "ImageBatches",
-    "StepDataModule",
-    "StepLoader",
-    "TokenBatches",
-    "Unreadable",
-    "UnreadableImages",
-    "make_loader",
-    "write_unreadable",
-]
 
 ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
 MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
@@ -63,24 +49,15 @@ _DEATH_SECONDS = 1.0  # longest time in which a process ends after its connectio
 
 @dataclass(eq=False)
 class ImageBatches(Dataset[Batch]):
-    """A dataset of whole batches of images, decoded and cropped in the worker.
-
-    Args:
-        reader: The split.
-        order: Maps positions to samples.
-        image_size: Side of square images, or (height, width), in pixels.
-        in_channels: Channels of the images, 1 or 3.
-        augmentations: Crops and flips; by default the centre of each image.
-        seed: Seed of the augmentations, in [0, 2**32).
-    """
+    """A dataset of whole batches of images, decoded and cropped in the worker."""
 
     reader: ShardReader
-    order: Order
+    order: Order  # from positions to samples
     _: KW_ONLY
-    image_size: ImageSize
-    in_channels: int
+    image_size: ImageSize  # side of square images, or (height, width), in pixels
+    in_channels: int  # 1 or 3
     augmentations: Augmentations = CENTER
-    seed: int = 0
+    seed: int = 0  # of the augmentations, in [0, 2**32)
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, in_channels, H, W) uint8, channels-last.
@@ -114,7 +91,7 @@ class ImageBatches(Dataset[Batch]):
             return Unreadable(index, self.reader.shard(index), name, error.reason, text)
         return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
 
-    def _load(self, row: Tensor, index: int, crop: Place) -> int:
+    def _load(self, row: Tensor, index: int, augment: Augment) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
         Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black,
@@ -129,7 +106,7 @@ class ImageBatches(Dataset[Batch]):
                 image = decode_image(data, channels=self.in_channels, name=f"sample {number}", reuse_memory=True)
             except UnreadableImageError:
                 continue
-            row.copy_(fit_image(image, image_size=self.image_size, crop=crop))
+            row.copy_(augment(image, height_width(self.image_size)))
             return num_skipped
         row.zero_()
         return max_skipped
@@ -137,18 +114,12 @@ class ImageBatches(Dataset[Batch]):
 
 @dataclass(eq=False)
 class TokenBatches(Dataset[Batch]):
-    """A dataset of whole batches of tokens; each batch is one gather from the memory-mapped store.
-
-    Args:
-        reader: The split of the store.
-        order: Maps positions to samples.
-        seed: Seed of the view of a sample in an epoch, if the store has several views.
-    """
+    """A dataset of whole batches of tokens; each batch is one gather from the memory-mapped store."""
 
     reader: TokenReader
-    order: Order
+    order: Order  # from positions to samples
     _: KW_ONLY
-    seed: int = 0
+    seed: int = 0  # of the view of a sample in an epoch, if the store has several views
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""
@@ -168,12 +139,7 @@ class TokenBatches(Dataset[Batch]):
 
 @dataclass(eq=False)
 class _WithVectors(Dataset[Batch]):
-    """A dataset of batches with the vectors of their samples.
-
-    Args:
-        batches: The dataset of the batches.
-        reader: Reader of the vectors of the split.
-    """
+    """A dataset of batches with the vectors of their samples."""
 
     batches: ImageBatches | TokenBatches
     reader: VectorReader
@@ -185,21 +151,13 @@ class _WithVectors(Dataset[Batch]):
 
 
 class Unreadable(NamedTuple):
-    """An image that cannot be read.
+    """An image that cannot be read."""
 
-    Args:
-        index: Number of the sample in its split.
-        shard: File name of its tar.
-        name: The image's name in messages, ``SHARD:MEMBER``.
-        reason: Kind of the fault.
-        error: Message of the decoder.
-    """
-
-    index: int  # type: ignore[assignment]  # hides tuple.index
+    index: int  # type: ignore[assignment]  # hides tuple.index; number of the sample in its split
     shard: str
-    name: str
+    name: str  # SHARD:MEMBER
     reason: Reason
-    error: str
+    error: str  # of the decoder
 
 
 class UnreadableImages:

@@ -20,41 +20,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path, PurePosixPath
+from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size, shorten
+from maskgit_pl.checks import ImageSize, build_dataclass, height_width, pixels_text, plain_size
 from maskgit_pl.data.tar import BLOCK, member_label, parse_header
-from maskgit_pl.data.vectors import VectorKind, VectorReader, has_all_bytes, map_array, vectors_path
+from maskgit_pl.data.vectors import VectorKind, check_unchanged, map_array, vectors_path
 from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular, read_json, sha256_of, sync, write_atomically, write_text
-
-__all__ = [
-    "INDEX_DTYPE",
-    "DataSummary",
-    "ImageRange",
-    "Manifest",
-    "Shard",
-    "ShardReader",
-    "Split",
-    "VectorArray",
-    "check_vectors",
-    "describe_resizing",
-    "index_sha256",
-    "load_manifest",
-    "load_manifests",
-    "read_manifest_summary",
-    "save_manifest",
-    "splits_of",
-    "union",
-]
 
 Split = Literal["train", "val"]
 _FORMAT = 1
@@ -66,42 +46,21 @@ INDEX_DTYPE = np.dtype([("shard", "<u4"), ("offset", "<u8"), ("size", "<u4"), ("
 
 @dataclass(frozen=True)
 class Shard:
-    """A tar in a manifest.
+    """A tar in a manifest."""
 
-    Args:
-        name: Path inside the data folder.
-        bytes: Length of the file.
-        samples: Number of samples in it.
-        sha256: Hash of the whole file, hex.
-
-    Raises:
-        ValueError: if the name leaves the folder.
-    """
-
-    name: str
-    bytes: int
-    samples: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        path = PurePosixPath(self.name)  # a stranger may have written the manifest
-        if path.is_absolute() or ".." in path.parts or path.name.startswith(".") or not self.name.isprintable():
-            raise ValueError(f"name must be a path inside the data folder, got {shorten(self.name)}")
+    name: str  # path inside the data folder
+    bytes: int  # length of the file
+    samples: int  # number of samples in it
+    sha256: str  # of the whole file, hex
 
 
 @dataclass(frozen=True)
 class ImageRange:
-    """The range of image sizes in a split.
+    """The range of image sizes in a split."""
 
-    Args:
-        height: Smallest and largest height in pixels, after the EXIF orientation.
-        width: Smallest and largest width.
-        channels: Numbers of channels that occur, sorted: 1 and 3; alpha is not counted.
-    """
-
-    height: tuple[int, int]
+    height: tuple[int, int]  # smallest and largest, in pixels, after the EXIF orientation
     width: tuple[int, int]
-    channels: tuple[int, ...]
+    channels: tuple[int, ...]  # that occur, sorted: 1 and 3; alpha is not counted
 
 
 class VectorArray(NamedTuple):
@@ -113,37 +72,17 @@ class VectorArray(NamedTuple):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The manifest of one split of a data folder.
-
-    Args:
-        folder: The data folder.
-        split: ``"train"`` or ``"val"``.
-        shards: The shards, in the order in which samples are numbered.
-        classes: Class names; label i is ``classes[i]``.
-        images: Range of the image sizes.
-        index_sha256: Hash of the rows of the index file, hex.
-        labels: Source of the labels: ``"cls"``, ``"json:FIELD"`` or ``"none"``.
-        left_out: Number of samples in the tars but not in the index, by kind of fault.
-        vectors: The array of the vectors; None if the samples have none.
-
-    Raises:
-        ValueError: if a class name is not UTF-8.
-    """
+    """The manifest of one split of a data folder."""
 
     folder: Path
     split: Split
-    shards: tuple[Shard, ...]
-    classes: tuple[str, ...]
+    shards: tuple[Shard, ...]  # in the order in which samples are numbered
+    classes: tuple[str, ...]  # label i is ``classes[i]``
     images: ImageRange
-    index_sha256: str
-    labels: str = "cls"
-    left_out: Mapping[str, int] = field(default_factory=dict)
-    vectors: VectorArray | None = None
-
-    def __post_init__(self) -> None:
-        wrong = next((name for name in self.classes if re.search("[\ud800-\udfff]", name)), None)
-        if wrong is not None:  # it could be written to no file and printed on no terminal
-            raise ValueError(f"classes must have names in UTF-8, got {shorten(wrong)}")
+    index_sha256: str  # of the rows of the index file, hex
+    labels: str = "cls"  # their source: cls, json:FIELD or none
+    left_out: Mapping[str, int] = field(default_factory=dict)  # samples that are not in the index, by kind of fault
+    vectors: VectorArray | None = None  # None if the samples have none
 
     @property
     def samples(self) -> int:
@@ -157,45 +96,23 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
-        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash.
-
-        Raises:
-            FileNotFoundError: if the file is missing.
-            ValueError: if it cannot be read, has another shape or type, or differs from its hash.
-        """
+        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash."""
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
-        rows = map_array("index", path, (self.samples,), INDEX_DTYPE, hint=hint)
-        if check and (actual := index_sha256(rows)) != self.index_sha256:
-            raise ValueError(
-                f"index {path} changed since it was made: sha256 {self.index_sha256[:12]} expected, got "
-                f"{actual[:12]}; {hint}"
-            )
+        rows = map_array(path, (self.samples,), INDEX_DTYPE, hint=hint)
+        if check:
+            check_unchanged(path, index_sha256(rows), expected=self.index_sha256, hint=hint)
         return rows
-
-    def vector_reader(self) -> VectorReader:
-        """Returns a reader of the vectors, for data that have vectors."""
-        assert self.vectors is not None
-        path, hint = vectors_path(self.folder, self.split), _remake_hint(self.folder)
-        return VectorReader(path, self.samples, self.vectors.kind, hint=hint)
 
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The facts about a data folder that recipes and commands use before torch is imported.
+    """The facts about a data folder that recipes and commands use before torch is imported."""
 
-    Args:
-        classes: Class names; label i is ``classes[i]``.
-        samples: Number of samples of each split.
-        images: Range of the image sizes over all splits.
-        fingerprint: SHA-256, hex, of all manifests.
-        vectors: Size and type of the vectors of the samples; None if they have none.
-    """
-
-    classes: tuple[str, ...]
-    samples: Mapping[str, int]
-    images: ImageRange
-    fingerprint: str
-    vectors: VectorKind | None = None
+    classes: tuple[str, ...]  # label i is ``classes[i]``
+    samples: Mapping[str, int]  # number of samples of each split
+    images: ImageRange  # over all splits
+    fingerprint: str  # SHA-256, hex, of all manifests
+    vectors: VectorKind | None = None  # None if the samples have none
 
     @property
     def num_classes(self) -> int:
@@ -214,35 +131,19 @@ def splits_of(folder: str | Path) -> tuple[Split, ...]:
 
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
-    """Reads class names, counts and image sizes of a data folder from two small JSON files.
-
-    Raises:
-        FileNotFoundError: if the folder or its train manifest is missing.
-        ValueError: if a manifest is invalid, or the splits have different classes.
-    """
-    manifests = [load_manifest(folder, split, check=False) for split in splits_of(folder)]
-    kinds = [None if manifest.vectors is None else manifest.vectors.kind for manifest in manifests]
-    if len({manifest.classes for manifest in manifests}) > 1 or len(set(kinds)) > 1:
-        values = "other classes in val" if len(set(kinds)) == 1 else f"vectors of {' and '.join(map(str, kinds))}"
-        raise ValueError(
-            f"data {folder}: both splits must have the same classes, and vectors of the same size and type, got "
-            f"{values}; {_remake_hint(Path(folder))}"
-        )
+    """Reads class names, counts and image sizes of a data folder from two small JSON files; see ``load_manifest``."""
+    manifests = [load_manifest(folder, split) for split in splits_of(folder)]
     return DataSummary(
         classes=manifests[0].classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
-        vectors=kinds[0],
+        vectors=None if manifests[0].vectors is None else manifests[0].vectors.kind,
     )
 
 
 def union(ranges: Sequence[ImageRange]) -> ImageRange:
-    """Returns the smallest range that contains all given ranges.
-
-    Args:
-        ranges: At least one range.
-    """
+    """Returns the smallest range that contains all given ranges, at least one."""
     return ImageRange(
         height=(min(r.height[0] for r in ranges), max(r.height[1] for r in ranges)),
         width=(min(r.width[0] for r in ranges), max(r.width[1] for r in ranges)),
@@ -272,15 +173,8 @@ def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
     )
 
 
-def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Manifest:
-    """Reads the manifest of a split; see ``load_manifests``, which ``check`` calls.
-
-    Raises:
-        FileNotFoundError: if the folder or the manifest is missing.
-        ValueError: if the manifest is invalid, or index or shards differ from it.
-    """
-    if check:
-        return load_manifests(folder, (split,))[split]
+def load_manifest(folder: str | Path, split: Split) -> Manifest:
+    """Reads the manifest of a split without a look at its other files; see ``load_manifests``."""
     folder = Path(folder)
     path = folder / f"{split}.json"
     if not path.exists():
@@ -288,16 +182,13 @@ def load_manifest(folder: str | Path, split: Split, *, check: bool = True) -> Ma
             f"data folder {folder} has no manifest {path.name}; {_remake_hint(folder)} if it holds shards, or convert "
             f"images with `maskgit data make SOURCE --out {folder}`"
         )
-    try:
-        content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
-        if content.pop("format", None) != _FORMAT:
-            raise ValueError(f"{path} must have format {_FORMAT}")
-        content.pop("samples", None)  # for people who read the file, as is the split
-        dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
-        vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
-        return build_dataclass(Manifest, {**content, "folder": folder, "split": split, "vectors": vectors}, str(path))
-    except ValueError as error:
-        raise ValueError(f"manifest {error}; {_remake_hint(folder)}") from error
+    content = read_json(path, max_bytes=_MAX_MANIFEST_BYTES)
+    if content.pop("format", None) != _FORMAT:
+        raise ValueError(f"manifest {path} must have format {_FORMAT}; {_remake_hint(folder)}")
+    content.pop("samples", None)  # for people who read the file, as is the split
+    dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
+    vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
+    return build_dataclass(Manifest, {**content, "folder": folder, "split": split, "vectors": vectors}, str(path))
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
@@ -310,7 +201,7 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
         FileNotFoundError: if the folder or a manifest is missing.
         ValueError: if a manifest is invalid, or index or shards differ from it.
     """
-    manifests = {split: load_manifest(folder, split, check=False) for split in splits}
+    manifests = {split: load_manifest(folder, split) for split in splits}
     if faults := [fault for manifest in manifests.values() for fault in _faults(manifest)]:
         total, listed = sum(len(manifest.shards) for manifest in manifests.values()), "\n  ".join(faults)
         raise ValueError(
@@ -322,54 +213,52 @@ def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val"
 
 
 def check_vectors(manifest: Manifest) -> None:
-    """Compares the hash of the array of vectors with the manifest, in 0.5 to 1 s per GB.
+    """Raises a ``ValueError`` if the array of vectors differs from its hash in the manifest, in 0.5 to 1 s per GB.
 
     A changed value would not be noticed later. Runs that use the vectors call it at their start.
-
-    Raises:
-        ValueError: if it differs.
     """
     assert manifest.vectors is not None
-    path = vectors_path(manifest.folder, manifest.split)
-    actual = sha256_of(path)
-    if actual != manifest.vectors.sha256:
-        raise ValueError(
-            f"vectors {path} changed since they were indexed: sha256 {manifest.vectors.sha256[:12]} expected, got "
-            f"{actual[:12]}; {_remake_hint(manifest.folder)}"
-        )
+    path, hint = vectors_path(manifest.folder, manifest.split), _remake_hint(manifest.folder)
+    check_unchanged(path, sha256_of(path), expected=manifest.vectors.sha256, hint=hint)
 
 
-class ShardReader:
-    """A reader with random access to the samples of a split.
-
-    Args:
-        manifest: The split.
-    """
+class VectorReader:
+    """A reader of the vectors of a split that has vectors: one gather from a memory-mapped array for each batch."""
 
     def __init__(self, manifest: Manifest) -> None:
         self.manifest = manifest
-        self._index: npt.NDArray[np.void] | None = None
+
+    @cached_property
+    def array(self) -> npt.NDArray[Any]:
+        """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
+        assert self.manifest.vectors is not None
+        folder, kind = self.manifest.folder, self.manifest.vectors.kind
+        path, shape = vectors_path(folder, self.manifest.split), (self.manifest.samples, kind.dim)
+        return map_array(path, shape, np.dtype(kind.dtype), hint=_remake_hint(folder))
+
+    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n)."""
+        values: npt.NDArray[np.float32] = self.array.take(indices, axis=0).astype(np.float32)
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"manifest": self.manifest}  # each process maps the array itself
+
+
+class ShardReader:
+    """A reader with random access to the samples of a split."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self.manifest = manifest
         self._files: OrderedDict[int, int] = OrderedDict()  # shard number -> descriptor, most recently used last
 
     def __len__(self) -> int:
         return self.manifest.samples
 
-    @property
+    @cached_property
     def index(self) -> npt.NDArray[np.void]:
-        """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process.
-
-        Raises:
-            ValueError: if a label is not in [0, num_classes). The message names the first sample.
-            DataChangedError: if the file was truncated after it was mapped.
-        """
-        if self._index is None:
-            rows = self.manifest.index()
-            # Checked here: on a GPU, a wrong label would be an index error without a name.
-            self._check_labels(rows)
-            self._index = rows
-        if not has_all_bytes(self._index):
-            raise self._data_changed_error(f"{self.manifest.split}.npy", "the file was truncated")
-        return self._index
+        """The rows of the index, (n,) INDEX_DTYPE, mapped into memory at first use in each process."""
+        return self.manifest.index()
 
     def labels(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Returns the labels, (B,) int64 in [0, num_classes), of samples, (B,) int64 in [0, len(self))."""
@@ -377,10 +266,7 @@ class ShardReader:
         return labels
 
     def read(self, index: int) -> bytes:
-        """Reads the bytes of a sample's image file.
-
-        Args:
-            index: Number of the sample in its split, in [0, len(self)).
+        """Reads the bytes of a sample's image file; ``index`` is its number in the split, in [0, len(self)).
 
         Raises:
             DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
@@ -398,11 +284,8 @@ class ShardReader:
 
     def name(self, index: int) -> str:
         """Returns the name of a sample for error messages: ``SHARD:MEMBER``, with the member's name from the tar."""
-        return self._name(*self.index[index].item()[:2])
-
-    def _name(self, shard: int, offset: int) -> str:
-        header = self._pread(shard, BLOCK, offset - BLOCK) if offset >= BLOCK else b""
-        return member_label(self.manifest.shards[shard].name, header, offset)
+        shard, offset, _, _ = self.index[index].item()
+        return member_label(self.manifest.shards[shard].name, self._pread(shard, BLOCK, offset - BLOCK), offset)
 
     def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
         folder = self.manifest.folder
@@ -411,22 +294,10 @@ class ShardReader:
             f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
         )
 
-    def _check_labels(self, rows: npt.NDArray[np.void]) -> None:
-        labels, classes = rows["label"], len(self.manifest.classes)
-        if not len(labels) or 0 <= labels.min() <= labels.max() < classes:
-            return
-        wrong = np.flatnonzero((labels < 0) | (labels >= classes))
-        first = rows[wrong[0]]
-        raise ValueError(
-            f"data {self.manifest.folder}, split {self.manifest.split}: labels must be in [0, {classes}), got "
-            f"{first['label']} in {self._name(*first.item()[:2])}, the first of {len(wrong)}; correct them and "
-            f"regenerate the index with `maskgit data index {self.manifest.folder}`"
-        )
-
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
             return os.pread(self._file(number), size, offset)
-        except (OSError, OverflowError) as error:
+        except OSError as error:
             raise self._data_changed_error(self.manifest.shards[number].name, str(error)) from error
 
     def _file(self, number: int) -> int:
@@ -445,7 +316,7 @@ class ShardReader:
 
     def __getstate__(self) -> dict[str, Any]:
         # Descriptors and maps are not valid in another process.
-        return {**self.__dict__, "_index": None, "_files": OrderedDict()}
+        return {"manifest": self.manifest, "_files": OrderedDict()}
 
     # At the exit of the interpreter, ``os`` may be gone; without its arguments, a reader has no files.
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
@@ -469,11 +340,6 @@ def index_sha256(rows: npt.NDArray[np.void]) -> str:
 
 def _faults(manifest: Manifest) -> Iterator[str]:
     rows, end = manifest.index(check=True), 0
-    if manifest.vectors is not None:
-        try:
-            _ = manifest.vector_reader().array  # checks the file
-        except (FileNotFoundError, ValueError) as error:
-            yield str(error)
     for shard in manifest.shards:
         start, end = end, end + shard.samples
         if (fault := _fault_of(manifest.folder / shard.name, shard, rows[start:end])) is not None:
@@ -487,8 +353,8 @@ def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | Non
         with open(open_regular(path), "rb", buffering=0) as file:
             length = os.fstat(file.fileno()).st_size
             headers = {offset: parse_header(os.pread(file.fileno(), BLOCK, offset)) for offset in images}
-    except (OSError, OverflowError) as error:
-        return f"{shard.bytes} bytes expected, {getattr(error, 'strerror', error)}"
+    except OSError as error:
+        return f"{shard.bytes} bytes expected, {error.strerror}"
     if length != shard.bytes:
         return f"{shard.bytes} bytes expected, {length} found"
     for offset, header in headers.items():

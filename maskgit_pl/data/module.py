@@ -6,7 +6,6 @@ The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` a
 from __future__ import annotations
 
 import logging
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -34,6 +33,7 @@ from maskgit_pl.data.manifest import (
     DataSummary,
     ShardReader,
     Split,
+    VectorReader,
     check_vectors,
     describe_resizing,
     load_manifest,
@@ -42,12 +42,10 @@ from maskgit_pl.data.manifest import (
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
 from maskgit_pl.data.stream import StreamBatches, StreamConfig
-from maskgit_pl.data.token_store import StoreDescription, TokenReader, augmentations_text, check_origin, open_store
-from maskgit_pl.data.vectors import VectorReader
+from maskgit_pl.data.token_store import TokenReader, augmentations_text, check_origin, open_store
+from maskgit_pl.data.vectors import VectorKind
 from maskgit_pl.decoding.predictors import VectorPool
 from maskgit_pl.distributed import rank_and_world
-
-__all__ = ["ShardData", "ShardDataConfig"]
 
 log = logging.getLogger(__name__)
 
@@ -133,12 +131,7 @@ class ShardDataConfig:
     @cached_property
     def train_augmentations(self) -> Augmentations:
         """The augmentations of the training images."""
-        try:
-            return build_augmentations(self.augmentations, crop=self.crop)
-        except ValueError as error:
-            raise ValueError(
-                f"data.{error}" if str(error).startswith(("crop", "augmentations")) else f"data: {error}"
-            ) from error
+        return build_augmentations(self.augmentations, crop=self.crop)
 
 
 class ShardData(StepDataModule):
@@ -184,19 +177,16 @@ class ShardData(StepDataModule):
         Raises:
             ValueError: if ``data.vectors`` is True and the samples of the data folder have no vectors.
         """
-        if not self.config.vectors:
-            return 0
-        if self.summary.vectors is None:
-            raise ValueError(
-                f"data.vectors must be false for {self.config.path}, whose samples have no vectors, got true; make the "
-                "data with a .npy file beside each image"
-            )
-        return self.summary.vectors.dim
+        return self._vector_kind.dim if self.config.vectors else 0
 
     @property
-    def store(self) -> StoreDescription | None:
-        """The description of the token store; None for other sources."""
-        return None if self._tokens is None else next(iter(self._tokens.values())).description
+    def _vector_kind(self) -> VectorKind:
+        if self.summary.vectors is None:
+            raise ValueError(
+                f"data {self.config.path} must have a vector for each image, for data.vectors: true or for the model, "
+                "got none; make the data with a .npy file beside each image"
+            )
+        return self.summary.vectors
 
     @property
     def resizing(self) -> str | None:
@@ -208,31 +198,14 @@ class ShardData(StepDataModule):
         if self.resizing is not None and rank_and_world()[0] == 0:
             log.warning("data %s: %s", self.config.path, self.resizing)
 
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps in which the stream goes through the train split once."""
-        return math.ceil(self._train_samples / self.config.global_batch)
-
     def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
-        """Checks that a tokenizer made the token store; does nothing for other sources.
-
-        Args:
-            fingerprint: Fingerprint of the tokenizer's weights.
-            grid: Height and width of its token grid.
-            codebook_size: Its codebook size.
-
-        Raises:
-            ValueError: if another tokenizer made it, or it has another grid or codebook. The message names both values.
-        """
-        if self.store is not None:
+        """Checks that a tokenizer of this fingerprint, grid and codebook made the token store, if tokens are read."""
+        if self._tokens is not None:
             origin = {"tokenizer": fingerprint, "grid": grid, "codebook_size": codebook_size}
-            check_origin(self.store, self.config.token_store, **origin)
+            check_origin(self._tokens["train"].description, self.config.token_store, **origin)
 
     def setup(self, stage: str | None = None) -> None:
         """Checks the data before the first step: the index, and the length and ends of each shard; or the token store.
-
-        Args:
-            stage: Not used.
 
         Raises:
             FileNotFoundError: if the data folder, a manifest or the store is missing.
@@ -243,7 +216,6 @@ class ShardData(StepDataModule):
         if self._tokens is None:  # opens and checks the token store, if there is one
             for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
                 self._readers[split] = ShardReader(manifest)
-                _ = self._readers[split].index  # checks the labels
         if self.vector_dim:
             for split in self._splits_of_folder:
                 self._vector_reader(split)
@@ -281,15 +253,12 @@ class ShardData(StepDataModule):
     def batches(
         self, split: Split, order: Order, *, augmentations: Augmentations = CENTER
     ) -> ImageBatches | TokenBatches:
-        """Returns a dataset of batches of a split, without vectors.
+        """Returns a dataset of batches of a split, without vectors, whose ``__getitems__`` takes a range of positions.
 
         Args:
             split: ``"train"`` or ``"val"``.
             order: Maps positions to samples.
             augmentations: Crops and flips; tokens keep the views of their store.
-
-        Returns:
-            A dataset whose ``__getitems__(range of positions)`` returns a ``Batch``.
         """
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed)
@@ -303,19 +272,11 @@ class ShardData(StepDataModule):
         )
 
     def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
-        """Returns the vectors (B, C) float32 of samples (B,) of a split.
-
-        Raises:
-            ValueError: if the samples have no vectors, or the vectors differ from the manifest.
-        """
+        """Returns the vectors (B, C) float32 of samples (B,) of a split; see ``check_vectors``."""
         return torch.from_numpy(self._vector_reader(split).read(index))
 
     def vector_pool(self, split: Split) -> VectorPool:
-        """Returns all vectors of a split with their labels, for images that are generated without the data.
-
-        Raises:
-            ValueError: if the samples have no vectors.
-        """
+        """Returns all vectors of a split with their labels, for images that are generated without the data."""
         if self._tokens is not None:
             labels = self._tokens[split].arrays[1]
         else:
@@ -325,19 +286,16 @@ class ShardData(StepDataModule):
     def _shard_reader(self, split: Split) -> ShardReader:
         # Without ``setup``, as in the evaluation, shards are opened and checked here.
         if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifest(self.config.path, split))
+            self._readers[split] = ShardReader(load_manifests(self.config.path, (split,))[split])
         return self._readers[split]
 
     def _vector_reader(self, split: Split) -> VectorReader:
         """Returns the vectors of a split of the data folder, after a check of their hash at the first call."""
         if split not in self._vectors:
-            manifest = load_manifest(self.config.path, split, check=False)
-            if manifest.vectors is None:
-                raise ValueError(
-                    f"data {self.config.path} must have a vector for each image, got none; make it with .npy files"
-                )
+            _ = self._vector_kind  # raises if there are none
+            manifest = load_manifest(self.config.path, split)
             check_vectors(manifest)
-            self._vectors[split] = manifest.vector_reader()
+            self._vectors[split] = VectorReader(manifest)
         return self._vectors[split]
 
     @property

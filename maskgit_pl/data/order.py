@@ -23,17 +23,6 @@ from torch.utils.data import Sampler
 
 from maskgit_pl.randomness import permutation
 
-__all__ = [
-    "BATCH_SIZE_RANGE",
-    "EvalBatchSampler",
-    "InOrder",
-    "Order",
-    "Rows",
-    "ShuffledStream",
-    "TrainBatchSampler",
-    "split_batch",
-]
-
 BATCH_SIZE_RANGE = "[1, 16777216]"  # samples of a batch, at most 2**24
 _MAX_CACHED = 2**20  # samples of a cached permutation: 8 MiB, at most two in each worker
 
@@ -55,15 +44,11 @@ def split_batch(global_batch: int, max_per_device: int, world_size: int) -> tupl
     if global_batch % world_size:
         below = global_batch // world_size * world_size
         choices = " or ".join(str(size) for size in (below, below + world_size) if size)
-        devices = [str(ranks) for ranks in range(1, min(global_batch, 4 * world_size) + 1) if global_batch % ranks == 0]
         raise ValueError(
-            f"data.global_batch must be a multiple of the {world_size} ranks, got {global_batch}; "
-            f"use {choices}, or run on {', '.join(devices)} ranks"
+            f"data.global_batch must be a multiple of the {world_size} ranks, got {global_batch}; use {choices}"
         )
-    # The largest divisor of per_rank up to max_per_device: divisors come in pairs around the square root.
     per_rank = global_batch // world_size
-    low = [size for size in range(1, math.isqrt(per_rank) + 1) if per_rank % size == 0]
-    per_device = max(size for size in (*low, *(per_rank // size for size in low)) if size <= max_per_device)
+    per_device = next(size for size in range(min(per_rank, max_per_device), 0, -1) if per_rank % size == 0)
     return per_device, per_rank // per_device
 
 
@@ -181,23 +166,18 @@ class TrainBatchSampler(Sampler[range]):
         start = self.current_step()  # read now, not at the first next()
         # A resumed run finishes its epoch.
         end = (start // self.steps_per_epoch + 1) * self.steps_per_epoch
-        return (self._positions(step, micro) for step in range(start, end) for micro in range(self.accumulation))
-
-    def _positions(self, step: int, micro: int) -> range:
-        first = step * self.global_batch + (micro * self.world_size + self.rank) * self.per_device
-        return range(first, first + self.per_device)
+        firsts = (
+            step * self.global_batch + (micro * self.world_size + self.rank) * self.per_device
+            for step in range(start, end)
+            for micro in range(self.accumulation)
+        )
+        return (range(first, first + self.per_device) for first in firsts)
 
 
 class EvalBatchSampler(Sampler[range]):
     """A sampler of one rank's evaluation batches: each sample once over all ranks, equally many batches on each rank.
 
-    Positions past the end fill up the last batches; see ``InOrder``.
-
-    Args:
-        num_samples: Number of samples to visit.
-        per_device: Number of samples in a batch.
-        world_size: Number of ranks.
-        rank: This rank, in [0, world_size).
+    Positions past the end fill up the last batches; see ``InOrder``. For the arguments, see ``TrainBatchSampler``.
     """
 
     def __init__(self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0) -> None:

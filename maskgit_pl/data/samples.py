@@ -9,7 +9,6 @@ import math
 import os
 import re
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,20 +21,6 @@ from maskgit_pl.data.manifest import Split, read_manifest_summary
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
-__all__ = [
-    "MAX_CLASSES",
-    "Labels",
-    "Sample",
-    "Source",
-    "UnreadableSample",
-    "check_class_lines",
-    "find_class_names",
-    "is_val",
-    "number_classes",
-    "parse_class_names",
-    "read_sample",
-]
-
 MAX_CLASSES = 100_000  # upper limit if no class names are given
 
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
@@ -43,29 +28,17 @@ _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of 
 
 
 class Sample(NamedTuple):
-    """An image and its label.
+    """An image and its label."""
 
-    Args:
-        data: Bytes of the image file.
-        extension: ``"png"``, ``"jpg"`` or ``"webp"``.
-        label: Class in [0, num_classes).
-        name: The sample's name in error messages.
-        vector: Bytes of the ``.npy`` file of its vector; None if it has none.
-    """
-
-    data: bytes
-    extension: str
-    label: int
-    name: str
-    vector: bytes | None = None
+    data: bytes  # of the image file
+    extension: str  # png, jpg or webp
+    label: int  # in [0, num_classes)
+    name: str  # in error messages
+    vector: bytes | None = None  # of the ``.npy`` file of its vector
 
 
 class UnreadableSample(NamedTuple):
-    """An image that cannot be read, in place of its sample.
-
-    Args:
-        error: One line that names the image and gives the reason.
-    """
+    """An image that cannot be read, in place of its sample; ``error`` names the image and gives the reason."""
 
     error: str
 
@@ -99,11 +72,6 @@ class Source(Protocol):
 
 def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample | UnreadableSample:
     """Reads an image file and checks, without decoding it, that its header is valid and that it is complete.
-
-    Args:
-        read: Returns the bytes of the file.
-        label: Label of the sample.
-        name: The sample's name in error messages.
 
     Returns:
         The sample, or an ``UnreadableSample`` with the reason.
@@ -155,26 +123,21 @@ class Labels:
         return None if self.source == "none" else self.source.partition(":")[0]
 
     def read(self, data: bytes, *, name: str) -> int:
-        """Reads a class number from the bytes of a label member.
-
-        Args:
-            data: Bytes of the ``.cls`` or ``.json`` member.
-            name: The member's name in error messages.
+        """Reads a class number from the bytes of a ``.cls`` or ``.json`` member.
 
         Raises:
             ValueError: if the bytes are not a class.
         """
         text = data if self.source == "cls" else self._read_field(data, name)
         match = _LABEL.fullmatch(text)  # unlike int(), rejects 1_000 and -1
-        if match is None:
-            raise ValueError(f"label {name} must be a decimal class number, got {text[:40]!r}")
-        label, num_classes = int(match[1]), MAX_CLASSES if self.classes is None else len(self.classes)
-        if label >= num_classes:
-            raise ValueError(f"label {name} must be a class in [0, {num_classes}), got {label}")
-        return label
+        num_classes = MAX_CLASSES if self.classes is None else len(self.classes)
+        if match is None or int(match[1]) >= num_classes:
+            names = "" if self.source == "cls" else " or one of the class names"
+            raise ValueError(f"label {name} must be a class number in [0, {num_classes}){names}, got {text[:40]!r}")
+        return int(match[1])
 
     def _read_field(self, data: bytes, name: str) -> bytes:
-        """Returns the decimal class number in the field of a ``.json`` member."""
+        """Returns the field of a ``.json`` member as it is printed; of a class name, the class number."""
         field_name = self.source.partition(":")[2]
         try:
             value = parse_any_json(data, name)[field_name]
@@ -182,11 +145,7 @@ class Labels:
             raise ValueError(f"label {name} must be a JSON object with {field_name!r}, got {data[:40]!r}") from error
         if isinstance(value, str) and value in (self.classes or ()):
             value = (self.classes or ()).index(value)
-        if type(value) is not int:  # bool is a subclass of int
-            raise ValueError(
-                f"label {name}: {field_name!r} must be a class number or one of the class names, got {value!r:.40}"
-            )
-        return b"%d" % value
+        return repr(value).encode(errors="backslashreplace")
 
 
 def number_classes(
@@ -248,7 +207,7 @@ def parse_class_names(text: str) -> list[str]:
         text: Names separated by commas, or the path of a UTF-8 file with one name per line.
 
     Raises:
-        ValueError: if a name is empty or repeated, or the file is not text.
+        ValueError: See ``check_class_lines``; or if the file is not text.
     """
     if os.path.isfile(text):  # Path.is_file() raises an error if many names make a path that is too long
         try:
@@ -258,18 +217,12 @@ def parse_class_names(text: str) -> list[str]:
         names = [line.strip() for line in lines if line.strip()]
     else:
         names = [name.strip() for name in text.split(",")]
-    doubled = [name for name, count in Counter(names).items() if count > 1]
-    if not all(names) or doubled:
-        raise ValueError(f"class names must be unique and not empty, got {shorten(doubled[0] if doubled else text)}")
+    check_class_lines("class names", names)
     return names
 
 
 def find_class_names(folder: Path) -> list[str] | None:
-    """Returns the class names of a data folder's manifests.
-
-    Returns:
-        The names; None if there is no valid manifest, or its names are only numbers or one name.
-    """
+    """Returns the class names of a data folder's manifests; None without any, or if they are numbers or one name."""
     try:
         names = read_manifest_summary(folder).classes
     except (FileNotFoundError, ValueError):

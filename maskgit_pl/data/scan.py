@@ -1,6 +1,6 @@
 """Scan of one tar: the position of each image and vector, its label, and a count of each kind of fault.
 
-Used by ``index``, which writes manifests from scans.
+Used by ``index``, which writes manifests from scans, and by ``stream``.
 
 1. Walk the members of the tar; see ``tar.read_members``.
 2. Group consecutive members by key, as webdataset does: the key is the name up to the first dot of its last
@@ -18,8 +18,7 @@ from __future__ import annotations
 import os
 import re
 from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
@@ -37,23 +36,10 @@ from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKi
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of
 
-__all__ = [
-    "BAD_VECTOR",
-    "IMAGE_EXTENSIONS",
-    "NO_LABEL",
-    "NO_VECTOR",
-    "Fault",
-    "ShardScan",
-    "format_counts",
-    "require_vectors",
-    "scan_shard",
-]
-
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
-_BESIDE_IMAGES = ("txt", "json", "cls")  # captions and metadata, which are not counted as ignored
 _MAX_LABEL_BYTES = 64  # a .cls member has one number
 _MAX_JSON_BYTES = 2**20
-_MAX_FAULTY = _MAX_IGNORED = 100_000  # more than this is a wrong file, not a few bad samples
+_MAX_FAULTY = 100_000  # more than this is a wrong file, not a few bad samples
 _UNSAFE = re.compile(r"[\x00-\x1f\x7f-\x9f]|^/|(?:^|/)\.\.(?:/|$)")  # control characters, paths out of a folder
 _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
@@ -76,12 +62,6 @@ _KEY, _FIRST, _OFFSET, _SIZE, _SHAPE, _LABEL, _VECTOR, _BITS = range(8)
 _EMPTY_ROW = [0, 0, -1, 0, -1, -1, -1, 0]
 
 
-def format_counts(ignored: Mapping[str, int]) -> str:
-    """Returns the five most frequent extensions with their counts, safe to print: ``12 .txt, 3 .npy``."""
-    listed = [f"{count} {printable(extension)}" for extension, count in Counter(ignored).most_common(5)]
-    return ", ".join(listed + [f"{len(ignored) - 5} more kinds"] * (len(ignored) > 5))
-
-
 class Fault(NamedTuple):
     """The number of samples with a kind of fault, and the name of the first of them, with a reason if there is one."""
 
@@ -91,31 +71,17 @@ class Fault(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardScan:
-    """The result of scanning one tar.
+    """The result of scanning one tar."""
 
-    Args:
-        bytes: Length of the file.
-        sha256: Hash of the whole file, hex; empty if the tar is damaged or its samples are to be rejected.
-        rows: (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0.
-        images: Range of their sizes; None without samples.
-        faults: Faults of the other samples.
-        ignored: Number of members that belong to no sample, by extension.
-        vectors: (n,) int64: position of the first value of each sample's vector in the file, -1 without a vector.
-        vector_kind: Size and type of the vectors; None if there are none.
-        without_vector: Name of the first sample of ``rows`` without a vector; empty if there is none.
-        damage: The reason if the file is not a complete tar, else empty.
-    """
-
-    bytes: int
-    sha256: str
-    rows: npt.NDArray[np.void]
-    images: ImageRange | None
-    faults: dict[str, Fault]
-    ignored: dict[str, int]
-    vectors: npt.NDArray[np.int64]
+    bytes: int  # length of the file
+    sha256: str  # of the whole file, hex; empty if the tar is damaged
+    rows: npt.NDArray[np.void]  # (n,) INDEX_DTYPE, the samples without a fault; ``shard`` is 0
+    images: ImageRange | None  # of these samples; None without any
+    faults: dict[str, Fault]  # of the other samples
+    vectors: npt.NDArray[np.int64]  # (n,), positions of the first values of the vectors in the file; -1 without one
     vector_kind: VectorKind | None = None
-    without_vector: str = ""
-    damage: str = ""
+    without_vector: str = ""  # name of the first sample of ``rows`` without a vector
+    damage: str = ""  # the reason if the file is not a complete tar
 
 
 def require_vectors(scan: ShardScan) -> ShardScan:
@@ -127,37 +93,26 @@ def require_vectors(scan: ShardScan) -> ShardScan:
     return replace(scan, rows=scan.rows[has_vector], vectors=scan.vectors[has_vector], faults=faults)
 
 
-def scan_shard(path: Path, labels: Labels, *, lenient: bool = True, vectors: bool = True) -> ShardScan:
+def scan_shard(path: Path, labels: Labels, *, vectors: bool = True) -> ShardScan:
     """Scans a tar: reads its labels, image headers and vectors, and hashes it.
 
     Args:
         path: The tar.
         labels: Source of the labels.
-        lenient: True if samples with a fault will be left out. False if they will be rejected; then the scan
-            stops after 100,000 of them, and a shard with faults is not hashed.
         vectors: True to read ``.npy`` members as vectors; False ignores them.
-
-    Raises:
-        OSError: if the file cannot be opened or read, or is not a regular file.
     """
-    descriptor = open_regular(path)
-    try:
-        scan = _Scan(descriptor, path.name, labels, vectors=vectors)
-        damage, digest = "", ""
+    with open(open_regular(path), "rb") as file:
+        scan, damage, digest = _Scan(file.fileno(), path.name, labels, vectors=vectors), "", ""
         try:
             for key, members in groupby(scan.named_members(), lambda named: named[0]):  # 2.
                 scan.add(key, members)
-                if scan.num_faulty > _MAX_FAULTY and not lenient:
+                if scan.num_faulty > _MAX_FAULTY:
                     first = next(iter(scan.first.values()), printable(key))
                     raise DamagedTarError(f"more than {_MAX_FAULTY} samples have a fault (first {first})")
-            # A second pass over the file, only if the hash will be used.
-            if lenient or not scan.num_faulty:
-                digest = sha256_of(descriptor)
+            digest = sha256_of(file.fileno())
         except DamagedTarError as error:
             damage = str(error)
         return scan.result(digest, damage)
-    finally:
-        os.close(descriptor)
 
 
 class _Part(NamedTuple):
@@ -185,37 +140,24 @@ class _Scan:
         self.vector_kind: VectorKind | None = None  # of the first vector
         self.table = array("q")  # a row is 64 bytes, an object would be 500
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
-        self.ignored: Counter[str] = Counter()
-        self.num_faulty = self.num_ignored = 0
+        self.num_faulty = 0
 
     def named_members(self) -> Iterator[tuple[str, str, Member]]:
         """Yields key, extension and member of the members that have a key."""
         for member in read_members(self.descriptor):  # 1.
-            match = _NAME.fullmatch(member.name)
-            if member.kind == "folder":
-                continue
-            if match is None:  # as "._0.png", which macOS adds before 0.png; the sample continues after it
-                self._ignore("")
-            else:
+            # Without a key: as "._0.png", which macOS adds before 0.png; the sample continues after it.
+            if member.kind != "folder" and (match := _NAME.fullmatch(member.name)):
                 yield match[1], match[2].lower(), member
 
     def add(self, key: str, members: Iterable[tuple[str, str, Member]]) -> None:
         """Reads the parts of a sample, and adds its row to the table."""
-        row, bits, taken, other = _EMPTY_ROW.copy(), 0, set[str](), list[str]()
+        row, bits, taken = _EMPTY_ROW.copy(), 0, set[str]()
         row[_KEY] = hash(key)  # compared within this process only
         for _, extension, member in members:
             row[_FIRST] = row[_FIRST] or member.offset
             if part := self.parts.get(extension):
                 bits |= self._read_part(part, member, row, taken)
-            else:
-                other.append(extension)
-        is_sample = row[_OFFSET] >= 0 or row[_LABEL] >= 0 or bits
-        if row[_VECTOR] >= 0 and not is_sample:
-            other.append(VECTOR_EXTENSION)
-        for extension in other:
-            if not is_sample or extension not in _BESIDE_IMAGES:
-                self._ignore(extension)
-        if not is_sample:
+        if row[_OFFSET] < 0 and row[_LABEL] < 0 and not bits:  # no sample
             return
         if self.labels.extension is None:
             row[_LABEL] = 0
@@ -249,7 +191,6 @@ class _Scan:
             rows=rows,
             images=_image_range(columns[_SHAPE, whole]),
             faults=faults,
-            ignored=dict(self.ignored),
             vectors=columns[_VECTOR, whole],
             vector_kind=self.vector_kind,
             without_vector=self._label_at(int(without_vector[0])) if len(without_vector) else "",
@@ -289,12 +230,6 @@ class _Scan:
             raise ValueError(f"vector {name} must have {self.vector_kind} as those before it, got {kind}")
         self.vector_kind = kind
         return (member.offset + start,)
-
-    def _ignore(self, extension: str) -> None:
-        self.ignored[f".{extension}"] += 1
-        self.num_ignored += 1
-        if self.num_ignored > _MAX_IGNORED:
-            raise DamagedTarError(f"more than {_MAX_IGNORED} members are not images: {format_counts(self.ignored)}")
 
     def _note(self, fault: str, member: Member, reason: str = "") -> int:
         """Keeps the message of the first sample with a fault, and returns the bit of the fault."""

@@ -28,14 +28,13 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from maskgit_pl.checks import ImageSize, check_integer
-from maskgit_pl.data.augmentations import Augmentations
-from maskgit_pl.data.batches import Batch, stack_batch
+from maskgit_pl.checks import ImageSize, check_integer, height_width
+from maskgit_pl.data.augmentations import Augment, Augmentations
+from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
-from maskgit_pl.data.images import Place, decode_image, fit_image
+from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.index import expand_braces
 from maskgit_pl.data.loader import ALWAYS_ALLOWED, MAX_IN_A_ROW
-from maskgit_pl.data.order import Rows
 from maskgit_pl.data.samples import Labels, Sample, UnreadableSample
 from maskgit_pl.data.scan import BAD_IMAGE, scan_shard
 from maskgit_pl.data.tar import BLOCK, member_label
@@ -156,11 +155,12 @@ class StreamBatches(Dataset[Batch]):
             self._samples = self._shuffle()
         samples, position = self._samples, torch.arange(positions.start, positions.stop)
         index, epoch = position % 2**32, position // self.stream.samples  # random_bits takes indices below 2**32
-        crops = self.augmentations.draw(index, epoch, seed=self.seed)
-        rows = Rows(index, epoch, position, torch.ones_like(position, dtype=torch.bool))
-        return stack_batch([self._next(samples, crop) for crop in crops], rows)
+        drawn = self.augmentations.draw(index, epoch, seed=self.seed)
+        images, labels = zip(*(self._next(samples, augment) for augment in drawn), strict=True)
+        valid, replacement = torch.ones_like(position, dtype=torch.bool), torch.full_like(position, -1)
+        return Batch(torch.stack(images), torch.tensor(labels), index, epoch, position, valid, replacement)
 
-    def _next(self, samples: Iterator[Sample | UnreadableSample], crop: Place) -> tuple[Tensor, int]:
+    def _next(self, samples: Iterator[Sample | UnreadableSample], augment: Augment) -> tuple[Tensor, int]:
         """Returns image and label of the next sample that can be decoded."""
         budget, error = self.unreadable_budget, ""
         for sample in islice(samples, MAX_IN_A_ROW):
@@ -168,7 +168,7 @@ class StreamBatches(Dataset[Batch]):
             try:
                 if isinstance(sample, Sample):
                     image = decode_image(sample.data, channels=self.in_channels, name=sample.name)
-                    return fit_image(image, image_size=self.image_size, crop=crop), sample.label
+                    return augment(image, height_width(self.image_size)), sample.label
                 error = sample.error
             except UnreadableImageError as unreadable:
                 error = str(unreadable)
@@ -217,12 +217,11 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
                 scan = scan_shard(path, labels, vectors=False)
-                faults = dict(scan.faults)
-                unreadable = faults.pop(BAD_IMAGE, None)
-                if scan.damage or not (len(scan.rows) or scan.faults):
-                    raise StreamError(f"{name}: must be a complete tar of samples: {scan.damage or 'no images'}")
-                for fault, entry in faults.items():
-                    raise StreamError(f"{name}: {entry.samples} samples {fault} (first {entry.first})")
+                unreadable = scan.faults.pop(BAD_IMAGE, None)
+                faults = [f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items()]
+                if scan.damage or faults or not (len(scan.rows) or unreadable):
+                    found = scan.damage or "; ".join(faults) or "no images"
+                    raise StreamError(f"{name}: must be a complete tar of samples: {found}")
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))

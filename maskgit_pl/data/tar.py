@@ -16,15 +16,6 @@ from zlib import adler32
 
 from maskgit_pl.errors import printable
 
-__all__ = [
-    "BLOCK",
-    "DamagedTarError",
-    "Member",
-    "member_label",
-    "parse_header",
-    "read_members",
-]
-
 BLOCK = 512
 Kind = Literal["file", "folder", "link", "device", "sparse file"]
 
@@ -142,13 +133,9 @@ def _has_checksum(header: bytes) -> bool:
 
 
 def _member(header: bytes, start: int, long_name: str = "", pax: Mapping[bytes, bytes] = {}) -> Member:
-    """Returns the member of a header.
+    """Returns the member of a header, whose payload begins at ``start``.
 
-    Args:
-        header: The header.
-        start: Position of the payload.
-        long_name: Name in the GNU long name before the header.
-        pax: Values of the pax header before it; they replace those of the header.
+    ``long_name`` is the GNU long name before the header; the values of the pax header before it replace its own.
     """
     flag, size, name = header[156:157], _size(header), long_name or _name(header)
     if pax:

@@ -7,8 +7,6 @@ from typing import Literal
 
 from maskgit_pl.checks import check_integer, check_number
 
-__all__ = ["TokenizeOptions", "TokenizingConfig"]
-
 
 @dataclass(frozen=True)
 class TokenizingConfig:
@@ -19,9 +17,6 @@ class TokenizingConfig:
         part_size: Images per part that is written at a time; a kill loses at most one part.
         num_workers: Processes that decode images. None: 0 on a CPU, up to 8 with a GPU.
         unreadable_budget: Allowed fraction of unreadable images, in [0, 1]; see ``UnreadableImages``.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     batch_size: int = 256

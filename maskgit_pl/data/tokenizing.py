@@ -15,7 +15,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
-from maskgit_pl.checks import ImageSize, height_width, pixels_text
+from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.loader import ImageBatches, make_loader
-from maskgit_pl.data.manifest import ImageRange, ShardReader, Split, load_manifest, read_manifest_summary
+from maskgit_pl.data.manifest import ShardReader, Split, load_manifests, read_manifest_summary
 from maskgit_pl.data.order import Rows
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
@@ -40,13 +40,10 @@ from maskgit_pl.data.token_store import (
     array_paths,
     is_complete,
     plain_description,
-    read_description,
 )
 from maskgit_pl.data.tokenize_options import TokenizingConfig
 from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
 from maskgit_pl.processes import Bars, no_bars
-
-__all__ = ["Part", "StoreParts", "describe_store", "tokenize"]
 
 log = logging.getLogger(__name__)
 
@@ -54,24 +51,12 @@ log = logging.getLogger(__name__)
 def describe_store(
     path: str | Path, *, grid: tuple[int, int], codebook_size: int, tokenizer: str, image_size: ImageSize, **views: Any
 ) -> StoreDescription:
-    """Describes a token store of a data folder, for ``tokenize``.
+    """Describes a token store of the data folder ``path``, for ``tokenize``.
 
-    Args:
-        path: The data folder.
-        grid: See ``StoreDescription``, as for the others.
-        codebook_size: Codebook size.
-        tokenizer: Fingerprint of the tokenizer's weights.
-        image_size: Size of the images that the tokenizer encodes.
-        views: The fields ``crops``, ``flip``, ``precision`` and ``augmentations``.
-
-    Raises:
-        ValueError: if a number is out of range, or ``crops`` is above 1 although all images have the shape of
-            the crops.
+    For the arguments, see ``StoreDescription``; ``views`` are crops, flip, precision and augmentations.
     """
     summary = read_manifest_summary(path)
     samples = cast("dict[Split, int]", dict(summary.samples))
-    if views.get("crops", 1) > 1 and not views.get("augmentations"):
-        _check_crops(summary.images, image_size)
     return StoreDescription(
         grid, codebook_size, image_size, tokenizer, summary.fingerprint, summary.classes, samples, **views
     )
@@ -115,11 +100,10 @@ def tokenize(
     """
     if is_complete(store, description):
         log.info("%s exists already, made by this tokenizer from these data", store)
-        for leftover in Path(store).glob(".parts-*"):  # of a call that was killed while it removed them
-            shutil.rmtree(leftover, ignore_errors=True)
         return True
     config, (rank, world_size) = config or TokenizingConfig(), ranks
-    readers = {split: ShardReader(load_manifest(path, split)) for split in description.samples}
+    manifests = load_manifests(path, tuple(description.samples))
+    readers = {split: ShardReader(manifest) for split, manifest in manifests.items()}
     parts = StoreParts(store, description, part_size=config.part_size)
     name = "" if world_size == 1 else f"rank {rank} of {world_size}: "
     encoded_rows, start = 0, time.monotonic()
@@ -161,14 +145,7 @@ class Part(NamedTuple):
 
 
 class StoreParts:
-    """An unfinished store and its parts.
-
-    Args:
-        folder: The store; it is made if it is missing. A finished store of another description becomes
-            invalid: its ``store.json`` is removed.
-        description: Description of the store; parts of another description are removed.
-        part_size: Number of samples in a part, at least 1; parts of another size are removed.
-    """
+    """An unfinished store and its parts, of ``part_size`` samples each; its folder is made if it is missing."""
 
     def __init__(self, folder: str | Path, description: StoreDescription, *, part_size: int) -> None:
         self.folder = Path(folder)
@@ -179,14 +156,6 @@ class StoreParts:
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         self._parts = self.folder / f".parts-{key[:16]}"
         self._parts.mkdir(parents=True, exist_ok=True)
-        for other in self.folder.glob(".parts-*"):
-            if other != self._parts:
-                shutil.rmtree(other, ignore_errors=True)
-        with suppress(FileNotFoundError, ValueError):
-            if read_description(self.folder) == description:
-                return
-        # Not in finish(): another process may have just written it.
-        (self.folder / DESCRIPTION_FILE).unlink(missing_ok=True)
 
     def parts(self) -> list[Part]:
         """Returns all parts of all splits."""
@@ -215,13 +184,8 @@ class StoreParts:
             tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
             replaced: (k, 2) int64, unreadable samples and those that are encoded in their place; None without any.
-
-        Raises:
-            ValueError: if a token is out of range.
         """
-        limit = self.description.codebook_size
-        if tokens.min() < 0 or tokens.max() >= limit:  # the smaller type would wrap it
-            raise ValueError(f"tokens must be in [0, {limit}), got {tokens.min()} to {tokens.max()}")
+        assert 0 <= tokens.min() <= tokens.max() < self.description.codebook_size  # the smaller type would wrap it
         replaced = np.zeros((0, 2), np.int64) if replaced is None else replaced
         with self._replace_file(self._path(part)) as file:
             for array in (tokens.astype(self.description.dtype), labels, replaced):
@@ -233,7 +197,7 @@ class StoreParts:
         1. If a part is missing, return whether another process has finished the store.
         2. Join the parts of each split into its arrays.
         3. Write ``store.json`` with the hashes of the arrays.
-        4. Remove the parts of the finished store.
+        4. Remove the parts, also those of other sizes and descriptions.
 
         Two processes that join at the same time write the same bytes. The slower one may find the parts
         already removed; then the store must be complete.
@@ -254,7 +218,8 @@ class StoreParts:
         except FileNotFoundError:
             if not is_complete(self.folder, self.description):
                 raise
-        shutil.rmtree(self._parts, ignore_errors=True)  # 4.
+        for parts in self.folder.glob(".parts-*"):  # 4.
+            shutil.rmtree(parts, ignore_errors=True)
         return True
 
     def _join(self, split: Split) -> list[list[int]]:
@@ -352,14 +317,3 @@ class _PartOrder(Sampler[range]):
         """Returns the positions of each batch of a part."""
         starts = range(part.start, part.stop, self.batch_size)
         return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
-
-
-def _check_crops(images: ImageRange, image_size: ImageSize) -> None:
-    """Checks that the images do not all have the shape of the crops, for which all crops would be equal."""
-    (height, width), (rows, columns) = (images.height[0], images.width[0]), height_width(image_size)
-    is_one_size = (images.height[1], images.width[1]) == (height, width)
-    if is_one_size and height * columns == width * rows:
-        raise ValueError(
-            f"tokenize crops must be 1 if all images have the shape of the crops, got more for "
-            f"{pixels_text((height, width))} pixels; shards made without --image-size keep images of other shapes"
-        )

@@ -3,20 +3,14 @@
 A vector is a ``.npy`` file of C little-endian float16 or float32 values, all finite. All vectors of a data
 set have the same C and dtype. The index of a data folder copies them into one array ``SPLIT-vectors.npy`` (n,
 C), row i for sample i, which is memory-mapped.
-
-Files may be damaged, or be truncated while they are mapped: ``map_array`` and ``has_all_bytes`` guard every
-mapped array, those of indexes and token stores too.
 """
 
 from __future__ import annotations
 
-import hashlib
 import io
-import mmap
 import os
 from collections.abc import Mapping
-from dataclasses import KW_ONLY, dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -24,21 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.errors import DataChangedError
 from maskgit_pl.files import open_regular
-
-__all__ = [
-    "MAX_VECTOR_BYTES",
-    "VECTOR_EXTENSION",
-    "VectorKind",
-    "VectorReader",
-    "copy_vectors",
-    "has_all_bytes",
-    "map_array",
-    "open_array",
-    "parse_vector",
-    "vectors_path",
-]
 
 VECTOR_EXTENSION = "npy"
 _MAX_DIM = 2**16  # the largest text encoders have 4,096
@@ -47,15 +27,10 @@ MAX_VECTOR_BYTES = 4 * _MAX_DIM + _MAX_HEADER_BYTES
 
 
 class VectorKind(NamedTuple):
-    """The size and the type of all vectors of a data set.
+    """The size and the type of all vectors of a data set."""
 
-    Args:
-        dim: Number of values C, in [1, 65536].
-        dtype: ``"float16"`` or ``"float32"``.
-    """
-
-    dim: int
-    dtype: str
+    dim: int  # number of values C, in [1, 65536]
+    dtype: str  # float16 or float32
 
     def __str__(self) -> str:
         return f"{self.dim} {self.dtype} values"
@@ -93,109 +68,46 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
         raise ValueError(f"vector {name} must {error}") from error
     if len(data) != start + kind.num_bytes:
         raise ValueError(f"vector {name} must hold {kind}, {kind.num_bytes} bytes, got {len(data) - start} bytes")
-    values = np.frombuffer(data, kind.dtype, offset=start)
-    if not np.isfinite(values).all():
-        first = int(np.isfinite(values).argmin())
-        raise ValueError(f"vector {name} must have finite values, got {values[first]} at place {first}")
+    if not np.isfinite(np.frombuffer(data, kind.dtype, offset=start)).all():
+        raise ValueError(f"vector {name} must have finite values")
     return kind, start
 
 
-def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], kind: VectorKind) -> str:
+def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], kind: VectorKind) -> None:
     """Copies the vectors of tars into one array, in the format of ``np.save``.
 
     Args:
         file: Open file.
         tars: For each tar, positions of the values of its vectors, (n,) int64, in the order of the samples.
         kind: Kind of the vectors.
-
-    Returns:
-        The SHA-256 of the file, hex.
-
-    Raises:
-        DataChangedError: if a tar has become shorter.
     """
-    header = io.BytesIO()
     shape = sum(map(len, tars.values())), kind.dim
-    fields = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(header, fields)
-    digest = hashlib.sha256(header.getvalue())
-    file.write(header.getvalue())
+    header = {"descr": np.dtype(kind.dtype).str, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
     for path, offsets in tars.items():
         with open(open_regular(path), "rb", buffering=0) as tar:
             for offset in offsets.tolist():
-                data = os.pread(tar.fileno(), kind.num_bytes, offset)
-                if len(data) != kind.num_bytes:
-                    raise DataChangedError(f"shard {path} was truncated while its vectors were read; restore it")
-                digest.update(data)
-                file.write(data)
-    return digest.hexdigest()
+                file.write(os.pread(tar.fileno(), kind.num_bytes, offset))
 
 
-@dataclass(eq=False)
-class VectorReader:
-    """A reader of the vectors of a split: one gather from a memory-mapped array for each batch.
-
-    Args:
-        path: The array (n, C).
-        count: Number n of samples.
-        kind: Kind of the vectors.
-        hint: The way to make the array again, for error messages.
-    """
-
-    path: Path
-    count: int
-    kind: VectorKind
-    _: KW_ONLY
-    hint: str
-
-    @cached_property
-    def array(self) -> npt.NDArray[Any]:
-        """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
-        return map_array("vectors", self.path, (self.count, self.kind.dim), np.dtype(self.kind.dtype), hint=self.hint)
-
-    def read(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-        """Reads the vectors, (B, C) float32, of samples, (B,) int64 in [0, n).
-
-        Raises:
-            DataChangedError: if the array was truncated or changed after it was opened.
-        """
-        array = self.array
-        # Checked for each batch, since reading a truncated map would kill the process.
-        if not has_all_bytes(array):
-            raise DataChangedError(f"vectors {self.path}: the file was truncated while it was in use; {self.hint}")
-        values: npt.NDArray[np.float32] = array.take(indices, axis=0).astype(np.float32)
-        if not np.isfinite(values).all():
-            raise DataChangedError(f"vectors {self.path} must be finite, got others; {self.hint}")
-        return values
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Each process maps the array itself.
-        return {name: value for name, value in self.__dict__.items() if name != "array"}
-
-
-def map_array(name: str, path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
-    """Maps a ``.npy`` file of a known shape and type into memory, read-only.
-
-    Args:
-        name: Name of the array in errors, such as ``"index"``.
-        path: The file.
-        shape: Its shape.
-        dtype: Its type.
-        hint: The way to make the file again, for errors.
+def map_array(path: Path, shape: tuple[int, ...], dtype: np.dtype[Any], *, hint: str) -> npt.NDArray[Any]:
+    """Maps a ``.npy`` file of a known shape and type into memory; see ``open_array``.
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if it is not a complete ``.npy`` file of plain values, or has another shape or type.
+        ValueError: if it has another shape or type; ``hint`` is the way to make it again.
     """
-    try:
-        array = open_array(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{name} {path}: no such file; {hint}") from error
-    except ValueError as error:
-        raise ValueError(f"{name} {error}; {hint}") from error
-    if (array.shape, array.dtype) != (shape, dtype) or not array.flags.c_contiguous:
-        raise ValueError(f"{name} {path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
+    array = open_array(path)
+    if (array.shape, array.dtype) != (shape, dtype):
+        raise ValueError(f"{path} must be {shape} of {dtype}, got {array.shape} of {array.dtype}; {hint}")
     return array
+
+
+def check_unchanged(path: Path, sha256: str, *, expected: str, hint: str) -> None:
+    """Raises a ``ValueError`` if the hash of a file differs from the expected one; ``hint`` is the way to make it."""
+    if sha256 != expected:
+        raise ValueError(
+            f"{path} changed since it was made: sha256 {expected[:12]} expected, got {sha256[:12]}; {hint}"
+        )
 
 
 def open_array(path: Path) -> npt.NDArray[Any]:
@@ -211,31 +123,16 @@ def open_array(path: Path) -> npt.NDArray[Any]:
             array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r")
     except FileNotFoundError:
         raise
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
     return array
-
-
-def has_all_bytes(array: npt.NDArray[Any]) -> bool:
-    """Returns whether the file of a mapped array still has all its bytes.
-
-    Reading beyond the end of a truncated file would kill the process with SIGBUS.
-    """
-    # Views of a mapped array have it as a base.
-    mapped = array
-    while isinstance(mapped.base, np.ndarray):
-        mapped = mapped.base
-    return not isinstance(mapped.base, mmap.mmap) or mapped.base.size() >= len(mapped.base)
 
 
 @lru_cache(maxsize=64)
 def _parse_header(header: bytes) -> tuple[VectorKind, int]:
     """Parses a header. The vectors of a data set have the same one, so almost every call finds it in the cache.
 
-    Raises:
-        ValueError: if it is not the header of a vector. The message continues "vector NAME must ".
+    The ``ValueError`` of another header continues the text "vector NAME must ".
     """
     if len(header) > _MAX_HEADER_BYTES:
         raise ValueError(f"have a header of at most {_MAX_HEADER_BYTES} bytes, got more")
@@ -246,12 +143,9 @@ def _parse_header(header: bytes) -> tuple[VectorKind, int]:
         shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
     except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
         raise ValueError(f"be a .npy file, got {' '.join(str(error).split())[:200]}") from error
-    if dtype.hasobject:
-        raise ValueError("hold float16 or float32 values, got pickled Python objects, which are never loaded")
     if dtype.str not in ("<f2", "<f4"):
         raise ValueError(f"hold little-endian float16 or float32 values, got {dtype.str}; use array.astype(np.float32)")
-    if len(shape) != 1:
-        raise ValueError(f"have 1 dimension, got shape {shape}; save one vector per image, such as array[0]")
-    if shape[0] is True or not 1 <= shape[0] <= _MAX_DIM:  # NumPy takes True for an integer
-        raise ValueError(f"have 1 to {_MAX_DIM} values, got {shorten(shape[0])}")
+    # NumPy takes True for an integer.
+    if len(shape) != 1 or shape[0] is True or not 1 <= shape[0] <= _MAX_DIM:
+        raise ValueError(f"have the shape (C,) with C from 1 to {_MAX_DIM}, got {shorten(shape)}")
     return VectorKind(shape[0], dtype.name), file.tell()

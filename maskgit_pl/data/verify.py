@@ -26,42 +26,23 @@ from maskgit_pl.data.manifest import (
     load_manifest,
     splits_of,
 )
-from maskgit_pl.data.tar import BLOCK, DamagedTarError, member_label, read_members
+from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.data.vectors import vectors_path
 from maskgit_pl.data.writer import LEFT_OUT
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, sha256_of, size_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = [
-    "Verification",
-    "class_lines",
-    "describe_bad_files",
-    "describe_data",
-    "index_lines",
-    "unreadable_lines",
-    "verify_shards",
-]
-
 _READ_BYTES, _DECODED_BYTES = 2**28, 2**25  # one process reads, and decodes, this much in about 10 seconds
 
 _SHOWN_CLASSES = 10
 
 
-class BadFile(NamedTuple):
-    """A file of a data folder that differs from its manifest."""
-
-    name: str
-    expected: str
-    actual: str
-    reason: str
-
-
 class Verification(NamedTuple):
-    """The amount of data that was verified, such as ``"3 shards, 12 samples, 61.4 kB"``, and the bad files."""
+    """The result of ``verify_shards``."""
 
-    amount: str
-    bad: tuple[BadFile, ...]
+    amount: str  # of data that was read, such as "3 shards, 12 samples, 61.4 kB"
+    faults: tuple[str, ...]  # a line for each file that differs from its manifest, which begins with its name
 
 
 def verify_shards(
@@ -87,21 +68,20 @@ def verify_shards(
         ValueError: if a manifest is invalid.
     """
     folder = Path(folder)
-    manifests = {split: load_manifest(folder, split, check=False) for split in splits_of(folder)}
-    arrays = {split: list(_find_bad_arrays(manifest)) for split, manifest in manifests.items()}  # 1.
+    manifests = {split: load_manifest(folder, split) for split in splits_of(folder)}
+    faults = [fault for manifest in manifests.values() for fault in _find_bad_arrays(manifest)]  # 1.
     # 2. Jobs finish in any order; the report has the order of the manifests.
     jobs = [(split, number) for split, manifest in manifests.items() for number in range(len(manifest.shards))]
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     size = sum(shard.bytes for shard in shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
-    task = manifests, {split: f"{split}.npy" in (bad.name for bad in arrays[split]) for split in arrays}, decode
-    results: dict[tuple[Split, int], BadFile | None] = {}
-    for job, result in run_jobs(_verify_shard, task, jobs, workers=workers):
-        results[job] = result
+    task, results = (manifests, not faults, decode), dict[tuple[Split, int], str]()
+    for job, fault in run_jobs(_verify_shard, task, jobs, workers=workers):
+        results[job] = fault
         on_shard(job[0], len(manifests[job[0]].shards))
-    files = [*(bad for of_split in arrays.values() for bad in of_split), *(results[job] for job in jobs)]
+    faults += [results[job] for job in jobs if results[job]]
     amount = f"{count_text(len(shards), 'shard')}, {sum(shard.samples for shard in shards)} samples, {size_text(size)}"
-    return Verification(amount, tuple(bad for bad in files if bad is not None))
+    return Verification(amount, tuple(faults))
 
 
 def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
@@ -117,7 +97,7 @@ def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
 
 def class_lines(folder: Path) -> Iterator[str]:
     """Yields lines about the number of train images of each class, and about classes that a model cannot learn."""
-    manifest = load_manifest(folder, "train", check=False)
+    manifest = load_manifest(folder, "train")
     names = manifest.classes
     counts = np.bincount(ShardReader(manifest).index["label"], minlength=len(names)).tolist()
     most = sorted(range(len(names)), key=counts.__getitem__, reverse=True)
@@ -149,79 +129,42 @@ def index_lines(
         yield from (f"  {split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
 
 
-def describe_bad_files(bad: Sequence[BadFile]) -> str:
-    """Returns a table of files, at least one, that differ from their manifest."""
-    # The last column is not padded: reasons are long.
-    rows = [("file", "expected", "found", "reason"), *bad]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]) for row in rows]
-    files = "1 file differs" if len(bad) == 1 else f"{len(bad)} files differ"
-    return "\n  ".join([f"{files} from the manifest", *lines])
-
-
-def _find_bad_arrays(manifest: Manifest) -> Iterator[BadFile]:
-    try:
-        manifest.index(check=True)
-    except (OSError, ValueError) as error:
-        yield BadFile(f"{manifest.split}.npy", f"{manifest.samples} rows", "damaged", str(error))
+def _find_bad_arrays(manifest: Manifest) -> Iterator[str]:
+    checks: dict[str, Callable[[], object]] = {f"{manifest.split}.npy": lambda: manifest.index(check=True)}
     if manifest.vectors is not None:
+        checks[vectors_path(manifest.folder, manifest.split).name] = lambda: check_vectors(manifest)
+    for name, check in checks.items():
         try:
-            check_vectors(manifest)
+            check()
         except (OSError, ValueError) as error:
-            name = vectors_path(manifest.folder, manifest.split).name
-            yield BadFile(name, f"{manifest.samples} vectors of {manifest.vectors.kind}", "damaged", str(error))
+            yield f"{name}: {error}"
 
 
-def _verify_shard(
-    task: tuple[dict[Split, Manifest], dict[Split, bool], bool], job: tuple[Split, int]
-) -> BadFile | None:
-    """Verifies a shard.
+def _verify_shard(task: tuple[dict[Split, Manifest], bool, bool], job: tuple[Split, int]) -> str:
+    """Returns the fault of a shard, after its name; an empty text if it has none.
 
     Args:
-        task: Manifests, whether the index of each split is bad, and whether images are decoded.
+        task: Manifests, True if their indexes are whole, and True if images are decoded.
         job: The split, and the number of the shard.
     """
-    (manifests, is_bad, decode), (split, number) = task, job
+    (manifests, has_index, decode), (split, number) = task, job
     manifest = manifests[split]
     shard = manifest.shards[number]
-    descriptor = None
     try:
-        descriptor = open_regular(manifest.folder / shard.name)
-        if (bad := _find_difference(descriptor, shard)) is not None:
-            return bad
-        if is_bad[split]:  # the places of the images are unknown
-            return None
-        first = sum(earlier.samples for earlier in manifest.shards[:number])
-        images = manifest.index()[["offset", "size"]][first : first + shard.samples]
-        faults = list(_find_bad_images(descriptor, shard, images.tolist(), decode=decode))
+        with open(open_regular(manifest.folder / shard.name), "rb") as file:
+            size, sha256 = os.fstat(file.fileno()).st_size, sha256_of(file.fileno())
+            if size != shard.bytes:
+                return f"{shard.name}: {shard.bytes} bytes expected, got {size}"
+            if sha256 != shard.sha256:
+                return f"{shard.name}: sha256 {shard.sha256[:12]} expected, got {sha256[:12]}"
+            if not has_index:  # the places of the images are unknown
+                return ""
+            first = sum(earlier.samples for earlier in manifest.shards[:number])
+            images = manifest.index()[["offset", "size"]][first : first + shard.samples].tolist()
+            faults = list(_find_bad_images(file.fileno(), shard, images, decode=decode))
     except OSError as error:
-        actual = "none" if descriptor is None else "unreadable"
-        return BadFile(shard.name, f"{shard.bytes} bytes", actual, str(error.strerror))
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-    if not faults:
-        return None
-    whole = shard.samples - len(faults)
-    return BadFile(shard.name, f"{shard.samples} images", f"{whole} images", f"unreadable; {faults[0]}")
-
-
-def _find_difference(descriptor: int, shard: Shard) -> BadFile | None:
-    """Compares a shard with its length and hash, and finds the damage of one that differs."""
-    size, actual = os.fstat(descriptor).st_size, sha256_of(descriptor)
-    if actual == shard.sha256:
-        return None
-    expected, actual_text = f"sha256 {shard.sha256[:12]}", f"sha256 {actual[:12]}"
-    reason = "changed after indexing, same length"
-    if size != shard.bytes:
-        expected, actual_text = f"{shard.bytes} bytes", f"{size} bytes"
-        reason = ("shorter" if size < shard.bytes else "longer") + " than when it was indexed"
-    try:
-        for _ in read_members(descriptor):
-            pass
-    except DamagedTarError as error:
-        reason = str(error)
-    return BadFile(shard.name, expected, actual_text, reason)
+        return f"{shard.name}: {error.strerror}"
+    return f"{shard.name}: {count_text(len(faults), 'unreadable image')}: {faults[0]}" if faults else ""
 
 
 def _find_bad_images(

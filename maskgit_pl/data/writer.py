@@ -28,8 +28,6 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, remove_partials, write_atomically, write_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
-__all__ = ["LEFT_OUT", "MAX_RECORD_BYTES", "RECORD", "make_shards", "write_shard"]
-
 RECORD = "made_from.json"
 MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
 LEFT_OUT = "left_out.txt"  # one line for each image that could not be read
@@ -51,8 +49,9 @@ def make_shards(
 
     1. Do nothing if the folder already holds the result, by its record; reject a folder of other content.
     2. Write the missing shards to ``.NAME.partial``, in parallel. After an error, the complete ones stay there for the
-       next run; without ``lenient``, it reads those with unreadable images again, which may have been replaced.
-    3. List the unreadable images, and reject them unless ``lenient``.
+       next run.
+    3. List the unreadable images, and reject them unless ``lenient``. The next run reads their shards again, since they
+       may have been replaced.
     4. Index the shards.
     5. Rename the folder.
 
@@ -89,7 +88,7 @@ def make_shards(
         )
     partial = _partial_folder(folder, record)
     plan = _Plan(source, partial, size, shard_size)
-    _write_missing(plan, lenient=lenient, workers=workers, on_samples=on_samples)  # 2.
+    _write_missing(plan, workers=workers, on_samples=on_samples)  # 2.
     _list_left_out(plan, lenient=lenient)  # 3.
     shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
     index_shards(partial, shards, classes=source.classes, workers=workers)  # 4.
@@ -139,26 +138,17 @@ class _Plan:
         path = self.left_out_path(split, shard)
         return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
 
-    def is_done(self, split: Split, shard: int, *, lenient: bool) -> bool:
-        """Returns whether a shard need not be written: it exists, or has no readable images.
-
-        Without ``lenient``, one with unreadable images is written again.
-        """
-        left_out = len(self.left_out(split, shard))
-        if left_out and not lenient:
-            return False
-        return self.path(split, shard).exists() or left_out == len(self.places(split, shard))
+    def is_done(self, split: Split, shard: int) -> bool:
+        """Returns whether a shard need not be written: it exists, or has no readable images."""
+        return self.path(split, shard).exists() or len(self.left_out(split, shard)) == len(self.places(split, shard))
 
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
     """Returns the temporary folder, with the shards of an interrupted run if it had the same record."""
     partial = folder.with_name(f".{folder.name}.partial")
-    if partial.is_symlink() or _read_record(partial) != record:
+    if _read_record(partial) != record:
         shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir(parents=True)  # fails for a file, a link, or a folder of another user
-        except FileExistsError as error:
-            raise ValueError(f"{printable(partial)} must not exist; remove it, or give another --out") from error
+        partial.mkdir(parents=True)  # fails for a file, a link, or a folder of another user
         write_text(partial / RECORD, json.dumps(record, indent=1) + "\n")
     remove_partials(partial)
     return partial
@@ -171,11 +161,11 @@ def _read_record(folder: Path) -> Any:
         return None
 
 
-def _write_missing(plan: _Plan, *, lenient: bool, workers: int, on_samples: Callable[[Split, int], object]) -> None:
+def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, int], object]) -> None:
     jobs: list[tuple[Split, int]] = []
     for split in plan.source.counts:
         for shard in plan.shards(split):
-            if plan.is_done(split, shard, lenient=lenient):
+            if plan.is_done(split, shard):
                 on_samples(split, len(plan.places(split, shard)))
             else:
                 jobs.append((split, shard))
@@ -196,14 +186,11 @@ def _write_job(
     samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
     path, first = plan.path(split, shard), next(samples, None)
     if first is None:  # a shard without readable images does not become a file
-        path.unlink(missing_ok=True)
         _write_left_out(plan.left_out_path(split, shard), left_out)
         return
     with write_atomically(path) as stream:
         write_shard(chain([first], samples), stream, first_key=shard * plan.shard_size)
-        # The list changes while there is no shard: a shard that exists has its own list.
-        path.unlink(missing_ok=True)
-        _write_left_out(plan.left_out_path(split, shard), left_out)
+        _write_left_out(plan.left_out_path(split, shard), left_out)  # a shard that exists has its list
 
 
 def _write_left_out(path: Path, left_out: Sequence[UnreadableSample]) -> None:
@@ -236,29 +223,27 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
     Raises:
         ValueError: if there are unreadable images and ``lenient`` is False, or a split has no readable images.
     """
-    source, lines = plan.source, list[str]()
-    for split, count in source.counts.items():
+    counts, lines, hint = plan.source.counts, list[str](), "" if lenient else ", or leave them out with --lenient"
+    for split, count in counts.items():
         of_split = [line for shard in plan.shards(split) for line in plan.left_out(split, shard)]
+        hint = f": {split} has no others" if len(of_split) == count else hint
         lines += of_split
-        if len(of_split) == count:
-            for shard in plan.shards(split):  # the next run reads all images again: there are no shards to keep
-                plan.left_out_path(split, shard).unlink()
-            raise ValueError(f"all {count} images of {split} are unreadable:\n{_format_lines(of_split)}")
+    (plan.folder / LEFT_OUT).unlink(missing_ok=True)  # of an interrupted run
     if not lines:
-        (plan.folder / LEFT_OUT).unlink(missing_ok=True)  # of an interrupted run
         return
-    if not lenient:
-        raise ValueError(
-            f"{len(lines)} of {sum(source.counts.values())} images cannot be read:\n{_format_lines(lines)}\n"
-            "replace or remove them, or leave them out with --lenient"
-            + ("; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else "")
-        )
-    write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-
-
-def _format_lines(lines: list[str]) -> str:
+    if not hint:
+        write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
+        return
+    for path in plan.folder.glob(".left-out-*"):  # the next run reads these shards again
+        path.with_name(f"{path.name.removeprefix('.left-out-')}.tar").unlink(missing_ok=True)
+        path.unlink()
     more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
-    return "\n".join(f"  {line}" for line in [*lines[:_MAX_LISTED], *more])
+    listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
+    no_vectors = "; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else ""
+    raise ValueError(
+        f"{len(lines)} of {sum(counts.values())} images cannot be read:\n  {listed}\n"
+        f"replace or remove them{hint}{no_vectors}"
+    )
 
 
 def _resize(sample: Sample, size: ImageSize) -> Sample | UnreadableSample:

@@ -30,7 +30,7 @@ from torch.utils.data import Sampler
 from maskgit_pl.checks import plain_size
 from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
 from maskgit_pl.data.loader import make_loader
-from maskgit_pl.data.manifest import ShardReader, Split, load_manifest
+from maskgit_pl.data.manifest import ShardReader, Split, load_manifests
 from maskgit_pl.data.order import Order
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.features import (
@@ -301,7 +301,7 @@ def read_real_vectors(data: ShardData, pipe: MaskGIT, *, num_images: int) -> Ten
 
 def read_real_labels(data: ShardData) -> Tensor:
     """Reads the (n,) int64 classes of the val split in order, from the index only."""
-    reader = ShardReader(load_manifest(data.config.path, "val"))
+    reader = ShardReader(load_manifests(data.config.path, ("val",))["val"])
     return torch.from_numpy(reader.labels(np.arange(len(reader))))
 
 

@@ -196,7 +196,7 @@ def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Pla
         plan = replace(plan, shards=find_data(recipe, data))
         if recipe.get("data.source") != "stream":
             for split in ("train", "val"):
-                load_manifest(plan.shards, split, check=False)
+                load_manifest(plan.shards, split)
             summary = read_manifest_summary(plan.shards)
             counts = ", ".join(f"{count:,} {split}" for split, count in summary.samples.items())
             report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")

@@ -153,8 +153,8 @@ def test_a_token_store_has_augmented_views_and_is_refused_with_others(folder, tm
         ({"augmentations": ["random_resize_crop"]}, "unknown augmentation 'random_resize_crop': did you mean 'random"),
         ({"augmentations": [{"name": "flip", "probability": 2}]}, "probability must be a number in [0, 1], got 2"),
         ({"augmentations": [{"name": "random_resized_crop", "scale": [0.0, 1.0]}]}, "scale must be a number in (0, 1]"),
-        ({"augmentations": ["flip", {"name": "flip"}]}, "data.augmentations must be different, got ['flip', 'flip']"),
-        ({"augmentations": ["flip"], "crop": "random"}, "data.crop must be 'center' with augmentations, got 'random'"),
+        ({"augmentations": ["flip", {"name": "flip"}]}, "augmentations must be different, got ['flip', 'flip']"),
+        ({"augmentations": ["flip"], "crop": "random"}, "crop must be 'center' with augmentations, got 'random'"),
     ],
     ids=str,
 )

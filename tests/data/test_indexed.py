@@ -150,9 +150,8 @@ PAIRS = TensorDataset(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8,
         (lambda: data(accumulation=3).train_dataloader(), "multiple of 1 ranks x 3 micro-batches, got 8"),
         (lambda: IndexedDataset(Images(), image_size=0), "image_size must be an integer"),
         (lambda: IndexedDataset(Images(), image_size=4, in_channels=5), "in_channels must be one of 1 .*, got 5"),
-        (lambda: IndexedDataModule(PAIRS), r"train must .* got a TensorDataset; give IndexedDataset\("),
+        (lambda: IndexedDataModule(PAIRS), r"train .* got a TensorDataset; give IndexedDataset\("),
         (lambda: IndexedDataModule(IndexedDataset(PAIRS, 4), PAIRS), "validation must .* got a Tens"),
-        (lambda: IndexedDataset([], image_size=4), "number of samples must be an integer in .* got 0"),
     ],
 )
 def test_arguments_out_of_range_are_refused_with_the_way_out(make, message: str) -> None:
@@ -179,27 +178,18 @@ GREY = wide_image(0)
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        (GREY, r"must be \(image, label\) or \(image, label, vector\), got a Tensor"),
-        ((GREY, "cat"), "label must be an integer, the number of its class from 0, got 'cat'"),
-        ((GREY, 0, torch.zeros(2, 2)), r"shape \(C,\) and finite values, got the shape \(2, 2\)"),
-        ((GREY, 0, torch.tensor([1.0, torch.nan])), "got non-finite values"),
-        ((np.zeros((3, 8, 9), np.uint8), 0), r"NumPy array must be uint8 of the shape \(H, W\) or \(H, W, C\)"),
+        (GREY, r"must be \(image, label\), got a Tensor"),
+        ((GREY, "cat"), "label must be an integer >= 0, the number of its class, got 'cat'"),
+        ((np.zeros((3, 8, 9), np.uint8), 0), r"an array \(H, W\) or \(H, W, C\).*, the shape \(3, 8, 9\)"),
         ((torch.zeros(8, 9, 3, dtype=torch.uint8), 0), r"tensor must be uint8 of the shape \(H, W\) or \(C, H, W\)"),
-        ((torch.rand(1, 8, 9), 0), r"convert floats in \[0, 1\] by \(255 \* x\)\.round\(\)\.byte\(\)"),
-        ((Image.new("F", (9, 8)), 0), "must have integer pixels, got floats"),
+        ((torch.rand(1, 8, 9), 0), r"convert floats in \[0, 1\] by \(255 \* x\)\.round\(\)"),
+        ((Image.new("F", (9, 8)), 0), "must be a PIL image of integers"),
         (("a.png", 0), "must be a PIL image"),
     ],
 )
 def test_an_item_of_another_form_is_refused_by_its_number(item: object, message: str) -> None:
     samples = IndexedDataset(Items((GREY, 0), item), image_size=4, in_channels=1)
     with pytest.raises((TypeError, ValueError), match=f"^sample 1: .*{message}"):
-        samples.__getitems__(range(2))
-
-
-@pytest.mark.parametrize("second", [(GREY, 0), (GREY, 0, torch.zeros(3))])
-def test_all_items_have_a_vector_of_one_length_or_none(second: object) -> None:
-    samples = IndexedDataset(Items((GREY, 0, torch.zeros(2)), second), image_size=4, in_channels=1)
-    with pytest.raises(ValueError, match=r"samples \[0, 1\]: all must have a vector of the same length, or none"):
         samples.__getitems__(range(2))
 
 

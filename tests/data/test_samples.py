@@ -14,7 +14,7 @@ def test_class_names_are_separated_by_commas_or_lines_of_a_file(tmp_path, conten
 
 @pytest.mark.parametrize("given", ["ant,,bee", "ant,bee,ant", ""])
 def test_class_names_that_are_empty_or_repeated_are_refused(given):
-    with pytest.raises(ValueError, match="class names must be unique and not empty"):
+    with pytest.raises(ValueError, match=r"class names: (a|each) class must have"):
         parse_class_names(given)
 
 
@@ -28,5 +28,5 @@ def test_class_names_in_a_file_that_is_no_text_are_refused_by_name(tmp_path):
 def test_a_label_that_is_no_class_is_refused_by_name(text):
     labels = Labels(classes=("a", "b", "c"))
     assert labels.read(b"2\n", name="x.tar:a.cls") == 2
-    with pytest.raises(ValueError, match=r"x\.tar:a\.cls must be a (decimal class number|class in \[0, 3\)), got"):
+    with pytest.raises(ValueError, match=r"x\.tar:a\.cls must be a class number in \[0, 3\), got"):
         labels.read(text, name="x.tar:a.cls")

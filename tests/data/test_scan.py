@@ -80,13 +80,7 @@ def test_members_without_a_key_do_not_divide_a_sample(tars, tmp_path):
         for name, data in ((f"a/{number}.cls", b"0"), (f"a/{number}.png", tars.png(number))):
             members += [(name.replace("a/", "a/._"), b"\0\5\x16\7"), (name, data), ("README", b"")]
     scan = scan_shard(tars.write(tmp_path / "x.tar", members), Labels())
-    assert (len(scan.rows), scan.ignored) == (3, {".": 12})
-
-
-def test_other_members_are_counted_and_never_read(tars, tmp_path):
-    members = [*tars.samples(1), ("0000.pkl", b"x"), ("0000.txt", b"a caption"), ("0000.npy", b"x"), ("1.pkl", b"x")]
-    scan = scan_shard(tars.write(tmp_path / "x.tar", members), Labels(), vectors=False)
-    assert scan.ignored == {".npy": 1, ".pkl": 2}
+    assert len(scan.rows) == 3
 
 
 MEASURE = r"""
@@ -100,16 +94,16 @@ def peak():  # of this process only; getrusage's is inherited from the parent pr
 path = Path(sys.argv[1])
 before, start = peak(), time.process_time()
 try:
-    said = str(index_shards(path.parent, {"train": [path]}, lenient="lenient" in sys.argv))
+    said = str(index_shards(path.parent, {"train": [path]}))
 except ValueError as error:
     said = str(error)
 print(json.dumps([said, peak() - before, time.process_time() - start]))
 """
 
 
-def measure(path, *options):
+def measure(path):
     """Returns the error of indexing a file, MiB of memory on top of the imports, and CPU seconds."""
-    command = [sys.executable, "-c", MEASURE, str(path), *options]
+    command = [sys.executable, "-c", MEASURE, str(path)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
@@ -140,12 +134,15 @@ def test_small_files_that_declare_much_cost_little(case, tmp_path):
     error, megabytes, seconds = measure(tmp_path / "x.tar")
     assert message in error
     assert megabytes < 200
-    assert seconds < 2, f"{seconds:.1f} s, {megabytes:.0f} MiB"
+    assert seconds < 2 + length / 2e8, f"{seconds:.1f} s, {megabytes:.0f} MiB"  # the whole file is hashed
 
 
 @pytest.mark.slow  # 15 s in all
-@pytest.mark.parametrize("name", ["a{:07d}.jpg", "a{:07d}.dat"])
-def test_a_million_empty_members_cost_little(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "message", "limit"),
+    [("a{:07d}.jpg", "more than 100000", 2), ("a{:07d}.dat", "no image samples", 15)],
+)
+def test_a_million_empty_members_cost_little(tmp_path, name, message, limit):
     path = tmp_path / "x.tar"
     blocks = np.tile(np.frombuffer(header(name.format(0), 0), np.uint8), (10**6, 1))
     powers = 10 ** np.arange(7)[::-1]
@@ -157,12 +154,6 @@ def test_a_million_empty_members_cost_little(tmp_path, name):
         file.write(blocks.data)
         file.write(bytes(1024))
     error, megabytes, seconds = measure(path)
-    assert "more than 100000" in error
+    assert message in error
     assert megabytes < 200
-    assert seconds < 2, f"{seconds:.1f} s, {megabytes:.0f} MiB"
-    if name.endswith("jpg"):
-        path.write_bytes(blocks[:200_000].tobytes() + bytes(1024))
-        error, megabytes, seconds = measure(path, "lenient")  # reads to the end
-        assert "at least 1 complete sample" in error
-        assert megabytes < 50
-        assert seconds < 8, f"{seconds:.1f} s, {megabytes:.0f} MiB"  # 1.2 to 3 measured
+    assert seconds < limit, f"{seconds:.1f} s, {megabytes:.0f} MiB"

@@ -115,8 +115,3 @@ def test_unreadable_images_are_replaced_as_in_training_with_their_labels(tmp_pat
     assert torch.equal(top_row(images.content), tokens.content)
     assert torch.equal(images.labels, tokens.labels)
     assert tokens.labels[[4, 5, 22]].tolist() == [6 % 3, 6 % 3, 0]
-
-
-def test_several_crops_of_square_images_are_refused(tiny_shards, tmp_path):
-    with pytest.raises(ValueError, match=r"tokenize crops must be 1 .* got more for 8 x 8"):
-        make(tiny_shards, tmp_path, crops=2)

@@ -128,7 +128,7 @@ def test_a_tokenizer_that_the_transformer_does_not_know_is_refused(pipe, tiny_pr
         (1.5, {}, "classes must be class indices or names, got 1.5"),
         ([], {}, "at least one"),
         ([0], {"num_steps": 17}, "num_steps must be <= 16"),
-        ([0], {"guidance_scale": math.nan}, "guidance_scale must be a finite number in"),
+        ([0], {"guidance_scale": math.nan}, "guidance_scale must be a number in"),
         ([0], {"seed": [1, 2]}, "seed must be one number or one for each of the 1 images"),
         ([0], {"seed": 2**32}, "seed must be an integer in"),
         ([0], {"batch_size": 0}, "batch_size must be an integer in"),

@@ -65,7 +65,7 @@ def test_a_run_that_can_start_is_described_and_nothing_is_written(examine, stage
 @pytest.mark.parametrize(
     ("words", "options", "name", "parts"),
     [
-        ([], {"machines": Machines(devices=3)}, "batch", ["multiple of the 3 ranks, got 4", "1, 2, 4 ranks"]),
+        ([], {"machines": Machines(devices=3)}, "batch", ["multiple of the 3 ranks, got 4", "use 3 or 6"]),
         (
             [],
             {"machines": Machines(device_memory="10KB")},

@@ -27,8 +27,6 @@ from maskgit_pl.data.tar import DamagedTarError, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
 
-__all__ = ["Entries", "EntryError"]
-
 _HIDDEN = "hidden"
 _UNSAFE = "with an absolute name, '..', a NUL character or more than 4096 characters"
 _REPEATED = "of a name that a later entry has too"
@@ -99,16 +97,8 @@ class Entries:
             return
         ending = max((end for end in _ENDINGS if path.name.lower().endswith(end)), key=len, default=path.suffix)
         self.title = path.name[: len(path.name) - len(ending)]
-        try:
-            with open(open_regular(path), "rb") as file:
-                first = file.read(2)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                f"source {printable(path)} does not exist; name a folder or an archive ({', '.join(_ENDINGS)}) of "
-                "images"
-            ) from error
-        except OSError as error:
-            raise ValueError(f"source {printable(path)} cannot be read: {error.strerror}") from error
+        with open(open_regular(path), "rb") as file:
+            first = file.read(2)
         if first == b"PK":
             self._read, members = _read_zip, _zip_members(path)
         else:
@@ -287,6 +277,3 @@ def _decompress(path: Path, file: IO[bytes]) -> None:
         file.flush()
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"archive {printable(path)} must be a complete gzip file, got: {error}") from error
-    except OSError as error:  # such as a full disk
-        text = f"{error.strerror}; decompress it to a .tar, or set TMPDIR to a folder with more space"
-        raise OSError(error.errno, text, str(path)) from error

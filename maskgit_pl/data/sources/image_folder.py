@@ -29,8 +29,6 @@ from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKi
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
-__all__ = ["ImageFolder"]
-
 log = logging.getLogger(__name__)
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
@@ -61,11 +59,7 @@ class ImageFolder:
     a tar give the same shards. If one image has a vector, all must have one, of the same size and type.
 
     Args:
-        path: The folder or the archive.
-        classes: Class names, for the forms 1 and 3.
-        val_fraction: Fraction of the files that become val if there are no split folders, in (0, 1).
-        label_field: Column of the labels in a metadata file.
-        vectors: True to read vectors; False leaves out all ``.npy`` files.
+        path: The folder or the archive; for the other arguments, see ``open_source``.
 
     Raises:
         FileNotFoundError: if there is no such folder or archive.
@@ -358,11 +352,6 @@ def _vector_name(image: str) -> str:
 def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str, str]:
     """Returns the label of each file that a metadata file names, a class number or a class name, as text.
 
-    Args:
-        entries: Files of the source.
-        name: Name of the metadata file inside the source.
-        label_field: Column of the labels.
-
     Raises:
         ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder,
             or has two labels for one file.
@@ -443,11 +432,8 @@ def _number_metadata(
 
     Args:
         parts: Labels of the files in each metadata file.
-        class_names: Class names from the user; None if they are not given.
-        label_field: Column of the labels, for messages.
-
-    Raises:
-        ValueError: See ``number_classes``.
+        class_names: See ``number_classes``.
+        label_field: See there.
     """
     labels = {file: label for part in parts.values() for file, label in part.items()}
     first_row: dict[Any, str] = {}

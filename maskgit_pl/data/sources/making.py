@@ -27,8 +27,6 @@ from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import named_bars
 
-__all__ = ["convert_images", "fetch_dataset", "open_source"]
-
 log = logging.getLogger(__name__)
 
 _HUB = "hf:"
@@ -52,21 +50,7 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
 ) -> None:
     """Makes the data folder of a folder, an archive or a data set of images, and logs which images are equal.
 
-    Args:
-        images: See ``open_source``, also for the options of a source.
-        out: Data folder.
-        image_size: Side, or (height, width), of the images; None keeps the files. See ``make_shards``.
-        shard_size: Maximum number of images per shard.
-        val_fraction: Fraction of the images that become val; None for 0.1. Not for a source that has both splits.
-        classes: Class names, if the source has none.
-        label_field: Column of the labels in a table.
-        vectors: True to take the ``.npy`` files beside images as their vectors.
-        lenient: True leaves out and lists images that cannot be read; False rejects them.
-        workers: Number of processes; None for one per core, fewer for little data.
-
-    Raises:
-        FileNotFoundError: if there are no such images.
-        ValueError: if images cannot be read, or the folder has other content.
+    See ``open_source`` for the source ``images`` and its options, and ``make_shards`` for the data folder ``out``.
     """
     source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)

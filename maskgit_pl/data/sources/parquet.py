@@ -27,8 +27,6 @@ from maskgit_pl.data.sources.parquet_child import END, ERROR, HEADER, NOTHING, T
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, parse_any_json, size_text
 
-__all__ = ["ParquetFolder", "find_parquet", "split_of"]
-
 _SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
 _MAX_ROWS = 2**25  # of all files together
 _CHILD_BYTES = 2**31  # memory of the child
@@ -60,10 +58,7 @@ class ParquetFolder:
     val samples.
 
     Args:
-        folder: The folder.
-        classes: Class names, if the files have none. If all labels are texts, these are all that may occur.
-        val_fraction: Fraction of the rows that become val if there is no val split, in (0, 1).
-        label_field: Column of the labels.
+        folder: The folder; for the other arguments, see ``open_source``.
 
     Raises:
         ValueError: if pyarrow is missing, a file cannot be read, it lacks a column, a label is not a class,
@@ -87,17 +82,13 @@ class ParquetFolder:
         heads, codes = zip(*(self._read_labels(name, first_row) for name in self._files), strict=True)
         if sum(map(len, codes)) > _MAX_ROWS:
             raise ValueError(f"source {self.shown} must have at most {_MAX_ROWS} rows in all files, got more")
-        for name, head in zip(self._files, heads, strict=True):
-            if head["names"] != heads[0]["names"]:
-                raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have the class names of {printable(self._files[0])}"
-                )
         names, images = heads[0]["names"], heads[0]["images"]
         self.image_field: str = next((field for field in ("image", "img") if field in images), images[0])
         for name, head in zip(self._files, heads, strict=True):
-            if self.image_field not in head["images"]:
+            if head["names"] != names or self.image_field not in head["images"]:
                 raise ValueError(
-                    f"source {self.shown}:{printable(name)} must have the column {self.image_field!r} of images"
+                    f"source {self.shown}:{printable(name)} must have the class names of "
+                    f"{printable(self._files[0])}, and its column {self.image_field!r} of images"
                 )
         if names and classes is not None and list(classes) != names:
             raise ValueError(f"source {self.shown}: class names must not be given, since the data set has its own")
@@ -151,7 +142,8 @@ class ParquetFolder:
             names_of.setdefault(split_of(file.removesuffix(".parquet")) or split_of(parent), []).append(name)
         files: dict[Split, list[str]] = {"train": names_of.get("train") or names_of.get(None) or []}
         if not files["train"]:
-            raise ValueError(f"source {self.shown} must have files of the train split, got {_listed(names)}")
+            listed = ", ".join(map(printable, names[:20]))
+            raise ValueError(f"source {self.shown} must have files of the train split, got {listed}")
         if val := names_of.get("val") or names_of.get("test"):  # test files are val only without validation files
             files["val"] = val
         used = {name for part in files.values() for name in part}
@@ -159,11 +151,7 @@ class ParquetFolder:
         return files, sorted(every - used)
 
     def _read_labels(self, name: str, first_row: dict[Any, str]) -> tuple[dict[str, Any], npt.NDArray[np.int64]]:
-        """Reads the labels of a file.
-
-        Args:
-            name: The file.
-            first_row: For each label of the files before it, the name of its first row; new labels are added.
+        """Reads the labels of a file, and adds new ones to ``first_row``, with the name of their first row.
 
         Returns:
             Names of the columns of images and of the classes, and for each row the place of its label in ``first_row``.
@@ -217,13 +205,9 @@ class ParquetFolder:
 def _read(path: Path, title: str, *arguments: str) -> Iterator[bytes | None]:
     """Yields the records of a file that a child process reads; see ``parquet_child`` for its arguments.
 
-    Raises:
-        ValueError: if the child reports an error, or ends early. The message begins with ``title``.
+    A ``ValueError`` that begins with ``title`` is raised if the child reports an error, or ends early.
     """
-    try:
-        os.close(open_regular(path))  # rejects a FIFO or a device, which would block
-    except OSError as error:
-        raise ValueError(f"{title} cannot be read: {error.strerror}") from error
+    os.close(open_regular(path))  # rejects a FIFO or a device, which would block
     # A thread of OpenBLAS takes 40 MB of the bound.
     single = dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     arrow = {"PYTHONPATH": os.pathsep.join(sys.path), "ARROW_DEFAULT_MEMORY_POOL": "system"}
@@ -262,7 +246,3 @@ def _image_bytes(image: bytes | None, name: str) -> bytes:
         limit = size_text(MAX_IMAGE_BYTES)
         raise UnreadableImageError(f"image {name} must have at most {limit}, got more", reason="too large")
     return image
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join([printable(name) for name in names[:20]] + ["..."] * (len(names) > 20))

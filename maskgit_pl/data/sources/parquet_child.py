@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from struct import Struct
 from typing import Any
 
-__all__ = ["BYTES", "END", "ERROR", "HEADER", "NOTHING", "TOO_LARGE"]
-
 HEADER = Struct("<cI")
 BYTES, NOTHING, ERROR, TOO_LARGE, END = b"b", b"n", b"e", b"m", b"."
 """The kinds of records. The last record of a file that was read whole is ``END``."""
