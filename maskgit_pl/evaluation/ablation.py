@@ -4,7 +4,7 @@
 2. For each seed and each variant: train it, unless its run is finished, and measure it, unless the ledger has the rows.
 3. Add a row of the ablation to the ledger. An error of a variant becomes a row, too, and the other variants continue.
 
-The rows are enough to make the page again. ``runs.ablation`` plans and trains the variants.
+``runs.ablation`` plans and trains the variants.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
+from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
-from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_images, open_model, remove_untrained
+from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
@@ -50,7 +51,6 @@ __all__ = ["AblationRuns", "BuiltVariant", "read_ablation", "run_ablation"]
 log = logging.getLogger(__name__)
 
 _FOLDER = "ablation"  # in the folder of all runs
-_DRAWS = 4  # masks per image for likelihoods
 _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
 
@@ -135,10 +135,6 @@ class AblationRuns:
     """The variants of an ablation and their runs. All variants are built before any of them is trained.
 
     The first variant is the base, which the others are compared with; ``base`` holds its values of the varied keys.
-
-    Raises:
-        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
-        ValueError: if a value of a variant is wrong.
     """
 
     def __init__(self, config: AblationConfig) -> None:
@@ -169,11 +165,7 @@ class AblationRuns:
     def train(self, built: BuiltVariant, seed: int) -> Path:
         """Trains a variant with one seed, and after a tokenizer also its transformer, and returns the run folder.
 
-        Finished runs are not repeated.
-
-        Raises:
-            TrainingError: if a training fails.
-            PreemptedError: if a training is stopped by a signal.
+        Finished runs are not repeated. See ``runs.ablation.train`` for errors.
         """
         folder = self.folder_of(built, seed)
         recipes = [built.variant.recipe, *([] if self.stage_2 is None else [self.stage_2])]
@@ -251,8 +243,8 @@ class _Ablation:
         config, runs = self.runs.config, self.runs
         reference = runs.variants[0]
         first, network = next(iter(self.evaluator.networks.items()))
-        origin, count = network.reference.origin, network.columns["real_images"]
-        of = origin.file or f"the {origin.split} split"
+        count = network.columns["real_images"]
+        of = network.reference.file or f"the {network.reference.split} split"
         return {
             "command": typed_command(),
             "dataset": self.evaluator.dataset,
@@ -271,11 +263,8 @@ class _Ablation:
 
     def measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
         """Trains a variant with one seed, and returns the columns of its row."""
-        folder = self.runs.train(built, seed)
-        stage = self.runs.config.stage
-        numbers: dict[str, float] = {}
-        if stage == "tokenizer":
-            numbers |= self._measure_tokenizer(folder)
+        folder, stage = self.runs.train(built, seed), self.runs.config.stage
+        numbers = self._measure_tokenizer(folder) if stage == "tokenizer" else {}
         if self.has_images:
             numbers |= self._measure_samples(folder, built, seed)
         time = read_training_time(folder / stage)
@@ -297,17 +286,17 @@ class _Ablation:
         first = self.options.seed + seed * self.num_images
         decoding = built.decoding or model.pipe.decoding
         rows = self.evaluator.measure_samples(model, decoding, num_images=self.num_images, seed=first)
-        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * self.num_images, draws=_DRAWS, seed=seed)
+        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * self.num_images, seed=seed)
         kind = "exact" if model.pipe.transformer.mask_schedule is None else "elbo"
         return {**collect_numbers(rows), "bits_per_token": float(likelihood[f"{kind}_bits_per_token"])}
 
     def _measure_tokenizer(self, run: Path) -> dict[str, float]:
         """Measures the reconstructions of the val split, as ``maskgit table tokenizers`` does."""
-        folders, device = self._folders(run), self.device
+        folders = self._folders(run)
         tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
-        tokenizer.network.to(device)
+        tokenizer.network.to(self.device)
         extractors = [network.extractor for network in self.evaluator.networks.values()]
-        options = TokenizerOptions(batch_size=self.options.batch_size, device=device)
+        options = TokenizerOptions(batch_size=self.options.batch_size)
         opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
         numbers = measure_tokenizer_once(self.ledger, opened, self.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}

@@ -165,17 +165,14 @@ def _result_lines(summary: _Summary) -> list[str]:
             ["real images", *(format_value(name, real[name]) if name in real else "" for name in summary.metrics)]
         )
     several = len(summary.protocol["seeds"]) > 1
-    text = "Mean over the seeds, and the lowest and highest value." if several else "One seed, no spread."
-    text += f" The best mean of each column is bold. {_directions(summary)}"
-    headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
-    return [*paragraph(text), "", *markdown_table(headings, rows)]
-
-
-def _directions(summary: _Summary) -> str:
     higher = [title(name) for name in summary.compared if find_metric(name).higher_is_better]
     others = [title(name) for name in summary.metrics if name not in summary.compared]
-    text = f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
-    return f"{text} Not compared: {markdown(', '.join(others))}." if others else text
+    text = "Mean over the seeds, and the lowest and highest value." if several else "One seed, no spread."
+    text += " The best mean of each column is bold. "
+    text += f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
+    text += f" Not compared: {markdown(', '.join(others))}." if others else ""
+    headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
+    return [*paragraph(text), "", *markdown_table(headings, rows)]
 
 
 def _mark(summary: _Summary, label: str) -> str:

@@ -113,16 +113,10 @@ class FeatureCollector:
         self._index.append(index.cpu())
 
     def gather(self) -> ImageFeatures:
-        """Gathers the features of all images, sorted by index; all ranks must call it.
-
-        Raises:
-            ValueError: if no rank has an image.
-        """
+        """Gathers the features of all images, at least one, sorted by index; all ranks must call it."""
         # A rank without images does not know the widths of the features; it takes those of another rank.
         widths_here = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
-        widths = next((each for each in on_all_ranks(lambda: widths_here) if each is not None), None)
-        if widths is None:
-            raise ValueError(f"features of {self.extractor.label}: there must be at least one image, got none")
+        widths = next(each for each in on_all_ranks(lambda: widths_here) if each is not None)
         index = torch.cat([torch.empty(0, dtype=torch.int64), *self._index])
         # Each column is gathered from all ranks and sorted by image index.
         pooled, logits, spatial = (
@@ -145,21 +139,16 @@ def extract(
 ) -> dict[str, ImageFeatures]:
     """Extracts the features of all ranks' images with each network, by label, the same on every rank.
 
-    Args:
-        extractors: Networks with different labels.
-        batches: This rank's batches: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
-        on_images: Called after each batch with its number of images.
+    ``batches`` are those of this rank: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
 
     Raises:
-        ValueError: if two networks have the same label, or there are no images.
+        ValueError: if two networks have the same label.
     """
     collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
     if len(collectors) != len(extractors):
         raise ValueError(
             f"feature networks must have different labels, got {[extractor.label for extractor in extractors]}"
         )
-    if not collectors:
-        return {}
     for images, index in batches:
         for collector in collectors.values():
             collector.add(images, index)
@@ -196,13 +185,8 @@ def open_extractors(
 ) -> list[Extractor]:
     """Opens feature networks, and trains the classifier of the data if it is missing.
 
-    Args:
-        classifier: Folder of the classifier that ``classifier`` stands for.
-        data: The images that it is trained on.
-        features: Feature networks: names or mappings.
-        device: Device of the networks.
-        bars: Progress bars.
-        replaces: True to replace a classifier of other data in the folder.
+    ``features`` are names or mappings. ``classifier`` is the folder that the name ``classifier`` stands for;
+    ``replaces`` is True if a classifier of other data in it is replaced.
 
     Raises:
         FileExistsError: if the folder of the classifier holds something else.

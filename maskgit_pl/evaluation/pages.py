@@ -80,9 +80,8 @@ class Page:
         return {f"{self.name}.md": self.markdown.encode(), f"{self.name}.csv": self.csv.encode(), **self.pictures}
 
     def write(self) -> list[Path]:
-        """Writes all files, and returns their paths."""
+        """Writes all files, each atomically, and returns their paths."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Atomic writes: a reader never sees half a page.
         for name, content in self.contents.items():
             with write_atomically(self.folder / name) as stream:
                 stream.write(content)
@@ -142,12 +141,8 @@ def seeds_cell(rows: Sequence[Mapping[str, Any]], name: str, text: Callable[[flo
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     """Returns the lines of a Markdown table. The first ``left`` columns are aligned left, numbers right."""
-    lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
-    return [*lines, *map(_line, rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    first, *lines = ("| " + " | ".join(cells) + " |" for cells in (headings, *rows))
+    return [first, "|" + "---|" * left + "---:|" * (len(headings) - left), *lines]
 
 
 def choose_classes(num_classes: int) -> list[int]:
