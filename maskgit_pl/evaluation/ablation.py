@@ -46,8 +46,6 @@ from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.training.speed import read_training_time
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["AblationRuns", "BuiltVariant", "read_ablation", "run_ablation"]
-
 log = logging.getLogger(__name__)
 
 _FOLDER = "ablation"  # in the folder of all runs

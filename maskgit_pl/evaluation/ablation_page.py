@@ -17,8 +17,6 @@ from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, known_metrics, title
 from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, paragraph
 
-__all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
-
 # Metrics of tables, in their order, before others; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
           "recall", "bits_per_token", "seconds_per_image")  # fmt: skip

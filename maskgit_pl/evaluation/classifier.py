@@ -49,20 +49,6 @@ from maskgit_pl.networks.feature_networks import (
 )
 from maskgit_pl.processes import Bars, available_cores, no_bars
 
-__all__ = [
-    "Accuracy",
-    "LabelledImages",
-    "TrainedClassifier",
-    "check_cas",
-    "classification_accuracy",
-    "count_hits",
-    "fit_classifier",
-    "measure_accuracy",
-    "obtain_classifier",
-    "open_images",
-    "train_classifier",
-]
-
 _TOP_CLASSES = 5  # k of the top-k accuracy
 _WARM_UP = 0.25  # fraction of the steps in which the learning rate rises
 _MIN_CYCLE_STEPS = 5  # torch divides by zero if the learning rate rises in a single step

@@ -32,8 +32,6 @@ from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
 
-__all__ = ["compare", "label_selectors", "list_selectors", "make_comparison_page", "measure_real"]
-
 _STEPS = (4, 8, 16, 32)
 _SHEET_STEPS = 8
 _DISTANCES = ("fid", "kid")

@@ -26,8 +26,6 @@ from maskgit_pl.runs.layers import Overrides, flag_words
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Recipe
 from maskgit_pl.runs.tokenizing import tokenize
 
-__all__ = ["DemoOptions", "Step", "demo", "plan_demo"]
-
 log = logging.getLogger(__name__)
 
 _RECIPE, _BUDGET = "adaln", "15m"  # the temperatures of `adaln` without a budget suit Fashion-MNIST

@@ -29,8 +29,6 @@ from maskgit_pl.runs.recipe import Recipe, list_recipes
 from maskgit_pl.runs.tokenizing import tokenize
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["QualityMonitor", "distill"]
-
 _METRICS = ("fid", "class_agreement", "diversity", "recall")
 _NUM_IMAGES = 500
 _BATCH = 100

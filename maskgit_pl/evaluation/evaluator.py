@@ -44,9 +44,6 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = ["EvaluatedModel", "Evaluator", "FeatureMetrics", "collect_numbers"]
-
-
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
 # Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}

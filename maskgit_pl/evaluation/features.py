@@ -24,17 +24,6 @@ from maskgit_pl.networks.feature_networks import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = [
-    "BATCH_SIZE",
-    "Extractor",
-    "FeatureCollector",
-    "ImageFeatures",
-    "extract",
-    "iter_image_batches",
-    "iter_row_batches",
-    "open_extractors",
-]
-
 BATCH_SIZE = 16  # images, which fit into the caches of a CPU; part of the result, see the module docstring
 
 

@@ -21,8 +21,6 @@ from maskgit_pl.schedules import MaskSchedule
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules"]
-
 _COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
     "exp": "#5b2a86",
     "cubic": "#3f51b5",

@@ -42,17 +42,6 @@ from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.options import StepCallback, read_options
 from maskgit_pl.pipeline.regions import pixel_region
 
-__all__ = [
-    "Task",
-    "delete_generated",
-    "edit",
-    "generate_accepted",
-    "generate_images",
-    "hide_pixels",
-    "make_hidden_mask",
-    "num_candidates",
-]
-
 Task = Literal["outpaint-right", "inpaint-centre"]
 _SCORED_BATCH = 500  # candidates in memory at a time
 _GREY = 128  # uint8 value of hidden pixels

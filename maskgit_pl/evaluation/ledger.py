@@ -25,8 +25,6 @@ from filelock import lock_descriptor
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import write_atomically
 
-__all__ = ["FILE_NAME", "REAL", "Arrays", "Ledger", "Row", "cached", "digest_of", "shorten_digest"]
-
 Row: TypeAlias = dict[str, Any]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 

@@ -23,8 +23,6 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.randomness import random_bits
 
-__all__ = ["bind_conditions", "encode_real_images", "exact_nll", "masked_nll", "negative_elbo"]
-
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]

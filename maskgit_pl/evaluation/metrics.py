@@ -26,26 +26,6 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.features import ImageFeatures
     from maskgit_pl.evaluation.reference import Reference
 
-__all__ = [
-    "DEVIATION",
-    "ComparedImages",
-    "FeatureMetric",
-    "Metric",
-    "Metrics",
-    "compute_metrics",
-    "computed_metrics",
-    "direction",
-    "find_metric",
-    "format_value",
-    "is_better",
-    "is_fast",
-    "known_metrics",
-    "metric_name",
-    "metrics",
-    "title",
-    "tuning_column",
-]
-
 _INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels")
 Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation

@@ -48,8 +48,6 @@ from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
-__all__ = ["Report", "describe_agreement", "describe_limit", "evaluate"]
-
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
 _BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _SCORE = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")  # columns of a CAS

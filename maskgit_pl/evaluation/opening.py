@@ -26,22 +26,6 @@ from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.layers import remove_key
 
-__all__ = [
-    "RunFolders",
-    "can_guide",
-    "check_data",
-    "check_model_decoding",
-    "data_name",
-    "describe_held_out",
-    "find_run",
-    "find_tokenizer_folders",
-    "open_data",
-    "open_evaluator",
-    "open_model",
-    "read_run_recipe",
-    "remove_untrained",
-]
-
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
     "model.decoding", "data.path", "data.token_store", "model.tokenizer", "checkpoint_every", "keep_last", "keep_every",

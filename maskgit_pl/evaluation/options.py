@@ -12,31 +12,6 @@ from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_numb
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import describe
 
-__all__ = [
-    "CAS_TRAINING",
-    "CLASSIFIER",
-    "FEATURES",
-    "NUM_TOKENS",
-    "SMALL_TRAINING",
-    "CASConfig",
-    "ClassifierConfig",
-    "ComparisonOptions",
-    "EvaluationOptions",
-    "MeasurementOptions",
-    "ModelOptions",
-    "Precision",
-    "ReportOptions",
-    "Spec",
-    "TokenizerOptions",
-    "TuningOptions",
-    "decoding_key",
-    "default_steps",
-    "default_training",
-    "describe_decoding",
-    "round_to_classes",
-    "with_steps",
-]
-
 Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector, a schedule or a feature network
 Dtype = Literal["auto", "float32", "bfloat16"]
 Precision = Literal["32-true", "bf16-mixed"]

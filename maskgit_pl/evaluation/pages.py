@@ -23,22 +23,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = [
-    "Page",
-    "choose_classes",
-    "code_cell",
-    "figure_to_png",
-    "format_seeds",
-    "heading",
-    "image_to_png",
-    "markdown_table",
-    "metric_cell",
-    "metrics_of",
-    "paragraph",
-    "seeds_cell",
-    "typed_command",
-]
-
 _SHOWN_CLASSES = 10
 
 

@@ -45,21 +45,6 @@ from maskgit_pl.evaluation.ledger import Arrays, cached, digest_of
 from maskgit_pl.files import open_zip, sha256_of, size_text
 from maskgit_pl.pipeline import MaskGIT
 
-__all__ = [
-    "ArrayFile",
-    "Reference",
-    "SampleFile",
-    "Statistics",
-    "draw_order",
-    "iter_real_batches",
-    "obtain_references",
-    "open_samples",
-    "read_real_labels",
-    "read_real_vectors",
-    "read_references",
-    "split_digest",
-]
-
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,

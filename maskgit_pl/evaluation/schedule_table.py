@@ -37,8 +37,6 @@ from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = ["SCHEDULES", "ablate_schedules", "compare_with_paper", "make_schedule_page", "table_3"]
-
 log = logging.getLogger(__name__)
 
 

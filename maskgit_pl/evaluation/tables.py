@@ -61,22 +61,6 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = [
-    "NO_COLUMN",
-    "OTHER_STEPS",
-    "SETTINGS",
-    "Runs",
-    "compare_tokenizers",
-    "describe_provenance",
-    "finish_page",
-    "make_editing_page",
-    "make_generation_page",
-    "measure_tokenizer_once",
-    "open_models",
-    "table_1",
-    "table_2",
-]
-
 Runs = Sequence[Path | str]
 
 _GENERATION = (  # paper, Table 1

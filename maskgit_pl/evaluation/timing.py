@@ -49,8 +49,6 @@ from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.training.speed import read_training_time
 
-__all__ = ["BATCH_SIZES", "METHODS", "SIZES", "figure_4", "make_timing_page", "measure_costs", "measure_timings"]
-
 Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BATCH_SIZES = (1, 64)  # of the times of a model

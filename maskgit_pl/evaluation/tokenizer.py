@@ -42,17 +42,6 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_con
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.tokenizer import CodebookUsage
 
-__all__ = [
-    "OpenedTokenizer",
-    "TokenizerReport",
-    "evaluate_tokenizer",
-    "measure_reconstruction",
-    "measure_tokenizer",
-    "now",
-    "open_tokenizer",
-    "psnr",
-]
-
 _SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 _BEST_PSNR = 100.0  # dB, of an image without any error
 _SHOWN = 8  # worst reconstructions

@@ -61,8 +61,6 @@ from maskgit_pl.schedules import mask_schedules
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["SearchSpace", "Trial", "TuningResult", "make_page", "search", "tune"]
-
 # Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger.
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
 
