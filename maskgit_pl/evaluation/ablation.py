@@ -210,20 +210,16 @@ class _Ablation:
     """The measurements of an ablation: its runs, its evaluator and its ledger."""
 
     def __init__(self, runs: AblationRuns, options: ReportOptions, name: str, bars: Bars) -> None:
-        self.runs, self.options, self.name, self.bars = runs, options, name, bars
+        self.runs, self.options, self.name = runs, options, name
         self.has_images = runs.config.stage == "transformer" or runs.stage_2 is not None
-        if runs.config.stage == "tokenizer" and options.reference is not None:
-            raise ValueError("--reference must not be given with --stage tokenizer, which compares with the val split")
-        self.device = find_device(options.device)
-        self.ledger = Ledger(options.results / FILE_NAME)
         data = runs.variants[0].values.data
         images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
         self.num_images = round_to_classes(options.num_images, images.num_classes)
         self.evaluator = open_evaluator(
             self._folders(runs.config.runs),
             images,
-            self.ledger,
-            device=self.device,
+            Ledger(options.results / FILE_NAME),
+            device=find_device(options.device),
             batch_size=options.batch_size,
             features=options.features,
             reference=options.reference,
@@ -256,7 +252,7 @@ class _Ablation:
             "first": first,
             "compared": f"{count} real images of {of}" if count else f"the statistics of {of}",
             "decoding": "" if reference.decoding is None else describe_decoding(reference.decoding),
-            "machine": _describe_machine(self.device),
+            "machine": _describe_machine(self.evaluator.device),
         }
 
     def measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
@@ -280,7 +276,7 @@ class _Ablation:
 
     def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:
         """Measures generated images and the likelihood of real ones, with noise that differs between seeds."""
-        model = open_model(self._folders(run), self.device)
+        model = open_model(self._folders(run), str(self.evaluator.device))
         first = self.options.seed + seed * self.num_images
         decoding = built.decoding or model.pipe.decoding
         rows = self.evaluator.measure_samples(model, decoding, num_images=self.num_images, seed=first)
@@ -292,11 +288,11 @@ class _Ablation:
         """Measures the reconstructions of the val split, as ``maskgit table tokenizers`` does."""
         folders = self._folders(run)
         tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
-        tokenizer.network.to(self.device)
+        tokenizer.network.to(self.evaluator.device)
         extractors = [network.extractor for network in self.evaluator.networks.values()]
         options = TokenizerOptions(batch_size=self.options.batch_size)
         opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
-        numbers = measure_tokenizer_once(self.ledger, opened, self.bars)["numbers"]
+        numbers = measure_tokenizer_once(self.evaluator.ledger, opened, self.evaluator.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -307,14 +303,16 @@ class _Ablation:
             **row, "ablation": self.name, "plan": shorten_digest(digest_of(key)), "real": real,
             "protocol": self.protocol, "dataset": self.evaluator.dataset,
         }  # fmt: skip
-        last = self.ledger.find("ablation", {name: new[name] for name in ("ablation", "plan", "variant", "seed")})
+        last = self.evaluator.ledger.find(
+            "ablation", {name: new[name] for name in ("ablation", "plan", "variant", "seed")}
+        )
         if last is None or any(last.get(name) != new.get(name) for name in ("numbers", "run", "failure")):
-            self.ledger.add("ablation", new)
+            self.evaluator.ledger.add("ablation", new)
 
 
-def _describe_machine(device: str) -> str:
+def _describe_machine(device: torch.device) -> str:
     facts = describe_environment()
-    names = [device_name(torch.device(device)), str(facts["machine"]), f"{facts['cpus']} CPUs"]
+    names = [device_name(device), str(facts["machine"]), f"{facts['cpus']} CPUs"]
     versions = [f"{name} {facts[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
     commit = facts["commit"]
     return ", ".join([*names, *versions, *([f"commit {commit[:12]}"] if commit else [])])

@@ -89,9 +89,8 @@ def find_tokenizer_folders(
         if (pretrained / "tokenizer" / "config.json").is_file():
             return _folders(pretrained, data, classifier)
     raise FileNotFoundError(
-        f"tokenizer {path}: no tokenizer there; name a run, or a folder that an importer wrote. `maskgit train "
-        "tokenizer` writes RUN/pretrained/tokenizer at its end, and `maskgit export RUN --stage tokenizer --out DIR` "
-        "from a checkpoint"
+        f"tokenizer {path}: no tokenizer there; name a run whose stage 1 has ended, or a folder of `maskgit export` or "
+        "of an importer"
     )
 
 

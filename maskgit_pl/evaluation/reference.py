@@ -303,10 +303,10 @@ def read_references(
     """
     file = ArrayFile(path, thing="reference")
     origin = {"digest": sha256_of(file.path), "file": file.path.name}
-    statistics = _read_inception_statistics(file)
+    statistics = _read_inception_statistics(file, origin)
     # A file without images has only Inception's statistics, which serve no other network.
     if "arr_0" not in file and statistics and {extractor.label for extractor in extractors} == {"inception"}:
-        return {"inception": replace(statistics, **origin)}
+        return {"inception": statistics}
     samples = open_samples(file)
     batches = iter_image_batches(samples.read, len(samples))
     references = _obtain(folder, {"data": origin["digest"], "split": "file"}, extractors, batches, origin, on_images)
@@ -356,10 +356,7 @@ def _obtain(
         for name, extractor in by_name.items()
     }
     arrays = cached(folder, keys, make)
-    return {
-        extractor.label: replace(_from_arrays(extractor.label, arrays[name]), **origin)
-        for name, extractor in by_name.items()
-    }
+    return {extractor.label: _from_arrays(extractor.label, arrays[name], origin) for name, extractor in by_name.items()}
 
 
 def _to_arrays(reference: Reference) -> Arrays:
@@ -373,18 +370,18 @@ def _to_arrays(reference: Reference) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _from_arrays(label: str, arrays: Arrays) -> Reference:
+def _from_arrays(label: str, arrays: Arrays, origin: Mapping[str, str]) -> Reference:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     spatial = Statistics(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
     features = ImageFeatures(label, tensors["pooled"], tensors.get("logits"))
-    return Reference(Statistics(tensors["mu"], tensors["sigma"]), spatial, features)
+    return Reference(Statistics(tensors["mu"], tensors["sigma"]), spatial, features, **origin)
 
 
-def _read_inception_statistics(file: ArrayFile) -> Reference | None:
+def _read_inception_statistics(file: ArrayFile, origin: Mapping[str, str]) -> Reference | None:
     if not any(name in file for name in ("mu", "sigma", "mu_s", "sigma_s")):
         return None
     spatial = _read_statistics(file, "_s", _SPATIAL) if "mu_s" in file or "sigma_s" in file else None
-    return Reference(_read_statistics(file, "", _POOLED), spatial, None)
+    return Reference(_read_statistics(file, "", _POOLED), spatial, None, **origin)
 
 
 def _read_statistics(file: ArrayFile, suffix: str, width: int) -> Statistics:

@@ -239,10 +239,9 @@ def tune(
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
     folders = find_run(run, data=data, classifier=options.classifier)
     if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
-        bundled = folders.pretrained.name
         raise ValueError(
-            f"tune must have a model outside of the package, next to whose weights it writes, got {bundled}; copy it "
-            f"with MaskGIT.from_pretrained({bundled!r}).save_pretrained('DIR'), and tune DIR"
+            "tune must have a model outside of the package, next to whose weights it writes; copy it with "
+            f"MaskGIT.from_pretrained({folders.pretrained.name!r}).save_pretrained('DIR'), and tune DIR"
         )
     check_writable("decoding.json", folders.pretrained / "decoding.json")  # before a search that takes hours
     model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
