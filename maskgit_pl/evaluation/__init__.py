@@ -7,9 +7,8 @@
     page = evaluation.table_1(["runs/fashion-mnist-adaln"], evaluation.ReportOptions(num_images=2000))
     page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
 
-An ``Evaluator`` makes every measurement and keeps it in a ``Ledger``. It does not repeat a measurement that
-the ledger already holds. The public names are imported on first use: importing this package imports neither
-torch nor Lightning nor Matplotlib.
+An ``Evaluator`` makes every measurement once, and keeps it in a ``Ledger``. The public names are imported on first use:
+importing this package imports neither torch nor Lightning nor Matplotlib.
 """
 
 from __future__ import annotations

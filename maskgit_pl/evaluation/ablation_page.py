@@ -164,11 +164,11 @@ def _result_lines(summary: _Summary) -> list[str]:
         )
     several = len(summary.protocol["seeds"]) > 1
     higher = [title(name) for name in summary.compared if find_metric(name).higher_is_better]
-    others = [title(name) for name in summary.metrics if name not in summary.compared]
+    left_out = [title(name) for name in summary.metrics if name not in summary.compared]
     text = "Mean over the seeds, and the lowest and highest value." if several else "One seed, no spread."
     text += " The best mean of each column is bold. "
     text += f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
-    text += f" Not compared: {markdown(', '.join(others))}." if others else ""
+    text += f" Not compared: {markdown(', '.join(left_out))}." if left_out else ""
     headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
     return [*paragraph(text), "", *markdown_table(headings, rows)]
 

@@ -73,16 +73,11 @@ def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_wo
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images that are not those of a data folder, read on demand.
+    """Images that are not those of a data folder, read on demand."""
 
-    Args:
-        read: Returns the (b, C, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order.
-        labels: (n,) int64: requested classes.
-        remarks: Further columns of their rows in the ledger.
-    """
-
-    read: Callable[[Any], Tensor]
-    labels: Tensor
+    read: Callable[[Any], Tensor]  # of a range of rows, or of (b,) int64 rows in any order: (b, C, H, W) uint8
+    labels: Tensor  # (n,) int64: requested classes
+    # Further columns of their rows in the ledger.
     remarks: Mapping[str, str | float | None] = field(default_factory=dict)
 
 
@@ -308,18 +303,11 @@ def _describe(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A stored classifier.
-
-    Args:
-        folder: Folder of the classifier.
-        accuracy: Accuracy on the real val split.
-        is_reused: True if the folder already held it, or the package has it.
-        num_classes: Number of classes.
-    """
+    """A stored classifier."""
 
     folder: Path
-    accuracy: Accuracy
-    is_reused: bool
+    accuracy: Accuracy  # on the real val split
+    is_reused: bool  # True if the folder already held it, or the package has it
     num_classes: int
 
 
@@ -360,7 +348,6 @@ def train_classifier(
             f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
             f"{pixels_text(largest)} pixels"
         )
-    check_model(config.model)
     target = find_device(device)
     size = least if image_size is None else image_size
     source = open_images(Path(data), size, summary.channels, num_workers=num_workers)

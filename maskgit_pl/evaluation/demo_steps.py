@@ -67,16 +67,10 @@ class DemoOptions(TypedDict, total=False):
 
 
 class Step(NamedTuple):
-    """A step of the demo.
+    """A step of the demo."""
 
-    Attributes:
-        title: One line for people: what it does.
-        words: The command line after ``maskgit`` that does the same.
-        work: Function that does it.
-    """
-
-    title: str
-    words: list[str]
+    title: str  # one line for people: what it does
+    words: list[str]  # the command line after ``maskgit`` that does the same
     work: Callable[[], object]
 
 

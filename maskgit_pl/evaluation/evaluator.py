@@ -115,17 +115,11 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class FeatureMetrics:
-    """A feature network with the real images that it compares with.
-
-    Args:
-        extractor: The network, on its device.
-        reference: Features or statistics of real images: the val split or a file.
-        labels: (m,) int64: classes of the real images; None if unknown.
-    """
+    """A feature network with the real images that it compares with."""
 
     extractor: Extractor
     reference: Reference
-    labels: Tensor | None = None
+    labels: Tensor | None = None  # (m,) int64: classes of the real images; None if unknown
 
     @property
     def columns(self) -> dict[str, Any]:

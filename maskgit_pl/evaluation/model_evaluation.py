@@ -20,7 +20,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, plain_size
+from maskgit_pl.checks import plain_size
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
 from maskgit_pl.errors import printable
@@ -90,7 +90,6 @@ def evaluate(
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     options = options or EvaluationOptions()
-    check_integer("num_images", num_images, "[1, inf)")
     check_cas(cas)
     folders = find_run(run, data=data, classifier=options.classifier)
     file = out or folders.run / "evaluation.json"
@@ -379,14 +378,10 @@ def _write_pictures(
     folder: Path,
     seed: int,
 ) -> None:
-    """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``; ``generated`` is sorted by class."""
+    """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``."""
     pipe = model.pipe
     classes = choose_classes(len(pipe.class_names))
-    rows = []
-    for label in classes:
-        is_of_class = generated.labels == label
-        start, count = int(is_of_class.nonzero()[0]), min(_SHOWN_OF_A_CLASS, int(is_of_class.sum()))
-        rows.append(generated.read(range(start, start + count)))
+    rows = [generated.read((generated.labels == label).nonzero()[:_SHOWN_OF_A_CLASS, 0]) for label in classes]
     least = min(len(row) for row in rows)
     names = [pipe.class_names[label] for label in classes]
     folder.mkdir(parents=True, exist_ok=True)

@@ -28,21 +28,13 @@ _SHOWN_CLASSES = 10
 
 @dataclass(frozen=True)
 class Page:
-    """A page of a report, such as a table or figure of the paper with our measurements.
+    """A page of a report, such as a table or figure of the paper with our measurements."""
 
-    Args:
-        name: File name without suffix, such as ``table-1``.
-        markdown: The text, with the published rows next to ours.
-        rows: Our rows, unrounded.
-        pictures: Contents of PNG files by file name.
-        folder: Folder that the page is written to, such as ``results/fashion-mnist``.
-    """
-
-    name: str
+    name: str  # of its files without suffix, such as ``table-1``
     markdown: str
-    rows: Sequence[Mapping[str, Any]]
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    folder: Path = Path()
+    rows: Sequence[Mapping[str, Any]]  # ours, unrounded
+    pictures: Mapping[str, bytes] = field(default_factory=dict)  # contents of PNG files by file name
+    folder: Path = Path()  # that the page is written to, such as ``results/fashion-mnist``
 
     @property
     def csv(self) -> str:

@@ -196,23 +196,14 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Reference:
-    """Statistics and features of real images in one network.
-
-    Args:
-        pooled: Statistics of the pooled features.
-        spatial: Statistics of the spatial features; None if there are none.
-        features: Pooled features and logits of each image; None if only statistics are known.
-        digest: SHA-256 in hex of the file, or of the settings that determine the pixels of the split.
-        split: The split that the images are from, or empty.
-        file: Name of the file that they are from, or empty.
-    """
+    """Statistics and features of real images in one network."""
 
     pooled: Statistics
-    spatial: Statistics | None
-    features: ImageFeatures | None
-    digest: str = ""
-    split: str = ""
-    file: str = ""
+    spatial: Statistics | None  # None if the network has no spatial features
+    features: ImageFeatures | None  # pooled features and logits of each image; None if only statistics are known
+    digest: str = ""  # SHA-256 in hex of the file, or of the settings that determine the pixels of the split
+    split: str = ""  # that the images are from, or empty
+    file: str = ""  # name of the file that they are from, or empty
 
     @classmethod
     def from_features(cls, features: ImageFeatures) -> Reference:

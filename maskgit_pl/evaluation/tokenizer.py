@@ -381,18 +381,11 @@ def _content(
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """The values of an evaluation of a tokenizer.
+    """The values of an evaluation of a tokenizer."""
 
-    Args:
-        content: Content of ``tokenizer.json``, in plain values.
-        key: Columns of the ledger that determine the values.
-        file: Path of the JSON file, beside which the page is written.
-        worst: The worst reconstructions.
-    """
-
-    content: Mapping[str, Any]
-    key: Mapping[str, Any]
-    file: Path
+    content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
+    key: Mapping[str, Any]  # columns of the ledger that determine the values
+    file: Path  # of that content, beside which the page is written
     worst: Sequence[_Pair]
 
     @property

@@ -163,25 +163,15 @@ class Trial:
 
 @dataclass(frozen=True)
 class TuningResult:
-    """The result of a search.
+    """The result of a search."""
 
-    Args:
-        metric: Name of the metric of the search, such as ``fid/classifier``.
-        trials: All trials, in order.
-        confirmed: Trial 0, the best trials and the current decoding, measured again with other noise.
-        num_images: Number of images of each trial; ``confirmed`` has twice as many.
-        page: The page of the search; None before it is made.
-        decoding_file: Path of the written ``decoding.json``; None if the model already had the winning decoding.
-        old_decoding_file: Path of the copy of the previous ``decoding.json``; None if there was none.
-    """
-
-    metric: str
+    metric: str  # such as ``fid/classifier``
     trials: tuple[Trial, ...]
-    confirmed: tuple[Trial, ...]
-    num_images: int
-    page: Page | None = None
-    decoding_file: Path | None = None
-    old_decoding_file: Path | None = None
+    confirmed: tuple[Trial, ...]  # trial 0, the best trials and the current decoding, measured with other noise
+    num_images: int  # of each trial; ``confirmed`` has twice as many
+    page: Page | None = None  # None before it is made
+    decoding_file: Path | None = None  # the written one; None if the model already had the winning decoding
+    old_decoding_file: Path | None = None  # copy of the previous one; None if there was none
 
     @property
     def before(self) -> Trial:
