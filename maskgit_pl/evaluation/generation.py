@@ -88,11 +88,11 @@ def generate_images(
     )
     seconds = time.perf_counter() - start
     barrier()  # the last rank to finish has assembled the file from the parts
-    samples, channels = open_samples(file), pipe.tokenizer.network.config.in_channels
+    samples = open_samples(file, channels=pipe.tokenizer.network.config.in_channels)
     assert samples.labels is not None  # generate_many writes them
     totals = {"steps_taken": taken, "seconds_per_image": seconds}
     remarks = {name: total / result.made if result.made else None for name, total in totals.items()}
-    return LabelledImages(lambda rows: samples.read(rows)[:, :channels], samples.labels, remarks)
+    return LabelledImages(samples.read, samples.labels, remarks)
 
 
 def delete_generated(file: Path) -> None:
@@ -146,7 +146,7 @@ def generate_accepted(
     result = generate_many(pipe, candidates, on_images=on_images, on_step=on_step, **options)
     if result.missing_parts == 0:
         try:
-            _write_accepted(file, plan, open_samples(candidates), acceptance)
+            _write_accepted(file, plan, open_samples(candidates, channels=plan.image[2]), acceptance)
         except (ValueError, OSError):
             if not is_finished(file, plan):  # True if another process has written the file in the meantime
                 raise
@@ -168,7 +168,7 @@ def _write_accepted(file: Path, plan: BulkPlan, samples: SampleFile, acceptance:
     scores = []
     for first, labels in enumerate(torch.split(samples.labels, _SCORED_BATCH)):
         rows = range(first * _SCORED_BATCH, first * _SCORED_BATCH + len(labels))
-        scores.append(acceptance.log_probs(samples.read(rows)[:, : plan.image[2]], labels))
+        scores.append(acceptance.log_probs(samples.read(rows), labels))
     log_probs = torch.cat(scores)
     counts = dict.fromkeys(plan.classes, plan.count // len(plan.classes))
     kept = acceptance.choose(log_probs, samples.labels, counts)

@@ -154,17 +154,18 @@ class SampleFile:
 
     images: npt.NDArray[np.uint8]  # (n, H, W, 3), memory-mapped if the file is not compressed
     labels: Tensor | None  # (n,) int64
+    channels: int  # 1 or 3: grey images have three equal ones in the file
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, rows: range | Tensor) -> Tensor:
-        """Returns the (b, 3, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
+        """Returns the (b, C, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
         chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows.numpy()
-        return rearrange(torch.from_numpy(np.array(self.images[chosen])), "b h w c -> b c h w")
+        return rearrange(torch.from_numpy(np.array(self.images[chosen])), "b h w c -> b c h w")[:, : self.channels]
 
 
-def open_samples(file: ArrayFile | Path | str) -> SampleFile:
+def open_samples(file: ArrayFile | Path | str, *, channels: int = 3) -> SampleFile:
     """Opens the images of a file, and their labels if there are any.
 
     Raises:
@@ -172,9 +173,10 @@ def open_samples(file: ArrayFile | Path | str) -> SampleFile:
     """
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
     images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")
-    if "arr_1" not in arrays:
-        return SampleFile(images, None)
-    return SampleFile(images, torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64)))
+    labels = None
+    if "arr_1" in arrays:
+        labels = torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
+    return SampleFile(images, labels, channels)
 
 
 @dataclass(frozen=True)
