@@ -199,7 +199,7 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("tune model --data shards --negative-model nowhere", "negative_model nowhere must be a run"),
         ("table 1", "table 1 must have at least one run"),
         ("table 1 nowhere", "nowhere: no such folder"),
-        ("table 1 model --data shards --num-images 2", "--num-images must be >= 6 (2 per class), got 2"),
+        ("table 1 model --data shards --num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
         ("table 1 model --data shards --cas-images 0", "--cas-images must be an integer in"),
         ("table 1 model --data shards --results text.jpg", "--results must be a folder, got the file"),
         ("figure 4 model model", "figure 4 must have at most one RUN"),
