@@ -66,7 +66,7 @@ def write_random_weights(file: Path) -> str:
 
 def load_images(data: ShardData, split: str, count: int) -> Tensor:
     """Returns ``count`` random images of a split, (count, C, H, W) uint8."""
-    batches = iter_real_batches(data, split, num_images=count, shuffled=True)  # type: ignore[arg-type]  # train or val
+    batches = iter_real_batches(data, split, num_images=count)  # type: ignore[arg-type]  # train or val
     return torch.cat([batch.content for batch in batches])
 
 

@@ -37,7 +37,8 @@ from maskgit_pl.contrib.inspect_findings import (
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.opening import open_images, read_run_recipe
+from maskgit_pl.evaluation.classifier import open_images
+from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.pages import image_to_png
 from maskgit_pl.files import write_text
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer

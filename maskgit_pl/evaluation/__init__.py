@@ -7,9 +7,8 @@
     page = evaluation.table_1(["runs/fashion-mnist-adaln"], evaluation.ReportOptions(num_images=2000))
     page.write()                              # results/fashion-mnist/table-1.md, .csv and .png
 
-An ``Evaluator`` makes every measurement and keeps it in a ``Ledger``. It does not repeat a measurement that
-the ledger already holds. The public names are imported on first use: importing this package imports neither
-torch nor Lightning nor Matplotlib.
+An ``Evaluator`` makes every measurement once, and keeps it in a ``Ledger``. The public names are imported on first use:
+importing this package imports neither torch nor Lightning nor Matplotlib.
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-    from maskgit_pl.evaluation.figures import figure_2
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
@@ -62,7 +60,6 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_tokenizer",
-    "figure_2",
     "figure_4",
     "read_ablation",
     "run_ablation",
@@ -73,35 +70,28 @@ __all__ = [
     "tune",
 ]
 
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "CASConfig": "options",
-        "ClassifierConfig": "options",
-        "ComparedImages": "metrics",
-        "ComparisonOptions": "options",
-        "EvaluatedModel": "evaluator",
-        "EvaluationOptions": "options",
-        "Evaluator": "evaluator",
-        "FeatureMetric": "metrics",
-        "Ledger": "ledger",
-        "ReportOptions": "options",
-        "TokenizerOptions": "options",
-        "TuningOptions": "options",
-        "ablate_schedules": "schedule_table",
-        "compare": "comparison",
-        "compare_tokenizers": "tables",
-        "distill": "distilling",
-        "evaluate": "model_evaluation",
-        "evaluate_tokenizer": "tokenizer",
-        "figure_2": "figures",
-        "figure_4": "timing",
-        "read_ablation": "ablation",
-        "run_ablation": "ablation",
-        "table_1": "tables",
-        "table_2": "tables",
-        "table_3": "schedule_table",
-        "train_classifier": "classifier",
-        "tune": "tuning",
-    },
-)
+_HOMES = {
+    "ablation": ("read_ablation", "run_ablation"),
+    "classifier": ("train_classifier",),
+    "comparison": ("compare",),
+    "distilling": ("distill",),
+    "evaluator": ("EvaluatedModel", "Evaluator"),
+    "ledger": ("Ledger",),
+    "metrics": ("ComparedImages", "FeatureMetric"),
+    "model_evaluation": ("evaluate",),
+    "options": (
+        "CASConfig",
+        "ClassifierConfig",
+        "ComparisonOptions",
+        "EvaluationOptions",
+        "ReportOptions",
+        "TokenizerOptions",
+        "TuningOptions",
+    ),
+    "schedule_table": ("ablate_schedules", "table_3"),
+    "tables": ("compare_tokenizers", "table_1", "table_2"),
+    "timing": ("figure_4",),
+    "tokenizer": ("evaluate_tokenizer",),
+    "tuning": ("tune",),
+}
+__getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})

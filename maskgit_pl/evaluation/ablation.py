@@ -4,7 +4,7 @@
 2. For each seed and each variant: train it, unless its run is finished, and measure it, unless the ledger has the rows.
 3. Add a row of the ablation to the ledger. An error of a variant becomes a row, too, and the other variants continue.
 
-The rows are enough to make the page again. ``runs.ablation`` plans and trains the variants.
+``runs.ablation`` plans and trains the variants.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
+from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
-from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_images, open_model, remove_untrained
+from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
 from maskgit_pl.evaluation.tables import measure_tokenizer_once
@@ -45,12 +46,9 @@ from maskgit_pl.runs.settings import ResolvedRun, resolve
 from maskgit_pl.training.speed import read_training_time
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["AblationRuns", "BuiltVariant", "read_ablation", "run_ablation"]
-
 log = logging.getLogger(__name__)
 
 _FOLDER = "ablation"  # in the folder of all runs
-_DRAWS = 4  # masks per image for likelihoods
 _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
 
@@ -135,10 +133,6 @@ class AblationRuns:
     """The variants of an ablation and their runs. All variants are built before any of them is trained.
 
     The first variant is the base, which the others are compared with; ``base`` holds its values of the varied keys.
-
-    Raises:
-        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
-        ValueError: if a value of a variant is wrong.
     """
 
     def __init__(self, config: AblationConfig) -> None:
@@ -169,11 +163,7 @@ class AblationRuns:
     def train(self, built: BuiltVariant, seed: int) -> Path:
         """Trains a variant with one seed, and after a tokenizer also its transformer, and returns the run folder.
 
-        Finished runs are not repeated.
-
-        Raises:
-            TrainingError: if a training fails.
-            PreemptedError: if a training is stopped by a signal.
+        Finished runs are not repeated. See ``runs.ablation.train`` for errors.
         """
         folder = self.folder_of(built, seed)
         recipes = [built.variant.recipe, *([] if self.stage_2 is None else [self.stage_2])]
@@ -220,20 +210,16 @@ class _Ablation:
     """The measurements of an ablation: its runs, its evaluator and its ledger."""
 
     def __init__(self, runs: AblationRuns, options: ReportOptions, name: str, bars: Bars) -> None:
-        self.runs, self.options, self.name, self.bars = runs, options, name, bars
+        self.runs, self.options, self.name = runs, options, name
         self.has_images = runs.config.stage == "transformer" or runs.stage_2 is not None
-        if runs.config.stage == "tokenizer" and options.reference is not None:
-            raise ValueError("--reference must not be given with --stage tokenizer, which compares with the val split")
-        self.device = find_device(options.device)
-        self.ledger = Ledger(options.results / FILE_NAME)
         data = runs.variants[0].values.data
         images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
         self.num_images = round_to_classes(options.num_images, images.num_classes)
         self.evaluator = open_evaluator(
             self._folders(runs.config.runs),
             images,
-            self.ledger,
-            device=self.device,
+            Ledger(options.results / FILE_NAME),
+            device=find_device(options.device),
             batch_size=options.batch_size,
             features=options.features,
             reference=options.reference,
@@ -251,8 +237,8 @@ class _Ablation:
         config, runs = self.runs.config, self.runs
         reference = runs.variants[0]
         first, network = next(iter(self.evaluator.networks.items()))
-        origin, count = network.reference.origin, network.columns["real_images"]
-        of = origin.file or f"the {origin.split} split"
+        count = network.columns["real_images"]
+        of = network.reference.file or f"the {network.reference.split} split"
         return {
             "command": typed_command(),
             "dataset": self.evaluator.dataset,
@@ -266,16 +252,13 @@ class _Ablation:
             "first": first,
             "compared": f"{count} real images of {of}" if count else f"the statistics of {of}",
             "decoding": "" if reference.decoding is None else describe_decoding(reference.decoding),
-            "machine": _describe_machine(self.device),
+            "machine": _describe_machine(self.evaluator.device),
         }
 
     def measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
         """Trains a variant with one seed, and returns the columns of its row."""
-        folder = self.runs.train(built, seed)
-        stage = self.runs.config.stage
-        numbers: dict[str, float] = {}
-        if stage == "tokenizer":
-            numbers |= self._measure_tokenizer(folder)
+        folder, stage = self.runs.train(built, seed), self.runs.config.stage
+        numbers = self._measure_tokenizer(folder) if stage == "tokenizer" else {}
         if self.has_images:
             numbers |= self._measure_samples(folder, built, seed)
         time = read_training_time(folder / stage)
@@ -293,23 +276,23 @@ class _Ablation:
 
     def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:
         """Measures generated images and the likelihood of real ones, with noise that differs between seeds."""
-        model = open_model(self._folders(run), self.device)
+        model = open_model(self._folders(run), str(self.evaluator.device))
         first = self.options.seed + seed * self.num_images
         decoding = built.decoding or model.pipe.decoding
         rows = self.evaluator.measure_samples(model, decoding, num_images=self.num_images, seed=first)
-        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * self.num_images, draws=_DRAWS, seed=seed)
+        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * self.num_images, seed=seed)
         kind = "exact" if model.pipe.transformer.mask_schedule is None else "elbo"
         return {**collect_numbers(rows), "bits_per_token": float(likelihood[f"{kind}_bits_per_token"])}
 
     def _measure_tokenizer(self, run: Path) -> dict[str, float]:
         """Measures the reconstructions of the val split, as ``maskgit table tokenizers`` does."""
-        folders, device = self._folders(run), self.device
+        folders = self._folders(run)
         tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
-        tokenizer.network.to(device)
+        tokenizer.network.to(self.evaluator.device)
         extractors = [network.extractor for network in self.evaluator.networks.values()]
-        options = TokenizerOptions(batch_size=self.options.batch_size, device=device)
+        options = TokenizerOptions(batch_size=self.options.batch_size)
         opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
-        numbers = measure_tokenizer_once(self.ledger, opened, self.bars)["numbers"]
+        numbers = measure_tokenizer_once(self.evaluator.ledger, opened, self.evaluator.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
 
     def record(self, row: Mapping[str, Any]) -> None:
@@ -320,14 +303,16 @@ class _Ablation:
             **row, "ablation": self.name, "plan": shorten_digest(digest_of(key)), "real": real,
             "protocol": self.protocol, "dataset": self.evaluator.dataset,
         }  # fmt: skip
-        last = self.ledger.find("ablation", {name: new[name] for name in ("ablation", "plan", "variant", "seed")})
+        last = self.evaluator.ledger.find(
+            "ablation", {name: new[name] for name in ("ablation", "plan", "variant", "seed")}
+        )
         if last is None or any(last.get(name) != new.get(name) for name in ("numbers", "run", "failure")):
-            self.ledger.add("ablation", new)
+            self.evaluator.ledger.add("ablation", new)
 
 
-def _describe_machine(device: str) -> str:
+def _describe_machine(device: torch.device) -> str:
     facts = describe_environment()
-    names = [device_name(torch.device(device)), str(facts["machine"]), f"{facts['cpus']} CPUs"]
+    names = [device_name(device), str(facts["machine"]), f"{facts['cpus']} CPUs"]
     versions = [f"{name} {facts[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
     commit = facts["commit"]
     return ", ".join([*names, *versions, *([f"commit {commit[:12]}"] if commit else [])])

@@ -17,8 +17,6 @@ from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, is_better, known_metrics, title
 from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_table, paragraph
 
-__all__ = ["chance_of_separation", "compare_seeds", "make_ablation_page", "select_rows"]
-
 # Metrics of tables, in their order, before others; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
           "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
@@ -165,17 +163,14 @@ def _result_lines(summary: _Summary) -> list[str]:
             ["real images", *(format_value(name, real[name]) if name in real else "" for name in summary.metrics)]
         )
     several = len(summary.protocol["seeds"]) > 1
+    higher = [title(name) for name in summary.compared if find_metric(name).higher_is_better]
+    left_out = [title(name) for name in summary.metrics if name not in summary.compared]
     text = "Mean over the seeds, and the lowest and highest value." if several else "One seed, no spread."
-    text += f" The best mean of each column is bold. {_directions(summary)}"
+    text += " The best mean of each column is bold. "
+    text += f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
+    text += f" Not compared: {markdown(', '.join(left_out))}." if left_out else ""
     headings = ["variant", *(markdown(title(name)) for name in summary.metrics)]
     return [*paragraph(text), "", *markdown_table(headings, rows)]
-
-
-def _directions(summary: _Summary) -> str:
-    higher = [title(name) for name in summary.compared if find_metric(name).higher_is_better]
-    others = [title(name) for name in summary.metrics if name not in summary.compared]
-    text = f"Higher is better for {markdown(', '.join(higher))}; lower for the others." if higher else ""
-    return f"{text} Not compared: {markdown(', '.join(others))}." if others else text
 
 
 def _mark(summary: _Summary, label: str) -> str:

@@ -1,8 +1,7 @@
 """Classifiers of a data set: training, accuracy, the folder that stores one, and the classification accuracy score.
 
 For small images, features of a classifier of the same data set are more informative than those of an ImageNet
-classifier; the small network takes half a minute on two CPU cores. ``features`` opens it with
-``obtain_classifier``, and ``maskgit train-classifier`` calls ``train_classifier``.
+classifier; the small network takes half a minute on two CPU cores.
 
 The classification accuracy score (CAS) trains the same module on generated images, and tests it on real ones.
 It is low for a model whose images look good but cover only a part of each class. The same network, trained on
@@ -14,9 +13,9 @@ Source of CAS: Ravuri and Vinyals, arXiv:1905.10887; paper, Table 1.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,7 +26,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
-from maskgit_pl.checks import ImageSize, as_image_size, pixels_text
+from maskgit_pl.checks import ImageSize, pixels_text
 from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream, flip
 from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -50,19 +49,6 @@ from maskgit_pl.networks.feature_networks import (
 )
 from maskgit_pl.processes import Bars, available_cores, no_bars
 
-__all__ = [
-    "Accuracy",
-    "TrainedClassifier",
-    "TrainingImages",
-    "check_cas",
-    "classification_accuracy",
-    "count_hits",
-    "fit_classifier",
-    "measure_accuracy",
-    "obtain_classifier",
-    "train_classifier",
-]
-
 _TOP_CLASSES = 5  # k of the top-k accuracy
 _WARM_UP = 0.25  # fraction of the steps in which the learning rate rises
 _MIN_CYCLE_STEPS = 5  # torch divides by zero if the learning rate rises in a single step
@@ -70,28 +56,35 @@ _VALIDATION_BATCH = 200  # images
 _SHIPPED = Path(__file__).parents[1] / "models" / "fashion-mnist-judge"  # training differs between machines
 
 
+def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_workers: int = 0) -> ShardData:
+    """Opens a data folder as images of one size: a side or (height, width) in pixels, and 1 or 3 channels."""
+    data = ShardData(
+        ShardDataConfig(
+            str(folder),
+            image_size=image_size,
+            in_channels=in_channels,
+            validation_batch=_VALIDATION_BATCH,
+            num_workers=num_workers,
+        )
+    )
+    data.setup()
+    return data
+
+
 @dataclass(frozen=True)
-class TrainingImages:
-    """Training images that are not those of a data folder, read on demand.
+class LabelledImages:
+    """Images that are not those of a data folder, read on demand."""
 
-    Args:
-        read: Reads images by index: (b,) int64 -> (b, C, H, W) uint8.
-        shape: Shape (C, H, W) of an image.
-        labels: (n,) int64, in [0, number of classes).
-        class_names: Names of all classes, also of those without an image.
-    """
-
-    read: Callable[[Tensor], Tensor]
-    shape: tuple[int, ...]
-    labels: Tensor
-    class_names: tuple[str, ...]
+    read: Callable[[Any], Tensor]  # of a range of rows, or of (b,) int64 rows in any order: (b, C, H, W) uint8
+    labels: Tensor  # (n,) int64: requested classes
+    # Further columns of their rows in the ledger.
+    remarks: Mapping[str, str | float | None] = field(default_factory=dict)
 
 
 def fit_classifier(
-    data: ShardData | TrainingImages,
+    data: ShardData,
+    source: LabelledImages | Tensor | None = None,
     *,
-    chosen: Tensor | None = None,
-    num_workers: int = 0,
     config: ClassifierConfig = SMALL_TRAINING,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
@@ -99,9 +92,8 @@ def fit_classifier(
     """Trains a classifier; on the same machine, the result is bit-exact for equal data and configuration.
 
     Args:
-        data: Real images, of which the train split is used, or other images.
-        chosen: (n,) int64: indices of the samples of the train split to train on; None is all.
-        num_workers: Number of processes that read other images; real ones have the setting of the data.
+        data: The classes, the size of images, and the train split.
+        source: Images in place of the train split, or (n,) int64 indices of its samples to train on; None is all.
         config: Network and training.
         on_step: Called after each training step.
         device: Device such as cpu, cuda, cuda:1 or mps; None for a GPU if there is one.
@@ -120,16 +112,10 @@ def fit_classifier(
     cycle = max(config.max_steps, _MIN_CYCLE_STEPS)
     schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=cycle, pct_start=_WARM_UP)
     with _set_threads(config.model):
-        for batch in _training_batches(data, config, chosen, num_workers):
+        for batch in _training_batches(data, source, config):
             images = batch.content
-            if config.flip_probability > 0:
-                images = flip(
-                    images,
-                    probability=config.flip_probability,
-                    seed=config.seed,
-                    index=batch.index,
-                    epoch=batch.epoch,
-                )
+            if (probability := config.flip_probability) > 0:
+                images = flip(images, probability=probability, seed=config.seed, index=batch.index, epoch=batch.epoch)
             with torch.autocast(target.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
                 loss = F.cross_entropy(network(images.to(target)).logits, batch.labels.to(target))
             optimizer.zero_grad()
@@ -140,36 +126,37 @@ def fit_classifier(
     return FrozenClassifier(network.cpu(), data.class_names)
 
 
-def _sizes(data: ShardData | TrainingImages, config: ClassifierConfig) -> ClassifierSizes:
-    if isinstance(data, ShardData):
-        channels, size = data.config.in_channels, data.config.image_size
-    else:
-        channels, size = data.shape[0], as_image_size(data.shape[1:])
-    return ClassifierSizes(channels, size, len(data.class_names), config.model, config.width)
+def _sizes(data: ShardData, config: ClassifierConfig) -> ClassifierSizes:
+    of = data.config
+    return ClassifierSizes(of.in_channels, of.image_size, len(data.class_names), config.model, config.width)
 
 
 def _training_batches(
-    data: ShardData | TrainingImages, config: ClassifierConfig, chosen: Tensor | None, num_workers: int
+    data: ShardData, source: LabelledImages | Tensor | None, config: ClassifierConfig
 ) -> Iterator[Batch]:
     """Yields the batch of each step: positions of a stream of the samples that is shuffled in each epoch."""
-    source: Dataset[Batch]
-    budget = 0.0  # share of images that may be unreadable
-    if isinstance(data, TrainingImages):
-        source = _ImageBatches(data, ShuffledStream(len(data.labels), config.seed))
+    dataset: Dataset[Batch]
+    if isinstance(source, LabelledImages):
+        dataset = _ImageBatches(source, ShuffledStream(len(source.labels), config.seed))
+    elif source is None:
+        dataset = data.batches("train", ShuffledStream(data.summary.samples["train"], config.seed))
     else:
-        num_workers, budget = data.config.num_workers, data.config.unreadable_budget
-        stream = ShuffledStream(data.summary.samples["train"] if chosen is None else len(chosen), config.seed)
-        source = data.batches("train", stream if chosen is None else _Selected(stream, chosen))
-    steps = [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)]
-    yield from make_loader(source, cast("Sampler[range]", steps), num_workers=num_workers, unreadable_budget=budget)
+        dataset = data.batches("train", _Selected(ShuffledStream(len(source), config.seed), source))
+    yield from make_loader(
+        dataset,
+        cast(
+            "Sampler[range]",
+            [range(step * config.batch, (step + 1) * config.batch) for step in range(config.max_steps)],
+        ),
+        num_workers=data.config.num_workers,
+        unreadable_budget=data.config.unreadable_budget,
+    )
 
 
+@dataclass(frozen=True)
 class _ImageBatches(Dataset[Batch]):
-    """The batches of images that are not those of a data folder."""
-
-    def __init__(self, source: TrainingImages, order: Order) -> None:
-        self.source = source
-        self.order = order
+    source: LabelledImages
+    order: Order
 
     def __getitems__(self, positions: range) -> Batch:
         rows = self.order(positions)
@@ -247,8 +234,8 @@ def obtain_classifier(
 ) -> FrozenClassifier:
     """Returns the classifier of a data set that a folder holds; if the folder holds no model, trains and stores one.
 
-    A default folder gets the classifier of the package if that is the one that would be trained. A folder that
-    the user named is never overwritten. With several ranks, the first one trains, and all read the folder.
+    A default folder gets the classifier of the package if that is the one that would be trained. With several ranks,
+    the first one trains, and all read the folder.
 
     Args:
         folder: Folder of the classifier, e.g. ``runs/DATA-classifier/small``.
@@ -316,18 +303,11 @@ def _describe(data: ShardData, config: ClassifierConfig) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class TrainedClassifier:
-    """A stored classifier.
-
-    Args:
-        folder: Folder of the classifier.
-        accuracy: Accuracy on the real val split.
-        is_reused: True if the folder already held it, or the package has it.
-        num_classes: Number of classes.
-    """
+    """A stored classifier."""
 
     folder: Path
-    accuracy: Accuracy
-    is_reused: bool
+    accuracy: Accuracy  # on the real val split
+    is_reused: bool  # True if the folder already held it, or the package has it
     num_classes: int
 
 
@@ -368,18 +348,9 @@ def train_classifier(
             f"image_size must be given for data {data}, whose images have {pixels_text(least)} to "
             f"{pixels_text(largest)} pixels"
         )
-    check_model(config.model)
     target = find_device(device)
-    source = ShardData(
-        ShardDataConfig(
-            str(data),
-            image_size=least if image_size is None else image_size,
-            in_channels=summary.channels,
-            validation_batch=_VALIDATION_BATCH,
-            num_workers=num_workers,
-        )
-    )
-    source.setup()
+    size = least if image_size is None else image_size
+    source = open_images(Path(data), size, summary.channels, num_workers=num_workers)
     folder = out or Path("runs") / f"{Path(data).resolve().name}-classifier" / config.model
     check_writable("out", folder, is_folder=True)
 
@@ -403,36 +374,22 @@ def check_cas(config: CASConfig | None) -> None:
 
 
 def classification_accuracy(
-    source: TrainingImages | Tensor,
+    source: LabelledImages | Tensor,
     data: ShardData,
     config: CASConfig,
     *,
     on_step: Callable[[], object] = lambda: None,
     device: str | None = None,
 ) -> Accuracy:
-    """Trains a classifier on some images and measures its accuracy on the real val split: the CAS.
+    """Trains a classifier with ``fit_classifier``, and measures its accuracy on the real val split: the CAS.
 
-    The result depends only on the images, their order, the data and ``config``. With several ranks, the first one
-    trains and all get its result. Images are read on demand, so that memory does not grow with their number.
-
-    Args:
-        source: Generated images with the size and channels of the data; or (n,) int64 indices of real images
-            in the train split.
-        data: The real images.
-        config: Network and training.
-        on_step: Called after each training step.
-        device: See ``fit_classifier``.
+    With several ranks, the first one trains and all get its result.
     """
-    images, chosen = (data, source) if isinstance(source, Tensor) else (source, None)
 
-    # Training is not distributed: the first rank trains, and an error on it is raised on all ranks.
     def measure() -> Accuracy | None:
         if rank_and_world()[0] != 0:
             return None
-        workers = data.config.num_workers
-        classifier = fit_classifier(
-            images, chosen=chosen, num_workers=workers, config=config, on_step=on_step, device=device
-        )
+        classifier = fit_classifier(data, source, config=config, on_step=on_step, device=device)
         return measure_accuracy(classifier.to(find_device(device)), data)
 
     accuracy = on_all_ranks(measure)[0]

@@ -32,8 +32,6 @@ from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
 
-__all__ = ["compare", "label_selectors", "list_selectors", "make_comparison_page", "measure_real"]
-
 _STEPS = (4, 8, 16, 32)
 _SHEET_STEPS = 8
 _DISTANCES = ("fid", "kid")
@@ -183,14 +181,12 @@ def label_selectors(selectors: Sequence[Spec] | None, model_selector: Spec) -> d
     one, so that selectors are compared at equal randomness. A mapping is used as it is.
 
     Raises:
-        ValueError: if a name is unknown, a number is out of range, or the same selector is given twice.
+        ValueError: if a name is unknown, or a number is out of range.
     """
     temperature = getattr(token_selectors.build(model_selector), "choice_temperature", None)
     specs = list_selectors() if selectors is None else [(describe(spec), spec) for spec in selectors]
     labelled: dict[str, Spec] = {}
     for label, spec in specs:
-        if label in labelled:
-            raise ValueError(f"token selectors must be different, got {label} twice")
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
         if has_one and temperature is not None and (isinstance(spec, str) or selectors is None):
             spec = {**({"name": spec} if isinstance(spec, str) else spec), "choice_temperature": temperature}
@@ -200,12 +196,6 @@ def label_selectors(selectors: Sequence[Spec] | None, model_selector: Spec) -> d
 
 def list_selectors() -> list[tuple[str, Spec]]:
     """Returns the registered selectors without required arguments by label; ``remdm`` once per strategy."""
-    specs: list[tuple[str, Spec]] = []
-    for name in token_selectors.build_all():
-        if name == "remdm":
-            specs += [
-                (f"remdm {strategy}", {"name": "remdm", "strategy": strategy}) for strategy in get_args(Remasking)
-            ]
-        else:
-            specs.append((name, name))
-    return specs
+    strategies = [(f"remdm {strategy}", {"name": "remdm", "strategy": strategy}) for strategy in get_args(Remasking)]
+    names = token_selectors.build_all()
+    return [spec for name in names for spec in (strategies if name == "remdm" else [(name, name)])]

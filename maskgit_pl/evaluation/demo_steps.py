@@ -26,8 +26,6 @@ from maskgit_pl.runs.layers import Overrides, flag_words
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, STAGES, Recipe
 from maskgit_pl.runs.tokenizing import tokenize
 
-__all__ = ["DemoOptions", "Step", "demo", "plan_demo"]
-
 log = logging.getLogger(__name__)
 
 _RECIPE, _BUDGET = "adaln", "15m"  # the temperatures of `adaln` without a budget suit Fashion-MNIST
@@ -69,16 +67,10 @@ class DemoOptions(TypedDict, total=False):
 
 
 class Step(NamedTuple):
-    """A step of the demo.
+    """A step of the demo."""
 
-    Attributes:
-        title: One line for people: what it does.
-        words: The command line after ``maskgit`` that does the same.
-        work: Function that does it.
-    """
-
-    title: str
-    words: list[str]
+    title: str  # one line for people: what it does
+    words: list[str]  # the command line after ``maskgit`` that does the same
     work: Callable[[], object]
 
 

@@ -20,16 +20,6 @@ from torchmetrics.image.kid import poly_mmd
 from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric, metrics
 from maskgit_pl.evaluation.reference import Statistics
 
-__all__ = [
-    "class_agreement",
-    "density_coverage",
-    "diversity",
-    "frechet_distance",
-    "inception_score",
-    "kernel_distance",
-    "precision_recall",
-]
-
 # Defaults of the authors' code: 50 subsets of 1000 images for KID, 10 splits for IS, k = 3 neighbours for
 # precision and recall, k = 5 for density and coverage.
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000

@@ -13,10 +13,11 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.checks import check_choice
+from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import extract, iter_image_batches, open_extractors
 from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
-from maskgit_pl.evaluation.opening import data_name, find_run, open_images
+from maskgit_pl.evaluation.opening import data_name, find_run
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels
 from maskgit_pl.pipeline.pretrained import load_transformer
@@ -27,8 +28,6 @@ from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import Recipe, list_recipes
 from maskgit_pl.runs.tokenizing import tokenize
 from maskgit_pl.training.token_model import TokenModel
-
-__all__ = ["QualityMonitor", "distill"]
 
 _METRICS = ("fid", "class_agreement", "diversity", "recall")
 _NUM_IMAGES = 500

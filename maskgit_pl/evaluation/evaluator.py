@@ -1,9 +1,8 @@
 """The evaluator: it measures models and keeps the results in the ledger, so that nothing is measured twice.
 
-``evaluate``, ``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` use it. The key of a ledger row
-consists of everything that determines its values: weights and configuration of the model, the data, weights
-and reference of the feature network, the decoding, the number of images and the seed. Commit, date and device
-are recorded with it, but are not part of the key.
+The key of a ledger row consists of everything that determines its values: weights and configuration of the model, the
+data, weights and reference of the feature network, the decoding, the number of images and the seed. Commit, date and
+device are recorded with it, but are not part of the key.
 """
 
 from __future__ import annotations
@@ -11,11 +10,10 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +21,12 @@ from torch import Tensor, nn
 from maskgit_pl.data import ShardData
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
-from maskgit_pl.evaluation.classifier import TrainingImages, classification_accuracy
+from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
-from maskgit_pl.evaluation.generation import (
-    GeneratedImages,
-    Task,
-    delete_generated,
-    edit,
-    generate_images,
-    hide_pixels,
-)
+from maskgit_pl.evaluation.generation import Task, delete_generated, edit, generate_images, hide_pixels
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.likelihood import (
-    bind_conditions,
-    encode_real_images,
-    exact_nll,
-    masked_nll,
-    negative_elbo,
-)
+from maskgit_pl.evaluation.likelihood import bind_conditions, encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.evaluation.metrics import (
     DEVIATION,
     ComparedImages,
@@ -53,20 +38,12 @@ from maskgit_pl.evaluation.metrics import (
     metric_name,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import Reference, ReferenceOrigin, draw_order, read_real_vectors
+from maskgit_pl.evaluation.reference import Reference, draw_order, read_real_vectors, split_digest
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = [
-    "EvaluatedModel",
-    "Evaluator",
-    "FeatureMetrics",
-    "collect_numbers",
-]
-
-_READ_BATCH = 200  # real images per read
 _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that have a column of their own
 # Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
@@ -138,29 +115,23 @@ class EvaluatedModel:
 
 @dataclass(frozen=True)
 class FeatureMetrics:
-    """A feature network with the real images that it compares with.
-
-    Args:
-        extractor: The network, on its device.
-        reference: Features or statistics of real images, with their origin: the val split or a file.
-        labels: (m,) int64: classes of the real images; None if unknown.
-    """
+    """A feature network with the real images that it compares with."""
 
     extractor: Extractor
     reference: Reference
-    labels: Tensor | None = None
+    labels: Tensor | None = None  # (m,) int64: classes of the real images; None if unknown
 
     @property
     def columns(self) -> dict[str, Any]:
         """The ledger columns that identify the network and its reference."""
-        features, origin = self.reference.features, self.reference.origin
+        features = self.reference.features
         return {
             "network": self.extractor.label,
             "judge": shorten_digest(self.extractor.digest),
             "knows_classes": self.extractor.knows_classes,
             "real_images": None if features is None else len(features),
-            "reference_file": origin.file,
-            "reference": shorten_digest(origin.digest),
+            "reference_file": self.reference.file,
+            "reference": shorten_digest(self.reference.digest),
         }
 
     @property
@@ -190,14 +161,7 @@ class FeatureMetrics:
         }
 
 
-class _Images(NamedTuple):
-    """Images to measure, with columns of their rows."""
-
-    read: Callable[[range], Tensor]
-    labels: Tensor
-    remarks: Mapping[str, Any] = MappingProxyType({})
-
-
+@dataclass(eq=False)
 class Evaluator:
     """An evaluator of models on the same data with the same networks.
 
@@ -213,21 +177,15 @@ class Evaluator:
         device: Device of the networks and of the training of the CAS classifier.
     """
 
-    def __init__(
-        self,
-        data: ShardData,
-        *,
-        dataset: str,
-        networks: Mapping[str, FeatureMetrics],
-        ledger: Ledger,
-        bars: Bars = no_bars,
-        batch_size: int = 100,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.data, self.dataset, self.networks, self.ledger = data, dataset, networks, ledger
-        self.bars, self.batch_size, self.device = bars, batch_size, torch.device(device)
-        # The commit of the running code; the user may commit other code before the measurement ends.
-        self._commit = describe_environment()["commit"]
+    data: ShardData
+    dataset: str
+    networks: Mapping[str, FeatureMetrics]
+    ledger: Ledger
+    bars: Bars = no_bars
+    batch_size: int = 100
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    # That of the running code; the user may commit other code before the measurement ends.
+    _commit: str | None = field(default_factory=lambda: describe_environment()["commit"], init=False)
 
     def measure_samples(
         self,
@@ -241,31 +199,26 @@ class Evaluator:
         keep: bool = False,
         purpose: str | None = None,
     ) -> dict[str, Row]:
-        """Measures generated images in the features of each network.
+        """Measures generated images of all classes in the features of each network, and returns rows by its label.
 
         Args:
             model: The model.
             decoding: Decoding of the images.
-            num_images: Number of images of all classes.
-            seed: Seed of the first image.
+            num_images: Number of images.
+            seed: Seed of the first image; image i has ``seed + i``.
             networks: Labels of the feature networks; None is all.
             metrics: ``"fast"`` leaves out the slow ones; a row with all metrics also serves a request for the fast.
             keep: True to keep the file of generated images for the next measurement.
             purpose: Remark in a new row; it is not part of the key.
-
-        Returns:
-            Rows by label of the network.
         """
         is_new = False
 
-        def generate() -> _Images:
+        def generate() -> LabelledImages:
             nonlocal is_new
             is_new = True
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
             images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            remarks: dict[str, Any] = {} if purpose is None else {"purpose": purpose}
-            remarks |= {"steps_taken": images.steps_taken, "seconds_per_image": images.seconds_per_image}
-            return _Images(images.read, images.labels, remarks)
+            return images if purpose is None else replace(images, remarks={"purpose": purpose, **images.remarks})
 
         columns = self._columns(model, num_images, seed, decoding)
         rows = self._measure("samples", columns, generate, networks, metrics)
@@ -275,7 +228,7 @@ class Evaluator:
 
     def generate(
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
-    ) -> GeneratedImages:
+    ) -> LabelledImages:
         """Generates the images of a measurement into a file, which exists until ``delete_generated``."""
         return generate_images(
             model.pipe,
@@ -296,12 +249,10 @@ class Evaluator:
         has fewer than ``num_images``, all are measured.
         """
         count = min(num_images, self.data.summary.samples["train"])
-
-        def read() -> _Images:
-            images, labels = self.read_real_images("train", count)
-            return _Images(_make_reader(images), labels)
-
-        return self._measure("samples", self._columns(None, count, 0, None), read, networks, metrics)
+        columns = self._columns(None, count, 0, None)
+        return self._measure(
+            "samples", columns, lambda: _in_memory(*self.read_real_images("train", count)), networks, metrics
+        )
 
     # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
@@ -313,14 +264,10 @@ class Evaluator:
         """
         samples = self.data.summary.samples[split]
         batches = self.data.batches(split, draw_order(samples, count))  # type: ignore[arg-type]  # train or val
-        count = min(count, samples)
-        parts = [
-            batches.__getitems__(range(first, min(first + _READ_BATCH, count)))
-            for first in range(0, count, _READ_BATCH)
-        ]
-        return torch.cat([part.content for part in parts]), torch.cat([part.labels for part in parts])
+        batch = batches.__getitems__(range(min(count, samples)))
+        return batch.content, batch.labels
 
-    def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int, seed: int = 0) -> Row:
+    def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int = 4, seed: int = 0) -> Row:
         """Measures the likelihood of real val images, at most all of the split.
 
         A MaskGIT gets the masked NLL and the order-agnostic bound, from ``draws`` masks per image that follow
@@ -356,25 +303,19 @@ class Evaluator:
     ) -> Row:
         """Measures the classification accuracy score (CAS): a classifier trained on images, tested on real val images.
 
-        Args:
-            model: Model that generates the training images; None for real train images.
-            decoding: Decoding of the images; None for real ones.
-            config: Network and training of the classifier.
-            num_images: Number of training images.
-            seed: Seed of the first generated image.
+        It is trained on ``num_images`` generated images or, without model and decoding, real train images.
         """
         config = config.for_images(self.data.config.image_size)
 
         def measure() -> dict[str, Any]:
-            source: TrainingImages | Tensor
+            source: LabelledImages | Tensor
             if model is None or decoding is None:
                 # The same images as ``read_real_images``, by index: training reads them again in each epoch.
                 available = self.data.summary.samples["train"]
                 source = draw_order(available, num_images)(range(min(num_images, available))).index
             else:
                 title = f"{model.run}: {num_images} images for CAS"
-                images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-                source = TrainingImages(images.read, images.shape, images.labels, self.data.class_names)
+                source = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
             bar = self.bars(f"CAS: {config.model}", config.max_steps)
             accuracy = classification_accuracy(
                 source, self.data, config, on_step=lambda: bar(1), device=str(self.device)
@@ -397,7 +338,7 @@ class Evaluator:
         """
         count = min(num_images, self.data.summary.samples["val"])
 
-        def make(version: str) -> _Images:
+        def make(version: str) -> LabelledImages:
             originals, labels = self.read_real_images("val", count)
             images = originals
             if version == "MaskGIT":
@@ -407,7 +348,7 @@ class Evaluator:
                 images = edit(task, model.pipe, originals, labels, on_images=bar, **options)
             elif version == "masked":
                 images = hide_pixels(task, model.pipe.tokenizer, originals)
-            return _Images(_make_reader(images), labels)
+            return _in_memory(images, labels)
 
         columns = self._columns(model, count, seed, model.pipe.decoding) | {"task": task}
         rows: list[Row] = []
@@ -420,26 +361,19 @@ class Evaluator:
         self,
         kind: str,
         columns: Mapping[str, Any],
-        make: Callable[[], _Images],
+        make: Callable[[], LabelledImages],
         networks: Sequence[str] | None = None,
         amount: Metrics = "all",
     ) -> dict[str, Row]:
-        """Returns the row of each network, and measures the missing ones on the same images.
-
-        ``make`` makes the images; it is called once if any row is missing. ``columns`` are those of model and decoding.
-        """
-        images: _Images | None = None
+        """Returns the row of each network, and measures the missing ones on the same images, which ``make`` makes."""
+        images: LabelledImages | None = None
         rows: dict[str, Row] = {}
         for label in self.networks if networks is None else networks:
             network = self.networks[label]
             row_columns = {**columns, **network.columns}
             if kind == "samples":  # the split is that of the reference; a file has none
-                row_columns["split"] = network.reference.origin.split
-            # A row with the fast metrics must not answer a request for all of them.
+                row_columns["split"] = network.reference.split
             chosen = network.choose(amount)
-            for name in chosen:
-                if name in row_columns:
-                    raise ValueError(f"metric {name!r}: the name must not be that of another column; rename the metric")
             row = self._find(kind, row_columns, chosen)
             if row is None:
                 images = images or make()
@@ -465,7 +399,7 @@ class Evaluator:
     def _model_columns(self, model: EvaluatedModel | None) -> dict[str, Any]:
         if model is None:
             # Data, image size and channels determine real images.
-            of = {**_NO_MODEL, "config": shorten_digest(ReferenceOrigin.from_split(self.data, "train").digest)}
+            of = {**_NO_MODEL, "config": shorten_digest(split_digest(self.data, "train"))}
         else:
             of = model.identity
         return {**of, "dataset": self.dataset, "data": shorten_digest(self.data.summary.fingerprint), "split": "val"}
@@ -504,5 +438,5 @@ def _in_bits(name: str, nats: Tensor, num_tokens: int) -> dict[str, float]:
     return per_token | _estimate(f"{name}_bits_per_image", nats, 1 / math.log(2))
 
 
-def _make_reader(images: Tensor) -> Callable[[range], Tensor]:
-    return lambda rows: images[rows.start : rows.stop]
+def _in_memory(images: Tensor, labels: Tensor) -> LabelledImages:
+    return LabelledImages(lambda rows: images[rows.start : rows.stop], labels)

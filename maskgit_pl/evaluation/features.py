@@ -17,41 +17,23 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.distributed import gather_rows, on_all_ranks, own_rows
+from maskgit_pl.distributed import on_all_ranks, own_rows
 from maskgit_pl.evaluation.classifier import obtain_classifier
 from maskgit_pl.evaluation.options import CLASSIFIER, SMALL_TRAINING, Spec
 from maskgit_pl.networks.feature_networks import FeatureOutput, weights_digest
 from maskgit_pl.networks.features import ClassifierSpec, FeatureNetworkSpec, parse_feature_network
 from maskgit_pl.processes import Bars, no_bars
 
-__all__ = [
-    "BATCH_SIZE",
-    "Extractor",
-    "FeatureCollector",
-    "ImageFeatures",
-    "extract",
-    "iter_image_batches",
-    "iter_row_batches",
-    "open_extractors",
-]
-
 BATCH_SIZE = 16  # images, which fit into the caches of a CPU; part of the result, see the module docstring
 
 
 @dataclass(frozen=True)
 class Extractor:
-    """A feature network with the label that its metrics are named after.
+    """A feature network with the label that its metrics are named after."""
 
-    Args:
-        label: Suffix of metric names, e.g. ``inception`` for ``fid/inception``.
-        knows_classes: True if the classes of the network are those of the images, so that the inception score
-            of its logits is meaningful.
-        network: (B, C, H, W) uint8 -> ``FeatureOutput``.
-    """
-
-    label: str
-    knows_classes: bool
-    network: nn.Module
+    label: str  # suffix of metric names, e.g. ``inception`` for ``fid/inception``
+    knows_classes: bool  # True if its classes are those of the images, so that an inception score is meaningful
+    network: nn.Module  # (B, C, H, W) uint8 -> ``FeatureOutput``
 
     @classmethod
     def create(cls, spec: FeatureNetworkSpec, *, device: torch.device | str = "cpu") -> Extractor:
@@ -80,19 +62,12 @@ class Extractor:
 
 @dataclass(frozen=True)
 class ImageFeatures:
-    """The features of n images in one network, ordered by image index, on the CPU.
+    """The features of n images in one network, ordered by image index, on the CPU."""
 
-    Args:
-        label: Label of the network.
-        pooled: (n, F) float32.
-        logits: (n, C) float32; None if the network does not know the classes of the images.
-        spatial: (n, S) float32; None if the network has no feature map, or if they are not kept.
-    """
-
-    label: str
-    pooled: Tensor
-    logits: Tensor | None = None
-    spatial: Tensor | None = None
+    label: str  # of the network
+    pooled: Tensor  # (n, F) float32
+    logits: Tensor | None = None  # (n, C) float32; None if the network does not know the classes of the images
+    spatial: Tensor | None = None  # (n, S) float32; None if the network has no feature map, or if they are not kept
 
     def __len__(self) -> int:
         return len(self.pooled)
@@ -103,38 +78,24 @@ class FeatureCollector:
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
-        self._outputs: list[tuple[Tensor | None, ...]] = []
-        self._index: list[Tensor] = []
+        self._batches: list[tuple[Tensor | None, ...]] = []  # index, features, logits and spatial features
 
     def add(self, images: Tensor, index: Tensor) -> None:
         """Extracts the features of (b, C, H, W) uint8 images, whose indices among all images are (b,) int64."""
         output = self.extractor(images)
-        self._outputs.append((output.features, output.logits if self.extractor.knows_classes else None, output.spatial))
-        self._index.append(index.cpu())
+        logits = output.logits if self.extractor.knows_classes else None
+        self._batches.append((index.cpu(), output.features, logits, output.spatial))
 
     def gather(self) -> ImageFeatures:
-        """Gathers the features of all images, sorted by index; all ranks must call it.
-
-        Raises:
-            ValueError: if no rank has an image.
-        """
-        # A rank without images does not know the widths of the features; it takes those of another rank.
-        widths_here = [None if part is None else part.shape[1] for part in self._outputs[0]] if self._outputs else None
-        widths = next((each for each in on_all_ranks(lambda: widths_here) if each is not None), None)
-        if widths is None:
-            raise ValueError(f"features of {self.extractor.label}: there must be at least one image, got none")
-        index = torch.cat([torch.empty(0, dtype=torch.int64), *self._index])
-        # Each column is gathered from all ranks and sorted by image index.
-        pooled, logits, spatial = (
-            None if width is None else gather_rows(self._column(column, width), index)
-            for column, width in enumerate(widths)
-        )
+        """Gathers the features of all images, at least one, sorted by index; all ranks must call it."""
+        batches = [batch for of_rank in on_all_ranks(lambda: self._batches) for batch in of_rank]
+        columns = [list(filter(torch.is_tensor, parts)) for parts in zip(*batches, strict=True)]
+        index, pooled, logits, spatial = (torch.cat(parts) if parts else None for parts in columns)
+        assert index is not None
         assert pooled is not None
-        return ImageFeatures(self.extractor.label, pooled, logits, spatial)
-
-    def _column(self, column: int, width: int) -> Tensor:
-        parts = [part for output in self._outputs if (part := output[column]) is not None]
-        return torch.cat([torch.empty(0, width), *parts])
+        order = index.argsort()
+        rest = (None if column is None else column[order] for column in (logits, spatial))
+        return ImageFeatures(self.extractor.label, pooled[order], *rest)
 
 
 def extract(
@@ -145,21 +106,9 @@ def extract(
 ) -> dict[str, ImageFeatures]:
     """Extracts the features of all ranks' images with each network, by label, the same on every rank.
 
-    Args:
-        extractors: Networks with different labels.
-        batches: This rank's batches: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
-        on_images: Called after each batch with its number of images.
-
-    Raises:
-        ValueError: if two networks have the same label, or there are no images.
+    ``batches`` are those of this rank: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
     """
     collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
-    if len(collectors) != len(extractors):
-        raise ValueError(
-            f"feature networks must have different labels, got {[extractor.label for extractor in extractors]}"
-        )
-    if not collectors:
-        return {}
     for images, index in batches:
         for collector in collectors.values():
             collector.add(images, index)
@@ -196,13 +145,8 @@ def open_extractors(
 ) -> list[Extractor]:
     """Opens feature networks, and trains the classifier of the data if it is missing.
 
-    Args:
-        classifier: Folder of the classifier that ``classifier`` stands for.
-        data: The images that it is trained on.
-        features: Feature networks: names or mappings.
-        device: Device of the networks.
-        bars: Progress bars.
-        replaces: True to replace a classifier of other data in the folder.
+    ``features`` are names or mappings. ``classifier`` is the folder that the name ``classifier`` stands for;
+    ``replaces`` is True if a classifier of other data in it is replaced.
 
     Raises:
         FileExistsError: if the folder of the classifier holds something else.

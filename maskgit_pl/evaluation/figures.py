@@ -1,45 +1,25 @@
-"""Figures 2 and 8 of the paper, and the curves of mask schedules.
+"""Figure 8 of the paper: the mask ratio of each schedule, and the FID of its model over the number of steps T.
 
-Figure 2 shows the decoding of models step by step. The panels of Figure 8 are the mask ratio of each schedule, and the
-FID of its model over the number of steps T. ``timing`` has Figure 4. Loads no Lightning to draw schedules.
-
-Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figures 2 and 8.
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Figure 8.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
-from PIL import Image
 
-from maskgit_pl import pipeline
 from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.distributed import find_device
-from maskgit_pl.errors import markdown, plain_label
-from maskgit_pl.evaluation.metrics import direction, find_metric, format_value, title
-from maskgit_pl.evaluation.options import ReportOptions
-from maskgit_pl.evaluation.pages import (
-    Page,
-    code_cell,
-    figure_to_png,
-    heading,
-    image_to_png,
-    markdown_table,
-    paragraph,
-)
-from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.errors import plain_label
+from maskgit_pl.evaluation.pages import figure_to_png
 from maskgit_pl.schedules import MaskSchedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ["count_known_tokens", "draw_figure_8", "draw_schedules", "figure_2"]
 
 _COLOURS = {  # from schedules that decide late (concave) to those that decide early (convex)
     "exp": "#5b2a86",
@@ -55,112 +35,54 @@ _REAL = "#3a7d44"
 _POINTS = 513  # points of a curve of mask ratios
 
 
-def figure_2(
-    runs: Sequence[Path | str],
-    options: ReportOptions | None = None,
-    *,
-    class_name: str | None = None,
-    bars: Bars = no_bars,
-) -> Page:
-    """Makes Figure 2: the decoding of each model step by step, such as that of an autoregressive one and of MaskGIT.
-
-    Args:
-        runs: Run folders or pretrained folders, in the order of the figure.
-        options: Seed of the image, device and folder of the results; None for the defaults.
-        class_name: Name or index of the class of the image; None for the first class.
-        bars: Progress bars.
-
-    Raises:
-        FileNotFoundError: if a run does not exist.
-        ValueError: if there is no run, or the class is unknown.
-    """
-    options = options or ReportOptions()
-    if not runs:
-        raise ValueError(
-            "figure 2 must have at least one run, such as runs/fashion-mnist-autoregressive runs/fashion-mnist-adaln, "
-            "got none"
-        )
-    bar, recordings, rows = bars("figure 2: models", len(runs)), [], []
-    for run in runs:
-        pipe = pipeline.MaskGIT.from_pretrained(run).to(find_device(options.device))
-        label = 0 if class_name is None else pipe.outline.parse_class(class_name)
-        recording = pipe.record([label], seed=options.seed)
-        model = "autoregressive" if pipe.transformer.mask_schedule is None else "MaskGIT"
-        recordings.append((model, recording))
-        rows += [
-            {"run": Path(run).name, "model": model, "class": recording.captions[0], "seed": options.seed,
-             "step": number, "known": step.tokens.shape[1] - int(step.still_masked.sum())}
-            for number, step in enumerate(recording.steps, start=1)
-        ]  # fmt: skip
-        bar(1)
-    lines = [
-        *heading("Figure 2: decoding step by step"),
-        "![tokens and image of each step](figure-2.png)",
-        "",
-        *paragraph(
-            "For each model, the rows show the masked tokens before a step in grey, the confidence of the codes, the",
-            "tokens of the step in an orange frame, and the image that the tokenizer decodes from all tokens. MaskGIT",
-            "predicts the masked ones, too; those of an autoregressive model are code 0.",
-            f"Class {markdown(rows[0]['class'])}, seed {options.seed}.",
-        ),
-        "",
-        *markdown_table(
-            ["model", "run", "steps T"],
-            [
-                [model, code_cell(Path(run).name), str(len(recording.steps))]
-                for run, (model, recording) in zip(runs, recordings, strict=True)
-            ],
-            left=2,
-        ),
-    ]
-    picture = image_to_png(_stack([each.filmstrip(f"{name}, {len(each.steps)} steps") for name, each in recordings]))
-    return Page("figure-2", "\n".join([*lines, ""]), rows, {"figure-2.png": picture}, options.results)
-
-
-def _stack(pictures: Sequence[Image.Image]) -> Image.Image:
-    """Returns pictures below each other."""
-    sheet = Image.new("RGB", (max(image.width for image in pictures), sum(image.height for image in pictures)), "white")
-    top = 0
-    for picture in pictures:
-        sheet.paste(picture, (0, top))
-        top += picture.height
-    return sheet
-
-
 def draw_figure_8(
     schedules: Mapping[str, MaskSchedule],
     curves: Mapping[str, Mapping[int, float]],
     *,
     num_tokens: int,
-    metric: str,
+    network: str,
     num_images: int,
     floor: float,
     dataset: str,
 ) -> bytes:
-    """Draws the mask schedules on the left, and a metric of the model of each over T on the right, as a PNG.
+    """Draws the mask schedules on the left, and the FID of the model of each over T on the right, as a PNG.
 
-    ``floor`` is the value of as many real images as ``num_images``, the images of each point.
-
-    Source: paper, Figure 8.
+    Each line has a star at its best T. ``floor`` is the FID of as many real images as ``num_images``, the images of
+    each point.
     """
     page = Figure(figsize=(13.4, 5.2), layout="constrained")
     left, right = page.subplots(1, 2)
     _plot_ratios(left, schedules, num_tokens)
     left.legend(frameon=False, fontsize=9.5, loc="upper right", ncols=2)
-    _plot_quality(right, curves, metric=metric, num_images=num_images, floor=floor)
+    colours, values = _choose_colours(curves), [value for curve in curves.values() for value in curve.values()]
+    right.set_xscale("log", base=2)
+    if max(values) > 4 * min(values):
+        right.set_yscale("log")
+        right.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        right.yaxis.set_major_formatter("{x:g}")
+    # The legend is in the order of the line ends.
+    for name, curve in sorted(curves.items(), key=lambda item: -item[1][max(item[1])]):
+        best = min(curve, key=lambda steps: curve[steps])
+        right.plot(list(curve), list(curve.values()), color=colours[name], marker="o", linewidth=1.5, markersize=3.5,
+                   zorder=2, label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
+        right.plot([best], [curve[best]], color=colours[name], marker="*", markersize=14, markeredgecolor="white",
+                   zorder=5)  # fmt: skip
+    right.axhline(floor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1, label=f"real images: {floor:.2f}")
+    steps = sorted({step for curve in curves.values() for step in curve})
+    right.set_xticks(steps, [str(step) for step in steps])
+    for axis in (right.xaxis, right.yaxis):
+        axis.set_minor_locator(NullLocator())
+    right.set_xlabel("decoding steps T")
+    right.set_ylabel(f"{plain_label(f'FID ({network})')} of {num_images} images (lower is better)")
+    right.grid(alpha=0.25)
+    right.spines[["top", "right"]].set_visible(False)
+    right.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
     right.set_title(f"{plain_label(dataset)}: one model per schedule", fontsize=11, loc="left")
     return figure_to_png(page)
 
 
 def draw_schedules(schedules: Mapping[str, MaskSchedule], *, num_tokens: int) -> bytes:
-    """Draws the mask ratio of each schedule over the progress, as a PNG.
-
-    Args:
-        schedules: Schedules by their name in the legend.
-        num_tokens: Number N of tokens, which some schedules depend on.
-
-    Source: paper, Figure 8, left.
-    """
+    """Draws the mask ratio of each schedule for N tokens over the progress, as a PNG. The names are the legend."""
     page = Figure(figsize=(6.4, 4.4), layout="constrained")
     _plot_ratios(page.subplots(), schedules, num_tokens)
     page.legend(loc="outside right center", frameon=False)
@@ -191,45 +113,6 @@ def _plot_ratios(axes: Axes, schedules: Mapping[str, MaskSchedule], num_tokens: 
     axes.set_title(f"mask schedules, N = {num_tokens} tokens", fontsize=11, loc="left")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _plot_quality(
-    axes: Axes,
-    curves: Mapping[str, Mapping[int, float]],
-    *,
-    metric: str,
-    num_images: int,
-    floor: float,
-) -> None:
-    """Plots a metric over T with a line per schedule, a star at its best T, and a dashed line for real images.
-
-    The vertical axis is logarithmic if the values span more than a factor of 4. The legend is in the order of
-    the line ends.
-    """
-    factor, choose = find_metric(metric).factor, max if find_metric(metric).higher_is_better else min
-    colours, values = _choose_colours(curves), [value for curve in curves.values() for value in curve.values()]
-    axes.set_xscale("log", base=2)
-    if min(values) > 0 and max(values) > 4 * min(values):  # a metric such as KID may be negative
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-    for name, curve in sorted(curves.items(), key=lambda item: -item[1][max(item[1])]):
-        best = choose(curve, key=lambda steps: curve[steps])
-        axes.plot(list(curve), [value * factor for value in curve.values()], color=colours[name], marker="o",
-                  linewidth=1.5, markersize=3.5, zorder=2, label=plain_label(f"{name}, best T = {best}"))  # fmt: skip
-        axes.plot([best], [curve[best] * factor], color=colours[name], marker="*", markersize=14,
-                  markeredgecolor="white", zorder=5)  # fmt: skip
-    axes.axhline(floor * factor, color=_REAL, linestyle=(0, (4, 3)), linewidth=1.2, zorder=1,
-                 label=f"real images: {format_value(metric, floor)}")  # fmt: skip
-    steps = sorted({step for curve in curves.values() for step in curve})
-    axes.set_xticks(steps, [str(step) for step in steps])
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_minor_locator(NullLocator())
-    axes.set_xlabel("decoding steps T")
-    axes.set_ylabel(f"{plain_label(title(metric))} of {num_images} images ({direction(metric)})")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _choose_colours(names: Iterable[str]) -> dict[str, str]:

@@ -1,8 +1,7 @@
 """The ledger of measurements, and the cache of features of real images, so that nothing is computed twice.
 
-The ledger is a JSON Lines file with the values, settings and inputs of each measurement, which ``evaluate``,
-``compare``, ``tune``, ``table``, ``figure`` and ``ablation`` read and write. A line is appended as soon as it
-is measured and never changed: if the same measurement occurs twice, the last line counts.
+The ledger is a JSON Lines file with the values, settings and inputs of each measurement. A line is appended as soon as
+it is measured and never changed: if the same measurement occurs twice, the last line counts.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from filelock import lock_descriptor
 
 from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.files import write_atomically
-
-__all__ = ["FILE_NAME", "REAL", "Arrays", "Ledger", "Row", "cached", "digest_of", "shorten_digest"]
 
 Row: TypeAlias = dict[str, Any]
 Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
@@ -80,29 +77,16 @@ class Ledger:
         return list(self._rows[measurement])
 
     def find(self, measurement: str, key: Mapping[str, object], *, having: Collection[str] = ()) -> Row | None:
-        """Returns the last row with a key, or None.
+        """Returns the last row of a kind of measurement with all columns of a key, or None.
 
-        A row that lacks a column of the key is never returned.
-
-        Args:
-            measurement: Kind of measurement, such as ``"samples"``.
-            key: Values of the columns that determine the measurement.
-            having: Names of columns that the row must have; a column without a value counts.
+        ``having`` are names of columns that the row must have, too; a column without a value counts.
         """
         columns: Row = json.loads(json.dumps(key))  # as a row is read: tuples become lists
         rows = self._rows[measurement][self._skipped.get(measurement, 0) :]
         return next((row for row in reversed(rows) if columns.items() <= row.items() and row.keys() >= {*having}), None)
 
     def add(self, measurement: str, row: Mapping[str, object]) -> Row:
-        """Appends a measurement, which is on disk when the method returns.
-
-        Args:
-            measurement: Kind of measurement.
-            row: Values of the key's columns and of others.
-
-        Returns:
-            The row, as ``find`` returns it.
-        """
+        """Appends a measurement, which is on disk when the method returns, and returns its row as ``find`` does."""
         line = json.dumps({"measurement": measurement, **row})
         self._rows[measurement].append(json.loads(line))
         if self.writes:
@@ -130,24 +114,20 @@ def _read_arrays(file: Path) -> Arrays:
 
 
 def cached(
-    folder: Path | None,
+    folder: Path,
     keys: Mapping[str, Mapping[str, Any]],
     make: Callable[[Sequence[str]], dict[str, Arrays]],
 ) -> dict[str, Arrays]:
     """Returns arrays that are read from files if possible, else made by all ranks together and written by the first.
 
     Args:
-        folder: Folder of the files, which several caches may share; None for no files.
+        folder: Folder of the files, which several caches may share.
         keys: Plain values that determine the arrays, by name. Name and digest of the values make the file name.
         make: Makes the arrays of some of the names.
-
-    Returns:
-        Arrays by name, the same on every rank.
     """
     files = {
         name: folder / f"{re.sub('[^A-Za-z0-9_.]+', '-', name)}-{shorten_digest(digest_of(key))}.npz"
         for name, key in keys.items()
-        if folder is not None
     }
     # Making is collective: all ranks make what any of them does not have.
     kept = on_all_ranks(lambda: [name for name, file in files.items() if file.exists()])
@@ -156,14 +136,13 @@ def cached(
     computed = make(missing) if missing else {}
 
     def write() -> None:
-        for name, arrays in computed.items():
-            if name in files and rank_and_world()[0] == 0:
-                try:
-                    files[name].parent.mkdir(parents=True, exist_ok=True)
-                    with write_atomically(files[name]) as stream:
-                        np.savez(stream, **cast("dict[str, Any]", arrays))
-                except OSError as error:  # such as a run folder of somebody else
-                    _log.warning("%s cannot be written (%s); it is computed again each time", files[name], error)
+        for name, arrays in computed.items() if rank_and_world()[0] == 0 else ():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with write_atomically(files[name]) as stream:
+                    np.savez(stream, **cast("dict[str, Any]", arrays))
+            except OSError as error:  # such as a run folder of somebody else
+                _log.warning("%s cannot be written (%s); it is computed again each time", files[name], error)
 
     on_all_ranks(write)
     return {**stored, **computed}

@@ -1,8 +1,7 @@
 """Likelihoods of the tokens of real images: the paper's masked NLL, the order-agnostic bound, and the exact NLL.
 
 Each function returns one float64 value per image, which depends only on the image, its index and the seed. The ranks
-share the batches, whose contents do not depend on the number of ranks, and gather the values in the order of the
-images: results are bit-exact for any number of ranks. ``Evaluator.measure_likelihood`` uses it.
+share the batches, whose contents do not depend on the number of ranks: results are bit-exact for any number of ranks.
 """
 
 from __future__ import annotations
@@ -23,14 +22,6 @@ from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.randomness import random_bits
-
-__all__ = [
-    "bind_conditions",
-    "encode_real_images",
-    "exact_nll",
-    "masked_nll",
-    "negative_elbo",
-]
 
 MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -112,15 +103,8 @@ def negative_elbo(
     models of all schedules are comparable. The bound is exact if the conditionals of the network belong to
     one joint distribution. The t of the draws of an image are stratified.
 
-    Args:
-        network: See ``masked_nll``, as for the other arguments.
-        tokens: (n, N) int64 in [0, K).
-        labels: (n,) int64.
-        mask_token_id: Token id at masked positions.
-        draws: Pairs (t, s) per image. A multiple of N takes each t equally often.
-        seed: Seed of the pairs, in [0, 2**32).
-        batch_size: Images per batch.
-        on_images: Called after each batch.
+    The arguments are those of ``masked_nll``. ``draws`` is the number of pairs (t, s) per image, of which a multiple of
+    N takes each t equally often, and ``seed`` their seed, in [0, 2**32).
 
     Returns:
         (n,) float64: the bound of each image, in nats.
@@ -150,13 +134,8 @@ def exact_nll(
 ) -> Tensor:
     """Computes the exact negative log-likelihood of a network that predicts each token from those before it.
 
-    Args:
-        network: ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``; the logits of token i depend only on
-            the class and on tokens before i.
-        tokens: (n, N) int64 in [0, K), on the network's device.
-        labels: (n,) int64, on the same device.
-        batch_size: Images per batch, the same on all ranks.
-        on_images: Called after each batch.
+    The network is ``(tokens (B, N), labels (B,)) -> logits (B, N, K)``, where the logits of token i depend only on the
+    class and on tokens before i. See ``masked_nll`` for the other arguments.
 
     Returns:
         (n,) float64: -log p(x | class) = sum over i of -log p(x_i | x_<i, class) of each image, in nats.
@@ -198,7 +177,7 @@ def encode_real_images(
     # A rank may have no batch: empty tensors with the right shapes keep the concatenation valid.
     tokens = [torch.empty(0, pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], dtype=torch.int64)]
     labels, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in iter_real_batches(data, "val", num_images=limit, shuffled=True, batch_size=batch_size):
+    for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size):
         tokens.append(pipe.tokenizer.network.encode(to_unit_range(batch.content.to(pipe.device))).cpu())
         labels.append(batch.labels)
         index.append(batch.position)

@@ -1,8 +1,8 @@
 """Metrics: the registry, the interface of a metric that is computed from features, and the formats of values.
 
 A metric of network features carries the label of the network, as in ``fid/classifier``, because values of different
-networks are not comparable. The evaluator, results, reports, tables, figures and the tuner take their columns, titles
-and digits from the registry, so that a metric is one class in one file. ``distances`` holds the built-in ones.
+networks are not comparable. All pages take their columns, titles and digits from the registry, so that a metric is one
+class in one file. ``distances`` holds the built-in ones.
 """
 
 from __future__ import annotations
@@ -25,26 +25,6 @@ if TYPE_CHECKING:
 
     from maskgit_pl.evaluation.features import ImageFeatures
     from maskgit_pl.evaluation.reference import Reference
-
-__all__ = [
-    "DEVIATION",
-    "ComparedImages",
-    "FeatureMetric",
-    "Metric",
-    "Metrics",
-    "compute_metrics",
-    "computed_metrics",
-    "direction",
-    "find_metric",
-    "format_value",
-    "is_better",
-    "is_fast",
-    "known_metrics",
-    "metric_name",
-    "metrics",
-    "title",
-    "tuning_column",
-]
 
 _INPUTS = ("features", "labels", "logits", "spatial", "real_features", "real_labels")
 Metrics: TypeAlias = Literal["all", "fast"]
@@ -79,8 +59,9 @@ class FeatureMetric(Metric, ABC):
     Attributes:
         of_network: False for a metric that only the classifier of the data computes, because it predicts the
             classes that were requested.
-        needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads. The metric is left out
-            where one of them is unknown, such as ``real_features`` for a reference file with statistics only.
+        needs: Names of the attributes of ``ComparedImages`` that ``compute`` reads: ``features``, ``logits``,
+            ``spatial``, ``labels``, ``real_features`` and ``real_labels``. The metric is left out where one of them is
+            unknown, such as ``real_features`` for a reference file with statistics only.
         is_fast: False for a metric that takes much longer than the Frechet distance; a search leaves it out.
     """
 
@@ -113,16 +94,10 @@ metrics: Registry[Metric] = Registry(
 )
 
 
-def _record(name: str, title: str, *, factor: float = 1, digits: int = 2, higher_is_better: bool = False) -> None:
+def _record(name: str, title: str, **attributes: float) -> None:
     """Registers the format of a column that a measurement records itself, such as the PSNR of reconstructions."""
-
-    def create() -> Metric:
-        metric = Metric()
-        metric.title, metric.factor, metric.digits, metric.higher_is_better = title, factor, digits, higher_is_better
-        return metric
-
-    create.__doc__ = f"The column {title!r}, which a measurement records itself."
-    metrics.register(name)(create)
+    doc = f"The column {title!r}, which a measurement records itself."
+    metrics.register(name)(type(name, (Metric,), {"__doc__": doc, "title": title, **attributes}))
 
 
 # Of generated images.
@@ -149,9 +124,6 @@ _record("bits_per_token", "bits per token", digits=3)
 @dataclass(frozen=True)
 class ComparedImages:
     """Generated and real images in the features of one network, on the CPU: the input of a metric.
-
-    The attributes that ``FeatureMetric.needs`` can name are ``features``, ``logits``, ``spatial``,
-    ``labels``, ``real_features`` and ``real_labels``.
 
     Args:
         generated: Features of n generated images.
@@ -208,11 +180,10 @@ def computed_metrics() -> dict[str, FeatureMetric]:
 
 
 def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages) -> dict[str, float | None]:
-    """Computes metrics.
+    """Computes values and deviations by name, such as ``kid`` and ``kid_deviation``.
 
-    Returns:
-        Values and deviations by name, such as ``kid`` and ``kid_deviation``; None if the images do not
-        suffice or a value is non-finite. A metric of a plug-in that raises an error is left out.
+    A value is None if the images do not suffice or it is non-finite. A metric of a plug-in that raises an error is
+    left out.
     """
     numbers: dict[str, float | None] = {}
     for name, metric in chosen.items():
@@ -261,11 +232,7 @@ def is_fast(name: str) -> bool:
 
 
 def find_metric(name: str) -> Metric:
-    """Returns the metric of a name such as ``fid/classifier`` or ``diversity``.
-
-    Raises:
-        ValueError: if no metric has the name.
-    """
+    """Returns the metric of a name such as ``fid/classifier`` or ``diversity``."""
     return metrics.build(name.partition("/")[0])
 
 

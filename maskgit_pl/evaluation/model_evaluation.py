@@ -20,14 +20,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, plain_size
+from maskgit_pl.checks import plain_size
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
 from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.classifier import check_cas
+from maskgit_pl.evaluation.classifier import LabelledImages, check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
 from maskgit_pl.evaluation.features import extract, iter_image_batches
-from maskgit_pl.evaluation.generation import GeneratedImages, delete_generated
+from maskgit_pl.evaluation.generation import delete_generated
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
@@ -38,27 +38,16 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import (
-    CLASSIFIER,
-    FEATURES,
-    CASConfig,
-    EvaluationOptions,
-    Spec,
-    round_to_classes,
-)
+from maskgit_pl.evaluation.options import CLASSIFIER, FEATURES, CASConfig, EvaluationOptions, Spec, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import measure_reconstruction
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.card import refresh_card
-from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
-__all__ = ["Report", "describe_agreement", "describe_limit", "evaluate"]
-
-_DRAWS = 4  # masks per image for likelihoods
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
 _BITS = ("exact_bits_per_token", "elbo_bits_per_token")
 _SCORE = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")  # columns of a CAS
@@ -101,7 +90,6 @@ def evaluate(
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     options = options or EvaluationOptions()
-    check_integer("num_images", num_images, "[1, inf)")
     check_cas(cas)
     folders = find_run(run, data=data, classifier=options.classifier)
     file = out or folders.run / "evaluation.json"
@@ -149,7 +137,7 @@ def evaluate(
         if rank == 0:
             originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
             _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
-            report.save()
+            write_text(file, json.dumps(report.content, indent=2) + "\n")
             if out is None:
                 refresh_card(folders.pretrained)
     return report
@@ -164,16 +152,12 @@ def _measure(
     lpips: LPIPS | None,
     cas: CASConfig | None,
 ) -> dict[str, Any]:
-    """Measures reconstructions, generated images (``num_images`` and ``seed``), real ones, likelihood and the score."""
-    data, networks = evaluator.data, evaluator.networks
-    compared = {} if options.reference is not None else networks  # a reference file is not the val split
     rebuilt = measure_reconstruction(
         model.pipe.tokenizer,
-        iter_real_batches(data, "val"),
-        extractors=[network.extractor for network in compared.values()],
-        references={label: network.reference for label, network in compared.items()},
+        iter_real_batches(evaluator.data, "val"),
+        networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the val split
         lpips=lpips,
-        on_images=evaluator.bars("reconstructing", data.summary.samples["val"]),
+        on_images=evaluator.bars("reconstructing", evaluator.data.summary.samples["val"]),
     )
     decodings = {"exported_guidance": decoding}
     if any(decoding.scales()):
@@ -188,7 +172,7 @@ def _measure(
     for numbers in samples.values():
         numbers.pop("steps_taken", None)
     floor = evaluator.measure_real(num_images=images["num_images"])
-    likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images, draws=_DRAWS)
+    likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images)
     measured = {
         "reconstruction": rebuilt,
         "samples": samples,
@@ -196,17 +180,17 @@ def _measure(
         "likelihood": {name: value for name, value in likelihood.items() if name.startswith(_LIKELIHOOD)},
     }
     if cas is not None:
-        scores = {
-            "generated_images": evaluator.measure_cas(model, decoding, cas, **images),
-            "real_images": evaluator.measure_cas(None, None, cas, **images),
-        }
         measured["classification_accuracy_score"] = {
-            trained_on: {name: row[name] for name in _SCORE} for trained_on, row in scores.items()
+            trained_on: {name: row[name] for name in _SCORE}
+            for trained_on, row in (
+                ("generated_images", evaluator.measure_cas(model, decoding, cas, **images)),
+                ("real_images", evaluator.measure_cas(None, None, cas, **images)),
+            )
         }
     return measured
 
 
-def _measure_agreement(evaluator: Evaluator, generated: GeneratedImages) -> dict[str, Any]:
+def _measure_agreement(evaluator: Evaluator, generated: LabelledImages) -> dict[str, Any]:
     """Measures the accuracy of the classifier, which class agreement is read relative to, and agreement per class."""
     judge = evaluator.networks.get(CLASSIFIER)
     if judge is None or judge.labels is None or judge.reference.features is None:
@@ -229,10 +213,7 @@ def describe_agreement(
 
         p - q > 2 sqrt(r (1 - r) (1 / n + 1 / m)), where r is the agreement of all n + m images
 
-    Args:
-        generated: (n,) bool, True where the classifier predicts the class, and the (n,) int64 classes.
-        real: The same of real images.
-        class_names: Names of the classes.
+    Both kinds are (n,) bool, True where the classifier predicts the class, and the (n,) int64 classes.
 
     Returns:
         ``per_class``: the classes with both kinds of images. ``text``: a sentence, if it names any class.
@@ -255,14 +236,13 @@ def describe_agreement(
 
 
 def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: DecodingConfig) -> dict[str, Any]:
-    """Describes everything that the values depend on, besides the number of images and the seed."""
-    origins = {label: network.reference.origin for label, network in evaluator.networks.items()}
+    references = [network.reference for network in evaluator.networks.values()]
     negative = model.pipe.negative_model
     return {
         "num_steps": decoding.num_steps,
         "data": evaluator.data.summary.fingerprint,
         "split": "val",
-        "reference": ", ".join(dict.fromkeys(origin.file or f"{origin.split} split" for origin in origins.values())),
+        "reference": ", ".join(dict.fromkeys(each.file or f"{each.split} split" for each in references)),
         "mask_schedule": repr(model.pipe.transformer.mask_schedule),
         "decoding": asdict(decoding),
         **({} if negative is None else {"negative_model": {"folder": str(negative.folder), "digest": negative.digest}}),
@@ -270,7 +250,7 @@ def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: De
             label: {
                 "weights": network.extractor.digest,
                 "real_images": network.columns["real_images"],
-                "reference": origins[label].digest,
+                "reference": network.reference.digest,
             }
             for label, network in evaluator.networks.items()
         },
@@ -294,20 +274,10 @@ def _describe_model(model: EvaluatedModel) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Report:
-    """The values of an evaluation; names of network metrics have the label as suffix, e.g. ``fid/lite0``.
+    """The values of an evaluation; names of network metrics have the label as suffix, e.g. ``fid/lite0``."""
 
-    Args:
-        content: Content of ``evaluation.json``, in plain values.
-        file: Path of that file; the first rank writes it.
-    """
-
-    content: Mapping[str, Any]
-    file: Path
-
-    def save(self) -> None:
-        """Writes the JSON file atomically."""
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.file, json.dumps(self.content, indent=2) + "\n")
+    content: Mapping[str, Any]  # of ``evaluation.json``, in plain values
+    file: Path  # of that content
 
     def table(self) -> Table:
         """Returns the most important values as a table for the terminal."""
@@ -373,11 +343,7 @@ def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
        less than half of it.
     3. ``transformer`` otherwise.
 
-    docs/evaluation/README.md has what was measured against each. No command is printed: more steps or more
-    codes do not always help.
-
-    Args:
-        content: Content of ``evaluation.json``.
+    docs/evaluation/README.md has what was measured against each.
 
     Returns:
         ``text``: one or two sentences. ``bits_per_token`` and ``uniform_bits_per_token`` (log2 K). Where the
@@ -407,19 +373,15 @@ def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
 def _write_pictures(
     model: EvaluatedModel,
     decoding: DecodingConfig,
-    generated: GeneratedImages,
+    generated: LabelledImages,
     originals: Tensor,
     folder: Path,
     seed: int,
 ) -> None:
-    """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``; ``generated`` is sorted by class."""
+    """Writes ``samples.png``, ``reconstructions.png`` and ``decoding.gif``."""
     pipe = model.pipe
     classes = choose_classes(len(pipe.class_names))
-    rows = []
-    for label in classes:
-        is_of_class = generated.labels == label
-        start, count = int(is_of_class.nonzero()[0]), min(_SHOWN_OF_A_CLASS, int(is_of_class.sum()))
-        rows.append(generated.read(range(start, start + count)))
+    rows = [generated.read((generated.labels == label).nonzero()[:_SHOWN_OF_A_CLASS, 0]) for label in classes]
     least = min(len(row) for row in rows)
     names = [pipe.class_names[label] for label in classes]
     folder.mkdir(parents=True, exist_ok=True)
@@ -429,15 +391,5 @@ def _write_pictures(
     reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
     save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 
-    seeds = [seed + number for number, _ in enumerate(classes[:_ANIMATED])]
-    steps = list(pipe.steps(classes[:_ANIMATED], seed=seeds, decoding=decoding))
-    recording = Recording(
-        steps,
-        pipe.tokenizer.decode,
-        pipe.tokenizer.grid,
-        decoding,
-        names[:_ANIMATED],
-        seeds,
-        token_size=pipe.outline.token_size,
-    )
+    recording = pipe.record(classes[:_ANIMATED], seed=seed, decoding=decoding)
     recording.save(folder / "decoding.gif")

@@ -1,7 +1,4 @@
-"""Finds the folders of a run to measure, and opens its model, its data, and the feature networks of the data.
-
-All commands that measure models use it.
-"""
+"""Finds the folders of a run to measure, and opens its model, its data, and the feature networks of the data."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from typing import Any
 
 import torch
 
-from maskgit_pl.checks import ImageSize
-from maskgit_pl.data import ShardData, ShardDataConfig
+from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import DataSummary
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import find_device, parse_dtype
+from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
 from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.ledger import Ledger
@@ -29,24 +26,6 @@ from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.layers import remove_key
 
-__all__ = [
-    "RunFolders",
-    "can_guide",
-    "check_data",
-    "check_model_decoding",
-    "data_name",
-    "describe_held_out",
-    "find_run",
-    "find_tokenizer_folders",
-    "open_data",
-    "open_evaluator",
-    "open_images",
-    "open_model",
-    "read_run_recipe",
-    "remove_untrained",
-]
-
-_VALIDATION_BATCH = 200  # images
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
     "model.decoding", "data.path", "data.token_store", "model.tokenizer", "checkpoint_every", "keep_last", "keep_every",
@@ -89,9 +68,7 @@ def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | No
     Raises:
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
-    pretrained = local_folder(run)
-    home = Path("runs", pretrained.name) if pretrained in bundled_models().values() else _home(pretrained)
-    return _folders(pretrained, home, data, classifier)
+    return _folders(local_folder(run), data, classifier)
 
 
 def find_tokenizer_folders(
@@ -99,10 +76,7 @@ def find_tokenizer_folders(
 ) -> RunFolders:
     """Finds the folders of a tokenizer, which needs no transformer beside it; see ``find_run``.
 
-    Args:
-        folder: Run folder, pretrained folder, or the folder of the tokenizer itself.
-        data: See ``find_run``.
-        classifier: See ``find_run``.
+    ``folder`` may also be the folder of the tokenizer itself.
 
     Raises:
         FileNotFoundError: if there is no tokenizer, or for a reason of ``find_run``.
@@ -113,20 +87,18 @@ def find_tokenizer_folders(
     # RUN/tokenizer of a run holds the training; its config.yaml is no config.json.
     for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
         if (pretrained / "tokenizer" / "config.json").is_file():
-            return _folders(pretrained, _home(pretrained), data, classifier)
+            return _folders(pretrained, data, classifier)
     raise FileNotFoundError(
-        f"tokenizer {path}: no tokenizer there; name a run, or a folder that an importer wrote. `maskgit train "
-        "tokenizer` writes RUN/pretrained/tokenizer at its end, and `maskgit export RUN --stage tokenizer --out DIR` "
-        "from a checkpoint"
+        f"tokenizer {path}: no tokenizer there; name a run whose stage 1 has ended, or a folder of `maskgit export` or "
+        "of an importer"
     )
 
 
-def _home(pretrained: Path) -> Path:
-    """Returns the run of RUN/pretrained; any other pretrained folder stands for itself."""
-    return pretrained.parent if pretrained.name == "pretrained" else pretrained
-
-
-def _folders(pretrained: Path, home: Path, data: Path | None, classifier: Path | None) -> RunFolders:
+def _folders(pretrained: Path, data: Path | None, classifier: Path | None) -> RunFolders:
+    # The run of RUN/pretrained; any other pretrained folder stands for itself.
+    home = pretrained.parent if pretrained.name == "pretrained" else pretrained
+    if pretrained in bundled_models().values():
+        home = Path("runs", pretrained.name)
     path = data or _find_data(pretrained, home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
@@ -142,23 +114,17 @@ def _find_data(pretrained: Path, home: Path) -> Path:
         path = data.get("path") if isinstance(data, dict) else data
         if path and isinstance(path, str):
             return Path(path)
-    advice = "choose them with --data"
-    name = _recorded_name(pretrained / "config.json")
-    if name is not None:
-        path = Path("data/shards", name)
-        if path.is_dir():
-            return path
-        advice = f"it was {name}: {how_to_get(name, path)}, or {advice}"
-    what = f"run {home}" if home.is_dir() else f"model {pretrained.name}"
-    raise FileNotFoundError(f"{what} does not record the data folder that it was trained on; {advice}")
-
-
-def _recorded_name(file: Path) -> str | None:
-    """Returns the name of the data in the ``config.json`` of an exported model, or None."""
+    file, advice = pretrained / "config.json", "choose them with --data"
     node: Any = read_json(file, max_bytes=_MAX_CONFIG_BYTES) if file.is_file() else {}
     for key in ("run", "tokenizer", "settings", "data.path"):
         node = node.get(key) if isinstance(node, dict) else None
-    return Path(node).name if isinstance(node, str) else None
+    if isinstance(node, str):
+        path = Path("data/shards", Path(node).name)
+        if path.is_dir():
+            return path
+        advice = f"it was {path.name}: {how_to_get(path.name, path)}, or {advice}"
+    what = f"run {home}" if home.is_dir() else f"model {pretrained.name}"
+    raise FileNotFoundError(f"{what} does not record the data folder that it was trained on; {advice}")
 
 
 def read_run_recipe(file: Path) -> dict[str, Any]:
@@ -210,21 +176,6 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     return data
 
 
-def open_images(folder: Path, image_size: ImageSize, in_channels: int, *, num_workers: int = 0) -> ShardData:
-    """Opens a data folder as images of one size: a side or (height, width) in pixels, and 1 or 3 channels."""
-    data = ShardData(
-        ShardDataConfig(
-            str(folder),
-            image_size=image_size,
-            in_channels=in_channels,
-            validation_batch=_VALIDATION_BATCH,
-            num_workers=num_workers,
-        )
-    )
-    data.setup()
-    return data
-
-
 def check_data(pipe: MaskGIT, data: ShardData) -> None:
     """Checks that the data have the classes of a model, and gives it the vectors of the val images if it needs any.
 
@@ -264,37 +215,18 @@ def open_evaluator(
 ) -> Evaluator:
     """Opens the evaluator of the runs of a data set, and trains the classifier of the data if it is missing.
 
-    Args:
-        folders: Folders of the first run: those of the classifier and of the features of real images.
-        data: The real images.
-        ledger: Ledger of the measurements.
-        device: Device of the feature networks.
-        batch_size: Images per batch of generation; it does not change results.
-        features: Feature networks: names or mappings; ``classifier`` is the classifier of ``folders.classifier``.
-        reference: File in the layout of ADM to compare with; None for the val split.
-        bars: Progress bars.
+    ``folders`` are those of the first run. ``reference`` is a file in the layout of ADM to compare with; None for the
+    val split.
     """
     extractors = open_extractors(
         folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
     )
-    on_images = bars(
-        f"real images: {', '.join(extractor.label for extractor in extractors)}", data.summary.samples["val"]
-    )
+    on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)
         labels = None
     else:
         references = obtain_references(folders.references, data, extractors, on_images=on_images)
         labels = read_real_labels(data)
-    networks = {
-        extractor.label: FeatureMetrics(extractor, references[extractor.label], labels) for extractor in extractors
-    }
-    return Evaluator(
-        data,
-        dataset=data_name(folders.data),
-        networks=networks,
-        ledger=ledger,
-        bars=bars,
-        batch_size=batch_size,
-        device=device,
-    )
+    networks = {each.label: FeatureMetrics(each, references[each.label], labels) for each in extractors}
+    return Evaluator(data, data_name(folders.data), networks, ledger, bars, batch_size, torch.device(device))

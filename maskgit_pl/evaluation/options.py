@@ -1,46 +1,16 @@
-"""The options that measurements share, classifier configurations, and decodings in measurements. Imports no torch.
-
-All commands that measure models use it. ``opening`` opens what the options are applied to.
-"""
+"""The options that measurements share, classifier configurations, and decodings in measurements. Imports no torch."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, check_seed, height_width
+from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.registry import describe
-
-__all__ = [
-    "CAS_TRAINING",
-    "CLASSIFIER",
-    "FEATURES",
-    "NUM_TOKENS",
-    "PLOT_STEPS",
-    "SMALL_TRAINING",
-    "CASConfig",
-    "ClassifierConfig",
-    "ComparisonOptions",
-    "EvaluationOptions",
-    "MeasurementOptions",
-    "ModelOptions",
-    "Precision",
-    "ReportOptions",
-    "Spec",
-    "TokenizerOptions",
-    "TuningOptions",
-    "choose_plot_steps",
-    "decoding_key",
-    "default_steps",
-    "default_training",
-    "describe_decoding",
-    "round_to_classes",
-    "with_steps",
-]
 
 Spec = str | dict[str, Any]  # name, or mapping with arguments, of a selector, a schedule or a feature network
 Dtype = Literal["auto", "float32", "bfloat16"]
@@ -48,9 +18,15 @@ Precision = Literal["32-true", "bf16-mixed"]
 
 CLASSIFIER = "classifier"  # label of the classifier of the data at hand
 FEATURES: tuple[Spec, ...] = (CLASSIFIER, "lite0")
-PLOT_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)  # values of T in the curves of mask schedules
 NUM_TOKENS = (16, 64, 256, 1024)  # paper, Figure 4
 _SMALL_IMAGES = 64  # pixels; smaller images do not need more than 18 layers
+_BOUNDS = {  # of the integers below
+    "batch_size": "[1, inf)",
+    "num_workers": "[0, inf)",
+    "seed": "[0, 2**32)",
+    "num_images": "[4, inf)",  # each half needs two for a covariance
+    "likelihood_images": "[2, inf)",
+}
 
 
 @dataclass(frozen=True)
@@ -71,8 +47,9 @@ class MeasurementOptions:
     classifier: Path | None = None
 
     def __post_init__(self) -> None:
-        check_integer("batch_size", self.batch_size, "[1, inf)")
-        check_integer("num_workers", self.num_workers, "[0, inf)")
+        for name in (field.name for field in fields(self) if field.name in _BOUNDS):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), _BOUNDS[name])
 
 
 @dataclass(frozen=True)
@@ -90,10 +67,6 @@ class ModelOptions(MeasurementOptions):
     seed: int = 0
     dtype: Dtype | None = None
     negative_model: Path | str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_seed("seed", self.seed)
 
 
 @dataclass(frozen=True)
@@ -116,10 +89,6 @@ class EvaluationOptions(ModelOptions):
     lpips: str | None = None
     likelihood_images: int = 2000
     resume: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("likelihood_images", self.likelihood_images, "[2, inf)")
 
 
 @dataclass(frozen=True)
@@ -189,16 +158,6 @@ class ReportOptions(MeasurementOptions):
     reference: Path | None = None
     results: Path = Path("results")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_integer("num_images", self.num_images, "[2, inf)")
-        check_seed("seed", self.seed)
-
-    def check_classes(self, num_classes: int) -> None:
-        """Checks that there is at least one image for each class."""
-        if self.num_images < num_classes:
-            raise ValueError(f"num_images must be >= {num_classes}, one per class, got {self.num_images}")
-
 
 def round_to_classes(num_images: int, num_classes: int) -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes, at least 2 per class."""
@@ -224,11 +183,6 @@ class TokenizerOptions(MeasurementOptions):
     num_images: int | None = None
     dtype: Dtype | None = None
     lpips: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.num_images is not None:
-            check_integer("num_images", self.num_images, "[4, inf)")  # each half needs two for a covariance
 
 
 @dataclass(frozen=True)
@@ -309,21 +263,6 @@ def default_steps(num_tokens: int, usual: Sequence[int]) -> tuple[int, ...]:
     return tuple(number for number in usual if number <= num_tokens) or (num_tokens,)
 
 
-def choose_plot_steps(num_tokens: int, steps: Iterable[int] = PLOT_STEPS) -> tuple[int, ...]:
-    """Returns the sorted, distinct numbers of steps that are at most half the number N of tokens.
-
-    With more steps, a step decides fewer than two tokens on average.
-
-    Raises:
-        ValueError: if no number of steps is left.
-    """
-    most = max(2, num_tokens // 2)  # at least 2, even for 2 or 3 tokens
-    chosen = tuple(sorted({number for number in steps if number <= most}))
-    if not chosen:
-        raise ValueError(f"num_steps must be <= {most}, half the number of tokens, got only {list(steps)}")
-    return chosen
-
-
 def with_steps(decoding: DecodingConfig, num_steps: int) -> DecodingConfig:
     """Returns the decoding with another number of steps, and without ``tokens_per_step``, whose length is T."""
     return replace(decoding, num_steps=num_steps, tokens_per_step=None)
@@ -341,11 +280,10 @@ def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
     return changed
 
 
-def describe_decoding(decoding: DecodingConfig, *, steps: bool = True) -> str:
-    """Returns a decoding in one line, without fields that have their default, and with or without its steps."""
+def describe_decoding(decoding: DecodingConfig) -> str:
+    """Returns a decoding in one line, without fields that have their default."""
     temperature = decoding.sampling_temperature
-    parts = [f"T {decoding.num_steps}"] if steps else []
-    parts += [describe(decoding.token_selector), f"guidance {describe(decoding.guidance)}"]
+    parts = [f"T {decoding.num_steps}", describe(decoding.token_selector), f"guidance {describe(decoding.guidance)}"]
     text = f"{temperature[0]:g} to {temperature[1]:g}" if isinstance(temperature, tuple) else f"{temperature:g}"
     parts += [f"temperature {text}"] if temperature != 1 else []
     for name in ("top_k", "top_p", "tokens_per_step", "mask_schedule"):

@@ -23,42 +23,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-__all__ = [
-    "Page",
-    "choose_classes",
-    "code_cell",
-    "figure_to_png",
-    "format_seeds",
-    "heading",
-    "image_to_png",
-    "markdown_table",
-    "metric_cell",
-    "metrics_of",
-    "paragraph",
-    "seeds_cell",
-    "typed_command",
-]
-
 _SHOWN_CLASSES = 10
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page of a report, such as a table or figure of the paper with our measurements.
+    """A page of a report, such as a table or figure of the paper with our measurements."""
 
-    Args:
-        name: File name without suffix, such as ``table-1``.
-        markdown: The text, with the published rows next to ours.
-        rows: Our rows, unrounded.
-        pictures: Contents of PNG files by file name.
-        folder: Folder that the page is written to, such as ``results/fashion-mnist``.
-    """
-
-    name: str
+    name: str  # of its files without suffix, such as ``table-1``
     markdown: str
-    rows: Sequence[Mapping[str, Any]]
-    pictures: Mapping[str, bytes] = field(default_factory=dict)
-    folder: Path = Path()
+    rows: Sequence[Mapping[str, Any]]  # ours, unrounded
+    pictures: Mapping[str, bytes] = field(default_factory=dict)  # contents of PNG files by file name
+    folder: Path = Path()  # that the page is written to, such as ``results/fashion-mnist``
 
     @property
     def csv(self) -> str:
@@ -80,9 +56,8 @@ class Page:
         return {f"{self.name}.md": self.markdown.encode(), f"{self.name}.csv": self.csv.encode(), **self.pictures}
 
     def write(self) -> list[Path]:
-        """Writes all files, and returns their paths."""
+        """Writes all files, each atomically, and returns their paths."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Atomic writes: a reader never sees half a page.
         for name, content in self.contents.items():
             with write_atomically(self.folder / name) as stream:
                 stream.write(content)
@@ -142,12 +117,8 @@ def seeds_cell(rows: Sequence[Mapping[str, Any]], name: str, text: Callable[[flo
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> list[str]:
     """Returns the lines of a Markdown table. The first ``left`` columns are aligned left, numbers right."""
-    lines = [_line(headings), "|" + "---|" * left + "---:|" * (len(headings) - left)]
-    return [*lines, *map(_line, rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    first, *lines = ("| " + " | ".join(cells) + " |" for cells in (headings, *rows))
+    return [first, "|" + "---|" * left + "---:|" * (len(headings) - left), *lines]
 
 
 def choose_classes(num_classes: int) -> list[int]:

@@ -45,21 +45,6 @@ from maskgit_pl.evaluation.ledger import Arrays, cached, digest_of
 from maskgit_pl.files import open_zip, sha256_of, size_text
 from maskgit_pl.pipeline import MaskGIT
 
-__all__ = [
-    "ArrayFile",
-    "Reference",
-    "ReferenceOrigin",
-    "SampleFile",
-    "Statistics",
-    "draw_order",
-    "iter_real_batches",
-    "obtain_references",
-    "open_samples",
-    "read_real_labels",
-    "read_real_vectors",
-    "read_references",
-]
-
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
 _HEADERS = {
     (1, 0): np.lib.format.read_array_header_1_0,
@@ -167,20 +152,20 @@ class ArrayFile:
 class SampleFile:
     """The images of a file, read in parts."""
 
-    path: Path
     images: npt.NDArray[np.uint8]  # (n, H, W, 3), memory-mapped if the file is not compressed
     labels: Tensor | None  # (n,) int64
+    channels: int  # 1 or 3: grey images have three equal ones in the file
 
     def __len__(self) -> int:
         return len(self.images)
 
     def read(self, rows: range | Tensor) -> Tensor:
-        """Returns the (b, 3, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
+        """Returns the (b, C, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
         chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows.numpy()
-        return rearrange(torch.from_numpy(np.array(self.images[chosen])), "b h w c -> b c h w")
+        return rearrange(torch.from_numpy(np.array(self.images[chosen])), "b h w c -> b c h w")[:, : self.channels]
 
 
-def open_samples(file: ArrayFile | Path | str) -> SampleFile:
+def open_samples(file: ArrayFile | Path | str, *, channels: int = 3) -> SampleFile:
     """Opens the images of a file, and their labels if there are any.
 
     Raises:
@@ -188,11 +173,10 @@ def open_samples(file: ArrayFile | Path | str) -> SampleFile:
     """
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
     images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")
-    if "arr_1" not in arrays:
-        return SampleFile(arrays.path, images, None)
-    return SampleFile(
-        arrays.path, images, torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
-    )
+    labels = None
+    if "arr_1" in arrays:
+        labels = torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
+    return SampleFile(images, labels, channels)
 
 
 @dataclass(frozen=True)
@@ -213,42 +197,21 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class ReferenceOrigin:
-    """The source of a reference: a split of a data set, or a file."""
-
-    digest: str  # SHA-256 in hex of the file, or of the settings that determine the pixels of the split
-    split: str = ""
-    file: str = ""
-
-    @classmethod
-    def from_split(cls, data: ShardData, split: Split) -> ReferenceOrigin:
-        """Returns the origin of the images of a split."""
-        return cls(digest_of(_split_key(data, split)), split=split)
-
-
-@dataclass(frozen=True)
 class Reference:
-    """Statistics and features of real images in one network.
+    """Statistics and features of real images in one network."""
 
-    Args:
-        label: Label of the network.
-        pooled: Statistics of the pooled features.
-        spatial: Statistics of the spatial features; None if there are none.
-        features: Pooled features and logits of each image; None if only statistics are known.
-        origin: Source of the images.
-    """
-
-    label: str
     pooled: Statistics
-    spatial: Statistics | None
-    features: ImageFeatures | None
-    origin: ReferenceOrigin = ReferenceOrigin("")
+    spatial: Statistics | None  # None if the network has no spatial features
+    features: ImageFeatures | None  # pooled features and logits of each image; None if only statistics are known
+    digest: str = ""  # SHA-256 in hex of the file, or of the settings that determine the pixels of the split
+    split: str = ""  # that the images are from, or empty
+    file: str = ""  # name of the file that they are from, or empty
 
     @classmethod
     def from_features(cls, features: ImageFeatures) -> Reference:
         """Returns the reference of at least two images; the spatial features are kept as statistics only."""
         spatial = None if features.spatial is None else Statistics.from_features(features.spatial)
-        return cls(features.label, Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
+        return cls(Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
 
 
 def draw_order(available: int, count: int) -> Order:
@@ -264,23 +227,13 @@ def iter_real_batches(
     split: Split,
     *,
     num_images: int | None = None,
-    shuffled: bool = False,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Yields this rank's batches of real images; whole batches are assigned to the ranks in turn.
-
-    Args:
-        data: The real images.
-        split: Split of the images.
-        num_images: Maximum number of images of all ranks; None is all.
-        shuffled: True for images drawn at random, see ``draw_order``; False for the first ones.
-        batch_size: Images per batch.
-    """
+    """Yields this rank's batches of random real images, see ``draw_order``; the ranks take whole batches in turn."""
     available = data.summary.samples[split]
     count = available if num_images is None else min(num_images, available)
-    dataset = data.batches(split, draw_order(available, count) if shuffled else InOrder(available))
     yield from make_loader(
-        dataset,
+        data.batches(split, draw_order(available, count)),
         cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # a loader takes any iterable
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
@@ -310,31 +263,22 @@ def obtain_references(
     data: ShardData,
     extractors: Sequence[Extractor],
     *,
-    split: Split = "val",
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
-    """Returns the references of a split by label, read from ``folder`` if possible, else computed and written there.
+    """Returns the references of the val split by label, read from ``folder`` if possible, else computed and written.
 
-    Args:
-        folder: Folder of the reference files; several data sets and networks may share it.
-        data: The real images.
-        extractors: Networks with different labels.
-        split: Split of the images.
-        on_images: Called after each batch with its number of images.
+    Several data sets and networks may share the folder.
     """
-    batches = ((batch.content, batch.position) for batch in iter_real_batches(data, split))
-    references = _obtain(folder, _split_key(data, split), extractors, batches, on_images)
-    return {
-        label: replace(reference, origin=ReferenceOrigin.from_split(data, split))
-        for label, reference in references.items()
-    }
+    batches = ((batch.content, batch.position) for batch in iter_real_batches(data, "val"))
+    origin = {"digest": split_digest(data, "val"), "split": "val"}
+    return _obtain(folder, _split_key(data, "val"), extractors, batches, origin, on_images)
 
 
 def read_references(
     path: Path | str,
     extractors: Sequence[Extractor],
     *,
-    folder: Path | None = None,
+    folder: Path,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, Reference]:
     """Returns the references of a file in the layout of ADM, by label of the network.
@@ -343,40 +287,36 @@ def read_references(
 
     Args:
         path: Path such as ``VIRTUAL_imagenet256_labeled.npz``.
-        extractors: See ``obtain_references``.
-        folder: Folder that keeps the features of the file's images; None keeps nothing.
-        on_images: See ``obtain_references``.
+        extractors: Networks with different labels.
+        folder: Folder that keeps the features of the file's images.
+        on_images: Called after each batch with its number of images.
 
     Raises:
         ValueError: if the file is missing, damaged or has another layout, or lacks the arrays that a network needs.
     """
     file = ArrayFile(path, thing="reference")
-    origin = ReferenceOrigin(sha256_of(file.path), file=file.path.name)
-    statistics = _read_inception_statistics(file)
+    origin = {"digest": sha256_of(file.path), "file": file.path.name}
+    statistics = _read_inception_statistics(file, origin)
     # A file without images has only Inception's statistics, which serve no other network.
-    if "arr_0" not in file:
-        if statistics is None:
-            raise file.error("mu", "the file must have statistics (mu, sigma) or images (arr_0), got neither")
-        for extractor in extractors:
-            if extractor.label != "inception":
-                raise file.error(
-                    "arr_0",
-                    f"the file must have images for the network {extractor.label!r}, got only Inception's statistics",
-                )
-        return {extractor.label: replace(statistics, origin=origin) for extractor in extractors}
+    if "arr_0" not in file and statistics and {extractor.label for extractor in extractors} == {"inception"}:
+        return {"inception": statistics}
     samples = open_samples(file)
     batches = iter_image_batches(samples.read, len(samples))
-    references = _obtain(folder, {"data": origin.digest, "split": "file"}, extractors, batches, on_images)
-    named = {label: replace(reference, origin=origin) for label, reference in references.items()}
-    if statistics is None or "inception" not in named:
-        return named
-    # The published statistics take precedence over those of the images in the file.
-    spatial = statistics.spatial if statistics.spatial is not None else named["inception"].spatial
-    return {**named, "inception": replace(named["inception"], pooled=statistics.pooled, spatial=spatial)}
+    references = _obtain(folder, {"data": origin["digest"], "split": "file"}, extractors, batches, origin, on_images)
+    if statistics and "inception" in references:
+        # The published statistics take precedence over those of the images in the file.
+        of_images = references["inception"]
+        spatial = statistics.spatial or of_images.spatial
+        references["inception"] = replace(of_images, pooled=statistics.pooled, spatial=spatial)
+    return references
+
+
+def split_digest(data: ShardData, split: Split) -> str:
+    """Returns the SHA-256 in hex of the settings that determine the pixels of a split."""
+    return digest_of(_split_key(data, split))
 
 
 def _split_key(data: ShardData, split: Split) -> dict[str, Any]:
-    """Returns the settings that determine the pixels of a split."""
     return {
         "data": data.summary.fingerprint,
         "split": split,
@@ -387,10 +327,11 @@ def _split_key(data: ShardData, split: Split) -> dict[str, Any]:
 
 
 def _obtain(
-    folder: Path | None,
+    folder: Path,
     key: Mapping[str, Any],
     extractors: Sequence[Extractor],
     batches: Iterable[tuple[Tensor, Tensor]],
+    origin: Mapping[str, str],
     on_images: Callable[[int], object],
 ) -> dict[str, Reference]:
     """Returns references from the folder, and computes the missing ones in one pass over this rank's batches.
@@ -403,13 +344,12 @@ def _obtain(
         return {name: _to_arrays(Reference.from_features(features[by_name[name].label])) for name in missing}
 
     by_name = {f"{key['split']}-{extractor.label}": extractor for extractor in extractors}
-    # The weights are part of the key: another network with the same label has another file.
     keys = {
         name: {**key, "network": extractor.label, "weights": extractor.digest, "knows_classes": extractor.knows_classes}
         for name, extractor in by_name.items()
     }
     arrays = cached(folder, keys, make)
-    return {extractor.label: _from_arrays(extractor.label, arrays[name]) for name, extractor in by_name.items()}
+    return {extractor.label: _from_arrays(extractor.label, arrays[name], origin) for name, extractor in by_name.items()}
 
 
 def _to_arrays(reference: Reference) -> Arrays:
@@ -423,18 +363,18 @@ def _to_arrays(reference: Reference) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _from_arrays(label: str, arrays: Arrays) -> Reference:
+def _from_arrays(label: str, arrays: Arrays, origin: Mapping[str, str]) -> Reference:
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     spatial = Statistics(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
     features = ImageFeatures(label, tensors["pooled"], tensors.get("logits"))
-    return Reference(label, Statistics(tensors["mu"], tensors["sigma"]), spatial, features)
+    return Reference(Statistics(tensors["mu"], tensors["sigma"]), spatial, features, **origin)
 
 
-def _read_inception_statistics(file: ArrayFile) -> Reference | None:
+def _read_inception_statistics(file: ArrayFile, origin: Mapping[str, str]) -> Reference | None:
     if not any(name in file for name in ("mu", "sigma", "mu_s", "sigma_s")):
         return None
     spatial = _read_statistics(file, "_s", _SPATIAL) if "mu_s" in file or "sigma_s" in file else None
-    return Reference("inception", _read_statistics(file, "", _POOLED), spatial, None)
+    return Reference(_read_statistics(file, "", _POOLED), spatial, None, **origin)
 
 
 def _read_statistics(file: ArrayFile, suffix: str, width: int) -> Statistics:

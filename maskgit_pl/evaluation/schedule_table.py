@@ -1,7 +1,5 @@
 """Table 3 and Figure 8 of the paper: mask schedules, with a model or several seeds for each.
 
-Each model is decoded at several T. A schedule is used in the training and in the decoding of its model.
-
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8.
 """
 
@@ -9,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -17,14 +15,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import code_span, markdown
-from maskgit_pl.evaluation.evaluator import EvaluatedModel
 from maskgit_pl.evaluation.features import Extractor
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.opening import read_run_recipe
-from maskgit_pl.evaluation.options import CLASSIFIER, PLOT_STEPS, ReportOptions, choose_plot_steps, with_steps
+from maskgit_pl.evaluation.options import CLASSIFIER, ReportOptions, default_steps, round_to_classes, with_steps
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metrics_of, paragraph, seeds_cell
 from maskgit_pl.evaluation.reference import ArrayFile
 from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
@@ -38,8 +36,6 @@ from maskgit_pl.runs.plan import plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.schedules import MaskSchedule
-
-__all__ = ["SCHEDULES", "ablate_schedules", "compare_with_paper", "make_schedule_page", "table_3"]
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +59,7 @@ SCHEDULES = {  # paper, Table 3
     "sqrt": PublishedSchedule("1 - r^0.5", 32, 12.33, 99.0, 3.34),
     "log": PublishedSchedule("-log2(r) / log2(N)", 60, 29.17, 47.9, 3.08),
 }
-_DRAWS = 4  # masks per image for likelihoods
+_STEPS = (2, 3, 4, 6, 8, 12, 16, 24)
 _BUDGET = (  # settings that all runs of Table 3 must share
     "trainer.max_steps",
     "data.global_batch",
@@ -116,8 +112,8 @@ def ablate_schedules(
     # Classes and tokens limit the numbers of images and steps.
     plan = plan_run(first, run=config.runs / str(first.run_name), **folders)
     network = merge_values(plan)["model"]["network"]
-    options.check_classes(network["num_classes"])
-    choose_plot_steps(math.prod(network["grid"]), num_steps or PLOT_STEPS)
+    round_to_classes(options.num_images, network["num_classes"])
+    _choose_steps(num_steps, math.prod(network["grid"]))
     runs: list[Path] = []
     failures: list[Failure] = []
     for names, recipe in recipes.items():
@@ -154,33 +150,33 @@ def table_3(
     Args:
         runs: Run folders of models that differ only in their mask schedule and their seed.
         options: Number of images, networks, folders and other options; None for the defaults.
-        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24. Those above half the number of
-            tokens are left out.
+        num_steps: Numbers of steps; None for 2, 3, 4, 6, 8, 12, 16 and 24, up to half the number of tokens.
         bars: Progress bars.
 
     Raises:
         FileNotFoundError: if a run or the data do not exist.
-        ValueError: if the training budgets differ, no number of steps is left, a model is autoregressive, or
-            for a reason of ``table_1``.
+        ValueError: if the training budgets differ, a model is autoregressive, or for a reason of ``table_1``.
     """
     options = options or ReportOptions()
-    opened = open_models("table 3", runs, options, bars)
-    evaluator, count, seed = opened.evaluator, options.num_images, options.seed
+    evaluator, models = open_models("table 3", runs, options, bars)
+    count, seed = options.num_images, options.seed
     # Two runs may have the same name, and the rows of a run that was renamed have its old one.
-    runs_seen = [model.run for model in opened.models]
+    runs_seen = [model.run for model in models]
     labels = [run if runs_seen.count(run) == 1 else f"{run} ({index})" for index, run in enumerate(runs_seen, start=1)]
-    configs = [read_run_recipe(model.pretrained.parent / "transformer" / "config.yaml") for model in opened.models]
+    configs = [read_run_recipe(model.pretrained.parent / "transformer" / "config.yaml") for model in models]
     _check_budgets(dict(zip(labels, configs, strict=True)))
     schedules: dict[str, MaskSchedule] = {}
-    num_tokens = opened.models[0].pipe.transformer.network.config.num_tokens
-    steps = choose_plot_steps(num_tokens, num_steps or PLOT_STEPS)
+    num_tokens = models[0].pipe.transformer.network.config.num_tokens
+    steps = _choose_steps(num_steps, num_tokens)
     first, *_ = evaluator.networks
     samples: list[Row] = []
     likelihoods: list[Row] = []
-    for label, model in zip(labels, opened.models, strict=True):
-        marks = {"run": label, "schedule": _read_schedule_name(model)}
+    for label, model in zip(labels, models, strict=True):
+        model.pipe.outline.check_parallel("table 3")
+        name = describe(read_config(model.pretrained / "transformer", "transformer")["mask_schedule"])
+        marks = {"run": label, "schedule": name}
         assert model.pipe.transformer.mask_schedule is not None
-        schedules[marks["schedule"]] = model.pipe.transformer.mask_schedule
+        schedules[name] = model.pipe.transformer.mask_schedule
         # The exported decoding without guidance, which the paper does not use.
         decoding = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
         measure = partial(evaluator.measure_samples, model, num_images=count, seed=seed, networks=[first])
@@ -189,23 +185,32 @@ def table_3(
         best = with_steps(decoding, min(curve, key=lambda row: row["fid"])["num_steps"])
         fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
         samples += [{**row, **marks} for row in fresh.values()]
-        likelihood = evaluator.measure_likelihood(model, num_images=2 * count, draws=_DRAWS)  # 3.
+        likelihood = evaluator.measure_likelihood(model, num_images=2 * count)  # 3.
         likelihoods.append({**likelihood, **marks})
     floor = evaluator.measure_real(num_images=count, networks=[first])[first]
+    grouped = _group_results(samples, likelihoods)
     picture = draw_figure_8(
-        {name: schedules[name] for name in _in_order(schedules)},
+        {name: schedules[name] for name in grouped},
         {
             name: {number: fmean(result.curve[number] for result in results) for number in steps}
-            for name, results in _group_results(samples, likelihoods).items()
+            for name, results in grouped.items()
         },
         num_tokens=num_tokens,
-        metric=f"fid/{first}",
+        network=first,
         num_images=count,
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
     )
     page = make_schedule_page(samples, likelihoods)
-    return replace(page, folder=opened.folder, pictures={"figure-8.png": picture})
+    return replace(page, folder=options.results / evaluator.dataset, pictures={"figure-8.png": picture})
+
+
+def _choose_steps(num_steps: Sequence[int] | None, num_tokens: int) -> Sequence[int]:
+    """Returns sorted numbers of steps; usually, a step decides two tokens or more on average."""
+    if num_steps is None:
+        return default_steps(num_tokens // 2, _STEPS)
+    check_integer("num_steps", max(num_steps), f"[1, {num_tokens}]")
+    return sorted({*num_steps})
 
 
 def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -218,16 +223,6 @@ def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
         if len({repr(value) for value in values.values()}) > 1:
             text = ", ".join(f"{run} {value}" for run, value in values.items())
             raise ValueError(f"{key} must be the same in all runs, so that their schedules are comparable, got {text}")
-
-
-def _read_schedule_name(model: EvaluatedModel) -> str:
-    """Reads the registered name of a model's mask schedule; arguments are added in words."""
-    spec: Any = read_config(model.pretrained / "transformer", "transformer")["mask_schedule"]
-    if spec is None:
-        raise ValueError(
-            f"run {model.run}: the model must have a mask schedule, got an autoregressive one; leave the run out"
-        )
-    return describe(spec)
 
 
 @dataclass(frozen=True)
@@ -252,13 +247,8 @@ def _group_results(samples: Sequence[Row], likelihoods: Sequence[Row]) -> dict[s
         curve = {row["num_steps"]: float(row["fid"]) for row in of_run if row["seed"] == first}
         fresh = {row["network"]: row for row in of_run if row["seed"] != first}
         grouped.setdefault(of_run[0]["schedule"], []).append(_ScheduleResult(curve, fresh, likelihood))
-    return {name: grouped[name] for name in _in_order(grouped)}
-
-
-def _in_order(schedules: Iterable[str]) -> list[str]:
-    """Returns names of schedules in the order of the paper's table; those that it does not have come last."""
-    order = list(SCHEDULES)
-    return sorted(schedules, key=lambda name: order.index(name) if name in order else len(order))
+    # Schedules that the paper does not have come last.
+    return {name: grouped[name] for name in sorted(grouped, key=lambda name: [*SCHEDULES, name].index(name))}
 
 
 def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Page:

@@ -1,21 +1,18 @@
 """Tables 1 and 2 of the paper, our rows beside the published ones, and the table of tokenizers.
 
-A table opens its runs, measures what the ledger lacks, and gives the rows to a function that makes the page
-of them. Our rows have separate tables per feature network, because values of different networks, data or
-numbers of images are not comparable. Published Tables 1 and 3 are measured on ImageNet with 50,000 images,
-Table 2 on Places2, all with the features of Inception. ``schedule_table`` has Table 3.
+Published Table 1 is measured on ImageNet with 50,000 images, Table 2 on Places2, both with the features of Inception.
+``schedule_table`` has Table 3.
 
-Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 to 3.
+Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Tables 1 and 2.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from PIL import Image
@@ -26,7 +23,7 @@ from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
-from maskgit_pl.evaluation.metrics import metric_name, title
+from maskgit_pl.evaluation.metrics import format_value, metric_name, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     check_model_decoding,
@@ -38,7 +35,14 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import CAS_TRAINING, CASConfig, ReportOptions, TokenizerOptions, with_steps
+from maskgit_pl.evaluation.options import (
+    CAS_TRAINING,
+    CASConfig,
+    ReportOptions,
+    TokenizerOptions,
+    round_to_classes,
+    with_steps,
+)
 from maskgit_pl.evaluation.pages import (
     Page,
     choose_classes,
@@ -53,25 +57,9 @@ from maskgit_pl.evaluation.pages import (
 )
 from maskgit_pl.evaluation.timing import BATCH_SIZES, measure_costs
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
-
-__all__ = [
-    "NO_COLUMN",
-    "OTHER_STEPS",
-    "SETTINGS",
-    "OpenedModels",
-    "Runs",
-    "compare_tokenizers",
-    "describe_provenance",
-    "finish_page",
-    "make_editing_page",
-    "make_generation_page",
-    "measure_tokenizer_once",
-    "open_models",
-    "table_1",
-    "table_2",
-]
 
 Runs = Sequence[Path | str]
 
@@ -147,8 +135,8 @@ def table_1(
     if cas_images is not None:
         check_integer("cas_images", cas_images, "[1, inf)")
     check_cas(cas)
-    opened = open_models("table 1", runs, options, bars)
-    evaluator, models, count, seed = opened.evaluator, opened.models, options.num_images, options.seed
+    evaluator, models = open_models("table 1", runs, options, bars)
+    count, seed = options.num_images, options.seed
     curve = [
         (index, with_steps(model.pipe.decoding, number))
         for index, model in enumerate(models)
@@ -160,7 +148,7 @@ def table_1(
     costs = measure_costs(evaluator.ledger, models, bars)
     marks = [{name: cost[name] for name in SETTINGS} for cost in costs]
     rows = [
-        {**row, **mark}
+        row | mark
         for model, mark in zip(models, marks, strict=True)
         for row in evaluator.measure_samples(model, model.pipe.decoding, num_images=count, seed=seed).values()
     ]
@@ -168,21 +156,21 @@ def table_1(
     first, *_ = evaluator.networks
     measure = partial(evaluator.measure_samples, num_images=count, seed=seed, networks=[first], metrics="fast")
     other_steps = [
-        {**measure(models[index], decoding, purpose=OTHER_STEPS)[first], **marks[index]} for index, decoding in curve
+        measure(models[index], decoding, purpose=OTHER_STEPS)[first] | marks[index] for index, decoding in curve
     ]
     scores = []
     if cas is not None:
         count = min(cas_images or count, evaluator.data.summary.samples["train"])
         scores = [
-            {**evaluator.measure_cas(model, model.pipe.decoding, cas, num_images=count, seed=seed), **mark}
+            evaluator.measure_cas(model, model.pipe.decoding, cas, num_images=count, seed=seed) | mark
             for model, mark in zip(models, marks, strict=True)
         ]
         scores.append(evaluator.measure_cas(None, None, cas, num_images=count, seed=seed))
     page = make_generation_page(rows, scores, costs, other_steps)
     # The sheet has the first seed of each model.
     shown = {cost["settings"]: model for cost, model in reversed(list(zip(costs, models, strict=True)))}
-    sheet = image_to_png(_draw_samples(replace(opened, models=[*reversed(shown.values())]), seed))
-    return replace(page, folder=opened.folder, pictures={"table-1.png": sheet})
+    sheet = image_to_png(_draw_samples(evaluator, [*reversed(shown.values())], seed))
+    return replace(page, folder=options.results / evaluator.dataset, pictures={"table-1.png": sheet})
 
 
 def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
@@ -191,15 +179,16 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     See ``table_1`` for arguments and errors.
     """
     options = options or ReportOptions()
-    opened = open_models("table 2", runs, options, bars)
+    evaluator, models = open_models("table 2", runs, options, bars)
     rows = [
         row
-        for model in opened.models
+        for model in models
         for task in _TASKS
-        for row in opened.evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
+        for row in evaluator.measure_editing(model, task, num_images=options.num_images, seed=options.seed)
     ]
-    sheet = image_to_png(_draw_edits(opened, options.seed))
-    return replace(make_editing_page(rows), folder=opened.folder, pictures={"table-2.png": sheet})
+    sheet = image_to_png(_draw_edits(evaluator, models[0].pipe, options.seed))
+    folder = options.results / evaluator.dataset
+    return replace(make_editing_page(rows), folder=folder, pictures={"table-2.png": sheet})
 
 
 def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
@@ -247,22 +236,14 @@ def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) 
     return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row)
 
 
-@dataclass(frozen=True)
-class OpenedModels:
-    """Models in the order of the runs, their evaluator on the data of the first run, and the folder of the page."""
-
-    evaluator: Evaluator
-    models: Sequence[EvaluatedModel]
-    folder: Path
-
-
-def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> OpenedModels:
-    """Opens models, data and feature networks. All runs must have the classes and the image size of the first one."""
+def open_models(
+    task: str, runs: Runs, options: ReportOptions, bars: Bars
+) -> tuple[Evaluator, Sequence[EvaluatedModel]]:
+    """Opens the data of the first run and all models, which must have the classes and the image size of the first."""
     _check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
     models = [open_model(folder, options.device) for folder in folders]
     data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
-    # All rows of a table must compare with the same real images.
     for model in models[1:]:
         check_data(model.pipe, data)
         if model.pipe.tokenizer.image_size != data.config.image_size:
@@ -270,7 +251,7 @@ def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> Op
                 f"run {model.run}: the image size must be that of the first run, {pixels_text(data.config.image_size)} "
                 f"pixels, got {pixels_text(model.pipe.tokenizer.image_size)}; make a separate table for it"
             )
-    options.check_classes(data.num_classes)
+    round_to_classes(options.num_images, data.num_classes)
     evaluator = open_evaluator(
         folders[0],
         data,
@@ -281,22 +262,20 @@ def open_models(task: str, runs: Runs, options: ReportOptions, bars: Bars) -> Op
         reference=options.reference,
         bars=bars,
     )
-    return OpenedModels(evaluator, models, options.results / evaluator.dataset)
+    return evaluator, models
 
 
 def _check_runs(task: str, runs: Runs) -> None:
     if not runs:
         raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(f"{task} must run in one process; start it without torchrun, or use `maskgit evaluate`")
 
 
-def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
+def _draw_samples(evaluator: Evaluator, models: Sequence[EvaluatedModel], seed: int) -> Image.Image:
     """Draws a sheet with a row of real images, a row per model and a column per class."""
-    data, models = opened.evaluator.data, opened.models
+    data = evaluator.data
     classes = choose_classes(data.num_classes)
     # 50 images per class on average contain one of each class almost certainly.
-    images, labels = opened.evaluator.read_real_images("val", 50 * data.num_classes)
+    images, labels = evaluator.read_real_images("val", 50 * data.num_classes)
     black = torch.zeros_like(images[0])  # of a class without an image
     rows = [torch.stack([next(iter(images[labels == label]), black) for label in classes])]
     rows += [torch.as_tensor(model.pipe.generate(classes, seed=seed, output_type="pt")) for model in models]
@@ -312,10 +291,9 @@ def _draw_samples(opened: OpenedModels, seed: int) -> Image.Image:
     )
 
 
-def _draw_edits(opened: OpenedModels, seed: int) -> Image.Image:
-    """Draws a sheet of val images, with the part that is given and the edit of each task by the first model."""
-    pipe = opened.models[0].pipe
-    images, labels = opened.evaluator.read_real_images("val", _SHOWN_EDITS)
+def _draw_edits(evaluator: Evaluator, pipe: MaskGIT, seed: int) -> Image.Image:
+    """Draws a sheet of val images, with the part that is given and the edit of each task."""
+    images, labels = evaluator.read_real_images("val", _SHOWN_EDITS)
     edits = [
         shown
         for task in _TASKS
@@ -330,11 +308,7 @@ def make_generation_page(
 ) -> Page:
     """Returns the page of Table 1. Rows with equal ``settings`` are the seeds of a model.
 
-    Args:
-        samples: Rows of images with the decoding of their model, and of real images.
-        cas: Rows of the classification accuracy score.
-        costs: Rows of ``measure_costs``.
-        other_steps: Rows of images at other numbers of steps, in the first network.
+    ``samples`` has rows of real images, too; ``other_steps`` rows at other T, in the first network.
     """
     counts = ", ".join(dict.fromkeys(_word(row, "num_images") for row in samples))
     lines = heading("Table 1: class-conditional generation")
@@ -353,15 +327,11 @@ def make_generation_page(
     if other_steps:
         first = other_steps[0]["network"]
         drawn = [*(row for row in samples if row["network"] == first and row["model"] != REAL), *other_steps]
+        curves = [{**row, f"fid at {row['num_steps']}": row["fid"]} for row in drawn]
         steps = sorted({row["num_steps"] for row in drawn})
-        cells = [
-            [*_model_cells(group),
-             *(seeds_cell([row for row in group if row["num_steps"] == number], "fid") for number in steps)]
-            for group in _group_seeds(drawn)
-        ]  # fmt: skip
+        columns = {f"T = {number}": _seeds(f"fid at {number}", partial(format_value, "fid")) for number in steps}
         lines += ["", f"## FID ({markdown(first)}) by number of steps T", ""]
-        lines += ["An autoregressive model always takes a step per token.", ""]
-        lines += markdown_table(["model", "run", *(f"T = {number}" for number in steps)], cells, left=2)
+        lines += ["An autoregressive model always takes a step per token.", "", *_model_table(curves, columns)]
     if costs:
         lines += ["", "## Time", "", *_cost_lines(costs)]
     if cas:
@@ -374,49 +344,48 @@ def make_generation_page(
     return finish_page("table-1", lines, [*samples, *other_steps, *cas, *costs], picture="table-1.png")
 
 
-def _group_seeds(rows: Sequence[Row]) -> list[list[Row]]:
-    """Returns the rows of each model, with those of all seeds together; real images come last."""
+_Cell: TypeAlias = Callable[[Sequence[Row]], str]
+
+
+def _model_table(rows: Sequence[Row], columns: Mapping[str, _Cell], first: str = "model") -> list[str]:
+    """Returns a table with a row for each model, whose seeds share it; real images come last."""
     groups: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: row["model"] == REAL):
         groups.setdefault(row.get("settings") or row["run"], []).append(row)
-    return list(groups.values())
+    cells = []
+    for group in groups.values():
+        model, backbone = _word(group[0], "model"), _word(group[0], "backbone")
+        runs = dict.fromkeys(code_cell(row["run"]) for row in group)
+        named = [f"{model} ({backbone})" if backbone else model, ", ".join(runs)]
+        cells.append([*named, *(cell(group) for cell in columns.values())])
+    return markdown_table([first, "run", *columns], cells, left=2)
 
 
-def _model_cells(group: Sequence[Row]) -> list[str]:
-    """Returns the cells "model", with the backbone if it is known, and "run" of a row of Table 1."""
-    model, backbone = _word(group[0], "model"), _word(group[0], "backbone")
-    runs = dict.fromkeys(code_cell(row["run"]) for row in group)
-    return [f"{model} ({backbone})" if backbone else model, ", ".join(runs)]
+def _seeds(name: str, text: Callable[[float], str] | None = None) -> _Cell:
+    return lambda group: seeds_cell(group, name, text)
 
 
 def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
-    names = [name for name in metrics_of(rows) if name not in NO_COLUMN]
-    headings = [markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)) for name in names]
-    return markdown_table(
-        ["model", "run", *headings, "parameters", "steps"],
-        [
-            [*_model_cells(group), *(seeds_cell(group, name) for name in names), _millions(group[0]),
-             _word(group[0], "num_steps")]
-            for group in _group_seeds(rows)
-        ],
-        left=2,
-    )  # fmt: skip
+    columns = {
+        markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)): _seeds(name)
+        for name in metrics_of(rows)
+        if name not in NO_COLUMN
+    }
+    columns |= {"parameters": lambda group: _millions(group[0]), "steps": lambda group: _word(group[0], "num_steps")}
+    return _model_table(rows, columns)
 
 
 def _cost_lines(costs: Sequence[Row]) -> list[str]:
     """Returns the times of decoding and of training of each model."""
     columns = {
-        f"batch_{size}{suffix}": f"ms, batch {size}{words}"
+        f"ms, batch {size}{words}": _seeds(
+            f"batch_{size}{suffix}", lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}"
+        )
         for suffix, words in (("", ""), ("_no_cache", ", no KV cache"))
         for size in BATCH_SIZES
         if any(f"batch_{size}{suffix}" in cost for cost in costs)
     }
-    cells = [
-        [*_model_cells(group), *(seeds_cell(group, name, lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}")
-               for name in columns),
-         seeds_cell(group, "training_seconds", "{:.0f}".format)]
-        for group in _group_seeds(costs)
-    ]  # fmt: skip
+    columns["training, s"] = _seeds("training_seconds", "{:.0f}".format)
     devices = dict.fromkeys(markdown(cost["training_device"]) for cost in costs if cost["training_device"])
     return [
         *paragraph(
@@ -427,7 +396,7 @@ def _cost_lines(costs: Sequence[Row]) -> list[str]:
             f"{' and '.join(devices) or 'an unknown device'}.",
         ),
         "",
-        *markdown_table(["model", "run", *columns.values(), "training, s"], cells, left=2),
+        *_model_table(costs, columns),
     ]
 
 
@@ -437,14 +406,8 @@ def _cas_lines(rows: Sequence[Row]) -> list[str]:
         f"A {_word(first, 'classifier')} was trained on {_word(first, 'training_images')} images of one kind for",
         f"{_word(first, 'training_steps')} steps, and tested on the {_word(first, 'real_images')} real val images.",
     )
-    cells = [
-        [
-            *_model_cells(group),
-            *(seeds_cell(group, name, lambda share: f"{100 * share:.2f}") for name in ("top1", "top5")),
-        ]
-        for group in _group_seeds(rows)
-    ]
-    return [*lines, "", *markdown_table(["trained on images of", "run", "top-1 %", "top-5 %"], cells, left=2)]
+    columns = {f"top-{k} %": _seeds(f"top{k}", lambda share: f"{100 * share:.2f}") for k in (1, 5)}
+    return [*lines, "", *_model_table(rows, columns, "trained on images of")]
 
 
 def make_editing_page(rows: Sequence[Row]) -> Page:

@@ -6,7 +6,6 @@ The tokenizer is not timed.
 from __future__ import annotations
 
 import math
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
@@ -34,6 +33,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shor
 from maskgit_pl.evaluation.opening import read_run_recipe, remove_untrained
 from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
 from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
+from maskgit_pl.evaluation.tokenizer import now
 from maskgit_pl.networks.backbone import (
     Attention,
     AutoregressiveBackbone,
@@ -49,17 +49,13 @@ from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.training.speed import read_training_time
 
-__all__ = ["BATCH_SIZES", "METHODS", "SIZES", "figure_4", "make_timing_page", "measure_costs", "measure_timings"]
-
 Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
 METHODS: tuple[Method, ...] = get_args(Method)
 BATCH_SIZES = (1, 64)  # of the times of a model
 Decode: TypeAlias = Callable[[], Iterator[DecodingStep]]
 _Point = TypeVar("_Point")
 
-SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_heads=8, mlp_dim=1024)
-"""Sizes for a CPU, on which 1,024 tokens without a cache take minutes."""
-
+SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_heads=8, mlp_dim=1024)  # for a CPU
 # A point has at most 15 runs, and ends when another run would exceed 10 s in all; it has at least one run.
 _SECONDS, _MAX_RUNS = 10.0, 15
 _WARM_UP = 8  # steps before the clock starts
@@ -112,65 +108,40 @@ def measure_timings(
     device: torch.device | str = "cpu",
     bars: Bars = no_bars,
 ) -> list[Row]:
-    """Times each method at each number of tokens with batch size 1. Points in the ledger are not measured again.
+    """Times each method at each N with batch size 1, and returns the points, sorted by N and method.
 
-    Args:
-        ledger: Ledger, to which each point is added as soon as it is measured.
-        sizes: Configuration of the networks; the grid is replaced at each point. Vectors are not timed.
-        num_tokens: Numbers N of tokens, all squares.
-        device: Device of the networks.
-        bars: Progress bars.
-
-    Returns:
-        The points, sorted by N and method.
+    ``sizes`` are those of the networks, without the grid. Points in the ledger are not measured again.
     """
     device = torch.device(device)
     for count in num_tokens:
         if count < 1 or math.isqrt(count) ** 2 != count:
             raise ValueError(f"num_tokens must be squares, such as 16 or 256, got {count}")
-    causal: dict[str, Any] = {"attention": "causal", "condition_dim": 0}
-    try:
-        replace(sizes, **causal)
-    except (TypeError, ValueError) as error:  # TypeError: no such field
-        raise ValueError(
-            f"figure 4 must have a backbone with causal attention, got {sizes.backbone!r} ({error}); name another run"
-        ) from error
     rows, advance = [], bars("figure 4: points", len(METHODS) * len(set(num_tokens)))
     for count in sorted(set(num_tokens)):
         # Source of T: paper, Table 1: 12 steps from 1,024 tokens, 8 below, and at most one per token.
         num_steps = min(count, 12 if count >= 1024 else 8)
         # The key of a point is everything that changes the time.
+        common = {"num_tokens": count, "network": _describe(sizes), **_describe_machine(device)}
         keys = {
-            method: {
-                "method": method,
-                "num_tokens": count,
-                "num_steps": num_steps if method == "MaskGIT" else count,
-                "network": _describe(sizes),
-                **_describe_machine(device),
-            }
+            method: {"method": method, "num_steps": num_steps if method == "MaskGIT" else count, **common}
             for method in METHODS
         }
-        measured_rows = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
-        advance(len(measured_rows))
-        missing = [method for method in METHODS if method not in measured_rows]
+        measured = {method: row for method, key in keys.items() if (row := ledger.find("timing", key)) is not None}
+        advance(len(measured))
+        missing = [method for method in METHODS if method not in measured]
         decoders = _build_random_decoders(sizes, count, num_steps, device) if missing else {}
         for method, seconds in _time({method: decoders[method] for method in missing}, device):
-            measured_rows[method] = ledger.add("timing", {
+            measured[method] = ledger.add("timing", {
                 **keys[method], "seconds_per_image": median(seconds), "least": min(seconds), "runs": len(seconds),
                 "commit": describe_environment()["commit"],
             })  # fmt: skip
             advance(1)
-        rows += [measured_rows[method] for method in METHODS]
+        rows += [measured[method] for method in METHODS]
     return rows
 
 
 def measure_costs(ledger: Ledger, models: Sequence[EvaluatedModel], bars: Bars = no_bars) -> list[Row]:
     """Times the decoding of models, each with its own settings, and reads the time of their training.
-
-    Args:
-        ledger: Ledger; the models in it are not measured again.
-        models: The models.
-        bars: Progress bars.
 
     Returns:
         A row per model. ``batch_1`` and ``batch_64`` are seconds per image; an autoregressive model also has
@@ -210,7 +181,6 @@ def measure_costs(ledger: Ledger, models: Sequence[EvaluatedModel], bars: Bars =
 
 
 def _describe_machine(device: torch.device) -> dict[str, str]:
-    """Returns the keys of a time that do not depend on the network."""
     matmul = torch.get_float32_matmul_precision()
     return {
         "device": device_name(device),
@@ -240,22 +210,13 @@ def _time(decoders: Mapping[_Point, Decode], device: torch.device) -> Iterator[t
     while waiting:
         point = waiting.popleft()
         runs = seconds[point]
-        runs.append(_time_run(decoders[point], device))
+        start = now(device)
+        deque(decoders[point](), maxlen=0)
+        runs.append(now(device) - start)
         if len(runs) < _MAX_RUNS and sum(runs) + runs[-1] <= _SECONDS:
             waiting.append(point)
         else:
             yield point, runs
-
-
-def _time_run(decode: Decode, device: torch.device) -> float:
-    """Returns the seconds of one run. A GPU works asynchronously: waits for it before and after the run."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    deque(decode(), maxlen=0)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def _build_random_decoders(

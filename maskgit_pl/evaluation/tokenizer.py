@@ -1,9 +1,7 @@
 """Measures tokenizers: the reconstruction error, and ``evaluate_tokenizer``, which needs no transformer.
 
-``evaluate`` calls ``measure_reconstruction``. ``evaluate_tokenizer`` measures more with the same meter, and
-writes ``tokenizer.json``, a page with a picture of the worst reconstructions, and a row of the ledger.
-Originals and reconstructions go through the feature networks in the same pass over the val images, so that
-any random choice of images has its own reference.
+In ``evaluate_tokenizer``, originals and reconstructions go through the feature networks in the same pass over the val
+images, so that any random choice of images has its own reference.
 """
 
 from __future__ import annotations
@@ -16,40 +14,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from maskgit_pl.checks import height_width, plain_size
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.distributed import (
-    default_device,
-    describe_environment,
-    device_name,
-    find_device,
-    gather_rows,
-    parse_dtype,
-    peak_memory,
-)
+from maskgit_pl.distributed import describe_environment, device_name, find_device, gather_rows, parse_dtype, peak_memory
 from maskgit_pl.errors import markdown
+from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
+from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, metric_name, title
-from maskgit_pl.evaluation.opening import (
-    RunFolders,
-    data_name,
-    describe_held_out,
-    find_tokenizer_folders,
-    open_images,
-)
+from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_table, paragraph
-from maskgit_pl.evaluation.reference import Reference, Statistics, iter_real_batches
+from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once
@@ -58,22 +42,10 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_con
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.tokenizer import CodebookUsage
 
-__all__ = [
-    "OpenedTokenizer",
-    "ReconstructionMeter",
-    "TokenizerReport",
-    "evaluate_tokenizer",
-    "measure_reconstruction",
-    "measure_tokenizer",
-    "open_tokenizer",
-    "psnr",
-]
-
 _SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 _BEST_PSNR = 100.0  # dB, of an image without any error
 _SHOWN = 8  # worst reconstructions
 _SHOWN_EDGE = 256  # pixels of the picture's images
-_FLOORS = ("rfid", "rkid")  # metrics whose value for real halves stands beside them
 
 
 def psnr(mean_squared_error: float) -> float:
@@ -85,8 +57,7 @@ def measure_reconstruction(
     tokenizer: PretrainedTokenizer,
     batches: Iterable[Batch],
     *,
-    extractors: Sequence[Extractor] = (),
-    references: Mapping[str, Reference] = MappingProxyType({}),
+    networks: Iterable[FeatureMetrics] = (),
     lpips: LPIPS | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
@@ -97,8 +68,8 @@ def measure_reconstruction(
     Args:
         tokenizer: The tokenizer, on its device.
         batches: This rank's batches of uint8 images. Rows that are not valid are ignored.
-        extractors: Feature networks of the reconstruction FID, which see reconstructions rounded to uint8.
-        references: References of the originals, by label of the network.
+        networks: Feature networks of the reconstruction FID, which see reconstructions rounded to uint8, with
+            references of the originals.
         lpips: Perceptual distance; None leaves it out.
         on_images: Called after each batch with its number of images, for a progress bar.
 
@@ -107,42 +78,32 @@ def measure_reconstruction(
         of 11 pixels or more), ``rfid/NETWORK``, ``lpips/BACKBONE``, ``codebook_usage``, ``perplexity``, and
         ``images``, their number.
     """
-    meter = ReconstructionMeter(tokenizer, extractors, lpips)
+    references = {network.extractor: network.reference.pooled for network in networks}
+    meter = _ReconstructionMeter(tokenizer, list(references), lpips)
     for batch in batches:
         if batch.valid.any():
             meter.add(batch.content[batch.valid], batch.position[batch.valid])
         on_images(int(batch.valid.sum()))
     values = meter.values()
-    means = {name: float(of_image.mean()) for name, of_image in values.items()}
-    distances = {
-        metric_name("rfid", label): frechet_distance(
-            Statistics.from_features(collector.gather().pooled), references[label].pooled
-        )
-        for label, collector in meter.collectors.items()
-    }
-    perceptual = {} if lpips is None else {lpips.label: means.pop(lpips.label)}
-    error = means.pop("error")
+    errors = values.pop("error")
     return {
-        "psnr_db": psnr(error),
-        **means,
-        **distances,
-        **perceptual,
+        "psnr_db": psnr(float(errors.mean())),
+        **{name: float(of_image.mean()) for name, of_image in values.items()},
+        **{
+            metric_name("rfid", extractor.label): frechet_distance(
+                Statistics.from_features(meter.collectors[extractor.label].gather().pooled), statistics
+            )
+            for extractor, statistics in references.items()
+        },
         **meter.code_usage(),
-        "images": len(values["error"]),
+        "images": len(errors),
     }
 
 
-class ReconstructionMeter:
+class _ReconstructionMeter:
     """The measurements of this rank's reconstructions, image by image.
 
-    Args:
-        tokenizer: The tokenizer, on its device.
-        extractors: Feature networks, which see reconstructions rounded to uint8.
-        lpips: Perceptual distance; None leaves it out.
-
-    Attributes:
-        collectors: Features of the reconstructions, by label of the network.
-        seconds: Seconds of encoding and decoding.
+    ``collectors`` has the features of the reconstructions by label, ``seconds`` the time of encoding and decoding.
     """
 
     def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
@@ -162,24 +123,19 @@ class ReconstructionMeter:
 
     @torch.inference_mode()
     def add(self, pixels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructs and measures images.
-
-        Args:
-            pixels: (b, C, H, W) uint8.
-            positions: (b,) int64: indices among all images.
+        """Reconstructs and measures (b, C, H, W) uint8 images, whose indices among all images are (b,) int64.
 
         Returns:
-            (b, C, H, W) uint8: the reconstructions; and (b,) float64: the mean squared errors before
-            rounding. Both are on the CPU.
+            (b, C, H, W) uint8 reconstructions, and (b,) float64 mean squared errors before rounding, on the CPU.
         """
         network, (height, width) = self.tokenizer.network, height_width(self.tokenizer.image_size)
         like = next(network.parameters())  # for device and dtype
         images = to_unit_range(pixels.to(like.device))
-        start = _now(like.device)
+        start = now(like.device)
         tokens = network.encode(images.to(like.dtype))
         # The decoder may add a margin, since it produces whole tokens; crop it.
         decoded = network.decode(tokens, self.tokenizer.grid)[..., :height, :width].float().clamp(0, 1)
-        self.seconds += _now(like.device) - start
+        self.seconds += now(like.device) - start
         self._codes.update(tokens.cpu(), torch.ones(len(tokens)))
         # One value per image and measure, in float64: the means do not depend on the batch size.
         rows = torch.stack([measure(decoded, images).double().cpu() for measure in self._measures.values()], 1)
@@ -192,10 +148,7 @@ class ReconstructionMeter:
         return rounded.cpu(), rows[:, 0]
 
     def values(self) -> dict[str, Tensor]:
-        """Returns the (n,) float64 values of each measure, in the order of the images of all ranks.
-
-        ``error`` is the mean squared error.
-        """
+        """Returns (n,) float64 values of each measure for the images of all ranks; ``error`` is the squared one."""
         rows = gather_rows(torch.cat(self._rows), torch.cat(self._positions))  # (n, measures)
         return dict(zip(self._measures, rows.unbind(1), strict=True))
 
@@ -204,7 +157,8 @@ class ReconstructionMeter:
         return {name: float(value) for name, value in self._codes.compute().items()}
 
 
-def _now(device: torch.device) -> float:
+def now(device: torch.device) -> float:
+    """Returns the seconds of a clock, after the work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)  # kernels run asynchronously
     return time.perf_counter()
@@ -280,18 +234,15 @@ class OpenedTokenizer:
 
     @property
     def dtype(self) -> str:
-        """The name of the arithmetic of the tokenizer."""
-        dtype = parse_dtype(self.options.dtype, self.options.device or default_device())
-        return "float32" if dtype is None else str(dtype).removeprefix("torch.")  # files hold float32
+        """The name of the arithmetic of the tokenizer, such as ``float32``."""
+        return str(next(self.tokenizer.network.parameters()).dtype).removeprefix("torch.")
 
     @cached_property
     def key(self) -> dict[str, Any]:
         """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
-        settings: dict[str, Any] = {
-            "networks": {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors},
-            "dtype": self.dtype,
-        }
+        networks = {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors}
+        settings: dict[str, Any] = {"networks": networks, "dtype": self.dtype}
         if self.options.lpips is not None:
             settings["lpips"] = self.options.lpips.partition("=")[0]
         return {
@@ -336,7 +287,7 @@ def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> Tokeni
     """Measures a tokenizer on random val images, the same in every call; does not write the report to ``file``."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
-    meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
+    meter = _ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
     originals = {each.label: FeatureCollector(each) for each in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
@@ -344,7 +295,7 @@ def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> Tokeni
         torch.cuda.reset_peak_memory_stats(device)
     labels: list[Tensor] = []
     worst: list[_Pair] = []
-    for batch in iter_real_batches(data, "val", num_images=count, shuffled=True, batch_size=size):
+    for batch in iter_real_batches(data, "val", num_images=count, batch_size=size):
         pixels, label, index, position = (
             each[batch.valid] for each in (batch.content, batch.labels, batch.index, batch.position)
         )
@@ -363,8 +314,7 @@ def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> Tokeni
     return TokenizerReport(_content(opened, numbers, by_class, worst), opened.key, file, worst)
 
 
-def _numbers(meter: ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
-    """Returns the values of reconstructions by name."""
+def _numbers(meter: _ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
     values, codes = meter.values(), meter.code_usage()
     errors = values.pop("error")
     numbers = {
@@ -396,7 +346,7 @@ def _psnr_of_images(errors: Tensor) -> Tensor:
 def _content(
     opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[_Pair]
 ) -> dict[str, Any]:
-    """Returns the content of ``tokenizer.json``: the values, and everything that reproduces them."""
+    """Returns the content of ``tokenizer.json``."""
     tokenizer, data = opened.tokenizer, opened.data
     config, device = tokenizer.network.config, next(tokenizer.network.parameters()).device
     return {
@@ -413,12 +363,8 @@ def _content(
         "numbers": numbers,
         "psnr_db_per_class": by_class,
         "worst": [
-            {
-                "index": each.number,
-                "class": data.class_names[each.label],
-                "psnr_db": min(_BEST_PSNR, psnr(each.error)),
-            }
-            for each in worst
+            {"index": pair.number, "class": data.class_names[pair.label], "psnr_db": min(_BEST_PSNR, psnr(pair.error))}
+            for pair in worst
         ],
         "model": {
             "image_size": plain_size(tokenizer.image_size),
@@ -435,18 +381,11 @@ def _content(
 
 @dataclass(frozen=True)
 class TokenizerReport:
-    """The values of an evaluation of a tokenizer.
+    """The values of an evaluation of a tokenizer."""
 
-    Args:
-        content: Content of ``tokenizer.json``, in plain values.
-        key: Columns of the ledger that determine the values.
-        file: Path of the JSON file, beside which the page is written.
-        worst: The worst reconstructions.
-    """
-
-    content: Mapping[str, Any]
-    key: Mapping[str, Any]
-    file: Path
+    content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
+    key: Mapping[str, Any]  # columns of the ledger that determine the values
+    file: Path  # of that content, beside which the page is written
     worst: Sequence[_Pair]
 
     @property
@@ -474,9 +413,10 @@ class TokenizerReport:
         for name, value in numbers.items():
             metric, _, network = name.partition("/")
             if not metric.endswith("_floor"):
-                floor = numbers[metric_name(f"{metric}_floor", network)] if metric in _FLOORS else None
-                cells = ["" if each is None else format_value(name, each) for each in (value, floor)]
-                rows.append([title(name), *cells])
+                floor = numbers.get(metric_name(f"{metric}_floor", network))
+                rows.append(
+                    [title(name), format_value(name, value), "" if floor is None else format_value(name, floor)]
+                )
         classes = sorted(content["psnr_db_per_class"].items(), key=lambda pair: pair[1])
         worst = "; ".join(
             f"image {each['index']} ({markdown(each['class'])}) {each['psnr_db']:.2f} dB" for each in content["worst"]
@@ -499,12 +439,9 @@ class TokenizerReport:
             "",
             f"![originals above, reconstructions below]({picture})",
         ]
-        png = image_to_png(_draw_pairs(self.worst))
-        return Page(self.file.stem, "\n".join([*lines, ""]), [numbers], {picture: png}, self.file.parent)
-
-
-def _draw_pairs(pairs: Sequence[_Pair]) -> Image.Image:
-    """Draws originals above their reconstructions, cut to 256 px."""
-    images = [pair.original for pair in pairs] + [pair.reconstruction for pair in pairs]
-    pixels = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
-    return image_grid(pixels, columns=len(pairs), row_captions=["original", "reconstruction"])
+        images = [pair.original for pair in self.worst] + [pair.reconstruction for pair in self.worst]
+        pixels = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
+        sheet = image_grid(pixels, columns=len(self.worst), row_captions=["original", "reconstruction"])
+        return Page(
+            self.file.stem, "\n".join([*lines, ""]), [numbers], {picture: image_to_png(sheet)}, self.file.parent
+        )

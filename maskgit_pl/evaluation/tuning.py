@@ -61,10 +61,8 @@ from maskgit_pl.schedules import mask_schedules
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["SearchSpace", "Trial", "TuningResult", "make_page", "search", "tune"]
-
+# Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger.
 Measure: TypeAlias = Callable[[DecodingConfig, int, int, str], Mapping[str, float]]
-"""Measures a decoding, given the number of images, the seed of the first one, and a remark for the ledger."""
 
 _FINALISTS = 3  # trials of step 2, besides trial 0 and the current decoding
 _STEPS = (4, 6, 8, 12, 16)
@@ -81,32 +79,14 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """The decodings of a search: steps, token selector, guidance, temperature, truncation and mask schedule.
+    """The decodings of a search."""
 
-    Args:
-        start: Decoding that gives the settings which are not searched.
-        selectors: Token selectors: names and mappings; the arguments in a mapping are fixed.
-        num_steps: Numbers of steps.
-        schedules: Mask schedules besides that of ``start``: names and mappings, and ``pow`` with any
-            exponent. Empty keeps the mask schedule.
-        codebook_size: Number K of codes.
-        can_guide: True if guidance has something to move away from.
-
-    Raises:
-        ValueError: if a mask schedule is unknown, or does not accept its arguments.
-    """
-
-    start: DecodingConfig
-    selectors: tuple[Spec, ...]
+    start: DecodingConfig  # which gives the settings that are not searched
+    selectors: tuple[Spec, ...]  # the arguments in a mapping are fixed
     num_steps: tuple[int, ...]
-    schedules: tuple[Spec, ...]
+    schedules: tuple[Spec, ...]  # besides that of ``start``, ``pow`` with any exponent; empty keeps that of ``start``
     codebook_size: int
-    can_guide: bool
-
-    def __post_init__(self) -> None:
-        for spec in self.schedules:
-            if spec != _POW:
-                mask_schedules.build(spec)
+    can_guide: bool  # True if guidance has something to move away from
 
     def draw(self, trial: optuna.trial.BaseTrial) -> DecodingConfig:
         """Returns the decoding of a trial, whose sampler makes the choices."""
@@ -132,16 +112,12 @@ class SearchSpace:
         )
         # Other selectors count the tokens of a step themselves.
         if self.schedules and token_selectors.build(selector).follows_schedule:
-            return self._draw_schedule(trial, decoding)
+            schedule = _choose(trial, "mask_schedule", (_OWN, *self.schedules))
+            if schedule == _POW:
+                schedule = {"name": _POW, "exponent": _draw(trial, "exponent", *_EXPONENTS, log=True)}
+            if schedule != _OWN:
+                decoding = replace(decoding, mask_schedule=schedule)
         return decoding
-
-    def _draw_schedule(self, trial: optuna.trial.BaseTrial, decoding: DecodingConfig) -> DecodingConfig:
-        schedule = _choose(trial, "mask_schedule", (_OWN, *self.schedules))
-        if schedule == _OWN:
-            return decoding
-        if schedule == _POW:
-            schedule = {"name": _POW, "exponent": _draw(trial, "exponent", *_EXPONENTS, log=True)}
-        return replace(decoding, mask_schedule=schedule)
 
 
 def _draw(trial: optuna.trial.BaseTrial, name: str, low: float, high: float, *, log: bool = False) -> float:
@@ -178,40 +154,24 @@ def _draw_guidance(trial: optuna.trial.BaseTrial) -> Spec:
 
 @dataclass(frozen=True)
 class Trial:
-    """A decoding with its measured values.
+    """A decoding with its measured values."""
 
-    Args:
-        number: Index of the trial; 0 is the decoding that the search began with.
-        decoding: The decoding.
-        numbers: Values by name, such as ``fid/classifier``.
-    """
-
-    number: int
+    number: int  # 0 is the decoding that the search began with
     decoding: DecodingConfig
-    numbers: Mapping[str, float]
+    numbers: Mapping[str, float]  # by name, such as ``fid/classifier``
 
 
 @dataclass(frozen=True)
 class TuningResult:
-    """The result of a search.
+    """The result of a search."""
 
-    Args:
-        metric: Name of the metric of the search, such as ``fid/classifier``.
-        trials: All trials, in order.
-        confirmed: Trial 0, the best trials and the current decoding, measured again with other noise.
-        num_images: Number of images of each trial; ``confirmed`` has twice as many.
-        page: The page of the search; None before it is made.
-        decoding_file: Path of the written ``decoding.json``; None if the model already had the winning decoding.
-        old_decoding_file: Path of the copy of the previous ``decoding.json``; None if there was none.
-    """
-
-    metric: str
+    metric: str  # such as ``fid/classifier``
     trials: tuple[Trial, ...]
-    confirmed: tuple[Trial, ...]
-    num_images: int
-    page: Page | None = None
-    decoding_file: Path | None = None
-    old_decoding_file: Path | None = None
+    confirmed: tuple[Trial, ...]  # trial 0, the best trials and the current decoding, measured with other noise
+    num_images: int  # of each trial; ``confirmed`` has twice as many
+    page: Page | None = None  # None before it is made
+    decoding_file: Path | None = None  # the written one; None if the model already had the winning decoding
+    old_decoding_file: Path | None = None  # copy of the previous one; None if there was none
 
     @property
     def before(self) -> Trial:
@@ -269,10 +229,9 @@ def tune(
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
     folders = find_run(run, data=data, classifier=options.classifier)
     if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
-        bundled = folders.pretrained.name
         raise ValueError(
-            f"tune must have a model outside of the package, next to whose weights it writes, got {bundled}; copy it "
-            f"with MaskGIT.from_pretrained({bundled!r}).save_pretrained('DIR'), and tune DIR"
+            "tune must have a model outside of the package, next to whose weights it writes; copy it with "
+            f"MaskGIT.from_pretrained({folders.pretrained.name!r}).save_pretrained('DIR'), and tune DIR"
         )
     check_writable("decoding.json", folders.pretrained / "decoding.json")  # before a search that takes hours
     model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
@@ -313,26 +272,21 @@ def tune(
     result = replace(result, page=page)
     if result.winner.decoding == pipe.decoding and options.negative_model is None:
         return result
-    return _save_winner(result, folders.pretrained, pipe, data=images.summary.fingerprint, seed=options.seed)
-
-
-def _save_winner(result: TuningResult, folder: Path, pipe: MaskGIT, *, data: str, seed: int) -> TuningResult:
-    """Writes the best decoding into a pretrained folder, keeps the previous one beside it, and draws the card again."""
     tuned = {
-        "metric": result.metric,
-        "value": result.winner.numbers[result.metric],
-        "before": result.before.numbers[result.metric],
+        "metric": name,
+        "value": result.winner.numbers[name],
+        "before": result.before.numbers[name],
         "trials": len(result.trials),
-        "num_images": 2 * result.num_images,
-        "seed": seed,
-        "data": data,
+        "num_images": 2 * count,
+        "seed": options.seed,
+        "data": images.summary.fingerprint,
         "split": "val",
         "commit": describe_environment()["commit"],
     }
     negative = None if pipe.negative_model is None else pipe.negative_model.folder
-    old = save_decoding(folder, result.winner.decoding, tuned=tuned, negative_model=negative)
-    refresh_card(folder)
-    return replace(result, decoding_file=folder / "decoding.json", old_decoding_file=old)
+    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned, negative_model=negative)
+    refresh_card(folders.pretrained)
+    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
 
 
 def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
@@ -349,11 +303,13 @@ def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
     check_model_decoding(pipe, pipe.decoding)
     for selector, num_steps in product(space.selectors, space.num_steps):
         check_model_decoding(pipe, replace(with_steps(pipe.decoding, num_steps), token_selector=selector))
+    for schedule in space.schedules:
+        if schedule != _POW:
+            mask_schedules.build(schedule)
     return space
 
 
 def _open_study(file: Path, metric: str, key: Mapping[str, Any]) -> optuna.Study:
-    """Opens the study of a metric and a key in an SQLite file, which holds one for each of them."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -383,15 +339,8 @@ def search(
 ) -> TuningResult:
     """Runs a search, or continues it; the module docstring describes its steps.
 
-    Args:
-        study: The study, which holds the trials of earlier calls.
-        space: The decodings of the trials; its ``start`` is the current decoding.
-        measure: Measures a decoding.
-        metric: Name of the metric, such as ``fid/classifier``.
-        trials: Number of trials, with those of earlier calls.
-        num_images: Number of images per trial.
-        options: Seed and time limit.
-        bars: Progress bars.
+    ``trials`` is the number of trials with those of earlier calls, which the study holds. ``space.start`` is the
+    current decoding. ``options`` has the seed and the time limit.
     """
     import optuna
 
@@ -443,7 +392,7 @@ def _choose_finalists(trials: Sequence[Trial], metric: str, current: DecodingCon
 
 
 def make_page(result: TuningResult, real: Row) -> Page:
-    """Returns the page of a search, beside the row ``real`` of as many real training images."""
+    """Returns the page of a search; ``real`` is the row of as many real training images."""
     count, best = result.num_images, _rank(result.trials, result.metric)[:_SHOWN_TRIALS]
     floor = [f"{title(name)} {metric_cell(real, name)}" for name in ("fid", "kid")]
     lines = heading("Search for a decoding")
@@ -465,7 +414,6 @@ def make_page(result: TuningResult, real: Row) -> Page:
 
 
 def _trial_table(result: TuningResult, trials: Sequence[Trial]) -> list[str]:
-    """Returns a table of trials with the metric of the search first; the winner is bold."""
     columns = list(dict.fromkeys((result.metric, *_COLUMNS)))
     rows = []
     for trial in trials:

@@ -83,10 +83,7 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     assert [row["training_steps"] for row in measured] == [3] * 4
 
 
-def test_figures_2_and_4_are_drawn_of_runs_and_of_sizes(runs: list[Path], tmp_path: Path) -> None:
-    call("figure", 2, *runs, "--results", tmp_path, "--class-name", "Trouser", "--seed", 3, "--device", "cpu")
-    page = (tmp_path / "figure-2.md").read_text()
-    assert "| MaskGIT | `shoes-cosine` | 4 |" in page
+def test_figure_4_is_drawn_of_sizes(tmp_path: Path) -> None:
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
     call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
     (network,) = {row["network"] for row in rows(tmp_path, "timing")}
@@ -123,11 +120,11 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
     for run in runs:
         (run / "transformer").mkdir()
         (run / "transformer" / "config.yaml").write_text(yaml.safe_dump(config))
-    how = [*common(tiny_shards, judge, tmp_path / "results"), "--num-steps", "2,4,16"]
+    how = [*common(tiny_shards, judge, tmp_path / "results"), "--num-steps", "4,2,4"]
     call("table", 3, *runs, *how)
     measured = rows(tmp_path / "results", "samples")
     steps = [(row["run"], row["num_steps"], row["seed"]) for row in measured if row["run"]]
-    assert {number for _, number, seed in steps if seed == 0} == {2, 4}  # at most half of 16 tokens
+    assert [number for _, number, seed in steps if seed == 0] == [2, 4] * len(runs)
     for run in runs:
         curve = {row["num_steps"]: row["fid"] for row in measured if row["run"] == run.name and row["seed"] == 0}
         best = min(curve, key=lambda number: curve[number])
@@ -270,7 +267,7 @@ def test_tokenizers_are_compared_by_their_reconstructions(tiny_shards: Path, jud
         ("--vary decoding.token_selector=confidence,confidenc", r"variant token_selector=confidenc: .*did you mean"),
         ("--vary model.network.class_dropout=0.1,0", r"variant class_dropout=0: .*guidance"),
         ("--vary model.network.depth=2 --num-images 5", "--num-images must be >= 6"),
-        ("--schedules cosine --num-steps 12", "--num-steps must be <= 8, half the number of tokens, got only"),
+        ("--schedules cosine --num-steps 17", r"--num-steps must be an integer in \[1, 16\], got 17"),
     ],
 )
 def test_a_value_that_cannot_be_trained_or_measured_names_its_variant(

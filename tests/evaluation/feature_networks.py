@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from maskgit_pl.data import ShardData, ShardDataConfig
-from maskgit_pl.evaluation.classifier import TrainingImages
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, ImageFeatures
 from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
@@ -52,7 +51,3 @@ def open_shards(shards: Path | str, image_size: int = 8) -> ShardData:
     data = ShardData(ShardDataConfig(str(shards), image_size=image_size, in_channels=1, validation_batch=10))
     data.setup()
     return data
-
-
-def in_memory(images: torch.Tensor, labels: torch.Tensor, class_names: tuple[str, ...]) -> TrainingImages:
-    return TrainingImages(images.__getitem__, tuple(images.shape[1:]), labels, class_names)

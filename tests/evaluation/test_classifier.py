@@ -11,7 +11,7 @@ from torch import Tensor
 from maskgit_pl.data import InOrder, ShardData
 from maskgit_pl.evaluation import classifier
 from maskgit_pl.evaluation.classifier import (
-    TrainingImages,
+    LabelledImages,
     classification_accuracy,
     count_hits,
     fit_classifier,
@@ -20,7 +20,7 @@ from maskgit_pl.evaluation.classifier import (
 from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.options import SMALL_TRAINING, CASConfig, ClassifierConfig
 from maskgit_pl.networks.feature_networks import load_classifier, weights_digest
-from tests.evaluation.feature_networks import in_memory, open_shards
+from tests.evaluation.feature_networks import open_shards
 from tests.forked import run_ranks
 
 QUICK = ClassifierConfig(width=8, max_steps=150, batch=20)
@@ -39,17 +39,17 @@ def real(data: ShardData) -> tuple[Tensor, Tensor]:
     return batch.content, batch.labels
 
 
-def taught(images: Tensor, labels: Tensor, data: ShardData) -> TrainingImages:
-    return in_memory(images, labels, data.class_names)
+def taught(images: Tensor, labels: Tensor) -> LabelledImages:
+    return LabelledImages(images.__getitem__, labels)
 
 
 def test_training_depends_on_the_configuration_but_not_on_the_source(data: ShardData) -> None:
-    def head(source: ShardData | TrainingImages = data, chosen: Tensor | None = None, **changes: Any) -> Tensor:
+    def head(source: LabelledImages | Tensor | None = None, **changes: Any) -> Tensor:
         config = replace(MOMENT, flip_probability=0.5, **changes)
-        return fit_classifier(source, chosen=chosen, config=config).network.head.weight
+        return fit_classifier(data, source, config=config).network.head.weight
 
-    first, everything = head(), torch.arange(60)
-    assert all(torch.equal(first, head(*source)) for source in ((taught(*real(data), data),), (data, everything)))
+    first = head()
+    assert all(torch.equal(first, head(source)) for source in (taught(*real(data)), torch.arange(60)))
     for changes in ({"seed": 1}, {"precision": "bf16-mixed"}):
         assert not torch.equal(first, head(**changes))
     assert not torch.equal(first, fit_classifier(data, config=MOMENT).network.head.weight)  # without flips
@@ -164,7 +164,7 @@ def test_the_score_is_the_fraction_that_the_images_teach(data: ShardData) -> Non
         (images, torch.tensor([1, 2, 0])[labels], 0),
         (images[known], labels[known], pytest.approx(2 / 3)),
     ):
-        accuracy = classification_accuracy(taught(pixels, given, data), data, SCORE)
+        accuracy = classification_accuracy(taught(pixels, given), data, SCORE)
         assert (accuracy.top1, accuracy.top5, accuracy.images) == (top1, 1, 24)
 
 
@@ -173,7 +173,7 @@ def test_real_images_are_chosen_by_their_index_in_the_train_split(data: ShardDat
     chosen = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:40]
     config = replace(SCORE, max_steps=10)
     by_index = classification_accuracy(chosen, data, config)
-    assert by_index == classification_accuracy(taught(images[chosen], labels[chosen], data), data, config)
+    assert by_index == classification_accuracy(taught(images[chosen], labels[chosen]), data, config)
 
 
 def test_small_images_are_for_the_smaller_network() -> None:

@@ -49,7 +49,7 @@ CHANGES: dict[str, list[Any]] = {  # by the part, what it may become
     "image_size": [4],
     "judge_seed": [1],
     "knows_classes": [False],
-    "reference": ["train", "a.npz", "b.npz"],
+    "reference": ["a.npz", "b.npz"],
     "weights": [1],
     "config": ["num_heads", "mask_schedule", "class_names"],
     "decoding": [DecodingConfig(3), DecodingConfig(2, "halton"), DecodingConfig(2, top_k=3)],
@@ -90,9 +90,9 @@ def measure(kind: str, case: Case, folder: Path, results: Path) -> Row:
     data = open_shards(folder / case.data, case.image_size)
     judge = few(seed=case.judge_seed, knows_classes=case.knows_classes)
     if case.reference.endswith(".npz"):  # of three channels
-        references = read_references(folder / case.reference, [few(channels=3)])
+        references = read_references(folder / case.reference, [few(channels=3)], folder=folder / "kept")
     else:
-        references = obtain_references(folder / "kept", data, [judge], split=case.reference)
+        references = obtain_references(folder / "kept", data, [judge])
     networks = {"classifier": FeatureMetrics(judge, references["classifier"])}
     evaluator = Evaluator(data, dataset=case.data, networks=networks, ledger=Ledger(results / "ledger.jsonl"))
     pretrained = folder / f"model-{case.weights}{case.config}"
@@ -158,7 +158,7 @@ def opened(folder: Path, ledger: Ledger) -> tuple[Evaluator, EvaluatedModel]:
 def test_values_are_those_of_the_images_that_the_seeds_give(folder: Path, tmp_path: Path) -> None:
     evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
     generated = evaluator.generate(model, DECODING, num_images=12, seed=3, title="")
-    assert generated.steps_taken == 2
+    assert generated.remarks["steps_taken"] == 2
     assert generated.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
     images = model.pipe.generate(generated.labels.tolist(), decoding=DECODING, seed=3, output_type="pt")
     assert (generated.read(range(12)).int() - images.int()).abs().max() <= 1

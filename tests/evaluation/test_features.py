@@ -32,13 +32,6 @@ def test_networks_see_each_image_once_and_features_are_sorted_by_index() -> None
     assert features["second"].logits is None  # an inception score of them would mean nothing
 
 
-def test_no_image_at_all_and_two_networks_of_one_name_are_refused() -> None:
-    with pytest.raises(ValueError, match="at least one image"):
-        extract([few()], [])
-    with pytest.raises(ValueError, match="must have different labels"):
-        extract([few(), few(seed=1)], [(IMAGES[:5], torch.arange(5))])
-
-
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
     """Returns what several ranks compute together, one of them without an image of ``single``."""
     data, network = open_shards(shards), few()

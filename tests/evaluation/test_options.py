@@ -7,8 +7,8 @@ import pytest
 from maskgit_pl import evaluation
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.options import (
-    choose_plot_steps,
     decoding_key,
+    default_steps,
     describe_decoding,
     round_to_classes,
     with_steps,
@@ -36,14 +36,12 @@ def test_the_description_of_a_decoding_leaves_defaults_out() -> None:
     assert describe_decoding(DecodingConfig(8)) == "T 8, confidence, guidance constant"
     schedule = {"name": "pow", "exponent": 2}
     decoding = DecodingConfig(4, guidance="linear", sampling_temperature=(1.2, 0.6), top_k=9, mask_schedule=schedule)
-    text = "confidence, guidance linear, temperature 1.2 to 0.6, top_k 9, mask_schedule pow (exponent 2)"
-    assert describe_decoding(decoding, steps=False) == text
+    text = "T 4, confidence, guidance linear, temperature 1.2 to 0.6, top_k 9, mask_schedule pow (exponent 2)"
+    assert describe_decoding(decoding) == text
 
 
-def test_curves_have_at_most_half_as_many_steps_as_tokens() -> None:
-    assert choose_plot_steps(49) == (2, 3, 4, 6, 8, 12, 16, 24)
-    assert choose_plot_steps(3) == (2,)
-    assert choose_plot_steps(16, [8, 4, 16, 4]) == (4, 8)
+def test_the_usual_steps_are_at_most_one_per_token() -> None:
+    assert [default_steps(num_tokens, (4, 8, 16)) for num_tokens in (24, 8, 3)] == [(4, 8, 16), (4, 8), (3,)]
 
 
 def test_all_classes_have_the_same_number_of_images_at_least_two() -> None:

@@ -68,7 +68,7 @@ def test_a_point_of_another_machine_version_or_network_is_measured_again(tmp_pat
 
 @pytest.mark.parametrize(("options", "match"), [
     *(({"num_tokens": (4, count)}, f"num_tokens must be squares, such as 16 or 256, got {count}") for count in (-4, 2)),
-    ({"sizes": small_config("adaln", num_registers=1)}, "figure 4 must have a backbone with causal attention"),
+    ({"sizes": small_config("adaln", num_registers=1)}, "attention 'causal' must have num_registers 0"),
 ])  # fmt: skip
 def test_a_wrong_option_is_refused_before_anything_is_timed(tmp_path, options, match):
     with pytest.raises(ValueError, match=match):

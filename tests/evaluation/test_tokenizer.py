@@ -11,6 +11,7 @@ from torchmetrics.image import StructuralSimilarityIndexMeasure
 
 from maskgit_pl.data import Batch
 from maskgit_pl.evaluation import TokenizerOptions, classifier, evaluate_tokenizer
+from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import extract
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.options import ClassifierConfig
@@ -85,7 +86,7 @@ def test_structural_similarity_is_the_mean_over_images() -> None:
 def test_reconstructions_have_a_distance_from_the_originals() -> None:
     images, network = pictures(30), few()
     originals = Reference.from_features(extract([network], [(images, torch.arange(30))])["classifier"])
-    options = {"extractors": [network], "references": {"classifier": originals}}
+    options = {"networks": [FeatureMetrics(network, originals)]}
     batches = [batch_of(images[:20]), batch_of(images[20:], first=20)]
     assert measure_reconstruction(noisy(1.0, 8), batches, **options)["rfid/classifier"] == pytest.approx(0, abs=1e-9)
     measured = measure_reconstruction(noisy(0.5, 8), batches, **options)
