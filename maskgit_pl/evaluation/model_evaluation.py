@@ -52,7 +52,6 @@ from maskgit_pl.evaluation.tokenizer import measure_reconstruction
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.card import refresh_card
-from maskgit_pl.pipeline.display import Recording
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
@@ -430,14 +429,5 @@ def _write_pictures(
     save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 
     seeds = [seed + number for number, _ in enumerate(classes[:_ANIMATED])]
-    steps = list(pipe.steps(classes[:_ANIMATED], seed=seeds, decoding=decoding))
-    recording = Recording(
-        steps,
-        pipe.tokenizer.decode,
-        pipe.tokenizer.grid,
-        decoding,
-        names[:_ANIMATED],
-        seeds,
-        token_size=pipe.outline.token_size,
-    )
+    recording = pipe.record(classes[:_ANIMATED], seed=seeds, decoding=decoding)
     recording.save(folder / "decoding.gif")

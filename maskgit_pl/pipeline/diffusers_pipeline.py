@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.pipeline.card import RunOrigin
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
@@ -103,7 +102,7 @@ class MaskGITTokenizer(_Network):
 class MaskGITTransformer(_Network):
     """The transformer: its network, classes and decoding settings, and the folder that its weights come from."""
 
-    def __init__(self, pretrained: PretrainedTransformer, *, origin: RunOrigin) -> None:
+    def __init__(self, pretrained: PretrainedTransformer, *, origin: Path) -> None:
         super().__init__()
         self.pretrained = pretrained
         self.network = pretrained.network
@@ -114,7 +113,7 @@ class MaskGITTransformer(_Network):
         pretrained = load_transformer(folder)
         return cls(
             dataclasses.replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
-            origin=RunOrigin.of(folder.parent, tuned=False),
+            origin=folder.parent,
         )
 
 

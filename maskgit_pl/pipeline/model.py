@@ -6,22 +6,21 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, get_args, overload
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import CHANNELS, check_integer, pixels_text, plain_number
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.checks import CHANNELS, check_choice, check_integer, pixels_text
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
 from maskgit_pl.distributed import check_device
-from maskgit_pl.errors import printable
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
-from maskgit_pl.pipeline.card import STAGES, RunOrigin, fingerprints, write_card
+from maskgit_pl.pipeline.card import STAGES, fingerprints, write_card
 from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
     MAX_RESULTS,
@@ -35,7 +34,6 @@ from maskgit_pl.pipeline.options import (
     OutputType,
     Request,
     SeamKeywords,
-    check_foreign,
     replace_settings,
 )
 from maskgit_pl.pipeline.pretrained import (
@@ -45,9 +43,9 @@ from maskgit_pl.pipeline.pretrained import (
     load_decoding,
     load_tokenizer,
     load_transformer,
+    read_config,
     read_decoding,
     read_negative_model,
-    remove_negative_model,
     save_decoding,
     save_tokenizer,
     save_transformer,
@@ -84,7 +82,7 @@ class MaskGIT:
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
             on a CPU; see ``networks.kernels``.
-        origin: Folder that the networks were loaded from, for the card that ``save_pretrained`` writes.
+        origin: Pretrained folder of the networks, whose facts go into the card that ``save_pretrained`` writes.
 
     Attributes:
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
@@ -103,7 +101,7 @@ class MaskGIT:
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
-        origin: RunOrigin | None = None,
+        origin: Path | None = None,
     ) -> None:
         if mask_schedule is not None:
             transformer.schedule_for("mask_schedule")
@@ -124,7 +122,7 @@ class MaskGIT:
             )
         self.tokenizer, self.transformer = tokenizer, transformer
         self.vector_pool: VectorPool | None = None
-        self._decoding, self._origin, self._pack_weights = decoding, origin or RunOrigin(), pack_weights
+        self._decoding, self._origin, self._pack_weights = decoding, origin, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
         transformer.caches.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
@@ -163,12 +161,10 @@ class MaskGIT:
             ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the
                 negative model predicts other tokens.
         """
-        check_foreign(hub)
         folder = find_folder(path_or_hub_id, **hub)
         # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
-        is_own = decoding is None
         if negative_model is None and not isinstance(decoding, DecodingConfig):
-            negative_model = read_negative_model(folder / "decoding.json" if is_own else Path(str(decoding)))
+            negative_model = read_negative_model(folder / "decoding.json" if decoding is None else Path(decoding))
         if decoding is None:
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
@@ -179,38 +175,23 @@ class MaskGIT:
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
-            origin=RunOrigin.of(folder, tuned=is_own),
+            origin=folder,
         )
         return pipe.to(device, dtype=dtype)
 
-    def save_pretrained(
-        self,
-        folder: Path | str,
-        *,
-        run: Path | str | None = None,
-        license: str | None = None,  # noqa: A002  # the Hub's word
-        name: str | None = None,
-    ) -> None:
+    def save_pretrained(self, folder: Path | str) -> None:
         """Writes the files that ``from_pretrained`` reads, ``config.json`` and a model card.
 
         Args:
-            folder: Folder to write. A pipeline in it is replaced, with its negative model.
-            run: Run folder that the weights come from, for the card; by default the run that they were loaded
-                from, if they have not changed.
-            license: License of the weights as the Hub spells it; None leaves it open in the card.
-            name: Name for ``from_pretrained`` in the card, such as ``owner/name``.
+            folder: Folder to write. A pipeline in it is replaced.
 
         Raises:
             FileExistsError: if the folder of a network has other files.
-            FileNotFoundError: if there is no such run.
             ValueError: if weights are not finite.
         """
-        if run is not None and not Path(run).is_dir():  # found before weights are written
-            raise FileNotFoundError(
-                f"run {run}: no such folder; name a run folder that training wrote, or leave it out"
-            )
-        # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
-        folder, before = Path(folder), self._origin.weights()
+        # The folder may be the one that was loaded: its facts are read before it is overwritten.
+        folder, origin = Path(folder), self._origin
+        known = {} if origin is None or not (origin / "config.json").is_file() else read_config(origin, "pipeline")
         for stage in STAGES if self.negative_model is None else (*STAGES, NEGATIVE):
             check_stage_folder(folder / stage)
         network = self.tokenizer.network
@@ -228,21 +209,11 @@ class MaskGIT:
                 tokenizer_fingerprint=tokenizer,
             )
         negative = None if self.negative_model is None else folder / NEGATIVE
-        if negative is None:
-            remove_negative_model(folder)
         if self._decoding is not None or negative is not None:
-            save_decoding(folder, self.decoding, tuned=self._origin.tuned, negative_model=negative)
+            save_decoding(folder, self.decoding, negative_model=negative)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
-        # Facts of the run are kept only if the weights are still those of the run.
-        after = fingerprints(folder)
-        write_card(
-            folder,
-            run=run if run is not None else self._origin.run() if before == after else None,
-            known=self._origin.facts(after),
-            license=license,
-            name=name,
-        )
+        write_card(folder, known=known if known.get("fingerprints") == fingerprints(folder) else None)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -312,15 +283,6 @@ class MaskGIT:
                 block.compile()
         return self
 
-    def clear_caches(self) -> None:
-        """Removes all that was computed from the weights: packed weights, and the logits of the first step.
-
-        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them.
-        Call it after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
-        """
-        for transformer in self._transformers():
-            transformer.caches.clear()
-
     def class_ids(self, classes: Classes) -> list[int]:
         """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
         return self.outline.class_ids(classes)
@@ -348,14 +310,6 @@ class MaskGIT:
         decoding.check(num_tokens, is_autoregressive=schedule is None)
         if schedule is not None:
             decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
-
-    def __call__(self, *arguments: object, **options: object) -> NoReturn:
-        """Refuses a call as of a pipeline of diffusers.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("MaskGIT is not called; use pipe.generate(classes, num_steps=8, guidance_scale=2, seed=0)")
 
     @overload
     def generate(
@@ -399,16 +353,8 @@ class MaskGIT:
             TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not
                 take an argument.
         """
-        request = self._request(classes, options)
-        steps = tasks.generate(self.tokenizer, self.transformer, request)
-        return tasks.finish(steps, output_type, request.callback)
-
-    def steps(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Iterator[DecodingStep]:
-        """Yields the decoding steps of one batch. See ``generate`` for the arguments.
-
-        ``pipe.tokenizer.decode(step.tokens)`` gives the images at a step.
-        """
-        return tasks.decode(self.transformer, self._request(classes, options))
+        request = self._request(classes, options, output_type=output_type)
+        return tasks.as_output(tasks.generate(self.tokenizer, self.transformer, request), output_type)
 
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
         """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
@@ -422,12 +368,10 @@ class MaskGIT:
         request, outline = self._request(classes, options), self.outline
         return Recording(
             list(tasks.decode(self.transformer, request)),
-            self.tokenizer.decode,
-            self.tokenizer.grid,
+            self.tokenizer,
             request.decoding,
             ["no class" if label == outline.null_label else self.class_names[label] for label in request.labels],
             request.seeds,
-            token_size=outline.token_size,
         )
 
     def inpaint(
@@ -471,9 +415,9 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
-        request = self._request(classes, options, EditKeywords)
-        steps = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
-        return tasks.finish(steps, output_type, request.callback)
+        request = self._request(classes, options, EditKeywords, output_type=output_type)
+        images = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
+        return tasks.as_output(images, output_type)
 
     def edit_class(
         self,
@@ -508,7 +452,7 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing.
         """
-        variants = check_integer("variants", plain_number(variants), f"[1, {MAX_RESULTS}]")
+        variants = check_integer("variants", variants, f"[1, {MAX_RESULTS}]")
         mask: MaskLike = cast("MaskLike", region)
         if isinstance(region, list | tuple):
             image = image_pixels(image, channels=self.tokenizer.network.config.in_channels)
@@ -550,9 +494,9 @@ class MaskGIT:
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
             TypeError: see ``generate``.
         """
-        request = self._request(classes, options, FitKeywords)
-        steps = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
-        return tasks.finish(steps, output_type, request.callback)
+        request = self._request(classes, options, FitKeywords, output_type=output_type)
+        images = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
+        return tasks.as_output(images, output_type)
 
     def outpaint(
         self,
@@ -599,10 +543,10 @@ class MaskGIT:
 
         Source: paper, Figure 1 and Table 2.
         """
-        request = self._request(classes, options, SeamKeywords)
+        request = self._request(classes, options, SeamKeywords, output_type=output_type)
         added = Margins(left, right, up, down)
-        steps = tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
-        return tasks.finish(steps, output_type, request.callback)
+        images = tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
+        return tasks.as_output(images, output_type)
 
     def panorama(
         self,
@@ -636,28 +580,35 @@ class MaskGIT:
 
         Source: paper, Figure 1.
         """
-        request, outline = self._request(classes, options), self.outline
+        request, outline = self._request(classes, options, output_type=output_type), self.outline
         height = outline.least_canvas[0] if height is None else height
-        size = check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
-        steps = tasks.panorama(self.tokenizer, self.transformer, request, size, overlap)
-        return tasks.finish(steps, output_type, request.callback)
+        check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
+        images = tasks.panorama(self.tokenizer, self.transformer, request, (height, width), overlap)
+        return tasks.as_output(images, output_type)
 
     def __repr__(self) -> str:
-        """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
+        """Returns classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
         tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
         networks = [list(network.parameters()) for network in (self.tokenizer.network, self.transformer.network)]
         counts = " + ".join(f"{sum(weight.numel() for weight in network):,}" for network in networks)
-        name = f"{printable(self._origin.name)}: " if self._origin.name else ""
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
         colours = CHANNELS[tokenizer.in_channels]
         return (
-            f"MaskGIT({name}{len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
+            f"MaskGIT({len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
             f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "
             f"{counts} parameters, {str(networks[1][0].dtype).removeprefix('torch.')} on {self.device})"
         )
 
-    def _request(self, classes: Classes | None, options: GenerateKeywords, kind: type = GenerateKeywords) -> Request:
+    def _request(
+        self,
+        classes: Classes | None,
+        options: GenerateKeywords,
+        kind: type = GenerateKeywords,
+        *,
+        output_type: OutputType = "pil",
+    ) -> Request:
         """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
+        check_choice("output_type", output_type, get_args(OutputType))
         request = Request.of(self.outline, [None] if classes is None else classes, options, kind)
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)

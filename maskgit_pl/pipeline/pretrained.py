@@ -41,7 +41,6 @@ __all__ = [
     "read_config",
     "read_decoding",
     "read_negative_model",
-    "remove_negative_model",
     "save_decoding",
     "save_tokenizer",
     "save_transformer",
@@ -306,18 +305,6 @@ def read_negative_model(file: Path) -> Path | None:
     if fingerprint(folder) != entry["transformer"]:
         _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
     return folder
-
-
-def remove_negative_model(folder: Path | str) -> None:
-    """Removes the negative model of a pretrained folder, if there is one. Other files there stay."""
-    target = Path(folder) / NEGATIVE
-    if target.is_symlink():
-        target.unlink()
-    elif target.is_dir():
-        for name in _NETWORK_FILES:
-            (target / name).unlink(missing_ok=True)
-        if not any(target.iterdir()):
-            target.rmdir()
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

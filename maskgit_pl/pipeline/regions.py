@@ -8,11 +8,9 @@ Source: paper, section on class-conditional image editing; google-research/maskg
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from math import ceil, floor
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, plain_number, shorten
+from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, shorten
 from maskgit_pl.data.image_bytes import MAX_PIXELS, read_image_file
 from maskgit_pl.errors import printable
 
@@ -43,7 +41,6 @@ __all__ = [
     "fit_to_model",
     "image_pixels",
     "mask_pixels",
-    "parse_box",
     "pixel_region",
     "seam",
     "seam_radius",
@@ -56,9 +53,7 @@ ImageLike: TypeAlias = Union[str, Path, "Image.Image", Tensor, npt.NDArray[Any]]
 MaskLike: TypeAlias = ImageLike
 
 _WHITE = 128  # pixels of a mask picture with at least this grey value are generated
-_SIDES = f"[0, {MAX_PIXELS}]"  # a canvas has at most as many pixels as an image that can be read
 _STEPS_SKIPPED = 6  # an edit skips one sixth of the steps: the released code skips 2 of 12
-_EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # one edge of a box
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image", background: str = "white") -> Tensor:
@@ -174,36 +169,6 @@ def fit_to_model(
     return fit_image(image, image_size=image_size, crop=None), cut
 
 
-def parse_box(text: str, *, height: int, width: int) -> list[int]:
-    """Parses a box: four edges separated by commas, each in whole pixels or in percent of the image.
-
-    Percentages of left and top are rounded down to pixels, those of right and bottom up.
-
-    Args:
-        text: left,top,right,bottom such as ``0,0,14,28`` or ``10%,20%,60%,80%``.
-        height: H of the image in pixels.
-        width: W of the image in pixels.
-
-    Raises:
-        ValueError: if the text has another form. ``box_mask`` checks that the box lies within the image.
-    """
-    # Percentages of left and right refer to the width, those of top and bottom to the height.
-    edges = [_EDGE.fullmatch(word.strip()) for word in text.split(",")]
-    box = []
-    for edge, length, to_pixels in zip(edges, (width, height, width, height), (floor, floor, ceil, ceil), strict=False):
-        if edge is None or (edge["percent"] is None and "." in edge["number"]):
-            break
-        # Fraction keeps 33.3% of 1000 pixels exact, so that rounding is not off by one.
-        number = edge["number"]
-        box.append(int(number) if edge["percent"] is None else to_pixels(Fraction(number) * length / 100))
-    if len(edges) != 4 or len(box) != 4:
-        raise ValueError(
-            f"box must be left,top,right,bottom in whole pixels or in percent, such as 0,0,14,28 or 10%,20%,60%,80%, "
-            f"got {text}"
-        )
-    return box
-
-
 def box_mask(box: Box, *, height: int, width: int) -> Tensor:
     """Returns (H, W) bool, True inside a box.
 
@@ -213,11 +178,10 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
         width: W of the image in pixels.
 
     Raises:
-        ValueError: if the box does not have four integers, is empty or reversed, or leaves the image.
+        ValueError: if the box does not have four edges, is empty or reversed, or leaves the image.
     """
-    edges = [plain_number(edge) for edge in box]
-    if len(edges) != 4 or not all(type(edge) is int for edge in edges):
-        raise ValueError(f"box must have four integers left,top,right,bottom, got {shorten(edges)}")
+    if len(box) != 4:
+        raise ValueError(f"box must have four edges left,top,right,bottom, got {shorten(box)}")
     left, top, right, bottom = box
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
@@ -325,19 +289,12 @@ class Margins:
         right: Pixels on the right, at least 0.
         up: Pixels above, at least 0.
         down: Pixels below, at least 0.
-
-    Raises:
-        ValueError: if a side is not an integer in [0, 64000000].
     """
 
     left: int
     right: int
     up: int
     down: int
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            object.__setattr__(self, name, check_integer(name, plain_number(value), _SIDES))
 
     def check(self, size: Sequence[int], *, factor: int, least: ImageSize) -> None:
         """Checks that the pixels can be added to an image.
@@ -348,13 +305,13 @@ class Margins:
             least: Smallest size of the result: the image size of the model.
 
         Raises:
-            ValueError: if all sides are 0, a size is not a multiple of ``factor``, or the result is too small
-                or too large.
+            ValueError: if a side is negative, all sides are 0, a size is not a multiple of ``factor``, or the result
+                is too small or too large.
         """
-        sides = asdict(self)
-        if not any(sides.values()):
+        if not any(self.sides):
             raise ValueError("one of left, right, up and down must be > 0 pixels, got none")
-        for name, value in {**sides, "height of the image": size[0], "width of the image": size[1]}.items():
+        for name, value in {**asdict(self), "height of the image": size[0], "width of the image": size[1]}.items():
+            check_integer(name, value, "[0, inf)")
             _check_whole_tokens(name, value, factor)
         check_canvas(size[0] + self.up + self.down, size[1] + self.left + self.right, factor=factor, least=least)
 
@@ -387,8 +344,8 @@ class Margins:
         return F.pad(image, [side // size for side in self.sides], mode=mode)
 
 
-def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> tuple[int, int]:
-    """Checks the size of a canvas, and returns it as plain integers (H, W).
+def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> None:
+    """Checks the size of a canvas.
 
     Args:
         height: H in pixels.
@@ -400,20 +357,14 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
         ValueError: if a side is not an integer, smaller than that of ``least``, or not a multiple of
             ``factor`` (the message names the nearest sizes), or the canvas has more than 64 million pixels.
     """
-    own_height, own_width = height_width(least)
-    size = [("height", plain_number(height), own_height), ("width", plain_number(width), own_width)]
-    for name, value, least_side in size:
-        number = check_integer(name, value, f"[1, {MAX_PIXELS}]")
-        if number < least_side:
-            raise ValueError(f"{name} must be >= {least_side} pixels, the {name} of the model's images, got {number}")
-        _check_whole_tokens(name, number, factor, least=least_side)
-    height, width = int(height), int(width)
+    for name, side, least_side in zip(("height", "width"), (height, width), height_width(least), strict=True):
+        check_integer(name, side, f"[{least_side}, {MAX_PIXELS}]")
+        _check_whole_tokens(name, side, factor, least=least_side)
     if height * width > MAX_PIXELS:
         name = "height" if height > width else "width"
         raise ValueError(
             f"{name} must be smaller, because a canvas has at most {MAX_PIXELS} pixels, got {width} x {height}"
         )
-    return height, width
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.display import Recording, StepRecorder, describe_settings, token_panel
 from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline.options import seeds_of
-from maskgit_pl.pipeline.regions import Margins, box_mask, parse_box
+from maskgit_pl.pipeline.regions import Margins, box_mask
+from maskgit_pl.runs.layers import parse_integers
 from maskgit_pl.schedules import mask_schedules
 
 __all__ = ["STYLE", "build_page", "painted_pixels", "read_upload", "run_task", "settings_of", "stream_steps"]
@@ -176,9 +177,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
         with gr.Column(scale=2, min_width=300):
             task = gr.Radio([_PAINT, _EXTEND, _VARY], value=_PAINT, label="Task")
             with gr.Group() as paint:
-                box = gr.Textbox(
-                    label="Box in place of the brush", placeholder="left,top,right,bottom: 0,0,14,28 or 0%,0%,50%,100%"
-                )
+                box = gr.Textbox(label="Box in place of the brush", placeholder="left,top,right,bottom: 0,0,14,28")
             with gr.Group(visible=False) as extend:
                 sides = gr.CheckboxGroup(list(_SIDES), value=["right"], label="Sides")
                 margin = gr.Slider(
@@ -205,7 +204,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
         if task == _PAINT:
             is_boxed = bool(box.strip())
             mask = (
-                box_mask(parse_box(box, height=height, width=width), height=height, width=width)
+                box_mask(parse_integers("box", box), height=height, width=width)
                 if is_boxed
                 else painted_pixels((canvas or {}).get("layers") or [], height=height, width=width)
             )
@@ -261,27 +260,27 @@ def run_task(
     Raises:
         ValueError: if a value is out of range.
     """
-    grid, decoding = pipe.tokenizer.grid, pipe.decoding_with(**settings)
-    if requested is not None:
+    grid, decoding = None, pipe.decoding_with(**settings)
+    if requested is not None and tuple(requested.shape) != height_width(pipe.outline.image_size):  # a canvas
         grid = pipe.tokenizer.network.config.grid((requested.shape[0], requested.shape[1]))
     captions = _captions(pipe, labels, seed)
     original = [] if before is None else [(to_pil(before), "before")]
-    decode, size, first = partial(pipe.tokenizer.decode, grid=grid), pipe.outline.token_size, StepRecorder(max_images=1)
+    first = StepRecorder(max_images=1)
     call = partial(call, classes=list(labels), seed=seed, **settings)
     with closing(stream_steps(call, num_steps=decoding.num_steps)) as steps:
         for step in steps:
             if isinstance(step, DecodingStep):
                 first(step)
                 tiles = [
-                    token_panel(step, row, image, size, requested=requested)
-                    for row, image in enumerate(decode(step.tokens))
+                    token_panel(step, row, image, pipe.outline.token_size, requested=requested)
+                    for row, image in enumerate(pipe.tokenizer.decode(step.tokens, grid=grid))
                 ]
                 decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
                 text = f"Step {step.step + 1} of {decoding.num_steps}: {decided}"
                 yield [[*original, *zip(tiles, captions, strict=True)], text, gr.skip()]
                 continue
             recording = Recording(
-                first.steps, decode, grid, decoding, [_class_name(pipe, labels[0])], [seed], requested, size
+                first.steps, pipe.tokenizer, decoding, [_class_name(pipe, labels[0])], [seed], grid, requested
             )
             with TemporaryDirectory(dir=folder) as temporary:
                 recording.save(animation := Path(temporary) / "decoding.gif")

@@ -14,11 +14,11 @@ from maskgit_pl import MaskGIT
 from maskgit_pl.cli import main
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import sha256_of
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_decoding, save_transformer
+from maskgit_pl.pipeline.pretrained import save_decoding
 from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import local_hub
-from tests.networks.backbone_cases import create, small_config
+from tests.networks.backbone_cases import save_model_of_vectors
 from tests.test_page_code import BLOCKS
 
 ROOT = Path(__file__).parents[2]
@@ -240,14 +240,7 @@ def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):
 
 
 def test_a_model_with_vectors_takes_them(tiny_pretrained, tmp_path):
-    folder, plain = tmp_path / "vectors", load_transformer(tiny_pretrained / "transformer")
-    shutil.copytree(tiny_pretrained / "tokenizer", folder / "tokenizer")
-    config = small_config("adaln", grid=[4, 4], condition_dim=4)
-    weights = create(config).state_dict()
-    save_transformer(
-        folder / "transformer", config, weights, mask_schedule="cosine", decoding=plain.decoding,
-        class_names=plain.class_names, tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
-    )  # fmt: skip
+    folder = save_model_of_vectors(tiny_pretrained, tmp_path / "vectors", dim=4)
     check_images(folder, tmp_path / "out", [0, 1], seed=3, vectors=np.ones((2, 4), np.float32))
     with pytest.raises(ValueError, match="vectors must be given"):
         load(tmp_path / "out")([0])

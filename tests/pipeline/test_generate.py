@@ -8,7 +8,7 @@ import torch
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig, DecodingStep
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.bulk import generate_many
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import save_tiny_pretrained
 from tests.pipeline.conftest import images, last_tokens
 
@@ -69,7 +69,9 @@ def test_an_autoregressive_model_refuses_settings_of_parallel_decoding(causal, n
     with pytest.raises(ValueError, match=message):
         causal.generate([0], **{name: value}, callback=steps.append)
     with pytest.raises(ValueError, match=message):
-        generate_many(causal, tmp_path / "a.npz", num_images=4, **{name: value})
+        generate_many(
+            causal, tmp_path / "a.npz", BulkOptions(num_images=4, decoding=causal.decoding_with(**{name: value}))
+        )
     assert not steps
     assert not list(tmp_path.iterdir())
 
@@ -282,10 +284,10 @@ def test_a_panorama_depends_on_its_class_and_seed_only(pipe) -> None:
     [
         (lambda pipe: pipe.outpaint(picture()), "one of left, right, up and down must be > 0"),
         (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
-        (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
+        (lambda pipe: pipe.outpaint(picture(size=2), right=2), r"height must be an integer in \[8, "),
         (lambda pipe: pipe.outpaint(picture(), right=2, fit=True), "option 'fit': "),
         (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a number in \(0, 1\)"),
-        (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the width of the model's images, got 6"),
+        (lambda pipe: pipe.panorama([0], 6), r"width must be an integer in \[8, .*, got 6"),
     ],
 )
 def test_sizes_that_no_canvas_has_are_refused(pipe, call, message) -> None:

@@ -109,7 +109,7 @@ def test_a_saved_pipeline_has_these_files_only(pipe, tmp_path: Path) -> None:
     assert files == {"README.md", "config.json", *stages}
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     with pytest.raises(ValueError, match=r"format must be 'maskgit_pl\.pipeline', got None"):
-        MaskGIT.from_pretrained(tmp_path)
+        MaskGIT.from_pretrained(tmp_path).save_pretrained(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("is_beside", [False, True])
@@ -136,7 +136,6 @@ def test_tuned_decoding_settings_are_saved_with_the_weights(tmp_path: Path, capl
     again = MaskGIT.from_pretrained(tmp_path / "copy")
     assert again.decoding == TUNED
     assert again.transformer.decoding == own.decoding  # as it was exported
-    assert '"metric": "fid"' in (tmp_path / "copy" / "decoding.json").read_text()
     assert not caplog.records  # no warning of other weights
     own.save_pretrained(tmp_path / "copy")
     assert read_decoding(tmp_path / "copy") is None
