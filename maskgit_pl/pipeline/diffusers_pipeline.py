@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -41,7 +41,6 @@ from maskgit_pl.pipeline.sharing import (
 __all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer", "export_diffusers"]
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
-_NAMES_HERE = {"num_steps": "num_inference_steps", "callback": "callback_on_step_end"}
 _FILES = {
     "README.md", "config.json", *DIFFUSERS_FILES,
     *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
@@ -185,14 +184,11 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             The images, as ``images`` of an ``ImagePipelineOutput`` or in a tuple.
 
         Raises:
-            TypeError: if an option is unknown.
             ValueError: if a class is unknown, a number is out of range, or both ``seed`` and ``generator`` are given.
         """
-        for name in _NAMES_HERE.keys() & options:
-            raise TypeError(f"option {name!r}: its name here is {_NAMES_HERE[name]!r}")
         maskgit = self.maskgit
-        count = len(maskgit.class_ids(class_labels))
-        options |= {"num_steps": num_inference_steps, "seed": _seeds(seed, generator, count)}
+        seeds = _seeds(seed, generator, len(maskgit.outline.class_ids(class_labels)))
+        options = {"num_steps": num_inference_steps, "seed": seeds, **options}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
         request = Request.of(maskgit.outline, class_labels, options, GenerateKeywords)
@@ -209,43 +205,15 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             images = (images.float() if output_type == "pt" else images.astype(np.float32)) / 255
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,  # noqa: FBT001, FBT002  # the signature of diffusers
-        **options: Any,
-    ) -> None:
-        """Writes a folder as ``maskgit export --format diffusers`` does.
-
-        Args:
-            save_directory: Folder to write. A pipeline in it is replaced.
-            safe_serialization: True; weights are written as safetensors only.
-            options: Options of diffusers, which must be unset.
-
-        Raises:
-            ValueError: if an option is not supported.
-        """
-        set_options = {name: value for name, value in options.items() if value}
-        if set_options or not safe_serialization:
-            name, value = next(iter(set_options.items()), ("safe_serialization", safe_serialization))
-            raise ValueError(
-                f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
-                "`maskgit push FOLDER OWNER/NAME` uploads it"
-            )
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes a folder as ``maskgit export --format diffusers`` does; a pipeline in it is replaced."""
         folder = Path(save_directory)
         self.maskgit.save_pretrained(folder)
         write_diffusers_files(folder)
 
-    def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> str:
-        """Refuses to upload files that have not been checked.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "pipe.push_to_hub is not supported; write a folder with pipe.save_pretrained, then upload it with "
-            f"`maskgit push FOLDER {repo_id}`"
-        )
+    def push_to_hub(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuses to upload files that have not been checked."""
+        raise ValueError("push_to_hub must not be called; `maskgit push FOLDER OWNER/NAME` uploads a saved folder")
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -31,10 +31,12 @@ from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import Images, OutputType, Request
 from maskgit_pl.pipeline.regions import (
+    Box,
     ImageLike,
     Margins,
     MaskLike,
     Window,
+    box_mask,
     composite,
     first_step,
     fit_to_model,
@@ -109,7 +111,7 @@ def inpaint(
     transformer: PretrainedTransformer,
     request: Request,
     image: ImageLike | Sequence[ImageLike],
-    mask: MaskLike | Sequence[MaskLike],
+    mask: MaskLike | Box | Sequence[MaskLike | Box],
 ) -> Tensor:
     """Regenerates the masked part of images. See ``MaskGIT.inpaint`` for the arguments and the numbered steps."""
     transformer.schedule_for("inpaint")
@@ -348,7 +350,7 @@ def _read_images(
     tokenizer: PretrainedTokenizer,
     request: Request,
     image: ImageLike | Sequence[ImageLike],
-    mask: MaskLike | Sequence[MaskLike] | None,
+    mask: MaskLike | Box | Sequence[MaskLike | Box] | None,
 ) -> tuple[Tensor, Tensor]:
     """Reads images and masks, and fits them to the size of the model; see ``regions.fit_to_model``.
 
@@ -360,19 +362,22 @@ def _read_images(
     number, read = max(len(images), len(masks)), []
     for row in range(number):
         # One image goes with every mask, and one mask with every image.
-        source, mask_source = images[row % len(images)], masks[row % len(masks)]
+        source, region = images[row % len(images)], masks[row % len(masks)]
         name = f"image {row}" if number > 1 else "image"
         name = f"image {printable(str(source))}" if isinstance(source, str | Path) else name
         pixels = image_pixels(source, channels=channels, name=name)
-        region = None if mask_source is None else mask_pixels(mask_source, name=f"mask of {name}")
+        if isinstance(region, tuple):
+            region = box_mask(region, height=pixels.shape[-2], width=pixels.shape[-1])
+        elif region is not None:
+            region = mask_pixels(region, name=f"mask of {name}")
         read.append(fit_to_model(pixels, region, image_size=tokenizer.image_size, fit=request.fit, name=name))
     return torch.stack([pixels for pixels, _ in read]), torch.stack([region for _, region in read])
 
 
-def _as_list(name: str, images: ImageLike | Sequence[ImageLike], count: int) -> list[ImageLike]:
-    """Returns a list of one image or mask for all results, or of one for each of the ``count`` results."""
-    if not isinstance(images, list | tuple):
-        return [cast("ImageLike", images)]
+def _as_list(name: str, images: Any, count: int) -> list[Any]:
+    """Returns a list of one image, mask or box for all results, or of one for each of the ``count`` results."""
+    if not isinstance(images, list | tuple) or (isinstance(images, tuple) and isinstance(images[0], int)):
+        return [images]
     if len(images) not in (1, count):
         raise ValueError(f"{name} must be one {name}, or one for each of the {count} classes, got {len(images)}")
     return list(images)

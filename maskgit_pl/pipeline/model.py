@@ -6,15 +6,15 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, Unpack, cast, get_args, overload
+from typing import TYPE_CHECKING, Literal, Self, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import CHANNELS, check_choice, check_integer, pixels_text
+from maskgit_pl.checks import CHANNELS, check_choice, pixels_text
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
 from maskgit_pl.distributed import check_device
@@ -23,7 +23,6 @@ from maskgit_pl.pipeline import generate as tasks
 from maskgit_pl.pipeline.card import STAGES, fingerprints, write_card
 from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
-    MAX_RESULTS,
     Classes,
     DecodingKeywords,
     EditKeywords,
@@ -50,9 +49,9 @@ from maskgit_pl.pipeline.pretrained import (
     save_tokenizer,
     save_transformer,
 )
-from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, box_mask, check_canvas, image_pixels
+from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, check_canvas
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder, find_transformer
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -76,8 +75,6 @@ class MaskGIT:
     Args:
         tokenizer: Encodes images to tokens and decodes tokens to images.
         transformer: Predicts the tokens of a class.
-        mask_schedule: Mask schedule to decode with and to save, in place of that of the transformer's
-            training: a name, a mapping, or an object of a registered class.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
@@ -97,16 +94,11 @@ class MaskGIT:
         tokenizer: PretrainedTokenizer,
         transformer: PretrainedTransformer,
         *,
-        mask_schedule: str | Mapping[str, Any] | MaskSchedule | None = None,
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
         origin: Path | None = None,
     ) -> None:
-        if mask_schedule is not None:
-            transformer.schedule_for("mask_schedule")
-            schedule = mask_schedules.build(mask_schedules.spec(mask_schedule))
-            transformer = replace(transformer, mask_schedule=schedule)
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ValueError(
@@ -247,21 +239,11 @@ class MaskGIT:
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Moves both networks, and casts them if a ``dtype`` is given.
-
-        Args:
-            device: Device such as ``cpu``, ``cuda`` or ``cuda:1``.
-            dtype: Type of the weights such as ``torch.bfloat16``; None keeps it.
-
-        Returns:
-            The pipeline itself, for chaining.
+        """Moves the networks to a device such as ``cuda:1``, and casts them if a ``dtype`` is given; returns itself.
 
         Raises:
-            TypeError: if the device is a type of the weights.
             ValueError: if the device is not available.
         """
-        if isinstance(device, torch.dtype):
-            raise TypeError(f"device must be a device such as 'cpu', got {device}; use pipe.to('cpu', dtype={device})")
         device = check_device(device)
         self.tokenizer.network.to(device=device, dtype=dtype)
         for transformer in self._transformers():
@@ -273,9 +255,6 @@ class MaskGIT:
 
         A GPU then runs a few large kernels for each block in place of tens of small ones, which pays off for thousands
         of images. Results are the same to rounding. On a CPU, compiled blocks do not use packed weights.
-
-        Returns:
-            The pipeline itself, for chaining.
         """
         for transformer in self._transformers():
             set_packing(transformer.network, enabled=False)
@@ -283,17 +262,8 @@ class MaskGIT:
                 block.compile()
         return self
 
-    def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
-        return self.outline.class_ids(classes)
-
     def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
-        """Returns the default decoding settings with some of them replaced. See ``generate`` for their names.
-
-        Raises:
-            TypeError: if a setting is unknown.
-            ValueError: if a value is out of range.
-        """
+        """Returns the default decoding settings with some of them replaced. See ``options.replace_settings``."""
         return replace_settings(self.decoding, settings)
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
@@ -357,12 +327,7 @@ class MaskGIT:
         return tasks.as_output(tasks.generate(self.tokenizer, self.transformer, request), output_type)
 
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
-        """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
-
-        Args:
-            classes: See ``generate``.
-            options: See ``generate``.
-        """
+        """Decodes one batch of images and keeps every step. See ``generate`` for the arguments."""
         from maskgit_pl.pipeline.display import Recording  # which imports Pillow
 
         request, outline = self._request(classes, options), self.outline
@@ -377,7 +342,7 @@ class MaskGIT:
     def inpaint(
         self,
         image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Sequence[MaskLike],
+        mask: MaskLike | Box | Sequence[MaskLike | Box],
         *,
         classes: Classes | None = None,
         output_type: OutputType = "pil",
@@ -389,7 +354,7 @@ class MaskGIT:
 
             pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
             variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
-            variants[0].save("inpainted.png")
+            pullovers = pipe.inpaint("shirt.png", (0, 12, 28, 28), classes=["Pullover"] * 4)
 
         1. Encodes the images, and masks the tokens under the mask and their neighbours.
         2. Decodes the masked tokens. All other tokens stay.
@@ -401,63 +366,23 @@ class MaskGIT:
             image: One image for all results, or a list with one for each: a file, a PIL image, or uint8
                 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C).
             mask: One mask for all results, or a list with one for each: a file or a PIL image, white where
-                pixels are generated, or (H, W) bool.
-            classes: Index or name of the class of each result. None gives one result of "no class" (see ``generate``).
+                pixels are generated, (H, W) bool, or a box: a tuple (left, top, right, bottom) in pixels of the image.
+            classes: Index or name of the class of each result; another class than that of the image turns the region
+                into it. None gives one result of "no class" (see ``generate``).
             output_type: See ``generate``.
             options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``options.EditKeywords``. The
                 first floor(T / 6) of T steps are skipped, except for a full mask.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if an image or a mask cannot be read, has another size or is empty, a class is
-                unknown, a number is out of range, or the length of a list differs from that of ``classes``.
-            TypeError: see ``generate``.
+            ValueError: if an image or a mask cannot be read, has another size or is empty, or the length of a
+                list differs from that of ``classes``. See also ``generate``.
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
         request = self._request(classes, options, EditKeywords, output_type=output_type)
         images = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
         return tasks.as_output(images, output_type)
-
-    def edit_class(
-        self,
-        image: ImageLike,
-        region: Box | MaskLike,
-        class_: int | str,
-        *,
-        variants: int = 1,
-        output_type: OutputType = "pil",
-        **options: Unpack[EditKeywords],
-    ) -> Images:
-        """Turns what is in a box or under a mask into another class. The rest of the image stays.
-
-        Example::
-
-            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
-            pullovers = pipe.edit_class("shirt.png", (0, 12, 28, 28), "Pullover", variants=4)
-            pullovers[0].save("pullover.png")
-
-        Args:
-            image: A file, a PIL image or uint8 pixels. See ``inpaint``.
-            region: (left, top, right, bottom) in pixels of the image, or a mask. See ``inpaint``.
-            class_: Index or name of the class.
-            variants: Number of results, in [1, 10000]. Variant i has seed + i.
-            output_type: See ``generate``.
-            options: See ``inpaint``.
-
-        Raises:
-            ValueError: if the box is empty or not within the image. See also ``inpaint``.
-            FileNotFoundError: if there is no such file.
-            TypeError: see ``inpaint``.
-
-        Source: paper, section on class-conditional image editing.
-        """
-        variants = check_integer("variants", variants, f"[1, {MAX_RESULTS}]")
-        mask: MaskLike = cast("MaskLike", region)
-        if isinstance(region, list | tuple):
-            image = image_pixels(image, channels=self.tokenizer.network.config.in_channels)
-            mask = box_mask(region, height=image.shape[-2], width=image.shape[-1])
-        return self.inpaint(image, mask, classes=[class_] * variants, output_type=output_type, **options)
 
     def edit(
         self,
@@ -490,9 +415,7 @@ class MaskGIT:
                 of T steps are skipped, except with strength 1.
 
         Raises:
-            FileNotFoundError: if there is no such file.
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
-            TypeError: see ``generate``.
         """
         request = self._request(classes, options, FitKeywords, output_type=output_type)
         images = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
@@ -536,10 +459,7 @@ class MaskGIT:
                 all pixels of the image stay.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not an image, all sides are 0, a size is not a multiple of the pixels
-                of a token, a class is unknown, or a number is out of range.
-            TypeError: see ``generate``.
+            ValueError: if all sides are 0, or a size is not a multiple of the pixels of a token. See also ``inpaint``.
 
         Source: paper, Figure 1 and Table 2.
         """
@@ -574,9 +494,7 @@ class MaskGIT:
             options: See ``generate``.
 
         Raises:
-            ValueError: if a size is too small or not a multiple of the pixels of a token, a class is unknown,
-                or a number is out of range.
-            TypeError: see ``generate``.
+            ValueError: if a size is too small or not a multiple of the pixels of a token. See also ``generate``.
 
         Source: paper, Figure 1.
         """
@@ -626,18 +544,12 @@ class MaskGIT:
 
     def _open_negative(self, model: NegativeModelLike) -> PretrainedTransformer:
         """Returns the transformer from which guidance moves away, checked; one of a folder moves to this device."""
-        negative: PretrainedTransformer | None
         if isinstance(model, str | Path):
             negative = load_transformer(find_transformer(model))
             negative.to(self.device, dtype=next(self.transformer.network.parameters()).dtype)
             set_packing(negative.network, enabled=self._pack_weights)
         else:
-            negative = model if isinstance(model, PretrainedTransformer) else getattr(model, "transformer", None)
-        if negative is None:
-            raise TypeError(
-                "negative_model must be a folder, a repository of the Hub, a MaskGIT or a PretrainedTransformer, got "
-                f"{type(model).__name__}"
-            )
+            negative = model if isinstance(model, PretrainedTransformer) else model.transformer
         self.transformer.check_negative(negative)
         return negative
 

@@ -164,7 +164,7 @@ class FitKeywords(GenerateKeywords, total=False):
 
 
 class EditKeywords(SeamKeywords, FitKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.inpaint`` and ``edit_class``: all of the above."""
+    """Keyword arguments of ``MaskGIT.inpaint``: all of the above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,8 +213,6 @@ class Outline:
         choices = plain_list(classes)
         if choices is None:  # a single class
             choices = [plain_number(classes)]
-            if not isinstance(choices[0], str | int):
-                raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
         if not choices:
             raise ValueError("classes must have at least one class, got none")
         return [self._class_id(name_or_label) for name_or_label in choices]

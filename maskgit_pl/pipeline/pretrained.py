@@ -267,14 +267,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
 
 
 def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the format of ``decoding.json``, from any place and tuned for any weights.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see ``read_decoding``.
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
+    """Reads a file in the format of ``decoding.json``, from any place. See ``read_decoding`` for errors."""
     return _decoding_file(Path(file))[0]
 
 

@@ -48,7 +48,7 @@ __all__ = [
     "windows",
 ]
 
-Box: TypeAlias = Sequence[int]
+Box: TypeAlias = tuple[int, ...]
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", Tensor, npt.NDArray[Any]]
 MaskLike: TypeAlias = ImageLike
 

@@ -60,8 +60,8 @@ def test_edit_writes_one_picture_and_single_files(call, pipe, tmp_path: Path) ->
     )  # fmt: skip
     names = sorted(path.name for path in images.iterdir())
     assert names == [f"class-0001-seed-{seed:06d}.png" for seed in (7, 8, 9)]
-    expected = pipe.edit_class(
-        pixels().numpy(), (0, 0, 4, 2), 1, variants=3, seed=7, num_steps=6, blend=0, output_type="np"
+    expected = pipe.inpaint(
+        pixels().numpy(), (0, 0, 4, 2), classes=[1] * 3, seed=7, num_steps=6, blend=0, output_type="np"
     )
     assert (read(images) == expected[..., 0]).all()
     assert "3 variants of class T-shirt, 6 of 16 tokens generated" in said

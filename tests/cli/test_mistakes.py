@@ -145,7 +145,7 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
 @pytest.mark.parametrize(
     ("command", "text"),
     [
-        ("sample fashion-mnist-dmo", "no such folder; did you mean fashion-mnist-demo?"),
+        ("sample fashion-mnist-dmo", "no such folder; did you mean 'fashion-mnist-demo'?"),
         ("sample runs/fashion-mnist-adaln", "no such folder; train one with `maskgit demo`, or name another folder"),
         ("evaluate fashion-mnist-demo", "it was fashion-mnist: make it with `maskgit data fetch fashion-mnist --out "),
         ("sample model --classes Trousers", "did you mean 'Trouser'"),
@@ -157,7 +157,7 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("sample model --guidance-scale nan", "--guidance-scale must be a finite number in [0, 10000], got nan"),
         ("sample model --token-selector '{name: [}'", "must be a name or a mapping such as '{name: remdm, eta: 0.4}'"),
         ("sample model --sampling-temperature 1,2,3", "--sampling-temperature must be a number >= 0, or two"),
-        ("sample model --decoding nowhere.json", "decoding nowhere.json: no such file"),
+        ("sample model --decoding nowhere.json", "nowhere.json"),
         ("sample model --decoding other.json", "`maskgit tune RUN` writes such a file, RUN/pretrained/decoding.json"),
         ("sample model --num-images 0 --out a.npz", "--num-images must be an integer in [1, inf), got 0"),
         ("sample model --num-images 5", "--out must end in .npz with --num-images, got samples.png"),

@@ -83,7 +83,6 @@ def test_an_autoregressive_model_edits_nothing(causal) -> None:
         "edit": lambda: causal.edit(image, strength=0.5),
         "outpaint": lambda: causal.outpaint(image, left=2, classes=[0]),
         "panorama": lambda: causal.panorama([0], 16),
-        "mask_schedule": lambda: MaskGIT(causal.tokenizer, causal.transformer, mask_schedule="cosine"),
     }.items():
         with pytest.raises(ValueError, match=f"{task} requires a model with bidirectional attention"):
             call()
@@ -132,7 +131,7 @@ def recorded(edit, *args, **options) -> tuple[torch.Tensor, list]:
 
 def test_tokens_outside_the_region_stay_at_every_step(pipe) -> None:
     image = picture()
-    _, steps = recorded(pipe.edit_class, image, BOX, 1, num_steps=6)
+    _, steps = recorded(pipe.inpaint, image, BOX, classes=1, num_steps=6)
     known = ~REGION.flatten()
     assert torch.equal(steps[0].was_masked[0], ~known)
     for step in steps:
@@ -144,11 +143,11 @@ def test_tokens_outside_the_region_stay_at_every_step(pipe) -> None:
 def test_pixels_outside_the_region_stay_bit_by_bit_with_a_hard_edge(pipe) -> None:
     image = picture()
     region = REGION.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    hard, steps = recorded(pipe.edit_class, image, BOX, 1, blend=0, variants=5)
+    hard, steps = recorded(pipe.inpaint, image, BOX, classes=[1] * 5, blend=0)
     assert torch.equal(hard[..., ~region], image[..., ~region].expand(5, -1, -1))
     decoded = pipe.tokenizer.network.decode(steps[-1].tokens, (4, 4)).clamp(0, 1).mul(255).round().to(torch.uint8)
     assert torch.equal(hard[..., region], decoded[..., region])
-    soft = pipe.edit_class(image, BOX, 1, blend=3, variants=5, output_type="pt")
+    soft = pipe.inpaint(image, BOX, classes=[1] * 5, blend=3, output_type="pt")
     assert not torch.equal(soft[..., ~region], hard[..., ~region])
 
 
@@ -179,7 +178,7 @@ def test_one_image_gives_a_variant_for_each_class_and_seed(pipe) -> None:
     assert len({variant.numpy().tobytes() for variant in variants}) == 3
     listed = pipe.inpaint([image] * 3, [mask] * 3, classes=[2, 1, 1], seed=[5, 5, 6], output_type="pt")
     assert torch.equal(variants, listed)
-    assert torch.equal(variants[1], pipe.edit_class(image, BOX, "T-shirt", seed=5, output_type="pt")[0])
+    assert torch.equal(variants[1], pipe.inpaint(image, BOX, classes="T-shirt", seed=5, output_type="pt")[0])
     without_class = pipe.inpaint(image, mask, output_type="pt")
     assert torch.equal(without_class, pipe.inpaint(image, mask, classes=[None], output_type="pt"))
 
@@ -187,7 +186,7 @@ def test_one_image_gives_a_variant_for_each_class_and_seed(pipe) -> None:
 def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> None:
     pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path, in_channels=3))
     large = picture(channels=3, size=16)
-    edited = pipe.edit_class(large, (0, 0, 8, 4), 1, fit=True, blend=0, output_type="pt")
+    edited = pipe.inpaint(large, (0, 0, 8, 4), classes=1, fit=True, blend=0, output_type="pt")
     middle = fit_image(large, image_size=8, crop=None)
     assert torch.equal(edited[0, :, 4:], middle[:, 4:])
     assert not torch.equal(edited[0, :, :4], middle[:, :4])

@@ -179,7 +179,7 @@ def test_the_chosen_image_becomes_another_class(page: Page, pipe: MaskGIT, task:
     panel = page.get_by_role("tabpanel").filter(visible=True)
     if task == "box":
         panel.get_by_label("Box in place of the brush").fill("0,14,28,28")
-        expected = pipe.edit_class(image, (0, 14, 28, 28), BOOT, variants=2, seed=11)
+        expected = pipe.inpaint(image, (0, 14, 28, 28), classes=[BOOT] * 2, seed=11)
     else:
         panel.get_by_label("Vary the whole image").check()
         expected = pipe.edit(image, strength=0.6, classes=[BOOT] * 2, seed=11)
