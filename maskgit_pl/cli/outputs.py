@@ -72,7 +72,7 @@ class Pictures:
         print(f"{out}: {generated.summary}")
         if self.images is not None:
             make_folder(self.images)
-            grids.save_images(generated.images, generated.labels, self.images, seed=generated.seeds)
+            grids.save_images(generated.images, generated.labels, self.images, seeds=generated.seeds)
             print(f"{self.images}: {count_text(len(generated.images), 'file')}")
         if generated.recording is None:
             return
