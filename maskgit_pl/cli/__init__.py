@@ -74,7 +74,6 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "recipes schema": "cli.listing:recipes_schema",
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
-    "completion": "cli.listing:completion",
     "import-jax": "cli.export:import_jax",
     "import-tokenizer": "cli.export:import_tokenizer",
     "import-transformer": "cli.export:import_transformer",
@@ -114,7 +113,6 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message.removeprefix('argument ')}{hint}; see {self.prog} --help\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        # The function of a command reads the choices of a flag.
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             hint = f"{did_you_mean(value, action.choices)} ".lstrip()
             listed = ", ".join(action.choices)

@@ -531,7 +531,6 @@ class MaskGIT:
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
-            negative.check_labels(request.negative_labels or request.labels)
             negative.caches.follow_weights()
         self.transformer.caches.follow_weights()
         if vectors is None and self.vector_pool is not None:

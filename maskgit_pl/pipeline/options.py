@@ -367,17 +367,12 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
         settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``default``.
 
     Raises:
-        TypeError: if a setting is unknown, or ``decoding`` is not a ``DecodingConfig``.
+        TypeError: if a setting is unknown.
         ValueError: if a value is out of range, or both ``mask_schedule`` and ``tokens_per_step`` are given.
     """
     _check_names(settings, [*SETTINGS, "decoding"])
     changes = {name: value for name, value in settings.items() if value is not None}
     config = changes.pop("decoding", default)
-    if not isinstance(config, DecodingConfig):
-        raise TypeError(
-            f"decoding must be a DecodingConfig, got {shorten(config)}; give single settings as options, or a file to "
-            "from_pretrained"
-        )
     # The list has one number for each step, so that it must agree with num_steps. It takes the place of the schedule.
     if "tokens_per_step" in changes:
         if "mask_schedule" in changes:

@@ -249,10 +249,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     file = Path(folder) / _DECODING
     if not file.is_file():
         return None
-    try:
-        decoding, content = _decoding_file(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
+    decoding, content = _decoding_file(file)
     # Tuned settings fit one set of weights; after more training they may not be the best.
     weights = fingerprint(file.parent / "transformer")
     if content.get("transformer") != weights:

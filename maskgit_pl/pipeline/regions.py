@@ -73,7 +73,6 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
         FileNotFoundError: if there is no such file.
         ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a
             PIL image of floats or 32-bit integers.
-        TypeError: if it is something else.
     """
     from PIL import Image  # with the first image only
 
@@ -111,7 +110,6 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is neither a picture nor (H, W) bool.
-        TypeError: if it is something else.
     """
     if isinstance(mask, np.ndarray) and not mask.dtype.hasobject:
         mask = torch.from_numpy(mask)
@@ -439,10 +437,6 @@ def _check_whole_tokens(name: str, value: int, factor: int, *, least: int = 0) -
 
 def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     """Checks a tensor (C, H, W) or array (H, W) or (H, W, C), and converts it to an array (H, W) or (H, W, C > 1)."""
-    if not isinstance(image, Tensor | np.ndarray):
-        raise TypeError(
-            f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"
-        )
     description = f"{tuple(image.shape)} {image.dtype}"
     if isinstance(image, Tensor):
         image = image.cpu().numpy()

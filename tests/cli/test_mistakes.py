@@ -78,7 +78,6 @@ def is_refused(
         ("train", "the following arguments are required: tokenizer|transformer; see maskgit train --help"),
         ("edit model image.png", "the following arguments are required: --class"),
         ("train tokeniser", "stage must be one of tokenizer, transformer, got 'tokeniser'; did you mean 'tokenizer'?"),
-        ("completion fish", "shell must be one of bash, zsh, got 'fish'"),
         ("sample model --num-inference-steps 8", "--num-inference-steps 8; did you mean '--num-steps'?"),
         ("data make x --out y --val-fractoin=1", "did you mean '--val-fraction'?"),
         ("sample model --foo", "unknown argument --foo\n"),
