@@ -217,7 +217,7 @@ def _edit(
     pictures: Pictures,
     out: Path,
 ) -> None:
-    """Generates the results, draws them beside the original and the region, and writes all files.
+    """Generates the results of an edit, draws them beside the original and the region, and writes all files.
 
     Args:
         pipe: Model.
@@ -228,7 +228,7 @@ def _edit(
         class_: Class of the results; None is "no class".
         variants: Number, seeds and batches of the results.
         settings: Decoding settings that differ from the model's own.
-        pictures: Files beside the picture.
+        pictures: Files beside the picture ``out``.
         out: Picture to write.
     """
     from maskgit_pl.pipeline import display, grids, regions

@@ -175,7 +175,7 @@ def generate_accepted(
         on_images: See ``generate_many``; it counts candidates.
 
     Returns:
-        The result of ``generate_many`` for the candidates, with the path of the file.
+        The result of ``generate_many`` for the candidates.
 
     Raises:
         ValueError: if the classifier has other classes, ``num_images`` is not a multiple of the number of
@@ -189,7 +189,7 @@ def generate_accepted(
     candidates = file.with_name(f"{file.stem}.candidates.npz")
     plan = replace(plan, accept_rate=acceptance.rate, classifier=acceptance.digest)
     if is_finished(file, plan):
-        return BulkResult(file, 0)
+        return BulkResult(0)
     result = generate_many(pipe, candidates, replace(options, num_images=count), on_images=on_images)
     if result.missing_parts == 0:
         try:
@@ -198,7 +198,7 @@ def generate_accepted(
             if not is_finished(file, plan):  # True if another process has written the file in the meantime
                 raise
         candidates.unlink(missing_ok=True)
-    return replace(result, file=file)
+    return result
 
 
 def num_candidates(acceptance: Acceptance, num_images: int, num_classes: int) -> int:

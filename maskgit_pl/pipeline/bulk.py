@@ -89,12 +89,10 @@ class BulkResult:
     """The result of a call of ``generate_many``.
 
     Attributes:
-        file: Path of the ``.npz`` file.
         made: Number of images that this call generated; 0 if they existed already.
         missing_parts: Number of processes that have not finished; 0 if the file is complete.
     """
 
-    file: Path
     made: int
     missing_parts: int = 0
 
@@ -186,11 +184,11 @@ def generate_many(
         raise ValueError(f"file must end in .npz, got {file}")
     plan = make_plan(pipe, options)
     if is_finished(file, plan):
-        return BulkResult(file, 0)
+        return BulkResult(0)
     folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(plan.text).hexdigest()[:16]
     parts = [folder / f"{digest}-{rank}-of-{options.world_size}" for rank in range(options.world_size)]
     if parts[options.rank].exists():
-        return BulkResult(file, 0, _join(file, plan, parts))
+        return BulkResult(0, _join(file, plan, parts))
     rows = range(*(plan.count * rank // options.world_size for rank in (options.rank, options.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
     remove_partials(folder, file.name if options.world_size == 1 else parts[options.rank].name)
@@ -204,10 +202,10 @@ def generate_many(
         with write_atomically(file, partial_in=folder) as stream:
             write_samples(stream, plan, images, plan.labels)
         shutil.rmtree(folder, ignore_errors=True)
-        return BulkResult(file, len(rows))
+        return BulkResult(len(rows))
     with write_atomically(parts[options.rank]) as stream:
         stream.writelines(images)
-    return BulkResult(file, len(rows), _join(file, plan, parts))
+    return BulkResult(len(rows), _join(file, plan, parts))
 
 
 def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
@@ -60,60 +59,39 @@ class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
     ) -> Self:
-        """Reads the folder of a network; that of a transformer with ``decoding.json`` beside it, if there is one.
-
-        Args:
-            folder: Folder with ``config.json`` and ``model.safetensors``.
-            torch_dtype: Type of the weights; None keeps that of the file.
-            options: Options of diffusers; those of a device, a variant or a quantization must be unset.
+        """Reads the folder of a network, and casts its weights if a ``torch_dtype`` is given.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or an option is not supported.
+            ValueError: if a file is damaged, or an option of diffusers is not supported.
         """
         for name in (name for name in _REFUSED if options.get(name)):
             raise ValueError(
                 f"{name} must be left out, got {options[name]!r}; load the pipeline, then move it with pipe.to(device)"
             )
-        part = cls._read(Path(folder))
+        part = cls(Path(folder))
         part.network.to(dtype=torch_dtype)
         return part
 
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        """Reads the folder of a network of this class."""
-        raise NotImplementedError
-
 
 class MaskGITTokenizer(_Network):
-    """The tokenizer: its network and its image size."""
+    """The tokenizer of a folder."""
 
-    def __init__(self, pretrained: PretrainedTokenizer) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.pretrained = pretrained
-        self.network = pretrained.network
-
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        return cls(load_tokenizer(folder))
+        self.pretrained = load_tokenizer(folder)
+        self.network = self.pretrained.network
 
 
 class MaskGITTransformer(_Network):
-    """The transformer: its network, classes and decoding settings, and the folder that its weights come from."""
+    """The transformer of a folder, with the decoding settings of ``decoding.json`` beside it, if there is one."""
 
-    def __init__(self, pretrained: PretrainedTransformer, *, origin: Path) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.pretrained = pretrained
+        pretrained, self.origin = load_transformer(folder), folder.parent
+        decoding = read_decoding(folder.parent) or pretrained.decoding
+        self.pretrained = dataclasses.replace(pretrained, decoding=decoding)
         self.network = pretrained.network
-        self.origin = origin
-
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        pretrained = load_transformer(folder)
-        return cls(
-            dataclasses.replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
-            origin=folder.parent,
-        )
 
 
 class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: untyped

@@ -30,6 +30,7 @@ from maskgit_pl.schedules import MaskSchedule
 __all__ = [
     "Caches",
     "NegativeModelLike",
+    "Pipeline",
     "PretrainedTokenizer",
     "PretrainedTransformer",
     "images_at_once",
@@ -207,13 +208,14 @@ class Caches:
             self.first_step.clear()
 
 
-class _Pipeline(Protocol):
-    """A pipeline such as ``MaskGIT``, whose transformer is used."""
+class Pipeline(Protocol):
+    """The networks of a pipeline, which ``MaskGIT`` is."""
 
+    tokenizer: PretrainedTokenizer
     transformer: PretrainedTransformer
 
 
-NegativeModelLike: TypeAlias = Path | str | PretrainedTransformer | _Pipeline
+NegativeModelLike: TypeAlias = Path | str | PretrainedTransformer | Pipeline
 
 
 def images_at_once(height: int, width: int) -> int:

@@ -28,7 +28,7 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
+from maskgit_pl.pipeline.fine_tuning import Pipeline, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import Images, OutputType, Request
 from maskgit_pl.pipeline.regions import (
     Box,
@@ -101,28 +101,28 @@ def as_output(images: Tensor, output_type: OutputType) -> Images:
     return display.ImageList(grids.to_pil(image) for image in images)
 
 
-def generate(tokenizer: PretrainedTokenizer, transformer: PretrainedTransformer, request: Request) -> Tensor:
+def generate(pipe: Pipeline, request: Request) -> Tensor:
     """Generates one image for each label."""
-    return torch.cat([_decode_images(tokenizer, transformer, request.part(rows)) for rows in request.batches()])
+    return torch.cat([_decode_images(pipe, request.part(rows)) for rows in request.batches()])
 
 
 def inpaint(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
+    pipe: Pipeline,
     request: Request,
     image: ImageLike | Sequence[ImageLike],
     mask: MaskLike | Box | Sequence[MaskLike | Box],
 ) -> Tensor:
     """Regenerates the masked part of images. See ``MaskGIT.inpaint`` for the arguments and the numbered steps."""
-    transformer.schedule_for("inpaint")
-    factor, dilation = tokenizer.network.config.downsampling_factor, 1 if request.dilation is None else request.dilation
-    radius = seam_radius(tokenizer.image_size) if request.blend is None else request.blend
+    pipe.transformer.schedule_for("inpaint")
+    factor = pipe.tokenizer.network.config.downsampling_factor
+    dilation = 1 if request.dilation is None else request.dilation
+    radius = seam_radius(pipe.tokenizer.image_size) if request.blend is None else request.blend
     # 1. (m, C, H, W) pixels and (m, H, W) masks -> (m, N) tokens and (m, h, w) masks of tokens, with m = 1 or n.
-    pixels, masks = _read_images(tokenizer, request, image, mask)
+    pixels, masks = _read_images(pipe, request, image, mask)
     unknown = torch.stack([token_mask(pixel_mask, factor=factor, dilation=dilation) for pixel_mask in masks])
-    tokens = tokenizer.encode(pixels, batch_size=request.batch_size)
+    tokens = pipe.tokenizer.encode(pixels, batch_size=request.batch_size)
     # 2.
-    edited = _regenerate(tokenizer, transformer, request, tokens, unknown.flatten(1))
+    edited = _regenerate(pipe, request, tokens, unknown.flatten(1))
     # 3. The region of the tokens is larger than the mask.
     height, width = masks.shape[1:]
     regions = (pixel_region(token_region, factor=factor, height=height, width=width) for token_region in unknown)
@@ -132,66 +132,47 @@ def inpaint(
     return edited
 
 
-def redraw(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
-    request: Request,
-    image: ImageLike | Sequence[ImageLike],
-    strength: float,
-) -> Tensor:
+def redraw(pipe: Pipeline, request: Request, image: ImageLike | Sequence[ImageLike], strength: float) -> Tensor:
     """Regenerates a random share of the tokens of images. See ``MaskGIT.edit`` for the arguments and numbered steps."""
-    transformer.schedule_for("edit")
+    pipe.transformer.schedule_for("edit")
     share = check_number("strength", strength, "(0, 1]")
-    num_tokens = transformer.network.config.num_tokens
+    num_tokens = pipe.transformer.network.config.num_tokens
     # 1. (m, C, H, W) pixels -> (m, N) tokens, with m = 1 or n.
-    pixels, _ = _read_images(tokenizer, request, image, None)
-    tokens = tokenizer.encode(pixels, batch_size=request.batch_size)
+    pixels, _ = _read_images(pipe, request, image, None)
+    tokens = pipe.tokenizer.encode(pixels, batch_size=request.batch_size)
     # 2. The positions of a seed are in one order, so that a larger share masks the same tokens and others.
     keys = random_bits("strength", seed=torch.tensor(request.seeds), index=0, count=num_tokens)  # (n, N)
     masked = num_masked(torch.tensor(share), num_tokens, rounding="ceil")
     unknown = keys.argsort(dim=1, stable=True).argsort(dim=1) < masked
     # 3.
-    return _regenerate(tokenizer, transformer, request, tokens, unknown)
+    return _regenerate(pipe, request, tokens, unknown)
 
 
-def outpaint(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
-    request: Request,
-    image: ImageLike,
-    added: Margins,
-    overlap: float,
-) -> Tensor:
+def outpaint(pipe: Pipeline, request: Request, image: ImageLike, added: Margins, overlap: float) -> Tensor:
     """Extends an image beyond its borders. See ``MaskGIT.outpaint`` for the arguments and the numbered steps."""
-    transformer.schedule_for("outpaint")
-    factor, size = tokenizer.network.config.downsampling_factor, tokenizer.image_size
-    pixels = image_pixels(image, channels=tokenizer.network.config.in_channels)
+    pipe.transformer.schedule_for("outpaint")
+    factor, size = pipe.tokenizer.network.config.downsampling_factor, pipe.tokenizer.image_size
+    pixels = image_pixels(image, channels=pipe.tokenizer.network.config.in_channels)
     added.check(pixels.shape[-2:], factor=factor, least=size)
     # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
     mask = added.outside(*pixels.shape[-2:])
     unknown = token_mask(mask, factor=factor, dilation=request.dilation or 0)
-    tokens = added.pad(_encode_within(tokenizer, pixels, added), size=factor)
+    tokens = added.pad(_encode_within(pipe.tokenizer, pixels, added), size=factor)
     # 2. (n, C, H, W): the filled canvases as pixels.
-    filled = _fill(tokenizer, transformer, request, tokens, unknown, overlap)
+    filled = _fill(pipe, request, tokens, unknown, overlap)
     # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
     weight = seam(mask, radius=seam_radius(size) if request.blend is None else request.blend)
     original = added.pad(pixels, size=1)
     return torch.stack([composite(original, edited, weight) for edited in filled])
 
 
-def panorama(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
-    request: Request,
-    size: tuple[int, int],
-    overlap: float,
-) -> Tensor:
+def panorama(pipe: Pipeline, request: Request, size: tuple[int, int], overlap: float) -> Tensor:
     """Generates images of any size, a (height, width) in pixels of whole tokens. See ``MaskGIT.panorama``."""
-    transformer.schedule_for("panorama")
-    factor = tokenizer.network.config.downsampling_factor
+    pipe.transformer.schedule_for("panorama")
+    factor = pipe.tokenizer.network.config.downsampling_factor
     unknown = torch.ones(size[0] // factor, size[1] // factor, dtype=torch.bool)
     tokens = torch.zeros(unknown.shape, dtype=torch.int64)
-    return _fill(tokenizer, transformer, request, tokens, unknown, overlap)
+    return _fill(pipe, request, tokens, unknown, overlap)
 
 
 def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel[ConditionalNetwork]:
@@ -201,74 +182,43 @@ def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel[C
     return cast("ConditionalModel[ConditionalNetwork]", model)
 
 
-def _decode_images(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
-    request: Request,
-    *,
-    tokens: Tensor | None = None,
-    first_step: int = 0,
-) -> Tensor:
+def _decode_images(pipe: Pipeline, request: Request, *, tokens: Tensor | None = None, first_step: int = 0) -> Tensor:
     """Decodes all results of a request in one batch, and returns their images (B, C, H, W). See ``decode``."""
-    for step in decode(transformer, request, tokens=tokens, first_step=first_step):
+    for step in decode(pipe.transformer, request, tokens=tokens, first_step=first_step):
         if request.callback is not None:
             request.callback(step)
-    return tokenizer.decode(step.tokens)
+    return pipe.tokenizer.decode(step.tokens)
 
 
-def _regenerate(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
-    request: Request,
-    tokens: Tensor,
-    unknown: Tensor,
-) -> Tensor:
+def _regenerate(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor) -> Tensor:
     """Decodes the unknown tokens of each result, and returns the images of all tokens.
 
-    Args:
-        tokenizer: Decodes the tokens.
-        transformer: Predicts the tokens.
-        request: Labels, seeds and decoding settings of n results.
-        tokens: (n, N) int64, any code where ``unknown``; or (1, N) for all results.
-        unknown: (n, N) bool, or (1, N).
+    ``tokens`` (n, N) int64 hold any code where ``unknown`` (n, N) bool; (1, N) is for all results.
     """
-    tokens = tokens.masked_fill(unknown, transformer.network.config.mask_token_id)
+    tokens = tokens.masked_fill(unknown, pipe.transformer.network.config.mask_token_id)
     tokens, unknown = (rows.expand(len(request.labels), -1) for rows in (tokens, unknown))
     first_steps = [first_step(row, num_steps=request.decoding.num_steps) for row in unknown]
-    shape = (len(tokens), tokenizer.network.config.in_channels, *height_width(tokenizer.image_size))
+    shape = (len(tokens), pipe.tokenizer.network.config.in_channels, *height_width(pipe.tokenizer.image_size))
     images = torch.empty(shape, dtype=torch.uint8)
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for start in sorted(set(first_steps)):
         for rows in request.batches([row for row, first in enumerate(first_steps) if first == start]):
             context = None if bool(unknown[rows].all()) else tokens[rows]  # None: without context
             part = request.part(rows)
-            images[rows] = _decode_images(tokenizer, transformer, part, tokens=context, first_step=start)
+            images[rows] = _decode_images(pipe, part, tokens=context, first_step=start)
     return images
 
 
-def _fill(
-    tokenizer: PretrainedTokenizer,
-    transformer: PretrainedTransformer,
-    request: Request,
-    tokens: Tensor,
-    unknown: Tensor,
-    overlap: float,
-) -> Tensor:
+def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
     """Fills a canvas window by window, and decodes it to pixels. The steps of the callback are of the whole canvas.
 
     1. Places the known tokens on a canvas for each result of a batch.
     2. For each window: decodes its unknown tokens with the known ones as context, and copies them to the canvas.
     3. Decodes the tokens of the whole canvas.
 
-    Args:
-        tokenizer: Decodes the tokens.
-        transformer: Predicts the tokens.
-        request: Labels, seeds and decoding settings of n results.
-        tokens: (R, C) int64, any value where ``unknown``.
-        unknown: (R, C) bool.
-        overlap: See ``MaskGIT.outpaint``.
+    ``tokens`` (R, C) int64 hold any value where ``unknown`` (R, C) bool.
     """
-    config, device = transformer.network.config, transformer.device
+    config, device = pipe.transformer.network.config, pipe.transformer.device
     overlap = check_number("overlap", overlap, "(0, 1)")
     filled = []
     for rows in request.batches():
@@ -284,7 +234,7 @@ def _fill(
             # 2. Each window has its own noise: with the same noise, windows would repeat one another.
             window_seeds = seeds if number == 0 else random_bits("window", seed=seeds, index=number)[:, 0]
             for step in decode(
-                transformer,
+                pipe.transformer,
                 replace(batch, seeds=window_seeds.tolist()),
                 tokens=None if bool(window.unknown.all()) else context,  # None: a window without context
                 first_step=first_step(window.unknown, num_steps=request.decoding.num_steps),
@@ -297,7 +247,7 @@ def _fill(
                     request.callback(_on_canvas(step, window, canvas, waiting, confidence))
             waiting[window.index] = False
         # 3. (B, R C) tokens -> (B, C, H, W) pixels.
-        filled.append(tokenizer.decode(canvas.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
+        filled.append(pipe.tokenizer.decode(canvas.flatten(1), grid=(unknown.shape[0], unknown.shape[1])))
     return torch.cat(filled)
 
 
@@ -347,7 +297,7 @@ def _encode_within(tokenizer: PretrainedTokenizer, pixels: Tensor, added: Margin
 
 
 def _read_images(
-    tokenizer: PretrainedTokenizer,
+    pipe: Pipeline,
     request: Request,
     image: ImageLike | Sequence[ImageLike],
     mask: MaskLike | Box | Sequence[MaskLike | Box] | None,
@@ -357,7 +307,7 @@ def _read_images(
     Returns:
         (m, C, H, W) uint8 and (m, H, W) bool: m = 1 for one image and at most one mask, else one for each result.
     """
-    count, channels = len(request.labels), tokenizer.network.config.in_channels
+    count, channels = len(request.labels), pipe.tokenizer.network.config.in_channels
     images, masks = _as_list("image", image, count), [None] if mask is None else _as_list("mask", mask, count)
     number, read = max(len(images), len(masks)), []
     for row in range(number):
@@ -370,7 +320,7 @@ def _read_images(
             region = box_mask(region, height=pixels.shape[-2], width=pixels.shape[-1])
         elif region is not None:
             region = mask_pixels(region, name=f"mask of {name}")
-        read.append(fit_to_model(pixels, region, image_size=tokenizer.image_size, fit=request.fit, name=name))
+        read.append(fit_to_model(pixels, region, image_size=pipe.tokenizer.image_size, fit=request.fit, name=name))
     return torch.stack([pixels for pixels, _ in read]), torch.stack([region for _, region in read])
 
 

@@ -324,7 +324,7 @@ class MaskGIT:
                 take an argument.
         """
         request = self._request(classes, options, output_type=output_type)
-        return tasks.as_output(tasks.generate(self.tokenizer, self.transformer, request), output_type)
+        return tasks.as_output(tasks.generate(self, request), output_type)
 
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
         """Decodes one batch of images and keeps every step. See ``generate`` for the arguments."""
@@ -381,7 +381,7 @@ class MaskGIT:
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
         request = self._request(classes, options, EditKeywords, output_type=output_type)
-        images = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
+        images = tasks.inpaint(self, request, image, mask)
         return tasks.as_output(images, output_type)
 
     def edit(
@@ -418,7 +418,7 @@ class MaskGIT:
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
         """
         request = self._request(classes, options, FitKeywords, output_type=output_type)
-        images = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
+        images = tasks.redraw(self, request, image, strength)
         return tasks.as_output(images, output_type)
 
     def outpaint(
@@ -465,7 +465,7 @@ class MaskGIT:
         """
         request = self._request(classes, options, SeamKeywords, output_type=output_type)
         added = Margins(left, right, up, down)
-        images = tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
+        images = tasks.outpaint(self, request, image, added, overlap)
         return tasks.as_output(images, output_type)
 
     def panorama(
@@ -501,7 +501,7 @@ class MaskGIT:
         request, outline = self._request(classes, options, output_type=output_type), self.outline
         height = outline.least_canvas[0] if height is None else height
         check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
-        images = tasks.panorama(self.tokenizer, self.transformer, request, (height, width), overlap)
+        images = tasks.panorama(self, request, (height, width), overlap)
         return tasks.as_output(images, output_type)
 
     def __repr__(self) -> str:
