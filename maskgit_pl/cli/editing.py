@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from maskgit_pl.checks import check_integer, count_text, height_width, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Run, check_one_of
-from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
+from maskgit_pl.cli.outputs import Pictures, record_steps
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def _edit(
         grid if is_canvas else None,
         mask,
     )
-    pictures.write(Generated(images, labels, seeds, sheet, summary, recording), out)
+    pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
 
 
 def panorama(
@@ -328,4 +328,4 @@ def panorama(
     grid = pipe.tokenizer.network.config.grid((height, width))
     recording = display.Recording(steps, pipe.tokenizer, decoding, names[:shown], seeds[:shown], grid)
     summary = f"{count_text(len(images), 'image')} of {size}"
-    pictures.write(Generated(images, labels, seeds, sheet, summary, recording), out)
+    pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)

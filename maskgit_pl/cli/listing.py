@@ -6,7 +6,6 @@ import logging
 import re
 import shlex
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -77,10 +76,6 @@ _RELEASED = (  # project, content, command
 )
 
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
-
-_OPTIONAL = (  # libraries whose versions ``env`` also prints
-    "numpy", "pillow", "torchvision", "torchmetrics", "webdataset", "timm", "safetensors", "simplejpeg", "pyarrow",
-)  # fmt: skip
 
 
 def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
@@ -241,11 +236,6 @@ def env(*, json: bool = False) -> None:
     from maskgit_pl.distributed import default_device, describe_environment, device_name
 
     values = describe_environment()
-    for name in _OPTIONAL:
-        try:
-            values[name] = version(name)
-        except PackageNotFoundError:
-            values[name] = "not installed"
     values["default device"] = device_name(torch.device(default_device()))
     values["recipes"] = [*map(str, recipe.recipes_folders())]
     if json:

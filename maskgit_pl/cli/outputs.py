@@ -20,28 +20,7 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline.display import Recording
 
-__all__ = ["Generated", "Pictures", "record_steps"]
-
-
-@dataclass(frozen=True)
-class Generated:
-    """The images of a command, and their decoding.
-
-    Args:
-        images: (n, C, H, W) uint8.
-        labels: Class of each image; None is "no class".
-        seeds: Seed of each image.
-        sheet: Picture of all images.
-        summary: Text beside the name of that picture.
-        recording: Decoding of the first images; None if no file shows it.
-    """
-
-    images: Tensor
-    labels: Sequence[int | None]
-    seeds: Sequence[int]
-    sheet: Image.Image
-    summary: str
-    recording: Recording | None = None
+__all__ = ["Pictures", "record_steps"]
 
 
 @dataclass(frozen=True)
@@ -63,25 +42,43 @@ class Pictures:
         """Returns True if a file shows the decoding."""
         return self.gif is not None or self.filmstrip is not None
 
-    def write(self, generated: Generated, out: Path) -> None:
-        """Writes all images as one picture, and the other files."""
+    def write(
+        self,
+        out: Path,
+        sheet: Image.Image,
+        summary: str,
+        *,
+        images: Tensor,
+        labels: Sequence[int | None],
+        seeds: Sequence[int],
+        recording: Recording | None,
+    ) -> None:
+        """Writes all images as one picture, and the other files.
+
+        Args:
+            out: File of the picture.
+            sheet: Picture of all images.
+            summary: Text beside its name.
+            images: (n, C, H, W) uint8.
+            labels: Class of each image; None is "no class".
+            seeds: Seed of each image.
+            recording: Decoding of the first images; None if no file shows it.
+        """
         from maskgit_pl.pipeline import grids
 
         make_folder(out.parent)
-        grids.save_png(generated.sheet, out)
-        print(f"{out}: {generated.summary}")
+        grids.save_png(sheet, out)
+        print(f"{out}: {summary}")
         if self.images is not None:
             make_folder(self.images)
-            grids.save_images(generated.images, generated.labels, self.images, seeds=generated.seeds)
-            print(f"{self.images}: {count_text(len(generated.images), 'file')}")
-        if generated.recording is None:
-            return
-        count = count_text(len(generated.recording.captions), "image")
-        for file, content in ((self.gif, count), (self.filmstrip, "the first image")):
-            if file is not None:
+            grids.save_images(images, labels, self.images, seeds=seeds)
+            print(f"{self.images}: {count_text(len(images), 'file')}")
+        for file in (self.gif, self.filmstrip):
+            if file is not None and recording is not None:
                 make_folder(file.parent)
-                generated.recording.save(file)
-                print(f"{file}: decoding of {content}")
+                recording.save(file)
+                count = count_text(len(recording.captions), "image")
+                print(f"{file}: decoding of {count if file == self.gif else 'the first image'}")
 
 
 @contextmanager

@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["ablation", "figure", "table"]
 
 
-def _split_names(flag: str, text: str) -> tuple[str, ...]:
-    names = tuple(split_values(text))
-    if not names:
-        raise ValueError(f"{flag} must have at least one name, got {text!r}")
-    return names
+def _split_names(_: str, text: str) -> tuple[str, ...]:
+    return tuple(split_values(text))
 
 
 def _split_sets(_: str, text: str) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Run, check_one_of, make_folder
-from maskgit_pl.cli.outputs import Generated, Pictures, record_steps
+from maskgit_pl.cli.outputs import Pictures, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars
@@ -91,8 +91,7 @@ def sample(
         count = _give_vectors(pipe, vectors, first_seed=seed)
     if num_images is None:
         options = {"batch_size": batch_size, "negative_classes": negative, "decoding": decoding}
-        generated = _generate(pipe, labels, per_class or count, seed, show_decoding=pictures.show_decoding, **options)
-        pictures.write(generated, out)
+        _generate(pipe, labels, per_class or count, seed, pictures, out, **options)
         return
     from maskgit_pl.pipeline.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions
@@ -155,29 +154,25 @@ def _give_vectors(pipe: MaskGIT, file: Path, *, first_seed: int) -> int:
 
 
 def _generate(
-    pipe: MaskGIT, classes: list[int], per_class: int, seed: int, *, show_decoding: bool, **options: Any
-) -> Generated:
-    """Generates ``per_class`` images of each class, and records the decoding of some of them."""
+    pipe: MaskGIT, classes: list[int], per_class: int, seed: int, pictures: Pictures, out: Path, **options: Any
+) -> None:
+    """Generates ``per_class`` images of each class, records the decoding of some of them, and writes all files."""
     from maskgit_pl.pipeline.grids import image_grid
 
     # One row of the picture for each class.
     labels = [label for label in classes for _ in range(per_class)]
+    seeds = [seed + row for row in range(len(labels))]
     with record_steps("sampling", len(labels)) as (after_step, _):
         images: Any = pipe.generate(labels, output_type="pt", seed=seed, callback=after_step, **options)
     # The first images of the classes lie in different batches, so they are decoded again for the animation.
     rows = range(0, len(labels), per_class if len(classes) > 1 else 1)[:_ANIMATED]
     recording = None
-    if show_decoding:
-        recording = pipe.record([labels[row] for row in rows], seed=[seed + row for row in rows], **options)
+    if pictures.show_decoding:
+        recording = pipe.record([labels[row] for row in rows], seed=[seeds[row] for row in rows], **options)
+    sheet = image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes])
     what = f"{count_text(len(images), 'image')} of {count_text(len(classes), 'class')}"
-    return Generated(
-        images,
-        labels,
-        [seed + row for row in range(len(labels))],
-        image_grid(images, columns=per_class, row_captions=[pipe.class_names[label] for label in classes]),
-        f"{what} in {count_text(options['decoding'].num_steps, 'step')}",
-        recording,
-    )
+    summary = f"{what} in {count_text(options['decoding'].num_steps, 'step')}"
+    pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
 
 
 def _generate_many(pipe: MaskGIT, out: Path, options: BulkOptions, acceptance: Acceptance | None) -> None:

@@ -124,11 +124,6 @@ class Recording:
         return ImageList(to_pil(image) for image in self.images_at(len(self.steps) - 1))
 
     @property
-    def title(self) -> str:
-        """The head line of the first image: its class, its seed and the settings."""
-        return f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
-
-    @property
     def token_pixels(self) -> int:
         """The height and width of a token in the images."""
         return self.tokenizer.network.config.downsampling_factor
@@ -195,7 +190,7 @@ class Recording:
         4. The image of all tokens of the step.
 
         Args:
-            title: Head line; None for ``self.title``.
+            title: Head line; None for the class, the seed and the settings.
         """
         size, requested = self.token_pixels, self.requested
         numbers, windows = select_steps(len(self.steps), _MAX_COLUMNS), _number_windows(self.steps)
@@ -227,7 +222,8 @@ class Recording:
         legend = [*self._legend(steps), (draw_color_bar(top), "confidence")]
         if any(bool(hidden.any()) for hidden in undrawn):
             legend.append((swatch(frame=MASKED), "no confidence: given, or not drawn yet"))
-        return add_title(add_legend(page, legend), self.title if title is None else title)
+        own_title = f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
+        return add_title(add_legend(page, legend), own_title if title is None else title)
 
     def _legend(self, steps: Sequence[DecodingStep]) -> list[tuple[Image.Image, str]]:
         """Returns the entries of the legend; what does not occur in the steps has none."""

@@ -20,7 +20,7 @@ from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
 from maskgit_pl.distributed import check_device
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
-from maskgit_pl.pipeline.card import STAGES, fingerprints, write_card
+from maskgit_pl.pipeline.card import fingerprints, write_card
 from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
     Classes,
@@ -37,7 +37,6 @@ from maskgit_pl.pipeline.options import (
 )
 from maskgit_pl.pipeline.pretrained import (
     NEGATIVE,
-    check_stage_folder,
     fingerprint,
     load_decoding,
     load_tokenizer,
@@ -184,8 +183,6 @@ class MaskGIT:
         # The folder may be the one that was loaded: its facts are read before it is overwritten.
         folder, origin = Path(folder), self._origin
         known = {} if origin is None or not (origin / "config.json").is_file() else read_config(origin, "pipeline")
-        for stage in STAGES if self.negative_model is None else (*STAGES, NEGATIVE):
-            check_stage_folder(folder / stage)
         network = self.tokenizer.network
         save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
         tokenizer = fingerprint(folder / "tokenizer")
