@@ -80,11 +80,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
 
     if isinstance(image, str | Path):
         printed_name = printable(image)
-        if not Path(image).exists():
-            raise FileNotFoundError(f"{name.split()[0]} {printed_name}: no such file; name a JPEG, PNG or WebP file")
-        return decode_image(
-            read_image_file(image, name=printed_name), channels=channels, name=printed_name, background=background
-        )
+        data = read_image_file(image, name=printed_name)
+        return decode_image(data, channels=channels, name=printed_name, background=background)
     # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
     # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
@@ -142,7 +139,7 @@ def fit_to_model(
 
     Raises:
         ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the
-            mask is all False.
+            new mask is all False.
     """
     from maskgit_pl.data.images import crop_to_shape, fit_image  # which import Pillow
 
@@ -157,13 +154,13 @@ def fit_to_model(
             f"{name} must have the {pixels_text(image_size)} pixels of the model, got {width} x {height}; fit=True "
             "(--fit) crops and resizes it"
         )
-    if not bool(mask.any()):
-        raise ValueError(f"mask of {name} must not be empty; paint the region to generate white, or give a box")
     part = crop_to_shape(mask[None], image_size=image_size)
     # Max pooling keeps a masked pixel when the mask becomes smaller; resizing could lose it.
     cut = F.adaptive_max_pool2d(part.float(), height_width(image_size))[0] > 0
     if not bool(cut.any()):
-        raise ValueError(f"mask of {name} lies outside the central part that is cut out; crop the image yourself")
+        raise ValueError(
+            f"mask of {name} must not be empty in the central part that is cut out; paint the region to generate white"
+        )
     return fit_image(image, image_size=image_size, crop=None), cut
 
 

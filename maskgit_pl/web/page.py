@@ -49,6 +49,7 @@ _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "ap
 """Options of events that use the model: they wait for one another."""
 _LIGHT: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
 """Options of all other events."""
+_NOISE = "choice_temperature"  # which some token selectors have
 _MIX, _ANY = "mix", "any"  # the choice of another class for each image, and of no class
 _PAINT, _EXTEND, _VARY = "Paint a region", "Extend (outpaint)", "Vary the whole image"
 _SIDES = ("left", "right", "up", "down")
@@ -253,7 +254,7 @@ def run_task(
         call: Method of the model, with all arguments but those that follow.
         labels: Class of each result; None is "no class".
         seed: Seed of the first result.
-        settings: Decoding settings that differ from the model's own.
+        settings: Decoding settings.
         before: (C, H, W) uint8, the image that is edited.
         requested: (H, W) bool, the pixels that are asked for, of the size of the results; None for all.
 
@@ -331,14 +332,14 @@ def start_values(pipe: MaskGIT) -> dict[str, Any]:
         "mask_schedule": None,
         "first": float(first),
         "last": float(last),
-        "choice_temperature": float(getattr(selector, "choice_temperature", 4.5)),
+        _NOISE: float(getattr(selector, _NOISE, 4.5)),
         "guidance": None,
         "guidance_scale": float(getattr(guidance_schedules.build(decoding.guidance), "scale", 0.0)),
     }
 
 
 def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
-    """Returns the settings that differ from the model's own, as keyword arguments of ``MaskGIT.generate``.
+    """Returns the values of the fields as keyword arguments of ``MaskGIT.generate``.
 
     Args:
         pipe: The model.
@@ -347,19 +348,14 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the model cannot use them.
     """
-    start = start_values(pipe)
-    every = dict(zip(start, values, strict=True))
-    changes = {name: value for name, value in every.items() if value != start[name]}
-    if changes.keys() & {"first", "last"}:
-        changes["sampling_temperature"] = (every["first"], every["last"])
-    # Numbers belong to their part: another part has the number that the page shows, and some take none.
-    for part, number in (("token_selector", "choice_temperature"), ("guidance", "guidance_scale")):
-        if part in changes:
-            changes[number] = every[number]
-    selector = changes.get("token_selector", pipe.decoding.token_selector)
-    if selector is None or not hasattr(token_selectors.build(selector), "choice_temperature"):
-        changes.pop("choice_temperature", None)
-    settings = {name: value for name, value in changes.items() if name not in ("first", "last")}
+    settings = dict(zip(start_values(pipe), values, strict=True))
+    first, last = settings.pop("first"), settings.pop("last")
+    settings["sampling_temperature"] = first if first == last else (first, last)
+    # Numbers belong to their part, and some parts take none.
+    if not hasattr(token_selectors.build(settings["token_selector"] or pipe.decoding.token_selector), _NOISE):
+        del settings[_NOISE]
+    if not hasattr(guidance_schedules.build(settings["guidance"] or pipe.decoding.guidance), "scale"):
+        del settings["guidance_scale"]
     pipe.check_decoding(pipe.decoding_with(**settings))
     return settings
 

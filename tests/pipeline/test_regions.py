@@ -157,7 +157,7 @@ def test_arrays_and_pictures_of_another_form_are_refused(read, given, message) -
 
 
 def test_files_that_are_not_images_are_refused_by_name(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         image_pixels(tmp_path / "nowhere.png", channels=3)
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"text\.png must be a JPEG, PNG or WebP file"):
@@ -231,7 +231,7 @@ def test_a_thin_mask_is_not_lost_when_it_shrinks() -> None:
         ((0, 0, 1, 1), 6, 8, False, r"image 3 must have the 8 x 8 pixels of the model, got 8 x 6; fit=True \(--fit\)"),
         ((0, 0, 1, 1), 8, 6, True, "mask of image 3 must have 8 x 6 pixels like the image, got 6 x 8"),
         (None, 6, 8, True, "mask of image 3 must not be empty"),
-        ((0, 0, 1, 6), 6, 8, True, "mask of image 3 lies outside the central part"),
+        ((0, 0, 1, 6), 6, 8, True, "mask of image 3 must not be empty in the central part"),
     ],
 )
 def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, message) -> None:

@@ -335,14 +335,15 @@ def test_ctrl_c_while_it_starts_leaves_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("selector", list(token_selectors.build_all()))
 def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, selector: str) -> None:
-    assert settings_of(pipe, list(start_values(pipe).values())) == {}
+    own = settings_of(pipe, list(start_values(pipe).values()))
+    check_equal(pipe.generate([BAG], seed=1, **own), pipe.generate([BAG], seed=1))
     changed = {"token_selector": selector, "first": 0.5, "guidance": "cosine", "num_steps": 4}
     settings = settings_of(pipe, list({**start_values(pipe), **changed}.values()))
     has_noise = hasattr(token_selectors.build(selector), "choice_temperature")
     assert settings.pop("choice_temperature", None) == (12.0 if has_noise else None)
     assert settings == {
         "token_selector": selector, "sampling_temperature": (0.5, 0.8), "guidance": "cosine", "guidance_scale": 3.0,
-        "num_steps": 4,
+        "num_steps": 4, "mask_schedule": None,
     }  # fmt: skip
 
 
