@@ -113,6 +113,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(BAD_INPUT, f"{self.prog}: {message.removeprefix('argument ')}{hint}; see {self.prog} --help\n")
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
+        # The function of a command reads the choices of a flag.
         if isinstance(action, argparse._SubParsersAction) and value not in action.choices:
             hint = f"{did_you_mean(value, action.choices)} ".lstrip()
             listed = ", ".join(action.choices)

@@ -229,6 +229,8 @@ def _options(argument: _Argument) -> dict[str, Any]:
     if argument.hint is bool:
         return {**options, "action": "store_true" if default is False else argparse.BooleanOptionalAction}
     options["metavar"] = argument.metavar
+    if get_origin(argument.hint) is Literal:
+        options["choices"] = [str(choice) for choice in get_args(argument.hint)]
     if argument.hint is Path:
         options["type"] = Path
     if not argument.is_flag:

@@ -372,7 +372,7 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
     """
     _check_names(settings, [*SETTINGS, "decoding"])
     changes = {name: value for name, value in settings.items() if value is not None}
-    config = changes.pop("decoding", default)
+    config: DecodingConfig = changes.pop("decoding", default)
     # The list has one number for each step, so that it must agree with num_steps. It takes the place of the schedule.
     if "tokens_per_step" in changes:
         if "mask_schedule" in changes:
