@@ -352,7 +352,8 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     first, last = settings.pop("first"), settings.pop("last")
     settings["sampling_temperature"] = first if first == last else (first, last)
     # Numbers belong to their part, and some parts take none.
-    if not hasattr(token_selectors.build(settings["token_selector"] or pipe.decoding.token_selector), _NOISE):
+    selector: Any = settings["token_selector"] or pipe.decoding.token_selector
+    if not hasattr(token_selectors.build(selector), _NOISE):
         del settings[_NOISE]
     if not hasattr(guidance_schedules.build(settings["guidance"] or pipe.decoding.guidance), "scale"):
         del settings["guidance_scale"]
