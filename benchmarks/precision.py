@@ -30,8 +30,8 @@ def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tenso
     """
     labels = [number % len(pipe.class_names) for number in range(num_images)]
     before = time.process_time()
-    *_, last = pipe.steps(labels, seed=range(num_images), draw_method=method)
-    return last.tokens, time.process_time() - before
+    recording = pipe.record(labels, seed=range(num_images), draw_method=method)
+    return recording.steps[-1].tokens, time.process_time() - before
 
 
 def measure(run: Path, *, num_images: int) -> list[dict[str, str]]:

@@ -2,7 +2,7 @@
 
 Used by configuration dataclasses in ``__post_init__`` and by all readers of untrusted files. Imports nothing
 heavy, so that a wrong key is reported immediately. In this order: single values, the mappings of files (keys,
-dataclasses, whose types pydantic checks), and the sizes, channels and file names of images.
+dataclasses, whose types pydantic checks), and the sizes and channels of images.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ FieldsAt = Callable[[tuple[str, ...]], Collection[str]]
 """Returns the fields of the dataclass at a key."""
 
 _MAX_SHOWN = 80  # characters of a value in a message
-_FILE_NAME = re.compile(r"(no-class|class-\d{4,})-seed-\d{6,}\.png")  # of image_file_name
 
 _CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
 
@@ -379,17 +378,3 @@ def count_text(count: int, noun: str) -> str:
     """Formats a count with its noun, such as ``1 node``, ``1,024 nodes`` or ``2 classes``."""
     ending = "" if count == 1 else "es" if noun.endswith("s") else "s"
     return f"{count:,} {noun}{ending}"
-
-
-def image_file_name(label: int | None, seed: int) -> str:
-    """Returns the name of the PNG file of a generated image, such as ``class-0003-seed-000007.png``.
-
-    The label None is "no class".
-    """
-    name = "no-class" if label is None else f"class-{label:04d}"
-    return f"{name}-seed-{seed:06d}.png"
-
-
-def is_image_file_name(name: str) -> bool:
-    """Returns True if a name can be one of ``image_file_name``."""
-    return _FILE_NAME.fullmatch(name) is not None

@@ -23,8 +23,6 @@ from maskgit_pl.checks import (
     check_number,
     check_seed,
     height_width,
-    image_file_name,
-    is_image_file_name,
     plain_list,
     plain_number,
     plain_size,
@@ -92,14 +90,6 @@ def test_a_size_has_one_form_which_files_keep(given, size):
     assert check_image_size("size", given, "[1, 64]") == as_image_size(given) == size
     assert as_image_size(plain_size(size)) == size
     assert height_width(given) == height_width(size)
-
-
-def test_names_of_generated_images_are_known_again():
-    names = [image_file_name(label, seed) for label, seed in ((None, 0), (3, 7), (12345, 2**32 - 1))]
-    assert names[:2] == ["no-class-seed-000000.png", "class-0003-seed-000007.png"]
-    assert all(map(is_image_file_name, names))
-    for name in ("class-3-seed-000007.png", "class-0003-seed-000007.jpg", "x-class-0003-seed-000007.png", "photo.png"):
-        assert not is_image_file_name(name)
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,6 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "recipes copy": "cli.listing:recipes_copy",
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
-    "completion": "cli.listing:completion",
     "import-jax": "cli.export:import_jax",
     "import-tokenizer": "cli.export:import_tokenizer",
     "import-transformer": "cli.export:import_transformer",
@@ -179,7 +178,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")
-    _open_closed_streams()
     warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
@@ -206,17 +204,6 @@ def _keep_freed_memory() -> None:
         mallopt(_M_MMAP_THRESHOLD, 2**25)  # the largest that glibc takes
 
 
-def _open_closed_streams() -> None:
-    """Opens ``/dev/null`` for closed standard streams: a file of ours would get their number, and their output."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which is this one
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115  # for the life of the process
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115  # for the life of the process
-
-
 def _print_log(stream: TextIO) -> None:
     """Prints the log of this package as plain lines, and leaves the handlers of other libraries as they are."""
     if isinstance(sys.stdout, io.TextIOWrapper):
@@ -237,9 +224,6 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if not words:
         parser.print_help()
         parser.exit()
-    for word in words:
-        if word.startswith("-") and word.endswith("=--"):  # argparse would read an empty list
-            parser.exit(BAD_INPUT, f"maskgit: {word.removesuffix('=--')} must have a value, got '--'\n")
     # --traceback may stand anywhere, also after the command. What argparse does not know is a key of a recipe
     # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])
@@ -265,8 +249,7 @@ def _run(args: argparse.Namespace) -> int:
     """Runs the parsed command and returns its exit code; prints the error that ends it."""
     try:
         code = _call(args)
-        if code == 0:
-            print(end="", flush=True)  # an output that is lost is an error of the command
+        print(end="", flush=True)  # an output that is lost is an error of the command
         return code
     except SystemExit as stop:
         error = error_of_exit(stop)

@@ -36,11 +36,11 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args, get_origin, get_type_hints
 
-from maskgit_pl.checks import check_choice, is_image_file_name, shorten
+from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.files import check_writable
 from maskgit_pl.runs.layers import parse_named_spec
 
-__all__ = ["Output", "Word", "add_command", "flag_of", "read_call", "summary_of"]
+__all__ = ["Output", "Word", "add_command", "flag_of", "read_call"]
 
 _OVERRIDES = "overrides"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -65,8 +65,7 @@ class Word:
 class Output:
     """A file or folder that a command writes: ``Annotated[Path, Output(".png")]``.
 
-    Its suffix is checked before any work, that it can be written, and that it is neither a file that the
-    command reads nor another output.
+    Its suffix is checked before any work, that it can be written, and that it is no other file of the command.
 
     Args:
         suffix: Suffix of the file; "" for a folder.
@@ -133,9 +132,8 @@ def add_command(subparsers: Any, name: str, function: Callable[..., Any]) -> Non
         function: The command; the namespace has it as ``function``, and its parser as ``parser``.
     """
     summary, text, example = _sections(function)
-    parser = subparsers.add_parser(
-        name, help=summary_of(function), description=f"{summary} {text}".strip(), epilog=example
-    )
+    line = f"{summary[0].lower()}{summary[1:]}".rstrip(".")  # of the list of commands
+    parser = subparsers.add_parser(name, help=line, description=f"{summary} {text}".strip(), epilog=example)
     groups = _groups(function)
     required = [argument for group in groups for argument in group.arguments if argument.default is MISSING]
     words = [f"{each.label} {each.metavar}" if each.is_flag else each.metavar for each in required]
@@ -145,12 +143,6 @@ def add_command(subparsers: Any, name: str, function: Callable[..., Any]) -> Non
         for argument in group.arguments:
             target.add_argument(flag_of(argument.name) if argument.is_flag else argument.name, **_options(argument))
     parser.set_defaults(function=function, parser=parser)
-
-
-def summary_of(function: Callable[..., Any]) -> str:
-    """Returns the first sentence of the docstring as a line of the list of commands."""
-    summary = _sections(function)[0]
-    return f"{summary[0].lower()}{summary[1:]}".rstrip(".")
 
 
 def read_call(function: Callable[..., Any], words: Mapping[str, Any], overrides: Sequence[str] = ()) -> dict[str, Any]:
@@ -189,10 +181,10 @@ def _groups(function: Callable[..., Any]) -> list[_Group]:
     plain = _Group(None, None, [])  # arguments of no group
     groups = [plain]
     for name, parameter in inspect.signature(function).parameters.items():
-        hint, has_fields = hints[name], get_origin(hints[name]) is Unpack
+        hint = hints[name]
         if name == _OVERRIDES:
             continue
-        if has_fields:  # **name: Unpack[TypedDict]
+        if get_origin(hint) is Unpack:  # **name: Unpack[TypedDict]
             (kind,) = get_args(hint)
             arguments = [_argument(key, inner, None, _helps(kind)) for key, inner in _hints(kind).items()]
             groups.append(_Group(name, None, arguments))
@@ -299,28 +291,17 @@ def _members(hint: Any, kind: type) -> list[Any]:
 
 def _check_outputs(values: Iterable[tuple[_Argument, Any]]) -> None:
     """Raises a ValueError for an output that cannot be written, overwrites an input, or is named twice."""
-    outputs = [(each, path) for each, path in values if isinstance(each.form, Output) and isinstance(path, Path)]
-    inputs = {
-        os.path.realpath(path)
-        for argument, path in values
-        if isinstance(path, Path) and not isinstance(argument.form, Output) and path.is_file()
-    }
-    named: dict[str, str] = {}
-    for argument, path in outputs:
-        assert isinstance(argument.form, Output)
+    files = [(argument, path) for argument, path in values if isinstance(path, Path)]
+    taken = {os.path.realpath(path) for argument, path in files if not isinstance(argument.form, Output)}
+    for argument, path in files:
+        if not isinstance(argument.form, Output):
+            continue
         flag, suffix, real = argument.label, argument.form.suffix, os.path.realpath(path)
         if suffix and path.suffix.lower() not in (suffix, argument.form.other or suffix):
             raise ValueError(f"{flag} must end in {suffix}, got {path}")
-        if real in named:
-            raise ValueError(f"{flag} must differ from {named[real]}, got {path} for both")
-        named[real] = flag
-        for file in inputs:
-            folder, name = os.path.split(file)
-            if file == real or (not suffix and folder == real and is_image_file_name(name)):
-                raise ValueError(
-                    f"{flag} must not overwrite a file that the command reads, got {path} and {file}; give another "
-                    f"{flag}"
-                )
+        if real in taken:
+            raise ValueError(f"{flag} must not overwrite another file of the command, got {path}")
+        taken.add(real)
         check_writable(flag, path, is_folder=not suffix)
 
 

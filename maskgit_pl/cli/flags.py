@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from maskgit_pl import pipeline
-from maskgit_pl.checks import check_integer, check_number
 from maskgit_pl.cli.arguments import Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
@@ -168,20 +167,13 @@ class CasFlags:
             resnet50, or resnet18 below 64 pixels).
         cas_max_steps: Training steps of that network.
         cas_batch_size: Images per training step.
-        cas_learning_rate: Peak learning rate.
         cas_precision: Training precision.
     """
 
     cas_model: str = CASConfig.model
     cas_max_steps: int = CASConfig.max_steps
     cas_batch_size: int = CASConfig.batch
-    cas_learning_rate: float = CASConfig.peak_rate
     cas_precision: Precision = CASConfig.precision
-
-    def __post_init__(self) -> None:
-        check_integer("cas_max_steps", self.cas_max_steps, "[1, inf)")
-        check_integer("cas_batch_size", self.cas_batch_size, "[2, inf)")
-        check_number("cas_learning_rate", self.cas_learning_rate, "(0, inf)")
 
     @property
     def config(self) -> CASConfig | None:
@@ -192,7 +184,6 @@ class CasFlags:
             model=self.cas_model,
             max_steps=self.cas_max_steps,
             batch=self.cas_batch_size,
-            peak_rate=self.cas_learning_rate,
             precision=self.cas_precision,
         )
 

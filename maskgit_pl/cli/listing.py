@@ -1,17 +1,13 @@
-"""Commands that list what there is, such as ``maskgit models`` and ``recipes``, and ``maskgit completion``."""
+"""Commands that list what there is, such as ``maskgit models`` and ``recipes``."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import re
 import shlex
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
-
-import shtab
 
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
@@ -29,7 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "REGISTRIES",
-    "completion",
     "env",
     "models",
     "plugins",
@@ -77,10 +72,6 @@ _RELEASED = (  # project, content, command
 )
 
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
-
-_OPTIONAL = (  # libraries whose versions ``env`` also prints
-    "numpy", "pillow", "torchvision", "torchmetrics", "webdataset", "timm", "safetensors", "simplejpeg", "pyarrow",
-)  # fmt: skip
 
 
 def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
@@ -225,11 +216,6 @@ def env(*, json: bool = False) -> None:
     from maskgit_pl.distributed import default_device, describe_environment, device_name
 
     values = describe_environment()
-    for name in _OPTIONAL:
-        try:
-            values[name] = version(name)
-        except PackageNotFoundError:
-            values[name] = "not installed"
     values["default device"] = device_name(torch.device(default_device()))
     values["recipes"] = [*map(str, recipe.recipes_folders())]
     if json:
@@ -284,26 +270,3 @@ def schedules(
         with write_atomically(out) as stream:
             stream.write(draw_schedules(built, num_tokens=num_tokens))
         log.info("%s: mask ratio of %d schedules", out, len(built))
-
-
-def completion(shell: Literal["bash", "zsh"]) -> None:
-    """Prints a script for the completion of commands and flags in a shell.
-
-    It completes files too. For bash, add the line of the example to ~/.bashrc. For zsh, write the output to a
-    file named _maskgit in a folder of $fpath.
-
-    Example: eval "$(maskgit completion bash)"
-
-    Args:
-        shell: Shell that reads the script.
-    """
-    from maskgit_pl.cli import build_parser
-
-    parsers = [build_parser()]
-    for parser in parsers:  # the list grows by the parsers of commands
-        for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                parsers += action.choices.values()
-            elif action.type is Path:
-                action.complete = shtab.FILE  # type: ignore[attr-defined]  # read by shtab
-    print(shtab.complete(parsers[0], shell))

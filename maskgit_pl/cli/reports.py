@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -25,11 +25,8 @@ if TYPE_CHECKING:
 __all__ = ["ablation", "figure", "table"]
 
 
-def _split_names(flag: str, text: str) -> tuple[str, ...]:
-    names = tuple(split_values(text))
-    if not names:
-        raise ValueError(f"{flag} must have at least one name, got {text!r}")
-    return names
+def _split_names(_: str, text: str) -> tuple[str, ...]:
+    return tuple(split_values(text))
 
 
 def _split_sets(_: str, text: str) -> tuple[str, ...]:
@@ -38,13 +35,6 @@ def _split_sets(_: str, text: str) -> tuple[str, ...]:
 
 def _split_words(_: str, text: str) -> tuple[str, ...]:
     return tuple(shlex.split(text))
-
-
-def _parse_budget(flag: str, text: str) -> int:
-    unit, _, steps = text.partition("=")
-    if unit != "steps" or not steps.isdecimal():
-        raise ValueError(f"{flag} must be steps=N, got {text!r}")
-    return int(steps)
 
 
 @dataclass(frozen=True)
@@ -96,25 +86,6 @@ def table(
     _write_page(page, as_json=json)
 
 
-@dataclass(frozen=True)
-class NetworkSizes:
-    """Sizes of the network of Figure 4. By default, those of the run, or of a network that is small enough for a CPU.
-
-    Args:
-        depth: Number of layers (default: that of the run, or 8).
-        embed_dim: Embedding dimension (default: that of the run, or 256).
-        num_heads: Attention heads per layer (default: that of the run, or 8).
-        mlp_dim: Hidden dimension of the MLPs (default: that of the run, or 1024).
-        codebook_size: Number of codes (default: that of the run, or 1024).
-    """
-
-    depth: int | None = None
-    embed_dim: int | None = None
-    num_heads: int | None = None
-    mlp_dim: int | None = None
-    codebook_size: int | None = None
-
-
 def figure(
     number: Literal[4, 8],
     runs: Runs = (),
@@ -123,7 +94,6 @@ def figure(
     num_tokens: Annotated[tuple[int, ...], Word("N,...", parse_numbers)] = NUM_TOKENS,
     json: bool = False,
     report: ReportFlags = ReportFlags(),
-    transformer_of_figure_4: NetworkSizes = NetworkSizes(),
 ) -> None:
     """Draws Figure 4 or 8 of the paper with our models and measurements.
 
@@ -146,8 +116,7 @@ def figure(
         elif len(runs) > 1:
             raise ValueError(f"figure 4 must have at most one RUN, which sets the sizes, got {len(runs)}")
         else:
-            sizes = {name: size for name, size in asdict(transformer_of_figure_4).items() if size is not None}
-            page = evaluation.figure_4(next(iter(runs), None), report, num_tokens=num_tokens, sizes=sizes, bars=bars)
+            page = evaluation.figure_4(next(iter(runs), None), report, num_tokens=num_tokens, bars=bars)
     _write_page(page, as_json=json)
 
 
@@ -181,7 +150,6 @@ def ablation(
     schedules: Annotated[tuple[str, ...], Word("A,B,...", _split_names)] | None = None,
     num_steps: Numbers | None = None,
     seeds: Seeds | None = None,
-    budget: Annotated[int, Word("steps=N", _parse_budget)] | None = None,
     recipe: str = "",
     dataset: str = DEFAULT_DATASET,
     cluster: str = "single",
@@ -203,7 +171,6 @@ def ablation(
         schedules: Recipes to train, one for each mask schedule (default: exp,cubic,square,cosine,linear,sqrt,log).
         num_steps: Numbers of decoding steps of --schedules (default: 2,3,4,6,8,12,16,24, at most half the tokens).
         seeds: Training seeds of each variant (default: 0,1) or schedule (default: that of the recipe).
-        budget: Training steps of each run, the same as --trainer.max_steps N (default: those of the recipe).
         recipe: Recipes of all variants; several in quotes.
         dataset: Name of the data set.
         cluster: Machines: a file of recipes/cluster.
@@ -221,7 +188,7 @@ def ablation(
         stage_2=variants.stage_2,
         dataset=dataset,
         cluster=cluster,
-        overrides=(*overrides, *([] if budget is None else [f"--trainer.max_steps={budget}"])),
+        overrides=tuple(overrides),
         runs=runs_folder,
         data=report.data,
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from maskgit_pl.files import remove_partials, write_atomically
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
 from maskgit_pl.pipeline.bulk import (
-    BulkKeywords,
     BulkOptions,
     BulkPlan,
     BulkResult,
@@ -39,7 +38,6 @@ from maskgit_pl.pipeline.bulk import (
     write_samples,
 )
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.pipeline.options import StepCallback, read_options
 from maskgit_pl.pipeline.regions import pixel_region
 
 Task = Literal["outpaint-right", "inpaint-centre"]
@@ -74,18 +72,15 @@ def generate_images(
         taken += int(step.was_masked.any(1).sum())  # images that still had a masked token before the step
 
     start = time.perf_counter()
-    result = generate_many(
-        pipe,
-        file,
+    options = BulkOptions(
         num_images=num_images,
         seed=seed,
         batch_size=batch_size,
         rank=rank,
         world_size=world_size,
-        on_images=on_images,
-        on_step=count_steps,
         decoding=decoding,
     )
+    result = generate_many(pipe, file, options, on_images=on_images, on_step=count_steps)
     seconds = time.perf_counter() - start
     barrier()  # the last rank to finish has assembled the file from the parts
     samples = open_samples(file, channels=pipe.tokenizer.network.config.in_channels)
@@ -108,11 +103,10 @@ def delete_generated(file: Path) -> None:
 def generate_accepted(
     pipe: MaskGIT,
     file: Path | str,
+    options: BulkOptions,
     acceptance: Acceptance,
     *,
     on_images: Callable[[int], object] = lambda count: None,
-    on_step: StepCallback | None = None,
-    **options: Unpack[BulkKeywords],
 ) -> BulkResult:
     """Generates candidates into ``FILE.candidates.npz``, and writes those that are accepted to a file.
 
@@ -122,11 +116,13 @@ def generate_accepted(
 
     Args:
         pipe: Model that generates the images.
-        file: Path that ends in ``.npz``. ``num_images`` is the number of accepted images in it.
+        file: Path that ends in ``.npz``.
+        options: See ``generate_many``; ``num_images`` is the number of accepted images.
         acceptance: Classifier and acceptance rate.
-        on_images: See ``generate_many``, which the other arguments are for, too; it counts candidates.
-        on_step: See ``generate_many``.
-        options: See ``generate_many``.
+        on_images: See ``generate_many``; it counts candidates.
+
+    Returns:
+        The result of ``generate_many`` for the candidates.
 
     Raises:
         ValueError: if the classifier has other classes, ``num_images`` is not a multiple of the number of
@@ -134,16 +130,14 @@ def generate_accepted(
         FileExistsError: if the file was not written by this function.
     """
     file = Path(file)
-    bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
-    plan = make_plan(pipe, bulk, decoding)
+    plan = make_plan(pipe, options)
     acceptance.check_classes(pipe.class_names, plan.classes)
-    count = num_candidates(acceptance, bulk.num_images, len(plan.classes))
+    count = num_candidates(acceptance, options.num_images, len(plan.classes))
     candidates = file.with_name(f"{file.stem}.candidates.npz")
     plan = replace(plan, accept_rate=acceptance.rate, classifier=acceptance.digest)
     if is_finished(file, plan):
-        return BulkResult(file, 0)
-    options["num_images"] = count
-    result = generate_many(pipe, candidates, on_images=on_images, on_step=on_step, **options)
+        return BulkResult(0)
+    result = generate_many(pipe, candidates, replace(options, num_images=count), on_images=on_images)
     if result.missing_parts == 0:
         try:
             _write_accepted(file, plan, open_samples(candidates, channels=plan.image[2]), acceptance)
@@ -151,7 +145,7 @@ def generate_accepted(
             if not is_finished(file, plan):  # True if another process has written the file in the meantime
                 raise
         candidates.unlink(missing_ok=True)
-    return replace(result, file=file)
+    return result
 
 
 def num_candidates(acceptance: Acceptance, num_images: int, num_classes: int) -> int:

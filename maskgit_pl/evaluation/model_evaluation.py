@@ -391,5 +391,6 @@ def _write_pictures(
     reconstructions = pipe.tokenizer.decode(pipe.tokenizer.encode(originals))
     save_png(reconstruction_grid(originals, reconstructions), folder / "reconstructions.png")
 
-    recording = pipe.record(classes[:_ANIMATED], seed=seed, decoding=decoding)
+    seeds = [seed + number for number, _ in enumerate(classes[:_ANIMATED])]
+    recording = pipe.record(classes[:_ANIMATED], seed=seeds, decoding=decoding)
     recording.save(folder / "decoding.gif")

@@ -1,9 +1,9 @@
 """Rejection sampling: of more images than are wanted, keep those that a classifier assigns to their class most surely.
 
 The images of a class that are generated are its candidates; the fraction that is kept is the acceptance rate.
-Candidate j has seed + j, class by class, so that the candidates are the images of an ordinary call with more
-images. A classifier that selects images must not judge them: class agreement and distances in its own
-features are then better than the images are. ``maskgit sample --accept-rate`` uses this.
+A classifier that selects images must not judge them: class agreement and distances in its own features are
+then better than the images are. ``evaluation.generation.generate_accepted`` and ``maskgit sample --accept-rate``
+use this.
 
 Source: Razavi et al. (VQ-VAE-2), arXiv:1906.00446, section on classifier-based rejection sampling; MaskGIT
 reports FID 4.02 (256 px) and 4.46 (512 px) with acceptance rate 0.05.
@@ -12,12 +12,10 @@ reports FID 4.02 (256 px) and 4.46 (512 px) with acceptance rate 0.05.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple, Unpack, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,10 +23,8 @@ from torch import Tensor
 
 from maskgit_pl.checks import check_number
 from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier, weights_digest
-from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import Classes, DecodingKeywords
 
-__all__ = ["Acceptance", "AcceptedSeeds", "choose_seeds"]
+__all__ = ["Acceptance"]
 
 _ROUNDING = 1e-9  # 21 / 0.7 is 30.000000000000004 in floating point
 _BATCH = 50  # images that are classified at a time
@@ -123,75 +119,3 @@ class Acceptance:
             rows = (labels == label).nonzero().squeeze(1)
             kept.append(rows[log_probs[rows].argsort(descending=True, stable=True)[:count]])
         return torch.cat(kept).sort().values
-
-
-class AcceptedSeeds(NamedTuple):
-    """The seeds of accepted images, in the order of the classes that were asked for.
-
-    Attributes:
-        seeds: Seed of each image, for ``MaskGIT.generate(classes, seed=seeds)``.
-        log_probs: Logarithm of the probability of its class for each image.
-        num_candidates: Number of images that were generated to choose from.
-    """
-
-    seeds: list[int]
-    log_probs: list[float]
-    num_candidates: int
-
-
-def choose_seeds(
-    pipe: MaskGIT,
-    classes: Classes,
-    acceptance: Acceptance,
-    *,
-    seed: int = 0,
-    batch_size: int = 64,
-    negative_classes: int | str | None = None,
-    on_images: Callable[[int], object] = lambda count: None,
-    **settings: Unpack[DecodingKeywords],
-) -> AcceptedSeeds:
-    """Generates candidates, and chooses the seeds of those to keep.
-
-    Example::
-
-        pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
-        acceptance = Acceptance.load("runs/fashion-mnist-classifier/small", 0.5)
-        chosen = choose_seeds(pipe, ["Bag"] * 8, acceptance)
-        images = pipe.generate(["Bag"] * 8, seed=chosen.seeds)
-
-    Args:
-        pipe: The model.
-        classes: Class of each image to keep, as for ``MaskGIT.generate``; "no class" has no probability.
-        acceptance: Classifier and acceptance rate.
-        seed: Seed of the first candidate; candidate j has seed + j, class by class in the order of ``classes``.
-        batch_size: Candidates generated at a time.
-        negative_classes: Class that guidance moves away from; "no class" by default.
-        on_images: Called after each batch with its number of candidates.
-        settings: Decoding settings of ``MaskGIT.generate``.
-
-    Raises:
-        ValueError: if the classifier has other classes than the model, or a class is "no class" or unknown.
-    """
-    labels = pipe.class_ids(classes)
-    acceptance.check_classes(pipe.class_names, labels)
-    counts = Counter(labels)  # in the order of first appearance
-    candidates = [label for label, count in counts.items() for _ in range(acceptance.num_candidates(count))]
-    scores = []
-    for first in range(0, len(candidates), batch_size):
-        batch = candidates[first : first + batch_size]
-        images = pipe.generate(
-            batch,
-            output_type="pt",
-            seed=seed + first,
-            batch_size=len(batch),
-            negative_classes=negative_classes,
-            **settings,
-        )
-        scores.append(acceptance.log_probs(images, torch.tensor(batch)))
-        on_images(len(batch))
-    log_probs = torch.cat(scores)
-    rows = cast("list[int]", acceptance.choose(log_probs, torch.tensor(candidates), counts).tolist())
-    # The kept candidates of a class go to its places in turn.
-    waiting = {label: iter([row for row in rows if candidates[row] == label]) for label in counts}
-    ordered = [next(waiting[label]) for label in labels]
-    return AcceptedSeeds([seed + row for row in ordered], log_probs[ordered].tolist(), len(candidates))

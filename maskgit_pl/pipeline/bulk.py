@@ -14,26 +14,25 @@ import json
 import logging
 import shutil
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any, Required, Unpack
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
 from typing_extensions import Buffer
 
-from maskgit_pl.checks import check_integer, height_width, plain_number, shorten
+from maskgit_pl.checks import check_integer, height_width, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.files import parse_json, remove_partials, size_text, write_atomically
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.card import flatten
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import Classes, DecodingKeywords, StepCallback, read_options
+from maskgit_pl.pipeline.options import StepCallback
 
 __all__ = [
-    "BulkKeywords",
     "BulkOptions",
     "BulkPlan",
     "BulkResult",
@@ -52,7 +51,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BulkOptions:
-    """Options of ``generate_many`` besides the decoding settings.
+    """The images of ``generate_many``.
 
     Args:
         num_images: Number of images, at least 1.
@@ -63,42 +62,26 @@ class BulkOptions:
             and pixels differ by rounding only.
         rank: Index of this process in [0, world_size).
         world_size: Number of processes that share the work. They share a folder and need no network.
+        decoding: Decoding settings; by default those of the model.
 
     Raises:
         ValueError: if a number is out of range.
     """
 
     num_images: int
-    classes: Classes | None = None
+    classes: Sequence[int | str | None] | None = None
     seed: int = 0
     negative_class: int | str | None = None
     batch_size: int = 100
     rank: int = 0
     world_size: int = 1
+    decoding: DecodingConfig | None = None
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size", "world_size", "rank", "seed"):
-            least = 0 if name in ("rank", "seed") else 1
-            number = check_integer(name, plain_number(getattr(self, name)), f"[{least}, inf)")
-            object.__setattr__(self, name, number)
-        if self.rank >= self.world_size:
-            raise ValueError(f"rank must be in [0, {self.world_size}), the world size, got {self.rank}")
-        # The last image has the largest seed.
-        if self.seed + self.num_images > _SEEDS:
-            last = self.seed + self.num_images - 1
-            raise ValueError(f"seed must leave room below 2**32 for a seed for each image, got {self.seed} to {last}")
-
-
-class BulkKeywords(DecodingKeywords, total=False):
-    """Keyword arguments of ``generate_many``: the fields of ``BulkOptions``, and decoding settings."""
-
-    num_images: Required[int]
-    classes: Classes | None
-    seed: int
-    negative_class: int | str | None
-    batch_size: int
-    rank: int
-    world_size: int
+        for name in ("num_images", "batch_size", "world_size"):
+            check_integer(name, getattr(self, name), "[1, inf)")
+        check_integer("rank", self.rank, f"[0, {self.world_size})")
+        check_integer("seed", self.seed, f"[0, {_SEEDS - self.num_images}]")  # the last image has the largest seed
 
 
 @dataclass(frozen=True)
@@ -106,12 +89,10 @@ class BulkResult:
     """The result of a call of ``generate_many``.
 
     Attributes:
-        file: Path of the ``.npz`` file.
         made: Number of images that this call generated; 0 if they existed already.
         missing_parts: Number of processes that have not finished; 0 if the file is complete.
     """
 
-    file: Path
     made: int
     missing_parts: int = 0
 
@@ -171,10 +152,10 @@ class BulkPlan:
 def generate_many(
     pipe: MaskGIT,
     file: Path | str,
+    options: BulkOptions,
     *,
     on_images: Callable[[int], object] = lambda count: None,
     on_step: StepCallback | None = None,
-    **options: Unpack[BulkKeywords],
 ) -> BulkResult:
     """Generates many images into one file, or does nothing if the file holds them already.
 
@@ -184,61 +165,60 @@ def generate_many(
     Example::
 
         pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
-        generate_many(pipe, "samples.npz", num_images=50_000, num_steps=8)
+        generate_many(pipe, "samples.npz", BulkOptions(num_images=50_000, decoding=pipe.decoding_with(num_steps=8)))
 
     Args:
         pipe: Model that generates the images.
         file: Path that ends in ``.npz``. The file appears when it is complete.
+        options: The images, and the share of this process.
         on_images: Called after each batch with its number of images.
         on_step: Called after each decoding step of each batch.
-        options: Fields of ``BulkOptions``, and the decoding settings of ``MaskGIT.generate``.
 
     Raises:
-        ValueError: if a number is out of range, a class is unknown, the file holds images of other settings,
+        ValueError: if a class is unknown, a decoding setting is wrong, the file holds images of other settings,
             or there is too little disk space.
         FileExistsError: if the file is not one of ``generate_many``.
-        TypeError: see ``MaskGIT.generate``.
     """
     file = Path(file)
     if file.suffix != ".npz":
         raise ValueError(f"file must end in .npz, got {file}")
-    bulk, decoding = read_options(BulkOptions, options, pipe.decoding)
-    plan = make_plan(pipe, bulk, decoding)
+    plan = make_plan(pipe, options)
     if is_finished(file, plan):
-        return BulkResult(file, 0)
+        return BulkResult(0)
     folder, digest = file.with_name(f"{file.name}.parts"), hashlib.sha256(plan.text).hexdigest()[:16]
-    parts = [folder / f"{digest}-{rank}-of-{bulk.world_size}" for rank in range(bulk.world_size)]
-    if parts[bulk.rank].exists():
-        return BulkResult(file, 0, _join(file, plan, parts))
-    rows = range(*(plan.count * rank // bulk.world_size for rank in (bulk.rank, bulk.rank + 1)))
+    parts = [folder / f"{digest}-{rank}-of-{options.world_size}" for rank in range(options.world_size)]
+    if parts[options.rank].exists():
+        return BulkResult(0, _join(file, plan, parts))
+    rows = range(*(plan.count * rank // options.world_size for rank in (options.rank, options.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder, file.name if bulk.world_size == 1 else parts[bulk.rank].name)
+    remove_partials(folder, file.name if options.world_size == 1 else parts[options.rank].name)
     needed, free = len(rows) * plan.image[0] * plan.image[1] * 3, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "
                          "name a file elsewhere")  # fmt: skip
     _log.info("%s: sampling %d images", file, len(rows))
-    images = _generate(pipe, plan, decoding, rows, batch_size=bulk.batch_size, on_images=on_images, on_step=on_step)
-    if bulk.world_size == 1:
+    images = _generate(pipe, plan, options, rows, on_images=on_images, on_step=on_step)
+    if options.world_size == 1:
         with write_atomically(file, partial_in=folder) as stream:
             write_samples(stream, plan, images, plan.labels)
         shutil.rmtree(folder, ignore_errors=True)
-        return BulkResult(file, len(rows))
-    with write_atomically(parts[bulk.rank]) as stream:
+        return BulkResult(len(rows))
+    with write_atomically(parts[options.rank]) as stream:
         stream.writelines(images)
-    return BulkResult(file, len(rows), _join(file, plan, parts))
+    return BulkResult(len(rows), _join(file, plan, parts))
 
 
-def make_plan(pipe: MaskGIT, options: BulkOptions, decoding: DecodingConfig) -> BulkPlan:
+def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
     """Returns the plan after all checks of its classes and decoding settings."""
-    labels = pipe.class_ids(range(len(pipe.class_names)) if options.classes is None else options.classes)
+    labels = pipe.outline.class_ids(range(len(pipe.class_names)) if options.classes is None else options.classes)
+    decoding = options.decoding or pipe.decoding
     negative_model = pipe.negative_model if any(decoding.scales()) else None
     pipe.check_decoding(decoding)
     return BulkPlan(
         count=options.num_images,
         seed=options.seed,
         classes=tuple(labels),
-        negative_class=None if options.negative_class is None else pipe.class_ids(options.negative_class)[0],
+        negative_class=None if options.negative_class is None else pipe.outline.class_ids(options.negative_class)[0],
         decoding=asdict(decoding),
         mask_schedule=repr(pipe.transformer.mask_schedule),
         image=(*height_width(pipe.tokenizer.image_size), pipe.tokenizer.network.config.in_channels),
@@ -306,26 +286,25 @@ def write_samples(
 def _generate(
     pipe: MaskGIT,
     plan: BulkPlan,
-    decoding: DecodingConfig,
+    options: BulkOptions,
     rows: range,
     *,
-    batch_size: int,
     on_images: Callable[[int], object],
     on_step: StepCallback | None,
 ) -> Iterator[bytes]:
     """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels."""
     labels = plan.labels.tolist()
-    for first in range(rows.start, rows.stop, batch_size):
-        batch = labels[first : min(first + batch_size, rows.stop)]
+    for first in range(rows.start, rows.stop, options.batch_size):
+        batch = labels[first : min(first + options.batch_size, rows.stop)]
         images = pipe.generate(
             # ``generate`` takes None for the null class.
             [label if label < len(pipe.class_names) else None for label in batch],
             seed=plan.seed + first,
             negative_classes=plan.negative_class,
-            batch_size=batch_size,
+            batch_size=options.batch_size,
             output_type="np",
             callback=on_step,
-            decoding=decoding,
+            decoding=options.decoding,
         )
         yield np.broadcast_to(images, (*images.shape[:3], 3)).tobytes()
         on_images(len(batch))

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,6 @@ from maskgit_pl.pipeline.pretrained import fingerprint, read_config, read_decodi
 __all__ = [
     "PLACEHOLDER",
     "STAGES",
-    "RunOrigin",
     "describe_folder",
     "fingerprints",
     "flatten",
@@ -39,7 +36,7 @@ __all__ = [
 
 STAGES = ("tokenizer", "transformer")
 PLACEHOLDER = "path/to/this/folder"
-"""The name of a model in the example of a card, if it has none."""
+"""The name of the model in the example of a card; `maskgit push` puts that of the repository in its place."""
 # Keys of the recipe and of the environment that a card shows. The files of the run have all of them.
 _SETTINGS = (
     "trainer.max_steps",
@@ -60,47 +57,31 @@ _SETTINGS = (
 _VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
 _PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
 _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that hold no metrics
-_TASK = "unconditional-image-generation"  # the Hub has no task for class-conditional images
 _NAMES_SHOWN = 20  # number of class names in the table
 _LONGEST_EXAMPLE = 80  # characters of a class name in the example
-# Figures of evaluation.json that the Hub lists: metric and feature network of the exported settings.
-_SHARED_FIGURE = re.compile(
-    r"samples\.exported[a-z_]*\.(fid|sfid|kid|is|precision|recall|density|coverage)/([\w.:-]+)", re.ASCII
-)
 _log = logging.getLogger(__name__)
 
 
-def write_card(
-    folder: Path | str,
-    *,
-    run: Path | str | None = None,
-    known: Mapping[str, Any] | None = None,
-    license: str | None = None,  # noqa: A002  # the Hub's word
-    name: str | None = None,
-) -> dict[str, Any]:
+def write_card(folder: Path | str, *, known: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Writes ``config.json`` and ``README.md`` into a folder that has both stages.
 
     Args:
-        folder: Folder with ``tokenizer/`` and ``transformer/``.
-        run: Run folder that the weights come from; None looks above a folder ``pretrained``.
-        known: Content of an older ``config.json`` of the same weights. Its facts are kept if there is no run.
-        license: License of the weights as the Hub spells it, such as ``apache-2.0``; None leaves it open.
-        name: Name for ``from_pretrained`` in the example on the card, such as ``owner/name``.
+        folder: Folder with ``tokenizer/`` and ``transformer/``. In ``RUN/pretrained``, the run gives its facts.
+        known: Content of an older ``config.json`` of the same weights: its license, and its facts outside of a run.
 
     Returns:
         The content of ``config.json``.
 
     Raises:
-        FileNotFoundError: if a stage or the run is missing.
+        FileNotFoundError: if a stage is missing.
         ValueError: if a file of the folder has another format.
     """
     folder = Path(folder)
-    # Facts of a run come from the run itself, if there is one, else from the older config.json.
-    run, known = _run_of(folder) if run is None else Path(run), known or {}
+    run, known = _run_of(folder), known or {}
     content = describe_folder(folder)
-    content["license"] = license or known.get("license")
+    content["license"] = known.get("license")
     content["run"] = known.get("run") if run is None else _describe_run(run, weights=content["fingerprints"])
-    card = model_card(folder, content, name=name)
+    card = model_card(folder, content)
     write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")
     write_text(folder / "README.md", card)
     return content
@@ -114,56 +95,9 @@ def refresh_card(folder: Path) -> None:
     if _run_of(folder) is None:
         return
     try:
-        write_card(folder, license=_json(folder / "config.json").get("license"))
+        write_card(folder, known=_json(folder / "config.json"))
     except Exception as error:
         _log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
-
-
-@dataclass(frozen=True)
-class RunOrigin:
-    """The folder that a pipeline was loaded from, whose facts go to the folder that it is saved to.
-
-    Args:
-        folder: Pretrained folder; None for a pipeline that was built from networks.
-        known: Content of its ``config.json``; empty if there is none.
-        tuned: Record of the search in its ``decoding.json``; empty if there is none.
-    """
-
-    folder: Path | None = None
-    known: Mapping[str, Any] = field(default_factory=dict)
-    tuned: Mapping[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, folder: Path, *, tuned: bool) -> RunOrigin:
-        """Reads the facts of a pretrained folder; ``tuned``: its ``decoding.json`` is used.
-
-        Raises:
-            ValueError: if a file has another format.
-        """
-        config = read_config(folder, "pipeline") if (folder / "config.json").is_file() else {}
-        entry = _json(folder / "decoding.json").get("tuned") if tuned else None
-        return cls(folder, config, entry if isinstance(entry, dict) else {})
-
-    @property
-    def name(self) -> str:
-        """The name of the run or of the folder; empty if there is none."""
-        if self.folder is None:
-            return ""
-        return self.folder.parent.name if self.folder.name == "pretrained" else self.folder.name
-
-    def weights(self) -> dict[str, str]:
-        """Returns the ``fingerprints`` of the folder; empty if there is no folder any more."""
-        if self.folder is None or not all((self.folder / stage).is_dir() for stage in STAGES):
-            return {}
-        return fingerprints(self.folder)
-
-    def facts(self, weights: Mapping[str, str]) -> Mapping[str, Any]:
-        """Returns the content of ``config.json`` if it describes exactly these weights, else an empty mapping."""
-        return self.known if self.known.get("fingerprints") == weights else {}
-
-    def run(self) -> Path | None:
-        """Returns the run folder above the folder, or None."""
-        return None if self.folder is None else _run_of(self.folder)
 
 
 def fingerprints(folder: Path) -> dict[str, str]:
@@ -215,7 +149,7 @@ def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
     return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
 
 
-def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = None) -> str:
+def model_card(folder: Path, content: Mapping[str, Any]) -> str:
     """Returns the text of ``README.md``, which begins with the YAML metadata of the Hub.
 
     Words from data or weights (class names, license, names of runs and recipes) are escaped, so that they
@@ -224,14 +158,13 @@ def model_card(folder: Path, content: Mapping[str, Any], *, name: str | None = N
     Args:
         folder: Pretrained folder, which names the classes.
         content: Content of ``config.json``.
-        name: See ``write_card``.
 
     Raises:
         ValueError: if ``run`` in the content, which may be of a stranger, has another form.
     """
     classes: list[str] = read_config(folder / "transformer", "transformer")["class_names"]
     try:
-        return "\n".join([*_metadata(content), *_introduction(content, classes, name or PLACEHOLDER), *_run(content)])
+        return "\n".join([*_metadata(content), *_introduction(content, classes), *_run(content)])
     except (AttributeError, KeyError, TypeError) as error:
         run = shorten(content.get("run"))
         raise ValueError(
@@ -310,50 +243,19 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _metadata(content: Mapping[str, Any]) -> list[str]:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import ModelCardData
 
-    license_name, run = content.get("license"), content.get("run") or {}
-    results = [EvalResult(**result) for result in _eval_results(run)]
+    license_name = content.get("license")
     data = ModelCardData(
         library_name="maskgit_pl",
-        pipeline_tag=_TASK,
+        pipeline_tag="unconditional-image-generation",  # the Hub has no task for class-conditional images
         license=printable(license_name) if license_name else None,
         tags=["maskgit", "vqgan", "masked-generative-transformer", "class-conditional"],
-        model_name=(printable(run["name"]) or "MaskGIT") if results else None,
-        eval_results=results or None,
     )
     return ["---", data.to_yaml(), "---", ""]
 
 
-def _eval_results(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yields the metrics that the Hub lists: those of images generated with the settings of the shared model.
-
-    The type of a metric names its feature network, such as ``fid/classifier``. Only metrics of Inception have the plain
-    type ``fid``, with which other models are listed. The name states the number of images, because FID depends on it.
-    """
-    measured = run.get("measured")
-    dataset = run["transformer"]["settings"].get("data.path") if run else None
-    if not measured or not isinstance(dataset, str):
-        return
-    protocol = measured["protocol"]
-    for key, value in measured["figures"].items():
-        match = _SHARED_FIGURE.fullmatch(key)
-        # YAML and the Hub have no use for NaN and infinity.
-        if match is None or not isinstance(value, float) or not math.isfinite(value):
-            continue
-        metric, network = match.groups()
-        yield {
-            "task_type": _TASK,
-            "dataset_type": printable(dataset),
-            "dataset_name": printable(dataset),
-            "dataset_split": printable(protocol.get("split", "val")),
-            "metric_type": metric if network == "inception" else f"{metric}/{network}",
-            "metric_name": f"{metric} of {printable(protocol.get('num_images'))} images in the features of {network}",
-            "metric_value": value,
-        }
-
-
-def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> list[str]:
+def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
     size, grid = content["image_size"], content["grid"]
     title = markdown((content.get("run") or {}).get("name", "MaskGIT"))
     channels = content["in_channels"]
@@ -379,7 +281,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str], name: str) -> 
         "```python",
         "from maskgit_pl import MaskGIT",
         "",
-        f"pipe = MaskGIT.from_pretrained({python_string(name)})",
+        f"pipe = MaskGIT.from_pretrained({python_string(PLACEHOLDER)})",
         f'pipe.generate([{example}], seed=0)[0].save("image.png")',
         "```",
         "",

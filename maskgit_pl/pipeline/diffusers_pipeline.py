@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import Any, NoReturn, Self, TypeAlias
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ from torch import Tensor, nn
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
-from maskgit_pl.pipeline.card import RunOrigin
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
@@ -42,7 +40,6 @@ from maskgit_pl.pipeline.sharing import (
 __all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer", "export_diffusers"]
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
-_NAMES_HERE = {"num_steps": "num_inference_steps", "callback": "callback_on_step_end"}
 _FILES = {
     "README.md", "config.json", *DIFFUSERS_FILES,
     *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
@@ -62,60 +59,39 @@ class _Network(ModelMixin):  # type: ignore[misc]  # diffusers: untyped
     def from_pretrained(
         cls, folder: str | os.PathLike[str], *, torch_dtype: torch.dtype | None = None, **options: Any
     ) -> Self:
-        """Reads the folder of a network; that of a transformer with ``decoding.json`` beside it, if there is one.
-
-        Args:
-            folder: Folder with ``config.json`` and ``model.safetensors``.
-            torch_dtype: Type of the weights; None keeps that of the file.
-            options: Options of diffusers; those of a device, a variant or a quantization must be unset.
+        """Reads the folder of a network, and casts its weights if a ``torch_dtype`` is given.
 
         Raises:
             FileNotFoundError: if a file is missing.
-            ValueError: if a file is damaged, or an option is not supported.
+            ValueError: if a file is damaged, or an option of diffusers is not supported.
         """
         for name in (name for name in _REFUSED if options.get(name)):
             raise ValueError(
                 f"{name} must be left out, got {options[name]!r}; load the pipeline, then move it with pipe.to(device)"
             )
-        part = cls._read(Path(folder))
+        part = cls(Path(folder))
         part.network.to(dtype=torch_dtype)
         return part
 
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        """Reads the folder of a network of this class."""
-        raise NotImplementedError
-
 
 class MaskGITTokenizer(_Network):
-    """The tokenizer: its network and its image size."""
+    """The tokenizer of a folder."""
 
-    def __init__(self, pretrained: PretrainedTokenizer) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.pretrained = pretrained
-        self.network = pretrained.network
-
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        return cls(load_tokenizer(folder))
+        self.pretrained = load_tokenizer(folder)
+        self.network = self.pretrained.network
 
 
 class MaskGITTransformer(_Network):
-    """The transformer: its network, classes and decoding settings, and the folder that its weights come from."""
+    """The transformer of a folder, with the decoding settings of ``decoding.json`` beside it, if there is one."""
 
-    def __init__(self, pretrained: PretrainedTransformer, *, origin: RunOrigin) -> None:
+    def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.pretrained = pretrained
+        pretrained, self.origin = load_transformer(folder), folder.parent
+        decoding = read_decoding(folder.parent) or pretrained.decoding
+        self.pretrained = dataclasses.replace(pretrained, decoding=decoding)
         self.network = pretrained.network
-        self.origin = origin
-
-    @classmethod
-    def _read(cls, folder: Path) -> Self:
-        pretrained = load_transformer(folder)
-        return cls(
-            dataclasses.replace(pretrained, decoding=read_decoding(folder.parent) or pretrained.decoding),
-            origin=RunOrigin.of(folder.parent, tuned=False),
-        )
 
 
 class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: untyped
@@ -186,14 +162,11 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             The images, as ``images`` of an ``ImagePipelineOutput`` or in a tuple.
 
         Raises:
-            TypeError: if an option is unknown.
             ValueError: if a class is unknown, a number is out of range, or both ``seed`` and ``generator`` are given.
         """
-        for name in _NAMES_HERE.keys() & options:
-            raise TypeError(f"option {name!r}: its name here is {_NAMES_HERE[name]!r}")
         maskgit = self.maskgit
-        count = len(maskgit.class_ids(class_labels))
-        options |= {"num_steps": num_inference_steps, "seed": _seeds(seed, generator, count)}
+        seeds = _seeds(seed, generator, len(maskgit.outline.class_ids(class_labels)))
+        options = {"num_steps": num_inference_steps, "seed": seeds, **options}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
         request = Request.of(maskgit.outline, class_labels, options, GenerateKeywords)
@@ -210,43 +183,15 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             images = (images.float() if output_type == "pt" else images.astype(np.float32)) / 255
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
-    def save_pretrained(
-        self,
-        save_directory: str | os.PathLike[str],
-        safe_serialization: bool = True,  # noqa: FBT001, FBT002  # the signature of diffusers
-        **options: Any,
-    ) -> None:
-        """Writes a folder as ``maskgit export --format diffusers`` does.
-
-        Args:
-            save_directory: Folder to write. A pipeline in it is replaced.
-            safe_serialization: True; weights are written as safetensors only.
-            options: Options of diffusers, which must be unset.
-
-        Raises:
-            ValueError: if an option is not supported.
-        """
-        set_options = {name: value for name, value in options.items() if value}
-        if set_options or not safe_serialization:
-            name, value = next(iter(set_options.items()), ("safe_serialization", safe_serialization))
-            raise ValueError(
-                f"{name} must be left out of save_pretrained, which writes safetensors to a folder, got {value!r}; "
-                "`maskgit push FOLDER OWNER/NAME` uploads it"
-            )
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Writes a folder as ``maskgit export --format diffusers`` does; a pipeline in it is replaced."""
         folder = Path(save_directory)
         self.maskgit.save_pretrained(folder)
         write_diffusers_files(folder)
 
-    def push_to_hub(self, repo_id: str, *arguments: Any, **options: Any) -> str:
-        """Refuses to upload files that have not been checked.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "pipe.push_to_hub is not supported; write a folder with pipe.save_pretrained, then upload it with "
-            f"`maskgit push FOLDER {repo_id}`"
-        )
+    def push_to_hub(self, *arguments: Any, **options: Any) -> NoReturn:
+        """Refuses to upload files that have not been checked."""
+        raise ValueError("push_to_hub must not be called; `maskgit push FOLDER OWNER/NAME` uploads a saved folder")
 
     @classmethod
     def download(cls, pretrained_model_name: str | os.PathLike[str], **options: Any) -> Path:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import math
 from base64 import b64encode
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from einops import rearrange
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, count_text
+from maskgit_pl.checks import count_text
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.grids import (
@@ -45,17 +45,10 @@ from maskgit_pl.pipeline.grids import (
     viridis,
 )
 
-__all__ = [
-    "ImageList",
-    "Recording",
-    "StepRecorder",
-    "confidence_panel",
-    "describe_settings",
-    "number_windows",
-    "select_steps",
-    "token_panel",
-    "undrawn_tokens",
-]
+if TYPE_CHECKING:
+    from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+
+__all__ = ["ImageList", "Recording", "StepRecorder", "describe_settings", "select_steps", "token_panel"]
 
 _COLUMNS, _MOST_IMAGES = 8, 64  # of a contact sheet
 _MAX_COLUMNS, _MAX_FRAMES = 12, 64  # number of steps in a filmstrip and in an animation
@@ -107,27 +100,23 @@ class Recording:
     """The decoding of a few images, step by step. A notebook shows it as an animation.
 
     Args:
-        steps: Decoding steps of the images, so far.
-        decode: Function that decodes tokens (n, N) int64 to images (n, C, H, W) uint8.
-        grid: Rows and columns of tokens (h, w).
+        steps: Decoding steps of the images, at least one.
+        tokenizer: Decodes the tokens of a step.
         decoding: Decoding settings, which the head line names.
         captions: Name of the class of each image.
         seeds: Seed of each image.
+        grid: Rows and columns of the tokens of a canvas; None for those of the model's images.
         requested: (H, W) bool, the pixels that the user of an edit named; None for no edit.
-        token_size: Height and width of a token in pixels; None is the smallest that gives ``grid``.
     """
 
     steps: Sequence[DecodingStep]
-    decode: Callable[[Tensor], Tensor]
-    grid: tuple[int, int]
+    tokenizer: PretrainedTokenizer
     decoding: DecodingConfig
     captions: Sequence[str]
     seeds: Sequence[int]
+    grid: tuple[int, int] | None = None
     requested: Tensor | None = None
-    token_size: int | None = None
-    # Images by the identity of the tokens of a step: each is decoded once, in recordings too that
-    # ``dataclasses.replace`` makes, with more steps or with others. The step is kept, so that no other one gets its id.
-    _decoded: dict[int, tuple[DecodingStep, Tensor]] = field(default_factory=dict, repr=False, compare=False)
+    _decoded: dict[int, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def images(self) -> ImageList:
@@ -135,29 +124,15 @@ class Recording:
         return ImageList(to_pil(image) for image in self.images_at(len(self.steps) - 1))
 
     @property
-    def title(self) -> str:
-        """The head line of the first image: its class, its seed and the settings."""
-        return f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
-
-    @property
     def token_pixels(self) -> int:
         """The height and width of a token in the images."""
-        size = self.images_at(0).shape[-2:]
-        return self.token_size or max(math.ceil(side / count) for side, count in zip(size, self.grid, strict=True))
+        return self.tokenizer.network.config.downsampling_factor
 
     def images_at(self, number: int) -> Tensor:
-        """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8.
-
-        Raises:
-            ValueError: if there is no such step.
-        """
-        if not self.steps:
-            raise ValueError("a recording must have at least one decoding step, got none; decode images first")
-        check_integer("number", number, f"[0, {len(self.steps)})")
-        step = self.steps[number]
-        if id(step) not in self._decoded:
-            self._decoded[id(step)] = step, self.decode(step.tokens)
-        return self._decoded[id(step)][1]
+        """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8."""
+        if number not in self._decoded:  # an animation and a filmstrip decode each step once
+            self._decoded[number] = self.tokenizer.decode(self.steps[number].tokens, grid=self.grid)
+        return self._decoded[number]
 
     def save(self, path: Path | str) -> None:
         """Writes an animation of all images (``.gif``), or a filmstrip of the first one (``.png``).
@@ -165,7 +140,7 @@ class Recording:
         An animation has at most 64 steps and ten seconds, a filmstrip at most 12 steps.
 
         Raises:
-            ValueError: if the name of the file has another ending, or there are no steps.
+            ValueError: if the name of the file has another ending.
         """
         path = Path(path)
         if path.suffix.lower() == ".gif":
@@ -185,8 +160,9 @@ class Recording:
 
         Source: paper, Figure 2.
         """
-        size, legend = self.token_pixels, self._legend("animation")
-        numbers, windows = select_steps(len(self.steps), "animation"), number_windows(self.steps)
+        size, windows = self.token_pixels, _number_windows(self.steps)
+        numbers = select_steps(len(self.steps), _MAX_FRAMES)
+        legend = self._legend([self.steps[number] for number in numbers])
         captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
         frames = []
         for number in numbers:
@@ -214,12 +190,14 @@ class Recording:
         4. The image of all tokens of the step.
 
         Args:
-            title: Head line; None for ``self.title``.
+            title: Head line; None for the class, the seed and the settings.
         """
         size, requested = self.token_pixels, self.requested
-        numbers, windows = select_steps(len(self.steps), "filmstrip"), number_windows(self.steps)
+        numbers, windows = select_steps(len(self.steps), _MAX_COLUMNS), _number_windows(self.steps)
         steps, images = [self.steps[number] for number in numbers], [self.images_at(number)[0] for number in numbers]
-        undrawn = [undrawn_tokens(step, steps[0])[0] for step in steps]
+        # Tokens without a confidence: given ones, and those of windows that are still to come.
+        given = ~steps[0].was_masked[0]
+        undrawn = [(step.confidence[0] >= 1) & (step.still_masked[0] | given) for step in steps]
         # The highest confidence that was drawn is the brightest color. 1e-9 avoids a division by zero.
         drawn = [step.was_masked[0] & ~hidden for step, hidden in zip(steps, undrawn, strict=True)]
         top = max(
@@ -228,7 +206,7 @@ class Recording:
         panels: dict[str, list[Image.Image]] = {"mask": [], "confidence": [], "newly kept": [], "image": []}
         for step, image, hidden in zip(steps, images, undrawn, strict=True):
             panels["mask"].append(_cells_panel(image, size, filled=step.was_masked[0], requested=requested))
-            panels["confidence"].append(confidence_panel(step.confidence[0] / top, image, size, undrawn=hidden))
+            panels["confidence"].append(_confidence_panel(step.confidence[0] / top, image, size, undrawn=hidden))
             panels["newly kept"].append(token_panel(step, 0, image, size, requested=requested))
             panels["image"].append(enlarge(image, panel_scale(image)))
         texts = [f"step {step.step + 1}: {int(step.still_masked[0].sum())} masked" for step in steps]
@@ -241,15 +219,15 @@ class Recording:
         else:
             tiles = [tile for kind in panels.values() for tile in kind]
             page = lay_out(tiles, rows=4, columns=len(steps), row_captions=list(panels), column_captions=texts)
-        legend = [*self._legend("filmstrip"), (draw_color_bar(top), "confidence")]
+        legend = [*self._legend(steps), (draw_color_bar(top), "confidence")]
         if any(bool(hidden.any()) for hidden in undrawn):
             legend.append((swatch(frame=MASKED), "no confidence: given, or not drawn yet"))
-        return add_title(add_legend(page, legend), self.title if title is None else title)
+        own_title = f"{self.captions[0]}, seed {self.seeds[0]}: {describe_settings(self.decoding)}"
+        return add_title(add_legend(page, legend), own_title if title is None else title)
 
-    def _legend(self, kind: Literal["animation", "filmstrip"]) -> list[tuple[Image.Image, str]]:
-        """Returns the entries of the legend; what does not occur in the shown steps has none."""
+    def _legend(self, steps: Sequence[DecodingStep]) -> list[tuple[Image.Image, str]]:
+        """Returns the entries of the legend; what does not occur in the steps has none."""
         entries = [(swatch(fill=MASKED), "masked tokens"), (swatch(frame=NEW), "newly kept")]
-        steps = [self.steps[number] for number in select_steps(len(self.steps), kind)]
         if any(bool((step.still_masked & ~step.was_masked).any()) for step in steps):
             entries.append((swatch(frame=REMASKED), "masked again"))
         return entries if self.requested is None else [*entries, (swatch(frame=REQUESTED), "requested pixels")]
@@ -278,19 +256,18 @@ def describe_settings(decoding: DecodingConfig) -> str:
     return f"{steps}, token selector {spec['name']}{f' ({arguments})' if arguments else ''}"
 
 
-def select_steps(count: int, kind: Literal["animation", "filmstrip"]) -> list[int]:
-    """Returns the steps of range(count) that a picture shows, evenly spread with the first and the last."""
-    most = _MAX_FRAMES if kind == "animation" else _MAX_COLUMNS
+def select_steps(count: int, most: int) -> list[int]:
+    """Returns at most ``most`` steps of range(count), evenly spread with the first and the last."""
     if count <= most:
         return list(range(count))
     # Rounding keeps 0 and count - 1 exactly.
     return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 
-def number_windows(steps: Sequence[DecodingStep]) -> list[int]:
+def _number_windows(steps: Sequence[DecodingStep]) -> list[int]:
     """Returns the number of the window of each step, from 1; a window of a canvas begins where step numbers restart."""
     restarts = [False, *(after.step <= before.step for before, after in pairwise(steps))]
-    return [1 + count for count in accumulate(restarts[: len(steps)])]
+    return list(accumulate(restarts, initial=1))[1:]
 
 
 def token_panel(
@@ -315,14 +292,14 @@ def token_panel(
     return _cells_panel(image, token_size, filled=still, framed=framed, requested=requested)
 
 
-def confidence_panel(values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor) -> Image.Image:
+def _confidence_panel(values: Tensor, image: Tensor, token_size: int, *, undrawn: Tensor) -> Image.Image:
     """Draws values of the tokens as colors of viridis, from dark (0) to bright (1), as large as the image.
 
     Args:
         values: (N,) float; those above 1 are as bright as 1.
         image: (C, H, W) uint8, which gives the size.
         token_size: Height and width of a token in pixels.
-        undrawn: (N,) bool, the tokens that are white. See ``undrawn_tokens``.
+        undrawn: (N,) bool, the tokens that are white.
     """
     scale, colors = panel_scale(image), viridis(values.tolist())
     panel = Image.new("RGB", (image.shape[-1] * scale, image.shape[-2] * scale), PAPER)
@@ -330,16 +307,6 @@ def confidence_panel(values: Tensor, image: Tensor, token_size: int, *, undrawn:
     for box, color, is_undrawn in zip(boxes, colors, undrawn.tolist(), strict=True):
         draw.rectangle(box, PAPER if is_undrawn else color, MASKED if is_undrawn else None)
     return panel
-
-
-def undrawn_tokens(step: DecodingStep, first: DecodingStep) -> Tensor:
-    """Returns the tokens without a confidence, (n, N) bool: given ones, and those of windows that are still to come.
-
-    Args:
-        step: A step of n images.
-        first: The first step of the same images.
-    """
-    return (step.confidence >= 1) & (step.still_masked | ~first.was_masked)
 
 
 def _cells_panel(

@@ -18,7 +18,6 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from maskgit_pl.checks import image_file_name
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_atomically
 
@@ -279,18 +278,18 @@ def save_png(picture: Image.Image, path: Path) -> None:
         picture.save(file, format="PNG")
 
 
-def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seed: int | Sequence[int]) -> None:
-    """Writes each image to a PNG file named after its class and its seed.
+def save_images(images: Tensor, labels: Sequence[int | None], folder: Path, *, seeds: Sequence[int]) -> None:
+    """Writes each image to a PNG file named after its class and its seed, such as ``class-0003-seed-000007.png``.
 
     Args:
         images: (n, C, H, W) uint8.
         labels: Class of each image; None is "no class".
         folder: Folder of the files, which is made if it does not exist.
-        seed: Seed of the first image, and image i has seed + i; or the seed of each image.
+        seeds: Seed of each image.
     """
-    seeds = range(seed, seed + len(images)) if isinstance(seed, int) else seed
-    for image, label, image_seed in zip(images, labels, seeds, strict=True):
-        save_png(to_pil(image), folder / image_file_name(label, image_seed))
+    for image, label, seed in zip(images, labels, seeds, strict=True):
+        name = "no-class" if label is None else f"class-{label:04d}"
+        save_png(to_pil(image), folder / f"{name}-seed-{seed:06d}.png")
 
 
 def save_gif(frames: Sequence[Image.Image], path: Path, *, milliseconds: int) -> None:

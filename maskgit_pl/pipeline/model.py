@@ -6,25 +6,23 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, Self, Unpack, cast, overload
+from typing import TYPE_CHECKING, Literal, Self, Unpack, get_args, overload
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import CHANNELS, check_integer, pixels_text, plain_number
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.checks import CHANNELS, check_choice, pixels_text
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.predictors import VectorPool, check_condition_vectors
 from maskgit_pl.distributed import check_device
-from maskgit_pl.errors import printable
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
-from maskgit_pl.pipeline.card import STAGES, RunOrigin, fingerprints, write_card
+from maskgit_pl.pipeline.card import fingerprints, write_card
 from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
-    MAX_RESULTS,
     Classes,
     DecodingKeywords,
     EditKeywords,
@@ -35,26 +33,24 @@ from maskgit_pl.pipeline.options import (
     OutputType,
     Request,
     SeamKeywords,
-    check_foreign,
     replace_settings,
 )
 from maskgit_pl.pipeline.pretrained import (
     NEGATIVE,
-    check_stage_folder,
     fingerprint,
     load_decoding,
     load_tokenizer,
     load_transformer,
+    read_config,
     read_decoding,
     read_negative_model,
-    remove_negative_model,
     save_decoding,
     save_tokenizer,
     save_transformer,
 )
-from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, box_mask, check_canvas, image_pixels
+from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, check_canvas
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder, find_transformer
-from maskgit_pl.schedules import MaskSchedule, mask_schedules
+from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,13 +74,11 @@ class MaskGIT:
     Args:
         tokenizer: Encodes images to tokens and decodes tokens to images.
         transformer: Predicts the tokens of a class.
-        mask_schedule: Mask schedule to decode with and to save, in place of that of the transformer's
-            training: a name, a mapping, or an object of a registered class.
         decoding: Decoding settings; by default those that were exported with the transformer.
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
             on a CPU; see ``networks.kernels``.
-        origin: Folder that the networks were loaded from, for the card that ``save_pretrained`` writes.
+        origin: Pretrained folder of the networks, whose facts go into the card that ``save_pretrained`` writes.
 
     Attributes:
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
@@ -99,16 +93,11 @@ class MaskGIT:
         tokenizer: PretrainedTokenizer,
         transformer: PretrainedTransformer,
         *,
-        mask_schedule: str | Mapping[str, Any] | MaskSchedule | None = None,
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
-        origin: RunOrigin | None = None,
+        origin: Path | None = None,
     ) -> None:
-        if mask_schedule is not None:
-            transformer.schedule_for("mask_schedule")
-            schedule = mask_schedules.build(mask_schedules.spec(mask_schedule))
-            transformer = replace(transformer, mask_schedule=schedule)
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
             raise ValueError(
@@ -124,7 +113,7 @@ class MaskGIT:
             )
         self.tokenizer, self.transformer = tokenizer, transformer
         self.vector_pool: VectorPool | None = None
-        self._decoding, self._origin, self._pack_weights = decoding, origin or RunOrigin(), pack_weights
+        self._decoding, self._origin, self._pack_weights = decoding, origin, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
         transformer.caches.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
@@ -163,12 +152,10 @@ class MaskGIT:
             ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the
                 negative model predicts other tokens.
         """
-        check_foreign(hub)
         folder = find_folder(path_or_hub_id, **hub)
         # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
-        is_own = decoding is None
         if negative_model is None and not isinstance(decoding, DecodingConfig):
-            negative_model = read_negative_model(folder / "decoding.json" if is_own else Path(str(decoding)))
+            negative_model = read_negative_model(folder / "decoding.json" if decoding is None else Path(decoding))
         if decoding is None:
             decoding = read_decoding(folder)
         elif not isinstance(decoding, DecodingConfig):
@@ -179,40 +166,23 @@ class MaskGIT:
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
-            origin=RunOrigin.of(folder, tuned=is_own),
+            origin=folder,
         )
         return pipe.to(device, dtype=dtype)
 
-    def save_pretrained(
-        self,
-        folder: Path | str,
-        *,
-        run: Path | str | None = None,
-        license: str | None = None,  # noqa: A002  # the Hub's word
-        name: str | None = None,
-    ) -> None:
+    def save_pretrained(self, folder: Path | str) -> None:
         """Writes the files that ``from_pretrained`` reads, ``config.json`` and a model card.
 
         Args:
-            folder: Folder to write. A pipeline in it is replaced, with its negative model.
-            run: Run folder that the weights come from, for the card; by default the run that they were loaded
-                from, if they have not changed.
-            license: License of the weights as the Hub spells it; None leaves it open in the card.
-            name: Name for ``from_pretrained`` in the card, such as ``owner/name``.
+            folder: Folder to write. A pipeline in it is replaced.
 
         Raises:
             FileExistsError: if the folder of a network has other files.
-            FileNotFoundError: if there is no such run.
             ValueError: if weights are not finite.
         """
-        if run is not None and not Path(run).is_dir():  # found before weights are written
-            raise FileNotFoundError(
-                f"run {run}: no such folder; name a run folder that training wrote, or leave it out"
-            )
-        # The folder may be the one that was loaded: its fingerprints are read before it is overwritten.
-        folder, before = Path(folder), self._origin.weights()
-        for stage in STAGES if self.negative_model is None else (*STAGES, NEGATIVE):
-            check_stage_folder(folder / stage)
+        # The folder may be the one that was loaded: its facts are read before it is overwritten.
+        folder, origin = Path(folder), self._origin
+        known = {} if origin is None or not (origin / "config.json").is_file() else read_config(origin, "pipeline")
         network = self.tokenizer.network
         save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
         tokenizer = fingerprint(folder / "tokenizer")
@@ -228,21 +198,11 @@ class MaskGIT:
                 tokenizer_fingerprint=tokenizer,
             )
         negative = None if self.negative_model is None else folder / NEGATIVE
-        if negative is None:
-            remove_negative_model(folder)
         if self._decoding is not None or negative is not None:
-            save_decoding(folder, self.decoding, tuned=self._origin.tuned, negative_model=negative)
+            save_decoding(folder, self.decoding, negative_model=negative)
         else:
             (folder / "decoding.json").unlink(missing_ok=True)
-        # Facts of the run are kept only if the weights are still those of the run.
-        after = fingerprints(folder)
-        write_card(
-            folder,
-            run=run if run is not None else self._origin.run() if before == after else None,
-            known=self._origin.facts(after),
-            license=license,
-            name=name,
-        )
+        write_card(folder, known=known if known.get("fingerprints") == fingerprints(folder) else None)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -276,21 +236,11 @@ class MaskGIT:
         )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
-        """Moves both networks, and casts them if a ``dtype`` is given.
-
-        Args:
-            device: Device such as ``cpu``, ``cuda`` or ``cuda:1``.
-            dtype: Type of the weights such as ``torch.bfloat16``; None keeps it.
-
-        Returns:
-            The pipeline itself, for chaining.
+        """Moves the networks to a device such as ``cuda:1``, and casts them if a ``dtype`` is given; returns itself.
 
         Raises:
-            TypeError: if the device is a type of the weights.
             ValueError: if the device is not available.
         """
-        if isinstance(device, torch.dtype):
-            raise TypeError(f"device must be a device such as 'cpu', got {device}; use pipe.to('cpu', dtype={device})")
         device = check_device(device)
         self.tokenizer.network.to(device=device, dtype=dtype)
         for transformer in self._transformers():
@@ -302,9 +252,6 @@ class MaskGIT:
 
         A GPU then runs a few large kernels for each block in place of tens of small ones, which pays off for thousands
         of images. Results are the same to rounding. On a CPU, compiled blocks do not use packed weights.
-
-        Returns:
-            The pipeline itself, for chaining.
         """
         for transformer in self._transformers():
             set_packing(transformer.network, enabled=False)
@@ -312,26 +259,8 @@ class MaskGIT:
                 block.compile()
         return self
 
-    def clear_caches(self) -> None:
-        """Removes all that was computed from the weights: packed weights, and the logits of the first step.
-
-        Training, ``load_state_dict`` and other changes of the weights need no call: every method finds them.
-        Call it after writing a few entries through ``weight.data`` or NumPy, which torch does not count.
-        """
-        for transformer in self._transformers():
-            transformer.caches.clear()
-
-    def class_ids(self, classes: Classes) -> list[int]:
-        """Returns the labels of classes given by index or by name. None is "no class". See ``generate`` for errors."""
-        return self.outline.class_ids(classes)
-
     def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
-        """Returns the default decoding settings with some of them replaced. See ``generate`` for their names.
-
-        Raises:
-            TypeError: if a setting is unknown.
-            ValueError: if a value is out of range.
-        """
+        """Returns the default decoding settings with some of them replaced. See ``options.replace_settings``."""
         return replace_settings(self.decoding, settings)
 
     def check_decoding(self, decoding: DecodingConfig) -> None:
@@ -348,14 +277,6 @@ class MaskGIT:
         decoding.check(num_tokens, is_autoregressive=schedule is None)
         if schedule is not None:
             decoding.build_decoder(schedule).plan([num_tokens], num_tokens)  # the counts of a plug-in may be wrong
-
-    def __call__(self, *arguments: object, **options: object) -> NoReturn:
-        """Refuses a call as of a pipeline of diffusers.
-
-        Raises:
-            TypeError: always.
-        """
-        raise TypeError("MaskGIT is not called; use pipe.generate(classes, num_steps=8, guidance_scale=2, seed=0)")
 
     @overload
     def generate(
@@ -399,41 +320,26 @@ class MaskGIT:
             TypeError: if a class is neither an index nor a name, an option is unknown, or a plug-in does not
                 take an argument.
         """
-        request = self._request(classes, options)
-        steps = tasks.generate(self.tokenizer, self.transformer, request)
-        return tasks.finish(steps, output_type, request.callback)
-
-    def steps(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Iterator[DecodingStep]:
-        """Yields the decoding steps of one batch. See ``generate`` for the arguments.
-
-        ``pipe.tokenizer.decode(step.tokens)`` gives the images at a step.
-        """
-        return tasks.decode(self.transformer, self._request(classes, options))
+        request = self._request(classes, options, output_type=output_type)
+        return tasks.as_output(tasks.generate(self, request), output_type)
 
     def record(self, classes: Classes, **options: Unpack[GenerateKeywords]) -> Recording:
-        """Decodes one batch of images and keeps every step. A notebook shows the result as an animation.
-
-        Args:
-            classes: See ``generate``.
-            options: See ``generate``.
-        """
+        """Decodes one batch of images and keeps every step. See ``generate`` for the arguments."""
         from maskgit_pl.pipeline.display import Recording  # which imports Pillow
 
         request, outline = self._request(classes, options), self.outline
         return Recording(
             list(tasks.decode(self.transformer, request)),
-            self.tokenizer.decode,
-            self.tokenizer.grid,
+            self.tokenizer,
             request.decoding,
             ["no class" if label == outline.null_label else self.class_names[label] for label in request.labels],
             request.seeds,
-            token_size=outline.token_size,
         )
 
     def inpaint(
         self,
         image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Sequence[MaskLike],
+        mask: MaskLike | Box | Sequence[MaskLike | Box],
         *,
         classes: Classes | None = None,
         output_type: OutputType = "pil",
@@ -445,7 +351,7 @@ class MaskGIT:
 
             pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
             variants = pipe.inpaint("sneaker.png", "mask.png", classes=["Sneaker"] * 4)
-            variants[0].save("inpainted.png")
+            pullovers = pipe.inpaint("shirt.png", (0, 12, 28, 28), classes=["Pullover"] * 4)
 
         1. Encodes the images, and masks the tokens under the mask and their neighbours.
         2. Decodes the masked tokens. All other tokens stay.
@@ -457,63 +363,23 @@ class MaskGIT:
             image: One image for all results, or a list with one for each: a file, a PIL image, or uint8
                 pixels as a tensor (C, H, W) or an array (H, W) or (H, W, C).
             mask: One mask for all results, or a list with one for each: a file or a PIL image, white where
-                pixels are generated, or (H, W) bool.
-            classes: Index or name of the class of each result. None gives one result of "no class" (see ``generate``).
+                pixels are generated, (H, W) bool, or a box: a tuple (left, top, right, bottom) in pixels of the image.
+            classes: Index or name of the class of each result; another class than that of the image turns the region
+                into it. None gives one result of "no class" (see ``generate``).
             output_type: See ``generate``.
             options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``options.EditKeywords``. The
                 first floor(T / 6) of T steps are skipped, except for a full mask.
 
         Raises:
             FileNotFoundError: if there is no such file.
-            ValueError: if an image or a mask cannot be read, has another size or is empty, a class is
-                unknown, a number is out of range, or the length of a list differs from that of ``classes``.
-            TypeError: see ``generate``.
+            ValueError: if an image or a mask cannot be read, has another size or is empty, or the length of a
+                list differs from that of ``classes``. See also ``generate``.
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
-        request = self._request(classes, options, EditKeywords)
-        steps = tasks.inpaint(self.tokenizer, self.transformer, request, image, mask)
-        return tasks.finish(steps, output_type, request.callback)
-
-    def edit_class(
-        self,
-        image: ImageLike,
-        region: Box | MaskLike,
-        class_: int | str,
-        *,
-        variants: int = 1,
-        output_type: OutputType = "pil",
-        **options: Unpack[EditKeywords],
-    ) -> Images:
-        """Turns what is in a box or under a mask into another class. The rest of the image stays.
-
-        Example::
-
-            pipe = MaskGIT.from_pretrained("runs/fashion-mnist-adaln")
-            pullovers = pipe.edit_class("shirt.png", (0, 12, 28, 28), "Pullover", variants=4)
-            pullovers[0].save("pullover.png")
-
-        Args:
-            image: A file, a PIL image or uint8 pixels. See ``inpaint``.
-            region: (left, top, right, bottom) in pixels of the image, or a mask. See ``inpaint``.
-            class_: Index or name of the class.
-            variants: Number of results, in [1, 10000]. Variant i has seed + i.
-            output_type: See ``generate``.
-            options: See ``inpaint``.
-
-        Raises:
-            ValueError: if the box is empty or not within the image. See also ``inpaint``.
-            FileNotFoundError: if there is no such file.
-            TypeError: see ``inpaint``.
-
-        Source: paper, section on class-conditional image editing.
-        """
-        variants = check_integer("variants", plain_number(variants), f"[1, {MAX_RESULTS}]")
-        mask: MaskLike = cast("MaskLike", region)
-        if isinstance(region, list | tuple):
-            image = image_pixels(image, channels=self.tokenizer.network.config.in_channels)
-            mask = box_mask(region, height=image.shape[-2], width=image.shape[-1])
-        return self.inpaint(image, mask, classes=[class_] * variants, output_type=output_type, **options)
+        request = self._request(classes, options, EditKeywords, output_type=output_type)
+        images = tasks.inpaint(self, request, image, mask)
+        return tasks.as_output(images, output_type)
 
     def edit(
         self,
@@ -546,13 +412,11 @@ class MaskGIT:
                 of T steps are skipped, except with strength 1.
 
         Raises:
-            FileNotFoundError: if there is no such file.
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
-            TypeError: see ``generate``.
         """
-        request = self._request(classes, options, FitKeywords)
-        steps = tasks.redraw(self.tokenizer, self.transformer, request, image, strength)
-        return tasks.finish(steps, output_type, request.callback)
+        request = self._request(classes, options, FitKeywords, output_type=output_type)
+        images = tasks.redraw(self, request, image, strength)
+        return tasks.as_output(images, output_type)
 
     def outpaint(
         self,
@@ -592,17 +456,14 @@ class MaskGIT:
                 all pixels of the image stay.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            ValueError: if the file is not an image, all sides are 0, a size is not a multiple of the pixels
-                of a token, a class is unknown, or a number is out of range.
-            TypeError: see ``generate``.
+            ValueError: if all sides are 0, or a size is not a multiple of the pixels of a token. See also ``inpaint``.
 
         Source: paper, Figure 1 and Table 2.
         """
-        request = self._request(classes, options, SeamKeywords)
+        request = self._request(classes, options, SeamKeywords, output_type=output_type)
         added = Margins(left, right, up, down)
-        steps = tasks.outpaint(self.tokenizer, self.transformer, request, image, added, overlap)
-        return tasks.finish(steps, output_type, request.callback)
+        images = tasks.outpaint(self, request, image, added, overlap)
+        return tasks.as_output(images, output_type)
 
     def panorama(
         self,
@@ -630,39 +491,43 @@ class MaskGIT:
             options: See ``generate``.
 
         Raises:
-            ValueError: if a size is too small or not a multiple of the pixels of a token, a class is unknown,
-                or a number is out of range.
-            TypeError: see ``generate``.
+            ValueError: if a size is too small or not a multiple of the pixels of a token. See also ``generate``.
 
         Source: paper, Figure 1.
         """
-        request, outline = self._request(classes, options), self.outline
+        request, outline = self._request(classes, options, output_type=output_type), self.outline
         height = outline.least_canvas[0] if height is None else height
-        size = check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
-        steps = tasks.panorama(self.tokenizer, self.transformer, request, size, overlap)
-        return tasks.finish(steps, output_type, request.callback)
+        check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
+        images = tasks.panorama(self, request, (height, width), overlap)
+        return tasks.as_output(images, output_type)
 
     def __repr__(self) -> str:
-        """Returns name, classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
+        """Returns classes, image size, tokens, steps, parameters, device and type of the weights in one line."""
         tokenizer, transformer = self.tokenizer.network.config, self.transformer.network.config
         networks = [list(network.parameters()) for network in (self.tokenizer.network, self.transformer.network)]
         counts = " + ".join(f"{sum(weight.numel() for weight in network):,}" for network in networks)
-        name = f"{printable(self._origin.name)}: " if self._origin.name else ""
         size, (rows, columns) = self.tokenizer.image_size, transformer.grid
         colours = CHANNELS[tokenizer.in_channels]
         return (
-            f"MaskGIT({name}{len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
+            f"MaskGIT({len(self.class_names)} classes, {colours} images of {pixels_text(size)} pixels, {rows} x "
             f"{columns} tokens of {tokenizer.codebook_size} codes, {self.decoding.num_steps} steps, "
             f"{counts} parameters, {str(networks[1][0].dtype).removeprefix('torch.')} on {self.device})"
         )
 
-    def _request(self, classes: Classes | None, options: GenerateKeywords, kind: type = GenerateKeywords) -> Request:
+    def _request(
+        self,
+        classes: Classes | None,
+        options: GenerateKeywords,
+        kind: type = GenerateKeywords,
+        *,
+        output_type: OutputType = "pil",
+    ) -> Request:
         """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
+        check_choice("output_type", output_type, get_args(OutputType))
         request = Request.of(self.outline, [None] if classes is None else classes, options, kind)
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
-            negative.check_labels(request.negative_labels or request.labels)
             negative.caches.follow_weights()
         self.transformer.caches.follow_weights()
         if vectors is None and self.vector_pool is not None:
@@ -675,18 +540,12 @@ class MaskGIT:
 
     def _open_negative(self, model: NegativeModelLike) -> PretrainedTransformer:
         """Returns the transformer from which guidance moves away, checked; one of a folder moves to this device."""
-        negative: PretrainedTransformer | None
         if isinstance(model, str | Path):
             negative = load_transformer(find_transformer(model))
             negative.to(self.device, dtype=next(self.transformer.network.parameters()).dtype)
             set_packing(negative.network, enabled=self._pack_weights)
         else:
-            negative = model if isinstance(model, PretrainedTransformer) else getattr(model, "transformer", None)
-        if negative is None:
-            raise TypeError(
-                "negative_model must be a folder, a repository of the Hub, a MaskGIT or a PretrainedTransformer, got "
-                f"{type(model).__name__}"
-            )
+            negative = model if isinstance(model, PretrainedTransformer) else model.transformer
         self.transformer.check_negative(negative)
         return negative
 

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, TypeVar, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union, cast
 
 from maskgit_pl.checks import (
     ImageSize,
@@ -29,7 +29,6 @@ from maskgit_pl.registry import nearest
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
-    from _typeshed import DataclassInstance
     from PIL import Image
     from torch import Tensor
 
@@ -52,8 +51,6 @@ __all__ = [
     "SeamKeywords",
     "Seeds",
     "StepCallback",
-    "check_foreign",
-    "read_options",
     "replace_settings",
     "seeds_of",
 ]
@@ -63,7 +60,6 @@ OutputType = Literal["pil", "pt", "np"]
 Images: TypeAlias = Union[list["Image.Image"], "Tensor", "npt.NDArray[np.uint8]"]
 Seeds: TypeAlias = int | Sequence[int]
 StepCallback: TypeAlias = Callable[["DecodingStep"], object]
-Options = TypeVar("Options", bound="DataclassInstance")
 
 MAX_RESULTS = 10_000
 """The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
@@ -168,39 +164,7 @@ class FitKeywords(GenerateKeywords, total=False):
 
 
 class EditKeywords(SeamKeywords, FitKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.inpaint`` and ``edit_class``: all of the above."""
-
-
-# Names that users of diffusers and of other samplers type -> what to type here. They are never accepted:
-# diffusers counts guidance_scale from 1, and its generators have no seed for each image.
-_FOREIGN = {
-    "callback_on_step_end": "callback, a function of a DecodingStep",
-    "cfg": "guidance_scale, which is that of diffusers - 1",
-    "cfg_scale": "guidance_scale, which is that of diffusers - 1",
-    "class_labels": "classes, the first argument",
-    "device_map": "device",
-    "generator": "seed, an integer: image i has seed + i",
-    "mask_image": "mask, the second argument of inpaint",
-    "negative_prompt": "negative_classes",
-    "num_images_per_prompt": "classes with one entry for each image, such as ['Bag'] * 4",
-    "num_inference_steps": "num_steps",
-    "prompt": "classes, the first argument",
-    "return_dict": "output_type, 'pil', 'pt' or 'np'",
-    "temperature": "sampling_temperature, or choice_temperature",
-    "torch_dtype": "dtype",
-    "variant": "dtype",
-}
-
-
-def check_foreign(names: Iterable[str]) -> None:
-    """Answers the names of options that other libraries use with those of this one.
-
-    Raises:
-        TypeError: if one is given.
-    """
-    for name in names:
-        if name in _FOREIGN:
-            raise TypeError(f"option {name!r}: its name here is {_FOREIGN[name]}")
+    """Keyword arguments of ``MaskGIT.inpaint``: all of the above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -249,8 +213,6 @@ class Outline:
         choices = plain_list(classes)
         if choices is None:  # a single class
             choices = [plain_number(classes)]
-            if not isinstance(choices[0], str | int):
-                raise TypeError(f"classes must be class indices or names, got {shorten(classes)}")
         if not choices:
             raise ValueError("classes must have at least one class, got none")
         return [self._class_id(name_or_label) for name_or_label in choices]
@@ -362,23 +324,18 @@ class Request:
         """
         _check_names(options, kind.__annotations__)
         settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
-        callback, fit = options.get("callback"), options.get("fit", False)
-        if callback is not None and not callable(callback):
-            raise TypeError(f"callback must be a function of a DecodingStep, got {shorten(callback)}")
-        if not isinstance(fit, bool):
-            raise TypeError(f"fit must be True or False, got {shorten(fit)}")
-        dilation, blend = plain_number(options.get("dilation")), plain_number(options.get("blend"))
+        dilation, blend = options.get("dilation"), options.get("blend")
         labels = outline.class_ids(classes)
         return cls(
             labels=labels,
             seeds=seeds_of(options.get("seed", 0), len(labels)),
             decoding=replace_settings(outline.decoding, settings),
             negative_labels=_negative_labels(options.get("negative_classes"), len(labels), outline),
-            batch_size=check_integer("batch_size", plain_number(options.get("batch_size", 64)), "[1, inf)"),
-            callback=callback,
+            batch_size=check_integer("batch_size", options.get("batch_size", 64), "[1, inf)"),
+            callback=options.get("callback"),
             dilation=None if dilation is None else check_integer("dilation", dilation, _MOST_PIXELS),
             blend=None if blend is None else check_number("blend", blend, _MOST_PIXELS),
-            fit=fit,
+            fit=options.get("fit", False),
         )
 
     def batches(self, rows: Sequence[int] | None = None) -> list[Sequence[int]]:
@@ -398,30 +355,6 @@ class Request:
         )
 
 
-def read_options(
-    kind: type[Options], keywords: Mapping[str, Any], default: DecodingConfig
-) -> tuple[Options, DecodingConfig]:
-    """Splits keyword arguments into options and decoding settings.
-
-    Args:
-        kind: Dataclass of the options.
-        keywords: Keyword arguments: fields of ``kind``, names of ``SETTINGS``, and ``decoding``.
-        default: Default decoding settings of the model.
-
-    Returns:
-        The options and the decoding settings.
-
-    Raises:
-        TypeError: if a name is unknown. The message names the nearest one.
-        ValueError: if a value is out of range.
-    """
-    # One namespace for both, so that a mistyped option is never taken for a setting.
-    names = [field.name for field in dataclasses.fields(kind)]
-    _check_names(keywords, [*names, *SETTINGS, "decoding"])
-    options = kind(**{name: value for name, value in keywords.items() if name in names})
-    return options, replace_settings(default, {name: value for name, value in keywords.items() if name not in names})
-
-
 def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
     """Returns decoding settings with some of them replaced.
 
@@ -434,17 +367,12 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
         settings: New values by the names of ``SETTINGS``. None keeps a setting. ``decoding`` replaces ``default``.
 
     Raises:
-        TypeError: if a setting is unknown, or ``decoding`` is not a ``DecodingConfig``.
+        TypeError: if a setting is unknown.
         ValueError: if a value is out of range, or both ``mask_schedule`` and ``tokens_per_step`` are given.
     """
     _check_names(settings, [*SETTINGS, "decoding"])
     changes = {name: value for name, value in settings.items() if value is not None}
-    config = changes.pop("decoding", default)
-    if not isinstance(config, DecodingConfig):
-        raise TypeError(
-            f"decoding must be a DecodingConfig, got {shorten(config)}; give single settings as options, or a file to "
-            "from_pretrained"
-        )
+    config: DecodingConfig = changes.pop("decoding", default)
     # The list has one number for each step, so that it must agree with num_steps. It takes the place of the schedule.
     if "tokens_per_step" in changes:
         if "mask_schedule" in changes:
@@ -452,17 +380,13 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
                 "mask_schedule must be left out with tokens_per_step, which takes its place, got "
                 f"{shorten(changes['mask_schedule'])}; give one of the two"
             )
-        counts = plain_list(changes["tokens_per_step"])
-        if counts is not None:
-            changes = {"num_steps": len(counts), **changes, "tokens_per_step": counts}
-    elif "mask_schedule" in changes or (
-        isinstance(steps := plain_number(changes.get("num_steps")), int) and steps != config.num_steps
-    ):
+        changes = {"num_steps": len(changes["tokens_per_step"]), **changes}
+    elif "mask_schedule" in changes or changes.get("num_steps", config.num_steps) != config.num_steps:
         changes["tokens_per_step"] = None
     # guidance_scale and choice_temperature are arguments of plug-ins: they go into the spec of the plug-in.
     for name, (part, argument, interval) in _ARGUMENTS.items():
         if name in changes:
-            value = check_number(name, plain_number(changes.pop(name)), interval)
+            value = check_number(name, changes.pop(name), interval)
             changes[part] = _with_argument(changes.get(part, getattr(config, part)), argument, value)
     return dataclasses.replace(config, **changes)
 
@@ -470,7 +394,6 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
 def _check_names(names: Iterable[str], accepted: Iterable[str]) -> None:
     for name in names:
         if name not in accepted:
-            check_foreign([name])
             raise TypeError(f"option {name!r}: {nearest(name, accepted)}")
 
 
@@ -478,8 +401,6 @@ def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: floa
     """Returns the spec of a plug-in with one argument replaced."""
     if spec is None:  # an autoregressive model, whose decoder raises the error
         return {argument: value}
-    if not isinstance(spec, str | Mapping):  # the registry raises the error for it
-        return spec
     return {**({"name": spec} if isinstance(spec, str) else spec), argument: value}
 
 

@@ -41,7 +41,6 @@ __all__ = [
     "read_config",
     "read_decoding",
     "read_negative_model",
-    "remove_negative_model",
     "save_decoding",
     "save_tokenizer",
     "save_transformer",
@@ -250,10 +249,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     file = Path(folder) / _DECODING
     if not file.is_file():
         return None
-    try:
-        decoding, content = _decoding_file(file)
-    except ValueError as error:
-        raise ValueError(f"{error}; delete the file to decode as the model was exported") from error
+    decoding, content = _decoding_file(file)
     # Tuned settings fit one set of weights; after more training they may not be the best.
     weights = fingerprint(file.parent / "transformer")
     if content.get("transformer") != weights:
@@ -268,14 +264,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
 
 
 def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the format of ``decoding.json``, from any place and tuned for any weights.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see ``read_decoding``.
-    """
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"decoding {file}: no such file; `maskgit tune` writes RUN/pretrained/{_DECODING}")
+    """Reads a file in the format of ``decoding.json``, from any place. See ``read_decoding`` for errors."""
     return _decoding_file(Path(file))[0]
 
 
@@ -306,18 +295,6 @@ def read_negative_model(file: Path) -> Path | None:
     if fingerprint(folder) != entry["transformer"]:
         _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
     return folder
-
-
-def remove_negative_model(folder: Path | str) -> None:
-    """Removes the negative model of a pretrained folder, if there is one. Other files there stay."""
-    target = Path(folder) / NEGATIVE
-    if target.is_symlink():
-        target.unlink()
-    elif target.is_dir():
-        for name in _NETWORK_FILES:
-            (target / name).unlink(missing_ok=True)
-        if not any(target.iterdir()):
-            target.rmdir()
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:

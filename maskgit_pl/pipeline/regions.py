@@ -8,11 +8,9 @@ Source: paper, section on class-conditional image editing; google-research/maskg
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from math import ceil, floor
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Union
 
@@ -23,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange, reduce, repeat
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, plain_number, shorten
+from maskgit_pl.checks import ImageSize, check_integer, height_width, pixels_text, shorten
 from maskgit_pl.data.image_bytes import MAX_PIXELS, read_image_file
 from maskgit_pl.errors import printable
 
@@ -43,7 +41,6 @@ __all__ = [
     "fit_to_model",
     "image_pixels",
     "mask_pixels",
-    "parse_box",
     "pixel_region",
     "seam",
     "seam_radius",
@@ -51,14 +48,12 @@ __all__ = [
     "windows",
 ]
 
-Box: TypeAlias = Sequence[int]
+Box: TypeAlias = tuple[int, ...]
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", Tensor, npt.NDArray[Any]]
 MaskLike: TypeAlias = ImageLike
 
 _WHITE = 128  # pixels of a mask picture with at least this grey value are generated
-_SIDES = f"[0, {MAX_PIXELS}]"  # a canvas has at most as many pixels as an image that can be read
 _STEPS_SKIPPED = 6  # an edit skips one sixth of the steps: the released code skips 2 of 12
-_EDGE = re.compile(r"(?P<number>-?[0-9]{1,9}(\.[0-9]{1,9})?)(?P<percent>%)?")  # one edge of a box
 
 
 def image_pixels(image: ImageLike, *, channels: int, name: str = "image", background: str = "white") -> Tensor:
@@ -78,7 +73,6 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
         FileNotFoundError: if there is no such file.
         ValueError: if it is not an image, has too many pixels, is not uint8 of one of these shapes, or is a
             PIL image of floats or 32-bit integers.
-        TypeError: if it is something else.
     """
     from PIL import Image  # with the first image only
 
@@ -86,11 +80,8 @@ def image_pixels(image: ImageLike, *, channels: int, name: str = "image", backgr
 
     if isinstance(image, str | Path):
         printed_name = printable(image)
-        if not Path(image).exists():
-            raise FileNotFoundError(f"{name.split()[0]} {printed_name}: no such file; name a JPEG, PNG or WebP file")
-        return decode_image(
-            read_image_file(image, name=printed_name), channels=channels, name=printed_name, background=background
-        )
+        data = read_image_file(image, name=printed_name)
+        return decode_image(data, channels=channels, name=printed_name, background=background)
     # Tensors and arrays go through PIL, so that all sources are converted in the same way.
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_pixels(image, name))
     # PIL would clip the values to [0, 255], so that [0, 1] becomes black. Older versions open a PNG of 16 bits as "I".
@@ -116,7 +107,6 @@ def mask_pixels(mask: MaskLike, *, name: str = "mask") -> Tensor:
     Raises:
         FileNotFoundError: if there is no such file.
         ValueError: if it is neither a picture nor (H, W) bool.
-        TypeError: if it is something else.
     """
     if isinstance(mask, np.ndarray) and not mask.dtype.hasobject:
         mask = torch.from_numpy(mask)
@@ -149,7 +139,7 @@ def fit_to_model(
 
     Raises:
         ValueError: if image and mask differ in size, their size is not the model's without ``fit``, or the
-            mask is all False.
+            new mask is all False.
     """
     from maskgit_pl.data.images import crop_to_shape, fit_image  # which import Pillow
 
@@ -164,44 +154,14 @@ def fit_to_model(
             f"{name} must have the {pixels_text(image_size)} pixels of the model, got {width} x {height}; fit=True "
             "(--fit) crops and resizes it"
         )
-    if not bool(mask.any()):
-        raise ValueError(f"mask of {name} must not be empty; paint the region to generate white, or give a box")
     part = crop_to_shape(mask[None], image_size=image_size)
     # Max pooling keeps a masked pixel when the mask becomes smaller; resizing could lose it.
     cut = F.adaptive_max_pool2d(part.float(), height_width(image_size))[0] > 0
     if not bool(cut.any()):
-        raise ValueError(f"mask of {name} lies outside the central part that is cut out; crop the image yourself")
-    return fit_image(image, image_size=image_size, crop=None), cut
-
-
-def parse_box(text: str, *, height: int, width: int) -> list[int]:
-    """Parses a box: four edges separated by commas, each in whole pixels or in percent of the image.
-
-    Percentages of left and top are rounded down to pixels, those of right and bottom up.
-
-    Args:
-        text: left,top,right,bottom such as ``0,0,14,28`` or ``10%,20%,60%,80%``.
-        height: H of the image in pixels.
-        width: W of the image in pixels.
-
-    Raises:
-        ValueError: if the text has another form. ``box_mask`` checks that the box lies within the image.
-    """
-    # Percentages of left and right refer to the width, those of top and bottom to the height.
-    edges = [_EDGE.fullmatch(word.strip()) for word in text.split(",")]
-    box = []
-    for edge, length, to_pixels in zip(edges, (width, height, width, height), (floor, floor, ceil, ceil), strict=False):
-        if edge is None or (edge["percent"] is None and "." in edge["number"]):
-            break
-        # Fraction keeps 33.3% of 1000 pixels exact, so that rounding is not off by one.
-        number = edge["number"]
-        box.append(int(number) if edge["percent"] is None else to_pixels(Fraction(number) * length / 100))
-    if len(edges) != 4 or len(box) != 4:
         raise ValueError(
-            f"box must be left,top,right,bottom in whole pixels or in percent, such as 0,0,14,28 or 10%,20%,60%,80%, "
-            f"got {text}"
+            f"mask of {name} must not be empty in the central part that is cut out; paint the region to generate white"
         )
-    return box
+    return fit_image(image, image_size=image_size, crop=None), cut
 
 
 def box_mask(box: Box, *, height: int, width: int) -> Tensor:
@@ -213,11 +173,10 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
         width: W of the image in pixels.
 
     Raises:
-        ValueError: if the box does not have four integers, is empty or reversed, or leaves the image.
+        ValueError: if the box does not have four edges, is empty or reversed, or leaves the image.
     """
-    edges = [plain_number(edge) for edge in box]
-    if len(edges) != 4 or not all(type(edge) is int for edge in edges):
-        raise ValueError(f"box must have four integers left,top,right,bottom, got {shorten(edges)}")
+    if len(box) != 4:
+        raise ValueError(f"box must have four edges left,top,right,bottom, got {shorten(box)}")
     left, top, right, bottom = box
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
@@ -325,19 +284,12 @@ class Margins:
         right: Pixels on the right, at least 0.
         up: Pixels above, at least 0.
         down: Pixels below, at least 0.
-
-    Raises:
-        ValueError: if a side is not an integer in [0, 64000000].
     """
 
     left: int
     right: int
     up: int
     down: int
-
-    def __post_init__(self) -> None:
-        for name, value in asdict(self).items():
-            object.__setattr__(self, name, check_integer(name, plain_number(value), _SIDES))
 
     def check(self, size: Sequence[int], *, factor: int, least: ImageSize) -> None:
         """Checks that the pixels can be added to an image.
@@ -348,13 +300,13 @@ class Margins:
             least: Smallest size of the result: the image size of the model.
 
         Raises:
-            ValueError: if all sides are 0, a size is not a multiple of ``factor``, or the result is too small
-                or too large.
+            ValueError: if a side is negative, all sides are 0, a size is not a multiple of ``factor``, or the result
+                is too small or too large.
         """
-        sides = asdict(self)
-        if not any(sides.values()):
+        if not any(self.sides):
             raise ValueError("one of left, right, up and down must be > 0 pixels, got none")
-        for name, value in {**sides, "height of the image": size[0], "width of the image": size[1]}.items():
+        for name, value in {**asdict(self), "height of the image": size[0], "width of the image": size[1]}.items():
+            check_integer(name, value, "[0, inf)")
             _check_whole_tokens(name, value, factor)
         check_canvas(size[0] + self.up + self.down, size[1] + self.left + self.right, factor=factor, least=least)
 
@@ -387,8 +339,8 @@ class Margins:
         return F.pad(image, [side // size for side in self.sides], mode=mode)
 
 
-def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> tuple[int, int]:
-    """Checks the size of a canvas, and returns it as plain integers (H, W).
+def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> None:
+    """Checks the size of a canvas.
 
     Args:
         height: H in pixels.
@@ -400,20 +352,14 @@ def check_canvas(height: int, width: int, *, factor: int, least: ImageSize) -> t
         ValueError: if a side is not an integer, smaller than that of ``least``, or not a multiple of
             ``factor`` (the message names the nearest sizes), or the canvas has more than 64 million pixels.
     """
-    own_height, own_width = height_width(least)
-    size = [("height", plain_number(height), own_height), ("width", plain_number(width), own_width)]
-    for name, value, least_side in size:
-        number = check_integer(name, value, f"[1, {MAX_PIXELS}]")
-        if number < least_side:
-            raise ValueError(f"{name} must be >= {least_side} pixels, the {name} of the model's images, got {number}")
-        _check_whole_tokens(name, number, factor, least=least_side)
-    height, width = int(height), int(width)
+    for name, side, least_side in zip(("height", "width"), (height, width), height_width(least), strict=True):
+        check_integer(name, side, f"[{least_side}, {MAX_PIXELS}]")
+        _check_whole_tokens(name, side, factor, least=least_side)
     if height * width > MAX_PIXELS:
         name = "height" if height > width else "width"
         raise ValueError(
             f"{name} must be smaller, because a canvas has at most {MAX_PIXELS} pixels, got {width} x {height}"
         )
-    return height, width
 
 
 @dataclass(frozen=True)
@@ -488,10 +434,6 @@ def _check_whole_tokens(name: str, value: int, factor: int, *, least: int = 0) -
 
 def _pixels(image: Tensor | npt.NDArray[Any], name: str) -> npt.NDArray[Any]:
     """Checks a tensor (C, H, W) or array (H, W) or (H, W, C), and converts it to an array (H, W) or (H, W, C > 1)."""
-    if not isinstance(image, Tensor | np.ndarray):
-        raise TypeError(
-            f"{name} must be a file, a PIL image, a tensor (C, H, W) or an array (H, W, C), got {shorten(image)}"
-        )
     description = f"{tuple(image.shape)} {image.dtype}"
     if isinstance(image, Tensor):
         image = image.cpu().numpy()

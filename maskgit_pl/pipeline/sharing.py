@@ -11,13 +11,12 @@ of their network, so that ``pipeline.py`` is in three places. It imports the cla
 from __future__ import annotations
 
 import json
-import os
 import re
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
+from maskgit_pl.checks import did_you_mean
 from maskgit_pl.files import read_json, write_text
 
 __all__ = [
@@ -95,28 +94,58 @@ class HubOptions(TypedDict, total=False):
     token: str | bool | None
 
 
-def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
+def find_folder(
+    path_or_hub_id: Path | str,
+    *,
+    revision: str | None = None,
+    cache_dir: Path | str | None = None,
+    local_files_only: bool = False,
+    token: str | bool | None = None,
+) -> Path:
     """Finds a pretrained folder on this machine or in the package, or downloads it if the text is ``owner/name``.
 
     Args:
         path_or_hub_id: Run folder, pretrained folder, name of a model in the package (``bundled_models``), or
             ``owner/name`` on the Hub.
-        hub: Options of a download; see ``HubOptions``.
+        revision: See ``HubOptions``.
+        cache_dir: See ``HubOptions``.
+        local_files_only: See ``HubOptions``.
+        token: See ``HubOptions``.
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``.
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor a repository that can be reached.
-        TypeError: if there is no such option.
         ValueError: if a repository is not a pretrained folder.
     """
-    if unknown := hub.keys() - HubOptions.__annotations__.keys():
-        raise TypeError(f"from_pretrained takes no argument {min(unknown)!r}; options of a download: "
-                        f"{', '.join(HubOptions.__annotations__)}")  # fmt: skip
-    if not Path(path_or_hub_id).is_dir() and _is_hub_id(str(path_or_hub_id)):
-        return _fetch(str(path_or_hub_id), **hub)
-    return local_folder(path_or_hub_id)
+    hub_id = str(path_or_hub_id)
+    if Path(path_or_hub_id).is_dir() or not _is_hub_id(hub_id):
+        return local_folder(path_or_hub_id)
+    from huggingface_hub import errors, snapshot_download
+
+    if not local_files_only:
+        check_token(hub_id, token=token)
+    try:
+        downloaded = snapshot_download(
+            hub_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=list(FILES),
+        )
+    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
+        reason = " ".join(str(error).split())
+        raise FileNotFoundError(f"hub {hub_id}: no such folder, and not found on the Hub: {reason}") from error
+    folder = Path(downloaded)
+    # A repository of another kind downloads without an error.
+    missing = [file for file in _READ if not (folder / file).is_file()]
+    if missing:
+        raise ValueError(
+            f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; name a folder"
+        )
+    return folder
 
 
 def local_folder(path: Path | str) -> Path:
@@ -135,9 +164,9 @@ def local_folder(path: Path | str) -> Path:
     if not folder.exists() and str(path) in bundled:
         return bundled[str(path)]
     if not folder.is_dir():
-        names = get_close_matches(folder.name, bundled) if len(folder.parts) == 1 else []
-        hint = _nearest_folder(folder) or next(iter(names), None)
-        advice = f"did you mean {hint}?" if hint else "train one with `maskgit demo`, or name another folder."
+        others = [str(other) for other in folder.parent.glob("*/")]
+        hint = did_you_mean(str(path), [*bundled, *others] if len(folder.parts) == 1 else others)
+        advice = hint or "train one with `maskgit demo`, or name another folder."
         raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")
     # A run has the folder pretrained/; a pretrained folder has the stages itself.
     pretrained = folder / "pretrained" if (folder / "pretrained").is_dir() else folder
@@ -223,42 +252,3 @@ def _is_hub_id(text: str) -> bool:
     """Returns True for ``owner/name``, unless a folder ``owner`` exists or is one of ours: then it is a path."""
     owner = Path(text).parent
     return _HUB_ID.fullmatch(text) is not None and str(owner) not in _OUR_FOLDERS and not owner.is_dir()
-
-
-def _fetch(hub_id: str, **hub: Unpack[HubOptions]) -> Path:
-    from huggingface_hub import errors, snapshot_download
-
-    if not hub.get("local_files_only"):
-        check_token(hub_id, token=hub.get("token"))
-    try:
-        folder = snapshot_download(hub_id, **hub, allow_patterns=list(FILES))
-    except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
-        reasons = {
-            errors.LocalEntryNotFoundError: "no such folder, not in the cache, and the Hub cannot be reached or is "
-            "switched off; download it once with a connection",
-            errors.RevisionNotFoundError: f"no revision {hub.get('revision')!r}; leave it out",
-            # Also if it is private or gated.
-            errors.RepositoryNotFoundError: "no such folder, and no such repository with read access; check the name, "
-            "give token= for a repository that is not public",
-        }
-        plain = f"{' '.join(str(error).split())}; try again"
-        reason = next((text for kind, text in reasons.items() if isinstance(error, kind)), plain)
-        raise FileNotFoundError(f"hub {hub_id}: {reason}, or name a folder, such as runs/RUN/pretrained") from error
-    # A repository of another kind downloads without an error.
-    missing = [file for file in _READ if not (Path(folder) / file).is_file()]
-    if missing:
-        raise ValueError(
-            f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; name a folder"
-        )
-    return Path(folder)
-
-
-def _nearest_folder(folder: Path) -> Path | None:
-    """Returns the existing folder with the name closest to that of a missing one, beside its first missing part."""
-    missing = next(part for part in (*reversed(folder.parents), folder) if not part.is_dir())
-    try:
-        neighbours = [entry.name for entry in os.scandir(missing.parent) if entry.is_dir()]
-    except OSError:  # a folder without permission to list it
-        return None
-    close = get_close_matches(missing.name, neighbours, n=1, cutoff=0.5)
-    return missing.with_name(close[0]) if close else None

@@ -39,7 +39,8 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.display import Recording, StepRecorder, describe_settings, token_panel
 from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline.options import seeds_of
-from maskgit_pl.pipeline.regions import Margins, box_mask, parse_box
+from maskgit_pl.pipeline.regions import Margins, box_mask
+from maskgit_pl.runs.layers import parse_integers
 from maskgit_pl.schedules import mask_schedules
 
 __all__ = ["STYLE", "build_page", "painted_pixels", "read_upload", "run_task", "settings_of", "stream_steps"]
@@ -48,6 +49,7 @@ _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "ap
 """Options of events that use the model: they wait for one another."""
 _LIGHT: dict[str, Any] = {"concurrency_limit": 4, "show_progress": "hidden", "api_visibility": "private"}
 """Options of all other events."""
+_NOISE = "choice_temperature"  # which some token selectors have
 _MIX, _ANY = "mix", "any"  # the choice of another class for each image, and of no class
 _PAINT, _EXTEND, _VARY = "Paint a region", "Extend (outpaint)", "Vary the whole image"
 _SIDES = ("left", "right", "up", "down")
@@ -176,9 +178,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
         with gr.Column(scale=2, min_width=300):
             task = gr.Radio([_PAINT, _EXTEND, _VARY], value=_PAINT, label="Task")
             with gr.Group() as paint:
-                box = gr.Textbox(
-                    label="Box in place of the brush", placeholder="left,top,right,bottom: 0,0,14,28 or 0%,0%,50%,100%"
-                )
+                box = gr.Textbox(label="Box in place of the brush", placeholder="left,top,right,bottom: 0,0,14,28")
             with gr.Group(visible=False) as extend:
                 sides = gr.CheckboxGroup(list(_SIDES), value=["right"], label="Sides")
                 margin = gr.Slider(
@@ -205,7 +205,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
         if task == _PAINT:
             is_boxed = bool(box.strip())
             mask = (
-                box_mask(parse_box(box, height=height, width=width), height=height, width=width)
+                box_mask(parse_integers("box", box), height=height, width=width)
                 if is_boxed
                 else painted_pixels((canvas or {}).get("layers") or [], height=height, width=width)
             )
@@ -254,34 +254,34 @@ def run_task(
         call: Method of the model, with all arguments but those that follow.
         labels: Class of each result; None is "no class".
         seed: Seed of the first result.
-        settings: Decoding settings that differ from the model's own.
+        settings: Decoding settings.
         before: (C, H, W) uint8, the image that is edited.
         requested: (H, W) bool, the pixels that are asked for, of the size of the results; None for all.
 
     Raises:
         ValueError: if a value is out of range.
     """
-    grid, decoding = pipe.tokenizer.grid, pipe.decoding_with(**settings)
-    if requested is not None:
+    grid, decoding = None, pipe.decoding_with(**settings)
+    if requested is not None and tuple(requested.shape) != height_width(pipe.outline.image_size):  # a canvas
         grid = pipe.tokenizer.network.config.grid((requested.shape[0], requested.shape[1]))
     captions = _captions(pipe, labels, seed)
     original = [] if before is None else [(to_pil(before), "before")]
-    decode, size, first = partial(pipe.tokenizer.decode, grid=grid), pipe.outline.token_size, StepRecorder(max_images=1)
+    first = StepRecorder(max_images=1)
     call = partial(call, classes=list(labels), seed=seed, **settings)
     with closing(stream_steps(call, num_steps=decoding.num_steps)) as steps:
         for step in steps:
             if isinstance(step, DecodingStep):
                 first(step)
                 tiles = [
-                    token_panel(step, row, image, size, requested=requested)
-                    for row, image in enumerate(decode(step.tokens))
+                    token_panel(step, row, image, pipe.outline.token_size, requested=requested)
+                    for row, image in enumerate(pipe.tokenizer.decode(step.tokens, grid=grid))
                 ]
                 decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
                 text = f"Step {step.step + 1} of {decoding.num_steps}: {decided}"
                 yield [[*original, *zip(tiles, captions, strict=True)], text, gr.skip()]
                 continue
             recording = Recording(
-                first.steps, decode, grid, decoding, [_class_name(pipe, labels[0])], [seed], requested, size
+                first.steps, pipe.tokenizer, decoding, [_class_name(pipe, labels[0])], [seed], grid, requested
             )
             with TemporaryDirectory(dir=folder) as temporary:
                 recording.save(animation := Path(temporary) / "decoding.gif")
@@ -332,14 +332,14 @@ def start_values(pipe: MaskGIT) -> dict[str, Any]:
         "mask_schedule": None,
         "first": float(first),
         "last": float(last),
-        "choice_temperature": float(getattr(selector, "choice_temperature", 4.5)),
+        _NOISE: float(getattr(selector, _NOISE, 4.5)),
         "guidance": None,
         "guidance_scale": float(getattr(guidance_schedules.build(decoding.guidance), "scale", 0.0)),
     }
 
 
 def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
-    """Returns the settings that differ from the model's own, as keyword arguments of ``MaskGIT.generate``.
+    """Returns the values of the fields as keyword arguments of ``MaskGIT.generate``.
 
     Args:
         pipe: The model.
@@ -348,19 +348,15 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     Raises:
         ValueError: if the model cannot use them.
     """
-    start = start_values(pipe)
-    every = dict(zip(start, values, strict=True))
-    changes = {name: value for name, value in every.items() if value != start[name]}
-    if changes.keys() & {"first", "last"}:
-        changes["sampling_temperature"] = (every["first"], every["last"])
-    # Numbers belong to their part: another part has the number that the page shows, and some take none.
-    for part, number in (("token_selector", "choice_temperature"), ("guidance", "guidance_scale")):
-        if part in changes:
-            changes[number] = every[number]
-    selector = changes.get("token_selector", pipe.decoding.token_selector)
-    if selector is None or not hasattr(token_selectors.build(selector), "choice_temperature"):
-        changes.pop("choice_temperature", None)
-    settings = {name: value for name, value in changes.items() if name not in ("first", "last")}
+    settings = dict(zip(start_values(pipe), values, strict=True))
+    first, last = settings.pop("first"), settings.pop("last")
+    settings["sampling_temperature"] = first if first == last else (first, last)
+    # Numbers belong to their part, and some parts take none.
+    selector: Any = settings["token_selector"] or pipe.decoding.token_selector
+    if not hasattr(token_selectors.build(selector), _NOISE):
+        del settings[_NOISE]
+    if not hasattr(guidance_schedules.build(settings["guidance"] or pipe.decoding.guidance), "scale"):
+        del settings["guidance_scale"]
     pipe.check_decoding(pipe.decoding_with(**settings))
     return settings
 

@@ -1,4 +1,4 @@
-"""The commands that list what there is, and ``maskgit completion``, whose script is tried in a real shell."""
+"""The commands that list what there is."""
 
 import json
 import re
@@ -166,37 +166,3 @@ def test_schedules_draws_a_png(printed, tmp_path: Path) -> None:
     printed("schedules", "--out", tmp_path / "deep" / "figure.png", "--schedules", "cosine,linear")
     with Image.open(tmp_path / "deep" / "figure.png") as picture:
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 10
-
-
-TAB = """
-source "$1"
-function=$(complete -p maskgit | sed -E 's/.*-F ([^ ]+) .*/\\1/')
-while read -r line; do
-    eval "COMP_WORDS=($line)"; COMP_CWORD=$((${#COMP_WORDS[@]} - 1)); $function
-    echo "${COMPREPLY[@]}"
-done
-"""
-COMPLETED = {
-    "maskgit sam": "sample",
-    "maskgit data fe": "fetch",
-    "maskgit train ''": "tokenizer transformer",
-    "maskgit train tokenizer --print": "--print-config",
-    "maskgit sample --num-": "--num-images --num-steps",
-    "maskgit export recipes/tok": "recipes/tokenizer",  # files and folders
-    "maskgit tokenize --precision ''": "bfloat16 float32",
-}
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_bash_completes_commands_choices_flags_and_files(printed, tmp_path: Path) -> None:
-    (tmp_path / "maskgit.bash").write_text(printed("completion", "bash"))
-    command = ["bash", "-c", TAB, "tab", str(tmp_path / "maskgit.bash")]
-    text = "\n".join(COMPLETED)
-    done = subprocess.run(command, input=f"{text}\n", capture_output=True, text=True, check=False, cwd=ROOT)
-    assert [" ".join(sorted(line.split())) for line in done.stdout.splitlines()] == [*COMPLETED.values()], done.stderr
-
-
-def test_zsh_has_a_script_with_every_command(printed) -> None:
-    text = printed("completion", "zsh")
-    assert text.startswith("#compdef maskgit")
-    assert all(command in text for command in ("evaluate-tokenizer", "data", "recipes", "completion"))

@@ -83,11 +83,14 @@ def test_the_training_of_cas_is_set_by_flags_and_kept_apart(
     assert [row["training_steps"] for row in measured] == [3] * 4
 
 
-def test_figure_4_is_drawn_of_sizes(tmp_path: Path) -> None:
+def test_figures_2_and_4_are_drawn_of_runs(runs: list[Path], tmp_path: Path) -> None:
+    call("figure", 2, *runs, "--results", tmp_path, "--class-name", "Trouser", "--seed", 3, "--device", "cpu")
+    page = (tmp_path / "figure-2.md").read_text()
+    assert "| MaskGIT | `shoes-cosine` | 4 |" in page
     how = ["--results", tmp_path, "--device", "cpu", "--num-tokens", "4"]
-    call("figure", 4, *how, "--depth", 1, "--embed-dim", 16, "--num-heads", 2, "--mlp-dim", 8, "--codebook-size", 32)
+    call("figure", 4, runs[0], *how)
     (network,) = {row["network"] for row in rows(tmp_path, "timing")}
-    assert network.startswith("bert, codebook_size 32, num_classes 1000, num_token_groups 1, embed_dim 16, depth 1")
+    assert network.startswith("bert, codebook_size 16, num_classes 3, num_token_groups 1, embed_dim 16, depth 1")
 
 
 @pytest.mark.slow
@@ -213,7 +216,14 @@ def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
 def test_an_ablation_repeats_only_what_failed(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = [*words, "--vary", "model.network.depth=2", "--vary", "decoding.guidance.scale=2", "--budget", "steps=2"]
+    command = [
+        *words,
+        "--vary",
+        "model.network.depth=2",
+        "--vary",
+        "decoding.guidance.scale=2",
+        "--trainer.max_steps=2",
+    ]
     results = tmp_path / "results"
     with monkeypatch.context() as patch:
         fail_training(patch, "--model.network.depth=2")

@@ -19,10 +19,10 @@ from maskgit_pl.evaluation.generation import (
 from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.acceptance import Acceptance
-from maskgit_pl.pipeline.bulk import generate_many
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import CLASSES
 
-OPTIONS = {"num_images": 6, "batch_size": 3, "seed": 5}
+OPTIONS = BulkOptions(num_images=6, batch_size=3, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +44,11 @@ def read(file: Path) -> dict[str, np.ndarray]:
 
 
 def test_the_file_holds_the_best_candidates_with_their_seeds(pipe, acceptance, tmp_path):
-    result = generate_accepted(pipe, tmp_path / "best.npz", acceptance, **OPTIONS)
-    assert (result.made, result.missing_parts, result.file) == (24, 0, tmp_path / "best.npz")
+    result = generate_accepted(pipe, tmp_path / "best.npz", OPTIONS, acceptance)
+    assert (result.made, result.missing_parts) == (24, 0)
     assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
     assert num_candidates(acceptance, 6, 3) == 24
-    generate_many(pipe, tmp_path / "all.npz", **OPTIONS | {"num_images": 24})
+    generate_many(pipe, tmp_path / "all.npz", replace(OPTIONS, num_images=24))
     best, everything = read(tmp_path / "best.npz"), read(tmp_path / "all.npz")
     assert best["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
     rows = best["seeds"] - 5
@@ -67,7 +67,7 @@ def test_the_file_holds_the_best_candidates_with_their_seeds(pipe, acceptance, t
 )
 def test_refuses_before_anything_is_generated(pipe, acceptance, tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
-        generate_accepted(pipe, tmp_path / "best.npz", acceptance, **OPTIONS | changes)
+        generate_accepted(pipe, tmp_path / "best.npz", replace(OPTIONS, **changes), acceptance)
     assert not list(tmp_path.iterdir())
 
 

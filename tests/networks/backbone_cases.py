@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, backbones, build_config
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, save_transformer
 
 SIZES: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 4, "mlp_dim": 48}
 OPTIONS: dict[str, list[dict[str, Any]]] = {  # of backbones that have options; the first one is always the default
@@ -31,6 +34,18 @@ def small_config(name: str, **options: Any) -> BackboneConfig:
     sizes = {key: value for key, value in SIZES.items() if key in known}
     values = {"codebook_size": 16, "num_classes": 3, "grid": [3, 4], "dropout": 0.0, **sizes, **options}
     return build_config({"backbone": name, **values}, "test")
+
+
+def save_model_of_vectors(pretrained: Path, folder: Path, *, dim: int) -> Path:
+    """Saves the tokenizer of a pretrained folder with a random transformer that takes a vector for each image."""
+    plain = load_transformer(pretrained / "transformer")
+    shutil.copytree(pretrained / "tokenizer", folder / "tokenizer")
+    config = small_config("adaln", grid=[4, 4], condition_dim=dim)
+    save_transformer(
+        folder / "transformer", config, create(config).state_dict(), mask_schedule="cosine", decoding=plain.decoding,
+        class_names=plain.class_names, tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
+    )  # fmt: skip
+    return folder
 
 
 def all_configs() -> list[Any]:

@@ -351,12 +351,10 @@ def test_a_network_that_defines_only_forward_has_all_methods():
     assert len(network.blocks) == 0
 
 
-def test_tables_that_a_plugin_does_not_declare_cannot_follow_another_grid():
+def test_a_plugin_without_tables_starts_from_given_weights():
     config = LinearConfig(16, 3, (3, 4))
     given = PretrainedTransformer(create(config), None, DecodingConfig(num_steps=1), ("a", "b", "c"), "")
     assert weights_for(config, given).keys() == {"table.weight", "own.weight"}
-    with pytest.raises(ValueError, match=r"model\.network: tensor .* does not list it in .*position_tables"):
-        weights_for(replace(config, grid=(4, 4)), given)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def images(pipe: MaskGIT, classes, **options) -> torch.Tensor:
 
 
 def last_tokens(pipe: MaskGIT, classes, **options) -> torch.Tensor:
-    return list(pipe.steps(classes, **options))[-1].tokens
+    return pipe.record(classes, **options).steps[-1].tokens
 
 
 def step(number: int, was: list[int], still: list[int], count: int = 2) -> DecodingStep:

@@ -8,7 +8,7 @@ import torch
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig, DecodingStep
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.bulk import generate_many
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import save_tiny_pretrained
 from tests.pipeline.conftest import images, last_tokens
 
@@ -69,7 +69,9 @@ def test_an_autoregressive_model_refuses_settings_of_parallel_decoding(causal, n
     with pytest.raises(ValueError, match=message):
         causal.generate([0], **{name: value}, callback=steps.append)
     with pytest.raises(ValueError, match=message):
-        generate_many(causal, tmp_path / "a.npz", num_images=4, **{name: value})
+        generate_many(
+            causal, tmp_path / "a.npz", BulkOptions(num_images=4, decoding=causal.decoding_with(**{name: value}))
+        )
     assert not steps
     assert not list(tmp_path.iterdir())
 
@@ -81,7 +83,6 @@ def test_an_autoregressive_model_edits_nothing(causal) -> None:
         "edit": lambda: causal.edit(image, strength=0.5),
         "outpaint": lambda: causal.outpaint(image, left=2, classes=[0]),
         "panorama": lambda: causal.panorama([0], 16),
-        "mask_schedule": lambda: MaskGIT(causal.tokenizer, causal.transformer, mask_schedule="cosine"),
     }.items():
         with pytest.raises(ValueError, match=f"{task} requires a model with bidirectional attention"):
             call()
@@ -130,7 +131,7 @@ def recorded(edit, *args, **options) -> tuple[torch.Tensor, list]:
 
 def test_tokens_outside_the_region_stay_at_every_step(pipe) -> None:
     image = picture()
-    _, steps = recorded(pipe.edit_class, image, BOX, 1, num_steps=6)
+    _, steps = recorded(pipe.inpaint, image, BOX, classes=1, num_steps=6)
     known = ~REGION.flatten()
     assert torch.equal(steps[0].was_masked[0], ~known)
     for step in steps:
@@ -142,11 +143,11 @@ def test_tokens_outside_the_region_stay_at_every_step(pipe) -> None:
 def test_pixels_outside_the_region_stay_bit_by_bit_with_a_hard_edge(pipe) -> None:
     image = picture()
     region = REGION.repeat_interleave(2, 0).repeat_interleave(2, 1)
-    hard, steps = recorded(pipe.edit_class, image, BOX, 1, blend=0, variants=5)
+    hard, steps = recorded(pipe.inpaint, image, BOX, classes=[1] * 5, blend=0)
     assert torch.equal(hard[..., ~region], image[..., ~region].expand(5, -1, -1))
     decoded = pipe.tokenizer.network.decode(steps[-1].tokens, (4, 4)).clamp(0, 1).mul(255).round().to(torch.uint8)
     assert torch.equal(hard[..., region], decoded[..., region])
-    soft = pipe.edit_class(image, BOX, 1, blend=3, variants=5, output_type="pt")
+    soft = pipe.inpaint(image, BOX, classes=[1] * 5, blend=3, output_type="pt")
     assert not torch.equal(soft[..., ~region], hard[..., ~region])
 
 
@@ -177,7 +178,7 @@ def test_one_image_gives_a_variant_for_each_class_and_seed(pipe) -> None:
     assert len({variant.numpy().tobytes() for variant in variants}) == 3
     listed = pipe.inpaint([image] * 3, [mask] * 3, classes=[2, 1, 1], seed=[5, 5, 6], output_type="pt")
     assert torch.equal(variants, listed)
-    assert torch.equal(variants[1], pipe.edit_class(image, BOX, "T-shirt", seed=5, output_type="pt")[0])
+    assert torch.equal(variants[1], pipe.inpaint(image, BOX, classes="T-shirt", seed=5, output_type="pt")[0])
     without_class = pipe.inpaint(image, mask, output_type="pt")
     assert torch.equal(without_class, pipe.inpaint(image, mask, classes=[None], output_type="pt"))
 
@@ -185,7 +186,7 @@ def test_one_image_gives_a_variant_for_each_class_and_seed(pipe) -> None:
 def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> None:
     pipe = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path, in_channels=3))
     large = picture(channels=3, size=16)
-    edited = pipe.edit_class(large, (0, 0, 8, 4), 1, fit=True, blend=0, output_type="pt")
+    edited = pipe.inpaint(large, (0, 0, 8, 4), classes=1, fit=True, blend=0, output_type="pt")
     middle = fit_image(large, image_size=8, crop=None)
     assert torch.equal(edited[0, :, 4:], middle[:, 4:])
     assert not torch.equal(edited[0, :, :4], middle[:, :4])
@@ -282,10 +283,10 @@ def test_a_panorama_depends_on_its_class_and_seed_only(pipe) -> None:
     [
         (lambda pipe: pipe.outpaint(picture()), "one of left, right, up and down must be > 0"),
         (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
-        (lambda pipe: pipe.outpaint(picture(size=2), right=2), "height must be >= 8 pixels"),
+        (lambda pipe: pipe.outpaint(picture(size=2), right=2), r"height must be an integer in \[8, "),
         (lambda pipe: pipe.outpaint(picture(), right=2, fit=True), "option 'fit': "),
         (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a number in \(0, 1\)"),
-        (lambda pipe: pipe.panorama([0], 6), "width must be >= 8 pixels, the width of the model's images, got 6"),
+        (lambda pipe: pipe.panorama([0], 6), r"width must be an integer in \[8, .*, got 6"),
     ],
 )
 def test_sizes_that_no_canvas_has_are_refused(pipe, call, message) -> None:

@@ -49,7 +49,7 @@ def test_reconstructions_stand_below_their_originals() -> None:
 
 def test_files_of_images_have_the_class_and_the_seed_in_their_names(tmp_path) -> None:
     images = random_images(2)
-    save_images(images, [3, None], tmp_path / "single", seed=7)
+    save_images(images, [3, None], tmp_path / "single", seeds=[7, 8])
     files = sorted((tmp_path / "single").iterdir())
     assert [file.name for file in files] == ["class-0003-seed-000007.png", "no-class-seed-000008.png"]
     with Image.open(files[0]) as picture:

@@ -7,7 +7,6 @@ from dataclasses import fields, replace
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.pipeline.bulk import BulkOptions
 from maskgit_pl.pipeline.options import (
     SETTINGS,
     EditKeywords,
@@ -15,7 +14,6 @@ from maskgit_pl.pipeline.options import (
     Outline,
     Request,
     SeamKeywords,
-    read_options,
     replace_settings,
 )
 
@@ -34,16 +32,11 @@ def test_options_are_separated_from_settings():
     request = Request.of(OUTLINE, ["7", 0], given, EditKeywords)
     decoding = DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
     assert request == Request(labels=[2, 0], seeds=[5, 6], decoding=decoding, dilation=2)
-    bulk = {"num_images": 5, "num_steps": 3, "guidance_scale": 2.0}
-    assert read_options(BulkOptions, bulk, OWN) == (BulkOptions(num_images=5), decoding)
 
 
 def test_every_option_and_setting_is_documented_once():
     documented = {name for kind in (GenerateKeywords, SeamKeywords) for name in documented_arguments(kind)}
     assert EditKeywords.__annotations__.keys() - {*SETTINGS, "decoding", "fit"} == documented
-    names = {field.name for field in fields(BulkOptions)}
-    assert names & {*SETTINGS, "decoding"} == set()
-    assert names <= documented_arguments(BulkOptions)
     names = {field.name for field in fields(DecodingConfig)}
     assert names == documented_arguments(DecodingConfig)
     assert set(SETTINGS) - names == {"guidance_scale", "choice_temperature"}

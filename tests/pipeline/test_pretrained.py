@@ -279,7 +279,7 @@ def test_decoding_settings_are_read_as_written_and_older_ones_kept(saved: Path, 
         ({"format": "other"}, "format must be 'maskgit_pl.decoding', version 1, got 'other'"),
         ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
         ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
-        ({"decoding": {"num_steps": "8"}}, "delete the file"),
+        ({"decoding": {"num_steps": "8"}}, "num_steps must be an integer"),
         ({"decoding": {"token_selector": None, "mask_schedule": "cosine"}}, "mask_schedule must not be set for an"),
     ],
 )

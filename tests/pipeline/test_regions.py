@@ -15,7 +15,6 @@ from maskgit_pl.pipeline.regions import (
     fit_to_model,
     image_pixels,
     mask_pixels,
-    parse_box,
     pixel_region,
     seam,
     seam_radius,
@@ -70,7 +69,7 @@ def test_right_and_bottom_of_a_box_are_exclusive() -> None:
         ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
         ((-1, 0, 4, 3), "must lie in the image"),
         ((0, 2, 4, 1), "top < bottom"),
-        ((0, 0, True, 3), "must have four integers"),
+        ((0, 0, 3), "must have four edges"),
     ],
 )
 def test_a_box_outside_the_image_or_of_another_form_is_refused(box, message) -> None:
@@ -158,7 +157,7 @@ def test_arrays_and_pictures_of_another_form_are_refused(read, given, message) -
 
 
 def test_files_that_are_not_images_are_refused_by_name(tmp_path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.png: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         image_pixels(tmp_path / "nowhere.png", channels=3)
     (tmp_path / "text.png").write_text("not an image")
     with pytest.raises(ValueError, match=r"text\.png must be a JPEG, PNG or WebP file"):
@@ -232,7 +231,7 @@ def test_a_thin_mask_is_not_lost_when_it_shrinks() -> None:
         ((0, 0, 1, 1), 6, 8, False, r"image 3 must have the 8 x 8 pixels of the model, got 8 x 6; fit=True \(--fit\)"),
         ((0, 0, 1, 1), 8, 6, True, "mask of image 3 must have 8 x 6 pixels like the image, got 6 x 8"),
         (None, 6, 8, True, "mask of image 3 must not be empty"),
-        ((0, 0, 1, 6), 6, 8, True, "mask of image 3 lies outside the central part"),
+        ((0, 0, 1, 6), 6, 8, True, "mask of image 3 must not be empty in the central part"),
     ],
 )
 def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, message) -> None:
@@ -285,16 +284,3 @@ def test_margins_place_an_image_on_its_canvas():
     assert padded.shape == (1, 3, 5)
     assert torch.equal(padded[0] == 0, added.outside(2, 3))
     assert torch.equal(padded[:, :2, 2:], image)
-
-
-@pytest.mark.parametrize(
-    ("text", "box"),
-    [
-        ("10%,20%,60%,80%", [2, 2, 12, 10]),  # of 20 x 12 pixels; outwards to whole pixels
-        ("99.9%,0,100%,1", [19, 0, 20, 1]),
-        ("1,2,3,4", [1, 2, 3, 4]),
-        ("-1,0,120%,4", [-1, 0, 24, 4]),  # which the check of boxes refuses
-    ],
-)
-def test_a_box_is_in_pixels_or_in_percent_of_the_image(text: str, box: list[int]) -> None:
-    assert parse_box(text, height=12, width=20) == box

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCard, constants
 from maskgit_pl.cli import main
 from maskgit_pl.files import sha256_of
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.card import write_card
 from maskgit_pl.pipeline.pretrained import save_decoding
 from maskgit_pl.runs import pushing
 from tests.conftest import save_tiny_pretrained
@@ -22,7 +23,8 @@ SECRET = "hf_" + "Q" * 34
 @pytest.fixture
 def folder(tiny_pretrained: Path, tmp_path: Path) -> Path:
     """A pretrained folder with config.json and a card that names its license."""
-    MaskGIT.from_pretrained(tiny_pretrained).save_pretrained(tmp_path / "model", license="mit")
+    MaskGIT.from_pretrained(tiny_pretrained).save_pretrained(tmp_path / "model")
+    write_card(tmp_path / "model", known={"license": "mit"})
     return tmp_path / "model"
 
 

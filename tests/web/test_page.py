@@ -179,7 +179,7 @@ def test_the_chosen_image_becomes_another_class(page: Page, pipe: MaskGIT, task:
     panel = page.get_by_role("tabpanel").filter(visible=True)
     if task == "box":
         panel.get_by_label("Box in place of the brush").fill("0,14,28,28")
-        expected = pipe.edit_class(image, (0, 14, 28, 28), BOOT, variants=2, seed=11)
+        expected = pipe.inpaint(image, (0, 14, 28, 28), classes=[BOOT] * 2, seed=11)
     else:
         panel.get_by_label("Vary the whole image").check()
         expected = pipe.edit(image, strength=0.6, classes=[BOOT] * 2, seed=11)
@@ -335,14 +335,15 @@ def test_ctrl_c_while_it_starts_leaves_no_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("selector", list(token_selectors.build_all()))
 def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, selector: str) -> None:
-    assert settings_of(pipe, list(start_values(pipe).values())) == {}
+    own = settings_of(pipe, list(start_values(pipe).values()))
+    check_equal(pipe.generate([BAG], seed=1, **own), pipe.generate([BAG], seed=1))
     changed = {"token_selector": selector, "first": 0.5, "guidance": "cosine", "num_steps": 4}
     settings = settings_of(pipe, list({**start_values(pipe), **changed}.values()))
     has_noise = hasattr(token_selectors.build(selector), "choice_temperature")
     assert settings.pop("choice_temperature", None) == (12.0 if has_noise else None)
     assert settings == {
         "token_selector": selector, "sampling_temperature": (0.5, 0.8), "guidance": "cosine", "guidance_scale": 3.0,
-        "num_steps": 4,
+        "num_steps": 4, "mask_schedule": None,
     }  # fmt: skip
 
 

@@ -77,7 +77,6 @@ def test_the_first_commands_work(run: Run) -> None:
     assert "fashion-mnist-demo" in run("maskgit models")
     assert run("maskgit env").count(str(ROOT)) == 0  # not the clone
     assert "tokenizer" in run("maskgit train transformer --recipe adaln --print-config")
-    assert "complete" in run("maskgit completion bash")
 
 
 def test_pictures_are_made_before_anything_is_trained(run: Run) -> None:
