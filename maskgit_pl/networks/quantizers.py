@@ -175,8 +175,7 @@ quantizers: Registry[QuantizerSpec] = Registry(
         "maskgit_pl.networks.codebooks",
         "maskgit_pl.networks.lookup_free",
         "maskgit_pl.contrib.gumbel_quantizer",
-        "maskgit_pl.contrib.composite_quantizers",
-        "maskgit_pl.contrib.vq_pytorch",
+        "maskgit_pl.contrib.product_quantizer",
     ),
 )
 

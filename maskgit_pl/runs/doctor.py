@@ -47,8 +47,7 @@ _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL bu
 _SHARED_MEMORY = Path("/dev/shm")  # through which data workers send their batches
 _EXTRAS = {  # the module that shows that an optional extra is installed
     "diffusers": "diffusers", "export": "onnxruntime", "import-jax": "msgpack", "mlflow": "mlflow",
-    "parquet": "pyarrow", "quantizers": "vector_quantize_pytorch", "tune": "optuna",
-    "wandb": "wandb", "web": "gradio",
+    "parquet": "pyarrow", "tune": "optuna", "wandb": "wandb", "web": "gradio",
 }  # fmt: skip
 
 Verdict = Literal["ok", "warning", "FAIL"]

@@ -1,7 +1,6 @@
 """Every registered quantizer keeps the contract: shapes, gradients, determinism, resuming, export, and two ranks."""
 
 import copy
-import importlib.util
 import re
 import sys
 import types
@@ -21,18 +20,8 @@ OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "gradient rotation": ({"name": "gradient", "gradient_estimator": "rotation"}, 16, 4),
     "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
     "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
-    "residual of gradient": ({"name": "residual", "num_levels": 3, "quantizer": "gradient"}, 8, 4),
-    "residual of simvq": ({"name": "residual", "quantizer": "simvq"}, 16, 4),
     "ema entropy": ({"name": "ema", "gradient_estimator": "rotation", "entropy_weight": 0.1}, 16, 4),
     "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
-}
-PACKAGE = {  # classes and options of vector-quantize-pytorch, which may be missing
-    "vq_pytorch expiring": ("VectorQuantize", {"threshold_ema_dead_code": 2, "decay": 0.9, "eps": 1e-4}),
-    "vq_pytorch SimVQ": ("SimVQ", {}),
-}
-OTHERS |= {
-    name: ({"name": "vq_pytorch", "class_name": class_name, "options": options}, 16, 4)
-    for name, (class_name, options) in PACKAGE.items()
 }
 CASES = {**{name: (name, 16, 4) for name in quantizers.names()}, **OTHERS}
 
@@ -87,14 +76,8 @@ def assert_same(first, second, **tolerance):
             assert torch.equal(second[name], value), name
 
 
-def is_missing(case):
-    return case.startswith("vq_pytorch") and importlib.util.find_spec("vector_quantize_pytorch") is None
-
-
 @pytest.fixture(params=CASES)
 def case(request):
-    if is_missing(request.param):
-        pytest.skip("vector-quantize-pytorch is not installed")
     return request.param
 
 
@@ -146,10 +129,6 @@ def test_every_code_is_the_nearest_to_itself(case):
     quantizer = build(case)
     if case == "ibq":  # the largest inner product is the nearest code where all lengths are equal
         quantizer.codebook.data = torch.nn.functional.normalize(quantizer.codebook.data, dim=1)
-    if case.startswith("residual"):  # each level is finer than the one before
-        for number, level in enumerate(quantizer.levels):
-            for value in (*level.parameters(), *level.buffers()):
-                value.data *= 0.01**number
     tokens = quantizer.nearest(features_of_codes(case, quantizer))
     assert torch.equal(tokens[0], torch.arange(quantizer.codebook_size))
 
@@ -211,8 +190,7 @@ def test_micro_batches_teach_the_same_as_the_whole_batch(case):
         ("lfq", (64, 8), r"code_dim must be 6 for quantizer 'lfq' of 64 = 2\^6 codes, got 8"),
         ({"name": "product", "num_groups": 3}, (100, 6), r"codebook_size must be k\^3 .* got 100; 125 = 5\^3 fits"),
         ({"name": "product", "num_groups": 3}, (64, 8), "code_dim must be a multiple of 3 .* got 8; 9 fits"),
-        ({"name": "residual", "num_levels": 3}, (100, 6), r"must be k\^3 .* 3 levels, got 100; 125"),
-        ({"name": "product", "quantizer": "lfq"}, (64, 8), "each group .* 8 codes: .* code_dim must be 3"),
+        ({"name": "product", "quantizer": "lfq"}, (64, 8), "code_dim must be 3 for quantizer 'lfq' of 8"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(spec, sizes, message):
@@ -274,7 +252,7 @@ def learned(case, parts):
 def run_rank(rank, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    results = {case: learned(case, [features(case, batch=8).chunk(2)[rank]]) for case in CASES if not is_missing(case)}
+    results = {case: learned(case, [features(case, batch=8).chunk(2)[rank]]) for case in CASES}
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
