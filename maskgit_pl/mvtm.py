@@ -173,5 +173,5 @@ class MaskedTokenModel(TokenModel):
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         vectors = None if vectors is None else vectors.to(self.device)
-        model = ConditionalModel.from_network(self.averaged_network, self.device).bind(vectors)
+        model = ConditionalModel(self.averaged_network, self.device).bind(vectors)
         return decode_classes(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

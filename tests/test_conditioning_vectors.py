@@ -46,8 +46,8 @@ def network() -> AdaLNTransformer:
     return network.eval().requires_grad_(False)
 
 
-def conditional(network: AdaLNTransformer, **options: object) -> ConditionalModel[AdaLNTransformer]:
-    return ConditionalModel.from_network(network, CPU, **options)
+def conditional(network: AdaLNTransformer, **options: object) -> ConditionalModel:
+    return ConditionalModel(network, CPU, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_guidance_is_the_two_forwards_by_hand(network, batch, negative: list[int
 
 def test_the_first_step_is_never_shared_between_images_of_a_class(network, batch) -> None:
     *_, vectors = batch
-    cache = FirstStepLogits(network, num_tokens=16, mask_token_id=16)
+    cache = FirstStepLogits(network)
     model = conditional(network, first_step_logits=cache).bind(vectors)
     predictor = build_class_predictor(model, [1, 1, 1], scales=[2.0], all_masked=True)
     everything = torch.arange(16).expand(3, 16)

@@ -113,8 +113,12 @@ class ProductQuantizerSpec:
 
     def __post_init__(self) -> None:
         check_integer("num_groups", self.num_groups, "[2, 16]")
-        if isinstance(quantizers.build(self.quantizer), ProductQuantizerSpec):
-            raise ValueError("quantizer must not be 'product' again; take a table of codes, such as 'ema'")
+        try:
+            inner = quantizers.build(self.quantizer)
+        except ValueError as error:
+            raise ValueError(f"quantizer must be a registered quantizer and its arguments: {error}") from error
+        if isinstance(inner, ProductQuantizerSpec):
+            raise ValueError("quantizer must be no 'product' again; take a table of codes, such as 'ema'")
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K is k^G, D a multiple of G, and that the groups' quantizer can have their sizes.

@@ -115,7 +115,7 @@ class AutoregressiveClassPredictor:
 
 
 def decode_autoregressive(
-    model: ConditionalModel[AutoregressiveBackbone],
+    model: ConditionalModel,
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -127,7 +127,7 @@ def decode_autoregressive(
     """Decodes one image for each label with a causal network: the counterpart of ``decode_classes``.
 
     Args:
-        model: The causal network and its null label.
+        model: A model with a causal network.
         labels: Class of each image, or the null label.
         seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
         decoder: The number of tokens and the sampling of codes.
@@ -141,6 +141,7 @@ def decode_autoregressive(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
+    assert isinstance(model.network, AutoregressiveBackbone)
     negative_labels = model.fill_negative_labels(negative_labels, labels)
     predictor = AutoregressiveClassPredictor(
         model.network,

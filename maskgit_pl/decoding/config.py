@@ -66,7 +66,7 @@ class DecodingConfig:
             [0, 1]. Models that are distilled to few steps need it (``distillation``).
 
     Raises:
-        ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
+        ValueError: if a number is out of range.
     """
 
     num_steps: int = 8
@@ -82,24 +82,12 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         set_specs(self, token_selector=token_selectors, guidance=guidance_schedules, mask_schedule=mask_schedules)
-        for name in ("num_steps", "sampling_temperature", "top_k", "top_p", "random_start"):
+        for name in ("num_steps", "sampling_temperature", "top_k", "top_p", "random_start", "tokens_per_step"):
             pair = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if pair is None else tuple(pair)  # JSON has no tuples
             object.__setattr__(self, name, plain)
         check_integer("num_steps", self.num_steps, f"[1, {_MOST_STEPS}]")
         check_number("random_start", self.random_start, "[0, 1]")
-        if self.tokens_per_step is not None:
-            counts = plain_list(self.tokens_per_step)
-            if counts is None or not all(type(count) is int and count >= 1 for count in counts):
-                raise ValueError(
-                    f"tokens_per_step must be integers >= 1, got {shorten(counts or self.tokens_per_step)}"
-                )
-            object.__setattr__(self, "tokens_per_step", tuple(counts))
-            if len(self.tokens_per_step) != self.num_steps:
-                raise ValueError(
-                    f"tokens_per_step must hold a number for each of the {self.num_steps} steps, got "
-                    f"{len(self.tokens_per_step)} numbers; set num_steps to {len(self.tokens_per_step)}"
-                )
 
     @property
     def is_autoregressive(self) -> bool:

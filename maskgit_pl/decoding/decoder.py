@@ -30,11 +30,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.predictors import (
     ConditionalModel,
-    ConditionalNetwork,
     Predictor,
     StartPredictor,
     build_class_predictor,
@@ -73,8 +71,7 @@ class ParallelDecoder:
         random_start: Probability that ``decode_classes`` shows a random code in place of a mask token in step 0.
 
     Raises:
-        TypeError: if the schedule or the selector is a name, from which a registry builds the object.
-        ValueError: if a number is out of range.
+        ValueError: if ``tokens_per_step`` is given for a selector that sets the number of tokens itself.
     """
 
     mask_schedule: MaskSchedule
@@ -85,10 +82,6 @@ class ParallelDecoder:
     random_start: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("mask_schedule", "token_selector"):
-            if not callable(part := getattr(self, name)):
-                raise TypeError(f"{name} must be an object, got {shorten(part)}; use {name}s.build({shorten(part)})")
-        check_integer("num_steps", self.num_steps, "[1, inf)")
         if self.tokens_per_step is not None and not self.token_selector.follows_schedule:
             raise ValueError(
                 f"tokens_per_step must not be set for token selector {type(self.token_selector).__name__}, which sets "
@@ -129,29 +122,14 @@ class ParallelDecoder:
         at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
         yield from run.steps(self.plan(at_start, tokens.shape[1], first_step=first_step), first_step)
 
-    def decode(
-        self,
-        predictor: Predictor,
-        tokens: Tensor,
-        noise: Noise,
-        *,
-        mask_token_id: int,
-        first_step: int = 0,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Returns the tokens (B, N) int64 in [0, K) of the last step; see ``steps`` for the arguments."""
-        for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step, grid=grid):
-            tokens = step.tokens
-        return tokens
-
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
         """Counts the masked tokens of each step on the host, so that all shapes are known before the loop.
 
         A row starts with U masked tokens, and m of them are masked before step t. The counts after the step are
 
-            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded
-            down remasked = tokens that the selector masks again, of the U - m that earlier steps decided;
-            usually 0 after    = ``count_after(m, planned, remasked)``, and 0 after the last step
+            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded down
+            remasked = tokens that the selector masks again, of the U - m that earlier steps decided; usually 0
+            after    = ``count_after(m, planned, remasked)``, and 0 after the last step
 
         They are upper bounds if the selector sets the number of tokens to keep.
 
@@ -161,21 +139,19 @@ class ParallelDecoder:
             first_step: Step to begin at, in [0, T). Editing skips the first steps.
 
         Raises:
-            ValueError: if T is above N, ``first_step`` is out of range, or ``tokens_per_step`` does not fit T and N.
+            ValueError: if T is above N, or ``tokens_per_step`` does not fit T and N.
 
         Source: google-research/maskgit, ``parallel_decode.py``; remasking: ReMDM, arXiv:2503.00307.
         """
         if self.num_steps > num_tokens:
             raise ValueError(f"num_steps must be <= {num_tokens}, the tokens per image, got {self.num_steps}")
-        if not 0 <= first_step < self.num_steps:
-            raise ValueError(f"first_step must be in [0, {self.num_steps}), got {first_step}")
         selector, planned = self.token_selector, self._plan_by_schedule(at_start, num_tokens)
         steps, before = [], list(at_start)
         for step in range(first_step, self.num_steps - 1):
-            progress, rows = (step + 1) / self.num_steps, []
+            rows = []
             for start, masked, target in zip(at_start, before, planned[step], strict=True):
                 decided = start - masked
-                num_remasked = selector.num_remasked(decided=decided, planned=target, progress=progress)
+                num_remasked = selector.num_remasked(decided=decided, planned=target)
                 rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
             after, remasked = (list(column) for column in zip(*rows, strict=True))
             steps.append(StepCounts(before, after, remasked))
@@ -186,8 +162,7 @@ class ParallelDecoder:
         """Returns the counts that the schedule or ``tokens_per_step`` leaves masked: T lists, one count per row."""
         if self.tokens_per_step is None:
             progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps
-            warped = self.token_selector.schedule_progress(progress).float()
-            ratios = self.mask_schedule(warped, num_tokens).unsqueeze(1)  # (T, 1)
+            ratios = self.mask_schedule(progress, num_tokens).unsqueeze(1)  # (T, 1)
             counts: list[list[int]] = num_masked(ratios, torch.tensor(list(at_start)), rounding="floor").tolist()
             return counts
         decided = list(accumulate(self.tokens_per_step))
@@ -354,8 +329,8 @@ class _Run:
         # ``self.masked`` still is the mask before this step, so the draws of this step are not among them.
         is_decided = self.unknown & ~self.masked  # (B, N)
         every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
-        noise, progress = self.noise.gumbel(every_position, step), (step + 1) / self.num_steps
-        scores = self.selector.remasking_scores(Decided(self.confidence, noise, progress)).float()  # (B, N)
+        decided = Decided(self.confidence, self.noise.gumbel(every_position, step))
+        scores = self.selector.remasking_scores(decided).float()  # (B, N)
         order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
         self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
 
@@ -443,10 +418,6 @@ class SeededNoise:
     method: DrawMethod = "inverse_cdf"
     _kept: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        if not isinstance(self.seeds, Tensor):
-            raise TypeError(f"seeds must be an int64 tensor, got {shorten(self.seeds)}; use torch.tensor(seeds)")
-
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Draws codes with one uniform number per position, or with K Gumbel numbers."""
         first = self._at(0, positions, step)
@@ -503,7 +474,7 @@ def draw_start(seeds: Tensor, num_tokens: int, fraction: float, codebook_size: i
 
 
 def decode_classes(
-    model: ConditionalModel[ConditionalNetwork],
+    model: ConditionalModel,
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -516,7 +487,7 @@ def decode_classes(
     """Decodes one image for each label, from mask tokens only or from partly known tokens.
 
     Args:
-        model: The network with its grid, ids and caches.
+        model: The network and its caches.
         labels: Class of each image, or the null label.
         seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
         decoder: The mask schedule, the token selector and the number of steps.
@@ -531,7 +502,7 @@ def decode_classes(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    is_random = decoder.random_start > 0 and first_step == 0
+    config, is_random = model.network.config, decoder.random_start > 0 and first_step == 0
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = build_class_predictor(
@@ -543,22 +514,21 @@ def decode_classes(
         )
     num_masked = None
     if tokens is None:
-        shape = len(labels), model.num_tokens
-        tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
-        num_masked = [model.num_tokens] * len(labels)  # known without asking the device
+        shape = len(labels), config.num_tokens
+        tokens = torch.full(shape, config.mask_token_id, dtype=torch.int64, device=model.device)
+        num_masked = [config.num_tokens] * len(labels)  # known without asking the device
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     if is_random:
-        start = draw_start(
-            seed_tensor, model.num_tokens, decoder.random_start, model.codebook_size, mask_token_id=model.mask_token_id
-        )
-        predictor = StartPredictor(predictor, start, mask_token_id=model.mask_token_id)
+        fraction, mask = decoder.random_start, config.mask_token_id
+        start = draw_start(seed_tensor, config.num_tokens, fraction, config.codebook_size, mask_token_id=mask)
+        predictor = StartPredictor(predictor, start, mask_token_id=mask)
     return decoder.steps(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
-        SeededNoise(seed_tensor, model.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
-        mask_token_id=model.mask_token_id,
+        SeededNoise(seed_tensor, config.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
+        mask_token_id=config.mask_token_id,
         first_step=first_step,
-        grid=model.grid,
+        grid=config.grid,
         num_masked=num_masked,
     )

@@ -24,7 +24,6 @@ from torch import Tensor
 from maskgit_pl.checks import check_choice, check_number, height_width, plain_number
 from maskgit_pl.decoding import (
     ConditionalModel,
-    ConditionalNetwork,
     DecodingStep,
     decode_autoregressive,
     decode_classes,
@@ -72,7 +71,7 @@ def decode(
     network, device, decoding = transformer.network, transformer.device, request.decoding
     if isinstance(network, AutoregressiveBackbone):
         return decode_autoregressive(
-            ConditionalModel.from_network(network, device),
+            ConditionalModel(network, device),
             request.labels,
             request.seeds,
             decoder=decoding.build_autoregressive_decoder(network.config.num_tokens),
@@ -216,11 +215,9 @@ def panorama(
     return (yield from _fill(tokenizer, transformer, request, tokens, unknown, overlap))
 
 
-def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel[ConditionalNetwork]:
+def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:
     # The first step of a class without context is the same for all seeds, so its logits are cached.
-    first_step = transformer.caches.first_step
-    model = ConditionalModel.from_network(transformer.network, transformer.device, first_step_logits=first_step)
-    return cast("ConditionalModel[ConditionalNetwork]", model)
+    return ConditionalModel(transformer.network, transformer.device, transformer.caches.first_step)
 
 
 def _decode_images(tokenizer: PretrainedTokenizer, steps: Iterator[DecodingStep]) -> StepsOfImages:

@@ -31,7 +31,7 @@ def test_the_groups_of_a_product_draw_different_noise():
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ({"name": "product", "quantizer": {"name": "product"}}, "must not be 'product' again; take a table of codes"),
+        ({"name": "product", "quantizer": {"name": "product"}}, "must be no 'product' again; take a table of codes"),
         ({"name": "product", "quantizer": "emma"}, "did you mean 'ema'"),
     ],
 )

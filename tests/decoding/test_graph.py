@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from maskgit_pl.decoding import ClassPredictor, DecodingConfig, GuidedPredictor, SeededNoise
+from maskgit_pl.decoding import DecodingConfig, SeededNoise
+from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules

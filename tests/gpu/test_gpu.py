@@ -121,7 +121,7 @@ def test_masks_and_labels_are_the_same_on_every_device(device):
 
 def decode(pipe: MaskGIT, device: torch.device, dtype: torch.dtype) -> Tensor:
     network = pipe.transformer.network.to(device, dtype)
-    model, labels = ConditionalModel.from_network(network, device), [number % 10 for number in range(32)]
+    model, labels = ConditionalModel(network, device), [number % 10 for number in range(32)]
     decoder = pipe.decoding.build_decoder(pipe.transformer.mask_schedule)
     with torch.no_grad():
         *_, last = decode_classes(model, labels, list(range(32)), decoder=decoder, scales=pipe.decoding.scales())
