@@ -82,18 +82,14 @@ class Objective(ABC):
             num_tokens: N, tokens per image.
 
         Raises:
-            ValueError: if a number of masked tokens never occurs, or the mask ratio cannot be differentiated.
+            ValueError: if a number of masked tokens never occurs.
         """
-        if not self.needs_slopes:
-            return
-        if not sampler.covers_all_counts(num_tokens):
+        if self.needs_slopes and not sampler.covers_all_counts(num_tokens):
             raise ValueError(
                 f"objective {self} must be used with mask ratios that give every count from 1 to {num_tokens}, "
                 f"got {sampler.mask_ratio} of {sampler.mask_schedule} with min_mask_ratio {sampler.min_mask_ratio:g}; "
                 "use mask_ratio uniform, or schedule with cosine or linear, and min_mask_ratio 0"
             )
-        first = torch.zeros(1, dtype=torch.int64)
-        sampler.slope(num_tokens, index=first, epoch=first, position=first, global_batch=1)
 
 
 objectives: Registry[Objective] = Registry("objective", "maskgit_pl.objectives", check=derives_from(Objective))

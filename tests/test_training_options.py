@@ -19,7 +19,7 @@ from tests.short_runs import assert_equal, data, fit, masked_model
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
 ALL = {
     "mask_ratio": "truncated_normal",
-    "mask_positions": "blocks",
+    "mask_positions": "halton",
     "objective": {"name": "masked_cross_entropy", "visible_weight": 0.5},
 }
 VARIANTS = [
@@ -106,7 +106,7 @@ def test_the_weighted_loss_by_hand():
         ({"objective": "elbo", "mask_schedule": "exp"}, r"of Exponential\(\)"),
         ({"objective": "elb"}, "unknown objective 'elb': did you mean 'elbo'"),
         ({"mask_ratio": "unifrm"}, "unknown mask ratio 'unifrm': did you mean 'uniform'"),
-        ({"mask_positions": "block"}, "unknown mask positions 'block': did you mean 'blocks'"),
+        ({"mask_positions": "halten"}, "unknown mask positions 'halten': did you mean 'halton'"),
     ],
 )
 def test_wrong_options_are_refused_before_the_first_step(options, text):
