@@ -411,5 +411,5 @@ class Draws(NamedTuple):
 
 
 def true_positions(mask: Tensor) -> Tensor:
-    """Returns the places (M,) int64, rising, where a mask (B, N) bool on the host is True; see ``Draws.positions``."""
+    """Returns the places (M,) int64, rising, where a mask (B, N) bool is True; see ``Draws.positions``."""
     return mask.flatten().nonzero().squeeze(1)

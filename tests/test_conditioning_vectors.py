@@ -13,6 +13,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
 from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
@@ -198,7 +199,7 @@ def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:
     predictor, conditions = bind_conditions(network, labels, vectors)
     mask = torch.ones(2, 16, dtype=torch.bool)
     rows = torch.tensor([2, 0])
-    expected = network.forward_masked(tokens[rows], labels[rows], mask, vectors=vectors[rows])
+    expected = network.forward_selected(tokens[rows], labels[rows], true_positions(mask), vectors=vectors[rows])
     torch.testing.assert_close(predictor(tokens[rows], conditions[rows], mask), expected)
     bound = negative_elbo(predictor, tokens, conditions, mask_token_id=16)
     predictor, conditions = bind_conditions(network, labels, -vectors)

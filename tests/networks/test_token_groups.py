@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.losses import token_cross_entropy
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.backbone import (
     LARGEST_COMPOSED,
     Backbone,
@@ -98,11 +99,13 @@ def test_a_network_computes_the_logits_of_codes_from_those_of_groups(name):
     config = small_config(name, num_token_groups=2)
     network = create(config)
     tokens, labels, mask, _ = inputs(config)
-    groups = network.forward_masked(tokens, labels, mask, vocabulary="groups")
+    groups = network.forward_selected(tokens, labels, true_positions(mask), vocabulary="groups")
     assert groups.shape == (int(mask.sum()), 2 * 4)
     expected = compose_logits(groups, num_groups=2)
     for vocabulary in ("codes", "all"):
-        torch.testing.assert_close(network.forward_masked(tokens, labels, mask, vocabulary=vocabulary), expected)
+        torch.testing.assert_close(
+            network.forward_selected(tokens, labels, true_positions(mask), vocabulary=vocabulary), expected
+        )
 
 
 def test_groups_shrink_embedding_and_head_of_large_codebooks():
