@@ -140,12 +140,7 @@ class ProductQuantizerSpec:
         build_sized(self.quantizer, codebook_size=size, code_dim=code_dim // groups)
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the module.
-
-        Raises:
-            ValueError: if K or D does not fit the groups.
-        """
-        self.check(codebook_size=codebook_size, code_dim=code_dim)
+        """Builds the module."""
         spec, size, dim = quantizers.build(self.quantizer), self._group_size(codebook_size), code_dim // self.num_groups
         return ProductQuantizer([spec.create(codebook_size=size, code_dim=dim) for _ in range(self.num_groups)])
 

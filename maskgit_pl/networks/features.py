@@ -22,7 +22,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_integer, shorten
+from maskgit_pl.checks import build_dataclass, check_integer, shorten
 from maskgit_pl.networks.feature_networks import (
     FeatureNetwork,
     FeatureOutput,
@@ -166,20 +166,13 @@ class InceptionSpec:
     Attributes:
         weights: Path of the weight file; None: ``$MASKGIT_INCEPTION``, else
             ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
-        sha256: First digits, 8 to 64, of the file's sha256. Default: those of the file that torch-fidelity publishes.
-
-    Raises:
-        ValueError: if ``sha256`` is not 8 to 64 hexadecimal digits.
+        sha256: First digits of the file's sha256. Default: those of the file that torch-fidelity publishes.
     """
 
     weights: str | None = None
     sha256: str = "6726825d"
     label: ClassVar[str] = "inception"
     knows_classes: ClassVar[bool] = True  # the inception score is defined by this network
-
-    def __post_init__(self) -> None:
-        if not re.fullmatch("[0-9a-f]{8,64}", self.sha256):
-            raise ValueError(f"sha256 must be 8 to 64 hexadecimal digits, got {shorten(self.sha256)}")
 
     @property
     def path(self) -> Path:
@@ -321,8 +314,7 @@ def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
         return feature_networks.build(text)
     # The name ends at the first separator; the pattern of the network checks the rest.
     name = re.split("[:=]", text)[0]
-    if name not in feature_networks.names():
-        raise ValueError(f"unknown feature network {text!r}: {nearest(name, feature_networks.names())}")
+    feature_networks.factory(name)  # raises if it is unknown
     pattern, syntax = _SYNTAX.get(name, (re.escape(name), name))
     match = re.fullmatch(pattern, text)
     if match is None:
@@ -339,10 +331,7 @@ def _lite0_file() -> Path:
         raise ValueError(
             f"feature network 'lite0': the package {package} is not installed; run pip install {package}"
         ) from None
-    weight_files = [Path(str(file.locate())) for file in files if file.suffix == ".pth"]
-    if not weight_files or not weight_files[0].is_file():
-        raise ValueError(f"feature network 'lite0': {package} holds no weight file; install it again")
-    return weight_files[0]
+    return next(Path(str(file.locate())) for file in files if file.suffix == ".pth")
 
 
 def _timm_model(name: str) -> Callable[[], nn.Module]:
@@ -444,17 +433,11 @@ class LPIPSSpec:
         weights: Path of torchvision's weight file of the backbone. torchmetrics ships the weights of the layers.
         backbone: ``vgg`` (that of taming-transformers and LlamaGen), ``alex`` or ``squeeze``.
         sha256: First digits of the file's sha256; None for those of torchvision's file.
-
-    Raises:
-        ValueError: if the backbone is unknown.
     """
 
     weights: str
     backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
     sha256: str | None = None
-
-    def __post_init__(self) -> None:
-        check_choice("backbone", self.backbone, sorted(_BACKBONES))
 
     @property
     def min_image_size(self) -> int:
@@ -543,9 +526,5 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
         ValueError: if the backbone is unknown, the file is missing, or the file is not torchvision's.
     """
     backbone, _, file = text.partition("=")
-    if backbone not in _BACKBONES:
-        raise ValueError(f"lpips {text!r}: unknown backbone {backbone!r}; {nearest(backbone, _BACKBONES)}")
-    spec = {"name": "lpips", "backbone": backbone, "weights": file, "sha256": sha256}
-    network = perceptual_networks.build(spec).create().to(device)
-    assert isinstance(network, LPIPS)
-    return network
+    values = {"backbone": backbone, "weights": file, "sha256": sha256}
+    return build_dataclass(LPIPSSpec, values, f"lpips {text!r}").create().to(device)

@@ -159,7 +159,7 @@ class QuantizerSpec(Protocol):
     """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module.
 
     One that does not fit every K and D also has a method ``check(*, codebook_size, code_dim)``, which raises
-    a ``ValueError`` that names the values that fit. Recipes are checked with it before anything is built.
+    a ``ValueError`` that names the values that fit. ``VQGANConfig`` calls it.
     """
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:

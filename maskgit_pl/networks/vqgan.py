@@ -103,9 +103,8 @@ class VQGANConfig:
             layout ``taming`` only.
 
     Raises:
-        ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``,
-            the quantizer is unknown or does not fit ``codebook_size`` and ``code_dim``, or the layout does
-            not support a value.
+        ValueError: if a size is out of range, ``num_groups`` does not divide the channels of a level, the quantizer
+            does not fit ``codebook_size`` and ``code_dim``, or the layout does not support a value.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py;
@@ -154,12 +153,11 @@ class VQGANConfig:
             )
         for multiplier in self.channel_multipliers:
             check_integer("network channel_multipliers", multiplier, "[1, 1024]")
-        for width in self.widths:
-            if width % self.num_groups:
-                raise ValueError(
-                    f"network num_groups must divide the channels of every level, {self.widths} (base_channels x "
-                    f"channel_multipliers), got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
-                )
+        if math.gcd(*self.widths) % self.num_groups:
+            raise ValueError(
+                f"network num_groups must divide the channels of every level, {self.widths} (base_channels x "
+                f"channel_multipliers), got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
+            )
 
     def _check_layout(self) -> None:
         """Checks that only fields of this layout differ from their defaults."""
@@ -172,19 +170,9 @@ class VQGANConfig:
                     "leave it out or change the layout"
                 )
         if self.layout == "taming":
-            self._check_taming()
-
-    def _check_taming(self) -> None:
-        for name in ("middle_attention", "signed_images"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"network {name} must be true or false, got {shorten(getattr(self, name))}")
-        check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
-        levels, existing = self.attention_levels, range(len(self.channel_multipliers))
-        if len(set(levels)) < len(levels) or any(level not in existing for level in levels):
-            raise ValueError(
-                f"network attention_levels must be different levels out of {list(existing)}, 0 being full resolution, "
-                f"got {shorten(list(levels))}"
-            )
+            check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
+            for level in self.attention_levels:
+                check_integer("network attention_levels", level, f"[0, {len(self.channel_multipliers) - 1}]")
 
     @property
     def widths(self) -> tuple[int, ...]:
