@@ -209,9 +209,6 @@ class UniformRatio(MaskRatio):
         low: Smallest ratio, in [0, 1).
         high: Largest ratio, in (low, 1].
 
-    Raises:
-        ValueError: if a number is out of range.
-
     Source: on [0, 1], masked diffusion with a linear noise schedule, MDLM, arXiv:2406.07524.
     """
 
@@ -238,9 +235,6 @@ class TruncatedNormalRatio(MaskRatio):
         std: Standard deviation before the truncation, in [0.01, 10].
         low: Smallest ratio, in [0, 1).
         high: Largest ratio, in (low, 1].
-
-    Raises:
-        ValueError: if a number is out of range.
 
     Source: MAGE, arXiv:2211.09117, section 3 (mean 0.55, std 0.25, truncated to [0.5, 1]).
     """

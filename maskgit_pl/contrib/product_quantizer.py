@@ -112,11 +112,7 @@ class ProductQuantizerSpec:
             raise ValueError("quantizer must be no 'product' again; take a table of codes, such as 'ema'")
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that K is k^G, D a multiple of G, and that the groups' quantizer can have their sizes.
-
-        Raises:
-            ValueError: if not.
-        """
+        """Checks that K is k^G, D a multiple of G, and that the groups' quantizer can have their sizes."""
         groups, size = self.num_groups, self._group_size(codebook_size)
         if code_dim % groups:
             raise ValueError(

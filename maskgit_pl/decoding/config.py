@@ -64,9 +64,6 @@ class DecodingConfig:
             ``gumbel``.
         random_start: Probability that the network sees a random code in place of a mask token in the first step, in
             [0, 1]. Models that are distilled to few steps need it (``distillation``).
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     num_steps: int = 8

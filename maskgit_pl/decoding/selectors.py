@@ -333,9 +333,6 @@ class ReMDM(Confidence):
         strategy: ``cap``, ``rescale`` or ``confidence``.
         eta: Strength of the remasking, in [0, 1].
 
-    Raises:
-        ValueError: if the strategy is unknown or a number is out of range.
-
     Source: Wang et al., arXiv:2503.00307 (its strategy ``loop`` is left out).
     """
 

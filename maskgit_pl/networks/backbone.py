@@ -126,11 +126,7 @@ class BackboneConfig(ABC):
         self._check_groups()
 
     def _check_groups(self) -> None:
-        """Checks that the codebook can be divided into ``num_token_groups`` groups.
-
-        Raises:
-            ValueError: if not.
-        """
+        """Checks that the codebook can be divided into ``num_token_groups`` groups."""
         groups, size = self.num_token_groups, self.codebook_size
         check_integer("transformer num_token_groups", groups, f"[1, {_MOST_GROUPS}]")
         if groups == 1:

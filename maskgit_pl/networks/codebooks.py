@@ -57,9 +57,6 @@ class CodebookSpec:
         entropy_weight: Weight of the entropy loss, in [0, 1e6].
         entropy_temperature: T, temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax``, or ``argmax`` for one-hot assignments with the gradient of the softmax.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     module: ClassVar[Any]

@@ -109,9 +109,6 @@ class DiscriminatorConfig:
             for each doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32.
             1/8 suits small images.
         pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     channel_multiplier: float = 1.0
@@ -237,9 +234,6 @@ class PatchDiscriminatorConfig:
         base_channels: Channels of the first layer, in [1, 1024]; doubled by each further one, at most 8 times as many.
         norm: ``group``: GroupNorm of at most 32 groups, independent of batch, ranks and micro-batches. ``batch``:
             BatchNorm over the micro-batch of all ranks (taming-transformers and LlamaGen), which allows no R1 penalty.
-
-    Raises:
-        ValueError: if a number is out of range.
 
     Source: Isola et al., arXiv:1611.07004; ``NLayerDiscriminator`` of CompVis/taming-transformers (3 layers,
     64 channels).

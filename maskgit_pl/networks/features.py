@@ -243,9 +243,6 @@ class Lite0Spec:
 
     Attributes:
         size: Side in pixels to which images are resized, in [1, 4096].
-
-    Raises:
-        ValueError: if the size is out of range.
     """
 
     size: int = 224

@@ -171,9 +171,6 @@ class BinarySpec:
         entropy_weight: Weight of the entropy loss, in [0, 1e6].
         entropy_temperature: T, divisor of the distances, in [1e-5, 1e6].
         diversity: Factor of the entropy of the mean assignment, in [0, 1e6].
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     name: ClassVar[str]
@@ -190,11 +187,7 @@ class BinarySpec:
         check_number("entropy_temperature", self.entropy_temperature, "[0.00001, 1000000]")
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that K = 2^D.
-
-        Raises:
-            ValueError: if not.
-        """
+        """Checks that K = 2^D."""
         bits = codebook_size.bit_length() - 1  # at most 24, as a network has at most 2^24 codes
         if codebook_size != 1 << bits:
             raise ValueError(
@@ -311,9 +304,6 @@ class FSQSpec:
         levels: The number of levels of each channel, in [2, 4096] each. The paper takes 5 or more, such as
             (8, 6, 5) for 240 codes, (8, 5, 5, 5) for 1000, (8, 8, 8, 6, 5) for 15360.
 
-    Raises:
-        ValueError: if one is out of range.
-
     Source: Mentzer et al., arXiv:2309.15505, section 3 and appendix A.1; levels: table 1.
     """
 
@@ -325,11 +315,7 @@ class FSQSpec:
         object.__setattr__(self, "levels", tuple(self.levels))
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
-        """Checks that K is the product of the levels and D their number.
-
-        Raises:
-            ValueError: if not.
-        """
+        """Checks that K is the product of the levels and D their number."""
         size, dim = math.prod(self.levels), len(self.levels)
         if (codebook_size, code_dim) != (size, dim):
             raise ValueError(

@@ -64,9 +64,6 @@ class TransformerConfig(BackboneConfig):
         mlp_dim: Hidden size of the MLP of each block.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
             in raster order. Both have the same weights.
-
-    Raises:
-        ValueError: if a size is out of range, or the attention is unknown.
     """
 
     has_token_groups: ClassVar[bool] = True
@@ -103,9 +100,6 @@ class Transformer(Backbone):
 
     The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
     deviations, times 0.02; biases from 0.
-
-    Args:
-        config: Sizes.
 
     Attributes:
         attention: Attention that the class computes.
@@ -171,11 +165,7 @@ class Transformer(Backbone):
 
 
 class MaskedTransformer(Transformer):
-    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods.
-
-    Args:
-        config: Sizes, with bidirectional attention.
-    """
+    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods."""
 
     attention = "bidirectional"
 
@@ -212,9 +202,6 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
 
     The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
     the names and shapes of ``MaskedTransformer``; the mask token's row and the last position are not used.
-
-    Args:
-        config: Sizes, with causal attention.
     """
 
     attention = "causal"

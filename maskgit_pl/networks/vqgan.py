@@ -242,9 +242,6 @@ class VQGANOutput(NamedTuple):
 class VQGAN(nn.Module):
     """The tokenizer's network: encoder, quantizer and decoder.
 
-    Args:
-        config: Sizes.
-
     Source: Esser et al., arXiv:2012.09841; the architecture is that of the released MaskGIT code, or of
     taming-transformers in layout ``taming``, and Open-MAGVIT2's in layout ``magvit2``.
     """
@@ -307,11 +304,7 @@ class VQGAN(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a head.
-
-    Args:
-        config: Sizes.
-    """
+    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a head."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -343,11 +336,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head.
-
-    Args:
-        config: Sizes.
-    """
+    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -519,11 +508,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution.
-
-    Args:
-        channels: Channels of input and output.
-    """
+    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -562,11 +547,7 @@ class PatchUpsample(nn.Module):
 
 
 class ShuffleUpsample(nn.Module):
-    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space.
-
-    Args:
-        channels: Channels of input and output.
-    """
+    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
