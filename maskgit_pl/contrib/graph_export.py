@@ -37,7 +37,6 @@ from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.errors import printable
 from maskgit_pl.files import sha256_of, size_text, write_text
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
@@ -419,12 +418,7 @@ def load_graph(graph: Graph, file: Path, kind: Format) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    # ONNX Runtime takes UTF-8 in every locale.
-    try:
-        name = os.fsencode(file).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--out must be a path in UTF-8, got {printable(file)}") from error
-    session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(os.fsencode(file).decode(), options, providers=["CPUExecutionProvider"])
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
         (output,) = session.run([graph.output], {key: tensor.numpy() for key, tensor in inputs.items()})

@@ -448,7 +448,7 @@ class KVCache:
 #
 # Tables and heads have G k rows in place of K. The digits are independent given the visible tokens, so the logit of a
 # code is the sum of the logits of its digits: the softmax over the K codes is the product of those of the groups. The
-# most significant digit comes first: token = sum_g digit_g k^(G - 1 - g). For ``lfq`` and ``bsq``, whose bit i is the
+# most significant digit comes first: token = sum_g digit_g k^(G - 1 - g). For ``lfq``, whose bit i is the
 # sign of channel i, group g of B bits holds the channels from D - (g + 1) B on; for ``product``, the group G - 1 - g.
 #
 # Source: MaskBit, arXiv:2409.16211 (groups of bits), and the class ``Bert`` of its code: the sum of an

