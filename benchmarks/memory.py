@@ -39,7 +39,7 @@ def save_model(folder: Path, *, tokenizer: VQGANConfig = RELEASED, image_size: i
     """Writes a pretrained folder with random weights, unless there is one."""
     if (folder / "transformer").exists():
         return
-    grid = tokenizer.config.grid(image_size)
+    grid = tokenizer.grid(image_size)
     transformer = TransformerConfig(tokenizer.codebook_size, 1000, grid, depth=depth, class_dropout=0.1)
     with skeletons():
         networks = VQGAN(tokenizer), MaskedTransformer(transformer)
