@@ -119,34 +119,10 @@ class MaskSampler:
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
-        progress = self._draw_progress(index, epoch, position, global_batch)  # 1.
-        return self._ratio_at(progress, num_tokens)  # 2.
-
-    def slope(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Computes |d ratio / du| for the ratios of ``ratio``, (B,) float32 >= 0; infinite where the curve is vertical.
-
-        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation
-        under the drawn ratios into one under uniform ratios. The ratio must be made by torch operations on u.
-        """
-        with torch.enable_grad():
-            progress = self._draw_progress(index, epoch, position, global_batch).requires_grad_()
-            (slope,) = torch.autograd.grad(self._ratio_at(progress, num_tokens).sum(), progress)
-        return slope.abs()
-
-    def covers_all_counts(self, num_tokens: int) -> bool:
-        """Returns True if every number of masked tokens from 1 to N can be drawn."""
-        ends = self._ratio_at(torch.tensor([0.0, 1.0]), num_tokens)
-        low, high = (float(end) * num_tokens for end in (ends.min(), ends.max()))
-        return low <= 1 and high > num_tokens - 1 + 1e-3  # ceil gives 1 and N
-
-    def _draw_progress(self, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Draws u, (B,) float32 in [0, 1]."""
-        stratum = self._draw_stratum(position, global_batch)
+        stratum = self._draw_stratum(position, global_batch)  # 1.
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
-        return ((stratum + jitter) / global_batch).clamp(max=1.0)
-
-    def _ratio_at(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return self.mask_ratio(progress, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)
+        u = ((stratum + jitter) / global_batch).clamp(max=1.0)  # (B,) float32 in [0, 1]
+        return self.mask_ratio(u, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)  # 2.
 
     def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
         """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""
@@ -171,7 +147,7 @@ class MaskRatio(ABC):
             num_tokens: N, tokens per image.
 
         Returns:
-            (B,) float32 in [0, 1]. The objective ``elbo`` differentiates it with respect to ``u``.
+            (B,) float32 in [0, 1].
         """
 
 
@@ -358,7 +334,6 @@ class Draws(NamedTuple):
             image after image; rising, except for padding.
         is_masked: (M,) bool, False for predicted tokens that the network sees; None if all are masked.
         is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
-        slopes: (B,) float32: see ``MaskSampler.slope``; None if the objective needs none.
     """
 
     labels: Tensor
@@ -366,7 +341,6 @@ class Draws(NamedTuple):
     positions: Tensor
     is_masked: Tensor | None = None
     is_real: Tensor | None = None
-    slopes: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:

@@ -164,12 +164,6 @@ def test_positions_that_are_no_permutation_are_refused(monkeypatch):
 # Distributions of the ratio
 
 COSINE = mask_schedules.build("cosine")
-EVERY_RATIO = [
-    *mask_ratios.names(),
-    {"name": "uniform", "low": 0.15, "high": 0.9},
-    {"name": "truncated_normal", "mean": 0.2, "std": 0.1, "low": 0.0, "high": 1.0},
-]
-every_ratio = pytest.mark.parametrize("spec", EVERY_RATIO, ids=str)
 
 
 def truncated_normal(r: Tensor) -> Tensor:
@@ -194,24 +188,6 @@ def test_the_ratios_of_a_batch_have_the_distribution_of_the_formula(spec, cumula
     # Stratified ratios lie within one stratum of the quantiles: closer than independent draws would.
     observed = (torch.arange(size) + 0.5) / size
     assert (expected - observed).abs().max() < 1.1 / size + 1e-4
-
-
-@every_ratio
-def test_the_slope_is_the_derivative_of_the_ratio(spec):
-    mask_ratio, place = mask_ratios.build(spec), batch()
-    sampler = MaskSampler(COSINE, 3, mask_ratio=mask_ratio)
-    u = sampler._draw_progress(place["index"], place["epoch"], place["position"], GLOBAL_BATCH)
-    inner = (u > 0.02) & (u < 0.98)  # away from vertical ends
-    difference = (mask_ratio(u + 1e-3, COSINE, 49) - mask_ratio(u - 1e-3, COSINE, 49)).abs() / 2e-3
-    torch.testing.assert_close(sampler.slope(49, **place)[inner], difference[inner], rtol=0.02, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("spec", "covers"),
-    [("schedule", True), ("uniform", True), ("truncated_normal", False), ({"name": "uniform", "low": 0.5}, False)],
-)
-def test_ratios_that_leave_out_counts_are_found(spec, covers):
-    assert MaskSampler(COSINE, 0, mask_ratio=mask_ratios.build(spec)).covers_all_counts(16) is covers
 
 
 @pytest.mark.parametrize(

@@ -184,7 +184,7 @@ def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, 
         ValueError: if not. The message names the first differences.
     """
     faults = [
-        f"{shorten(name)} must have shape {shape}, got {tuple(tensors[name].shape)}"
+        f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
         for name, shape in shapes.items()
         if name in tensors and tuple(tensors[name].shape) != shape
     ]

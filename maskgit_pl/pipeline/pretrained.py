@@ -374,7 +374,7 @@ def _parse_tokenizer(content: Mapping[str, Any], file: Path) -> tuple[VQGANConfi
     try:
         network = build_dataclass(VQGANConfig, content["network"], "network")
         size = check_image_size("image_size", content["image_size"], f"[1, {_LARGEST_IMAGE}]")
-        network.config.grid(size)  # raises if the network cannot encode this size
+        network.grid(size)  # raises if the network cannot encode this size
     except (ValueError, ArithmeticError) as error:
         raise ValueError(f"{file}: {error}") from error
     return network, size

@@ -51,7 +51,7 @@ def test_all_differences_are_in_one_message():
     with pytest.raises(ValueError, match="tensors do not fit the network's sizes: ") as refusal:
         convert(tensors, number_rules(TABLE, 1), SHAPES, heads=2)
     assert str(refusal.value).partition("sizes: ")[2] == (
-        "'b.0.two' must have shape (3, 2, 2), got (3, 4); n is missing; 'x0' is not in the network and 4 more"
+        "b.0.two must have shape (3, 2, 2), got (3, 4); n is missing; 'x0' is not in the network and 4 more"
     )
 
 

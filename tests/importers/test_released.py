@@ -60,7 +60,7 @@ WIDE = "TransformerLayer_0/Mlp_0/intermediate_output/kernel"
     ("changes", "message"),
     [
         ({f"{QUERY}/bias": np.full((4, 16), np.nan, np.float32)}, "query/bias' must hold finite numbers, got nan"),
-        ({f"{QUERY}/bias": np.ones((64, 1))}, rf"'{QUERY}/bias' must have shape \(4, 1\d*\), got \(64, 1\)"),
+        ({f"{QUERY}/bias": np.ones((64, 1))}, rf"{QUERY}/bias must have shape \(4, 1\d*\), got \(64, 1\)"),
         ({"Embed_0/position_embeddings/embedding": np.ones((16, 64))}, "a square number .*, got 16; only square"),
         ({"Embed_0/word_embeddings/embedding": np.ones((1 << 30, 0))}, r"of sizes >= 1, got shape \(1073741824, 0\)"),
         ({"TransformerLayer_2000/x": np.ones(1)}, "TransformerLayer_2/.* is missing"),

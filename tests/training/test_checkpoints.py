@@ -344,7 +344,7 @@ VQGAN = VQGANConfig(
 )
 OPPONENT = AdversarialConfig({"name": "patchgan", "num_layers": 1, "base_channels": 4}, r1_weight=0.0)
 MODULES = {
-    "masked": lambda tokenizer: masked_model(NETWORK, tokenizer, objective="elbo", mask_schedule=Pow(1.5)),
+    "masked": lambda tokenizer: masked_model(NETWORK, tokenizer, mask_schedule=Pow(1.5)),
     "autoregressive": lambda tokenizer: autoregressive_model(replace(NETWORK, attention="causal"), tokenizer),
     "adversarial": lambda _: tokenizer_model(VQGAN, image_size=8, adversarial=OPPONENT),
 }
