@@ -231,7 +231,7 @@ def test_weights_that_are_not_finite_floats_are_refused_by_tensor(saved, kind, n
     for dtype, value, rule in (
         (torch.float32, math.nan, "hold finite numbers, got"),
         (torch.float64, 1e300, "hold finite numbers, got"),
-        (torch.int64, 1, "be floating point, got torch.int64"),
+        (torch.int64, 1, r"be floating point .*, got torch.int64"),
     ):
         write_tensors(file, {**read_tensors(file), name: torch.full((size,), value, dtype=dtype)})
         with pytest.raises(ValueError, match=rf"weights .*{kind}/model\.safetensors: tensor '{name}' must {rule}"):
