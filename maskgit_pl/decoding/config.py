@@ -95,11 +95,8 @@ class DecodingConfig:
         """Builds the decoder that follows ``mask_schedule``, or the schedule that these settings name.
 
         Raises:
-            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` or
-                ``token_selector`` is None.
+            ValueError: if a name is unknown, a number is out of range, or ``token_selector`` is None.
         """
-        if mask_schedule is None:
-            raise ValueError("mask_schedule must be given for parallel decoding, got None (autoregressive model)")
         if self.token_selector is None:
             raise ValueError(
                 "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
@@ -107,8 +104,10 @@ class DecodingConfig:
             )
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
+        schedule = mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule)
+        assert schedule is not None  # of an autoregressive model
         return ParallelDecoder(
-            mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
+            schedule,
             token_selectors.build(self.token_selector),
             num_steps=self.num_steps,
             sampling=self._build_sampling(),

@@ -5,7 +5,7 @@ Each step processes all images of the batch together (``_Run.steps`` repeats the
     1. Predict. The predictor returns logits (B, M, K) at the masked positions.
     2. Draw. A code is drawn for each of these positions.
     3. Score. The token selector scores the draws. High scores are kept.
-    4. Count. The mask schedule (``ParallelDecoder.plan``) or the selector sets how many tokens stay masked.
+    4. Count. The mask schedule sets how many tokens stay masked (``ParallelDecoder.plan``).
     5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that
        earlier steps decided.
 
@@ -16,7 +16,7 @@ The last step keeps all of its draws. They are the result.
 
 Shapes: B images, N tokens per image, K codes, M the largest number of masked tokens of an image in the batch. Images
 with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
-All counts are known on the host, so that nothing waits for the device, unless a selector counts.
+All counts are known on the host before the loop, so that nothing waits for the device.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
@@ -58,9 +58,6 @@ __all__ = [
 class ParallelDecoder:
     """The decoder of MaskGIT, which fills masked tokens in ``num_steps`` parallel steps.
 
-    With U tokens masked at the start and m before step t, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws
-    with the lowest scores are masked again; the last step keeps all. See ``plan`` for selectors that change the counts.
-
     Args:
         mask_schedule: gamma: the schedule object that the mask sampler of the training holds too.
         token_selector: Scores the draws.
@@ -69,9 +66,6 @@ class ParallelDecoder:
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers >= 1 whose
             sum is N. Images with fewer masked tokens at the start decide them in proportion, rounded down.
         random_start: Probability that ``decode_classes`` shows a random code in place of a mask token in step 0.
-
-    Raises:
-        ValueError: if ``tokens_per_step`` is given for a selector that sets the number of tokens itself.
     """
 
     mask_schedule: MaskSchedule
@@ -80,13 +74,6 @@ class ParallelDecoder:
     sampling: CodeSampling = field(default_factory=CodeSampling)
     tokens_per_step: tuple[int, ...] | None = None
     random_start: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.tokens_per_step is not None and not self.token_selector.follows_schedule:
-            raise ValueError(
-                f"tokens_per_step must not be set for token selector {type(self.token_selector).__name__}, which sets "
-                f"the number of tokens of each step itself, got {list(self.tokens_per_step)}; leave it out"
-            )
 
     @torch.no_grad()
     def steps(
@@ -112,8 +99,7 @@ class ParallelDecoder:
             num_masked: Masked tokens of each row; None counts them, which waits for the device.
 
         Yields:
-            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is
-            masked. A selector that sets the number of tokens to keep may finish before the last step.
+            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked.
 
         Raises:
             ValueError: if the logits have another shape than (B, M, K), or the selector needs the grid.
@@ -130,8 +116,6 @@ class ParallelDecoder:
             planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded down
             remasked = tokens that the selector masks again, of the U - m that earlier steps decided; usually 0
             after    = ``count_after(m, planned, remasked)``, and 0 after the last step
-
-        They are upper bounds if the selector sets the number of tokens to keep.
 
         Args:
             at_start: U of each row.
@@ -241,11 +225,10 @@ class _Run:
         self.no_scores = torch.full_like(self.confidence, torch.inf)
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the steps of the module docstring, with the counts of ``plan`` or of the selector."""
-        selector, widths = self.selector, plan[0].before  # widths: number of columns of each row, without padding
-        positions = _sort_masked_first(self.masked, widths)  # (B, M)
+        """Runs the steps of the module docstring, with the counts of ``plan`` (4)."""
+        positions = _sort_masked_first(self.masked, plan[0].before)  # (B, M)
         for step, counts in enumerate(plan, start=first_step):
-            if max(widths) == 0 or max(counts.before) == 0:  # a selector may finish early
+            if max(counts.before) == 0:
                 return
             # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
             logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
@@ -257,13 +240,10 @@ class _Run:
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             # 3. Score. Padding, which +inf sorts last, keeps its code and confidence.
-            is_real = _mark_real_columns(widths, positions)  # (B, M); None if no row is padded
-            scores = selector(candidates).float()  # (B, M)
+            is_real = _mark_real_columns(counts.before, positions)  # (B, M); None if no row is padded
+            scores = self.selector(candidates).float()  # (B, M)
             scores = scores if is_real is None else scores.where(is_real, torch.inf)
             all_drawn = self._keep_draws(candidates, is_real)  # (B, N)
-            # 4. Count. A selector with its own counts treats the plan as an upper bound.
-            if not selector.follows_schedule and step < self.num_steps - 1:
-                counts = self._count_by_selector(candidates, scores, is_real, widths)
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
             by_score = positions.gather(1, scores.argsort(dim=1, stable=True))  # (B, M)
             was_masked = self.masked
@@ -276,8 +256,8 @@ class _Run:
             yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
             # The columns are sorted by score, so those that stay masked come first: they need no second sort,
             # except when the selector has masked positions that are not among the columns.
-            widths = counts.after
-            positions = _sort_masked_first(self.masked, widths) if has_remasked else by_score[:, : max(widths)]
+            after = counts.after
+            positions = _sort_masked_first(self.masked, after) if has_remasked else by_score[:, : max(after)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
@@ -314,15 +294,6 @@ class _Run:
             confidence = confidence.where(is_real, self.confidence.gather(1, positions))
         self.confidence = self.confidence.scatter(1, positions, confidence)
         return self.tokens.scatter(1, positions, codes)
-
-    def _count_by_selector(
-        self, candidates: Candidates, scores: Tensor, is_real: Tensor | None, num_masked: list[int]
-    ) -> StepCounts:
-        """Reads the counts that the selector sets from the device; the step waits here, and only here."""
-        valid = torch.ones_like(scores, dtype=torch.bool) if is_real is None else is_real
-        kept = self.selector.num_kept(candidates, scores, valid).tolist()
-        after = [max(0, masked - max(1, count)) for masked, count in zip(num_masked, kept, strict=True)]
-        return StepCounts(num_masked, after, [0] * len(after))
 
     def _mask_decided(self, counts: list[int], step: int) -> None:
         """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""

@@ -1,8 +1,8 @@
 """Token selectors: the rules that choose the tokens that a decoding step keeps, and their registry.
 
 The mask schedule sets the number of tokens that stay masked. The selector scores the candidates, and those with the
-lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, mask tokens that
-earlier steps decided, or set the number of tokens to keep. Used by ``decoding.ParallelDecoder``.
+lowest scores are masked again. A selector may also sharpen the distribution that codes are drawn from, or mask tokens
+that earlier steps decided. Used by ``decoding.ParallelDecoder``.
 
 Functions import torch where they need it, so the command line can list the names immediately. Your own selector is a
 registered frozen dataclass::
@@ -11,16 +11,15 @@ registered frozen dataclass::
     @dataclass(frozen=True)
     class EntropyOrder(TokenSelector):
         def __call__(self, candidates: Candidates) -> Tensor:
-            return -candidates.entropies
+            return (candidates.log_probs.exp() * candidates.log_probs).sum(-1)
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from maskgit_pl.checks import check_choice, check_number, shorten
 from maskgit_pl.registry import Registry, derives_from
@@ -34,7 +33,6 @@ __all__ = [
     "Candidates",
     "Confidence",
     "Decided",
-    "EntropyBounded",
     "Halton",
     "Margin",
     "Moment",
@@ -77,12 +75,6 @@ class Candidates:
         """The log-probabilities of ``tokens``, (B, M) float32."""
         return self.log_probs.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
 
-    @cached_property
-    def entropies(self) -> Tensor:
-        """The entropies -sum_k p_k log p_k of the distributions in nats, (B, M) float32."""
-        # A code of probability 0 has log p = -inf; the clamp makes 0 log 0 equal to 0 in place of NaN.
-        return -(self.log_probs.exp() * self.log_probs.clamp(min=-1e30)).sum(-1)
-
 
 @dataclass(frozen=True)
 class Decided:
@@ -102,13 +94,7 @@ class TokenSelector(ABC):
     """A rule that scores candidates. The candidates with the highest scores are kept.
 
     Subclasses are frozen dataclasses. ``__call__`` is enough; the defaults of the other methods do nothing.
-
-    Attributes:
-        follows_schedule: True if the mask schedule sets the number of tokens that stay masked. False if the selector
-            sets it (``num_kept``): the counts then depend on the data, so each step waits for the device.
     """
-
-    follows_schedule: ClassVar[bool] = True
 
     @abstractmethod
     def __call__(self, candidates: Candidates) -> Tensor:
@@ -135,19 +121,6 @@ class TokenSelector(ABC):
     def remasking_scores(self, decided: Decided) -> Tensor:
         """Returns finite scores (B, N) float32, by default random; the decided tokens with the highest are masked."""
         return decided.gumbel
-
-    def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
-        """Returns the number of tokens of each row to keep; called if ``follows_schedule`` is False.
-
-        Args:
-            candidates: The draws.
-            scores: (B, M) float32: this selector's scores.
-            valid: (B, M) bool: False where a position only pads its row.
-
-        Returns:
-            (B,) int64; the decoder keeps at least 1.
-        """
-        raise NotImplementedError
 
 
 def check_token_selector(name: str, selector: TokenSelector) -> None:
@@ -251,37 +224,6 @@ class Margin(Confidence):
         noise_scale = self.choice_temperature * (1 - candidates.progress)
         # The clamp keeps the score finite if both codes are equally likely.
         return (first - second).clamp(min=1e-20).log().add(candidates.gumbel, alpha=noise_scale)
-
-
-@token_selectors.register("entropy")
-@dataclass(frozen=True)
-class EntropyBounded(TokenSelector):
-    """A selector that keeps as many tokens as an entropy budget allows, in order of rising entropy H.
-
-    A step keeps the largest k with (H_1 + ... + H_k) - max(H_1 ... H_k) <= gamma, a bound on the error of
-    drawing k tokens independently. Images with low entropies finish in few steps. T is an upper bound: the
-    last step keeps all remaining tokens. The counts depend on the data, so each step waits for the device.
-
-    Args:
-        gamma: Budget of a step in nats, >= 0; 0 decides one token per step, or several with entropy 0.
-
-    Source: EB-Sampler, Ben-Hamu et al., arXiv:2505.24857.
-    """
-
-    follows_schedule: ClassVar[bool] = False
-    gamma: float = 6.0
-
-    def __post_init__(self) -> None:
-        check_number("gamma", self.gamma, "[0, 1000000]")
-
-    def __call__(self, candidates: Candidates) -> Tensor:
-        return -candidates.entropies
-
-    def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
-        # Rising entropies; padding comes last with an infinite one, and is not counted.
-        ordered = (-scores).masked_fill(~valid, math.inf).sort(dim=1).values
-        spent = ordered.cumsum(1) - ordered  # sum without the largest, which is the last one
-        return ((spent <= self.gamma) & ordered.isfinite()).sum(1)
 
 
 @token_selectors.register("moment")

@@ -130,10 +130,7 @@ class SearchSpace:
             top_k=trial.suggest_int("top_k", least, self.codebook_size, log=True) if truncation == "top_k" else None,
             top_p=_draw(trial, "top_p", 0.8, 0.99) if truncation == "top_p" else None,
         )
-        # Other selectors count the tokens of a step themselves.
-        if self.schedules and token_selectors.build(selector).follows_schedule:
-            return self._draw_schedule(trial, decoding)
-        return decoding
+        return self._draw_schedule(trial, decoding) if self.schedules else decoding
 
     def _draw_schedule(self, trial: optuna.trial.BaseTrial, decoding: DecodingConfig) -> DecodingConfig:
         schedule = _choose(trial, "mask_schedule", (_OWN, *self.schedules))

@@ -46,10 +46,6 @@ def test_a_configuration_is_equal_after_json():
         ({"num_steps": 3, "tokens_per_step": (8, 8)}, "tokens_per_step must sum to 16, .* in 3 integers >= 1, got"),
         ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step must sum to 16, .* in 2 integers >= 1, got"),
         ({"num_steps": 2, "tokens_per_step": (8, 9)}, r"tokens_per_step must sum to 16, .* with sum 17"),
-        (
-            {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},
-            "must not be set for .*EntropyBounded",
-        ),
         ({"num_steps": 17}, "num_steps must be <= 16, the tokens per image, got 17"),
         ({"top_k": 0}, r"top_k must be an integer in \[1, inf\), got 0"),
         ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
@@ -85,7 +81,6 @@ def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **o
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: DecodingConfig().build_decoder(None), "mask_schedule must be given for parallel decoding, got None"),
         (
             lambda: decode(lambda tokens, positions: torch.zeros(*tokens.shape, 7)),
             r"shape \(1, 15, 'K'\), .*, got \(1, 16, 7\)",

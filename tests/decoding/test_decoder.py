@@ -267,7 +267,7 @@ def test_remdm_without_remasking_decodes_the_tokens_of_confidence():
             assert torch.equal(getattr(step, name), getattr(expected, name))
 
 
-@pytest.mark.parametrize("name", [name for name in token_selectors.names() if name != "entropy"])
+@pytest.mark.parametrize("name", token_selectors.names())
 def test_logits_are_computed_at_masked_tokens_only(name):
     num_positions, parallel_decoder = [], decoder_of(name)
 

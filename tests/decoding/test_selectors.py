@@ -1,9 +1,7 @@
 """The contract that every registered token selector holds, then the rule of each."""
 
-import math
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import ClassVar
 
 import pytest
 import torch
@@ -29,7 +27,6 @@ from tests.decoding.fakes import (
 EVERY = [
     *token_selectors.names(),
     *({"name": "remdm", "strategy": strategy} for strategy in ("cap", "confidence")),
-    {"name": "entropy", "gamma": 0.0},
     {"name": "confidence", "choice_temperature": 0.0},
 ]
 every_selector = pytest.mark.parametrize("spec", EVERY, ids=str)
@@ -65,10 +62,9 @@ def test_contract_the_number_of_masked_tokens_follows_the_schedule(spec, first_s
     decoder = decoder_of(spec)
     steps = run(partly_known(MIXED), decoder, first_step=first_step)
     num_masked = [step.still_masked.sum(1).tolist() for step in steps]
-    if decoder.token_selector.follows_schedule:
-        planned = count_masked(decoder, MIXED, first_step=first_step)
-        assert [step.was_masked.sum(1).tolist() for step in steps] == planned[:-1]
-        assert num_masked == planned[1:]
+    planned = count_masked(decoder, MIXED, first_step=first_step)
+    assert [step.was_masked.sum(1).tolist() for step in steps] == planned[:-1]
+    assert num_masked == planned[1:]
     for earlier, later in pairwise(num_masked):
         assert all(map(int.__le__, later, earlier))
     assert [step.step for step in steps] == list(range(first_step, first_step + len(steps)))
@@ -104,19 +100,6 @@ def test_halton_keeps_tokens_in_its_order():
     steps = run(ALL_MASKED, decoder_of("halton", NUM_TOKENS))
     kept = [(step.was_masked & ~step.still_masked).nonzero()[:, 1].tolist() for step in steps]
     assert kept == [[position] * 2 for position in halton_order(GRID)]
-
-
-def test_entropy_keeps_the_most_tokens_whose_sum_is_within_the_budget():
-    probabilities = torch.tensor([[0.5, 0.5, 0, 0], [0.25] * 4, [1, 0, 0, 0], [0.5, 0.25, 0.25, 0]])
-    log_probs = probabilities.log()[None]  # entropies: 1, 2, 0 and 1.5 bits; the largest is not counted
-    drawn = Candidates(log_probs, torch.zeros(1, 4).long(), torch.arange(4)[None], torch.zeros(1, 4), 0.5)
-    valid = torch.ones(1, 4, dtype=torch.bool)
-    for bits, num_kept in ((0.0, 2), (0.99, 2), (1.01, 3), (2.49, 3), (2.51, 4)):
-        selector = token_selectors.build({"name": "entropy", "gamma": bits * math.log(2)})
-        assert selector.num_kept(drawn, selector(drawn), valid).tolist() == [num_kept], bits
-    selector = token_selectors.build({"name": "entropy", "gamma": 100.0})
-    assert selector.num_kept(drawn, selector(drawn), torch.arange(4)[None] < 3).tolist() == [3]  # one is padding
-    assert len(run(ALL_MASKED, decoder_of({"name": "entropy", "gamma": 0.0}, NUM_TOKENS))) == NUM_TOKENS
 
 
 def test_moment_scores_and_sharpens_with_the_same_exponent():
@@ -207,17 +190,6 @@ def test_one_method_is_enough_for_a_selector():
     tokens, own = partly_known(MIXED), selector_with(__call__=lambda self, candidates: candidates.gumbel)
     decoder = ParallelDecoder(mask_schedules.build("cosine"), own, num_steps=6)
     assert torch.equal(run(tokens, decoder)[-1].tokens, run(tokens, decoder_of("random"))[-1].tokens)
-
-
-def test_a_selector_that_would_keep_no_token_keeps_one():
-    class Reluctant(Constant):
-        follows_schedule: ClassVar[bool] = False
-
-        def num_kept(self, candidates: Candidates, scores: Tensor, valid: Tensor) -> Tensor:
-            return torch.zeros(len(scores), dtype=torch.int64)
-
-    steps = run(ALL_MASKED, ParallelDecoder(mask_schedules.build("cosine"), Reluctant(), num_steps=5))
-    assert [int(step.still_masked[0].sum()) for step in steps] == [15, 14, 13, 12, 0]
 
 
 NAN = float("nan")
