@@ -356,14 +356,11 @@ def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token
 
 
 def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws codes by inverting the cumulative distribution of the softmax.
+    """Draws codes (...) int64 in [0, K) from logits (..., K) float32, by inverting their cumulative distribution.
 
     Args:
         logits: (..., K) float32.
         uniform: (...) float32 in (0, 1): one random number for each code.
-
-    Returns:
-        (...) int64 in [0, K).
     """
     cumulative = logits.softmax(-1).cumsum(-1)  # (..., K)
     # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.

@@ -181,11 +181,7 @@ class InceptionSpec:
         return Path(named) if named else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
 
     def create(self) -> nn.Module:
-        """Builds the network with the weights of the file, after checking its sha256.
-
-        Raises:
-            ValueError: if the file is missing, or its sha256 differs.
-        """
+        """Builds the network with the weights of the file, after checking its sha256."""
         if not self.path.is_file():
             raise ValueError(
                 f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
@@ -226,11 +222,7 @@ class TimmSpec:
         return f"timm:{self.model}"
 
     def create(self) -> FeatureNetwork:
-        """Builds the network with its weights.
-
-        Raises:
-            ValueError: if the file is missing or does not fit the model.
-        """
+        """Builds the network with its weights."""
         thing = "feature network 'timm'"
         weights = read_weights(Path(self.weights), thing=thing)
         return _with_normalisation(load_network(_timm_model(self.model), weights, f"{thing} {self.weights}"), self.size)
@@ -253,11 +245,7 @@ class Lite0Spec:
         check_integer("size", self.size, _SIZES)
 
     def create(self) -> FeatureNetwork:
-        """Builds the network with the weights in the package, whose code does not run.
-
-        Raises:
-            ValueError: if the package is not installed.
-        """
+        """Builds the network with the weights in the package, whose code does not run."""
         file, thing = _lite0_file(), "feature network 'lite0'"
         create = _timm_model("tf_efficientnet_lite0")
         with skeletons():
@@ -281,11 +269,7 @@ class ClassifierSpec:
     knows_classes: ClassVar[bool] = True
 
     def create(self) -> nn.Module:
-        """Builds the network with its weights.
-
-        Raises:
-            ValueError: if the folder holds no classifier.
-        """
+        """Builds the network with its weights."""
         return load_classifier(Path(self.folder))
 
 
@@ -442,11 +426,7 @@ class LPIPSSpec:
         return _BACKBONES[self.backbone][1]
 
     def create(self) -> LPIPS:
-        """Builds the module.
-
-        Raises:
-            ValueError: if the file is missing, or is not torchvision's.
-        """
+        """Builds the module."""
         from torchmetrics.functional.image.lpips import _NoTrainLpips  # imports torchvision
 
         file, thing, official = Path(self.weights), f"lpips {self.backbone!r}", _BACKBONES[self.backbone][0]
@@ -488,18 +468,7 @@ class LPIPS(FrozenNetwork):
         self.freeze()
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
-        """Computes the distance of each pair of images.
-
-        Args:
-            images: (B, C, H, W) float in [0, 1] with C = 1 or 3.
-            others: Images of the same shape.
-
-        Returns:
-            (B,) float32, in [0, inf).
-
-        Raises:
-            ValueError: if the images are too small for the network.
-        """
+        """Returns the distances (B,) float32, in [0, inf), of pairs of images (B, 1 or 3, H, W) float in [0, 1]."""
         if min(images.shape[-2:]) < self.min_image_size:
             raise ValueError(
                 f"{self.label}: the edges of images must be >= {self.min_image_size} pixels, got "
@@ -518,9 +487,6 @@ def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | s
         text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, where FILE is torchvision's weight file.
         sha256: See ``LPIPSSpec``.
         device: Device of the network.
-
-    Raises:
-        ValueError: if the backbone is unknown, the file is missing, or the file is not torchvision's.
     """
     backbone, _, file = text.partition("=")
     values = {"backbone": backbone, "weights": file, "sha256": sha256}

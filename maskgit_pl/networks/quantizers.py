@@ -83,14 +83,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place, without random choices.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the tokens (B, N) int64 in [0, K), raster order, of features (B, D, h, w) float."""
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:

@@ -273,15 +273,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Returns the output of the block.
-
-        Args:
-            x: (B, S, D).
-            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output; None for all.
-
-        Returns:
-            (B, S, D), or (M, D) with rows.
-        """
+        """Returns the output (B, S, D) of the block for x (B, S, D), or (M, D): its rows (M,) int64 in [0, B S)."""
         query, key, value = self._heads(self.qkv(x), 3)
         attended = self._attend(query, key, value, is_causal=self.is_causal)
         if rows is not None:  # the rest works on rows, so all others can be dropped here
@@ -289,15 +281,7 @@ class Block(nn.Module):
         return self._add_and_feed_forward(x, attended)
 
     def forward_at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Returns the output of the block at some positions.
-
-        Args:
-            x: (B, S, D).
-            positions: (B, M) int64 in [0, S).
-
-        Returns:
-            (B, M, D).
-        """
+        """Returns the output (B, M, D) of the block for x (B, S, D) at positions (B, M) int64 in [0, S)."""
         assert not self.is_causal  # a position that is left out would shift the causal mask
         # Only M positions ask, but all S positions answer: keys and values of everything.
         rows, dim = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])), x.shape[-1]

@@ -259,14 +259,7 @@ class VQGAN(nn.Module):
                 module.weight.data.mul_(config.initial_scale)
 
     def forward(self, images: Tensor) -> VQGANOutput:
-        """Reconstructs images for training.
-
-        Args:
-            images: (B, C, H, W) float in [0, 1].
-
-        Returns:
-            The reconstruction, cut to H x W if the grid covers more, the quantizer's output, and the features.
-        """
+        """Reconstructs images (B, C, H, W) float in [0, 1] for training."""
         # The grid is rounded up, so the reconstruction may be larger than the images.
         features = self.encoder(images)
         quantized = self.quantizer(features)
@@ -274,14 +267,7 @@ class VQGAN(nn.Module):
         return VQGANOutput(reconstruction, quantized, features)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encodes images to tokens.
-
-        Args:
-            images: (B, C, H, W) float in [0, 1].
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Encodes images (B, C, H, W) float in [0, 1] to tokens (B, N) int64 in [0, K), raster order."""
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:

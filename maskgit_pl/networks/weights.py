@@ -74,12 +74,7 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see ``open_tensors``.
-    """
+    """Reads a safetensors file; see ``open_tensors`` for the errors."""
     with open_tensors(file) as opened:
         try:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
@@ -136,10 +131,7 @@ def load_network(create: Callable[[], _Network], weights: Mapping[str, Tensor], 
     Args:
         create: Creates the network with the sizes of the weights.
         weights: State dict of the network; floating point numbers of any precision.
-        where: File of the weights, for errors.
-
-    Raises:
-        ValueError: see ``load_weights``.
+        where: File of the weights, for errors; see ``load_weights``.
     """
     # 1.
     with skeletons():
