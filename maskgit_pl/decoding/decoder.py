@@ -240,7 +240,8 @@ class _Run:
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             # 3. Score. Padding, which +inf sorts last, keeps its code and confidence.
-            is_real = _mark_real_columns(counts.before, positions)  # (B, M); None if no row is padded
+            is_padded = min(counts.before) < positions.shape[1]
+            is_real = _mark_first_columns(counts.before, positions) if is_padded else None  # (B, M)
             scores = self.selector(candidates).float()  # (B, M)
             scores = scores if is_real is None else scores.where(is_real, torch.inf)
             all_drawn = self._keep_draws(candidates, is_real)  # (B, N)
@@ -334,11 +335,6 @@ def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     if min(counts) == num_tokens:  # all tokens are masked: the order is known without a sort
         return torch.arange(num_tokens, device=masked.device).expand(masked.shape)
     return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
-
-
-def _mark_real_columns(counts: list[int], positions: Tensor) -> Tensor | None:
-    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
-    return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
 
 
 def _mark_first_columns(counts: list[int], like: Tensor) -> Tensor:

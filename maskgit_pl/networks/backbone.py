@@ -43,7 +43,6 @@ __all__ = [
     "compose_logits",
     "config_class",
     "create_network",
-    "join_digits",
     "likeliest_tokens",
     "read_config_values",
     "split_tokens",
@@ -463,14 +462,6 @@ def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
     return torch.stack(digits, dim=-1)
 
 
-def join_digits(digits: Tensor, *, group_size: int) -> Tensor:
-    """Returns the tokens (...) int64 in [0, k^G) of digits (..., G) int64 in [0, k), the most significant one first."""
-    first, *rest = digits.unbind(-1)
-    for digit in rest:
-        first = first * group_size + digit
-    return first
-
-
 def compose_logits(logits: Tensor, *, num_groups: int) -> Tensor:
     """Computes the logits of all codes from those of the groups. Exact: the groups are independent.
 
@@ -489,8 +480,11 @@ def compose_logits(logits: Tensor, *, num_groups: int) -> Tensor:
 
 def likeliest_tokens(logits: Tensor, *, num_groups: int) -> Tensor:
     """Returns the most likely tokens (...) int64 for logits (..., G k) of the groups; for G = 1, those of codes."""
-    digits = [group.argmax(-1) for group in logits.chunk(num_groups, dim=-1)]
-    return join_digits(torch.stack(digits, dim=-1), group_size=logits.shape[-1] // num_groups)
+    group_size = logits.shape[-1] // num_groups
+    first, *rest = (group.argmax(-1) for group in logits.chunk(num_groups, dim=-1))
+    for digit in rest:  # the most significant one comes first
+        first = first * group_size + digit
+    return first
 
 
 class TokenEmbedding(nn.Embedding):
