@@ -92,7 +92,12 @@ def export_graphs(
         ValueError: if ``out`` cannot be replaced, a package is missing, a network cannot be exported, or a
             file computes something else than ours.
     """
-    _check_packages(kind)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if kind == "onnx" else []
+    if missing:
+        raise ValueError(
+            f"--format onnx must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
+            "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
+        )
     entry = ("format", _FORMAT)
     check = partial(check_new_folder, replace=replace, description=DESCRIPTION, entry=entry, known=_FILES)
     # The folder is locked and checked before the model is loaded.
@@ -333,16 +338,6 @@ def _draw_partly_masked(config: BackboneConfig, batch: int, chance: torch.Genera
     if config.condition_dim:
         inputs["vectors"] = torch.randn(batch, config.condition_dim, generator=chance)
     return inputs
-
-
-def _check_packages(kind: Format) -> None:
-    """Refuses a format whose packages are not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if kind == "onnx" else []
-    if missing:
-        raise ValueError(
-            f"--format onnx must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
-            "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
-        )
 
 
 def write_graph(graph: Graph, file: Path, kind: Format) -> None:

@@ -378,8 +378,8 @@ def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_name
     tiles = picture_codes(tokenizer, order)
     atlas = image_grid(tiles, columns=min(_COLUMNS, len(tiles)), scale=max(1, _TILE // tiles.shape[-1]))
     worst = reconstruction_grid(measured.worst, measured.worst_reconstructions)
-    finite = [(label, value) for label, value in measured.psnr_of_class.items() if math.isfinite(value)]
-    by_psnr = sorted(finite, key=lambda pair: pair[1])[:_SHOWN_CLASSES]
+    by_psnr = sorted(measured.psnr_of_class.items(), key=lambda pair: pair[1])[:_SHOWN_CLASSES]
+    listed = ", ".join(f"{class_names[label]} {value:.4g}" for label, value in by_psnr)
     parts = [
         _line_chart("Frequency of each code, sorted", lines, x_label="rank of the code"),
         _embed(
@@ -387,14 +387,14 @@ def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_name
             image_to_png(atlas),
             description=f"{len(order)} small pictures, each of a token map that is filled with one code",
         ),
-        _bar_chart("PSNR by class, the lowest first (dB)", {class_names[label]: value for label, value in by_psnr}),
         _embed(
             f"The {len(measured.worst)} worst reconstructions: originals above",
             image_to_png(worst),
             description=f"{len(measured.worst)} images above their reconstructions",
         ),
     ]
-    return _section("The codes on validation images", parts, notes=[note])
+    notes = [note, f"PSNR by class in dB, the lowest first: {listed}."]
+    return _section("The codes on validation images", parts, notes=notes)
 
 
 def _line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label: str = "step") -> str:
@@ -415,20 +415,6 @@ def _line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label
     axes.legend(fontsize="small")
     ends = "; ".join(f"{name}: {line[min(line)]:.4g} to {line[max(line)]:.4g}" for name, line in lines.items())
     return _embed(title, figure_to_png(figure), description=f"{title}. {ends}", is_chart=True)
-
-
-def _bar_chart(title: str, bars: Mapping[str, float]) -> str:
-    """Draws horizontal bars by name, the first at the top."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.6, 0.6 + 0.22 * len(bars)), layout="constrained")
-    axes = figure.subplots()
-    names = [plain_label(printable(name, limit=18)) for name in bars]
-    axes.bar_label(axes.barh(range(len(bars)), list(bars.values()), tick_label=names), fmt="%.4g", padding=2)
-    axes.invert_yaxis()
-    axes.margins(x=0.2)
-    values = "; ".join(f"{name}: {value:.4g}" for name, value in bars.items())
-    return _embed(title, figure_to_png(figure), description=f"{title}. {values}", is_chart=True)
 
 
 def _quote(text: object) -> str:

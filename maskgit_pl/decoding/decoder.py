@@ -172,11 +172,6 @@ class StepCounts:
     after: list[int]
     remasked: list[int]
 
-    @property
-    def undecided(self) -> list[int]:
-        """The tokens of each row that the step draws and immediately masks again."""
-        return [after - remasked for after, remasked in zip(self.after, self.remasked, strict=True)]
-
 
 def count_after(masked: int, planned: int, remasked: int) -> tuple[int, int]:
     """Counts the tokens of a row that are masked after a step, and those among them that are remasked.
@@ -248,7 +243,8 @@ class _Run:
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
             by_score = positions.gather(1, scores.argsort(dim=1, stable=True))  # (B, M)
             was_masked = self.masked
-            self.tokens = _mask_first(all_drawn, by_score, counts.undecided, self.mask_token_id)
+            undecided = [after - remasked for after, remasked in zip(counts.after, counts.remasked, strict=True)]
+            self.tokens = _mask_first(all_drawn, by_score, undecided, self.mask_token_id)
             has_remasked = max(counts.remasked) > 0
             if has_remasked:
                 self._mask_decided(counts.remasked, step)

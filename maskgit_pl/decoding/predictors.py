@@ -222,7 +222,15 @@ class FirstStepLogits:
         # 1. Compute each missing class once, in sorted order, so that the batch order changes no result.
         missing = sorted(set(labels) - set(self._known))
         if missing:
-            self._compute(missing, device)
+            config = self.network.config
+            shape = len(missing), config.num_tokens
+            tokens = torch.full(shape, config.mask_token_id, dtype=torch.int64, device=device)
+            positions = torch.arange(config.num_tokens, device=device).expand(shape)
+            logits = self.network.conditioned(torch.tensor(missing, device=device))(
+                tokens, positions
+            )  # (missing, N, K)
+            # A view would keep the memory of all classes while one of them is in the cache.
+            self._known.update(zip(missing, map(Tensor.clone, logits) if len(missing) > 1 else logits, strict=True))
         # 2. Collect the rows first: a batch may have more classes than the cache keeps.
         rows = [self._known[label] for label in labels]
         # 3. Remove the least recently used classes.
@@ -236,17 +244,6 @@ class FirstStepLogits:
     def clear(self) -> None:
         """Removes all logits."""
         self._known.clear()
-
-    def _compute(self, labels: Sequence[int], device: torch.device) -> None:
-        config = self.network.config
-        shape = len(labels), config.num_tokens
-        tokens = torch.full(shape, config.mask_token_id, dtype=torch.int64, device=device)
-        positions = torch.arange(config.num_tokens, device=device).expand(shape)
-        predict = self.network.conditioned(torch.tensor(labels, device=device))
-        logits = predict(tokens, positions)  # (classes, N, K)
-        # A view would keep the memory of all classes while one of them is in the cache.
-        rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
-        self._known.update(zip(labels, rows, strict=True))
 
 
 @dataclass(frozen=True)

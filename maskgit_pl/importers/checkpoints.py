@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,7 +147,7 @@ def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
 def select_tensors(
     contents: Mapping[str, Any], others: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns the tensors of a network, and the names of known other ones with their counts.
+    """Returns the tensors of a network, and the names of other ones that are there.
 
     Args:
         contents: State dict.
@@ -157,19 +157,14 @@ def select_tensors(
         ValueError: if another entry is no tensor.
     """
     # Only these are left out: an unknown tensor means another network.
-    tensors: dict[str, Tensor] = {}
-    left_out: Counter[str] = Counter()
-    for name, value in contents.items():
-        entry = next(
-            (entry for entry in others if name == entry or (entry[-1] == "." and name.startswith(entry))), None
-        )
-        if entry is not None:
-            left_out[entry] += 1
-        elif isinstance(value, Tensor):
-            tensors[name] = value
-        else:
+    beginnings = tuple(name for name in others if name.endswith("."))
+    tensors = {
+        name: value for name, value in contents.items() if name not in others and not name.startswith(beginnings)
+    }
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
             raise ValueError(f"entry {printable(name)} must be a tensor, got {type(value).__name__}")
-    return tensors, tuple(f"{name}* ({count} tensors)" if name[-1] == "." else name for name, count in left_out.items())
+    return tensors, tuple(entry for entry in others if any(name.startswith(entry) for name in contents))
 
 
 def check_weights(tensors: Mapping[str, Tensor], size: int) -> None:

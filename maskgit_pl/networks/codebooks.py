@@ -179,17 +179,13 @@ class EMAQuantizer(CodebookQuantizer):
         # 3. One candidate for every code: the number of dead ones would have to be fetched from the device.
         share = counts.sum() / self.codebook_size  # features of a code if all were used equally
         candidates = _global_choice(rows, len(features), self.codebook_size, seed=seed, step=step)  # (K, D)
-        self._restart(candidates, share)
-        # 4.
-        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
-
-    def _restart(self, candidates: Tensor, share: Tensor) -> None:
-        """Replaces each dead code k by row k of the candidates (K, D), without waiting for the device."""
         threshold = (self.spec.restart_below * share).clamp(min=_LEAST_COUNT)
         dead = self.counts <= threshold
         fresh = threshold.clamp(min=1e-3) * 2  # a small weight: the code reaches its cluster's mean in a few steps
         self.counts.copy_(torch.where(dead, fresh, self.counts))
         self.sums.copy_(torch.where(dead.unsqueeze(1), candidates * fresh, self.sums))
+        # 4.
+        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
 
 
 @quantizers.register("ema")

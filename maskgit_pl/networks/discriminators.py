@@ -129,7 +129,9 @@ class DiscriminatorConfig:
         resolutions = [min(height_width(image_size))]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
-        return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
+        # Released code: 512 up to 32 px, 256 at 64, 128 at 128 ...
+        released = [min(512, 16384 // (1 << max(0, resolution - 1).bit_length())) for resolution in resolutions]
+        return tuple(max(1, round(self.channel_multiplier * width)) for width in released)
 
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
         """Builds the network."""
@@ -208,12 +210,6 @@ class Blur(nn.Module):
         channels = x.shape[1]
         kernel = self.kernel.to(x.dtype).expand(channels, 1, 4, 4)
         return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
-
-
-def _released_width(resolution: int) -> int:
-    """Returns 512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
-    edge = 1 << max(0, resolution - 1).bit_length()
-    return min(512, 16384 // edge)
 
 
 def _xavier(layer: _Layer) -> _Layer:

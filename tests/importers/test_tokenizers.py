@@ -118,7 +118,7 @@ def with_table(network, **options):
 
 
 BITS = ("quantize.bits_to_indices", "quantize.codebook")
-LIGHTNING = ("epoch", "pytorch-lightning_version", "loss.* (2 tensors)")
+LIGHTNING = ("epoch", "pytorch-lightning_version", "loss.")
 ARGUMENTS = ("optimizer", "steps", "quantize.codebook_used")
 PLAIN = {  # layout and sizes: the model
     "MaskBit table": lambda: MaskBitModel(table=32),
@@ -208,7 +208,7 @@ def test_open_magvit2_has_its_averaged_weights(tmp_path):
     weights = add_average(last.state_dict(), average.state_dict()) | {"loss.discriminator.main.0.bias": torch.zeros(3)}
     torch.save({"state_dict": weights, "epoch": 3, "hyper_parameters": {}}, tmp_path / "last.ckpt")
     imported = import_tokenizer(tmp_path / "last.ckpt", tmp_path / "out", image_size=16)
-    assert imported.ignored == ("epoch", "hyper_parameters", "loss.* (1 tensors)", "the last, not averaged weights")
+    assert imported.ignored == ("epoch", "hyper_parameters", "loss.", "the last, not averaged weights")
     check_same(average, imported)
     del weights["model_ema.decoderconv_inweight"]
     torch.save({"state_dict": weights}, tmp_path / "part.ckpt")
