@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from maskgit_pl.errors import plain_label, printable
 from maskgit_pl.evaluation.opening import open_images, read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
 from maskgit_pl.evaluation.tokenizer import psnr
-from maskgit_pl.files import write_text
+from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.pretrained import load_tokenizer
@@ -356,7 +355,7 @@ def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
     if not parts:
         parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
     file = folder / FILE_NAME
-    for report in json.loads(file.read_bytes()) if file.is_file() else ():
+    for report in parse_any_json(file.read_bytes(), str(file)) if file.is_file() else ():
         again = report.get("healthy_again")
         end = "" if again is None else f" It was healthy again at step {again}."
         text = f"Reported in training at step {report['step']}: {report['text']}.{end}"
