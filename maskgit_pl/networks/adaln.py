@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_integer
+from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.networks.backbone import (
     LARGEST_SIZES,
     Attention,
@@ -56,7 +56,6 @@ Positions = Literal["learned", "rotary", "rotary-raster"]
 Modulation: TypeAlias = tuple[Tensor | None, ...]
 """shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2 and gate_2, (B, 1, D) each; Nones with ``conditioning: token``."""
 
-_ROTARY_BASE = 10_000.0  # largest wavelength of the rotary positions in units of 2 pi tokens
 _EPS = 1e-5  # of every RMSNorm; both released networks
 _INIT_STD = 0.02  # of embeddings; both released networks
 
@@ -75,6 +74,7 @@ class AdaLNConfig(BackboneConfig):
         num_registers: Number of learned tokens that are added to the sequence and predict nothing, in [0, 1024].
         positions: ``learned``: an embedding for each token; ``rotary``: queries and keys are rotated by row and column,
             which fits any grid; ``rotary-raster``: rotated by the raster order as in the released MaskGIL code.
+        rotary_base: Largest wavelength of the rotary positions in units of 2 pi tokens, > 1.
         conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the
             sequence, and the norms have weights.
         qk_norm: True normalizes queries and keys over all heads, without weights.
@@ -92,6 +92,7 @@ class AdaLNConfig(BackboneConfig):
     mlp_dim: int = 2048
     num_registers: int = 1
     positions: Positions = "learned"
+    rotary_base: float = 10_000.0
     conditioning: Conditioning = "adaln"
     qk_norm: bool = True
     tied_head: bool = True
@@ -112,6 +113,7 @@ class AdaLNConfig(BackboneConfig):
             raise ValueError(f"transformer {name} must be a multiple of num_heads {self.num_heads}, got {heads_dim}")
         check_choice("transformer positions", self.positions, get_args(Positions))
         check_choice("transformer conditioning", self.conditioning, get_args(Conditioning))
+        check_number("transformer rotary_base", self.rotary_base, "(1, 1e9]")
         check_choice("transformer attention", self.attention, get_args(Attention))
         if self.attention == "causal" and (self.num_registers or self.positions == "rotary-raster"):
             raise ValueError(
@@ -369,7 +371,7 @@ class AdaLNTransformer(Backbone):
         config = self.config
         if config.positions == "learned":
             return None
-        return rotation_table(config.positions, config.grid, length, config.head_dim, device)
+        return rotation_table(config.positions, config.grid, length, config.head_dim, config.rotary_base, device)
 
     def _embed_condition(self, labels: Tensor, vectors: Tensor | None) -> Tensor:
         """Embeds labels (B,) int64 and vectors (B, C): (B, D). The null label hides the vector."""
@@ -503,7 +505,9 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).type_as(x)
 
 
-def rotation_table(kind: Positions, grid: tuple[int, int], length: int, size: int, device: torch.device) -> Tensor:
+def rotation_table(
+    kind: Positions, grid: tuple[int, int], length: int, size: int, base: float, device: torch.device
+) -> Tensor:
     """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
 
     ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all
@@ -515,6 +519,7 @@ def rotation_table(kind: Positions, grid: tuple[int, int], length: int, size: in
         grid: Rows and columns of the tokens.
         length: S, positions of the sequence.
         size: D, size of a head.
+        base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
         device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference
             mode made would fail in training.
 
@@ -522,18 +527,18 @@ def rotation_table(kind: Positions, grid: tuple[int, int], length: int, size: in
         (S, D / 2, 2) float32.
     """
     if kind == "rotary-raster":
-        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size))
+        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size, base))
         table[0] = 0
         return table
     rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
-    angles = torch.cat([_angles(positions.flatten(), size // 2) for positions in (rows, columns)], dim=1)
+    angles = torch.cat([_angles(positions.flatten(), size // 2, base) for positions in (rows, columns)], dim=1)
     # Angle 0 leaves class token and registers as they are.
     return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
 
 
-def _angles(positions: Tensor, size: int) -> Tensor:
-    """Returns the angles (positions, size / 2) of ``size`` numbers: pair i of P has the frequency 10,000^(-i / P)."""
-    frequencies = _ROTARY_BASE ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
+def _angles(positions: Tensor, size: int, base: float) -> Tensor:
+    """Returns the angles (positions, size / 2) of ``size`` numbers."""
+    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
     return torch.outer(positions.float(), frequencies)
 
 
