@@ -44,12 +44,10 @@ def build_ours(
         first_step_cached: True if the first step of the classes is known from an earlier run.
         device: Device of the network.
     """
-    config, decoding = network.config, DecodingConfig(NUM_STEPS)
+    decoding = DecodingConfig(NUM_STEPS)
     decoder, scales = decoding.build_decoder(mask_schedules.build("cosine")), decoding.scales()
-    cache = FirstStepLogits(
-        network, num_tokens=config.num_tokens, mask_token_id=config.mask_token_id, max_labels=task.batch
-    )
-    model = ConditionalModel.from_network(network, device, first_step_logits=cache if first_step_cached else None)
+    cache = FirstStepLogits(network, max_labels=task.batch) if first_step_cached else None
+    model = ConditionalModel(network, device, cache)
     seeds, labels = list(range(task.batch)), task.labels
 
     def decode() -> Tensor:
@@ -68,7 +66,7 @@ def build_autoregressive(network: Backbone, task: Task) -> Decode:
     causal.eval().requires_grad_(requires_grad=False)
     set_packing(causal, enabled=True)
     num_tokens, seeds = causal.config.num_tokens, list(range(task.batch))
-    model, decoder = ConditionalModel.from_network(causal, _CPU), AutoregressiveDecoder(num_tokens)
+    model, decoder = ConditionalModel(causal, _CPU), AutoregressiveDecoder(num_tokens)
     scales = [0.0] * num_tokens
 
     def decode() -> Tensor:

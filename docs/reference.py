@@ -41,9 +41,7 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.data.sources.public": "Data sets that `maskgit data fetch` downloads.",
     "maskgit_pl.networks.backbone": "The interface of backbones.",
     "maskgit_pl.networks.quantizers": "Quantizers and their interface.",
-    "maskgit_pl.contrib.composite_quantizers": "Product and residual quantizers.",
-    "maskgit_pl.contrib.gumbel_quantizer": "The Gumbel-softmax quantizer.",
-    "maskgit_pl.contrib.vq_pytorch": "Quantizers of vector-quantize-pytorch.",
+    "maskgit_pl.contrib.product_quantizer": "Product quantization.",
     "maskgit_pl.registry": "Registries, to which plug-ins add names.",
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -21,7 +20,7 @@ from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.decoding.predictors import ConditionalModel
 from maskgit_pl.masking import Draws
-from maskgit_pl.networks.backbone import AutoregressiveBackbone, create_network
+from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 __all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
@@ -76,6 +75,5 @@ class AutoregressiveModel(TokenModel):
         return positions % mask.shape[1] * NUM_BINS // mask.shape[1]  # (M,)
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
-        network = cast("AutoregressiveBackbone", self.averaged_network)
-        model = ConditionalModel.from_network(network, self.device)
+        model = ConditionalModel(self.averaged_network, self.device)
         return decode_autoregressive(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

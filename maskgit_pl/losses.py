@@ -168,9 +168,6 @@ def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: Reconst
         reconstruction: (B, C, H, W) float.
         images: (B, C, H, W) float in [0, 1].
         kind: ``"l2"`` or ``"l1"``.
-
-    Returns:
-        Scalar float32.
     """
     difference = reconstruction.float() - images.float()
     return difference.square().mean() if kind == "l2" else difference.abs().mean()
@@ -186,9 +183,6 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: Advers
         fake_logits: (B, ...) float: logits of reconstructions.
         kind: ``"hinge"`` or ``"non-saturating"``.
 
-    Returns:
-        Scalar float32.
-
     Source: released code, ``losses.py``.
     """
     real, fake = real_logits.float(), fake_logits.float()
@@ -198,18 +192,9 @@ def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: Advers
 
 
 def generator_loss(fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
-    """Computes the adversarial loss of the generator.
+    """Computes the adversarial loss of the generator from the logits (B, ...) of reconstructions, scalar float32.
 
-    hinge: -mean fake; non-saturating: mean softplus(-fake).
-
-    Args:
-        fake_logits: (B, ...) float: logits of reconstructions.
-        kind: ``"hinge"`` or ``"non-saturating"``.
-
-    Returns:
-        Scalar float32.
-
-    Source: released code, ``losses.py``.
+    hinge: -mean fake; non-saturating: mean softplus(-fake). Source: released code, ``losses.py``.
     """
     fake = fake_logits.float()
     return -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()

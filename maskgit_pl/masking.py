@@ -52,8 +52,6 @@ __all__ = [
 Grid = tuple[int, int]
 
 _CHECKED_POINTS = 257  # with the quarters of [0, 1]
-_LEAST_MASS = 1e-6  # probability of the interval that a normal distribution is truncated to
-_NUM_BLOCKS = 32  # blocks drawn per image; positions that none of them covers are masked last
 
 
 @dataclass(frozen=True)
@@ -121,43 +119,10 @@ class MaskSampler:
 
     def ratio(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
         """Draws mask ratios, (B,) float32 in [0, 1]; see ``mask`` for the arguments."""
-        progress = self._draw_progress(index, epoch, position, global_batch)  # 1.
-        return self._ratio_at(progress, num_tokens)  # 2.
-
-    def slope(self, num_tokens: int, *, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Computes |d ratio / du| for the ratios of ``ratio``, (B,) float32 >= 0; infinite where the curve is vertical.
-
-        It is the inverse of the density of the ratio, so that a weight of ``slope`` turns an expectation
-        under the drawn ratios into one under uniform ratios.
-
-        Raises:
-            ValueError: if the ratio cannot be differentiated.
-        """
-        with torch.enable_grad():
-            progress = self._draw_progress(index, epoch, position, global_batch).requires_grad_()
-            ratio = self._ratio_at(progress, num_tokens)
-            if not ratio.requires_grad:
-                raise ValueError(
-                    f"mask_ratio must be differentiable for this objective, got {self.mask_ratio} and "
-                    f"{self.mask_schedule}; compute the ratio by torch operations on u, or choose another one"
-                )
-            (slope,) = torch.autograd.grad(ratio.sum(), progress)
-        return slope.abs()
-
-    def covers_all_counts(self, num_tokens: int) -> bool:
-        """Returns True if every number of masked tokens from 1 to N can be drawn."""
-        ends = self._ratio_at(torch.tensor([0.0, 1.0]), num_tokens)
-        low, high = (float(end) * num_tokens for end in (ends.min(), ends.max()))
-        return low <= 1 and high > num_tokens - 1 + 1e-3  # ceil gives 1 and N
-
-    def _draw_progress(self, index: Tensor, epoch: Tensor, position: Tensor, global_batch: int) -> Tensor:
-        """Draws u, (B,) float32 in [0, 1]."""
-        stratum = self._draw_stratum(position, global_batch)
+        stratum = self._draw_stratum(position, global_batch)  # 1.
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
-        return ((stratum + jitter) / global_batch).clamp(max=1.0)
-
-    def _ratio_at(self, progress: Tensor, num_tokens: int) -> Tensor:
-        return self.mask_ratio(progress, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)
+        u = ((stratum + jitter) / global_batch).clamp(max=1.0)  # (B,) float32 in [0, 1]
+        return self.mask_ratio(u, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)  # 2.
 
     def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
         """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""
@@ -182,21 +147,18 @@ class MaskRatio(ABC):
             num_tokens: N, tokens per image.
 
         Returns:
-            (B,) float32 in [0, 1]. The objective ``elbo`` differentiates it with respect to ``u``.
+            (B,) float32 in [0, 1].
         """
 
 
 def _check_mask_ratio(name: str, mask_ratio: MaskRatio) -> None:
-    """Checks that the ratios of a distribution are finite, in [0, 1], and never rise or never fall."""
+    """Checks that the ratios of a distribution are finite and in [0, 1]."""
     derives_from(MaskRatio)(name, mask_ratio)
     ratio = mask_ratio(torch.linspace(0, 1, _CHECKED_POINTS), mask_schedules.build("cosine"), 256)
     if not bool(((ratio >= 0) & (ratio <= 1)).all()):
         raise ValueError(
             f"mask ratio {name!r}: its values must lie in [0, 1], got {float(ratio.min()):g} to {float(ratio.max()):g}"
         )
-    steps = ratio.diff()
-    if bool((steps < -1e-6).any() and (steps > 1e-6).any()):
-        raise ValueError(f"mask ratio {name!r}: it must never rise or never fall with u, got both")
 
 
 mask_ratios: Registry[MaskRatio] = Registry("mask ratio", "maskgit_pl.mask_ratios", check=_check_mask_ratio)
@@ -219,9 +181,6 @@ class UniformRatio(MaskRatio):
     Args:
         low: Smallest ratio, in [0, 1).
         high: Largest ratio, in (low, 1].
-
-    Raises:
-        ValueError: if a number is out of range.
 
     Source: on [0, 1], masked diffusion with a linear noise schedule, MDLM, arXiv:2406.07524.
     """
@@ -250,9 +209,6 @@ class TruncatedNormalRatio(MaskRatio):
         low: Smallest ratio, in [0, 1).
         high: Largest ratio, in (low, 1].
 
-    Raises:
-        ValueError: if a number is out of range, or [low, high] has a probability below 1e-6.
-
     Source: MAGE, arXiv:2211.09117, section 3 (mean 0.55, std 0.25, truncated to [0.5, 1]).
     """
 
@@ -266,20 +222,10 @@ class TruncatedNormalRatio(MaskRatio):
         check_number("std", self.std, "[0.01, 10]")
         check_number("low", self.low, "[0, 1)")
         check_number("high", self.high, f"({self.low}, 1]")
-        below, above = self._bounds()
-        if above - below < _LEAST_MASS:
-            raise ValueError(
-                f"mean must be so close to [low, high] that its probability is at least {_LEAST_MASS:g}, got "
-                f"{above - below:.2g} for {self}; move mean towards [low, high], or raise std"
-            )
-
-    def _bounds(self) -> tuple[float, float]:
-        """Returns Phi(a) and Phi(b)."""
-        below, above = (0.5 * math.erfc((self.mean - end) / self.std / math.sqrt(2)) for end in (self.low, self.high))
-        return below, above
 
     def __call__(self, u: Tensor, mask_schedule: MaskSchedule, num_tokens: int) -> Tensor:
-        below, above = self._bounds()
+        # Phi(a) and Phi(b).
+        below, above = (0.5 * math.erfc((self.mean - end) / self.std / math.sqrt(2)) for end in (self.low, self.high))
         probability = below + (above - below) * u.double()  # float32 has no digits left near probability 1
         ratio: Tensor = self.mean + self.std * torch.special.ndtri(probability)
         return ratio.float().clamp(self.low, self.high)
@@ -348,58 +294,6 @@ class UniformPositions(MaskPositions):
         return keys.argsort(dim=1, stable=True)
 
 
-@mask_positions.register("blocks")
-@dataclass(frozen=True)
-class BlockPositions(MaskPositions):
-    """Rectangles of random size and place, one after another, until the count is reached; the last one is cut.
-
-    Height and width of a rectangle are independent: uniform on the integers between ``min_side * max_side``
-    and ``max_side`` times the rows and columns, rounded up. Its place is uniform. At most 32 rectangles are
-    drawn per image. Positions outside of all rectangles are masked last, in random order.
-
-    Args:
-        max_side: Largest side as a fraction of the grid's side, in (0, 1].
-        min_side: Smallest side as a fraction of the largest one, in (0, 1].
-
-    Raises:
-        ValueError: if a number is out of range.
-
-    Source: the idea is that of blockwise masking, BEiT, arXiv:2106.08254; the sizes are not.
-    """
-
-    max_side: float = 0.5
-    min_side: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_number("max_side", self.max_side, "(0, 1]")
-        check_number("min_side", self.min_side, "(0, 1]")
-
-    def order(self, num_tokens: int, *, grid: Grid | None, seed: int, index: Tensor, epoch: Tensor | int) -> Tensor:
-        assert grid is not None, "MaskSampler.mask(grid=(rows, columns))"
-        uniform = random_uniform("mask/blocks", seed=seed, index=index, epoch=epoch, count=4 * _NUM_BLOCKS)
-        u = uniform.view(-1, _NUM_BLOCKS, 4, 1)  # (B, blocks, numbers, 1)
-        positions = torch.arange(num_tokens, device=u.device)
-        rows, columns = positions // grid[1], positions % grid[1]  # (N,)
-        inside = self._covers(u[:, :, 0], u[:, :, 1], rows, grid[0]) & self._covers(
-            u[:, :, 2], u[:, :, 3], columns, grid[1]
-        )  # (B, blocks, N)
-        # The first block that covers a position; argmax of equal values returns any of them, so blocks are weighted.
-        weights = torch.arange(_NUM_BLOCKS, 0, -1, device=u.device).view(-1, 1)
-        first = _NUM_BLOCKS - (inside * weights).amax(1)  # (B, N) in [0, blocks]
-        # Blocks in turn, and raster order within a block, so that a cut block stays in one piece.
-        rest = random_bits("mask", seed=seed, index=index, epoch=epoch, count=num_tokens)  # (B, N) in [0, 2**32)
-        keys = (first << 32) + rest.where(first == _NUM_BLOCKS, positions)
-        return keys.argsort(dim=1, stable=True)
-
-    def _covers(self, u_size: Tensor, u_start: Tensor, places: Tensor, side: int) -> Tensor:
-        """Returns (B, blocks, N) bool: True where an interval of random size and start covers ``places`` (N,)."""
-        # Products of a float32 and an integer, rounded down: bit-exact on every device.
-        least, most = (math.ceil(fraction * side) for fraction in (self.min_side * self.max_side, self.max_side))
-        size = least + (u_size * (most - least + 1)).floor().long().clamp(max=most - least)  # (B, blocks, 1)
-        start = (u_start * (side - size + 1)).floor().long().clamp(min=0).minimum(side - size)
-        return (places >= start) & (places < start + size)
-
-
 @mask_positions.register("halton")
 @dataclass(frozen=True)
 class HaltonPositions(MaskPositions):
@@ -437,7 +331,6 @@ class Draws(NamedTuple):
             image after image; rising, except for padding.
         is_masked: (M,) bool, False for predicted tokens that the network sees; None if all are masked.
         is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
-        slopes: (B,) float32: see ``MaskSampler.slope``; None if the objective needs none.
     """
 
     labels: Tensor
@@ -445,7 +338,6 @@ class Draws(NamedTuple):
     positions: Tensor
     is_masked: Tensor | None = None
     is_real: Tensor | None = None
-    slopes: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
@@ -484,5 +376,5 @@ class Draws(NamedTuple):
 
 
 def true_positions(mask: Tensor) -> Tensor:
-    """Returns the places (M,) int64, rising, where a mask (B, N) bool on the host is True; see ``Draws.positions``."""
+    """Returns the places (M,) int64, rising, where a mask (B, N) bool is True; see ``Draws.positions``."""
     return mask.flatten().nonzero().squeeze(1)

@@ -46,8 +46,8 @@ class MaskedTokenConfig(TokenModelConfig):
         decoding: Decoding settings for sample images, and of the exported model.
 
     Raises:
-        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, guidance
-            is set without a null class, or the objective ``elbo`` is given mask ratios that leave out some counts.
+        ValueError: if a number is out of range, a name is unknown, there are more decoding steps than tokens, or
+            guidance is set without a null class.
     """
 
     _: KW_ONLY
@@ -74,7 +74,7 @@ class MaskedTokenConfig(TokenModelConfig):
             objective=objectives,
         )
         check_integer("global_batch", self.global_batch, "[1, 4294967296]")
-        self.built_objective.check(self.sampler, self.network.num_tokens)
+        _ = self.sampler, self.built_objective  # raises if a part is unknown or wrong
         check_decoding(self.decoding, self.network, is_autoregressive=False)
 
     @cached_property
@@ -127,19 +127,19 @@ class MaskedTokenModel(TokenModel):
 
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
-        key: dict[str, Any] = {
-            "index": batch.index,
-            "epoch": batch.epoch,
-            "position": batch.position,
-            "global_batch": self.config.global_batch,
-        }
-        # 1. Mask. 2. Drop classes.
-        draws = self._draws_of(batch, self.mask_sampler.mask(network.num_tokens, **key, grid=network.grid))
+        # 1. Mask.
+        mask = self.mask_sampler.mask(
+            network.num_tokens,
+            index=batch.index,
+            epoch=batch.epoch,
+            position=batch.position,
+            global_batch=self.config.global_batch,
+            grid=network.grid,
+        )
+        # 2. Drop classes.
+        draws = self._draws_of(batch, mask)
         if not self.training:
             return draws
-        # Some objectives need more.
-        if self.objective.needs_slopes:
-            draws = draws._replace(slopes=self.mask_sampler.slope(network.num_tokens, **key))
         if self.objective.visible_weight > 0:
             return draws.predict(torch.ones_like(draws.mask))
         if self.config.compiled == "step":
@@ -166,5 +166,5 @@ class MaskedTokenModel(TokenModel):
 
     def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
         vectors = None if vectors is None else vectors.to(self.device)
-        model = ConditionalModel.from_network(self.averaged_network, self.device).bind(vectors)
+        model = ConditionalModel(self.averaged_network, self.device).bind(vectors)
         return decode_classes(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

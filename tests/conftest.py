@@ -17,7 +17,8 @@ from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
-from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.networks.backbone import Attention
 from maskgit_pl.networks.transformer import Transformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from maskgit_pl.autoregressive import AutoregressiveModel
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig
+from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig

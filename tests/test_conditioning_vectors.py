@@ -13,6 +13,7 @@ from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
 from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
 from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.pipeline.bulk import generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
@@ -46,8 +47,8 @@ def network() -> AdaLNTransformer:
     return network.eval().requires_grad_(False)
 
 
-def conditional(network: AdaLNTransformer, **options: object) -> ConditionalModel[AdaLNTransformer]:
-    return ConditionalModel.from_network(network, CPU, **options)
+def conditional(network: AdaLNTransformer, **options: object) -> ConditionalModel:
+    return ConditionalModel(network, CPU, **options)
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +77,7 @@ def test_guidance_is_the_two_forwards_by_hand(network, batch, negative: list[int
 
 def test_the_first_step_is_never_shared_between_images_of_a_class(network, batch) -> None:
     *_, vectors = batch
-    cache = FirstStepLogits(network, num_tokens=16, mask_token_id=16)
+    cache = FirstStepLogits(network)
     model = conditional(network, first_step_logits=cache).bind(vectors)
     predictor = build_class_predictor(model, [1, 1, 1], scales=[2.0], all_masked=True)
     everything = torch.arange(16).expand(3, 16)
@@ -198,7 +199,7 @@ def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:
     predictor, conditions = bind_conditions(network, labels, vectors)
     mask = torch.ones(2, 16, dtype=torch.bool)
     rows = torch.tensor([2, 0])
-    expected = network.forward_masked(tokens[rows], labels[rows], mask, vectors=vectors[rows])
+    expected = network.forward_selected(tokens[rows], labels[rows], true_positions(mask), vectors=vectors[rows])
     torch.testing.assert_close(predictor(tokens[rows], conditions[rows], mask), expected)
     bound = negative_elbo(predictor, tokens, conditions, mask_token_id=16)
     predictor, conditions = bind_conditions(network, labels, -vectors)

@@ -129,7 +129,7 @@ def test_a_roll_out_makes_the_images_of_the_decoding(tiny_pretrained, num_steps:
     module = student(tiny_pretrained, num_steps=num_steps)
     batch = batch_of(module, step=num_steps - 1)
     _, noise = module.draw_start(batch)
-    model = ConditionalModel.from_network(module.transformer, module.device)
+    model = ConditionalModel(module.transformer, module.device)
     scales = module.decoding.scales()
     steps = list(decode_classes(model, LABELS.tolist(), noise.seeds.tolist(), decoder=module.decoder, scales=scales))
     assert torch.equal(module.roll_out(batch).tokens, steps[-1].tokens)

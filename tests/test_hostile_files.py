@@ -160,7 +160,7 @@ def transformer(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 def decoding(folder: Path) -> tuple[Path, Callable[[], Any]]:
     transformer(folder / "transformer")
-    selector = {"name": "remdm", "strategy": "loop", "eta": 0.2}
+    selector = {"name": "remdm", "strategy": "cap", "eta": 0.2}
     save_decoding(folder, DecodingConfig(2, selector, {"name": "interval", "scale": 1.0}), tuned={"metric": "fid"})
 
     def load() -> dict[str, Tensor]:

@@ -86,8 +86,7 @@ def test_every_position_is_masked_equally_often():
 
 GRID = (6, 8)
 N = 48
-EVERY = [*mask_positions.names(), {"name": "blocks", "min_side": 0.1, "max_side": 1.0}]
-every_rule = pytest.mark.parametrize("spec", EVERY, ids=str)
+every_rule = pytest.mark.parametrize("spec", mask_positions.names())
 
 
 def draw(spec, count: Tensor, *, seed: int = 3, index: Tensor | None = None, epoch: int = 0) -> Tensor:
@@ -130,23 +129,10 @@ def neighbours(mask: Tensor) -> float:
     return float((right.sum() + down.sum()) / (2 * grid.sum()))
 
 
-def test_blocks_are_connected_and_halton_masks_are_spread():
+def test_halton_masks_are_spread():
     count = torch.full((300,), 16)
-    blocks, uniform, halton = (neighbours(draw(spec, count)) for spec in ("blocks", "uniform", "halton"))
-    assert blocks > 2 * uniform
-    # Visible tokens of a Halton mask are spread: they have fewer visible neighbours than by chance.
-    visible = neighbours(~draw("halton", N - count))
-    assert visible < 0.8 * uniform
-    assert halton < blocks
-
-
-def test_the_first_block_is_a_rectangle_with_sides_in_range():
-    for mask in draw({"name": "blocks", "min_side": 1.0}, torch.full((200,), 12)).view(-1, *GRID):
-        assert (int(mask.any(1).sum()), int(mask.any(0).sum())) == (3, 4)  # half of 6 rows and of 8 columns
-    blocks = mask_positions.build({"name": "blocks", "min_side": 0.6})
-    masks = blocks.mask(torch.full((400,), 6), N, grid=GRID, seed=0, index=torch.arange(400)).view(-1, *GRID)
-    sides = {(int(mask.any(1).sum()), int(mask.any(0).sum())) for mask in masks}
-    assert sides == {(2, 3), (2, 4)}  # 2 or 3 rows and 3 or 4 columns, cut in raster order after 6 tokens
+    # Visible tokens of a Halton mask have fewer visible neighbours than by chance.
+    assert neighbours(~draw("halton", N - count)) < 0.8 * neighbours(draw("uniform", count))
 
 
 def test_halton_masks_are_those_that_the_halton_selector_leaves():
@@ -155,7 +141,7 @@ def test_halton_masks_are_those_that_the_halton_selector_leaves():
         for row in draw("halton", torch.full((100,), count)):
             visible = (~row[order]).nonzero()[:, 0]  # ranks of visible positions: consecutive, up to a roll
             assert (visible.diff() != 1).sum() + int(visible[0] != 0 or visible[-1] != N - 1) <= 1
-    decoder = DecodingConfig(12, {"name": "halton", "seed": 5}).build_decoder(mask_schedules.build("cosine"))
+    decoder = DecodingConfig(12, "halton").build_decoder(mask_schedules.build("cosine"))
     steps = decoder.steps(
         lambda tokens, at: torch.zeros(*at.shape, 9), torch.full((1, N), 9), SeededNoise(torch.tensor([0]), N),
         mask_token_id=9, grid=GRID,
@@ -178,12 +164,6 @@ def test_positions_that_are_no_permutation_are_refused(monkeypatch):
 # Distributions of the ratio
 
 COSINE = mask_schedules.build("cosine")
-EVERY_RATIO = [
-    *mask_ratios.names(),
-    {"name": "uniform", "low": 0.15, "high": 0.9},
-    {"name": "truncated_normal", "mean": 0.2, "std": 0.1, "low": 0.0, "high": 1.0},
-]
-every_ratio = pytest.mark.parametrize("spec", EVERY_RATIO, ids=str)
 
 
 def truncated_normal(r: Tensor) -> Tensor:
@@ -210,31 +190,11 @@ def test_the_ratios_of_a_batch_have_the_distribution_of_the_formula(spec, cumula
     assert (expected - observed).abs().max() < 1.1 / size + 1e-4
 
 
-@every_ratio
-def test_the_slope_is_the_derivative_of_the_ratio(spec):
-    mask_ratio, place = mask_ratios.build(spec), batch()
-    sampler = MaskSampler(COSINE, 3, mask_ratio=mask_ratio)
-    u = sampler._draw_progress(place["index"], place["epoch"], place["position"], GLOBAL_BATCH)
-    inner = (u > 0.02) & (u < 0.98)  # away from vertical ends
-    difference = (mask_ratio(u + 1e-3, COSINE, 49) - mask_ratio(u - 1e-3, COSINE, 49)).abs() / 2e-3
-    torch.testing.assert_close(sampler.slope(49, **place)[inner], difference[inner], rtol=0.02, atol=2e-3)
-
-
-@pytest.mark.parametrize(
-    ("spec", "covers"),
-    [("schedule", True), ("uniform", True), ("truncated_normal", False), ({"name": "uniform", "low": 0.5}, False)],
-)
-def test_ratios_that_leave_out_counts_are_found(spec, covers):
-    assert MaskSampler(COSINE, 0, mask_ratio=mask_ratios.build(spec)).covers_all_counts(16) is covers
-
-
 @pytest.mark.parametrize(
     ("registry", "spec", "message"),
     [
         (mask_ratios, {"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
-        (mask_ratios, {"name": "truncated_normal", "mean": -1, "std": 0.01}, "mean must be so close .*; move mean"),
-        (mask_positions, {"name": "blocks", "max_side": 1.2}, r"max_side must be a number in \(0, 1\], got 1.2"),
-        (mask_positions, {"name": "blocks", "min_side": 0}, r"min_side must be a number in \(0, 1\], got 0"),
+        (mask_ratios, {"name": "truncated_normal", "std": 0.0}, r"std must be a number in \[0.01, 10\], got 0.0"),
     ],
 )
 def test_arguments_out_of_range_are_refused(registry, spec, message):
@@ -247,7 +207,6 @@ def test_arguments_out_of_range_are_refused(registry, spec, message):
     [
         (lambda u: u * math.nan, r"its values must lie in \[0, 1\]"),
         (lambda u: 2 * u, r"its values must lie in \[0, 1\], got 0 to 2"),
-        (lambda u: (2 * u - 1).abs(), "it must never rise or never fall"),
     ],
 )
 def test_a_distribution_that_breaks_the_contract_is_refused(monkeypatch, function, rule):

@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.masking import true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.grids import to_unit_range
@@ -128,7 +129,9 @@ def test_validation_measures_the_averaged_network_at_masked_tokens(tiny_shards, 
     )
     hidden = batch.content.masked_fill(mask, CONFIG.mask_token_id)
     with torch.no_grad():
-        logits = module.ema_network.eval().forward_masked(hidden, batch.labels, mask, vocabulary="all")
+        logits = module.ema_network.eval().forward_selected(
+            hidden, batch.labels, true_positions(mask), vocabulary="all"
+        )
     loss = cross_entropy(logits, batch.content[mask])
     hits = (logits.argmax(-1) == batch.content[mask]).float().mean()
     assert values == pytest.approx({"val/loss": float(loss), "val/accuracy": float(hits)}, rel=1e-5)

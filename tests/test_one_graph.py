@@ -33,7 +33,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "masked_cross_entropy": {},
     "codes": {"loss_vocabulary": "codes", "label_smoothing": 0.0},
     "visible": {"objective": {"name": "masked_cross_entropy", "visible_weight": 0.5}},
-    "elbo": {"objective": "elbo", "mask_positions": "halton"},
+    "halton": {"mask_positions": "halton"},
     "truncated": {"mask_ratio": "truncated_normal"},
 }
 STEPS = 3
@@ -106,7 +106,7 @@ def test_every_backbone_is_one_graph(backbone, monkeypatch):
 
 @pytest.mark.slow
 def test_activation_checkpointing_is_part_of_the_graph(monkeypatch):
-    check_one_graph("adaln", "elbo", monkeypatch, activation_checkpointing="blocks")
+    check_one_graph("adaln", "halton", monkeypatch, activation_checkpointing="blocks")
 
 
 def test_the_table_of_objectives_is_complete():

@@ -79,7 +79,7 @@ def test_every_extra_on_a_page_or_in_a_message_exists():
         for group in re.findall(r"maskgit_pl\[([a-z,-]+)\]", file.read_text())
         for name in group.split(",")
     }
-    assert {"import-jax", "parquet", "quantizers"} <= named <= EXTRAS.keys()
+    assert {"import-jax", "parquet", "tune"} <= named <= EXTRAS.keys()
 
 
 def test_the_lowest_versions_are_the_lower_bounds():

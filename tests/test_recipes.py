@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from maskgit_pl.cli import main
-from maskgit_pl.contrib.inspect_findings import read_logs
+from maskgit_pl.contrib.inspect_page import read_logs
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards

@@ -214,9 +214,8 @@ def test_a_broken_plugin_names_its_package_and_the_others_stay_usable(registry, 
         (lambda r: (1 - r).unsqueeze(0), "in the shape of progress"),
         (lambda r: (1 - r).round().long(), "it must return a float tensor.*got torch.int64"),
         (lambda r: [1.0, 0.0], "it must return a float tensor.*got list"),
-        (lambda r: 1 / 0, "it raised ZeroDivisionError.* at"),
     ],
-    ids=["nan", "infinite", "above 1", "rising", "never 0", "never 1", "shorter", "wider", "integer", "list", "raises"],
+    ids=["nan", "infinite", "above 1", "rising", "never 0", "never 1", "shorter", "wider", "integer", "list"],
 )
 @pytest.mark.parametrize("num_tokens", [16, 1024])
 def test_a_broken_mask_schedule_is_refused_by_name(monkeypatch, gamma, rule, num_tokens):
@@ -280,7 +279,7 @@ def works(made: object) -> bool:
         mask = sampler.mask(16, index=slot, epoch=slot, position=slot, global_batch=8, grid=(4, 4))
         return bool(mask.any(1).all())
     if isinstance(made, Objective):
-        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, slopes=torch.ones(2))).isfinite())
+        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2)).isfinite())
     if hasattr(made, "label") or isinstance(made, LPIPSSpec):
         return isinstance(getattr(made, "label", ""), str)  # networks of features read files when they are made
     if isinstance(made, DiscriminatorConfig | PatchDiscriminatorConfig):

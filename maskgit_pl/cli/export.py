@@ -140,7 +140,7 @@ def import_jax(
         tokenizer: Such as tokenizer_imagenet256_checkpoint.
         transformer: Such as maskgit_imagenet256_checkpoint.
         out: Pretrained folder to write.
-        image_size: Side of the images in pixels (default: from the transformer's grid; 256 without a transformer).
+        image_size: Side of the images in pixels without a transformer (default: 256).
         class_names: File with one class name per line (default: ImageNet's names for 1000 classes, else numbers).
     """
     from maskgit_pl.importers import released

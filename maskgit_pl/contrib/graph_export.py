@@ -37,7 +37,6 @@ from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.errors import printable
 from maskgit_pl.files import sha256_of, size_text, write_text
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
@@ -45,7 +44,7 @@ from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import find_folder
 
-__all__ = ["Format", "Graph", "NotExportableError", "compare_graph", "export_graphs", "graphs_of", "write_graph"]
+__all__ = ["Format", "Graph", "compare_graph", "export_graphs", "graphs_of", "write_graph"]
 
 Format = Literal["onnx", "pt2"]
 Call: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
@@ -64,10 +63,6 @@ _COMPARED_BATCHES = (1, 3)
 _LARGEST_BATCH = 65536
 _MASKED = 0.5  # fraction of masked tokens in random inputs
 _log = logging.getLogger(__name__)
-
-
-class NotExportableError(ValueError):
-    """A network that ``torch.export`` or the ONNX exporter cannot translate."""
 
 
 def export_graphs(
@@ -97,7 +92,12 @@ def export_graphs(
         ValueError: if ``out`` cannot be replaced, a package is missing, a network cannot be exported, or a
             file computes something else than ours.
     """
-    _check_packages(kind)
+    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if kind == "onnx" else []
+    if missing:
+        raise ValueError(
+            f"--format onnx must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
+            "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
+        )
     entry = ("format", _FORMAT)
     check = partial(check_new_folder, replace=replace, description=DESCRIPTION, entry=entry, known=_FILES)
     # The folder is locked and checked before the model is loaded.
@@ -153,15 +153,7 @@ def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[
     """Writes and compares the graphs, and yields the name and the description of each."""
     for graph in graphs:
         file = folder / f"{graph.name}.{kind}"
-        try:
-            write_graph(graph, file, kind)
-        except NotExportableError as error:
-            if not graph.is_optional:
-                raise
-            for part in folder.glob(f"{graph.name}.*"):
-                part.unlink()
-            _log.warning("%s is left out: %s", graph.name, error)
-            continue
+        write_graph(graph, file, kind)
         difference = compare_graph(graph, file, kind)
         parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
         size = size_text(sum(each.stat().st_size for each in parts))
@@ -238,8 +230,6 @@ class Graph:
         output: Name of its output.
         draw: Draws random inputs (B, ...) by name, in the order of the arguments, for a batch size B.
         tolerance: Largest difference to the module that is accepted; see ``difference``.
-        is_optional: True if the graph is left out, with a warning, when it cannot be exported. Images are
-            generated without it.
     """
 
     name: str
@@ -248,7 +238,6 @@ class Graph:
     output: str
     draw: Callable[[int, torch.Generator], Mapping[str, Tensor]]
     tolerance: float
-    is_optional: bool = False
 
     def difference(self, ours: Tensor, theirs: Tensor) -> float:
         """Returns how far a result is from ours: the largest absolute difference, or the fraction of other tokens.
@@ -326,15 +315,7 @@ def graphs_of(tokenizer: PretrainedTokenizer, transformer: PretrainedTransformer
 
     return [
         Graph("tokenizer-decoder", f"quantizer {spec!r}", _TokenDecoder(tokenizer).eval(), "images", draw_tokens, 0.25),
-        Graph(
-            "tokenizer-encoder",
-            f"encoder of quantizer {spec!r}",
-            _ImageEncoder(tokenizer).eval(),
-            "tokens",
-            draw_images,
-            0.01,
-            is_optional=True,
-        ),
+        Graph("tokenizer-encoder", f"quantizer {spec!r}", _ImageEncoder(tokenizer).eval(), "tokens", draw_images, 0.01),
         Graph(
             "transformer",
             f"backbone {config.backbone!r}",
@@ -359,16 +340,6 @@ def _draw_partly_masked(config: BackboneConfig, batch: int, chance: torch.Genera
     return inputs
 
 
-def _check_packages(kind: Format) -> None:
-    """Refuses a format whose packages are not installed."""
-    missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None] if kind == "onnx" else []
-    if missing:
-        raise ValueError(
-            f"--format onnx must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
-            "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
-        )
-
-
 def write_graph(graph: Graph, file: Path, kind: Format) -> None:
     """Writes a graph to a file whose batch size is free.
 
@@ -378,7 +349,7 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
         kind: Format.
 
     Raises:
-        NotExportableError: if ``torch.export`` or the ONNX exporter cannot translate the network.
+        ValueError: if ``torch.export`` or the ONNX exporter cannot translate the network.
     """
     with _quiet(), torch.no_grad():
         try:
@@ -388,7 +359,7 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
         except OSError:  # such as a full disk
             raise
         except Exception as error:  # the exporters raise many types
-            raise NotExportableError(f"{graph.part} cannot be exported as {kind}: {_reason(error)}") from error
+            raise ValueError(f"{graph.part} cannot be exported as {kind}: {_reason(error)}") from error
 
 
 def _trace(graph: Graph) -> torch.export.ExportedProgram:
@@ -442,12 +413,7 @@ def load_graph(graph: Graph, file: Path, kind: Format) -> Call:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
-    # ONNX Runtime takes UTF-8 in every locale.
-    try:
-        name = os.fsencode(file).decode()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--out must be a path in UTF-8, got {printable(file)}") from error
-    session = onnxruntime.InferenceSession(name, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(os.fsencode(file).decode(), options, providers=["CPUExecutionProvider"])
 
     def call(inputs: Mapping[str, Tensor]) -> Tensor:
         (output,) = session.run([graph.output], {key: tensor.numpy() for key, tensor in inputs.items()})

@@ -5,8 +5,7 @@
 3. Encode and decode validation images with the tokenizer.
 4. Judge both by the rules of the alarms, and write one HTML file.
 
-Charts are inline SVG with a description. The page has no scripts and no network, is for light and dark
-screens, and all text in it is escaped.
+All pictures are PNG files with a description. The page has no scripts and no network, and all text in it is escaped.
 """
 
 from __future__ import annotations
@@ -15,40 +14,41 @@ import base64
 import html
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
-from maskgit_pl.contrib.inspect_findings import (
-    CodeUse,
-    Logs,
-    find_in_tokenizer,
-    find_in_transformer,
-    measure_codes,
-    picture_codes,
-    read_logs,
-    read_reports,
-)
-from maskgit_pl.data.images import decode_image
+from maskgit_pl.checks import build_dataclass, check_integer
+from maskgit_pl.data import Batch
 from maskgit_pl.distributed import find_device, parse_dtype
-from maskgit_pl.errors import printable
+from maskgit_pl.errors import plain_label, printable
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.opening import read_run_recipe
-from maskgit_pl.evaluation.pages import image_to_png
-from maskgit_pl.files import write_text
+from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
+from maskgit_pl.evaluation.tokenizer import psnr
+from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, to_pil
+from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.training.health import Problem
+from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems
 
-__all__ = ["bar_chart", "inspect_run", "line_chart"]
+__all__ = [
+    "CodeUse",
+    "Logs",
+    "find_in_tokenizer",
+    "find_in_transformer",
+    "inspect_run",
+    "measure_codes",
+    "picture_codes",
+    "read_logs",
+]
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -56,28 +56,25 @@ body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 12px; max
 body { overflow-wrap: anywhere }
 h1 { font-size: 1.35em } h2 { font-size: 1.15em; border-bottom: 1px solid #8886; padding-bottom: 4px }
 section > div { display: flex; flex-wrap: wrap; gap: 14px }
-figure { margin: 0; max-width: 100% } figure.chart { width: 360px }
-figcaption { font-weight: 600; margin: 4px 0 } img { max-width: 100%; height: auto; image-rendering: pixelated }
-svg { width: 100%; height: auto } svg text { font-size: 11px; fill: currentColor } .grid { stroke: #8885 }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 12px; font-size: 13px }
-.legend i { display: inline-block; width: 10px; height: 10px; margin-right: 4px }
+figure { margin: 0; max-width: 100% } figcaption { font-weight: 600; margin: 4px 0 }
+img { max-width: 100%; height: auto; image-rendering: pixelated } img.chart { width: 360px; image-rendering: auto }
 .problem { border-left: 4px solid #d97706; padding: 2px 10px; margin: 8px 0 }
 .healthy { border-left: 4px solid #2e9e6b; padding: 2px 10px; margin: 8px 0 }
 """
 # The browser loads nothing and runs nothing, even if a text were not escaped.
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-_WIDTH, _HEIGHT = 360, 200
-_LEFT, _RIGHT, _TOP, _BOTTOM = 60, 8, 10, 24
-_MAX_POINTS = 400  # of a line: more than the chart has pixels
-_COLOURS = ("#3b82c4", "#d97706", "#2e9e6b", "#b0569d", "#8a8a2e", "#c2504d")  # readable on white and on black
 _LOG_FROM = 50  # ratio of the largest to the smallest value of a logarithmic axis
 _MAX_CHARTS = 60
+_MAX_POINTS = 10_000  # of a curve, evenly spaced over the steps
 _SHOWN_PICTURES = 6  # of a name, evenly spaced over the steps
 _SHOWN_CLASSES = 30
 _MAX_CODES = 512
 _COLUMNS = 16
 _TILE = 20  # pixels
-_MAX_BYTES = 8_000_000  # of a picture in an event file
+_NUM_WORST = 8
+_MAP = 4  # rows and columns of the token map from which a code is drawn
+_RISE = 1.05  # of the validation loss above its minimum
+_NORM_RISE = 10.0  # of the gradient norm above its median
 
 
 def inspect_run(
@@ -110,100 +107,38 @@ def inspect_run(
     device = find_device(device)
     if not run.is_dir():
         raise FileNotFoundError(f"run {run}: no such folder; name a run folder, such as runs/NAME")
-    recipes = {stage: read_run_recipe(run / stage / "config.yaml") for stage in ("tokenizer", "transformer")}
-    logs = {stage: read_logs(run / stage) for stage in recipes}
+    folders = {stage: run / stage for stage in ("tokenizer", "transformer")}
+    recipes = {stage: read_run_recipe(folder / "config.yaml") for stage, folder in folders.items()}
+    logs = {stage: read_logs(folder) for stage, folder in folders.items()}
     with tempfile.TemporaryDirectory() as temporary:  # 1.
-        tokenizer, notes = _find_tokenizer(run, Path(temporary), data)
-        if tokenizer is None and not any(each.scalars for each in logs.values()):
+        folder, notes = _find_tokenizer(run, Path(temporary), data)
+        if folder is None and not any(each.scalars for each in logs.values()):
             raise FileNotFoundError(
                 f"run {run} has neither logs nor a tokenizer; name a run folder (runs/NAME) or a pretrained folder"
             )
+        known = (value_at(recipe, "data.path") for recipe in recipes.values())
+        data = data or next((Path(path) for path in known if path), None)
         measured, codes = None, ""
-        if tokenizer is not None:
-            path = _find_data(recipes, data, notes)
-            if path is not None:
-                measured, codes = _inspect_codes(tokenizer, path, num_images, device, parse_dtype(dtype, device))
-    stage_1 = _Stage(run / "tokenizer", logs["tokenizer"], recipes["tokenizer"])
-    stage_2 = _Stage(run / "transformer", logs["transformer"], recipes["transformer"])
-    problems = find_in_tokenizer(stage_1.logs, stage_1.recipe, measured)
-    problems += find_in_transformer(stage_2.logs)
+        if folder is not None and data is None:
+            notes.append("The codes are not shown: the folder names no data; choose them with --data.")
+        elif folder is not None and data is not None:
+            tokenizer = load_tokenizer(folder)
+            tokenizer.network.to(device, dtype=parse_dtype(dtype, device))
+            images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
+            measured = measure_codes(tokenizer, images.val_dataloader(), max_images=num_images)
+            codes = _codes_section(tokenizer, measured, images.class_names)
+    problems = find_in_tokenizer(logs["tokenizer"], recipes["tokenizer"], measured)
+    problems += find_in_transformer(logs["transformer"])
     sections = [
-        _problems_section(problems, stage_1.folder),
-        make_section("Stage 1: the tokenizer", stage_1.charts(), notes=[*notes, *stage_1.logs.notes]),
+        _problems_section(problems, folders["tokenizer"]),
+        _section("Stage 1: the tokenizer", logs["tokenizer"].charts(), notes=notes),
+        codes,
+        _section("Stage 2: the transformer", logs["transformer"].charts()),
+        *(_section(f"Pictures during training: {stage}", logs[stage].draw_pictures()) for stage in folders),
     ]
-    sections.append(codes)
-    sections.append(make_section("Stage 2: the transformer", stage_2.charts(), notes=stage_2.logs.notes))
-    for stage in (stage_1, stage_2):
-        sections.append(make_section(f"Pictures during training: {stage.folder.name}", stage.pictures()))
     out = run / "inspect.html" if out is None else out
-    write_text(out, format_html(f"maskgit inspect: {printable(run.resolve().name)}", sections))
+    write_text(out, _format_html(f"maskgit inspect: {printable(run.resolve().name)}", sections))
     return out
-
-
-def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
-    parts = []
-    for problem in problems:
-        advice = "; or ".join(problem.advice)
-        parts.append(f'<p class="problem"><b>{quote(problem.text)}.</b> Try: {quote(advice)}.</p>')
-    if not parts:
-        parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
-    for text in read_reports(folder):
-        parts.append(f'<p class="problem">{quote(text)}</p>')
-    return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
-
-
-@dataclass(frozen=True)
-class _Stage:
-    """The folder, the logs and the recipe of a stage."""
-
-    folder: Path
-    logs: Logs
-    recipe: Mapping[str, Any]
-
-    def charts(self) -> list[str]:
-        """Draws each metric: training and validation in one chart, and ranges such as mask ratios in one chart."""
-        grouped: dict[str, dict[str, dict[int, float]]] = {}
-        for name, values in sorted(self.logs.scalars.items()):
-            split, _, rest = name.partition("/")
-            metric, _, part = rest.partition("/")
-            title = f"{metric} by part" if part else metric or split
-            grouped.setdefault(title, {})[part or split] = values
-        with_values_first = sorted(
-            grouped, key=lambda title: not any(map(any, map(dict.values, grouped[title].values())))
-        )
-        return [line_chart(title, grouped[title]) for title in with_values_first[:_MAX_CHARTS]]
-
-    def pictures(self) -> list[str]:
-        """Shows the pictures of the event files, evenly spaced over the steps."""
-        shown = []
-        for name, pictures in sorted(self.logs.pictures.items())[:4]:
-            steps = sorted(pictures)
-            count = min(len(steps), _SHOWN_PICTURES)
-            chosen = sorted({steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)})
-            for step in chosen:
-                png = _safe_png(pictures[step])
-                title = f"{printable(name)} at step {step}"
-                if png is not None:
-                    shown.append(embed_png(title, png, description=f"{title}, a grid of images"))
-        return shown
-
-
-def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_names: tuple[str, ...]) -> str:
-    names = {label: class_names[label] if label < len(class_names) else str(label) for label in measured.psnr_of_class}
-    by_psnr = sorted(measured.psnr_of_class.items(), key=lambda pair: pair[1])[:_SHOWN_CLASSES]
-    bars = [(names[label], value) for label, value in by_psnr if value < 1000]
-    size = len(measured.counts)
-    note = (
-        f"{measured.num_images} validation images: {(measured.counts > 0).sum()} of {size} codes occur "
-        f"({measured.usage:.1%}), perplexity {measured.perplexity:.1f}."
-    )
-    parts = [
-        _draw_histogram(measured.counts),
-        _draw_atlas(tokenizer, measured.counts),
-        bar_chart("PSNR by class, the lowest first", bars, unit="dB"),
-        _draw_worst(measured.worst, measured.worst_reconstructions),
-    ]
-    return make_section("The codes on validation images", parts, notes=[note])
 
 
 def _find_tokenizer(run: Path, temporary: Path, data: Path | None) -> tuple[Path | None, list[str]]:
@@ -220,239 +155,296 @@ def _find_tokenizer(run: Path, temporary: Path, data: Path | None) -> tuple[Path
     return temporary / "pretrained" / "tokenizer", ["The codes are those of the newest checkpoint."]
 
 
-def _find_data(recipes: Mapping[str, Mapping[str, Any]], data: Path | None, notes: list[str]) -> Path | None:
-    """Returns the data folder; None and a note if the run names none."""
-    known = (value_at(recipe, "data.path") for recipe in recipes.values())
-    path = data or next((Path(each) for each in known if isinstance(each, str)), None)
-    if path is None:
-        notes.append("The codes are not shown: the folder names no data; choose them with --data.")
-    return path
-
-
-def _inspect_codes(
-    folder: Path, data: Path, num_images: int, device: str, dtype: torch.dtype | None
-) -> tuple[CodeUse, str]:
-    """Returns the measurements of a tokenizer, and their section."""
-    tokenizer = load_tokenizer(folder)
-    tokenizer.network.to(device, dtype=dtype)
-    images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
-    measured = measure_codes(tokenizer, images.val_dataloader(), max_images=num_images)
-    return measured, _codes_section(tokenizer, measured, images.class_names)
-
-
-def _draw_histogram(counts: Tensor) -> str:
-    """Draws the frequencies of codes, sorted, beside uniform use.
+@dataclass
+class Logs:
+    """The logged values of a stage.
 
     Args:
-        counts: (K,) int64: number of tokens of each code.
+        scalars: Values by name and step.
+        pictures: PNG files by name and step.
     """
-    shares = (counts.double() / counts.sum().clamp(min=1) * len(counts)).sort(descending=True).values
-    frequencies = {rank + 1: value for rank, value in enumerate(shares.tolist()) if value > 0}
-    uniform = {1: 1.0, len(counts): 1.0}
-    lines = {"frequency / uniform": frequencies, "uniform": uniform}
-    return line_chart("Frequency of each code, sorted", lines, x_label="rank of the code")
+
+    scalars: dict[str, dict[int, float]] = field(default_factory=dict)
+    pictures: dict[str, dict[int, bytes]] = field(default_factory=dict)
+
+    def last(self, prefix: str) -> dict[str, float]:
+        """Returns the last value of each scalar ``prefix/NAME`` by NAME."""
+        return {
+            name.removeprefix(f"{prefix}/"): values[max(values)]
+            for name, values in self.scalars.items()
+            if name.startswith(f"{prefix}/")
+        }
+
+    @property
+    def last_step(self) -> int:
+        """The last step with a value; 0 without values."""
+        return max(map(max, self.scalars.values()), default=0)
+
+    def charts(self) -> list[str]:
+        """Draws each metric: training and validation in one chart, and ranges such as mask ratios in one chart."""
+        grouped: dict[str, dict[str, dict[int, float]]] = {}
+        for name, values in sorted(self.scalars.items()):
+            split, _, rest = name.partition("/")
+            metric, _, part = rest.partition("/")
+            title = f"{metric} by part" if part else metric or split
+            grouped.setdefault(title, {})[part or split] = values
+        return [_line_chart(title, lines) for title, lines in list(grouped.items())[:_MAX_CHARTS]]
+
+    def draw_pictures(self) -> list[str]:
+        """Shows the pictures of the event files, evenly spaced over the steps."""
+        figures = []
+        for name, pictures in sorted(self.pictures.items()):
+            steps = sorted(pictures)
+            count = min(len(steps), _SHOWN_PICTURES)
+            for step in sorted({steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)}):
+                title = f"{name} at step {step}"
+                figures.append(_embed(title, pictures[step], description=f"{title}, a grid of images"))
+        return figures
 
 
-def _draw_atlas(tokenizer: PretrainedTokenizer, counts: Tensor) -> str:
-    """Draws one small picture per code, sorted by use, at most 512.
+def read_logs(folder: Path) -> Logs:
+    """Reads the event files of a stage folder, which need not exist; of a step, the last value counts."""
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        IMAGES,
+        SCALARS,
+        EventAccumulator,
+    )
 
-    Args:
-        tokenizer: The tokenizer.
-        counts: (K,) int64: number of tokens of each code.
-    """
-    order = counts.argsort(descending=True, stable=True)[:_MAX_CODES]
-    tiles = picture_codes(tokenizer, order)
-    columns = min(_COLUMNS, len(tiles))
-    picture = image_grid(tiles, columns=columns, scale=max(1, _TILE // tiles.shape[-1]))
-    used = int((counts > 0).sum())
-    title = f"Atlas of {len(order)} of {len(counts)} codes, the most used first (the first {used} occur)"
-    description = f"{len(order)} small pictures, each of a token map that is filled with one code"
-    return embed_png(title, image_to_png(picture), description=description)
-
-
-def _draw_worst(images: Tensor, reconstructions: Tensor) -> str:
-    """Draws images (n, C, H, W) uint8 above their reconstructions."""
-    picture = reconstruction_grid(images, reconstructions)
-    title = f"The {len(images)} worst reconstructions: originals above"
-    return embed_png(title, image_to_png(picture), description=f"{len(images)} images above their reconstructions")
-
-
-def _safe_png(data: bytes) -> bytes | None:
-    """Decodes a picture from a file and encodes it again; None if it is damaged or too large."""
-    if len(data) > _MAX_BYTES:
-        return None
-    try:
-        pixels: Tensor = decode_image(data, channels=3, name="picture")
-    except ValueError:
-        return None
-    return image_to_png(to_pil(pixels.to(torch.uint8)))
-
-
-# HTML and charts
-
-
-def quote(text: object) -> str:
-    """Returns text as HTML that shows it on one line, without markup."""
-    return html.escape(printable(text))
-
-
-def line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label: str = "step") -> str:
-    """Draws values over steps. The vertical axis is logarithmic if positive values span more than a factor of 50.
-
-    Args:
-        title: Title of the chart.
-        lines: Values by line and step. Non-finite values are left out.
-        x_label: Name of the horizontal axis.
-
-    Returns:
-        A ``figure`` element; an empty string if there is no finite value.
-    """
-    points = {name: _thin({x: y for x, y in line.items() if math.isfinite(y)}) for name, line in lines.items()}
-    points = {name: line for name, line in points.items() if line}
-    if not points:
-        return ""
-    values = [y for line in points.values() for _, y in line]
-    steps = [x for line in points.values() for x, _ in line]
-    is_log = min(values) > 0 and max(values) > _LOG_FROM * min(values)
-    scale_x, scale_y = _Scale(min(steps), max(steps)), _Scale(min(values), max(values), is_log=is_log)
-    parts = [_axes(scale_x, scale_y, x_label)]
-    legend = []
-    for number, (name, line) in enumerate(points.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
-        places = " ".join(f"{_x(scale_x.place(x)):.1f},{_y(scale_y.place(y)):.1f}" for x, y in line)
-        if len(line) == 1:
-            x, y = places.split(",")
-            parts.append(f'<circle cx="{x}" cy="{y}" r="3" fill="{colour}"/>')
-        parts.append(f'<polyline points="{places}" fill="none" stroke="{colour}" stroke-width="1.6"/>')
-        shown = f"{quote(name)} <b>{line[-1][1]:.4g}</b>"
-        legend.append(f'<span><i style="background:{colour}"></i>{shown}</span>')
-    said = "; ".join(f"{printable(name)}: {line[0][1]:.4g} to {line[-1][1]:.4g}" for name, line in points.items())
-    return _figure(title, f"{title} over {x_label}s {min(steps)} to {max(steps)}. {said}", parts, legend)
-
-
-def bar_chart(title: str, bars: Sequence[tuple[str, float]], *, unit: str) -> str:
-    """Draws horizontal bars with their names and values.
-
-    Args:
-        title: Title of the chart.
-        bars: Name and value >= 0 of each bar, from top to bottom.
-        unit: Unit of the values.
-
-    Returns:
-        A ``figure`` element; an empty string without bars.
-    """
-    if not bars:
-        return ""
-    largest = max(value for _, value in bars) or 1.0
-    height, parts = 18 * len(bars) + 8, []
-    for number, (name, value) in enumerate(bars):
-        y, width = 4 + 18 * number, 190 * value / largest
-        parts.append(
-            f'<text x="112" y="{y + 11}" text-anchor="end">{quote(printable(name, limit=18))}</text>'
-            f'<rect x="118" y="{y}" width="{width:.1f}" height="14" fill="{_COLOURS[0]}"/>'
-            f'<text x="{122 + width:.1f}" y="{y + 11}">{value:.4g}</text>'
-        )
-    said = "; ".join(f"{printable(name)}: {value:.4g} {unit}" for name, value in bars)
-    return _figure(f"{title} ({unit})", f"{title}. {said}", parts, [], height=height)
-
-
-class _Scale:
-    """A linear or logarithmic axis from ``low`` to ``high``."""
-
-    def __init__(self, low: float, high: float, *, is_log: bool = False) -> None:
-        self.low, self.high, self.is_log = low, high, is_log
-
-    def place(self, value: float) -> float:
-        """Returns the place of a value on the axis, 0 at ``low`` and 1 at ``high``."""
-        low, high, value = (math.log(each) if self.is_log else each for each in (self.low, self.high, value))
-        return 0.5 if high == low else (value - low) / (high - low)
-
-    def ticks(self) -> list[float]:
-        """Returns the values that are written at the axis: both ends and the middle."""
-        if self.high == self.low:
-            return [self.low]
-        middle = math.sqrt(self.low * self.high) if self.is_log else (self.low + self.high) / 2
-        return [self.low, middle, self.high]
-
-
-def _x(place: float) -> float:
-    return _LEFT + place * (_WIDTH - _LEFT - _RIGHT)
-
-
-def _y(place: float) -> float:
-    return _HEIGHT - _BOTTOM - place * (_HEIGHT - _TOP - _BOTTOM)
-
-
-def _axes(scale_x: _Scale, scale_y: _Scale, x_label: str) -> str:
-    parts = []
-    for value in scale_y.ticks():
-        y = _y(scale_y.place(value))
-        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{_LEFT - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    for value, anchor in zip((scale_x.low, scale_x.high), ("start", "end"), strict=True):
-        x = _x(0 if anchor == "start" else 1)
-        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT - 8}" text-anchor="{anchor}">{value:.0f}</text>')
-    parts.append(f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle">{quote(x_label)}</text>')
-    return "".join(parts)
-
-
-def _thin(line: Mapping[int, float]) -> list[tuple[int, float]]:
-    """Returns the points of a line by step, at most 400 evenly chosen ones with the first and the last."""
-    points = sorted(line.items())
-    if len(points) <= _MAX_POINTS:
-        return points
-    return [points[number * (len(points) - 1) // (_MAX_POINTS - 1)] for number in range(_MAX_POINTS)]
-
-
-def _figure(title: str, description: str, parts: Sequence[str], legend: Sequence[str], *, height: int = _HEIGHT) -> str:
-    label = html.escape(printable(description, limit=2000))
-    return (
-        f'<figure class="chart"><figcaption>{quote(title)}</figcaption><svg viewBox="0 0 {_WIDTH} {height}" '
-        f'role="img" aria-label="{label}">{"".join(parts)}</svg><div class="legend">{"".join(legend)}</div></figure>'
+    if not folder.is_dir():
+        return Logs()
+    events = EventAccumulator(str(folder), {SCALARS: _MAX_POINTS, IMAGES: 100 * _SHOWN_PICTURES}).Reload()
+    tags = events.Tags()
+    return Logs(
+        {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags[SCALARS]},
+        {tag: {event.step: event.encoded_image_string for event in events.Images(tag)} for tag in tags[IMAGES]},
     )
 
 
-def format_html(title: str, sections: Sequence[str]) -> str:
-    """Returns a complete HTML document.
+# The findings
+
+
+@dataclass(frozen=True)
+class CodeUse:
+    """The results of encoding and decoding validation images.
 
     Args:
-        title: Title, as plain text.
-        sections: Contents, as HTML; see ``make_section``.
+        counts: (K,) int64: number of tokens of each code.
+        psnr_of_class: PSNR in dB by label.
+        worst: (n, C, H, W) uint8: images with the largest error, the worst first.
+        worst_reconstructions: (n, C, H, W) uint8: their reconstructions.
+        num_images: Number of images.
     """
+
+    counts: Tensor
+    psnr_of_class: dict[int, float]
+    worst: Tensor
+    worst_reconstructions: Tensor
+    num_images: int
+
+    @property
+    def usage(self) -> float:
+        """The fraction of codes that occur."""
+        return float((self.counts > 0).double().mean())
+
+    @property
+    def perplexity(self) -> float:
+        """The perplexity of the code frequencies, in [1, K]."""
+        shares = self.counts.double() / self.counts.sum().clamp(min=1)
+        return float(torch.special.entr(shares).sum().exp())
+
+
+def measure_codes(tokenizer: PretrainedTokenizer, batches: Iterable[Batch], *, max_images: int) -> CodeUse:
+    """Encodes and decodes images.
+
+    Args:
+        tokenizer: The tokenizer, on its device.
+        batches: Batches of uint8 images; rows that are not valid are ignored.
+        max_images: Largest number of images, >= 1.
+
+    Raises:
+        ValueError: if there are no images.
+    """
+    counts = torch.zeros(tokenizer.network.config.codebook_size, dtype=torch.int64)
+    errors, labels = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
+    worst: list[tuple[float, Tensor, Tensor]] = []  # error, image, reconstruction
+    for batch in batches:
+        images = batch.content[batch.valid][: max_images - len(errors)]
+        tokens = tokenizer.encode(images)
+        decoded = tokenizer.decode(tokens)
+        counts += torch.bincount(tokens.flatten(), minlength=len(counts))
+        batch_errors = ((images.double() - decoded.double()) / 255).square().flatten(1).mean(1)  # (B,)
+        errors = torch.cat([errors, batch_errors])
+        labels = torch.cat([labels, batch.labels[batch.valid][: len(images)].cpu()])
+        worst += zip(batch_errors.tolist(), images, decoded, strict=True)
+        worst = sorted(worst, key=lambda row: -row[0])[:_NUM_WORST]  # only the worst images are kept
+        if len(errors) >= max_images:
+            break
+    if not worst:
+        raise ValueError("inspect: there must be at least one validation image, got none; choose others with --data")
+    classes = {label: psnr(float(errors[labels == label].mean())) for label in sorted(set(labels.tolist()))}
+    _, originals, reconstructions = zip(*worst, strict=True)
+    return CodeUse(counts, classes, torch.stack(originals), torch.stack(reconstructions), len(errors))
+
+
+def picture_codes(tokenizer: PretrainedTokenizer, codes: Tensor) -> Tensor:
+    """Decodes a small token map that is filled with a code, for each code, and cuts out its middle.
+
+    Args:
+        tokenizer: The tokenizer.
+        codes: (n,) int64 in [0, K).
+
+    Returns:
+        (n, C, S, S) uint8; S is twice the downsampling factor.
+    """
+    factor = tokenizer.network.config.downsampling_factor
+    maps = codes.to(next(tokenizer.network.parameters()).device).unsqueeze(1).repeat(1, _MAP * _MAP)
+    pictures = tokenizer.decode(maps, grid=(_MAP, _MAP))
+    return pictures[..., factor : 3 * factor, factor : 3 * factor]
+
+
+def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse | None) -> list[Problem]:
+    """Judges the codes on validation images, and the last measurements of stage 1.
+
+    Args:
+        logs: Logs of the stage.
+        recipe: The recipe of the run; empty if there is none.
+        measured: Measurements on validation images; None without them.
+    """
+    config = build_dataclass(HealthConfig, recipe.get("health", {}), "health")
+    problems: list[Problem] = []
+    if measured is not None:
+        metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
+        num_tokens = float(measured.counts.sum())
+        problems += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens)
+    if recipe and logs.last_step > config.grace(value_at(recipe, "trainer.max_steps")):
+        # The number of tokens is at least that of images since the last logging step.
+        num_tokens = value_at(recipe, "trainer.log_every_n_steps") * value_at(recipe, "data.global_batch")
+        size = value_at(recipe, "model.network.codebook_size")
+        problems += find_problems(logs.last("train"), config, codebook_size=size, num_tokens=num_tokens)
+    return list({problem.cause: problem for problem in reversed(problems)}.values())[::-1]  # the first of each cause
+
+
+def find_in_transformer(logs: Logs) -> list[Problem]:
+    """Judges the curves of stage 2: a validation loss that rises, and a gradient norm that grows."""
+    problems = []
+    loss = _finite(logs.scalars.get("val/loss", {}))
+    if len(loss) > 2 and loss[-1] > _RISE * min(loss):
+        text = f"the validation loss has risen from {min(loss):.4g} to {loss[-1]:.4g}, so the transformer overfits"
+        advice = ["stop earlier (trainer.max_steps)", "raise model.network.dropout", "use more training images"]
+        problems.append(Problem("overfitting", loss[-1], text, advice))
+    norms = _finite(logs.scalars.get("train/gradient_norm", {}))
+    if len(norms) > 5 and norms[-1] > _NORM_RISE * median(norms):
+        text = f"the gradient norm has grown to {norms[-1]:.4g}, from a median of {median(norms):.4g}"
+        advice = ["set trainer.gradient_clip_val", "lower model.optimizer.learning_rate.peak"]
+        problems.append(Problem("gradient_norm", norms[-1], text, advice))
+    return problems
+
+
+def _finite(values: Mapping[int, float]) -> Sequence[float]:
+    return [value for _, value in sorted(values.items()) if math.isfinite(value)]
+
+
+# The page
+
+
+def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
+    """Returns the section of problems, and of the reports that training wrote to a stage folder."""
+    parts = [
+        f'<p class="problem"><b>{_quote(problem.text)}.</b> Try: {_quote("; or ".join(problem.advice))}.</p>'
+        for problem in problems
+    ]
+    if not parts:
+        parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
+    file = folder / FILE_NAME
+    for report in parse_any_json(file.read_bytes(), str(file)) if file.is_file() else ():
+        again = report.get("healthy_again")
+        end = "" if again is None else f" It was healthy again at step {again}."
+        text = f"Reported in training at step {report['step']}: {report['text']}.{end}"
+        parts.append(f'<p class="problem">{_quote(text)}</p>')
+    return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
+
+
+def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_names: tuple[str, ...]) -> str:
+    counts, size = measured.counts, len(measured.counts)
+    used = int((counts > 0).sum())
+    note = (
+        f"{measured.num_images} validation images: {used} of {size} codes occur ({measured.usage:.1%}), perplexity "
+        f"{measured.perplexity:.1f}."
+    )
+    shares = (counts.double() / counts.sum().clamp(min=1) * size).sort(descending=True).values
+    frequencies = {rank + 1: value for rank, value in enumerate(shares.tolist()) if value > 0}
+    lines = {"frequency / uniform": frequencies, "uniform": {1: 1.0, size: 1.0}}
+    order = counts.argsort(descending=True, stable=True)[:_MAX_CODES]
+    tiles = picture_codes(tokenizer, order)
+    atlas = image_grid(tiles, columns=min(_COLUMNS, len(tiles)), scale=max(1, _TILE // tiles.shape[-1]))
+    worst = reconstruction_grid(measured.worst, measured.worst_reconstructions)
+    by_psnr = sorted(measured.psnr_of_class.items(), key=lambda pair: pair[1])[:_SHOWN_CLASSES]
+    listed = ", ".join(f"{class_names[label]} {value:.4g}" for label, value in by_psnr)
+    parts = [
+        _line_chart("Frequency of each code, sorted", lines, x_label="rank of the code"),
+        _embed(
+            f"Atlas of {len(order)} of {size} codes, the most used first (the first {used} occur)",
+            image_to_png(atlas),
+            description=f"{len(order)} small pictures, each of a token map that is filled with one code",
+        ),
+        _embed(
+            f"The {len(measured.worst)} worst reconstructions: originals above",
+            image_to_png(worst),
+            description=f"{len(measured.worst)} images above their reconstructions",
+        ),
+    ]
+    notes = [note, f"PSNR by class in dB, the lowest first: {listed}."]
+    return _section("The codes on validation images", parts, notes=notes)
+
+
+def _line_chart(title: str, lines: Mapping[str, Mapping[int, float]], *, x_label: str = "step") -> str:
+    """Draws values by line and step. The axis is logarithmic if positive values span more than a factor of 50."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.6, 2.4), layout="constrained")
+    axes = figure.subplots()
+    for name, line in lines.items():
+        steps = sorted(line)
+        is_point = len(steps) == 1
+        axes.plot(steps, [line[step] for step in steps], "." if is_point else "-", label=plain_label(name))
+    values = [value for line in lines.values() for value in _finite(line)]
+    if values and min(values) > 0 and max(values) > _LOG_FROM * min(values):
+        axes.set_yscale("log")
+    axes.set_xlabel(x_label)
+    axes.grid(alpha=0.4)
+    axes.legend(fontsize="small")
+    ends = "; ".join(f"{name}: {line[min(line)]:.4g} to {line[max(line)]:.4g}" for name, line in lines.items())
+    return _embed(title, figure_to_png(figure), description=f"{title}. {ends}", is_chart=True)
+
+
+def _quote(text: object) -> str:
+    """Returns text as HTML that shows it on one line, without markup."""
+    return html.escape(printable(text, limit=2000))
+
+
+def _format_html(title: str, sections: Sequence[str]) -> str:
+    """Returns a complete HTML document of a title in plain text and sections in HTML."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{quote(title)}</title><style>{_STYLE}</style></head>\n"
-        f"<body><h1>{quote(title)}</h1>\n{''.join(sections)}</body></html>\n"
+        f"<title>{_quote(title)}</title><style>{_STYLE}</style></head>\n"
+        f"<body><h1>{_quote(title)}</h1>\n{''.join(sections)}</body></html>\n"
     )
 
 
-def make_section(title: str, parts: Sequence[str], *, notes: Sequence[str] = ()) -> str:
-    """Returns a section; an empty string if it has neither parts nor notes.
-
-    Args:
-        title: Title, as plain text.
-        parts: Figures and paragraphs, as HTML.
-        notes: Sentences below the title, as plain text.
-    """
-    shown = [part for part in parts if part]
-    if not shown and not notes:
+def _section(title: str, figures: Sequence[str], *, notes: Sequence[str] = ()) -> str:
+    """Returns a section of figures in HTML below notes in plain text; an empty string if it has neither."""
+    if not figures and not notes:
         return ""
-    text = "".join(f"<p>{quote(note)}</p>" for note in notes)
-    return f"<section><h2>{quote(title)}</h2>{text}<div>{''.join(shown)}</div></section>\n"
+    text = "".join(f"<p>{_quote(note)}</p>" for note in notes)
+    return f"<section><h2>{_quote(title)}</h2>{text}<div>{''.join(figures)}</div></section>\n"
 
 
-def embed_png(title: str, png: bytes, *, description: str) -> str:
-    """Returns a figure with a PNG file inside of the page.
-
-    Args:
-        title: Title above the picture.
-        png: The file; it must come from an own encoder, not from the run.
-        description: Text for those who do not see the picture.
-    """
-    data = base64.b64encode(png).decode("ascii")
+def _embed(title: str, png: bytes, *, description: str, is_chart: bool = False) -> str:
+    """Returns a figure with a PNG file inside of the page; the description is for those who do not see it."""
+    kind = ' class="chart"' if is_chart else ""
     return (
-        f"<figure><figcaption>{quote(title)}</figcaption>"
-        f'<img alt="{quote(description)}" src="data:image/png;base64,{data}"></figure>'
+        f'<figure><figcaption>{_quote(title)}</figcaption><img{kind} alt="{_quote(description)}" '
+        f'src="data:image/png;base64,{base64.b64encode(png).decode("ascii")}"></figure>'
     )

@@ -16,39 +16,18 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder, decode_autoregressive
-    from maskgit_pl.decoding.config import (
-        SETTINGS_FORMAT,
-        AutoregressiveDecoding,
-        DecodingConfig,
-        check_parallel,
-        read_settings_file,
-    )
+    from maskgit_pl.decoding.config import SETTINGS_FORMAT, DecodingConfig, check_parallel, read_settings_file
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, decode_classes
-    from maskgit_pl.decoding.predictors import (
-        ClassPredictor,
-        ConditionalModel,
-        ConditionalNetwork,
-        FirstStepLogits,
-        GuidedPredictor,
-        Predictor,
-    )
-    from maskgit_pl.decoding.sampling import CodeSampling, Noise
+    from maskgit_pl.decoding.predictors import ConditionalModel, FirstStepLogits
 
 __all__ = [
     "SETTINGS_FORMAT",
     "AutoregressiveDecoder",
-    "AutoregressiveDecoding",
-    "ClassPredictor",
-    "CodeSampling",
     "ConditionalModel",
-    "ConditionalNetwork",
     "DecodingConfig",
     "DecodingStep",
     "FirstStepLogits",
-    "GuidedPredictor",
-    "Noise",
     "ParallelDecoder",
-    "Predictor",
     "SeededNoise",
     "check_parallel",
     "decode_autoregressive",
@@ -61,18 +40,11 @@ __getattr__ = lazy_names(
     __name__,
     {
         "AutoregressiveDecoder": "autoregressive",
-        "AutoregressiveDecoding": "config",
-        "ClassPredictor": "predictors",
-        "CodeSampling": "sampling",
         "ConditionalModel": "predictors",
-        "ConditionalNetwork": "predictors",
         "DecodingConfig": "config",
         "DecodingStep": "decoder",
         "FirstStepLogits": "predictors",
-        "GuidedPredictor": "predictors",
-        "Noise": "sampling",
         "ParallelDecoder": "decoder",
-        "Predictor": "predictors",
         "SETTINGS_FORMAT": "config",
         "SeededNoise": "decoder",
         "check_parallel": "config",

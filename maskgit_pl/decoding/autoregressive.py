@@ -23,7 +23,7 @@ from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 
-__all__ = ["AutoregressiveClassPredictor", "AutoregressiveDecoder", "decode_autoregressive"]
+__all__ = ["AutoregressiveDecoder", "decode_autoregressive"]
 
 
 @dataclass(frozen=True)
@@ -75,47 +75,8 @@ class AutoregressiveDecoder:
             )
 
 
-class AutoregressiveClassPredictor:
-    """The predictor of a causal network that is conditioned on classes. Guidance runs both halves in one batch.
-
-    Args:
-        network: The network.
-        labels: (B,) int64 in [0, num_classes), or the null label.
-        negative_labels: (B,) int64: class that guidance pushes each image away from; None if there is none.
-        scales: Guidance scale of each step, >= 0; empty for no guidance.
-        cache: True keeps keys and values from step to step. False computes all of them at each step, for
-            measurements: equal up to rounding, and slower for long sequences.
-
-    Raises:
-        ValueError: if a scale is positive and there is no class to push images away from.
-    """
-
-    def __init__(
-        self,
-        network: AutoregressiveBackbone,
-        labels: Tensor,
-        *,
-        negative_labels: Tensor | None = None,
-        scales: Sequence[float] = (),
-        cache: bool = True,
-    ) -> None:
-        self.network = network
-        self.scales = scales if any(scale > 0 for scale in scales) else ()
-        check_guidance(self.scales, has_negative_class=negative_labels is not None)
-        self.labels = torch.cat([labels, negative_labels]) if self.scales and negative_labels is not None else labels
-        self._cache = network.create_cache() if cache else None
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        if not self.scales:
-            return self.network.forward_next(tokens, self.labels, cache=self._cache)
-        # Steps with scale 0 also run both halves, because the cache must hold the keys and values of all rows.
-        logits = self.network.forward_next(tokens.repeat(2, 1), self.labels, cache=self._cache)  # (2 B, K)
-        conditional, unconditional = logits.chunk(2)
-        return apply_guidance(conditional, unconditional, self.scales[tokens.shape[1]])
-
-
 def decode_autoregressive(
-    model: ConditionalModel[AutoregressiveBackbone],
+    model: ConditionalModel,
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -127,13 +88,14 @@ def decode_autoregressive(
     """Decodes one image for each label with a causal network: the counterpart of ``decode_classes``.
 
     Args:
-        model: The causal network and its null label.
+        model: A model with a causal network.
         labels: Class of each image, or the null label.
         seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
         decoder: The number of tokens and the sampling of codes.
         scales: Guidance scale of each step, >= 0.
         negative_labels: Class that guidance pushes each image away from; None uses the null class.
-        cache: True keeps keys and values from step to step. See ``AutoregressiveClassPredictor``.
+        cache: True keeps keys and values from step to step. False computes all of them at each step, for
+            measurements: equal up to rounding, and slower for long sequences.
 
     Returns:
         An iterator over the steps.
@@ -141,14 +103,21 @@ def decode_autoregressive(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
+    network, is_guided = model.network, any(scale > 0 for scale in scales)
+    assert isinstance(network, AutoregressiveBackbone)
     negative_labels = model.fill_negative_labels(negative_labels, labels)
-    predictor = AutoregressiveClassPredictor(
-        model.network,
-        torch.tensor(list(labels), device=model.device),
-        negative_labels=None if negative_labels is None else torch.tensor(list(negative_labels), device=model.device),
-        scales=scales,
-        cache=cache,
-    )
+    check_guidance(scales, has_negative_class=negative_labels is not None)
+    rows = [*labels, *(negative_labels or ())] if is_guided else list(labels)
+    label_tensor = torch.tensor(rows, device=model.device)
+    caches = network.create_cache() if cache else None
+
+    def predict(tokens: Tensor) -> Tensor:
+        if not is_guided:
+            return network.forward_next(tokens, label_tensor, cache=caches)
+        # Both halves in one batch, also with scale 0: the cache must hold the keys and values of all rows.
+        conditional, unconditional = network.forward_next(tokens.repeat(2, 1), label_tensor, cache=caches).chunk(2)
+        return apply_guidance(conditional, unconditional, scales[tokens.shape[1]])
+
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     noise = SeededNoise(seed_tensor, decoder.num_tokens, 1, decoder.sampling.method)
-    return decoder.steps(predictor, noise, batch_size=len(labels), device=model.device)
+    return decoder.steps(predict, noise, batch_size=len(labels), device=model.device)

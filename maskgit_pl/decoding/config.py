@@ -64,9 +64,6 @@ class DecodingConfig:
             ``gumbel``.
         random_start: Probability that the network sees a random code in place of a mask token in the first step, in
             [0, 1]. Models that are distilled to few steps need it (``distillation``).
-
-    Raises:
-        ValueError: if a number is out of range, or ``tokens_per_step`` does not hold ``num_steps`` numbers.
     """
 
     num_steps: int = 8
@@ -82,24 +79,12 @@ class DecodingConfig:
 
     def __post_init__(self) -> None:
         set_specs(self, token_selector=token_selectors, guidance=guidance_schedules, mask_schedule=mask_schedules)
-        for name in ("num_steps", "sampling_temperature", "top_k", "top_p", "random_start"):
+        for name in ("num_steps", "sampling_temperature", "top_k", "top_p", "random_start", "tokens_per_step"):
             pair = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if pair is None else tuple(pair)  # JSON has no tuples
             object.__setattr__(self, name, plain)
         check_integer("num_steps", self.num_steps, f"[1, {_MOST_STEPS}]")
         check_number("random_start", self.random_start, "[0, 1]")
-        if self.tokens_per_step is not None:
-            counts = plain_list(self.tokens_per_step)
-            if counts is None or not all(type(count) is int and count >= 1 for count in counts):
-                raise ValueError(
-                    f"tokens_per_step must be integers >= 1, got {shorten(counts or self.tokens_per_step)}"
-                )
-            object.__setattr__(self, "tokens_per_step", tuple(counts))
-            if len(self.tokens_per_step) != self.num_steps:
-                raise ValueError(
-                    f"tokens_per_step must hold a number for each of the {self.num_steps} steps, got "
-                    f"{len(self.tokens_per_step)} numbers; set num_steps to {len(self.tokens_per_step)}"
-                )
 
     @property
     def is_autoregressive(self) -> bool:
@@ -110,11 +95,8 @@ class DecodingConfig:
         """Builds the decoder that follows ``mask_schedule``, or the schedule that these settings name.
 
         Raises:
-            ValueError: if a name is unknown, a number is out of range, or ``mask_schedule`` or
-                ``token_selector`` is None.
+            ValueError: if a name is unknown, a number is out of range, or ``token_selector`` is None.
         """
-        if mask_schedule is None:
-            raise ValueError("mask_schedule must be given for parallel decoding, got None (autoregressive model)")
         if self.token_selector is None:
             raise ValueError(
                 "token_selector must be a name or a mapping for parallel decoding, got None (autoregressive decoding); "
@@ -122,8 +104,10 @@ class DecodingConfig:
             )
         from maskgit_pl.decoding.decoder import ParallelDecoder
 
+        schedule = mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule)
+        assert schedule is not None  # of an autoregressive model
         return ParallelDecoder(
-            mask_schedule if self.mask_schedule is None else mask_schedules.build(self.mask_schedule),
+            schedule,
             token_selectors.build(self.token_selector),
             num_steps=self.num_steps,
             sampling=self._build_sampling(),

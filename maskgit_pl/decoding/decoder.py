@@ -5,7 +5,7 @@ Each step processes all images of the batch together (``_Run.steps`` repeats the
     1. Predict. The predictor returns logits (B, M, K) at the masked positions.
     2. Draw. A code is drawn for each of these positions.
     3. Score. The token selector scores the draws. High scores are kept.
-    4. Count. The mask schedule (``ParallelDecoder.plan``) or the selector sets how many tokens stay masked.
+    4. Count. The mask schedule sets how many tokens stay masked (``ParallelDecoder.plan``).
     5. Remask. The draws with the lowest scores become mask tokens again. A selector may also mask tokens that
        earlier steps decided.
 
@@ -16,7 +16,7 @@ The last step keeps all of its draws. They are the result.
 
 Shapes: B images, N tokens per image, K codes, M the largest number of masked tokens of an image in the batch. Images
 with fewer masked tokens are padded to M with known positions. Padding never changes a code, a confidence or an order.
-All counts are known on the host, so that nothing waits for the device, unless a selector counts.
+All counts are known on the host before the loop, so that nothing waits for the device.
 
 Source: paper, section on iterative decoding; google-research/maskgit, ``parallel_decode.py``.
 """
@@ -30,11 +30,9 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.predictors import (
     ConditionalModel,
-    ConditionalNetwork,
     Predictor,
     StartPredictor,
     build_class_predictor,
@@ -60,9 +58,6 @@ __all__ = [
 class ParallelDecoder:
     """The decoder of MaskGIT, which fills masked tokens in ``num_steps`` parallel steps.
 
-    With U tokens masked at the start and m before step t, the max(1, min(m - 1, floor(gamma((t + 1) / T) U))) draws
-    with the lowest scores are masked again; the last step keeps all. See ``plan`` for selectors that change the counts.
-
     Args:
         mask_schedule: gamma: the schedule object that the mask sampler of the training holds too.
         token_selector: Scores the draws.
@@ -71,10 +66,6 @@ class ParallelDecoder:
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers >= 1 whose
             sum is N. Images with fewer masked tokens at the start decide them in proportion, rounded down.
         random_start: Probability that ``decode_classes`` shows a random code in place of a mask token in step 0.
-
-    Raises:
-        TypeError: if the schedule or the selector is a name, from which a registry builds the object.
-        ValueError: if a number is out of range.
     """
 
     mask_schedule: MaskSchedule
@@ -83,17 +74,6 @@ class ParallelDecoder:
     sampling: CodeSampling = field(default_factory=CodeSampling)
     tokens_per_step: tuple[int, ...] | None = None
     random_start: float = 0.0
-
-    def __post_init__(self) -> None:
-        for name in ("mask_schedule", "token_selector"):
-            if not callable(part := getattr(self, name)):
-                raise TypeError(f"{name} must be an object, got {shorten(part)}; use {name}s.build({shorten(part)})")
-        check_integer("num_steps", self.num_steps, "[1, inf)")
-        if self.tokens_per_step is not None and not self.token_selector.follows_schedule:
-            raise ValueError(
-                f"tokens_per_step must not be set for token selector {type(self.token_selector).__name__}, which sets "
-                f"the number of tokens of each step itself, got {list(self.tokens_per_step)}; leave it out"
-            )
 
     @torch.no_grad()
     def steps(
@@ -119,8 +99,7 @@ class ParallelDecoder:
             num_masked: Masked tokens of each row; None counts them, which waits for the device.
 
         Yields:
-            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is
-            masked. A selector that sets the number of tokens to keep may finish before the last step.
+            A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked.
 
         Raises:
             ValueError: if the logits have another shape than (B, M, K), or the selector needs the grid.
@@ -129,31 +108,14 @@ class ParallelDecoder:
         at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
         yield from run.steps(self.plan(at_start, tokens.shape[1], first_step=first_step), first_step)
 
-    def decode(
-        self,
-        predictor: Predictor,
-        tokens: Tensor,
-        noise: Noise,
-        *,
-        mask_token_id: int,
-        first_step: int = 0,
-        grid: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Returns the tokens (B, N) int64 in [0, K) of the last step; see ``steps`` for the arguments."""
-        for step in self.steps(predictor, tokens, noise, mask_token_id=mask_token_id, first_step=first_step, grid=grid):
-            tokens = step.tokens
-        return tokens
-
     def plan(self, at_start: Sequence[int], num_tokens: int, *, first_step: int = 0) -> list[StepCounts]:
         """Counts the masked tokens of each step on the host, so that all shapes are known before the loop.
 
         A row starts with U masked tokens, and m of them are masked before step t. The counts after the step are
 
-            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded
-            down remasked = tokens that the selector masks again, of the U - m that earlier steps decided;
-            usually 0 after    = ``count_after(m, planned, remasked)``, and 0 after the last step
-
-        They are upper bounds if the selector sets the number of tokens to keep.
+            planned  = floor(gamma((t + 1) / T) U), or U / N times the rest of ``tokens_per_step``, rounded down
+            remasked = tokens that the selector masks again, of the U - m that earlier steps decided; usually 0
+            after    = ``count_after(m, planned, remasked)``, and 0 after the last step
 
         Args:
             at_start: U of each row.
@@ -161,21 +123,19 @@ class ParallelDecoder:
             first_step: Step to begin at, in [0, T). Editing skips the first steps.
 
         Raises:
-            ValueError: if T is above N, ``first_step`` is out of range, or ``tokens_per_step`` does not fit T and N.
+            ValueError: if T is above N, or ``tokens_per_step`` does not fit T and N.
 
         Source: google-research/maskgit, ``parallel_decode.py``; remasking: ReMDM, arXiv:2503.00307.
         """
         if self.num_steps > num_tokens:
             raise ValueError(f"num_steps must be <= {num_tokens}, the tokens per image, got {self.num_steps}")
-        if not 0 <= first_step < self.num_steps:
-            raise ValueError(f"first_step must be in [0, {self.num_steps}), got {first_step}")
         selector, planned = self.token_selector, self._plan_by_schedule(at_start, num_tokens)
         steps, before = [], list(at_start)
         for step in range(first_step, self.num_steps - 1):
-            progress, rows = (step + 1) / self.num_steps, []
+            rows = []
             for start, masked, target in zip(at_start, before, planned[step], strict=True):
                 decided = start - masked
-                num_remasked = selector.num_remasked(decided=decided, planned=target, progress=progress)
+                num_remasked = selector.num_remasked(decided=decided, planned=target)
                 rows.append(count_after(masked, target, max(0, min(num_remasked, decided))))
             after, remasked = (list(column) for column in zip(*rows, strict=True))
             steps.append(StepCounts(before, after, remasked))
@@ -186,8 +146,7 @@ class ParallelDecoder:
         """Returns the counts that the schedule or ``tokens_per_step`` leaves masked: T lists, one count per row."""
         if self.tokens_per_step is None:
             progress = torch.arange(1, self.num_steps + 1, dtype=torch.float32) / self.num_steps
-            warped = self.token_selector.schedule_progress(progress).float()
-            ratios = self.mask_schedule(warped, num_tokens).unsqueeze(1)  # (T, 1)
+            ratios = self.mask_schedule(progress, num_tokens).unsqueeze(1)  # (T, 1)
             counts: list[list[int]] = num_masked(ratios, torch.tensor(list(at_start)), rounding="floor").tolist()
             return counts
         decided = list(accumulate(self.tokens_per_step))
@@ -212,11 +171,6 @@ class StepCounts:
     before: list[int]
     after: list[int]
     remasked: list[int]
-
-    @property
-    def undecided(self) -> list[int]:
-        """The tokens of each row that the step draws and immediately masks again."""
-        return [after - remasked for after, remasked in zip(self.after, self.remasked, strict=True)]
 
 
 def count_after(masked: int, planned: int, remasked: int) -> tuple[int, int]:
@@ -266,11 +220,10 @@ class _Run:
         self.no_scores = torch.full_like(self.confidence, torch.inf)
 
     def steps(self, plan: Sequence[StepCounts], first_step: int) -> Iterator[DecodingStep]:
-        """Runs the steps of the module docstring, with the counts of ``plan`` or of the selector."""
-        selector, widths = self.selector, plan[0].before  # widths: number of columns of each row, without padding
-        positions = _sort_masked_first(self.masked, widths)  # (B, M)
+        """Runs the steps of the module docstring, with the counts of ``plan`` (4)."""
+        positions = _sort_masked_first(self.masked, plan[0].before)  # (B, M)
         for step, counts in enumerate(plan, start=first_step):
-            if max(widths) == 0 or max(counts.before) == 0:  # a selector may finish early
+            if max(counts.before) == 0:
                 return
             # 1. Predict. Softmax and scores are computed in float32 for every dtype of the network.
             logits = self.predictor(self.tokens, positions).float()  # (B, M, K)
@@ -282,17 +235,16 @@ class _Run:
             # 2. Draw.
             candidates = self._draw(logits, positions, step)
             # 3. Score. Padding, which +inf sorts last, keeps its code and confidence.
-            is_real = _mark_real_columns(widths, positions)  # (B, M); None if no row is padded
-            scores = selector(candidates).float()  # (B, M)
+            is_padded = min(counts.before) < positions.shape[1]
+            is_real = _mark_first_columns(counts.before, positions) if is_padded else None  # (B, M)
+            scores = self.selector(candidates).float()  # (B, M)
             scores = scores if is_real is None else scores.where(is_real, torch.inf)
             all_drawn = self._keep_draws(candidates, is_real)  # (B, N)
-            # 4. Count. A selector with its own counts treats the plan as an upper bound.
-            if not selector.follows_schedule and step < self.num_steps - 1:
-                counts = self._count_by_selector(candidates, scores, is_real, widths)
             # 5. Remask. Lowest scores first. The sort is stable, so equal scores give the same result on every device.
             by_score = positions.gather(1, scores.argsort(dim=1, stable=True))  # (B, M)
             was_masked = self.masked
-            self.tokens = _mask_first(all_drawn, by_score, counts.undecided, self.mask_token_id)
+            undecided = [after - remasked for after, remasked in zip(counts.after, counts.remasked, strict=True)]
+            self.tokens = _mask_first(all_drawn, by_score, undecided, self.mask_token_id)
             has_remasked = max(counts.remasked) > 0
             if has_remasked:
                 self._mask_decided(counts.remasked, step)
@@ -301,8 +253,8 @@ class _Run:
             yield DecodingStep(step, all_drawn, was_masked, self.masked, all_scores, self.confidence)
             # The columns are sorted by score, so those that stay masked come first: they need no second sort,
             # except when the selector has masked positions that are not among the columns.
-            widths = counts.after
-            positions = _sort_masked_first(self.masked, widths) if has_remasked else by_score[:, : max(widths)]
+            after = counts.after
+            positions = _sort_masked_first(self.masked, after) if has_remasked else by_score[:, : max(after)]
 
     def _draw(self, logits: Tensor, positions: Tensor, step: int) -> Candidates:
         """Draws a code for each of ``positions`` (B, M) from ``logits`` (B, M, K)."""
@@ -340,22 +292,13 @@ class _Run:
         self.confidence = self.confidence.scatter(1, positions, confidence)
         return self.tokens.scatter(1, positions, codes)
 
-    def _count_by_selector(
-        self, candidates: Candidates, scores: Tensor, is_real: Tensor | None, num_masked: list[int]
-    ) -> StepCounts:
-        """Reads the counts that the selector sets from the device; the step waits here, and only here."""
-        valid = torch.ones_like(scores, dtype=torch.bool) if is_real is None else is_real
-        kept = self.selector.num_kept(candidates, scores, valid).tolist()
-        after = [max(0, masked - max(1, count)) for masked, count in zip(num_masked, kept, strict=True)]
-        return StepCounts(num_masked, after, [0] * len(after))
-
     def _mask_decided(self, counts: list[int], step: int) -> None:
         """Masks the ``counts[b]`` tokens of row b with the highest remasking scores that earlier steps decided."""
         # ``self.masked`` still is the mask before this step, so the draws of this step are not among them.
         is_decided = self.unknown & ~self.masked  # (B, N)
         every_position = torch.arange(is_decided.shape[1], device=is_decided.device).expand_as(is_decided)
-        noise, progress = self.noise.gumbel(every_position, step), (step + 1) / self.num_steps
-        scores = self.selector.remasking_scores(Decided(self.confidence, noise, progress)).float()  # (B, N)
+        decided = Decided(self.confidence, self.noise.gumbel(every_position, step))
+        scores = self.selector.remasking_scores(decided).float()  # (B, N)
         order = scores.masked_fill(~is_decided, -torch.inf).argsort(dim=1, descending=True, stable=True)
         self.tokens = _mask_first(self.tokens, order, counts, self.mask_token_id)
 
@@ -390,11 +333,6 @@ def _sort_masked_first(masked: Tensor, counts: list[int]) -> Tensor:
     return masked.logical_not().argsort(dim=1, stable=True)[:, : max(counts)]
 
 
-def _mark_real_columns(counts: list[int], positions: Tensor) -> Tensor | None:
-    """Returns (B, M) bool: False in the columns that pad a row beyond counts[b]; None if no row is padded."""
-    return None if min(counts) == positions.shape[1] else _mark_first_columns(counts, positions)
-
-
 def _mark_first_columns(counts: list[int], like: Tensor) -> Tensor:
     """Returns (B, M) bool in the shape of ``like``: True in the first counts[b] columns of row b."""
     limit = torch.tensor(counts).to(like.device, non_blocking=True)
@@ -410,14 +348,11 @@ def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token
 
 
 def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws codes by inverting the cumulative distribution of the softmax.
+    """Draws codes (...) int64 in [0, K) from logits (..., K) float32, by inverting their cumulative distribution.
 
     Args:
         logits: (..., K) float32.
         uniform: (...) float32 in (0, 1): one random number for each code.
-
-    Returns:
-        (...) int64 in [0, K).
     """
     cumulative = logits.softmax(-1).cumsum(-1)  # (..., K)
     # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.
@@ -442,10 +377,6 @@ class SeededNoise:
     steps_at_once: int = 8
     method: DrawMethod = "inverse_cdf"
     _kept: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.seeds, Tensor):
-            raise TypeError(f"seeds must be an int64 tensor, got {shorten(self.seeds)}; use torch.tensor(seeds)")
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
         """Draws codes with one uniform number per position, or with K Gumbel numbers."""
@@ -503,7 +434,7 @@ def draw_start(seeds: Tensor, num_tokens: int, fraction: float, codebook_size: i
 
 
 def decode_classes(
-    model: ConditionalModel[ConditionalNetwork],
+    model: ConditionalModel,
     labels: Sequence[int],
     seeds: Sequence[int],
     *,
@@ -516,7 +447,7 @@ def decode_classes(
     """Decodes one image for each label, from mask tokens only or from partly known tokens.
 
     Args:
-        model: The network with its grid, ids and caches.
+        model: The network and its caches.
         labels: Class of each image, or the null label.
         seeds: Seed of each image, in [0, 2**32). The rest of the batch does not change an image.
         decoder: The mask schedule, the token selector and the number of steps.
@@ -531,7 +462,7 @@ def decode_classes(
     Raises:
         ValueError: if a scale is positive, the network has no null class and ``negative_labels`` is None.
     """
-    is_random = decoder.random_start > 0 and first_step == 0
+    config, is_random = model.network.config, decoder.random_start > 0 and first_step == 0
     # The steps are computed lazily, under ``no_grad`` of the decoder; the shared first step is computed here.
     with torch.no_grad():
         predictor = build_class_predictor(
@@ -543,22 +474,21 @@ def decode_classes(
         )
     num_masked = None
     if tokens is None:
-        shape = len(labels), model.num_tokens
-        tokens = torch.full(shape, model.mask_token_id, dtype=torch.int64, device=model.device)
-        num_masked = [model.num_tokens] * len(labels)  # known without asking the device
+        shape = len(labels), config.num_tokens
+        tokens = torch.full(shape, config.mask_token_id, dtype=torch.int64, device=model.device)
+        num_masked = [config.num_tokens] * len(labels)  # known without asking the device
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
     if is_random:
-        start = draw_start(
-            seed_tensor, model.num_tokens, decoder.random_start, model.codebook_size, mask_token_id=model.mask_token_id
-        )
-        predictor = StartPredictor(predictor, start, mask_token_id=model.mask_token_id)
+        fraction, mask = decoder.random_start, config.mask_token_id
+        start = draw_start(seed_tensor, config.num_tokens, fraction, config.codebook_size, mask_token_id=mask)
+        predictor = StartPredictor(predictor, start, mask_token_id=mask)
     return decoder.steps(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
-        SeededNoise(seed_tensor, model.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
-        mask_token_id=model.mask_token_id,
+        SeededNoise(seed_tensor, config.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
+        mask_token_id=config.mask_token_id,
         first_step=first_step,
-        grid=model.grid,
+        grid=config.grid,
         num_masked=num_masked,
     )

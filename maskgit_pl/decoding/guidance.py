@@ -121,9 +121,6 @@ class PowerCosine(_Scaled):
         scale: Guidance scale of the last step, in [0, 10000].
         power: Exponent of progress, in [0.001, 1000].
 
-    Raises:
-        ValueError: if a number is out of range.
-
     Source: MDT, arXiv:2303.14389; TiTok, arXiv:2406.07550.
     """
 
@@ -161,9 +158,6 @@ class Interval(_Scaled):
         scale: Guidance scale, in [0, 10000].
         start: Progress of the first step with guidance, in [0, 1].
         stop: Progress of the last step with guidance, in [start, 1].
-
-    Raises:
-        ValueError: if a number is out of range.
 
     Source: Kynkäänniemi et al., arXiv:2404.07724.
     """

@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,7 +30,6 @@ __all__ = [
     "AutoguidedPredictor",
     "ClassPredictor",
     "ConditionalModel",
-    "ConditionalNetwork",
     "FirstStepLogits",
     "FirstStepPredictor",
     "GuidedPredictor",
@@ -41,9 +40,6 @@ __all__ = [
     "build_class_predictor",
     "check_condition_vectors",
 ]
-
-_NetworkT = TypeVar("_NetworkT", covariant=True)
-_BackboneT = TypeVar("_BackboneT", bound=Backbone)
 
 _MOST_NUMBERS = 2**28  # of the cached logits; 1 GiB in float32
 
@@ -64,28 +60,18 @@ class Predictor(Protocol):
         """
 
 
-class ConditionalNetwork(Protocol):
-    """A network that computes the logits of the codes at some positions, given tokens and labels: a ``Backbone``."""
-
-    def conditioned(self, labels: Tensor, vectors: Tensor | None = None) -> PredictAt:
-        """Returns a function of tokens (B, N) and positions (B, M), int64, to logits (B, M, K) for labels (B,).
-
-        A network that is conditioned on vectors takes them too, (B, C) float; the null label hides them.
-        """
-
-
 class ClassPredictor:
     """A predictor that runs the network once per call, given the class of each image. Exact.
 
     What depends only on the class is computed at the first call: the weights must not change between the calls.
 
     Args:
-        network: The network, usually a ``networks.backbone.Backbone``.
+        network: The network.
         labels: (B,) int64 in [0, num_classes), or the null label.
         vectors: (B, C) float on the network's device; None for a network without vectors.
     """
 
-    def __init__(self, network: ConditionalNetwork, labels: Tensor, vectors: Tensor | None = None) -> None:
+    def __init__(self, network: Backbone, labels: Tensor, vectors: Tensor | None = None) -> None:
         self.network, self.labels, self.vectors = network, labels, vectors
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -102,7 +88,7 @@ class GuidedPredictor:
     Calls with scale 0 run the conditional half only.
 
     Args:
-        network: The network, usually a ``networks.transformer.MaskedTransformer``.
+        network: The network.
         labels: (B,) int64 in [0, num_classes).
         negative_labels: (B,) int64: class that each image is pushed away from, usually the null label.
         scales: Guidance scale of each call, >= 0.
@@ -111,7 +97,7 @@ class GuidedPredictor:
 
     def __init__(
         self,
-        network: ConditionalNetwork,
+        network: Backbone,
         labels: Tensor,
         *,
         negative_labels: Tensor,
@@ -141,18 +127,13 @@ class AutoguidedPredictor:
     Args:
         positive: Predictor of the network that generates.
         negative: Predictor of the negative network.
-        mask_token_ids: Id of the mask token of the positive and of the negative network.
         scales: Guidance scale of each call, >= 0.
 
     Source: Karras et al., arXiv:2406.02507, equation 3, whose weight w is 1 + scale.
     """
 
-    def __init__(
-        self, positive: Predictor, negative: Predictor, *, mask_token_ids: tuple[int, int], scales: Sequence[float]
-    ) -> None:
-        self.positive = positive
-        self.negative = negative
-        self.mask_token_ids = mask_token_ids
+    def __init__(self, positive: ClassPredictor, negative: ClassPredictor, *, scales: Sequence[float]) -> None:
+        self.positive, self.negative = positive, negative
         self._scales = iter(scales)
 
     def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
@@ -161,7 +142,7 @@ class AutoguidedPredictor:
         if scale == 0:
             return logits
         # The mask tokens have different ids if only one network has a null class.
-        positive_id, negative_id = self.mask_token_ids
+        positive_id, negative_id = (part.network.config.mask_token_id for part in (self.positive, self.negative))
         tokens = tokens if positive_id == negative_id else tokens.masked_fill(tokens == positive_id, negative_id)
         return apply_guidance(logits, self.negative(tokens, positions), scale)
 
@@ -223,22 +204,16 @@ class StartPredictor:
 class FirstStepLogits:
     """A cache of the logits of the first step. It sees mask tokens only, so its logits depend on the class only. Exact.
 
-    The cache keeps the ``max_labels`` classes that were used last. Callers that change the weights, the
-    device or the dtype of the network call ``clear``.
+    Callers that change the weights, the device or the dtype of the network call ``clear``.
 
     Args:
-        network: The network, usually a ``networks.transformer.MaskedTransformer``.
-        num_tokens: N, tokens per image.
-        mask_token_id: Id of the mask token.
-        max_labels: Number of classes kept, >= 1. Each takes N K numbers; fewer are kept if they take more than 2^28.
+        network: The network.
+        max_labels: Number of classes kept, >= 1, those that were used last. Each takes N K numbers; fewer are
+            kept if they take more than 2^28.
     """
 
-    def __init__(
-        self, network: ConditionalNetwork, *, num_tokens: int, mask_token_id: int, max_labels: int = 64
-    ) -> None:
+    def __init__(self, network: Backbone, *, max_labels: int = 64) -> None:
         self.network = network
-        self.num_tokens = num_tokens
-        self.mask_token_id = mask_token_id
         self.max_labels = max_labels
         self._known: OrderedDict[int, Tensor] = OrderedDict()  # label -> (N, K), last used at the end
 
@@ -247,7 +222,15 @@ class FirstStepLogits:
         # 1. Compute each missing class once, in sorted order, so that the batch order changes no result.
         missing = sorted(set(labels) - set(self._known))
         if missing:
-            self._compute(missing, device)
+            config = self.network.config
+            shape = len(missing), config.num_tokens
+            tokens = torch.full(shape, config.mask_token_id, dtype=torch.int64, device=device)
+            positions = torch.arange(config.num_tokens, device=device).expand(shape)
+            logits = self.network.conditioned(torch.tensor(missing, device=device))(
+                tokens, positions
+            )  # (missing, N, K)
+            # A view would keep the memory of all classes while one of them is in the cache.
+            self._known.update(zip(missing, map(Tensor.clone, logits) if len(missing) > 1 else logits, strict=True))
         # 2. Collect the rows first: a batch may have more classes than the cache keeps.
         rows = [self._known[label] for label in labels]
         # 3. Remove the least recently used classes.
@@ -262,78 +245,35 @@ class FirstStepLogits:
         """Removes all logits."""
         self._known.clear()
 
-    def _compute(self, labels: Sequence[int], device: torch.device) -> None:
-        shape = len(labels), self.num_tokens
-        tokens = torch.full(shape, self.mask_token_id, dtype=torch.int64, device=device)
-        positions = torch.arange(self.num_tokens, device=device).expand(shape)
-        predict = self.network.conditioned(torch.tensor(labels, device=device))
-        logits = predict(tokens, positions)  # (classes, N, K)
-        # A view would keep the memory of all classes while one of them is in the cache.
-        rows = [row.clone() for row in logits.unbind()] if len(labels) > 1 else logits.unbind()
-        self._known.update(zip(labels, rows, strict=True))
-
 
 @dataclass(frozen=True)
-class ConditionalModel(Generic[_NetworkT]):
-    """A class-conditional network with the facts that decoding needs; ``from_network`` reads most of them from it.
+class ConditionalModel:
+    """A class-conditional network on its device, with what its decoding runs share.
 
     Args:
-        network: The network: a ``ConditionalNetwork``, or an ``AutoregressiveBackbone`` for
-            ``decode_autoregressive``.
-        grid: Rows and columns of tokens; N is their product.
-        codebook_size: Number of codes K.
-        mask_token_id: Id of the mask token.
-        null_label: Label of "no class"; None if the network has none.
+        network: The network; its configuration has the grid and the ids.
         device: Device of the network.
         first_step_logits: Cache of the first step's logits, shared between runs; None computes them once per batch.
         negative: Weaker model of the same tokens, which guidance pushes images away from
             (``AutoguidedPredictor``); None pushes them away from the negative or null class.
-        condition_dim: Size C of the vector of an image; 0 for a network without vectors.
         vectors: (B, C) float, the vectors of a batch (``bind``).
     """
 
-    network: _NetworkT
-    grid: tuple[int, int]
-    codebook_size: int
-    mask_token_id: int
-    null_label: int | None
+    network: Backbone
     device: torch.device
     first_step_logits: FirstStepLogits | None = None
-    negative: ConditionalModel[ConditionalNetwork] | None = None
-    condition_dim: int = 0
+    negative: ConditionalModel | None = None
     vectors: Tensor | None = None
 
-    @staticmethod
-    def from_network(
-        network: _BackboneT, device: torch.device, *, first_step_logits: FirstStepLogits | None = None
-    ) -> ConditionalModel[_BackboneT]:
-        """Returns the model of a ``Backbone``, whose configuration holds the grid and the ids."""
-        config = network.config
-        return ConditionalModel(
-            network,
-            config.grid,
-            config.codebook_size,
-            config.mask_token_id,
-            config.null_label,
-            device,
-            first_step_logits,
-            condition_dim=config.condition_dim,
-        )
-
-    @property
-    def num_tokens(self) -> int:
-        """The number of tokens per image, N."""
-        return self.grid[0] * self.grid[1]
-
-    def bind(self, vectors: Tensor | None) -> ConditionalModel[_NetworkT]:
-        """Returns the model for a batch whose images have vectors. A negative model without vectors stays as it is.
+    def bind(self, vectors: Tensor | None) -> ConditionalModel:
+        """Returns the model for a batch whose images have vectors. A network without vectors stays as it is.
 
         Args:
-            vectors: (B, C) float on the network's device; None for a network without vectors, which stays as it is.
+            vectors: (B, C) float on the network's device; None for a network without vectors.
         """
-        if vectors is None:
+        if vectors is None or not self.network.config.condition_dim:
             return self
-        negative = self.negative.bind(vectors) if self.negative and self.negative.condition_dim else self.negative
+        negative = self.negative and self.negative.bind(vectors)
         # The logits of the first step are cached by class, which a vector makes wrong.
         return replace(self, vectors=vectors, first_step_logits=None, negative=negative)
 
@@ -348,11 +288,12 @@ class ConditionalModel(Generic[_NetworkT]):
             return negative_labels
         if self.negative is not None:
             return labels
-        return None if self.null_label is None else [self.null_label] * len(labels)
+        null_label = self.network.config.null_label
+        return None if null_label is None else [null_label] * len(labels)
 
 
 def build_class_predictor(
-    model: ConditionalModel[ConditionalNetwork],
+    model: ConditionalModel,
     labels: Sequence[int],
     *,
     negative_labels: Sequence[int] | None = None,
@@ -382,49 +323,34 @@ def build_class_predictor(
 
 
 def _build_guided(
-    model: ConditionalModel[ConditionalNetwork],
-    labels: Sequence[int],
-    negative_labels: Sequence[int] | None,
-    scales: Sequence[float],
+    model: ConditionalModel, labels: Sequence[int], negative_labels: Sequence[int] | None, scales: Sequence[float]
 ) -> Predictor:
     """Builds the predictor without the shared first step; see ``build_class_predictor``."""
     positive = torch.tensor(list(labels), device=model.device)
+    conditional = ClassPredictor(model.network, positive, model.vectors)
     if negative_labels is None or not any(scale > 0 for scale in scales):
-        return ClassPredictor(model.network, positive, model.vectors)
+        return conditional
     negative = torch.tensor(list(negative_labels), device=model.device)
     if model.negative is None:
         return GuidedPredictor(model.network, positive, negative_labels=negative, scales=scales, vectors=model.vectors)
-    return AutoguidedPredictor(
-        ClassPredictor(model.network, positive, model.vectors),
-        ClassPredictor(model.negative.network, negative, model.negative.vectors),
-        mask_token_ids=(model.mask_token_id, model.negative.mask_token_id),
-        scales=scales,
-    )
+    other = ClassPredictor(model.negative.network, negative, model.negative.vectors)
+    return AutoguidedPredictor(conditional, other, scales=scales)
 
 
 def _first_logits(
-    model: ConditionalModel[ConditionalNetwork],
-    labels: Sequence[int],
-    negative_labels: Sequence[int] | None,
-    scale: float,
+    model: ConditionalModel, labels: Sequence[int], negative_labels: Sequence[int] | None, scale: float
 ) -> Tensor:
     """Returns the guided logits of the first step, (B, N, K)."""
     # The caches hold unguided logits, so they serve all scales.
-    first_step = _obtain_first_step(model)
+    first_step = model.first_step_logits or FirstStepLogits(model.network)
     if negative_labels is None or scale == 0:
         return first_step(labels, device=model.device)
     if model.negative is not None:
-        negative = _obtain_first_step(model.negative)(negative_labels, device=model.device)
+        negative_step = model.negative.first_step_logits or FirstStepLogits(model.negative.network)
+        negative = negative_step(negative_labels, device=model.device)
         return apply_guidance(first_step(labels, device=model.device), negative, scale)
     conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
     return apply_guidance(conditional, unconditional, scale)
-
-
-def _obtain_first_step(model: ConditionalModel[ConditionalNetwork]) -> FirstStepLogits:
-    """Returns the model's cache of the first step's logits, or an empty one."""
-    return model.first_step_logits or FirstStepLogits(
-        model.network, num_tokens=model.num_tokens, mask_token_id=model.mask_token_id
-    )
 
 
 @dataclass(frozen=True)
@@ -435,24 +361,15 @@ class VectorPool:
     class and its seed only, and the images of a class with consecutive seeds take its vectors in turn.
 
     Args:
-        vectors: (m, C) float32.
+        vectors: (m, C) float32, m >= 1.
         labels: (m,) int64, class of each vector; None if every class takes all vectors. A class without
             vectors takes all of them too.
         first_seed: Seed of the image that takes the first vector.
-
-    Raises:
-        ValueError: if there are no vectors, or their shape differs from that of the labels.
     """
 
     vectors: Tensor
     labels: Tensor | None = None
     first_seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.vectors.ndim != 2 or not len(self.vectors):
-            raise ValueError(f"vectors must have shape (m, C) with m >= 1, got {tuple(self.vectors.shape)}")
-        if self.labels is not None and self.labels.shape != self.vectors.shape[:1]:
-            raise ValueError(f"labels must be one for each of {len(self.vectors)} vectors, got {len(self.labels)}")
 
     @cached_property
     def digest(self) -> str:

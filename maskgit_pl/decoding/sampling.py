@@ -53,9 +53,6 @@ class CodeSampling:
         top_p: Probability kept, in (0, 1]; None keeps all codes.
         method: Method by which codes are drawn; see ``DrawMethod``.
 
-    Raises:
-        ValueError: if a number is out of range.
-
     Source: temperature annealing: MaskBit, arXiv:2409.16211; top-p: Holtzman et al., arXiv:1904.09751.
     """
 

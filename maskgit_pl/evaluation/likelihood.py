@@ -17,7 +17,7 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.distributed import gather_rows
 from maskgit_pl.evaluation.features import iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
-from maskgit_pl.masking import MaskSampler, UniformPositions
+from maskgit_pl.masking import MaskSampler, UniformPositions, true_positions
 from maskgit_pl.networks.backbone import Backbone
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
@@ -53,7 +53,7 @@ def masked_nll(
 
     Args:
         network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after
-            image, such as ``MaskedTransformer.forward_masked`` in evaluation mode.
+            image; see ``bind_conditions``.
         tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
         sampler: Sampler of masks with the schedule gamma of the model and a seed.
@@ -155,10 +155,10 @@ def bind_conditions(network: Backbone, labels: Tensor, vectors: Tensor | None) -
     With (n, C) vectors of all images, these are a function of the index of each image, and the indices (n,) int64.
     """
     if vectors is None:
-        return network.forward_masked, labels
+        return lambda tokens, labels, mask: network.forward_selected(tokens, labels, true_positions(mask)), labels
 
     def predict(tokens: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-        return network.forward_masked(tokens, labels[index], mask, vectors=vectors[index])
+        return network.forward_selected(tokens, labels[index], true_positions(mask), vectors=vectors[index])
 
     return predict, torch.arange(len(labels), device=labels.device)
 

@@ -252,13 +252,13 @@ def _build_decoders(
     labels = [seed % network.config.num_classes for seed in seeds]  # images of a class share their first step
     if isinstance(network, AutoregressiveBackbone):
         one_by_one = partial(
-            decode_autoregressive, ConditionalModel.from_network(network, device), labels, seeds,
+            decode_autoregressive, ConditionalModel(network, device), labels, seeds,
             decoder=decoding.build_autoregressive_decoder(network.config.num_tokens), scales=scales,
         )  # fmt: skip
         return {METHODS[1]: one_by_one, METHODS[2]: partial(one_by_one, cache=False)}
-    model = ConditionalModel.from_network(network, device)  # without a cache of the first step
+    model = ConditionalModel(network, device)  # without a cache of the first step
     if negative is not None:
-        model = replace(model, negative=ConditionalModel.from_network(negative, device))
+        model = replace(model, negative=ConditionalModel(negative, device))
     if size := network.config.condition_dim:
         model = model.bind(torch.zeros(batch_size, size, device=device))
     return {

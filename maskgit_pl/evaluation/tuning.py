@@ -110,8 +110,7 @@ class SearchSpace:
             top_k=trial.suggest_int("top_k", least, self.codebook_size, log=True) if truncation == "top_k" else None,
             top_p=_draw(trial, "top_p", 0.8, 0.99) if truncation == "top_p" else None,
         )
-        # Other selectors count the tokens of a step themselves.
-        if self.schedules and token_selectors.build(selector).follows_schedule:
+        if self.schedules:
             schedule = _choose(trial, "mask_schedule", (_OWN, *self.schedules))
             if schedule == _POW:
                 schedule = {"name": _POW, "exponent": _draw(trial, "exponent", *_EXPONENTS, log=True)}

@@ -10,8 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
-import zipfile
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,8 +95,6 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         ValueError: if it is of another format, damaged, or holds a Python object or a name that is no text.
     """
     kind = _check_format(file, "a file of torch.save or of safetensors", "zip", "pickle", "safetensors")
-    if kind == "zip" and not zipfile.is_zipfile(file):  # the directory of a zip is at its end
-        raise ValueError(f"checkpoint {file}: the file is cut off; download it again")
     way_out = (
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
         f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
@@ -134,7 +131,7 @@ def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
     """Returns a state dict by the names of the network itself, without those of DDP, FSDP and ``torch.compile``.
 
     Raises:
-        ValueError: if a name is no text, or a tensor is there with and without a wrapper.
+        ValueError: if a name is no text.
     """
     unwrapped: dict[str, Any] = {}
     for name, value in state.items():
@@ -143,8 +140,6 @@ def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
         inner = ".".join(part for part in name.split(".") if part not in _WRAPPED)
         while inner.startswith("module."):  # DistributedDataParallel's; elsewhere it may be the network's
             inner = inner.removeprefix("module.")
-        if inner in unwrapped:
-            raise ValueError(f"tensor {printable(inner)} must be there once, got it twice, with and without a prefix")
         unwrapped[inner] = value
     return unwrapped
 
@@ -152,7 +147,7 @@ def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
 def select_tensors(
     contents: Mapping[str, Any], others: Sequence[str] = ()
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns the tensors of a network, and the names of known other ones with their counts.
+    """Returns the tensors of a network, and the names of other ones that are there.
 
     Args:
         contents: State dict.
@@ -162,19 +157,14 @@ def select_tensors(
         ValueError: if another entry is no tensor.
     """
     # Only these are left out: an unknown tensor means another network.
-    tensors: dict[str, Tensor] = {}
-    left_out: Counter[str] = Counter()
-    for name, value in contents.items():
-        entry = next(
-            (entry for entry in others if name == entry or (entry[-1] == "." and name.startswith(entry))), None
-        )
-        if entry is not None:
-            left_out[entry] += 1
-        elif isinstance(value, Tensor):
-            tensors[name] = value
-        else:
+    beginnings = tuple(name for name in others if name.endswith("."))
+    tensors = {
+        name: value for name, value in contents.items() if name not in others and not name.startswith(beginnings)
+    }
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
             raise ValueError(f"entry {printable(name)} must be a tensor, got {type(value).__name__}")
-    return tensors, tuple(f"{name}* ({count} tensors)" if name[-1] == "." else name for name, count in left_out.items())
+    return tensors, tuple(entry for entry in others if any(name.startswith(entry) for name in contents))
 
 
 def check_weights(tensors: Mapping[str, Tensor], size: int) -> None:
@@ -224,8 +214,6 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
         raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
     with path.open("rb") as stream:
         head = stream.read(_HEAD)
-    if not head:
-        raise ValueError(f"{rule}, got an empty file; download it again")
     formats = ((name, text) for name, (text, beginning) in _FORMATS.items() if re.match(beginning, head))
     kind, text = next(formats, ("", ""))
     if kind not in accepted:

@@ -24,7 +24,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.checkpoints import name_some
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.networks.weights import skeletons
+from maskgit_pl.networks.weights import check_shapes, skeletons
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.registry import describe
 
@@ -97,7 +97,7 @@ def convert(
         ValueError: if a tensor is missing, superfluous or of another shape.
     """
     rules = [rule for rule in rules if all(name in shapes for name in rule.ours.split())]
-    _check_shapes(tensors, {name: shape for rule in rules for name, shape in _their_shapes(rule, shapes, axes)})
+    check_shapes(tensors, {name: shape for rule in rules for name, shape in _their_shapes(rule, shapes, axes)})
     weights: dict[str, Tensor] = {}
     for rule in rules:
         parts = [tensors[name].float() for name in rule.theirs.split()]
@@ -161,22 +161,6 @@ def _their_shapes(
 
 def _named_in(rule: Rule, axes: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in axes.items() if name in rule.axes}
-
-
-def _check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Checks that tensors have exactly these names and shapes; one message lists all differences."""
-    differences = {
-        "missing": [name for name in shapes if name not in tensors],
-        "not in the network": [name for name in tensors if name not in shapes],
-        "of another shape": [
-            f"{name} {tuple(tensors[name].shape)} instead of {shape}"
-            for name, shape in shapes.items()
-            if name in tensors and tuple(tensors[name].shape) != shape
-        ],
-    }
-    faults = [f"{kind}: {name_some(names)}" for kind, names in differences.items() if names]
-    if faults:
-        raise ValueError(f"tensors must have the names and shapes of the network, got {'; '.join(faults)}")
 
 
 @dataclass(frozen=True)

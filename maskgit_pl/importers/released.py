@@ -109,19 +109,16 @@ def import_jax(
         tokenizer: Checkpoint such as ``tokenizer_imagenet256_checkpoint``.
         out: Folder to make.
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
-        image_size: Side of the images in pixels. Default: the size that follows from the transformer's grid;
-            256 without a transformer.
+        image_size: Side of the images in pixels, 256 by default. With a transformer it follows from its grid.
         class_names: See ``conversion.choose_class_names``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file is of another kind, damaged, or not of this size, parts do not belong together,
-            or the number of names is wrong.
+        ValueError: if a file is of another kind or damaged, parts do not belong together, or the number of names is
+            wrong.
         FileExistsError: if ``out`` exists.
     """
     check_out(out)
-    if transformer is None and class_names is not None:
-        raise ValueError("class names must come with a transformer, which has the classes; add --transformer")
     with name_file(tokenizer):
         arrays, ignored = _read(tokenizer)
         vqgan = tokenizer_config(arrays)
@@ -134,27 +131,13 @@ def import_jax(
             state = transformer_weights(arrays, config)
         names, ignored = choose_class_names(class_names, config.num_classes), [*ignored, *more_ignored]
         imported = ImportedTransformer(config, state, _MASK_SCHEDULE, _decoding(config), names)
-        rows, columns = config.grid
-        size = rows * vqgan.downsampling_factor  # released grids are square
-        if image_size not in (None, size):
-            raise ValueError(
-                f"--image-size must be {size}, for {rows} x {columns} tokens of this transformer, got {image_size}; "
-                f"leave --image-size out, or name the checkpoints of {image_size} px"
-            )
+        size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
     return write_import(Imported(out, "google-research/maskgit", vqgan, weights, size, imported, ignored=ignored))
 
 
 def parameters(arrays: Arrays) -> dict[str, Array]:
-    """Returns the collection ``params`` of a checkpoint without the prefix.
-
-    Raises:
-        ValueError: if there is none.
-    """
-    params = {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
-    if not params:
-        names = name_some(_top(arrays)) or "nothing"
-        raise ValueError(f"it must have a collection 'params', got {names}; name another file")
-    return params
+    """Returns the collection ``params`` of a checkpoint without the prefix."""
+    return {name.removeprefix(_PARAMS): array for name, array in arrays.items() if name.startswith(_PARAMS)}
 
 
 def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConfig:
@@ -314,5 +297,5 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
 def _check_kind(arrays: Arrays, kind: str) -> None:
     if _MARKS[kind] not in arrays:
         actual = next((name for name, mark in _MARKS.items() if mark in arrays), None)
-        got = f"those of a {actual}; name that file with --{actual}" if actual else name_some(_top(arrays))
+        got = f"those of a {actual}; name that file with --{actual}" if actual else name_some(_top(arrays)) or "none"
         raise ValueError(f"{kind} arrays must be those of a released {kind}, got {got}")

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, as_image_size, check_choice, check_image_size, check_keys, pixels_text, shorten
+from maskgit_pl.checks import ImageSize, check_choice, check_image_size, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.importers.checkpoints import (
@@ -50,14 +50,11 @@ __all__ = ["LAYOUTS", "TokenizerLayout", "import_tokenizer", "tokenizer_layout_o
 _WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")  # entries; as in LlamaGen, its average before "model"
 _AVERAGE = "model_ema."
 _CODEBOOK = "quantize.embedding.weight"  # of all projects with a table of codes
-_BITS = "quantize.bits_to_indices"
 _MAX_BITS = 24  # the largest codebook that a configuration accepts
 _GROUPS = 32  # groups of every GroupNorm, unless config.json sets another number
 _IMAGE_SIZE = 256  # px, of most published tokenizers
 _DIFFUSERS_SIZE = 32  # px, the default of diffusers, which files of 256 and 512 px hold too: it tells nothing
 _SAME_NAMES = "tokenizers of IBQ have the same names, but choose other codes; if this is one, import with --layout IBQ"
-_GUMBEL = ("quantize.embed.weight", "quantize.proj.weight")
-_TRANSFORMER = re.compile(r"(^|\.)(transformer|first_stage_model|tok_emb|tok_embeddings|layers\.0)\.")
 _OF_TAMING = (  # tensors beside the network
     "loss.",  # discriminator and perceptual network of Lightning checkpoints
     "discriminator.",
@@ -68,8 +65,8 @@ _OF_TAMING = (  # tensors beside the network
 )
 _TAMING_LAYERS = {"shortcut": "nin_shortcut", "query": "q", "key": "k", "value": "v", "output": "proj_out"}
 _PLAIN_LAYERS = {"shortcut": "nin_shortcut", "conv": ""}  # a sampling is its only convolution
-# Keys of diffusers' config.json that do not change tokens: of diffusion models on latents, of float16, and of the file.
-_NEUTRAL = ("scaling_factor", "lookup_from_codebook", "force_upcast", "_diffusers_version", "_name_or_path")
+# Keys of diffusers' config.json that no tensor tells, with the only values that are imported.
+_SETTINGS = {"_class_name": "VQModel", "act_fn": "silu", "norm_type": "group"}
 
 
 @dataclass(frozen=True)
@@ -336,7 +333,7 @@ MASKBIT = TokenizerLayout(
     layers=_PLAIN_LAYERS,
     lowest_first=True,
     bits=_lfq(0.02),
-    others=(_BITS, "quantize.codebook"),  # constants of the bits
+    others=("quantize.bits_to_indices", "quantize.codebook"),  # constants of the bits
     prepare=_order_levels,
 )
 """VQGAN+: our layout ``maskgit`` with a 3x3 convolution of stride 2 between levels.
@@ -439,7 +436,9 @@ def import_tokenizer(
         check_weights(tensors, file.stat().st_size)
         tensors = kind.prepare(tensors)
         config = kind.read_config(tensors, num_groups=settings.get("norm_num_groups", _GROUPS))
-        _check_settings(settings, config)
+        for key, value in _SETTINGS.items():
+            if settings.get(key, value) != value:
+                raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}")
         size, notes = _choose_size(image_size, settings.get("sample_size", _DIFFUSERS_SIZE))
         if signed_images is not None:
             config = replace(config, signed_images=signed_images)
@@ -461,18 +460,13 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
     Raises:
         ValueError: if it has none of the layouts, not the named one, or two.
     """
-    if gumbel := [name for name in _GUMBEL if name in tensors]:
-        raise ValueError(
-            f"the tokenizer must quantize to the nearest code, got a Gumbel-softmax tokenizer ({gumbel[0]}); name "
-            "another one, such as vqgan_imagenet_f16_16384 of taming-transformers"
-        )
     fitting = {layout.name: layout for layout in LAYOUTS if layout.is_of(tensors)}
     if not fitting:
-        kind, way_out = "something else", "a file of one of these"
-        if any(map(_TRANSFORMER.search, tensors)):
-            kind, way_out = "a transformer", "its tokenizer, or use maskgit import-transformer"
         projects = ", ".join(TOKENIZER_LAYOUTS)
-        raise ValueError(f"it must be a tokenizer of {projects}, got {kind} ({name_some(tensors)}); name {way_out}")
+        raise ValueError(
+            f"it must be a tokenizer of {projects}, got something else ({name_some(tensors)}); name a file of one of "
+            "these, or import a transformer with maskgit import-transformer"
+        )
     names = " or ".join(fitting)
     if name is None and len(fitting) > 1 and any(tensor.startswith(_AVERAGE) for tensor in tensors):
         raise ValueError(
@@ -482,8 +476,6 @@ def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> 
     chosen = fitting.get(name or next(iter(fitting)))
     if chosen is None:
         raise ValueError(f"--layout must be {names} for the names of these tensors, got {name}")
-    if chosen is MASKBIT and _CODEBOOK not in tensors and _BITS not in tensors:
-        raise ValueError(f"tensor {_CODEBOOK} or {_BITS} must be there, which tells codes from bits; name a tokenizer")
     return chosen
 
 
@@ -499,44 +491,14 @@ def _average_tensors(tensors: Mapping[str, Tensor], contents: Mapping[str, Any])
     return {name: contents[average] for name, average in names.items()}
 
 
-def _check_settings(settings: Mapping[str, Any], config: VQGANConfig) -> None:
-    """Checks that the ``config.json`` of diffusers, if there is one, describes the network of the tensors.
-
-    Each key of ``VQModel`` must have this value, except those that are read and those that do not change tokens.
-    """
-    is_attentive = [level in config.attention_levels for level in range(len(config.widths))]
-    down = ["AttnDownEncoderBlock2D" if attentive else "DownEncoderBlock2D" for attentive in is_attentive]
-    expected = {
-        "_class_name": "VQModel",
-        "act_fn": "silu",
-        "norm_type": "group",
-        "in_channels": config.in_channels,
-        "out_channels": config.in_channels,
-        "block_out_channels": list(config.widths),
-        "down_block_types": down,
-        "up_block_types": [name.replace("DownEncoder", "UpDecoder") for name in reversed(down)],
-        "layers_per_block": config.num_res_blocks,
-        "latent_channels": config.latent_channels,
-        "num_vq_embeddings": config.codebook_size,
-        "vq_embed_dim": config.code_dim,
-        "mid_block_add_attention": config.middle_attention,
-    }
-    check_keys("config.json", settings, known=[*expected, "norm_num_groups", "sample_size", *_NEUTRAL])
-    for key, value in expected.items():
-        is_default = key == "vq_embed_dim" and settings.get(key) is None  # that of the latents, as the tensors say
-        if settings.get(key, value) != value and not is_default:
-            raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}; name its own file")
-
-
 def _choose_size(requested: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
-    """Returns the size of the images, and a note if no file gives it, or another one than the user."""
-    if declared == _DIFFUSERS_SIZE:
-        assumed = (
-            f"no file gives the size of the images (a sample_size of {_DIFFUSERS_SIZE} is the default of diffusers): "
-            f"{_IMAGE_SIZE} px are assumed; name another with --image-size"
-        )
-        return (_IMAGE_SIZE, [assumed]) if requested is None else (requested, [])
-    declared = check_image_size("sample_size of config.json", declared, "[1, 8192]")
-    if requested is None or as_image_size(requested) == declared:
-        return declared, []
-    return requested, [f"config.json gives images of {pixels_text(declared)}, not of {pixels_text(requested)}"]
+    """Returns the size of the images, and a note if it is assumed."""
+    if requested is not None:
+        return requested, []
+    if declared != _DIFFUSERS_SIZE:
+        return check_image_size("sample_size of config.json", declared, "[1, 8192]"), []
+    note = (
+        f"no file gives the size of the images (a sample_size of {_DIFFUSERS_SIZE} is the default of diffusers): "
+        f"{_IMAGE_SIZE} px are assumed; name another with --image-size"
+    )
+    return _IMAGE_SIZE, [note]

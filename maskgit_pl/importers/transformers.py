@@ -165,25 +165,24 @@ def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
     """Returns the layout of a state dict, by its names.
 
     Raises:
-        ValueError: if it has neither layout. The message says what it is, if that is known.
+        ValueError: if it has neither layout.
     """
     layout = next((layout for layout in (HALTON, MASKGIL) if all(mark in tensors for mark in layout.marks)), None)
     if layout is None:
-        is_tokenizer = any(name.startswith(("encoder.", "decoder.", "quantize.")) for name in tensors)
-        kind = "a tokenizer: use maskgit import-tokenizer" if is_tokenizer else "something else"
-        raise ValueError(f"it must be a transformer of Halton-MaskGIT or MaskGIL, got {kind} ({name_some(tensors)})")
+        raise ValueError(
+            f"it must be a transformer of Halton-MaskGIT or MaskGIL, got something else ({name_some(tensors)}); import "
+            "a tokenizer with maskgit import-tokenizer"
+        )
     return layout
 
 
-def _find_num_heads(
-    requested: int | None, published: Mapping[tuple[int, int], int], *, embed_dim: int, depth: int
-) -> int:
-    """Returns the number of attention heads, which no shape of a tensor tells.
+def _find_num_heads(requested: int | None, published: Mapping[tuple[int, int], int], size: tuple[int, int]) -> int:
+    """Returns the number of attention heads for a size (D, blocks), which no shape of a tensor tells.
 
     Raises:
         ValueError: if the user names none, and no published network has this size.
     """
-    num_heads = published.get((embed_dim, depth)) if requested is None else requested
+    (embed_dim, depth), num_heads = size, published.get(size) if requested is None else requested
     if num_heads is None:
         raise ValueError(
             f"the number of attention heads must be given for a network of {depth} blocks of size {embed_dim}, as no "
@@ -210,7 +209,7 @@ def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
     depth = count_numbers(tensors, "transformer.layers.")
     query = "transformer.layers.0.attn.wq.weight"
     inner, _ = shape_of(tensors, query)
-    heads = _find_num_heads(num_heads, _HALTON_HEADS, embed_dim=embed_dim, depth=depth)
+    heads = _find_num_heads(num_heads, _HALTON_HEADS, (embed_dim, depth))
     # Their heads have the size D // heads, so that "small" has 6 heads of size 85 for D = 512.
     if heads > embed_dim or heads * (embed_dim // heads) != inner:
         raise ValueError(
@@ -339,21 +338,14 @@ def _read_maskgil(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_head
     """Reads the sizes of the network off the shapes. It has no table of positions: the grid is the tokenizer's."""
     vocabulary, embed_dim = shape_of(tensors, "tok_emb.weight")
     codebook_size = shape_of(tensors, "output.weight")[0] - 1
-    # Rows of their table: codes, the mask token, classes, no class.
-    num_classes = vocabulary - (codebook_size + 1) - 1
-    if num_classes < 1:
-        raise ValueError(
-            f"tensor tok_emb.weight must have rows for {codebook_size} codes, the mask token, classes, and no class, "
-            f"got {vocabulary}"
-        )
     depth = count_numbers(tensors, "layers.")
     return AdaLNConfig(
         codebook_size=codebook_size,
-        num_classes=num_classes,
+        num_classes=vocabulary - (codebook_size + 1) - 1,  # rows: codes, the mask token, classes, no class
         grid=grid,
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=_find_num_heads(num_heads, _MASKGIL_HEADS, embed_dim=embed_dim, depth=depth),
+        num_heads=_find_num_heads(num_heads, _MASKGIL_HEADS, (embed_dim, depth)),
         mlp_dim=shape_of(tensors, "layers.0.feed_forward.w1.weight")[0],
         num_registers=0,
         positions="rotary-raster",

@@ -83,9 +83,6 @@ class AdaLNConfig(BackboneConfig):
             Halton-MaskGIT's "small" has 6 heads of 85 numbers for D = 512.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
             in raster order, without registers. Both have the same weights.
-
-    Raises:
-        ValueError: if a size is out of range or an option is unknown.
     """
 
     has_token_groups: ClassVar[bool] = True
@@ -153,9 +150,6 @@ class AdaLNConfig(BackboneConfig):
 
 class AdaLNBlock(nn.Module):
     """A pre-norm block of attention and SwiGLU; see the module for its formulas.
-
-    Args:
-        config: Sizes and options.
 
     Attributes:
         entry_points: Methods that a network calls besides ``forward``. FSDP2 gathers the weights for them too.
@@ -262,9 +256,6 @@ class AdaLNBlock(nn.Module):
 
 class AdaLNTransformer(Backbone):
     """Predicts the codes of masked tokens from the visible ones, the class and, if there is one, a vector.
-
-    Args:
-        config: Sizes and options.
 
     Attributes:
         attention: Attention that the class computes.
@@ -429,9 +420,6 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
 
     The sequence is [start, x_1 .. x_{N-1}], and the output at each position predicts the next token. The
     start is the mask token, or the embedded class with ``conditioning: token``.
-
-    Args:
-        config: Sizes and options, with causal attention.
     """
 
     attention = "causal"

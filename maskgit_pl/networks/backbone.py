@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_keys, check_number, describe_wrong_values, shorten, validate
 from maskgit_pl.networks.weights import skeletons
-from maskgit_pl.registry import Registry
+from maskgit_pl.registry import Registry, derives_from
 
 __all__ = [
     "BUILT_IN",
@@ -43,7 +43,6 @@ __all__ = [
     "compose_logits",
     "config_class",
     "create_network",
-    "join_digits",
     "likeliest_tokens",
     "read_config_values",
     "split_tokens",
@@ -119,8 +118,6 @@ class BackboneConfig(ABC):
                 object.__setattr__(self, field.name, tuple(value))
         for name, (least, most) in _LARGEST.items():
             check_integer(f"transformer {name}", getattr(self, name), f"[{least}, {most}]")
-        if len(self.grid) != 2:
-            raise ValueError(f"transformer grid must be two numbers (rows, columns), got {shorten(self.grid)}")
         for side in self.grid:
             check_integer("transformer grid", side, f"[1, {LARGEST_GRID}]")
         for name in ("dropout", "class_dropout"):
@@ -128,11 +125,7 @@ class BackboneConfig(ABC):
         self._check_groups()
 
     def _check_groups(self) -> None:
-        """Checks that the codebook can be divided into ``num_token_groups`` groups.
-
-        Raises:
-            ValueError: if not.
-        """
+        """Checks that the codebook can be divided into ``num_token_groups`` groups."""
         groups, size = self.num_token_groups, self.codebook_size
         check_integer("transformer num_token_groups", groups, f"[1, {_MOST_GROUPS}]")
         if groups == 1:
@@ -240,7 +233,7 @@ class Backbone(nn.Module):
             number of other rows.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_at", "conditioned")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_selected", "forward_at", "conditioned")
     takes_project: ClassVar[bool] = False
     vocabulary_tables: ClassVar[tuple[str, ...]] = ()
     class_tables: ClassVar[tuple[str, ...]] = ()
@@ -269,24 +262,6 @@ class Backbone(nn.Module):
             (B, N, V) float.
         """
 
-    def forward_masked(
-        self,
-        tokens: Tensor,
-        labels: Tensor,
-        mask: Tensor,
-        *,
-        vectors: Tensor | None = None,
-        vocabulary: Vocabulary = "codes",
-    ) -> Tensor:
-        """Returns the logits (number of True, V) where ``mask`` (B, N) bool is True, in raster order, row after row.
-
-        The host waits for the device to count them. See ``forward`` for the other arguments.
-        """
-        positions = mask.flatten().nonzero().squeeze(1)
-        # The method of the class: FSDP2 has gathered the weights already.
-        select = type(self).forward_selected
-        return select(self, tokens, labels, positions, vectors=vectors, vocabulary=vocabulary)
-
     def forward_selected(
         self,
         tokens: Tensor,
@@ -297,28 +272,22 @@ class Backbone(nn.Module):
         vocabulary: Vocabulary = "codes",
         project: Project = F.linear,
     ) -> Tensor:
-        """Returns the logits of M tokens of the batch, for training.
+        """Returns the logits of M tokens of the batch, for training; see ``forward`` for the other arguments.
 
         Args:
             tokens: (B, N) int64.
             labels: (B,) int64.
             positions: (M,) int64 in [0, B N): token n of image b is at b N + n.
-            vectors: (B, C) float; None without conditioning vectors.
-            vocabulary: Columns of the result: the K codes, or the whole vocabulary.
+            vectors: (B, C) float.
+            vocabulary: Columns of the result.
             project: (M, D) hidden states, (V, D) table, (V,) bias -> (M, V) logits, or values that are
                 computed from logits without a tensor of all of them; followed if ``takes_project``.
 
         Returns:
             (M, V) float, or what ``project`` returns.
         """
-        forward_masked = type(self).forward_masked
-        if forward_masked is Backbone.forward_masked:
-            # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
-            logits = self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary).flatten(0, 1)
-            return logits[positions]
-        mask = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill(0, positions, value=True)
-        logits = forward_masked(self, tokens, labels, mask.view_as(tokens), vectors=vectors, vocabulary=vocabulary)
-        return logits[mask.cumsum(0)[positions] - 1]
+        # Not self(...): FSDP2 and DDP have gathered the weights for this method already.
+        return self.forward(tokens, labels, vectors=vectors, vocabulary=vocabulary).flatten(0, 1)[positions]
 
     def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
         """Returns the logits of the codes (B, M, K) at ``positions`` (B, M) int64 in [0, N), for decoding.
@@ -339,10 +308,10 @@ class Backbone(nn.Module):
 class AutoregressiveBackbone(Backbone):
     """The base of networks with causal attention, which predict each token from those before it in raster order.
 
-    ``forward`` and ``forward_masked`` compute all tokens in one pass; the mask token is not part of their input.
+    ``forward`` and ``forward_selected`` compute all tokens in one pass; the mask token is not part of their input.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_masked", "forward_selected", "forward_next")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_selected", "forward_next")
 
     @abstractmethod
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
@@ -363,20 +332,10 @@ class AutoregressiveBackbone(Backbone):
         return [KVCache(self.config.num_tokens) for _ in self.blocks]
 
 
-def _check_config(name: str, config: BackboneConfig) -> None:
-    """Checks the contract of a registered configuration: its class and its name."""
-    if not isinstance(config, BackboneConfig):
-        raise ValueError(f"backbone {name!r}: the class must derive from BackboneConfig, got {type(config).__name__}")
-    if config.backbone != name:
-        raise ValueError(
-            f"backbone {name!r}: the default of the field backbone must be the registered name, got {config.backbone!r}"
-        )
-
-
 backbones: Registry[BackboneConfig] = Registry(
     "backbone",
     "maskgit_pl.backbones",
-    check=_check_config,
+    check=derives_from(BackboneConfig),
     modules=tuple(BUILT_IN.values()),
 )
 """The configurations of all backbones by name. ``build_config`` builds one from the values of a file."""
@@ -416,13 +375,11 @@ def read_config_values(values: Any) -> Any:
     kind = config_class(name)
     check_keys(f"backbone {name!r}", values, known=[field.name for field in fields(kind) if field.init])
     try:
-        config = validate(kind, {**values, "backbone": name})
+        return validate(kind, {**values, "backbone": name})
     except ValueError:
         raise
     except (Exception, SystemExit) as error:  # of a plug-in
         raise ValueError(f"backbone {name!r} cannot be built: {type(error).__name__}: {error}") from error
-    _check_config(name, config)
-    return config
 
 
 def config_class(name: str) -> type[BackboneConfig]:
@@ -490,7 +447,7 @@ class KVCache:
 #
 # Tables and heads have G k rows in place of K. The digits are independent given the visible tokens, so the logit of a
 # code is the sum of the logits of its digits: the softmax over the K codes is the product of those of the groups. The
-# most significant digit comes first: token = sum_g digit_g k^(G - 1 - g). For ``lfq`` and ``bsq``, whose bit i is the
+# most significant digit comes first: token = sum_g digit_g k^(G - 1 - g). For ``lfq``, whose bit i is the
 # sign of channel i, group g of B bits holds the channels from D - (g + 1) B on; for ``product``, the group G - 1 - g.
 #
 # Source: MaskBit, arXiv:2409.16211 (groups of bits), and the class ``Bert`` of its code: the sum of an
@@ -503,14 +460,6 @@ def split_tokens(tokens: Tensor, *, num_groups: int, group_size: int) -> Tensor:
     # Not a tensor of the powers: its copy to the device would wait.
     digits = [tokens // group_size**power % group_size for power in reversed(range(num_groups))]
     return torch.stack(digits, dim=-1)
-
-
-def join_digits(digits: Tensor, *, group_size: int) -> Tensor:
-    """Returns the tokens (...) int64 in [0, k^G) of digits (..., G) int64 in [0, k), the most significant one first."""
-    first, *rest = digits.unbind(-1)
-    for digit in rest:
-        first = first * group_size + digit
-    return first
 
 
 def compose_logits(logits: Tensor, *, num_groups: int) -> Tensor:
@@ -531,8 +480,11 @@ def compose_logits(logits: Tensor, *, num_groups: int) -> Tensor:
 
 def likeliest_tokens(logits: Tensor, *, num_groups: int) -> Tensor:
     """Returns the most likely tokens (...) int64 for logits (..., G k) of the groups; for G = 1, those of codes."""
-    digits = [group.argmax(-1) for group in logits.chunk(num_groups, dim=-1)]
-    return join_digits(torch.stack(digits, dim=-1), group_size=logits.shape[-1] // num_groups)
+    group_size = logits.shape[-1] // num_groups
+    first, *rest = (group.argmax(-1) for group in logits.chunk(num_groups, dim=-1))
+    for digit in rest:  # the most significant one comes first
+        first = first * group_size + digit
+    return first
 
 
 class TokenEmbedding(nn.Embedding):

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.checks import check_number
 from maskgit_pl.distributed import rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers import (
     WEIGHTS,
@@ -57,10 +57,9 @@ class CodebookSpec:
         entropy_weight: Weight of the entropy loss, in [0, 1e6].
         entropy_temperature: T, temperature of its softmax, in [1e-5, 1e6].
         entropy_kind: ``softmax``, or ``argmax`` for one-hot assignments with the gradient of the softmax.
-
-    Raises:
-        ValueError: if a number is out of range, or the kind is unknown.
     """
+
+    module: ClassVar[Any]
 
     commitment: float = 0.25
     entropy_weight: float = 0.1
@@ -71,7 +70,11 @@ class CodebookSpec:
         check_number("commitment", self.commitment, WEIGHTS)
         check_number("entropy_weight", self.entropy_weight, WEIGHTS)
         check_number("entropy_temperature", self.entropy_temperature, "[0.00001, 1000000]")
-        check_choice("entropy_kind", self.entropy_kind, get_args(EntropyKind))
+
+    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
+        """Builds the module."""
+        quantizer: Quantizer = self.module(self, codebook_size=codebook_size, code_dim=code_dim)
+        return quantizer
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,6 @@ class TrainedSpec(CodebookSpec):
     Attributes:
         codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
         gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
-
-    Raises:
-        ValueError: if a number is out of range, or a name is unknown.
     """
 
     codebook_weight: float = 1.0
@@ -92,24 +92,6 @@ class TrainedSpec(CodebookSpec):
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
         super().__post_init__()
-        check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
-
-
-@quantizers.register("gradient")
-@dataclass(frozen=True)
-class GradientQuantizerSpec(TrainedSpec):
-    """The released code's quantizer: nearest code, straight-through, codebook trained by gradient.
-
-    loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
-
-    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
-
-    Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
-    """
-
-    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the module, with codes uniform in +-sqrt(3 / K)."""
-        return GradientQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
 
 
 class TrainedQuantizer(CodebookQuantizer):
@@ -130,7 +112,7 @@ class TrainedQuantizer(CodebookQuantizer):
 
 
 class GradientQuantizer(TrainedQuantizer):
-    """A quantizer whose codes are a parameter that the optimizer trains; see ``GradientQuantizerSpec``."""
+    """A quantizer whose codes are a parameter that the optimizer trains, at first uniform in +-sqrt(3 / K)."""
 
     def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
         super().__init__(codebook_size=codebook_size, code_dim=code_dim)
@@ -138,43 +120,19 @@ class GradientQuantizer(TrainedQuantizer):
         self.codebook = nn.Parameter(initial_codes(codebook_size, code_dim))
 
 
-@quantizers.register("ema")
+@quantizers.register("gradient")
 @dataclass(frozen=True)
-class EMAQuantizerSpec(CodebookSpec):
-    """Codes that are exponential moving averages of features; dead codes restart from features of the batch.
+class GradientQuantizerSpec(TrainedSpec):
+    """The released code's quantizer: nearest code, straight-through, codebook trained by gradient.
 
-    counts <- decay counts + (1 - decay) n,  sums <- decay sums + (1 - decay) s,  codebook = sums / counts
+    loss = commitment |sg(q) - z|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
 
-    n and s are the number and the sum of the features whose nearest code it is, in the global batch.
+    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
 
-    ``CodebookSpec`` has the numbers of commitment and entropy.
-
-    Attributes:
-        decay: Decay of the averages, in [0, 1).
-        restart_below: Fraction in [0, 1) of the count that each code would have if all were used equally; a
-            code with at most that count is dead, as is one with at most 1e-12, too few to compute a mean.
-        gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
-
-    Raises:
-        ValueError: if a number is out of range, or a name is unknown.
-
-    Source: van den Oord et al., arXiv:1711.00937, appendix A.1; restarts: Dhariwal et al., arXiv:2005.00341, section 3.
+    Source: released code, config ``vqvae``: 0.25, 1.0, 0.1, 0.01, softmax.
     """
 
-    decay: float = 0.99
-    restart_below: float = 0.05
-    entropy_weight: float = 0.0
-    gradient_estimator: GradientEstimator = "straight-through"
-
-    def __post_init__(self) -> None:
-        check_number("decay", self.decay, "[0, 1)")
-        check_number("restart_below", self.restart_below, "[0, 1)")
-        super().__post_init__()
-        check_choice("gradient_estimator", self.gradient_estimator, get_args(GradientEstimator))
-
-    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the module; its codes come from the first global batch."""
-        return EMAQuantizer(self, codebook_size=codebook_size, code_dim=code_dim)
+    module = GradientQuantizer
 
 
 class EMAQuantizer(CodebookQuantizer):
@@ -221,37 +179,45 @@ class EMAQuantizer(CodebookQuantizer):
         # 3. One candidate for every code: the number of dead ones would have to be fetched from the device.
         share = counts.sum() / self.codebook_size  # features of a code if all were used equally
         candidates = _global_choice(rows, len(features), self.codebook_size, seed=seed, step=step)  # (K, D)
-        self._restart(candidates, share)
-        # 4.
-        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
-
-    def _restart(self, candidates: Tensor, share: Tensor) -> None:
-        """Replaces each dead code k by row k of the candidates (K, D), without waiting for the device."""
         threshold = (self.spec.restart_below * share).clamp(min=_LEAST_COUNT)
         dead = self.counts <= threshold
         fresh = threshold.clamp(min=1e-3) * 2  # a small weight: the code reaches its cluster's mean in a few steps
         self.counts.copy_(torch.where(dead, fresh, self.counts))
         self.sums.copy_(torch.where(dead.unsqueeze(1), candidates * fresh, self.sums))
+        # 4.
+        self.codebook.copy_(self.sums / self.counts.unsqueeze(1))
 
 
-@quantizers.register("simvq")
+@quantizers.register("ema")
 @dataclass(frozen=True)
-class SimVQSpec(TrainedSpec):
-    """Codes C W + b of frozen Gaussian C (K, D), and one trained layer W (D, D), b (D), which moves all codes at once.
+class EMAQuantizerSpec(CodebookSpec):
+    """Codes that are exponential moving averages of features; dead codes restart from features of the batch.
 
-    loss = commitment |z - sg(q)|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
+    counts <- decay counts + (1 - decay) n,  sums <- decay sums + (1 - decay) s,  codebook = sums / counts
 
-    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
+    n and s are the number and the sum of the features whose nearest code it is, in the global batch.
 
-    Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W
-    and b start as in torch's Linear.
+    ``CodebookSpec`` has the numbers of commitment and entropy.
+
+    Attributes:
+        decay: Decay of the averages, in [0, 1).
+        restart_below: Fraction in [0, 1) of the count that each code would have if all were used equally; a
+            code with at most that count is dead, as is one with at most 1e-12, too few to compute a mean.
+        gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
+
+    Source: van den Oord et al., arXiv:1711.00937, appendix A.1; restarts: Dhariwal et al., arXiv:2005.00341, section 3.
     """
 
+    module = EMAQuantizer
+    decay: float = 0.99
+    restart_below: float = 0.05
     entropy_weight: float = 0.0
+    gradient_estimator: GradientEstimator = "straight-through"
 
-    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the module."""
-        return SimVQ(self, codebook_size=codebook_size, code_dim=code_dim)
+    def __post_init__(self) -> None:
+        check_number("decay", self.decay, "[0, 1)")
+        check_number("restart_below", self.restart_below, "[0, 1)")
+        super().__post_init__()
 
 
 class SimVQ(TrainedQuantizer):
@@ -275,38 +241,21 @@ class SimVQ(TrainedQuantizer):
             return F.linear(self.frozen_codes, self.projection, self.offset)
 
 
-@quantizers.register("ibq")
+@quantizers.register("simvq")
 @dataclass(frozen=True)
-class IBQSpec(CodebookSpec):
-    """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
+class SimVQSpec(TrainedSpec):
+    """Codes C W + b of frozen Gaussian C (K, D), and one trained layer W (D, D), b (D), which moves all codes at once.
 
-    p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C loss = |q - z|^2 + commitment |sg(c) -
-    z|^2 + codebook_weight |c - sg(z)|^2 + entropy_weight entropy(C z / T)
+    loss = commitment |z - sg(q)|^2 + codebook_weight |q - sg(z)|^2 + entropy_weight entropy(-distance / temperature)
 
-    c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
+    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
 
-    ``CodebookSpec`` has the numbers of commitment and entropy.
-
-    Attributes:
-        codebook_weight: Weight of the loss that moves codes towards their features, in [0, 1e6].
-
-    Raises:
-        ValueError: if a number is out of range.
-
-    Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25
-    (beta), 0.01, and standard normal codes.
+    Source: Zhu et al., arXiv:2411.02038, section 4.1 and algorithm 1; C is normal with variance 1 / D, and W
+    and b start as in torch's Linear.
     """
 
-    commitment: float = 1.0
-    codebook_weight: float = 0.25
-
-    def __post_init__(self) -> None:
-        check_number("codebook_weight", self.codebook_weight, WEIGHTS)
-        super().__post_init__()
-
-    def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
-        """Builds the module."""
-        return IBQ(self, codebook_size=codebook_size, code_dim=code_dim)
+    module = SimVQ
+    entropy_weight: float = 0.0
 
 
 class IBQ(Quantizer):
@@ -355,6 +304,34 @@ class IBQ(Quantizer):
             entropy = entropy_loss(logits, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
             losses["entropy"] = spec.entropy_weight * entropy
         return self._total(**losses)
+
+
+@quantizers.register("ibq")
+@dataclass(frozen=True)
+class IBQSpec(CodebookSpec):
+    """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
+
+    p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C
+    loss = |q - z|^2 + commitment |sg(c) - z|^2 + codebook_weight |c - sg(z)|^2 + entropy_weight entropy(C z / T)
+
+    c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
+
+    ``CodebookSpec`` has the numbers of commitment and entropy.
+
+    Attributes:
+        codebook_weight: Weight of the loss that moves codes towards their features, in [0, 1e6].
+
+    Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25
+    (beta), 0.01, and standard normal codes.
+    """
+
+    module = IBQ
+    commitment: float = 1.0
+    codebook_weight: float = 0.25
+
+    def __post_init__(self) -> None:
+        check_number("codebook_weight", self.codebook_weight, WEIGHTS)
+        super().__post_init__()
 
 
 def _nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: CodebookSpec) -> tuple[Tensor, Tensor]:

@@ -11,15 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from maskgit_pl.checks import ImageSize, check_choice, check_integer, check_number, height_width
+from maskgit_pl.checks import ImageSize, check_integer, check_number, height_width
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry, has_create
 
@@ -41,7 +41,6 @@ PatchNorm = Literal["group", "batch"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
 _DEFAULT = "stylegan"  # of recipes that name none
-_PLAIN = (str, int, float, bool, tuple, type(None))  # types of values in a recipe
 _SLOPE = 0.2  # of the leaky ReLUs
 _SMALLEST = 4  # the resolution at which stylegan flattens the features
 _MAX_MULTIPLIER = 8  # of the base channels of patchgan
@@ -77,39 +76,27 @@ discriminators: Registry[DiscriminatorSpec] = Registry(
 )
 
 
-def build_discriminator(
-    spec: str | Mapping[str, Any] | DiscriminatorSpec, *, where: str = "discriminator"
-) -> DiscriminatorSpec:
+def build_discriminator(spec: str | Mapping[str, Any] | DiscriminatorSpec) -> DiscriminatorSpec:
     """Builds the spec of a discriminator; a spec that is built already is returned as it is.
 
     Args:
         spec: Name, or mapping of arguments with the key ``name`` (``stylegan`` without it), or built spec.
-        where: File and key of the values, for messages.
 
     Raises:
         ValueError: if the name is unknown, or an argument is unknown or wrong.
     """
-    if isinstance(spec, Mapping):
-        spec = {"name": _DEFAULT, **spec}
-    elif not isinstance(spec, str):
+    if not isinstance(spec, str | Mapping):
         return spec
-    return discriminators.build(spec, where=where)
+    named = spec if isinstance(spec, str) else {"name": _DEFAULT, **spec}
+    return discriminators.build(named, where="discriminator")
 
 
 def with_defaults(spec: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the mapping of a discriminator with all its values, without the name of the default one.
-
-    A wrong name or key stays, for ``build_discriminator`` to report.
-    """
-    values = {"name": spec} if isinstance(spec, str) else dict(spec)
-    name = values.pop("name", _DEFAULT)
-    factory = discriminators.factory(name) if name in discriminators.names() else None
-    defaults: dict[str, Any] = {}
-    if isinstance(factory, type) and is_dataclass(factory):
-        plain = [field for field in fields(factory) if field.init and isinstance(field.default, _PLAIN)]
-        defaults = {field.name: field.default for field in plain}
+    """Returns the mapping of a discriminator with all its values, without the name of the default one."""
+    name = spec if isinstance(spec, str) else spec.get("name", _DEFAULT)
+    built: Any = build_discriminator(spec)
     # Without a name, the values of the default one are settings of their own, which a resuming run compares by key.
-    return {**({} if name == _DEFAULT else {"name": name}), **defaults, **values}
+    return {**({} if name == _DEFAULT else {"name": name}), **asdict(built)}
 
 
 @discriminators.register("stylegan")
@@ -122,9 +109,6 @@ class DiscriminatorConfig:
             for each doubling of the shorter side, rounded up to a power of two: 28 px has the channels of 32.
             1/8 suits small images.
         pooling: ``blur`` halves the resolution by a 4x4 blur of stride 2, ``average`` by a 2x2 mean.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     channel_multiplier: float = 1.0
@@ -132,7 +116,6 @@ class DiscriminatorConfig:
 
     def __post_init__(self) -> None:
         check_number("discriminator channel_multiplier", self.channel_multiplier, "(0, 16]")
-        check_choice("discriminator pooling", self.pooling, ("blur", "average"))
 
     def widths(self, image_size: ImageSize) -> tuple[int, ...]:
         """Returns the channels at each resolution: the image's, then halved (rounded down) until it is at most 4.
@@ -146,7 +129,9 @@ class DiscriminatorConfig:
         resolutions = [min(height_width(image_size))]
         while resolutions[-1] > _SMALLEST:
             resolutions.append(resolutions[-1] // 2)
-        return tuple(max(1, round(self.channel_multiplier * _released_width(r))) for r in resolutions)
+        # Released code: 512 up to 32 px, 256 at 64, 128 at 128 ...
+        released = [min(512, 16384 // (1 << max(0, resolution - 1).bit_length())) for resolution in resolutions]
+        return tuple(max(1, round(self.channel_multiplier * width)) for width in released)
 
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
         """Builds the network."""
@@ -227,12 +212,6 @@ class Blur(nn.Module):
         return F.conv2d(x, kernel, stride=2, padding=1, groups=channels)
 
 
-def _released_width(resolution: int) -> int:
-    """Returns 512 up to 32 px, 256 at 64, 128 at 128 ... Source: released code."""
-    edge = 1 << max(0, resolution - 1).bit_length()
-    return min(512, 16384 // edge)
-
-
 def _xavier(layer: _Layer) -> _Layer:
     """Draws Xavier uniform weights, sets biases to 0, and returns the layer. Source: released code."""
     nn.init.xavier_uniform_(layer.weight)
@@ -252,9 +231,6 @@ class PatchDiscriminatorConfig:
         norm: ``group``: GroupNorm of at most 32 groups, independent of batch, ranks and micro-batches. ``batch``:
             BatchNorm over the micro-batch of all ranks (taming-transformers and LlamaGen), which allows no R1 penalty.
 
-    Raises:
-        ValueError: if a number is out of range or the norm is unknown.
-
     Source: Isola et al., arXiv:1611.07004; ``NLayerDiscriminator`` of CompVis/taming-transformers (3 layers,
     64 channels).
     """
@@ -266,7 +242,6 @@ class PatchDiscriminatorConfig:
     def __post_init__(self) -> None:
         check_integer("discriminator num_layers", self.num_layers, "[1, 8]")
         check_integer("discriminator base_channels", self.base_channels, "[1, 1024]")
-        check_choice("discriminator norm", self.norm, get_args(PatchNorm))
 
     @property
     def mixes_images(self) -> bool:
@@ -278,29 +253,18 @@ class PatchDiscriminatorConfig:
         """The channels after each convolution but the last: those of stride 2, then one of stride 1."""
         return tuple(self.base_channels * min(2**layer, _MAX_MULTIPLIER) for layer in range(self.num_layers + 1))
 
-    def side(self, image_size: int) -> int:
-        """Returns a side of the map of logits: (that side of the image / 2^num_layers, rounded down) - 2.
-
-        Raises:
-            ValueError: if the image is too small to have a patch.
-        """
-        side = (image_size >> self.num_layers) - 2
-        if side < 1:
-            most = (image_size // 3).bit_length() - 1
-            way_out = f"set it to {most} or fewer" if most > 0 else "use the discriminator stylegan"
-            raise ValueError(
-                f"discriminator num_layers must leave 3 pixels of {image_size} after halving the side as often, got "
-                f"{self.num_layers}; {way_out}"
-            )
-        return side
-
     def create(self, *, in_channels: int, image_size: ImageSize) -> nn.Module:
-        """Builds the network.
+        """Builds the network, whose map of logits has the sides (side of the image >> num_layers) - 2.
 
         Raises:
             ValueError: if the images are too small for ``num_layers``.
         """
-        self.side(min(height_width(image_size)))
+        side = min(height_width(image_size))
+        if side >> self.num_layers < 3:
+            raise ValueError(
+                f"discriminator num_layers must leave 3 pixels of {side} after halving the side as often, got "
+                f"{self.num_layers}; set it to {max(1, (side // 3).bit_length() - 1)} or use the discriminator stylegan"
+            )
         return PatchDiscriminator(self, in_channels=in_channels)
 
 
@@ -338,17 +302,11 @@ def _layers(config: PatchDiscriminatorConfig, in_channels: int) -> Iterator[nn.M
         stride = 2 if layer < config.num_layers else 1
         # The mean of BatchNorm would remove a bias.
         yield nn.Conv2d(width, out, 4, stride=stride, padding=1, bias=config.norm != "batch")
-        yield _norm(config.norm, out)
+        # Groups of one channel would amplify the rounding of maps that are nearly constant.
+        num_groups = math.gcd(max(1, out // _MIN_GROUP), _MAX_GROUPS, out)
+        yield BatchNorm(out) if config.norm == "batch" else nn.GroupNorm(num_groups, out)
         yield nn.LeakyReLU(_SLOPE)
     yield nn.Conv2d(config.widths[-1], 1, 4, padding=1)
-
-
-def _norm(kind: PatchNorm, channels: int) -> nn.Module:
-    if kind == "batch":
-        return BatchNorm(channels)
-    # Groups of one channel would amplify the rounding of maps that are nearly constant.
-    num_groups = math.gcd(max(1, channels // _MIN_GROUP), _MAX_GROUPS, channels)
-    return nn.GroupNorm(num_groups, channels)
 
 
 class BatchNorm(nn.Module):
@@ -369,12 +327,7 @@ class BatchNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Returns x (B, C, h, w), normalised, scaled and moved per channel."""
         x = x.float()
-        mean, variance = _statistics(x)
+        mean = mean_over_ranks(x.mean((0, 2, 3), keepdim=True))
+        variance = mean_over_ranks((x - mean).square().mean((0, 2, 3), keepdim=True))
         scale = self.weight.view(1, -1, 1, 1) * (variance + 1e-5).rsqrt()
         return (x - mean) * scale + self.bias.view(1, -1, 1, 1)
-
-
-def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns mean and variance of each channel over x (B, C, h, w) of all ranks, (1, C, 1, 1) each."""
-    mean = mean_over_ranks(x.mean((0, 2, 3), keepdim=True))
-    return mean, mean_over_ranks((x - mean).square().mean((0, 2, 3), keepdim=True))

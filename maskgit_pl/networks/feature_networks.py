@@ -32,7 +32,7 @@ from maskgit_pl.checks import (
     shorten,
 )
 from maskgit_pl.files import read_json
-from maskgit_pl.networks.weights import load_network, read_tensors, tensors_digest
+from maskgit_pl.networks.weights import load_network, read_weights, tensors_digest
 
 __all__ = [
     "CONFIG_FILE",
@@ -268,14 +268,12 @@ def load_classifier(folder: Path) -> FrozenClassifier:
         folder: Folder with ``config.json`` and ``model.safetensors``, such as ``runs/RUN/classifier``.
 
     Raises:
-        FileNotFoundError: if there are no weights.
         ValueError: if a file is missing, of another kind or version, a value is out of range, or the weights
             do not fit or are non-finite.
     """
     sizes, class_names = _read_config(folder)
     file = folder / WEIGHT_FILE
-    weights = {name: tensor.clone() for name, tensor in read_tensors(file).items()}  # see ``weights.read_weights``
-    network = load_network(partial(create_classifier, sizes), weights, file)
+    network = load_network(partial(create_classifier, sizes), read_weights(file, thing="classifier"), file)
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch: untyped overload
     return FrozenClassifier(network, class_names)
 
@@ -285,11 +283,9 @@ def _read_config(folder: Path) -> tuple[ClassifierSizes, tuple[str, ...]]:
     if not file.exists():
         raise ValueError(f"classifier {folder} has no {CONFIG_FILE}; `maskgit train-classifier` makes such a folder")
     config = read_json(file, max_bytes=MAX_CONFIG_BYTES)
-    for key, expected in (("format", FORMAT), ("version", _VERSION)):
-        value = config.get(key)  # True == 1 in Python, so a boolean is no version
-        if value != expected or isinstance(value, bool):
-            raise ValueError(f"classifier {file}: {key} must be {expected!r}, got {shorten(value)}; train it again")
-    where = f"classifier {file}"
+    where, given = f"classifier {file}", (config.get("format"), config.get("version"))
+    if given != (FORMAT, _VERSION):
+        raise ValueError(f"{where} must have format and version {(FORMAT, _VERSION)}, got {given}; train it again")
     check_keys(where, config, known=config, required=("network", "class_names"))
     sizes = build_dataclass(ClassifierSizes, config["network"], f"{where}: network")
     return sizes, check_class_names(f"{where}: class_names", config["class_names"], sizes.num_classes)

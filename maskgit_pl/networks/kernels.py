@@ -68,9 +68,6 @@ class PackingLinear(nn.Linear):
         out_features: Size of the output.
         bias: True adds a learned bias.
         gelu: True applies GELU in its tanh form to the output.
-
-    Attributes:
-        packs: True if the layer may pack its weight.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool = True, gelu: bool = False) -> None:

@@ -83,14 +83,7 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def nearest(self, features: Tensor) -> Tensor:
-        """Returns the token of each place, without random choices.
-
-        Args:
-            features: (B, D, h, w) float.
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Returns the tokens (B, N) int64 in [0, K), raster order, of features (B, D, h, w) float."""
 
     @abstractmethod
     def lookup(self, tokens: Tensor) -> Tensor:
@@ -99,15 +92,6 @@ class Quantizer(nn.Module, ABC):
     @abstractmethod
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes (B, D, h, w) float features and computes the losses that train encoder and codes."""
-
-    def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
-        """Tells which counter-based numbers the next training forward draws; called before each one.
-
-        Args:
-            seed: Seed of the random numbers.
-            step: Number of the step.
-            micro_batch: Place of the micro-batch in this rank's part of the global batch.
-        """
 
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
         """Updates what gradients do not train from a global batch; called once after each optimizer step.
@@ -159,7 +143,7 @@ class QuantizerSpec(Protocol):
     """A registered quantizer: a frozen dataclass of the values in a recipe, which builds the module.
 
     One that does not fit every K and D also has a method ``check(*, codebook_size, code_dim)``, which raises
-    a ``ValueError`` that names the values that fit. Recipes are checked with it before anything is built.
+    a ``ValueError`` that names the values that fit. ``VQGANConfig`` calls it.
     """
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
@@ -174,9 +158,7 @@ quantizers: Registry[QuantizerSpec] = Registry(
     modules=(
         "maskgit_pl.networks.codebooks",
         "maskgit_pl.networks.lookup_free",
-        "maskgit_pl.contrib.gumbel_quantizer",
-        "maskgit_pl.contrib.composite_quantizers",
-        "maskgit_pl.contrib.vq_pytorch",
+        "maskgit_pl.contrib.product_quantizer",
     ),
 )
 

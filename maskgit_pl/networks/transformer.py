@@ -64,9 +64,6 @@ class TransformerConfig(BackboneConfig):
         mlp_dim: Hidden size of the MLP of each block.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
             in raster order. Both have the same weights.
-
-    Raises:
-        ValueError: if a size is out of range, or the attention is unknown.
     """
 
     has_token_groups: ClassVar[bool] = True
@@ -103,9 +100,6 @@ class Transformer(Backbone):
 
     The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
     deviations, times 0.02; biases from 0.
-
-    Args:
-        config: Sizes.
 
     Attributes:
         attention: Attention that the class computes.
@@ -171,11 +165,7 @@ class Transformer(Backbone):
 
 
 class MaskedTransformer(Transformer):
-    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods.
-
-    Args:
-        config: Sizes, with bidirectional attention.
-    """
+    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods."""
 
     attention = "bidirectional"
 
@@ -212,9 +202,6 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
 
     The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
     the names and shapes of ``MaskedTransformer``; the mask token's row and the last position are not used.
-
-    Args:
-        config: Sizes, with causal attention.
     """
 
     attention = "causal"
@@ -286,15 +273,7 @@ class Block(nn.Module):
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
 
     def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Returns the output of the block.
-
-        Args:
-            x: (B, S, D).
-            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output; None for all.
-
-        Returns:
-            (B, S, D), or (M, D) with rows.
-        """
+        """Returns the output (B, S, D) of the block for x (B, S, D), or (M, D): its rows (M,) int64 in [0, B S)."""
         query, key, value = self._heads(self.qkv(x), 3)
         attended = self._attend(query, key, value, is_causal=self.is_causal)
         if rows is not None:  # the rest works on rows, so all others can be dropped here
@@ -302,15 +281,7 @@ class Block(nn.Module):
         return self._add_and_feed_forward(x, attended)
 
     def forward_at(self, x: Tensor, positions: Tensor) -> Tensor:
-        """Returns the output of the block at some positions.
-
-        Args:
-            x: (B, S, D).
-            positions: (B, M) int64 in [0, S).
-
-        Returns:
-            (B, M, D).
-        """
+        """Returns the output (B, M, D) of the block for x (B, S, D) at positions (B, M) int64 in [0, S)."""
         assert not self.is_causal  # a position that is left out would shift the causal mask
         # Only M positions ask, but all S positions answer: keys and values of everything.
         rows, dim = x.gather(1, positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])), x.shape[-1]

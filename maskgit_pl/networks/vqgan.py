@@ -103,9 +103,8 @@ class VQGANConfig:
             layout ``taming`` only.
 
     Raises:
-        ValueError: if a size is out of range, the channels of a level are not divisible by ``num_groups``,
-            the quantizer is unknown or does not fit ``codebook_size`` and ``code_dim``, or the layout does
-            not support a value.
+        ValueError: if a size is out of range, ``num_groups`` does not divide the channels of a level, the quantizer
+            does not fit ``codebook_size`` and ``code_dim``, or the layout does not support a value.
 
     Source: released code, config and modules of the 256 and 512 px tokenizer; ``taming``: CompVis/taming-transformers,
     modules/diffusionmodules/model.py, and FoundationVision/LlamaGen, tokenizer/tokenizer_image/vq_model.py;
@@ -154,12 +153,11 @@ class VQGANConfig:
             )
         for multiplier in self.channel_multipliers:
             check_integer("network channel_multipliers", multiplier, "[1, 1024]")
-        for width in self.widths:
-            if width % self.num_groups:
-                raise ValueError(
-                    f"network num_groups must divide the channels of every level, {self.widths} (base_channels x "
-                    f"channel_multipliers), got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
-                )
+        if math.gcd(*self.widths) % self.num_groups:
+            raise ValueError(
+                f"network num_groups must divide the channels of every level, {self.widths} (base_channels x "
+                f"channel_multipliers), got {self.num_groups}; {math.gcd(*self.widths)} and its divisors fit"
+            )
 
     def _check_layout(self) -> None:
         """Checks that only fields of this layout differ from their defaults."""
@@ -172,19 +170,9 @@ class VQGANConfig:
                     "leave it out or change the layout"
                 )
         if self.layout == "taming":
-            self._check_taming()
-
-    def _check_taming(self) -> None:
-        for name in ("middle_attention", "signed_images"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"network {name} must be true or false, got {shorten(getattr(self, name))}")
-        check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
-        levels, existing = self.attention_levels, range(len(self.channel_multipliers))
-        if len(set(levels)) < len(levels) or any(level not in existing for level in levels):
-            raise ValueError(
-                f"network attention_levels must be different levels out of {list(existing)}, 0 being full resolution, "
-                f"got {shorten(list(levels))}"
-            )
+            check_integer("network latent_channels of layout 'taming'", self.latent_channels, "[1, 65536]")
+            for level in self.attention_levels:
+                check_integer("network attention_levels", level, f"[0, {len(self.channel_multipliers) - 1}]")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -254,9 +242,6 @@ class VQGANOutput(NamedTuple):
 class VQGAN(nn.Module):
     """The tokenizer's network: encoder, quantizer and decoder.
 
-    Args:
-        config: Sizes.
-
     Source: Esser et al., arXiv:2012.09841; the architecture is that of the released MaskGIT code, or of
     taming-transformers in layout ``taming``, and Open-MAGVIT2's in layout ``magvit2``.
     """
@@ -274,14 +259,7 @@ class VQGAN(nn.Module):
                 module.weight.data.mul_(config.initial_scale)
 
     def forward(self, images: Tensor) -> VQGANOutput:
-        """Reconstructs images for training.
-
-        Args:
-            images: (B, C, H, W) float in [0, 1].
-
-        Returns:
-            The reconstruction, cut to H x W if the grid covers more, the quantizer's output, and the features.
-        """
+        """Reconstructs images (B, C, H, W) float in [0, 1] for training."""
         # The grid is rounded up, so the reconstruction may be larger than the images.
         features = self.encoder(images)
         quantized = self.quantizer(features)
@@ -289,14 +267,7 @@ class VQGAN(nn.Module):
         return VQGANOutput(reconstruction, quantized, features)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Encodes images to tokens.
-
-        Args:
-            images: (B, C, H, W) float in [0, 1].
-
-        Returns:
-            (B, N) int64 in [0, K), raster order.
-        """
+        """Encodes images (B, C, H, W) float in [0, 1] to tokens (B, N) int64 in [0, K), raster order."""
         return self.quantizer.nearest(self.encoder(images))
 
     def decode(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -313,17 +284,9 @@ class VQGAN(nn.Module):
         images: Tensor = self.decoder(codes)
         return images
 
-    def grid(self, image_size: ImageSize) -> tuple[int, int]:
-        """Returns the rows and columns (h, w) of the token grid of an image; see ``VQGANConfig.grid``."""
-        return self.config.grid(image_size)
-
 
 class Encoder(nn.Module):
-    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a head.
-
-    Args:
-        config: Sizes.
-    """
+    """The encoder: a stem, levels of residual blocks that halve the resolution, middle blocks, a head."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -355,11 +318,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head.
-
-    Args:
-        config: Sizes.
-    """
+    """The decoder: a stem, middle blocks, levels of residual blocks up to full resolution, a 3x3 head."""
 
     def __init__(self, config: VQGANConfig) -> None:
         super().__init__()
@@ -531,11 +490,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution.
-
-    Args:
-        channels: Channels of input and output.
-    """
+    """An upsampling by 2 (nearest neighbour), then a 3x3 convolution."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -574,11 +529,7 @@ class PatchUpsample(nn.Module):
 
 
 class ShuffleUpsample(nn.Module):
-    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space.
-
-    Args:
-        channels: Channels of input and output.
-    """
+    """An upsampling by 2: a 3x3 convolution to four times the channels, then depth to space."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()

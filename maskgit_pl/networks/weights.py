@@ -28,8 +28,8 @@ from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of, size_t
 __all__ = [
     "ZeroWeights",
     "check_archive",
-    "check_fit",
     "check_held",
+    "check_shapes",
     "check_tensor",
     "load_network",
     "load_weights",
@@ -74,12 +74,7 @@ def open_tensors(file: Path) -> safe_open:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Reads a safetensors file.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: see ``open_tensors``.
-    """
+    """Reads a safetensors file; see ``open_tensors`` for the errors."""
     with open_tensors(file) as opened:
         try:
             return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # it is no mapping
@@ -136,10 +131,7 @@ def load_network(create: Callable[[], _Network], weights: Mapping[str, Tensor], 
     Args:
         create: Creates the network with the sizes of the weights.
         weights: State dict of the network; floating point numbers of any precision.
-        where: File of the weights, for errors.
-
-    Raises:
-        ValueError: see ``load_weights``.
+        where: File of the weights, for errors; see ``load_weights``.
     """
     # 1.
     with skeletons():
@@ -164,43 +156,36 @@ def load_weights(network: nn.Module, weights: Mapping[str, Tensor], where: Path 
     Raises:
         ValueError: if names, shapes or kinds of numbers differ, or a number is non-finite.
     """
-    check_fit(network, weights, where)
     expected = network.state_dict()
-    # In the network's dtypes: a large float64 number is infinite in float32.
-    weights = {name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}
-    for name, tensor in weights.items():
-        if tensor.is_floating_point():
-            try:
-                check_tensor(name, tensor)
-            except ValueError as error:
-                raise ValueError(f"weights {where}: {error}") from error
-    network.load_state_dict(weights, assign=assign)
+    try:
+        check_shapes(weights, {name: tuple(tensor.shape) for name, tensor in expected.items()})
+        for name, tensor in weights.items():
+            if expected[name].is_floating_point():  # a large float64 number is infinite in float32
+                check_tensor(name, tensor.to(expected[name].dtype) if tensor.dtype in _FLOATS else tensor)
+            elif tensor.dtype in _FLOATS:  # load_state_dict would cast it without a word
+                raise ValueError(f"tensor {shorten(name)} must be integers, got {tensor.dtype}")
+    except ValueError as error:
+        raise ValueError(f"weights {where}: {error}") from error
+    network.load_state_dict({name: tensor.to(expected[name].dtype) for name, tensor in weights.items()}, assign=assign)
 
 
-def check_fit(network: nn.Module, weights: Mapping[str, Tensor], where: Path | str) -> None:
-    """Checks that weights are exactly the tensors of a network, which may be on any device, also ``meta``.
+def check_shapes(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Checks that tensors have exactly these names and shapes.
 
     Raises:
-        ValueError: if names, shapes or kinds of numbers differ. The message names the first of these tensors.
+        ValueError: if not. The message names the first differences.
     """
-    expected = network.state_dict()
-    missing = [f"{name} is missing" for name in expected if name not in weights]
-    unknown = [f"{shorten(name)} is not in the network" for name in weights if name not in expected]
-    wrong_shapes = [
-        f"{name} must have shape {tuple(tensor.shape)}, got {tuple(weights[name].shape)}"
-        for name, tensor in expected.items()
-        if name in weights and weights[name].shape != tensor.shape
+    faults = [
+        f"{name} must have shape {shape}, got {tuple(tensors[name].shape)}"
+        for name, shape in shapes.items()
+        if name in tensors and tuple(tensors[name].shape) != shape
     ]
     # Wrong shapes come first: they usually explain the others.
-    faults = [*wrong_shapes, *missing, *unknown]
+    faults += [f"{name} is missing" for name in shapes if name not in tensors]
+    faults += [f"{shorten(name)} is not in the network" for name in tensors if name not in shapes]
     if faults:
         more = f" and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
-        raise ValueError(f"weights {where} do not fit the network's sizes: {'; '.join(faults[:_SHOWN])}{more}")
-    # load_state_dict would cast integers without a word.
-    for name, tensor in weights.items():
-        if expected[name].is_floating_point() != (tensor.dtype in _FLOATS):
-            kind = "floating point" if expected[name].is_floating_point() else "integers"
-            raise ValueError(f"weights {where}: tensor {shorten(name)} must be {kind}, got {tensor.dtype}")
+        raise ValueError(f"tensors do not fit the network's sizes: {'; '.join(faults[:_SHOWN])}{more}")
 
 
 def check_tensor(name: str, tensor: Tensor) -> None:
@@ -276,13 +261,9 @@ def check_archive(stream: IO[bytes], size: int) -> None:
         raise ValueError(f"the zip archive must have {error}") from error
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise ValueError(f"the zip archive is damaged ({error})") from error
-    compressed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        packed = max(compressed, key=lambda entry: entry.file_size)
-        raise ValueError(
-            f"entries of the archive must not be compressed, got {shorten(packed.filename)} of "
-            f"{size_text(packed.file_size)} in {size_text(packed.compress_size)}"
-        )
+    packed = next((entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED), None)
+    if packed is not None:
+        raise ValueError(f"entries of the archive must not be compressed, got {shorten(packed.filename)}")
     total = sum(entry.file_size for entry in entries)
     if total > size:
         raise ValueError(f"entries of the archive must fit its {size_text(size)}, got {size_text(total)}")

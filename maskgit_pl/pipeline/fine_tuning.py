@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol, TypeAlias, cast
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width, shorten
-from maskgit_pl.decoding import ConditionalNetwork, DecodingConfig, FirstStepLogits, check_parallel
+from maskgit_pl.decoding import DecodingConfig, FirstStepLogits, check_parallel
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN
@@ -188,12 +188,9 @@ class Caches:
     """
 
     def __init__(self, network: Backbone) -> None:
-        config = network.config
         self._network = network
         self._watch = WeightWatch(network)
-        self.first_step = FirstStepLogits(
-            cast("ConditionalNetwork", network), num_tokens=config.num_tokens, mask_token_id=config.mask_token_id
-        )
+        self.first_step = FirstStepLogits(network)
 
     def clear(self) -> None:
         """Removes everything."""

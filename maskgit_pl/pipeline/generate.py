@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -21,7 +21,6 @@ from torch import Tensor
 from maskgit_pl.checks import check_number, height_width
 from maskgit_pl.decoding import (
     ConditionalModel,
-    ConditionalNetwork,
     DecodingStep,
     decode_autoregressive,
     decode_classes,
@@ -68,7 +67,7 @@ def decode(
     network, device, decoding = transformer.network, transformer.device, request.decoding
     if isinstance(network, AutoregressiveBackbone):
         return decode_autoregressive(
-            ConditionalModel.from_network(network, device),
+            ConditionalModel(network, device),
             request.labels,
             request.seeds,
             decoder=decoding.build_autoregressive_decoder(network.config.num_tokens),
@@ -175,11 +174,9 @@ def panorama(pipe: Pipeline, request: Request, size: tuple[int, int], overlap: f
     return _fill(pipe, request, tokens, unknown, overlap)
 
 
-def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel[ConditionalNetwork]:
+def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:
     # The first step of a class without context is the same for all seeds, so its logits are cached.
-    first_step = transformer.caches.first_step
-    model = ConditionalModel.from_network(transformer.network, transformer.device, first_step_logits=first_step)
-    return cast("ConditionalModel[ConditionalNetwork]", model)
+    return ConditionalModel(transformer.network, transformer.device, transformer.caches.first_step)
 
 
 def _decode_images(pipe: Pipeline, request: Request, *, tokens: Tensor | None = None, first_step: int = 0) -> Tensor:

@@ -20,7 +20,6 @@ from maskgit_pl.contrib import graph_export
 from maskgit_pl.contrib.graph_export import (
     Format,
     Graph,
-    NotExportableError,
     compare_graph,
     export_graphs,
     graphs_of,
@@ -37,18 +36,11 @@ from tests.networks.test_quantizers import CASES
 
 pytestmark = [pytest.mark.slow, pytest.mark.exports]
 
-REFUSED = {  # part and class of vector-quantize-pytorch -> reason, in both formats; its code is not of this package
-    ("encoder of quantizer 'vq_pytorch'", "VectorQuantize"): "data-dependent",
-    ("encoder of quantizer 'vq_pytorch'", "SimVQ"): "batch",  # it works for one batch size only
-    ("quantizer 'vq_pytorch'", "SimVQ"): "batch",
-}
 HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
 KINDS = [
     pytest.param(kind, marks=pytest.mark.skipif(kind == "onnx" and not HAS_ONNX, reason="onnx is not installed"))
     for kind in get_args(Format)
 ]
-# Their options, such as a way to estimate gradients, change training only.
-QUANTIZERS = [*quantizers.names(), "vq_pytorch SimVQ"]
 LAYOUTS = {
     "taming with attention": {
         "layout": "taming",
@@ -168,25 +160,6 @@ def test_an_autoregressive_model_is_exported(tiny_autoregressive, tmp_path):
     assert "num_masked" not in content["steps"]
 
 
-def test_an_encoder_that_cannot_be_exported_is_left_out_with_its_reason(tiny_pretrained, tmp_path, monkeypatch, caplog):
-    write = graph_export.write_graph
-
-    def refuse(graph: Graph, file: Path, kind: str) -> None:
-        if graph.name == refused:
-            raise NotExportableError(f"{graph.part} cannot be exported as {kind}: it depends on data")
-        write(graph, file, kind)
-
-    monkeypatch.setattr(graph_export, "write_graph", refuse)
-    refused = "tokenizer-encoder"
-    content = export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
-    assert {*content["graphs"]} == {"tokenizer-decoder", "transformer"}
-    assert "tokenizer-encoder is left out: encoder of quantizer" in caplog.text
-    refused = "transformer"
-    with pytest.raises(NotExportableError, match="backbone 'bert' cannot be exported as pt2: it depends on data"):
-        export_graphs(tiny_pretrained, tmp_path / "second", kind="pt2")
-    assert [each.name for each in tmp_path.iterdir()] == ["out"]
-
-
 def tokenizer(spec, codebook_size: int, code_dim: int, **options) -> PretrainedTokenizer:
     """A tokenizer of 6 x 8 pixels in colour, with random weights."""
     sizes = {"channel_multipliers": (1, 2), "num_res_blocks": 1, "num_groups": 4, **options}
@@ -201,13 +174,8 @@ def transformer(config) -> PretrainedTransformer:
     return PretrainedTransformer(network, None, DecodingConfig(), ("a", "b", "c"), "0")
 
 
-def assert_exported(graph: Graph, kind: str, folder, *, class_name: str | None = None) -> None:
+def assert_exported(graph: Graph, kind: str, folder) -> None:
     file = folder / f"{graph.name}.{kind}"
-    reason = REFUSED.get((graph.part, class_name))
-    if reason is not None:
-        with pytest.raises(NotExportableError, match=f"{graph.part} cannot be exported as {kind}: .*{reason}"):
-            write_graph(graph, file, kind)
-        return
     write_graph(graph, file, kind)
     assert compare_graph(graph, file, kind) <= graph.tolerance
     assert b"site-packages" not in file.read_bytes()  # a path of this machine
@@ -224,15 +192,11 @@ def test_the_logits_of_every_backbone_are_exported(config, kind, tmp_path):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("case", QUANTIZERS)
+@pytest.mark.parametrize("case", quantizers.names())  # their options change training only
 def test_encoder_and_decoder_of_every_quantizer_are_exported(case, kind, tmp_path):
-    class_name = None
-    if "vq_pytorch" in case:
-        pytest.importorskip("vector_quantize_pytorch")
-        class_name = "SimVQ" if "SimVQ" in case else "VectorQuantize"
     shallow = {"channel_multipliers": (1,), "num_middle_blocks": 0}
     for graph in graphs_of(tokenizer(*CASES[case], **shallow), transformer(small_config("bert")))[:2]:
-        assert_exported(graph, kind, tmp_path, class_name=class_name)
+        assert_exported(graph, kind, tmp_path)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -45,13 +45,14 @@ def test_the_same_noise_gives_the_same_tokens(tmp_path):
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
     pipe = MaskGIT.from_pretrained("fashion-mnist-demo")
     decoder = pipe.decoding.build_decoder(mask_schedules.build(content["mask_schedule"]))
-    model = ConditionalModel.from_network(pipe.transformer.network, pipe.device)
+    model = ConditionalModel(pipe.transformer.network, pipe.device)
     labels, scales = np.repeat(np.arange(10), 4).tolist(), content["steps"]["guidance_scale"]
     with torch.no_grad():
         predictor = build_class_predictor(model, labels, scales=scales, all_masked=True)
-    tokens, noise = torch.full((40, 49), model.mask_token_id), NumpyNoise(0, (40, 49, 256), len(scales))
-    expected = decoder.decode(predictor, tokens, noise, mask_token_id=model.mask_token_id)
-    assert np.array_equal(np.load(tmp_path / "tokens.npy"), expected.numpy())
+    mask = pipe.transformer.network.config.mask_token_id
+    noise = NumpyNoise(0, (40, 49, 256), len(scales))
+    *_, last = decoder.steps(predictor, torch.full((40, 49), mask), noise, mask_token_id=mask)
+    assert np.array_equal(np.load(tmp_path / "tokens.npy"), last.tokens.numpy())
 
 
 def test_large_weights_are_in_a_second_file_that_moves_with_the_folder(tiny_pretrained, tmp_path, monkeypatch):

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import AutoregressiveDecoder, CodeSampling, ConditionalModel, decode_autoregressive
+from maskgit_pl.decoding import AutoregressiveDecoder, ConditionalModel, decode_autoregressive
+from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.networks.transformer import AutoregressiveTransformer, TransformerConfig
 from tests.conftest import random_transformer
 from tests.decoding.fakes import CPU
@@ -40,10 +41,11 @@ class Recording:
         return positions % logits.shape[-1]
 
 
-def run(network, labels=LABELS, seeds=SEEDS, *, scales=(0.0,) * N, sampling=None, null_label=NULL, **options) -> Tensor:
+def run(network, labels=LABELS, seeds=SEEDS, *, scales=(0.0,) * N, sampling=None, **options) -> Tensor:
     decoder = AutoregressiveDecoder(N, sampling or CodeSampling())
-    model = dataclasses.replace(ConditionalModel.from_network(network, CPU), null_label=null_label)
-    *_, last = decode_autoregressive(model, labels, seeds, decoder=decoder, scales=scales, **options)
+    *_, last = decode_autoregressive(
+        ConditionalModel(network, CPU), labels, seeds, decoder=decoder, scales=scales, **options
+    )
     return last.tokens
 
 
@@ -92,9 +94,9 @@ def test_guidance_takes_negative_classes_or_needs_a_null_class(network):
     scales, negative_labels = [8.0] * N, [2, 2]
     tokens = run(network, scales=scales, negative_labels=negative_labels)
     assert not torch.equal(tokens, run(network, scales=scales))
-    assert torch.equal(tokens, run(network, scales=scales, negative_labels=negative_labels, null_label=None))
+    without_null = random_transformer(dataclasses.replace(CONFIG, class_dropout=0.0))
     with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
-        run(network, scales=scales, null_label=None)
+        run(without_null, scales=scales)
 
 
 def test_codes_are_sampled_as_in_parallel_decoding(network):

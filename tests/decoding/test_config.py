@@ -6,14 +6,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from maskgit_pl.decoding import (
-    AutoregressiveDecoder,
-    AutoregressiveDecoding,
-    CodeSampling,
-    DecodingConfig,
-    ParallelDecoder,
-    SeededNoise,
-)
+from maskgit_pl.decoding import AutoregressiveDecoder, DecodingConfig, ParallelDecoder, SeededNoise
+from maskgit_pl.decoding.config import AutoregressiveDecoding
+from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Halton, Random
 from maskgit_pl.schedules import mask_schedules
 from tests.decoding.fakes import MASK, fake_predictor, partly_known, run
@@ -48,13 +43,9 @@ def test_a_configuration_is_equal_after_json():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_steps": 3, "tokens_per_step": (8, 8)}, "a number for each of the 3 steps, got 2 .*set num_steps"),
-        ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step must be integers >= 1, got"),
+        ({"num_steps": 3, "tokens_per_step": (8, 8)}, "tokens_per_step must sum to 16, .* in 3 integers >= 1, got"),
+        ({"num_steps": 2, "tokens_per_step": (16, 0)}, "tokens_per_step must sum to 16, .* in 2 integers >= 1, got"),
         ({"num_steps": 2, "tokens_per_step": (8, 9)}, r"tokens_per_step must sum to 16, .* with sum 17"),
-        (
-            {"num_steps": 2, "tokens_per_step": (8, 8), "token_selector": "entropy"},
-            "must not be set for .*EntropyBounded",
-        ),
         ({"num_steps": 17}, "num_steps must be <= 16, the tokens per image, got 17"),
         ({"top_k": 0}, r"top_k must be an integer in \[1, inf\), got 0"),
         ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
@@ -83,17 +74,13 @@ def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **o
     """Decodes one image with ``ParallelDecoder`` alone, as a loop of one's own does."""
     decoder = ParallelDecoder(SQUARE, selector, num_steps=4)
     noise = SeededNoise(torch.arange(1), 16)
-    return decoder.decode(predictor, partly_known([16]), noise, mask_token_id=MASK, **options)
+    *_, last = decoder.steps(predictor, partly_known([16]), noise, mask_token_id=MASK, **options)
+    return last.tokens
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: DecodingConfig().build_decoder(None), "mask_schedule must be given for parallel decoding, got None"),
-        (lambda: decode(first_step=4), r"first_step must be in \[0, 4\), got 4"),
-        (lambda: ParallelDecoder("cosine", RANDOM), r"must be an object, got 'cosine'; use mask_schedules"),
-        (lambda: decode(selector="random"), r"token_selector must be an object, got 'random'; use token_selectors"),
-        (lambda: SeededNoise([3, 4], 16), r"seeds must be an int64 tensor, got \[3, 4\]; use torch.tensor"),
         (
             lambda: decode(lambda tokens, positions: torch.zeros(*tokens.shape, 7)),
             r"shape \(1, 15, 'K'\), .*, got \(1, 16, 7\)",
@@ -102,7 +89,7 @@ def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **o
     ],
 )
 def test_a_wrong_use_of_the_decoder_is_refused(call, message):
-    with pytest.raises((TypeError, ValueError), match=message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 

@@ -34,14 +34,14 @@ def page_of(rows: list[dict[str, Any]]) -> Page:
 def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() -> None:
     labels = [label for label, _ in list_selectors()]
     assert {label.split()[0] for label in labels} == set(token_selectors.names())
-    assert {"remdm cap", "remdm rescale", "remdm confidence", "remdm loop"} <= set(labels)
+    assert {"remdm cap", "remdm rescale", "remdm confidence"} <= set(labels)
 
 
 def test_names_take_the_model_s_choice_temperature_and_mappings_do_not() -> None:
     labelled = label_selectors(["margin", "halton"], OWN)
     assert labelled == {"margin": {"name": "margin", "choice_temperature": 9.0}, "halton": "halton"}
-    remdm = label_selectors(None, OWN)["remdm loop"]
-    assert remdm == {"name": "remdm", "strategy": "loop", "choice_temperature": 9.0}
+    remdm = label_selectors(None, OWN)["remdm cap"]
+    assert remdm == {"name": "remdm", "strategy": "cap", "choice_temperature": 9.0}
     mapping = {"name": "remdm", "eta": 0.4}
     assert label_selectors([mapping], OWN) == {"remdm (eta 0.4)": mapping}
 

@@ -182,12 +182,6 @@ def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Pat
     assert 0 < all_of_them["fid"] < floor["fid"]
 
 
-def test_a_selector_that_ends_early_takes_fewer_steps(folder: Path, tmp_path: Path) -> None:
-    evaluator, model = opened(folder, Ledger(tmp_path / "ledger.jsonl"))
-    decoding = DecodingConfig(8, {"name": "entropy", "gamma": 1000.0})
-    assert collect_numbers(evaluator.measure_samples(model, decoding, num_images=6, seed=0))["steps_taken"] == 1
-
-
 def test_likelihoods_are_means_with_standard_errors_in_bits() -> None:
     nats = math.log(2) * torch.tensor([4.0, 12.0, 20.0], dtype=torch.float64)
     error = 8 / math.sqrt(3)

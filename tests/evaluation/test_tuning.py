@@ -55,7 +55,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
 
 
 def test_fixed_arguments_are_not_searched_and_a_small_codebook_is() -> None:
-    remdm = {"name": "remdm", "strategy": "loop", "eta": 0.33}
+    remdm = {"name": "remdm", "strategy": "cap", "eta": 0.33}
     space = replace(SPACE, selectors=(remdm,), schedules=(), can_guide=False, codebook_size=2)
     for decoding in draw(space, 20):
         assert decoding.top_k in (None, 2)

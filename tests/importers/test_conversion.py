@@ -48,10 +48,10 @@ def test_the_rows_of_their_tensors_are_the_rows_of_ours():
 def test_all_differences_are_in_one_message():
     tensors = theirs() | {"b.0.two": torch.zeros(3, 4), **{f"x{number}": torch.zeros(1) for number in range(5)}}
     del tensors["n"]
-    with pytest.raises(ValueError, match="tensors must have the names and shapes of the network, got ") as refusal:
+    with pytest.raises(ValueError, match="tensors do not fit the network's sizes: ") as refusal:
         convert(tensors, number_rules(TABLE, 1), SHAPES, heads=2)
-    assert str(refusal.value).partition("got ")[2] == (
-        "missing: n; not in the network: x0, x1, x2 and 2 more; of another shape: b.0.two (3, 4) instead of (3, 2, 2)"
+    assert str(refusal.value).partition("sizes: ")[2] == (
+        "b.0.two must have shape (3, 2, 2), got (3, 4); n is missing; 'x0' is not in the network and 4 more"
     )
 
 

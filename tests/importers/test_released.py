@@ -60,13 +60,13 @@ WIDE = "TransformerLayer_0/Mlp_0/intermediate_output/kernel"
     ("changes", "message"),
     [
         ({f"{QUERY}/bias": np.full((4, 16), np.nan, np.float32)}, "query/bias' must hold finite numbers, got nan"),
-        ({f"{QUERY}/bias": np.ones((64, 1))}, rf"of another shape: {QUERY}/bias \(64, 1\) instead of \(4, 1"),
+        ({f"{QUERY}/bias": np.ones((64, 1))}, rf"{QUERY}/bias must have shape \(4, 1\d*\), got \(64, 1\)"),
         ({"Embed_0/position_embeddings/embedding": np.ones((16, 64))}, "a square number .*, got 16; only square"),
         ({"Embed_0/word_embeddings/embedding": np.ones((1 << 30, 0))}, r"of sizes >= 1, got shape \(1073741824, 0\)"),
-        ({"TransformerLayer_2000/x": np.ones(1)}, "missing: TransformerLayer_2/.*: TransformerLayer_2000/x"),
+        ({"TransformerLayer_2000/x": np.ones(1)}, "TransformerLayer_2/.* is missing"),
         (  # a network of 13 GB, which is not built
             {WIDE: np.zeros((64, 1 << 18), np.float32), **{f"TransformerLayer_{n}/x": np.ones(1) for n in range(200)}},
-            r"missing: .*; not in the network: .*; of another shape",
+            r"must have shape .* and \d+ more",
         ),
     ],
 )  # fmt: skip
@@ -147,19 +147,15 @@ def test_a_strided_tokenizer_is_recognised_and_written(tmp_path):
     assert load_tokenizer(tmp_path / "out" / "tokenizer").network.config.downsampling == "strided"
 
 
-def test_options_that_do_not_fit_the_files_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"--image-size must be 8, for 4 x 4 tokens of this transformer, got 16; "):
-        import_jax(TOKENIZER, tmp_path / "out", transformer=TRANSFORMER, image_size=16)
-    with pytest.raises(ValueError, match=r"class names must come with a transformer.* add --transformer"):
-        import_jax(TOKENIZER, tmp_path / "out", class_names=["a"])
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_failed_import_names_the_file_and_leaves_nothing(tmp_path):
     cut, model = tmp_path / "cut", write(tmp_path / "model", arrays_of(TRANSFORMER), collection="model")
     cut.write_bytes(TRANSFORMER.read_bytes()[:200_000])
     broken = write(tmp_path / "broken", arrays_of(TRANSFORMER) | {"MlmLayer_0/mlm_ln/scale": np.full(64, np.nan)})
-    for file, message in ((cut, "cut off"), (model, "a collection 'params'"), (broken, "finite numbers")):
+    for file, message in (
+        (cut, "cut off"),
+        (model, "those of a released transformer, got none"),
+        (broken, "finite numbers"),
+    ):
         with pytest.raises(ValueError, match=f"checkpoint {file}: .*{message}") as refusal:
             import_jax(TOKENIZER, tmp_path / "out", transformer=file)
         assert "\n" not in str(refusal.value)

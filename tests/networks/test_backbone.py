@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.backbone import (
     DEFAULT_BACKBONE,
     Backbone,
@@ -60,7 +61,7 @@ def test_some_tokens_have_the_logits_of_the_whole_forward_pass(config):
     network = create(config)
     for vocabulary in ("codes", "all"):
         whole = network(tokens, labels, vectors=vectors, vocabulary=vocabulary)
-        masked = network.forward_masked(tokens, labels, mask, vectors=vectors, vocabulary=vocabulary)
+        masked = network.forward_selected(tokens, labels, true_positions(mask), vectors=vectors, vocabulary=vocabulary)
         torch.testing.assert_close(masked, whole[mask], rtol=0, atol=1e-5)
     positions = torch.tensor([[3, 0, 11], [1, 1, 2], [5, 4, 3], [0, 11, 7]])
     logits = network.forward_at(tokens, labels, positions, vectors=vectors)
@@ -115,7 +116,7 @@ def test_gradients_reach_every_parameter(config):
     network = create(config).train()
     if config.null_label is not None:
         labels[0] = config.null_label
-    logits = network.forward_masked(tokens, labels, mask, vectors=vectors, vocabulary="all")
+    logits = network.forward_selected(tokens, labels, true_positions(mask), vectors=vectors, vocabulary="all")
     torch.nn.functional.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.long)).backward()
     missing = [name for name, each in network.named_parameters() if each.grad is None or not each.grad.any()]
     assert missing == []
@@ -152,7 +153,7 @@ def gradients(network: Backbone, config: BackboneConfig) -> tuple[torch.Tensor, 
     tokens, labels, mask, vectors = inputs(config)
     network.zero_grad()
     torch.manual_seed(3)
-    logits = network.forward_masked(tokens, labels, mask, vectors=vectors, vocabulary="all")
+    logits = network.forward_selected(tokens, labels, true_positions(mask), vectors=vectors, vocabulary="all")
     loss = logits.square().mean()
     loss.backward()
     return loss.detach(), {name: each.grad.clone() for name, each in network.named_parameters()}
@@ -186,7 +187,9 @@ def test_gradients_are_bit_equal_with_several_threads(config):
         runs = []
         for _ in range(3):
             network.zero_grad()
-            network.forward_masked(tokens, labels, mask, vectors=vectors).logsumexp(1).square().mean().backward()
+            network.forward_selected(tokens, labels, true_positions(mask), vectors=vectors).logsumexp(
+                1
+            ).square().mean().backward()
             runs.append({name: each.grad.clone() for name, each in network.named_parameters()})
     finally:
         torch.set_num_threads(1)
@@ -346,7 +349,7 @@ def test_a_network_that_defines_only_forward_has_all_methods():
     network = create(config)
     tokens, labels, mask, _ = inputs(config)
     whole = network(tokens, labels)
-    assert torch.equal(network.forward_masked(tokens, labels, mask), whole[mask])
+    assert torch.equal(network.forward_selected(tokens, labels, true_positions(mask)), whole[mask])
     assert torch.equal(network.forward_at(tokens, labels, torch.arange(12).expand(4, 12)), whole)
     assert len(network.blocks) == 0
 
@@ -385,7 +388,9 @@ def step(network: torch.nn.Module, config: BackboneConfig, rows: slice) -> dict[
     tokens, labels, mask, vectors = inputs(config)
     vectors = None if vectors is None else vectors[rows]
     tokens, labels, batch = tokens[rows], labels[rows], len(tokens)
-    logits = network.forward_masked(tokens, labels, mask[rows], vectors=vectors, vocabulary=config.loss_columns("all"))
+    logits = network.forward_selected(
+        tokens, labels, true_positions(mask[rows]), vectors=vectors, vocabulary=config.loss_columns("all")
+    )
     (logits.square().sum() / batch).backward()
     results = {f"gradient of {name}": each.grad for name, each in network.named_parameters()}
     with torch.no_grad():

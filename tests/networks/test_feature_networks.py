@@ -116,7 +116,7 @@ def test_weights_and_sizes_of_a_stranger_are_refused_by_file(tmp_path):
     with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'head\.bias' must hold finite numbers, got nan"):
         load_classifier(tmp_path)
     save_file({**good, "head.bias": torch.ones(3, dtype=torch.int32)}, file)
-    with pytest.raises(ValueError, match=r"tensor 'head\.bias' must be floating point, got torch.int32"):
+    with pytest.raises(ValueError, match=r"tensor 'head\.bias' must be floating point .*, got torch.int32"):
         load_classifier(tmp_path)
     large = {**config["network"], "model": "vit_giant_patch14_224"}  # 4 GB of weights, were it built
     (tmp_path / "config.json").write_text(json.dumps({**config, "network": large}))
@@ -133,8 +133,11 @@ def test_folders_of_something_else_are_refused(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     for broken, match in (
         ("{", "is not valid JSON"),
-        (json.dumps({"width": 24, "seed": 0}), "format must be 'maskgit_pl.classifier', got None; train it again"),
-        (json.dumps({**config, "version": 2}), "version must be 1, got 2"),
+        (
+            json.dumps({"width": 24, "seed": 0}),
+            r"format and version \('maskgit_pl.classifier', 1\), got \(None, None\); train it again",
+        ),
+        (json.dumps({**config, "version": 2}), r"got \('maskgit_pl.classifier', 2\)"),
         (json.dumps({**config, "network": {**config["network"], "depth": 3}}), "depth"),
         (json.dumps({**config, "network": {**config["network"], "width": 8}}), "do not fit"),
     ):
@@ -143,7 +146,7 @@ def test_folders_of_something_else_are_refused(tmp_path):
             load_classifier(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"weights .*model\.safetensors: no such file"):
+    with pytest.raises(ValueError, match=r"must be an existing file, got .*model\.safetensors"):
         load_classifier(tmp_path)
 
 

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.losses import token_cross_entropy
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.backbone import (
     LARGEST_COMPOSED,
     Backbone,
     BackboneConfig,
     TokenEmbedding,
     compose_logits,
-    join_digits,
     likeliest_tokens,
     split_tokens,
 )
@@ -34,7 +34,8 @@ def test_digits_are_those_of_a_number_in_base_k_and_join_to_it(num_groups, size)
     tokens = torch.arange(size**num_groups)
     digits = split_tokens(tokens, num_groups=num_groups, group_size=size)
     assert digits.tolist() == [list(each) for each in product(range(size), repeat=num_groups)]
-    assert torch.equal(join_digits(digits, group_size=size), tokens)
+    logits = torch.nn.functional.one_hot(digits, size).flatten(-2)
+    assert torch.equal(likeliest_tokens(logits, num_groups=num_groups), tokens)
 
 
 def test_the_groups_of_a_product_are_its_digits_from_last_to_first():
@@ -98,11 +99,13 @@ def test_a_network_computes_the_logits_of_codes_from_those_of_groups(name):
     config = small_config(name, num_token_groups=2)
     network = create(config)
     tokens, labels, mask, _ = inputs(config)
-    groups = network.forward_masked(tokens, labels, mask, vocabulary="groups")
+    groups = network.forward_selected(tokens, labels, true_positions(mask), vocabulary="groups")
     assert groups.shape == (int(mask.sum()), 2 * 4)
     expected = compose_logits(groups, num_groups=2)
     for vocabulary in ("codes", "all"):
-        torch.testing.assert_close(network.forward_masked(tokens, labels, mask, vocabulary=vocabulary), expected)
+        torch.testing.assert_close(
+            network.forward_selected(tokens, labels, true_positions(mask), vocabulary=vocabulary), expected
+        )
 
 
 def test_groups_shrink_embedding_and_head_of_large_codebooks():

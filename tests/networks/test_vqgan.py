@@ -41,7 +41,7 @@ def test_the_default_sizes_have_the_released_parameter_counts():
 def test_any_image_size_is_reconstructed_at_its_size(downsampling, size):
     network = VQGAN(small(channel_multipliers=(1, 1, 2), downsampling=downsampling))
     images = torch.rand(2, 1, *size)
-    height, width = network.grid(size)
+    height, width = network.config.grid(size)
     assert network(images).reconstruction.shape == images.shape
     assert network.encode(images).shape == (2, height * width)
 
@@ -51,7 +51,7 @@ def test_decoding_the_tokens_of_an_image_gives_the_training_reconstruction(confi
     network = VQGAN(config)
     images = torch.rand(3, 1, 16, 24)
     output = network(images)
-    decoded = network.decode(network.encode(images), network.grid((16, 24)))
+    decoded = network.decode(network.encode(images), network.config.grid((16, 24)))
     torch.testing.assert_close(decoded, output.reconstruction)
 
 
@@ -86,8 +86,7 @@ def test_convolutions_start_with_the_truncated_lecun_normal():
         ({"layout": "unet"}, "layout must be one of maskgit, taming, magvit2, got 'unet'"),
         ({"attention_levels": (1,)}, r"attention_levels must be \(\) in layout 'maskgit', got \(1,\)"),
         ({**TAMING, "latent_channels": None}, "latent_channels of layout 'taming' must be an integer"),
-        ({**TAMING, "attention_levels": (2,)}, r"attention_levels must .*\[0, 1\].* got \[2\]"),
-        ({**TAMING, "middle_attention": 1}, "middle_attention must be true or false, got 1"),
+        ({**TAMING, "attention_levels": (2,)}, r"attention_levels must .*\[0, 1\], got 2"),
         ({**MAGVIT2, "activation": "relu"}, "activation must be 'swish' in layout 'magvit2', got 'relu'"),
     ],
 )
@@ -102,13 +101,13 @@ def test_a_size_is_reconstructed_or_refused_with_those_that_fit(changes):
     sides = torch.randint(1, 33, (24, 2), generator=torch.Generator().manual_seed(0)).tolist()
     for size in ((8, 20), *map(tuple, sides)):
         try:
-            height, width = network.grid(size)
+            height, width = network.config.grid(size)
         except ValueError as error:
             with pytest.raises((ValueError, RuntimeError), match=r"multiple of the downsampling factor|divisible"):
                 network.encode(torch.rand(1, 1, *size))
             fitting = [int(side) for side in re.findall("[0-9]+", str(error).partition("; use ")[2])]
             assert fitting
-            assert all(network.grid((side, side)) for side in fitting)
+            assert all(network.config.grid((side, side)) for side in fitting)
             continue
         images = torch.rand(1, 1, *size)
         assert network(images).reconstruction.shape == images.shape

@@ -53,7 +53,7 @@ def test_a_non_finite_number_is_refused_by_file_and_tensor(tmp_path, ending, bad
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
 def test_other_kinds_of_numbers_are_refused_by_tensor(dtype):
     state = network().state_dict()
-    with pytest.raises(ValueError, match=rf"weights FILE: tensor '0\.weight' must be floating point, got {dtype}"):
+    with pytest.raises(ValueError, match=rf"weights FILE: tensor '0\.weight' must be floating point .*, got {dtype}"):
         load_weights(network(), state | {"0.weight": torch.ones(4, 3).to(dtype)}, "FILE")
     with pytest.raises(ValueError, match=r"tensor '1\.num_batches_tracked' must be integers, got torch\.float32"):
         load_weights(network(), state | {"1.num_batches_tracked": torch.tensor(1.0)}, "FILE")
@@ -108,7 +108,7 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(tmp_path, monkeyp
     rewrite_archive(file, zipfile.ZIP_DEFLATED)
     assert file.stat().st_size < 10_000
     monkeypatch.setattr(torch, "load", None)
-    with pytest.raises(ValueError, match=r"model\.pth .*must not be compressed, got .*data/0' of 4 MB in"):
+    with pytest.raises(ValueError, match=r"model\.pth .*must not be compressed, got 'model/data.pkl'"):
         read_weights(file, thing="judge")
 
 

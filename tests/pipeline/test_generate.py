@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from maskgit_pl.data.images import fit_image
-from maskgit_pl.decoding import AutoregressiveDecoding, DecodingConfig, DecodingStep
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import save_tiny_pretrained

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.strategies import (
@@ -44,7 +45,7 @@ def transformer(attention="bidirectional", dropout=0.1):
 def loss_of_tokens(network, seed=1):
     torch.manual_seed(seed)
     tokens, labels, mask = torch.randint(16, (4, 16)), torch.randint(3, (4,)), torch.rand(4, 16) < 0.1 + 0.2 * seed
-    return network.forward_masked(tokens, labels, mask, vocabulary="all").square().mean()
+    return network.forward_selected(tokens, labels, true_positions(mask), vocabulary="all").square().mean()
 
 
 def tokenizer(layout):

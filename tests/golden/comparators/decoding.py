@@ -13,7 +13,8 @@ from comparators.comparison import TOLERANCE, Comparison, close, equal, inputs, 
 from comparators.folder import Folder
 from comparators.schedules import released_mask_len, released_ratio, schedule_of
 from comparators.transformer import everywhere, load_transformer, our_tokens
-from maskgit_pl.decoding import ClassPredictor, DecodingStep, ParallelDecoder, Predictor
+from maskgit_pl.decoding import DecodingStep, ParallelDecoder
+from maskgit_pl.decoding.predictors import ClassPredictor, Predictor
 from maskgit_pl.decoding.selectors import Confidence
 from maskgit_pl.networks.transformer import MaskedTransformer
 

@@ -1,0 +1,32 @@
+"""The product quantizer follows its published formula."""
+
+import pytest
+import torch
+
+from maskgit_pl.networks.quantizers import quantizers
+from tests.networks.test_lookup_free import build, features, rows_of
+
+
+def test_a_product_has_the_digits_and_the_mean_loss_of_its_groups():
+    inner = {"name": "gradient", "entropy_weight": 0.0}
+    quantizer, inputs = build({"name": "product", "num_groups": 3, "quantizer": inner}, 4**3, 6), features(6)
+    output = quantizer(inputs)
+    expected, losses = 0, []
+    for number, (group, channels) in enumerate(zip(quantizer.groups, inputs.chunk(3, dim=1), strict=True)):
+        distances = torch.cdist(rows_of(channels), group.codebook)
+        expected = expected + distances.argmin(1) * 4**number
+        losses.append(1.25 * distances.min(1).values.square().mean() / 2)
+    assert torch.equal(output.tokens.flatten(), expected)
+    torch.testing.assert_close(output.loss, torch.stack(losses).mean())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"name": "product", "quantizer": {"name": "product"}}, "must be no 'product' again; take a table of codes"),
+        ({"name": "product", "quantizer": "emma"}, "did you mean 'ema'"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_the_way_out(spec, message):
+    with pytest.raises(ValueError, match=message):
+        quantizers.build(spec)
