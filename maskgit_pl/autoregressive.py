@@ -23,8 +23,6 @@ from maskgit_pl.masking import Draws
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
-__all__ = ["AutoregressiveConfig", "AutoregressiveModel"]
-
 
 @dataclass(frozen=True)
 class AutoregressiveConfig(TokenModelConfig):

@@ -49,19 +49,6 @@ from maskgit_pl.training.optimizers import parameter_groups
 from maskgit_pl.training.strategies import shard_blocks
 from maskgit_pl.training.token_model import StepLosses
 
-__all__ = [
-    "Dimo",
-    "Distillation",
-    "DistillationConfig",
-    "DistilledModel",
-    "Guidance",
-    "Redi",
-    "RollOut",
-    "distillations",
-    "divergence_gradient",
-]
-
-
 _SHARED = ("codebook_size", "num_classes", "grid", "condition_dim", "null_label", "mask_token_id")  # with the teacher
 _COLDEST = 1e-3  # sampling temperature of a teacher that takes the likeliest codes
 

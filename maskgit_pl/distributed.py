@@ -24,28 +24,6 @@ from torch import Tensor
 
 from maskgit_pl.checks import did_you_mean, shorten
 
-__all__ = [
-    "barrier",
-    "check_device",
-    "default_device",
-    "describe_environment",
-    "device_name",
-    "device_names",
-    "find_device",
-    "gather_rows",
-    "has_amx",
-    "has_bfloat16",
-    "max_over_ranks",
-    "mean_over_ranks",
-    "on_all_ranks",
-    "own_rows",
-    "parse_dtype",
-    "peak_memory",
-    "process_group",
-    "rank_and_world",
-    "sum_over_ranks",
-]
-
 _TIMEOUT = datetime.timedelta(days=7)  # one rank may train a classifier while the others wait
 _CPUINFO = Path("/proc/cpuinfo")
 

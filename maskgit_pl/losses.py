@@ -16,23 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
 
-__all__ = [
-    "AdversarialLoss",
-    "ReconstructionLoss",
-    "TokenStatistics",
-    "adaptive_weight",
-    "chunked_statistics",
-    "discriminator_loss",
-    "generator_loss",
-    "lecam_loss",
-    "mean_over_rows",
-    "needs_chunks",
-    "r1_penalty",
-    "reconstruction_loss",
-    "token_cross_entropy",
-    "token_statistics",
-]
-
 AdversarialLoss = Literal["hinge", "non-saturating"]
 ReconstructionLoss = Literal["l2", "l1"]
 

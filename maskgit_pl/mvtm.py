@@ -25,8 +25,6 @@ from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
 
-__all__ = ["MaskedTokenConfig", "MaskedTokenModel"]
-
 _NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
 
 

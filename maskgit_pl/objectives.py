@@ -23,8 +23,6 @@ from maskgit_pl.losses import mean_over_rows
 from maskgit_pl.masking import Draws
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = ["Objective", "TokenLosses", "objectives"]
-
 
 @dataclass(frozen=True)
 class TokenLosses:

@@ -40,24 +40,6 @@ from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-__all__ = [
-    "SIGNALS",
-    "Bars",
-    "available_cores",
-    "catch_stop_signals",
-    "check_launcher",
-    "choose_workers",
-    "hide_launcher",
-    "ignore_job_signals",
-    "is_requested",
-    "launcher_rank",
-    "local_rank",
-    "named_bars",
-    "no_bars",
-    "progress_bars",
-    "run_jobs",
-]
-
 # torchrun under srun sets both. A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is a single process.
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
 _LOCAL_RANKS = ("LOCAL_RANK", "SLURM_LOCALID")

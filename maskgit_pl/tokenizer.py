@@ -47,8 +47,6 @@ from maskgit_pl.training.stopping import StepCheck, clip_gradients
 from maskgit_pl.training.strategies import check_precision, prepare_blocks
 from maskgit_pl.training.tokenizer_losses import AdversarialStep, LossInputs, LossTerms, TokenizerConfig
 
-__all__ = ["CodebookUsage", "Tokenizer"]
-
 _NUM_PICTURES = 16  # validation images kept for a reconstruction grid
 _LECAM_DECAY = 0.999  # of the moving averages of the logits, for each global batch
 

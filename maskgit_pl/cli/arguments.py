@@ -40,8 +40,6 @@ from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.files import check_writable
 from maskgit_pl.runs.layers import parse_named_spec
 
-__all__ = ["Output", "Word", "add_command", "flag_of", "read_call"]
-
 _OVERRIDES = "overrides"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
 

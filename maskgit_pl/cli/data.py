@@ -12,8 +12,6 @@ from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
 from maskgit_pl.data.sources.public import Dataset, public_datasets
 from maskgit_pl.processes import named_bars
 
-__all__ = ["fetch", "index", "make", "verify"]
-
 
 def _read_class_names(flag: str, text: str) -> Sequence[str]:
     from maskgit_pl.data.samples import parse_class_names

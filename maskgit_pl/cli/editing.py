@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["edit", "inpaint", "outpaint", "panorama"]
-
 ImageFile = Annotated[Path, Word("IMAGE")]
 Pixels = Annotated[int, Word("PIXELS")]
 Picture = Annotated[Path, Output(".png")]

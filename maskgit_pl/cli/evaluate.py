@@ -28,8 +28,6 @@ from maskgit_pl.evaluation.options import (
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.layers import parse_spec, parse_specs
 
-__all__ = ["compare", "evaluate", "evaluate_tokenizer", "train_classifier", "tune"]
-
 
 def _parse_selectors(flag: str, text: str) -> list[Spec] | None:
     """Returns the selectors to measure; None for all."""

@@ -18,8 +18,6 @@ from maskgit_pl.files import sha256_of, size_text
 from maskgit_pl.importers import LayoutName
 from maskgit_pl.runs.recipe import Stage
 
-__all__ = ["export", "import_jax", "import_tokenizer", "import_transformer", "push"]
-
 File = Annotated[Path, Word("FILE")]
 
 _GRAPHS = "maskgit_pl.contrib.graph_export"  # has ``export_graphs``

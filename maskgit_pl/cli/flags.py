@@ -22,27 +22,6 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
     from maskgit_pl.pipeline import MaskGIT
 
-__all__ = [
-    "CasFlags",
-    "Device",
-    "Dtype",
-    "Features",
-    "Folder",
-    "ImageSize",
-    "ModelFlags",
-    "NewRunFlags",
-    "Numbers",
-    "Run",
-    "RunFlags",
-    "Seeds",
-    "Specs",
-    "check_one_of",
-    "make_folder",
-    "print_json",
-    "print_page",
-    "print_rows",
-]
-
 Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
 Runs = Annotated[tuple[Path, ...], Word("RUN")]

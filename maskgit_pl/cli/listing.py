@@ -23,17 +23,6 @@ from maskgit_pl.schedules import mask_schedules
 if TYPE_CHECKING:
     from maskgit_pl.registry import Registry
 
-__all__ = [
-    "REGISTRIES",
-    "env",
-    "models",
-    "plugins",
-    "recipes_copy",
-    "recipes_list",
-    "recipes_show",
-    "schedules",
-]
-
 log = logging.getLogger(__name__)
 
 REGISTRIES = {  # module of each registry, by the name of the registry

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline.display import Recording
 
-__all__ = ["Pictures", "record_steps"]
-
 
 @dataclass(frozen=True)
 class Pictures:

@@ -22,8 +22,6 @@ from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
 if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
 
-__all__ = ["ablation", "figure", "table"]
-
 
 def _split_names(_: str, text: str) -> tuple[str, ...]:
     return tuple(split_values(text))
@@ -87,31 +85,35 @@ def table(
 
 
 def figure(
-    number: Literal[4, 8],
+    number: Literal[2, 4, 8],
     runs: Runs = (),
     *,
+    class_name: str | None = None,
     num_steps: Numbers | None = None,
     num_tokens: Annotated[tuple[int, ...], Word("N,...", parse_numbers)] = NUM_TOKENS,
     json: bool = False,
     report: ReportFlags = ReportFlags(),
 ) -> None:
-    """Draws Figure 4 or 8 of the paper with our models and measurements.
+    """Draws Figure 2, 4 or 8 of the paper with our models and measurements.
 
-    4: time per image of autoregressive decoding and of MaskGIT against the number of tokens, with random weights; a run
-    sets the sizes of the networks. 8: mask schedules, and quality against the number of steps T, one run for each
-    schedule and seed.
+    2: the decoding of each run step by step, such as that of an autoregressive one and of MaskGIT. 4: time per image of
+    autoregressive decoding and of MaskGIT against the number of tokens, with random weights; a run sets the sizes of
+    the networks. 8: mask schedules, and quality against the number of steps T, one run for each schedule and seed.
 
-    Example: maskgit figure 8 runs/fashion-mnist-cosine runs/fashion-mnist-linear
+    Example: maskgit figure 2 runs/fashion-mnist-adaln-autoregressive runs/fashion-mnist-adaln --class-name Sneaker
 
     Args:
         number: Number of the figure in the paper.
         runs: Run folders (runs/NAME) or pretrained folders.
+        class_name: Name or index of the class of Figure 2 (default: the first class).
         num_steps: Decoding steps T of Figure 8 (default: 2,3,4,6,8,12,16,24, at most half the tokens).
         num_tokens: Tokens per image in Figure 4.
         json: Print JSON, a list of objects, instead of the page.
     """
     with progress_bars() as bars:
-        if number == 8:
+        if number == 2:
+            page = evaluation.figure_2(runs, report, class_name=class_name, bars=bars)
+        elif number == 8:
             page = evaluation.table_3(runs, report, num_steps=num_steps, bars=bars)
         elif len(runs) > 1:
             raise ValueError(f"figure 4 must have at most one RUN, which sets the sizes, got {len(runs)}")

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from maskgit_pl.pipeline.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions, BulkResult
 
-__all__ = ["sample", "web"]
-
 _PER_CLASS = 8
 _ANIMATED = 4  # number of images side by side in an animation
 _MAX_CLASSES = 10  # number of classes that ``--classes all`` shows in a picture

@@ -20,8 +20,6 @@ from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
 from maskgit_pl.training.gpus import Machines
 
-__all__ = ["demo", "distill", "doctor", "submit", "tokenize", "train"]
-
 log = logging.getLogger(__name__)
 
 

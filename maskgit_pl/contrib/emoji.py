@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from maskgit_pl.data.manifest import Split
     from maskgit_pl.data.samples import Sample, Source
 
-__all__ = ["CLASSES", "DATASET", "PACKAGES", "Emoji", "EmojiImages", "Package", "base_of"]
-
 Artwork: TypeAlias = Mapping[str, bytes]
 """PNG files by name, such as ``1f600.png``."""
 

@@ -44,8 +44,6 @@ from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import find_folder
 
-__all__ = ["Format", "Graph", "compare_graph", "export_graphs", "graphs_of", "write_graph"]
-
 Format = Literal["onnx", "pt2"]
 Call: TypeAlias = Callable[[Mapping[str, Tensor]], Tensor]
 

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Annotated
 
 from maskgit_pl.cli.arguments import Output
-from maskgit_pl.cli.flags import Device, Dtype, Folder, Run
-
-__all__ = ["inspect"]
+from maskgit_pl.cli.flags import Device, Folder, Run
+from maskgit_pl.evaluation.options import Dtype
 
 
 def inspect(

@@ -39,17 +39,6 @@ from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems
 
-__all__ = [
-    "CodeUse",
-    "Logs",
-    "find_in_tokenizer",
-    "find_in_transformer",
-    "inspect_run",
-    "measure_codes",
-    "picture_codes",
-    "read_logs",
-]
-
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 12px; max-width: 1180px }
@@ -315,12 +304,12 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse |
     if measured is not None:
         metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
         num_tokens = float(measured.counts.sum())
-        problems += find_problems(metrics, config, codebook_size=size, num_tokens=num_tokens)
+        problems += find_problems(metrics, codebook_size=size, num_tokens=num_tokens)
     if recipe and logs.last_step > config.grace(value_at(recipe, "trainer.max_steps")):
         # The number of tokens is at least that of images since the last logging step.
         num_tokens = value_at(recipe, "trainer.log_every_n_steps") * value_at(recipe, "data.global_batch")
         size = value_at(recipe, "model.network.codebook_size")
-        problems += find_problems(logs.last("train"), config, codebook_size=size, num_tokens=num_tokens)
+        problems += find_problems(logs.last("train"), codebook_size=size, num_tokens=num_tokens)
     return list({problem.cause: problem for problem in reversed(problems)}.values())[::-1]  # the first of each cause
 
 

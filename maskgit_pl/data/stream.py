@@ -42,8 +42,6 @@ from maskgit_pl.errors import DataBudgetError, printable
 from maskgit_pl.files import open_regular, size_text
 from maskgit_pl.randomness import permutation
 
-__all__ = ["StreamBatches", "StreamConfig", "StreamError"]
-
 log = logging.getLogger(__name__)
 
 _SILENT_SECONDS = 60.0  # longest time in which a server may send nothing

@@ -23,8 +23,6 @@ from maskgit_pl.decoding.predictors import ConditionalModel, apply_guidance
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 
-__all__ = ["AutoregressiveDecoder", "decode_autoregressive"]
-
 
 @dataclass(frozen=True)
 class AutoregressiveDecoder:

@@ -30,15 +30,6 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
 
-__all__ = [
-    "SETTINGS_FORMAT",
-    "AutoregressiveDecoding",
-    "DecodingConfig",
-    "check_parallel",
-    "read_settings_file",
-    "set_specs",
-]
-
 SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid

@@ -42,17 +42,6 @@ from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, random_uniform, uniform_of
 from maskgit_pl.schedules import MaskSchedule, num_masked
 
-__all__ = [
-    "DecodingStep",
-    "ParallelDecoder",
-    "SeededNoise",
-    "StepCounts",
-    "count_after",
-    "decode_classes",
-    "draw_codes",
-    "draw_start",
-]
-
 
 @dataclass(frozen=True)
 class ParallelDecoder:

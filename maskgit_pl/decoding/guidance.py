@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from maskgit_pl.checks import check_number
 from maskgit_pl.registry import Registry
 
-__all__ = ["GuidanceSchedule", "check_guidance", "guidance_scales", "guidance_schedules", "step_progress"]
-
 _SCALES = "[0, 10000]"  # so that guided logits are finite
 _CHECKED_POINTS = 257
 

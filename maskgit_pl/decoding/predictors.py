@@ -26,21 +26,6 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.decoding.guidance import check_guidance
 from maskgit_pl.networks.backbone import Backbone, PredictAt
 
-__all__ = [
-    "AutoguidedPredictor",
-    "ClassPredictor",
-    "ConditionalModel",
-    "FirstStepLogits",
-    "FirstStepPredictor",
-    "GuidedPredictor",
-    "Predictor",
-    "StartPredictor",
-    "VectorPool",
-    "apply_guidance",
-    "build_class_predictor",
-    "check_condition_vectors",
-]
-
 _MOST_NUMBERS = 2**28  # of the cached logits; 1 GiB in float32
 
 

@@ -14,8 +14,6 @@ from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["CodeSampling", "DrawMethod", "Noise", "Temperature"]
-
 Temperature = float | tuple[float, float]
 DrawMethod = Literal["gumbel", "inverse_cdf"]
 """Methods of drawing codes from the softmax. They draw from the same distribution, but different codes for a seed.

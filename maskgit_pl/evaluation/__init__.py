@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
     from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
+    from maskgit_pl.evaluation.figures import figure_2
     from maskgit_pl.evaluation.ledger import Ledger
     from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric
     from maskgit_pl.evaluation.model_evaluation import evaluate
@@ -60,6 +61,7 @@ __all__ = [
     "distill",
     "evaluate",
     "evaluate_tokenizer",
+    "figure_2",
     "figure_4",
     "read_ablation",
     "run_ablation",
@@ -76,6 +78,7 @@ _HOMES = {
     "comparison": ("compare",),
     "distilling": ("distill",),
     "evaluator": ("EvaluatedModel", "Evaluator"),
+    "figures": ("figure_2",),
     "ledger": ("Ledger",),
     "metrics": ("ComparedImages", "FeatureMetric"),
     "model_evaluation": ("evaluate",),

@@ -25,18 +25,6 @@ from maskgit_pl.checks import shorten
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.weights import check_archive, check_held, check_tensor, read_tensors
 
-__all__ = [
-    "Array",
-    "check_weights",
-    "find_weights",
-    "name_file",
-    "name_some",
-    "read_checkpoint",
-    "read_flax",
-    "remove_wrappers",
-    "select_tensors",
-]
-
 Array: TypeAlias = npt.NDArray[Any]
 
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))

@@ -28,21 +28,6 @@ from maskgit_pl.networks.weights import check_shapes, skeletons
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
 from maskgit_pl.registry import describe
 
-__all__ = [
-    "Imported",
-    "ImportedTransformer",
-    "Rule",
-    "check_out",
-    "choose_class_names",
-    "convert",
-    "count_numbers",
-    "number_rules",
-    "read_widths",
-    "shape_of",
-    "shapes_of",
-    "write_import",
-]
-
 _IMAGENET_CLASSES = 1000
 _RECIPE, _CODES, _GRID = "paper-256", 1024, (16, 16)  # a recipe, and the sizes that it sets
 

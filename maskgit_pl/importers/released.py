@@ -36,15 +36,6 @@ from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, Activation, ResidualBlock, VQGANConfig
 from maskgit_pl.networks.weights import check_tensor, skeletons
 
-__all__ = [
-    "import_jax",
-    "parameters",
-    "tokenizer_config",
-    "tokenizer_weights",
-    "transformer_config",
-    "transformer_weights",
-]
-
 Arrays: TypeAlias = Mapping[str, Array]
 
 _PARAMS = "params/"

@@ -45,8 +45,6 @@ from maskgit_pl.importers.conversion import (
 )
 from maskgit_pl.networks.vqgan import VQGAN, Layout, VQGANConfig
 
-__all__ = ["LAYOUTS", "TokenizerLayout", "import_tokenizer", "tokenizer_layout_of"]
-
 _WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")  # entries; as in LlamaGen, its average before "model"
 _AVERAGE = "model_ema."
 _CODEBOOK = "quantize.embedding.weight"  # of all projects with a table of codes

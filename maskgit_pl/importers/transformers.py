@@ -42,14 +42,6 @@ from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.weights import check_held
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 
-__all__ = [
-    "HALTON",
-    "MASKGIL",
-    "TransformerLayout",
-    "import_transformer",
-    "transformer_layout_of",
-]
-
 _WEIGHTS = ("model_state_dict", "state_dict", "model")  # entries that hold the tensors; both projects write the first
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
 _STEPS = 32  # both projects

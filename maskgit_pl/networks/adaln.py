@@ -48,8 +48,6 @@ from maskgit_pl.networks.backbone import (
 )
 from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward
 
-__all__ = ["AdaLNConfig", "AdaLNTransformer", "AutoregressiveAdaLN"]
-
 Conditioning = Literal["adaln", "token"]
 Positions = Literal["learned", "rotary", "rotary-raster"]
 

@@ -33,18 +33,6 @@ from maskgit_pl.networks.quantizers import (
 )
 from maskgit_pl.randomness import random_bits
 
-__all__ = [
-    "IBQ",
-    "EMAQuantizer",
-    "EMAQuantizerSpec",
-    "GradientQuantizer",
-    "GradientQuantizerSpec",
-    "IBQSpec",
-    "SimVQ",
-    "SimVQSpec",
-    "TrainedSpec",
-]
-
 _LEAST_COUNT = 1e-12  # smaller counts and sums lose their digits, and their quotient is not a mean
 
 

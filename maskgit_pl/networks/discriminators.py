@@ -23,19 +23,6 @@ from maskgit_pl.checks import ImageSize, check_integer, check_number, height_wid
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.registry import Registry, has_create
 
-__all__ = [
-    "Discriminator",
-    "DiscriminatorConfig",
-    "DiscriminatorSpec",
-    "PatchDiscriminator",
-    "PatchDiscriminatorConfig",
-    "PatchNorm",
-    "Pooling",
-    "build_discriminator",
-    "discriminators",
-    "with_defaults",
-]
-
 Pooling = Literal["blur", "average"]
 PatchNorm = Literal["group", "batch"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)

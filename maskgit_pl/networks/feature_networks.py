@@ -34,27 +34,6 @@ from maskgit_pl.checks import (
 from maskgit_pl.files import read_json
 from maskgit_pl.networks.weights import load_network, read_weights, tensors_digest
 
-__all__ = [
-    "CONFIG_FILE",
-    "FORMAT",
-    "MAX_CONFIG_BYTES",
-    "SMALL",
-    "WEIGHT_FILE",
-    "ClassifierSizes",
-    "FeatureNetwork",
-    "FeatureOutput",
-    "FrozenClassifier",
-    "FrozenNetwork",
-    "SmallClassifier",
-    "TimmClassifier",
-    "check_model",
-    "check_timm_model",
-    "create_classifier",
-    "describe_classifier",
-    "load_classifier",
-    "weights_digest",
-]
-
 SMALL = "small"
 WEIGHT_FILE, CONFIG_FILE = "model.safetensors", "config.json"
 FORMAT, _VERSION = "maskgit_pl.classifier", 1

@@ -33,27 +33,6 @@ from maskgit_pl.networks.feature_networks import (
 from maskgit_pl.networks.weights import load_network, load_weights, read_weights, skeletons
 from maskgit_pl.registry import Registry, has_create, nearest
 
-__all__ = [
-    "LPIPS",
-    "ClassifierSpec",
-    "FeatureDistance",
-    "FeatureNetworkSpec",
-    "FeatureOutput",
-    "Inception",
-    "InceptionSpec",
-    "LPIPSSpec",
-    "Lite0Spec",
-    "PerceptualOutput",
-    "PerceptualSpec",
-    "TimmSpec",
-    "build_perceptual",
-    "create_distance",
-    "feature_networks",
-    "load_lpips",
-    "parse_feature_network",
-    "perceptual_networks",
-]
-
 PerceptualOutput = Literal["logits", "features"]
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"

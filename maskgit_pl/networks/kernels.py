@@ -25,16 +25,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from maskgit_pl.distributed import has_amx, has_bfloat16
 
-__all__ = [
-    "PackingLinear",
-    "WeightWatch",
-    "add_output",
-    "attend",
-    "feed_forward",
-    "free_packed",
-    "set_packing",
-]
-
 _Part = tuple[int, int, int]
 """A part of a weight: the dimension, 0 for rows and 1 for columns; the first of them; the last one + 1."""
 

@@ -30,8 +30,6 @@ from maskgit_pl.networks.quantizers import (
     straight_through,
 )
 
-__all__ = ["FSQ", "LFQ", "FSQSpec", "LFQSpec"]
-
 _MARGIN = 1e-3  # keeps tanh from reaching the outermost half levels; source: arXiv:2309.15505, appendix A.1
 
 

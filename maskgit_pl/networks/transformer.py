@@ -37,14 +37,6 @@ from maskgit_pl.networks.backbone import (
 )
 from maskgit_pl.networks.kernels import PackingLinear, add_output, attend, feed_forward
 
-__all__ = [
-    "AutoregressiveTransformer",
-    "Block",
-    "MaskedTransformer",
-    "Transformer",
-    "TransformerConfig",
-]
-
 _INIT_STD = 0.02  # released code, also BERT's
 _NORM_EPSILON = 1e-12  # of every layer norm; released code, far below torch's default of 1e-5
 

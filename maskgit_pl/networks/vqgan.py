@@ -40,8 +40,6 @@ from maskgit_pl.checks import (
 )
 from maskgit_pl.networks.quantizers import QuantizerOutput, build_sized, quantizers
 
-__all__ = ["VQGAN", "Activation", "Decoder", "Downsampling", "Encoder", "Layout", "VQGANConfig", "VQGANOutput"]
-
 Downsampling = Literal["average", "strided", "strided-3x3"]
 Activation = Literal["swish", "relu"]
 Layout = Literal["maskgit", "taming", "magvit2"]

@@ -25,21 +25,6 @@ from torch.overrides import TorchFunctionMode
 from maskgit_pl.checks import shorten
 from maskgit_pl.files import TooLargeDirectoryError, open_zip, sha256_of, size_text
 
-__all__ = [
-    "ZeroWeights",
-    "check_archive",
-    "check_held",
-    "check_shapes",
-    "check_tensor",
-    "load_network",
-    "load_weights",
-    "open_tensors",
-    "read_tensors",
-    "read_weights",
-    "skeletons",
-    "tensors_digest",
-]
-
 _MAX_HEADER_BYTES = 8_000_000  # about 60,000 tensors; safetensors accepts 100 MB, which take 1 GB to parse
 _MAX_ENTRIES = 10**6  # of the zip archive of torch.save; a tensor is one
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

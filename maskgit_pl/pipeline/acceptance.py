@@ -24,8 +24,6 @@ from torch import Tensor
 from maskgit_pl.checks import check_number
 from maskgit_pl.networks.feature_networks import FrozenClassifier, load_classifier, weights_digest
 
-__all__ = ["Acceptance"]
-
 _ROUNDING = 1e-9  # 21 / 0.7 is 30.000000000000004 in floating point
 _BATCH = 50  # images that are classified at a time
 

@@ -32,16 +32,6 @@ from maskgit_pl.pipeline.card import flatten
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import StepCallback
 
-__all__ = [
-    "BulkOptions",
-    "BulkPlan",
-    "BulkResult",
-    "generate_many",
-    "is_finished",
-    "make_plan",
-    "write_samples",
-]
-
 _FORMAT = "maskgit_pl.samples"
 _SEEDS = 2**32  # number of seeds
 _LONGEST_COMMENT = 65535  # bytes of the comment of a zip file, which holds the plan

@@ -23,17 +23,6 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import skeletons
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config, read_decoding
 
-__all__ = [
-    "PLACEHOLDER",
-    "STAGES",
-    "describe_folder",
-    "fingerprints",
-    "flatten",
-    "model_card",
-    "refresh_card",
-    "write_card",
-]
-
 STAGES = ("tokenizer", "transformer")
 PLACEHOLDER = "path/to/this/folder"
 """The name of the model in the example of a card; `maskgit push` puts that of the repository in its place."""

@@ -37,8 +37,6 @@ from maskgit_pl.pipeline.sharing import (
     write_diffusers_files,
 )
 
-__all__ = ["MaskGITPipeline", "MaskGITTokenizer", "MaskGITTransformer", "export_diffusers"]
-
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
 _FILES = {
     "README.md", "config.json", *DIFFUSERS_FILES,

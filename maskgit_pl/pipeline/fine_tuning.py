@@ -27,16 +27,6 @@ from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.networks.weights import skeletons, tensors_digest
 from maskgit_pl.schedules import MaskSchedule
 
-__all__ = [
-    "Caches",
-    "NegativeModelLike",
-    "Pipeline",
-    "PretrainedTokenizer",
-    "PretrainedTransformer",
-    "images_at_once",
-    "weights_for",
-]
-
 _MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
 
 

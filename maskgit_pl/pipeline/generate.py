@@ -50,8 +50,6 @@ from maskgit_pl.pipeline.regions import (
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import num_masked
 
-__all__ = ["as_output", "decode", "generate", "inpaint", "outpaint", "panorama", "redraw"]
-
 
 def decode(
     transformer: PretrainedTransformer, request: Request, *, tokens: Tensor | None = None, first_step: int = 0

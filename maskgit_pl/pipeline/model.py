@@ -59,8 +59,6 @@ if TYPE_CHECKING:
 
     from maskgit_pl.pipeline.display import Recording
 
-__all__ = ["MaskGIT"]
-
 
 class MaskGIT:
     """Generates and edits images of classes with a tokenizer and a transformer.

@@ -19,22 +19,6 @@ from typing import TypedDict
 from maskgit_pl.checks import did_you_mean
 from maskgit_pl.files import read_json, write_text
 
-__all__ = [
-    "CLASSES",
-    "CLASS_NAME",
-    "DIFFUSERS_FILES",
-    "FILES",
-    "INDEX_FILE",
-    "HubOptions",
-    "bundled_models",
-    "check_diffusers_files",
-    "check_token",
-    "find_folder",
-    "find_transformer",
-    "local_folder",
-    "write_diffusers_files",
-]
-
 _FOLDER = Path(__file__).parents[1] / "models"
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
 _READ = tuple(

@@ -19,12 +19,14 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.runs.doctor import Machines, Preflight, preflight
+    from maskgit_pl.data.tokenize_options import TokenizeOptions
+    from maskgit_pl.runs.doctor import Preflight, preflight
     from maskgit_pl.runs.fitting import FitResult, export, fit
     from maskgit_pl.runs.plan import Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
-    from maskgit_pl.runs.tokenizing import TokenizeOptions, tokenize
+    from maskgit_pl.runs.tokenizing import tokenize
+    from maskgit_pl.training.gpus import Machines
 
 __all__ = [
     "FitResult",

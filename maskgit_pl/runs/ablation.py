@@ -24,20 +24,6 @@ from maskgit_pl.files import parse_yaml
 from maskgit_pl.runs.layers import Overrides, flag_words, split_flags, split_values, value_at
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
-__all__ = [
-    "PAPER_SCHEDULES",
-    "AblationConfig",
-    "Factor",
-    "Failure",
-    "TrainingError",
-    "Variant",
-    "base_values",
-    "parse_factor",
-    "plan_variants",
-    "run_maskgit",
-    "train",
-]
-
 log = logging.getLogger(__name__)
 
 PAPER_SCHEDULES = ("exp", "cubic", "square", "cosine", "linear", "sqrt", "log")  # paper, Table 3

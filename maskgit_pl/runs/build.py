@@ -49,8 +49,6 @@ from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_ha
 from maskgit_pl.training.strategies import build_strategy, check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["StageRun", "build", "build_without_weights", "leave_no_trace", "restore_process_state"]
-
 log = logging.getLogger(__name__)
 
 # Warnings of Lightning and torch that every run triggers and no user can act on.

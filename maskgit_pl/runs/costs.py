@@ -37,16 +37,6 @@ from maskgit_pl.training.optimizers import state_values
 from maskgit_pl.training.strategies import ActivationCheckpointing, prepare_blocks
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = [
-    "Encoder",
-    "Memory",
-    "StepMeter",
-    "checkpoint_bytes",
-    "count_predicted",
-    "step_memory",
-    "useful_flops",
-]
-
 Encoder = tuple[VQGANConfig, ImageSize]
 """Sizes of the tokenizer that encodes the images of stage 2, and its image size in pixels."""
 

@@ -36,8 +36,6 @@ from maskgit_pl.training.gpus import GPUS, Machines
 from maskgit_pl.training.strategies import check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = ["Check", "Machines", "Preflight", "preflight"]
-
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
 
 Verdict = Literal["ok", "warning", "FAIL"]

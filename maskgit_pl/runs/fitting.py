@@ -43,16 +43,6 @@ from maskgit_pl.training.checkpoints import (
 )
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = [
-    "FitResult",
-    "check_run_outputs",
-    "describe_batch",
-    "describe_start",
-    "export",
-    "fit",
-    "fit_stage",
-]
-
 log = logging.getLogger(__name__)
 
 _RECORDS = ("config.yaml", "environment.json")

@@ -16,26 +16,6 @@ from typing import Any, Literal
 from maskgit_pl.checks import ImageSize, as_image_size, shorten
 from maskgit_pl.files import check_plain, parse_yaml
 
-__all__ = [
-    "DEFAULT_BACKBONE",
-    "DERIVED_KEYS",
-    "Kind",
-    "Layer",
-    "Overrides",
-    "flag_layer",
-    "flag_words",
-    "merge",
-    "parse_image_size",
-    "parse_named_spec",
-    "parse_numbers",
-    "parse_spec",
-    "parse_specs",
-    "remove_key",
-    "split_flags",
-    "split_values",
-    "value_at",
-]
-
 Kind = Literal["tokenizer", "transformer", "autoregressive", "distillation"]
 """The kinds of modules that a recipe trains."""
 

@@ -17,19 +17,6 @@ from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe, Stage
 
-__all__ = [
-    "SHARED_TOKENS",
-    "Folders",
-    "Plan",
-    "find_data",
-    "find_pretrained",
-    "find_tokenizer",
-    "folder_of",
-    "name_folders",
-    "plan_run",
-    "run_folder",
-]
-
 log = logging.getLogger(__name__)
 
 _RUNS = Path("runs")

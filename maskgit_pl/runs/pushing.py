@@ -28,8 +28,6 @@ from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES, FILES, check_diffusers_files, check_token, local_folder
 
-__all__ = ["Push", "PushError", "plan_push", "push"]
-
 _CARD = "README.md"
 _TEXTS = (*DIFFUSERS_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt")
 _OURS = frozenset({*FILES, *_TEXTS, _CARD})

@@ -29,17 +29,6 @@ from maskgit_pl.runs.layers import (
     value_at,
 )
 
-__all__ = [
-    "DEFAULT_DATASET",
-    "STAGES",
-    "Recipe",
-    "Stage",
-    "list_recipes",
-    "read_run_config",
-    "recipe_files",
-    "recipes_folders",
-]
-
 Stage = Literal["tokenizer", "transformer"]
 
 STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")

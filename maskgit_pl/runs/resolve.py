@@ -31,19 +31,6 @@ from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings, resolve
 from maskgit_pl.training.checkpoints import newest_checkpoint
 
-__all__ = [
-    "AUTO",
-    "adapt_to_few_images",
-    "choose_precision",
-    "config_text",
-    "config_text_without_data",
-    "fixed_settings",
-    "list_changes",
-    "merge_recipe_values",
-    "merge_values",
-    "values_without_data",
-]
-
 AUTO = "auto"
 
 # Stage 2 of few images: fewer steps leave it untrained, and with one view of each image its validation loss rises

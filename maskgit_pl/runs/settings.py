@@ -34,17 +34,6 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
-__all__ = [
-    "RUNS",
-    "Precision",
-    "ResolvedRun",
-    "RunSettings",
-    "TokenizerRun",
-    "TrainerSettings",
-    "check_layers",
-    "resolve",
-]
-
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
 _REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
     **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},

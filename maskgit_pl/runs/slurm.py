@@ -33,14 +33,6 @@ from maskgit_pl.runs.layers import split_flags
 from maskgit_pl.runs.plan import Folders, Plan, plan_run
 from maskgit_pl.runs.recipe import Recipe, recipes_folders
 
-__all__ = [
-    "JobOptions",
-    "Submission",
-    "check_submission",
-    "plan_submission",
-    "submit",
-]
-
 log = logging.getLogger(__name__)
 
 _SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}

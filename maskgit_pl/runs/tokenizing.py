@@ -38,8 +38,6 @@ from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, find_data, find_tokeniz
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import adapt_to_few_images
 
-__all__ = ["TokenizeOptions", "tokenize"]
-
 log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 8

@@ -26,16 +26,6 @@ from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.loggers import TolerantLogger
 from maskgit_pl.training.token_model import TokenModel
 
-__all__ = [
-    "CallbackSpec",
-    "DeviceStats",
-    "ProgressLines",
-    "ReconstructionPictures",
-    "SamplePictures",
-    "UnreadableReport",
-    "callbacks",
-]
-
 log = logging.getLogger(__name__)
 
 _MOST_CLASSES, _IMAGES_PER_CLASS = 10, 8

@@ -54,20 +54,6 @@ from maskgit_pl.errors import CannotWriteError
 from maskgit_pl.files import sha256_of, size_text, write_tensors, write_text
 from maskgit_pl.networks.weights import open_tensors
 
-__all__ = [
-    "SETTINGS",
-    "Checkpoints",
-    "FolderCheckpointIO",
-    "SavedTensor",
-    "complete_checkpoints",
-    "find_leftovers",
-    "full_state",
-    "local_rows",
-    "newest_checkpoint",
-    "read_settings",
-    "step_of",
-]
-
 log = logging.getLogger(__name__)
 
 SETTINGS = "maskgit_pl.settings"

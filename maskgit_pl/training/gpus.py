@@ -8,8 +8,6 @@ from typing import Literal, get_args
 from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.files import parse_size
 
-__all__ = ["GPU", "GPUS", "Machines", "find_gpu"]
-
 GPUName = Literal["a100-40", "a100-80", "h100", "h200", "l40s", "rtx4090"]
 
 

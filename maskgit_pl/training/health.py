@@ -31,17 +31,6 @@ from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_wor
 from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
-__all__ = [
-    "FILE_NAME",
-    "CodeHistory",
-    "HealthConfig",
-    "HealthMonitor",
-    "Problem",
-    "attainable_codes",
-    "find_problems",
-    "measure_vectors",
-]
-
 log = logging.getLogger(__name__)
 
 FILE_NAME = "health.json"  # in the stage folder

@@ -26,8 +26,6 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import write_text
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = ["CSV", "LoggerSpec", "TensorBoard", "TolerantLogger", "WandB", "loggers"]
-
 log = logging.getLogger(__name__)
 
 _PAUSE = 60.0  # seconds without further attempts after a failure

@@ -28,20 +28,6 @@ from torch.optim import AdamW, Optimizer
 from maskgit_pl.checks import check_choice, check_integer, check_number
 from maskgit_pl.registry import Registry, derives_from
 
-__all__ = [
-    "AdamWSpec",
-    "LearningRate",
-    "OptimizerConfig",
-    "OptimizerSpec",
-    "build_optimizer",
-    "freeze",
-    "frozen_copy",
-    "optimizers",
-    "parameter_groups",
-    "state_values",
-    "update_ema",
-]
-
 Decay = Literal["constant", "cosine", "linear"]
 
 _Network = TypeVar("_Network", bound=nn.Module)

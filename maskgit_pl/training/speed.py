@@ -30,8 +30,6 @@ from maskgit_pl.distributed import device_name, peak_memory
 from maskgit_pl.files import read_json, write_text
 from maskgit_pl.training.gpus import find_gpu
 
-__all__ = ["SpeedMonitor", "TrainingTime", "read_training_time"]
-
 log = logging.getLogger(__name__)
 
 _FILE_NAME = "training_time.json"  # in the stage folder

@@ -55,13 +55,6 @@ from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError, Ru
 from maskgit_pl.files import write_text
 from maskgit_pl.training.checkpoints import Checkpoints
 
-__all__ = [
-    "StepCheck",
-    "Watchdog",
-    "clip_gradients",
-    "disable_sigterm_handler",
-]
-
 log = logging.getLogger(__name__)
 
 _MOST_IN_A_ROW = 3

@@ -32,17 +32,6 @@ from typing_extensions import override
 from maskgit_pl.registry import describe
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, SavedTensor, local_rows
 
-__all__ = [
-    "PRECISIONS",
-    "ActivationCheckpointing",
-    "Compiled",
-    "build_strategy",
-    "check_precision",
-    "check_strategy",
-    "prepare_blocks",
-    "shard_blocks",
-]
-
 ActivationCheckpointing = Literal["none", "blocks"]
 Compiled = Literal["none", "blocks", "step"]
 

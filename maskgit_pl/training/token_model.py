@@ -65,18 +65,6 @@ from maskgit_pl.training.strategies import (
     shard_blocks,
 )
 
-__all__ = [
-    "NUM_BINS",
-    "BinnedMeans",
-    "LossVocabulary",
-    "StepLosses",
-    "TokenModel",
-    "TokenModelConfig",
-    "check_decoding",
-    "check_samples",
-    "check_tokenizer",
-]
-
 NUM_BINS = 4
 """The number of groups of predicted tokens whose losses are logged separately."""
 

@@ -33,20 +33,6 @@ from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.strategies import ActivationCheckpointing
 
-__all__ = [
-    "AdversarialConfig",
-    "AdversarialStep",
-    "LossInputs",
-    "LossTerms",
-    "MemoryFormat",
-    "Part",
-    "PerceptualConfig",
-    "TokenizerConfig",
-    "TokenizerLoss",
-    "gradient_norm",
-    "tokenizer_losses",
-]
-
 MemoryFormat = Literal["contiguous", "channels_last"]
 Part = Literal["encoder", "quantizer", "decoder"]
 

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from maskgit_pl.checks import height_width, pixels_text
+from maskgit_pl.checks import height_width, pixels_text, shorten
 from maskgit_pl.data.image_bytes import read_image_file
 from maskgit_pl.data.images import decode_image, fit_image
 from maskgit_pl.decoding import DecodingStep
@@ -40,10 +40,7 @@ from maskgit_pl.pipeline.display import Recording, StepRecorder, describe_settin
 from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline.options import seeds_of
 from maskgit_pl.pipeline.regions import Margins, box_mask
-from maskgit_pl.runs.layers import parse_integers
 from maskgit_pl.schedules import mask_schedules
-
-__all__ = ["STYLE", "build_page", "painted_pixels", "read_upload", "run_task", "settings_of", "stream_steps"]
 
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Options of events that use the model: they wait for one another."""
@@ -205,7 +202,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
         if task == _PAINT:
             is_boxed = bool(box.strip())
             mask = (
-                box_mask(parse_integers("box", box), height=height, width=width)
+                box_mask(_parse_box(box), height=height, width=width)
                 if is_boxed
                 else painted_pixels((canvas or {}).get("layers") or [], height=height, width=width)
             )
@@ -512,6 +509,13 @@ def read_upload(path: Path, pipe: MaskGIT) -> Tensor:
     data = read_image_file(path, name=path.name)
     pixels = decode_image(data, channels=pipe.outline.channels, name=path.name)
     return fit_image(pixels, image_size=pipe.outline.image_size, crop=None)
+
+
+def _parse_box(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise ValueError(f"box must be left,top,right,bottom in pixels, got {shorten(text)}") from None
 
 
 def painted_pixels(layers: Sequence[Image.Image], *, height: int, width: int) -> Tensor:

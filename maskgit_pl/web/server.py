@@ -28,8 +28,6 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
 from maskgit_pl.pipeline import MaskGIT
 
-__all__ = ["MAX_UPLOAD_BYTES", "Guard", "names_of", "open_socket", "serve"]
-
 Message: TypeAlias = MutableMapping[str, Any]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Any, Send], Awaitable[None]]
