@@ -42,6 +42,7 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.networks.backbone": "The interface of backbones.",
     "maskgit_pl.networks.quantizers": "Quantizers and their interface.",
     "maskgit_pl.contrib.product_quantizer": "Product quantization.",
+    "maskgit_pl.contrib.gumbel_quantizer": "The Gumbel-softmax quantizer.",
     "maskgit_pl.registry": "Registries, to which plug-ins add names.",
 }
 

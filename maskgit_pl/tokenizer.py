@@ -165,6 +165,8 @@ class Tokenizer(LightningModule):
     def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. Generator. The detached tensors are leaves, where the gradients of the losses stop. Losses are in float32.
+        micro_batch = len(self._pending.tokens)
+        self.network.quantizer.begin_micro_batch(seed=self.config.seed, step=step, micro_batch=micro_batch)
         output = self._run_network("network", images)
         image = output.reconstruction.detach().float().requires_grad_()
         features = output.features.detach().requires_grad_()

@@ -104,6 +104,19 @@ def values_of(module):
 PATCHES = {"name": "patchgan", "base_channels": 4, "num_layers": 2}
 
 
+def test_the_quantizer_gets_seed_step_and_micro_batch():
+    module = tokenizer(network=replace(NETWORK, quantizer="gumbel"), seed=5, accumulation=2)
+    calls, begin = [], module.network.quantizer.begin_micro_batch
+
+    def record(**arguments):
+        calls.append((arguments["seed"], arguments["step"], arguments["micro_batch"]))
+        begin(**arguments)
+
+    module.network.quantizer.begin_micro_batch = record
+    fit(module, max_steps=2)
+    assert calls == [(5, 0, 0), (5, 0, 1), (5, 1, 0), (5, 1, 1)]
+
+
 @pytest.mark.parametrize("loss", ["hinge", "non-saturating"])
 @pytest.mark.parametrize("discriminator", [ADVERSARIAL.discriminator, PATCHES], ids=["stylegan", "patchgan"])
 def test_the_discriminator_has_the_gradients_of_its_three_losses(discriminator, loss):

@@ -34,6 +34,11 @@ class ProductQuantizer(Quantizer):
     def _quantizers(self) -> list[Quantizer]:
         return [cast(Quantizer, group) for group in self.groups]
 
+    def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
+        """Tells each group which random numbers its next training forward draws; each has a seed of its own."""
+        for number, group in enumerate(self._quantizers):
+            group.begin_micro_batch(seed=_seed_of(seed, number), step=step, micro_batch=micro_batch)
+
     def nearest(self, features: Tensor) -> Tensor:
         """Returns the token of each place: sum_g t_g k^g, t_g the token of group g of k codes."""
         parts = zip(self._quantizers, self._split(features), strict=True)
@@ -61,7 +66,7 @@ class ProductQuantizer(Quantizer):
         digits = zip(*(self._digits(part) for part in tokens), strict=True)
         channels = zip(*(self._split(part) for part in features), strict=True)
         for number, (group, digit, part) in enumerate(zip(self._quantizers, digits, channels, strict=True)):
-            group.update(digit, part, seed=(seed + number * _SEED_STEP) % 2**32, step=step)
+            group.update(digit, part, seed=_seed_of(seed, number), step=step)
 
     def _split(self, features: Tensor) -> tuple[Tensor, ...]:
         """Returns the channels of each group, (B, D / G, h, w)."""
@@ -77,6 +82,10 @@ class ProductQuantizer(Quantizer):
     def _digits(self, tokens: Tensor) -> list[Tensor]:
         """Returns the groups' tokens of flat tokens, the lowest digit first."""
         return [tokens // self._base**number % self._base for number in range(len(self.groups))]
+
+
+def _seed_of(seed: int, group: int) -> int:
+    return (seed + group * _SEED_STEP) % 2**32
 
 
 @quantizers.register("product")

@@ -93,6 +93,15 @@ class Quantizer(nn.Module, ABC):
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes (B, D, h, w) float features and computes the losses that train encoder and codes."""
 
+    def begin_micro_batch(self, *, seed: int, step: int, micro_batch: int) -> None:
+        """Tells which counter-based numbers the next training forward draws; called before each one.
+
+        Args:
+            seed: Seed of the random numbers.
+            step: Number of the step.
+            micro_batch: Place of the micro-batch in this rank's part of the global batch.
+        """
+
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
         """Updates what gradients do not train from a global batch; called once after each optimizer step.
 
@@ -158,6 +167,7 @@ quantizers: Registry[QuantizerSpec] = Registry(
     modules=(
         "maskgit_pl.networks.codebooks",
         "maskgit_pl.networks.lookup_free",
+        "maskgit_pl.contrib.gumbel_quantizer",
         "maskgit_pl.contrib.product_quantizer",
     ),
 )

@@ -20,6 +20,14 @@ def test_a_product_has_the_digits_and_the_mean_loss_of_its_groups():
     torch.testing.assert_close(output.loss, torch.stack(losses).mean())
 
 
+def test_the_groups_of_a_product_draw_different_noise():
+    quantizer = build({"name": "product", "quantizer": "gumbel"}, 16, 4)
+    quantizer.groups[1].load_state_dict(quantizer.groups[0].state_dict())
+    quantizer.begin_micro_batch(seed=0, step=0, micro_batch=0)
+    first, second = quantizer(features(2).repeat(1, 2, 1, 1)).quantized.chunk(2, dim=1)
+    assert not torch.allclose(first, second)
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [

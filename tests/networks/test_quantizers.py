@@ -19,7 +19,9 @@ OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "fsq": ({"name": "fsq", "levels": [4, 3, 2]}, 24, 3),
     "gradient rotation": ({"name": "gradient", "gradient_estimator": "rotation"}, 16, 4),
     "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
+    "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
     "ema entropy": ({"name": "ema", "gradient_estimator": "rotation", "entropy_weight": 0.1}, 16, 4),
+    "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
 }
 CASES = {**{name: (name, 16, 4) for name in quantizers.names()}, **OTHERS}
 
@@ -39,7 +41,8 @@ def features(case, *, batch=4, seed=0):
 def train(quantizer, parts, optimizer=None, *, step, seed=3):
     """Makes a step on a global batch, and returns the sum of loss and output, with the gradients of the parts."""
     parts, outputs, total = [part.clone().requires_grad_() for part in parts], [], 0.0
-    for part in parts:
+    for number, part in enumerate(parts):
+        quantizer.begin_micro_batch(seed=seed, step=step, micro_batch=number)
         outputs.append(quantizer(part))
         value = (outputs[-1].loss + (outputs[-1].quantized * weights_of(part)).mean()) / len(parts)
         value.backward()
@@ -101,6 +104,7 @@ def test_losses_and_gradients_are_finite_if_all_features_are_equal(case):
     row = features(case)[:1, :, 0, 0]
     for scale in (1e4, 1e-30, 0.0):
         quantizer, inputs = build(case), (scale * row[..., None, None].expand_as(features(case))).requires_grad_()
+        quantizer.begin_micro_batch(seed=3, step=0, micro_batch=0)
         output = quantizer(inputs)
         gradients = torch.autograd.grad(
             output.loss + (output.quantized * weights_of(inputs)).mean(),
