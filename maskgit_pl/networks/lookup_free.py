@@ -1,18 +1,21 @@
-"""Quantizers without a table of codes: the signs of the channels (LFQ), and rounding to a few levels (FSQ).
+"""Quantizers without a table of codes: signs (LFQ, BSQ), and rounding to a few levels (FSQ), channel by channel.
 
-Token k of lookup-free quantization (LFQ) has bit i set where channel i is positive, so that K = 2^D. The distribution
-over all codes is a product of one distribution a bit, so the entropies cost no (M, K) table:
+The signs of lookup-free (LFQ) and binary spherical (BSQ) quantization give K = 2^D codes. Token k has bit i
+set where channel i is positive. The distribution over all codes is a product of one distribution a bit, so
+the entropies cost no (M, K) table:
 
 - the entropy of a feature's assignment is the sum of the entropies of its bits;
-- the mean assignment is one matrix product of the distributions over the lower and over the upper half of the bits:
-  (2^(D/2), M) x (M, 2^(D/2)), exact.
+- the mean assignment of LFQ is one matrix product of the distributions over the lower and over the upper
+  half of the bits: (2^(D/2), M) x (M, 2^(D/2)), exact.
 """
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,27 +36,33 @@ from maskgit_pl.networks.quantizers import (
 _MARGIN = 1e-3  # keeps tanh from reaching the outermost half levels; source: arXiv:2309.15505, appendix A.1
 
 
-class LFQ(Quantizer):
-    """A quantizer of signs, whose code k is 2 (bits of k) - 1; see ``LFQSpec``. It has no parameters and no buffers."""
+class BinaryQuantizer(Quantizer):
+    """The base of quantizers of signs: code k is scale (2 bits of k - 1), in {-scale, scale}^D.
 
-    def __init__(self, spec: LFQSpec, *, code_dim: int) -> None:
+    Args:
+        spec: Weights of the losses.
+        code_dim: D, the number of bits; K = 2^D.
+        scale: Length of a code in each channel.
+    """
+
+    def __init__(self, spec: BinarySpec, *, code_dim: int, scale: float) -> None:
         super().__init__(codebook_size=2**code_dim, code_dim=code_dim)
-        self.spec = spec
+        self.spec, self.scale = spec, scale
 
     def nearest(self, features: Tensor) -> Tensor:
         """Returns the token of each place: bit i is 1 where channel i is positive."""
         return self._tokens(rows_of(features)).view(features.shape[0], -1)
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32 in {-1, 1}."""
+        """Returns the codes of int64 tokens in [0, K) of any shape: (..., D) float32."""
         # Not the operators << and >>, which ONNX exporters do not know.
         bits = torch.bitwise_right_shift(tokens.unsqueeze(-1), torch.arange(self.code_dim, device=tokens.device)) & 1
-        return (2 * bits - 1).float()
+        return self.scale * (2 * bits - 1).float()
 
     def forward(self, features: Tensor) -> QuantizerOutput:
         """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
         with torch.autocast(features.device.type, enabled=False):
-            rows = rows_of(features).float()
+            rows = self._normalize(rows_of(features).float())
             tokens = self._tokens(rows.detach())
             codes = self.lookup(tokens)
             loss = self._loss(rows, codes)
@@ -62,8 +71,22 @@ class LFQ(Quantizer):
     def _tokens(self, rows: Tensor) -> Tensor:
         return torch.bitwise_left_shift((rows > 0).long(), torch.arange(self.code_dim, device=rows.device)).sum(-1)
 
+    def _normalize(self, rows: Tensor) -> Tensor:
+        """Returns the rows that are compared with the codes."""
+        return rows
+
+    @abstractmethod
     def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
         """Returns the weighted sum of the losses of rows (M, D) and their codes (M, D)."""
+
+
+class LFQ(BinaryQuantizer):
+    """Lookup-free quantization; see ``LFQSpec``."""
+
+    def __init__(self, spec: LFQSpec, *, code_dim: int) -> None:
+        super().__init__(spec, code_dim=code_dim, scale=1.0)
+
+    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
         spec = self.spec
         commitment = spec.commitment * F.mse_loss(rows, codes)
         if spec.entropy_weight == 0:
@@ -77,6 +100,34 @@ class LFQ(Quantizer):
             commitment=commitment,
             sample_entropy=spec.entropy_weight * sample,
             batch_entropy=-spec.entropy_weight * spec.diversity * diversity,
+        )
+
+
+class BSQ(BinaryQuantizer):
+    """Binary spherical quantization; see ``BSQSpec``."""
+
+    def __init__(self, spec: BSQSpec, *, code_dim: int) -> None:
+        super().__init__(spec, code_dim=code_dim, scale=code_dim**-0.5)
+
+    def _normalize(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1)
+
+    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
+        spec = self.spec
+        commitment = spec.commitment * (rows - codes).square().sum(-1).mean()
+        if spec.entropy_weight == 0:
+            return self._total(commitment=commitment)
+        logits = 4 * self.scale * rows / spec.entropy_temperature
+        sample = _bit_entropy(logits).sum(-1).mean()
+        mean = mean_over_ranks(logits.sigmoid().mean(0))  # (D,)
+        both = torch.stack([mean, 1 - mean])
+        # 1e-8 as in the released code: a bit that is set nowhere would have an infinite gradient.
+        diversity = -(both * (both + 1e-8).log()).sum()
+        weight = spec.entropy_weight * spec.entropy_temperature
+        return self._total(
+            commitment=commitment,
+            sample_entropy=weight * sample,
+            batch_entropy=-weight * spec.diversity * diversity,
         )
 
 
@@ -109,25 +160,19 @@ def _products(logits: Tensor) -> Tensor:
     return products
 
 
-@quantizers.register("lfq")
 @dataclass(frozen=True)
-class LFQSpec:
-    """Lookup-free quantization: the code of a feature is the sign of each channel, K = 2^D.
-
-    loss = commitment mean((z - sg(q))^2) + entropy_weight (E[H(p(z))] - diversity H(E[p(z)]))
-    p(c | z) = softmax over all codes c of -|z - c|^2 / entropy_temperature
-
-    Both entropies are exact over the K codes; E is over the global batch. The logarithm of the second one has + 1e-5.
+class BinarySpec:
+    """The numbers of a quantizer of signs.
 
     Attributes:
         commitment: Weight of the loss that moves features towards their codes, in [0, 1e6].
         entropy_weight: Weight of the entropy loss, in [0, 1e6].
-        entropy_temperature: Divisor of the distances, in [1e-5, 1e6].
+        entropy_temperature: T, divisor of the distances, in [1e-5, 1e6].
         diversity: Factor of the entropy of the mean assignment, in [0, 1e6].
-
-    Source: Yu et al., arXiv:2310.05737, section 3.1, equations 3 to 5. The defaults are those of
-    lucidrains/vector-quantize-pytorch, ``LFQ``: 0.25, 0.1, 1 / 100, 1.
     """
+
+    name: ClassVar[str]
+    module: ClassVar[Any]
 
     commitment: float = 0.25
     entropy_weight: float = 0.1
@@ -141,16 +186,57 @@ class LFQSpec:
 
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K = 2^D."""
-        bits = codebook_size.bit_length() - 1
-        if (codebook_size, code_dim) != (1 << bits, bits):
+        bits = codebook_size.bit_length() - 1  # at most 24, as a network has at most 2^24 codes
+        if codebook_size != 1 << bits:
             raise ValueError(
-                f"network codebook_size must be 2^code_dim for quantizer 'lfq', got {codebook_size} and code_dim "
-                f"{code_dim}; {1 << bits} fits, with code_dim {bits}"
+                f"network codebook_size must be a power of 2 for quantizer {self.name!r}, got {codebook_size}; "
+                f"{1 << bits} fits, with code_dim {bits}"
+            )
+        if code_dim != bits:
+            raise ValueError(
+                f"network code_dim must be {bits} for quantizer {self.name!r} of {codebook_size} = 2^{bits} codes, got "
+                f"{code_dim}"
             )
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:
         """Builds the module."""
-        return LFQ(self, code_dim=code_dim)
+        quantizer: Quantizer = self.module(self, code_dim=code_dim)
+        return quantizer
+
+
+@quantizers.register("lfq")
+@dataclass(frozen=True)
+class LFQSpec(BinarySpec):
+    """Lookup-free quantization: the code of a feature is the sign of each channel, K = 2^D; see ``BinarySpec``.
+
+    loss = commitment mean((z - sg(q))^2) + entropy_weight (E[H(p(z))] - diversity H(E[p(z)]))
+    p(c | z) = softmax over all codes c of -|z - c|^2 / entropy_temperature
+
+    Both entropies are exact over the K codes; E is over the global batch. The logarithm of the second one has + 1e-5.
+
+    Source: Yu et al., arXiv:2310.05737, section 3.1, equations 3 to 5. The defaults are those of
+    lucidrains/vector-quantize-pytorch, ``LFQ``: 0.25, 0.1, 1 / 100, 1.
+    """
+
+    name, module = "lfq", LFQ
+
+
+@quantizers.register("bsq")
+@dataclass(frozen=True)
+class BSQSpec(BinarySpec):
+    """Binary spherical quantization: features on the unit sphere, codes sign(u) / sqrt(D), K = 2^D; see ``BinarySpec``.
+
+    loss = commitment E|u - sg(q)|^2 + entropy_weight T (E[sum_i H(p_i)] - diversity sum_i H(E[p_i]))
+    u = z / |z|,  p_i = sigmoid(4 u_i / (sqrt(D) T)), T = entropy_temperature
+
+    The entropy of the mean assignment is the sum over bits, an upper bound of that over codes. E is over the
+    global batch.
+
+    Source: Zhao et al., arXiv:2406.07548, section 3, equations 6 to 10. Released code ``BinarySphericalQuantizer``: the
+    factor T of the loss (its ``inv_temperature`` is 1 / T), and the scale 4 / sqrt(D).
+    """
+
+    name, module = "bsq", BSQ
 
 
 class FSQ(Quantizer):

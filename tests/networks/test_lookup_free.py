@@ -1,4 +1,4 @@
-"""Quantizers without a table, fsq and lfq, follow their published formulas."""
+"""Quantizers without a table, fsq, lfq and bsq, follow their published formulas."""
 
 import itertools
 import math
@@ -78,10 +78,32 @@ def test_the_entropies_of_lfq_are_those_of_the_softmax_over_all_codes(dim):
     torch.testing.assert_close(output.tokens.flatten(), torch.cdist(rows, codes).argmin(1))
 
 
-def test_entropies_of_signs_stay_finite_at_extreme_features():
+def test_the_losses_of_bsq_are_those_on_the_unit_sphere():
+    spec = {"name": "bsq", "commitment": 0.5, "entropy_weight": 0.3, "entropy_temperature": 0.2, "diversity": 1.7}
+    quantizer, inputs = build(spec, 32, 5), features(5)
+    output, parts = losses_of(quantizer, inputs)
+    unit = rows_of(inputs) / rows_of(inputs).norm(dim=1, keepdim=True)
+    codes = unit.sign() / 5**0.5
+    torch.testing.assert_close(rows_of(output.quantized), codes)
+    torch.testing.assert_close(output.tokens.flatten(), torch.cdist(unit, all_signs(5) / 5**0.5).argmin(1))
+    # The softmax over all codes of 2 u c / T is a product of bits.
+    probability = (2 * torch.stack([unit, -unit]) / 5**0.5 / 0.2).softmax(0)  # (2, M, D)
+    mean = probability.mean(1)
+    assert parts == pytest.approx(
+        {
+            "commitment": 0.5 * (unit - codes).square().sum(1).mean().item(),
+            "sample_entropy": -0.3 * 0.2 * (probability * probability.log()).sum((0, 2)).mean().item(),
+            "batch_entropy": 0.3 * 0.2 * 1.7 * (mean * mean.log()).sum().item(),
+        },
+        rel=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_entropies_of_signs_stay_finite_at_extreme_features(name):
     inputs = (1e4 * features(5)).requires_grad_()
     inputs.data[:, :, 0, 0] = 0
-    loss = build({"name": "lfq", "entropy_temperature": 1e-5}, 32, 5)(inputs).loss
+    loss = build({"name": name, "entropy_temperature": 1e-5}, 32, 5)(inputs).loss
     loss.backward()
     assert loss.isfinite()
     assert inputs.grad.isfinite().all()
