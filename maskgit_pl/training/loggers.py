@@ -8,6 +8,7 @@ other packages are installed separately; see the extras of the package.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
@@ -106,8 +107,7 @@ class WandB(LoggerSpec):
         check_choice("mode", self.mode, ("online", "offline"))
 
     def check(self) -> None:
-        if find_spec("wandb") is None:
-            raise ValueError("logger 'wandb' must have the package wandb: pip install 'maskgit_pl[wandb]'")
+        _require("wandb")
         import wandb
 
         if self.mode == "online" and not wandb.login(prompt=False):
@@ -129,6 +129,41 @@ class WandB(LoggerSpec):
 
     def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
         cast(WandbLogger, logger).log_image(name, [picture], step=step)
+
+
+@loggers.register("mlflow")
+@dataclass(frozen=True)
+class MLflow(LoggerSpec):
+    """MLflow. A resumed training continues the same run.
+
+    The environment variable ``MLFLOW_TRACKING_URI`` has the address of the server. Without it, all is written
+    to the database ``mlflow.db`` of the stage folder, and the pictures to ``mlflow-files``.
+
+    Args:
+        experiment: Name of the experiment.
+    """
+
+    experiment: str = "maskgit_pl"
+
+    def check(self) -> None:
+        _require("mlflow")
+
+    def create(self, folder: Path, *, run_id: str | None) -> Logger:
+        address = os.environ.get("MLFLOW_TRACKING_URI")
+        return MLFlowLogger(
+            experiment_name=self.experiment,
+            run_name=f"{folder.parent.name}/{folder.name}",
+            tracking_uri=address or f"sqlite:///{folder.absolute() / 'mlflow.db'}",
+            artifact_location=None if address else str(folder.absolute() / "mlflow-files"),
+            run_id=run_id,
+        )
+
+    def run_id(self, logger: Logger) -> str | None:
+        return cast(MLFlowLogger, logger).run_id
+
+    def log_image(self, logger: Logger, name: str, picture: Image.Image, step: int) -> None:
+        tracker = cast(MLFlowLogger, logger)
+        tracker.experiment.log_image(tracker.run_id, picture, key=name, step=step)
 
 
 class TolerantLogger(Logger):
@@ -226,3 +261,8 @@ class TolerantLogger(Logger):
                 write_text(file, f"{run_id}\n")
             self._inner = inner
         return self._inner
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise ValueError(f"logger {package!r} must have the package {package}: pip install 'maskgit_pl[{package}]'")

@@ -162,9 +162,10 @@ def test_csv_writes_another_file_at_each_start(tmp_path):
     assert found == [[{"step": "0", "train/loss": "0.5"}], [{"step": "1", "train/loss": "0.25"}]]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # in the databases of MLflow
 @pytest.mark.parametrize("name", loggers.names())
 def test_every_logger_takes_metrics_and_pictures_and_keeps_its_run(name, tmp_path, monkeypatch, caplog):
-    pytest.importorskip("wandb" if name == "wandb" else "lightning")
+    pytest.importorskip({"wandb": "wandb", "mlflow": "mlflow"}.get(name, "lightning"))
     monkeypatch.setenv("WANDB_SILENT", "true")
     spec = loggers.build({"name": "wandb", "mode": "offline"} if name == "wandb" else name)
     spec.check()
@@ -188,14 +189,16 @@ def test_every_logger_takes_metrics_and_pictures_and_keeps_its_run(name, tmp_pat
 
 
 def test_a_recipe_cannot_say_where_a_run_is_sent():
-    with pytest.raises(ValueError, match="unknown key"):
-        loggers.build({"name": "wandb", "entity": "others"})
+    for spec in ({"name": "mlflow", "tracking_uri": "http://there"}, {"name": "wandb", "entity": "others"}):
+        with pytest.raises(ValueError, match="unknown key"):
+            loggers.build(spec)
 
 
-def test_a_missing_package_is_named_before_training(monkeypatch):
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_missing_package_is_named_before_training(package, monkeypatch):
     monkeypatch.setattr("maskgit_pl.training.loggers.find_spec", lambda _: None)
-    with pytest.raises(ValueError, match=r"must have the package wandb: pip install 'maskgit_pl\[wandb\]'"):
-        loggers.build("wandb").check()
+    with pytest.raises(ValueError, match=rf"must have the package {package}: pip install 'maskgit_pl\[{package}\]'"):
+        loggers.build(package).check()
 
 
 @dataclass(frozen=True)
