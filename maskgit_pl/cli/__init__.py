@@ -71,6 +71,7 @@ _COMMANDS = {  # the function of each command, in the order of the help
     "recipes list": "cli.listing:recipes_list",
     "recipes show": "cli.listing:recipes_show",
     "recipes copy": "cli.listing:recipes_copy",
+    "recipes schema": "cli.listing:recipes_schema",
     "plugins": "cli.listing:plugins",
     "env": "cli.listing:env",
     "import-jax": "cli.export:import_jax",

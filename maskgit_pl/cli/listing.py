@@ -17,6 +17,7 @@ from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
+from maskgit_pl.runs.layers import Kind
 from maskgit_pl.runs.recipe import STAGES, Stage
 from maskgit_pl.schedules import mask_schedules
 
@@ -158,6 +159,22 @@ def recipes_copy(name: str, *, as_: Annotated[str, Word("NEW")] | None = None) -
         with write_atomically(target) as stream:
             stream.write(file.read_bytes())
         print(f"{target}: a copy of {file}")
+
+
+def recipes_schema(kind: Kind) -> None:
+    """Prints the JSON Schema of recipes, for editors.
+
+    An editor with a YAML language server completes and checks a recipe that begins with the line
+    '# yaml-language-server: $schema=FILE'.
+
+    Example: maskgit recipes schema transformer > recipes/transformer.schema.json
+
+    Args:
+        kind: Kind of recipe; autoregressive is for causal attention.
+    """
+    from maskgit_pl.runs.settings import json_schema
+
+    print_json(json_schema(kind))
 
 
 def _recipe_files(name: str) -> dict[str, Path]:

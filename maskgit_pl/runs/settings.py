@@ -23,12 +23,13 @@ from maskgit_pl.checks import (
     check_number,
     describe_wrong_values,
     shorten,
+    type_adapter,
     validate,
 )
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
-from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig, config_class
+from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
@@ -417,6 +418,32 @@ def _keys(kind: type, root: Mapping[str, Any], path: str = "") -> Iterator[str]:
         yield where
         if inner is not None:
             yield from _keys(inner, root, where)
+
+
+def json_schema(kind: Kind) -> dict[str, Any]:
+    """Returns the JSON Schema of a recipe, with which editors check and complete its files.
+
+    ``model.network`` may have the keys of any backbone of this package; those of plug-ins are not known to it.
+    """
+    definitions = _definitions(RUNS[kind])
+    if kind != "tokenizer":
+        networks = [config_class(name) for name in BUILT_IN]
+        for network in networks:
+            definitions |= _definitions(network)
+        choices = [{"$ref": f"#/$defs/{network.__name__}"} for network in networks]
+        definitions[get_type_hints(RUNS[kind])["model"].__name__]["properties"]["network"] = {"anyOf": choices}
+    root = definitions.pop(RUNS[kind].__name__)
+    title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": f"maskgit_pl recipe: {kind}"}
+    return {**root, **title, "$defs": definitions}
+
+
+def _definitions(kind: type) -> dict[str, Any]:
+    """Returns the schemas of a dataclass and of those inside it by name. A file of a recipe needs none of the keys."""
+    definitions: dict[str, Any] = type_adapter(kind).json_schema()["$defs"]
+    for definition in definitions.values():
+        definition.pop("required", None)
+        definition["additionalProperties"] = False  # pydantic before 2.14 leaves it out of inner dataclasses
+    return definitions
 
 
 def _plain(value: Any) -> Any:

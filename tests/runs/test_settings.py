@@ -5,11 +5,11 @@ from dataclasses import fields
 import pytest
 
 from maskgit_pl.files import parse_yaml
-from maskgit_pl.networks.backbone import config_class
+from maskgit_pl.networks.backbone import BUILT_IN, config_class
 from maskgit_pl.runs.layers import Layer, merge
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import config_text, values_without_data
-from maskgit_pl.runs.settings import resolve
+from maskgit_pl.runs.settings import json_schema, resolve
 
 BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
 ADALN = {"model": {"network": {"backbone": "adaln", "positions": "rotary"}}}
@@ -85,6 +85,15 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
 def test_a_wrong_key_is_answered_with_the_keys_of_the_backbone(trees, flags, said):
     with pytest.raises(ValueError, match=said):
         read(*trees, flags=flags)
+
+
+def test_the_schema_of_editors_has_the_keys_of_each_backbone():
+    schema = json_schema("transformer")
+    choices = schema["$defs"]["MaskedTokenConfig"]["properties"]["network"]["anyOf"]
+    for name, choice in zip(BUILT_IN, choices, strict=True):
+        own = schema["$defs"][choice["$ref"].rpartition("/")[2]]
+        assert own["properties"].keys() == {each.name for each in fields(config_class(name))}
+        assert not own["additionalProperties"]
 
 
 WIDE = {  # numbers without an upper end
