@@ -83,7 +83,7 @@ def test_it_starts_from_weights_of_its_own_kind_only(tiny_pretrained, tiny_autor
     for network in (module.transformer, module.ema_network):
         assert all(torch.equal(weight, expected[name]) for name, weight in network.state_dict().items())
     with pytest.raises(
-        ValueError, match=r"model\.network\.attention must be bidirectional, .*, got causal; start from another"
+        ValueError, match=r"model\.network\.attention must be bidirectional, .*, got causal; leave the key out"
     ):
         module.start_from(tiny_pretrained / "transformer")
 

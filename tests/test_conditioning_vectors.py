@@ -15,7 +15,7 @@ from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
 from maskgit_pl.evaluation.likelihood import bind_conditions, negative_elbo
 from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
-from maskgit_pl.pipeline.bulk import generate_many
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
 
 DIM, CPU = 4, torch.device("cpu")
@@ -183,14 +183,14 @@ def test_images_of_a_pool_are_not_mixed_with_those_of_another(pretrained, tmp_pa
     pipe = MaskGIT.from_pretrained(pretrained)
     vectors = torch.randn(4, DIM, generator=torch.Generator().manual_seed(0))
     pipe.vector_pool = VectorPool(vectors)
-    generate_many(pipe, tmp_path / "a.npz", num_images=4, classes=["b"], seed=8, batch_size=3)
+    generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=["b"], seed=8, batch_size=3))
     with np.load(tmp_path / "a.npz") as archive:
         images = archive["arr_0"][..., :1]
     direct = pipe.generate(["b"] * 4, vectors=vectors, seed=8, output_type="np")
     assert np.abs(images.astype(int) - direct).max() <= 1
     pipe.vector_pool = VectorPool(vectors + 1)
     with pytest.raises(ValueError, match="holds images of other settings: vectors"):
-        generate_many(pipe, tmp_path / "a.npz", num_images=4, classes=["b"], seed=8)
+        generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=["b"], seed=8))
 
 
 def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:

@@ -520,7 +520,7 @@ class TokenModel(LightningModule):
         Raises:
             ValueError: if there is not one name for each class.
         """
-        names = check_class_names("class_names", list(class_names), self.config.network.num_classes)
+        names = check_class_names("class_names", class_names, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
         weights, tokenizer_folder = full_state(self.averaged_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:

@@ -114,7 +114,7 @@ def test_a_missing_step_and_a_damaged_checkpoint_are_refused(run, maskgit, tmp_p
     copy, out = shutil.copytree(run, tmp_path / "copy"), tmp_path / "out"
     step = maskgit("export", copy, "--step=3", f"--out={out}")
     refused(step, "must hold a complete checkpoint of step 3, got steps: 2, 4")
-    refused(maskgit("export", copy, "--data=/nowhere", f"--out={out}"), "data /nowhere of")
+    refused(maskgit("export", copy, "--data=/nowhere", f"--out={out}"), "data /nowhere: no such folder")
     file = copy / "transformer" / "checkpoints" / "step-00000004" / "tensors-00000-of-00001.safetensors"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     refused(maskgit("export", copy, "--stage=transformer", f"--out={out}"), "has changed since it was written")

@@ -92,7 +92,7 @@ def test_plugins_lists_every_name_of_every_registry_in_a_fresh_process() -> None
     done = subprocess.run([sys.executable, "-c", LISTED_ALONE], capture_output=True, text=True, check=True, cwd=ROOT)
     listed = [row for part in done.stdout.split("]\n") if part.strip() for row in json.loads(f"{part}]")]
     registered = registered_in_the_source()
-    assert sum(map(len, registered.values())) > 70
+    assert sum(map(len, registered.values())) > 60
     for kind, names in registered.items():
         of_kind = {row["name"] for row in listed if row["kind"] == kind and row["package"] == "maskgit_pl"}
         assert of_kind == names or (kind in IN_LOOPS and of_kind > names), kind

@@ -266,7 +266,7 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
         ("TRANSFORMER --model.network.class_dropout=0", "model.decoding.guidance"),
         ("TRANSFORMER --pretrained model --model.network.embed_dim=32", "model.network.embed_dim"),
         ("TRANSFORMER --recipe=autoregressive --pretrained model", "model.decoding"),
-        ("TRANSFORMER --data.vectors=true", "data.vectors must be false"),
+        ("TRANSFORMER --data.vectors=true", "must have a vector for each image, for data.vectors: true"),
         ("TRANSFORMER --profiler=simpel", "profiler must be 'simple' or 'pytorch', got 'simpel'; did you mean"),
         ("TRANSFORMER --trainer.profiler=simple", "did you mean 'profiler'?"),
         ("TRANSFORMER --model.optimizer.algorithm=muon --trainer.strategy=fsdp", "trainer.strategy must be 'ddp' or"),

@@ -125,7 +125,7 @@ def test_a_bad_shard_among_good_ones_is_named_and_not_passed_over(folder, tars, 
             taken(stream([f"{folder}/train-000000.tar", url]), 40)
     for members, text in (
         ([("0.png", GREY)], r"1 without a label \(first bad.tar:0"),
-        ([("0.png", GREY), ("0.cls", b"3")], r"must be a class in \[0, 3\), got 3"),
+        ([("0.png", GREY), ("0.cls", b"3")], r"label bad.tar:0.cls must be a class number in \[0, 3\)"),
     ):
         tars.write(Path(url), members)
         with pytest.raises(StreamError, match=rf"^stream {url}: .*{text}"):

@@ -78,7 +78,9 @@ def test_usage_perplexity_and_dead_codes_by_hand():
 @pytest.mark.parametrize("name", sorted(quantizers.names()))
 def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
     try:
-        quantizer = quantizers.build(name).create(codebook_size=16, code_dim=4)
+        spec = quantizers.build(name)
+        spec.check(codebook_size=16, code_dim=4)
+        quantizer = spec.create(codebook_size=16, code_dim=4)
     except (ValueError, ImportError):
         pytest.skip("does not take 16 codes of size 4")
     features = torch.linspace(-1, 1, 2 * 4 * 2 * 3).reshape(2, 4, 2, 3)

@@ -187,7 +187,7 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
         (OptimizerConfig, {"algorithm": {"name": "lion", "betas": [0.9]}}, "optimizer 'lion': unknown key 'betas'"),
         (OptimizerConfig, {"algorithm": {"name": "sgd", "momentum": 0.0}}, r"'sgd': momentum must be a number in \(0"),
         (LearningRate, {"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
-        (LearningRate, {"peak": float("nan")}, "^peak must be a finite number"),
+        (LearningRate, {"peak": float("nan")}, "^peak must be a number"),
         (LearningRate, {"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),
         (LearningRate, {"final_fraction": 1.5}, r"^final_fraction must be a number in \[0, 1\], got 1.5"),
         (
