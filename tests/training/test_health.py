@@ -78,9 +78,8 @@ def test_usage_perplexity_and_dead_codes_by_hand():
 @pytest.mark.parametrize("name", sorted(quantizers.names()))
 def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
     try:
-        spec = quantizers.build(name)
-        spec.check(codebook_size=16, code_dim=4)
-        quantizer = spec.create(codebook_size=16, code_dim=4)
+        spec = {"name": "fsq", "levels": [2, 2, 2, 2]} if name == "fsq" else name
+        quantizer = quantizers.build(spec).create(codebook_size=16, code_dim=4)
     except (ValueError, ImportError):
         pytest.skip("does not take 16 codes of size 4")
     features = torch.linspace(-1, 1, 2 * 4 * 2 * 3).reshape(2, 4, 2, 3)
