@@ -83,8 +83,6 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
         check_complete(data, name=name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))
-    except OSError as error:
-        return UnreadableSample(f"image {name} cannot be read: {error.strerror}")
     return Sample(data, _EXTENSIONS[header.format], label, name)
 
 

@@ -39,7 +39,7 @@ def make_shards(
     source: Source,
     folder: str | Path,
     *,
-    size: ImageSize | None = None,
+    image_size: ImageSize | None = None,
     shard_size: int = 10_000,
     lenient: bool = False,
     workers: int | None = 1,
@@ -58,7 +58,7 @@ def make_shards(
     Args:
         source: Source of the samples.
         folder: The data folder to make. A link stays, and its target is written.
-        size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
+        image_size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
         shard_size: Maximum number of samples per shard.
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
         workers: Number of processes; each writes one shard at a time, and the result does not depend on it.
@@ -74,7 +74,7 @@ def make_shards(
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
     check_integer("shard_size", shard_size, "[1, inf)")
-    size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
+    size = None if image_size is None else check_image_size("image_size", image_size, "[1, 65536]")
     # All that determines the content of the folder.
     record = {"source": source.describe(), "size": size and plain_size(size), "shard_size": shard_size}
     if _read_record(folder) == record:  # 1.

@@ -6,7 +6,6 @@ directory of a zip, the headers of a tar and the bytes that all members have tog
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
 import re
@@ -22,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
+from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.tar import DamagedTarError, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
@@ -42,8 +41,8 @@ _TAR_FAULTS = {"link": "links", "device": "devices", "sparse file": "sparse file
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
 
 
-class EntryError(ValueError):
-    """An entry of an archive cannot be read. The message is a predicate: ``is damaged: ...``."""
+class EntryError(UnreadableImageError):
+    """A file of a source, an image or another one, cannot be read."""
 
 
 class _Member(NamedTuple):
@@ -112,18 +111,23 @@ class Entries:
         _check_expansion(path, sum(member.size for member in members))
         self._take(members)
 
-    def read(self, name: str, *, limit: int = MAX_IMAGE_BYTES) -> bytes:
-        """Returns the bytes of a file.
+    def read(self, name: str, *, what: str = "image", limit: int = MAX_IMAGE_BYTES) -> bytes:
+        """Returns the bytes of a file; ``what`` it is begins the error.
 
         Raises:
-            OSError: if there is no such file, or it cannot be read.
-            EntryError: if it is longer than ``limit`` bytes, or damaged.
+            EntryError: if there is no such file, it is longer than ``limit`` bytes, damaged, or cannot be read.
         """
-        if name not in self.sizes:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if self.sizes[name] > limit:
-            raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
-        return self._read(self._archive, name, self._places.get(name, 0), self.sizes[name])
+        try:
+            if name not in self.sizes:
+                raise EntryError("cannot be read: No such file or directory")
+            if self.sizes[name] > limit:
+                raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
+            return self._read(self._archive, name, self._places.get(name, 0), self.sizes[name])
+        except OSError as error:
+            fault = f"cannot be read: {error.strerror or error}"
+        except EntryError as error:
+            fault = str(error)
+        raise EntryError(f"{what} {printable(self.path / name)} {fault}")
 
     def _scan(self, folder: str) -> Iterator[str]:
         """Takes the files of a folder, and yields the names of its sub-folders with a trailing ``/``."""

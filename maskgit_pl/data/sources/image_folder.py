@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, check_class_lines, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
@@ -133,16 +132,10 @@ class ImageFolder:
         """Yields files of a split in the order of their hashes, checked to be complete images without decoding."""
         for file in self._files[split][places.start : places.stop]:
             name = printable(self._entries.path / file.name)
-            sample = read_sample(partial(self._read_image, file.name, name), label=file.label, name=name)
+            sample = read_sample(partial(self._entries.read, file.name), label=file.label, name=name)
             if self._vector_kind is not None and isinstance(sample, Sample):
                 sample = self._add_vector(sample, file)
             yield sample
-
-    def _read_image(self, name: str, printed_name: str) -> bytes:
-        try:
-            return self._entries.read(name)
-        except EntryError as error:
-            raise UnreadableImageError(f"image {printed_name} {error}") from error
 
     def _split_roots(self) -> dict[Split | None, str]:
         """Returns the folder of each split with a trailing ``/``; one folder, the whole source, for no splits."""
@@ -287,14 +280,8 @@ class ImageFolder:
         return None
 
     def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:
-        path = printable(self._entries.path / name)
-        try:
-            data = self._entries.read(name, limit=MAX_VECTOR_BYTES)
-        except OSError as error:
-            raise ValueError(f"vector {path} cannot be read: {error.strerror or error}") from error
-        except EntryError as error:
-            raise ValueError(f"vector {path} {error}") from error
-        return data, parse_vector(data, name=path)[0]
+        data = self._entries.read(name, what="vector", limit=MAX_VECTOR_BYTES)
+        return data, parse_vector(data, name=printable(self._entries.path / name))[0]
 
     def _add_vector(self, sample: Sample, file: _File) -> Sample | UnreadableSample:
         """Returns the sample with its vector, or an ``UnreadableSample`` if that is missing or invalid."""
@@ -318,7 +305,7 @@ class ImageFolder:
         def digest(name: str | None) -> bytes:
             try:
                 data = b"" if name is None else self._entries.read(name, limit=MAX_VECTOR_BYTES)
-            except (OSError, EntryError):  # its sample is reported as unreadable
+            except EntryError:  # its sample is reported as unreadable
                 data = b""
             return hashlib.sha256(data).digest()
 
@@ -357,12 +344,11 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
             or has two labels for one file.
     """
     title = f"metadata {printable(entries.path / name)}"
+    data = entries.read(name, what="metadata", limit=_MAX_METADATA_BYTES)
     try:
-        text = entries.read(name, limit=_MAX_METADATA_BYTES).decode("utf-8-sig")  # Excel writes a BOM
+        text = data.decode("utf-8-sig")  # Excel writes a BOM
         rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
-    except EntryError as error:
-        raise ValueError(f"{title} {error}") from error
-    except (ValueError, csv.Error, RecursionError, OSError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
         raise ValueError(f"{title} must be UTF-8 text with {kind}, got: {printable(error)}") from error
     columns = dict.fromkeys(column for _, values in rows for column in values)

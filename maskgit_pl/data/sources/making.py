@@ -12,6 +12,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -89,26 +90,12 @@ def fetch_dataset(
     _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
 
 
-def _make(
-    source: Source,
-    out: Path,
-    *,
-    image_size: ImageSize | None = None,
-    shard_size: int = 10_000,
-    lenient: bool = False,
-    workers: int | None = 1,
-) -> None:
-    """Makes a data folder with a progress bar and logs its content."""
+def _make(source: Source, out: Path, **options: Any) -> None:
+    """Makes a data folder with a progress bar and logs its content; for the options, see ``make_shards``."""
     # The lock is held until the manifest is written, so that two processes never write to the same folder.
     with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
         is_made = make_shards(
-            source,
-            out,
-            size=image_size,
-            shard_size=shard_size,
-            lenient=lenient,
-            workers=workers,
-            on_samples=lambda split, count: advance(split, count, source.counts[split]),
+            source, out, on_samples=lambda split, count: advance(split, count, source.counts[split]), **options
         )
     done = "made" if is_made else "complete already, nothing to do"
     lines = [describe_data(out, read_manifest_summary(out), done)]
