@@ -264,20 +264,13 @@ class StepLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
         # super().__iter__() runs here and not at the first next(), since the sampler reads the step now.
-        try:
-            with _keep_sigchld() if self.num_workers else nullcontext():
-                return self._serve(super().__iter__())
-        except (RuntimeError, OSError, EOFError) as error:
-            self._check_workers(error)
-            raise
+        with self._naming_killed_workers(), _keep_sigchld() if self.num_workers else nullcontext():
+            return self._serve(super().__iter__())
 
     def _serve(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
-            try:
+            with self._naming_killed_workers():
                 batch = next(batches, None)
-            except (RuntimeError, OSError, EOFError) as error:
-                self._check_workers(error)
-                raise
             if batch is None:
                 return
             if isinstance(batch, _WorkerFailure):
@@ -286,22 +279,27 @@ class StepLoader(DataLoader[Batch]):
                 self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
             yield batch
 
-    def _check_workers(self, error: Exception) -> None:
-        """Raises ``DataWorkerError`` if an error follows the death of a worker.
+    @contextmanager
+    def _naming_killed_workers(self) -> Iterator[None]:
+        """Raises ``DataWorkerError`` in place of an error that follows the death of a worker.
 
         Torch notices a death within 5 s, or a connection to the worker breaks first, while the process ends.
         """
-        workers = [] if isinstance(error, RunError) else getattr(self._iterator, "_workers", [])
-        deadline = time.monotonic() + _DEATH_SECONDS
-        while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for worker in workers:
-            if worker.exitcode:
-                raise DataWorkerError(
-                    f"a data loading worker was killed, most likely because it ran out of memory (process {worker.pid} "
-                    f"ended with {worker.exitcode}); use fewer workers (data.num_workers, or --num-workers) or a "
-                    "smaller batch (data.max_batch_per_device, or --batch-size), then run the same command again"
-                ) from error
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            workers = [] if isinstance(error, RunError) else getattr(self._iterator, "_workers", [])
+            deadline = time.monotonic() + _DEATH_SECONDS
+            while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            killed = next((worker for worker in workers if worker.exitcode), None)
+            if killed is None:
+                raise
+            raise DataWorkerError(
+                f"a data loading worker was killed, most likely because it ran out of memory (process {killed.pid} "
+                f"ended with {killed.exitcode}); use fewer workers (data.num_workers, or --num-workers) or a smaller "
+                "batch (data.max_batch_per_device, or --batch-size), then run the same command again"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Returns an empty state: the sampler reads the Trainer's step."""

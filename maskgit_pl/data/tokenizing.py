@@ -171,11 +171,7 @@ class StoreParts:
         return self._path(part).is_file()
 
     def write(
-        self,
-        part: Part,
-        tokens: npt.NDArray[np.int64],
-        labels: npt.NDArray[np.int64],
-        replaced: npt.NDArray[np.int64] | None = None,
+        self, part: Part, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], replaced: npt.NDArray[np.int64]
     ) -> None:
         """Writes a part.
 
@@ -183,10 +179,9 @@ class StoreParts:
             part: One of ``parts()``.
             tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
-            replaced: (k, 2) int64, unreadable samples and those that are encoded in their place; None without any.
+            replaced: (k, 2) int64, unreadable samples and those that are encoded in their place.
         """
         assert 0 <= tokens.min() <= tokens.max() < self.description.codebook_size  # the smaller type would wrap it
-        replaced = np.zeros((0, 2), np.int64) if replaced is None else replaced
         with self._replace_file(self._path(part)) as file:
             for array in (tokens.astype(self.description.dtype), labels, replaced):
                 np.save(file, array, allow_pickle=False)
@@ -208,7 +203,8 @@ class StoreParts:
         try:
             if all(self.is_done(part) for part in self.parts()):
                 replaced = {split: pairs for split in self.description.samples if (pairs := self._join(split))}  # 2.
-                hashes = {path.stem: sha256_of(path) for path in self.description.files(self.folder)}
+                paths = [path for split in self.description.samples for path in array_paths(self.folder, split)]
+                hashes = {path.stem: sha256_of(path) for path in paths}
                 content = {"format": FORMAT, **plain_description(self.description), "sha256": hashes}
                 content |= {"replaced": replaced} if replaced else {}
                 with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.

@@ -167,32 +167,24 @@ class ImageFolder:
         self, labels: dict[str, int], vectors: dict[str, str], val_fraction: float
     ) -> dict[Split, list[_File]]:
         """Returns the files of each split in the order of their hashes."""
-        parts: dict[Split | None, list[_File]] = {}
+        files: dict[Split, list[_File]] = {"train": [], "val": []}
         for split, root in self._roots.items():
             names = [name for name in labels if name.startswith(root)]
             if not names:
                 raise ValueError(self._describe_no_images(root))
-            # In UTF-8 in every locale, so that the order and the val split are the same.
-            digests = (hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest() for name in names)
-            parts[split] = sorted(
-                (
-                    _File(name, labels[name], digest, vectors.get(name))
-                    for name, digest in zip(names, digests, strict=True)
-                ),
-                key=lambda file: file.digest,
-            )
-        if self.has_splits:
-            return {split: files for split, files in parts.items() if split is not None}
-        chosen: dict[Split, list[_File]] = {"train": [], "val": []}
-        for file in parts[None]:
-            chosen["val" if is_val(file.digest, val_fraction) else "train"].append(file)
-        for split, files in chosen.items():
-            if not files:  # a hash puts few files into one split
+            for name in names:
+                # In UTF-8 in every locale, so that the order and the val split are the same.
+                digest = hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest()
+                chosen: Split = split or ("val" if is_val(digest, val_fraction) else "train")
+                files[chosen].append(_File(name, labels[name], digest, vectors.get(name)))
+        for of_split, some in files.items():
+            if not some:  # a hash puts few files into one split
                 raise ValueError(
-                    f"source {self._shown}: the {split} split must have files, got none of {len(labels)} at a val "
+                    f"source {self._shown}: the {of_split} split must have files, got none of {len(labels)} at a val "
                     f"fraction of {val_fraction:g}; add images, set --val-fraction, or make the folders train/ and val/"
                 )
-        return chosen
+            some.sort(key=lambda file: file.digest)
+        return files
 
     def _describe_no_images(self, root: str) -> str:
         kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -428,15 +420,13 @@ def _number_metadata(
             if label not in first_row:
                 first_row[label] = f"metadata {name}: {printable(file)}"
     names = sorted(label for label in first_row if not _NUMBER.fullmatch(label))
-    if not names:
-        classes, numbers = number_classes(
-            {int(label): row for label, row in first_row.items()}, class_names, label_field=label_field
-        )
-        return classes, {file: numbers[int(label)] for file, label in labels.items()}
-    if class_names is None and len(names) < len(first_row):
+    if names and class_names is None and len(names) < len(first_row):
         log.warning(
             "%s: %s is %s, which is no class number; so all labels are class names, also numbers such as %s",
             *(first_row[names[0]], label_field, shorten(names[0]), printable(min(first_row.keys() - {*names}))),
         )
-    classes, numbers = number_classes(first_row, class_names, label_field=label_field)
-    return classes, {file: numbers[label] for file, label in labels.items()}
+    kind = str if names else int
+    classes, numbers = number_classes(
+        {kind(label): row for label, row in first_row.items()}, class_names, label_field=label_field
+    )
+    return classes, {file: numbers[kind(label)] for file, label in labels.items()}

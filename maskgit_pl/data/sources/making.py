@@ -19,9 +19,9 @@ import numpy as np
 from maskgit_pl.checks import ImageSize, check_choice, check_number
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import ShardReader, load_manifests, read_manifest_summary
-from maskgit_pl.data.samples import Source
+from maskgit_pl.data.samples import Source, split_of
 from maskgit_pl.data.sources.image_folder import ImageFolder
-from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet, split_of
+from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet
 from maskgit_pl.data.sources.public import IdxFiles, public_datasets
 from maskgit_pl.data.verify import class_lines, describe_data, unreadable_lines
 from maskgit_pl.data.writer import make_shards
