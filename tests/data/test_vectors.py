@@ -212,13 +212,6 @@ def test_verify_names_changed_vectors(shards: Path, tmp_path: Path) -> None:
     assert re.match("train-vectors.npy: .*changed since it was made", bad)
 
 
-def test_a_truncated_array_is_refused_by_name(shards: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(shards, tmp_path / "shards")
-    os.truncate(folder / "train-vectors.npy", 130)
-    with pytest.raises(ValueError, match=r"train-vectors\.npy"):
-        _ = VectorReader(load_manifest(folder, "train")).array
-
-
 NUM_TRAIN, NUM_VAL = 23, 11
 
 
