@@ -86,8 +86,8 @@ class Entries:
         self.folders: set[str] = set()
         self.left_out: defaultdict[str, list[str]] = defaultdict(list)
         self._places: dict[str, int] = {}  # of the members of an archive
-        self._archive = path  # or its decompressed copy
-        self._read: Callable[[Path, str, int, int], bytes] = _read_file
+        self._archive: Path | None = None  # or its decompressed copy; None of a folder
+        self._read: Callable[[Path, int, int], bytes] = _read_bytes
         if path.is_dir():
             self.title = path.resolve().name
             waiting = [""]
@@ -98,6 +98,7 @@ class Entries:
         self.title = path.name[: len(path.name) - len(ending)]
         with open(open_regular(path), "rb") as file:
             first = file.read(2)
+        self._archive = path
         if first == b"PK":
             self._read, members = _read_zip, _zip_members(path)
         else:
@@ -107,7 +108,7 @@ class Entries:
                 weakref.finalize(self, plain.close)
                 self._archive = Path(f"/proc/{os.getpid()}/fd/{plain.fileno()}")
                 _decompress(path, plain)
-            self._read, members = _read_tar, _tar_members(path, self._archive)
+            members = _tar_members(path, self._archive)
         _check_expansion(path, sum(member.size for member in members))
         self._take(members)
 
@@ -122,7 +123,7 @@ class Entries:
                 raise EntryError("cannot be read: No such file or directory")
             if self.sizes[name] > limit:
                 raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
-            return self._read(self._archive, name, self._places.get(name, 0), self.sizes[name])
+            return self._read(self._archive or self.path / name, self._places.get(name, 0), self.sizes[name])
         except OSError as error:
             fault = f"cannot be read: {error.strerror or error}"
         except EntryError as error:
@@ -205,8 +206,9 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _read_file(folder: Path, name: str, _: int, size: int) -> bytes:
-    with open(open_regular(folder / name), "rb") as file:
+def _read_bytes(path: Path, offset: int, size: int) -> bytes:
+    with open(open_regular(path), "rb") as file:
+        file.seek(offset)
         return file.read(size)
 
 
@@ -238,7 +240,7 @@ def _open_zip(path: Path, _: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _read_zip(path: Path, _: str, number: int, size: int) -> bytes:
+def _read_zip(path: Path, number: int, size: int) -> bytes:
     try:
         archive = _open_zip(path, path.stat().st_mtime_ns)
         with archive.open(archive.infolist()[number]) as stream:  # gives at most the length in the directory
@@ -263,12 +265,6 @@ def _tar_members(path: Path, tar: Path) -> list[_Member]:
     except DamagedTarError as error:
         rule = "must be a folder, a zip, a tar or a .tar.gz of images"
         raise ValueError(f"source {printable(path)} {rule}, got: {error}") from error
-
-
-def _read_tar(path: Path, _: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
 
 
 def _decompress(path: Path, file: IO[bytes]) -> None:
