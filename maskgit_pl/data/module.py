@@ -228,8 +228,19 @@ class ShardData(StepDataModule):
         )
         order = self._train_order(self._train_samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
-            place = {"rank": self._rank, "world_size": self._world_size, "first_step": self._current_step()}
-            return self._loader(StreamBatches(self.config, self.class_names, **place), order)
+            batches = StreamBatches(
+                self.stream,
+                self.class_names,
+                image_size=self.config.image_size,
+                in_channels=self.config.in_channels,
+                augmentations=self.config.train_augmentations,
+                seed=self.config.seed,
+                unreadable_budget=self.config.unreadable_budget,
+                rank=self._rank,
+                world_size=self._world_size,
+                first_step=self._current_step(),
+            )
+            return self._loader(batches, order)
         order_of_samples = ShuffledStream(self.summary.samples["train"], self.config.seed)
         dataset = self.batches("train", order_of_samples, augmentations=self.config.train_augmentations)
         return self._loader(dataset, order, vectors_of="train")

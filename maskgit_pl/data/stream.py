@@ -22,15 +22,14 @@ from functools import partial
 from http.client import HTTPException
 from itertools import count, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import webdataset
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from maskgit_pl.checks import check_integer, height_width
-from maskgit_pl.data.augmentations import Augment
+from maskgit_pl.checks import ImageSize, check_integer, height_width
+from maskgit_pl.data.augmentations import Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
@@ -42,9 +41,6 @@ from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.errors import DataBudgetError, printable
 from maskgit_pl.files import open_regular, size_text
 from maskgit_pl.randomness import permutation
-
-if TYPE_CHECKING:
-    from maskgit_pl.data.module import ShardDataConfig
 
 log = logging.getLogger(__name__)
 
@@ -117,23 +113,31 @@ class StreamBatches(Dataset[Batch]):
     that a sample occurs. Unreadable images are skipped. Each worker ends the run if those exceed the budget.
 
     Args:
-        config: The shards, the form of the images, and the seed of the order and the augmentations.
+        stream: The shards.
         class_names: Class names; labels are in [0, len(class_names)).
+        image_size: Side of square images, or (height, width), in pixels.
+        in_channels: Channels of the images, 1 or 3.
+        augmentations: Crops and flips.
+        seed: Seed of the order and the augmentations, in [0, 2**32).
+        unreadable_budget: Fraction of the images seen that may be unreadable, in [0, 1].
         rank: This rank, in [0, world_size).
         world_size: Number of ranks.
         first_step: The step at which the run starts or resumes.
     """
 
-    config: ShardDataConfig
+    stream: StreamConfig
     class_names: tuple[str, ...]
     _: KW_ONLY
+    image_size: ImageSize
+    in_channels: int
+    augmentations: Augmentations
+    seed: int
+    unreadable_budget: float
     rank: int = 0
     world_size: int = 1
     first_step: int = 0
 
     def __post_init__(self) -> None:
-        assert self.config.stream is not None
-        self.stream = self.config.stream
         self.labels = Labels(self.stream.labels, self.class_names)
         self._samples: Iterator[Sample | UnreadableSample] | None = None
         self._seen = self._unreadable = 0
@@ -149,20 +153,20 @@ class StreamBatches(Dataset[Batch]):
             self._samples = self._shuffle()
         samples, position = self._samples, torch.arange(positions.start, positions.stop)
         index, epoch = position % 2**32, position // self.stream.samples  # random_bits takes indices below 2**32
-        drawn = self.config.train_augmentations.draw(index, epoch, seed=self.config.seed)
+        drawn = self.augmentations.draw(index, epoch, seed=self.seed)
         images, labels = zip(*(self._next(samples, augment) for augment in drawn), strict=True)
         valid, replacement = torch.ones_like(position, dtype=torch.bool), torch.full_like(position, -1)
         return Batch(torch.stack(images), torch.tensor(labels), index, epoch, position, valid, replacement)
 
     def _next(self, samples: Iterator[Sample | UnreadableSample], augment: Augment) -> tuple[Tensor, int]:
         """Returns image and label of the next sample that can be decoded."""
-        budget, error = self.config.unreadable_budget, ""
+        budget, error = self.unreadable_budget, ""
         for sample in islice(samples, MAX_IN_A_ROW):
             self._seen += 1
             try:
                 if isinstance(sample, Sample):
-                    image = decode_image(sample.data, channels=self.config.in_channels, name=sample.name)
-                    return augment(image, height_width(self.config.image_size)), sample.label
+                    image = decode_image(sample.data, channels=self.in_channels, name=sample.name)
+                    return augment(image, height_width(self.image_size)), sample.label
                 error = sample.error
             except UnreadableImageError as unreadable:
                 error = str(unreadable)
@@ -183,7 +187,7 @@ class StreamBatches(Dataset[Batch]):
         index = self.rank * workers + number
         urls = islice(self._endless_urls(), index, None, self.world_size * workers)
         # 3. The buffer is full before the first sample is drawn.
-        chance, size = random.Random(f"{self.config.seed}/{self.first_step}/{index}"), self.stream.shuffle_buffer
+        chance, size = random.Random(f"{self.seed}/{self.first_step}/{index}"), self.stream.shuffle_buffer
         samples: Iterator[Sample | UnreadableSample] = webdataset.shuffle(size, initial=size, rng=chance)(
             _read_samples(urls, self.labels)
         )
@@ -192,7 +196,7 @@ class StreamBatches(Dataset[Batch]):
     def _endless_urls(self) -> Iterator[str]:
         # 1. The same order on all workers.
         urls = self.stream.expand()
-        positions, seed = torch.arange(len(urls)), self.config.seed
+        positions, seed = torch.arange(len(urls)), self.seed
         for epoch in count():
             order = permutation(
                 positions, len(urls), stream="order/stream", seed=seed, index=self.first_step, epoch=epoch

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig, StreamConfig
+from maskgit_pl.data import Batch, ShardData, StreamConfig
+from maskgit_pl.data.augmentations import CENTER
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.samples import Labels
 from maskgit_pl.data.stream import StreamBatches, StreamError, _read_samples
@@ -56,9 +57,9 @@ def data(path: Path | str, urls, **options) -> ShardData:
 
 def stream(urls, *, place: dict[str, int] | None = None, **options) -> StreamBatches:
     """Returns the dataset of one worker, with a place among the ranks and steps."""
-    of_stream = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=4)
-    config = ShardDataConfig("", source="stream", stream=of_stream, image_size=8, in_channels=1, **options)
-    return StreamBatches(config, CLASS_NAMES, **(place or {}))
+    of_stream = StreamConfig(urls, samples=NUM_TRAIN, shuffle_buffer=options.pop("shuffle_buffer", 4))
+    defaults = {"image_size": 8, "in_channels": 1, "augmentations": CENTER, "seed": 0, "unreadable_budget": 1e-4}
+    return StreamBatches(of_stream, CLASS_NAMES, **{**defaults, **(place or {}), **options})
 
 
 def images(batches: list[Batch]) -> list[bytes]:
