@@ -14,7 +14,8 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -105,22 +106,18 @@ class ImageFolder:
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and a hash of the names and lengths of the files of each split."""
-        sizes = self._entries.sizes
-        described: dict[str, Any] = {
-            "kind": "image folder",
-            "classes": list(self.classes),
-            "files": {
-                split: _sha256(file.digest + sizes.get(file.name, 0).to_bytes(8, "little") for file in files)
-                for split, files in self._files.items()
-            },
-        }
+
+        def digest(part: Callable[[_File], bytes]) -> dict[Split, str]:
+            return {split: hashlib.sha256(b"".join(map(part, files))).hexdigest() for split, files in by_split}
+
+        by_split, sizes = self._files.items(), self._entries.sizes
+        described: dict[str, Any] = {"kind": "image folder", "classes": list(self.classes)}
+        described["files"] = digest(lambda file: file.digest + sizes.get(file.name, 0).to_bytes(8, "little"))
         # Without vectors or metadata, the record has no key of them.
         if self._vector_kind is not None:
-            described["vectors"] = {split: self._digest_vectors(files) for split, files in self._files.items()}
+            described["vectors"] = digest(self._digest_vector)
         if self._has_metadata:
-            described["labels"] = {
-                split: _sha256(b"%d " % file.label for file in files) for split, files in self._files.items()
-            }
+            described["labels"] = digest(lambda file: b"%d " % file.label)
         return described
 
     @property
@@ -291,24 +288,13 @@ class ImageFolder:
             return UnreadableSample(f"vector {path} must have {expected}, as {first}, got {kind}")
         return sample._replace(vector=data)
 
-    def _digest_vectors(self, files: Sequence[_File]) -> str:
-        """Returns a hash of the content of all vectors, since another encoder gives files of the same lengths."""
-
-        def digest(name: str | None) -> bytes:
-            try:
-                data = b"" if name is None else self._entries.read(name, limit=MAX_VECTOR_BYTES)
-            except EntryError:  # its sample is reported as unreadable
-                data = b""
-            return hashlib.sha256(data).digest()
-
-        return _sha256(digest(file.vector) for file in files)
-
-
-def _sha256(parts: Iterator[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    def _digest_vector(self, file: _File) -> bytes:
+        """Returns a hash of the content of a vector, since another encoder gives files of the same lengths."""
+        data = b""
+        if file.vector is not None:
+            with suppress(EntryError):  # its sample is reported as unreadable
+                data = self._entries.read(file.vector, limit=MAX_VECTOR_BYTES)
+        return hashlib.sha256(data).digest()
 
 
 def _format_files(kind: str, names: Sequence[str]) -> str:
