@@ -267,14 +267,12 @@ def _read_parts(
     """Yields each part with its batches, crop by crop. Consume the batches of a part before the next part."""
     listed = description.augmentations
     augmentations = build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
+    size = config.batch_size
     # One loader per crop and not per part: its workers keep decoding at the border between parts.
     for crop in sorted({part.crop for part in parts}):
         # No batch spans two parts, so batches do not depend on the ranks.
         ranges = {
-            part: [
-                range(first, min(first + config.batch_size, part.stop))
-                for first in range(part.start, part.stop, config.batch_size)
-            ]
+            part: [range(first, min(first + size, part.stop)) for first in range(part.start, part.stop, size)]
             for part in parts
             if part.crop == crop
         }
