@@ -179,12 +179,11 @@ class Augmentations:
             epoch: (B,) int64, epoch of each sample.
             seed: Seed, in [0, 2**32).
         """
-        columns = [
-            random_uniform(
-                _STREAMS.get(name, f"augmentation/{name}"), seed=seed, index=index, epoch=epoch, count=part.num_random
-            ).tolist()
-            for name, part in self.parts.items()
-        ]
+        given: dict[str, Any] = {"seed": seed, "index": index, "epoch": epoch}
+        columns = []
+        for name, part in self.parts.items():
+            stream, count = _STREAMS.get(name, f"augmentation/{name}"), part.num_random
+            columns.append(random_uniform(stream, **given, count=count).tolist() if count else [[]] * len(index))
         rows: list[tuple[list[float], ...]] = list(zip(*columns, strict=True)) if columns else [()] * len(index)
         return [partial(self._apply, row) for row in rows]
 
