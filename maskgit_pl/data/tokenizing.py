@@ -170,7 +170,11 @@ class StoreParts:
         return self._path(part).is_file()
 
     def write(
-        self, part: Part, tokens: npt.NDArray[np.int64], labels: npt.NDArray[np.int64], replaced: npt.NDArray[np.int64]
+        self,
+        part: Part,
+        tokens: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        replaced: npt.NDArray[np.int64] | None = None,
     ) -> None:
         """Writes a part.
 
@@ -178,9 +182,10 @@ class StoreParts:
             part: One of ``parts()``.
             tokens: (stop - start, mirrors, N) integers in [0, codebook_size).
             labels: (stop - start,) int64 in [0, num_classes).
-            replaced: (k, 2) int64, unreadable samples and those that are encoded in their place.
+            replaced: (k, 2) int64, unreadable samples and those that are encoded in their place; None without any.
         """
         assert 0 <= tokens.min() <= tokens.max() < self.description.codebook_size  # the smaller type would wrap it
+        replaced = np.zeros((0, 2), np.int64) if replaced is None else replaced
         with self._replace_file(self._path(part)) as file:
             for array in (tokens.astype(self.description.dtype), labels, replaced):
                 np.save(file, array, allow_pickle=False)

@@ -197,12 +197,11 @@ class AutoregressiveTransformer(MaskedTransformer, AutoregressiveBackbone):
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
-        blocks = cast("Sequence[Block]", self.blocks)
         # The cache holds the rows before ``first``; only the new rows are computed.
         first = cache[0].num_rows if cache is not None else 0
         x = self._embed(self._sequence(tokens, labels)[:, first:], first=first)
-        for number, block in enumerate(blocks):
-            x = block(x) if cache is None else block.forward_next(x, cache[number])
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache=None if cache is None else cache[number])
         return self._head(x[:, -1], "codes")
 
     def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
@@ -239,7 +238,7 @@ class Block(nn.Module):
         entry_points: Methods that a network calls besides ``forward``. FSDP gathers the weights for them too.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_at", "forward_next")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_at",)
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, dropout: float, is_causal: bool) -> None:
         super().__init__()
@@ -254,10 +253,23 @@ class Block(nn.Module):
         self.fc2 = PackingLinear(mlp_dim, embed_dim)
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Returns the output (B, S, D) of the block for x (B, S, D), or (M, D): its rows (M,) int64 in [0, B S)."""
-        query, key, value = self._heads(self.qkv(x), 3)
-        attended = self._attend(query, key, value, is_causal=self.is_causal)
+    def forward(self, x: Tensor, rows: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Returns the output of the block.
+
+        Args:
+            x: (B, S, D).
+            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output.
+            cache: Keys and values of the rows before x, to which those of x are added; x is then one row, or the first.
+
+        Returns:
+            (B, S, D), or (M, D) with rows.
+        """
+        heads, is_causal = self._heads(self.qkv(x), 3), self.is_causal
+        query, answers = heads[0], heads[1:]  # answers: keys and values
+        if cache is not None:
+            assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
+            answers, is_causal = cache.extend(answers), x.shape[1] > 1  # a single new row attends to all rows so far
+        attended = self._attend(query, *answers, is_causal=is_causal)
         if rows is not None:  # the rest works on rows, so all others can be dropped here
             x, attended = (F.embedding(rows, states.flatten(0, 1)) for states in (x, attended))
         return self._add_and_feed_forward(x, attended)
@@ -270,22 +282,6 @@ class Block(nn.Module):
         key, value = self._heads(self.qkv.part(x, dim, 3 * dim), 2)
         (query,) = self._heads(self.qkv.part(rows, 0, dim), 1)
         return self._add_and_feed_forward(rows, self._attend(query, key, value))
-
-    def forward_next(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Returns the output of a causal block at the next rows, and adds their keys and values to the cache.
-
-        Args:
-            x: (B, R, D): input of the block at the next R rows: any R for the first rows, later R = 1.
-            cache: Cache of this block, changed in place.
-
-        Returns:
-            (B, R, D).
-        """
-        assert self.is_causal
-        assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
-        heads = self._heads(self.qkv(x), 3)
-        key, value = cache.extend(heads[1:])
-        return self._add_and_feed_forward(x, self._attend(heads[0], key, value, is_causal=x.shape[1] > 1))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """Splits (B, S, parts D) into heads: (parts, B, heads, S, D / heads)."""

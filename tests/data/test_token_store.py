@@ -26,8 +26,7 @@ def make(folder: Path, description=DESCRIPTION, *, part_size: int = 4, share=sli
     parts = StoreParts(folder, description, part_size=part_size)
     for part in parts.parts()[share]:
         if not parts.is_done(part):
-            labels = LABELS[part.start : part.stop]
-            parts.write(part, rows(part, description.mirrors_of(part.split)), labels, np.zeros((0, 2), np.int64))
+            parts.write(part, rows(part, description.mirrors_of(part.split)), LABELS[part.start : part.stop])
     return parts.finish()
 
 
