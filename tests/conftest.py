@@ -20,7 +20,7 @@ from maskgit_pl.data.writer import make_shards
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.networks.backbone import Attention
-from maskgit_pl.networks.transformer import Transformer, TransformerConfig
+from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
@@ -69,14 +69,14 @@ def tiny_flags(stage: str) -> list[str]:
     return flags(yaml.safe_load((Path(__file__).parent / "tiny" / f"{stage}.yaml").read_text()))
 
 
-def peak_predictions(network: Transformer) -> Transformer:
+def peak_predictions(network: MaskedTransformer) -> MaskedTransformer:
     """Scales the weights so that predictions are far from uniform, and classes and guidance matter."""
     for parameter in network.parameters():
         parameter.data.mul_(4)
     return network
 
 
-def random_transformer(config: TransformerConfig) -> Transformer:
+def random_transformer(config: TransformerConfig) -> MaskedTransformer:
     """Builds a frozen network with peaked random weights of seed 0."""
     with torch.random.fork_rng():
         torch.manual_seed(0)

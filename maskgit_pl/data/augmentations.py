@@ -179,7 +179,11 @@ class Augmentations:
             epoch: (B,) int64, epoch of each sample.
             seed: Seed, in [0, 2**32).
         """
-        columns = [_draw(name, part, index, epoch, seed) for name, part in self.parts.items()]
+        given: dict[str, Any] = {"seed": seed, "index": index, "epoch": epoch}
+        columns = []
+        for name, part in self.parts.items():
+            stream, count = _STREAMS.get(name, f"augmentation/{name}"), part.num_random
+            columns.append(random_uniform(stream, **given, count=count).tolist() if count else [[]] * len(index))
         rows: list[tuple[list[float], ...]] = list(zip(*columns, strict=True)) if columns else [()] * len(index)
         return [partial(self._apply, row) for row in rows]
 
@@ -187,17 +191,6 @@ class Augmentations:
         for part, numbers in zip(self.parts.values(), random, strict=True):
             image = part(image, numbers, size=size)
         return fit_image(image, image_size=size, crop=None)
-
-
-def _draw(name: str, part: Augmentation, index: Tensor, epoch: Tensor, seed: int) -> list[list[float]]:
-    """Returns the random numbers (B, num_random) of an augmentation."""
-    if not part.num_random:
-        return [[] for _ in index]
-    stream = _STREAMS.get(name, f"augmentation/{name}")
-    drawn: list[list[float]] = random_uniform(
-        stream, seed=seed, index=index, epoch=epoch, count=part.num_random
-    ).tolist()
-    return drawn
 
 
 CENTER = Augmentations({"center_crop": CenterCrop()})

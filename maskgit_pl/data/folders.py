@@ -37,9 +37,9 @@ def write_folder(
     """Makes an empty folder to write to, which replaces ``folder`` when all of it is on disk.
 
     1. Follow links, and check that the folder can be replaced.
-    2. Lock it, so that of two processes only one writes it, put back an older one that a kill has left under
-       its other name (``replace_folder``), and check its content.
-    3. Remove the new folders that killed processes have left.
+    2. Lock it, so that of two processes only one writes it.
+    3. Put back an older folder that a kill has left under its other name (``replace_folder``), remove the new ones
+       that killed processes have left, and check the content of the folder.
     4. After the work, write all of the new folder to the disk, and give it the name.
 
     After an error, the new folder is removed and an older one at ``folder`` is unchanged.
@@ -58,11 +58,8 @@ def write_folder(
     """
     folder = resolve_folder(name, folder)  # 1.
     with hold_lock(folder, hint="give another path"):  # 2.
-        _put_back(folder)
+        _clean_up(folder)  # 3.
         check(folder)
-        for path in folder.parent.iterdir():  # 3.
-            if re.fullmatch(rf"\.{re.escape(folder.name)}\.partial-\w+", path.name):
-                shutil.rmtree(path, ignore_errors=True)
         fresh = folder.with_name(f".{folder.name}.partial-{uuid.uuid4().hex}")
         fresh.mkdir()
         try:
@@ -235,14 +232,14 @@ def hold_lock(target: Path, *, hint: str, rank: int | None = None) -> Iterator[N
                 folder.rmdir()
 
 
-def _put_back(folder: Path) -> None:
-    """Gives an older folder that a kill has left at ``.NAME.old-PID`` its name; removes it if another one has it."""
+def _clean_up(folder: Path) -> None:
+    """Removes what kills have left beside a folder; an old one, ``.NAME.old-PID``, gets the name if nothing has it."""
     for path in list(folder.parent.iterdir()):
-        if re.fullmatch(rf"\.{re.escape(folder.name)}\.old-\d+", path.name):
-            if folder.exists():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.rename(folder)
+        left = re.fullmatch(rf"\.{re.escape(folder.name)}\.(old-\d+|partial-\w+)", path.name)
+        if left and left[1].startswith("old") and not folder.exists():
+            path.rename(folder)
+        elif left:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _exchange(path: Path, other_path: Path) -> bool:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -92,16 +93,14 @@ def decode_image(
         UnreadableImageError: if ``parse_image_header`` rejects the image, or its pixels cannot be decoded.
             Damage of a JPEG is found where a code word is invalid, of a PNG by checksums; WebP has none.
     """
-    if data[:3] != JPEG_MAGIC:
-        return from_pil(open_image(data, name), channels=channels, name=name, background=background)
-    head, _ = read_jpeg_head(data, name)
-    try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:  # damaged, or a rare layout: PIL decides
-        height, width, colours = 0, 0, "unknown"
-    check_size(height, width, name)
+    colours = ""
+    if data.startswith(JPEG_MAGIC):
+        head, _ = read_jpeg_head(data, name)
+        with suppress(ValueError):  # damaged, or a rare layout: PIL decides
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     if colours not in ("Gray", "RGB", "YCbCr"):
         return from_pil(open_image(data, name), channels=channels, name=name, background=background)
+    check_size(height, width, name)
     try:
         # (H, W, 3) uint8; strict by default: libjpeg's warnings are errors
         buffer = _scratch(3 * height * width) if reuse_memory else None

@@ -24,24 +24,9 @@ from braceexpand import braceexpand
 
 from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.data.manifest import (
-    Manifest,
-    Shard,
-    Split,
-    VectorArray,
-    index_sha256,
-    save_manifest,
-    union,
-)
-from maskgit_pl.data.samples import Labels
-from maskgit_pl.data.scan import (
-    BAD_VECTOR,
-    NO_LABEL,
-    NO_VECTOR,
-    ShardScan,
-    require_vectors,
-    scan_shard,
-)
+from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
+from maskgit_pl.data.samples import Labels, split_of
+from maskgit_pl.data.scan import BAD_VECTOR, NO_LABEL, NO_VECTOR, ShardScan, require_vectors, scan_shard
 from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
@@ -50,13 +35,10 @@ _MAX_NAMES = 1_000_000  # of a pattern
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
-_VAL, _TEST, _TRAIN = r"val|valid|validation", r"test", r"train|training"
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
-
-_Scans = Mapping[str, ShardScan]  # by the name of the shard
 
 
 def locate_shards(location: str) -> tuple[Path, list[Path]]:
@@ -145,7 +127,7 @@ def split_shards(
     check_number("val_fraction", fraction, "(0, 1)")
     pool = list(shards) if train is None else find_shards(folder, train)
     others = shards if train is None else sorted(set(shards) - set(pool))
-    named = _find_named(folder, others, _VAL) or _find_named(folder, others, _TEST)
+    named = _find_named(folder, others, "val") or _find_named(folder, others, "test")
     # 1. val
     if val is not None:
         val_shards, how = find_shards(folder, val), f"val is {val}"
@@ -164,7 +146,7 @@ def split_shards(
     train_shards = pool if train is not None and val is not None else sorted(set(pool) - set(val_shards))
     if train is None:
         # If some shards are named train, other shards (such as test, beside val) belong to no split.
-        train_shards = _find_named(folder, train_shards, _TRAIN) or train_shards
+        train_shards = _find_named(folder, train_shards, "train") or train_shards
     if shared := sorted(set(train_shards) & set(val_shards)):
         raise ValueError(
             f"data folder {folder}: {shared[0].name} must not be both train and val; give --train and --val"
@@ -215,10 +197,9 @@ def _count_choices(braces: str) -> int:
     return abs(last - first) + 1
 
 
-def _find_named(folder: Path, shards: Iterable[Path], words: str) -> list[Path]:
-    """Returns the shards whose path inside the folder contains one of the words, not as a part of another word."""
-    pattern = re.compile(rf"(?<![a-z])({words})(?![a-z])")
-    return [shard for shard in shards if pattern.search(shard.relative_to(folder).as_posix().lower())]
+def _find_named(folder: Path, shards: Iterable[Path], split: str) -> list[Path]:
+    """Returns the shards whose path inside the folder has the word for a split; see ``split_of``."""
+    return [shard for shard in shards if split_of(shard.relative_to(folder).as_posix()) == split]
 
 
 def index_shards(
@@ -262,25 +243,25 @@ def index_shards(
             raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
         classes = classes or (_UNLABELLED,)
     task = _ScanTask(folder, Labels(labels, None if classes is None else tuple(classes)), lenient, vectors)
+    names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
     with hold_lock(folder, hint="index another folder"):
         remove_partials(folder)
-        scans = _scan_all(task, shards, workers=workers, on_shard=on_shard)  # 1.
+        scans = _scan_all(task, names, workers=workers, on_shard=on_shard)  # 1.
         # The first shard with vectors decides their kind.
-        of_all = {name: scan for of_split in scans.values() for name, scan in of_split.items()}
-        kind = next((scan.vector_kind for scan in of_all.values() if scan.vector_kind is not None), None)
+        kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
         if kind is not None:
-            of_all = {name: require_vectors(scan) for name, scan in of_all.items()}
-            scans = {split: {name: of_all[name] for name in of_split} for split, of_split in scans.items()}
-        _raise_faults(task, of_all, kind)  # 2.
+            scans = {name: require_vectors(scan) for name, scan in scans.items()}
+        _raise_faults(task, scans, kind)  # 2.
         if classes is None:
-            largest = max((int(scan.rows["label"].max()) for scan in of_all.values() if len(scan.rows)), default=0)
+            largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
             classes = [str(label) for label in range(largest + 1)]
+        of_splits = {split: {name: scans[name] for name in of_split} for split, of_split in names.items()}
         # All indexes are made before the first is written: an error leaves none.
-        indexes = {split: _make_index(folder, split, of_split) for split, of_split in scans.items()}
+        indexes = {split: _make_index(folder, split, of_split) for split, of_split in of_splits.items()}
         manifests: dict[Split, Manifest] = {}
         for split, rows in indexes.items():
             manifests[split] = _make_manifest(  # 3.
-                task, split, scans[split], rows, classes=tuple(classes), kind=kind
+                task, split, of_splits[split], rows, classes=tuple(classes), kind=kind
             )
             save_manifest(manifests[split], rows)  # 4.
     return manifests
@@ -297,28 +278,26 @@ class _ScanTask(NamedTuple):
 
 def _scan_all(
     task: _ScanTask,
-    shards: Mapping[Split, Sequence[Path]],
+    names: Mapping[Split, Sequence[str]],
     *,
     workers: int | None,
     on_shard: Callable[[Split, int], object],
-) -> dict[Split, dict[str, ShardScan]]:
-    workers = choose_workers(
-        workers, work=sum(path.stat().st_size for paths in shards.values() for path in paths) / _SCANNED_BYTES
-    )
-    split_of = {path.relative_to(task.folder).as_posix(): split for split, paths in shards.items() for path in paths}
+) -> dict[str, ShardScan]:
+    """Returns the scan of each shard by its name, in the order of the splits; jobs end in any order."""
+    splits = {name: split for split, of_split in names.items() for name in of_split}
+    size = sum((task.folder / name).stat().st_size for name in splits)
     scans = {}
-    for name, scan in run_jobs(_scan, task, list(split_of), workers=workers):
+    for name, scan in run_jobs(_scan, task, list(splits), workers=choose_workers(workers, work=size / _SCANNED_BYTES)):
         scans[name] = scan
-        on_shard(split_of[name], len(shards[split_of[name]]))
-    # Jobs end in any order.
-    return {split: {name: scans[name] for name in split_of if split_of[name] == split} for split in shards}
+        on_shard(splits[name], len(names[splits[name]]))
+    return {name: scans[name] for name in splits}
 
 
 def _scan(task: _ScanTask, name: str) -> ShardScan:
     return scan_shard(task.folder / name, task.labels, vectors=task.vectors)
 
 
-def _raise_faults(task: _ScanTask, scans: _Scans, kind: VectorKind | None) -> None:
+def _raise_faults(task: _ScanTask, scans: Mapping[str, ShardScan], kind: VectorKind | None) -> None:
     """Raises one error that lists all faults of all shards, if there are any.
 
     If ``lenient``, samples with a fault are left out, so that only damaged shards are faults.
@@ -352,7 +331,7 @@ def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> It
         yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind}"
 
 
-def _make_index(folder: Path, split: Split, scans: _Scans) -> npt.NDArray[np.void]:
+def _make_index(folder: Path, split: Split, scans: Mapping[str, ShardScan]) -> npt.NDArray[np.void]:
     rows = np.concatenate([scan.rows for scan in scans.values()])
     if not len(rows):
         raise ValueError(
@@ -366,20 +345,20 @@ def _make_index(folder: Path, split: Split, scans: _Scans) -> npt.NDArray[np.voi
 def _make_manifest(
     task: _ScanTask,
     split: Split,
-    scans: _Scans,
+    scans: Mapping[str, ShardScan],
     rows: npt.NDArray[np.void],
     *,
     classes: tuple[str, ...],
     kind: VectorKind | None,
 ) -> Manifest:
     """Returns the manifest of a split, after its vectors are copied into one array in the order of the samples."""
-    vectors = None
+    vectors_sha256 = ""
     if kind is not None:
         offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
         path = vectors_path(task.folder, split)
         with write_atomically(path) as file:
             copy_vectors(file, offsets, kind)
-        vectors = VectorArray(kind, sha256_of(path))
+        vectors_sha256 = sha256_of(path)
     left_out: Counter[str] = Counter()
     for scan in scans.values():
         left_out.update({fault: entry.samples for fault, entry in scan.faults.items()})
@@ -392,5 +371,6 @@ def _make_manifest(
         index_sha256=index_sha256(rows),
         labels=task.labels.source,
         left_out=dict(sorted(left_out.items())),
-        vectors=vectors,
+        vectors=kind,
+        vectors_sha256=vectors_sha256,
     )

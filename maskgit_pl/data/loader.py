@@ -15,7 +15,7 @@ import json
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import Reason, UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import ShardReader, VectorReader
-from maskgit_pl.data.order import EvalBatchSampler, Order, Rows, TrainBatchSampler
+from maskgit_pl.data.order import Order, Rows, TrainBatchSampler, eval_batches
 from maskgit_pl.data.token_store import TokenReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataBudgetError, DataWorkerError, RunError, exit_code_of
 from maskgit_pl.files import write_text
@@ -264,20 +264,13 @@ class StepLoader(DataLoader[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
         # super().__iter__() runs here and not at the first next(), since the sampler reads the step now.
-        try:
-            with _keep_sigchld() if self.num_workers else nullcontext():
-                return self._serve(super().__iter__())
-        except (RuntimeError, OSError, EOFError) as error:
-            self._check_workers(error)
-            raise
+        with self._naming_killed_workers(), _keep_sigchld() if self.num_workers else nullcontext():
+            return self._serve(super().__iter__())
 
     def _serve(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
-            try:
+            with self._naming_killed_workers():
                 batch = next(batches, None)
-            except (RuntimeError, OSError, EOFError) as error:
-                self._check_workers(error)
-                raise
             if batch is None:
                 return
             if isinstance(batch, _WorkerFailure):
@@ -286,22 +279,27 @@ class StepLoader(DataLoader[Batch]):
                 self.unreadable.add(batch.index.numpy(), batch.replacement.numpy())
             yield batch
 
-    def _check_workers(self, error: Exception) -> None:
-        """Raises ``DataWorkerError`` if an error follows the death of a worker.
+    @contextmanager
+    def _naming_killed_workers(self) -> Iterator[None]:
+        """Raises ``DataWorkerError`` in place of an error that follows the death of a worker.
 
         Torch notices a death within 5 s, or a connection to the worker breaks first, while the process ends.
         """
-        workers = [] if isinstance(error, RunError) else getattr(self._iterator, "_workers", [])
-        deadline = time.monotonic() + _DEATH_SECONDS
-        while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
-            time.sleep(0.01)
-        for worker in workers:
-            if worker.exitcode:
-                raise DataWorkerError(
-                    f"a data loading worker was killed, most likely because it ran out of memory (process {worker.pid} "
-                    f"ended with {worker.exitcode}); use fewer workers (data.num_workers, or --num-workers) or a "
-                    "smaller batch (data.max_batch_per_device, or --batch-size), then run the same command again"
-                ) from error
+        try:
+            yield
+        except (RuntimeError, OSError, EOFError) as error:
+            workers = [] if isinstance(error, RunError) else getattr(self._iterator, "_workers", [])
+            deadline = time.monotonic() + _DEATH_SECONDS
+            while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            killed = next((worker for worker in workers if worker.exitcode), None)
+            if killed is None:
+                raise
+            raise DataWorkerError(
+                f"a data loading worker was killed, most likely because it ran out of memory (process {killed.pid} "
+                f"ended with {killed.exitcode}); use fewer workers (data.num_workers, or --num-workers) or a smaller "
+                "batch (data.max_batch_per_device, or --batch-size), then run the same command again"
+            ) from error
 
     def state_dict(self) -> dict[str, Any]:
         """Returns an empty state: the sampler reads the Trainer's step."""
@@ -322,7 +320,7 @@ def _keep_sigchld() -> Iterator[None]:
 
 def make_loader(
     dataset: Dataset[Batch],
-    order: Sampler[range],
+    order: Sampler[range] | Sequence[range],
     *,
     num_workers: int,
     unreadable_budget: float = 0.0,
@@ -332,7 +330,7 @@ def make_loader(
 
     Args:
         dataset: Dataset of images or tokens; ``__getitems__(range)`` returns a batch.
-        order: Sampler that yields ranges of positions.
+        order: Ranges of positions, one for each batch.
         num_workers: Number of worker processes; 0 reads in this process.
         unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
         vectors: Reader of the vectors of the samples; None reads no vectors.
@@ -342,7 +340,7 @@ def make_loader(
         unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)
     if vectors is not None:
         dataset = _WithVectors(cast("ImageBatches | TokenBatches", dataset), vectors)
-    # The sampler yields whole ranges, so torch calls __getitems__ once per batch.
+    # Torch calls __getitems__ once per batch, with the whole range.
     loader = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,
         batch_sampler=cast("Sampler[list[int]]", order),  # our __getitems__ takes a range
@@ -382,9 +380,9 @@ class StepDataModule(LightningDataModule):
             current_step=self._current_step,
         )
 
-    def _eval_order(self, num_samples: int, *, per_device: int) -> EvalBatchSampler:
+    def _eval_order(self, num_samples: int, *, per_device: int) -> list[range]:
         """Returns this rank's batches of validation samples, each sample once over all ranks."""
-        return EvalBatchSampler(num_samples, per_device=per_device, world_size=self._world_size, rank=self._rank)
+        return eval_batches(num_samples, per_device=per_device, world_size=self._world_size, rank=self._rank)
 
     def _current_step(self) -> int:
         return 0 if self.trainer is None else self.trainer.global_step

@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -63,13 +63,6 @@ class ImageRange:
     channels: tuple[int, ...]  # that occur, sorted: 1 and 3; alpha is not counted
 
 
-class VectorArray(NamedTuple):
-    """The array of the vectors of a split, ``SPLIT-vectors.npy``: their size and type, and the hash of the file."""
-
-    kind: VectorKind
-    sha256: str
-
-
 @dataclass(frozen=True)
 class Manifest:
     """The manifest of one split of a data folder."""
@@ -82,7 +75,8 @@ class Manifest:
     index_sha256: str  # of the rows of the index file, hex
     labels: str = "cls"  # their source: cls, json:FIELD or none
     left_out: Mapping[str, int] = field(default_factory=dict)  # samples that are not in the index, by kind of fault
-    vectors: VectorArray | None = None  # None if the samples have none
+    vectors: VectorKind | None = None  # None if the samples have none
+    vectors_sha256: str = ""  # of the file of their array, hex
 
     @property
     def samples(self) -> int:
@@ -138,7 +132,7 @@ def read_manifest_summary(folder: str | Path) -> DataSummary:
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
         fingerprint=hashlib.sha256("".join(manifest.fingerprint for manifest in manifests).encode()).hexdigest(),
-        vectors=None if manifests[0].vectors is None else manifests[0].vectors.kind,
+        vectors=manifests[0].vectors,
     )
 
 
@@ -186,8 +180,8 @@ def load_manifest(folder: str | Path, split: Split) -> Manifest:
     if content.pop("format", None) != _FORMAT:
         raise ValueError(f"manifest {path} must have format {_FORMAT}; {_remake_hint(folder)}")
     content.pop("samples", None)  # for people who read the file, as is the split
-    dim, dtype, digest = (content.pop(key, None) for key in ("vector_dim", "vector_dtype", "vectors_sha256"))
-    vectors = None if dim is None else VectorArray(VectorKind(dim, dtype), digest)
+    dim, dtype = content.pop("vector_dim", None), content.pop("vector_dtype", None)
+    vectors = None if dim is None else VectorKind(dim, dtype)
     return build_dataclass(Manifest, {**content, "folder": folder, "split": split, "vectors": vectors}, str(path))
 
 
@@ -217,9 +211,8 @@ def check_vectors(manifest: Manifest) -> None:
 
     A changed value would not be noticed later. Runs that use the vectors call it at their start.
     """
-    assert manifest.vectors is not None
     path, hint = vectors_path(manifest.folder, manifest.split), _remake_hint(manifest.folder)
-    check_unchanged(path, sha256_of(path), expected=manifest.vectors.sha256, hint=hint)
+    check_unchanged(path, sha256_of(path), expected=manifest.vectors_sha256, hint=hint)
 
 
 class VectorReader:
@@ -231,8 +224,8 @@ class VectorReader:
     @cached_property
     def array(self) -> npt.NDArray[Any]:
         """The array (n, C), mapped into memory at first use in each process; see ``map_array``."""
-        assert self.manifest.vectors is not None
-        folder, kind = self.manifest.folder, self.manifest.vectors.kind
+        folder, kind = self.manifest.folder, self.manifest.vectors
+        assert kind is not None
         path, shape = vectors_path(folder, self.manifest.split), (self.manifest.samples, kind.dim)
         return map_array(path, shape, np.dtype(kind.dtype), hint=_remake_hint(folder))
 
@@ -372,8 +365,8 @@ def _to_json(manifest: Manifest) -> dict[str, Any]:
     if manifest.left_out:
         unusual["left_out"] = dict(manifest.left_out)
     if manifest.vectors is not None:
-        kind, digest = manifest.vectors.kind, manifest.vectors.sha256
-        unusual |= {"vector_dim": kind.dim, "vector_dtype": kind.dtype, "vectors_sha256": digest}
+        dim, dtype = manifest.vectors
+        unusual |= {"vector_dim": dim, "vector_dtype": dtype, "vectors_sha256": manifest.vectors_sha256}
     return unusual | {
         "format": _FORMAT,
         "split": manifest.split,

@@ -313,7 +313,7 @@ class ShardData(StepDataModule):
         return samples if limit is None else min(samples, limit)
 
     def _loader(
-        self, dataset: Dataset[Batch], order: Sampler[range], *, vectors_of: Split | None = None
+        self, dataset: Dataset[Batch], order: Sampler[range] | list[range], *, vectors_of: Split | None = None
     ) -> DataLoader[Batch]:
         return make_loader(
             dataset,

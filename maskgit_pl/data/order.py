@@ -114,15 +114,17 @@ class InOrder:
 
     Args:
         num_samples: Number of samples in the split.
+        epoch: Epoch of all samples, on which random augmentations depend.
     """
 
     num_samples: int
+    epoch: int = 0
 
     def __call__(self, positions: range) -> Rows:
-        """Returns the sample of each position; the epoch is 0."""
+        """Returns the sample of each position."""
         position = torch.arange(positions.start, positions.stop)
         index = position.clamp(max=self.num_samples - 1)
-        return Rows(index, torch.zeros_like(position), position, position < self.num_samples)
+        return Rows(index, torch.full_like(position, self.epoch), position, position < self.num_samples)
 
 
 class TrainBatchSampler(Sampler[range]):
@@ -174,21 +176,10 @@ class TrainBatchSampler(Sampler[range]):
         return (range(first, first + self.per_device) for first in firsts)
 
 
-class EvalBatchSampler(Sampler[range]):
-    """A sampler of one rank's evaluation batches: each sample once over all ranks, equally many batches on each rank.
+def eval_batches(num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0) -> list[range]:
+    """Returns one rank's evaluation batches: each sample once over all ranks, equally many batches on each rank.
 
     Positions past the end fill up the last batches; see ``InOrder``. For the arguments, see ``TrainBatchSampler``.
     """
-
-    def __init__(self, num_samples: int, *, per_device: int, world_size: int = 1, rank: int = 0) -> None:
-        self.per_device = per_device
-        self.stride = per_device * world_size
-        self._starts = range(0, num_samples, self.stride)  # one for each batch of all ranks together
-        self._own = rank * per_device
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __iter__(self) -> Iterator[range]:
-        firsts = (start + self._own for start in self._starts)
-        return (range(first, first + self.per_device) for first in firsts)
+    firsts = range(rank * per_device, num_samples + rank * per_device, per_device * world_size)
+    return [range(first, first + per_device) for first in firsts]

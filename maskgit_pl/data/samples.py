@@ -23,6 +23,7 @@ from maskgit_pl.files import parse_any_json
 
 MAX_CLASSES = 100_000  # upper limit if no class names are given
 
+_SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
 _EXTENSIONS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # by the format of the content, not by the file's name
 
@@ -83,9 +84,15 @@ def read_sample(read: Callable[[], bytes], *, label: int, name: str) -> Sample |
         check_complete(data, name=name)
     except UnreadableImageError as error:
         return UnreadableSample(str(error))
-    except OSError as error:
-        return UnreadableSample(f"image {name} cannot be read: {error.strerror}")
     return Sample(data, _EXTENSIONS[header.format], label, name)
+
+
+def split_of(name: str) -> str | None:
+    """Returns ``"train"``, ``"val"`` or ``"test"`` by the word for it in the name of a file; None without one."""
+    for split, words in _SPLITS.items():
+        if re.search(rf"(?<![a-z])({words})(?![a-z])", name.lower()):
+            return split
+    return None
 
 
 def is_val(digest: bytes, fraction: float) -> bool:

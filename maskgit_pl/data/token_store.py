@@ -77,10 +77,6 @@ class StoreDescription:
         """The dtype of the tokens: uint16 if it can represent every code, else uint32."""
         return np.dtype(np.uint16 if self.codebook_size <= 2**16 else np.uint32)
 
-    def files(self, folder: Path) -> list[Path]:
-        """Returns the paths of all arrays of a store in a folder."""
-        return [path for split in self.samples for path in array_paths(folder, split)]
-
     def crops_of(self, split: Split) -> int:
         """Returns the number of crops of each image of a split; val has only the central crop."""
         return self.crops if split == "train" else 1

@@ -24,14 +24,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.utils.data import Sampler
 
 from maskgit_pl.checks import ImageSize
 from maskgit_pl.data.augmentations import CENTER, build_augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.loader import ImageBatches, make_loader
 from maskgit_pl.data.manifest import ShardReader, Split, load_manifests, read_manifest_summary
-from maskgit_pl.data.order import Rows
+from maskgit_pl.data.order import InOrder
 from maskgit_pl.data.token_store import (
     DESCRIPTION_FILE,
     FORMAT,
@@ -208,7 +207,8 @@ class StoreParts:
         try:
             if all(self.is_done(part) for part in self.parts()):
                 replaced = {split: pairs for split in self.description.samples if (pairs := self._join(split))}  # 2.
-                hashes = {path.stem: sha256_of(path) for path in self.description.files(self.folder)}
+                paths = [path for split in self.description.samples for path in array_paths(self.folder, split)]
+                hashes = {path.stem: sha256_of(path) for path in paths}
                 content = {"format": FORMAT, **plain_description(self.description), "sha256": hashes}
                 content |= {"replaced": replaced} if replaced else {}
                 with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.
@@ -272,48 +272,24 @@ def _read_parts(
     """Yields each part with its batches, crop by crop. Consume the batches of a part before the next part."""
     listed = description.augmentations
     augmentations = build_augmentations(parse_any_json(listed, "augmentations") if listed else ["random_crop"])
+    size = config.batch_size
     # One loader per crop and not per part: its workers keep decoding at the border between parts.
     for crop in sorted({part.crop for part in parts}):
-        order = _PartOrder([part for part in parts if part.crop == crop], config.batch_size)
+        # No batch spans two parts, so batches do not depend on the ranks.
+        ranges = {
+            part: [range(first, min(first + size, part.stop)) for first in range(part.start, part.stop, size)]
+            for part in parts
+            if part.crop == crop
+        }
         images = ImageBatches(
             reader,
-            _CropOrder(crop),
+            InOrder(len(reader), epoch=crop),  # which determines a random crop
             image_size=description.image_size,
             in_channels=in_channels,
             augmentations=augmentations if crop else CENTER,
         )
         workers, budget = config.num_workers or 0, config.unreadable_budget
+        order = [positions for of_part in ranges.values() for positions in of_part]
         batches = iter(make_loader(images, order, num_workers=workers, unreadable_budget=budget))
-        for part in order.parts:
-            yield part, islice(batches, len(order.batches(part)))
-
-
-class _CropOrder:
-    """An order whose positions are the samples. The number of the crop is the epoch, which determines a random crop."""
-
-    def __init__(self, crop: int) -> None:
-        self.crop = crop
-
-    def __call__(self, positions: range) -> Rows:
-        """Returns the samples at some positions."""
-        index = torch.arange(positions.start, positions.stop)
-        return Rows(index, torch.full_like(index, self.crop), index, torch.ones_like(index, dtype=torch.bool))
-
-
-class _PartOrder(Sampler[range]):
-    """A sampler of the batches of some parts. No batch spans two parts, so batches do not depend on the ranks."""
-
-    def __init__(self, parts: Sequence[Part], batch_size: int) -> None:
-        self.parts = parts
-        self.batch_size = batch_size
-
-    def __len__(self) -> int:
-        return sum(len(self.batches(part)) for part in self.parts)
-
-    def __iter__(self) -> Iterator[range]:
-        return (positions for part in self.parts for positions in self.batches(part))
-
-    def batches(self, part: Part) -> list[range]:
-        """Returns the positions of each batch of a part."""
-        starts = range(part.start, part.stop, self.batch_size)
-        return [range(start, min(start + self.batch_size, part.stop)) for start in starts]
+        for part, of_part in ranges.items():
+            yield part, islice(batches, len(of_part))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -39,7 +39,7 @@ def make_shards(
     source: Source,
     folder: str | Path,
     *,
-    size: ImageSize | None = None,
+    image_size: ImageSize | None = None,
     shard_size: int = 10_000,
     lenient: bool = False,
     workers: int | None = 1,
@@ -58,7 +58,7 @@ def make_shards(
     Args:
         source: Source of the samples.
         folder: The data folder to make. A link stays, and its target is written.
-        size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
+        image_size: Side, or (height, width), to which each image is cropped (centre) and resized; None keeps the files.
         shard_size: Maximum number of samples per shard.
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
         workers: Number of processes; each writes one shard at a time, and the result does not depend on it.
@@ -74,7 +74,7 @@ def make_shards(
     folder = Path(folder)
     workers = choose_workers(workers, work=sum(source.counts.values()) / _SAMPLES)
     check_integer("shard_size", shard_size, "[1, inf)")
-    size = None if size is None else check_image_size("image_size", size, "[1, 65536]")
+    size = None if image_size is None else check_image_size("image_size", image_size, "[1, 65536]")
     # All that determines the content of the folder.
     record = {"source": source.describe(), "size": size and plain_size(size), "shard_size": shard_size}
     if _read_record(folder) == record:  # 1.
@@ -130,17 +130,12 @@ class _Plan:
         return self.folder / f"{split}-{shard:06d}.tar"
 
     def left_out_path(self, split: Split, shard: int) -> Path:
-        """Returns the path of the temporary list of a shard's unreadable images; without any, there is no list."""
+        """Returns the path of the temporary list of a shard's unreadable images, which is written after the shard."""
         return self.folder / f".left-out-{split}-{shard:06d}"
 
     def left_out(self, split: Split, shard: int) -> list[str]:
         """Returns the lines of this list."""
-        path = self.left_out_path(split, shard)
-        return path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
-
-    def is_done(self, split: Split, shard: int) -> bool:
-        """Returns whether a shard need not be written: it exists, or has no readable images."""
-        return self.path(split, shard).exists() or len(self.left_out(split, shard)) == len(self.places(split, shard))
+        return self.left_out_path(split, shard).read_bytes().decode().split("\n")[:-1]
 
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
@@ -165,7 +160,7 @@ def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, in
     jobs: list[tuple[Split, int]] = []
     for split in plan.source.counts:
         for shard in plan.shards(split):
-            if plan.is_done(split, shard):
+            if plan.left_out_path(split, shard).exists():  # the shard is done
                 on_samples(split, len(plan.places(split, shard)))
             else:
                 jobs.append((split, shard))
@@ -180,23 +175,17 @@ def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, in
 def _write_job(
     plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
 ) -> None:
-    """Writes one shard, and the list of its unreadable images."""
+    """Writes one shard, and then the list of its unreadable images."""
     split, shard = job
     left_out: list[UnreadableSample] = []
     samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
-    path, first = plan.path(split, shard), next(samples, None)
-    if first is None:  # a shard without readable images does not become a file
-        _write_left_out(plan.left_out_path(split, shard), left_out)
-        return
-    with write_atomically(path) as stream:
-        write_shard(chain([first], samples), stream, first_key=shard * plan.shard_size)
-        _write_left_out(plan.left_out_path(split, shard), left_out)  # a shard that exists has its list
-
-
-def _write_left_out(path: Path, left_out: Sequence[UnreadableSample]) -> None:
-    path.unlink(missing_ok=True)
-    if left_out:
-        write_text(path, "".join(f"{sample.error}\n" for sample in left_out))
+    path = plan.path(split, shard)
+    if (first := next(samples, None)) is None:  # a shard without readable images does not become a file
+        path.unlink(missing_ok=True)
+    else:
+        with write_atomically(path) as stream:
+            write_shard(chain([first], samples), stream, first_key=shard * plan.shard_size)
+    write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
 
 
 def _read_samples(
@@ -234,9 +223,9 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
     if not hint:
         write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
         return
-    for path in plan.folder.glob(".left-out-*"):  # the next run reads these shards again
-        path.with_name(f"{path.name.removeprefix('.left-out-')}.tar").unlink(missing_ok=True)
-        path.unlink()
+    for path in plan.folder.glob(".left-out-*"):
+        if path.stat().st_size:  # the next run reads these shards again
+            path.unlink()
     more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
     listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
     no_vectors = "; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else ""

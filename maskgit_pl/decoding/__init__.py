@@ -36,20 +36,11 @@ __all__ = [
 ]
 
 # Names are imported when they are used: ``DecodingConfig`` imports no torch, and the command line checks flags with it.
-__getattr__ = lazy_names(
-    __name__,
-    {
-        "AutoregressiveDecoder": "autoregressive",
-        "ConditionalModel": "predictors",
-        "DecodingConfig": "config",
-        "DecodingStep": "decoder",
-        "FirstStepLogits": "predictors",
-        "ParallelDecoder": "decoder",
-        "SETTINGS_FORMAT": "config",
-        "SeededNoise": "decoder",
-        "check_parallel": "config",
-        "decode_autoregressive": "autoregressive",
-        "decode_classes": "decoder",
-        "read_settings_file": "config",
-    },
-)
+_HOMES = {
+    "autoregressive": ("AutoregressiveDecoder", "decode_autoregressive"),
+    "config": ("SETTINGS_FORMAT", "DecodingConfig", "check_parallel", "read_settings_file"),
+    "decoder": ("DecodingStep", "ParallelDecoder", "SeededNoise", "decode_classes"),
+    "predictors": ("ConditionalModel", "FirstStepLogits"),
+}
+
+__getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
@@ -204,7 +204,7 @@ class TimmSpec:
         """Builds the network with its weights."""
         thing = "feature network 'timm'"
         weights = read_weights(Path(self.weights), thing=thing)
-        return _with_normalisation(load_network(_timm_model(self.model), weights, f"{thing} {self.weights}"), self.size)
+        return _load_timm(self.model, weights, f"{thing} {self.weights}", self.size)
 
 
 @feature_networks.register("lite0")
@@ -225,13 +225,14 @@ class Lite0Spec:
 
     def create(self) -> FeatureNetwork:
         """Builds the network with the weights in the package, whose code does not run."""
-        file, thing = _lite0_file(), "feature network 'lite0'"
-        create = _timm_model("tf_efficientnet_lite0")
+        import timm
+
+        file, thing, model = _lite0_file(), "feature network 'lite0'", "tf_efficientnet_lite0"
         with skeletons():
-            names = create().state_dict()
+            names = timm.create_model(model, pretrained=False).state_dict()
         # The package names its tensors otherwise, but stores them in the order of timm's model.
         weights = dict(zip(names, read_weights(file, thing=thing).values(), strict=False))
-        return _with_normalisation(load_network(create, weights, f"{thing} {file}"), self.size)
+        return _load_timm(model, weights, f"{thing} {file}", self.size)
 
 
 @feature_networks.register("classifier")
@@ -294,15 +295,11 @@ def _lite0_file() -> Path:
     return next(Path(str(file.locate())) for file in files if file.suffix == ".pth")
 
 
-def _timm_model(name: str) -> Callable[[], nn.Module]:
-    """Returns the constructor of a timm model without weights."""
+def _load_timm(name: str, weights: Mapping[str, Tensor], where: str, size: int) -> FeatureNetwork:
+    """Builds a timm model with its weights, and with the input normalisation that timm records for them."""
     import timm
 
-    return partial(timm.create_model, name, pretrained=False)
-
-
-def _with_normalisation(model: Any, size: int) -> FeatureNetwork:
-    """Adds the input normalisation that timm records for the model's weights."""
+    model: Any = load_network(partial(timm.create_model, name, pretrained=False), weights, where)
     settings = model.pretrained_cfg
     return FeatureNetwork(model, size=size, mean=tuple(settings["mean"]), std=tuple(settings["std"]))
 

@@ -43,11 +43,12 @@ class BinaryQuantizer(Quantizer):
         spec: Weights of the losses.
         code_dim: D, the number of bits; K = 2^D.
         scale: Length of a code in each channel.
+        entropy_weight: Weight of both entropies.
     """
 
-    def __init__(self, spec: BinarySpec, *, code_dim: int, scale: float) -> None:
+    def __init__(self, spec: BinarySpec, *, code_dim: int, scale: float, entropy_weight: float) -> None:
         super().__init__(codebook_size=2**code_dim, code_dim=code_dim)
-        self.spec, self.scale = spec, scale
+        self.spec, self.scale, self.entropy_weight = spec, scale, entropy_weight
 
     def nearest(self, features: Tensor) -> Tensor:
         """Returns the token of each place: bit i is 1 where channel i is positive."""
@@ -75,60 +76,60 @@ class BinaryQuantizer(Quantizer):
         """Returns the rows that are compared with the codes."""
         return rows
 
-    @abstractmethod
     def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
         """Returns the weighted sum of the losses of rows (M, D) and their codes (M, D)."""
+        commitment, weight = self.spec.commitment * self._distance(rows, codes), self.entropy_weight
+        if weight == 0:
+            return self._total(commitment=commitment)
+        # The softmax of -distance / temperature: the two codes of a bit differ by 4 scale z in squared distance.
+        logits = 4 * self.scale * rows / self.spec.entropy_temperature  # (M, D), of a set bit
+        return self._total(
+            commitment=commitment,
+            sample_entropy=weight * _bit_entropy(logits).sum(-1).mean(),
+            batch_entropy=-weight * self.spec.diversity * self._batch_entropy(logits),
+        )
+
+    @abstractmethod
+    def _distance(self, rows: Tensor, codes: Tensor) -> Tensor:
+        """Returns the mean squared distance of rows (M, D) to their codes (M, D)."""
+
+    @abstractmethod
+    def _batch_entropy(self, logits: Tensor) -> Tensor:
+        """Returns the entropy of the mean assignment of the global batch, from the logits (M, D) of the bits."""
 
 
 class LFQ(BinaryQuantizer):
     """Lookup-free quantization; see ``LFQSpec``."""
 
     def __init__(self, spec: LFQSpec, *, code_dim: int) -> None:
-        super().__init__(spec, code_dim=code_dim, scale=1.0)
+        super().__init__(spec, code_dim=code_dim, scale=1.0, entropy_weight=spec.entropy_weight)
 
-    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
-        spec = self.spec
-        commitment = spec.commitment * F.mse_loss(rows, codes)
-        if spec.entropy_weight == 0:
-            return self._total(commitment=commitment)
-        # The softmax of -distance / temperature: the two codes of a bit differ by 4 z in squared distance.
-        logits = 4 * rows / spec.entropy_temperature  # (M, D), of a set bit
-        sample = _bit_entropy(logits).sum(-1).mean()
+    def _distance(self, rows: Tensor, codes: Tensor) -> Tensor:
+        return F.mse_loss(rows, codes)
+
+    def _batch_entropy(self, logits: Tensor) -> Tensor:
         mean = mean_over_ranks(_mean_of_products(logits))  # (K,)
-        diversity = -(mean * (mean + 1e-5).log()).sum()
-        return self._total(
-            commitment=commitment,
-            sample_entropy=spec.entropy_weight * sample,
-            batch_entropy=-spec.entropy_weight * spec.diversity * diversity,
-        )
+        return -(mean * (mean + 1e-5).log()).sum()
 
 
 class BSQ(BinaryQuantizer):
     """Binary spherical quantization; see ``BSQSpec``."""
 
     def __init__(self, spec: BSQSpec, *, code_dim: int) -> None:
-        super().__init__(spec, code_dim=code_dim, scale=code_dim**-0.5)
+        weight = spec.entropy_weight * spec.entropy_temperature
+        super().__init__(spec, code_dim=code_dim, scale=code_dim**-0.5, entropy_weight=weight)
 
     def _normalize(self, rows: Tensor) -> Tensor:
         return F.normalize(rows, dim=-1)
 
-    def _loss(self, rows: Tensor, codes: Tensor) -> Tensor:
-        spec = self.spec
-        commitment = spec.commitment * (rows - codes).square().sum(-1).mean()
-        if spec.entropy_weight == 0:
-            return self._total(commitment=commitment)
-        logits = 4 * self.scale * rows / spec.entropy_temperature
-        sample = _bit_entropy(logits).sum(-1).mean()
+    def _distance(self, rows: Tensor, codes: Tensor) -> Tensor:
+        return (rows - codes).square().sum(-1).mean()
+
+    def _batch_entropy(self, logits: Tensor) -> Tensor:
         mean = mean_over_ranks(logits.sigmoid().mean(0))  # (D,)
         both = torch.stack([mean, 1 - mean])
         # 1e-8 as in the released code: a bit that is set nowhere would have an infinite gradient.
-        diversity = -(both * (both + 1e-8).log()).sum()
-        weight = spec.entropy_weight * spec.entropy_temperature
-        return self._total(
-            commitment=commitment,
-            sample_entropy=weight * sample,
-            batch_entropy=-weight * spec.diversity * diversity,
-        )
+        return -(both * (both + 1e-8).log()).sum()
 
 
 def _bit_entropy(logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The bidirectional transformer of MaskGIT: a post-norm BERT over a class token and the image's tokens.
 
 ``mvtm.MaskedTokenModel`` trains ``MaskedTransformer.forward_selected``; the predictors of ``decoding`` call
-``forward_at``. ``AutoregressiveTransformer`` is the same network under a causal mask, the paper's baseline:
+``forward_at``. ``AutoregressiveTransformer`` is the same network with a causal mask, the paper's baseline:
 ``autoregressive.AutoregressiveModel`` trains it, and ``decoding.AutoregressiveDecoder`` decodes with it.
 
 Shapes: B images, N tokens, S = 1 + N positions of the sequence (the class first), D embedding dimension, V columns.
@@ -12,7 +12,6 @@ google-research/maskgit, ``maskgit_transformer.py``.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar, cast, get_args
@@ -82,23 +81,23 @@ class TransformerConfig(BackboneConfig):
                 f"{self.condition_dim}; use the backbone adaln for conditioning vectors"
             )
 
-    def create(self) -> Transformer:
+    def create(self) -> MaskedTransformer:
         """Creates the transformer whose attention the configuration names, with initial weights."""
         return MaskedTransformer(self) if self.attention == "bidirectional" else AutoregressiveTransformer(self)
 
 
-class Transformer(Backbone):
-    """The base of both transformers: embeddings, blocks and a head that is tied to the token embedding.
+class MaskedTransformer(Backbone):
+    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods.
 
-    The sequence is [class, tokens in raster order]. All weights start from a normal truncated to two standard
-    deviations, times 0.02; biases from 0.
+    The sequence is [class, tokens in raster order], and the head is tied to the token embedding. All weights start from
+    a normal truncated to two standard deviations, times 0.02; biases from 0.
 
     Attributes:
         attention: Attention that the class computes.
     """
 
     takes_project = True
-    attention: ClassVar[Attention]
+    attention: ClassVar[Attention] = "bidirectional"
     config: TransformerConfig
     vocabulary_tables = ("token_embedding.weight", "head_bias")
     position_tables = ("position_embedding.weight",)
@@ -122,9 +121,12 @@ class Transformer(Backbone):
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
 
-    @abstractmethod
-    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        """Returns the inputs (M, D) of the head at ``positions``; see ``forward_selected``."""
+    def forward(
+        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
+    ) -> Tensor:
+        """Returns the logits (B, N, V) of all tokens."""
+        x = self.blocks[-1](self._hidden(tokens, labels))
+        return self._head(x[:, 1:], vocabulary)
 
     def forward_selected(
         self,
@@ -138,6 +140,27 @@ class Transformer(Backbone):
     ) -> Tensor:
         """Returns the logits (M, V) at ``positions``; see ``Backbone``. The head runs there only."""
         return self._head(self._hidden_at(tokens, labels, positions), vocabulary, project)
+
+    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
+        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
+        # Keys and values of the last block need all positions, its queries and MLP only M of them.
+        last = cast("Block", self.blocks[-1])
+        return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
+
+    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
+        """Returns the inputs (M, D) of the head at ``positions``; see ``forward_selected``."""
+        # The last MLP runs at these positions only.
+        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
+        x: Tensor = self.blocks[-1](self._hidden(tokens, labels), rows)
+        return x
+
+    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Returns the input (B, S, D) of the last block."""
+        # Each method runs the last block itself, at the positions that it needs.
+        x = self._embed(self._sequence(tokens, labels))
+        for block in self.blocks[:-1]:
+            x = block(x)
+        return x
 
     def _embed(self, sequence: Tensor, *, first: int = 0) -> Tensor:
         """Embeds ids (B, R) at the positions first, first + 1, ...: (B, R, D)."""
@@ -156,40 +179,7 @@ class Transformer(Backbone):
         return token_logits(x, table, self.head_bias, config=self.config, vocabulary=vocabulary, project=project)
 
 
-class MaskedTransformer(Transformer):
-    """Predicts the codes of masked tokens from the visible ones and the class; see ``Backbone`` for its methods."""
-
-    attention = "bidirectional"
-
-    def forward(
-        self, tokens: Tensor, labels: Tensor, *, vectors: Tensor | None = None, vocabulary: Vocabulary = "codes"
-    ) -> Tensor:
-        """Returns the logits (B, N, V) of all tokens."""
-        x = self.blocks[-1](self._hidden(tokens, labels))
-        return self._head(x[:, 1:], vocabulary)
-
-    def forward_at(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: Tensor | None = None) -> Tensor:
-        """Returns the logits (B, M, K) at ``positions``. The last block's queries and the head run there only."""
-        # Keys and values of the last block need all positions, its queries and MLP only M of them.
-        last = cast("Block", self.blocks[-1])
-        return self._head(last.forward_at(self._hidden(tokens, labels), positions + 1), "codes")  # after the class
-
-    def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
-        # The last MLP runs at these positions only.
-        rows = positions + positions // tokens.shape[1] + 1  # of a sequence of 1 + N: the class comes first
-        x: Tensor = self.blocks[-1](self._hidden(tokens, labels), rows)
-        return x
-
-    def _hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Returns the input (B, S, D) of the last block."""
-        # Each method runs the last block itself, at the positions that it needs.
-        x = self._embed(self._sequence(tokens, labels))
-        for block in self.blocks[:-1]:
-            x = block(x)
-        return x
-
-
-class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
+class AutoregressiveTransformer(MaskedTransformer, AutoregressiveBackbone):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
     The sequence is [class, x_1 .. x_{N-1}], and the output at each position predicts the next token. The weights have
@@ -207,12 +197,11 @@ class AutoregressiveTransformer(Transformer, AutoregressiveBackbone):
 
     def forward_next(self, tokens: Tensor, labels: Tensor, *, cache: Sequence[KVCache] | None = None) -> Tensor:
         """Returns the logits (B, K) of the next token; see ``AutoregressiveBackbone``."""
-        blocks = cast("Sequence[Block]", self.blocks)
         # The cache holds the rows before ``first``; only the new rows are computed.
         first = cache[0].num_rows if cache is not None else 0
         x = self._embed(self._sequence(tokens, labels)[:, first:], first=first)
-        for number, block in enumerate(blocks):
-            x = block(x) if cache is None else block.forward_next(x, cache[number])
+        for number, block in enumerate(self.blocks):
+            x = block(x, cache=None if cache is None else cache[number])
         return self._head(x[:, -1], "codes")
 
     def _hidden_at(self, tokens: Tensor, labels: Tensor, positions: Tensor) -> Tensor:
@@ -249,7 +238,7 @@ class Block(nn.Module):
         entry_points: Methods that a network calls besides ``forward``. FSDP gathers the weights for them too.
     """
 
-    entry_points: ClassVar[tuple[str, ...]] = ("forward_at", "forward_next")
+    entry_points: ClassVar[tuple[str, ...]] = ("forward_at",)
 
     def __init__(self, embed_dim: int, num_heads: int, mlp_dim: int, *, dropout: float, is_causal: bool) -> None:
         super().__init__()
@@ -264,10 +253,23 @@ class Block(nn.Module):
         self.fc2 = PackingLinear(mlp_dim, embed_dim)
         self.mlp_norm = nn.LayerNorm(embed_dim, eps=_NORM_EPSILON)
 
-    def forward(self, x: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Returns the output (B, S, D) of the block for x (B, S, D), or (M, D): its rows (M,) int64 in [0, B S)."""
-        query, key, value = self._heads(self.qkv(x), 3)
-        attended = self._attend(query, key, value, is_causal=self.is_causal)
+    def forward(self, x: Tensor, rows: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Returns the output of the block.
+
+        Args:
+            x: (B, S, D).
+            rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output.
+            cache: Keys and values of the rows before x, to which those of x are added; x is then one row, or the first.
+
+        Returns:
+            (B, S, D), or (M, D) with rows.
+        """
+        heads, is_causal = self._heads(self.qkv(x), 3), self.is_causal
+        query, answers = heads[0], heads[1:]  # answers: keys and values
+        if cache is not None:
+            assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
+            answers, is_causal = cache.extend(answers), x.shape[1] > 1  # a single new row attends to all rows so far
+        attended = self._attend(query, *answers, is_causal=is_causal)
         if rows is not None:  # the rest works on rows, so all others can be dropped here
             x, attended = (F.embedding(rows, states.flatten(0, 1)) for states in (x, attended))
         return self._add_and_feed_forward(x, attended)
@@ -280,22 +282,6 @@ class Block(nn.Module):
         key, value = self._heads(self.qkv.part(x, dim, 3 * dim), 2)
         (query,) = self._heads(self.qkv.part(rows, 0, dim), 1)
         return self._add_and_feed_forward(rows, self._attend(query, key, value))
-
-    def forward_next(self, x: Tensor, cache: KVCache) -> Tensor:
-        """Returns the output of a causal block at the next rows, and adds their keys and values to the cache.
-
-        Args:
-            x: (B, R, D): input of the block at the next R rows: any R for the first rows, later R = 1.
-            cache: Cache of this block, changed in place.
-
-        Returns:
-            (B, R, D).
-        """
-        assert self.is_causal
-        assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
-        heads = self._heads(self.qkv(x), 3)
-        key, value = cache.extend(heads[1:])
-        return self._add_and_feed_forward(x, self._attend(heads[0], key, value, is_causal=x.shape[1] > 1))
 
     def _heads(self, x: Tensor, parts: int) -> Tensor:
         """Splits (B, S, parts D) into heads: (parts, B, heads, S, D / heads)."""

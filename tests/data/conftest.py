@@ -1,6 +1,9 @@
 import gzip
 import io
 import tarfile
+import tracemalloc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +41,17 @@ class Tars:
             for kind, data in (("png", self.png(number)), ("cls", b"%d" % (number % 3)))
             if label or kind == "png"
         ]
+
+
+@contextmanager
+def less_memory_than(limit: int) -> Iterator[None]:
+    """Fails if Python allocates so many bytes at once in a ``with`` block."""
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < limit
+    finally:
+        tracemalloc.stop()
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,15 +6,12 @@ import pytest
 
 from maskgit_pl.data.index import expand_braces, find_shards, index_shards, locate_shards, split_shards
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
+from tests.data.conftest import contents
 from tests.data_folders import spy_on_disk
 
 
 def index_one(path, **options):
     return index_shards(path.parent, {"train": [path]}, **options)["train"]
-
-
-def content(folder):
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if not path.name.endswith(".tar")}
 
 
 def img2dataset(tars, folder, shards=3):
@@ -79,10 +76,10 @@ def test_all_bad_shards_are_in_one_list(tars, tmp_path):
 def test_workers_make_no_difference(tars, tmp_path):
     shards = [tars.write(tmp_path / f"{n}.tar", tars.samples(4 + n, start=10 * n)) for n in range(4)]
     index_shards(tmp_path, {"train": shards[:3], "val": shards[3:]})
-    alone = content(tmp_path)
+    alone = contents(tmp_path)
     index_shards(tmp_path, {"train": shards[:3], "val": shards[3:]}, workers=2)
-    assert content(tmp_path) == alone
-    assert set(alone) == {"train.json", "train.npy", "val.json", "val.npy"}
+    assert contents(tmp_path) == alone
+    assert set(alone) == {"train.json", "train.npy", "val.json", "val.npy", *(path.name for path in shards)}
 
 
 @pytest.mark.parametrize("number", range(5))

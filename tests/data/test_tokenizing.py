@@ -12,6 +12,7 @@ from maskgit_pl.data.loader import TokenBatches
 from maskgit_pl.data.token_store import open_store
 from maskgit_pl.errors import DataBudgetError
 from maskgit_pl.processes import no_bars
+from tests.data.conftest import contents
 from tests.data_folders import open_data, save_data, save_wide_images, top_row, wide_image
 
 NUM_TRAIN, NUM_VAL = 23, 11
@@ -29,11 +30,6 @@ def make(folder: Path, store: Path, *, encode=top_row, ranks=(0, 1), bars=no_bar
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return save_wide_images(tmp_path_factory.mktemp("data"), {"train": NUM_TRAIN, "val": NUM_VAL})
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    assert not list(folder.glob(".*"))
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -74,9 +70,9 @@ def test_neither_ranks_nor_workers_nor_interruptions_change_a_byte(folder, views
         except KeyboardInterrupt:
             stops += 1
     assert stops > 5
-    expected = content(views)
     for name in ("ranks", "workers", "interrupted"):
-        assert content(tmp_path / name) == expected
+        assert contents(tmp_path / name) == contents(views)
+        assert not list((tmp_path / name).glob(".*"))
 
 
 def test_an_epoch_shows_one_view_by_seed_sample_and_epoch_alone(folder, views):

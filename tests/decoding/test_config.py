@@ -70,29 +70,18 @@ def test_parallel_settings_of_an_autoregressive_model_are_refused(options, messa
         replace(AutoregressiveDecoding().to_config(12), **options).build_autoregressive_decoder(12)
 
 
-def decode(predictor: object = fake_predictor, *, selector: object = RANDOM, **options: object) -> torch.Tensor:
-    """Decodes one image with ``ParallelDecoder`` alone, as a loop of one's own does."""
-    decoder = ParallelDecoder(SQUARE, selector, num_steps=4)
-    noise = SeededNoise(torch.arange(1), 16)
-    *_, last = decoder.steps(predictor, partly_known([16]), noise, mask_token_id=MASK, **options)
-    return last.tokens
-
-
 @pytest.mark.parametrize(
-    ("call", "message"),
+    ("predictor", "selector", "message"),
     [
         (
-            lambda: decode(lambda tokens, positions: torch.zeros(*tokens.shape, 7)),
+            lambda tokens, positions: torch.zeros(*tokens.shape, 7),
+            RANDOM,
             r"shape \(1, 15, 'K'\), .*, got \(1, 16, 7\)",
         ),
-        (lambda: decode(selector=Halton()), r"grid must be given for token selector 'halton'"),
+        (fake_predictor, Halton(), r"grid must be given for token selector 'halton'"),
     ],
 )
-def test_a_wrong_use_of_the_decoder_is_refused(call, message):
+def test_a_wrong_use_of_the_decoder_is_refused(predictor, selector, message):
+    decoder, noise = ParallelDecoder(SQUARE, selector, num_steps=4), SeededNoise(torch.arange(1), 16)
     with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_the_decoder_alone_fills_all_tokens():
-    assert (decode() < MASK).all()
-    assert (decode(selector=Halton(), grid=(4, 4)) < MASK).all()
+        list(decoder.steps(predictor, partly_known([16]), noise, mask_token_id=MASK))

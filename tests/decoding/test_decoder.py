@@ -15,8 +15,9 @@ from maskgit_pl.decoding.predictors import ClassPredictor, FirstStepPredictor, G
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
 from maskgit_pl.networks.backbone import PredictAt
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
+from tests.conftest import random_transformer
 from tests.decoding.fakes import (
     ALL_MASKED,
     CPU,
@@ -139,10 +140,7 @@ def test_the_listing_of_the_page_gives_the_tokens_of_the_decoder(name, num_steps
     names = {}
     exec(LISTING, names)
     config = TransformerConfig(16, 3, (7, 7), embed_dim=32, depth=2, num_heads=4, mlp_dim=64)
-    torch.manual_seed(0)
-    network, labels = MaskedTransformer(config).eval(), torch.tensor([0, 1, 2])
-    for parameter in network.parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    network, labels = random_transformer(config), torch.tensor([0, 1, 2])
     schedule, seeds = mask_schedules.build(name), torch.tensor([3, 4, 5])
     *_, last = ParallelDecoder(schedule, Confidence(choice_temperature=4.5), num_steps=num_steps).steps(
         lambda tokens, positions: network.forward_at(tokens, labels, positions),

@@ -8,8 +8,9 @@ import torch
 from maskgit_pl.decoding import ConditionalModel, ParallelDecoder, decode_classes
 from maskgit_pl.decoding.predictors import build_class_predictor
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
+from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
+from tests.conftest import random_transformer
 from tests.decoding.fakes import CPU
 
 STEPS = 5
@@ -19,24 +20,15 @@ LARGE = TransformerConfig(16, 3, (4, 4), embed_dim=32, depth=2, num_heads=4, mlp
 SMALL = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32, class_dropout=0.0)
 
 
-def model(config: TransformerConfig, seed: int) -> ConditionalModel:
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = MaskedTransformer(config).eval().requires_grad_(False)
-        for parameter in network.parameters():
-            parameter.add_(torch.randn_like(parameter), alpha=0.2)
-    return ConditionalModel(network, CPU)
-
-
 @pytest.fixture(scope="module")
 def large() -> ConditionalModel:
-    return model(LARGE, 0)
+    return ConditionalModel(random_transformer(LARGE), CPU)
 
 
 @pytest.fixture(scope="module")
 def small() -> ConditionalModel:
     """A smaller model without a null class, so that its mask token has another id."""
-    return model(SMALL, 1)
+    return ConditionalModel(random_transformer(SMALL), CPU)
 
 
 def guided_by(positive: ConditionalModel, negative: ConditionalModel, **changes) -> ConditionalModel:

@@ -6,7 +6,6 @@ directory of a zip, the headers of a tar and the bytes that all members have tog
 
 from __future__ import annotations
 
-import errno
 import gzip
 import os
 import re
@@ -22,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES
+from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.tar import DamagedTarError, read_members
 from maskgit_pl.errors import printable
 from maskgit_pl.files import TooLargeDirectoryError, open_regular, open_zip, size_text
@@ -42,8 +41,8 @@ _TAR_FAULTS = {"link": "links", "device": "devices", "sparse file": "sparse file
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
 
 
-class EntryError(ValueError):
-    """An entry of an archive cannot be read. The message is a predicate: ``is damaged: ...``."""
+class EntryError(UnreadableImageError):
+    """A file of a source, an image or another one, cannot be read."""
 
 
 class _Member(NamedTuple):
@@ -87,8 +86,8 @@ class Entries:
         self.folders: set[str] = set()
         self.left_out: defaultdict[str, list[str]] = defaultdict(list)
         self._places: dict[str, int] = {}  # of the members of an archive
-        self._archive = path  # or its decompressed copy
-        self._read: Callable[[Path, str, int, int], bytes] = _read_file
+        self._archive: Path | None = None  # or its decompressed copy; None of a folder
+        self._read: Callable[[Path, int, int], bytes] = _read_bytes
         if path.is_dir():
             self.title = path.resolve().name
             waiting = [""]
@@ -99,6 +98,7 @@ class Entries:
         self.title = path.name[: len(path.name) - len(ending)]
         with open(open_regular(path), "rb") as file:
             first = file.read(2)
+        self._archive = path
         if first == b"PK":
             self._read, members = _read_zip, _zip_members(path)
         else:
@@ -108,22 +108,27 @@ class Entries:
                 weakref.finalize(self, plain.close)
                 self._archive = Path(f"/proc/{os.getpid()}/fd/{plain.fileno()}")
                 _decompress(path, plain)
-            self._read, members = _read_tar, _tar_members(path, self._archive)
+            members = _tar_members(path, self._archive)
         _check_expansion(path, sum(member.size for member in members))
         self._take(members)
 
-    def read(self, name: str, *, limit: int = MAX_IMAGE_BYTES) -> bytes:
-        """Returns the bytes of a file.
+    def read(self, name: str, *, what: str = "image", limit: int = MAX_IMAGE_BYTES) -> bytes:
+        """Returns the bytes of a file; ``what`` it is begins the error.
 
         Raises:
-            OSError: if there is no such file, or it cannot be read.
-            EntryError: if it is longer than ``limit`` bytes, or damaged.
+            EntryError: if there is no such file, it is longer than ``limit`` bytes, damaged, or cannot be read.
         """
-        if name not in self.sizes:
-            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
-        if self.sizes[name] > limit:
-            raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
-        return self._read(self._archive, name, self._places.get(name, 0), self.sizes[name])
+        try:
+            if name not in self.sizes:
+                raise EntryError("cannot be read: No such file or directory")
+            if self.sizes[name] > limit:
+                raise EntryError(f"must have at most {size_text(limit)}, got {size_text(self.sizes[name])}")
+            return self._read(self._archive or self.path / name, self._places.get(name, 0), self.sizes[name])
+        except OSError as error:
+            fault = f"cannot be read: {error.strerror or error}"
+        except EntryError as error:
+            fault = str(error)
+        raise EntryError(f"{what} {printable(self.path / name)} {fault}")
 
     def _scan(self, folder: str) -> Iterator[str]:
         """Takes the files of a folder, and yields the names of its sub-folders with a trailing ``/``."""
@@ -201,8 +206,9 @@ def _parents(name: str) -> Iterator[str]:
         yield name
 
 
-def _read_file(folder: Path, name: str, _: int, size: int) -> bytes:
-    with open(open_regular(folder / name), "rb") as file:
+def _read_bytes(path: Path, offset: int, size: int) -> bytes:
+    with open(open_regular(path), "rb") as file:
+        file.seek(offset)
         return file.read(size)
 
 
@@ -234,7 +240,7 @@ def _open_zip(path: Path, _: int) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def _read_zip(path: Path, _: str, number: int, size: int) -> bytes:
+def _read_zip(path: Path, number: int, size: int) -> bytes:
     try:
         archive = _open_zip(path, path.stat().st_mtime_ns)
         with archive.open(archive.infolist()[number]) as stream:  # gives at most the length in the directory
@@ -259,12 +265,6 @@ def _tar_members(path: Path, tar: Path) -> list[_Member]:
     except DamagedTarError as error:
         rule = "must be a folder, a zip, a tar or a .tar.gz of images"
         raise ValueError(f"source {printable(path)} {rule}, got: {error}") from error
-
-
-def _read_tar(path: Path, _: str, offset: int, size: int) -> bytes:
-    with open(path, "rb") as file:
-        file.seek(offset)
-        return file.read(size)
 
 
 def _decompress(path: Path, file: IO[bytes]) -> None:

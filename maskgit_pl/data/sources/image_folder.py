@@ -14,13 +14,13 @@ import io
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
-from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.data.samples import Sample, UnreadableSample, check_class_lines, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
@@ -106,22 +106,18 @@ class ImageFolder:
 
     def describe(self) -> dict[str, Any]:
         """Returns class names, and a hash of the names and lengths of the files of each split."""
-        sizes = self._entries.sizes
-        described: dict[str, Any] = {
-            "kind": "image folder",
-            "classes": list(self.classes),
-            "files": {
-                split: _sha256(file.digest + sizes.get(file.name, 0).to_bytes(8, "little") for file in files)
-                for split, files in self._files.items()
-            },
-        }
+
+        def digest(part: Callable[[_File], bytes]) -> dict[Split, str]:
+            return {split: hashlib.sha256(b"".join(map(part, files))).hexdigest() for split, files in by_split}
+
+        by_split, sizes = self._files.items(), self._entries.sizes
+        described: dict[str, Any] = {"kind": "image folder", "classes": list(self.classes)}
+        described["files"] = digest(lambda file: file.digest + sizes.get(file.name, 0).to_bytes(8, "little"))
         # Without vectors or metadata, the record has no key of them.
         if self._vector_kind is not None:
-            described["vectors"] = {split: self._digest_vectors(files) for split, files in self._files.items()}
+            described["vectors"] = digest(self._digest_vector)
         if self._has_metadata:
-            described["labels"] = {
-                split: _sha256(b"%d " % file.label for file in files) for split, files in self._files.items()
-            }
+            described["labels"] = digest(lambda file: b"%d " % file.label)
         return described
 
     @property
@@ -133,16 +129,10 @@ class ImageFolder:
         """Yields files of a split in the order of their hashes, checked to be complete images without decoding."""
         for file in self._files[split][places.start : places.stop]:
             name = printable(self._entries.path / file.name)
-            sample = read_sample(partial(self._read_image, file.name, name), label=file.label, name=name)
+            sample = read_sample(partial(self._entries.read, file.name), label=file.label, name=name)
             if self._vector_kind is not None and isinstance(sample, Sample):
                 sample = self._add_vector(sample, file)
             yield sample
-
-    def _read_image(self, name: str, printed_name: str) -> bytes:
-        try:
-            return self._entries.read(name)
-        except EntryError as error:
-            raise UnreadableImageError(f"image {printed_name} {error}") from error
 
     def _split_roots(self) -> dict[Split | None, str]:
         """Returns the folder of each split with a trailing ``/``; one folder, the whole source, for no splits."""
@@ -174,32 +164,24 @@ class ImageFolder:
         self, labels: dict[str, int], vectors: dict[str, str], val_fraction: float
     ) -> dict[Split, list[_File]]:
         """Returns the files of each split in the order of their hashes."""
-        parts: dict[Split | None, list[_File]] = {}
+        files: dict[Split, list[_File]] = {"train": [], "val": []}
         for split, root in self._roots.items():
             names = [name for name in labels if name.startswith(root)]
             if not names:
                 raise ValueError(self._describe_no_images(root))
-            # In UTF-8 in every locale, so that the order and the val split are the same.
-            digests = (hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest() for name in names)
-            parts[split] = sorted(
-                (
-                    _File(name, labels[name], digest, vectors.get(name))
-                    for name, digest in zip(names, digests, strict=True)
-                ),
-                key=lambda file: file.digest,
-            )
-        if self.has_splits:
-            return {split: files for split, files in parts.items() if split is not None}
-        chosen: dict[Split, list[_File]] = {"train": [], "val": []}
-        for file in parts[None]:
-            chosen["val" if is_val(file.digest, val_fraction) else "train"].append(file)
-        for split, files in chosen.items():
-            if not files:  # a hash puts few files into one split
+            for name in names:
+                # In UTF-8 in every locale, so that the order and the val split are the same.
+                digest = hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest()
+                chosen: Split = split or ("val" if is_val(digest, val_fraction) else "train")
+                files[chosen].append(_File(name, labels[name], digest, vectors.get(name)))
+        for of_split, some in files.items():
+            if not some:  # a hash puts few files into one split
                 raise ValueError(
-                    f"source {self._shown}: the {split} split must have files, got none of {len(labels)} at a val "
+                    f"source {self._shown}: the {of_split} split must have files, got none of {len(labels)} at a val "
                     f"fraction of {val_fraction:g}; add images, set --val-fraction, or make the folders train/ and val/"
                 )
-        return chosen
+            some.sort(key=lambda file: file.digest)
+        return files
 
     def _describe_no_images(self, root: str) -> str:
         kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
@@ -287,14 +269,8 @@ class ImageFolder:
         return None
 
     def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:
-        path = printable(self._entries.path / name)
-        try:
-            data = self._entries.read(name, limit=MAX_VECTOR_BYTES)
-        except OSError as error:
-            raise ValueError(f"vector {path} cannot be read: {error.strerror or error}") from error
-        except EntryError as error:
-            raise ValueError(f"vector {path} {error}") from error
-        return data, parse_vector(data, name=path)[0]
+        data = self._entries.read(name, what="vector", limit=MAX_VECTOR_BYTES)
+        return data, parse_vector(data, name=printable(self._entries.path / name))[0]
 
     def _add_vector(self, sample: Sample, file: _File) -> Sample | UnreadableSample:
         """Returns the sample with its vector, or an ``UnreadableSample`` if that is missing or invalid."""
@@ -312,24 +288,13 @@ class ImageFolder:
             return UnreadableSample(f"vector {path} must have {expected}, as {first}, got {kind}")
         return sample._replace(vector=data)
 
-    def _digest_vectors(self, files: Sequence[_File]) -> str:
-        """Returns a hash of the content of all vectors, since another encoder gives files of the same lengths."""
-
-        def digest(name: str | None) -> bytes:
-            try:
-                data = b"" if name is None else self._entries.read(name, limit=MAX_VECTOR_BYTES)
-            except (OSError, EntryError):  # its sample is reported as unreadable
-                data = b""
-            return hashlib.sha256(data).digest()
-
-        return _sha256(digest(file.vector) for file in files)
-
-
-def _sha256(parts: Iterator[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
+    def _digest_vector(self, file: _File) -> bytes:
+        """Returns a hash of the content of a vector, since another encoder gives files of the same lengths."""
+        data = b""
+        if file.vector is not None:
+            with suppress(EntryError):  # its sample is reported as unreadable
+                data = self._entries.read(file.vector, limit=MAX_VECTOR_BYTES)
+        return hashlib.sha256(data).digest()
 
 
 def _format_files(kind: str, names: Sequence[str]) -> str:
@@ -357,12 +322,11 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
             or has two labels for one file.
     """
     title = f"metadata {printable(entries.path / name)}"
+    data = entries.read(name, what="metadata", limit=_MAX_METADATA_BYTES)
     try:
-        text = entries.read(name, limit=_MAX_METADATA_BYTES).decode("utf-8-sig")  # Excel writes a BOM
+        text = data.decode("utf-8-sig")  # Excel writes a BOM
         rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
-    except EntryError as error:
-        raise ValueError(f"{title} {error}") from error
-    except (ValueError, csv.Error, RecursionError, OSError) as error:
+    except (ValueError, csv.Error, RecursionError) as error:
         kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
         raise ValueError(f"{title} must be UTF-8 text with {kind}, got: {printable(error)}") from error
     columns = dict.fromkeys(column for _, values in rows for column in values)
@@ -442,15 +406,13 @@ def _number_metadata(
             if label not in first_row:
                 first_row[label] = f"metadata {name}: {printable(file)}"
     names = sorted(label for label in first_row if not _NUMBER.fullmatch(label))
-    if not names:
-        classes, numbers = number_classes(
-            {int(label): row for label, row in first_row.items()}, class_names, label_field=label_field
-        )
-        return classes, {file: numbers[int(label)] for file, label in labels.items()}
-    if class_names is None and len(names) < len(first_row):
+    if names and class_names is None and len(names) < len(first_row):
         log.warning(
             "%s: %s is %s, which is no class number; so all labels are class names, also numbers such as %s",
             *(first_row[names[0]], label_field, shorten(names[0]), printable(min(first_row.keys() - {*names}))),
         )
-    classes, numbers = number_classes(first_row, class_names, label_field=label_field)
-    return classes, {file: numbers[label] for file, label in labels.items()}
+    kind = str if names else int
+    classes, numbers = number_classes(
+        {kind(label): row for label, row in first_row.items()}, class_names, label_field=label_field
+    )
+    return classes, {file: numbers[kind(label)] for file, label in labels.items()}

@@ -12,15 +12,16 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from maskgit_pl.checks import ImageSize, check_choice, check_number
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import ShardReader, load_manifests, read_manifest_summary
-from maskgit_pl.data.samples import Source
+from maskgit_pl.data.samples import Source, split_of
 from maskgit_pl.data.sources.image_folder import ImageFolder
-from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet, split_of
+from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet
 from maskgit_pl.data.sources.public import IdxFiles, public_datasets
 from maskgit_pl.data.verify import class_lines, describe_data, unreadable_lines
 from maskgit_pl.data.writer import make_shards
@@ -89,26 +90,12 @@ def fetch_dataset(
     _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
 
 
-def _make(
-    source: Source,
-    out: Path,
-    *,
-    image_size: ImageSize | None = None,
-    shard_size: int = 10_000,
-    lenient: bool = False,
-    workers: int | None = 1,
-) -> None:
-    """Makes a data folder with a progress bar and logs its content."""
+def _make(source: Source, out: Path, **options: Any) -> None:
+    """Makes a data folder with a progress bar and logs its content; for the options, see ``make_shards``."""
     # The lock is held until the manifest is written, so that two processes never write to the same folder.
     with hold_lock(out, hint="give another --out"), named_bars("samples") as advance:
         is_made = make_shards(
-            source,
-            out,
-            size=image_size,
-            shard_size=shard_size,
-            lenient=lenient,
-            workers=workers,
-            on_samples=lambda split, count: advance(split, count, source.counts[split]),
+            source, out, on_samples=lambda split, count: advance(split, count, source.counts[split]), **options
         )
     done = "made" if is_made else "complete already, nothing to do"
     lines = [describe_data(out, read_manifest_summary(out), done)]

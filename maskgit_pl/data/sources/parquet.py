@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,13 +20,20 @@ import numpy.typing as npt
 
 from maskgit_pl.data.image_bytes import MAX_IMAGE_BYTES, UnreadableImageError
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.samples import MAX_CLASSES, Sample, UnreadableSample, is_val, number_classes, read_sample
+from maskgit_pl.data.samples import (
+    MAX_CLASSES,
+    Sample,
+    UnreadableSample,
+    is_val,
+    number_classes,
+    read_sample,
+    split_of,
+)
 from maskgit_pl.data.sources import parquet_child
 from maskgit_pl.data.sources.parquet_child import END, ERROR, HEADER, NOTHING, TOO_LARGE
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, parse_any_json, size_text
 
-_SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
 _MAX_ROWS = 2**25  # of all files together
 _CHILD_BYTES = 2**31  # memory of the child
 
@@ -36,14 +42,6 @@ def find_parquet(folder: Path) -> list[Path]:
     """Returns the parquet files in a folder, or else those one or two levels below it."""
     levels = (sorted(folder.glob(pattern)) for pattern in ("*.parquet", "*/*.parquet", "*/*/*.parquet"))
     return next((paths for paths in levels if paths), [])
-
-
-def split_of(name: str) -> str | None:
-    """Returns ``"train"``, ``"val"`` or ``"test"`` by the word for it in a name; None without one."""
-    for split, words in _SPLITS.items():
-        if re.search(rf"(?<![a-z])({words})(?![a-z])", name.lower()):
-            return split
-    return None
 
 
 class ParquetFolder:

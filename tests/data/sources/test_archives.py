@@ -5,10 +5,7 @@ import io
 import stat
 import struct
 import tarfile
-import tracemalloc
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +16,8 @@ from maskgit_pl.data.sources.archives import Entries
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
+from tests.data.conftest import less_memory_than
+from tests.data.sources.test_image_folder import all_samples
 from tests.hostile_images import save
 
 
@@ -59,9 +58,7 @@ WRITERS = {"photos.zip": write_zip, "photos.tar": write_tar, "photos.tar.gz": wr
 
 
 def samples_of(path: Path) -> dict[str, object]:
-    source = ImageFolder(path, val_fraction=0.3)
-    samples = [sample for split, count in source.counts.items() for sample in source.samples(split, range(count))]
-    return dict(zip([file.name for files in source._files.values() for file in files], samples, strict=True))
+    return all_samples(ImageFolder(path, val_fraction=0.3))
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -129,16 +126,6 @@ def test_a_member_with_a_wrong_directory_entry_is_unreadable(tmp_path, offset, v
     samples = samples_of(path)
     assert samples.pop("b/19.png") == UnreadableSample(f"image {path}/b/19.png {fault}")
     assert not [sample for sample in samples.values() if isinstance(sample, UnreadableSample)]
-
-
-@contextmanager
-def less_memory_than(limit: int) -> Iterator[None]:
-    tracemalloc.start()
-    try:
-        yield
-        assert tracemalloc.get_traced_memory()[1] < limit
-    finally:
-        tracemalloc.stop()
 
 
 @pytest.mark.parametrize("stated", [0, 100])

@@ -7,11 +7,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
-from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.sources.making import convert_images, open_source
-from tests.hostile_images import save
+from tests.data.sources.test_archives import png
 from tests.local_hub import local_hub
 
 
@@ -21,7 +20,7 @@ def test_equal_images_and_those_of_val_that_are_in_train_are_named(tmp_path, cap
         for place, number in enumerate(numbers):
             path = tmp_path / "photos" / split / "ab"[place % 2] / f"{place}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (9, 8), (number, 1, 2)).save(path)
+            path.write_bytes(png(number))
     convert_images(tmp_path / "photos", tmp_path / "out", workers=1)
     assert re.search(r"duplicates: 2 images equal an earlier one: train-000000\.tar:\S+ = train-", caplog.text)
     assert "duplicates: 1 of 2 val images (50.0%) are in train" in caplog.text
@@ -31,10 +30,6 @@ def test_equal_images_and_those_of_val_that_are_in_train_are_named(tmp_path, cap
     (tmp_path / "photos" / "val" / "a").mkdir()
     convert_images(tmp_path / "photos", tmp_path / "other", workers=1)
     assert "duplicates" not in caplog.text
-
-
-def png(number: int) -> bytes:
-    return save(Image.new("RGB", (9, 8), (number, 1, 2)), "PNG")
 
 
 def table(start: int, count: int, **labels: list[int]) -> bytes:
