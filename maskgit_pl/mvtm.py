@@ -23,7 +23,7 @@ from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
+from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 _NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
 
@@ -144,18 +144,13 @@ class MaskedTokenModel(TokenModel):
             return draws.pad(max(1, draws.mask.numel() // _NUM_SIZES))
         return draws
 
-    def _compute_training_losses(self, batch: Batch) -> StepLosses:
-        """Computes the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
-        draws, tokens = batch.draws, batch.content
-        assert draws is not None
-        # 5. Mask, and predict the masked tokens.
-        hidden = tokens.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
-        losses, nll, hits = self._predict(
-            self.transformer, hidden, batch, tokens, smoothing=self.config.label_smoothing
-        )  # (M,) each
-        # 6. Average over the tokens of each image, then over images.
-        loss = self.objective(TokenLosses.of(losses, draws))
-        return StepLosses(loss, nll, hits)
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        # 5. The mask token takes the place of masked tokens.
+        return tokens.masked_fill(mask, self.config.network.mask_token_id)
+
+    def _average(self, losses: Tensor, draws: Draws) -> Tensor:
+        # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
+        return self.objective(TokenLosses.of(losses, draws))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""
