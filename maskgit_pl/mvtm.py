@@ -19,9 +19,9 @@ from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
 from maskgit_pl.decoding.predictors import ConditionalModel
+from maskgit_pl.losses import Objective, TokenLosses, objectives
 from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 

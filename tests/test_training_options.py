@@ -7,10 +7,10 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from maskgit_pl.data import Batch
+from maskgit_pl.losses import MaskedCrossEntropy
 from maskgit_pl.masking import UniformRatio
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.objectives import MaskedCrossEntropy
 from maskgit_pl.schedules import Pow
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
