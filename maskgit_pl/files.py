@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -29,6 +30,8 @@ from maskgit_pl.checks import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 NO_CODE = "recipes name registered objects, not classes"
 
@@ -84,6 +87,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text atomically. See ``write_atomically``."""
     with write_atomically(path) as file:
         file.write(text.encode())
+
+
+def try_write_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8 text atomically; a failed write, such as on a full disk, is a warning in the log."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:

@@ -252,11 +252,9 @@ def choose_workers(requested: int | None, *, work: float) -> int:
     Raises:
         ValueError: if ``requested`` is not an integer of at least 1.
     """
-    return (
-        min(available_cores(), 1 + int(work))
-        if requested is None
-        else check_integer("num_workers", requested, "[1, inf)")
-    )
+    if requested is None:
+        return min(available_cores(), 1 + int(work))
+    return check_integer("num_workers", requested, "[1, inf)")
 
 
 _shared: Any = None  # in a worker: the argument that all jobs share, sent once

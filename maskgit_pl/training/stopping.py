@@ -52,7 +52,7 @@ from torch.optim import Optimizer
 from maskgit_pl import processes
 from maskgit_pl.distributed import max_over_ranks
 from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError, RunError, describe_error, exit_code_of
-from maskgit_pl.files import write_text
+from maskgit_pl.files import try_write_text
 from maskgit_pl.training.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -135,19 +135,14 @@ class StepCheck(Callback):
             if trainer.is_global_zero:
                 log.warning("%s; no rank updates its weights (%d in a row)", text, len(self._skipped))
             return
-        self._list_samples(trainer.global_rank)
+        rank = trainer.global_rank
+        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
+        try_write_text(path, json.dumps(self._skipped, indent=2) + "\n")
         raise NonFiniteError(
             f"{text}, {len(self._skipped)} steps in a row. {self.folder / 'nonfinite*.json'} lists their samples, one "
             "file per rank. None of these steps changed the weights, and the last checkpoint is valid; try a lower "
             "learning rate, gradient clipping or trainer.precision=32-true"
         )
-
-    def _list_samples(self, rank: int) -> None:
-        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
-        try:
-            write_text(path, json.dumps(self._skipped, indent=2) + "\n")
-        except OSError as error:  # the run must end with the non-finite error, not with this one
-            log.warning("%s cannot be written: %s", path, error)
 
     def _stop(self, trainer: Trainer) -> None:
         self.checkpoints.save(trainer, last=True)
