@@ -5,9 +5,8 @@ The public names are imported when they are first used, so that ``import maskgit
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from maskgit_pl.registry import lazy_names
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
@@ -40,16 +39,24 @@ __all__ = [
 ]
 
 _HOMES = {
-    "autoregressive": ("AutoregressiveConfig", "AutoregressiveModel"),
-    "decoding": ("AutoregressiveDecoder", "ParallelDecoder"),
-    "evaluation.demo_steps": ("demo",),
-    "masking": ("MaskSampler",),
-    "mvtm": ("MaskedTokenConfig", "MaskedTokenModel"),
-    "pipeline": ("MaskGIT",),
-    "schedules": ("mask_schedules",),
-    "tokenizer": ("Tokenizer",),
-    "training.optimizers": ("LearningRate", "OptimizerConfig"),
-    "training.tokenizer_losses": ("TokenizerConfig",),
+    "AutoregressiveConfig": "autoregressive",
+    "AutoregressiveModel": "autoregressive",
+    "LearningRate": "training.optimizers",
+    "MaskGIT": "pipeline",
+    "MaskSampler": "masking",
+    "MaskedTokenConfig": "mvtm",
+    "MaskedTokenModel": "mvtm",
+    "OptimizerConfig": "training.optimizers",
+    "ParallelDecoder": "decoding",
+    "AutoregressiveDecoder": "decoding",
+    "Tokenizer": "tokenizer",
+    "TokenizerConfig": "training.tokenizer_losses",
+    "demo": "evaluation.demo_steps",
+    "mask_schedules": "schedules",
 }
 
-__getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
