@@ -23,8 +23,6 @@ from maskgit_pl.registry import PluginError, Registry
 from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
 from tests.installed_packages import install
 
-ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
-
 
 @dataclass(frozen=True)
 class Chair:
@@ -226,21 +224,6 @@ def test_a_broken_mask_schedule_is_refused_by_name(monkeypatch, gamma, rule, num
     monkeypatch.setitem(mask_schedules._factories, "broken", Broken)
     with pytest.raises(ValueError, match=rf"mask schedule 'broken': .*{rule}"):
         mask_schedules.build("broken")
-
-
-@pytest.mark.parametrize("name", mask_schedules.names())
-@pytest.mark.parametrize("num_tokens", [2, 16, 49, 256, 1024])
-def test_contract_mask_schedules_fall_from_1_to_0(name, num_tokens):
-    gamma = mask_schedules.build({"name": name, **ARGUMENTS.get(name, {})})
-    progress = torch.rand(3, 50, generator=torch.Generator().manual_seed(num_tokens))
-    ratio = gamma(progress, num_tokens)
-    assert ratio.shape == progress.shape
-    assert ratio.dtype == torch.float32
-    assert 0 <= ratio.min() <= ratio.max() <= 1
-    falling = gamma(torch.linspace(0, 1, 101), num_tokens)
-    assert (falling.diff() <= 0).all()
-    assert falling[0] >= 1 - 1 / num_tokens - 1e-6
-    assert falling[-1] <= 1 / num_tokens + 1e-6
 
 
 STRANGE = (

@@ -92,16 +92,3 @@ def test_the_weighted_loss_by_hand():
     torch.testing.assert_close(found.loss, ((each * weights).sum(1) / weights.sum(1)).mean())
     torch.testing.assert_close(found.token_losses, each.flatten())
     assert torch.equal(drawn.draws.counted, mask.flatten())  # logs are of masked tokens only
-
-
-@pytest.mark.parametrize(
-    ("options", "text"),
-    [
-        ({"objective": "masked"}, "unknown objective 'masked': did you mean 'masked_cross_entropy'"),
-        ({"mask_ratio": "unifrm"}, "unknown mask ratio 'unifrm': did you mean 'uniform'"),
-        ({"mask_positions": "halten"}, "unknown mask positions 'halten': did you mean 'halton'"),
-    ],
-)
-def test_wrong_options_are_refused_before_the_first_step(options, text):
-    with pytest.raises(ValueError, match=text):
-        model(**options)
