@@ -164,13 +164,13 @@ class TokenLosses:
         losses: (M,) float32: cross-entropies, with a graph; 0 for padding.
         rows: (M,) int64 in [0, B]: the image of each token; B for padding, which ``compiled: step`` adds.
         num_rows: B, images of the batch.
-        is_masked: (M,) bool, False for tokens that the network saw; None if all are masked.
+        is_masked: (M,) bool, False for tokens that the network saw, and for padding.
     """
 
     losses: Tensor
     rows: Tensor
     num_rows: int
-    is_masked: Tensor | None = None
+    is_masked: Tensor
 
     @classmethod
     def of(cls, losses: Tensor, draws: Draws) -> TokenLosses:
@@ -226,9 +226,7 @@ class MaskedCrossEntropy(Objective):
     def __call__(self, tokens: TokenLosses) -> Tensor:
         if self.visible_weight == 0:
             return mean_over_rows(tokens.losses, tokens.rows, num_rows=tokens.num_rows)
-        weights = torch.ones_like(tokens.losses)
-        if tokens.is_masked is not None:
-            weights = weights.masked_fill(~tokens.is_masked, self.visible_weight)
+        weights = torch.ones_like(tokens.losses).masked_fill(~tokens.is_masked, self.visible_weight)
         # Each image has a masked token, so the sum of its weights is at least 1.
         return (tokens.sum_rows(weights * tokens.losses) / tokens.sum_rows(weights)).mean()
 

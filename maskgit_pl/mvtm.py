@@ -136,12 +136,10 @@ class MaskedTokenModel(TokenModel):
         )
         # 2. Drop classes.
         draws = self._draws_of(batch, mask)
-        if not self.training:
-            return draws
-        if self.objective.visible_weight > 0:
-            return draws.predict(torch.ones_like(draws.mask))
-        if self.config.compiled == "step":
-            return draws.pad(max(1, draws.mask.numel() // _NUM_SIZES))
+        if self.training and self.objective.visible_weight > 0:
+            return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
+        if self.training and self.config.compiled == "step":
+            return draws.pad(max(1, mask.numel() // _NUM_SIZES))
         return draws
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:

@@ -262,7 +262,7 @@ def works(made: object) -> bool:
         mask = sampler.mask(16, index=slot, epoch=slot, position=slot, global_batch=8, grid=(4, 4))
         return bool(mask.any(1).all())
     if isinstance(made, Objective):
-        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2)).isfinite())
+        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, torch.ones(2, dtype=torch.bool))).isfinite())
     if hasattr(made, "label") or isinstance(made, LPIPSSpec):
         return isinstance(getattr(made, "label", ""), str)  # networks of features read files when they are made
     if isinstance(made, DiscriminatorConfig | PatchDiscriminatorConfig):

@@ -91,4 +91,4 @@ def test_the_weighted_loss_by_hand():
     weights = torch.where(mask, 1.0, 0.5)
     torch.testing.assert_close(found.loss, ((each * weights).sum(1) / weights.sum(1)).mean())
     torch.testing.assert_close(found.token_losses, each.flatten())
-    assert torch.equal(drawn.draws.counted, mask.flatten())  # logs are of masked tokens only
+    assert torch.equal(drawn.draws.is_masked, mask.flatten())  # logs are of masked tokens only

@@ -432,9 +432,7 @@ class TokenModel(LightningModule):
         """Adds the tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
         draws = batch.draws
         assert draws is not None
-        bins = self._assign_bins(draws.mask, draws.positions)
-        if draws.counted is not None:
-            bins = bins.masked_fill(~draws.counted, NUM_BINS)
+        bins = self._assign_bins(draws.mask, draws.positions).masked_fill(~draws.is_masked, NUM_BINS)
         self._bins.add(bins, losses.token_losses, losses.hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if not is_logged or (batch_idx + 1) % self.trainer.accumulate_grad_batches:
