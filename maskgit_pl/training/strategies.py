@@ -202,18 +202,13 @@ class _FullyShardedDataParallel2(ModelParallelStrategy):
 
         def read(key: str, saved: SavedTensor) -> Tensor:
             like = values.get(key, values.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
-            return saved.read_all() if like is None or saved.is_scalar else _rows_like(like, saved)
+            if saved.is_scalar or not isinstance(like, DTensor):
+                return saved.read_all()
+            rows = saved.read_rows(*local_rows(like)).to(like.device)
+            return DTensor.from_local(rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)
         self.lightning_module.load_state_dict(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         return checkpoint
-
-
-def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
-    """Returns a saved tensor with the device, and if ``tensor`` is sharded, the sharding of ``tensor``."""
-    if not isinstance(tensor, DTensor):
-        return saved.read_all()
-    rows = saved.read_rows(*local_rows(tensor)).to(tensor.device)
-    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())
