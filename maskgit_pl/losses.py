@@ -29,7 +29,6 @@ from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
 from maskgit_pl.registry import Registry, derives_from
 
 AdversarialLoss = Literal["hinge", "non-saturating"]
-ReconstructionLoss = Literal["l2", "l1"]
 
 _MOST_LOGITS = 2**25  # logits of a step that are computed at once: 128 MiB in float32, of which a step has some copies
 _CHUNK_LOGITS = 2**24  # logits of a chunk
@@ -229,18 +228,6 @@ class MaskedCrossEntropy(Objective):
         weights = torch.ones_like(tokens.losses).masked_fill(~tokens.is_masked, self.visible_weight)
         # Each image has a masked token, so the sum of its weights is at least 1.
         return (tokens.sum_rows(weights * tokens.losses) / tokens.sum_rows(weights)).mean()
-
-
-def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: ReconstructionLoss) -> Tensor:
-    """Computes the mean squared (``l2``, released code) or absolute (``l1``) difference of images.
-
-    Args:
-        reconstruction: (B, C, H, W) float.
-        images: (B, C, H, W) float in [0, 1].
-        kind: ``"l2"`` or ``"l1"``.
-    """
-    difference = reconstruction.float() - images.float()
-    return difference.square().mean() if kind == "l2" else difference.abs().mean()
 
 
 def discriminator_loss(real_logits: Tensor, fake_logits: Tensor, *, kind: AdversarialLoss) -> Tensor:
