@@ -15,8 +15,6 @@ place of some mask tokens in its first step (``DecodingConfig.random_start``), f
     class Own(Distillation):
         def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
             ...
-
-The numbers of the comments are those of the steps in ``training.token_model``.
 """
 
 from __future__ import annotations
@@ -145,6 +143,7 @@ class DistilledModel(MaskedTokenModel):
         self.method = config.method
         self.auxiliary = config.network.create() if self.method.auxiliary_rate else None
         self._teacher: PretrainedTransformer | None = None
+        self._run_step = self._distill
 
     @property
     def teacher(self) -> PretrainedTransformer:
@@ -246,13 +245,8 @@ class DistilledModel(MaskedTokenModel):
         drawn = decoder.sampling.draw(logits.detach(), noise, positions, step=last, progress=progress)
         return RollOut(logits, drawn.where(is_drawn, seen), is_drawn)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes the loss of one micro-batch, scalar float32."""
-        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
-        self._reseed_dropout(batch_idx)  # 3
-        losses = self.method(self, batch, self._encode(batch))  # 4, 5, 6
-        self._log_step(batch, losses, batch_idx)
-        return losses.loss
+    def _distill(self, batch: Batch) -> StepLosses:
+        return self.method(self, batch, batch.content)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Does nothing: ``evaluation.distilling.QualityMonitor`` measures images of the student."""

@@ -240,9 +240,8 @@ class TokenModel(LightningModule):
     def draw_on_host(self, batch: Batch) -> Batch:
         """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
         drawn = self._with_draws(batch)
-        if self.device.type != "cuda" or drawn.draws is None:
-            return drawn
-        return drawn._replace(draws=drawn.draws.pin_memory())
+        assert drawn.draws is not None
+        return drawn._replace(draws=drawn.draws.pin_memory()) if self.device.type == "cuda" else drawn
 
     def _with_draws(self, batch: Batch) -> Batch:
         """Returns the batch with its random draws, unless it has them already."""
