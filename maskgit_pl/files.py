@@ -371,8 +371,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """Parses YAML; raises a ``ValueError`` of one line if the text is invalid."""
-    with _one_line():
+    try:
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    except (UnicodeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
 
 
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
@@ -402,21 +410,6 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         raise ValueError(f"{path} must be finite, got {node}")
     elif not isinstance(node, str | int | float | bool | None):
         raise ValueError(f"{path} must be a number, a word, a list or a mapping, got {shorten(node)}; quote it")
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turns the errors of PyYAML into a ``ValueError`` of one line."""
-    try:
-        yield
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    except (UnicodeError, OverflowError) as error:
-        raise ValueError(str(error)) from error
 
 
 class _PlainLoader(yaml.SafeLoader):

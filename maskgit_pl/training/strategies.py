@@ -149,16 +149,14 @@ class _NetworksDDP(DDPStrategy):
         if wrap_networks is None:
             super().configure_ddp()
         else:
-            wrap_networks(self._wrap)
+            device_ids = self.determine_ddp_device_ids()
+            wrap_networks(partial(DistributedDataParallel, device_ids=device_ids, **self._ddp_kwargs))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Saves on every rank (Lightning: only rank 0), so that all ranks raise the same error."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
-
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        return DistributedDataParallel(network, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 class _FullyShardedDataParallel2(ModelParallelStrategy):
