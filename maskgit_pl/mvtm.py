@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
@@ -59,11 +59,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.network.attention != "bidirectional":
-            raise ValueError(
-                f"network.attention must be 'bidirectional' for MaskedTokenModel, got {self.network.attention!r}; "
-                "AutoregressiveModel trains a causal transformer"
-            )
+        check_choice("network.attention", self.network.attention, ("bidirectional",))
         set_specs(
             self,
             mask_schedule=mask_schedules,
