@@ -322,7 +322,7 @@ class SavedTensor(NamedTuple):
             begin, end = max(start, first), min(stop, first + rows.get_shape()[0])
             if begin <= end:  # also no rows, which a rank may have
                 parts.append(rows[begin - first : end - first])
-        return torch.cat(parts)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]  # torch copies a single part, too
 
 
 _MOST_FAILURES = 3
