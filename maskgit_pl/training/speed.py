@@ -98,7 +98,7 @@ class SpeedMonitor(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if trainer.is_global_zero:
-            try:
+            try:  # here, since it may take longer than a step, which the watchdog would take for a hang
                 self._flops = self.count_flops()
             except Exception as error:  # of a network of another package, which need not run without content
                 log.warning("the FLOPs of a step cannot be counted, and are not logged: %s", error)
