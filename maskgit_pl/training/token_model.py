@@ -239,9 +239,8 @@ class TokenModel(LightningModule):
 
     def draw_on_host(self, batch: Batch) -> Batch:
         """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
-        drawn = self._with_draws(batch)
-        assert drawn.draws is not None
-        return drawn._replace(draws=drawn.draws.pin_memory()) if self.device.type == "cuda" else drawn
+        batch = self._with_draws(batch)
+        return batch._replace(draws=batch.step_draws.pin_memory()) if self.device.type == "cuda" else batch
 
     def _with_draws(self, batch: Batch) -> Batch:
         """Returns the batch with its random draws, unless it has them already."""
@@ -330,8 +329,7 @@ class TokenModel(LightningModule):
             tokens: (B, N) int64 in [0, K), the true tokens.
             smoothing: Label smoothing, in [0, 1).
         """
-        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
-        assert draws is not None
+        draws, config, columns = batch.step_draws, self.config.network, self.config.loss_columns
         seen = self._hide(tokens, draws.mask)  # 5
         targets = tokens.flatten()[draws.positions]  # (M,)
         vectors = batch.vectors_for(config.condition_dim)
@@ -429,8 +427,7 @@ class TokenModel(LightningModule):
 
     def _log_step(self, batch: Batch, losses: StepLosses, batch_idx: int) -> None:
         """Adds the tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
-        draws = batch.draws
-        assert draws is not None
+        draws = batch.step_draws
         bins = self._assign_bins(draws.mask, draws.positions).masked_fill(~draws.is_masked, NUM_BINS)
         self._bins.add(bins, losses.token_losses, losses.hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
