@@ -338,10 +338,8 @@ def _find_plugins(group: str) -> list[_Plugin]:
 def _needs_no_argument(factory: Callable[..., Any]) -> bool:
     try:
         inspect.signature(factory).bind()
-    except TypeError:
+    except (TypeError, ValueError):  # a class of C code has no signature
         return False
-    except ValueError:  # a class of C code has no signature
-        return True
     return True
 
 
