@@ -123,10 +123,10 @@ class StepCheck(Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.sanity_checking:
+            return
         # A validation can be long, so a stop signal does not wait for its end.
-        if not trainer.sanity_checking and trainer.strategy.reduce_boolean_decision(
-            processes.is_requested(), all=False
-        ):
+        if trainer.strategy.reduce_boolean_decision(processes.is_requested(), all=False):
             self._stop(trainer)
 
     def _report_skipped(self, trainer: Trainer, what: str) -> None:
