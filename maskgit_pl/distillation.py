@@ -15,8 +15,6 @@ place of some mask tokens in its first step (``DecodingConfig.random_start``), f
     class Own(Distillation):
         def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
             ...
-
-The numbers of the comments are those of the steps in ``training.token_model``.
 """
 
 from __future__ import annotations
@@ -145,6 +143,7 @@ class DistilledModel(MaskedTokenModel):
         self.method = config.method
         self.auxiliary = config.network.create() if self.method.auxiliary_rate else None
         self._teacher: PretrainedTransformer | None = None
+        self._run_step = self._distill
 
     @property
     def teacher(self) -> PretrainedTransformer:
@@ -184,8 +183,7 @@ class DistilledModel(MaskedTokenModel):
     def teach(self, tokens: Tensor, batch: Batch) -> Tensor:
         """Returns log-probabilities of the teacher, (B, N, K) float32, for tokens (B, N) int64, some masked."""
         network, config = self.teacher.network, self.config.network
-        assert batch.draws is not None
-        labels, vectors = batch.draws.labels, batch.vectors_for(config.condition_dim)
+        labels, vectors = batch.step_draws.labels, batch.vectors_for(config.condition_dim)
         count = (tokens == config.mask_token_id).sum(1)
         scale, sharpness = self._targets[:, count].unsqueeze(-1).unsqueeze(-1)  # (B, 1, 1) each
         if config.null_label is None:
@@ -230,8 +228,7 @@ class DistilledModel(MaskedTokenModel):
 
     def roll_out(self, batch: Batch) -> RollOut:
         """Generates images with the student up to a random one of its steps, which has a graph."""
-        network, decoder, draws = self.config.network, self.decoder, batch.draws
-        assert draws is not None
+        network, decoder, draws = self.config.network, self.decoder, batch.step_draws
         vectors, last = batch.vectors_for(network.condition_dim), self.draw_step()
         seen, noise = self.draw_start(batch)
         is_drawn = torch.ones_like(seen, dtype=torch.bool)
@@ -246,13 +243,8 @@ class DistilledModel(MaskedTokenModel):
         drawn = decoder.sampling.draw(logits.detach(), noise, positions, step=last, progress=progress)
         return RollOut(logits, drawn.where(is_drawn, seen), is_drawn)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Computes the loss of one micro-batch, scalar float32."""
-        batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
-        self._reseed_dropout(batch_idx)  # 3
-        losses = self.method(self, batch, self._encode(batch))  # 4, 5, 6
-        self._log_step(batch, losses, batch_idx)
-        return losses.loss
+    def _distill(self, batch: Batch) -> StepLosses:
+        return self.method(self, batch, batch.content)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Does nothing: ``evaluation.distilling.QualityMonitor`` measures images of the student."""
@@ -315,8 +307,7 @@ def _mean_over_masks(values: Tensor, mask: Tensor) -> Tensor:
 
 def _log_values(loss: Tensor, target: Tensor, answer: Tensor, batch: Batch) -> StepLosses:
     """Returns the losses of a step, with KL(target || answer) and a hit for each masked token; (B, N, K) log-probs."""
-    assert batch.draws is not None
-    target, answer = (part.detach().flatten(0, 1)[batch.draws.positions] for part in (target, answer))  # (M, K)
+    target, answer = (part.detach().flatten(0, 1)[batch.step_draws.positions] for part in (target, answer))  # (M, K)
     divergences = (target.exp() * (target - answer)).sum(-1)
     return StepLosses(loss, divergences, (target.argmax(-1) == answer.argmax(-1)).float())
 
@@ -334,9 +325,7 @@ class Guidance(Distillation):
     """
 
     def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
-        draws = batch.draws
-        assert draws is not None
-        config = model.config.network
+        draws, config = batch.step_draws, model.config.network
         seen = tokens.masked_fill(draws.mask, config.mask_token_id)
         target = model.teach(seen, batch)
         logits = model.transformer(seen, draws.labels, vectors=batch.vectors_for(config.condition_dim))
@@ -359,8 +348,7 @@ class Redi(Distillation):
     """
 
     def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
-        draws, network, teacher = batch.draws, model.config.network, model.teacher
-        assert draws is not None
+        draws, network, teacher = batch.step_draws, model.config.network, model.teacher
         vectors, (start, noise) = batch.vectors_for(network.condition_dim), model.draw_start(batch)
         predictor: Predictor = ClassPredictor(teacher.network, draws.labels, vectors)
         if network.null_label is not None:
@@ -412,10 +400,8 @@ class Dimo(Distillation):
         check_number("auxiliary_rate", self.auxiliary_rate, "(0, 1000]")
 
     def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
-        draws = batch.draws
-        assert draws is not None
+        draws, config = batch.step_draws, model.config.network
         assert model.auxiliary is not None
-        config = model.config.network
         logits, drawn, is_drawn = model.roll_out(batch)  # 1
         seen = drawn.masked_fill(draws.mask, config.mask_token_id)  # 2
         target = model.teach(seen, batch)

@@ -32,7 +32,6 @@ import logging
 import re
 import traceback
 import unicodedata
-from types import TracebackType
 from typing import ClassVar
 
 BAD_INPUT = 2
@@ -161,8 +160,10 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
 
     A library or a plug-in must not end a command, because that would look like success. Lightning exits after Ctrl-C.
     """
-    # The traceback of SystemExit tells who called sys.exit.
-    culprit = _who_exits(stop.__traceback__)
+    # The traceback tells who called sys.exit; argparse exits on behalf of its caller.
+    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(stop.__traceback__)]
+    packages = [str(__package__), *(module.partition(".")[0] for module in modules)]
+    culprit = next(package for package in reversed(packages) if package != "argparse")
     if culprit == __package__:
         return None
     # Lightning turns Ctrl-C into an exit, and rich a broken pipe.
@@ -171,16 +172,6 @@ def error_of_exit(stop: SystemExit) -> BaseException | None:
     error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
     error.__cause__ = stop
     return error
-
-
-def _who_exits(frame: TracebackType | None) -> str:
-    """Returns the package whose code called ``sys.exit``, directly or through argparse."""
-    packages = [str(__package__)]
-    # From the command down to the call of sys.exit; argparse exits on behalf of its caller.
-    while frame is not None:
-        packages.append(str(frame.tb_frame.f_globals.get("__name__")).partition(".")[0])
-        frame = frame.tb_next
-    return next(package for package in reversed(packages) if package != "argparse")
 
 
 def _is_raised_by_us(error: BaseException) -> bool:

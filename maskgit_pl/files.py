@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -29,6 +30,8 @@ from maskgit_pl.checks import shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+log = logging.getLogger(__name__)
 
 NO_CODE = "recipes name registered objects, not classes"
 
@@ -84,6 +87,15 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file of UTF-8 text atomically. See ``write_atomically``."""
     with write_atomically(path) as file:
         file.write(text.encode())
+
+
+def try_write_text(path: Path, text: str) -> None:
+    """Writes a file of UTF-8 text atomically; a failed write, such as on a full disk, is a warning in the log."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text)
+    except OSError as error:
+        log.warning("%s cannot be written: %s", path, error)
 
 
 def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
@@ -359,8 +371,16 @@ def read_yaml(file: Path) -> dict[str, Any]:
 
 def parse_yaml(text: str) -> Any:
     """Parses YAML; raises a ``ValueError`` of one line if the text is invalid."""
-    with _one_line():
+    try:
         return yaml.load(text, Loader=_PlainLoader)  # noqa: S506  # a SafeLoader
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
+        raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    except (UnicodeError, OverflowError) as error:
+        raise ValueError(str(error)) from error
 
 
 def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
@@ -390,21 +410,6 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
         raise ValueError(f"{path} must be finite, got {node}")
     elif not isinstance(node, str | int | float | bool | None):
         raise ValueError(f"{path} must be a number, a word, a list or a mapping, got {shorten(node)}; quote it")
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turns the errors of PyYAML into a ``ValueError`` of one line."""
-    try:
-        yield
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        position = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}: "
-        raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
-    except RecursionError as error:
-        raise ValueError("it is nested too deep") from error
-    except (UnicodeError, OverflowError) as error:
-        raise ValueError(str(error)) from error
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -329,14 +329,12 @@ class Draws(NamedTuple):
         mask: (B, N) bool, True = masked.
         positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch,
             image after image; rising, except for padding.
-        is_masked: (M,) bool, False for predicted tokens that the network sees; None if all are masked.
         is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
     """
 
     labels: Tensor
     mask: Tensor
     positions: Tensor
-    is_masked: Tensor | None = None
     is_real: Tensor | None = None
 
     @property
@@ -346,22 +344,16 @@ class Draws(NamedTuple):
         return rows if self.is_real is None else rows.masked_fill(~self.is_real, len(self.mask))
 
     @property
-    def counted(self) -> Tensor | None:
-        """The predicted tokens that the logs count, those that are masked and no padding, (M,) bool; None for all."""
-        return self.is_real if self.is_masked is None else self.is_masked
-
-    def predict(self, tokens: Tensor) -> Draws:
-        """Returns a copy with other predicted tokens, (B, N) bool, of which some are not masked."""
-        positions = true_positions(tokens)
-        return self._replace(positions=positions, is_masked=self.mask.flatten()[positions])
+    def is_masked(self) -> Tensor:
+        """The predicted tokens that the network does not see, (M,) bool; False for padding."""
+        is_masked = self.mask.flatten()[self.positions]
+        return is_masked if self.is_real is None else is_masked & self.is_real
 
     def pad(self, multiple: int) -> Draws:
         """Returns a copy whose positions are padded with zeros to a multiple of a number, so that few sizes occur."""
         count, more = len(self.positions), -len(self.positions) % multiple
-        is_masked = None if self.is_masked is None else F.pad(self.is_masked, (0, more))
         is_real = torch.arange(count + more, device=self.positions.device) < count
-        positions = F.pad(self.positions, (0, more))
-        return self._replace(positions=positions, is_masked=is_masked, is_real=is_real)
+        return self._replace(positions=F.pad(self.positions, (0, more)), is_real=is_real)
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
         """Returns a copy on a device; see ``torch.Tensor.to``."""

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, decode_classes
 from maskgit_pl.decoding.predictors import ConditionalModel
+from maskgit_pl.losses import Objective, TokenLosses, objectives
 from maskgit_pl.masking import Draws, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.backbone import create_network
-from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.token_model import NUM_BINS, StepLosses, TokenModel, TokenModelConfig, check_decoding
+from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
 _NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
 
@@ -59,11 +59,7 @@ class MaskedTokenConfig(TokenModelConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.network.attention != "bidirectional":
-            raise ValueError(
-                f"network.attention must be 'bidirectional' for MaskedTokenModel, got {self.network.attention!r}; "
-                "AutoregressiveModel trains a causal transformer"
-            )
+        check_choice("network.attention", self.network.attention, ("bidirectional",))
         set_specs(
             self,
             mask_schedule=mask_schedules,
@@ -136,26 +132,19 @@ class MaskedTokenModel(TokenModel):
         )
         # 2. Drop classes.
         draws = self._draws_of(batch, mask)
-        if not self.training:
-            return draws
-        if self.objective.visible_weight > 0:
-            return draws.predict(torch.ones_like(draws.mask))
-        if self.config.compiled == "step":
-            return draws.pad(max(1, draws.mask.numel() // _NUM_SIZES))
+        if self.training and self.objective.visible_weight > 0:
+            return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
+        if self.training and self.config.compiled == "step":
+            return draws.pad(max(1, mask.numel() // _NUM_SIZES))
         return draws
 
-    def _compute_training_losses(self, batch: Batch) -> StepLosses:
-        """Computes the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
-        draws, tokens = batch.draws, batch.content
-        assert draws is not None
-        # 5. Mask, and predict the masked tokens.
-        hidden = tokens.masked_fill(draws.mask, self.config.network.mask_token_id)  # (B, N)
-        losses, nll, hits = self._predict(
-            self.transformer, hidden, batch, tokens, smoothing=self.config.label_smoothing
-        )  # (M,) each
-        # 6. Average over the tokens of each image, then over images.
-        loss = self.objective(TokenLosses.of(losses, draws))
-        return StepLosses(loss, nll, hits)
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        # 5. The mask token takes the place of masked tokens.
+        return tokens.masked_fill(mask, self.config.network.mask_token_id)
+
+    def _average(self, losses: Tensor, draws: Draws) -> Tensor:
+        # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
+        return self.objective(TokenLosses.of(losses, draws))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""

@@ -252,11 +252,9 @@ def choose_workers(requested: int | None, *, work: float) -> int:
     Raises:
         ValueError: if ``requested`` is not an integer of at least 1.
     """
-    return (
-        min(available_cores(), 1 + int(work))
-        if requested is None
-        else check_integer("num_workers", requested, "[1, inf)")
-    )
+    if requested is None:
+        return min(available_cores(), 1 + int(work))
+    return check_integer("num_workers", requested, "[1, inf)")
 
 
 _shared: Any = None  # in a worker: the argument that all jobs share, sent once
@@ -350,10 +348,10 @@ class _Bar:
         if now - self.updated < _SECONDS_BETWEEN_UPDATES and self.done < self.total:
             return
         self.updated = now
-        task = self.progress.tasks[self.task]
-        self.progress.update(self.task, completed=self.done, speed=_speed(task.speed or 0.0, self.unit))
+        speed = _speed(self.progress.tasks[self.task].speed or 0.0, self.unit)
         # More than ten bars would scroll the terminal: finished ones are hidden then.
-        self.progress.update(self.task, visible=not task.finished or len(self.progress.tasks) < _SHOWN_BARS)
+        is_shown = self.done < self.total or len(self.progress.tasks) < _SHOWN_BARS
+        self.progress.update(self.task, completed=self.done, speed=speed, visible=is_shown)
 
 
 class _Lines:

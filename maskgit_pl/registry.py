@@ -169,7 +169,7 @@ class Registry(Generic[T]):
             if factory is kind and not is_dataclass(part) and _needs_no_argument(factory):
                 return name
             # A function such as ``linear`` makes an object of a class with arguments.
-            if is_dataclass(part) and _needs_no_argument(factory) and self._makes(factory, part):
+            if is_dataclass(part) and _needs_no_argument(factory) and factory() == part:
                 return name
         names = [name for name, factory in self._factories.items() if factory is kind]
         place = f"{kind.__module__}:{kind.__qualname__}"
@@ -180,13 +180,6 @@ class Registry(Generic[T]):
                 "register a class of your own by @REGISTRY.register('NAME')"
             )
         return {"name": names[0], **{field.name: getattr(part, field.name) for field in fields(part)}}
-
-    def _makes(self, factory: Callable[..., T], part: T) -> bool:
-        """Returns True if a factory without arguments makes an object that equals a part."""
-        try:
-            return factory() == part
-        except Exception:  # of a plug-in, which is named when it is built
-            return False
 
     def build_all(self) -> dict[str, T]:
         """Builds all objects that require no argument, by name. Warns of plug-ins that fail, and leaves them out."""
@@ -345,10 +338,8 @@ def _find_plugins(group: str) -> list[_Plugin]:
 def _needs_no_argument(factory: Callable[..., Any]) -> bool:
     try:
         inspect.signature(factory).bind()
-    except TypeError:
+    except (TypeError, ValueError):  # a class of C code has no signature
         return False
-    except ValueError:  # a class of C code has no signature
-        return True
     return True
 
 

@@ -101,5 +101,5 @@ def test_settings_that_do_not_fit_are_refused(tiny_pretrained):
                           attention="causal", condition_dim=4)  # fmt: skip
     with pytest.raises(ValueError, match="condition_dim must be 0 with causal attention, got 4: its sampling takes no"):
         model(tiny_pretrained, network=vectors)
-    with pytest.raises(ValueError, match="must be 'bidirectional' for MaskedTokenModel, got 'causal'"):
+    with pytest.raises(ValueError, match="attention must be one of bidirectional, got 'causal'"):
         masked_model(CONFIG, tiny_pretrained / "tokenizer")

@@ -22,7 +22,6 @@ FLOORS = {  # a file or a folder -> its floor; a folder's files stand on its flo
     "masking": 2,
     "decoding": 2,
     "losses": 2,
-    "objectives": 3,
     "data": 3,
     "pipeline": 4,
     "training": 5,

@@ -30,6 +30,20 @@ def test_the_loss_is_the_mean_over_images_of_each_mean_of_masked_tokens(smoothin
         assert torch.equal(*values)
 
 
+@pytest.mark.parametrize("weight", [0.25, 1.0])
+def test_visible_tokens_are_weighted_in_the_mean(weight):
+    values = torch.rand(12, generator=torch.Generator().manual_seed(0))
+    tokens = losses.TokenLosses(values, torch.arange(12) // 4, 3, torch.tensor([1, 0, 0, 1] * 3).bool())
+    loss = losses.objectives.build({"name": "masked_cross_entropy", "visible_weight": weight})(tokens)
+    expected = values.view(3, 4) @ torch.tensor([1, weight, weight, 1]) / (2 + 2 * weight)
+    assert float(loss) == pytest.approx(float(expected.mean()))
+
+
+def test_a_weight_out_of_range_is_refused():
+    with pytest.raises(ValueError, match="visible_weight must be a number"):
+        losses.objectives.build({"name": "masked_cross_entropy", "visible_weight": -1})
+
+
 def test_lecam_pulls_logits_to_the_mean_of_the_other_side():
     real, fake = torch.tensor([[1.0], [3.0]]), torch.tensor([[0.0], [2.0]])
     loss = losses.lecam_loss(real, fake, real_mean=torch.tensor(1.5), fake_mean=torch.tensor(2.0))

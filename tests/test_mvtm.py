@@ -1,4 +1,4 @@
-"""Stage 2: the first step by hand, logs and validation, averaging, resume, and settings that are refused."""
+"""Stage 2: steps by hand, logs and validation, averaging, resume of each option, and settings that are refused."""
 
 import csv
 from copy import deepcopy
@@ -13,20 +13,27 @@ from torch.nn.functional import cross_entropy
 
 from maskgit_pl.data import Batch, describe_store, tokenize
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.masking import true_positions
+from maskgit_pl.losses import MaskedCrossEntropy
+from maskgit_pl.masking import UniformRatio, true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
-from maskgit_pl.schedules import mask_schedules
-from maskgit_pl.training.checkpoints import newest_checkpoint
+from maskgit_pl.schedules import Pow, mask_schedules
+from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.token_model import BinnedMeans, check_tokenizer
 from tests.conftest import peak_predictions
-from tests.short_runs import data, fit, masked_model
+from tests.short_runs import assert_equal, data, fit, masked_model
 
 CONFIG = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=2, num_heads=2, mlp_dim=32, dropout=0.1)
+VISIBLE = {"name": "masked_cross_entropy", "visible_weight": 0.5}
+VARIANTS = [
+    {"mask_ratio": "truncated_normal", "mask_positions": "halton", "objective": VISIBLE},
+    {"mask_ratio": {"name": "uniform", "low": 0.2}, "ema_decay": 0.0},
+    {"network": replace(CONFIG, num_token_groups=2)},
+]
 
 
 def model(pretrained, **options) -> MaskedTokenModel:
@@ -252,3 +259,51 @@ def test_another_global_batch_than_that_of_the_data_is_refused(tiny_shards, tiny
     module = masked_model(network, tiny_pretrained / "tokenizer", global_batch=16)
     with pytest.raises(ValueError, match=r"got 16 and 8 samples x 1 ranks x 1 accumulated; give MaskedTokenConfig"):
         fit(module, data(tiny_shards), steps=1, folder=tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", VARIANTS, ids=str)
+def test_a_resumed_run_equals_a_straight_one_bit_exact(tiny_shards, tiny_pretrained, tmp_path, options):
+    def train(run: str, steps: int, resume=None):
+        module = model(tiny_pretrained, **options)
+        return fit(module, data(tiny_shards), steps=steps, folder=tmp_path / run, resume=resume, limit_val_batches=0)
+
+    straight = train("a", 8)
+    first, second = train("b", 5), train("b", 8, newest_checkpoint(tmp_path / "b"))
+    assert first.losses + second.losses == straight.losses
+    ends = [FolderCheckpointIO().load_checkpoint(newest_checkpoint(tmp_path / run)) for run in "ab"]
+    assert_equal(ends[0]["state_dict"], ends[1]["state_dict"])
+
+
+def test_parts_of_the_configuration_may_be_objects(tiny_pretrained):
+    parts = {"mask_schedule": Pow(2.0), "objective": MaskedCrossEntropy(0.5), "mask_ratio": UniformRatio()}
+    config = model(tiny_pretrained, **parts).config
+    assert (config.mask_schedule, config.mask_ratio, config.objective) == ("square", "uniform", VISIBLE)
+    assert config.built_objective == MaskedCrossEntropy(0.5)
+
+
+def test_a_subclass_with_an_optimizer_of_its_own_trains_at_its_rate(tiny_shards, tiny_pretrained, tmp_path):
+    class Plain(MaskedTokenModel):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.transformer.parameters(), lr=0.25)
+
+    module = Plain(masked_model(CONFIG, tiny_pretrained / "tokenizer").config)
+    before = module.transformer.token_embedding.weight.clone()
+    fit(module, data(tiny_shards), steps=2, folder=tmp_path)
+    assert module.trainer.optimizers[0].param_groups[0]["lr"] == 0.25
+    assert not torch.equal(before, module.transformer.token_embedding.weight)
+
+
+def test_the_weighted_loss_by_hand(tiny_pretrained):
+    network = replace(CONFIG, dropout=0.0, class_dropout=0.0)
+    module = model(tiny_pretrained, network=network, objective=VISIBLE, label_smoothing=0.0)
+    index = torch.arange(8)
+    tokens = torch.randint(16, (8, 16), generator=torch.Generator().manual_seed(5))
+    drawn = module._with_draws(Batch(tokens, index % 3, index, torch.zeros_like(index), index, index >= 0))
+    losses, mask = module._run_step(drawn), drawn.draws.mask
+    logits = module.transformer(tokens.masked_fill(mask, network.mask_token_id), drawn.labels, vocabulary="all")
+    each = cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
+    weights = torch.where(mask, 1.0, 0.5)
+    torch.testing.assert_close(losses.loss, ((each * weights).sum(1) / weights.sum(1)).mean())
+    torch.testing.assert_close(losses.token_losses, each.flatten())
+    assert torch.equal(drawn.draws.is_masked, mask.flatten())  # logs are of masked tokens only

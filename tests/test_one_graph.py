@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from maskgit_pl.data import Batch
 from maskgit_pl.data.loader import StepDataModule
+from maskgit_pl.losses import objectives
 from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.objectives import objectives
 from maskgit_pl.training.token_model import TokenModel
 from tests.short_runs import autoregressive_model, masked_model
 

@@ -76,18 +76,6 @@ def chi_square(counts: torch.Tensor) -> float:
     return (float(((counts - expected) ** 2 / expected).sum()) - freedom) / math.sqrt(2 * freedom)
 
 
-@pytest.mark.parametrize("stream", ["mask", "flip"])
-def test_bits_and_pairs_of_bytes_are_uniform(stream):
-    words = random_bits(stream, seed=3, index=torch.arange(4000), epoch=1, count=16).flatten()  # 64,000 words
-    share = torch.stack([(words >> bit & 1).float().mean() for bit in range(32)])
-    assert (share - 0.5).abs().max() < 4.5 * 0.5 / math.sqrt(len(words))
-    for shift in (0, 12, 24):
-        byte = words >> shift & 255
-        assert abs(chi_square(torch.bincount(byte, minlength=256))) < 5
-        neighbours = (byte[:-1] >> 4) * 16 + (byte[1:] >> 4)  # of one word and the next
-        assert abs(chi_square(torch.bincount(neighbours, minlength=256))) < 5
-
-
 NEIGHBOURS = {
     "another seed": {"seed": 1},
     "a seed far away": {"seed": 2**31},

@@ -14,16 +14,14 @@ from torch import Tensor
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
 from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guidance_schedules
 from maskgit_pl.decoding.selectors import TokenSelector, token_selectors
+from maskgit_pl.losses import Objective, TokenLosses, objectives
 from maskgit_pl.masking import MaskPositions, MaskRatio, MaskSampler, mask_positions, mask_ratios
 from maskgit_pl.networks.discriminators import DiscriminatorConfig, PatchDiscriminatorConfig, discriminators
 from maskgit_pl.networks.features import LPIPSSpec, feature_networks, perceptual_networks
 from maskgit_pl.networks.quantizers import quantizers
-from maskgit_pl.objectives import Objective, TokenLosses, objectives
 from maskgit_pl.registry import PluginError, Registry
 from maskgit_pl.schedules import MaskSchedule, Pow, mask_schedules
 from tests.installed_packages import install
-
-ARGUMENTS = {"pow": {"exponent": 3.0}}  # what a name needs beyond its defaults
 
 
 @dataclass(frozen=True)
@@ -228,21 +226,6 @@ def test_a_broken_mask_schedule_is_refused_by_name(monkeypatch, gamma, rule, num
         mask_schedules.build("broken")
 
 
-@pytest.mark.parametrize("name", mask_schedules.names())
-@pytest.mark.parametrize("num_tokens", [2, 16, 49, 256, 1024])
-def test_contract_mask_schedules_fall_from_1_to_0(name, num_tokens):
-    gamma = mask_schedules.build({"name": name, **ARGUMENTS.get(name, {})})
-    progress = torch.rand(3, 50, generator=torch.Generator().manual_seed(num_tokens))
-    ratio = gamma(progress, num_tokens)
-    assert ratio.shape == progress.shape
-    assert ratio.dtype == torch.float32
-    assert 0 <= ratio.min() <= ratio.max() <= 1
-    falling = gamma(torch.linspace(0, 1, 101), num_tokens)
-    assert (falling.diff() <= 0).all()
-    assert falling[0] >= 1 - 1 / num_tokens - 1e-6
-    assert falling[-1] <= 1 / num_tokens + 1e-6
-
-
 STRANGE = (
     float("nan"), float("inf"), -float("inf"), -1, -1e300, -1e-320, 0, 0.0, 1e-320, 1e-12, 0.5, 1, 1.0, 2, 1e12, 1e308,
     10**30, 10**400, True, False, "1", "nan", None, [1.0], {"a": 1}, "x" * 1000, "two\nlines",
@@ -279,7 +262,7 @@ def works(made: object) -> bool:
         mask = sampler.mask(16, index=slot, epoch=slot, position=slot, global_batch=8, grid=(4, 4))
         return bool(mask.any(1).all())
     if isinstance(made, Objective):
-        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2)).isfinite())
+        return bool(made(TokenLosses(torch.ones(2), torch.arange(2), 2, torch.ones(2, dtype=torch.bool))).isfinite())
     if hasattr(made, "label") or isinstance(made, LPIPSSpec):
         return isinstance(getattr(made, "label", ""), str)  # networks of features read files when they are made
     if isinstance(made, DiscriminatorConfig | PatchDiscriminatorConfig):

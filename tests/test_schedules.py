@@ -53,27 +53,6 @@ def test_schedules_follow_the_formulas_of_the_paper(spec, at_quarter, at_half):
     torch.testing.assert_close(ratio, torch.tensor([at_quarter, at_half]), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cosine", "arccos"])
-def test_cosine_and_arccos_mask_two_over_pi_on_average(name):
-    progress = (torch.arange(10_000) + 0.5) / 10_000
-    mean = mask_schedules.build(name)(progress, 256).mean()
-    assert abs(float(mean) - 0.6366) < 1e-3
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "pow", "exponent": 0.0}, r"'pow': exponent must be a number in \[0.001, 1000\], got 0.0"),
-        ({"name": "pow", "exponent": float("nan")}, "'pow': exponent must be a number"),
-        ("pow", "'pow': the key 'exponent' is missing"),
-        ({"name": "square", "exponent": 4.0}, "'square': unknown key 'exponent'"),
-    ],
-)
-def test_a_wrong_exponent_is_refused(spec, message):
-    with pytest.raises(ValueError, match=f"mask schedule {message}"):
-        mask_schedules.build(spec)
-
-
 @pytest.mark.parametrize("grid", [(1, 1), (1, 9), (4, 4), (16, 16), (7, 5)])
 def test_the_halton_order_visits_each_position_once(grid):
     assert sorted(halton_order(grid)) == list(range(math.prod(grid)))

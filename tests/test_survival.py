@@ -59,30 +59,6 @@ def line(text: str, pattern: str) -> str:
     return found[0]
 
 
-# Kills, and changed settings
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_killed_run_resumes_from_its_last_checkpoint(bench, stage):
-    runs = bench.runs[stage]
-    runs.leg("killed-at-7", TWO, "--checkpoint_every=3", kill_at=7)
-    assert runs.newest("killed-at-7").name == "step-00000006"
-    (text, _) = runs.leg("killed-at-7", TWO, "--trainer.max_steps=8")
-    assert_resumes(bench, stage, "killed-at-7", TWO)
-    line(text, "resuming from step-00000006")
-
-
-def test_a_run_with_other_settings_is_refused_and_stays_as_it_is(bench):
-    runs = bench.runs["transformer"]
-    runs.leg("another", TWO, "--trainer.max_steps=2")
-    before = {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
-    changed = ("--model.network.depth=2", "--data.seed=7", "--model.mask_schedule=square")
-    texts = runs.leg("another", TWO, *changed, code=BAD_INPUT)
-    said = line(texts[0], "from step 2: settings changed")
-    assert all(word in said for word in ("depth: 1 -> 2", "seed: 0 -> 7", "cosine -> square"))
-    assert before == {path: path.stat().st_mtime_ns for path in (runs.folder / "another").rglob("*")}
-
-
 # Kills while a checkpoint is written
 
 SIZES = (10_000, 40_000)  # bytes of a tensor file of 61,700

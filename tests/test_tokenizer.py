@@ -18,7 +18,6 @@ from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import CodebookUsage
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
@@ -283,14 +282,6 @@ def test_a_perceptual_network_stays_out_of_the_checkpoint(tmp_path):
     module = tokenizer(perceptual=PerceptualConfig(spec, weight=10.0))
     assert "perceptual" in module.replay_step(batch_of(range(8)), step=0)
     assert module.state_dict().keys() == tokenizer().state_dict().keys()
-
-
-def test_codebook_usage_leaves_padding_out():
-    use = CodebookUsage(8)
-    use.update(torch.tensor([[0, 1], [2, 3], [7, 7]]), torch.tensor([True, True, False]))
-    values = use.compute()
-    assert values["codebook_usage"].item() == pytest.approx(0.5)
-    assert values["perplexity"].item() == pytest.approx(4.0)
 
 
 def test_weights_in_16_bits_are_refused():

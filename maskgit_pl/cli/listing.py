@@ -30,7 +30,7 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "mask_schedules": "schedules",
     "mask_ratios": "masking",
     "mask_positions": "masking",
-    "objectives": "objectives",
+    "objectives": "losses",
     "distillations": "distillation",
     "backbones": "networks.backbone",
     "quantizers": "networks.quantizers",

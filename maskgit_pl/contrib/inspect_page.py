@@ -346,9 +346,7 @@ def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
         parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
     file = folder / FILE_NAME
     for report in parse_any_json(file.read_bytes(), str(file)) if file.is_file() else ():
-        again = report.get("healthy_again")
-        end = "" if again is None else f" It was healthy again at step {again}."
-        text = f"Reported in training at step {report['step']}: {report['text']}.{end}"
+        text = f"Reported in training at step {report['step']}: {report['text']}."
         parts.append(f'<p class="problem">{_quote(text)}</p>')
     return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
 

@@ -44,6 +44,12 @@ class Batch(NamedTuple):
     vectors: Tensor | None = None
     draws: Draws | None = None
 
+    @property
+    def step_draws(self) -> Draws:
+        """The random draws of the step, after the module has made them."""
+        assert self.draws is not None
+        return self.draws
+
     def vectors_for(self, condition_dim: int) -> Tensor | None:
         """Returns the vectors for a network with conditioning vectors of a given size.
 

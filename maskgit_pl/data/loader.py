@@ -11,14 +11,12 @@ Used by ``ShardData``, ``IndexedDataModule``, ``tokenize`` and the evaluation.
 
 from __future__ import annotations
 
-import json
 import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
 import numpy as np
@@ -37,7 +35,6 @@ from maskgit_pl.data.manifest import ShardReader, VectorReader
 from maskgit_pl.data.order import Order, Rows, TrainBatchSampler, eval_batches
 from maskgit_pl.data.token_store import TokenReader
 from maskgit_pl.errors import INTERNAL_ERROR, DataBudgetError, DataWorkerError, RunError, exit_code_of
-from maskgit_pl.files import write_text
 from maskgit_pl.processes import ignore_job_signals
 from maskgit_pl.randomness import random_bits
 
@@ -244,13 +241,6 @@ class UnreadableImages:
             f"data budget: {rule}:\n  {listed}\n"
             "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
         )
-
-
-def write_unreadable(path: Path, splits: dict[str, UnreadableImages]) -> None:
-    """Writes the counts and lists of all splits, by their names, to a JSON file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {name: images.as_json() for name, images in splits.items()}
-    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 class StepLoader(DataLoader[Batch]):

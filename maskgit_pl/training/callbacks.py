@@ -5,6 +5,7 @@ A recipe has ``callbacks: [device_stats]``. ``runs.build`` adds these callbacks 
 
 from __future__ import annotations
 
+import json
 import logging
 import time
 from abc import ABC, abstractmethod
@@ -20,7 +21,8 @@ from lightning.pytorch.callbacks import DeviceStatsMonitor
 from PIL import Image
 from torch import Tensor
 
-from maskgit_pl.data.loader import UnreadableImages, write_unreadable
+from maskgit_pl.data.loader import UnreadableImages
+from maskgit_pl.files import try_write_text
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.loggers import TolerantLogger
@@ -186,7 +188,8 @@ class UnreadableReport(Callback):
             return
         rank = trainer.global_rank
         path = self.folder / ("unreadable.json" if rank == 0 else f"unreadable-rank{rank}.json")
-        write_unreadable(path, counters)
+        content = {split: images.as_json() for split, images in counters.items()}
+        try_write_text(path, json.dumps(content, indent=1) + "\n")
         for split, images in counters.items():
             log.warning(
                 "data, split %s: %d of %d images could not be read (%s; %s) and were replaced by the next image of the "

@@ -33,8 +33,9 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -123,8 +124,14 @@ class FolderCheckpointIO(CheckpointIO):
         files = on_all_ranks(lambda: _read_marker(folder))[rank]  # a rank may see an older state of a shared folder
         # Each rank hashes a part of the files.
         on_all_ranks(lambda: _verify(folder, sorted(files)[rank::world_size], files))
-        with _TensorFiles(folder, [name for name in sorted(files) if name != _STATE], rank) as opened:
-            return _read_state(folder, lambda key: read(key, SavedTensor(key, opened)))
+        pieces: dict[str, list[tuple[int, Any]]] = {}
+        with ExitStack() as opened:
+            for name in files.keys() - {_STATE}:
+                file = opened.enter_context(open_tensors(folder / name))
+                first_rows = json.loads(file.metadata()[_FIRST_ROWS])
+                for key in file.keys():  # noqa: SIM118  # an open file is no mapping
+                    pieces.setdefault(key, []).append((first_rows.get(key, 0), file))
+            return _read_state(folder, lambda key: read(key, SavedTensor(key, sorted(pieces[key], key=itemgetter(0)))))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint. The marker goes first, so that a partly deleted checkpoint is never used."""
@@ -282,87 +289,40 @@ def _read_state(folder: Path, read: Callable[[str], Any]) -> dict[str, Any]:
     return cast("dict[str, Any]", _join_state(json.loads((folder / _STATE).read_bytes()), read))
 
 
-class _Piece(NamedTuple):
-    """Rows of a tensor in an open file, from the row ``start`` on."""
-
-    file: Any  # an open safetensors file
-    key: str
-    start: int
-
-    @property
-    def shape(self) -> list[int]:
-        shape: list[int] = self.file.get_slice(self.key).get_shape()
-        return shape
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Reads rows [start, stop) of the tensor, which this piece holds."""
-        rows: Tensor = self.file.get_slice(self.key)[start - self.start : stop - self.start]
-        return rows
-
-
-class _TensorFiles:
-    """The tensor files of a checkpoint, which are opened on first use, beginning with the file of this rank."""
-
-    def __init__(self, folder: Path, names: Sequence[str], rank: int) -> None:
-        self.folder = folder
-        # With an unchanged number of ranks, each rank finds its rows in its own file.
-        self._names = [*names[rank : rank + 1], *names[:rank], *names[rank + 1 :]]
-        self._open: dict[str, tuple[Any, set[str], dict[str, int]]] = {}
-        self._files = ExitStack()
-
-    def __enter__(self) -> _TensorFiles:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._files.close()
-
-    def find(self, key: str) -> Iterator[_Piece]:
-        """Yields the pieces of a tensor."""
-        for name in self._names:
-            if name not in self._open:
-                file = self._files.enter_context(open_tensors(self.folder / name))
-                self._open[name] = file, set(file.keys()), json.loads(file.metadata()[_FIRST_ROWS])
-            file, keys, starts = self._open[name]
-            if key in keys:
-                yield _Piece(file, key, starts.get(key, 0))
-
-
 class SavedTensor(NamedTuple):
     """A tensor of a checkpoint, whole or in pieces. Any of its rows can be read.
 
     Attributes:
         key: Key in the checkpoint, such as ``/state_dict/layer.weight``.
-        files: Open files of the checkpoint.
+        pieces: First row of each piece, and the open safetensors file that holds it; in the order of their rows.
     """
 
     key: str
-    files: _TensorFiles
+    pieces: Sequence[tuple[int, Any]]
 
     @property
     def is_scalar(self) -> bool:
         """A bool: the tensor has no dimensions."""
-        return not next(self.files.find(self.key)).shape
+        _, file = self.pieces[0]
+        return not file.get_slice(self.key).get_shape()
 
     def read_all(self) -> Tensor:
         """Reads the whole tensor to the CPU."""
-        pieces = list(self.files.find(self.key))
         if self.is_scalar:
-            scalar: Tensor = pieces[0].file.get_tensor(self.key)
+            _, file = self.pieces[0]
+            scalar: Tensor = file.get_tensor(self.key)
             return scalar
-        return self.read_rows(0, sum(piece.shape[0] for piece in pieces))
+        return self.read_rows(0, sum(file.get_slice(self.key).get_shape()[0] for _, file in self.pieces))
 
     def read_rows(self, start: int, stop: int) -> Tensor:
         """Reads rows [start, stop) of the first dimension to the CPU."""
-        parts: dict[int, Tensor] = {}  # by their first row
-        for piece in self.files.find(self.key):
-            first, last = max(start, piece.start), min(stop, piece.start + piece.shape[0])
-            if (first, last) == (start, stop):  # all rows are in this piece: no copy, and no other file
-                return piece.read(start, stop)
-            if first < last:
-                parts[first] = piece.read(first, last)
-        rows = torch.cat([parts[first] for first in sorted(parts)])
-        assert len(rows) == stop - start, f"checkpoint {self.files.folder}: {self.key} is incomplete"
-        return rows
+        parts: list[Tensor] = []
+        for first, file in self.pieces:
+            rows = file.get_slice(self.key)
+            begin, end = max(start, first), min(stop, first + rows.get_shape()[0])
+            if begin <= end:  # also no rows, which a rank may have
+                parts.append(rows[begin - first : end - first])
+        return torch.cat(parts) if len(parts) > 1 else parts[0]  # torch copies a single part, too
 
 
 _MOST_FAILURES = 3
@@ -488,10 +448,8 @@ class Checkpoints(Checkpoint):
             self._prune()
 
     def _report_failure(self, trainer: Trainer, error: OSError, *, last: bool) -> None:
-        step, kept = trainer.global_step, self._complete()
-        text = f"checkpoint of step {step} cannot be written: {error}; " + (
-            f"{kept[-1].name} is kept" if kept else "there is no older one"
-        )
+        step = trainer.global_step
+        text = f"checkpoint of step {step} cannot be written: {error}; older ones are kept"
         if last or self._failures >= _MOST_FAILURES:
             why = "it was the last one" if last else f"{self._failures} failures in a row"
             raise CannotWriteError(f"{text}; {why}: free space in {self.folder} and repeat the command to resume")
@@ -502,23 +460,14 @@ class Checkpoints(Checkpoint):
                 text, following, self._failures, _MOST_FAILURES,
             )  # fmt: skip
 
-    def _complete(self) -> list[Path]:
-        """Returns the complete checkpoints; an empty list if the folder cannot be read."""
-        try:
-            return complete_checkpoints(self.folder)
-        except OSError as error:
-            log.warning("%s cannot be listed: %s", self.folder, error)
-            return []
-
     def _prune(self) -> None:
         # Only rank 0 prunes, after all ranks have written the new checkpoint.
-        for old in self._complete()[: -self.keep_last]:
-            if self.keep_every is not None and step_of(old) % self.keep_every == 0:
-                continue
-            try:
-                FolderCheckpointIO().remove_checkpoint(old)
-            except OSError as error:
-                log.warning("checkpoint %s cannot be removed: %s", old, error)
+        try:
+            for old in complete_checkpoints(self.folder)[: -self.keep_last]:
+                if self.keep_every is None or step_of(old) % self.keep_every:
+                    FolderCheckpointIO().remove_checkpoint(old)
+        except OSError as error:
+            log.warning("old checkpoints of %s cannot be removed: %s", self.folder, error)
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
-from maskgit_pl.files import parse_any_json, write_text
+from maskgit_pl.files import parse_any_json, try_write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
 log = logging.getLogger(__name__)
@@ -212,15 +212,12 @@ class CodeHistory:
         state = self.state()
         counts, dead = state["counts"].double(), step - state["last_used"] >= dead_after
         shares = counts / counts.sum().clamp(min=1)
-        values = [
-            counts.sum(),
-            (counts > 0).double().mean(),
-            torch.special.entr(shares).sum().exp(),
-            dead.double().sum(),
-        ]
-        names = ("codebook_usage", "perplexity", "dead_codes")
-        num_tokens, *measurements = torch.stack(values).tolist()  # one transfer to the host
-        return dict(zip(names, measurements, strict=True)), int(num_tokens)
+        measurements = {
+            "codebook_usage": (counts > 0).double().mean(),
+            "perplexity": torch.special.entr(shares).sum().exp(),
+            "dead_codes": dead.double().sum(),
+        }
+        return {name: float(value) for name, value in measurements.items()}, int(counts.sum())
 
 
 @torch.no_grad()
@@ -358,10 +355,5 @@ class HealthMonitor(Callback):
             advice = "; or ".join(problem.advice)
             log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
             self.reports.append({"step": step, **asdict(problem)})
-        if not new:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
-        except OSError as error:
-            log.warning("%s cannot be written: %s; training continues", self.folder / FILE_NAME, error)
+        if new:
+            try_write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")

@@ -22,7 +22,6 @@ from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoa
 from lightning.pytorch.utilities import rank_zero_only
 from PIL import Image
 
-from maskgit_pl.checks import check_choice
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_text
 from maskgit_pl.registry import Registry, derives_from
@@ -102,9 +101,6 @@ class WandB(LoggerSpec):
 
     project: str = "maskgit_pl"
     mode: Literal["online", "offline"] = "online"
-
-    def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ("online", "offline"))
 
     def check(self) -> None:
         _require("wandb")

@@ -27,7 +27,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.distributed import device_name, peak_memory
-from maskgit_pl.files import read_json, write_text
+from maskgit_pl.files import read_json, try_write_text
 from maskgit_pl.training.gpus import find_gpu
 
 log = logging.getLogger(__name__)
@@ -79,7 +79,7 @@ class SpeedMonitor(Callback):
         self.folder = folder
         self.count_flops = count_flops
         self.tensor_float32 = tensor_float32
-        self._flops: float | None = None  # of a step; 0 if they cannot be counted
+        self._flops = 0.0  # of a step, on rank 0; 0 if they cannot be counted
         self._before = TrainingTime()  # of earlier processes
         self._first_step = 0  # of this process
         self._cost = 0.0  # seconds of this process
@@ -98,7 +98,10 @@ class SpeedMonitor(Callback):
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
         if trainer.is_global_zero:
-            self._flops_of_step()  # may take longer than a step, which the watchdog would take for a hang
+            try:  # here, since it may take longer than a step, which the watchdog would take for a hang
+                self._flops = self.count_flops()
+            except Exception as error:  # of a network of another package, which need not run without content
+                log.warning("the FLOPs of a step cannot be counted, and are not logged: %s", error)
         self._restart(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -116,7 +119,7 @@ class SpeedMonitor(Callback):
             values = self._measure(trainer, pl_module)
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
-            self._restart(trainer)  # counting FLOPs, once, is no part of a step
+            self._restart(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes the time beside each checkpoint; the checkpoint itself has no times, since they are not exact."""
@@ -159,12 +162,7 @@ class SpeedMonitor(Callback):
         before, steps = self._before, trainer.global_step - self._first_step
         cost, is_cpu = before.cost + self._cost, device.type == "cpu"
         total = TrainingTime(before.steps + steps, cost, device_name(device), is_cpu)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_text(self.folder / _FILE_NAME, json.dumps(asdict(total), indent=2) + "\n")
-        except OSError as error:  # such as a full disk: the other ranks know nothing of it, and training continues
-            file = self.folder / _FILE_NAME
-            log.warning("%s cannot be written: %s; the time of this run will be incomplete", file, error)
+        try_write_text(self.folder / _FILE_NAME, json.dumps(asdict(total), indent=2) + "\n")
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         steps, seconds = trainer.global_step - self._logged_step, max(self._passed, 1e-9)
@@ -173,8 +171,8 @@ class SpeedMonitor(Callback):
             "speed/data_wait": self._waited / seconds,
             "speed/peak_memory_gb": peak_memory(pl_module.device) / 1e9,
         }
-        if trainer.is_global_zero and self._flops_of_step() > 0:
-            rate = self._flops_of_step() * steps / seconds / trainer.world_size
+        if self._flops:
+            rate = self._flops * steps / seconds / trainer.world_size
             values["speed/tflops"] = rate / 1e12
             device = pl_module.device
             gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
@@ -182,15 +180,6 @@ class SpeedMonitor(Callback):
                 peak = gpu.rate(str(trainer.precision), tensor_float32=self.tensor_float32)
                 values["speed/model_flops_utilization"] = rate / peak
         return values
-
-    def _flops_of_step(self) -> float:
-        if self._flops is None:
-            try:
-                self._flops = self.count_flops()
-            except Exception as error:  # of a network of another package, which need not run without content
-                log.warning("the FLOPs of a step cannot be counted, and are not logged: %s", error)
-                self._flops = 0.0
-        return self._flops
 
 
 def _clocks() -> tuple[float, float]:

@@ -39,7 +39,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -50,9 +50,9 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from maskgit_pl import processes
-from maskgit_pl.distributed import rank_and_world
+from maskgit_pl.distributed import max_over_ranks
 from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError, RunError, describe_error, exit_code_of
-from maskgit_pl.files import write_text
+from maskgit_pl.files import try_write_text
 from maskgit_pl.training.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -97,11 +97,14 @@ class StepCheck(Callback):
             NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the
                 samples of these steps are written.
         """
-        decision = _decide_together(trainer.strategy.root_device, losses=self._losses, norms=gradient_norms)
-        self._stops = decision.stops
         # The next micro-batch belongs to the next step.
         losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
-        if not decision.skips:
+        # A maximum also tells which rank has a non-finite loss: 1 + rank, or 0 for none.
+        worst_rank = _has_nonfinite(losses) * (1 + trainer.global_rank)
+        stops = torch.full_like(worst_rank, float(processes.is_requested()))
+        votes = max_over_ranks(torch.stack([stops, _has_nonfinite(gradient_norms), worst_rank])).tolist()
+        self._stops, wrong_norm, wrong_loss = bool(votes[0]), bool(votes[1]), int(votes[2])
+        if not wrong_norm and not wrong_loss:
             self._skipped = []
             return False
         self._skipped.append(
@@ -112,7 +115,7 @@ class StepCheck(Callback):
                 "samples": [number for batch in samples for number in batch.tolist()],
             }
         )
-        self._report_skipped(trainer, decision)
+        self._report_skipped(trainer, f"loss on rank {wrong_loss - 1}" if wrong_loss else "gradient")
         return True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -120,30 +123,26 @@ class StepCheck(Callback):
             self._stop(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.sanity_checking:
+            return
         # A validation can be long, so a stop signal does not wait for its end.
-        if not trainer.sanity_checking and _decide_together(trainer.strategy.root_device).stops:
+        if trainer.strategy.reduce_boolean_decision(processes.is_requested(), all=False):
             self._stop(trainer)
 
-    def _report_skipped(self, trainer: Trainer, decision: _Decision) -> None:
-        what = "gradient" if decision.worst_rank is None else f"loss on rank {decision.worst_rank}"
+    def _report_skipped(self, trainer: Trainer, what: str) -> None:
         text = f"step {trainer.global_step}: non-finite {what}"
         if len(self._skipped) <= _MOST_IN_A_ROW:
             if trainer.is_global_zero:
                 log.warning("%s; no rank updates its weights (%d in a row)", text, len(self._skipped))
             return
-        self._list_samples(trainer.global_rank)
+        rank = trainer.global_rank
+        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
+        try_write_text(path, json.dumps(self._skipped, indent=2) + "\n")
         raise NonFiniteError(
             f"{text}, {len(self._skipped)} steps in a row. {self.folder / 'nonfinite*.json'} lists their samples, one "
             "file per rank. None of these steps changed the weights, and the last checkpoint is valid; try a lower "
             "learning rate, gradient clipping or trainer.precision=32-true"
         )
-
-    def _list_samples(self, rank: int) -> None:
-        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
-        try:
-            write_text(path, json.dumps(self._skipped, indent=2) + "\n")
-        except OSError as error:  # the run must end with the non-finite error, not with this one
-            log.warning("%s cannot be written: %s", path, error)
 
     def _stop(self, trainer: Trainer) -> None:
         self.checkpoints.save(trainer, last=True)
@@ -152,36 +151,8 @@ class StepCheck(Callback):
         )
 
 
-class _Decision(NamedTuple):
-    """The common decision of all ranks."""
-
-    stops: bool  # any rank has received a stop signal
-    skips: bool  # any rank has a non-finite loss or gradient norm
-    worst_rank: int | None  # highest rank with a non-finite loss
-
-
-def _decide_together(device: torch.device, *, losses: Sequence[Tensor] = (), norms: Sequence[Tensor] = ()) -> _Decision:
-    """Exchanges one tensor between the ranks; every rank must call it at the same point of a step."""
-    stops = processes.is_requested()
-    rank, world_size = rank_and_world()
-    if world_size > 1:
-        # A maximum also tells which rank has a non-finite loss: 1 + rank, or 0 for none.
-        worst = _any_nonfinite(losses, device) * (1 + rank)
-        flags = torch.stack([torch.tensor(float(stops), device=device), _any_nonfinite(norms, device), worst])
-        dist.all_reduce(flags, dist.ReduceOp.MAX)
-        stopped, norm, worst_rank = flags.tolist()
-        return _Decision(stopped > 0, norm + worst_rank > 0, int(worst_rank) - 1 if worst_rank else None)
-    if not norms:  # in validation, where no update is at stake
-        return _Decision(stops, skips=False, worst_rank=None)
-    # One transfer to the CPU for all values.
-    finite = torch.stack([*losses, *norms]).isfinite().tolist()
-    return _Decision(stops, not all(finite), None if all(finite[: len(losses)]) else 0)
-
-
-def _any_nonfinite(values: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Returns a scalar float32 tensor: 1 if any value is non-finite, else 0."""
-    if not values:
-        return torch.zeros((), device=device)
+def _has_nonfinite(values: Sequence[Tensor]) -> Tensor:
+    """Returns a scalar float32 tensor: 1 if any of the scalars is non-finite, else 0."""
     return 1 - torch.stack(list(values)).isfinite().all().float()
 
 

@@ -149,16 +149,14 @@ class _NetworksDDP(DDPStrategy):
         if wrap_networks is None:
             super().configure_ddp()
         else:
-            wrap_networks(self._wrap)
+            device_ids = self.determine_ddp_device_ids()
+            wrap_networks(partial(DistributedDataParallel, device_ids=device_ids, **self._ddp_kwargs))
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
         """Saves on every rank (Lightning: only rank 0), so that all ranks raise the same error."""
         self.checkpoint_io.save_checkpoint(checkpoint, filepath)
-
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        return DistributedDataParallel(network, device_ids=self.determine_ddp_device_ids(), **self._ddp_kwargs)
 
 
 class _FullyShardedDataParallel2(ModelParallelStrategy):
@@ -202,18 +200,13 @@ class _FullyShardedDataParallel2(ModelParallelStrategy):
 
         def read(key: str, saved: SavedTensor) -> Tensor:
             like = values.get(key, values.get(key.rpartition("/")[0]))  # a moment is sharded as its parameter
-            return saved.read_all() if like is None or saved.is_scalar else _rows_like(like, saved)
+            if saved.is_scalar or not isinstance(like, DTensor):
+                return saved.read_all()
+            rows = saved.read_rows(*local_rows(like)).to(like.device)
+            return DTensor.from_local(rows, like.device_mesh, like.placements, shape=like.shape, stride=like.stride())
 
         checkpoint = self.checkpoint_io.load_pieces(self.broadcast(checkpoint_path), read)
         self.lightning_module.load_state_dict(checkpoint["state_dict"])
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             optimizer.load_state_dict(state)
         return checkpoint
-
-
-def _rows_like(tensor: Tensor, saved: SavedTensor) -> Tensor:
-    """Returns a saved tensor with the device, and if ``tensor`` is sharded, the sharding of ``tensor``."""
-    if not isinstance(tensor, DTensor):
-        return saved.read_all()
-    rows = saved.read_rows(*local_rows(tensor)).to(tensor.device)
-    return DTensor.from_local(rows, tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride())

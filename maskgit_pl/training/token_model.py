@@ -48,7 +48,7 @@ from maskgit_pl.checks import check_class_names, check_number, check_seed, heigh
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
-from maskgit_pl.losses import TokenStatistics, chunked_statistics, mean_over_rows, needs_chunks, token_statistics
+from maskgit_pl.losses import chunked_statistics, mean_over_rows, needs_chunks, token_statistics
 from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, weights_for
@@ -150,28 +150,6 @@ def check_tokenizer(config: BackboneConfig, tokenizer: PretrainedTokenizer) -> N
             )
 
 
-def check_samples(batch: Batch, config: BackboneConfig, tokenizer: Callable[[], PretrainedTokenizer]) -> None:
-    """Checks that the samples of a batch are those of a transformer; ``tokenizer`` returns that of images.
-
-    The rows of the embedding beside those of the classes are codes, the null class and the mask token.
-
-    Raises:
-        TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
-        ValueError: if the samples have another shape, or a label is no class of the transformer.
-    """
-    if isinstance(batch, Batch) and batch.content.ndim == 4:
-        images_of = tokenizer()
-        check_batch(batch, shape=(images_of.network.config.in_channels, *height_width(images_of.image_size)))
-    else:
-        check_batch(batch, shape=(config.num_tokens,))
-    wrong = batch.labels[(batch.labels < 0) | (batch.labels >= config.num_classes)]
-    if len(wrong):
-        raise ValueError(
-            f"labels of the data must be in [0, {config.num_classes}), the classes of the model, got {int(wrong[0])}; "
-            "number the classes from 0, and build the model with num_classes of the data"
-        )
-
-
 class StepLosses(NamedTuple):
     """The result of forward pass and loss for a micro-batch.
 
@@ -261,17 +239,36 @@ class TokenModel(LightningModule):
 
     def draw_on_host(self, batch: Batch) -> Batch:
         """Adds the random draws of the step to a batch that is on the host; the data modules call it."""
-        drawn = self._with_draws(batch)
-        if self.device.type != "cuda" or drawn.draws is None:
-            return drawn
-        return drawn._replace(draws=drawn.draws.pin_memory())
+        batch = self._with_draws(batch)
+        return batch._replace(draws=batch.step_draws.pin_memory()) if self.device.type == "cuda" else batch
 
     def _with_draws(self, batch: Batch) -> Batch:
         """Returns the batch with its random draws, unless it has them already."""
         if isinstance(batch, Batch) and batch.draws is not None:
             return batch
-        check_samples(batch, self.config.network, lambda: self._tokenizer or self.tokenizer)
+        self._check_samples(batch)
         return batch._replace(draws=self._draw(batch))
+
+    def _check_samples(self, batch: Batch) -> None:
+        """Checks that the samples of a batch are those of the network, or images of its tokenizer.
+
+        Raises:
+            TypeError: if the batch comes from no data module of ``maskgit_pl.data``.
+            ValueError: if the samples have another shape, or a label is no class of the network.
+        """
+        shape: tuple[int, ...] = (self.config.network.num_tokens,)
+        if isinstance(batch, Batch) and batch.content.ndim == 4:
+            tokenizer = self.tokenizer
+            shape = (tokenizer.network.config.in_channels, *height_width(tokenizer.image_size))
+        check_batch(batch, shape=shape)
+        # The rows of the embedding beside those of the classes are codes, the null class and the mask token.
+        num_classes = self.config.network.num_classes
+        wrong = batch.labels[(batch.labels < 0) | (batch.labels >= num_classes)]
+        if len(wrong):
+            raise ValueError(
+                f"labels of the data must be in [0, {num_classes}), the classes of the model, got {int(wrong[0])}; "
+                "number the classes from 0, and build the model with num_classes of the data"
+            )
 
     def _draws_of(self, batch: Batch, mask: Tensor) -> Draws:
         """Returns the draws that predict the tokens of ``mask`` (B, N) bool; in validation without class dropout."""
@@ -324,50 +321,38 @@ class TokenModel(LightningModule):
         return self.compute_losses(self.transformer, batch, batch.content, smoothing=self.config.label_smoothing)
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
-        """Computes the mean over rows of their cross-entropies, and the values for the logs."""
-        draws = batch.draws
-        assert draws is not None
-        result = self._predict(network, self._hide(tokens, draws.mask), batch, tokens, smoothing=smoothing)
-        return StepLosses(mean_over_rows(result.losses, draws.rows, num_rows=len(tokens)), result.nll, result.hits)
-
-    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """Returns tokens (B, N) with the mask token where ``mask`` is True; causal attention hides tokens itself."""
-        network = self.config.network
-        return tokens if network.attention == "causal" else tokens.masked_fill(mask, network.mask_token_id)
-
-    def _predict(
-        self,
-        network: Backbone,
-        hidden: Tensor,
-        batch: Batch,
-        tokens: Tensor,
-        *,
-        smoothing: float,
-    ) -> TokenStatistics:
-        """Computes logits at the M predicted tokens, in chunks if they are very large, and their cross-entropies.
+        """Computes logits at the M predicted tokens, in chunks if they are very large, their losses and their mean.
 
         Args:
             network: The network.
-            hidden: (B, N) int64, the tokens that the network sees, some of them the mask token.
             batch: The batch with its draws.
-            tokens: (B, N) int64, the true tokens.
-            smoothing: Label smoothing.
+            tokens: (B, N) int64 in [0, K), the true tokens.
+            smoothing: Label smoothing, in [0, 1).
         """
-        draws, config, columns = batch.draws, self.config.network, self.config.loss_columns
-        assert draws is not None
+        draws, config, columns = batch.step_draws, self.config.network, self.config.loss_columns
+        seen = self._hide(tokens, draws.mask)  # 5
         targets = tokens.flatten()[draws.positions]  # (M,)
         vectors = batch.vectors_for(config.condition_dim)
         compute = partial(
-            network.forward_selected, hidden, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
+            network.forward_selected, seen, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
         )
-        groups = config.num_token_groups
-        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=groups)
+        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=config.num_token_groups)
         if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
             project = partial(chunked_statistics, targets=targets, measure=measure)
             losses, nll, hits = compute(project=project).unbind(1)
             # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
-            return TokenStatistics(losses, nll.detach(), hits.detach())
-        return measure(compute(), targets)
+            nll, hits = nll.detach(), hits.detach()
+        else:
+            losses, nll, hits = measure(compute(), targets)
+        return StepLosses(self._average(losses, draws), nll, hits)  # 6
+
+    def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
+        """Returns what the network sees of tokens (B, N), of which those of ``mask`` (B, N) bool are predicted."""
+        return tokens
+
+    def _average(self, losses: Tensor, draws: Draws) -> Tensor:
+        """Returns the loss, scalar float32, from the cross-entropies (M,) float32 of the predicted tokens."""
+        return mean_over_rows(losses, draws.rows, num_rows=len(draws.mask))
 
     # 7, 8: the optimizer and the average
 
@@ -442,11 +427,8 @@ class TokenModel(LightningModule):
 
     def _log_step(self, batch: Batch, losses: StepLosses, batch_idx: int) -> None:
         """Adds the tokens of a micro-batch to the means of this rank, which the last one of a step logs."""
-        draws = batch.draws
-        assert draws is not None
-        bins = self._assign_bins(draws.mask, draws.positions)
-        if draws.counted is not None:
-            bins = bins.masked_fill(~draws.counted, NUM_BINS)
+        draws = batch.step_draws
+        bins = self._assign_bins(draws.mask, draws.positions).masked_fill(~draws.is_masked, NUM_BINS)
         self._bins.add(bins, losses.token_losses, losses.hits)
         is_logged = (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # set late
         if not is_logged or (batch_idx + 1) % self.trainer.accumulate_grad_batches:

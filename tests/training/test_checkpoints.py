@@ -148,19 +148,6 @@ def test_partial_and_half_removed_folders_are_leftovers_and_no_checkpoints(tmp_p
     assert FolderCheckpointIO().load_checkpoint(save(emptied))["loops"] == STATE["loops"]  # its place can be taken
 
 
-def test_a_removal_that_is_cut_short_leaves_no_complete_checkpoint(tmp_path, monkeypatch):
-    folder = save(tmp_path / "step-00000010")
-
-    def cut(path, **_):
-        raise OSError("killed")
-
-    monkeypatch.setattr("maskgit_pl.training.checkpoints.shutil.rmtree", cut)
-    with pytest.raises(OSError, match="killed"):
-        FolderCheckpointIO().remove_checkpoint(folder)
-    assert complete_checkpoints(tmp_path) == []
-    assert find_leftovers(tmp_path) == [folder]
-
-
 class Line(LightningModule):
     def __init__(self):
         super().__init__()
@@ -231,7 +218,7 @@ class Unwritable(FolderCheckpointIO):
 def test_only_three_failed_saves_in_a_row_end_a_run(tmp_path):
     fit_line(tmp_path / "four in all", steps=6, every_n_steps=1, disk=Unwritable(1, 2, 4, 5))
     assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
-    with pytest.raises(CannotWriteError, match=r"step 4 .*step-00000001 is kept; 3 failures in a row"):
+    with pytest.raises(CannotWriteError, match=r"step 4 .*older ones are kept; 3 failures in a row"):
         fit_line(tmp_path / "three in a row", steps=6, every_n_steps=1, disk=Unwritable(2, 3, 4))
 
 

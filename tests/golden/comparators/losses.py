@@ -15,16 +15,21 @@ from maskgit_pl.losses import (
     discriminator_loss,
     generator_loss,
     mean_over_rows,
-    reconstruction_loss,
     token_cross_entropy,
 )
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 from maskgit_pl.networks.quantizers import entropy_loss
+from maskgit_pl.training.tokenizer_losses import LossInputs, tokenizer_losses
 
 _INPUTS = (
     "ce_logits", "ce_labels", "ce_weights", "dist_a", "dist_b", "entropy_affinity", "real_logit", "fake_logit",
     "l_true", "l_pred", "perplexity_one_hot", "sigmoid_ce_labels",
 )  # fmt: skip
+
+
+def reconstruction_loss(reconstruction: Tensor, images: Tensor, *, kind: str) -> Tensor:
+    """The reconstruction loss of stage 1."""
+    return tokenizer_losses.build(kind)(LossInputs(images, reconstruction, images, 0), None)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, weights: Tensor, *, smoothing: float) -> Tensor:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from comparators.comparison import Comparison, gradients, inputs, present
 from comparators.folder import Folder
+from comparators.losses import reconstruction_loss
 from comparators.transformer import recorded_outputs
 from maskgit_pl.importers.released import parameters, tokenizer_config, tokenizer_weights
-from maskgit_pl.losses import reconstruction_loss
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 from maskgit_pl.networks.quantizers import QuantizerOutput, entropy_loss
 from maskgit_pl.networks.vqgan import VQGAN, Activation, Downsample, Encoder, ResidualBlock
