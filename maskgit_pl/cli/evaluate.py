@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.options import (
     default_training,
 )
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.layers import parse_spec, parse_specs
+from maskgit_pl.runs.layers import parse_specs
 
 
 def _parse_selectors(flag: str, text: str) -> list[Spec] | None:
@@ -124,13 +124,6 @@ def evaluate_tokenizer(
         print(f"{report.file}: results")
 
 
-@dataclass(frozen=True)
-class ComparisonFlags(ComparisonOptions):
-    """The options of a comparison, with mappings in YAML."""
-
-    guidance: Annotated[Spec, Word("NAME", parse_spec)] | None = None
-
-
 def compare(
     folder: Run,
     *,
@@ -139,7 +132,7 @@ def compare(
     num_steps: Numbers | None = None,
     num_images: int = 1000,
     out: Annotated[Path, Output("")] | None = None,
-    measurement: ComparisonFlags = ComparisonFlags(),
+    measurement: ComparisonOptions = ComparisonOptions(),
 ) -> None:
     """Measures every token selector on one model.
 

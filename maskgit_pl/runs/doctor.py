@@ -26,7 +26,7 @@ from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
 from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, name_folders, run_folder
+from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import ResolvedRun, resolve
@@ -132,7 +132,7 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
     """
     report, machines = Preflight(), machines or Machines()
     nodes, devices = count_devices(machines, recipe)
-    plan, summary = _find_inputs(report, recipe, name_folders(**folders))
+    plan, summary = _find_inputs(report, recipe, **folders)
     is_complete = report.ok
     ranks = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
     if nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
@@ -186,10 +186,16 @@ def _device_memory(machines: Machines) -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan, DataSummary | None]:
+def _find_inputs(
+    report: Preflight,
+    recipe: Recipe,
+    run: str | Path | None = None,
+    data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
+) -> tuple[Plan, DataSummary | None]:
     """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
-    folder, data = run_folder(recipe, named["run"]), named["data"]
-    plan, summary = Plan(recipe, shards=Path(data or ""), folder=folder), None
+    plan, summary = Plan(recipe, shards=Path(data or ""), folder=run_folder(recipe, run)), None
     with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
         if recipe.get("data.source") != "stream":
@@ -200,13 +206,14 @@ def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Pla
             report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
     if plan.stage == "transformer":
         with report.catch("tokenizer"):
-            others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
-            tokenizer = find_tokenizer(recipe, folder=folder, shards=plan.shards, **others)
-            codes = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"]).codebook_size
-            plan = replace(plan, tokenizer=tokenizer)
-            report.add("tokenizer", f"{tokenizer}: {count_text(codes, 'code')}")
+            found = find_tokenizer(
+                recipe, folder=plan.folder, shards=plan.shards, tokenizer=tokenizer, pretrained=pretrained
+            )
+            codes = VQGANConfig(**read_config(found, "tokenizer")["network"]).codebook_size
+            plan = replace(plan, tokenizer=found)
+            report.add("tokenizer", f"{found}: {count_text(codes, 'code')}")
     with report.catch("pretrained"):
-        plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
+        plan = replace(plan, pretrained=find_pretrained(plan.stage, pretrained))
     return plan, summary
 
 
