@@ -1,4 +1,4 @@
-"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``doctor``."""
+"""Builds module, data and Trainer of a stage from its recipe. Used by ``fitting``, ``slurm`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -30,7 +30,6 @@ from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Stage
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
 from maskgit_pl.tokenizer import Tokenizer
@@ -117,7 +116,7 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
         )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
-    run = StageRun(plan.stage, values, plan.stage_folder, callbacks)
+    run = StageRun(plan, values, callbacks)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
@@ -160,7 +159,7 @@ def build_without_weights(plan: Plan) -> StageRun:
         ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
     with leave_no_trace():
-        return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
+        return StageRun(plan, resolve(plan.recipe.kind, merge_values(plan)))
 
 
 @contextmanager
@@ -175,9 +174,8 @@ class StageRun:
     """A stage of a run: module and data, and after ``add_trainer`` also the Trainer.
 
     Args:
-        stage: Stage to train.
+        plan: Folders of the run, and the stage.
         values: All values of the run.
-        folder: Stage folder, ``runs/RUN/STAGE``.
         callbacks: Further callbacks of the Trainer.
 
     Attributes:
@@ -192,13 +190,10 @@ class StageRun:
 
     trainer: Trainer
 
-    def __init__(self, stage: Stage, values: ResolvedRun, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
-        self.stage: Stage = stage
-        self.folder, self.callbacks = folder, callbacks
-        trainer = replace(
-            values.trainer, precision=choose_precision(values.trainer, values.model.network, stage, folder)
-        )
-        self.values = replace(values, trainer=trainer)
+    def __init__(self, plan: Plan, values: ResolvedRun, callbacks: Sequence[Callback] = ()) -> None:
+        self.stage, self.folder, self.callbacks = plan.stage, plan.stage_folder, callbacks
+        precision = choose_precision(values.trainer, values.model.network, self.stage, self.folder)
+        self.values = replace(values, trainer=replace(values.trainer, precision=precision))
         # Threads and precision of torch come before any computation.
         if values.cpu_threads is not None:
             torch.set_num_threads(values.cpu_threads)

@@ -221,18 +221,18 @@ def _build(
     report: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
 ) -> StageRun:
     """Builds a run on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
-    recipe, folder = plan.recipe, plan.stage_folder
+    recipe = plan.recipe
     missing = {"path": str(plan.shards), "tokenizer": str(plan.tokenizer or "missing")}
     instead = values_without_data(plan.stage, token_store=str(plan.folder / "tokens"), **missing)
     recipe_values = merge_recipe_values(plan) if summary is None else merge_values(plan)
     values = resolve(recipe.kind, merge([instead, recipe_values]))
     trainer = values.trainer
-    precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
+    precision = choose_precision(trainer, values.model.network, plan.stage, plan.stage_folder, gpu=gpu)
     with report.catch("strategy"):
         check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
-        run = StageRun(plan.stage, replace(values, trainer=replace(trainer, precision=precision)), folder)
+        run = StageRun(plan, replace(values, trainer=replace(trainer, precision=precision)))
         report.add("recipe", f"{recipe.title}: keys, types and names are valid")
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}

@@ -92,12 +92,15 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
-def remove_key(tree: Any, key: str) -> bool:
-    """Removes a dotted key from a tree in place. Returns True if it was there."""
-    *groups, leaf = key.split(".")
-    for group in groups:
-        tree = tree.get(group) if isinstance(tree, dict) else None
-    return isinstance(tree, dict) and tree.pop(leaf, remove_key) is not remove_key
+def without_keys(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a copy of a tree without dotted keys, which it need not have."""
+    copy = merge([tree])
+    for key in keys:
+        group, _, leaf = key.rpartition(".")
+        node = value_at(copy, group) if group else copy
+        if isinstance(node, dict):
+            node.pop(leaf, None)
+    return copy
 
 
 def flag_words(overrides: Overrides) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ from maskgit_pl.runs.layers import (
     parse_numbers,
     parse_spec,
     parse_specs,
-    remove_key,
     value_at,
+    without_keys,
 )
 
 
@@ -31,10 +31,9 @@ def test_later_trees_override_keys_and_replace_named_objects():
 def test_a_dotted_key_is_read_and_removed():
     tree = {"a": {"b": {"c": 1, "d": None}}, "word": "x"}
     assert [value_at(tree, key) for key in ("a.b.c", "a.b.d", "a.x.c", "word.x")] == [1, None, None, None]
-    assert [remove_key(tree, key) for key in ("a.b.c", "a.b.c", "a.b.d", "word.x", "word")] == [
-        True, False, True, False, True,
-    ]  # fmt: skip
-    assert tree == {"a": {"b": {}}}
+    assert without_keys(tree, ("a.b.c", "a.b.d", "a.x.c", "word.x", "gone")) == {"a": {"b": {}}, "word": "x"}
+    assert without_keys(tree, ("word", "a.b")) == {"a": {}}
+    assert tree == {"a": {"b": {"c": 1, "d": None}}, "word": "x"}
 
 
 REMDM = {"name": "remdm", "eta": 0.4}
