@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run, print_page
+from maskgit_pl.cli.flags import CasFlags, Device, Folder, ImageSize, Numbers, Run, Specs, print_json, print_page
 from maskgit_pl.evaluation.options import (
     FEATURES,
     ComparisonOptions,
@@ -47,7 +46,7 @@ def evaluate(
     *,
     data: Folder | None = None,
     num_images: int = 1000,
-    features: Features = FEATURES,
+    features: Specs = FEATURES,
     cas: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
     measurement: EvaluationOptions = EvaluationOptions(),
@@ -93,7 +92,7 @@ def evaluate_tokenizer(
     folder: Run,
     *,
     data: Folder | None = None,
-    features: Features = ("classifier",),
+    features: Specs = ("classifier",),
     json: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
     measurement: TokenizerOptions = TokenizerOptions(),
@@ -118,7 +117,7 @@ def evaluate_tokenizer(
             folder, data=data, features=features, out=out, options=measurement, bars=bars
         )
     if json:
-        print(dumps(report.content, indent=2))
+        print_json(report.content)
     else:
         print_page(report.page)
         print(f"{report.file}: results")

@@ -37,7 +37,6 @@ Device = Annotated[str, Word("NAME")]
 Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
 Seeds = Annotated[tuple[int, ...], Word("N,...")]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
-Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
 
 

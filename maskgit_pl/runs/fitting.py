@@ -141,7 +141,9 @@ def export(
     """
     folder = folder_of(run)
     out = folder / "pretrained" if out is None else Path(out)
-    stages = _stages(folder, stage)
+    stages = [stage] if stage else [part for part in STAGES if (folder / part / "checkpoints").is_dir()]
+    if not stages:
+        raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
     check_writable("--out", out, is_folder=True)
     # Locked before it is checked, so that of two processes one is refused.
     with hold_lock(out, hint="give another --out"):
@@ -156,14 +158,6 @@ def export(
         for plan, checkpoint in zip(plans, chosen, strict=True):
             _export_checkpoint(plan, checkpoint, out)
     return out
-
-
-def _stages(folder: Path, named: Stage | None) -> Sequence[Stage]:
-    """Returns the named stage, or all trained stages, the tokenizer first."""
-    stages = [named] if named else [stage for stage in STAGES if (folder / stage / "checkpoints").is_dir()]
-    if not stages:
-        raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
-    return stages
 
 
 def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Plan:
