@@ -1,4 +1,4 @@
-"""Jobs submitted from Python and their script, with fake commands of Slurm; tests/slurm has the real ones."""
+"""Jobs and their script, with fake commands of Slurm; tests/slurm has the real ones."""
 
 import os
 import re
@@ -80,21 +80,34 @@ def test_the_log_is_in_the_run_unless_an_option_moves_it(plan, tiny_shards, tmp_
     assert submission.log_file("7") == f"{tmp_path}/100%j/one/tokenizer/slurm-7.log"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        *({"nodes": 0}, {"sbatch": "'"}, {"srun": "'"}, {"container": "'"}),
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"sbatch": "'"}, {"srun": "'"}, {"container": "'"}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):
         JobOptions(**wrong)
 
 
+def test_devices_are_gpus_unless_the_recipe_names_an_accelerator(plan):
+    job = plan("--trainer.accelerator=auto", "--data.num_workers=3", devices=2)
+    assert {"--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=4"} <= {*job.options}
+    assert job.words[-1] == "--trainer.accelerator=gpu"  # a task that sees no GPU ends
+    assert "--trainer.accelerator=gpu" not in plan().words  # its recipe says cpu
+
+
+def test_gpus_are_requested_in_one_way(plan):
+    gpu = "--trainer.accelerator=gpu"
+    for words in ("--gres=gpu:a100:8", "--mem=0 --gres gpu:8", "-G 16", "-G16", "--gpus=16", "--gpus-per-task=1"):
+        options = plan(gpu, sbatch=words).options
+        assert not any(option.startswith("--gpus-per-node") for option in options)
+        assert options[-1] == shlex.split(words)[-1]
+    assert "--gpus-per-node=1" in plan(gpu, sbatch="--gres=lscratch:100").options
+
+
 def test_a_job_gets_the_names_of_its_recipe_or_the_run_that_it_repeats(tmp_path, tiny_shards):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
     named = runs.Recipe.read("tokenizer", names="paper-256 log", cluster="ddp")
-    assert runs.plan_submission(named, **where).variables["RECIPE"] == "paper-256 log"
+    submission = runs.plan_submission(named, **where)
+    assert submission.variables["RECIPE"] == "paper-256 log"
+    assert submission.words == ("--trainer.accelerator=gpu",)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(named.tree))
     repeated = runs.plan_submission(runs.Recipe.from_run("tokenizer", config), **where)
