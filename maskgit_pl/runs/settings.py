@@ -288,14 +288,14 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     if wrong_types := [fault for fault in _faults(kind, files) if fault.kind == "type"]:
-        _refuse(kind, files, wrong_types[0])
+        _refuse(files[_culprit(kind, files, wrong_types[0])], wrong_types[0])
     while faults := _faults(kind, layers):
         number = _culprit(kind, layers, faults[0])
         readings = [replace(layers[number], tree=tree, readings=()) for tree in layers[number].readings]
         others = [[*layers[:number], reading, *layers[number + 1 :]] for reading in readings]
         fitting = [other for other in others if _has_type(_faults(kind, other), faults[0])]
         if faults[0].kind != "type" or not fitting:
-            _refuse(kind, layers, faults[0])
+            _refuse(layers[number], faults[0])
         layers = fitting[0]
     return layers
 
@@ -318,9 +318,9 @@ def _has_type(faults: Sequence[WrongValue], fault: WrongValue) -> bool:
     return all(wrong_type.kind != "type" or wrong_type.key != fault.key[: len(wrong_type.key)] for wrong_type in faults)
 
 
-def _refuse(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> NoReturn:
+def _refuse(layer: Layer, fault: WrongValue) -> NoReturn:
     """Raises the error of a wrong value, with its file or flag; a flag takes the place of the key."""
-    layer, path = layers[_culprit(kind, layers, fault)], ".".join(fault.key)
+    path = ".".join(fault.key)
     is_of_flag = f"{layer.origin}.".startswith(f"flag --{path}.")
     with _named(layer.origin):
         raise ValueError(layer.fault or (fault.text.removeprefix(f"{path}: ") if is_of_flag else fault.text))
