@@ -32,7 +32,6 @@ from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
-from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import (
     ProgressLines,
     ReconstructionPictures,
@@ -136,7 +135,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
             tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
         )
     else:
-        assert isinstance(module, Tokenizer)
         # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
     if module.config.flip_probability > 0 and "flip" in data.config.train_augmentations.parts:
@@ -179,6 +177,7 @@ class StageRun:
         callbacks: Further callbacks of the Trainer.
 
     Attributes:
+        plan: The plan.
         values: All values of the run, with the chosen precision.
         datamodule: Data of the stage.
         model: Module of the stage.
@@ -191,8 +190,8 @@ class StageRun:
     trainer: Trainer
 
     def __init__(self, plan: Plan, values: ResolvedRun, callbacks: Sequence[Callback] = ()) -> None:
-        self.stage, self.folder, self.callbacks = plan.stage, plan.stage_folder, callbacks
-        precision = choose_precision(values.trainer, values.model.network, self.stage, self.folder)
+        self.plan, self.folder, self.callbacks = plan, plan.stage_folder, callbacks
+        precision = choose_precision(values.trainer, values.model.network, plan.stage, self.folder)
         self.values = replace(values, trainer=replace(values.trainer, precision=precision))
         # Threads and precision of torch come before any computation.
         if values.cpu_threads is not None:
@@ -218,7 +217,7 @@ class StageRun:
                 "--pretrained starts it from existing weights"
             )
         values = self.values.trainer
-        if self.stage == "tokenizer" and values.gradient_clip_val is not None:
+        if self.plan.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
         profilers: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
@@ -247,14 +246,14 @@ class StageRun:
                 f"machine ({' '.join(str(error).split())}); choose others with --trainer.accelerator and "
                 "--trainer.devices, or use a machine that has them, with a torch that is built for them"
             ) from error
-        check_strategy(values.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
+        check_strategy(values.strategy, self.values.model, stage=self.plan.stage, ranks=trainer.world_size)
         # A signal sets a flag that the ranks exchange once a step.
         disable_sigterm_handler(trainer)
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
         weights = {}
-        if self.stage == "transformer":
+        if self.plan.stage == "transformer":
             folder = Path(self.values.model.tokenizer)
             read_config(folder, "tokenizer")  # raises if it is not a tokenizer
             weights["tokenizer"] = fingerprint(folder)
@@ -286,7 +285,7 @@ class StageRun:
         # A progress bar for a terminal, lines for a log file.
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback = ReconstructionPictures(self.folder)
-        if self.stage == "transformer":
+        if self.plan.stage == "transformer":
             find_vectors = self._find_vectors if self.datamodule.config.vectors else None
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
@@ -300,7 +299,6 @@ class StageRun:
         return [*health, *usual, *named, *self.callbacks, speed]
 
     def _count_flops(self) -> float:
-        assert isinstance(self.model, Tokenizer | TokenModel)
         data = self.datamodule.config
         encoder = None
         if isinstance(self.model, TokenModel) and data.source != "tokens":

@@ -14,8 +14,6 @@ from functools import cache, cached_property
 from types import UnionType
 from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from lightning.pytorch import LightningModule
-
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import (
     WrongValue,
@@ -170,7 +168,7 @@ class ResolvedRun(RunSettings):
     model: Any
     trainer: TrainerSettings = TrainerSettings()  # frozen
 
-    module: ClassVar[type[LightningModule]]
+    module: ClassVar[type[Tokenizer] | type[MaskedTokenModel] | type[AutoregressiveModel]]
 
     @cached_property
     def tree(self) -> dict[str, Any]:
