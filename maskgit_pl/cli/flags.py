@@ -1,4 +1,4 @@
-"""What many commands share: the flags of runs, models and pictures, progress of decoding, tables and pages."""
+"""Parts that many commands share: flags of runs, models and pictures, the progress of a decoding, tables and pages."""
 
 from __future__ import annotations
 
