@@ -2,7 +2,7 @@
 
 A flag overrides one value of a recipe by its dotted key: ``--KEY=VALUE``. Other flags of commands hold
 numbers, names or mappings: their parsers take the name of the flag, for errors, and its text, and raise a
-``ValueError`` for a text of another form. Imports no torch.
+``ValueError`` for a text of another form. Imports no torch at its top.
 """
 
 from __future__ import annotations

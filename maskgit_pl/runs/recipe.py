@@ -199,27 +199,17 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
             the names and the closest one.
     """
-    files_of_stages: dict[Stage, dict[str, Path]] = {key: list_recipes(key) for key in STAGES}
-    stage_files = files_of_stages[stage]
+    (other,) = {*STAGES} - {stage}
+    stage_files = list_recipes(stage)
     files = [stage_files["base"]]
     if dataset != DEFAULT_DATASET:
         files.append(stage_files.get(dataset, stage_files["own-images"]))
     for name in names:
-        named_files = _files_by_stage(name, files_of_stages)
-        files += [named_files[stage]] if stage in named_files else []
-    return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
-
-
-def _files_by_stage(name: str, files_of_stages: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
-    """Returns the file of a name or path for each stage that has it; there is at least one."""
-    if _is_path(name):
-        file = Path(name)
+        file = Path(name) if _is_path(name) else _find_named("recipe", name, list_recipes(other) | stage_files)
         if not file.is_file():
             raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
-        homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
-        return dict.fromkeys(homes, file)
-    _find_named("recipe", name, {each: file for files in files_of_stages.values() for each, file in files.items()})
-    return {each: files[name] for each, files in files_of_stages.items() if name in files}
+        files += [] if file.absolute().parent.name == other else [file]
+    return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
 def _find_named(what: str, name: str, named_files: Mapping[str, Path]) -> Path:
