@@ -81,7 +81,8 @@ def _override(old: Any, new: Any) -> Any:
         from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig  # torch takes seconds to import
 
         if new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
-            kept = {field.name: kept[field.name] for field in fields(BackboneConfig) if field.name in kept}
+            of_all = {field.name for field in fields(BackboneConfig)}
+            kept = {key: value for key, value in kept.items() if key in of_all}
     return merge([kept, new])
 
 
