@@ -7,9 +7,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
-WEB_STAMP := $(VENV)/.installed-web
-TUNE_STAMP := $(VENV)/.installed-tune
-TEST_WEB_STAMP := $(VENV)/.installed-test-web
 LOWEST := .venv-lowest
 
 # `make help` prints the lines that begin with "#:".
@@ -80,15 +77,11 @@ $(DEV_STAMP): pyproject.toml
 	$(BIN)/python $(INSTALL) --editable ".[dev]"
 	@touch $(STAMP) $@
 
-$(WEB_STAMP): $(STAMP)
-	$(BIN)/python $(INSTALL) --editable ".[web]"
+$(VENV)/.installed-web $(VENV)/.installed-tune: $(VENV)/.installed-%: $(STAMP)
+	$(BIN)/python $(INSTALL) --editable ".[$*]"
 	@touch $@
 
-$(TUNE_STAMP): $(STAMP)
-	$(BIN)/python $(INSTALL) --editable ".[tune]"
-	@touch $@
-
-$(TEST_WEB_STAMP): $(DEV_STAMP)
+$(VENV)/.installed-test-web: $(DEV_STAMP)
 	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
 	@touch $@
 
@@ -131,7 +124,7 @@ sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
 edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
 	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
 
-web: $(WEB_STAMP) ## Show a page in the browser: generate, edit with a brush; RUN=name for your own model, else the demo's
+web: $(VENV)/.installed-web ## Show a page in the browser: generate, edit with a brush; RUN=name for your own model, else the demo's
 	@$(BIN)/maskgit web $(if $(filter file,$(origin RUN)),,"runs/$(RUN)") $(ARGS)
 
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
@@ -140,7 +133,7 @@ evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 compare: $(STAMP) ## Evaluate every token selector on RUN at several numbers of steps, with the same noise: ARGS="--num-steps 4,8"
 	@$(BIN)/maskgit compare "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
-tune: $(TUNE_STAMP) ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
+tune: $(VENV)/.installed-tune ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
 	@$(BIN)/maskgit tune "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
 train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated images: ARGS="--model resnet18"
@@ -207,7 +200,7 @@ test-gpu: $(DEV_STAMP) ## Run the tests on a GPU; what needs a GPU, or two, is s
 CHROMIUM_INSTALL = $(AS_ROOT) apt-get -qq update && $(AS_ROOT) apt-get -qq install --yes --no-install-recommends chromium >/dev/null
 CHROMIUM_MISSING = chromium must be installed, or CHROMIUM must name the program; on Debian, run this target as root or with sudo to install it
 
-test-web: $(TEST_WEB_STAMP) ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
+test-web: $(VENV)/.installed-test-web ## Run the tests of the page in a real Chromium (installs it with apt, as root or with sudo, if there is none)
 	@test -n "$$CHROMIUM" || command -v chromium google-chrome >/dev/null || { $(CHROMIUM_INSTALL); } || { echo "$(CHROMIUM_MISSING)" >&2; exit 2; }
 	@WEB_PICTURES="$(WEB_PICTURES)" $(BIN)/python -m pytest tests/web --durations=5 $(ARGS)
 

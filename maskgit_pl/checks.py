@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import operator
 import re
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
@@ -29,9 +29,6 @@ T = TypeVar("T")
 
 CHANNELS = {1: "grey", 3: "RGB"}
 """The numbers of channels of images, and what they hold."""
-
-FieldsAt = Callable[[tuple[str, ...]], Collection[str]]
-"""Returns the fields of the dataclass at a key."""
 
 _MAX_SHOWN = 80  # characters of a value in a message
 
@@ -248,7 +245,7 @@ def _strict(schema: Any) -> Any:
 
 
 def describe_wrong_values(
-    error: ValueError, values: Mapping[str, Any], where: str, *, fields_at: FieldsAt | None = None
+    error: ValueError, values: Mapping[str, Any], where: str, *, keys: Collection[str] = ()
 ) -> list[WrongValue]:
     """Returns what is wrong with values that ``validate`` has refused, in the order of the fields.
 
@@ -256,15 +253,15 @@ def describe_wrong_values(
         error: The error of ``validate``.
         values: The values.
         where: Their file and key.
-        fields_at: Returns the fields of the dataclass at a key. A message of it that begins with one continues the key.
+        keys: Known dotted keys. A message of a dataclass that begins with the name of a field continues its key.
     """
     if not hasattr(error, "errors"):
-        return [_refused_value(where, (), str(error), fields_at)]
+        return [_refused_value(where, (), str(error), keys)]
     errors_by_key: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for detail in error.errors(include_url=False):
         key = _key_of(detail["loc"], values, is_missing=detail["type"] == "missing")
         errors_by_key.setdefault(key, []).append(detail)
-    return [_describe_wrong_value(key, detail, values, where, fields_at) for key, detail in errors_by_key.items()]
+    return [_describe_wrong_value(key, detail, values, where, keys) for key, detail in errors_by_key.items()]
 
 
 def _key_of(location: Sequence[str | int], values: Any, *, is_missing: bool) -> tuple[str, ...]:
@@ -286,11 +283,11 @@ def _describe_wrong_value(
     details: Sequence[Mapping[str, Any]],
     values: Any,
     where: str,
-    fields_at: FieldsAt | None,
+    keys: Collection[str],
 ) -> WrongValue:
     first = details[0]
     if first["type"] in ("value_error", "assertion_error"):
-        return _refused_value(where, key, str(first["ctx"]["error"]), fields_at)
+        return _refused_value(where, key, str(first["ctx"]["error"]), keys)
     path = ".".join((where, *key) if where else key)
     for part in key:
         if first["type"] == "missing" and part not in values:
@@ -315,12 +312,12 @@ def _rule_of(detail: Mapping[str, Any]) -> str:
     return _RULES.get(detail["type"]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
 
 
-def _refused_value(where: str, key: tuple[str, ...], message: str, fields_at: FieldsAt | None) -> WrongValue:
+def _refused_value(where: str, key: tuple[str, ...], message: str, keys: Collection[str]) -> WrongValue:
     """Puts the place in front of the message of a dataclass, which knows its fields and not its file."""
     path = ".".join((where, *key) if where else key)
     word = re.split(r"[.:\s]", message, maxsplit=1)[0]
     if path and not message.startswith((f"{path}.", f"{path}:")):
-        is_field = fields_at is not None and word in fields_at(key)
+        is_field = ".".join((*key, word)) in keys
         message = f"{path}.{message}" if is_field else f"{path}: {message}"
     return WrongValue(tuple(re.split(r"[:\s]", message, maxsplit=1)[0].split(".")), message, "value")
 

@@ -15,7 +15,6 @@ import re
 import select
 import sys
 import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -179,7 +178,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")
-    warnings.filterwarnings("ignore", message=".*`srun` command is available")  # from Lightning, on a login node
     try:
         args = _parse(sys.argv[1:] if argv is None else argv)
         if args.command in _TRAINING:

@@ -38,7 +38,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice, shorten
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.layers import parse_named_spec
+from maskgit_pl.runs.layers import parse_spec
 
 _OVERRIDES = "overrides"
 _METAVARS: dict[Any, str] = {int: "N", float: "X", str: "NAME", Path: "PATH"}
@@ -273,7 +273,7 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
         except ValueError:
             raise ValueError(f"{name} must be {kind}, got {shorten(text)}") from None
     if _members(hint, dict):
-        return parse_named_spec(name, text)
+        return parse_spec(name, text)
     if several := _members(hint, tuple):
         (kind, *_) = get_args(several[0])
         values = tuple(_read(name, word, kind, None) for word in text.split(","))

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from maskgit_pl.checks import check_integer, count_text, height_width, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import ModelFlags, Run, check_one_of
-from maskgit_pl.cli.outputs import Pictures, record_steps
+from maskgit_pl.cli.flags import ModelFlags, Pictures, Run, check_one_of, record_steps
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 
 if TYPE_CHECKING:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from json import dumps
 from pathlib import Path
 from typing import Annotated, Any
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import CasFlags, Device, Features, Folder, ImageSize, Numbers, Run, print_page
+from maskgit_pl.cli.flags import CasFlags, Device, Folder, ImageSize, Numbers, Run, Specs, print_json, print_page
 from maskgit_pl.evaluation.options import (
     FEATURES,
     ComparisonOptions,
@@ -26,7 +25,7 @@ from maskgit_pl.evaluation.options import (
     default_training,
 )
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.layers import parse_spec, parse_specs
+from maskgit_pl.runs.layers import parse_specs
 
 
 def _parse_selectors(flag: str, text: str) -> list[Spec] | None:
@@ -47,7 +46,7 @@ def evaluate(
     *,
     data: Folder | None = None,
     num_images: int = 1000,
-    features: Features = FEATURES,
+    features: Specs = FEATURES,
     cas: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
     measurement: EvaluationOptions = EvaluationOptions(),
@@ -93,7 +92,7 @@ def evaluate_tokenizer(
     folder: Run,
     *,
     data: Folder | None = None,
-    features: Features = ("classifier",),
+    features: Specs = ("classifier",),
     json: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
     measurement: TokenizerOptions = TokenizerOptions(),
@@ -118,17 +117,10 @@ def evaluate_tokenizer(
             folder, data=data, features=features, out=out, options=measurement, bars=bars
         )
     if json:
-        print(dumps(report.content, indent=2))
+        print_json(report.content)
     else:
         print_page(report.page)
         print(f"{report.file}: results")
-
-
-@dataclass(frozen=True)
-class ComparisonFlags(ComparisonOptions):
-    """The options of a comparison, with mappings in YAML."""
-
-    guidance: Annotated[Spec, Word("NAME", parse_spec)] | None = None
 
 
 def compare(
@@ -139,7 +131,7 @@ def compare(
     num_steps: Numbers | None = None,
     num_images: int = 1000,
     out: Annotated[Path, Output("")] | None = None,
-    measurement: ComparisonFlags = ComparisonFlags(),
+    measurement: ComparisonOptions = ComparisonOptions(),
 ) -> None:
     """Measures every token selector on one model.
 

@@ -1,26 +1,34 @@
-"""Arguments that many commands share: placeholders, the recipe and folders of a run, and the model that is loaded."""
+"""Parts that many commands share: flags of runs, models and pictures, the progress of a decoding, tables and pages."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from maskgit_pl import pipeline
-from maskgit_pl.cli.arguments import Word, flag_of
+from maskgit_pl.checks import count_text
+from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
+from maskgit_pl.processes import named_bars
 from maskgit_pl.runs.layers import parse_image_size, parse_numbers, parse_specs
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.evaluation.pages import Page
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.display import Recording
 
 Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
@@ -29,7 +37,6 @@ Device = Annotated[str, Word("NAME")]
 Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
 Seeds = Annotated[tuple[int, ...], Word("N,...")]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
-Features = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
 
 
@@ -167,6 +174,64 @@ class CasFlags:
         )
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """Files besides the picture of all images.
+
+    Args:
+        images: Also write each image to its own file in this folder.
+        gif: Also write an animation of the decoding.
+        filmstrip: Also write the decoding of the first image step by step.
+    """
+
+    images: Annotated[Path, Output("")] | None = None
+    gif: Annotated[Path, Output(".gif")] | None = None
+    filmstrip: Annotated[Path, Output(".png")] | None = None
+
+    @property
+    def show_decoding(self) -> bool:
+        """Returns True if a file shows the decoding."""
+        return self.gif is not None or self.filmstrip is not None
+
+    def write(
+        self,
+        out: Path,
+        sheet: Image.Image,
+        summary: str,
+        *,
+        images: Tensor,
+        labels: Sequence[int | None],
+        seeds: Sequence[int],
+        recording: Recording | None,
+    ) -> None:
+        """Writes all images as one picture, and the other files.
+
+        Args:
+            out: File of the picture.
+            sheet: Picture of all images.
+            summary: Text beside its name.
+            images: (n, C, H, W) uint8.
+            labels: Class of each image; None is "no class".
+            seeds: Seed of each image.
+            recording: Decoding of the first images; None if no file shows it.
+        """
+        from maskgit_pl.pipeline import grids  # which imports torch
+
+        make_folder(out.parent)
+        grids.save_png(sheet, out)
+        print(f"{out}: {summary}")
+        if self.images is not None:
+            make_folder(self.images)
+            grids.save_images(images, labels, self.images, seeds=seeds)
+            print(f"{self.images}: {count_text(len(images), 'file')}")
+        for file in (self.gif, self.filmstrip):
+            if file is not None and recording is not None:
+                make_folder(file.parent)
+                recording.save(file)
+                count = count_text(len(recording.captions), "image")
+                print(f"{file}: decoding of {count if file == self.gif else 'the first image'}")
+
+
 def check_one_of(*, required: bool = False, **flags: object) -> None:
     """Checks that at most one of several flags is given: neither None nor False.
 
@@ -189,6 +254,31 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         folder.mkdir(parents=True, exist_ok=True)
         print(f"{folder}: new folder")
+
+
+@contextmanager
+def record_steps(title: str, count: int) -> Iterator[tuple[Callable[[DecodingStep], None], list[DecodingStep]]]:
+    """Shows how many tokens are decided, as a bar or as log lines, and records the decoding steps of the first images.
+
+    Args:
+        title: Text of the progress bar.
+        count: Number of results, each with as many masked tokens as the first one.
+
+    Yields:
+        The ``callback`` for a method of ``MaskGIT``, and the list of recorded steps.
+    """
+    from maskgit_pl.pipeline.display import StepRecorder  # which imports torch
+
+    record = StepRecorder()
+    # The bar disappears at the end, so that only the names of the files stay on the terminal.
+    with named_bars("tokens") as advance:
+
+        def after_step(step: DecodingStep) -> None:
+            record(step)
+            total = count * int(record.steps[0].was_masked[0].sum())
+            advance(title, int(step.was_masked.sum() - step.still_masked.sum()), total)
+
+        yield after_step, record.steps
 
 
 def print_json(value: object) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.cli.flags import CasFlags, Features, Folder, Numbers, Runs, Seeds, print_page, print_rows
+from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Runs, Seeds, Specs, print_page, print_rows
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
@@ -23,23 +23,11 @@ if TYPE_CHECKING:
     from maskgit_pl.evaluation.pages import Page
 
 
-def _split_names(_: str, text: str) -> tuple[str, ...]:
-    return tuple(split_values(text))
-
-
-def _split_sets(_: str, text: str) -> tuple[str, ...]:
-    return tuple(text.split(";"))
-
-
-def _split_words(_: str, text: str) -> tuple[str, ...]:
-    return tuple(shlex.split(text))
-
-
 @dataclass(frozen=True)
 class ReportFlags(ReportOptions):
     """The options of a page as they are typed."""
 
-    features: Features = FEATURES
+    features: Specs = FEATURES
     results: Annotated[Path, Output("")] = Path("results")
 
 
@@ -139,17 +127,17 @@ class VariantFlags:
     """
 
     vary: Annotated[list[Factor], Word("KEY=A,B,...", parse_factor)] | None = None
-    recipes: Annotated[tuple[str, ...], Word("'A;B;C D'", _split_sets)] = ("",)
+    recipes: Annotated[tuple[str, ...], Word("'A;B;C D'", lambda _, text: tuple(text.split(";")))] = ("",)
     grid: bool = False
     stage: Stage = AblationConfig.stage
-    stage_2: Annotated[tuple[str, ...], Word("'FLAGS'", _split_words, bare="")] | None = None
+    stage_2: Annotated[Sequence[str], Word("'FLAGS'", lambda _, text: shlex.split(text), bare="")] | None = None
     name: str | None = None
     page_only: bool = False
 
 
 def ablation(
     *,
-    schedules: Annotated[tuple[str, ...], Word("A,B,...", _split_names)] | None = None,
+    schedules: Annotated[tuple[str, ...], Word("A,B,...", lambda _, text: tuple(split_values(text)))] | None = None,
     num_steps: Numbers | None = None,
     seeds: Seeds | None = None,
     recipe: str = "",

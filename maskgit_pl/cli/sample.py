@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Run, check_one_of, make_folder
-from maskgit_pl.cli.outputs import Pictures, record_steps
+from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Pictures, Run, check_one_of, make_folder, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars

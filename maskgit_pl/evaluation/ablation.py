@@ -38,7 +38,6 @@ from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
-from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import merge_values
@@ -201,7 +200,7 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
             decoding.check(network.num_tokens, is_autoregressive=is_causal, has_negative_class=has_null)
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant.label}: {error}") from error
-    tree = remove_untrained(merge([run.values.tree]))
+    tree = remove_untrained(run.values.tree)
     parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
     return BuiltVariant(variant, run.values, digest_of([tree, shared]), decoding, parameters)
 

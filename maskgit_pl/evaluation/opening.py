@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.layers import remove_key
+from maskgit_pl.runs.layers import without_keys
 
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
@@ -132,11 +132,9 @@ def read_run_recipe(file: Path) -> dict[str, Any]:
     return read_yaml(file) if file.is_file() else {}
 
 
-def remove_untrained(tree: dict[str, Any]) -> dict[str, Any]:
-    """Removes the seed and what does not affect the trained weights from a complete recipe, and returns it."""
-    for key in _UNTRAINED:
-        remove_key(tree, key)
-    return tree
+def remove_untrained(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a complete recipe without the seed and what does not affect the trained weights."""
+    return without_keys(tree, _UNTRAINED)
 
 
 def describe_held_out(summary: DataSummary) -> dict[str, Any]:

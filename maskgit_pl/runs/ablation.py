@@ -127,8 +127,8 @@ class Variant:
 
     label: str
     recipe: Recipe
-    decoding: tuple[str, ...] = ()
-    trained_label: str = "base"
+    decoding: tuple[str, ...]
+    trained_label: str
 
 
 def plan_variants(config: AblationConfig) -> list[Variant]:

@@ -1,4 +1,4 @@
-"""Builds module, data and Trainer of a stage from its recipe. Used by ``stage``, ``slurm`` and ``doctor``."""
+"""Builds module, data and Trainer of a stage from its recipe. Used by ``fitting``, ``slurm`` and ``doctor``."""
 
 from __future__ import annotations
 
@@ -30,10 +30,8 @@ from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Stage
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
-from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.callbacks import (
     ProgressLines,
     ReconstructionPictures,
@@ -117,7 +115,7 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
         )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
-    run = StageRun(plan.stage, values, plan.stage_folder, callbacks)
+    run = StageRun(plan, values, callbacks)
     run.add_trainer()
     module, data, trainer = run.model, run.datamodule, run.trainer
     if trainer.max_steps < 1:
@@ -137,7 +135,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
             tokenizer.fingerprint, grid=tokenizer.grid, codebook_size=tokenizer.network.config.codebook_size
         )
     else:
-        assert isinstance(module, Tokenizer)
         # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
     if module.config.flip_probability > 0 and "flip" in data.config.train_augmentations.parts:
@@ -160,7 +157,7 @@ def build_without_weights(plan: Plan) -> StageRun:
         ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
     with leave_no_trace():
-        return StageRun(plan.stage, resolve(plan.recipe.kind, merge_values(plan)), plan.stage_folder)
+        return StageRun(plan, resolve(plan.recipe.kind, merge_values(plan)))
 
 
 @contextmanager
@@ -175,12 +172,12 @@ class StageRun:
     """A stage of a run: module and data, and after ``add_trainer`` also the Trainer.
 
     Args:
-        stage: Stage to train.
+        plan: Folders of the run, and the stage.
         values: All values of the run.
-        folder: Stage folder, ``runs/RUN/STAGE``.
         callbacks: Further callbacks of the Trainer.
 
     Attributes:
+        plan: The plan.
         values: All values of the run, with the chosen precision.
         datamodule: Data of the stage.
         model: Module of the stage.
@@ -192,13 +189,10 @@ class StageRun:
 
     trainer: Trainer
 
-    def __init__(self, stage: Stage, values: ResolvedRun, folder: Path, callbacks: Sequence[Callback] = ()) -> None:
-        self.stage: Stage = stage
-        self.folder, self.callbacks = folder, callbacks
-        trainer = replace(
-            values.trainer, precision=choose_precision(values.trainer, values.model.network, stage, folder)
-        )
-        self.values = replace(values, trainer=trainer)
+    def __init__(self, plan: Plan, values: ResolvedRun, callbacks: Sequence[Callback] = ()) -> None:
+        self.plan, self.folder, self.callbacks = plan, plan.stage_folder, callbacks
+        precision = choose_precision(values.trainer, values.model.network, plan.stage, self.folder)
+        self.values = replace(values, trainer=replace(values.trainer, precision=precision))
         # Threads and precision of torch come before any computation.
         if values.cpu_threads is not None:
             torch.set_num_threads(values.cpu_threads)
@@ -223,7 +217,7 @@ class StageRun:
                 "--pretrained starts it from existing weights"
             )
         values = self.values.trainer
-        if self.stage == "tokenizer" and values.gradient_clip_val is not None:
+        if self.plan.stage == "tokenizer" and values.gradient_clip_val is not None:
             raise ValueError("trainer.gradient_clip_val cannot be set for the tokenizer: set model.gradient_clip")
         self.watchdog = Watchdog(self.folder, seconds=self.values.hang_seconds)
         profilers: dict[str, type[Profiler]] = {"simple": SimpleProfiler, "pytorch": PyTorchProfiler}
@@ -252,14 +246,14 @@ class StageRun:
                 f"machine ({' '.join(str(error).split())}); choose others with --trainer.accelerator and "
                 "--trainer.devices, or use a machine that has them, with a torch that is built for them"
             ) from error
-        check_strategy(values.strategy, self.values.model, stage=self.stage, ranks=trainer.world_size)
+        check_strategy(values.strategy, self.values.model, stage=self.plan.stage, ranks=trainer.world_size)
         # A signal sets a flag that the ranks exchange once a step.
         disable_sigterm_handler(trainer)
         self.trainer = trainer
 
     def _fixed_settings(self) -> dict[str, Any]:
         weights = {}
-        if self.stage == "transformer":
+        if self.plan.stage == "transformer":
             folder = Path(self.values.model.tokenizer)
             read_config(folder, "tokenizer")  # raises if it is not a tokenizer
             weights["tokenizer"] = fingerprint(folder)
@@ -291,7 +285,7 @@ class StageRun:
         # A progress bar for a terminal, lines for a log file.
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback = ReconstructionPictures(self.folder)
-        if self.stage == "transformer":
+        if self.plan.stage == "transformer":
             find_vectors = self._find_vectors if self.datamodule.config.vectors else None
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
@@ -305,7 +299,6 @@ class StageRun:
         return [*health, *usual, *named, *self.callbacks, speed]
 
     def _count_flops(self) -> float:
-        assert isinstance(self.model, Tokenizer | TokenModel)
         data = self.datamodule.config
         encoder = None
         if isinstance(self.model, TokenModel) and data.source != "tokens":

@@ -289,7 +289,7 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         peak: Maximum of ``live``.
     """
 
-    def __init__(self, tensors: Iterable[Tensor] = ()) -> None:
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch: untyped
         self.flops = self.live = self.peak = 0
         self._seen: set[int] = set()

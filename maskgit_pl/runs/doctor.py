@@ -26,10 +26,10 @@ from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
 from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, name_folders, run_folder
+from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
-from maskgit_pl.runs.settings import ResolvedRun, resolve
+from maskgit_pl.runs.settings import resolve
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
 from maskgit_pl.training.gpus import GPUS, Machines
@@ -132,7 +132,7 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
     """
     report, machines = Preflight(), machines or Machines()
     nodes, devices = count_devices(machines, recipe)
-    plan, summary = _find_inputs(report, recipe, name_folders(**folders))
+    plan, summary = _find_inputs(report, recipe, **folders)
     is_complete = report.ok
     ranks = f"{count_text(nodes, 'node')} x {count_text(devices, 'device')}"
     if nodes > 1 and not os.environ.keys() & {"MASTER_ADDR", "SLURM_JOB_ID"}:
@@ -144,14 +144,12 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
         stage_run = _build(report, plan, summary, nodes * devices, machines.device, is_complete=is_complete)
     if stage_run is None:
         return report
-    module, values = stage_run.model, stage_run.values
-    assert isinstance(module, TokenModel | Tokenizer)
-    encoder = None
+    values, encoder = stage_run.values, None
     if plan.tokenizer is not None:
         config = read_config(plan.tokenizer, "tokenizer")
         encoder = VQGANConfig(**config["network"]), as_image_size(config["image_size"])
     per_device = _share_batch(report, values.data, summary, nodes * devices)
-    _describe_run(report, plan, module, values, summary, encoder)
+    _describe_run(report, stage_run, summary, encoder)
     options: dict[str, Any] = {  # the run was built for one CPU
         "strategy": str(recipe.get("trainer.strategy") or "auto"),
         "ranks": nodes * devices,
@@ -160,9 +158,8 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
         "encodes": values.data.source != "tokens",
     }
     with report.count("memory"):
-        report.memory = step_memory(module, per_device=per_device, **options)
-        _check_memory(report, report.memory, module, options, per_device, _device_memory(machines))
-    _check_disk(report, plan, module, values)
+        _check_memory(report, stage_run.model, options, per_device, _device_memory(machines))
+    _check_disk(report, stage_run)
     return report
 
 
@@ -186,10 +183,16 @@ def _device_memory(machines: Machines) -> float | None:
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
-def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Plan, DataSummary | None]:
+def _find_inputs(
+    report: Preflight,
+    recipe: Recipe,
+    run: str | Path | None = None,
+    data: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    pretrained: str | Path | None = None,
+) -> tuple[Plan, DataSummary | None]:
     """Finds the folders of a run. A missing folder is a failure, and its expected path stays in the plan."""
-    folder, data = run_folder(recipe, named["run"]), named["data"]
-    plan, summary = Plan(recipe, shards=Path(data or ""), folder=folder), None
+    plan, summary = Plan(recipe, shards=Path(data or ""), folder=run_folder(recipe, run)), None
     with report.catch("data"):
         plan = replace(plan, shards=find_data(recipe, data))
         if recipe.get("data.source") != "stream":
@@ -200,13 +203,14 @@ def _find_inputs(report: Preflight, recipe: Recipe, named: Folders) -> tuple[Pla
             report.add("data", f"{plan.shards}: {counts}; {count_text(summary.num_classes, 'class')}")
     if plan.stage == "transformer":
         with report.catch("tokenizer"):
-            others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
-            tokenizer = find_tokenizer(recipe, folder=folder, shards=plan.shards, **others)
-            codes = VQGANConfig(**read_config(tokenizer, "tokenizer")["network"]).codebook_size
-            plan = replace(plan, tokenizer=tokenizer)
-            report.add("tokenizer", f"{tokenizer}: {count_text(codes, 'code')}")
+            found = find_tokenizer(
+                recipe, folder=plan.folder, shards=plan.shards, tokenizer=tokenizer, pretrained=pretrained
+            )
+            codes = VQGANConfig(**read_config(found, "tokenizer")["network"]).codebook_size
+            plan = replace(plan, tokenizer=found)
+            report.add("tokenizer", f"{found}: {count_text(codes, 'code')}")
     with report.catch("pretrained"):
-        plan = replace(plan, pretrained=find_pretrained(plan.stage, named["pretrained"]))
+        plan = replace(plan, pretrained=find_pretrained(plan.stage, pretrained))
     return plan, summary
 
 
@@ -214,18 +218,18 @@ def _build(
     report: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
 ) -> StageRun:
     """Builds a run on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
-    recipe, folder = plan.recipe, plan.stage_folder
+    recipe = plan.recipe
     missing = {"path": str(plan.shards), "tokenizer": str(plan.tokenizer or "missing")}
     instead = values_without_data(plan.stage, token_store=str(plan.folder / "tokens"), **missing)
     recipe_values = merge_recipe_values(plan) if summary is None else merge_values(plan)
     values = resolve(recipe.kind, merge([instead, recipe_values]))
     trainer = values.trainer
-    precision = choose_precision(trainer, values.model.network, plan.stage, folder, gpu=gpu)
+    precision = choose_precision(trainer, values.model.network, plan.stage, plan.stage_folder, gpu=gpu)
     with report.catch("strategy"):
         check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
-        run = StageRun(plan.stage, replace(values, trainer=replace(trainer, precision=precision)), folder)
+        run = StageRun(plan, replace(values, trainer=replace(trainer, precision=precision)))
         report.add("recipe", f"{recipe.title}: keys, types and names are valid")
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
@@ -248,39 +252,32 @@ def _share_batch(report: Preflight, data: ShardDataConfig, summary: DataSummary 
     return data.max_batch_per_device
 
 
-def _describe_run(
-    report: Preflight,
-    plan: Plan,
-    module: TokenModel | Tokenizer,
-    values: ResolvedRun,
-    summary: DataSummary | None,
-    encoder: Encoder | None,
-) -> None:
+def _describe_run(report: Preflight, run: StageRun, summary: DataSummary | None, encoder: Encoder | None) -> None:
     """Adds what training will do, the size of the model and the work of a step."""
-    rate = values.model.optimizer.learning_rate
+    values, rate = run.values, run.values.model.optimizer.learning_rate
     batch, steps = values.data.global_batch, values.trainer.max_steps
-    report.add("run", describe_start(plan.stage_folder, steps))
+    report.add("run", describe_start(run.folder, steps))
     epochs = "" if summary is None else f", {steps * batch / summary.samples['train']:,.1f} epochs"
     rates = f"learning rate {rate.peak:g} after {rate.warmup_steps} steps, then {rate.decay}"
     report.add("steps", f"{count_text(steps, 'step')}{epochs}; {rates}, not rescaled by the number of devices")
-    report.num_parameters = sum(each.numel() for each in module.parameters() if each.requires_grad)
+    report.num_parameters = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
     work = ""
     with report.count("work"):
         reads_tokens = values.data.source == "tokens"
-        report.step_flops = useful_flops(module, global_batch=batch, encoder=None if reads_tokens else encoder)
+        report.step_flops = useful_flops(run.model, global_batch=batch, encoder=None if reads_tokens else encoder)
         work = f", {report.step_flops / 1e12:.3g} TFLOP per step"
     report.add("model", f"{report.num_parameters:,} trained parameters{work}")
 
 
 def _check_memory(
     report: Preflight,
-    memory: Memory,
     module: TokenModel | Tokenizer,
     options: Mapping[str, Any],
     per_device: int,
     device: float | None,
 ) -> None:
     """Checks that a micro-batch fits into the memory of a device, and otherwise names one that does."""
+    memory = report.memory = step_memory(module, per_device=per_device, **options)
     gathered = f", {size_text(memory.gathered)} gathered" if memory.gathered else ""
     text = (
         f"{size_text(memory.total)} per device with {count_text(per_device, 'sample')}: {size_text(memory.states)} "
@@ -301,20 +298,21 @@ def _check_memory(
     report.add("memory", f"{rule}; {hint}; --model.activation_checkpointing=blocks saves memory", "FAIL")
 
 
-def _check_disk(report: Preflight, plan: Plan, module: TokenModel | Tokenizer, values: ResolvedRun) -> None:
+def _check_disk(report: Preflight, run: StageRun) -> None:
     """Checks that the run folder is writable, and that its disk has room for the checkpoints to come."""
+    values, checkpoints = run.values, run.plan.checkpoints
     # The newest are kept while another one is written, and so are all that ``keep_every`` protects.
     kept = values.keep_last + 1 + (values.trainer.max_steps // values.keep_every if values.keep_every else 0)
     most = min(kept, -(-values.trainer.max_steps // values.checkpoint_every))
-    count, size = max(1, most - len(complete_checkpoints(plan.checkpoints))), checkpoint_bytes(module)
-    existing = next(parent for parent in plan.checkpoints.absolute().parents if parent.exists())
+    count, size = max(1, most - len(complete_checkpoints(checkpoints))), checkpoint_bytes(run.model)
+    existing = next(parent for parent in checkpoints.absolute().parents if parent.exists())
     free = shutil.disk_usage(existing).free
     text = (
         f"{existing}: {size_text(count * size)} for {count_text(count, 'checkpoint')} of {size_text(size)}, "
         f"{size_text(free)} free"
     )
     with report.catch("disk"):
-        check_run_outputs(plan)
+        check_run_outputs(run.plan)
         if free < count * size:
             raise ValueError(f"{text}; free space, name another --runs-folder, or lower keep_last or raise keep_every")
         report.add("disk", text)

@@ -17,11 +17,11 @@ from typing import Unpack
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from maskgit_pl.checks import count_text
-from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
+from maskgit_pl.data import ShardDataConfig, split_batch
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.files import check_writable, read_json, write_text
@@ -41,7 +41,6 @@ from maskgit_pl.training.checkpoints import (
     newest_checkpoint,
     step_of,
 )
-from maskgit_pl.training.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +140,9 @@ def export(
     """
     folder = folder_of(run)
     out = folder / "pretrained" if out is None else Path(out)
-    stages = _stages(folder, stage)
+    stages = [stage] if stage else [part for part in STAGES if (folder / part / "checkpoints").is_dir()]
+    if not stages:
+        raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
     check_writable("--out", out, is_folder=True)
     # Locked before it is checked, so that of two processes one is refused.
     with hold_lock(out, hint="give another --out"):
@@ -156,14 +157,6 @@ def export(
         for plan, checkpoint in zip(plans, chosen, strict=True):
             _export_checkpoint(plan, checkpoint, out)
     return out
-
-
-def _stages(folder: Path, named: Stage | None) -> Sequence[Stage]:
-    """Returns the named stage, or all trained stages, the tokenizer first."""
-    stages = [named] if named else [stage for stage in STAGES if (folder / stage / "checkpoints").is_dir()]
-    if not stages:
-        raise FileNotFoundError(f"run {folder} has no stage with checkpoints; name a run folder, such as runs/NAME")
-    return stages
 
 
 def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Plan:
@@ -214,7 +207,7 @@ def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
     _check_tasks(trainer)
     check_run_outputs(plan)
     with hold_lock(plan.stage_folder, hint="train another run (--run)") if trainer.is_global_zero else nullcontext():
-        _fit(run, plan)
+        _fit(run)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
     return FitResult(plan.folder, trainer.global_step, metrics=metrics)
 
@@ -223,15 +216,14 @@ def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
 def _export_checkpoint(plan: Plan, checkpoint: Path, out: Path) -> None:
     """Exports the averaged weights of a checkpoint, which any number of ranks wrote, by a plan of one CPU process."""
     run = build(plan)
-    module = run.model
 
     def only_weights(key: str, saved: SavedTensor) -> Tensor:
         # Optimizer states are not read.
         return saved.read_all() if key.startswith("/state_dict/") else torch.empty(0)
 
-    load_weights(module, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
+    load_weights(run.model, FolderCheckpointIO().load_pieces(checkpoint, only_weights)["state_dict"], checkpoint)
     log.info("%s: %s", plan.stage_folder, checkpoint.name)
-    _export(module, run.datamodule, plan, out, step=step_of(checkpoint))
+    _export(run, out, step=step_of(checkpoint))
 
 
 def describe_start(stage_folder: Path, max_steps: int) -> str:
@@ -283,31 +275,29 @@ def _is_exported(plan: Plan, step: int) -> bool:
         return False
 
 
-def _fit(run: StageRun, plan: Plan) -> None:
+def _fit(run: StageRun) -> None:
     """Trains from the newest checkpoint to the last step, and exports; rank 0 holds the lock of the stage folder."""
-    module, data, trainer = run.model, run.datamodule, run.trainer
+    plan, trainer = run.plan, run.trainer
     newest = newest_checkpoint(plan.checkpoints)
     if plan.pretrained is not None and newest is None:
-        assert isinstance(module, Tokenizer | TokenModel)
-        module.start_from(plan.pretrained)  # only a new run: a checkpoint has its own weights
+        run.model.start_from(plan.pretrained)  # only a new run: a checkpoint has its own weights
     if trainer.is_global_zero:
-        _write_records(run, plan)
-        _log_start(run, plan, newest)
+        _write_records(run)
+        _log_start(run, newest)
     # All ranks compare it before they train.
     run.checkpoints.resumes_from = newest
     with run.watchdog.watch(trainer):
-        trainer.fit(module, datamodule=data, ckpt_path=newest)
-        _export(module, data, plan, plan.folder / "pretrained", step=trainer.global_step)
+        trainer.fit(run.model, datamodule=run.datamodule, ckpt_path=newest)
+        _export(run, plan.folder / "pretrained", step=trainer.global_step)
         # Launchers end the remaining ranks soon after the first one exits, so all exit together.
         trainer.strategy.barrier("exported")
 
 
-def _write_records(run: StageRun, plan: Plan) -> None:
+def _write_records(run: StageRun) -> None:
     """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
-    folder = plan.stage_folder
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _RECORDS[0], config_text(run.values))
-    recipe = plan.recipe
+    plan, recipe = run.plan, run.plan.recipe
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_text(run.folder / _RECORDS[0], config_text(run.values))
     environment = {
         "command": sys.argv,
         "recipe": recipe.names,
@@ -318,39 +308,39 @@ def _write_records(run: StageRun, plan: Plan) -> None:
     }
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
-    write_text(folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
+    write_text(run.folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
 
 
-def _log_start(run: StageRun, plan: Plan, newest: Path | None) -> None:
-    """Logs the starting point of the run, its batch, and the keys of its recipe that it ignores."""
+def _log_start(run: StageRun, newest: Path | None) -> None:
+    """Logs the starting point of the run, its precision and its batch."""
+    plan = run.plan
     if plan.pretrained is not None and newest is None:
-        log.info("%s: starts from the weights of %s", plan.stage_folder, plan.pretrained)
+        log.info("%s: starts from the weights of %s", run.folder, plan.pretrained)
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
-        log.info("%s: trainer.precision %s: %s", plan.stage_folder, AUTO, run.values.trainer.precision)
+        log.info("%s: trainer.precision %s: %s", run.folder, AUTO, run.values.trainer.precision)
     run.datamodule.warn_if_resized()
     if run.datamodule.stream is not None:
-        log.info(
-            "%s: the order of a stream is not exact: a resumed run starts another order of shards", plan.stage_folder
-        )
+        log.info("%s: the order of a stream is not exact: a resumed run starts another order of shards", run.folder)
     resuming = f"; resuming from {newest.name}" if newest else ""
     batch = describe_batch(run.datamodule.config, run.trainer.world_size)
-    log.info("%s: global batch %s%s", plan.stage_folder, batch, resuming)
+    log.info("%s: global batch %s%s", run.folder, batch, resuming)
 
 
-def _export(module: LightningModule, data: ShardData, plan: Plan, folder: Path, *, step: int) -> None:
+def _export(run: StageRun, folder: Path, *, step: int) -> None:
     """Writes the averaged weights; must be called on every rank."""
+    module = run.model
     if isinstance(module, Tokenizer):
         module.export(folder)
-    elif isinstance(module, TokenModel):
-        module.export(folder, class_names=data.class_names)
+    else:
+        module.export(folder, class_names=run.datamodule.class_names)
         if module.global_rank == 0:
             try:
                 write_card(folder)
             except Exception as error:  # the weights are exported already
                 log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
-    if module.global_rank == 0 and folder == plan.folder / "pretrained":
-        record = {"step": step, "sha256": fingerprint(folder / plan.stage)}
-        write_text(plan.stage_folder / _EXPORTED, json.dumps(record))
+    if module.global_rank == 0 and folder == run.plan.folder / "pretrained":
+        record = {"step": step, "sha256": fingerprint(folder / run.plan.stage)}
+        write_text(run.folder / _EXPORTED, json.dumps(record))
     if module.global_rank == 0:
         log.info("exported %s", folder)
 

@@ -2,7 +2,7 @@
 
 A flag overrides one value of a recipe by its dotted key: ``--KEY=VALUE``. Other flags of commands hold
 numbers, names or mappings: their parsers take the name of the flag, for errors, and its text, and raise a
-``ValueError`` for a text of another form. Imports no torch.
+``ValueError`` for a text of another form. Imports no torch at its top.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 from maskgit_pl.checks import ImageSize, as_image_size, shorten
@@ -18,9 +18,6 @@ from maskgit_pl.files import check_plain, parse_yaml
 
 Kind = Literal["tokenizer", "transformer", "autoregressive", "distillation"]
 """The kinds of modules that a recipe trains."""
-
-DEFAULT_BACKBONE = "bert"
-"""The backbone of recipes that name none; ``networks.backbone`` has the same."""
 
 DERIVED_KEYS = {
     "model.seed": "data.seed",
@@ -34,15 +31,6 @@ DERIVED_KEYS = {
 Overrides = Sequence[str] | Mapping[str, Any]
 """Overrides of single recipe values: flags, or a mapping of dotted keys."""
 
-_COMMON = (  # keys of all backbones
-    "codebook_size",
-    "num_classes",
-    "grid",
-    "class_dropout",
-    "dropout",
-    "condition_dim",
-    "num_token_groups",
-)
 _MAX_NUMBER = 100_000  # more than the tokens of any image; a range is a list of its numbers
 
 
@@ -70,8 +58,8 @@ def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     without ``name`` adds arguments to the object that an earlier tree names.
 
     A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
-    keys of the old one, except those that all backbones have: codebook_size, num_classes, grid, class_dropout, dropout,
-    condition_dim and num_token_groups. The keys of the new one start from its defaults.
+    keys of the old one, except those that all backbones have, the fields of ``BackboneConfig``. The keys of the new one
+    start from its defaults.
     """
     result: dict[str, Any] = {}
     for tree in trees:
@@ -89,8 +77,12 @@ def _override(old: Any, new: Any) -> Any:
     if isinstance(old, str):
         return {"name": old, **new}
     kept = old if isinstance(old, Mapping) else {}
-    if "backbone" in new and new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
-        kept = {key: value for key, value in kept.items() if key in _COMMON}
+    if "backbone" in new:
+        from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig  # torch takes seconds to import
+
+        if new["backbone"] != kept.get("backbone", DEFAULT_BACKBONE):
+            of_all = {field.name for field in fields(BackboneConfig)}
+            kept = {key: value for key, value in kept.items() if key in of_all}
     return merge([kept, new])
 
 
@@ -101,12 +93,15 @@ def value_at(tree: Any, key: str) -> Any:
     return tree
 
 
-def remove_key(tree: Any, key: str) -> bool:
-    """Removes a dotted key from a tree in place. Returns True if it was there."""
-    *groups, leaf = key.split(".")
-    for group in groups:
-        tree = tree.get(group) if isinstance(tree, dict) else None
-    return isinstance(tree, dict) and tree.pop(leaf, remove_key) is not remove_key
+def without_keys(tree: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """Returns a copy of a tree without dotted keys, which it need not have."""
+    copy = merge([tree])
+    for key in keys:
+        group, _, leaf = key.rpartition(".")
+        node = value_at(copy, group) if group else copy
+        if isinstance(node, dict):
+            node.pop(leaf, None)
+    return copy
 
 
 def flag_words(overrides: Overrides) -> tuple[str, ...]:
@@ -195,26 +190,18 @@ def parse_image_size(flag: str, text: str) -> ImageSize:
     return as_image_size([int(match[1]), int(match[2] or match[1])])
 
 
-def parse_spec(flag: str, text: str) -> Any:
-    """Parses one name, number or mapping in YAML. ``{"name": "remdm"}`` and ``{name: remdm}`` are the same."""
-    rule = f"{flag} must be a name or a mapping such as '{{name: remdm, eta: 0.4}}'"
-    try:
-        spec = parse_yaml(text)
-    except ValueError as error:
-        raise ValueError(f"{rule}, got {shorten(text)} ({error})") from error
-    if not isinstance(spec, str | dict | int | float) or isinstance(spec, bool):
-        raise ValueError(f"{rule}, got {spec!r}")
-    return spec
-
-
-def parse_named_spec(flag: str, text: str) -> str | dict[str, Any]:
-    """Parses a plug-in: a mapping with its name and arguments; any other text is its name, as it is."""
+def parse_spec(flag: str, text: str) -> str | dict[str, Any]:
+    """Parses a plug-in: a mapping in YAML with its name and arguments; any other text is its name, as it is."""
     if not text.lstrip().startswith("{"):
         return text
-    spec: dict[str, Any] = parse_spec(flag, text)
+    try:
+        spec: dict[str, Any] = parse_yaml(text)
+    except ValueError as error:
+        rule = "must be a name or a mapping such as '{name: remdm, eta: 0.4}'"
+        raise ValueError(f"{flag} {rule}, got {shorten(text)} ({error})") from error
     return spec
 
 
 def parse_specs(flag: str, text: str) -> list[str | dict[str, Any]]:
     """Parses names and mappings separated by commas, such as ``confidence, {name: remdm, eta: 0.4}``."""
-    return [parse_named_spec(flag, word) for word in split_values(text) or [text]]
+    return [parse_spec(flag, word) for word in split_values(text) or [text]]

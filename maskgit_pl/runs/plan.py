@@ -9,7 +9,7 @@ import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict, Unpack
+from typing import TypedDict
 
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import read_yaml, sha256_of
@@ -75,29 +75,24 @@ class Folders(TypedDict, total=False):
     pretrained: str | Path | None
 
 
-def name_folders(
+def plan_run(
+    recipe: Recipe,
+    *,
     run: str | Path | None = None,
     data: str | Path | None = None,
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
-) -> Folders:
-    """Returns the folders that a caller names, with None for the others; Python refuses another argument."""
-    return Folders(run=run, data=data, tokenizer=tokenizer, pretrained=pretrained)
-
-
-def plan_run(recipe: Recipe, **folders: Unpack[Folders]) -> Plan:
-    """Finds the folders of a run, and checks them as far as possible without torch.
+) -> Plan:
+    """Finds the folders of a run, and checks them as far as possible without torch. See ``Folders`` for the arguments.
 
     Raises:
         ValueError: if the name of the run is reserved, or several tokenizers match.
         FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
     """
-    named = name_folders(**folders)
-    shards, folder, tokenizer = find_data(recipe, named["data"]), run_folder(recipe, named["run"]), None
+    shards, folder, found = find_data(recipe, data), run_folder(recipe, run), None
     if recipe.stage == "transformer":
-        others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
-        tokenizer = find_tokenizer(recipe, folder=folder, shards=shards, **others)
-    return Plan(recipe, shards, folder, tokenizer, find_pretrained(recipe.stage, named["pretrained"]))
+        found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
+    return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, pretrained))
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:

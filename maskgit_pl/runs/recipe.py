@@ -24,9 +24,9 @@ from maskgit_pl.runs.layers import (
     flag_layer,
     flag_words,
     merge,
-    remove_key,
     split_flags,
     value_at,
+    without_keys,
 )
 
 Stage = Literal["tokenizer", "transformer"]
@@ -34,8 +34,6 @@ Stage = Literal["tokenizer", "transformer"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 DEFAULT_DATASET = "fashion-mnist"
 _PATHS = ("data.path", "data.token_store", "model.tokenizer")
-_BACKBONE, _ATTENTION = "model.network.backbone", "model.network.attention"
-_DISTILLATION = "model.distillation"
 # Keys that have no meaning with causal attention, which masks nothing and samples one token after another.
 _MASKED_ONLY = (
     "model.mask_schedule",
@@ -137,10 +135,10 @@ class Recipe:
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
         """Checks and merges layers; see ``read``."""
         words = flag_words(overrides)
-        kind = _find_kind(stage, layers, words)
+        kind = _find_kind(stage, merge(layer.tree for layer in (*layers, *_flag_layers(words))))
         # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
         if kind == "autoregressive":
-            layers = [Layer(layer.origin, _without_masking(layer.tree)) for layer in layers]
+            layers = [Layer(layer.origin, without_keys(layer.tree, _MASKED_ONLY)) for layer in layers]
         flags = _read_flags(kind, layers, words)
         base, files = merge([layer.tree for layer in layers]), tuple(layer.origin for layer in layers)
         return cls(stage, kind, base, flags, words, files)
@@ -201,27 +199,17 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
             the names and the closest one.
     """
-    files_of_stages: dict[Stage, dict[str, Path]] = {key: list_recipes(key) for key in STAGES}
-    stage_files = files_of_stages[stage]
+    (other,) = {*STAGES} - {stage}
+    stage_files = list_recipes(stage)
     files = [stage_files["base"]]
     if dataset != DEFAULT_DATASET:
         files.append(stage_files.get(dataset, stage_files["own-images"]))
     for name in names:
-        named_files = _files_by_stage(name, files_of_stages)
-        files += [named_files[stage]] if stage in named_files else []
-    return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
-
-
-def _files_by_stage(name: str, files_of_stages: Mapping[Stage, Mapping[str, Path]]) -> dict[Stage, Path]:
-    """Returns the file of a name or path for each stage that has it; there is at least one."""
-    if _is_path(name):
-        file = Path(name)
+        file = Path(name) if _is_path(name) else _find_named("recipe", name, list_recipes(other) | stage_files)
         if not file.is_file():
             raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
-        homes = [each for each in STAGES if each == file.absolute().parent.name] or list(STAGES)
-        return dict.fromkeys(homes, file)
-    _find_named("recipe", name, {each: file for files in files_of_stages.values() for each, file in files.items()})
-    return {each: files[name] for each, files in files_of_stages.items() if name in files}
+        files += [] if file.absolute().parent.name == other else [file]
+    return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
 def _find_named(what: str, name: str, named_files: Mapping[str, Path]) -> Path:
@@ -250,27 +238,23 @@ def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
     if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
         raise ValueError(f"{file} must be the config.yaml of a run, with the keys data, model and trainer")
     paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
-    for key in (*DERIVED_KEYS, *_PATHS):
-        remove_key(tree, key)
-    return tree, paths
+    return without_keys(tree, (*DERIVED_KEYS, *_PATHS)), paths
 
 
-def _find_kind(stage: Stage, layers: Sequence[Layer], words: Sequence[str]) -> Kind:
-    """Returns the kind of module that files and flags select."""
+def _find_kind(stage: Stage, tree: Mapping[str, Any]) -> Kind:
+    """Returns the kind of module that the merged files and flags select."""
     if stage == "tokenizer":
         return "tokenizer"
-    keys = [f"flag --{key}" for key in (_BACKBONE, _ATTENTION, _DISTILLATION)]
-    flags = [flag.tree for flag in _flag_layers(words) if flag.origin in keys]
-    tree = merge([*(layer.tree for layer in layers), *flags])
-    if value_at(tree, _DISTILLATION) is not None:
+    if value_at(tree, "model.distillation") is not None:
         return "distillation"
     # Backbones without causal attention refuse the key.
-    return "autoregressive" if value_at(tree, _ATTENTION) == "causal" else "transformer"
+    return "autoregressive" if value_at(tree, "model.network.attention") == "causal" else "transformer"
 
 
 def _flag_layers(words: Sequence[str]) -> list[Layer]:
     """Returns the layers of flags: first that of the backbone, which decides on other keys."""
-    return [flag_layer(*pair) for pair in sorted(split_flags(words), key=lambda pair: pair[0] != _BACKBONE)]
+    flags = sorted(split_flags(words), key=lambda flag: flag[0] != "model.network.backbone")
+    return [flag_layer(*flag) for flag in flags]
 
 
 def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
@@ -278,11 +262,3 @@ def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tu
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
     return tuple(flag.tree for flag in check_layers(kind, [*layers, *_flag_layers(words)])[len(layers) :])
-
-
-def _without_masking(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a tree without the keys that causal attention ignores."""
-    tree = merge([tree])
-    for key in _MASKED_ONLY:
-        remove_key(tree, key)
-    return tree

@@ -25,7 +25,7 @@ from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import DEFAULT_BACKBONE, BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import read_config, read_decoding
-from maskgit_pl.runs.layers import DERIVED_KEYS, merge, remove_key, value_at
+from maskgit_pl.runs.layers import DERIVED_KEYS, merge, value_at, without_keys
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings, resolve
@@ -247,15 +247,9 @@ def config_text_without_data(recipe: Recipe) -> str:
         tree = resolve(recipe.kind, merge([defaults, recipe.tree])).tree
     except ValueError:  # the sizes of the paper do not fit the recipe, whose tokenizer may have others
         return _recipe_text(recipe.tree)
-    sizes = (f"model.network.{name}" for name in _PAPER_SIZES)
-    for key in ("data.path", "data.token_store", "model.tokenizer", *sizes):
-        if value_at(recipe.tree, key) is None:
-            remove_key(tree, key)
-    return _recipe_text(tree)
+    keys = ["data.path", "data.token_store", "model.tokenizer", *(f"model.network.{name}" for name in _PAPER_SIZES)]
+    return _recipe_text(without_keys(tree, [key for key in keys if value_at(recipe.tree, key) is None]))
 
 
 def _recipe_text(tree: Mapping[str, Any]) -> str:
-    tree = merge([tree])
-    for key in DERIVED_KEYS:
-        remove_key(tree, key)
-    return str(yaml.safe_dump(tree, sort_keys=False))
+    return str(yaml.safe_dump(without_keys(tree, DERIVED_KEYS), sort_keys=False))

@@ -6,15 +6,13 @@ checks its ranges. No value can name code: a registered part is a name with argu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
-from functools import cached_property
+from functools import cache, cached_property
 from types import UnionType
 from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
-
-from lightning.pytorch import LightningModule
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import (
@@ -170,7 +168,7 @@ class ResolvedRun(RunSettings):
     model: Any
     trainer: TrainerSettings = TrainerSettings()  # frozen
 
-    module: ClassVar[type[LightningModule]]
+    module: ClassVar[type[Tokenizer] | type[MaskedTokenModel] | type[AutoregressiveModel]]
 
     @cached_property
     def tree(self) -> dict[str, Any]:
@@ -243,7 +241,7 @@ def _build(kind: Kind, tree: Mapping[str, Any]) -> tuple[ResolvedRun | None, lis
     try:
         return validate(RUNS[kind], tree), []
     except ValueError as error:
-        wrong_values = describe_wrong_values(error, tree, "", fields_at=lambda key: _fields_at(RUNS[kind], tree, key))
+        wrong_values = describe_wrong_values(error, tree, "", keys=known_keys(kind, tree))
         faults = [_of_source(fault) for fault in wrong_values]
         return None, sorted(faults, key=lambda fault: fault.kind == "missing")
 
@@ -254,16 +252,6 @@ def _of_source(fault: WrongValue) -> WrongValue:
     if source is None:
         return fault
     return WrongValue(tuple(source.split(".")), fault.text.replace(".".join(fault.key), source, 1), fault.kind)
-
-
-def _fields_at(kind: type, root: Mapping[str, Any], key: Sequence[str]) -> Collection[str]:
-    """Returns the names of the fields of the dataclass at a key; none for a value."""
-    for part in key:
-        inner, _ = _groups(kind, root).get(part, (None, False))
-        if inner is None:
-            return ()
-        kind = inner
-    return _groups(kind, root)
 
 
 def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,18 +282,18 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
     layers = list(layers)
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
-            _check_names(layer.tree, RUNS[kind], run=RUNS[kind], root=merge(part.tree for part in layers[:number]))
+            _check_names(layer.tree, known_keys(kind, merge(part.tree for part in layers[:number])))
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     if wrong_types := [fault for fault in _faults(kind, files) if fault.kind == "type"]:
-        _refuse(kind, files, wrong_types[0])
+        _refuse(files[_culprit(kind, files, wrong_types[0])], wrong_types[0])
     while faults := _faults(kind, layers):
         number = _culprit(kind, layers, faults[0])
         readings = [replace(layers[number], tree=tree, readings=()) for tree in layers[number].readings]
         others = [[*layers[:number], reading, *layers[number + 1 :]] for reading in readings]
         fitting = [other for other in others if _has_type(_faults(kind, other), faults[0])]
         if faults[0].kind != "type" or not fitting:
-            _refuse(kind, layers, faults[0])
+            _refuse(layers[number], faults[0])
         layers = fitting[0]
     return layers
 
@@ -328,9 +316,9 @@ def _has_type(faults: Sequence[WrongValue], fault: WrongValue) -> bool:
     return all(wrong_type.kind != "type" or wrong_type.key != fault.key[: len(wrong_type.key)] for wrong_type in faults)
 
 
-def _refuse(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> NoReturn:
+def _refuse(layer: Layer, fault: WrongValue) -> NoReturn:
     """Raises the error of a wrong value, with its file or flag; a flag takes the place of the key."""
-    layer, path = layers[_culprit(kind, layers, fault)], ".".join(fault.key)
+    path = ".".join(fault.key)
     is_of_flag = f"{layer.origin}.".startswith(f"flag --{path}.")
     with _named(layer.origin):
         raise ValueError(layer.fault or (fault.text.removeprefix(f"{path}: ") if is_of_flag else fault.text))
@@ -347,21 +335,18 @@ def _named(origin: str) -> Iterator[None]:
         raise ValueError(text) from error
 
 
-def _check_names(
-    node: Mapping[str, Any], kind: type, *, run: type[ResolvedRun], root: Mapping[str, Any], path: str = ""
-) -> None:
-    """Checks the keys of a part of a tree. ``root`` is the whole tree, which names the backbone."""
-    groups = _groups(kind, root)
-    for key, value in node.items():
-        where = f"{path}.{key}" if path else str(key)
-        if where in DERIVED_KEYS or key not in groups:
-            raise ValueError(_explain_unknown_key(where, list(_keys(run, root))))
-        inner, is_optional = groups[key]
-        if inner is None or (value is None and is_optional):
+def _check_names(node: Mapping[str, Any], keys: Mapping[str, bool | None], path: str = "") -> None:
+    """Checks the keys of a part of a tree; see ``known_keys``."""
+    for name, value in node.items():
+        key = f"{path}{name}"
+        if key in DERIVED_KEYS or key not in keys or "." in str(name):
+            raise ValueError(_explain_unknown_key(key, [known for known in keys if known not in DERIVED_KEYS]))
+        is_optional = keys[key]
+        if is_optional is None or (value is None and is_optional):
             continue
         if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
-            raise ValueError(f"{where} must be a mapping, got {shorten(value)}")
-        _check_names(value, inner, run=run, root=root, path=where)
+            raise ValueError(f"{key} must be a mapping, got {shorten(value)}")
+        _check_names(value, keys, f"{key}.")
 
 
 def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
@@ -379,45 +364,46 @@ def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
     return f"unknown key {key!r}: {hint}keys of {group or 'a recipe'}: {', '.join(sorted(beside))}"
 
 
-def _groups(kind: type, root: Mapping[str, Any]) -> dict[str, tuple[type[Any] | None, bool]]:
-    """Returns the fields of a dataclass: the dataclass of a group, None for a value, and True if it may be null."""
+def known_keys(kind: Kind, tree: Mapping[str, Any]) -> Mapping[str, bool | None]:
+    """Returns the dotted keys of a recipe: None for a value, and True or False for a group that may be null or not.
+
+    Args:
+        kind: Kind of recipe.
+        tree: Its values, which name the backbone.
+
+    Raises:
+        ValueError: if there is no such backbone.
+    """
+    network = value_at(tree, "model.network")
+    has_name = kind != "tokenizer" and isinstance(network, Mapping)
+    name = network.get("backbone", DEFAULT_BACKBONE) if has_name else DEFAULT_BACKBONE
+    if not isinstance(name, str):
+        raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
+    try:
+        backbone = config_class(name)
+    except ValueError as error:
+        raise ValueError(f"model.network.backbone: {error}") from error
+    return _keys(RUNS[kind], backbone)  # type: ignore[arg-type]  # mypy takes no class for hashable
+
+
+@cache
+def _keys(kind: type, backbone: type[BackboneConfig], path: str = "") -> Mapping[str, bool | None]:
+    """Returns the dotted keys of a dataclass, in which ``BackboneConfig`` stands for the class of a backbone."""
     try:
         hints = get_type_hints(kind)
     except (NameError, SyntaxError):  # a plug-in imports the names for type checkers
         hints = {}
-    annotations = {annotation.name: hints.get(annotation.name, Any) for annotation in fields(kind) if annotation.init}
-    return {
-        name: (_group(annotation, root), type(None) in get_args(annotation)) for name, annotation in annotations.items()
-    }
-
-
-def _group(annotation: Any, root: Mapping[str, Any]) -> type[Any] | None:
-    """Returns the dataclass of a group of keys; None for a value, or for a registered part, which checks its own."""
-    options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
-    if len(options) > 2:
-        return None
-    groups = [option for option in options if isinstance(option, type) and is_dataclass(option)]
-    if groups != [BackboneConfig]:
-        return groups[0] if groups else None
-    network = value_at(root, "model.network")
-    name = network.get("backbone", DEFAULT_BACKBONE) if isinstance(network, Mapping) else DEFAULT_BACKBONE
-    if not isinstance(name, str):
-        raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
-    try:
-        return config_class(name)
-    except ValueError as error:
-        raise ValueError(f"model.network.backbone: {error}") from error
-
-
-def _keys(kind: type, root: Mapping[str, Any], path: str = "") -> Iterator[str]:
-    """Yields the dotted keys of all values of a dataclass."""
-    for name, (inner, _) in _groups(kind, root).items():
-        where = f"{path}.{name}" if path else name
-        if where in DERIVED_KEYS:
-            continue
-        yield where
-        if inner is not None:
-            yield from _keys(inner, root, where)
+    keys: dict[str, bool | None] = {}
+    for name in (each.name for each in fields(kind) if each.init):
+        annotation, key = hints.get(name, Any), f"{path}{name}"
+        options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+        groups = [option for option in options if isinstance(option, type) and is_dataclass(option)]
+        if not groups or len(options) > 2:  # a registered part checks its own keys
+            keys[key] = None
+        else:
+            group = backbone if groups == [BackboneConfig] else groups[0]
+            keys |= {key: type(None) in options, **_keys(group, backbone, f"{key}.")}
+    return keys
 
 
 def json_schema(kind: Kind) -> dict[str, Any]:

@@ -36,10 +36,6 @@ from maskgit_pl.runs.recipe import Recipe, recipes_folders
 log = logging.getLogger(__name__)
 
 _SET_BY_JOB = {"trainer.num_nodes": "--nodes", "trainer.devices": "--devices"}
-_VARIABLES = (  # of the environment, which the script reads
-    "STAGE", "RUN", "RUNS", "DATASET", "DATA", "RECIPE", "CLUSTER", "TOKENIZER", "PRETRAINED", "CONTAINER", "SRUN",
-    "MASKGIT",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,7 @@ class Submission:
     job: JobOptions
     options: tuple[str, ...]  # of sbatch
     words: tuple[str, ...]  # arguments of the script: flags of ``maskgit train``
-    variables: Mapping[str, str]  # of the environment, which the script reads
+    variables: Mapping[str, str]  # of the environment, which the script reads; an empty one has its default
 
     @property
     def command(self) -> list[str]:
@@ -112,7 +108,7 @@ class Submission:
         return named[-1].replace("%j", number) if named else str(self.plan.stage_folder / f"slurm-{number}.log")
 
     def __str__(self) -> str:
-        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items()]
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items() if value]
         return " \\\n    ".join([*variables, *map(shlex.quote, self.command)])
 
 
@@ -170,11 +166,9 @@ def submit(submission: Submission) -> str:
     log.info("%s", check_submission(submission))
     log.info("%s", submission)
     submission.plan.stage_folder.mkdir(parents=True, exist_ok=True)  # for the log file: Slurm creates no folders
-    # Without the variables of a surrounding job, and without those of the user's shell that the script would read.
+    # Without the variables of a surrounding job.
     others = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in _VARIABLES and (name == "SLURM_CONF" or not name.startswith("SLURM_"))
+        name: value for name, value in os.environ.items() if name == "SLURM_CONF" or not name.startswith("SLURM_")
     }
     done = subprocess.run(
         submission.command, env={**others, **submission.variables}, capture_output=True, text=True, check=False
@@ -220,9 +214,9 @@ def _resources(plan: Plan, job: JobOptions) -> list[str]:
 
 
 def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:
-    """Returns the variables that the script reads, without those that have their default value."""
+    """Returns all variables that the script reads, so that none is that of the user's shell."""
     this_program = "maskgit" if job.container else str(Path(sys.executable).with_name("maskgit"))
-    values = {
+    return {
         "STAGE": plan.stage,
         "RUN": plan.folder.name,
         "RUNS": "" if plan.folder.parent == Path("runs") else str(plan.folder.parent),
@@ -237,4 +231,3 @@ def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:
         "SRUN": shlex.join(_split("srun", job.srun)),
         "MASKGIT": job.program or this_program,
     }
-    return {name: value for name, value in values.items() if value}

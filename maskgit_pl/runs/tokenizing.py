@@ -34,7 +34,7 @@ from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 from maskgit_pl.processes import Bars, available_cores, launcher_rank, local_rank, no_bars
-from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, find_data, find_tokenizer, name_folders, run_folder
+from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import adapt_to_few_images
 
@@ -61,24 +61,24 @@ def tokenize(
         ValueError: if an option is out of range, or another process of the same rank makes the store.
         DataBudgetError: if too many images are unreadable.
     """
-    named, source = name_folders(**folders), recipe.get("data.source")
-    if source != "tokens":
+    if (source := recipe.get("data.source")) != "tokens":
         log.info("data.source %s: stage 2 reads no tokens; nothing to do", source)
         return None
     options = options or TokenizeOptions()
     rank, world_size = launcher_rank()  # of torchrun or srun, whose processes share the work
-    shards, folder = find_data(recipe, named["data"]), run_folder(recipe, named["run"])
-    others = {"tokenizer": named["tokenizer"], "pretrained": named["pretrained"]}
-    loaded = load_tokenizer(find_tokenizer(recipe, folder=folder, shards=shards, **others))
+    plan = plan_run(recipe, **folders)
+    assert plan.tokenizer is not None  # of stage 2
+    loaded = load_tokenizer(plan.tokenizer)
     is_auto = options.device == "auto"  # the processes of a machine take its accelerators in turn
     device = check_device(default_device(local_rank=local_rank()) if is_auto else options.device, name="--device")
     if options.num_workers is None:  # on a CPU, decoding processes would slow down the encoder
         options = replace(options, num_workers=0 if device.type == "cpu" else min(_MOST_WORKERS, available_cores()))
-    description = _describe(_views(adapt_to_few_images(recipe, shards), options), folder, shards, loaded)
-    store = _store_of(folder, description)
+    views = _views(adapt_to_few_images(recipe, plan.shards), options)
+    description = _describe(views, plan.folder, plan.shards, loaded)
+    store = _store_of(plan.folder, description)
     with hold_lock(store, hint="name another run (--run)", rank=rank), torch.inference_mode():
         make_store(
-            shards,
+            plan.shards,
             store,
             description,
             encode=_encoder(loaded, device, description.precision),
@@ -127,12 +127,11 @@ def _describe(named: dict[str, Any], folder: Path, shards: Path, tokenizer: Pret
 def _store_of(folder: Path, description: StoreDescription) -> Path:
     """Returns the folder of a store, and links ``RUN/tokens`` to it."""
     store = folder / "tokens"
-    fields = plain_description(description)
-    key = hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(plain_description(description), sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:16]
     shared = folder.parent / SHARED_TOKENS / key
     shared.mkdir(parents=True, exist_ok=True)
     store.parent.mkdir(parents=True, exist_ok=True)
-    # A new link replaces the old one in one step, which is safe if other ranks do the same.
     link = store.with_name(f".tokens.{os.getpid()}")
     link.unlink(missing_ok=True)
     link.symlink_to(os.path.relpath(shared, store.parent), target_is_directory=True)

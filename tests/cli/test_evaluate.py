@@ -52,11 +52,11 @@ def forbid_generation(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
 
 
+def call(command: str, *words: object) -> int:
+    return call_command(command, "--device", "cpu", *words)
+
+
 # evaluate
-
-
-def call(*words: object) -> int:
-    return call_command("evaluate", "--device", "cpu", "--features", "classifier", *words)
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def read_report(folder: Path) -> dict[str, Any]:
 def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards: Path, tmp_path: Path, capsys) -> None:
     weaker = save_tiny_pretrained(tmp_path / "weaker", seed=0)
     words = ("--data", tiny_shards, "--num-images", 12, "--num-steps", 4, "--negative-model", weaker)
-    assert call(run_folder, *words) == 0
+    assert call("evaluate", run_folder, *words, "--features", "classifier") == 0
     report = json.loads((run_folder / "evaluation.json").read_text())
     assert report["protocol"]["negative_model"]["folder"] == str(weaker / "transformer")
     assert report["reconstruction"]["images"] == 24
@@ -143,7 +143,7 @@ def test_an_evaluation_that_was_stopped_resumes(
     with monkeypatch.context() as patch:
         patch.setattr(evaluator.Evaluator, "measure_likelihood", stopped)
         with pytest.raises(KeyboardInterrupt):
-            call(*words)
+            call("evaluate", *words)
     folder = run_folder / "evaluation"
     ledger = folder / "ledger.jsonl"
     kept = ledger.read_text()
@@ -154,12 +154,12 @@ def test_an_evaluation_that_was_stopped_resumes(
         file.parent.mkdir(exist_ok=True)
         file.touch()
     assert not (run_folder / "evaluation.json").exists()
-    call(*words, "--resume")
+    call("evaluate", *words, "--resume")
     assert ledger.read_text().startswith(kept)
     assert len(ledger.read_text().splitlines()) == len(kept.splitlines()) + 1  # the likelihood
     assert {file: file.stat().st_mtime_ns for file in images} == images
     resumed = read_report(run_folder)
-    call(*words)  # measures again
+    call("evaluate", *words)  # measures again
     assert all(file.is_file() for file in others)
     assert all(file.stat().st_mtime_ns > made for file, made in images.items())
     assert len(ledger.read_text().splitlines()) == 2 * (len(kept.splitlines()) + 1)  # nothing is lost
@@ -182,10 +182,6 @@ def test_two_ranks_write_the_numbers_of_one(run_folder: Path, tiny_shards: Path,
 # compare
 
 
-def call_compare(*words: object) -> int:
-    return call_command("compare", *words, "--device", "cpu")
-
-
 @pytest.mark.usefixtures("quick_judge")
 @pytest.mark.slow
 def test_a_comparison_resumes_and_measures_nothing_twice(
@@ -196,9 +192,9 @@ def test_a_comparison_resumes_and_measures_nothing_twice(
     with monkeypatch.context() as patch:
         stop_after(1, patch)
         with pytest.raises(IndexError):
-            call_compare(*words, "--guidance-scale", "0.5")
+            call("compare", *words, "--guidance-scale", "0.5")
     stopped = samples(run_folder / "evaluation")
-    assert call_compare(*words, "--guidance-scale", "0.5") == 0
+    assert call("compare", *words, "--guidance-scale", "0.5") == 0
     whole, out = samples(run_folder / "evaluation"), run_folder / "comparison"
     assert "comparison.md, comparison.csv, selectors.png" in capsys.readouterr().out
     assert (len(stopped), whole[:1]) == (1, stopped)
@@ -210,15 +206,11 @@ def test_a_comparison_resumes_and_measures_nothing_twice(
         assert picture.height > 3 * 84
 
     forbid_generation(monkeypatch)
-    assert call_compare(*words, "--guidance", "{name: linear, scale: 0.5}") == 0
+    assert call("compare", *words, "--guidance", "{name: linear, scale: 0.5}") == 0
     assert samples(run_folder / "evaluation") == whole
 
 
 # tune
-
-
-def call_tune(*words: object) -> int:
-    return call_command("tune", *words, "--device", "cpu")
 
 
 @pytest.mark.slow
@@ -226,7 +218,7 @@ def call_tune(*words: object) -> int:
 def test_a_search_writes_the_settings_that_the_model_then_uses(run_folder: Path, tiny_shards: Path, capsys) -> None:
     own = MaskGIT.from_pretrained(run_folder / "pretrained").decoding
     words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
-    assert call_tune(*words) == 0
+    assert call("tune", *words) == 0
     measured = samples(run_folder / "evaluation")
     confirmed = [line for line in measured if line["purpose"].startswith("confirmation")]
     assert len([line for line in measured if line["purpose"].startswith("trial")]) == 6
@@ -246,7 +238,7 @@ def test_a_search_writes_the_settings_that_the_model_then_uses(run_folder: Path,
     assert page.startswith("# Search for a decoding\n")
     assert "decoding.json: new decoding settings of this model" in capsys.readouterr().out
     # The same command finds all measurements, and comes to the same page.
-    assert call_tune(*words) == 0
+    assert call("tune", *words) == 0
     assert samples(run_folder / "evaluation") == measured
     assert (run_folder / "tuning" / "tuning.md").read_text() == page
     assert "decoding.json is unchanged" in capsys.readouterr().out
@@ -257,7 +249,7 @@ def test_one_trial_is_the_model_s_own_and_changes_nothing(
     run_folder: Path, tiny_shards: Path, tmp_path, capsys
 ) -> None:
     words = ("--data", tiny_shards, "--num-images", 6, "--trials", 1, "--out", tmp_path / "out")
-    call_tune(run_folder, *words)
+    call("tune", run_folder, *words)
     assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
     assert not (run_folder / "pretrained" / "decoding.json").exists()
     assert "decoding.json is unchanged" in capsys.readouterr().out
@@ -276,9 +268,9 @@ def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
     save_file({name: 0.5 * tensor for name, tensor in weights.items()}, weaker / "transformer" / "model.safetensors")
     words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--trials", 3, "--num-steps", 2)
 
-    call_tune(*words)
+    call("tune", *words)
     plain = samples(run_folder / "evaluation")
-    assert call_tune(*words, "--negative-model", weaker) == 0
+    assert call("tune", *words, "--negative-model", weaker) == 0
     guided = samples(run_folder / "evaluation")[len(plain) :]
     assert {len(line["decoding"].get("negative_model", "")) for line in guided} == {16}
     assert all("negative_model" not in line["decoding"] for line in plain)
@@ -294,28 +286,24 @@ def test_a_decoding_that_cannot_be_written_is_found_before_the_search(
     (run_folder / "pretrained/decoding.json").mkdir()
     forbid_generation(monkeypatch)
     with pytest.raises(ValueError, match=r"decoding\.json must be a file, got the folder"):
-        call_tune(run_folder, "--data", tiny_shards, "--num-images", 6)
+        call("tune", run_folder, "--data", tiny_shards, "--num-images", 6)
 
 
 def test_a_model_of_the_package_is_not_changed(tiny_shards: Path) -> None:
     for run in next(iter(bundled_models().items())):  # its name and its folder
         with pytest.raises(ValueError, match=r"copy it with .*save_pretrained\('DIR'\), and tune DIR"):
-            call_tune(run, "--data", tiny_shards)
+            call("tune", run, "--data", tiny_shards)
 
 
 # evaluate-tokenizer
-
-
-def call_evaluate_tokenizer(judge: Path, *words: object) -> int:
-    return call_command("evaluate-tokenizer", "--device", "cpu", "--features", f"classifier={judge}", *words)
 
 
 def test_an_exported_tokenizer_needs_no_transformer_and_prints_json(
     run_folder: Path, tiny_shards: Path, judge: Path, capsys
 ) -> None:
     shutil.rmtree(run_folder / "pretrained" / "transformer")
-    folder = run_folder / "pretrained" / "tokenizer"
-    assert call_evaluate_tokenizer(judge, folder, "--data", tiny_shards, "--num-images", 10, "--json") == 0
+    words = (run_folder / "pretrained" / "tokenizer", "--data", tiny_shards, "--num-images", 10)
+    assert call("evaluate-tokenizer", *words, "--features", f"classifier={judge}", "--json") == 0
     content = json.loads(capsys.readouterr().out)
     assert content["protocol"]["num_images"] == 10
     assert (run_folder / "tokenizer.json").is_file()
@@ -329,26 +317,22 @@ def test_images_of_several_sizes_need_a_size_for_a_classifier(tmp_path: Path) ->
             (tmp_path / "images" / split / "Bag" / f"{number}.png").write_bytes(encode_png(pixels))
     make_shards(open_source(tmp_path / "images"), tmp_path / "wide")
     with pytest.raises(ValueError, match="--image-size must be given for data"):
-        call_command("train-classifier", "--data", tmp_path / "wide")
+        call("train-classifier", "--data", tmp_path / "wide")
 
 
 # train-classifier
 
 
-def call_train_classifier(data: Path, *words: object) -> int:
-    return main(["train-classifier", "--data", str(data), "--device", "cpu", *map(str, words)])
-
-
 @pytest.mark.slow
 def test_a_classifier_is_trained_once_and_its_accuracy_printed(tiny_shards, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    words = ("--max-steps", "80", "--batch-size", "20", "--seed", "1")
-    assert call_train_classifier(tiny_shards, *words) == 0
+    words = ("--data", tiny_shards, "--max-steps", 80, "--batch-size", 20, "--seed", 1)
+    assert call("train-classifier", *words) == 0
     first = capsys.readouterr().out
     assert "runs/shards-classifier/small: trained; on 24 real val images:" in first
     assert "top-1" in first
     assert load_classifier(Path("runs/shards-classifier/small")).class_names == CLASSES
-    assert call_train_classifier(tiny_shards, *words) == 0
+    assert call("train-classifier", *words) == 0
     second = capsys.readouterr().out
     assert "reused" in second
     assert second.splitlines()[-1] == first.splitlines()[-1]
@@ -382,10 +366,10 @@ def replace_transformer(pretrained_folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", sorted(set(backbones.names()) - {"bert"}))
 def test_a_model_of_any_backbone_is_measured_compared_and_tuned(run_folder: Path, tiny_shards: Path, name: str) -> None:
     replace_transformer(run_folder / "pretrained", name)
-    words = (run_folder, "--data", tiny_shards, "--num-images", 6, "--device", "cpu")
-    assert call_command("evaluate", *words, "--num-steps", 2, "--features", "classifier") == 0
+    words = (run_folder, "--data", tiny_shards, "--num-images", 6)
+    assert call("evaluate", *words, "--num-steps", 2, "--features", "classifier") == 0
     report = json.loads((run_folder / "evaluation.json").read_text())
     assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
     assert report["likelihood"]["elbo_bits_per_token"] > 0
-    assert call_command("compare", *words, "--num-steps", 2, "--selectors", "halton,margin") == 0
-    assert call_command("tune", *words, "--num-steps", 2, "--trials", 2) == 0
+    assert call("compare", *words, "--num-steps", 2, "--selectors", "halton,margin") == 0
+    assert call("tune", *words, "--num-steps", 2, "--trials", 2) == 0

@@ -1,4 +1,4 @@
-"""``maskgit train``, ``tokenize``, ``doctor`` and ``demo`` as a user calls them; ``test_mistakes`` has the refusals."""
+"""``maskgit train``, ``tokenize``, ``slurm submit``, ``doctor`` and ``demo``; ``test_mistakes`` has the refusals."""
 
 import functools
 import http.server
@@ -268,6 +268,33 @@ def test_a_stage_trains_from_a_stream_and_resumes(served, maskgit, tiny_pretrain
     refused(train("--run=two", "--data.stream.urls=pipe:cat x"), "'pipe:cat x'")
 
 
+# A job; tests/runs/test_slurm.py has its options
+
+
+@pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "fsdp")])
+def test_a_dry_run_prints_the_job_and_writes_nothing(maskgit, runs, tiny_shards, tiny_pretrained, stage, cluster):
+    tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
+    answer = maskgit(
+        "slurm", "submit", stage, "--data", tiny_shards, "--runs-folder", runs, "--run=one", "--nodes=2", "--devices=1",
+        *tokenizer, *tiny_flags(stage), "--dry-run", f"--cluster={cluster}", "--partition=gpu",
+        "--sbatch=--mem=0 --exclusive", "--srun=--cpu-bind=cores", "--container=apptainer exec --nv 'my image.sif'",
+    )  # fmt: skip
+    assert answer.code == 0, answer
+    printed = answer.out[answer.out.index("STAGE=") : answer.out.index("dry run:")]
+    words = shlex.split(printed.replace("\\\n", ""))
+    script = words.index("recipes/slurm/train.sbatch")
+    assert {
+        f"STAGE={stage}", f"CLUSTER={cluster}", "RUN=one", f"RUNS={runs}", "SRUN=--cpu-bind=cores",
+        "CONTAINER=apptainer exec --nv 'my image.sif'", "MASKGIT=maskgit",
+    } <= set(words[:script])  # fmt: skip
+    options = words[words.index("sbatch") + 1 : script]
+    assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--cpus-per-task=1"} <= set(options)
+    assert options[-2:] == ["--mem=0", "--exclusive"]  # the user's words come last
+    assert not any(option.startswith("--gpus") for option in options)  # the tiny recipes use a CPU
+    assert "--trainer.max_steps=1" in words[script:]
+    assert not runs.exists()
+
+
 # The check of a run
 
 
@@ -279,23 +306,15 @@ def doctor(maskgit, runs, tiny_shards, tiny_pretrained) -> Callable[..., Answer]
     return lambda *more: maskgit("doctor", "transformer", *words, *tiny_flags("transformer"), *more)
 
 
-def test_doctor_passes_a_run_and_fails_another(doctor):
+def test_doctor_prints_lines_or_json_and_ends_with_the_verdict(doctor):
     ready = doctor("--cluster", "ddp", "--nodes", "2", "--devices", "2")
-    assert ready.code == 0, ready
+    assert (ready.code, ready.out.splitlines()[-1]) == (0, "All 11 checks pass.")
     assert "4 = 4 ranks x 1 accumulation step x 1 sample" in ready.out
-    assert ready.out.endswith("checks pass.\n")
     wrong = doctor("--devices", "3", "--cluster", "ddp")
-    assert wrong.code == 2
-    assert wrong.out.count("FAIL") == 1
-    assert "FAIL     batch" in wrong.out
-
-
-def test_doctor_prints_json(doctor):
-    answer = doctor("--json")
-    checks = json.loads(answer.out)
-    assert (answer.code, checks["ok"]) == (0, True)
+    assert (wrong.code, re.findall(r"^FAIL +(\w+)", wrong.out, re.MULTILINE)) == (2, ["batch"])
+    checks = json.loads(doctor("--json").out)
+    assert checks["ok"]
     assert {"data", "batch", "memory"} <= {check["name"] for check in checks["checks"]}
-    assert checks["memory"]["states"] > 4 * checks["num_parameters"] > 0
     assert not json.loads(doctor("--json", "--trainer.precision=16-mixed").out)["ok"]
 
 

@@ -149,31 +149,26 @@ def test_a_token_that_no_header_can_hold_is_not_shown(folder: Path, hub: LocalHu
     assert hub.requests == []
 
 
-def _refuse(hub: LocalHub, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    if name == "no login":
-        monkeypatch.delenv("HF_TOKEN")
-    elif name == "a wrong token":
-        monkeypatch.setenv("HF_TOKEN", SECRET)
-    elif name == "no network":
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    elif name == "no rights":
-        hub.may_write = False
-    elif name == "another model":
-        hub.repositories["alice/tiny"] = {"pytorch_model.bin": b"", ".gitattributes": b""}
+REFUSED = "the Hub refused the upload, or cannot be reached ("
+OTHER = {"alice/tiny": {"pytorch_model.bin": b"", ".gitattributes": b""}}
 
 
 @pytest.mark.parametrize(
-    ("reason", "wanted"),
+    ("damage", "wanted"),
     [
-        ("no login", "no access token found; log in with `hf auth login`, or set HF_TOKEN"),
-        ("a wrong token", "the Hub refused the upload, or cannot be reached ("),
-        ("no network", "the Hub refused the upload, or cannot be reached ("),
-        ("no rights", "the Hub refused the upload, or cannot be reached ("),
-        ("another model", "the name is taken by a repository with other files, such as 'pytorch_model.bin'"),
+        (lambda hub, patch: patch.delenv("HF_TOKEN"), "no access token found; log in with `hf auth login`, or set"),
+        (lambda hub, patch: patch.setenv("HF_TOKEN", SECRET), REFUSED),
+        (lambda hub, patch: patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9"), REFUSED),
+        (lambda hub, patch: patch.setattr(hub, "may_write", False), REFUSED),
+        (
+            lambda hub, patch: hub.repositories.update(OTHER),
+            "the name is taken by a repository with other files, such as 'pytorch_model.bin'",
+        ),
     ],
+    ids=["no login", "a wrong token", "no network", "no rights", "another model"],
 )
-def test_a_refusal_of_the_hub_is_one_line(folder, hub: LocalHub, monkeypatch, capsys, reason, wanted):
-    _refuse(hub, monkeypatch, reason)
+def test_a_refusal_of_the_hub_is_one_line(folder, hub: LocalHub, monkeypatch, capsys, damage, wanted):
+    damage(hub, monkeypatch)
     before = json.dumps({name: sorted(files) for name, files in hub.repositories.items()})
     assert main(["push", str(folder), "alice/tiny"]) == 2
     err = capsys.readouterr().err

@@ -16,7 +16,7 @@ from maskgit_pl.runs.build import build
 from maskgit_pl.runs.layers import Layer, flag_layer
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, read_run_config, recipe_files
-from maskgit_pl.runs.settings import RUNS, _keys
+from maskgit_pl.runs.settings import known_keys
 from tests.conftest import tiny_flags
 
 
@@ -256,7 +256,7 @@ def test_no_recipe_and_no_flag_runs_code(stage: Any, tmp_path, is_awake, tiny_sh
     """Each attack is rejected in one line, or is read as plain data, and never runs code."""
     file, base = tmp_path / "recipe.yaml", Layer("base", read_yaml(RECIPES / stage / "base.yaml"))
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
-    attacks = itertools.product([*_keys(RUNS[stage], {}), *MORE], payloads(tmp_path / "inner.yaml"), (False, True))
+    attacks = itertools.product([*known_keys(stage, {}), *MORE], payloads(tmp_path / "inner.yaml"), (False, True))
     answers = set()
     for key, value, is_flag in itertools.islice(attacks, 0, None, EVERY):
         words = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}"] if is_flag else []

@@ -19,7 +19,6 @@ from maskgit_pl.runs.settings import TrainerSettings
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
 from tests.conftest import tiny_flags
 
-TINY = Path(__file__).parents[1] / "tiny"
 NAMES = {"tokenizer": "base_channels", "transformer": "embed_dim"}
 
 
@@ -105,8 +104,6 @@ def test_a_run_keeps_its_precision_on_a_device_that_would_choose_another(
     assert recorded(run) == first
 
 
-RECIPES, TINY_RECIPES = Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "tiny"
-
 FIXED = {  # keys other than those of the model
     "data", "data.image_size", "data.in_channels", "data.augmentations", "data.crop", "data.global_batch", "data.seed",
     "trainer.gradient_clip_val",
@@ -138,9 +135,9 @@ def each_changed(tree: dict, path: str = "") -> Iterator[tuple[str, dict]]:
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])
 def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shards, tiny_pretrained, tmp_path):
-    files = [RECIPES / stage / "base.yaml", RECIPES / "cluster" / "single.yaml", TINY_RECIPES / f"{stage}.yaml"]
+    recipe = Recipe.read(stage, overrides=tiny_flags(stage))
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
-    run = build(Plan(Recipe.from_files(stage, files), tiny_shards, tmp_path, tokenizer))
+    run = build(Plan(recipe, tiny_shards, tmp_path, tokenizer))
     config = run.values.tree
     if stage == "tokenizer":  # the groups that the recipe leaves out
         perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})

@@ -1,4 +1,4 @@
-"""Jobs submitted from Python and their script, with fake commands of Slurm; tests/slurm has the real ones."""
+"""Jobs and their script, with fake commands of Slurm; tests/slurm has the real ones."""
 
 import os
 import re
@@ -50,7 +50,8 @@ def test_a_job_gets_its_own_variables_and_none_of_a_surrounding_job(plan, slurm,
     assert (slurm / "words").read_text().splitlines() == submission.command[1:]
     environment = dict(line.partition("=")[::2] for line in (slurm / "environment").read_text().splitlines())
     assert {"SLURM_CONF": "/here", **submission.variables}.items() <= environment.items()
-    assert not {"SLURM_JOB_ID", "SLURM_NTASKS", "TOKENIZER"} & set(environment)
+    assert not {"SLURM_JOB_ID", "SLURM_NTASKS"} & set(environment)
+    assert environment["TOKENIZER"] == ""
     assert Path(submission.log_file("4711")).parent.is_dir()
     assert os.environ["SLURM_NTASKS"] == "64"
 
@@ -79,26 +80,39 @@ def test_the_log_is_in_the_run_unless_an_option_moves_it(plan, tiny_shards, tmp_
     assert submission.log_file("7") == f"{tmp_path}/100%j/one/tokenizer/slurm-7.log"
 
 
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        *({"nodes": 0}, {"sbatch": "'"}, {"srun": "'"}, {"container": "'"}),
-    ],
-)
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"sbatch": "'"}, {"srun": "'"}, {"container": "'"}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ValueError, match=f"^{next(iter(wrong))} must "):
         JobOptions(**wrong)
 
 
+def test_devices_are_gpus_unless_the_recipe_names_an_accelerator(plan):
+    job = plan("--trainer.accelerator=auto", "--data.num_workers=3", devices=2)
+    assert {"--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=4"} <= {*job.options}
+    assert job.words[-1] == "--trainer.accelerator=gpu"  # a task that sees no GPU ends
+    assert "--trainer.accelerator=gpu" not in plan().words  # its recipe says cpu
+
+
+def test_gpus_are_requested_in_one_way(plan):
+    gpu = "--trainer.accelerator=gpu"
+    for words in ("--gres=gpu:a100:8", "--mem=0 --gres gpu:8", "-G 16", "-G16", "--gpus=16", "--gpus-per-task=1"):
+        options = plan(gpu, sbatch=words).options
+        assert not any(option.startswith("--gpus-per-node") for option in options)
+        assert options[-1] == shlex.split(words)[-1]
+    assert "--gpus-per-node=1" in plan(gpu, sbatch="--gres=lscratch:100").options
+
+
 def test_a_job_gets_the_names_of_its_recipe_or_the_run_that_it_repeats(tmp_path, tiny_shards):
     where = {"run": tmp_path / "runs" / "one", "data": tiny_shards}
     named = runs.Recipe.read("tokenizer", names="paper-256 log", cluster="ddp")
-    assert runs.plan_submission(named, **where).variables["RECIPE"] == "paper-256 log"
+    submission = runs.plan_submission(named, **where)
+    assert submission.variables["RECIPE"] == "paper-256 log"
+    assert submission.words == ("--trainer.accelerator=gpu",)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(named.tree))
     repeated = runs.plan_submission(runs.Recipe.from_run("tokenizer", config), **where)
     assert repeated.words[0] == f"--config={config}"
-    assert not {"RECIPE", "CLUSTER"} & set(repeated.variables)
+    assert not any(f"{name}=" in str(repeated) for name in ("RECIPE", "CLUSTER"))
 
 
 JOB = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "SLURM_NNODES": "1", "SLURM_NTASKS_PER_NODE": "1"}

@@ -9,17 +9,6 @@ from maskgit_pl.cli import main
 from maskgit_pl.data.token_store import read_description
 from tests.runs.test_fitting import recipe
 
-VARIABLES = (
-    "RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS"
-)  # fmt: skip
-
-
-@pytest.fixture
-def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    for name in VARIABLES:
-        monkeypatch.delenv(name, raising=False)
-    return monkeypatch
-
 
 @pytest.mark.slow
 def test_tokens_are_made_and_training_reads_them(tiny_shards, tiny_pretrained, tmp_path):
@@ -44,8 +33,8 @@ def test_few_images_are_trained_on_the_views_that_were_tokenized(tiny_shards, ti
     assert runs.fit(few, **where).step == 1
 
 
-def test_a_rank_that_is_no_number_ends_a_command_with_one_line(environment, capsys):
-    environment.setenv("SLURM_PROCID", "x")
+def test_a_rank_that_is_no_number_ends_a_command_with_one_line(monkeypatch, capsys):
+    monkeypatch.setenv("SLURM_PROCID", "x")
     assert main(["train", "tokenizer", "--run=one"]) == 2
     error = "maskgit train: SLURM_PROCID must be an integer, got 'x'; unset it outside of a job\n"
     assert capsys.readouterr().err == error
