@@ -68,7 +68,11 @@ def test_a_split_is_extracted_once_for_each_network_and_then_read(data: ShardDat
     torch.testing.assert_close(made.features.pooled.double(), features)
     torch.testing.assert_close(made.pooled.mean, features.mean(0))
     torch.testing.assert_close(made.pooled.covariance, torch.cov(features.T))
+    (file,) = (tmp_path / "deep").iterdir()
     assert obtain(tmp_path / "deep", data, seed=1)[1] == 24
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(ValueError, match=r"val-classifier-\w+\.npz is damaged .*remove it, and it is made again"):
+        obtain(tmp_path / "deep", data)
 
 
 def test_networks_that_are_missing_share_one_pass(data: ShardData, tmp_path: Path) -> None:
