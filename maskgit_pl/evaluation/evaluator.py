@@ -26,7 +26,7 @@ from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
 from maskgit_pl.evaluation.generation import Task, delete_generated, edit, generate_images, hide_pixels
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.likelihood import bind_conditions, encode_real_images, exact_nll, masked_nll, negative_elbo
+from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.evaluation.metrics import (
     DEVIATION,
     ComparedImages,
@@ -284,12 +284,11 @@ class Evaluator:
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
         if transformer.mask_schedule is None:
             return _in_bits("exact", exact_nll(transformer.network, tokens, labels, **options), tokens.shape[1])
-        options |= {"draws": draws, "mask_token_id": transformer.network.config.mask_token_id}
-        vectors = read_real_vectors(self.data, model.pipe, num_images=count)
-        network, conditions = bind_conditions(transformer.network, labels, vectors)
+        options["draws"] = draws
+        images = tokens, labels, read_real_vectors(self.data, model.pipe, num_images=count)
         sampler = MaskSampler(transformer.mask_schedule, seed)
-        part = masked_nll(network, tokens, conditions, sampler=sampler, **options)
-        bound = negative_elbo(network, tokens, conditions, seed=seed, **options)
+        part = masked_nll(transformer.network, *images, sampler=sampler, **options)
+        bound = negative_elbo(transformer.network, *images, seed=seed, **options)
         return {**_estimate("masked_nll", part), **_in_bits("elbo", bound, tokens.shape[1])}
 
     def measure_cas(

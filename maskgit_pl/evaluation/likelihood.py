@@ -23,19 +23,18 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.randomness import random_bits
 
-MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]
 _WORDS = 2**32  # number of values of a random 32-bit word
 
 
 def masked_nll(
-    network: MaskedPredictor,
+    network: Backbone,
     tokens: Tensor,
     labels: Tensor,
+    vectors: Tensor | None = None,
     *,
     sampler: MaskSampler,
-    mask_token_id: int,
     draws: int = 4,
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
@@ -52,12 +51,11 @@ def masked_nll(
     different masks, so that a lower value does not mean a better model; use ``negative_elbo`` to compare them.
 
     Args:
-        network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after
-            image; see ``bind_conditions``.
+        network: Network with bidirectional attention.
         tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
+        vectors: (n, C) float, on the same device; None for a network without vectors.
         sampler: Sampler of masks with the schedule gamma of the model and a seed.
-        mask_token_id: Token id at masked positions.
         draws: Masks per image.
         batch_size: Images per batch, the same on all ranks.
         on_images: Called after each batch of this rank with its number of images.
@@ -76,16 +74,16 @@ def masked_nll(
         return sampler.mask(tokens.shape[1], index=index, epoch=draw_of_row, position=position, global_batch=draws)
 
     return _masked_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
+        network, tokens, labels, vectors, mask, draws=draws, batch_size=batch_size, on_images=on_images
     )
 
 
 def negative_elbo(
-    network: MaskedPredictor,
+    network: Backbone,
     tokens: Tensor,
     labels: Tensor,
+    vectors: Tensor | None = None,
     *,
-    mask_token_id: int,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 100,
@@ -120,7 +118,7 @@ def negative_elbo(
         return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=draw)
 
     return num_tokens * _masked_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
+        network, tokens, labels, vectors, mask, draws=draws, batch_size=batch_size, on_images=on_images
     )
 
 
@@ -149,20 +147,6 @@ def exact_nll(
     return _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
 
 
-def bind_conditions(network: Backbone, labels: Tensor, vectors: Tensor | None) -> tuple[MaskedPredictor, Tensor]:
-    """Returns a predictor for ``masked_nll`` and ``negative_elbo``, and what they take in place of (n,) labels.
-
-    With (n, C) vectors of all images, these are a function of the index of each image, and the indices (n,) int64.
-    """
-    if vectors is None:
-        return lambda tokens, labels, mask: network.forward_selected(tokens, labels, true_positions(mask)), labels
-
-    def predict(tokens: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-        return network.forward_selected(tokens, labels[index], true_positions(mask), vectors=vectors[index])
-
-    return predict, torch.arange(len(labels), device=labels.device)
-
-
 @torch.inference_mode()
 def encode_real_images(
     pipe: MaskGIT, data: ShardData, *, limit: int | None = None, batch_size: int = 100
@@ -186,11 +170,11 @@ def encode_real_images(
 
 
 def _masked_row_nll(
-    network: MaskedPredictor,
+    network: Backbone,
     tokens: Tensor,
     labels: Tensor,
+    vectors: Tensor | None,
     mask_of: Callable[[Tensor, int], Tensor],
-    mask_token_id: int,
     *,
     draws: int,
     batch_size: int,
@@ -200,9 +184,11 @@ def _masked_row_nll(
 
     def nll(index: Tensor) -> Tensor:
         rows, total = tokens[index], torch.zeros(len(index), dtype=torch.float64)
+        vectors_of_rows = None if vectors is None else vectors[index]
         for draw in range(draws):
             mask = mask_of(index, draw).to(rows.device)  # (B, N)
-            logits = network(rows.masked_fill(mask, mask_token_id), labels[index], mask)
+            masked_rows = rows.masked_fill(mask, network.config.mask_token_id)
+            logits = network.forward_selected(masked_rows, labels[index], true_positions(mask), vectors=vectors_of_rows)
             # One value per masked token, image after image; the sums per image are float64, independent of the device.
             of_token = F.cross_entropy(logits.float(), rows[mask], reduction="none").cpu().double()
             row_of_token, masked = mask.nonzero()[:, 0].cpu(), mask.sum(1).cpu()
