@@ -79,10 +79,10 @@ def measure_reconstruction(
         ``images``, their number.
     """
     references = {network.extractor: network.reference.pooled for network in networks}
-    meter = _ReconstructionMeter(tokenizer, list(references), lpips)
+    meter = ReconstructionMeter(tokenizer, list(references), lpips)
     for batch in batches:
         if batch.valid.any():
-            meter.add(batch.content[batch.valid], batch.position[batch.valid])
+            meter.add(batch)
         on_images(int(batch.valid.sum()))
     values = meter.values()
     errors = values.pop("error")
@@ -100,19 +100,38 @@ def measure_reconstruction(
     }
 
 
-class _ReconstructionMeter:
+class Pair(NamedTuple):
+    """An image with its reconstruction."""
+
+    error: float  # mean squared, for pixels in [0, 1]
+    number: int  # of the image in the val split
+    label: int
+    original: Tensor  # (C, H, W) uint8
+    reconstruction: Tensor
+
+
+class ReconstructionMeter:
     """The measurements of this rank's reconstructions, image by image.
 
-    ``collectors`` has the features of the reconstructions by label, ``seconds`` the time of encoding and decoding.
+    Attributes:
+        collectors: Features of the reconstructions by label.
+        codes: Use of the codebook.
+        labels: (b,) int64 classes of each batch.
+        worst: The 8 images with the largest errors, the worst first.
+        seconds: Time of encoding and decoding.
     """
 
-    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
+    def __init__(
+        self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = (), lpips: LPIPS | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
-        self.seconds = 0.0
-        self._codes = CodebookUsage(tokenizer.network.config.codebook_size)
+        self.codes = CodebookUsage(tokenizer.network.config.codebook_size)
         # An empty update, so that the counts exist on a rank without images.
-        self._codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
+        self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
+        self.labels: list[Tensor] = []
+        self.worst: list[Pair] = []
+        self.seconds = 0.0
         self._measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
         if min(height_width(tokenizer.image_size)) >= _SSIM_WINDOW:
             self._measures["ssim"] = _ssim
@@ -122,12 +141,11 @@ class _ReconstructionMeter:
         self._positions = [torch.empty(0, dtype=torch.int64)]
 
     @torch.inference_mode()
-    def add(self, pixels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructs and measures (b, C, H, W) uint8 images, whose indices among all images are (b,) int64.
-
-        Returns:
-            (b, C, H, W) uint8 reconstructions, and (b,) float64 mean squared errors before rounding, on the CPU.
-        """
+    def add(self, batch: Batch) -> None:
+        """Reconstructs and measures the valid images of a batch."""
+        pixels, labels, index, positions = (
+            each[batch.valid] for each in (batch.content, batch.labels, batch.index, batch.position)
+        )
         network, (height, width) = self.tokenizer.network, height_width(self.tokenizer.image_size)
         like = next(network.parameters())  # for device and dtype
         images = to_unit_range(pixels.to(like.device))
@@ -136,7 +154,7 @@ class _ReconstructionMeter:
         # The decoder may add a margin, since it produces whole tokens; crop it.
         decoded = network.decode(tokens, self.tokenizer.grid)[..., :height, :width].float().clamp(0, 1)
         self.seconds += now(like.device) - start
-        self._codes.update(tokens.cpu(), torch.ones(len(tokens)))
+        self.codes.update(tokens.cpu(), torch.ones(len(tokens)))
         # One value per image and measure, in float64: the means do not depend on the batch size.
         rows = torch.stack([measure(decoded, images).double().cpu() for measure in self._measures.values()], 1)
         self._rows.append(rows)
@@ -145,7 +163,9 @@ class _ReconstructionMeter:
         rounded = (decoded * 255).round().to(torch.uint8)
         for collector in self.collectors.values():
             collector.add(rounded, positions)
-        return rounded.cpu(), rows[:, 0]
+        pairs = zip(rows[:, 0].tolist(), index.tolist(), labels.tolist(), pixels, rounded.cpu(), strict=True)
+        self.worst = sorted([*self.worst, *map(Pair._make, pairs)], key=lambda pair: -pair.error)[:_SHOWN]
+        self.labels.append(labels)
 
     def values(self) -> dict[str, Tensor]:
         """Returns (n,) float64 values of each measure for the images of all ranks; ``error`` is the squared one."""
@@ -154,7 +174,7 @@ class _ReconstructionMeter:
 
     def code_usage(self) -> dict[str, float]:
         """Returns ``codebook_usage`` and ``perplexity`` of the tokens of all ranks, see ``CodebookUsage``."""
-        return {name: float(value) for name, value in self._codes.compute().items()}
+        return {name: float(value) for name, value in self.codes.compute().items()}
 
 
 def now(device: torch.device) -> float:
@@ -273,48 +293,30 @@ def open_tokenizer(
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
 
 
-class _Pair(NamedTuple):
-    """An image with its reconstruction."""
-
-    error: float  # mean squared, for pixels in [0, 1]
-    number: int  # of the image in the val split
-    label: int
-    original: Tensor  # (C, H, W) uint8
-    reconstruction: Tensor
-
-
 def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> TokenizerReport:
     """Measures a tokenizer on random val images, the same in every call; does not write the report to ``file``."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
-    meter = _ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
+    meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
     originals = {each.label: FeatureCollector(each) for each in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    labels: list[Tensor] = []
-    worst: list[_Pair] = []
     for batch in iter_real_batches(data, "val", num_images=count, batch_size=size):
-        pixels, label, index, position = (
-            each[batch.valid] for each in (batch.content, batch.labels, batch.index, batch.position)
-        )
-        rounded, errors = meter.add(pixels, position)
+        meter.add(batch)
         for collector in originals.values():
-            collector.add(pixels, position)
-        pairs = zip(errors.tolist(), index.tolist(), label.tolist(), pixels, rounded, strict=True)
-        worst = sorted([*worst, *(_Pair(*pair) for pair in pairs)], key=lambda pair: -pair.error)[:_SHOWN]
-        labels.append(label)
-        on_images(len(pixels))
+            collector.add(batch.content[batch.valid], batch.position[batch.valid])
+        on_images(int(batch.valid.sum()))
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
     numbers["peak_memory_mb"] = peak_memory(device) / 2**20
     psnr_db = _psnr_of_images(meter.values()["error"])
-    label = torch.cat(labels)
-    by_class = {data.class_names[each]: float(psnr_db[label == each].mean()) for each in sorted(set(label.tolist()))}
-    return TokenizerReport(_content(opened, numbers, by_class, worst), opened.key, file, worst)
+    labels = torch.cat(meter.labels)
+    by_class = {data.class_names[each]: float(psnr_db[labels == each].mean()) for each in sorted({*labels.tolist()})}
+    return TokenizerReport(_content(opened, numbers, by_class, meter.worst), opened.key, file, meter.worst)
 
 
-def _numbers(meter: _ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
+def _numbers(meter: ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
     values, codes = meter.values(), meter.code_usage()
     errors = values.pop("error")
     numbers = {
@@ -344,7 +346,7 @@ def _psnr_of_images(errors: Tensor) -> Tensor:
 
 
 def _content(
-    opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[_Pair]
+    opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[Pair]
 ) -> dict[str, Any]:
     """Returns the content of ``tokenizer.json``."""
     tokenizer, data = opened.tokenizer, opened.data
@@ -386,7 +388,7 @@ class TokenizerReport:
     content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
     key: Mapping[str, Any]  # columns of the ledger that determine the values
     file: Path  # of that content, beside which the page is written
-    worst: Sequence[_Pair]
+    worst: Sequence[Pair]
 
     @property
     def row(self) -> dict[str, Any]:
