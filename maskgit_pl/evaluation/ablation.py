@@ -31,8 +31,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_d
 from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
-from maskgit_pl.evaluation.tables import measure_tokenizer_once
-from maskgit_pl.evaluation.tokenizer import OpenedTokenizer
+from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_once
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars

@@ -56,7 +56,7 @@ from maskgit_pl.evaluation.pages import (
     seeds_cell,
 )
 from maskgit_pl.evaluation.timing import BATCH_SIZES, measure_costs
-from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
+from maskgit_pl.evaluation.tokenizer import measure_tokenizer_once, open_tokenizer
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
@@ -228,12 +228,6 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     ]  # fmt: skip
     flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
     return Page("tokenizers", "\n".join([*lines, ""]), flat, folder=options.results / data_name(shared))
-
-
-def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
-    """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
-    row = ledger.find("tokenizer", opened.key)
-    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row)
 
 
 def open_models(

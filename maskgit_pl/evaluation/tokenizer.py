@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, metric_name, title
 from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
@@ -228,7 +228,7 @@ def evaluate_tokenizer(
     check_writable("out", file)
     ledger = Ledger(file.parent / "evaluation" / FILE_NAME)
 
-    report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
+    report = replace(measure_tokenizer(open_tokenizer(folders, features, options, bars), bars), file=file)
     report.page.write()
     write_text(file, json.dumps(report.content, indent=2) + "\n")
     ledger.add("tokenizer", report.row)
@@ -293,8 +293,13 @@ def open_tokenizer(
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
 
 
-def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> TokenizerReport:
-    """Measures a tokenizer on random val images, the same in every call; does not write the report to ``file``."""
+def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
+    """Returns the row of a tokenizer, which is measured if the ledger lacks it."""
+    return ledger.find("tokenizer", opened.key) or ledger.add("tokenizer", measure_tokenizer(opened, bars).row)
+
+
+def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> TokenizerReport:
+    """Measures a tokenizer on random val images, the same in every call."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
     meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
@@ -313,7 +318,7 @@ def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> Tokeni
     psnr_db = _psnr_of_images(meter.values()["error"])
     labels = torch.cat(meter.labels)
     by_class = {data.class_names[each]: float(psnr_db[labels == each].mean()) for each in sorted({*labels.tolist()})}
-    return TokenizerReport(_content(opened, numbers, by_class, meter.worst), opened.key, file, meter.worst)
+    return TokenizerReport(_content(opened, numbers, by_class, meter.worst), opened.key, meter.worst)
 
 
 def _numbers(meter: ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
@@ -387,8 +392,8 @@ class TokenizerReport:
 
     content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
     key: Mapping[str, Any]  # columns of the ledger that determine the values
-    file: Path  # of that content, beside which the page is written
     worst: Sequence[Pair]
+    file: Path = Path("tokenizer.json")  # of that content, beside which the page is written
 
     @property
     def row(self) -> dict[str, Any]:

@@ -157,7 +157,7 @@ def test_the_table_of_tokenizers_measures_each_once(
     measured = list(csv.DictReader((folder / "tokenizers.csv").read_text().splitlines()))
     assert [row["run"] for row in measured] == ["one", "two"]
     assert measured[0]["psnr_db"] != measured[1]["psnr_db"]
-    module = "maskgit_pl.evaluation.tables.measure_tokenizer"
+    module = "maskgit_pl.evaluation.tokenizer.measure_tokenizer"
     monkeypatch.setattr(module, lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert (folder / "tokenizers.md").read_text() == page
