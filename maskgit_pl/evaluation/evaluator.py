@@ -35,7 +35,6 @@ from maskgit_pl.evaluation.metrics import (
     compute_metrics,
     computed_metrics,
     known_metrics,
-    metric_name,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, draw_order, read_real_vectors, split_digest
@@ -417,7 +416,7 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     # Values of images come before those of networks, and deviations last.
     metrics = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
     return {
-        metric_name(f"{name}{suffix}", label) if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
+        f"{name}{suffix}/{label}" if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
         for label, row in rows.items()
         for suffix in ("", DEVIATION)
         for name, metric in metrics

@@ -274,10 +274,10 @@ def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
     Rows remain valid when a field is added.
     """
     usual = {field.name: field.default for field in fields(DecodingConfig)}
-    changed_fields = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
-    named = {"token_selector": decoding.token_selector, "guidance": decoding.guidance}
-    changed: dict[str, Any] = json.loads(json.dumps({**named, **changed_fields}, sort_keys=True))
-    return changed
+    always = ("token_selector", "guidance")
+    key = {name: value for name, value in asdict(decoding).items() if name in always or value != usual[name]}
+    plain: dict[str, Any] = json.loads(json.dumps(key, sort_keys=True))
+    return plain
 
 
 def describe_decoding(decoding: DecodingConfig) -> str:

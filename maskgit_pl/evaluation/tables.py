@@ -23,7 +23,7 @@ from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
-from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     check_model_decoding,
@@ -361,7 +361,7 @@ def _seeds(name: str, text: Callable[[float], str] | None = None) -> _Cell:
 
 def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
     columns = {
-        markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)): _seeds(name)
+        markdown(title(f"{name}/{network}" if name in _NAMED_AFTER_NETWORK else name)): _seeds(name)
         for name in metrics_of(rows)
         if name not in NO_COLUMN
     }

@@ -29,7 +29,7 @@ from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_table, paragraph
@@ -90,7 +90,7 @@ def measure_reconstruction(
         "psnr_db": psnr(float(errors.mean())),
         **{name: float(of_image.mean()) for name, of_image in values.items()},
         **{
-            metric_name("rfid", extractor.label): frechet_distance(
+            f"rfid/{extractor.label}": frechet_distance(
                 Statistics.from_features(meter.collectors[extractor.label].gather().pooled), statistics
             )
             for extractor, statistics in references.items()
@@ -420,7 +420,7 @@ class TokenizerReport:
         for name, value in numbers.items():
             metric, _, network = name.partition("/")
             if not metric.endswith("_floor"):
-                floor = numbers.get(metric_name(f"{metric}_floor", network))
+                floor = numbers.get(f"{metric}_floor/{network}")
                 rows.append(
                     [title(name), format_value(name, value), "" if floor is None else format_value(name, floor)]
                 )
