@@ -7,7 +7,7 @@ with the same number of threads, the features are bit-exact for any number of ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -78,24 +78,37 @@ class FeatureCollector:
 
     def __init__(self, extractor: Extractor) -> None:
         self.extractor = extractor
-        self._batches: list[tuple[Tensor | None, ...]] = []  # index, features, logits and spatial features
+        self._batches: list[dict[str, Tensor]] = []
 
     def add(self, images: Tensor, index: Tensor) -> None:
         """Extracts the features of (b, C, H, W) uint8 images, whose indices among all images are (b,) int64."""
         output = self.extractor(images)
-        logits = output.logits if self.extractor.knows_classes else None
-        self._batches.append((index.cpu(), output.features, logits, output.spatial))
+        columns = {"index": index.cpu(), "pooled": output.features}
+        if self.extractor.knows_classes:
+            columns["logits"] = output.logits
+        if output.spatial is not None:
+            columns["spatial"] = output.spatial
+        self._batches.append(columns)
 
     def gather(self) -> ImageFeatures:
         """Gathers the features of all images, at least one, sorted by index; all ranks must call it."""
-        batches = [batch for of_rank in on_all_ranks(lambda: self._batches) for batch in of_rank]
-        columns = [list(filter(torch.is_tensor, parts)) for parts in zip(*batches, strict=True)]
-        index, pooled, logits, spatial = (torch.cat(parts) if parts else None for parts in columns)
-        assert index is not None
-        assert pooled is not None
-        order = index.argsort()
-        rest = (None if column is None else column[order] for column in (logits, spatial))
-        return ImageFeatures(self.extractor.label, pooled[order], *rest)
+        return ImageFeatures(self.extractor.label, **gather_rows(self._batches))
+
+
+def gather_rows(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Gathers the rows of all ranks, at least one, sorted by index; all ranks must call it.
+
+    Args:
+        batches: Columns by name of the batches of this rank, which may have none: ``index``, (b,) int64, the place of
+            each row in the whole, and others, (b, ...), all on the CPU.
+
+    Returns:
+        The other columns. Their order does not depend on the number of ranks, so neither do sums over them.
+    """
+    everyones = [batch for of_rank in on_all_ranks(lambda: batches) for batch in of_rank]
+    columns = {name: torch.cat([batch[name] for batch in everyones]) for name in everyones[0]}
+    order = columns.pop("index").argsort()
+    return {name: column[order] for name, column in columns.items()}
 
 
 def extract(

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.distributed import gather_rows
-from maskgit_pl.evaluation.features import iter_row_batches
+from maskgit_pl.evaluation.features import gather_rows, iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.masking import MaskSampler, UniformPositions, true_positions
 from maskgit_pl.networks.backbone import Backbone
@@ -158,15 +157,13 @@ def encode_real_images(
     Returns:
         (n, N) int64 tokens and (n,) int64 labels, on the model's device, the same on all ranks.
     """
-    # A rank may have no batch: empty tensors with the right shapes keep the concatenation valid.
-    tokens = [torch.empty(0, pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], dtype=torch.int64)]
-    labels, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size):
-        tokens.append(pipe.tokenizer.network.encode(to_unit_range(batch.content.to(pipe.device))).cpu())
-        labels.append(batch.labels)
-        index.append(batch.position)
-    whole = [gather_rows(torch.cat(rows), torch.cat(index)).to(pipe.device) for rows in (tokens, labels)]
-    return whole[0], whole[1]
+    encode = pipe.tokenizer.network.encode
+    rows = gather_rows([
+        {"index": batch.position, "tokens": encode(to_unit_range(batch.content.to(pipe.device))).cpu(),
+         "labels": batch.labels}
+        for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size)
+    ])  # fmt: skip
+    return rows["tokens"].to(pipe.device), rows["labels"].to(pipe.device)
 
 
 def _masked_row_nll(
@@ -201,9 +198,9 @@ def _masked_row_nll(
 @torch.inference_mode()
 def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
     """Computes the (count,) float64 values of all images from (B,) int64 indices; the ranks share the batches."""
-    batches = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
-    values = [torch.empty(0, dtype=torch.float64)]
-    for index in batches:
-        values.append(values_of(index))
+    batches = []
+    for rows in iter_row_batches(count, batch_size=batch_size):
+        index = torch.arange(rows.start, rows.stop)
+        batches.append({"index": index, "values": values_of(index)})
         on_images(len(index))
-    return gather_rows(torch.cat(values), torch.cat([torch.empty(0, dtype=torch.int64), *batches]))
+    return gather_rows(batches)["values"]

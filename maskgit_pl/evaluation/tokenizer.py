@@ -22,12 +22,12 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from maskgit_pl.checks import height_width, plain_size
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.distributed import describe_environment, device_name, find_device, gather_rows, parse_dtype, peak_memory
+from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype, peak_memory
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
-from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
+from maskgit_pl.evaluation.features import Extractor, FeatureCollector, gather_rows, open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
@@ -137,8 +137,7 @@ class ReconstructionMeter:
             self._measures["ssim"] = _ssim
         if lpips is not None:
             self._measures[lpips.label] = lpips
-        self._rows = [torch.empty(0, len(self._measures), dtype=torch.float64)]
-        self._positions = [torch.empty(0, dtype=torch.int64)]
+        self._batches: list[dict[str, Tensor]] = []
 
     @torch.inference_mode()
     def add(self, batch: Batch) -> None:
@@ -157,8 +156,7 @@ class ReconstructionMeter:
         self.codes.update(tokens.cpu(), torch.ones(len(tokens)))
         # One value per image and measure, in float64: the means do not depend on the batch size.
         rows = torch.stack([measure(decoded, images).double().cpu() for measure in self._measures.values()], 1)
-        self._rows.append(rows)
-        self._positions.append(positions)
+        self._batches.append({"index": positions, "measures": rows})
         # Feature networks see uint8 images, as they do for the originals.
         rounded = (decoded * 255).round().to(torch.uint8)
         for collector in self.collectors.values():
@@ -169,7 +167,7 @@ class ReconstructionMeter:
 
     def values(self) -> dict[str, Tensor]:
         """Returns (n,) float64 values of each measure for the images of all ranks; ``error`` is the squared one."""
-        rows = gather_rows(torch.cat(self._rows), torch.cat(self._positions))  # (n, measures)
+        rows = gather_rows(self._batches)["measures"]  # (n, measures)
         return dict(zip(self._measures, rows.unbind(1), strict=True))
 
     def code_usage(self) -> dict[str, float]:
