@@ -48,16 +48,17 @@ class Extractor:
         return weights_digest(self.network)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> FeatureOutput:
-        """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU."""
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Extracts features of (B, C, H, W) uint8 images on any device: the tensors of ``ImageFeatures`` by name."""
         # A network without parameters runs on the device of the images.
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
         images = images.to(device).contiguous(memory_format=torch.channels_last)  # the last bits depend on the layout
         # On a GPU: full float32 instead of TF32, and deterministic kernels.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             output: FeatureOutput = self.network(images)
-        spatial = None if output.spatial is None else output.spatial.float().cpu()
-        return FeatureOutput(output.features.float().cpu(), output.logits.float().cpu(), spatial)
+        logits = output.logits if self.knows_classes else None
+        columns = {"pooled": output.features, "logits": logits, "spatial": output.spatial}
+        return {name: tensor.float().cpu() for name, tensor in columns.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -71,28 +72,6 @@ class ImageFeatures:
 
     def __len__(self) -> int:
         return len(self.pooled)
-
-
-class FeatureCollector:
-    """A collector of features, which extracts this rank's batches and gathers those of all ranks."""
-
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        self._batches: list[dict[str, Tensor]] = []
-
-    def add(self, images: Tensor, index: Tensor) -> None:
-        """Extracts the features of (b, C, H, W) uint8 images, whose indices among all images are (b,) int64."""
-        output = self.extractor(images)
-        columns = {"index": index.cpu(), "pooled": output.features}
-        if self.extractor.knows_classes:
-            columns["logits"] = output.logits
-        if output.spatial is not None:
-            columns["spatial"] = output.spatial
-        self._batches.append(columns)
-
-    def gather(self) -> ImageFeatures:
-        """Gathers the features of all images, at least one, sorted by index; all ranks must call it."""
-        return ImageFeatures(self.extractor.label, **gather_rows(self._batches))
 
 
 def gather_rows(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -121,12 +100,12 @@ def extract(
 
     ``batches`` are those of this rank: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
     """
-    collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
+    extracted: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
     for images, index in batches:
-        for collector in collectors.values():
-            collector.add(images, index)
+        for extractor in extractors:
+            extracted[extractor.label].append({"index": index.cpu(), **extractor(images)})
         on_images(len(images))
-    return {label: collector.gather() for label, collector in collectors.items()}
+    return {label: ImageFeatures(label, **gather_rows(rows)) for label, rows in extracted.items()}
 
 
 def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:

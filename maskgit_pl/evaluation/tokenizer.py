@@ -27,7 +27,7 @@ from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
-from maskgit_pl.evaluation.features import Extractor, FeatureCollector, gather_rows, open_extractors
+from maskgit_pl.evaluation.features import Extractor, gather_rows, open_extractors
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
@@ -91,7 +91,7 @@ def measure_reconstruction(
         **{name: float(of_image.mean()) for name, of_image in values.items()},
         **{
             f"rfid/{extractor.label}": frechet_distance(
-                Statistics.from_features(meter.collectors[extractor.label].gather().pooled), statistics
+                Statistics.from_features(gather_rows(meter.features[extractor.label])["pooled"]), statistics
             )
             for extractor, statistics in references.items()
         },
@@ -114,7 +114,7 @@ class ReconstructionMeter:
     """The measurements of this rank's reconstructions, image by image.
 
     Attributes:
-        collectors: Features of the reconstructions by label.
+        features: Features of the reconstructions of each batch by label; see ``gather_rows``.
         codes: Use of the codebook.
         labels: (b,) int64 classes of each batch.
         worst: The 8 images with the largest errors, the worst first.
@@ -125,7 +125,8 @@ class ReconstructionMeter:
         self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = (), lpips: LPIPS | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
+        self.extractors = extractors
+        self.features: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
         self.codes = CodebookUsage(tokenizer.network.config.codebook_size)
         # An empty update, so that the counts exist on a rank without images.
         self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
@@ -159,8 +160,8 @@ class ReconstructionMeter:
         self._batches.append({"index": positions, "measures": rows})
         # Feature networks see uint8 images, as they do for the originals.
         rounded = (decoded * 255).round().to(torch.uint8)
-        for collector in self.collectors.values():
-            collector.add(rounded, positions)
+        for extractor in self.extractors:
+            self.features[extractor.label].append({"index": positions, **extractor(rounded)})
         pairs = zip(rows[:, 0].tolist(), index.tolist(), labels.tolist(), pixels, rounded.cpu(), strict=True)
         self.worst = sorted([*self.worst, *map(Pair._make, pairs)], key=lambda pair: -pair.error)[:_SHOWN]
         self.labels.append(labels)
@@ -301,15 +302,16 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> TokenizerReport:
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
     meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
-    originals = {each.label: FeatureCollector(each) for each in opened.extractors}
+    originals: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     for batch in iter_real_batches(data, "val", num_images=count, batch_size=size):
         meter.add(batch)
-        for collector in originals.values():
-            collector.add(batch.content[batch.valid], batch.position[batch.valid])
+        for extractor in opened.extractors:
+            features = extractor(batch.content[batch.valid])
+            originals[extractor.label].append({"index": batch.position[batch.valid], **features})
         on_images(int(batch.valid.sum()))
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
     numbers["peak_memory_mb"] = peak_memory(device) / 2**20
@@ -319,7 +321,7 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> TokenizerReport:
     return TokenizerReport(_content(opened, numbers, by_class, meter.worst), opened.key, meter.worst)
 
 
-def _numbers(meter: ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
+def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> dict[str, float]:
     values, codes = meter.values(), meter.code_usage()
     errors = values.pop("error")
     numbers = {
@@ -327,8 +329,8 @@ def _numbers(meter: ReconstructionMeter, originals: Mapping[str, FeatureCollecto
         "mean_psnr_db": float(_psnr_of_images(errors).mean()),
         **{name: float(of_image.mean()) for name, of_image in values.items()},
     }
-    for label, collector in meter.collectors.items():
-        fake, real = (each.gather().pooled.double() for each in (collector, originals[label]))
+    for label in originals:
+        fake, real = (gather_rows(batches[label])["pooled"].double() for batches in (meter.features, originals))
         # The floor compares one half of the originals, every second image, with the other.
         for floor, (one, other) in {"": (fake, real), "_floor": (real[::2], real[1::2])}.items():
             fid = frechet_distance(Statistics.from_features(one), Statistics.from_features(other))

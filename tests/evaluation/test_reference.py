@@ -64,7 +64,7 @@ def test_a_split_is_extracted_once_for_each_network_and_then_read(data: ShardDat
     assert_same(made, again)
     assert made.features.spatial is None
     assert [path.name.rsplit("-", 1)[0] for path in (tmp_path / "deep").iterdir()] == ["val-classifier"]
-    features = few()(next(iter_real_batches(data, "val", batch_size=24)).content).features.double()
+    features = few()(next(iter_real_batches(data, "val", batch_size=24)).content)["pooled"].double()
     torch.testing.assert_close(made.features.pooled.double(), features)
     torch.testing.assert_close(made.pooled.mean, features.mean(0))
     torch.testing.assert_close(made.pooled.covariance, torch.cov(features.T))
