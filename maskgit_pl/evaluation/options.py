@@ -159,6 +159,12 @@ class ReportOptions(MeasurementOptions):
     results: Path = Path("results")
 
 
+def check_runs(task: str, runs: Sequence[Path | str]) -> None:
+    """Checks that there is a run for a table or figure."""
+    if not runs:
+        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
+
+
 def round_to_classes(num_images: int, num_classes: int) -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes, at least 2 per class."""
     if num_images < 2 * num_classes:

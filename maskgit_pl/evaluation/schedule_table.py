@@ -25,7 +25,7 @@ from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.options import CLASSIFIER, ReportOptions, default_steps, round_to_classes, with_steps
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metrics_of, paragraph, seeds_cell
 from maskgit_pl.evaluation.reference import ArrayFile
-from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
+from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, open_models
 from maskgit_pl.networks.features import parse_feature_network
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
@@ -262,7 +262,7 @@ def make_schedule_page(results: Sequence[ScheduleResult]) -> Page:
     ordered = [result for group in grouped.values() for result in group]
     lines += describe_provenance([row for result in ordered for row in result.fresh.values()])
     flat = [_flatten(result) for result in ordered]
-    return finish_page("table-3", lines, flat, picture="figure-8.png")
+    return Page("table-3", [*lines, "", "![figure-8](figure-8.png)"], flat)
 
 
 def _schedule_lines(grouped: Mapping[str, Sequence[ScheduleResult]], networks: Sequence[str]) -> list[str]:

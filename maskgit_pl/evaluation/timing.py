@@ -299,7 +299,7 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
         *markdown_table(headings, cells, left=0),
     ]
     values = [{name: row["seconds_per_image" if name == "seconds" else name] for name in _CSV} for row in rows]
-    return Page("figure-4", "\n".join([*text, ""]), values, {"figure-4.png": _draw_timings(lines)})
+    return Page("figure-4", text, values, {"figure-4.png": _draw_timings(lines)})
 
 
 def _draw_timings(lines: Mapping[Method, Mapping[int, Row]]) -> bytes:

@@ -449,6 +449,4 @@ class TokenizerReport:
         images = [pair.original for pair in self.worst] + [pair.reconstruction for pair in self.worst]
         pixels = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
         sheet = image_grid(pixels, columns=len(self.worst), row_captions=["original", "reconstruction"])
-        return Page(
-            self.file.stem, "\n".join([*lines, ""]), [numbers], {picture: image_to_png(sheet)}, self.file.parent
-        )
+        return Page(self.file.stem, lines, [numbers], {picture: image_to_png(sheet)}, self.file.parent)

@@ -409,7 +409,7 @@ def make_page(result: TuningResult, real: Row) -> Page:
     rows = [
         {"trial": trial.number, **trial.numbers, "decoding": decoding_key(trial.decoding)} for trial in result.trials
     ]
-    return Page("tuning", "\n".join([*lines, ""]), rows)
+    return Page("tuning", lines, rows)
 
 
 def _trial_table(result: TuningResult, trials: Sequence[Trial]) -> list[str]:
