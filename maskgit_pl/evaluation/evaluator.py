@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
+from maskgit_pl.data.manifest import Split
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
@@ -37,7 +38,7 @@ from maskgit_pl.evaluation.metrics import (
     known_metrics,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import Reference, draw_order, read_real_vectors, split_digest
+from maskgit_pl.evaluation.reference import Reference, draw_images, read_real_vectors, split_digest
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import fingerprint
@@ -255,15 +256,14 @@ class Evaluator:
 
     # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
-    def read_real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Reads random images of a split, the same in every call, at most all of it; see ``draw_order``.
+    def read_real_images(self, split: Split, count: int) -> tuple[Tensor, Tensor]:
+        """Reads random images of a split, the same in every call, at most all of it; see ``draw_images``.
 
         Returns:
             (n, C, H, W) uint8 images and (n,) int64 labels.
         """
-        samples = self.data.summary.samples[split]
-        batches = self.data.batches(split, draw_order(samples, count))  # type: ignore[arg-type]  # train or val
-        batch = batches.__getitems__(range(min(count, samples)))
+        order, count = draw_images(self.data, split, count)
+        batch = self.data.batches(split, order).__getitems__(range(count))
         return batch.content, batch.labels
 
     def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int = 4, seed: int = 0) -> Row:
@@ -309,8 +309,8 @@ class Evaluator:
             source: LabelledImages | Tensor
             if model is None or decoding is None:
                 # The same images as ``read_real_images``, by index: training reads them again in each epoch.
-                available = self.data.summary.samples["train"]
-                source = draw_order(available, num_images)(range(min(num_images, available))).index
+                order, count = draw_images(self.data, "train", num_images)
+                source = order(range(count)).index
             else:
                 title = f"{model.run}: {num_images} images for CAS"
                 source = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)

@@ -218,12 +218,15 @@ class Reference:
         return cls(Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
 
 
-def draw_order(available: int, count: int) -> Order:
-    """Returns an order whose first ``count`` of all positions are random samples, the same in every call.
+def draw_images(data: ShardData, split: Split, num_images: int | None = None) -> tuple[Order, int]:
+    """Returns an order that begins with random samples of a split, the same in every call, and their number.
 
-    If ``count`` is not less than ``available``, the number of samples of the split, they keep their own order.
+    If there are not more samples, or for None, these are all samples in their own order.
     """
-    return InOrder(available) if count >= available else ShuffledStream(available, seed=0)
+    available = data.summary.samples[split]
+    if num_images is None or num_images >= available:
+        return InOrder(available), available
+    return ShuffledStream(available, seed=0), num_images
 
 
 def iter_real_batches(
@@ -233,11 +236,10 @@ def iter_real_batches(
     num_images: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Yields this rank's batches of random real images, see ``draw_order``; the ranks take whole batches in turn."""
-    available = data.summary.samples[split]
-    count = available if num_images is None else min(num_images, available)
+    """Yields this rank's batches of random real images, see ``draw_images``; the ranks take whole batches in turn."""
+    order, count = draw_images(data, split, num_images)
     yield from make_loader(
-        data.batches(split, draw_order(available, count)),
+        data.batches(split, order),
         cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # a loader takes any iterable
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
@@ -251,9 +253,8 @@ def read_real_vectors(data: ShardData, pipe: MaskGIT, *, num_images: int) -> Ten
     """
     if not pipe.transformer.network.config.condition_dim:
         return None
-    samples = data.summary.samples["val"]
-    index = draw_order(samples, num_images)(range(min(num_images, samples))).index
-    return data.read_vectors("val", index.numpy()).to(pipe.device)
+    order, count = draw_images(data, "val", num_images)
+    return data.read_vectors("val", order(range(count)).index.numpy()).to(pipe.device)
 
 
 def read_real_labels(data: ShardData) -> Tensor:
