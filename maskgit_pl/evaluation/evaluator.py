@@ -10,7 +10,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that ha
 # Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
 _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
-_REMARKS = ("run", "mask_schedule", "parameters", "reference_file")  # columns of models and networks outside the key
+_REMARKS = ("run", "mask_schedule", "parameters", "reference_file", "purpose")  # columns outside of the key
 
 
 @dataclass(frozen=True)
@@ -217,10 +217,10 @@ class Evaluator:
             nonlocal is_new
             is_new = True
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            return images if purpose is None else replace(images, remarks={"purpose": purpose, **images.remarks})
+            return self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
 
         columns = self._columns(model, num_images, seed, decoding)
+        columns |= {} if purpose is None else {"purpose": purpose}
         rows = self._measure("samples", columns, generate, networks, metrics)
         if is_new and not keep:
             delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
