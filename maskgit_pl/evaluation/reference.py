@@ -160,9 +160,6 @@ class SampleFile:
     labels: Tensor | None  # (n,) int64
     channels: int  # 1 or 3: grey images have three equal ones in the file
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def read(self, rows: range | Tensor) -> Tensor:
         """Returns the (b, C, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
         chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows.numpy()
@@ -306,7 +303,7 @@ def read_references(
     if "arr_0" not in file and statistics and {extractor.label for extractor in extractors} == {"inception"}:
         return {"inception": statistics}
     samples = open_samples(file)
-    batches = iter_image_batches(samples.read, len(samples))
+    batches = iter_image_batches(samples.read, len(samples.images))
     references = _obtain(folder, {"data": origin["digest"], "split": "file"}, extractors, batches, origin, on_images)
     if statistics and "inception" in references:
         # The published statistics take precedence over those of the images in the file.

@@ -75,10 +75,7 @@ def test_a_page_of_both_stages_shows_metrics_codes_and_pictures(tiny_pretrained,
         assert text in page, text
     assert all(alt for tag, key, alt in tags.attributes if tag == "img" and key == "alt")
 
-
-def test_the_page_loads_and_runs_nothing(tiny_pretrained, tiny_shards, tmp_path):
-    out = inspect_run(tiny_pretrained, data=tiny_shards, out=tmp_path / "page.html", num_images=4)
-    tags = parsed(out.read_text())
+    # It loads and runs nothing.
     assert not {"script", "link", "iframe", "object", "form", "a"} & set(tags.seen)
     assert all(
         value.startswith("data:image/png;base64,") for _, key, value in tags.attributes if key in ("src", "href")
