@@ -20,7 +20,7 @@ import logging
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -107,7 +107,7 @@ def export_graphs(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )
         # 2.
-        graphs = dict(_write_all(graphs_of(pipe.tokenizer, pipe.transformer), fresh, kind))
+        graphs = {each.name: _write(each, fresh, kind) for each in graphs_of(pipe.tokenizer, pipe.transformer)}
         # 3.
         content = {
             "format": _FORMAT,
@@ -155,28 +155,24 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
     return largest
 
 
-def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Writes and compares the graphs, and yields the name and the description of each."""
-    for graph in graphs:
-        file = folder / f"{graph.name}.{kind}"
-        write_graph(graph, file, kind)
-        difference = compare_graph(graph, file, kind)
-        parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
-        size = size_text(sum(each.stat().st_size for each in parts))
-        _log.info("%s: %s, largest difference %.2g (tolerance %g)", file.name, size, difference, graph.tolerance)
-        inputs = graph.draw(1, torch.Generator())
-        with torch.no_grad():
-            output = graph.module(*inputs.values())
-        yield (
-            graph.name,
-            {
-                "files": {each.name: {"bytes": each.stat().st_size, "sha256": sha256_of(each)} for each in parts},
-                "inputs": {name: _describe_tensor(value) for name, value in inputs.items()},
-                "outputs": {graph.output: _describe_tensor(output)},
-                "largest_difference": difference,
-                "tolerance": graph.tolerance,
-            },
-        )
+def _write(graph: Graph, folder: Path, kind: Format) -> dict[str, Any]:
+    """Writes and compares a graph, and returns its description."""
+    file = folder / f"{graph.name}.{kind}"
+    write_graph(graph, file, kind)
+    difference = compare_graph(graph, file, kind)
+    parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
+    size = size_text(sum(each.stat().st_size for each in parts))
+    _log.info("%s: %s, largest difference %.2g (tolerance %g)", file.name, size, difference, graph.tolerance)
+    inputs = graph.draw(1, torch.Generator())
+    with torch.no_grad():
+        output = graph.module(*inputs.values())
+    return {
+        "files": {each.name: {"bytes": each.stat().st_size, "sha256": sha256_of(each)} for each in parts},
+        "inputs": {name: _describe_tensor(value) for name, value in inputs.items()},
+        "outputs": {graph.output: _describe_tensor(output)},
+        "largest_difference": difference,
+        "tolerance": graph.tolerance,
+    }
 
 
 def _describe_tensor(value: Tensor) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import ReconstructionMeter, psnr
 from maskgit_pl.files import parse_any_json, write_text
+from maskgit_pl.pipeline.display import select_steps
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.pretrained import load_tokenizer
@@ -185,8 +186,7 @@ class Logs:
         figures = []
         for name, pictures in sorted(self.pictures.items()):
             steps = sorted(pictures)
-            count = min(len(steps), _SHOWN_PICTURES)
-            for step in sorted({steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)}):
+            for step in (steps[number] for number in select_steps(len(steps), _SHOWN_PICTURES)):
                 title = f"{name} at step {step}"
                 figures.append(_embed(title, pictures[step], description=f"{title}, a grid of images"))
         return figures
