@@ -112,17 +112,15 @@ def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[ra
     """Yields the row ranges of this rank's batches of ``count`` rows; the ranks take whole batches in turn."""
     # Batch i belongs to rank i mod world_size; the last batch may be smaller.
     for number in own_rows(-(-count // batch_size)):
-        yield range(number * batch_size, min((number + 1) * batch_size, count))
+        yield range(count)[number * batch_size : (number + 1) * batch_size]
 
 
-def iter_image_batches(
-    read: Callable[[range], Tensor], count: int, *, batch_size: int = BATCH_SIZE
-) -> Iterator[tuple[Tensor, Tensor]]:
+def iter_image_batches(read: Callable[[range], Tensor], count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields this rank's batches of ``count`` images, with the (b,) int64 indices of the images.
 
     ``read`` returns the (b, C, H, W) uint8 images of a range of rows.
     """
-    for rows in iter_row_batches(count, batch_size=batch_size):
+    for rows in iter_row_batches(count):
         yield read(rows), torch.arange(rows.start, rows.stop)
 
 

@@ -78,7 +78,7 @@ def figure_2(
         pipe = pipeline.MaskGIT.from_pretrained(run).to(find_device(options.device))
         label = 0 if class_name is None else pipe.outline.parse_class(class_name)
         recording = pipe.record([label], seed=options.seed)
-        model = "autoregressive" if pipe.transformer.mask_schedule is None else "MaskGIT"
+        model = "autoregressive" if pipe.outline.is_autoregressive else "MaskGIT"
         recordings.append((model, recording))
         rows += [
             {"run": Path(run).name, "model": model, "class": recording.captions[0], "seed": options.seed,
