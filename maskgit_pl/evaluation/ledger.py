@@ -18,6 +18,8 @@ from typing import Any, TypeAlias
 
 from filelock import lock_descriptor
 
+from maskgit_pl.distributed import rank_and_world
+
 Row: TypeAlias = dict[str, Any]
 
 FILE_NAME = "ledger.jsonl"
@@ -36,20 +38,19 @@ def shorten_digest(digest: str) -> str:
 
 
 class Ledger:
-    """The measurements of a file, which is read once, with those that this process adds.
+    """The measurements of a file, which is read once, with those that this process adds. Only the first rank writes.
 
     Args:
         file: Path of ``ledger.jsonl``; the first measurement creates it. An incomplete last line, of a
             process that was killed, is ignored, and removed before the next line is written.
-        writes: True if this process writes the file; only one of several ranks does.
         reuse: False to leave the lines that the file already holds unread, and measure everything again.
 
     Raises:
         ValueError: if a line is not a measurement. The message names it.
     """
 
-    def __init__(self, file: Path, *, writes: bool = True, reuse: bool = True) -> None:
-        self.file, self.writes = file, writes
+    def __init__(self, file: Path, *, reuse: bool = True) -> None:
+        self.file = file
         self._rows: dict[str, list[Row]] = defaultdict(list)
         lines = file.read_bytes().splitlines(keepends=True) if reuse and file.exists() else []
         for number, line in enumerate(lines, start=1):
@@ -81,7 +82,7 @@ class Ledger:
         """Appends a measurement, which is on disk when the method returns, and returns its row as ``find`` does."""
         line = json.dumps({"measurement": measurement, **row})
         self._rows[measurement].append(json.loads(line))
-        if self.writes:
+        if rank_and_world()[0] == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a+b") as stream:
                 # The lock keeps lines of several commands apart; closing the file releases it. Some file

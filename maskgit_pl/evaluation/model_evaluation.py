@@ -111,7 +111,7 @@ def evaluate(
         evaluator = open_evaluator(
             folders,
             real,
-            Ledger(kept / FILE_NAME, writes=rank == 0, reuse=options.resume),
+            Ledger(kept / FILE_NAME, reuse=options.resume),
             device=pipe.device,
             batch_size=options.batch_size,
             features=features,

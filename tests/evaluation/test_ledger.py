@@ -47,8 +47,9 @@ def test_a_row_without_a_wanted_column_is_not_found(file: Path) -> None:
     assert ledger.find("samples", key(network="lite0")) is None
 
 
-def test_a_process_that_does_not_write_finds_its_own_rows(file: Path) -> None:
-    ledger = Ledger(file, writes=False)
+def test_only_the_first_rank_writes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskgit_pl.evaluation.ledger.rank_and_world", lambda: (1, 2))
+    ledger = Ledger(file)
     ledger.add("likelihood", KEY)
     assert ledger.find("likelihood", KEY) is not None
     assert not file.exists()
