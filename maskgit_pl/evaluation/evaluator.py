@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
@@ -20,12 +21,12 @@ from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import describe_environment, device_name
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.distributed import barrier, describe_environment, device_name, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
-from maskgit_pl.evaluation.generation import Task, delete_generated, edit, generate_images, hide_pixels
+from maskgit_pl.evaluation.generation import Task, delete_generated, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.evaluation.metrics import (
@@ -38,9 +39,10 @@ from maskgit_pl.evaluation.metrics import (
     known_metrics,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import Reference, draw_images, read_real_vectors, split_digest
+from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, read_real_vectors, split_digest
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
@@ -229,16 +231,40 @@ class Evaluator:
     def generate(
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
     ) -> LabelledImages:
-        """Generates the images of a measurement into a file, which exists until ``delete_generated``."""
-        return generate_images(
-            model.pipe,
-            model.samples_file(decoding, num_images=num_images, seed=seed),
-            decoding,
+        """Generates images of all classes, evenly distributed, into a file, which exists until ``delete_generated``.
+
+        The ranks share the work. Images in the file are kept.
+
+        Returns:
+            The images, sorted by class. The remarks are those of this rank, and None if the images already existed:
+            ``seconds_per_image``, for tokens and pixels, and ``steps_taken``, the mean number of steps in which an
+            image still had masked tokens. It is T unless the token selector may finish early, or the model is
+            autoregressive.
+        """
+        rank, world_size = rank_and_world()
+        file, taken = model.samples_file(decoding, num_images=num_images, seed=seed), 0
+
+        def count_steps(step: DecodingStep) -> None:
+            nonlocal taken
+            taken += int(step.was_masked.any(1).sum())  # images that still had a masked token before the step
+
+        options = BulkOptions(
             num_images=num_images,
             seed=seed,
             batch_size=self.batch_size,
-            on_images=self.bars(title, num_images),
+            rank=rank,
+            world_size=world_size,
+            decoding=decoding,
         )
+        start = time.perf_counter()
+        result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images), on_step=count_steps)
+        seconds = time.perf_counter() - start
+        barrier()  # the last rank to finish has assembled the file from the parts
+        samples = open_samples(file, channels=model.pipe.tokenizer.network.config.in_channels)
+        assert samples.labels is not None  # generate_many writes them
+        totals = {"steps_taken": taken, "seconds_per_image": seconds}
+        remarks = {name: total / result.made if result.made else None for name, total in totals.items()}
+        return LabelledImages(samples.read, samples.labels, remarks)
 
     def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"

@@ -8,7 +8,7 @@ import yaml
 from PIL import Image
 
 from maskgit_pl.cli import main
-from maskgit_pl.evaluation import evaluator
+from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.runs import ablation
 from tests.cli.conftest import call_command as call
@@ -64,7 +64,7 @@ def test_table_1_is_measured_once_and_has_the_rows_of_the_paper(
     with Image.open(tmp_path / "results" / "shards" / "table-1.png") as picture:
         assert picture.height > 100
 
-    monkeypatch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
+    monkeypatch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
     assert call("table", *words) == 0
     assert rows(tmp_path / "results", "samples") == measured
 
