@@ -108,24 +108,6 @@ def own_rows(count: int) -> range:
     return range(rank, count, world_size)
 
 
-def gather_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """Returns the rows of all ranks in the order of their index, the same on each rank.
-
-    Args:
-        rows: (n, ...) on the CPU, the rows of this rank, n >= 0. Ranks may have different n.
-        index: (n,) int64, place of each row in the whole; all different.
-
-    Returns:
-        (sum of n, ...), sorted by index.
-    """
-    if rank_and_world()[1] > 1:
-        from torchmetrics.utilities.distributed import gather_all_tensors  # inference needs no torchmetrics
-
-        rows, index = (torch.cat(gather_all_tensors(part.contiguous())) for part in (rows, index))
-    # The order of rows does not depend on the number of ranks, so neither do sums over them.
-    return rows[index.argsort()]
-
-
 class _SumOverRanks(torch.autograd.Function):
     """The sum over the ranks. Its gradient is the sum over the ranks of the incoming gradients.
 

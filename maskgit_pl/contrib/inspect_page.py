@@ -14,7 +14,7 @@ import base64
 import html
 import math
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -24,14 +24,15 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import build_dataclass, check_integer
-from maskgit_pl.data import Batch
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.errors import plain_label, printable
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
-from maskgit_pl.evaluation.tokenizer import psnr
+from maskgit_pl.evaluation.reference import iter_real_batches
+from maskgit_pl.evaluation.tokenizer import ReconstructionMeter, psnr
 from maskgit_pl.files import parse_any_json, write_text
+from maskgit_pl.pipeline.display import select_steps
 from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.pretrained import load_tokenizer
@@ -60,7 +61,6 @@ _SHOWN_CLASSES = 30
 _MAX_CODES = 512
 _COLUMNS = 16
 _TILE = 20  # pixels
-_NUM_WORST = 8
 _MAP = 4  # rows and columns of the token map from which a code is drawn
 _RISE = 1.05  # of the validation loss above its minimum
 _NORM_RISE = 10.0  # of the gradient norm above its median
@@ -81,7 +81,7 @@ def inspect_run(
         run: Run folder, or a pretrained folder (then with ``data``).
         data: Data folder with validation images. Default: that of the run.
         out: File to write. Default: ``RUN/inspect.html``.
-        num_images: Largest number of validation images that are measured, >= 1.
+        num_images: Largest number of random validation images that are measured, >= 1.
         device: Device of the tokenizer.
         dtype: Arithmetic of the tokenizer, as ``distributed.parse_dtype`` reads it; None for that of its weights.
 
@@ -114,8 +114,10 @@ def inspect_run(
             tokenizer = load_tokenizer(folder)
             tokenizer.network.to(device, dtype=parse_dtype(dtype, device))
             images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
-            measured = measure_codes(tokenizer, images.val_dataloader(), max_images=num_images)
-            codes = _codes_section(tokenizer, measured, images.class_names)
+            measured = ReconstructionMeter(tokenizer)
+            for batch in iter_real_batches(images, "val", num_images=num_images):
+                measured.add(batch)
+            codes = _codes_section(measured, images.class_names)
     problems = find_in_tokenizer(logs["tokenizer"], recipes["tokenizer"], measured)
     problems += find_in_transformer(logs["transformer"])
     sections = [
@@ -184,8 +186,7 @@ class Logs:
         figures = []
         for name, pictures in sorted(self.pictures.items()):
             steps = sorted(pictures)
-            count = min(len(steps), _SHOWN_PICTURES)
-            for step in sorted({steps[number * (len(steps) - 1) // max(1, count - 1)] for number in range(count)}):
+            for step in (steps[number] for number in select_steps(len(steps), _SHOWN_PICTURES)):
                 title = f"{name} at step {step}"
                 figures.append(_embed(title, pictures[step], description=f"{title}, a grid of images"))
         return figures
@@ -212,69 +213,6 @@ def read_logs(folder: Path) -> Logs:
 # The findings
 
 
-@dataclass(frozen=True)
-class CodeUse:
-    """The results of encoding and decoding validation images.
-
-    Args:
-        counts: (K,) int64: number of tokens of each code.
-        psnr_of_class: PSNR in dB by label.
-        worst: (n, C, H, W) uint8: images with the largest error, the worst first.
-        worst_reconstructions: (n, C, H, W) uint8: their reconstructions.
-        num_images: Number of images.
-    """
-
-    counts: Tensor
-    psnr_of_class: dict[int, float]
-    worst: Tensor
-    worst_reconstructions: Tensor
-    num_images: int
-
-    @property
-    def usage(self) -> float:
-        """The fraction of codes that occur."""
-        return float((self.counts > 0).double().mean())
-
-    @property
-    def perplexity(self) -> float:
-        """The perplexity of the code frequencies, in [1, K]."""
-        shares = self.counts.double() / self.counts.sum().clamp(min=1)
-        return float(torch.special.entr(shares).sum().exp())
-
-
-def measure_codes(tokenizer: PretrainedTokenizer, batches: Iterable[Batch], *, max_images: int) -> CodeUse:
-    """Encodes and decodes images.
-
-    Args:
-        tokenizer: The tokenizer, on its device.
-        batches: Batches of uint8 images; rows that are not valid are ignored.
-        max_images: Largest number of images, >= 1.
-
-    Raises:
-        ValueError: if there are no images.
-    """
-    counts = torch.zeros(tokenizer.network.config.codebook_size, dtype=torch.int64)
-    errors, labels = torch.empty(0, dtype=torch.float64), torch.empty(0, dtype=torch.int64)
-    worst: list[tuple[float, Tensor, Tensor]] = []  # error, image, reconstruction
-    for batch in batches:
-        images = batch.content[batch.valid][: max_images - len(errors)]
-        tokens = tokenizer.encode(images)
-        decoded = tokenizer.decode(tokens)
-        counts += torch.bincount(tokens.flatten(), minlength=len(counts))
-        batch_errors = ((images.double() - decoded.double()) / 255).square().flatten(1).mean(1)  # (B,)
-        errors = torch.cat([errors, batch_errors])
-        labels = torch.cat([labels, batch.labels[batch.valid][: len(images)].cpu()])
-        worst += zip(batch_errors.tolist(), images, decoded, strict=True)
-        worst = sorted(worst, key=lambda row: -row[0])[:_NUM_WORST]  # only the worst images are kept
-        if len(errors) >= max_images:
-            break
-    if not worst:
-        raise ValueError("inspect: there must be at least one validation image, got none; choose others with --data")
-    classes = {label: psnr(float(errors[labels == label].mean())) for label in sorted(set(labels.tolist()))}
-    _, originals, reconstructions = zip(*worst, strict=True)
-    return CodeUse(counts, classes, torch.stack(originals), torch.stack(reconstructions), len(errors))
-
-
 def picture_codes(tokenizer: PretrainedTokenizer, codes: Tensor) -> Tensor:
     """Decodes a small token map that is filled with a code, for each code, and cuts out its middle.
 
@@ -291,7 +229,7 @@ def picture_codes(tokenizer: PretrainedTokenizer, codes: Tensor) -> Tensor:
     return pictures[..., factor : 3 * factor, factor : 3 * factor]
 
 
-def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse | None) -> list[Problem]:
+def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: ReconstructionMeter | None) -> list[Problem]:
     """Judges the codes on validation images, and the last measurements of stage 1.
 
     Args:
@@ -302,9 +240,9 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: CodeUse |
     config = build_dataclass(HealthConfig, recipe.get("health", {}), "health")
     problems: list[Problem] = []
     if measured is not None:
-        metrics, size = {"codebook_usage": measured.usage, "perplexity": measured.perplexity}, len(measured.counts)
-        num_tokens = float(measured.counts.sum())
-        problems += find_problems(metrics, codebook_size=size, num_tokens=num_tokens)
+        counts = measured.codes.counts
+        num_tokens = float(counts.sum())
+        problems += find_problems(measured.code_usage(), codebook_size=len(counts), num_tokens=num_tokens)
     if recipe and logs.last_step > config.grace(value_at(recipe, "trainer.max_steps")):
         # The number of tokens is at least that of images since the last logging step.
         num_tokens = value_at(recipe, "trainer.log_every_n_steps") * value_at(recipe, "data.global_batch")
@@ -351,21 +289,24 @@ def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
     return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
 
 
-def _codes_section(tokenizer: PretrainedTokenizer, measured: CodeUse, class_names: tuple[str, ...]) -> str:
-    counts, size = measured.counts, len(measured.counts)
+def _codes_section(measured: ReconstructionMeter, class_names: tuple[str, ...]) -> str:
+    counts, size = measured.codes.counts, len(measured.codes.counts)
+    errors, labels, usage = measured.values()["error"], torch.cat(measured.labels), measured.code_usage()
     used = int((counts > 0).sum())
     note = (
-        f"{measured.num_images} validation images: {used} of {size} codes occur ({measured.usage:.1%}), perplexity "
-        f"{measured.perplexity:.1f}."
+        f"{len(labels)} validation images: {used} of {size} codes occur ({usage['codebook_usage']:.1%}), perplexity "
+        f"{usage['perplexity']:.1f}."
     )
-    shares = (counts.double() / counts.sum().clamp(min=1) * size).sort(descending=True).values
+    shares = (counts / counts.sum() * size).sort(descending=True).values
     frequencies = {rank + 1: value for rank, value in enumerate(shares.tolist()) if value > 0}
     lines = {"frequency / uniform": frequencies, "uniform": {1: 1.0, size: 1.0}}
     order = counts.argsort(descending=True, stable=True)[:_MAX_CODES]
-    tiles = picture_codes(tokenizer, order)
+    tiles = picture_codes(measured.tokenizer, order)
     atlas = image_grid(tiles, columns=min(_COLUMNS, len(tiles)), scale=max(1, _TILE // tiles.shape[-1]))
-    worst = reconstruction_grid(measured.worst, measured.worst_reconstructions)
-    by_psnr = sorted(measured.psnr_of_class.items(), key=lambda pair: pair[1])[:_SHOWN_CLASSES]
+    pairs = [(pair.original, pair.reconstruction) for pair in measured.worst]
+    worst = reconstruction_grid(*map(torch.stack, zip(*pairs, strict=True)))
+    psnr_of_class = {label: psnr(float(errors[labels == label].mean())) for label in set(labels.tolist())}
+    by_psnr = sorted(psnr_of_class.items(), key=lambda pair: (pair[1], pair[0]))[:_SHOWN_CLASSES]
     listed = ", ".join(f"{class_names[label]} {value:.4g}" for label, value in by_psnr)
     parts = [
         _line_chart("Frequency of each code, sorted", lines, x_label="rank of the code"),

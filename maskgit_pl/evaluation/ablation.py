@@ -31,8 +31,7 @@ from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_d
 from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
 from maskgit_pl.evaluation.pages import Page, typed_command
-from maskgit_pl.evaluation.tables import measure_tokenizer_once
-from maskgit_pl.evaluation.tokenizer import OpenedTokenizer
+from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_once
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
@@ -80,16 +79,17 @@ def run_ablation(
     ablation = _Ablation(AblationRuns(config), options, name, bars)  # 1.
     failures: list[Failure] = []
     for seed in config.seeds or ():  # 2.
-        for number, variant in enumerate(ablation.runs.variants):
-            row: dict[str, Any] = {"place": number, "variant": variant.label, "seed": seed}
+        for number, built in enumerate(ablation.runs.variants):
+            label = built.variant.label
+            row: dict[str, Any] = {"place": number, "variant": label, "seed": seed}
             try:
-                row |= ablation.measure(variant, seed)
+                row |= ablation.measure(built, seed)
             except (PreemptedError, KeyboardInterrupt):
                 raise
             except Exception as error:  # a variant must not lose the others
-                log.error("%s", describe_error(error, f"ablation: variant {variant.label}").rstrip())
+                log.error("%s", describe_error(error, f"ablation: variant {label}").rstrip())
                 text = str(error) or type(error).__name__
-                failures.append(Failure(variant.label, seed, text, exit_code_of(error)))
+                failures.append(Failure(label, seed, text, exit_code_of(error)))
                 row |= {"numbers": {}, "failure": text}
             ablation.record(row)  # 3.
     return read_ablation(name, options), failures
@@ -121,11 +121,6 @@ class BuiltVariant:
     digest: str  # SHA-256 in hex of everything that determines its weights, except the seed
     decoding: DecodingConfig | None  # that of the base with its own changes; None if it has no images
     parameters: int  # that are trained, without averages
-
-    @property
-    def label(self) -> str:
-        """The name of the variant in tables."""
-        return self.variant.label
 
 
 class AblationRuns:
@@ -242,8 +237,8 @@ class _Ablation:
             "command": typed_command(),
             "dataset": self.evaluator.dataset,
             "stage": config.stage,
-            "variants": [variant.label for variant in runs.variants],
-            "reference": reference.label,
+            "variants": [built.variant.label for built in runs.variants],
+            "reference": reference.variant.label,
             "base": dict(runs.base),
             "seeds": list(config.seeds or ()),
             "budget": f"steps={reference.values.trainer.max_steps}",

@@ -51,7 +51,7 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
     lines += paragraph(f"Measured on: {_long(protocol['machine'])}.")
     # One column of the CSV per metric, unrounded.
     flat = [{**{name: row.get(name) for name in _COLUMNS if name in row}, **row["numbers"]} for row in rows]
-    return Page(name, "\n".join(lines) + "\n", flat)
+    return Page(name, lines, flat)
 
 
 def compare_seeds(

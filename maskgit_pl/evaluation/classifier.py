@@ -138,10 +138,9 @@ def _training_batches(
     dataset: Dataset[Batch]
     if isinstance(source, LabelledImages):
         dataset = _ImageBatches(source, ShuffledStream(len(source.labels), config.seed))
-    elif source is None:
-        dataset = data.batches("train", ShuffledStream(data.summary.samples["train"], config.seed))
     else:
-        dataset = data.batches("train", _Selected(ShuffledStream(len(source), config.seed), source))
+        index = torch.arange(data.summary.samples["train"]) if source is None else source
+        dataset = data.batches("train", _Selected(ShuffledStream(len(index), config.seed), index))
     yield from make_loader(
         dataset,
         cast(

@@ -162,7 +162,7 @@ def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) ->
     cells.append(["", "real images", *(metric_cell(real, name) for name in columns)])
     lines += ["", "## All metrics", ""]
     lines += markdown_table(["T", "token selector", *map(title, columns)], cells, left=2)
-    return Page("comparison", "\n".join([*lines, ""]), ordered)
+    return Page("comparison", lines, ordered)
 
 
 def _cell(rows: Sequence[Row], row: Row, name: str) -> str:

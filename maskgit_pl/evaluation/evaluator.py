@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import datetime
 import math
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import describe_environment, device_name
+from maskgit_pl.data.manifest import Split
+from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.distributed import barrier, describe_environment, device_name, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
-from maskgit_pl.evaluation.generation import Task, delete_generated, edit, generate_images, hide_pixels
+from maskgit_pl.evaluation.generation import Task, delete_generated, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.likelihood import bind_conditions, encode_real_images, exact_nll, masked_nll, negative_elbo
+from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.evaluation.metrics import (
     DEVIATION,
     ComparedImages,
@@ -35,12 +37,12 @@ from maskgit_pl.evaluation.metrics import (
     compute_metrics,
     computed_metrics,
     known_metrics,
-    metric_name,
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
-from maskgit_pl.evaluation.reference import Reference, draw_order, read_real_vectors, split_digest
+from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, read_real_vectors, split_digest
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import Bars, no_bars
 
@@ -48,7 +50,7 @@ _OWN_COLUMNS = ("model", "max_steps", "seed")  # fields of ``CASConfig`` that ha
 # Columns of a row of real images, in place of those of a model and a decoding.
 _NO_MODEL = {"model": REAL, "run": "", "mask_schedule": "", "parameters": None, "tokenizer": "", "transformer": ""}
 _NO_DECODING: dict[str, Any] = {"num_steps": None, "decoding": None}
-_REMARKS = ("run", "mask_schedule", "parameters", "reference_file")  # columns of models and networks outside the key
+_REMARKS = ("run", "mask_schedule", "parameters", "reference_file", "purpose")  # columns outside of the key
 
 
 @dataclass(frozen=True)
@@ -217,10 +219,10 @@ class Evaluator:
             nonlocal is_new
             is_new = True
             title = f"{model.run}: {num_images} images, T = {decoding.num_steps}"
-            images = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
-            return images if purpose is None else replace(images, remarks={"purpose": purpose, **images.remarks})
+            return self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
 
         columns = self._columns(model, num_images, seed, decoding)
+        columns |= {} if purpose is None else {"purpose": purpose}
         rows = self._measure("samples", columns, generate, networks, metrics)
         if is_new and not keep:
             delete_generated(model.samples_file(decoding, num_images=num_images, seed=seed))
@@ -229,16 +231,40 @@ class Evaluator:
     def generate(
         self, model: EvaluatedModel, decoding: DecodingConfig, *, num_images: int, seed: int, title: str
     ) -> LabelledImages:
-        """Generates the images of a measurement into a file, which exists until ``delete_generated``."""
-        return generate_images(
-            model.pipe,
-            model.samples_file(decoding, num_images=num_images, seed=seed),
-            decoding,
+        """Generates images of all classes, evenly distributed, into a file, which exists until ``delete_generated``.
+
+        The ranks share the work. Images in the file are kept.
+
+        Returns:
+            The images, sorted by class. The remarks are those of this rank, and None if the images already existed:
+            ``seconds_per_image``, for tokens and pixels, and ``steps_taken``, the mean number of steps in which an
+            image still had masked tokens. It is T unless the token selector may finish early, or the model is
+            autoregressive.
+        """
+        rank, world_size = rank_and_world()
+        file, taken = model.samples_file(decoding, num_images=num_images, seed=seed), 0
+
+        def count_steps(step: DecodingStep) -> None:
+            nonlocal taken
+            taken += int(step.was_masked.any(1).sum())  # images that still had a masked token before the step
+
+        options = BulkOptions(
             num_images=num_images,
             seed=seed,
             batch_size=self.batch_size,
-            on_images=self.bars(title, num_images),
+            rank=rank,
+            world_size=world_size,
+            decoding=decoding,
         )
+        start = time.perf_counter()
+        result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images), on_step=count_steps)
+        seconds = time.perf_counter() - start
+        barrier()  # the last rank to finish has assembled the file from the parts
+        samples = open_samples(file, channels=model.pipe.tokenizer.network.config.in_channels)
+        assert samples.labels is not None  # generate_many writes them
+        totals = {"steps_taken": taken, "seconds_per_image": seconds}
+        remarks = {name: total / result.made if result.made else None for name, total in totals.items()}
+        return LabelledImages(samples.read, samples.labels, remarks)
 
     def measure_real(
         self, *, num_images: int, networks: Sequence[str] | None = None, metrics: Metrics = "all"
@@ -256,15 +282,14 @@ class Evaluator:
 
     # Usually one entry per split: the networks of a measurement use the same images one after another.
     @lru_cache(maxsize=2)  # noqa: B019  # the cache keeps the evaluator alive, which a command needs to its end
-    def read_real_images(self, split: str, count: int) -> tuple[Tensor, Tensor]:
-        """Reads random images of a split, the same in every call, at most all of it; see ``draw_order``.
+    def read_real_images(self, split: Split, count: int) -> tuple[Tensor, Tensor]:
+        """Reads random images of a split, the same in every call, at most all of it; see ``draw_images``.
 
         Returns:
             (n, C, H, W) uint8 images and (n,) int64 labels.
         """
-        samples = self.data.summary.samples[split]
-        batches = self.data.batches(split, draw_order(samples, count))  # type: ignore[arg-type]  # train or val
-        batch = batches.__getitems__(range(min(count, samples)))
+        order, count = draw_images(self.data, split, count)
+        batch = self.data.batches(split, order).__getitems__(range(count))
         return batch.content, batch.labels
 
     def measure_likelihood(self, model: EvaluatedModel, *, num_images: int, draws: int = 4, seed: int = 0) -> Row:
@@ -284,12 +309,11 @@ class Evaluator:
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
         if transformer.mask_schedule is None:
             return _in_bits("exact", exact_nll(transformer.network, tokens, labels, **options), tokens.shape[1])
-        options |= {"draws": draws, "mask_token_id": transformer.network.config.mask_token_id}
-        vectors = read_real_vectors(self.data, model.pipe, num_images=count)
-        network, conditions = bind_conditions(transformer.network, labels, vectors)
+        options["draws"] = draws
+        images = tokens, labels, read_real_vectors(self.data, model.pipe, num_images=count)
         sampler = MaskSampler(transformer.mask_schedule, seed)
-        part = masked_nll(network, tokens, conditions, sampler=sampler, **options)
-        bound = negative_elbo(network, tokens, conditions, seed=seed, **options)
+        part = masked_nll(transformer.network, *images, sampler=sampler, **options)
+        bound = negative_elbo(transformer.network, *images, seed=seed, **options)
         return {**_estimate("masked_nll", part), **_in_bits("elbo", bound, tokens.shape[1])}
 
     def measure_cas(
@@ -311,8 +335,8 @@ class Evaluator:
             source: LabelledImages | Tensor
             if model is None or decoding is None:
                 # The same images as ``read_real_images``, by index: training reads them again in each epoch.
-                available = self.data.summary.samples["train"]
-                source = draw_order(available, num_images)(range(min(num_images, available))).index
+                order, count = draw_images(self.data, "train", num_images)
+                source = order(range(count)).index
             else:
                 title = f"{model.run}: {num_images} images for CAS"
                 source = self.generate(model, decoding, num_images=num_images, seed=seed, title=title)
@@ -418,7 +442,7 @@ def collect_numbers(rows: Mapping[str, Row]) -> dict[str, float]:
     # Values of images come before those of networks, and deviations last.
     metrics = sorted(known_metrics().items(), key=lambda item: item[1].of_network)
     return {
-        metric_name(f"{name}{suffix}", label) if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
+        f"{name}{suffix}/{label}" if metric.of_network else f"{name}{suffix}": row[f"{name}{suffix}"]
         for label, row in rows.items()
         for suffix in ("", DEVIATION)
         for name, metric in metrics

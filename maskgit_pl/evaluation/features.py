@@ -7,7 +7,7 @@ with the same number of threads, the features are bit-exact for any number of ra
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,16 +48,17 @@ class Extractor:
         return weights_digest(self.network)
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> FeatureOutput:
-        """Extracts features of (B, C, H, W) uint8 images on any device, as float32 on the CPU."""
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Extracts features of (B, C, H, W) uint8 images on any device: the tensors of ``ImageFeatures`` by name."""
         # A network without parameters runs on the device of the images.
         device = next((tensor.device for tensor in self.network.parameters()), images.device)
         images = images.to(device).contiguous(memory_format=torch.channels_last)  # the last bits depend on the layout
         # On a GPU: full float32 instead of TF32, and deterministic kernels.
         with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
             output: FeatureOutput = self.network(images)
-        spatial = None if output.spatial is None else output.spatial.float().cpu()
-        return FeatureOutput(output.features.float().cpu(), output.logits.float().cpu(), spatial)
+        logits = output.logits if self.knows_classes else None
+        columns = {"pooled": output.features, "logits": logits, "spatial": output.spatial}
+        return {name: tensor.float().cpu() for name, tensor in columns.items() if tensor is not None}
 
 
 @dataclass(frozen=True)
@@ -73,29 +74,20 @@ class ImageFeatures:
         return len(self.pooled)
 
 
-class FeatureCollector:
-    """A collector of features, which extracts this rank's batches and gathers those of all ranks."""
+def gather_rows(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Gathers the rows of all ranks, at least one, sorted by index; all ranks must call it.
 
-    def __init__(self, extractor: Extractor) -> None:
-        self.extractor = extractor
-        self._batches: list[tuple[Tensor | None, ...]] = []  # index, features, logits and spatial features
+    Args:
+        batches: Columns by name of the batches of this rank, which may have none: ``index``, (b,) int64, the place of
+            each row in the whole, and others, (b, ...), all on the CPU.
 
-    def add(self, images: Tensor, index: Tensor) -> None:
-        """Extracts the features of (b, C, H, W) uint8 images, whose indices among all images are (b,) int64."""
-        output = self.extractor(images)
-        logits = output.logits if self.extractor.knows_classes else None
-        self._batches.append((index.cpu(), output.features, logits, output.spatial))
-
-    def gather(self) -> ImageFeatures:
-        """Gathers the features of all images, at least one, sorted by index; all ranks must call it."""
-        batches = [batch for of_rank in on_all_ranks(lambda: self._batches) for batch in of_rank]
-        columns = [list(filter(torch.is_tensor, parts)) for parts in zip(*batches, strict=True)]
-        index, pooled, logits, spatial = (torch.cat(parts) if parts else None for parts in columns)
-        assert index is not None
-        assert pooled is not None
-        order = index.argsort()
-        rest = (None if column is None else column[order] for column in (logits, spatial))
-        return ImageFeatures(self.extractor.label, pooled[order], *rest)
+    Returns:
+        The other columns. Their order does not depend on the number of ranks, so neither do sums over them.
+    """
+    everyones = [batch for of_rank in on_all_ranks(lambda: batches) for batch in of_rank]
+    columns = {name: torch.cat([batch[name] for batch in everyones]) for name in everyones[0]}
+    order = columns.pop("index").argsort()
+    return {name: column[order] for name, column in columns.items()}
 
 
 def extract(
@@ -108,29 +100,27 @@ def extract(
 
     ``batches`` are those of this rank: (b, C, H, W) uint8 images and (b,) int64 indices. See ``iter_image_batches``.
     """
-    collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
+    extracted: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
     for images, index in batches:
-        for collector in collectors.values():
-            collector.add(images, index)
+        for extractor in extractors:
+            extracted[extractor.label].append({"index": index.cpu(), **extractor(images)})
         on_images(len(images))
-    return {label: collector.gather() for label, collector in collectors.items()}
+    return {label: ImageFeatures(label, **gather_rows(rows)) for label, rows in extracted.items()}
 
 
 def iter_row_batches(count: int, *, batch_size: int = BATCH_SIZE) -> Iterator[range]:
     """Yields the row ranges of this rank's batches of ``count`` rows; the ranks take whole batches in turn."""
     # Batch i belongs to rank i mod world_size; the last batch may be smaller.
     for number in own_rows(-(-count // batch_size)):
-        yield range(number * batch_size, min((number + 1) * batch_size, count))
+        yield range(count)[number * batch_size : (number + 1) * batch_size]
 
 
-def iter_image_batches(
-    read: Callable[[range], Tensor], count: int, *, batch_size: int = BATCH_SIZE
-) -> Iterator[tuple[Tensor, Tensor]]:
+def iter_image_batches(read: Callable[[range], Tensor], count: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields this rank's batches of ``count`` images, with the (b,) int64 indices of the images.
 
     ``read`` returns the (b, C, H, W) uint8 images of a range of rows.
     """
-    for rows in iter_row_batches(count, batch_size=batch_size):
+    for rows in iter_row_batches(count):
         yield read(rows), torch.arange(rows.start, rows.stop)
 
 

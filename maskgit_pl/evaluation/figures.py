@@ -22,7 +22,7 @@ from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import markdown, plain_label
-from maskgit_pl.evaluation.options import ReportOptions
+from maskgit_pl.evaluation.options import ReportOptions, check_runs
 from maskgit_pl.evaluation.pages import (
     Page,
     code_cell,
@@ -72,17 +72,13 @@ def figure_2(
         ValueError: if there is no run, or the class is unknown.
     """
     options = options or ReportOptions()
-    if not runs:
-        raise ValueError(
-            "figure 2 must have at least one run, such as runs/fashion-mnist-autoregressive runs/fashion-mnist-adaln, "
-            "got none"
-        )
+    check_runs("figure 2", runs)
     bar, recordings, rows = bars("figure 2: models", len(runs)), [], []
     for run in runs:
         pipe = pipeline.MaskGIT.from_pretrained(run).to(find_device(options.device))
         label = 0 if class_name is None else pipe.outline.parse_class(class_name)
         recording = pipe.record([label], seed=options.seed)
-        model = "autoregressive" if pipe.transformer.mask_schedule is None else "MaskGIT"
+        model = "autoregressive" if pipe.outline.is_autoregressive else "MaskGIT"
         recordings.append((model, recording))
         rows += [
             {"run": Path(run).name, "model": model, "class": recording.captions[0], "seed": options.seed,
@@ -111,7 +107,7 @@ def figure_2(
         ),
     ]
     picture = image_to_png(_stack([each.filmstrip(f"{name}, {len(each.steps)} steps") for name, each in recordings]))
-    return Page("figure-2", "\n".join([*lines, ""]), rows, {"figure-2.png": picture}, options.results)
+    return Page("figure-2", lines, rows, {"figure-2.png": picture}, options.results)
 
 
 def _stack(pictures: Sequence[Image.Image]) -> Image.Image:

@@ -1,6 +1,6 @@
-"""The ledger of measurements, and the cache of features of real images, so that nothing is computed twice.
+"""The ledger of measurements, so that nothing is measured twice.
 
-The ledger is a JSON Lines file with the values, settings and inputs of each measurement. A line is appended as soon as
+It is a JSON Lines file with the values, settings and inputs of each measurement. A line is appended as soon as
 it is measured and never changed: if the same measurement occurs twice, the last line counts.
 """
 
@@ -10,23 +10,17 @@ import hashlib
 import json
 import logging
 import os
-import re
-import zipfile
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias
 
-import numpy as np
-import numpy.typing as npt
 from filelock import lock_descriptor
 
-from maskgit_pl.distributed import on_all_ranks, rank_and_world
-from maskgit_pl.files import write_atomically
+from maskgit_pl.distributed import rank_and_world
 
 Row: TypeAlias = dict[str, Any]
-Arrays: TypeAlias = dict[str, npt.NDArray[Any]]
 
 FILE_NAME = "ledger.jsonl"
 REAL = "real images"  # value of the column "model" in a row of real images
@@ -44,22 +38,22 @@ def shorten_digest(digest: str) -> str:
 
 
 class Ledger:
-    """The measurements of a file, which is read once, with those that this process adds.
+    """The measurements of a file, which is read once, with those that this process adds. Only the first rank writes.
 
     Args:
         file: Path of ``ledger.jsonl``; the first measurement creates it. An incomplete last line, of a
             process that was killed, is ignored, and removed before the next line is written.
-        writes: True if this process writes the file; only one of several ranks does.
-        reuse: True to find the lines that the file already holds; False to measure everything again.
+        reuse: False to leave the lines that the file already holds unread, and measure everything again.
 
     Raises:
         ValueError: if a line is not a measurement. The message names it.
     """
 
-    def __init__(self, file: Path, *, writes: bool = True, reuse: bool = True) -> None:
-        self.file, self.writes = file, writes
+    def __init__(self, file: Path, *, reuse: bool = True) -> None:
+        self.file = file
         self._rows: dict[str, list[Row]] = defaultdict(list)
-        for number, line in enumerate(file.read_bytes().splitlines(keepends=True) if file.exists() else (), start=1):
+        lines = file.read_bytes().splitlines(keepends=True) if reuse and file.exists() else []
+        for number, line in enumerate(lines, start=1):
             if not line.endswith(b"\n"):
                 _log.info("ledger %s: line %d is incomplete; it will be measured again", file, number)
                 break
@@ -70,7 +64,6 @@ class Ledger:
                 raise ValueError(
                     f"ledger {file}: line {number} is not a measurement; remove the line, or move the file away"
                 ) from error
-        self._skipped = {} if reuse else {kind: len(rows) for kind, rows in self._rows.items()}
 
     def rows(self, measurement: str) -> list[Row]:
         """Returns all rows of a kind of measurement, in the order of the file."""
@@ -82,14 +75,14 @@ class Ledger:
         ``having`` are names of columns that the row must have, too; a column without a value counts.
         """
         columns: Row = json.loads(json.dumps(key))  # as a row is read: tuples become lists
-        rows = self._rows[measurement][self._skipped.get(measurement, 0) :]
-        return next((row for row in reversed(rows) if columns.items() <= row.items() and row.keys() >= {*having}), None)
+        rows = reversed(self._rows[measurement])
+        return next((row for row in rows if columns.items() <= row.items() and row.keys() >= {*having}), None)
 
     def add(self, measurement: str, row: Mapping[str, object]) -> Row:
         """Appends a measurement, which is on disk when the method returns, and returns its row as ``find`` does."""
         line = json.dumps({"measurement": measurement, **row})
         self._rows[measurement].append(json.loads(line))
-        if self.writes:
+        if rank_and_world()[0] == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("a+b") as stream:
                 # The lock keeps lines of several commands apart; closing the file releases it. Some file
@@ -103,46 +96,3 @@ class Ledger:
                 stream.flush()
                 os.fsync(stream.fileno())
         return self._rows[measurement][-1]
-
-
-def _read_arrays(file: Path) -> Arrays:
-    try:
-        with file.open("rb") as stream:
-            return dict(np.load(stream))
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{file} is damaged ({error}); remove it, and it is made again") from error
-
-
-def cached(
-    folder: Path,
-    keys: Mapping[str, Mapping[str, Any]],
-    make: Callable[[Sequence[str]], dict[str, Arrays]],
-) -> dict[str, Arrays]:
-    """Returns arrays that are read from files if possible, else made by all ranks together and written by the first.
-
-    Args:
-        folder: Folder of the files, which several caches may share.
-        keys: Plain values that determine the arrays, by name. Name and digest of the values make the file name.
-        make: Makes the arrays of some of the names.
-    """
-    files = {
-        name: folder / f"{re.sub('[^A-Za-z0-9_.]+', '-', name)}-{shorten_digest(digest_of(key))}.npz"
-        for name, key in keys.items()
-    }
-    # Making is collective: all ranks make what any of them does not have.
-    kept = on_all_ranks(lambda: [name for name, file in files.items() if file.exists()])
-    missing = [name for name in keys if not all(name in names for names in kept)]
-    stored = {name: _read_arrays(files[name]) for name in keys if name not in missing}
-    computed = make(missing) if missing else {}
-
-    def write() -> None:
-        for name, arrays in computed.items() if rank_and_world()[0] == 0 else ():
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                with write_atomically(files[name]) as stream:
-                    np.savez(stream, **cast("dict[str, Any]", arrays))
-            except OSError as error:  # such as a run folder of somebody else
-                _log.warning("%s cannot be written (%s); it is computed again each time", files[name], error)
-
-    on_all_ranks(write)
-    return {**stored, **computed}

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.distributed import gather_rows
-from maskgit_pl.evaluation.features import iter_row_batches
+from maskgit_pl.evaluation.features import gather_rows, iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.masking import MaskSampler, UniformPositions, true_positions
 from maskgit_pl.networks.backbone import Backbone
@@ -23,19 +22,18 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.randomness import random_bits
 
-MaskedPredictor: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 AutoregressiveNetwork: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 OnImages: TypeAlias = Callable[[int], object]
 _WORDS = 2**32  # number of values of a random 32-bit word
 
 
 def masked_nll(
-    network: MaskedPredictor,
+    network: Backbone,
     tokens: Tensor,
     labels: Tensor,
+    vectors: Tensor | None = None,
     *,
     sampler: MaskSampler,
-    mask_token_id: int,
     draws: int = 4,
     batch_size: int = 100,
     on_images: OnImages = lambda count: None,
@@ -52,12 +50,11 @@ def masked_nll(
     different masks, so that a lower value does not mean a better model; use ``negative_elbo`` to compare them.
 
     Args:
-        network: ``(tokens (B, N), labels (B,), mask (B, N) bool) -> logits (masked tokens, K)``, image after
-            image; see ``bind_conditions``.
+        network: Network with bidirectional attention.
         tokens: (n, N) int64 in [0, K), on the network's device.
         labels: (n,) int64, on the same device.
+        vectors: (n, C) float, on the same device; None for a network without vectors.
         sampler: Sampler of masks with the schedule gamma of the model and a seed.
-        mask_token_id: Token id at masked positions.
         draws: Masks per image.
         batch_size: Images per batch, the same on all ranks.
         on_images: Called after each batch of this rank with its number of images.
@@ -76,16 +73,16 @@ def masked_nll(
         return sampler.mask(tokens.shape[1], index=index, epoch=draw_of_row, position=position, global_batch=draws)
 
     return _masked_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
+        network, tokens, labels, vectors, mask, draws=draws, batch_size=batch_size, on_images=on_images
     )
 
 
 def negative_elbo(
-    network: MaskedPredictor,
+    network: Backbone,
     tokens: Tensor,
     labels: Tensor,
+    vectors: Tensor | None = None,
     *,
-    mask_token_id: int,
     draws: int = 4,
     seed: int = 0,
     batch_size: int = 100,
@@ -120,7 +117,7 @@ def negative_elbo(
         return UniformPositions().mask(count, num_tokens, seed=seed, index=index, epoch=draw)
 
     return num_tokens * _masked_row_nll(
-        network, tokens, labels, mask, mask_token_id, draws=draws, batch_size=batch_size, on_images=on_images
+        network, tokens, labels, vectors, mask, draws=draws, batch_size=batch_size, on_images=on_images
     )
 
 
@@ -149,20 +146,6 @@ def exact_nll(
     return _map_images(nll, len(tokens), batch_size=batch_size, on_images=on_images)
 
 
-def bind_conditions(network: Backbone, labels: Tensor, vectors: Tensor | None) -> tuple[MaskedPredictor, Tensor]:
-    """Returns a predictor for ``masked_nll`` and ``negative_elbo``, and what they take in place of (n,) labels.
-
-    With (n, C) vectors of all images, these are a function of the index of each image, and the indices (n,) int64.
-    """
-    if vectors is None:
-        return lambda tokens, labels, mask: network.forward_selected(tokens, labels, true_positions(mask)), labels
-
-    def predict(tokens: Tensor, index: Tensor, mask: Tensor) -> Tensor:
-        return network.forward_selected(tokens, labels[index], true_positions(mask), vectors=vectors[index])
-
-    return predict, torch.arange(len(labels), device=labels.device)
-
-
 @torch.inference_mode()
 def encode_real_images(
     pipe: MaskGIT, data: ShardData, *, limit: int | None = None, batch_size: int = 100
@@ -174,23 +157,21 @@ def encode_real_images(
     Returns:
         (n, N) int64 tokens and (n,) int64 labels, on the model's device, the same on all ranks.
     """
-    # A rank may have no batch: empty tensors with the right shapes keep the concatenation valid.
-    tokens = [torch.empty(0, pipe.tokenizer.grid[0] * pipe.tokenizer.grid[1], dtype=torch.int64)]
-    labels, index = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
-    for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size):
-        tokens.append(pipe.tokenizer.network.encode(to_unit_range(batch.content.to(pipe.device))).cpu())
-        labels.append(batch.labels)
-        index.append(batch.position)
-    whole = [gather_rows(torch.cat(rows), torch.cat(index)).to(pipe.device) for rows in (tokens, labels)]
-    return whole[0], whole[1]
+    encode = pipe.tokenizer.network.encode
+    rows = gather_rows([
+        {"index": batch.position, "tokens": encode(to_unit_range(batch.content.to(pipe.device))).cpu(),
+         "labels": batch.labels}
+        for batch in iter_real_batches(data, "val", num_images=limit, batch_size=batch_size)
+    ])  # fmt: skip
+    return rows["tokens"].to(pipe.device), rows["labels"].to(pipe.device)
 
 
 def _masked_row_nll(
-    network: MaskedPredictor,
+    network: Backbone,
     tokens: Tensor,
     labels: Tensor,
+    vectors: Tensor | None,
     mask_of: Callable[[Tensor, int], Tensor],
-    mask_token_id: int,
     *,
     draws: int,
     batch_size: int,
@@ -200,9 +181,11 @@ def _masked_row_nll(
 
     def nll(index: Tensor) -> Tensor:
         rows, total = tokens[index], torch.zeros(len(index), dtype=torch.float64)
+        vectors_of_rows = None if vectors is None else vectors[index]
         for draw in range(draws):
             mask = mask_of(index, draw).to(rows.device)  # (B, N)
-            logits = network(rows.masked_fill(mask, mask_token_id), labels[index], mask)
+            masked_rows = rows.masked_fill(mask, network.config.mask_token_id)
+            logits = network.forward_selected(masked_rows, labels[index], true_positions(mask), vectors=vectors_of_rows)
             # One value per masked token, image after image; the sums per image are float64, independent of the device.
             of_token = F.cross_entropy(logits.float(), rows[mask], reduction="none").cpu().double()
             row_of_token, masked = mask.nonzero()[:, 0].cpu(), mask.sum(1).cpu()
@@ -215,9 +198,9 @@ def _masked_row_nll(
 @torch.inference_mode()
 def _map_images(values_of: Callable[[Tensor], Tensor], count: int, *, batch_size: int, on_images: OnImages) -> Tensor:
     """Computes the (count,) float64 values of all images from (B,) int64 indices; the ranks share the batches."""
-    batches = [torch.arange(rows.start, rows.stop) for rows in iter_row_batches(count, batch_size=batch_size)]
-    values = [torch.empty(0, dtype=torch.float64)]
-    for index in batches:
-        values.append(values_of(index))
+    batches = []
+    for rows in iter_row_batches(count, batch_size=batch_size):
+        index = torch.arange(rows.start, rows.stop)
+        batches.append({"index": index, "values": values_of(index)})
         on_images(len(index))
-    return gather_rows(torch.cat(values), torch.cat([torch.empty(0, dtype=torch.int64), *batches]))
+    return gather_rows(batches)["values"]

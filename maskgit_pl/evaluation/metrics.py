@@ -207,11 +207,6 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
     return numbers
 
 
-def metric_name(metric: str, network: str) -> str:
-    """Returns the name of a metric in a network's features: ``fid/classifier``."""
-    return f"{metric}/{network}"
-
-
 def tuning_column(metric: str) -> str:
     """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``.
 
@@ -222,13 +217,7 @@ def tuning_column(metric: str) -> str:
     """
     computed = computed_metrics()
     name = _SHORT_NAMES.get(check_choice("metric", metric, [*computed, *_SHORT_NAMES]), metric)
-    return metric_name(name, CLASSIFIER) if computed[name].of_network else name
-
-
-def is_fast(name: str) -> bool:
-    """Returns True if a fast measurement computes the metric of a column such as ``fid/classifier``."""
-    metric = find_metric(name)
-    return isinstance(metric, FeatureMetric) and metric.is_fast
+    return f"{name}/{CLASSIFIER}" if computed[name].of_network else name
 
 
 def find_metric(name: str) -> Metric:

@@ -29,7 +29,7 @@ from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_n
 from maskgit_pl.evaluation.features import extract, iter_image_batches
 from maskgit_pl.evaluation.generation import delete_generated
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
-from maskgit_pl.evaluation.metrics import computed_metrics, format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
 from maskgit_pl.evaluation.opening import (
     check_model_decoding,
     describe_held_out,
@@ -111,7 +111,7 @@ def evaluate(
         evaluator = open_evaluator(
             folders,
             real,
-            Ledger(kept / FILE_NAME, writes=rank == 0, reuse=options.resume),
+            Ledger(kept / FILE_NAME, reuse=options.resume),
             device=pipe.device,
             batch_size=options.batch_size,
             features=features,
@@ -291,7 +291,7 @@ class Report:
         computed = computed_metrics()
         of_images = [name for name, metric in computed.items() if not metric.of_network]
         of_networks = [name for name in computed if name not in of_images]
-        sections = [[metric_name(each, label) for each in of_networks] for label in protocol["features"]]
+        sections = [[f"{each}/{label}" for each in of_networks] for label in protocol["features"]]
         for section in ([*of_images, "seconds_per_image"], *sections):
             # A metric that no column has is left out; each network has a section of its own.
             names = [name for name in section if any(name in column for column in columns)]
@@ -354,11 +354,11 @@ def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
     uniform = math.log2(content["model"]["codebook_size"])
     described: dict[str, Any] = {"network": network, "bits_per_token": bits, "uniform_bits_per_token": uniform}
     of_tokens = f"The transformer needs {bits:.2f} bits per val token, a uniform guess {uniform:.2f}."
-    rebuilt = content["reconstruction"].get(metric_name("rfid", network))
+    rebuilt = content["reconstruction"].get(f"rfid/{network}")
     if rebuilt is None:  # reconstructions are compared with the val split only
         return {**described, "text": of_tokens}
     columns = content["samples"]["exported_guidance"], content["real_against_real"]
-    fid, real = (column[metric_name("fid", network)] for column in columns)
+    fid, real = (column[f"fid/{network}"] for column in columns)
     if fid <= _NEAR_REAL * real:
         stage = "neither"
         text = f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "

@@ -159,6 +159,12 @@ class ReportOptions(MeasurementOptions):
     results: Path = Path("results")
 
 
+def check_runs(task: str, runs: Sequence[Path | str]) -> None:
+    """Checks that there is a run for a table or figure."""
+    if not runs:
+        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
+
+
 def round_to_classes(num_images: int, num_classes: int) -> int:
     """Returns ``num_images``, rounded down to a multiple of the number of classes, at least 2 per class."""
     if num_images < 2 * num_classes:
@@ -274,10 +280,10 @@ def decoding_key(decoding: DecodingConfig) -> dict[str, Any]:
     Rows remain valid when a field is added.
     """
     usual = {field.name: field.default for field in fields(DecodingConfig)}
-    changed_fields = {name: value for name, value in asdict(decoding).items() if value != usual[name]}
-    named = {"token_selector": decoding.token_selector, "guidance": decoding.guidance}
-    changed: dict[str, Any] = json.loads(json.dumps({**named, **changed_fields}, sort_keys=True))
-    return changed
+    always = ("token_selector", "guidance")
+    key = {name: value for name, value in asdict(decoding).items() if name in always or value != usual[name]}
+    plain: dict[str, Any] = json.loads(json.dumps(key, sort_keys=True))
+    return plain
 
 
 def describe_decoding(decoding: DecodingConfig) -> str:

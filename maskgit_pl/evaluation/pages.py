@@ -31,10 +31,15 @@ class Page:
     """A page of a report, such as a table or figure of the paper with our measurements."""
 
     name: str  # of its files without suffix, such as ``table-1``
-    markdown: str
+    lines: Sequence[str]  # of Markdown
     rows: Sequence[Mapping[str, Any]]  # ours, unrounded
     pictures: Mapping[str, bytes] = field(default_factory=dict)  # contents of PNG files by file name
     folder: Path = Path()  # that the page is written to, such as ``results/fashion-mnist``
+
+    @property
+    def markdown(self) -> str:
+        """The text as Markdown."""
+        return "\n".join([*self.lines, ""])
 
     @property
     def csv(self) -> str:

@@ -11,7 +11,9 @@ Source: openai/guided-diffusion, evaluations/README.md and evaluator.py.
 from __future__ import annotations
 
 import io
+import logging
 import math
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,6 +34,7 @@ from maskgit_pl.data import Batch, InOrder, ShardData, ShuffledStream
 from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import ShardReader, Split, load_manifests
 from maskgit_pl.data.order import Order
+from maskgit_pl.distributed import on_all_ranks, rank_and_world
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.features import (
     BATCH_SIZE,
@@ -41,8 +44,8 @@ from maskgit_pl.evaluation.features import (
     iter_image_batches,
     iter_row_batches,
 )
-from maskgit_pl.evaluation.ledger import Arrays, cached, digest_of
-from maskgit_pl.files import open_zip, sha256_of, size_text
+from maskgit_pl.evaluation.ledger import digest_of, shorten_digest
+from maskgit_pl.files import open_zip, sha256_of, size_text, write_atomically
 from maskgit_pl.pipeline import MaskGIT
 
 _POOLED, _SPATIAL = 2048, 2023  # number of Inception's features that the statistics of ADM's files have
@@ -57,6 +60,7 @@ _MAX_MEMBERS = 100  # arrays per file
 _MAX_RATIO = 100
 _ALWAYS_EXPANDED = 2**26
 _NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
+_log = logging.getLogger(__name__)
 
 
 class ArrayFile:
@@ -156,9 +160,6 @@ class SampleFile:
     labels: Tensor | None  # (n,) int64
     channels: int  # 1 or 3: grey images have three equal ones in the file
 
-    def __len__(self) -> int:
-        return len(self.images)
-
     def read(self, rows: range | Tensor) -> Tensor:
         """Returns the (b, C, H, W) uint8 images of a range of rows, or of (b,) int64 rows in any order."""
         chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows.numpy()
@@ -214,12 +215,15 @@ class Reference:
         return cls(Statistics.from_features(features.pooled), spatial, replace(features, spatial=None))
 
 
-def draw_order(available: int, count: int) -> Order:
-    """Returns an order whose first ``count`` of all positions are random samples, the same in every call.
+def draw_images(data: ShardData, split: Split, num_images: int | None = None) -> tuple[Order, int]:
+    """Returns an order that begins with random samples of a split, the same in every call, and their number.
 
-    If ``count`` is not less than ``available``, the number of samples of the split, they keep their own order.
+    If there are not more samples, or for None, these are all samples in their own order.
     """
-    return InOrder(available) if count >= available else ShuffledStream(available, seed=0)
+    available = data.summary.samples[split]
+    if num_images is None or num_images >= available:
+        return InOrder(available), available
+    return ShuffledStream(available, seed=0), num_images
 
 
 def iter_real_batches(
@@ -229,11 +233,10 @@ def iter_real_batches(
     num_images: int | None = None,
     batch_size: int = BATCH_SIZE,
 ) -> Iterator[Batch]:
-    """Yields this rank's batches of random real images, see ``draw_order``; the ranks take whole batches in turn."""
-    available = data.summary.samples[split]
-    count = available if num_images is None else min(num_images, available)
+    """Yields this rank's batches of random real images, see ``draw_images``; the ranks take whole batches in turn."""
+    order, count = draw_images(data, split, num_images)
     yield from make_loader(
-        data.batches(split, draw_order(available, count)),
+        data.batches(split, order),
         cast("Sampler[range]", list(iter_row_batches(count, batch_size=batch_size))),  # a loader takes any iterable
         num_workers=data.config.num_workers,
         unreadable_budget=data.config.unreadable_budget,
@@ -247,9 +250,8 @@ def read_real_vectors(data: ShardData, pipe: MaskGIT, *, num_images: int) -> Ten
     """
     if not pipe.transformer.network.config.condition_dim:
         return None
-    samples = data.summary.samples["val"]
-    index = draw_order(samples, num_images)(range(min(num_images, samples))).index
-    return data.read_vectors("val", index.numpy()).to(pipe.device)
+    order, count = draw_images(data, "val", num_images)
+    return data.read_vectors("val", order(range(count)).index.numpy()).to(pipe.device)
 
 
 def read_real_labels(data: ShardData) -> Tensor:
@@ -301,7 +303,7 @@ def read_references(
     if "arr_0" not in file and statistics and {extractor.label for extractor in extractors} == {"inception"}:
         return {"inception": statistics}
     samples = open_samples(file)
-    batches = iter_image_batches(samples.read, len(samples))
+    batches = iter_image_batches(samples.read, len(samples.images))
     references = _obtain(folder, {"data": origin["digest"], "split": "file"}, extractors, batches, origin, on_images)
     if statistics and "inception" in references:
         # The published statistics take precedence over those of the images in the file.
@@ -331,28 +333,39 @@ def _obtain(
     key: Mapping[str, Any],
     extractors: Sequence[Extractor],
     batches: Iterable[tuple[Tensor, Tensor]],
-    origin: Mapping[str, str],
+    origin: Mapping[str, Any],
     on_images: Callable[[int], object],
 ) -> dict[str, Reference]:
-    """Returns references from the folder, and computes the missing ones in one pass over this rank's batches.
+    """Returns references that are read from the folder if possible, else computed in one pass over the batches.
 
-    ``key`` holds the settings that determine the pixels of the images.
+    ``key`` holds the settings that determine the pixels of the images; ``batches`` are those of this rank.
     """
+    files = {}
+    for each in extractors:
+        whole_key = {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
+        name = re.sub("[^A-Za-z0-9_.]+", "-", f"{key['split']}-{each.label}")
+        files[each.label] = folder / f"{name}-{shorten_digest(digest_of(whole_key))}.npz"
+    # Extraction is collective: all ranks compute what any of them does not have.
+    kept = on_all_ranks(lambda: [label for label, file in files.items() if file.exists()])
+    found = {label: _read(label, file) for label, file in files.items() if all(label in labels for labels in kept)}
+    missing = [each for each in extractors if each.label not in found]
+    features = extract(missing, batches, on_images=on_images) if missing else {}
+    made = {label: Reference.from_features(each) for label, each in features.items()}
 
-    def make(missing: Sequence[str]) -> dict[str, Arrays]:
-        features = extract([by_name[name] for name in missing], batches, on_images=on_images)
-        return {name: _to_arrays(Reference.from_features(features[by_name[name].label])) for name in missing}
+    def write() -> None:
+        for label, reference in made.items() if rank_and_world()[0] == 0 else ():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                with write_atomically(files[label]) as stream:
+                    np.savez(stream, **_to_arrays(reference))
+            except OSError as error:  # such as a run folder of somebody else
+                _log.warning("%s cannot be written (%s); it is computed again each time", files[label], error)
 
-    by_name = {f"{key['split']}-{extractor.label}": extractor for extractor in extractors}
-    keys = {
-        name: {**key, "network": extractor.label, "weights": extractor.digest, "knows_classes": extractor.knows_classes}
-        for name, extractor in by_name.items()
-    }
-    arrays = cached(folder, keys, make)
-    return {extractor.label: _from_arrays(extractor.label, arrays[name], origin) for name, extractor in by_name.items()}
+    on_all_ranks(write)
+    return {label: replace((found | made)[label], **origin) for label in files}
 
 
-def _to_arrays(reference: Reference) -> Arrays:
+def _to_arrays(reference: Reference) -> dict[str, Any]:
     features = reference.features
     assert features is not None
     tensors = {"mu": reference.pooled.mean, "sigma": reference.pooled.covariance, "pooled": features.pooled}
@@ -363,14 +376,18 @@ def _to_arrays(reference: Reference) -> Arrays:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 
-def _from_arrays(label: str, arrays: Arrays, origin: Mapping[str, str]) -> Reference:
-    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+def _read(label: str, file: Path) -> Reference:
+    try:
+        with file.open("rb") as stream:
+            tensors = {name: torch.from_numpy(array) for name, array in np.load(stream).items()}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{file} is damaged ({error}); remove it, and it is made again") from error
     spatial = Statistics(tensors["mu_s"], tensors["sigma_s"]) if "mu_s" in tensors else None
     features = ImageFeatures(label, tensors["pooled"], tensors.get("logits"))
-    return Reference(Statistics(tensors["mu"], tensors["sigma"]), spatial, features, **origin)
+    return Reference(Statistics(tensors["mu"], tensors["sigma"]), spatial, features)
 
 
-def _read_inception_statistics(file: ArrayFile, origin: Mapping[str, str]) -> Reference | None:
+def _read_inception_statistics(file: ArrayFile, origin: Mapping[str, Any]) -> Reference | None:
     if not any(name in file for name in ("mu", "sigma", "mu_s", "sigma_s")):
         return None
     spatial = _read_statistics(file, "_s", _SPATIAL) if "mu_s" in file or "sigma_s" in file else None

@@ -25,7 +25,7 @@ from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.options import CLASSIFIER, ReportOptions, default_steps, round_to_classes, with_steps
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metrics_of, paragraph, seeds_cell
 from maskgit_pl.evaluation.reference import ArrayFile
-from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, finish_page, open_models
+from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, open_models
 from maskgit_pl.networks.features import parse_feature_network
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
@@ -160,48 +160,41 @@ def table_3(
     options = options or ReportOptions()
     evaluator, models = open_models("table 3", runs, options, bars)
     count, seed = options.num_images, options.seed
-    # Two runs may have the same name, and the rows of a run that was renamed have its old one.
-    runs_seen = [model.run for model in models]
-    labels = [run if runs_seen.count(run) == 1 else f"{run} ({index})" for index, run in enumerate(runs_seen, start=1)]
     configs = [read_run_recipe(model.pretrained.parent / "transformer" / "config.yaml") for model in models]
-    _check_budgets(dict(zip(labels, configs, strict=True)))
-    schedules: dict[str, MaskSchedule] = {}
+    _check_budgets(dict(zip(map(str, runs), configs, strict=True)))
     num_tokens = models[0].pipe.transformer.network.config.num_tokens
     steps = _choose_steps(num_steps, num_tokens)
     first, *_ = evaluator.networks
-    samples: list[Row] = []
-    likelihoods: list[Row] = []
-    for label, model in zip(labels, models, strict=True):
+    results: list[ScheduleResult] = []
+    schedules: dict[str, MaskSchedule] = {}
+    for model in models:
         model.pipe.outline.check_parallel("table 3")
         name = describe(read_config(model.pretrained / "transformer", "transformer")["mask_schedule"])
-        marks = {"run": label, "schedule": name}
         assert model.pipe.transformer.mask_schedule is not None
         schedules[name] = model.pipe.transformer.mask_schedule
         # The exported decoding without guidance, which the paper does not use.
         decoding = model.pipe.decoding_with(decoding=model.pipe.transformer.decoding, guidance_scale=0)
         measure = partial(evaluator.measure_samples, model, num_images=count, seed=seed, networks=[first])
-        curve = [{**measure(with_steps(decoding, number))[first], **marks} for number in steps]  # 1.
-        samples += curve
-        best = with_steps(decoding, min(curve, key=lambda row: row["fid"])["num_steps"])
+        curve = {number: measure(with_steps(decoding, number))[first]["fid"] for number in steps}  # 1.
+        best = with_steps(decoding, min(curve, key=lambda number: curve[number]))
         fresh = evaluator.measure_samples(model, best, num_images=count, seed=seed + count)  # 2.
-        samples += [{**row, **marks} for row in fresh.values()]
         likelihood = evaluator.measure_likelihood(model, num_images=2 * count)  # 3.
-        likelihoods.append({**likelihood, **marks})
+        # The rows of a run that was renamed have its old name.
+        named = {label: {**row, "run": model.run} for label, row in fresh.items()}
+        results.append(ScheduleResult(name, curve, named, likelihood))
     floor = evaluator.measure_real(num_images=count, networks=[first])[first]
-    grouped = _group_results(samples, likelihoods)
+    grouped = _group_by_schedule(results)
     picture = draw_figure_8(
         {name: schedules[name] for name in grouped},
-        {
-            name: {number: fmean(result.curve[number] for result in results) for number in steps}
-            for name, results in grouped.items()
-        },
+        {name: {number: fmean(each.curve[number] for each in group) for number in steps}
+         for name, group in grouped.items()},
         num_tokens=num_tokens,
         network=first,
         num_images=count,
         floor=float(floor["fid"]),
         dataset=evaluator.dataset,
-    )
-    page = make_schedule_page(samples, likelihoods)
+    )  # fmt: skip
+    page = make_schedule_page(results)
     return replace(page, folder=options.results / evaluator.dataset, pictures={"figure-8.png": picture})
 
 
@@ -226,41 +219,29 @@ def _check_budgets(configs: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 @dataclass(frozen=True)
-class _ScheduleResult:
-    """The measurements of one run of Table 3: FID by T, rows at the best T by network, and row of likelihoods."""
+class ScheduleResult:
+    """The measurements of one run of Table 3."""
 
-    curve: Mapping[int, float]
-    fresh: Mapping[str, Row]
+    schedule: str
+    curve: Mapping[int, float]  # FID by T, in the first network
+    fresh: Mapping[str, Row]  # row of samples at the best T of each network
     likelihood: Row
 
     @property
     def best_steps(self) -> int:
+        """The T of the lowest FID."""
         return min(self.curve, key=lambda steps: self.curve[steps])
 
 
-def _group_results(samples: Sequence[Row], likelihoods: Sequence[Row]) -> dict[str, list[_ScheduleResult]]:
-    """Returns the results of each schedule, one per run, in the order of the paper's table."""
-    first = min(row["seed"] for row in samples)  # that of the curves
-    grouped: dict[str, list[_ScheduleResult]] = {}
-    for likelihood in likelihoods:
-        of_run = [row for row in samples if row["run"] == likelihood["run"]]
-        curve = {row["num_steps"]: float(row["fid"]) for row in of_run if row["seed"] == first}
-        fresh = {row["network"]: row for row in of_run if row["seed"] != first}
-        grouped.setdefault(of_run[0]["schedule"], []).append(_ScheduleResult(curve, fresh, likelihood))
-    # Schedules that the paper does not have come last.
-    return {name: grouped[name] for name in sorted(grouped, key=lambda name: [*SCHEDULES, name].index(name))}
+def _group_by_schedule(results: Sequence[ScheduleResult]) -> dict[str, list[ScheduleResult]]:
+    """Returns the results of each schedule in the order of the paper's table, then those that it does not have."""
+    names = sorted(dict.fromkeys(each.schedule for each in results), key=lambda name: [*SCHEDULES, name].index(name))
+    return {name: [each for each in results if each.schedule == name] for name in names}
 
 
-def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Page:
-    """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model.
-
-    Args:
-        samples: Rows of samples with the name of the ``schedule``: for each run, those at every T with the
-            first seed, in the first network, and those at the best T with the second seed, in all networks.
-        likelihoods: Row of likelihoods of each run.
-    """
-    grouped = _group_results(samples, likelihoods)
-    results = [result for group in grouped.values() for result in group]
+def make_schedule_page(results: Sequence[ScheduleResult]) -> Page:
+    """Returns the page of Table 3: mask schedules, each used in the training and the decoding of its model."""
+    grouped = _group_by_schedule(results)
     networks = list(results[0].fresh)
     any_row = results[0].fresh[networks[0]]
     steps = ", ".join(map(str, sorted(results[0].curve)))
@@ -278,18 +259,16 @@ def make_schedule_page(samples: Sequence[Row], likelihoods: Sequence[Row]) -> Pa
     )
     fids = {name: fmean([result.fresh[networks[0]]["fid"] for result in group]) for name, group in grouped.items()}
     lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
-    lines += describe_provenance([row for result in results for row in result.fresh.values()])
-    flat = [_flatten(name, result, networks) for name, group in grouped.items() for result in group]
-    return finish_page("table-3", lines, flat, picture="figure-8.png")
+    ordered = [result for group in grouped.values() for result in group]
+    lines += describe_provenance([row for result in ordered for row in result.fresh.values()])
+    flat = [_flatten(result) for result in ordered]
+    return Page("table-3", [*lines, "", "![figure-8](figure-8.png)"], flat)
 
 
-def _schedule_lines(grouped: Mapping[str, Sequence[_ScheduleResult]], networks: Sequence[str]) -> list[str]:
+def _schedule_lines(grouped: Mapping[str, Sequence[ScheduleResult]], networks: Sequence[str]) -> list[str]:
     # IS has a column only for networks that know the classes.
-    scored = [
-        name
-        for name in networks
-        if any(result.fresh[name].get("is") is not None for group in grouped.values() for result in group)
-    ]
+    any_result = next(iter(grouped.values()))[0]
+    scored = [name for name, row in any_result.fresh.items() if row.get("is") is not None]
     headings = ["schedule", "gamma(r)", "best T", *(f"FID ({markdown(name)})" for name in networks)]
     headings += [*(f"IS ({markdown(name)})" for name in scored), "NLL", "bound, bits", "paper: T", "FID", "IS", "NLL"]
     cells = []
@@ -338,22 +317,22 @@ def compare_with_paper(fids: Mapping[str, float], network: str, seeds: int = 1) 
     )
 
 
-def _flatten(schedule: str, result: _ScheduleResult, networks: Sequence[str]) -> dict[str, object]:
+def _flatten(result: ScheduleResult) -> dict[str, object]:
     """Returns the row of the CSV: values of all networks, likelihoods, and the FID at every T."""
-    first = result.fresh[networks[0]]
+    network, first = next(iter(result.fresh.items()))
     kept = ("num_images", "parameters", "commit", "date", "dataset", "data", "transformer", "tokenizer", "config",
             "judge", "reference")  # fmt: skip
     return {
-        "schedule": schedule,
+        "schedule": result.schedule,
         "run": first["run"],
         "best_steps": result.best_steps,
         **{
-            f"{name}/{network}": result.fresh[network][name]
-            for network in networks
-            for name in metrics_of([result.fresh[network]])
+            f"{name}/{label}": row[name]
+            for label, row in result.fresh.items()
+            for name in metrics_of([row])
             if name not in NO_COLUMN
         },
         **{name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name},
-        **{f"fid/{networks[0]} at T = {steps}": value for steps, value in sorted(result.curve.items())},
+        **{f"fid/{network} at T = {steps}": value for steps, value in sorted(result.curve.items())},
         **{name: first.get(name, "") for name in kept},
     }

@@ -23,7 +23,7 @@ from maskgit_pl.evaluation.classifier import check_cas
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
 from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
-from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     check_model_decoding,
@@ -40,6 +40,7 @@ from maskgit_pl.evaluation.options import (
     CASConfig,
     ReportOptions,
     TokenizerOptions,
+    check_runs,
     round_to_classes,
     with_steps,
 )
@@ -56,7 +57,7 @@ from maskgit_pl.evaluation.pages import (
     seeds_cell,
 )
 from maskgit_pl.evaluation.timing import BATCH_SIZES, measure_costs
-from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer, open_tokenizer
+from maskgit_pl.evaluation.tokenizer import measure_tokenizer_once, open_tokenizer
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
@@ -197,7 +198,7 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     See ``table_1`` for the other arguments and errors.
     """
     options = options or ReportOptions()
-    _check_runs("table tokenizers", runs)
+    check_runs("table tokenizers", runs)
     folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
     shared = folders[0].data  # all rows compare with the same real images
     settings = TokenizerOptions(
@@ -227,20 +228,14 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
         ),
     ]  # fmt: skip
     flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
-    return Page("tokenizers", "\n".join([*lines, ""]), flat, folder=options.results / data_name(shared))
-
-
-def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
-    """Returns the row of a tokenizer, which is measured if the ledger lacks it; see ``measure_tokenizer``."""
-    row = ledger.find("tokenizer", opened.key)
-    return row or ledger.add("tokenizer", measure_tokenizer(opened, Path("tokenizer.json"), bars).row)
+    return Page("tokenizers", lines, flat, folder=options.results / data_name(shared))
 
 
 def open_models(
     task: str, runs: Runs, options: ReportOptions, bars: Bars
 ) -> tuple[Evaluator, Sequence[EvaluatedModel]]:
     """Opens the data of the first run and all models, which must have the classes and the image size of the first."""
-    _check_runs(task, runs)
+    check_runs(task, runs)
     folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
     models = [open_model(folder, options.device) for folder in folders]
     data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
@@ -263,11 +258,6 @@ def open_models(
         bars=bars,
     )
     return evaluator, models
-
-
-def _check_runs(task: str, runs: Runs) -> None:
-    if not runs:
-        raise ValueError(f"{task} must have at least one run, such as runs/fashion-mnist-adaln, got none")
 
 
 def _draw_samples(evaluator: Evaluator, models: Sequence[EvaluatedModel], seed: int) -> Image.Image:
@@ -341,7 +331,8 @@ def make_generation_page(
     headings = ["model", "size", "FID (inception)", "IS (inception)", "precision", "recall", "parameters", "steps",
                 "CAS top-1", "CAS top-5"]  # fmt: skip
     lines += markdown_table(headings, _GENERATION)
-    return finish_page("table-1", lines, [*samples, *other_steps, *cas, *costs], picture="table-1.png")
+    lines += ["", "![table-1](table-1.png)"]
+    return Page("table-1", lines, [*samples, *other_steps, *cas, *costs])
 
 
 _Cell: TypeAlias = Callable[[Sequence[Row]], str]
@@ -367,7 +358,7 @@ def _seeds(name: str, text: Callable[[float], str] | None = None) -> _Cell:
 
 def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
     columns = {
-        markdown(title(metric_name(name, network) if name in _NAMED_AFTER_NETWORK else name)): _seeds(name)
+        markdown(title(f"{name}/{network}" if name in _NAMED_AFTER_NETWORK else name)): _seeds(name)
         for name in metrics_of(rows)
         if name not in NO_COLUMN
     }
@@ -425,7 +416,7 @@ def make_editing_page(rows: Sequence[Row]) -> Page:
         if of_task:
             published = ["published, Places2", "size", "FID (inception)", "IS (inception)"]
             lines += ["", f"## {name}", "", *_editing_lines(of_task), "", *markdown_table(published, _EDITING[task])]
-    return finish_page("table-2", [*lines, "", *describe_provenance(rows)], rows, picture="table-2.png")
+    return Page("table-2", [*lines, "", *describe_provenance(rows), "", "![table-2](table-2.png)"], rows)
 
 
 def _editing_lines(rows: Sequence[Row]) -> list[str]:
@@ -439,11 +430,6 @@ def _editing_lines(rows: Sequence[Row]) -> list[str]:
         ],
         left=3,
     )  # fmt: skip
-
-
-def finish_page(name: str, lines: Sequence[str], rows: Sequence[Mapping[str, Any]], *, picture: str) -> Page:
-    """Returns a page whose picture comes last."""
-    return Page(name, "\n".join([*lines, "", f"![{picture.removesuffix('.png')}]({picture})", ""]), rows)
 
 
 def _describe_reference(rows: Sequence[Row]) -> str:

@@ -69,7 +69,6 @@ def figure_4(
     options: ReportOptions | None = None,
     *,
     num_tokens: Sequence[int] = NUM_TOKENS,
-    sizes: Mapping[str, int] | None = None,
     bars: Bars = no_bars,
 ) -> Page:
     """Makes Figure 4: the time per image over the number of tokens, for autoregressive decoding and MaskGIT.
@@ -78,12 +77,11 @@ def figure_4(
         run: Run folder or pretrained folder whose sizes are timed, with random weights; None for sizes that suit a CPU.
         options: Folder of the results, and device; None for the defaults.
         num_tokens: Numbers N of tokens, all squares.
-        sizes: Sizes of the transformer, such as ``{"depth": 8}``, that replace those of the run or the defaults.
         bars: Progress bars.
 
     Raises:
         FileNotFoundError: if the run does not exist.
-        ValueError: if a size is out of range, a number of tokens is not a square, or the device does not exist.
+        ValueError: if a number of tokens is not a square, or the device does not exist.
     """
     options = options or ReportOptions()
     config: BackboneConfig = SIZES
@@ -92,7 +90,7 @@ def figure_4(
         config = build_config(read_config(folder, "transformer").get("network"), f"{folder / 'config.json'}: network")
     rows = measure_timings(
         Ledger(options.results / FILE_NAME),
-        sizes=replace(config, **(sizes or {})),  # type: ignore[arg-type]  # fields of another backbone: a TypeError
+        sizes=config,
         num_tokens=num_tokens,
         device=find_device(options.device),
         bars=bars,
@@ -301,7 +299,7 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
         *markdown_table(headings, cells, left=0),
     ]
     values = [{name: row["seconds_per_image" if name == "seconds" else name] for name in _CSV} for row in rows]
-    return Page("figure-4", "\n".join([*text, ""]), values, {"figure-4.png": _draw_timings(lines)})
+    return Page("figure-4", text, values, {"figure-4.png": _draw_timings(lines)})
 
 
 def _draw_timings(lines: Mapping[Method, Mapping[int, Row]]) -> bytes:

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,14 +22,14 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from maskgit_pl.checks import height_width, plain_size
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.distributed import describe_environment, device_name, find_device, gather_rows, parse_dtype, peak_memory
+from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype, peak_memory
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
-from maskgit_pl.evaluation.features import Extractor, FeatureCollector, open_extractors
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
-from maskgit_pl.evaluation.metrics import format_value, metric_name, title
+from maskgit_pl.evaluation.features import Extractor, gather_rows, open_extractors
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
+from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_table, paragraph
@@ -79,10 +79,10 @@ def measure_reconstruction(
         ``images``, their number.
     """
     references = {network.extractor: network.reference.pooled for network in networks}
-    meter = _ReconstructionMeter(tokenizer, list(references), lpips)
+    meter = ReconstructionMeter(tokenizer, list(references), lpips)
     for batch in batches:
         if batch.valid.any():
-            meter.add(batch.content[batch.valid], batch.position[batch.valid])
+            meter.add(batch)
         on_images(int(batch.valid.sum()))
     values = meter.values()
     errors = values.pop("error")
@@ -90,8 +90,8 @@ def measure_reconstruction(
         "psnr_db": psnr(float(errors.mean())),
         **{name: float(of_image.mean()) for name, of_image in values.items()},
         **{
-            metric_name("rfid", extractor.label): frechet_distance(
-                Statistics.from_features(meter.collectors[extractor.label].gather().pooled), statistics
+            f"rfid/{extractor.label}": frechet_distance(
+                Statistics.from_features(gather_rows(meter.features[extractor.label])["pooled"]), statistics
             )
             for extractor, statistics in references.items()
         },
@@ -100,34 +100,52 @@ def measure_reconstruction(
     }
 
 
-class _ReconstructionMeter:
+class Pair(NamedTuple):
+    """An image with its reconstruction."""
+
+    error: float  # mean squared, for pixels in [0, 1]
+    number: int  # of the image in the val split
+    label: int
+    original: Tensor  # (C, H, W) uint8
+    reconstruction: Tensor
+
+
+class ReconstructionMeter:
     """The measurements of this rank's reconstructions, image by image.
 
-    ``collectors`` has the features of the reconstructions by label, ``seconds`` the time of encoding and decoding.
+    Attributes:
+        features: Features of the reconstructions of each batch by label; see ``gather_rows``.
+        codes: Use of the codebook.
+        labels: (b,) int64 classes of each batch.
+        worst: The 8 images with the largest errors, the worst first.
+        seconds: Time of encoding and decoding.
     """
 
-    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor], lpips: LPIPS | None) -> None:
+    def __init__(
+        self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = (), lpips: LPIPS | None = None
+    ) -> None:
         self.tokenizer = tokenizer
-        self.collectors = {extractor.label: FeatureCollector(extractor) for extractor in extractors}
-        self.seconds = 0.0
-        self._codes = CodebookUsage(tokenizer.network.config.codebook_size)
+        self.extractors = extractors
+        self.features: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
+        self.codes = CodebookUsage(tokenizer.network.config.codebook_size)
         # An empty update, so that the counts exist on a rank without images.
-        self._codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
+        self.codes.update(torch.empty(0, 1, dtype=torch.int64), torch.empty(0))
+        self.labels: list[Tensor] = []
+        self.worst: list[Pair] = []
+        self.seconds = 0.0
         self._measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
         if min(height_width(tokenizer.image_size)) >= _SSIM_WINDOW:
             self._measures["ssim"] = _ssim
         if lpips is not None:
             self._measures[lpips.label] = lpips
-        self._rows = [torch.empty(0, len(self._measures), dtype=torch.float64)]
-        self._positions = [torch.empty(0, dtype=torch.int64)]
+        self._batches: list[dict[str, Tensor]] = []
 
     @torch.inference_mode()
-    def add(self, pixels: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Reconstructs and measures (b, C, H, W) uint8 images, whose indices among all images are (b,) int64.
-
-        Returns:
-            (b, C, H, W) uint8 reconstructions, and (b,) float64 mean squared errors before rounding, on the CPU.
-        """
+    def add(self, batch: Batch) -> None:
+        """Reconstructs and measures the valid images of a batch."""
+        pixels, labels, index, positions = (
+            each[batch.valid] for each in (batch.content, batch.labels, batch.index, batch.position)
+        )
         network, (height, width) = self.tokenizer.network, height_width(self.tokenizer.image_size)
         like = next(network.parameters())  # for device and dtype
         images = to_unit_range(pixels.to(like.device))
@@ -136,25 +154,26 @@ class _ReconstructionMeter:
         # The decoder may add a margin, since it produces whole tokens; crop it.
         decoded = network.decode(tokens, self.tokenizer.grid)[..., :height, :width].float().clamp(0, 1)
         self.seconds += now(like.device) - start
-        self._codes.update(tokens.cpu(), torch.ones(len(tokens)))
+        self.codes.update(tokens.cpu(), torch.ones(len(tokens)))
         # One value per image and measure, in float64: the means do not depend on the batch size.
         rows = torch.stack([measure(decoded, images).double().cpu() for measure in self._measures.values()], 1)
-        self._rows.append(rows)
-        self._positions.append(positions)
+        self._batches.append({"index": positions, "measures": rows})
         # Feature networks see uint8 images, as they do for the originals.
         rounded = (decoded * 255).round().to(torch.uint8)
-        for collector in self.collectors.values():
-            collector.add(rounded, positions)
-        return rounded.cpu(), rows[:, 0]
+        for extractor in self.extractors:
+            self.features[extractor.label].append({"index": positions, **extractor(rounded)})
+        pairs = zip(rows[:, 0].tolist(), index.tolist(), labels.tolist(), pixels, rounded.cpu(), strict=True)
+        self.worst = sorted([*self.worst, *map(Pair._make, pairs)], key=lambda pair: -pair.error)[:_SHOWN]
+        self.labels.append(labels)
 
     def values(self) -> dict[str, Tensor]:
         """Returns (n,) float64 values of each measure for the images of all ranks; ``error`` is the squared one."""
-        rows = gather_rows(torch.cat(self._rows), torch.cat(self._positions))  # (n, measures)
+        rows = gather_rows(self._batches)["measures"]  # (n, measures)
         return dict(zip(self._measures, rows.unbind(1), strict=True))
 
     def code_usage(self) -> dict[str, float]:
         """Returns ``codebook_usage`` and ``perplexity`` of the tokens of all ranks, see ``CodebookUsage``."""
-        return {name: float(value) for name, value in self._codes.compute().items()}
+        return {name: float(value) for name, value in self.codes.compute().items()}
 
 
 def now(device: torch.device) -> float:
@@ -208,7 +227,7 @@ def evaluate_tokenizer(
     check_writable("out", file)
     ledger = Ledger(file.parent / "evaluation" / FILE_NAME)
 
-    report = measure_tokenizer(open_tokenizer(folders, features, options, bars), file, bars)
+    report = replace(measure_tokenizer(open_tokenizer(folders, features, options, bars), bars), file=file)
     report.page.write()
     write_text(file, json.dumps(report.content, indent=2) + "\n")
     ledger.add("tokenizer", report.row)
@@ -273,48 +292,36 @@ def open_tokenizer(
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
 
 
-class _Pair(NamedTuple):
-    """An image with its reconstruction."""
-
-    error: float  # mean squared, for pixels in [0, 1]
-    number: int  # of the image in the val split
-    label: int
-    original: Tensor  # (C, H, W) uint8
-    reconstruction: Tensor
+def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
+    """Returns the row of a tokenizer, which is measured if the ledger lacks it."""
+    return ledger.find("tokenizer", opened.key) or ledger.add("tokenizer", measure_tokenizer(opened, bars).row)
 
 
-def measure_tokenizer(opened: OpenedTokenizer, file: Path, bars: Bars) -> TokenizerReport:
-    """Measures a tokenizer on random val images, the same in every call; does not write the report to ``file``."""
+def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> TokenizerReport:
+    """Measures a tokenizer on random val images, the same in every call."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
-    meter = _ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
-    originals = {each.label: FeatureCollector(each) for each in opened.extractors}
+    meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
+    originals: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    labels: list[Tensor] = []
-    worst: list[_Pair] = []
     for batch in iter_real_batches(data, "val", num_images=count, batch_size=size):
-        pixels, label, index, position = (
-            each[batch.valid] for each in (batch.content, batch.labels, batch.index, batch.position)
-        )
-        rounded, errors = meter.add(pixels, position)
-        for collector in originals.values():
-            collector.add(pixels, position)
-        pairs = zip(errors.tolist(), index.tolist(), label.tolist(), pixels, rounded, strict=True)
-        worst = sorted([*worst, *(_Pair(*pair) for pair in pairs)], key=lambda pair: -pair.error)[:_SHOWN]
-        labels.append(label)
-        on_images(len(pixels))
+        meter.add(batch)
+        for extractor in opened.extractors:
+            features = extractor(batch.content[batch.valid])
+            originals[extractor.label].append({"index": batch.position[batch.valid], **features})
+        on_images(int(batch.valid.sum()))
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
     numbers["peak_memory_mb"] = peak_memory(device) / 2**20
     psnr_db = _psnr_of_images(meter.values()["error"])
-    label = torch.cat(labels)
-    by_class = {data.class_names[each]: float(psnr_db[label == each].mean()) for each in sorted(set(label.tolist()))}
-    return TokenizerReport(_content(opened, numbers, by_class, worst), opened.key, file, worst)
+    labels = torch.cat(meter.labels)
+    by_class = {data.class_names[each]: float(psnr_db[labels == each].mean()) for each in sorted({*labels.tolist()})}
+    return TokenizerReport(_content(opened, numbers, by_class, meter.worst), opened.key, meter.worst)
 
 
-def _numbers(meter: _ReconstructionMeter, originals: Mapping[str, FeatureCollector]) -> dict[str, float]:
+def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> dict[str, float]:
     values, codes = meter.values(), meter.code_usage()
     errors = values.pop("error")
     numbers = {
@@ -322,8 +329,8 @@ def _numbers(meter: _ReconstructionMeter, originals: Mapping[str, FeatureCollect
         "mean_psnr_db": float(_psnr_of_images(errors).mean()),
         **{name: float(of_image.mean()) for name, of_image in values.items()},
     }
-    for label, collector in meter.collectors.items():
-        fake, real = (each.gather().pooled.double() for each in (collector, originals[label]))
+    for label in originals:
+        fake, real = (gather_rows(batches[label])["pooled"].double() for batches in (meter.features, originals))
         # The floor compares one half of the originals, every second image, with the other.
         for floor, (one, other) in {"": (fake, real), "_floor": (real[::2], real[1::2])}.items():
             fid = frechet_distance(Statistics.from_features(one), Statistics.from_features(other))
@@ -344,7 +351,7 @@ def _psnr_of_images(errors: Tensor) -> Tensor:
 
 
 def _content(
-    opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[_Pair]
+    opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[Pair]
 ) -> dict[str, Any]:
     """Returns the content of ``tokenizer.json``."""
     tokenizer, data = opened.tokenizer, opened.data
@@ -385,8 +392,8 @@ class TokenizerReport:
 
     content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
     key: Mapping[str, Any]  # columns of the ledger that determine the values
-    file: Path  # of that content, beside which the page is written
-    worst: Sequence[_Pair]
+    worst: Sequence[Pair]
+    file: Path = Path("tokenizer.json")  # of that content, beside which the page is written
 
     @property
     def row(self) -> dict[str, Any]:
@@ -413,7 +420,7 @@ class TokenizerReport:
         for name, value in numbers.items():
             metric, _, network = name.partition("/")
             if not metric.endswith("_floor"):
-                floor = numbers.get(metric_name(f"{metric}_floor", network))
+                floor = numbers.get(f"{metric}_floor/{network}")
                 rows.append(
                     [title(name), format_value(name, value), "" if floor is None else format_value(name, floor)]
                 )
@@ -442,6 +449,4 @@ class TokenizerReport:
         images = [pair.original for pair in self.worst] + [pair.reconstruction for pair in self.worst]
         pixels = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
         sheet = image_grid(pixels, columns=len(self.worst), row_captions=["original", "reconstruction"])
-        return Page(
-            self.file.stem, "\n".join([*lines, ""]), [numbers], {picture: image_to_png(sheet)}, self.file.parent
-        )
+        return Page(self.file.stem, lines, [numbers], {picture: image_to_png(sheet)}, self.file.parent)

@@ -29,7 +29,7 @@ from maskgit_pl.errors import markdown, printable
 from maskgit_pl.evaluation.comparison import list_selectors, measure_real
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
-from maskgit_pl.evaluation.metrics import Metrics, direction, find_metric, is_fast, title, tuning_column
+from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
 from maskgit_pl.evaluation.opening import (
     can_guide,
     check_model_decoding,
@@ -240,7 +240,7 @@ def tune(
     count = round_to_classes(num_images, images.num_classes)
     ledger = Ledger(model.folder / FILE_NAME)
     evaluator = open_evaluator(folders, images, ledger, device=pipe.device, batch_size=options.batch_size, bars=bars)
-    amount: Metrics = "fast" if is_fast(name) else "all"
+    amount: Metrics = "fast" if computed_metrics()[name.partition("/")[0]].is_fast else "all"
 
     def measure(decoding: DecodingConfig, num_images: int, seed: int, purpose: str) -> Mapping[str, float]:
         rows = evaluator.measure_samples(
@@ -409,7 +409,7 @@ def make_page(result: TuningResult, real: Row) -> Page:
     rows = [
         {"trial": trial.number, **trial.numbers, "decoding": decoding_key(trial.decoding)} for trial in result.trials
     ]
-    return Page("tuning", "\n".join([*lines, ""]), rows)
+    return Page("tuning", lines, rows)
 
 
 def _trial_table(result: TuningResult, trials: Sequence[Trial]) -> list[str]:

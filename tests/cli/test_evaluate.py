@@ -20,7 +20,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
-from maskgit_pl.evaluation import evaluator
+from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.networks.backbone import backbones, build_config
 from maskgit_pl.networks.feature_networks import load_classifier
@@ -39,17 +39,17 @@ def samples(folder: Path) -> list[Row]:
 
 def stop_after(count: int, patch: pytest.MonkeyPatch) -> None:
     """Stops the command when it generates images once more."""
-    plain, left = evaluator.generate_images, [None] * count
+    plain, left = Evaluator.generate, [None] * count
 
     def stops(*args: object, **options: object) -> object:
         left.pop()
         return plain(*args, **options)
 
-    patch.setattr(evaluator, "generate_images", stops)
+    patch.setattr(Evaluator, "generate", stops)
 
 
 def forbid_generation(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(evaluator, "generate_images", lambda *_, **__: pytest.fail("measured again"))
+    patch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
 
 
 def call(command: str, *words: object) -> int:
@@ -141,7 +141,7 @@ def test_an_evaluation_that_was_stopped_resumes(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator.Evaluator, "measure_likelihood", stopped)
+        patch.setattr(Evaluator, "measure_likelihood", stopped)
         with pytest.raises(KeyboardInterrupt):
             call("evaluate", *words)
     folder = run_folder / "evaluation"

@@ -4,7 +4,6 @@ import json
 from html.parser import HTMLParser
 from pathlib import Path
 
-import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -14,10 +13,8 @@ from maskgit_pl.contrib.inspect_page import (
     find_in_tokenizer,
     find_in_transformer,
     inspect_run,
-    measure_codes,
     picture_codes,
 )
-from maskgit_pl.data import Batch
 from tests.conftest import tiny_tokenizer
 
 MARKUP = "<script>alert(1)</script>\"'&\x1b"
@@ -78,10 +75,7 @@ def test_a_page_of_both_stages_shows_metrics_codes_and_pictures(tiny_pretrained,
         assert text in page, text
     assert all(alt for tag, key, alt in tags.attributes if tag == "img" and key == "alt")
 
-
-def test_the_page_loads_and_runs_nothing(tiny_pretrained, tiny_shards, tmp_path):
-    out = inspect_run(tiny_pretrained, data=tiny_shards, out=tmp_path / "page.html", num_images=4)
-    tags = parsed(out.read_text())
+    # It loads and runs nothing.
     assert not {"script", "link", "iframe", "object", "form", "a"} & set(tags.seen)
     assert all(
         value.startswith("data:image/png;base64,") for _, key, value in tags.attributes if key in ("src", "href")
@@ -101,21 +95,8 @@ def test_names_with_markup_are_text(tmp_path):
     assert "\x1b" not in page
 
 
-def test_codes_are_counted_and_images_judged():
-    tokenizer = tiny_tokenizer()
-    channels, size = tokenizer.network.config.in_channels, tokenizer.image_size
-    generator = torch.Generator().manual_seed(0)
-    content = torch.randint(256, (6, channels, size, size), generator=generator, dtype=torch.uint8)
-    index = torch.arange(6)
-    valid = index < 5
-    found = measure_codes(tokenizer, [Batch(content, index % 2, index, index * 0, index, valid)], max_images=4)
-    assert found.num_images == 4
-    tokens = tokenizer.encode(content[:4])
-    assert torch.equal(found.counts, torch.bincount(tokens.flatten(), minlength=len(found.counts)))
-    errors = ((tokenizer.decode(tokens).double() - content[:4].double()) / 255).square().flatten(1).mean(1)
-    assert torch.equal(found.worst, content[:4][errors.argsort(descending=True)])
-    assert found.psnr_of_class[1] == pytest.approx(float(-10 * errors[1::2].mean().log10()))
-    assert len(picture_codes(tokenizer, torch.arange(3)).unique(dim=0)) == 3  # each code has its picture
+def test_each_code_has_its_picture():
+    assert len(picture_codes(tiny_tokenizer(), torch.arange(3)).unique(dim=0)) == 3
 
 
 def test_the_rules_of_the_alarms_judge_the_last_values():

@@ -34,7 +34,7 @@ def test_runs_are_named_by_what_determines_their_weights(tiny_shards, tiny_pretr
     where = (tiny_shards, tiny_pretrained, tmp_path)
     runs = open_runs(*where, "model.network.depth=1,2", "decoding.guidance.scale=3")
     base, same, deep, guided = runs.variants
-    assert [variant.label for variant in runs.variants] == ["base", "depth=1", "depth=2", "guidance.scale=3"]
+    assert [built.variant.label for built in runs.variants] == ["base", "depth=1", "depth=2", "guidance.scale=3"]
     assert runs.base == {"depth": 1, "guidance.scale": 1.0}
     assert runs.folder_of(base, 0) == runs.folder_of(guided, 0)
     assert base.digest == same.digest
@@ -46,7 +46,7 @@ def test_runs_are_named_by_what_determines_their_weights(tiny_shards, tiny_pretr
     # In a grid, and with settings that do not affect weights.
     more = ("--trainer.val_check_interval=7", "--keep_last=5")
     grid = open_runs(*where, "model.network.depth=2,1", grid=True, overrides=more).variants
-    assert [variant.label for variant in grid] == ["base", "depth=2", "depth=1"]
+    assert [built.variant.label for built in grid] == ["base", "depth=2", "depth=1"]
     assert [variant.digest for variant in grid] == [base.digest, deep.digest, base.digest]
 
 

@@ -20,13 +20,13 @@ def read(rows: range) -> torch.Tensor:
 def test_networks_see_each_image_once_and_features_are_sorted_by_index() -> None:
     counts: list[int] = []
     networks = [few("first"), few("second", seed=1, knows_classes=False)]
-    batches = reversed(list(iter_image_batches(read, 23, batch_size=5)))
+    batches = reversed(list(iter_image_batches(read, 23)))
     features = extract(networks, batches, on_images=counts.append)
     output = Few()(IMAGES)
     for name in ("pooled", "logits", "spatial"):
         expected = output.features if name == "pooled" else getattr(output, name)
         torch.testing.assert_close(getattr(features["first"], name), expected)
-    assert counts == [3, 5, 5, 5, 5]
+    assert counts == [7, 16]
     assert not features["first"].pooled.requires_grad
     assert not torch.equal(features["first"].pooled, features["second"].pooled)
     assert features["second"].logits is None  # an inception score of them would mean nothing
@@ -35,8 +35,8 @@ def test_networks_see_each_image_once_and_features_are_sorted_by_index() -> None
 def measured(folder: Path, shards: Path) -> dict[str, Any]:
     """Returns what several ranks compute together, one of them without an image of ``single``."""
     data, network = open_shards(shards), few()
-    features = extract([network], iter_image_batches(read, 23, batch_size=5))["classifier"]
-    single = extract([network], iter_image_batches(read, 3, batch_size=5))["classifier"]
+    features = extract([network], iter_image_batches(read, 23))["classifier"]
+    single = extract([network], iter_image_batches(read, 3))["classifier"]
     reference = obtain_references(folder, data, [network])["classifier"]
     again = obtain_references(folder, data, [network])["classifier"]
     parts = {"pooled": features.pooled, "single": single.spatial, "again": again.pooled.covariance}

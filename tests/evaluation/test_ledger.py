@@ -1,12 +1,10 @@
 import multiprocessing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from maskgit_pl.evaluation.ledger import Arrays, Ledger, cached
+from maskgit_pl.evaluation.ledger import Ledger
 
 KEY = {"data": "shoes", "seed": 0, "decoding": {"sampling_temperature": (1.2, 0.6)}}
 
@@ -49,8 +47,9 @@ def test_a_row_without_a_wanted_column_is_not_found(file: Path) -> None:
     assert ledger.find("samples", key(network="lite0")) is None
 
 
-def test_a_process_that_does_not_write_finds_its_own_rows(file: Path) -> None:
-    ledger = Ledger(file, writes=False)
+def test_only_the_first_rank_writes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("maskgit_pl.evaluation.ledger.rank_and_world", lambda: (1, 2))
+    ledger = Ledger(file)
     ledger.add("likelihood", KEY)
     assert ledger.find("likelihood", KEY) is not None
     assert not file.exists()
@@ -92,24 +91,3 @@ def test_processes_that_write_at_once_lose_nothing(file: Path) -> None:
         process.join()
     expected = [(str(number), seed) for number in range(3) for seed in range(20)]
     assert sorted((row["data"], row["seed"]) for row in Ledger(file).rows("likelihood")) == expected
-
-
-def test_only_arrays_that_the_folder_lacks_are_made(tmp_path: Path) -> None:
-    requests: list[list[str]] = []
-
-    def make(names: Sequence[str]) -> dict[str, Arrays]:
-        requests.append(list(names))
-        return {name: {"a": np.full(3, len(name))} for name in names}
-
-    keys = {"val-lite0": {"seed": 0}, "val-timm:x/y": {"seed": 0}}
-    for _ in range(2):
-        arrays = cached(tmp_path / "deep", keys, make)
-        assert {name: values["a"].tolist() for name, values in arrays.items()} == {
-            name: [len(name)] * 3 for name in keys
-        }
-    cached(tmp_path / "deep", {"val-lite0": {"seed": 1}, "val-timm:x/y": {"seed": 0}}, make)
-    assert requests == [list(keys), ["val-lite0"]]
-    damaged = next((tmp_path / "deep").glob("val-timm*"))
-    damaged.write_bytes(damaged.read_bytes()[:50])
-    with pytest.raises(ValueError, match=r"val-timm-x-y-\w+\.npz is damaged .*remove it, and it is made again"):
-        cached(tmp_path / "deep", keys, make)

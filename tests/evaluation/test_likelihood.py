@@ -1,6 +1,7 @@
 import math
 from itertools import combinations, product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,20 +21,17 @@ MASK = -1
 class Table:
     """Conditionals of masked tokens from an explicit joint distribution."""
 
+    config = SimpleNamespace(mask_token_id=MASK)
+
     def __init__(self, num_tokens: int, codebook_size: int) -> None:
         shape, generator = (codebook_size,) * num_tokens, torch.Generator().manual_seed(0)
         self.joint = torch.rand(shape, generator=generator).double() ** 3
         self.joint /= self.joint.sum()
 
-    def __call__(self, tokens: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
-        assert torch.equal(tokens == MASK, mask)
-        return torch.stack(
-            [
-                self.conditional(row, place)
-                for row, hidden in zip(tokens.tolist(), mask, strict=True)
-                for place in hidden.nonzero()[:, 0].tolist()
-            ]
-        )
+    def forward_selected(self, tokens: Tensor, labels: Tensor, positions: Tensor, *, vectors: None) -> Tensor:
+        places = (tokens == MASK).nonzero().tolist()
+        assert positions.tolist() == [row * tokens.shape[1] + place for row, place in places]
+        return torch.stack([self.conditional(tokens[row].tolist(), place) for row, place in places])
 
     def conditional(self, row: list[int], place: int) -> Tensor:
         """Returns log p(x_place = code | visible codes) of each code, (K,)."""
@@ -67,7 +65,7 @@ def no_labels(tokens: Tensor) -> Tensor:
 
 
 def bound_of(table: Table, tokens: Tensor, **options: int) -> Tensor:
-    return negative_elbo(table, tokens, no_labels(tokens), mask_token_id=MASK, **options)
+    return negative_elbo(table, tokens, no_labels(tokens), **options)
 
 
 def standard_error(values: Tensor) -> float:
@@ -89,7 +87,7 @@ def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
     share = num_masked(schedule(progress, 3), 3, rounding="ceil").bincount(minlength=4).double() / 20_000
     exact = sum(float(share[count]) * table.mean_nll_of([1, 0, 1], count) for count in (1, 2, 3))
     tokens = torch.tensor([[1, 0, 1]]).expand(200, -1)
-    options = {"sampler": MaskSampler(schedule, 0), "mask_token_id": MASK, "draws": 3}
+    options = {"sampler": MaskSampler(schedule, 0), "draws": 3}
     values = masked_nll(table, tokens, no_labels(tokens), **options)
     assert abs(float(values.mean()) - exact) < 4 * standard_error(values) + 1e-4
 

@@ -22,7 +22,6 @@ from maskgit_pl.evaluation.metrics import (
     format_value,
     is_better,
     known_metrics,
-    metric_name,
     metrics,
     title,
     tuning_column,
@@ -35,7 +34,7 @@ PAGE = Path(__file__).parents[2] / "docs" / "plug-ins.md"
 
 
 def test_names_become_titles_and_values_have_their_factor() -> None:
-    assert title(metric_name("kid", "timm:resnet18")) == "KID x 1000 (timm:resnet18)"
+    assert title("kid/timm:resnet18") == "KID x 1000 (timm:resnet18)"
     assert format_value("kid/lite0", 0.012345) == "12.35"
     assert title("class_agreement") == "class agreement %"
     with pytest.raises(ValueError, match="unknown metric 'fdi': did you mean 'fid'"):

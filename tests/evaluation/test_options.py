@@ -1,10 +1,7 @@
-"""The options of measurements, and the names of the package ``evaluation``."""
-
-from pathlib import Path
+"""The options of measurements, and decodings in measurements."""
 
 import pytest
 
-from maskgit_pl import evaluation
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.options import (
     decoding_key,
@@ -13,12 +10,6 @@ from maskgit_pl.evaluation.options import (
     round_to_classes,
     with_steps,
 )
-
-
-def test_every_public_name_exists_and_differs_from_all_modules() -> None:
-    modules = {path.stem for path in Path(evaluation.__file__).parent.iterdir()}
-    assert all(getattr(evaluation, name) is not None for name in evaluation.__all__)
-    assert not modules & set(evaluation.__all__)
 
 
 def test_another_number_of_steps_drops_the_tokens_per_step() -> None:

@@ -13,7 +13,7 @@ from tests.test_errors import structure
 
 
 def test_a_page_is_written_to_its_folder(tmp_path: Path) -> None:
-    page = Page("table-1", "# Table\n", [{"a": 1}, {"b": 0.5}], {"table-1.png": b"png"}, tmp_path / "own")
+    page = Page("table-1", ["# Table"], [{"a": 1}, {"b": 0.5}], {"table-1.png": b"png"}, tmp_path / "own")
     files = page.write()
     assert files == [tmp_path / "own" / name for name in ("table-1.md", "table-1.csv", "table-1.png")]
     assert [file.read_bytes() for file in files] == [b"# Table\n", b"a,b\n1,\n,0.5\n", b"png"]

@@ -5,22 +5,21 @@ from typing import Any
 import pytest
 
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.schedule_table import SCHEDULES, compare_with_paper, make_schedule_page
+from maskgit_pl.evaluation.schedule_table import SCHEDULES, ScheduleResult, compare_with_paper, make_schedule_page
 from tests.evaluation.test_tables import row
 
 
 def page(*runs: tuple[str, float, int], **words: Any) -> Page:
     """Returns the page of runs with a schedule, a FID and a best T, each."""
-    samples, likelihoods = [], []
+    results = []
     for number, (schedule, fid, best) in enumerate(runs):
-        own = {"run": f"{schedule}-{number}", "schedule": schedule, **words}
-        likelihoods.append({**own, "masked_nll": 3.5, "masked_nll_error": 0.01, "elbo_bits_per_token": 5.25,
-                            "elbo_bits_per_token_error": 0.02})  # fmt: skip
-        for steps, value in {4: fid + 1, best: fid - 0.1}.items():
-            samples.append(row("MaskGIT", "classifier", fid=value, seed=0, **{**own, "num_steps": steps}))
-        samples.append(row("MaskGIT", "classifier", fid=fid, seed=100, **{"is": 6.0}, **{**own, "num_steps": best}))
-        samples.append(row("MaskGIT", "lite0", fid=90.0, seed=100, **{**own, "num_steps": best}))
-    return make_schedule_page(samples, likelihoods)
+        own = {"run": f"{schedule}-{number}", "num_steps": best, **words}
+        likelihood = {"masked_nll": 3.5, "masked_nll_error": 0.01, "elbo_bits_per_token": 5.25,
+                      "elbo_bits_per_token_error": 0.02}  # fmt: skip
+        fresh = {"classifier": row("MaskGIT", "classifier", fid=fid, **{"is": 6.0}, **own),
+                 "lite0": row("MaskGIT", "lite0", fid=90.0, **own)}  # fmt: skip
+        results.append(ScheduleResult(schedule, {4: fid + 1, best: fid - 0.1}, fresh, likelihood))
+    return make_schedule_page(results)
 
 
 def cells(text: str, start: str) -> list[str]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from maskgit_pl import MaskGIT, evaluation
+from maskgit_pl import MaskGIT
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.evaluation import timing
 from maskgit_pl.evaluation.evaluator import EvaluatedModel
@@ -74,12 +74,6 @@ def test_a_wrong_option_is_refused_before_anything_is_timed(tmp_path, options, m
     with pytest.raises(ValueError, match=match):
         measure(tmp_path / "ledger.jsonl", **options)
     assert not (tmp_path / "ledger.jsonl").exists()
-
-
-def test_figure_4_takes_sizes_of_a_run_or_of_flags(tiny_pretrained: Path, tmp_path: Path) -> None:
-    options = evaluation.ReportOptions(results=tmp_path, device="cpu")
-    page = evaluation.figure_4(tiny_pretrained, options, num_tokens=(4,), sizes={"depth": 2})
-    assert all("depth 2, num_heads 2" in row["network"] for row in page.rows)
 
 
 def test_a_model_is_timed_in_both_batches_once_and_equal_recipes_are_its_seeds(

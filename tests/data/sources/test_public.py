@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from maskgit_pl.cli import main
-from maskgit_pl.contrib import emoji
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.sources import public
 from maskgit_pl.data.sources.making import open_source
@@ -57,7 +56,7 @@ def test_fashion_mnist_unpacks_no_more_than_the_known_files_have(fashion, tmp_pa
 
 @pytest.mark.usefixtures("no_network")
 def test_a_failed_download_names_the_ways_out_in_one_line(capsys, monkeypatch):
-    monkeypatch.setattr(emoji.shutil, "which", lambda program: f"/usr/bin/{program}")
+    monkeypatch.setattr(public.shutil, "which", lambda program: f"/usr/bin/{program}")
     for name, source in (("fashion-mnist", "FOLDER"), ("blue-marble", "FILE"), ("emoji", "FOLDER")):
         assert main(["data", "fetch", name]) == 2
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("maskgit data"))
