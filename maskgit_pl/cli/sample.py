@@ -80,10 +80,8 @@ def sample(
     if per_class is not None:
         check_integer("per_class", per_class, f"[1, {MAX_RESULTS}]")
     pipe = model.open(folder, local_rank=None if num_images is None else local_rank())
-    labels = pipe.outline.parse_classes(
-        classes, max_shown=_MAX_CLASSES if num_images is None else len(pipe.class_names)
-    )
-    negative = None if negative_class is None else pipe.outline.parse_class(negative_class)
+    labels = pipe.classes.parse_list(classes, max_shown=_MAX_CLASSES if num_images is None else len(pipe.class_names))
+    negative = None if negative_class is None else pipe.classes.parse(negative_class)
     decoding, count = pipe.decoding_with(**decoding_settings), _PER_CLASS
     if vectors is not None:
         count = _give_vectors(pipe, vectors, first_seed=seed)

@@ -16,7 +16,7 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder, decode_autoregressive
-    from maskgit_pl.decoding.config import SETTINGS_FORMAT, DecodingConfig, check_parallel, read_settings_file
+    from maskgit_pl.decoding.config import SETTINGS_FORMAT, DecodingConfig, read_settings_file
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, decode_classes
     from maskgit_pl.decoding.predictors import ConditionalModel, FirstStepLogits
 
@@ -29,7 +29,6 @@ __all__ = [
     "FirstStepLogits",
     "ParallelDecoder",
     "SeededNoise",
-    "check_parallel",
     "decode_autoregressive",
     "decode_classes",
     "read_settings_file",
@@ -47,7 +46,6 @@ __getattr__ = lazy_names(
         "ParallelDecoder": "decoder",
         "SETTINGS_FORMAT": "config",
         "SeededNoise": "decoder",
-        "check_parallel": "config",
         "decode_autoregressive": "autoregressive",
         "decode_classes": "decoder",
         "read_settings_file": "config",

@@ -219,20 +219,3 @@ def set_specs(config: object, **registries: Registry[Any]) -> None:
     for name, registry in registries.items():
         if getattr(config, name) is not None:
             object.__setattr__(config, name, registry.spec(getattr(config, name)))
-
-
-def check_parallel(task: str, *, is_autoregressive: bool) -> None:
-    """Checks that a model can fill masked tokens in any order.
-
-    Args:
-        task: Name of the task, for the message.
-        is_autoregressive: True if the model draws one token per step.
-
-    Raises:
-        ValueError: if the model is autoregressive.
-    """
-    if is_autoregressive:
-        raise ValueError(
-            f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
-            "autoregressive one; choose another run"
-        )

@@ -80,7 +80,7 @@ def figure_2(
     bar, recordings, rows = bars("figure 2: models", len(runs)), [], []
     for run in runs:
         pipe = pipeline.MaskGIT.from_pretrained(run).to(find_device(options.device))
-        label = 0 if class_name is None else pipe.outline.parse_class(class_name)
+        label = 0 if class_name is None else pipe.classes.parse(class_name)
         recording = pipe.record([label], seed=options.seed)
         model = "autoregressive" if pipe.transformer.mask_schedule is None else "MaskGIT"
         recordings.append((model, recording))

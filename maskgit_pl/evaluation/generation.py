@@ -83,7 +83,7 @@ def generate_images(
     result = generate_many(pipe, file, options, on_images=on_images, on_step=count_steps)
     seconds = time.perf_counter() - start
     barrier()  # the last rank to finish has assembled the file from the parts
-    samples = open_samples(file, channels=pipe.tokenizer.network.config.in_channels)
+    samples = open_samples(file, channels=pipe.tokenizer.channels)
     assert samples.labels is not None  # generate_many writes them
     totals = {"steps_taken": taken, "seconds_per_image": seconds}
     remarks = {name: total / result.made if result.made else None for name, total in totals.items()}
@@ -199,7 +199,7 @@ def edit(
     """
     classes: list[int] = labels.tolist()
     mask, edited = make_hidden_mask(task, pipe.tokenizer), []
-    sides, factor = height_width(pipe.tokenizer.image_size), pipe.tokenizer.network.config.downsampling_factor
+    sides, factor = height_width(pipe.tokenizer.image_size), pipe.tokenizer.token_size
     # Canvases are whole tokens. An image that does not fill its last tokens is inpainted in its right half.
     if task == "outpaint-right" and not any(side % factor for side in sides):
         # Outpainting extends an image, so that the right half is cut off first.
@@ -253,5 +253,4 @@ def make_hidden_mask(task: Task, tokenizer: PretrainedTokenizer) -> Tensor:
         high, wide = (max(1, edge // 2 - (edge - edge // 2) % 2) for edge in (rows, columns))
         top, left = (rows - high) // 2, (columns - wide) // 2
         hidden[top : top + high, left : left + wide] = True
-    factor = tokenizer.network.config.downsampling_factor
-    return pixel_region(hidden, factor=factor, height=height, width=width)
+    return pixel_region(hidden, factor=tokenizer.token_size, height=height, width=width)

@@ -172,7 +172,7 @@ def table_3(
     samples: list[Row] = []
     likelihoods: list[Row] = []
     for label, model in zip(labels, models, strict=True):
-        model.pipe.outline.check_parallel("table 3")
+        model.pipe.transformer.schedule_for("table 3")
         name = describe(read_config(model.pretrained / "transformer", "transformer")["mask_schedule"])
         marks = {"run": label, "schedule": name}
         assert model.pipe.transformer.mask_schedule is not None

@@ -141,7 +141,7 @@ def table_1(
         (index, with_steps(model.pipe.decoding, number))
         for index, model in enumerate(models)
         for number in sorted({*num_steps} - {model.pipe.decoding.num_steps})
-        if not model.pipe.outline.is_autoregressive
+        if model.pipe.transformer.mask_schedule is not None
     ]
     for index, decoding in curve:  # all are checked before the first one is measured
         check_model_decoding(models[index].pipe, decoding)

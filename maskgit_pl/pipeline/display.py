@@ -123,11 +123,6 @@ class Recording:
         """The images of the last step, those of ``MaskGIT.generate``."""
         return ImageList(to_pil(image) for image in self.images_at(len(self.steps) - 1))
 
-    @property
-    def token_pixels(self) -> int:
-        """The height and width of a token in the images."""
-        return self.tokenizer.network.config.downsampling_factor
-
     def images_at(self, number: int) -> Tensor:
         """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8."""
         if number not in self._decoded:  # an animation and a filmstrip decode each step once
@@ -160,7 +155,7 @@ class Recording:
 
         Source: paper, Figure 2.
         """
-        size, windows = self.token_pixels, _number_windows(self.steps)
+        size, windows = self.tokenizer.token_size, _number_windows(self.steps)
         numbers = select_steps(len(self.steps), _MAX_FRAMES)
         legend = self._legend([self.steps[number] for number in numbers])
         captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
@@ -192,7 +187,7 @@ class Recording:
         Args:
             title: Head line; None for the class, the seed and the settings.
         """
-        size, requested = self.token_pixels, self.requested
+        size, requested = self.tokenizer.token_size, self.requested
         numbers, windows = select_steps(len(self.steps), _MAX_COLUMNS), _number_windows(self.steps)
         steps, images = [self.steps[number] for number in numbers], [self.images_at(number)[0] for number in numbers]
         # Tokens without a confidence: given ones, and those of windows that are still to come.

@@ -20,7 +20,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.checks import ImageSize, height_width, shorten
-from maskgit_pl.decoding import DecodingConfig, FirstStepLogits, check_parallel
+from maskgit_pl.decoding import DecodingConfig, FirstStepLogits
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN
@@ -48,6 +48,16 @@ class PretrainedTokenizer:
     def grid(self) -> tuple[int, int]:
         """The rows and columns of the token grid of an image of ``image_size``."""
         return self.network.config.grid(self.image_size)
+
+    @property
+    def token_size(self) -> int:
+        """The height and width of a token in pixels."""
+        return self.network.config.downsampling_factor
+
+    @property
+    def channels(self) -> int:
+        """The channels C of an image."""
+        return self.network.config.in_channels
 
     def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
         """Encodes images to tokens on the network's device, in batches of at most ``images_at_once``.
@@ -81,8 +91,7 @@ class PretrainedTokenizer:
         # Without a grid, an image of image_size may cover only a part of its last tokens: the rest is cut off.
         height, width = height_width(self.image_size) if grid is None else (None, None)
         rows, columns = grid or self.grid
-        factor = self.network.config.downsampling_factor
-        count, decoded = images_at_once(rows * factor, columns * factor), []
+        count, decoded = images_at_once(rows * self.token_size, columns * self.token_size), []
         with torch.inference_mode():
             for first in range(0, len(tokens), count):
                 images = self.network.decode(tokens[first : first + count], (rows, columns))[..., :height, :width]
@@ -134,15 +143,17 @@ class PretrainedTransformer:
         Raises:
             ValueError: if the model is autoregressive.
         """
-        check_parallel(task, is_autoregressive=self.mask_schedule is None)
-        assert self.mask_schedule is not None
+        if self.mask_schedule is None:
+            raise ValueError(
+                f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
+                "autoregressive one; choose another run"
+            )
         return self.mask_schedule
 
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
         """Moves the network, and casts it if a ``dtype`` is given."""
         self.network.to(device=device, dtype=dtype)
-        # The packed weights and the logits of the first step belong to the old device and dtype.
-        self.caches.clear()
+        self.caches.follow_weights()
 
     def check_negative(self, negative: PretrainedTransformer) -> None:
         """Checks that another transformer predicts the same tokens of the same classes.
@@ -181,12 +192,6 @@ class Caches:
         self._network = network
         self._watch = WeightWatch(network)
         self.first_step = FirstStepLogits(network)
-
-    def clear(self) -> None:
-        """Removes everything."""
-        self._watch = WeightWatch(self._network)  # the old one keeps the memory of the old weights
-        free_packed(self._network)
-        self.first_step.clear()
 
     def follow_weights(self) -> None:
         """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""

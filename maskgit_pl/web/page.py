@@ -87,15 +87,15 @@ def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
     Raises:
         ValueError: if the model is autoregressive, or needs a vector for each image.
     """
-    pipe.outline.check_parallel("web")
-    if pipe.outline.condition_dim:
+    pipe.transformer.schedule_for("web")
+    if pipe.transformer.network.config.condition_dim:
         raise ValueError(
             "web requires a model that generates from classes only, got one that needs a vector for each image; "
             "use `maskgit sample --vectors`"
         )
-    about = f"{len(pipe.class_names)} classes, {pixels_text(pipe.outline.image_size)} pixels"
+    about = f"{len(pipe.class_names)} classes, {pixels_text(pipe.tokenizer.image_size)} pixels"
     with gr.Blocks(title=f"MaskGIT: {name}", analytics_enabled=False, delete_cache=(60, 1800)) as page:
-        gr.Markdown(f"## MaskGIT\n{markdown(name)}: {about}, {pipe.outline.num_tokens} tokens")
+        gr.Markdown(f"## MaskGIT\n{markdown(name)}: {about}, {pipe.transformer.network.config.num_tokens} tokens")
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
                 edit_this, generated, selected = _add_generate_tab(pipe, folder, page)
@@ -156,8 +156,8 @@ def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any
 
 def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
     """Adds the tab that edits; returns a button that takes the generated image, and the outputs that show it."""
-    factor, side = pipe.outline.token_size, min(pipe.outline.least_canvas)
-    classes = [("any class", _ANY)] if pipe.outline.null_label is not None else []
+    factor, rows = pipe.tokenizer.token_size, min(pipe.tokenizer.grid)
+    classes = [("any class", _ANY)] if pipe.classes.null_label is not None else []
     source = gr.State()  # (C, H, W) uint8
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -179,7 +179,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
             with gr.Group(visible=False) as extend:
                 sides = gr.CheckboxGroup(list(_SIDES), value=["right"], label="Sides")
                 margin = gr.Slider(
-                    factor, side // factor * factor, max(1, side // 2 // factor) * factor, step=factor, precision=0,
+                    factor, rows * factor, max(1, rows // 2) * factor, step=factor, precision=0,
                     label="Pixels to add on each side",
                 )  # fmt: skip
             with gr.Group(visible=False) as vary:
@@ -259,7 +259,7 @@ def run_task(
         ValueError: if a value is out of range.
     """
     grid, decoding = None, pipe.decoding_with(**settings)
-    if requested is not None and tuple(requested.shape) != height_width(pipe.outline.image_size):  # a canvas
+    if requested is not None and tuple(requested.shape) != height_width(pipe.tokenizer.image_size):  # a canvas
         grid = pipe.tokenizer.network.config.grid((requested.shape[0], requested.shape[1]))
     captions = _captions(pipe, labels, seed)
     original = [] if before is None else [(to_pil(before), "before")]
@@ -270,7 +270,7 @@ def run_task(
             if isinstance(step, DecodingStep):
                 first(step)
                 tiles = [
-                    token_panel(step, row, image, pipe.outline.token_size, requested=requested)
+                    token_panel(step, row, image, pipe.tokenizer.token_size, requested=requested)
                     for row, image in enumerate(pipe.tokenizer.decode(step.tokens, grid=grid))
                 ]
                 decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
@@ -376,7 +376,7 @@ def _add_settings(pipe: MaskGIT) -> list[Any]:
 
     with gr.Accordion("Decoding settings", open=False):
         return [
-            slider("num_steps", "Decoding steps", 1, pipe.outline.num_tokens, 1, precision=0),
+            slider("num_steps", "Decoding steps", 1, pipe.transformer.network.config.num_tokens, 1, precision=0),
             gr.Dropdown(selectors, value=None, label="Token selector"),
             gr.Dropdown(schedules, value=None, label="Mask schedule"),
             slider("first", "Sampling temperature, first step", 0, 4, 0.05),
@@ -436,7 +436,7 @@ def _add_results(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> list[Any
 
 
 def _add_gallery(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> Any:
-    is_small = max(height_width(pipe.outline.image_size)) < _SMALL
+    is_small = max(height_width(pipe.tokenizer.image_size)) < _SMALL
     return gr.Gallery(
         label=f"Images, {name}", show_label=False, columns=columns, format="png", object_fit="contain",
         interactive=False, elem_id=name, elem_classes=["images", *["small"] * is_small],
@@ -468,7 +468,7 @@ def _size(path: str) -> tuple[int, int]:
 
 def _add_editor(pipe: MaskGIT) -> Any:
     """Adds the canvas of the brush, which has the shape of the model's images."""
-    height, width = height_width(pipe.outline.image_size)
+    height, width = height_width(pipe.tokenizer.image_size)
     scale = scale_to(torch.empty(height, width), _CANVAS)
     editor = gr.ImageEditor(
         label="Paint here", sources=(), transforms=(), layers=False, type="pil", format="png",
@@ -507,8 +507,8 @@ def read_upload(path: Path, pipe: MaskGIT) -> Tensor:
         ValueError: if it has over 64 million pixels, or is not a JPEG, PNG or WebP that can be read.
     """
     data = read_image_file(path, name=path.name)
-    pixels = decode_image(data, channels=pipe.outline.channels, name=path.name)
-    return fit_image(pixels, image_size=pipe.outline.image_size, crop=None)
+    pixels = decode_image(data, channels=pipe.tokenizer.channels, name=path.name)
+    return fit_image(pixels, image_size=pipe.tokenizer.image_size, crop=None)
 
 
 def _parse_box(text: str) -> tuple[int, ...]:

@@ -44,8 +44,7 @@ def test_a_recording_has_the_steps_and_the_images_of_generate(demo):
 
 def tokenizer_of(decode: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """Returns a tokenizer of 7 px tokens that decodes by a function."""
-    config = SimpleNamespace(downsampling_factor=7)
-    return SimpleNamespace(decode=lambda tokens, grid: decode(tokens), network=SimpleNamespace(config=config))
+    return SimpleNamespace(decode=lambda tokens, grid: decode(tokens), token_size=7)
 
 
 def recording(steps: list[DecodingStep], decoded: list[int]) -> Recording:

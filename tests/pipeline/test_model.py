@@ -22,8 +22,8 @@ MASK = IMAGE[0] > 20
 
 
 def test_classes_are_given_by_name_or_index_in_any_form(pipe) -> None:
-    assert pipe.outline.class_ids(["T-shirt", "ankle BOOT", 1, np.int64(2), None]) == [1, 0, 1, 2, 3]
-    assert pipe.outline.class_ids(np.array([0, 2])) == pipe.outline.class_ids(torch.tensor([0, 2])) == [0, 2]
+    assert pipe.classes.labels(["T-shirt", "ankle BOOT", 1, np.int64(2), None]) == [1, 0, 1, 2, 3]
+    assert pipe.classes.labels(np.array([0, 2])) == pipe.classes.labels(torch.tensor([0, 2])) == [0, 2]
     for single in ("Trouser", 2, np.int64(2)):
         assert torch.equal(images(pipe, single), images(pipe, [2]))
 
