@@ -16,12 +16,11 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder, decode_autoregressive
-    from maskgit_pl.decoding.config import SETTINGS_FORMAT, DecodingConfig, read_settings_file
+    from maskgit_pl.decoding.config import DecodingConfig
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, decode_classes
     from maskgit_pl.decoding.predictors import ConditionalModel, FirstStepLogits
 
 __all__ = [
-    "SETTINGS_FORMAT",
     "AutoregressiveDecoder",
     "ConditionalModel",
     "DecodingConfig",
@@ -31,7 +30,6 @@ __all__ = [
     "SeededNoise",
     "decode_autoregressive",
     "decode_classes",
-    "read_settings_file",
 ]
 
 # Names are imported when they are used: ``DecodingConfig`` imports no torch, and the command line checks flags with it.
@@ -44,10 +42,8 @@ __getattr__ = lazy_names(
         "DecodingStep": "decoder",
         "FirstStepLogits": "predictors",
         "ParallelDecoder": "decoder",
-        "SETTINGS_FORMAT": "config",
         "SeededNoise": "decoder",
         "decode_autoregressive": "autoregressive",
         "decode_classes": "decoder",
-        "read_settings_file": "config",
     },
 )

@@ -31,7 +31,6 @@ __all__ = [
     "add_legend",
     "add_title",
     "draw_color_bar",
-    "draw_mask",
     "draw_outline",
     "edit_sheet",
     "enlarge",
@@ -253,22 +252,13 @@ def edit_sheet(
         captions: Text above each variant.
     """
     scale = scale_to(original, TILE_SIZE)
-    masked = draw_mask(original, mask=mask, region=region, scale=scale)
-    tiles = [enlarge(original, scale), masked, *(enlarge(image, scale) for image in variants)]
+    # Grey images become RGB, because grey and outline have colors.
+    masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, original.expand(3, -1, -1))
+    edited = draw_outline(enlarge(masked, scale), mask)
+    tiles = [enlarge(original, scale), edited, *(enlarge(image, scale) for image in variants)]
     page = lay_out(tiles, rows=1, columns=len(tiles), column_captions=["original", "masked", *captions])
     legend = [(swatch(frame=REQUESTED), "requested"), (swatch(fill=MASKED), "generated again (whole tokens)")]
     return add_title(add_legend(page, legend), title)
-
-
-def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> Image.Image:
-    """Returns an image, enlarged ``scale`` times, with the region of an edit in grey and the mask in a green outline.
-
-    See ``edit_sheet`` for the other arguments.
-    """
-    # Grey images become RGB, because the outline has a color.
-    pixels = original.expand(3, -1, -1)
-    masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
-    return draw_outline(enlarge(masked, scale), mask)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, check_image_size, check_keys, shorten
 from maskgit_pl.data.folders import check_only_known, write_folder
-from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_file
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
@@ -54,7 +54,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG = "config.json"
 _NETWORK_FILES = (_CONFIG, _WEIGHTS_FILE)
-_DECODING = "decoding.json"
+_DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
 _VERSION = 1
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
@@ -219,7 +219,7 @@ def save_decoding(
     """
     file = Path(folder) / _DECODING
     content = {
-        "format": SETTINGS_FORMAT,
+        "format": _DECODING_FORMAT,
         "version": _VERSION,
         "decoding": asdict(decoding),
         "transformer": fingerprint(file.parent / "transformer"),
@@ -370,7 +370,7 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         )
     if not isinstance(tokenizer, str):
         raise ValueError(f"{file}: tokenizer_fingerprint must be a string, got {shorten(tokenizer)}")
-    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
+    decoding = _build_decoding(content["decoding"], f"{file}: decoding")
     class_names = check_class_names(f"{file}: class_names", content["class_names"], network.num_classes)
     try:
         schedule = None if spec is None else mask_schedules.build(spec)
@@ -378,19 +378,28 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         raise ValueError(f"{file}: {error}") from error
     return network, {
         "mask_schedule": schedule,
-        "decoding": _check_decoding(decoding, f"{file}: decoding"),
+        "decoding": decoding,
         "class_names": class_names,
         "tokenizer_fingerprint": tokenizer,
     }
 
 
 def _decoding_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
-    decoding, content = read_settings_file(file)
-    return _check_decoding(decoding, f"decoding {file}: decoding"), content
+    """Returns the settings in a ``decoding.json``, and its whole content."""
+    content = read_json(file)
+    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
+        raise ValueError(
+            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
+            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; `maskgit tune RUN` writes "
+            "such a file, RUN/pretrained/decoding.json"
+        )
+    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
+    return _build_decoding(content["decoding"], f"decoding {file}: decoding"), content
 
 
-def _check_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
-    """Returns ``decoding`` after building a decoder from it, which checks its names and numbers."""
+def _build_decoding(values: Any, where: str) -> DecodingConfig:
+    """Returns settings in plain values after building a decoder from them, which checks the names and numbers."""
+    decoding = build_dataclass(DecodingConfig, values, where)
     try:
         if decoding.is_autoregressive:
             decoding.build_autoregressive_decoder(decoding.num_steps)
