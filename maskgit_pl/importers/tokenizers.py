@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_choice, check_image_size, shorten
+from maskgit_pl.checks import ImageSize, check_image_size, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.importers.checkpoints import (
@@ -417,8 +417,6 @@ def import_tokenizer(
     """
     # 1.
     check_out(out)
-    if layout is not None:
-        check_choice("layout", layout, TOKENIZER_LAYOUTS)
     file = find_weights(file)
     contents, beside = read_checkpoint(file, entries=_WEIGHTS)
     with name_file(file):

@@ -128,12 +128,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 
 def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
-    """Describes the training and the evaluation of a run, from those of its files that exist.
-
-    Args:
-        run: Run folder, ``runs/RUN``.
-        weights: ``fingerprints`` of the pretrained folder. Metrics of other weights are left out.
-    """
+    """Describes the training of a run, and its evaluation with these weights, from those of its files that exist."""
     stages = {stage: _stage(run / stage) for stage in STAGES}
     return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
 

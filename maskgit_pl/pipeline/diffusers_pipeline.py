@@ -163,11 +163,11 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             ValueError: if a class is unknown, a number is out of range, or both ``seed`` and ``generator`` are given.
         """
         maskgit = self.maskgit
-        seeds = _seeds(seed, generator, len(maskgit.classes.labels(class_labels)))
-        options = {"num_steps": num_inference_steps, "seed": seeds, **options}
+        options = {"num_steps": num_inference_steps, **options}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
         request = Request.of(maskgit.classes, maskgit.decoding, class_labels, options, GenerateKeywords)
+        options["seed"] = _seeds(seed, generator, len(request.labels))
         with self.progress_bar(total=request.decoding.num_steps * len(request.batches())) as bar:
 
             def end_step(step: DecodingStep) -> None:

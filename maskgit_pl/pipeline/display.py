@@ -255,7 +255,6 @@ def select_steps(count: int, most: int) -> list[int]:
     """Returns at most ``most`` steps of range(count), evenly spread with the first and the last."""
     if count <= most:
         return list(range(count))
-    # Rounding keeps 0 and count - 1 exactly.
     return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 

@@ -313,13 +313,7 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
 
 
 def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: int) -> _Network:
-    """Returns a network with the weights of a folder, frozen.
-
-    Args:
-        build: Builds the network.
-        folder: Folder with ``model.safetensors``.
-        num_blocks: Number of blocks of the network, each of at least one tensor.
-    """
+    """Returns a network of ``num_blocks`` blocks, each of at least one tensor, with the weights of a folder, frozen."""
     file = folder / _WEIGHTS_FILE
     weights = read_tensors(file)
     if num_blocks > len(weights):  # millions of blocks take long to build, also without memory

@@ -124,17 +124,6 @@ def test_a_name_of_two_classes_is_refused(tiny_pretrained) -> None:
         twice.generate(["crane"])
 
 
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda pipe: pipe.generate([0], guidance_scael=3.0), "option 'guidance_scael': did you mean 'guidance_scale'"),
-    ],
-)
-def test_a_wrong_name_is_answered_with_the_right_one(pipe, call, message) -> None:
-    with pytest.raises(TypeError, match=message):
-        call(pipe)
-
-
 def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) -> None:
     bare = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "bare", class_dropout=0.0))
     with pytest.raises(ValueError, match="class must not be None: the model was trained without a null class"):
