@@ -37,7 +37,7 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.pipeline.regions": "Images and masks that are edited, and their regions of tokens.",
     "maskgit_pl.pipeline.grids": "Pictures.",
     "maskgit_pl.pipeline.display": "Filmstrips and animations.",
-    "maskgit_pl.pipeline.pretrained": "Folders with the weights of one stage.",
+    "maskgit_pl.pipeline.pretrained": "Pretrained networks and their folders.",
     "maskgit_pl.data.sources.public": "Data sets that `maskgit data fetch` downloads.",
     "maskgit_pl.networks.backbone": "The interface of backbones.",
     "maskgit_pl.networks.quantizers": "Quantizers and their interface.",

@@ -32,9 +32,8 @@ from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
 from maskgit_pl.evaluation.tokenizer import psnr
 from maskgit_pl.files import parse_any_json, write_text
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
-from maskgit_pl.pipeline.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems

@@ -37,7 +37,7 @@ from maskgit_pl.pipeline.bulk import (
     make_plan,
     write_samples,
 )
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
 from maskgit_pl.pipeline.regions import pixel_region
 
 Task = Literal["outpaint-right", "inpaint-centre"]

@@ -46,7 +46,7 @@ from maskgit_pl.pipeline.grids import (
 )
 
 if TYPE_CHECKING:
-    from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+    from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
 
 __all__ = ["ImageList", "Recording", "StepRecorder", "describe_settings", "select_steps", "token_panel"]
 

@@ -27,8 +27,8 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
-from maskgit_pl.pipeline.fine_tuning import Pipeline, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import Images, OutputType, Request
+from maskgit_pl.pipeline.pretrained import Pipeline, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.regions import (
     Box,
     ImageLike,

@@ -21,7 +21,6 @@ from maskgit_pl.distributed import check_device
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
 from maskgit_pl.pipeline.card import fingerprints, write_card
-from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
     Classes,
     ClassIndex,
@@ -37,6 +36,9 @@ from maskgit_pl.pipeline.options import (
 )
 from maskgit_pl.pipeline.pretrained import (
     NEGATIVE,
+    NegativeModelLike,
+    PretrainedTokenizer,
+    PretrainedTransformer,
     fingerprint,
     load_decoding,
     load_tokenizer,

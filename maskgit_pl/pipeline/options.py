@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding import DecodingStep
-    from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTransformer
+    from maskgit_pl.pipeline.pretrained import NegativeModelLike, PretrainedTransformer
 
 __all__ = [
     "MAX_RESULTS",

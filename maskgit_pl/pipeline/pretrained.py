@@ -1,8 +1,9 @@
-"""Writes and reads the folder of a tokenizer or a transformer, and what a pretrained folder holds beside them.
+"""A pretrained tokenizer and a pretrained transformer: the networks of a ``MaskGIT``, and the folders that hold them.
 
 - ``tokenizer/`` and ``transformer/``: ``model.safetensors`` and ``config.json`` each.
 - ``decoding.json``: decoding settings in place of the transformer's own, from ``maskgit tune``.
-- ``negative/``: a copy of the transformer from which guidance moves away.
+- ``negative/``: a copy of the negative model, a second transformer from which guidance moves away. It is usually an
+  early checkpoint of the same run, or a smaller model (Karras et al., arXiv:2406.02507).
 """
 
 from __future__ import annotations
@@ -12,29 +13,45 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, check_image_size, check_keys, shorten
+from maskgit_pl.checks import (
+    ImageSize,
+    build_dataclass,
+    check_class_names,
+    check_image_size,
+    check_keys,
+    height_width,
+    shorten,
+)
 from maskgit_pl.data.folders import check_only_known, write_folder
-from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding import DecodingConfig, FirstStepLogits
 from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
-from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
+from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors, tensors_digest
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
     "NEGATIVE",
+    "Caches",
+    "NegativeModelLike",
+    "Pipeline",
+    "PretrainedTokenizer",
+    "PretrainedTransformer",
     "check_stage_folder",
     "copy_stage_folder",
     "fingerprint",
     "has_weights_of",
+    "images_at_once",
     "load_decoding",
     "load_tokenizer",
     "load_transformer",
@@ -58,7 +75,200 @@ _DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
 _VERSION = 1
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
+_MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainedTokenizer:
+    """A pretrained tokenizer.
+
+    Args:
+        network: Network in evaluation mode, frozen, on the CPU.
+        image_size: Size of the training images: a side, or (height, width), in pixels.
+        fingerprint: sha256 of its weights, hexadecimal.
+    """
+
+    network: VQGAN
+    image_size: ImageSize
+    fingerprint: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of the token grid of an image of ``image_size``."""
+        return self.network.config.grid(self.image_size)
+
+    @property
+    def token_size(self) -> int:
+        """The height and width of a token in pixels."""
+        return self.network.config.downsampling_factor
+
+    @property
+    def channels(self) -> int:
+        """The channels C of an image."""
+        return self.network.config.in_channels
+
+    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Encodes images to tokens on the network's device, in batches of at most ``images_at_once``.
+
+        Args:
+            images: (B, C, H, W) uint8.
+            batch_size: Largest batch; None for no further limit.
+
+        Returns:
+            (B, N) int64 in [0, K), on the CPU.
+        """
+        like = next(self.network.parameters())  # for device and dtype
+        count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
+        tokens = []
+        with torch.no_grad():
+            for first in range(0, len(images), count):
+                pixels = images[first : first + count].to(torch.float32) / 255
+                tokens.append(self.network.encode(pixels.to(like)).cpu())
+            return torch.cat(tokens)
+
+    def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+        """Decodes tokens to images on the network's device, in batches of at most ``images_at_once``.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            grid: Rows and columns of the tokens of a canvas, such as a panorama; None for those of ``image_size``.
+
+        Returns:
+            (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or with ``grid`` those of all tokens.
+        """
+        # Without a grid, an image of image_size may cover only a part of its last tokens: the rest is cut off.
+        height, width = height_width(self.image_size) if grid is None else (None, None)
+        rows, columns = grid or self.grid
+        count, decoded = images_at_once(rows * self.token_size, columns * self.token_size), []
+        with torch.inference_mode():
+            for first in range(0, len(tokens), count):
+                images = self.network.decode(tokens[first : first + count], (rows, columns))[..., :height, :width]
+                decoded.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+            return torch.cat(decoded)
+
+
+@dataclass(frozen=True)
+class PretrainedTransformer:
+    """A pretrained transformer, with the data that decoding needs.
+
+    Args:
+        network: Network in evaluation mode, frozen, on the CPU.
+        mask_schedule: Mask schedule of its training; None for an autoregressive transformer.
+        decoding: Default configuration of decoding.
+        class_names: Name of each class.
+        tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
+        folder: Folder that it was read from; None if it came from memory.
+    """
+
+    network: Backbone
+    mask_schedule: MaskSchedule | None
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+    tokenizer_fingerprint: str
+    folder: Path | None = None
+
+    @cached_property
+    def caches(self) -> Caches:
+        """The values that are kept of the weights to decode faster."""
+        return Caches(self.network)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 in hex of the weights, which identifies a negative model in plans and ledgers."""
+        return tensors_digest(self.network.state_dict().items())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.network.parameters()).device
+
+    def schedule_for(self, task: str) -> MaskSchedule:
+        """Returns the mask schedule, for a task that needs parallel decoding.
+
+        Args:
+            task: Name of the task, for the error.
+
+        Raises:
+            ValueError: if the model is autoregressive.
+        """
+        if self.mask_schedule is None:
+            raise ValueError(
+                f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
+                "autoregressive one; choose another run"
+            )
+        return self.mask_schedule
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
+        """Moves the network, and casts it if a ``dtype`` is given."""
+        self.network.to(device=device, dtype=dtype)
+        self.caches.follow_weights()
+
+    def check_negative(self, negative: PretrainedTransformer) -> None:
+        """Checks that another transformer predicts the same tokens of the same classes.
+
+        Raises:
+            ValueError: if it does not. The message names the difference.
+        """
+        self.schedule_for("negative_model")
+        config, weak = self.network.config, negative.network.config
+        for name, strong_value, weak_value in (
+            ("attention", config.attention, weak.attention),
+            ("the tokenizer", self.tokenizer_fingerprint[:12], negative.tokenizer_fingerprint[:12]),
+            ("codebook_size", config.codebook_size, weak.codebook_size),
+            ("grid", config.grid, weak.grid),
+            ("class_names", self.class_names, negative.class_names),
+            ("condition_dim", config.condition_dim, weak.condition_dim or config.condition_dim),  # may have no vectors
+        ):
+            if strong_value != weak_value:
+                raise ValueError(
+                    f"negative_model must have {name} {shorten(strong_value)}, as the model that generates, got "
+                    f"{shorten(weak_value)}; choose another checkpoint of the same run, or a run on the same tokens"
+                )
+
+
+class Caches:
+    """The packed weights of a transformer, and the logits of the first step of each class.
+
+    Args:
+        network: The network of the transformer.
+
+    Attributes:
+        first_step: Logits of the first step. An autoregressive model does not use them.
+    """
+
+    def __init__(self, network: Backbone) -> None:
+        self._network = network
+        self._watch = WeightWatch(network)
+        self.first_step = FirstStepLogits(network)
+
+    def follow_weights(self) -> None:
+        """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""
+        if self._watch.has_changed():
+            free_packed(self._network)
+            self.first_step.clear()
+
+
+class Pipeline(Protocol):
+    """The networks of a pipeline, which ``MaskGIT`` is."""
+
+    tokenizer: PretrainedTokenizer
+    transformer: PretrainedTransformer
+
+
+NegativeModelLike: TypeAlias = Path | str | PretrainedTransformer | Pipeline
+
+
+def images_at_once(height: int, width: int) -> int:
+    """Returns the largest number of images that a tokenizer encodes or decodes at a time, at least 1.
+
+    It bounds the memory: the released tokenizer takes 130 MB for an image of 256 x 256 pixels.
+
+    Args:
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+    """
+    return max(1, _MAX_PIXELS // (height * width))
 
 
 def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: ImageSize) -> None:
