@@ -195,7 +195,7 @@ def choose(log_probs: Tensor, labels: Tensor, count: int) -> Tensor:
         Indices of the kept candidates in ascending order, int64.
     """
     kept = []
-    for label in labels.unique():
+    for label in set(labels.tolist()):
         rows = (labels == label).nonzero().squeeze(1)
         kept.append(rows[log_probs[rows].argsort(descending=True, stable=True)[:count]])
     return torch.cat(kept).sort().values

@@ -82,14 +82,9 @@ class StepRecorder:
     def __init__(self, *, max_images: int = 4) -> None:
         self.max_images = max_images
         self.steps: list[DecodingStep] = []
-        self._batch_size: int | None = None
 
     def __call__(self, step: DecodingStep) -> None:
-        self._batch_size = self._batch_size or len(step.tokens)
-        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another
-        # batch may have another size.
-        is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
-        if is_complete or len(step.tokens) != self._batch_size:
+        if self.steps and not bool(self.steps[-1].still_masked.any()):  # complete: the step is of a later batch
             return
         names = [item.name for item in fields(step) if item.name != "step"]
         self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))
