@@ -53,14 +53,14 @@ def random_network() -> MaskedTransformer:
         return MaskedTransformer(TRANSFORMER_CONFIG)
 
 
-def save_both(folder: Path) -> Path:
+def save_both(folder: Path, decoding: DecodingConfig = DECODING) -> Path:
     save_tokenizer(folder / "tokenizer", VQGAN_CONFIG, vqgan().state_dict(), image_size=8)
     save_transformer(
         folder / "transformer",
         TRANSFORMER_CONFIG,
         random_network().state_dict(),
         mask_schedule={"name": "pow", "exponent": 2.5},
-        decoding=DECODING,
+        decoding=decoding,
         class_names=("cat", "dog"),
         tokenizer_fingerprint="abc",
     )
