@@ -57,7 +57,7 @@ def decode(
     """Yields the decoding steps of all results of a request, in one batch.
 
     Args:
-        transformer: The network, its mask schedule and its caches.
+        transformer: The network, its mask schedule and the logits of its first step.
         request: Labels, seeds and decoding settings of B results.
         tokens: (B, N) int64 to start from; None starts from masked tokens only.
         first_step: First step in [0, T).
@@ -174,7 +174,7 @@ def panorama(pipe: Pipeline, request: Request, size: tuple[int, int], overlap: f
 
 def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:
     # The first step of a class without context is the same for all seeds, so its logits are cached.
-    return ConditionalModel(transformer.network, transformer.device, transformer.caches.first_step)
+    return ConditionalModel(transformer.network, transformer.device, transformer.first_step)
 
 
 def _decode_images(pipe: Pipeline, request: Request, *, tokens: Tensor | None = None, first_step: int = 0) -> Tensor:

@@ -115,7 +115,7 @@ class MaskGIT:
         self.vector_pool: VectorPool | None = None
         self._decoding, self._origin, self._pack_weights = decoding, origin, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
-        transformer.caches.follow_weights()  # from here on, changes of the weights are found
+        transformer.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
 
     @classmethod
@@ -517,8 +517,8 @@ class MaskGIT:
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
-            negative.caches.follow_weights()
-        self.transformer.caches.follow_weights()
+            negative.follow_weights()
+        self.transformer.follow_weights()
         if vectors is None and self.vector_pool is not None:
             vectors = self.vector_pool.draw(request.labels, request.seeds)
         config = self.transformer.network.config

@@ -42,7 +42,6 @@ from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
     "NEGATIVE",
-    "Caches",
     "NegativeModelLike",
     "Pipeline",
     "PretrainedTokenizer",
@@ -169,9 +168,13 @@ class PretrainedTransformer:
     folder: Path | None = None
 
     @cached_property
-    def caches(self) -> Caches:
-        """The values that are kept of the weights to decode faster."""
-        return Caches(self.network)
+    def first_step(self) -> FirstStepLogits:
+        """The logits of the first step of each class, which are kept. An autoregressive model does not use them."""
+        return FirstStepLogits(self.network)
+
+    @cached_property
+    def _watch(self) -> WeightWatch:
+        return WeightWatch(self.network)
 
     @cached_property
     def digest(self) -> str:
@@ -202,7 +205,13 @@ class PretrainedTransformer:
     def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
         """Moves the network, and casts it if a ``dtype`` is given."""
         self.network.to(device=device, dtype=dtype)
-        self.caches.follow_weights()
+        self.follow_weights()
+
+    def follow_weights(self) -> None:
+        """Removes packed weights and kept logits if the weights may have changed; see ``networks.kernels``."""
+        if self._watch.has_changed():
+            free_packed(self.network)
+            self.first_step.clear()
 
     def check_negative(self, negative: PretrainedTransformer) -> None:
         """Checks that another transformer predicts the same tokens of the same classes.
@@ -225,28 +234,6 @@ class PretrainedTransformer:
                     f"negative_model must have {name} {shorten(strong_value)}, as the model that generates, got "
                     f"{shorten(weak_value)}; choose another checkpoint of the same run, or a run on the same tokens"
                 )
-
-
-class Caches:
-    """The packed weights of a transformer, and the logits of the first step of each class.
-
-    Args:
-        network: The network of the transformer.
-
-    Attributes:
-        first_step: Logits of the first step. An autoregressive model does not use them.
-    """
-
-    def __init__(self, network: Backbone) -> None:
-        self._network = network
-        self._watch = WeightWatch(network)
-        self.first_step = FirstStepLogits(network)
-
-    def follow_weights(self) -> None:
-        """Removes everything if the weights may have changed since the last call; see ``networks.kernels``."""
-        if self._watch.has_changed():
-            free_packed(self._network)
-            self.first_step.clear()
 
 
 class Pipeline(Protocol):
