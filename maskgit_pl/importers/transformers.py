@@ -41,7 +41,6 @@ from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.weights import check_held
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 
-_WEIGHTS = ("model_state_dict", "state_dict", "model")  # entries that hold the tensors; both projects write the first
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
 _STEPS = 32  # both projects
 _DROPOUT, _CLASS_DROPOUT = 0.1, 0.1  # both projects: configurations of the training
@@ -107,7 +106,7 @@ def import_transformer(
     check_out(out)
     if num_heads is not None:
         check_integer("num_heads", num_heads, "[1, inf)")
-    contents, beside = read_checkpoint(file, entries=_WEIGHTS)
+    contents, beside = read_checkpoint(file)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     with name_file(file):
         # 2.
