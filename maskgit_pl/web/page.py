@@ -76,13 +76,12 @@ STYLE = """
 """
 
 
-def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
+def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
     """Builds the page of a model, which opens with images of several classes.
 
     Args:
         pipe: The model.
         name: Name of the model, for the title.
-        folder: Folder of temporary files.
 
     Raises:
         ValueError: if the model is autoregressive, or needs a vector for each image.
@@ -98,9 +97,9 @@ def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
         gr.Markdown(f"## MaskGIT\n{markdown(name)}: {about}, {pipe.transformer.network.config.num_tokens} tokens")
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                edit_this, generated, selected = _add_generate_tab(pipe, folder, page)
+                edit_this, generated, selected = _add_generate_tab(pipe, page)
             with gr.Tab("Edit", id="edit"):
-                take, source = _add_edit_tab(pipe, folder)
+                take, source = _add_edit_tab(pipe)
 
         @answer
         def fill(images: list[tuple[str, str]] | None, number: int) -> Iterator[list[Any]]:
@@ -116,7 +115,7 @@ def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
     return page
 
 
-def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any, Any, Any]:
+def _add_generate_tab(pipe: MaskGIT, page: gr.Blocks) -> tuple[Any, Any, Any]:
     """Adds the tab that generates; returns a button, the images, and the number of the one that is selected."""
     classes = [("a mix of classes", _MIX), *_class_choices(pipe)]
     selected = gr.State(0)
@@ -138,7 +137,7 @@ def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any
     @answer
     def generate(label: str | int, seed: int, count: int, *values: Any) -> Iterator[list[Any]]:
         labels = _mix(pipe, count) if label == _MIX else [int(label)] * count
-        yield from run_task(pipe, folder, pipe.generate, labels, seed, settings_of(pipe, values))
+        yield from run_task(pipe, pipe.generate, labels, seed, settings_of(pipe, values))
 
     # The page opens with what its settings give.
     labels = _mix(pipe, _COUNT)
@@ -154,7 +153,7 @@ def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any
     return edit_this, images, selected
 
 
-def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
+def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
     """Adds the tab that edits; returns a button that takes the generated image, and the outputs that show it."""
     factor, rows = pipe.tokenizer.token_size, min(pipe.tokenizer.grid)
     classes = [("any class", _ANY)] if pipe.classes.null_label is not None else []
@@ -215,7 +214,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
             added: dict[str, Any] = {name: margin if name in sides else 0 for name in _SIDES}
             mask = Margins(**added).outside(height, width)
             call = partial(pipe.outpaint, pixels, **added)
-        yield from run_task(pipe, folder, call, labels, seed, settings, before=pixels, requested=mask)
+        yield from run_task(pipe, call, labels, seed, settings, before=pixels, requested=mask)
 
     @answer
     def read(path: str) -> Iterator[list[Any]]:
@@ -234,7 +233,6 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
 
 def run_task(
     pipe: MaskGIT,
-    folder: Path,
     call: Callable[..., Any],
     labels: Sequence[int | None],
     seed: int,
@@ -247,7 +245,6 @@ def run_task(
 
     Args:
         pipe: The model.
-        folder: Folder of temporary files.
         call: Method of the model, with all arguments but those that follow.
         labels: Class of each result; None is "no class".
         seed: Seed of the first result.
@@ -280,7 +277,7 @@ def run_task(
             recording = Recording(
                 first.steps, pipe.tokenizer, decoding, [_class_name(pipe, labels[0])], [seed], grid, requested
             )
-            with TemporaryDirectory(dir=folder) as temporary:
+            with TemporaryDirectory() as temporary:
                 recording.save(animation := Path(temporary) / "decoding.gif")
                 images = [*original, *zip(step, captions, strict=True)]
                 yield [images, describe_settings(decoding), str(animation)]
