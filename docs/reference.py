@@ -33,7 +33,7 @@ PACKAGES = {  # public modules in the order of the page; a name is described whe
     "maskgit_pl.masking": "Masks of training.",
     "maskgit_pl.decoding": "Parallel and autoregressive decoding.",
     "maskgit_pl.decoding.selectors": "Token selectors: the interface and the built-in ones.",
-    "maskgit_pl.pipeline.options": "What a model is, what a call wants, and the names of the options.",
+    "maskgit_pl.pipeline.options": "The classes of a model, what a call wants, and the names of the options.",
     "maskgit_pl.pipeline.regions": "Images and masks that are edited, and their regions of tokens.",
     "maskgit_pl.pipeline.grids": "Pictures.",
     "maskgit_pl.pipeline.display": "Filmstrips and animations.",
