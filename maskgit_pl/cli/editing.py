@@ -232,7 +232,7 @@ def _edit(
     """
     from maskgit_pl.pipeline import display, grids, regions
 
-    label, decoding = pipe.classes.parse(class_), pipe.decoding_with(**settings)
+    label, decoding = None if class_ is None else pipe.classes.parse(class_), pipe.decoding_with(**settings)
     count = check_integer("variants", variants.variants, f"[1, {MAX_RESULTS}]")
     labels, seeds = [label] * count, [variants.seed + number for number in range(count)]
     with record_steps(task.func.__name__, count) as (after_step, steps):

@@ -32,17 +32,14 @@ from maskgit_pl.pipeline.sharing import (
     CLASSES,
     DIFFUSERS_FILES,
     INDEX_FILE,
+    NETWORK_FILES,
     HubOptions,
     find_folder,
     write_diffusers_files,
 )
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
-_FILES = {
-    "README.md", "config.json", *DIFFUSERS_FILES,
-    *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
-}  # fmt: skip
-"""The files of a folder."""
+_FILES = {"README.md", "config.json", *NETWORK_FILES, *DIFFUSERS_FILES}
 _log = logging.getLogger(__name__)
 # Options of diffusers that would be ignored here, although they change what is loaded or where.
 _REFUSED = ("device_map", "quantization_config", "variant", "use_flashpack")

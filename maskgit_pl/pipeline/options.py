@@ -194,16 +194,13 @@ class ClassIndex:
             raise ValueError("classes must have at least one class, got none")
         return [self._label(name_or_label) for name_or_label in choices]
 
-    def parse(self, word: str | None) -> int | None:
-        """Returns the label of the class of a command line argument. None is "no class" and stays None.
-
-        Class names take precedence over indices.
+    def parse(self, word: str) -> int:
+        """Returns the label of the class of a command line argument. Class names take precedence over indices.
 
         Raises:
-            ValueError: if the class is unknown, or None is given to a model that was trained without "no class".
+            ValueError: if the class is unknown.
         """
-        (label,) = self.labels([None if word is None else self._read_word(word)])
-        return None if word is None else label
+        return self.labels(self._read_word(word))[0]
 
     def parse_list(self, text: str, *, max_shown: int = 10) -> list[int]:
         """Returns the labels of a comma-separated list of classes. See ``labels`` for errors.

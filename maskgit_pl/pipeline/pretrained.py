@@ -119,12 +119,9 @@ class PretrainedTokenizer:
         """
         like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
-        tokens = []
         with torch.no_grad():
-            for first in range(0, len(images), count):
-                pixels = images[first : first + count].to(torch.float32) / 255
-                tokens.append(self.network.encode(pixels.to(like)).cpu())
-            return torch.cat(tokens)
+            parts = [self.network.encode((part.float() / 255).to(like)).cpu() for part in images.split(count)]
+            return torch.cat(parts)
 
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
         """Decodes tokens to images on the network's device, in batches of at most ``images_at_once``.
@@ -141,8 +138,8 @@ class PretrainedTokenizer:
         rows, columns = grid or self.grid
         count, decoded = images_at_once(rows * self.token_size, columns * self.token_size), []
         with torch.inference_mode():
-            for first in range(0, len(tokens), count):
-                images = self.network.decode(tokens[first : first + count], (rows, columns))[..., :height, :width]
+            for part in tokens.split(count):
+                images = self.network.decode(part, (rows, columns))[..., :height, :width]
                 decoded.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
             return torch.cat(decoded)
 
