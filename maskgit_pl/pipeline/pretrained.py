@@ -120,7 +120,7 @@ class PretrainedTokenizer:
         like = next(self.network.parameters())  # for device and dtype
         count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
         with torch.no_grad():
-            parts = [self.network.encode((part.float() / 255).to(like)).cpu() for part in images.split(count)]
+            parts = [self.network.encode((part.float() / 255).to(like)).cpu() for part in torch.split(images, count)]
             return torch.cat(parts)
 
     def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
@@ -138,7 +138,7 @@ class PretrainedTokenizer:
         rows, columns = grid or self.grid
         count, decoded = images_at_once(rows * self.token_size, columns * self.token_size), []
         with torch.inference_mode():
-            for part in tokens.split(count):
+            for part in torch.split(tokens, count):
                 images = self.network.decode(part, (rows, columns))[..., :height, :width]
                 decoded.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
             return torch.cat(decoded)
