@@ -159,7 +159,7 @@ class Recording:
             step, images = self.steps[number], self.images_at(number)
             above = [token_panel(step, row, image, size, requested=self.requested) for row, image in enumerate(images)]
             below = [enlarge(image, panel_scale(images)) for image in images]
-            frame = lay_out([*above, *below], rows=2, columns=len(images), column_captions=captions)
+            frame = lay_out([*above, *below], columns=len(images), column_captions=captions)
             counts = sorted(set(step.still_masked.sum(1).tolist()))
             masked = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             where = f"window {windows[number]}, " if windows[-1] > 1 else ""
@@ -205,10 +205,10 @@ class Recording:
         height, width = images[0].shape[-2:]
         if width >= _WIDE * height:
             tiles = [tile for step in zip(*panels.values(), strict=True) for tile in step]
-            page = lay_out(tiles, rows=len(steps), columns=4, row_captions=texts, column_captions=list(panels))
+            page = lay_out(tiles, columns=4, row_captions=texts, column_captions=list(panels))
         else:
             tiles = [tile for kind in panels.values() for tile in kind]
-            page = lay_out(tiles, rows=4, columns=len(steps), row_captions=list(panels), column_captions=texts)
+            page = lay_out(tiles, columns=len(steps), row_captions=list(panels), column_captions=texts)
         legend = [*self._legend(steps), (draw_color_bar(top), "confidence")]
         if any(bool(hidden.any()) for hidden in undrawn):
             legend.append((swatch(frame=MASKED), "no confidence: given, or not drawn yet"))
