@@ -2,7 +2,6 @@
 
 import copy
 import json
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from maskgit_pl.networks.feature_networks import (
 )
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, save_decoding
 from maskgit_pl.training.speed import read_training_time
-from tests.pipeline.test_pretrained import equal, save_both
+from tests.pipeline.test_pretrained import bounded_memory, equal, save_both
 
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
 DEPTHS = (300, 600, 900, 100_000)  # Python's own limit is about 1000 calls, and code that walks a tree needs several
@@ -89,15 +88,13 @@ def bounded() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise AssertionError(f"it took more than {SECONDS} s")
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
+    before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        yield
+        with bounded_memory(MEMORY):
+            yield
     finally:
         signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGALRM, before)
 
 
