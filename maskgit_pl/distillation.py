@@ -38,8 +38,7 @@ from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoi
 from maskgit_pl.decoding.guidance import guidance_schedules, step_progress
 from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, Predictor, StartPredictor
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
-from maskgit_pl.pipeline.fine_tuning import PretrainedTransformer
-from maskgit_pl.pipeline.pretrained import load_transformer
+from maskgit_pl.pipeline.pretrained import PretrainedTransformer, load_transformer
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.schedules import num_masked

@@ -22,8 +22,7 @@ from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.networks.backbone import Attention
 from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
-from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_transformer
+from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder
 torch.set_num_threads(1)  # tensors are small, and other tests run at the same time

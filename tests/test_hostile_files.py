@@ -2,7 +2,6 @@
 
 import copy
 import json
-import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,17 +21,9 @@ from maskgit_pl.networks.feature_networks import (
     describe_classifier,
     load_classifier,
 )
-from maskgit_pl.networks.transformer import MaskedTransformer, TransformerConfig
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.pipeline.pretrained import (
-    load_tokenizer,
-    load_transformer,
-    read_decoding,
-    save_decoding,
-    save_tokenizer,
-    save_transformer,
-)
+from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, save_decoding
 from maskgit_pl.training.speed import read_training_time
+from tests.pipeline.test_pretrained import bounded_memory, equal, save_both
 
 SECONDS, MEMORY = 10, 500_000_000  # of a load, at most; a load of what is here takes 10 ms and 1 MB
 DEPTHS = (300, 600, 900, 100_000)  # Python's own limit is about 1000 calls, and code that walks a tree needs several
@@ -97,15 +88,13 @@ def bounded() -> Iterator[None]:
     def stop(*_: object) -> None:
         raise AssertionError(f"it took more than {SECONDS} s")
 
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    before, limits = signal.signal(signal.SIGALRM, stop), resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, limits[1]))
+    before = signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     try:
-        yield
+        with bounded_memory(MEMORY):
+            yield
     finally:
         signal.alarm(0)
-        resource.setrlimit(resource.RLIMIT_AS, limits)
         signal.signal(signal.SIGALRM, before)
 
 
@@ -123,43 +112,30 @@ def outcome(load: Callable[[], Any], file: Path, changed: str) -> Any:
         raise AssertionError(f"{changed}: {type(error).__name__}: {str(error)[:300]}") from error
 
 
-def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+DECODING = DecodingConfig(
+    2,
+    {"name": "confidence", "choice_temperature": 2.0},
+    {"name": "linear", "scale": 1.0},
+    (1.0, 0.5),
+    4,
+    0.9,
+    (4, 12),
+    {"name": "pow", "exponent": 3.0},
+)
 
 
 def tokenizer(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    config = VQGANConfig(
-        1, base_channels=4, channel_multipliers=(1, 1), num_res_blocks=1, num_groups=2, codebook_size=8, code_dim=4
-    )
-    save_tokenizer(folder, config, VQGAN(config).state_dict(), image_size=8)
-    return folder / "config.json", lambda: load_tokenizer(folder).network.state_dict()
+    stage = save_both(folder) / "tokenizer"
+    return stage / "config.json", lambda: load_tokenizer(stage).network.state_dict()
 
 
 def transformer(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    config = TransformerConfig(8, 2, (4, 4), 8, 1, 2, 8)
-    save_transformer(
-        folder,
-        config,
-        MaskedTransformer(config).state_dict(),
-        mask_schedule={"name": "pow", "exponent": 2.5},
-        decoding=DecodingConfig(
-            2,
-            {"name": "confidence", "choice_temperature": 2.0},
-            {"name": "linear", "scale": 1.0},
-            (1.0, 0.5),
-            4,
-            0.9,
-            (4, 12),
-            {"name": "pow", "exponent": 3.0},
-        ),
-        class_names=("cat", "dog"),
-        tokenizer_fingerprint="0" * 64,
-    )
-    return folder / "config.json", lambda: load_transformer(folder).network.state_dict()
+    stage = save_both(folder, DECODING) / "transformer"
+    return stage / "config.json", lambda: load_transformer(stage).network.state_dict()
 
 
 def decoding(folder: Path) -> tuple[Path, Callable[[], Any]]:
-    transformer(folder / "transformer")
+    save_both(folder)
     selector = {"name": "remdm", "strategy": "cap", "eta": 0.2}
     save_decoding(folder, DecodingConfig(2, selector, {"name": "interval", "scale": 1.0}), tuned={"metric": "fid"})
 
@@ -204,8 +180,8 @@ def test_a_file_with_one_changed_key_loads_the_same_or_is_refused(tmp_path, make
 @pytest.mark.slow
 @pytest.mark.parametrize("make", [tokenizer, transformer, classifier])
 def test_weights_with_one_changed_byte_load_or_are_refused(tmp_path, make):
-    _, load = make(tmp_path / "folder")
-    (file,) = (tmp_path / "folder").glob("*.safetensors")
+    written, load = make(tmp_path / "folder")
+    file = written.with_name("model.safetensors")
     good = file.read_bytes()
     length = 8 + int.from_bytes(good[:8], "little")
     for place in {*range(16), *range(16, length, max(1, length // 80))}:

@@ -2,12 +2,10 @@
 
 import asyncio
 import socket
-from pathlib import Path
 
 import pytest
 
-from maskgit_pl.cli import _parse, main
-from maskgit_pl.cli.arguments import read_call
+from maskgit_pl.cli import main
 from maskgit_pl.web import server
 from maskgit_pl.web.server import Guard, names_of, open_socket
 
@@ -98,13 +96,6 @@ def test_a_used_port_is_refused():
             open_socket("127.0.0.1", port)
     with pytest.raises(ValueError, match="port must be an integer in"):
         open_socket("127.0.0.1", 0)
-
-
-def test_the_command_shows_the_model_of_the_package_by_default():
-    args = _parse(["web"])
-    assert read_call(args.function, vars(args)) == {}
-    args = _parse(["web", "runs/one", "--port=80"])
-    assert read_call(args.function, vars(args)) == {"folder": Path("runs/one"), "port": 80}
 
 
 def test_the_command_tells_how_to_install_gradio(monkeypatch, capsys):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 from maskgit_pl.checks import check_integer, count_text, height_width, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import ModelFlags, Pictures, Run, check_one_of, record_steps
+from maskgit_pl.errors import printable
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 
 if TYPE_CHECKING:
@@ -41,11 +42,11 @@ class Region:
         """Returns the image (C, H, W) uint8 and the mask (H, W) bool, both of the size of the model."""
         from maskgit_pl.pipeline.regions import box_mask, fit_to_model, image_pixels, mask_pixels
 
-        image = image_pixels(file, channels=pipe.outline.channels)
+        image = image_pixels(file, channels=pipe.tokenizer.channels)
         mask = None if self.mask is None else mask_pixels(self.mask)
         if self.box is not None:
             mask = box_mask(self.box, height=image.shape[-2], width=image.shape[-1])
-        return fit_to_model(image, mask, image_size=pipe.outline.image_size, fit=self.fit, name=f"image {file}")
+        return fit_to_model(image, mask, image_size=pipe.tokenizer.image_size, fit=self.fit, name=f"image {file}")
 
 
 @dataclass(frozen=True)
@@ -194,8 +195,8 @@ def outpaint(
         for name in ("left", "right", "up", "down")
     }
     margins, pipe = Margins(**added), model.open(folder)
-    pixels = image_pixels(image, channels=pipe.outline.channels)
-    margins.check(pixels.shape[-2:], factor=pipe.outline.token_size, least=pipe.outline.image_size)
+    pixels = image_pixels(image, channels=pipe.tokenizer.channels)
+    margins.check(pixels.shape[-2:], factor=pipe.tokenizer.token_size, least=pipe.tokenizer.image_size)
     # (H + up + down, W + left + right): the image on the canvas, and True outside of it.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
     task = partial(pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
@@ -230,7 +231,7 @@ def _edit(
     """
     from maskgit_pl.pipeline import display, grids, regions
 
-    label, decoding = pipe.outline.parse_class(class_), pipe.decoding_with(**settings)
+    label, decoding = None if class_ is None else pipe.classes.parse(class_), pipe.decoding_with(**settings)
     count = check_integer("variants", variants.variants, f"[1, {MAX_RESULTS}]")
     labels, seeds = [label] * count, [variants.seed + number for number in range(count)]
     with record_steps(task.func.__name__, count) as (after_step, steps):
@@ -245,16 +246,16 @@ def _edit(
     size = height, width = mask.shape[0], mask.shape[1]
     grid = pipe.tokenizer.network.config.grid(size)
     unknown = steps[0].was_masked[0].view(grid).cpu()  # of the first result
-    described = pipe.outline.describe_class(label)
+    described = "no class" if label is None else f"class {printable(pipe.class_names[label])}"
     sheet = grids.edit_sheet(
         original,
         images,
         mask=mask,
-        region=regions.pixel_region(unknown, factor=pipe.outline.token_size, height=height, width=width),
+        region=regions.pixel_region(unknown, factor=pipe.tokenizer.token_size, height=height, width=width),
         title=f"{file.name}: {described}, {display.describe_settings(decoding)}",
         captions=[f"seed {seed}" for seed in seeds],
     )
-    is_canvas, shown = size != height_width(pipe.outline.image_size), len(steps[0].tokens)
+    is_canvas, shown = size != height_width(pipe.tokenizer.image_size), len(steps[0].tokens)
     tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
     summary = f"{count_text(count, 'variant')} of {described}, {f'{width} x {height} pixels' if is_canvas else tokens}"
     recording = display.Recording(
@@ -302,7 +303,7 @@ def panorama(
     from maskgit_pl.pipeline import display, grids
 
     pipe = model.open(folder)
-    labels, decoding = pipe.outline.parse_classes(classes), pipe.decoding_with(**decoding_settings)
+    labels, decoding = pipe.classes.parse_list(classes), pipe.decoding_with(**decoding_settings)
     with record_steps("panorama", len(labels)) as (after_step, steps):
         images: Any = pipe.panorama(
             labels,
@@ -320,7 +321,7 @@ def panorama(
     captions = [f"{name}, seed {number}" for name, number in zip(names, seeds, strict=True)]
     sheet = grids.image_grid(images, columns=1, row_captions=captions, scale=max(1, grids.TILE_SIZE // height))
     size = f"{width} x {height} pixels"
-    windows = f"{size} in windows of {pixels_text(pipe.outline.image_size)}"
+    windows = f"{size} in windows of {pixels_text(pipe.tokenizer.image_size)}"
     sheet = grids.add_title(sheet, f"{windows}: {display.describe_settings(decoding)}")
     grid = pipe.tokenizer.network.config.grid((height, width))
     recording = display.Recording(steps, pipe.tokenizer, decoding, names[:shown], seeds[:shown], grid)

@@ -18,8 +18,8 @@ from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars
 
 if TYPE_CHECKING:
+    from maskgit_pl.evaluation.acceptance import Acceptance
     from maskgit_pl.pipeline import MaskGIT
-    from maskgit_pl.pipeline.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions, BulkResult
 
 _PER_CLASS = 8
@@ -79,10 +79,8 @@ def sample(
     if per_class is not None:
         check_integer("per_class", per_class, f"[1, {MAX_RESULTS}]")
     pipe = model.open(folder, local_rank=None if num_images is None else local_rank())
-    labels = pipe.outline.parse_classes(
-        classes, max_shown=_MAX_CLASSES if num_images is None else len(pipe.class_names)
-    )
-    negative = None if negative_class is None else pipe.outline.parse_class(negative_class)
+    labels = pipe.classes.parse_list(classes, max_shown=_MAX_CLASSES if num_images is None else len(pipe.class_names))
+    negative = None if negative_class is None else pipe.classes.parse(negative_class)
     decoding, count = pipe.decoding_with(**decoding_settings), _PER_CLASS
     if vectors is not None:
         count = _give_vectors(pipe, vectors, first_seed=seed)
@@ -90,7 +88,7 @@ def sample(
         options = {"batch_size": batch_size, "negative_classes": negative, "decoding": decoding}
         _generate(pipe, labels, per_class or count, seed, pictures, out, **options)
         return
-    from maskgit_pl.pipeline.acceptance import Acceptance
+    from maskgit_pl.evaluation.acceptance import Acceptance
     from maskgit_pl.pipeline.bulk import BulkOptions
 
     rank, world_size = launcher_rank()
@@ -174,13 +172,13 @@ def _generate(
 
 def _generate_many(pipe: MaskGIT, out: Path, options: BulkOptions, acceptance: Acceptance | None) -> None:
     """Generates the images of this process, writes the file when all parts are complete, and prints a summary."""
-    from maskgit_pl.evaluation.generation import generate_accepted, num_candidates
+    from maskgit_pl.evaluation.acceptance import generate_accepted
     from maskgit_pl.pipeline.bulk import generate_many
 
     make: Callable[..., BulkResult] = generate_many
     count, classes, total = options.num_images, len(options.classes or ()), options.num_images
     if acceptance is not None:
-        make, total = partial(generate_accepted, acceptance=acceptance), num_candidates(acceptance, count, classes)
+        make, total = partial(generate_accepted, acceptance=acceptance), acceptance.num_candidates(count, classes)
     share = -(-total // options.world_size)  # images of this process
     make_folder(out.parent)
     lock = hold_lock(out, hint="give another --out", rank=options.rank)

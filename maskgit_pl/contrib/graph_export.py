@@ -38,9 +38,8 @@ from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.files import sha256_of, size_text, write_text
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.pretrained import read_config
+from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, PretrainedTransformer, read_config
 from maskgit_pl.pipeline.sharing import find_folder
 
 Format = Literal["onnx", "pt2"]

@@ -33,9 +33,8 @@ from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import ReconstructionMeter, psnr
 from maskgit_pl.files import parse_any_json, write_text
 from maskgit_pl.pipeline.display import select_steps
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
-from maskgit_pl.pipeline.pretrained import load_tokenizer
+from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems

@@ -16,12 +16,11 @@ from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder, decode_autoregressive
-    from maskgit_pl.decoding.config import SETTINGS_FORMAT, DecodingConfig, check_parallel, read_settings_file
+    from maskgit_pl.decoding.config import DecodingConfig
     from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, decode_classes
     from maskgit_pl.decoding.predictors import ConditionalModel, FirstStepLogits
 
 __all__ = [
-    "SETTINGS_FORMAT",
     "AutoregressiveDecoder",
     "ConditionalModel",
     "DecodingConfig",
@@ -29,16 +28,14 @@ __all__ = [
     "FirstStepLogits",
     "ParallelDecoder",
     "SeededNoise",
-    "check_parallel",
     "decode_autoregressive",
     "decode_classes",
-    "read_settings_file",
 ]
 
 # Names are imported when they are used: ``DecodingConfig`` imports no torch, and the command line checks flags with it.
 _HOMES = {
     "autoregressive": ("AutoregressiveDecoder", "decode_autoregressive"),
-    "config": ("SETTINGS_FORMAT", "DecodingConfig", "check_parallel", "read_settings_file"),
+    "config": ("DecodingConfig",),
     "decoder": ("DecodingStep", "ParallelDecoder", "SeededNoise", "decode_classes"),
     "predictors": ("ConditionalModel", "FirstStepLogits"),
 }

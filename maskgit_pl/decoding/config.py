@@ -1,36 +1,28 @@
 """The decoding settings in plain values, as recipes, pretrained folders and ``decoding.json`` store them.
 
-Used by the pipeline, the command line and both training stages. ``maskgit tune`` writes ``decoding.json``
-next to a model's weights, and ``read_settings_file`` reads it. torch is imported only to build a decoder.
+Used by the pipeline, the command line and both training stages. torch is imported only to build a decoder.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.checks import (
-    build_dataclass,
     check_integer,
-    check_keys,
     check_number,
     plain_list,
     plain_number,
-    shorten,
 )
 from maskgit_pl.decoding.guidance import check_guidance, guidance_scales, guidance_schedules
 from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Temperature
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.files import read_json
 from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 if TYPE_CHECKING:
     from maskgit_pl.decoding.autoregressive import AutoregressiveDecoder
     from maskgit_pl.decoding.decoder import ParallelDecoder
-
-SETTINGS_FORMAT, _VERSION = "maskgit_pl.decoding", 1
 
 _MOST_STEPS = 2**16  # the tokens of the largest grid
 # The settings that an autoregressive model does not have: it masks nothing, and its order is fixed.
@@ -181,31 +173,6 @@ class AutoregressiveDecoding:
         return DecodingConfig(num_tokens, None, **vars(self))
 
 
-def read_settings_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
-    """Reads the decoding settings of a file.
-
-    Args:
-        file: Path of a ``decoding.json``.
-
-    Returns:
-        The settings, and the whole content of the file. Names and ranges are checked when a decoder is built.
-
-    Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if the file is not JSON, has another format or version, or has unknown keys or values of a
-            wrong type.
-    """
-    content = read_json(file)
-    if (content.get("format"), content.get("version")) != (SETTINGS_FORMAT, _VERSION):
-        raise ValueError(
-            f"decoding {file}: format must be {SETTINGS_FORMAT!r}, version {_VERSION}, got "
-            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; `maskgit tune RUN` writes "
-            "such a file, RUN/pretrained/decoding.json"
-        )
-    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
-    return build_dataclass(DecodingConfig, content["decoding"], f"decoding {file}: decoding"), content
-
-
 def set_specs(config: object, **registries: Registry[Any]) -> None:
     """Replaces the parts of a frozen configuration by their specs, plain values from which a registry builds them.
 
@@ -219,20 +186,3 @@ def set_specs(config: object, **registries: Registry[Any]) -> None:
     for name, registry in registries.items():
         if getattr(config, name) is not None:
             object.__setattr__(config, name, registry.spec(getattr(config, name)))
-
-
-def check_parallel(task: str, *, is_autoregressive: bool) -> None:
-    """Checks that a model can fill masked tokens in any order.
-
-    Args:
-        task: Name of the task, for the message.
-        is_autoregressive: True if the model draws one token per step.
-
-    Raises:
-        ValueError: if the model is autoregressive.
-    """
-    if is_autoregressive:
-        raise ValueError(
-            f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
-            "autoregressive one; choose another run"
-        )

@@ -72,9 +72,9 @@ def compare(
     folders = find_run(run, data=data, classifier=options.classifier)
     model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
     pipe = model.pipe
-    pipe.outline.check_parallel("compare")
+    pipe.transformer.schedule_for("compare")
     # Few steps first, since they are fast: a command that is stopped early has complete comparisons.
-    steps = sorted(num_steps or default_steps(pipe.outline.num_tokens, _STEPS))
+    steps = sorted(num_steps or default_steps(pipe.transformer.network.config.num_tokens, _STEPS))
     assert pipe.decoding.token_selector is not None  # the model is not autoregressive
     specs = label_selectors(selectors, pipe.decoding.token_selector)
     base = pipe.decoding_with(guidance=options.guidance, guidance_scale=options.guidance_scale)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import math
+import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,8 +26,8 @@ from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.distributed import barrier, describe_environment, device_name, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
+from maskgit_pl.evaluation.editing import Task, edit, hide_pixels
 from maskgit_pl.evaluation.features import Extractor, extract, iter_image_batches
-from maskgit_pl.evaluation.generation import Task, delete_generated, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import REAL, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.likelihood import encode_real_images, exact_nll, masked_nll, negative_elbo
 from maskgit_pl.evaluation.metrics import (
@@ -40,6 +41,7 @@ from maskgit_pl.evaluation.metrics import (
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, read_real_vectors, split_digest
+from maskgit_pl.files import remove_partials
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
@@ -464,3 +466,13 @@ def _in_bits(name: str, nats: Tensor, num_tokens: int) -> dict[str, float]:
 
 def _in_memory(images: Tensor, labels: Tensor) -> LabelledImages:
     return LabelledImages(lambda rows: images[rows.start : rows.stop], labels)
+
+
+def delete_generated(file: Path) -> None:
+    """Deletes generated images, with the parts and partial files that a killed process has left of them."""
+    if rank_and_world()[0] == 0:
+        file.unlink(missing_ok=True)
+        if file.parent.is_dir():
+            remove_partials(file.parent, file.name)
+        shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
+    barrier()

@@ -76,9 +76,9 @@ def figure_2(
     bar, recordings, rows = bars("figure 2: models", len(runs)), [], []
     for run in runs:
         pipe = pipeline.MaskGIT.from_pretrained(run).to(find_device(options.device))
-        label = 0 if class_name is None else pipe.outline.parse_class(class_name)
+        label = 0 if class_name is None else pipe.classes.parse(class_name)
         recording = pipe.record([label], seed=options.seed)
-        model = "autoregressive" if pipe.outline.is_autoregressive else "MaskGIT"
+        model = "autoregressive" if pipe.decoding.is_autoregressive else "MaskGIT"
         recordings.append((model, recording))
         rows += [
             {"run": Path(run).name, "model": model, "class": recording.captions[0], "seed": options.seed,

@@ -25,9 +25,8 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.classifier import LabelledImages, check_cas
-from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers
+from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers, delete_generated
 from maskgit_pl.evaluation.features import extract, iter_image_batches
-from maskgit_pl.evaluation.generation import delete_generated
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
 from maskgit_pl.evaluation.opening import (

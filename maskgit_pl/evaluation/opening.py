@@ -13,6 +13,7 @@ from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import DataSummary
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.guidance import check_guidance
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMetrics
@@ -191,8 +192,7 @@ def check_data(pipe: MaskGIT, data: ShardData) -> None:
 def check_model_decoding(pipe: MaskGIT, decoding: DecodingConfig) -> None:
     """Checks that the model can be decoded in this way, before a long measurement begins."""
     pipe.check_decoding(decoding)
-    outline = pipe.outline
-    decoding.check(outline.num_tokens, is_autoregressive=outline.is_autoregressive, has_negative_class=can_guide(pipe))
+    check_guidance(decoding.scales(), has_negative_class=can_guide(pipe))
 
 
 def can_guide(pipe: MaskGIT) -> bool:

@@ -168,7 +168,7 @@ def table_3(
     results: list[ScheduleResult] = []
     schedules: dict[str, MaskSchedule] = {}
     for model in models:
-        model.pipe.outline.check_parallel("table 3")
+        model.pipe.transformer.schedule_for("table 3")
         name = describe(read_config(model.pretrained / "transformer", "transformer")["mask_schedule"])
         assert model.pipe.transformer.mask_schedule is not None
         schedules[name] = model.pipe.transformer.mask_schedule

@@ -20,8 +20,8 @@ from PIL import Image
 from maskgit_pl.checks import check_integer, pixels_text
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.classifier import check_cas
+from maskgit_pl.evaluation.editing import Task, edit, hide_pixels
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator
-from maskgit_pl.evaluation.generation import Task, edit, hide_pixels
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
 from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import (
@@ -142,7 +142,7 @@ def table_1(
         (index, with_steps(model.pipe.decoding, number))
         for index, model in enumerate(models)
         for number in sorted({*num_steps} - {model.pipe.decoding.num_steps})
-        if not model.pipe.outline.is_autoregressive
+        if model.pipe.transformer.mask_schedule is not None
     ]
     for index, decoding in curve:  # all are checked before the first one is measured
         check_model_decoding(models[index].pipe, decoding)

@@ -36,9 +36,8 @@ from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_ta
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
 from maskgit_pl.networks.features import LPIPS, load_lpips
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, images_at_once
 from maskgit_pl.pipeline.grids import image_grid, to_unit_range
-from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer, read_config
+from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, fingerprint, images_at_once, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.tokenizer import CodebookUsage
 

@@ -290,11 +290,11 @@ def tune(
 
 def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
     """Returns the space of a search, all of whose selectors, numbers of steps and schedules the model can decode."""
-    pipe.outline.check_parallel("tune")
+    pipe.transformer.schedule_for("tune")
     space = SearchSpace(
         pipe.decoding,
         tuple(options.selectors or (spec for _, spec in list_selectors())),
-        tuple(options.num_steps or default_steps(pipe.outline.num_tokens, _STEPS)),
+        tuple(options.num_steps or default_steps(pipe.transformer.network.config.num_tokens, _STEPS)),
         tuple(sorted({*mask_schedules.build_all(), _POW}) if options.schedules is None else options.schedules),
         pipe.tokenizer.network.config.codebook_size,
         can_guide=can_guide(pipe),

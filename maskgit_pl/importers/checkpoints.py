@@ -39,6 +39,7 @@ _FORMATS = {  # the first that matches counts
     "tar": ("a tar archive; unpack it first", rb"(?s:.{257})ustar"),
     "msgpack": ("", rb"[\x80-\x8f\xde\xdf]"),
 }
+_WEIGHTS = ("model_state_dict", "state_dict", "ema", "model")  # entries; as in LlamaGen, its average before "model"
 _HEAD = 512  # bytes; a pointer of Git LFS is shorter
 
 # Classes that training programs store beside weights: numpy's are learning rates and scores, the types are
@@ -67,13 +68,12 @@ def find_weights(path: Path) -> Path:
     return next((name for name in names if name.is_file()), path)
 
 
-def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_checkpoint(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Reads the state dict of a checkpoint of torch.
 
     Args:
-        file: A file of torch.save or safetensors.
-        entries: Names of the entries that may hold the state dict; the first that does is read. A file
-            without such an entry is a state dict itself.
+        file: A file of torch.save or safetensors. Its state dict is the first of the entries ``_WEIGHTS`` that it has;
+            a file without such an entry is a state dict itself.
 
     Returns:
         The state dict without the prefixes of wrappers, with values of any type, and the names of the other entries.
@@ -85,7 +85,7 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
     kind = _check_format(file, "a file of torch.save or of safetensors", "zip", "pickle", "safetensors")
     way_out = (
         "on a machine that trusts the file, load it with the program that wrote it and save only the weights: "
-        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(entries)}'
+        f'torch.save(checkpoint["..."], "weights.pt") with the name of its weights, such as {" or ".join(_WEIGHTS)}'
     )
     content: Any = None
     objects: list[str] = []
@@ -108,7 +108,7 @@ def read_checkpoint(file: Path, *, entries: Sequence[str]) -> tuple[dict[str, An
         raise ValueError(f"checkpoint {file} {text}; {way_out}")
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
-    chosen = next((name for name in entries if isinstance(content.get(name), Mapping) and content[name]), None)
+    chosen = next((name for name in _WEIGHTS if isinstance(content.get(name), Mapping) and content[name]), None)
     with name_file(file):
         if chosen is None:
             return remove_wrappers(content), ()

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_choice, check_image_size, shorten
+from maskgit_pl.checks import ImageSize, check_image_size, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.importers.checkpoints import (
@@ -45,7 +45,6 @@ from maskgit_pl.importers.conversion import (
 )
 from maskgit_pl.networks.vqgan import VQGAN, Layout, VQGANConfig
 
-_WEIGHTS = ("state_dict", "ema", "model", "model_state_dict")  # entries; as in LlamaGen, its average before "model"
 _AVERAGE = "model_ema."
 _CODEBOOK = "quantize.embedding.weight"  # of all projects with a table of codes
 _MAX_BITS = 24  # the largest codebook that a configuration accepts
@@ -417,10 +416,8 @@ def import_tokenizer(
     """
     # 1.
     check_out(out)
-    if layout is not None:
-        check_choice("layout", layout, TOKENIZER_LAYOUTS)
     file = find_weights(file)
-    contents, beside = read_checkpoint(file, entries=_WEIGHTS)
+    contents, beside = read_checkpoint(file)
     with name_file(file):
         # 2.
         kind = tokenizer_layout_of(contents, layout)

@@ -1,8 +1,7 @@
 """Imports transformers of Halton-MaskGIT and MaskGIL as pretrained folders. Used by ``maskgit import-transformer``.
 
-A project is one ``TransformerLayout``: a table of names, how to read its sizes, and the decoding that it
-publishes. Both are our ``adaln`` backbone. The names of the tensors tell the layouts apart, and their shapes
-tell all sizes except the number of attention heads.
+Each project has a table of names, and a ``TransformerLayout``. Both are our ``adaln`` backbone. The names of the
+tensors tell the layouts apart, and their shapes tell all sizes except the number of attention heads.
 
 Source: Halton-MaskGIT, arXiv:2503.17076; valeoai/Halton-MaskGIT, ``Network/transformer.py``, ``Config``,
 README, ``Trainer/cls_trainer.py`` and ``Trainer/abstract_trainer.py``. MaskGIL, arXiv:2507.13032;
@@ -42,7 +41,6 @@ from maskgit_pl.networks.adaln import AdaLNConfig
 from maskgit_pl.networks.weights import check_held
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 
-_WEIGHTS = ("model_state_dict", "state_dict", "model")  # entries that hold the tensors; both projects write the first
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
 _STEPS = 32  # both projects
 _DROPOUT, _CLASS_DROPOUT = 0.1, 0.1  # both projects: configurations of the training
@@ -57,37 +55,23 @@ _TABLE, _COPY = "tok_emb.weight", "head.weight"  # Halton-MaskGIT: two names of 
 
 @dataclass(frozen=True)
 class TransformerLayout:
-    """The names that a project gives to the tensors of its transformer, its sizes and its decoding.
+    """A project: how its files are told from others, and how they become a network of ours.
 
     Attributes:
         name: Name of the project.
         marks: Tensors that tell this layout from others.
-        rules: The table of names, for any number of blocks.
-        read_config: Reads the sizes of the network off the tensors; the arguments are the tensors, the grid
-            of the tokenizer (rows, columns), and the number of attention heads or None.
+        read_config: Reads the sizes of the network off the tensors, given the grid of the tokenizer (rows, columns),
+            and the number of attention heads or None.
+        convert: Converts the tensors to the state dict of our ``AdaLNTransformer`` of these sizes, float32.
+            Raises a ValueError if a tensor is missing, superfluous, or of another shape.
         decoding: Returns the decoding settings that the project publishes for a network.
-        norms: Names in ``rules`` of vectors of D numbers that our network does not have, which ``finish`` folds.
-        finish: Changes float32 tensors by our names to the state dict of our network.
     """
 
     name: str
     marks: tuple[str, ...]
-    rules: tuple[Rule, ...]
     read_config: Callable[[Mapping[str, Tensor], tuple[int, int], int | None], AdaLNConfig]
+    convert: Callable[[Mapping[str, Tensor], AdaLNConfig], dict[str, Tensor]]
     decoding: Callable[[AdaLNConfig], DecodingConfig]
-    finish: Callable[[dict[str, Tensor], AdaLNConfig], dict[str, Tensor]]
-    norms: tuple[str, ...] = ()
-
-    def convert(self, tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
-        """Converts tensors to the state dict of our ``AdaLNTransformer``, float32.
-
-        Raises:
-            ValueError: if a tensor is missing, superfluous, or of another shape.
-        """
-        shapes = shapes_of(config.create)
-        rules = number_rules(self.rules, config.depth)
-        norms = number_rules([rule for rule in self.rules if rule.ours in self.norms], config.depth)
-        return self.finish(convert(tensors, rules, shapes | {rule.ours: (config.embed_dim,) for rule in norms}), config)
 
 
 def import_transformer(
@@ -122,7 +106,7 @@ def import_transformer(
     check_out(out)
     if num_heads is not None:
         check_integer("num_heads", num_heads, "[1, inf)")
-    contents, beside = read_checkpoint(file, entries=_WEIGHTS)
+    contents, beside = read_checkpoint(file)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     with name_file(file):
         # 2.
@@ -186,6 +170,28 @@ def _find_num_heads(requested: int | None, published: Mapping[tuple[int, int], i
 # Halton-MaskGIT
 
 
+_HALTON = (
+    Rule("token_embedding.weight", "tok_emb.weight"),
+    Rule("class_embedding.weight", "cls_emb.weight"),
+    Rule("position_embedding.weight", "pos_emb.weight"),
+    Rule("register_embedding.weight", "reg_tokens.weight"),
+    Rule("blocks.{}.query.weight", "transformer.layers.{}.attn.wq.weight"),
+    Rule("blocks.{}.key_value.weight", "transformer.layers.{}.attn.wk.weight transformer.layers.{}.attn.wv.weight"),
+    Rule("blocks.{}.proj.weight", "transformer.layers.{}.attn.wo.weight"),
+    Rule("blocks.{}.fc1.weight", "transformer.layers.{}.ff.w1.weight transformer.layers.{}.ff.w3.weight"),
+    Rule("blocks.{}.fc2.weight", "transformer.layers.{}.ff.w2.weight"),
+    Rule("blocks.{}.modulation.weight", "transformer.layers.{}.mlp.1.weight"),
+    Rule("blocks.{}.modulation.bias", "transformer.layers.{}.mlp.1.bias"),
+    Rule("blocks.{}.norm1.weight", "transformer.layers.{}.ln1.weight"),
+    Rule("blocks.{}.norm2.weight", "transformer.layers.{}.ln2.weight"),
+    Rule("head_modulation.weight", "last_norm.mlp.1.weight"),
+    Rule("head_modulation.bias", "last_norm.mlp.1.bias"),
+    Rule("norm.weight", "last_norm.norm_final.weight"),
+    Rule("norm.bias", "last_norm.norm_final.bias"),
+    Rule("head_bias", "head.bias"),
+)
+
+
 def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
     """Reads the sizes of the network off the shapes; the grid is that of the position table, not of the tokenizer."""
     if "in_proj.weight" in tensors:
@@ -222,8 +228,11 @@ def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads
     )
 
 
-def _fold_norms(weights: dict[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
-    """Folds the weights of the norms into the modulations, as the norms of our ``adaln`` backbone have none."""
+def _convert_halton(tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
+    """Converts the tensors; the norms of our ``adaln`` backbone have no weights, so that the modulations take them."""
+    rules = number_rules(_HALTON, config.depth)
+    norms = {rule.ours: (config.embed_dim,) for rule in rules if "norm" in rule.ours}
+    weights = convert(tensors, rules, shapes_of(config.create) | norms)
     weights |= _fold(weights, "head_modulation", [weights.pop("norm.weight")], weights.pop("norm.bias"))
     for block in range(config.depth):
         gains = [weights.pop(f"blocks.{block}.norm{number}.weight") for number in (1, 2)]
@@ -294,36 +303,24 @@ def _halton_counts(num_steps: int, num_tokens: int) -> tuple[int, ...]:
 
 
 HALTON = TransformerLayout(
-    name="Halton-MaskGIT",
-    marks=("cls_emb.weight", "last_norm.mlp.1.weight"),
-    rules=(
-        Rule("token_embedding.weight", "tok_emb.weight"),
-        Rule("class_embedding.weight", "cls_emb.weight"),
-        Rule("position_embedding.weight", "pos_emb.weight"),
-        Rule("register_embedding.weight", "reg_tokens.weight"),
-        Rule("blocks.{}.query.weight", "transformer.layers.{}.attn.wq.weight"),
-        Rule("blocks.{}.key_value.weight", "transformer.layers.{}.attn.wk.weight transformer.layers.{}.attn.wv.weight"),
-        Rule("blocks.{}.proj.weight", "transformer.layers.{}.attn.wo.weight"),
-        Rule("blocks.{}.fc1.weight", "transformer.layers.{}.ff.w1.weight transformer.layers.{}.ff.w3.weight"),
-        Rule("blocks.{}.fc2.weight", "transformer.layers.{}.ff.w2.weight"),
-        Rule("blocks.{}.modulation.weight", "transformer.layers.{}.mlp.1.weight"),
-        Rule("blocks.{}.modulation.bias", "transformer.layers.{}.mlp.1.bias"),
-        Rule("blocks.{}.norm1.weight", "transformer.layers.{}.ln1.weight"),
-        Rule("blocks.{}.norm2.weight", "transformer.layers.{}.ln2.weight"),
-        Rule("head_modulation.weight", "last_norm.mlp.1.weight"),
-        Rule("head_modulation.bias", "last_norm.mlp.1.bias"),
-        Rule("norm.weight", "last_norm.norm_final.weight"),
-        Rule("norm.bias", "last_norm.norm_final.bias"),
-        Rule("head_bias", "head.bias"),
-    ),
-    norms=("blocks.{}.norm1.weight", "blocks.{}.norm2.weight", "norm.weight", "norm.bias"),
-    read_config=_read_halton,
-    decoding=_halton_decoding,
-    finish=_fold_norms,
+    "Halton-MaskGIT", ("cls_emb.weight", "last_norm.mlp.1.weight"), _read_halton, _convert_halton, _halton_decoding
 )
 
 
 # MaskGIL
+
+
+_MASKGIL = (
+    Rule("token_embedding.weight class_embedding.weight", "tok_emb.weight"),
+    Rule("blocks.{}.attention_norm.weight", "layers.{}.attention_norm.weight"),
+    Rule("blocks.{}.query.weight blocks.{}.key_value.weight", "layers.{}.attention.wqkv.weight"),
+    Rule("blocks.{}.proj.weight", "layers.{}.attention.wo.weight"),
+    Rule("blocks.{}.mlp_norm.weight", "layers.{}.ffn_norm.weight"),
+    Rule("blocks.{}.fc1.weight", "layers.{}.feed_forward.w1.weight layers.{}.feed_forward.w3.weight"),
+    Rule("blocks.{}.fc2.weight", "layers.{}.feed_forward.w2.weight"),
+    Rule("head_norm.weight", "norm.weight"),
+    Rule("head_embedding.weight", "output.weight"),
+)
 
 
 def _read_maskgil(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
@@ -349,8 +346,9 @@ def _read_maskgil(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_head
     )
 
 
-def _add_bias(weights: dict[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
-    """Adds the bias of our head; theirs has none."""
+def _convert_maskgil(tensors: Mapping[str, Tensor], config: AdaLNConfig) -> dict[str, Tensor]:
+    weights = convert(tensors, number_rules(_MASKGIL, config.depth), shapes_of(config.create))
+    # Our head has a bias, theirs has none.
     return weights | {"head_bias": weights["head_embedding.weight"].new_zeros(config.codebook_size + 1)}
 
 
@@ -388,20 +386,9 @@ def _maskgil_counts(num_steps: int, num_tokens: int) -> tuple[int, ...] | None:
 
 
 MASKGIL = TransformerLayout(
-    name="MaskGIL",
-    marks=("tok_emb.weight", "output.weight", "layers.0.attention.wqkv.weight"),
-    rules=(
-        Rule("token_embedding.weight class_embedding.weight", "tok_emb.weight"),
-        Rule("blocks.{}.attention_norm.weight", "layers.{}.attention_norm.weight"),
-        Rule("blocks.{}.query.weight blocks.{}.key_value.weight", "layers.{}.attention.wqkv.weight"),
-        Rule("blocks.{}.proj.weight", "layers.{}.attention.wo.weight"),
-        Rule("blocks.{}.mlp_norm.weight", "layers.{}.ffn_norm.weight"),
-        Rule("blocks.{}.fc1.weight", "layers.{}.feed_forward.w1.weight layers.{}.feed_forward.w3.weight"),
-        Rule("blocks.{}.fc2.weight", "layers.{}.feed_forward.w2.weight"),
-        Rule("head_norm.weight", "norm.weight"),
-        Rule("head_embedding.weight", "output.weight"),
-    ),
-    read_config=_read_maskgil,
-    decoding=_maskgil_decoding,
-    finish=_add_bias,
+    "MaskGIL",
+    ("tok_emb.weight", "output.weight", "layers.0.attention.wqkv.weight"),
+    _read_maskgil,
+    _convert_maskgil,
+    _maskgil_decoding,
 )

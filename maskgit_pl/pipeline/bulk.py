@@ -200,7 +200,7 @@ def generate_many(
 
 def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
     """Returns the plan after all checks of its classes and decoding settings."""
-    labels = pipe.outline.class_ids(range(len(pipe.class_names)) if options.classes is None else options.classes)
+    labels = pipe.classes.labels(range(len(pipe.class_names)) if options.classes is None else options.classes)
     decoding = options.decoding or pipe.decoding
     negative_model = pipe.negative_model if any(decoding.scales()) else None
     pipe.check_decoding(decoding)
@@ -208,10 +208,10 @@ def make_plan(pipe: MaskGIT, options: BulkOptions) -> BulkPlan:
         count=options.num_images,
         seed=options.seed,
         classes=tuple(labels),
-        negative_class=None if options.negative_class is None else pipe.outline.class_ids(options.negative_class)[0],
+        negative_class=None if options.negative_class is None else pipe.classes.labels(options.negative_class)[0],
         decoding=asdict(decoding),
         mask_schedule=repr(pipe.transformer.mask_schedule),
-        image=(*height_width(pipe.tokenizer.image_size), pipe.tokenizer.network.config.in_channels),
+        image=(*height_width(pipe.tokenizer.image_size), pipe.tokenizer.channels),
         tokenizer=tensors_digest(pipe.tokenizer.network.state_dict().items()),
         transformer=tensors_digest(pipe.transformer.network.state_dict().items()),
         negative_model=None if negative_model is None else negative_model.digest,

@@ -128,12 +128,7 @@ def describe_folder(folder: Path) -> dict[str, Any]:
 
 
 def _describe_run(run: Path, *, weights: Mapping[str, str]) -> dict[str, Any]:
-    """Describes the training and the evaluation of a run, from those of its files that exist.
-
-    Args:
-        run: Run folder, ``runs/RUN``.
-        weights: ``fingerprints`` of the pretrained folder. Metrics of other weights are left out.
-    """
+    """Describes the training of a run, and its evaluation with these weights, from those of its files that exist."""
     stages = {stage: _stage(run / stage) for stage in STAGES}
     return {"name": run.resolve().name, **stages, "measured": _read_figures(run / "evaluation.json", weights)}
 
@@ -190,18 +185,18 @@ def _stage(folder: Path) -> dict[str, Any]:
 
 def _read_figures(file: Path, weights: Mapping[str, str]) -> dict[str, Any] | None:
     """Returns protocol, device and metrics of ``evaluation.json``; None if it was measured with other weights."""
-    metrics = _json(file)
-    if _value(metrics, "model.tokenizer_fingerprint") != weights["tokenizer"]:
+    if not file.is_file():
         return None
-    digest = _value(metrics, "model.transformer_digest")  # the first digits
-    if not digest or not weights["transformer"].startswith(str(digest)):
+    metrics = _json(file)
+    model, protocol = metrics["model"], metrics["protocol"]
+    has_transformer = weights["transformer"].startswith(model["transformer_digest"])  # the first digits
+    if not has_transformer or model["tokenizer_fingerprint"] != weights["tokenizer"]:
         return None
     # What remains after the sections about the protocol are metrics.
     figures = {key: value for key, value in metrics.items() if key not in _NOT_FIGURES}
-    protocol = _value(metrics, "protocol")
     return {
-        "protocol": {key: protocol[key] for key in _PROTOCOL if isinstance(protocol, Mapping) and key in protocol},
-        "device": _value(metrics, "environment.device"),
+        "protocol": {key: protocol[key] for key in _PROTOCOL if key in protocol},
+        "device": metrics["environment"]["device"],
         "figures": {
             key: value
             for key, value in flatten(figures)

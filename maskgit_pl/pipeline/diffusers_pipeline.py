@@ -32,17 +32,14 @@ from maskgit_pl.pipeline.sharing import (
     CLASSES,
     DIFFUSERS_FILES,
     INDEX_FILE,
+    NETWORK_FILES,
     HubOptions,
     find_folder,
     write_diffusers_files,
 )
 
 StepEndCallback: TypeAlias = Callable[["MaskGITPipeline", int, int, dict[str, Tensor]], object]
-_FILES = {
-    "README.md", "config.json", *DIFFUSERS_FILES,
-    *(f"{part}/{name}" for part in CLASSES for name in ("config.json", "model.safetensors")),
-}  # fmt: skip
-"""The files of a folder."""
+_FILES = {"README.md", "config.json", *NETWORK_FILES, *DIFFUSERS_FILES}
 _log = logging.getLogger(__name__)
 # Options of diffusers that would be ignored here, although they change what is loaded or where.
 _REFUSED = ("device_map", "quantization_config", "variant", "use_flashpack")
@@ -163,11 +160,11 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
             ValueError: if a class is unknown, a number is out of range, or both ``seed`` and ``generator`` are given.
         """
         maskgit = self.maskgit
-        seeds = _seeds(seed, generator, len(maskgit.outline.class_ids(class_labels)))
-        options = {"num_steps": num_inference_steps, "seed": seeds, **options}
+        options = {"num_steps": num_inference_steps, **options}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
-        request = Request.of(maskgit.outline, class_labels, options, GenerateKeywords)
+        request = Request.of(maskgit.classes, maskgit.decoding, class_labels, options, GenerateKeywords)
+        options["seed"] = _seeds(seed, generator, len(request.labels))
         with self.progress_bar(total=request.decoding.num_steps * len(request.batches())) as bar:
 
             def end_step(step: DecodingStep) -> None:

@@ -46,7 +46,7 @@ from maskgit_pl.pipeline.grids import (
 )
 
 if TYPE_CHECKING:
-    from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer
+    from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
 
 __all__ = ["ImageList", "Recording", "StepRecorder", "describe_settings", "select_steps", "token_panel"]
 
@@ -82,14 +82,9 @@ class StepRecorder:
     def __init__(self, *, max_images: int = 4) -> None:
         self.max_images = max_images
         self.steps: list[DecodingStep] = []
-        self._batch_size: int | None = None
 
     def __call__(self, step: DecodingStep) -> None:
-        self._batch_size = self._batch_size or len(step.tokens)
-        # Steps of later batches are ignored: the first batch is complete when no token is masked, and another
-        # batch may have another size.
-        is_complete = bool(self.steps) and not bool(self.steps[-1].still_masked.any())
-        if is_complete or len(step.tokens) != self._batch_size:
+        if self.steps and not bool(self.steps[-1].still_masked.any()):  # complete: the step is of a later batch
             return
         names = [item.name for item in fields(step) if item.name != "step"]
         self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))
@@ -123,11 +118,6 @@ class Recording:
         """The images of the last step, those of ``MaskGIT.generate``."""
         return ImageList(to_pil(image) for image in self.images_at(len(self.steps) - 1))
 
-    @property
-    def token_pixels(self) -> int:
-        """The height and width of a token in the images."""
-        return self.tokenizer.network.config.downsampling_factor
-
     def images_at(self, number: int) -> Tensor:
         """Returns the images of all tokens of a step in [0, number of steps), (n, C, H, W) uint8."""
         if number not in self._decoded:  # an animation and a filmstrip decode each step once
@@ -160,7 +150,7 @@ class Recording:
 
         Source: paper, Figure 2.
         """
-        size, windows = self.token_pixels, _number_windows(self.steps)
+        size, windows = self.tokenizer.token_size, _number_windows(self.steps)
         numbers = select_steps(len(self.steps), _MAX_FRAMES)
         legend = self._legend([self.steps[number] for number in numbers])
         captions = [f"{name}, seed {seed}" for name, seed in zip(self.captions, self.seeds, strict=True)]
@@ -169,7 +159,7 @@ class Recording:
             step, images = self.steps[number], self.images_at(number)
             above = [token_panel(step, row, image, size, requested=self.requested) for row, image in enumerate(images)]
             below = [enlarge(image, panel_scale(images)) for image in images]
-            frame = lay_out([*above, *below], rows=2, columns=len(images), column_captions=captions)
+            frame = lay_out([*above, *below], columns=len(images), column_captions=captions)
             counts = sorted(set(step.still_masked.sum(1).tolist()))
             masked = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
             where = f"window {windows[number]}, " if windows[-1] > 1 else ""
@@ -192,7 +182,7 @@ class Recording:
         Args:
             title: Head line; None for the class, the seed and the settings.
         """
-        size, requested = self.token_pixels, self.requested
+        size, requested = self.tokenizer.token_size, self.requested
         numbers, windows = select_steps(len(self.steps), _MAX_COLUMNS), _number_windows(self.steps)
         steps, images = [self.steps[number] for number in numbers], [self.images_at(number)[0] for number in numbers]
         # Tokens without a confidence: given ones, and those of windows that are still to come.
@@ -215,10 +205,10 @@ class Recording:
         height, width = images[0].shape[-2:]
         if width >= _WIDE * height:
             tiles = [tile for step in zip(*panels.values(), strict=True) for tile in step]
-            page = lay_out(tiles, rows=len(steps), columns=4, row_captions=texts, column_captions=list(panels))
+            page = lay_out(tiles, columns=4, row_captions=texts, column_captions=list(panels))
         else:
             tiles = [tile for kind in panels.values() for tile in kind]
-            page = lay_out(tiles, rows=4, columns=len(steps), row_captions=list(panels), column_captions=texts)
+            page = lay_out(tiles, columns=len(steps), row_captions=list(panels), column_captions=texts)
         legend = [*self._legend(steps), (draw_color_bar(top), "confidence")]
         if any(bool(hidden.any()) for hidden in undrawn):
             legend.append((swatch(frame=MASKED), "no confidence: given, or not drawn yet"))
@@ -260,7 +250,6 @@ def select_steps(count: int, most: int) -> list[int]:
     """Returns at most ``most`` steps of range(count), evenly spread with the first and the last."""
     if count <= most:
         return list(range(count))
-    # Rounding keeps 0 and count - 1 exactly.
     return [round(number * (count - 1) / (most - 1)) for number in range(most)]
 
 

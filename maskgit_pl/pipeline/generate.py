@@ -27,8 +27,8 @@ from maskgit_pl.decoding import (
 )
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
-from maskgit_pl.pipeline.fine_tuning import Pipeline, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import Images, OutputType, Request
+from maskgit_pl.pipeline.pretrained import Pipeline, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.regions import (
     Box,
     ImageLike,
@@ -57,7 +57,7 @@ def decode(
     """Yields the decoding steps of all results of a request, in one batch.
 
     Args:
-        transformer: The network, its mask schedule and its caches.
+        transformer: The network, its mask schedule and the logits of its first step.
         request: Labels, seeds and decoding settings of B results.
         tokens: (B, N) int64 to start from; None starts from masked tokens only.
         first_step: First step in [0, T).
@@ -111,7 +111,7 @@ def inpaint(
 ) -> Tensor:
     """Regenerates the masked part of images. See ``MaskGIT.inpaint`` for the arguments and the numbered steps."""
     pipe.transformer.schedule_for("inpaint")
-    factor = pipe.tokenizer.network.config.downsampling_factor
+    factor = pipe.tokenizer.token_size
     dilation = 1 if request.dilation is None else request.dilation
     radius = seam_radius(pipe.tokenizer.image_size) if request.blend is None else request.blend
     # 1. (m, C, H, W) pixels and (m, H, W) masks -> (m, N) tokens and (m, h, w) masks of tokens, with m = 1 or n.
@@ -148,8 +148,8 @@ def redraw(pipe: Pipeline, request: Request, image: ImageLike | Sequence[ImageLi
 def outpaint(pipe: Pipeline, request: Request, image: ImageLike, added: Margins, overlap: float) -> Tensor:
     """Extends an image beyond its borders. See ``MaskGIT.outpaint`` for the arguments and the numbered steps."""
     pipe.transformer.schedule_for("outpaint")
-    factor, size = pipe.tokenizer.network.config.downsampling_factor, pipe.tokenizer.image_size
-    pixels = image_pixels(image, channels=pipe.tokenizer.network.config.in_channels)
+    factor, size = pipe.tokenizer.token_size, pipe.tokenizer.image_size
+    pixels = image_pixels(image, channels=pipe.tokenizer.channels)
     added.check(pixels.shape[-2:], factor=factor, least=size)
     # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
     mask = added.outside(*pixels.shape[-2:])
@@ -166,7 +166,7 @@ def outpaint(pipe: Pipeline, request: Request, image: ImageLike, added: Margins,
 def panorama(pipe: Pipeline, request: Request, size: tuple[int, int], overlap: float) -> Tensor:
     """Generates images of any size, a (height, width) in pixels of whole tokens. See ``MaskGIT.panorama``."""
     pipe.transformer.schedule_for("panorama")
-    factor = pipe.tokenizer.network.config.downsampling_factor
+    factor = pipe.tokenizer.token_size
     unknown = torch.ones(size[0] // factor, size[1] // factor, dtype=torch.bool)
     tokens = torch.zeros(unknown.shape, dtype=torch.int64)
     return _fill(pipe, request, tokens, unknown, overlap)
@@ -174,7 +174,7 @@ def panorama(pipe: Pipeline, request: Request, size: tuple[int, int], overlap: f
 
 def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:
     # The first step of a class without context is the same for all seeds, so its logits are cached.
-    return ConditionalModel(transformer.network, transformer.device, transformer.caches.first_step)
+    return ConditionalModel(transformer.network, transformer.device, transformer.first_step)
 
 
 def _decode_images(pipe: Pipeline, request: Request, *, tokens: Tensor | None = None, first_step: int = 0) -> Tensor:
@@ -193,7 +193,7 @@ def _regenerate(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tenso
     tokens = tokens.masked_fill(unknown, pipe.transformer.network.config.mask_token_id)
     tokens, unknown = (rows.expand(len(request.labels), -1) for rows in (tokens, unknown))
     first_steps = [first_step(row, num_steps=request.decoding.num_steps) for row in unknown]
-    shape = (len(tokens), pipe.tokenizer.network.config.in_channels, *height_width(pipe.tokenizer.image_size))
+    shape = (len(tokens), pipe.tokenizer.channels, *height_width(pipe.tokenizer.image_size))
     images = torch.empty(shape, dtype=torch.uint8)
     # A batch shares its steps, so rows with different first steps cannot be in one.
     for start in sorted(set(first_steps)):
@@ -278,13 +278,12 @@ def _encode_within(tokenizer: PretrainedTokenizer, pixels: Tensor, added: Margin
     The pixels at the border are repeated outwards before the image is encoded. Its border tokens then look like
     tokens inside an image. Without this, pixels that are decoded next to them are too bright or too dark.
     """
-    config = tokenizer.network.config
-    factor = config.downsampling_factor
+    factor = tokenizer.token_size
     # Half an image of repeated pixels, in whole tokens, is enough context on each side.
     around = added.at_most(*(side // 2 // factor * factor for side in height_width(tokenizer.image_size)))
     repeated = around.pad(pixels.float(), size=1, mode="replicate").to(pixels.dtype)
     tokens = tokenizer.encode(repeated[None])
-    rows, columns = config.grid((repeated.shape[-2], repeated.shape[-1]))
+    rows, columns = tokenizer.network.config.grid((repeated.shape[-2], repeated.shape[-1]))
     grid = rearrange(tokens, "1 (h w) -> h w", h=rows)
     # Keeps the tokens of the image itself.
     left, right, up, down = (side // factor for side in around.sides)
@@ -302,7 +301,7 @@ def _read_images(
     Returns:
         (m, C, H, W) uint8 and (m, H, W) bool: m = 1 for one image and at most one mask, else one for each result.
     """
-    count, channels = len(request.labels), pipe.tokenizer.network.config.in_channels
+    count, channels = len(request.labels), pipe.tokenizer.channels
     images, masks = _as_list("image", image, count), [None] if mask is None else _as_list("mask", mask, count)
     number, read = max(len(images), len(masks)), []
     for row in range(number):

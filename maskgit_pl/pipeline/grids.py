@@ -31,7 +31,6 @@ __all__ = [
     "add_legend",
     "add_title",
     "draw_color_bar",
-    "draw_mask",
     "draw_outline",
     "edit_sheet",
     "enlarge",
@@ -93,15 +92,14 @@ def enlarge(image: Tensor, scale: int) -> Image.Image:
 def lay_out(
     tiles: Sequence[Image.Image],
     *,
-    rows: int,
     columns: int,
     row_captions: Sequence[str] = (),
     column_captions: Sequence[str] = (),
 ) -> Image.Image:
-    """Lays out tiles of the same size in raster order, with captions on the left and above."""
+    """Lays out tiles of one size in raster order, with captions on the left and above; the last row may be short."""
     row_captions, column_captions = (list(map(printable, texts)) for texts in (row_captions, column_captions))
     font = _font([*row_captions, *column_captions])
-    width, height = tiles[0].size
+    (width, height), rows = tiles[0].size, math.ceil(len(tiles) / columns)
     # The longest caption sets the left margin.
     left = _MARGIN + math.ceil(max((font.getlength(text) + _MARGIN for text in row_captions), default=0))
     top = _MARGIN + (_FONT_SIZE + _MARGIN if column_captions else 0)
@@ -220,19 +218,18 @@ def image_grid(
         scale: Factor of the enlargement, at least 1; None enlarges small images to about 84 px.
     """
     scale = scale_to(images, TILE_SIZE) if scale is None else scale
-    tiles, rows = [enlarge(image, scale) for image in images], math.ceil(len(images) / columns)
-    return lay_out(tiles, rows=rows, columns=columns, row_captions=row_captions, column_captions=column_captions)
+    tiles = [enlarge(image, scale) for image in images]
+    return lay_out(tiles, columns=columns, row_captions=row_captions, column_captions=column_captions)
 
 
-def reconstruction_grid(originals: Tensor, reconstructions: Tensor, *, columns: int = 8) -> Image.Image:
-    """Lays out rows of originals, each above the row of their reconstructions.
+def reconstruction_grid(originals: Tensor, reconstructions: Tensor) -> Image.Image:
+    """Lays out rows of at most 8 originals, each above the row of their reconstructions.
 
     Args:
         originals: (n, C, H, W) uint8.
         reconstructions: (n, C, H, W) uint8.
-        columns: Number of images per row.
     """
-    columns = min(columns, len(originals))
+    columns = min(8, len(originals))
     starts = range(0, len(originals) // columns * columns, columns)  # an incomplete last row is left out
     # Rows alternate: originals, then their reconstructions.
     rows = [part[start : start + columns] for start in starts for part in (originals, reconstructions)]
@@ -253,22 +250,13 @@ def edit_sheet(
         captions: Text above each variant.
     """
     scale = scale_to(original, TILE_SIZE)
-    masked = draw_mask(original, mask=mask, region=region, scale=scale)
-    tiles = [enlarge(original, scale), masked, *(enlarge(image, scale) for image in variants)]
-    page = lay_out(tiles, rows=1, columns=len(tiles), column_captions=["original", "masked", *captions])
+    # Grey images become RGB, because grey and outline have colors.
+    masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, original.expand(3, -1, -1))
+    edited = draw_outline(enlarge(masked, scale), mask)
+    tiles = [enlarge(original, scale), edited, *(enlarge(image, scale) for image in variants)]
+    page = lay_out(tiles, columns=len(tiles), column_captions=["original", "masked", *captions])
     legend = [(swatch(frame=REQUESTED), "requested"), (swatch(fill=MASKED), "generated again (whole tokens)")]
     return add_title(add_legend(page, legend), title)
-
-
-def draw_mask(original: Tensor, *, mask: Tensor, region: Tensor, scale: int) -> Image.Image:
-    """Returns an image, enlarged ``scale`` times, with the region of an edit in grey and the mask in a green outline.
-
-    See ``edit_sheet`` for the other arguments.
-    """
-    # Grey images become RGB, because the outline has a color.
-    pixels = original.expand(3, -1, -1)
-    masked = torch.tensor(MASKED, dtype=torch.uint8)[:, None, None].where(region, pixels)
-    return draw_outline(enlarge(masked, scale), mask)
 
 
 def save_png(picture: Image.Image, path: Path) -> None:

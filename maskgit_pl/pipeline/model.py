@@ -21,15 +21,14 @@ from maskgit_pl.distributed import check_device
 from maskgit_pl.networks.kernels import set_packing
 from maskgit_pl.pipeline import generate as tasks
 from maskgit_pl.pipeline.card import fingerprints, write_card
-from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTokenizer, PretrainedTransformer
 from maskgit_pl.pipeline.options import (
     Classes,
+    ClassIndex,
     DecodingKeywords,
     EditKeywords,
     FitKeywords,
     GenerateKeywords,
     Images,
-    Outline,
     OutputType,
     Request,
     SeamKeywords,
@@ -37,6 +36,9 @@ from maskgit_pl.pipeline.options import (
 )
 from maskgit_pl.pipeline.pretrained import (
     NEGATIVE,
+    NegativeModelLike,
+    PretrainedTokenizer,
+    PretrainedTransformer,
     fingerprint,
     load_decoding,
     load_tokenizer,
@@ -113,7 +115,7 @@ class MaskGIT:
         self.vector_pool: VectorPool | None = None
         self._decoding, self._origin, self._pack_weights = decoding, origin, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
-        transformer.caches.follow_weights()  # from here on, changes of the weights are found
+        transformer.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
 
     @classmethod
@@ -208,6 +210,11 @@ class MaskGIT:
         return self.transformer.class_names
 
     @property
+    def classes(self) -> ClassIndex:
+        """The classes of the model, by which calls name them."""
+        return ClassIndex(self.class_names, self.transformer.network.config.null_label)
+
+    @property
     def decoding(self) -> DecodingConfig:
         """The default decoding settings of ``generate`` and the editing methods."""
         return self._decoding or self.transformer.decoding
@@ -216,22 +223,6 @@ class MaskGIT:
     def device(self) -> torch.device:
         """The device of the networks."""
         return self.transformer.device
-
-    @property
-    def outline(self) -> Outline:
-        """The classes, sizes and default settings of the model, by which a request is checked."""
-        config, tokenizer = self.transformer.network.config, self.tokenizer
-        return Outline(
-            self.class_names,
-            config.null_label,
-            config.num_tokens,
-            config.attention == "causal",
-            self.decoding,
-            tokenizer.image_size,
-            tokenizer.network.config.downsampling_factor,
-            tokenizer.network.config.in_channels,
-            config.condition_dim,
-        )
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Self:
         """Moves the networks to a device such as ``cuda:1``, and casts them if a ``dtype`` is given; returns itself.
@@ -325,12 +316,12 @@ class MaskGIT:
         """Decodes one batch of images and keeps every step. See ``generate`` for the arguments."""
         from maskgit_pl.pipeline.display import Recording  # which imports Pillow
 
-        request, outline = self._request(classes, options), self.outline
+        request, null_label = self._request(classes, options), self.classes.null_label
         return Recording(
             list(tasks.decode(self.transformer, request)),
             self.tokenizer,
             request.decoding,
-            ["no class" if label == outline.null_label else self.class_names[label] for label in request.labels],
+            ["no class" if label == null_label else self.class_names[label] for label in request.labels],
             request.seeds,
         )
 
@@ -493,9 +484,9 @@ class MaskGIT:
 
         Source: paper, Figure 1.
         """
-        request, outline = self._request(classes, options, output_type=output_type), self.outline
-        height = outline.least_canvas[0] if height is None else height
-        check_canvas(height, width, factor=outline.token_size, least=outline.image_size)
+        request, tokenizer = self._request(classes, options, output_type=output_type), self.tokenizer
+        height = tokenizer.grid[0] * tokenizer.token_size if height is None else height
+        check_canvas(height, width, factor=tokenizer.token_size, least=tokenizer.image_size)
         images = tasks.panorama(self, request, (height, width), overlap)
         return tasks.as_output(images, output_type)
 
@@ -522,12 +513,12 @@ class MaskGIT:
     ) -> Request:
         """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
         check_choice("output_type", output_type, get_args(OutputType))
-        request = Request.of(self.outline, [None] if classes is None else classes, options, kind)
+        request = Request.of(self.classes, self.decoding, [None] if classes is None else classes, options, kind)
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:
-            negative.caches.follow_weights()
-        self.transformer.caches.follow_weights()
+            negative.follow_weights()
+        self.transformer.follow_weights()
         if vectors is None and self.vector_pool is not None:
             vectors = self.vector_pool.draw(request.labels, request.seeds)
         config = self.transformer.network.config

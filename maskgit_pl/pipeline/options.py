@@ -1,4 +1,4 @@
-"""The facts of a model (``Outline``), the wishes of a call (``Request``), and the names, types and checks of options.
+"""The classes of a model (``ClassIndex``), the wishes of a call (``Request``), and names, types and checks of options.
 
 The command line makes flags of the decoding settings, so that nothing here imports torch.
 """
@@ -12,18 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union, cast
 
 from maskgit_pl.checks import (
-    ImageSize,
     check_integer,
     check_number,
     check_seed,
-    height_width,
     plain_list,
     plain_number,
     shorten,
 )
-from maskgit_pl.decoding import DecodingConfig, check_parallel
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.sampling import DrawMethod, Temperature
-from maskgit_pl.errors import printable
 from maskgit_pl.registry import nearest
 
 if TYPE_CHECKING:
@@ -33,11 +30,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from maskgit_pl.decoding import DecodingStep
-    from maskgit_pl.pipeline.fine_tuning import NegativeModelLike, PretrainedTransformer
+    from maskgit_pl.pipeline.pretrained import NegativeModelLike, PretrainedTransformer
 
 __all__ = [
     "MAX_RESULTS",
     "SETTINGS",
+    "ClassIndex",
     "Classes",
     "DecodingKeywords",
     "DecodingSettings",
@@ -45,7 +43,6 @@ __all__ = [
     "FitKeywords",
     "GenerateKeywords",
     "Images",
-    "Outline",
     "OutputType",
     "Request",
     "SeamKeywords",
@@ -168,38 +165,18 @@ class EditKeywords(SeamKeywords, FitKeywords, total=False):
 
 
 @dataclasses.dataclass(frozen=True)
-class Outline:
-    """Classes, sizes and default settings of a model, by which requests are checked.
+class ClassIndex:
+    """The classes of a model, by which calls and commands name them.
 
     Args:
-        class_names: Names of the classes in order.
+        names: Names of the classes in the order of their labels.
         null_label: Label of "no class"; None if the model was trained without it.
-        num_tokens: N, the number of tokens per image.
-        is_autoregressive: True if the model draws one token after the other.
-        decoding: Default decoding settings.
-        image_size: Size of the images: a side, or (height, width), in pixels.
-        token_size: Height and width of a token in pixels.
-        channels: C, channels of the images.
-        condition_dim: Size of the vector of an image; 0 for a model without vectors.
     """
 
-    class_names: tuple[str, ...]
+    names: tuple[str, ...]
     null_label: int | None
-    num_tokens: int
-    is_autoregressive: bool
-    decoding: DecodingConfig
-    image_size: ImageSize
-    token_size: int
-    channels: int
-    condition_dim: int = 0
 
-    @property
-    def least_canvas(self) -> tuple[int, int]:
-        """The height and width of the smallest canvas in pixels: the image size, in whole tokens."""
-        height, width = height_width(self.image_size)
-        return -(-height // self.token_size) * self.token_size, -(-width // self.token_size) * self.token_size
-
-    def class_ids(self, classes: Classes) -> list[int]:
+    def labels(self, classes: Classes) -> list[int]:
         """Returns the labels of classes given by index or by name; None is "no class".
 
         Args:
@@ -215,44 +192,33 @@ class Outline:
             choices = [plain_number(classes)]
         if not choices:
             raise ValueError("classes must have at least one class, got none")
-        return [self._class_id(name_or_label) for name_or_label in choices]
+        return [self._label(name_or_label) for name_or_label in choices]
 
-    def parse_class(self, word: str | None) -> int | None:
-        """Returns the label of the class of a command line argument. None is "no class" and stays None.
-
-        Class names take precedence over indices.
+    def parse(self, word: str) -> int:
+        """Returns the label of the class of a command line argument. Class names take precedence over indices.
 
         Raises:
-            ValueError: if the class is unknown, or None is given to a model that was trained without "no class".
+            ValueError: if the class is unknown.
         """
-        (label,) = self.class_ids([None if word is None else self._read_word(word)])
-        return None if word is None else label
+        return self.labels(self._read_word(word))[0]
 
-    def parse_classes(self, text: str, *, max_shown: int = 10) -> list[int]:
-        """Returns the labels of a comma-separated list of classes. See ``class_ids`` for errors.
+    def parse_list(self, text: str, *, max_shown: int = 10) -> list[int]:
+        """Returns the labels of a comma-separated list of classes. See ``labels`` for errors.
 
         Args:
             text: Indices or names, or ``all`` for at most ``max_shown`` classes, evenly spread.
             max_shown: Maximum number of classes of ``all``.
         """
-        if text == "all" and text not in self.class_names:
-            count = min(len(self.class_names), max_shown)
-            return [number * len(self.class_names) // count for number in range(count)]
-        return self.class_ids([self._read_word(word) for word in map(str.strip, text.split(",")) if word])
-
-    def describe_class(self, label: int | None) -> str:
-        """Returns ``class NAME`` or ``no class``, for messages and titles."""
-        return "no class" if label is None else f"class {printable(self.class_names[label])}"
-
-    def check_parallel(self, task: str) -> None:
-        """Raises for an autoregressive model. See ``decoding.check_parallel``."""
-        check_parallel(task, is_autoregressive=self.is_autoregressive)
+        if text == "all" and text not in self.names:
+            count = min(len(self.names), max_shown)
+            return [number * len(self.names) // count for number in range(count)]
+        return self.labels([self._read_word(word) for word in map(str.strip, text.split(",")) if word])
 
     def _read_word(self, word: str) -> int | str:
-        return int(word) if word not in self.class_names and _INTEGER.fullmatch(word) else word
+        return int(word) if word not in self.names and _INTEGER.fullmatch(word) else word
 
-    def _class_id(self, choice: object) -> int:
-        names = self.class_names
+    def _label(self, choice: object) -> int:
+        names = self.names
         if choice is None:
             if self.null_label is None:
                 raise ValueError(
@@ -309,11 +275,14 @@ class Request:
     fit: bool = False
 
     @classmethod
-    def of(cls, outline: Outline, classes: Classes, options: Mapping[str, Any], kind: type) -> Request:
+    def of(
+        cls, index: ClassIndex, default: DecodingConfig, classes: Classes, options: Mapping[str, Any], kind: type
+    ) -> Request:
         """Reads the arguments of a method of ``MaskGIT``, without ``negative_model`` and ``vectors``.
 
         Args:
-            outline: The model.
+            index: Classes of the model.
+            default: Decoding settings of the model.
             classes: Classes of the results as indices or names.
             options: Keyword arguments of the method.
             kind: ``GenerateKeywords`` or a subclass: the names that the method takes.
@@ -325,12 +294,12 @@ class Request:
         _check_names(options, kind.__annotations__)
         settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
         dilation, blend = options.get("dilation"), options.get("blend")
-        labels = outline.class_ids(classes)
+        labels = index.labels(classes)
         return cls(
             labels=labels,
             seeds=seeds_of(options.get("seed", 0), len(labels)),
-            decoding=replace_settings(outline.decoding, settings),
-            negative_labels=_negative_labels(options.get("negative_classes"), len(labels), outline),
+            decoding=replace_settings(default, settings),
+            negative_labels=_negative_labels(options.get("negative_classes"), len(labels), index),
             batch_size=check_integer("batch_size", options.get("batch_size", 64), "[1, inf)"),
             callback=options.get("callback"),
             dilation=None if dilation is None else check_integer("dilation", dilation, _MOST_PIXELS),
@@ -421,7 +390,7 @@ def seeds_of(seed: Seeds, count: int) -> list[int]:
     return list(range(first, first + count))
 
 
-def _negative_labels(classes: int | str | Classes | None, count: int, outline: Outline) -> list[int] | None:
+def _negative_labels(classes: int | str | Classes | None, count: int, index: ClassIndex) -> list[int] | None:
     """Returns the label that guidance moves each of ``count`` results away from; None for "no class"."""
     if classes is None:
         return None
@@ -431,4 +400,4 @@ def _negative_labels(classes: int | str | Classes | None, count: int, outline: O
         raise ValueError(
             f"negative_classes must be one class, or one for each of the {count} classes, got {len(choices)}"
         )
-    return outline.class_ids(choices)
+    return index.labels(choices)

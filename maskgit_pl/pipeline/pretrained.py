@@ -1,8 +1,9 @@
-"""Writes and reads the folder of a tokenizer or a transformer, and what a pretrained folder holds beside them.
+"""A pretrained tokenizer and a pretrained transformer: the networks of a ``MaskGIT``, and the folders that hold them.
 
 - ``tokenizer/`` and ``transformer/``: ``model.safetensors`` and ``config.json`` each.
 - ``decoding.json``: decoding settings in place of the transformer's own, from ``maskgit tune``.
-- ``negative/``: a copy of the transformer from which guidance moves away.
+- ``negative/``: a copy of the negative model, a second transformer from which guidance moves away. It is usually an
+  early checkpoint of the same run, or a smaller model (Karras et al., arXiv:2406.02507).
 """
 
 from __future__ import annotations
@@ -12,29 +13,44 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Protocol, TypeAlias, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from maskgit_pl.checks import ImageSize, build_dataclass, check_class_names, check_image_size, check_keys, shorten
+from maskgit_pl.checks import (
+    ImageSize,
+    build_dataclass,
+    check_class_names,
+    check_image_size,
+    check_keys,
+    height_width,
+    shorten,
+)
 from maskgit_pl.data.folders import check_only_known, write_folder
-from maskgit_pl.decoding import SETTINGS_FORMAT, DecodingConfig, read_settings_file
+from maskgit_pl.decoding import DecodingConfig, FirstStepLogits
 from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
-from maskgit_pl.networks.backbone import BackboneConfig, build_config, create_network
+from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
+from maskgit_pl.networks.kernels import WeightWatch, free_packed
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
-from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, PretrainedTransformer
-from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors, tensors_digest
+from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
 __all__ = [
     "NEGATIVE",
+    "NegativeModelLike",
+    "Pipeline",
+    "PretrainedTokenizer",
+    "PretrainedTransformer",
     "check_stage_folder",
     "copy_stage_folder",
     "fingerprint",
     "has_weights_of",
+    "images_at_once",
     "load_decoding",
     "load_tokenizer",
     "load_transformer",
@@ -54,11 +70,189 @@ _Network = TypeVar("_Network", bound=nn.Module)
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG = "config.json"
 _NETWORK_FILES = (_CONFIG, _WEIGHTS_FILE)
-_DECODING = "decoding.json"
+_DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
 _VERSION = 1
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
+_MAX_PIXELS = 2**20  # of a batch in the tokenizer: 16 images of 256 x 256
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PretrainedTokenizer:
+    """A pretrained tokenizer.
+
+    Args:
+        network: Network in evaluation mode, frozen, on the CPU.
+        image_size: Size of the training images: a side, or (height, width), in pixels.
+        fingerprint: sha256 of its weights, hexadecimal.
+    """
+
+    network: VQGAN
+    image_size: ImageSize
+    fingerprint: str
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The rows and columns of the token grid of an image of ``image_size``."""
+        return self.network.config.grid(self.image_size)
+
+    @property
+    def token_size(self) -> int:
+        """The height and width of a token in pixels."""
+        return self.network.config.downsampling_factor
+
+    @property
+    def channels(self) -> int:
+        """The channels C of an image."""
+        return self.network.config.in_channels
+
+    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+        """Encodes images to tokens on the network's device, in batches of at most ``images_at_once``.
+
+        Args:
+            images: (B, C, H, W) uint8.
+            batch_size: Largest batch; None for no further limit.
+
+        Returns:
+            (B, N) int64 in [0, K), on the CPU.
+        """
+        like = next(self.network.parameters())  # for device and dtype
+        count = min(batch_size or len(images), images_at_once(*images.shape[-2:]))
+        with torch.no_grad():
+            parts = [self.network.encode((part.float() / 255).to(like)).cpu() for part in torch.split(images, count)]
+            return torch.cat(parts)
+
+    def decode(self, tokens: Tensor, *, grid: tuple[int, int] | None = None) -> Tensor:
+        """Decodes tokens to images on the network's device, in batches of at most ``images_at_once``.
+
+        Args:
+            tokens: (B, N) int64 in [0, K).
+            grid: Rows and columns of the tokens of a canvas, such as a panorama; None for those of ``image_size``.
+
+        Returns:
+            (B, C, H, W) uint8 on the CPU, clipped. H and W are ``image_size``, or with ``grid`` those of all tokens.
+        """
+        # Without a grid, an image of image_size may cover only a part of its last tokens: the rest is cut off.
+        height, width = height_width(self.image_size) if grid is None else (None, None)
+        rows, columns = grid or self.grid
+        count, decoded = images_at_once(rows * self.token_size, columns * self.token_size), []
+        with torch.inference_mode():
+            for part in torch.split(tokens, count):
+                images = self.network.decode(part, (rows, columns))[..., :height, :width]
+                decoded.append((images.float().clamp(0, 1) * 255).round().to(torch.uint8).cpu())
+            return torch.cat(decoded)
+
+
+@dataclass(frozen=True)
+class PretrainedTransformer:
+    """A pretrained transformer, with the data that decoding needs.
+
+    Args:
+        network: Network in evaluation mode, frozen, on the CPU.
+        mask_schedule: Mask schedule of its training; None for an autoregressive transformer.
+        decoding: Default configuration of decoding.
+        class_names: Name of each class.
+        tokenizer_fingerprint: Fingerprint of the tokenizer whose tokens it predicts.
+        folder: Folder that it was read from; None if it came from memory.
+    """
+
+    network: Backbone
+    mask_schedule: MaskSchedule | None
+    decoding: DecodingConfig
+    class_names: tuple[str, ...]
+    tokenizer_fingerprint: str
+    folder: Path | None = None
+
+    @cached_property
+    def first_step(self) -> FirstStepLogits:
+        """The logits of the first step of each class, which are kept. An autoregressive model does not use them."""
+        return FirstStepLogits(self.network)
+
+    @cached_property
+    def _watch(self) -> WeightWatch:
+        return WeightWatch(self.network)
+
+    @cached_property
+    def digest(self) -> str:
+        """The SHA-256 in hex of the weights, which identifies a negative model in plans and ledgers."""
+        return tensors_digest(self.network.state_dict().items())
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the network."""
+        return next(self.network.parameters()).device
+
+    def schedule_for(self, task: str) -> MaskSchedule:
+        """Returns the mask schedule, for a task that needs parallel decoding.
+
+        Args:
+            task: Name of the task, for the error.
+
+        Raises:
+            ValueError: if the model is autoregressive.
+        """
+        if self.mask_schedule is None:
+            raise ValueError(
+                f"{task} requires a model with bidirectional attention, which fills masked tokens in any order, got an "
+                "autoregressive one; choose another run"
+            )
+        return self.mask_schedule
+
+    def to(self, device: torch.device | str, *, dtype: torch.dtype | None = None) -> None:
+        """Moves the network, and casts it if a ``dtype`` is given."""
+        self.network.to(device=device, dtype=dtype)
+        self.follow_weights()
+
+    def follow_weights(self) -> None:
+        """Removes packed weights and kept logits if the weights may have changed; see ``networks.kernels``."""
+        if self._watch.has_changed():
+            free_packed(self.network)
+            self.first_step.clear()
+
+    def check_negative(self, negative: PretrainedTransformer) -> None:
+        """Checks that another transformer predicts the same tokens of the same classes.
+
+        Raises:
+            ValueError: if it does not. The message names the difference.
+        """
+        self.schedule_for("negative_model")
+        config, weak = self.network.config, negative.network.config
+        for name, strong_value, weak_value in (
+            ("attention", config.attention, weak.attention),
+            ("the tokenizer", self.tokenizer_fingerprint[:12], negative.tokenizer_fingerprint[:12]),
+            ("codebook_size", config.codebook_size, weak.codebook_size),
+            ("grid", config.grid, weak.grid),
+            ("class_names", self.class_names, negative.class_names),
+            ("condition_dim", config.condition_dim, weak.condition_dim or config.condition_dim),  # may have no vectors
+        ):
+            if strong_value != weak_value:
+                raise ValueError(
+                    f"negative_model must have {name} {shorten(strong_value)}, as the model that generates, got "
+                    f"{shorten(weak_value)}; choose another checkpoint of the same run, or a run on the same tokens"
+                )
+
+
+class Pipeline(Protocol):
+    """The networks of a pipeline, which ``MaskGIT`` is."""
+
+    tokenizer: PretrainedTokenizer
+    transformer: PretrainedTransformer
+
+
+NegativeModelLike: TypeAlias = Path | str | PretrainedTransformer | Pipeline
+
+
+def images_at_once(height: int, width: int) -> int:
+    """Returns the largest number of images that a tokenizer encodes or decodes at a time, at least 1.
+
+    It bounds the memory: the released tokenizer takes 130 MB for an image of 256 x 256 pixels.
+
+    Args:
+        height: Height of the images in pixels.
+        width: Width of the images in pixels.
+    """
+    return max(1, _MAX_PIXELS // (height * width))
 
 
 def save_tokenizer(folder: Path, config: VQGANConfig, weights: Mapping[str, Tensor], *, image_size: ImageSize) -> None:
@@ -219,7 +413,7 @@ def save_decoding(
     """
     file = Path(folder) / _DECODING
     content = {
-        "format": SETTINGS_FORMAT,
+        "format": _DECODING_FORMAT,
         "version": _VERSION,
         "decoding": asdict(decoding),
         "transformer": fingerprint(file.parent / "transformer"),
@@ -313,13 +507,7 @@ def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[
 
 
 def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: int) -> _Network:
-    """Returns a network with the weights of a folder, frozen.
-
-    Args:
-        build: Builds the network.
-        folder: Folder with ``model.safetensors``.
-        num_blocks: Number of blocks of the network, each of at least one tensor.
-    """
+    """Returns a network of ``num_blocks`` blocks, each of at least one tensor, with the weights of a folder, frozen."""
     file = folder / _WEIGHTS_FILE
     weights = read_tensors(file)
     if num_blocks > len(weights):  # millions of blocks take long to build, also without memory
@@ -370,7 +558,7 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         )
     if not isinstance(tokenizer, str):
         raise ValueError(f"{file}: tokenizer_fingerprint must be a string, got {shorten(tokenizer)}")
-    decoding = build_dataclass(DecodingConfig, content["decoding"], f"{file}: decoding")
+    decoding = _build_decoding(content["decoding"], f"{file}: decoding")
     class_names = check_class_names(f"{file}: class_names", content["class_names"], network.num_classes)
     try:
         schedule = None if spec is None else mask_schedules.build(spec)
@@ -378,19 +566,28 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         raise ValueError(f"{file}: {error}") from error
     return network, {
         "mask_schedule": schedule,
-        "decoding": _check_decoding(decoding, f"{file}: decoding"),
+        "decoding": decoding,
         "class_names": class_names,
         "tokenizer_fingerprint": tokenizer,
     }
 
 
 def _decoding_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
-    decoding, content = read_settings_file(file)
-    return _check_decoding(decoding, f"decoding {file}: decoding"), content
+    """Returns the settings in a ``decoding.json``, and its whole content."""
+    content = read_json(file)
+    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
+        raise ValueError(
+            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
+            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; `maskgit tune RUN` writes "
+            "such a file, RUN/pretrained/decoding.json"
+        )
+    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
+    return _build_decoding(content["decoding"], f"decoding {file}: decoding"), content
 
 
-def _check_decoding(decoding: DecodingConfig, where: str) -> DecodingConfig:
-    """Returns ``decoding`` after building a decoder from it, which checks its names and numbers."""
+def _build_decoding(values: Any, where: str) -> DecodingConfig:
+    """Returns settings in plain values after building a decoder from them, which checks the names and numbers."""
+    decoding = build_dataclass(DecodingConfig, values, where)
     try:
         if decoding.is_autoregressive:
             decoding.build_autoregressive_decoder(decoding.num_steps)

@@ -21,10 +21,10 @@ from maskgit_pl.files import read_json, write_text
 
 _FOLDER = Path(__file__).parents[1] / "models"
 # Files that a pipeline needs. Other files of a repository may be large and are not downloaded.
-_READ = tuple(
+NETWORK_FILES = tuple(
     f"{stage}/{file}" for stage in ("tokenizer", "transformer") for file in ("config.json", "model.safetensors")
 )
-FILES = (*_READ, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
+FILES = (*NETWORK_FILES, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
 """The files of a pretrained folder, without card and license."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TOKEN = re.compile(r"[!-~]+")
@@ -124,7 +124,7 @@ def find_folder(
         raise FileNotFoundError(f"hub {hub_id}: no such folder, and not found on the Hub: {reason}") from error
     folder = Path(downloaded)
     # A repository of another kind downloads without an error.
-    missing = [file for file in _READ if not (folder / file).is_file()]
+    missing = [file for file in NETWORK_FILES if not (folder / file).is_file()]
     if missing:
         raise ValueError(
             f"hub {hub_id} must be a repository that `maskgit push` wrote, but {missing[0]} is missing; name a folder"

@@ -51,8 +51,14 @@ from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.losses import chunked_statistics, mean_over_rows, needs_chunks, token_statistics
 from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
-from maskgit_pl.pipeline.fine_tuning import PretrainedTokenizer, weights_for
-from maskgit_pl.pipeline.pretrained import copy_stage_folder, load_tokenizer, load_transformer, save_transformer
+from maskgit_pl.pipeline.fine_tuning import weights_for
+from maskgit_pl.pipeline.pretrained import (
+    PretrainedTokenizer,
+    copy_stage_folder,
+    load_tokenizer,
+    load_transformer,
+    save_transformer,
+)
 from maskgit_pl.randomness import random_bits, random_uniform
 from maskgit_pl.training.checkpoints import full_state
 from maskgit_pl.training.optimizers import OptimizerConfig, build_optimizer, frozen_copy, parameter_groups, update_ema

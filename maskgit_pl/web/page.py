@@ -76,31 +76,30 @@ STYLE = """
 """
 
 
-def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
+def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
     """Builds the page of a model, which opens with images of several classes.
 
     Args:
         pipe: The model.
         name: Name of the model, for the title.
-        folder: Folder of temporary files.
 
     Raises:
         ValueError: if the model is autoregressive, or needs a vector for each image.
     """
-    pipe.outline.check_parallel("web")
-    if pipe.outline.condition_dim:
+    pipe.transformer.schedule_for("web")
+    if pipe.transformer.network.config.condition_dim:
         raise ValueError(
             "web requires a model that generates from classes only, got one that needs a vector for each image; "
             "use `maskgit sample --vectors`"
         )
-    about = f"{len(pipe.class_names)} classes, {pixels_text(pipe.outline.image_size)} pixels"
+    about = f"{len(pipe.class_names)} classes, {pixels_text(pipe.tokenizer.image_size)} pixels"
     with gr.Blocks(title=f"MaskGIT: {name}", analytics_enabled=False, delete_cache=(60, 1800)) as page:
-        gr.Markdown(f"## MaskGIT\n{markdown(name)}: {about}, {pipe.outline.num_tokens} tokens")
+        gr.Markdown(f"## MaskGIT\n{markdown(name)}: {about}, {pipe.transformer.network.config.num_tokens} tokens")
         with gr.Tabs() as tabs:
             with gr.Tab("Generate", id="generate"):
-                edit_this, generated, selected = _add_generate_tab(pipe, folder, page)
+                edit_this, generated, selected = _add_generate_tab(pipe, page)
             with gr.Tab("Edit", id="edit"):
-                take, source = _add_edit_tab(pipe, folder)
+                take, source = _add_edit_tab(pipe)
 
         @answer
         def fill(images: list[tuple[str, str]] | None, number: int) -> Iterator[list[Any]]:
@@ -116,7 +115,7 @@ def build_page(pipe: MaskGIT, name: str, folder: Path) -> gr.Blocks:
     return page
 
 
-def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any, Any, Any]:
+def _add_generate_tab(pipe: MaskGIT, page: gr.Blocks) -> tuple[Any, Any, Any]:
     """Adds the tab that generates; returns a button, the images, and the number of the one that is selected."""
     classes = [("a mix of classes", _MIX), *_class_choices(pipe)]
     selected = gr.State(0)
@@ -138,7 +137,7 @@ def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any
     @answer
     def generate(label: str | int, seed: int, count: int, *values: Any) -> Iterator[list[Any]]:
         labels = _mix(pipe, count) if label == _MIX else [int(label)] * count
-        yield from run_task(pipe, folder, pipe.generate, labels, seed, settings_of(pipe, values))
+        yield from run_task(pipe, pipe.generate, labels, seed, settings_of(pipe, values))
 
     # The page opens with what its settings give.
     labels = _mix(pipe, _COUNT)
@@ -154,10 +153,10 @@ def _add_generate_tab(pipe: MaskGIT, folder: Path, page: gr.Blocks) -> tuple[Any
     return edit_this, images, selected
 
 
-def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
+def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
     """Adds the tab that edits; returns a button that takes the generated image, and the outputs that show it."""
-    factor, side = pipe.outline.token_size, min(pipe.outline.least_canvas)
-    classes = [("any class", _ANY)] if pipe.outline.null_label is not None else []
+    factor, rows = pipe.tokenizer.token_size, min(pipe.tokenizer.grid)
+    classes = [("any class", _ANY)] if pipe.classes.null_label is not None else []
     source = gr.State()  # (C, H, W) uint8
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
@@ -179,7 +178,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
             with gr.Group(visible=False) as extend:
                 sides = gr.CheckboxGroup(list(_SIDES), value=["right"], label="Sides")
                 margin = gr.Slider(
-                    factor, side // factor * factor, max(1, side // 2 // factor) * factor, step=factor, precision=0,
+                    factor, rows * factor, max(1, rows // 2) * factor, step=factor, precision=0,
                     label="Pixels to add on each side",
                 )  # fmt: skip
             with gr.Group(visible=False) as vary:
@@ -215,7 +214,7 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
             added: dict[str, Any] = {name: margin if name in sides else 0 for name in _SIDES}
             mask = Margins(**added).outside(height, width)
             call = partial(pipe.outpaint, pixels, **added)
-        yield from run_task(pipe, folder, call, labels, seed, settings, before=pixels, requested=mask)
+        yield from run_task(pipe, call, labels, seed, settings, before=pixels, requested=mask)
 
     @answer
     def read(path: str) -> Iterator[list[Any]]:
@@ -234,7 +233,6 @@ def _add_edit_tab(pipe: MaskGIT, folder: Path) -> tuple[Any, list[Any]]:
 
 def run_task(
     pipe: MaskGIT,
-    folder: Path,
     call: Callable[..., Any],
     labels: Sequence[int | None],
     seed: int,
@@ -247,7 +245,6 @@ def run_task(
 
     Args:
         pipe: The model.
-        folder: Folder of temporary files.
         call: Method of the model, with all arguments but those that follow.
         labels: Class of each result; None is "no class".
         seed: Seed of the first result.
@@ -259,7 +256,7 @@ def run_task(
         ValueError: if a value is out of range.
     """
     grid, decoding = None, pipe.decoding_with(**settings)
-    if requested is not None and tuple(requested.shape) != height_width(pipe.outline.image_size):  # a canvas
+    if requested is not None and tuple(requested.shape) != height_width(pipe.tokenizer.image_size):  # a canvas
         grid = pipe.tokenizer.network.config.grid((requested.shape[0], requested.shape[1]))
     captions = _captions(pipe, labels, seed)
     original = [] if before is None else [(to_pil(before), "before")]
@@ -270,7 +267,7 @@ def run_task(
             if isinstance(step, DecodingStep):
                 first(step)
                 tiles = [
-                    token_panel(step, row, image, pipe.outline.token_size, requested=requested)
+                    token_panel(step, row, image, pipe.tokenizer.token_size, requested=requested)
                     for row, image in enumerate(pipe.tokenizer.decode(step.tokens, grid=grid))
                 ]
                 decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
@@ -280,7 +277,7 @@ def run_task(
             recording = Recording(
                 first.steps, pipe.tokenizer, decoding, [_class_name(pipe, labels[0])], [seed], grid, requested
             )
-            with TemporaryDirectory(dir=folder) as temporary:
+            with TemporaryDirectory() as temporary:
                 recording.save(animation := Path(temporary) / "decoding.gif")
                 images = [*original, *zip(step, captions, strict=True)]
                 yield [images, describe_settings(decoding), str(animation)]
@@ -376,7 +373,7 @@ def _add_settings(pipe: MaskGIT) -> list[Any]:
 
     with gr.Accordion("Decoding settings", open=False):
         return [
-            slider("num_steps", "Decoding steps", 1, pipe.outline.num_tokens, 1, precision=0),
+            slider("num_steps", "Decoding steps", 1, pipe.transformer.network.config.num_tokens, 1, precision=0),
             gr.Dropdown(selectors, value=None, label="Token selector"),
             gr.Dropdown(schedules, value=None, label="Mask schedule"),
             slider("first", "Sampling temperature, first step", 0, 4, 0.05),
@@ -436,7 +433,7 @@ def _add_results(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> list[Any
 
 
 def _add_gallery(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> Any:
-    is_small = max(height_width(pipe.outline.image_size)) < _SMALL
+    is_small = max(height_width(pipe.tokenizer.image_size)) < _SMALL
     return gr.Gallery(
         label=f"Images, {name}", show_label=False, columns=columns, format="png", object_fit="contain",
         interactive=False, elem_id=name, elem_classes=["images", *["small"] * is_small],
@@ -468,7 +465,7 @@ def _size(path: str) -> tuple[int, int]:
 
 def _add_editor(pipe: MaskGIT) -> Any:
     """Adds the canvas of the brush, which has the shape of the model's images."""
-    height, width = height_width(pipe.outline.image_size)
+    height, width = height_width(pipe.tokenizer.image_size)
     scale = scale_to(torch.empty(height, width), _CANVAS)
     editor = gr.ImageEditor(
         label="Paint here", sources=(), transforms=(), layers=False, type="pil", format="png",
@@ -507,8 +504,8 @@ def read_upload(path: Path, pipe: MaskGIT) -> Tensor:
         ValueError: if it has over 64 million pixels, or is not a JPEG, PNG or WebP that can be read.
     """
     data = read_image_file(path, name=path.name)
-    pixels = decode_image(data, channels=pipe.outline.channels, name=path.name)
-    return fit_image(pixels, image_size=pipe.outline.image_size, crop=None)
+    pixels = decode_image(data, channels=pipe.tokenizer.channels, name=path.name)
+    return fit_image(pixels, image_size=pipe.tokenizer.image_size, crop=None)
 
 
 def _parse_box(text: str) -> tuple[int, ...]:

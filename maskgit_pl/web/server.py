@@ -219,7 +219,7 @@ def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, hos
     )
     plain = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)  # their pages load scripts of other sites
     app = gr.mount_gradio_app(
-        plain, build_page(pipe, name, folder), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
+        plain, build_page(pipe, name), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
         max_file_size=MAX_UPLOAD_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
     )  # fmt: skip
     guard = Guard(app, names=names_of(host), folder=folder)

@@ -210,8 +210,3 @@ def save_checkpoint(network: nn.Module, file: Path) -> Path:
 def put(name, value):
     """Returns a function that sets an entry of a state dict."""
     return lambda weights: weights.update({name: value})
-
-
-def drop(name):
-    """Returns a function that removes an entry of a state dict."""
-    return lambda weights: weights.pop(name)

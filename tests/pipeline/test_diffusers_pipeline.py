@@ -19,7 +19,6 @@ from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES
 from tests.conftest import save_tiny_pretrained
 from tests.local_hub import local_hub
 from tests.networks.backbone_cases import save_model_of_vectors
-from tests.test_page_code import BLOCKS
 
 ROOT = Path(__file__).parents[2]
 diffusers = pytest.importorskip("diffusers")
@@ -27,20 +26,6 @@ diffusers = pytest.importorskip("diffusers")
 from maskgit_pl.pipeline import diffusers_pipeline  # noqa: E402  # needs diffusers
 from maskgit_pl.pipeline.diffusers_pipeline import MaskGITPipeline, MaskGITTransformer  # noqa: E402  # needs diffusers
 
-BY_DIFFUSERS, BY_CLASS = (code for _, code in BLOCKS["docs/export.md"] if "diffusers" in code)
-FRESH = f"""
-import numpy as np
-{BY_DIFFUSERS}
-print(*pipe.to("cpu").components)
-np.save("by diffusers.npy", np.stack(images))
-pipe.save_pretrained("again")
-pipe = DiffusionPipeline.from_pretrained("again", trust_remote_code=True)
-def save(name):
-    np.save(f"{{name}}.npy", np.stack(pipe(["Sneaker", 3], num_inference_steps=8, guidance_scale=3.0, seed=0).images))
-save("again")
-{BY_CLASS}
-save("by class")
-"""
 PUSH = "from maskgit_pl.cli import main; assert main(['push', 'out', 'alice/tiny', '--license=mit']) == 0"
 OF_THE_HUB = """
 import numpy as np
@@ -92,16 +77,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def pipe(exported: Path) -> MaskGITPipeline:
     return load(exported)
-
-
-@pytest.mark.slow
-@pytest.mark.exports
-def test_the_code_of_the_page_runs_in_a_run_process(exported, demo, tmp_path):
-    shutil.copytree(exported, tmp_path / "folder")
-    assert run_process(FRESH, folder=tmp_path).split() == ["tokenizer", "transformer"]
-    expected = np.stack(demo.generate(["Sneaker", 3], num_steps=8, guidance_scale=2.0, seed=0))
-    for name in ("by diffusers", "again", "by class"):
-        assert np.array_equal(np.load(tmp_path / f"{name}.npy"), expected)
 
 
 @pytest.mark.slow

@@ -89,11 +89,6 @@ def test_an_autoregressive_model_edits_nothing(causal) -> None:
             call()
 
 
-def test_settings_of_an_autoregressive_model_are_refused_by_others(pipe) -> None:
-    with pytest.raises(ValueError, match="token_selector must be a name or a mapping for parallel decoding, got None"):
-        pipe.generate([0], decoding=AutoregressiveDecoding().to_config(N))
-
-
 def test_a_saved_autoregressive_pipeline_generates_the_same(tiny_autoregressive, tmp_path, caplog) -> None:
     decoding = AutoregressiveDecoding("constant", 0.5).to_config(N)
     own = MaskGIT.from_pretrained(tiny_autoregressive, decoding=decoding)

@@ -40,8 +40,8 @@ def test_captions_and_titles_have_letters_beyond_ascii(name: str) -> None:
 
 
 def test_reconstructions_stand_below_their_originals() -> None:
-    originals, reconstructions = random_images(4, size=84), 255 - random_images(4, size=84)
-    picture = np.asarray(reconstruction_grid(originals, reconstructions, columns=2))
+    originals, reconstructions = random_images(16, size=84), 255 - random_images(16, size=84)
+    picture = np.asarray(reconstruction_grid(originals, reconstructions))
     above, below = picture[8 : 8 + 84], picture[8 + 88 : 8 + 88 + 84]
     assert (above[:, -92:-8] == 255 - below[:, -92:-8]).all()
     assert picture.shape[0] == 8 + 4 * 84 + 3 * 4 + 8

@@ -9,16 +9,16 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline.options import (
     SETTINGS,
+    ClassIndex,
     EditKeywords,
     GenerateKeywords,
-    Outline,
     Request,
     SeamKeywords,
     replace_settings,
 )
 
 OWN = DecodingConfig(4, "halton", {"name": "linear", "scale": 1.0}, tokens_per_step=(1, 1, 2, 12))
-OUTLINE = Outline(("Ankle boot", "T-shirt", "7"), 3, 16, False, OWN, 8, 2, 1)
+CLASSES = ClassIndex(("Ankle boot", "T-shirt", "7"), 3)
 
 
 def documented_arguments(kind: type) -> set[str]:
@@ -29,7 +29,7 @@ def documented_arguments(kind: type) -> set[str]:
 
 def test_options_are_separated_from_settings():
     given = {"seed": 5, "dilation": 2, "num_steps": 3, "guidance_scale": 2.0, "top_k": None}
-    request = Request.of(OUTLINE, ["7", 0], given, EditKeywords)
+    request = Request.of(CLASSES, OWN, ["7", 0], given, EditKeywords)
     decoding = DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
     assert request == Request(labels=[2, 0], seeds=[5, 6], decoding=decoding, dilation=2)
 
@@ -43,7 +43,9 @@ def test_every_option_and_setting_is_documented_once():
 
 
 def test_a_part_of_a_request_keeps_the_seed_of_each_result():
-    request = Request.of(OUTLINE, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_classes": [1, 2, 0]}, EditKeywords)
+    request = Request.of(
+        CLASSES, OWN, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_classes": [1, 2, 0]}, EditKeywords
+    )
     parts = [request.part(rows) for rows in request.batches()]
     assert [part.seeds for part in parts] == [[7, 8], [9]]
     assert [part.negative_labels for part in parts] == [[1, 2], [0]]
@@ -69,17 +71,17 @@ def test_tokens_per_step_num_steps_and_mask_schedule_replace_one_another():
 
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
-        Request.of(OUTLINE, 0, {"negative_clases": 1}, GenerateKeywords)
+        Request.of(CLASSES, OWN, 0, {"negative_clases": 1}, GenerateKeywords)
     with pytest.raises(TypeError, match="option 'dilation'"):
-        Request.of(OUTLINE, 0, {"dilation": 1}, GenerateKeywords)
+        Request.of(CLASSES, OWN, 0, {"dilation": 1}, GenerateKeywords)
     with pytest.raises(TypeError, match="option 'seed'"):
         replace_settings(OWN, {"seed": 1})
 
 
 def test_words_of_the_command_line_are_names_before_numbers():
-    assert [OUTLINE.parse_class(word) for word in ("7", "1", None)] == [2, 1, None]
+    assert [CLASSES.parse(word) for word in ("7", "1")] == [2, 1]
     with pytest.raises(ValueError, match=r"class must be an index in \[0, 3\) or a name, got -1"):
-        OUTLINE.parse_class("-1")
-    assert OUTLINE.parse_classes(" T-shirt, 0 ,,7", max_shown=2) == [1, 0, 2]
-    assert [OUTLINE.parse_classes("all", max_shown=most) for most in (10, 2, 1)] == [[0, 1, 2], [0, 1], [0]]
-    assert replace(OUTLINE, class_names=("x", "all")).parse_classes("all") == [1]  # a class of that name
+        CLASSES.parse("-1")
+    assert CLASSES.parse_list(" T-shirt, 0 ,,7", max_shown=2) == [1, 0, 2]
+    assert [CLASSES.parse_list("all", max_shown=most) for most in (10, 2, 1)] == [[0, 1, 2], [0, 1], [0]]
+    assert replace(CLASSES, names=("x", "all")).parse_list("all") == [1]  # a class of that name

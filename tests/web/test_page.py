@@ -348,18 +348,18 @@ def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, sele
     }  # fmt: skip
 
 
-def test_sliders_reach_the_values_of_the_model(tmp_path: Path) -> None:
+def test_sliders_reach_the_values_of_the_model() -> None:
     selector = {"name": "confidence", "choice_temperature": 40.0}
     own = DecodingConfig(2, selector, {"name": "linear", "scale": 12.5}, sampling_temperature=(4.5, 0.5))
-    page = build_page(MaskGIT.from_pretrained(MODEL, decoding=own), MODEL, tmp_path)
+    page = build_page(MaskGIT.from_pretrained(MODEL, decoding=own), MODEL)
     sliders = [block for block in page.blocks.values() if type(block).__name__ == "Slider"]
     assert len(sliders) == 14
     assert all(slider.minimum <= slider.value <= slider.maximum for slider in sliders)
 
 
-def test_an_autoregressive_model_is_refused(tiny_autoregressive: Path, tmp_path: Path) -> None:
+def test_an_autoregressive_model_is_refused(tiny_autoregressive: Path) -> None:
     with pytest.raises(ValueError, match="web requires a model with bidirectional attention"):
-        build_page(MaskGIT.from_pretrained(tiny_autoregressive), "tiny", tmp_path)
+        build_page(MaskGIT.from_pretrained(tiny_autoregressive), "tiny")
 
 
 def test_a_closed_stream_ends_its_call_after_the_step(pipe: MaskGIT) -> None:

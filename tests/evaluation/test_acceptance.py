@@ -1,0 +1,85 @@
+"""Rejection sampling: the best of each class by a classifier are kept, and nothing else changes."""
+
+import json
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from maskgit_pl.evaluation.acceptance import Acceptance, choose, generate_accepted
+from maskgit_pl.networks.feature_networks import ClassifierSizes, FrozenClassifier, create_classifier
+from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
+from tests.conftest import CLASSES
+
+OPTIONS = BulkOptions(num_images=6, batch_size=3, seed=5)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_pretrained: Path) -> MaskGIT:
+    return MaskGIT.from_pretrained(tiny_pretrained)  # 8 px, 4 x 4 tokens
+
+
+@pytest.fixture(scope="module")
+def classifier() -> FrozenClassifier:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = create_classifier(ClassifierSizes(1, 8, 3, width=4))
+    return FrozenClassifier(network, CLASSES)
+
+
+def read(file: Path) -> dict[str, np.ndarray]:
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)
+
+
+def test_the_file_holds_the_best_candidates_with_their_seeds(pipe, classifier, tmp_path):
+    acceptance = Acceptance(0.25, classifier)
+    result = generate_accepted(pipe, tmp_path / "best.npz", OPTIONS, acceptance)
+    assert (result.made, result.missing_parts) == (24, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["best.npz"]
+    generate_many(pipe, tmp_path / "all.npz", replace(OPTIONS, num_images=24))
+    best, everything = read(tmp_path / "best.npz"), read(tmp_path / "all.npz")
+    assert best["arr_1"].tolist() == [0, 0, 1, 1, 2, 2]
+    rows = best["seeds"] - 5
+    assert (best["arr_0"] == everything["arr_0"][rows]).all()
+    with zipfile.ZipFile(tmp_path / "best.npz") as archive:
+        plan = json.loads(archive.comment)
+    assert (plan["accept_rate"], plan["classifier"], plan["count"]) == (0.25, acceptance.digest, 6)
+
+
+@pytest.mark.parametrize(("rate", "count", "candidates"), [(0.5, 4, 8), (0.3, 1, 4), (0.7, 21, 30), (1, 3, 3)])
+def test_the_fewest_candidates_are_generated_that_keep_at_most_the_rate(classifier, rate, count, candidates):
+    assert Acceptance(rate, classifier).num_candidates(3 * count, 3) == 3 * candidates
+
+
+def test_the_first_of_equal_candidates_are_kept():
+    assert choose(torch.zeros(5), torch.tensor([0, 1, 0, 1, 0]), 2).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("rate", [0, 1.5, float("nan"), "half"])
+def test_a_wrong_rate_is_refused(classifier, rate):
+    with pytest.raises((ValueError, TypeError), match="accept_rate must"):
+        Acceptance(rate, classifier)
+
+
+@pytest.mark.parametrize(
+    ("changes", "names", "message"),
+    [
+        (
+            {"num_images": 7},
+            CLASSES,
+            "num_images must be a multiple of 3, the number of classes, with accept_rate, got 7",
+        ),
+        ({"classes": [0, None]}, CLASSES, "classes must not be None with accept_rate"),
+        ({}, ("Bag", *CLASSES[1:]), r"must know the classes of the model .*train-classifier"),
+    ],
+)
+def test_refuses_before_anything_is_generated(pipe, classifier, tmp_path, changes, names, message):
+    acceptance = Acceptance(0.25, FrozenClassifier(classifier.network, names))
+    with pytest.raises(ValueError, match=message):
+        generate_accepted(pipe, tmp_path / "best.npz", replace(OPTIONS, **changes), acceptance)
+    assert not list(tmp_path.iterdir())
