@@ -1,6 +1,5 @@
 """Batches of images, some of which cannot be read."""
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from PIL import Image
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.data.loader import ALWAYS_ALLOWED, MAX_IN_A_ROW, Unreadable, UnreadableImages, write_unreadable
+from maskgit_pl.data.loader import ALWAYS_ALLOWED, MAX_IN_A_ROW, Unreadable, UnreadableImages
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from tests.data_folders import open_data, save_data
 from tests.hostile_images import REFUSED, save
@@ -133,15 +132,14 @@ def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, 
         add(counter(num_samples, budget=1.0), (5, (5 + length) % num_samples))
 
 
-def test_skipped_images_are_counted_by_shard_and_reason_and_listed(tmp_path):
+def test_skipped_images_are_counted_by_shard_and_reason_and_listed():
     images = counter()
     add(images)
     add(images, (8, 11), (8, 11), (999, 0))
     assert (images.seen, images.count, sorted(images.images)) == (200, 7, [8, 9, 10, 999])
     assert images.count_by("shard") == {"shard 0": 4, "shard 1": 2, "shard 99": 1}
     assert images.count_by("reason") == {"damaged": 7}
-    write_unreadable(tmp_path / "run" / "unreadable.json", {"train": images})
-    written = json.loads((tmp_path / "run" / "unreadable.json").read_text())["train"]
+    written = images.as_json()
     assert (written["seen"], written["unreadable"], written["shards"]) == (200, 7, images.count_by("shard"))
     entry = {"image": "shard 0:9.jpg", "index": 9, "times": 2, "reason": "damaged", "error": "bad code word"}
     assert written["images"][1] == entry
