@@ -46,7 +46,7 @@ from maskgit_pl.networks.backbone import (
     backbones,
     token_logits,
 )
-from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward
+from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward, rms_norm
 
 Conditioning = Literal["adaln", "token"]
 Positions = Literal["learned", "rotary", "rotary-raster"]
@@ -205,7 +205,7 @@ class AdaLNBlock(nn.Module):
         """
         # The method of the class: FSDP2 has gathered the weights already.
         parts: Sequence[Tensor | None] = type(self).modulate(self, condition) if modulation is None else modulation
-        normed = _modulate(self.attention_norm(x), *parts[:2])
+        normed = _modulate(rms_norm(x, self.attention_norm.weight, eps=_EPS), *parts[:2])
         if positions is not None:
             index = positions.unsqueeze(-1).expand(-1, -1, x.shape[-1])
             x, asking = x.gather(1, index), normed.gather(1, index)
@@ -218,7 +218,7 @@ class AdaLNBlock(nn.Module):
             x, attended = (F.embedding(rows, states.flatten(0, 1)) for states in (x, attended))
             parts = [None if part is None else F.embedding(images, part[:, 0]) for part in parts]
         x = _add(x, F.dropout(self.proj(attended), self.dropout, self.training), parts[2])
-        normed = _modulate(self.mlp_norm(x), *parts[3:5])
+        normed = _modulate(rms_norm(x, self.mlp_norm.weight, eps=_EPS), *parts[3:5])
         return _add(x, feed_forward(normed, self.fc1, self.fc2, self._gate), parts[5])
 
     def _gate(self, gate: Tensor, value: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ class AdaLNBlock(nn.Module):
         query = self.query(asking)
         key, value = self.key_value(answering).chunk(2, dim=-1)
         if self.qk_norm:  # over all heads
-            query, key = (F.rms_norm(part, part.shape[-1:], eps=_EPS) for part in (query, key))
+            query, key = (rms_norm(part, eps=_EPS) for part in (query, key))
         query, key, value = (
             rearrange(part, "b s (heads d) -> b heads s d", heads=self.num_heads) for part in (query, key, value)
         )
@@ -402,7 +402,7 @@ class AdaLNTransformer(Backbone):
 
     def _head(self, x: Tensor, condition: Tensor, vocabulary: Vocabulary, project: Project = F.linear) -> Tensor:
         """Computes the logits (..., V) of hidden states (..., D), given the condition (..., D)."""
-        x = self.head_norm(x)
+        x = rms_norm(x, self.head_norm.weight, eps=_EPS)
         if self.head_modulation is not None:
             shift, scale = self.head_modulation(condition).chunk(2, dim=-1)
             x = _modulate(x, shift, 1 + scale)

@@ -1,7 +1,7 @@
-"""Linear layers, MLPs and attention for inference on a CPU, with weights in the layout that matrix products read.
+"""Linear layers, MLPs, attention and norms for inference on a CPU, with weights in the layout that products read.
 
-Transformers are built of ``PackingLinear``, ``feed_forward`` and ``attend``. ``set_packing`` turns packing on, which
-``MaskGIT`` does for the networks that it loads.
+Transformers are built of ``PackingLinear``, ``feed_forward``, ``attend`` and ``rms_norm``. ``set_packing`` turns
+packing on, which ``MaskGIT`` does for the networks that it loads.
 
 A matrix product on a CPU first copies the weight to blocks that fit its instructions. For a few hundred rows, as in
 decoding, this takes a fifth to a half of the time. ``PackingLinear`` copies it once. float32 weights are packed by MKL,
@@ -246,6 +246,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, i
     else:
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
     return attended.transpose(1, 2).flatten(2)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None = None, *, eps: float) -> Tensor:
+    """Returns x / sqrt(mean(x^2) + eps), times the weight (D,) if there is one, for x (..., D) and in its dtype."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or torch.is_grad_enabled():
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
+    # On a CPU, torch's own copies x to float32 and back: five times the time of these passes for 8 images of 257 x 768.
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True).float()
+    normed = x * torch.rsqrt(length.square() / x.shape[-1] + eps).to(x.dtype)
+    return normed if weight is None else normed * weight
 
 
 def _sum_parts(
