@@ -121,23 +121,6 @@ def test_the_citation_has_the_version_of_the_package():
     assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text()
 
 
-SITE_ONLY = {"reference/commands", "reference/recipes", "reference/names", "reference/api"}
-NOTEBOOK = "docs/quick-start.ipynb"
-
-
-def lines_of(tree: str) -> list[str]:
-    """Returns the pages of a table of contents; ``Title <page>`` sets another title."""
-    entries = [line for line in tree.splitlines() if line and not line.startswith(":")]
-    return [re.sub(r".*<(.*)>", r"\1", entry) for entry in entries]
-
-
-def test_the_table_of_contents_names_every_page_once():
-    trees = re.findall(r"```\{toctree\}\n(.*?)```", (ROOT / "docs/index.md").read_text(), re.DOTALL)
-    named = [line for tree in trees for line in lines_of(tree)]
-    pages = {os.path.relpath(page, "docs").removesuffix(".md") for page in PAGES if page != "docs/index.md"}
-    assert sorted(named) == sorted({*pages, *SITE_ONLY, os.path.relpath(NOTEBOOK, "docs")})
-
-
 @pytest.mark.slow
 @pytest.mark.site
 def test_the_site_builds_without_a_warning(tmp_path: Path):
