@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_number
+from maskgit_pl.checks import check_choice, check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, draw_start
@@ -114,6 +114,7 @@ class DistillationConfig(MaskedTokenConfig):
             raise ValueError(
                 "teacher must be a pretrained transformer folder, got none; name its model by --pretrained"
             )
+        check_choice("compiled", self.compiled, ("none", "blocks"))  # the decoding in a step is no single graph
         set_specs(self, distillation=distillations)
         if any(self.decoding.scales()):
             raise ValueError(
@@ -142,7 +143,6 @@ class DistilledModel(MaskedTokenModel):
         self.method = config.method
         self.auxiliary = config.network.create() if self.method.auxiliary_rate else None
         self._teacher: PretrainedTransformer | None = None
-        self._run_step = self._distill
 
     @property
     def teacher(self) -> PretrainedTransformer:
@@ -242,7 +242,7 @@ class DistilledModel(MaskedTokenModel):
         drawn = decoder.sampling.draw(logits.detach(), noise, positions, step=last, progress=progress)
         return RollOut(logits, drawn.where(is_drawn, seen), is_drawn)
 
-    def _distill(self, batch: Batch) -> StepLosses:
+    def _compute_training_losses(self, batch: Batch) -> StepLosses:
         return self.method(self, batch, batch.content)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:

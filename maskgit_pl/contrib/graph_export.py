@@ -192,7 +192,7 @@ def _describe_model(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
         "num_tokens": config.num_tokens,
         "condition_dim": config.condition_dim,
         "image_size": list(height_width(tokenizer.image_size)),
-        "channels": tokenizer.network.config.in_channels,
+        "channels": tokenizer.channels,
         "attention": config.attention,
         "mask_schedule": transformer_file["mask_schedule"],
         "decoding": asdict(pipe.decoding),

@@ -112,7 +112,7 @@ def inspect_run(
         elif folder is not None and data is not None:
             tokenizer = load_tokenizer(folder)
             tokenizer.network.to(device, dtype=parse_dtype(dtype, device))
-            images = open_images(data, tokenizer.image_size, tokenizer.network.config.in_channels)
+            images = open_images(data, tokenizer.image_size, tokenizer.channels)
             measured = ReconstructionMeter(tokenizer)
             for batch in iter_real_batches(images, "val", num_images=num_images):
                 measured.add(batch)
@@ -222,7 +222,7 @@ def picture_codes(tokenizer: PretrainedTokenizer, codes: Tensor) -> Tensor:
     Returns:
         (n, C, S, S) uint8; S is twice the downsampling factor.
     """
-    factor = tokenizer.network.config.downsampling_factor
+    factor = tokenizer.token_size
     maps = codes.to(next(tokenizer.network.parameters()).device).unsqueeze(1).repeat(1, _MAP * _MAP)
     pictures = tokenizer.decode(maps, grid=(_MAP, _MAP))
     return pictures[..., factor : 3 * factor, factor : 3 * factor]

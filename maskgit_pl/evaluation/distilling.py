@@ -104,7 +104,7 @@ class QualityMonitor(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self.judge is None:
             tokenizer = cast("TokenModel", pl_module).tokenizer
-            images = open_images(self.data, tokenizer.image_size, tokenizer.network.config.in_channels)
+            images = open_images(self.data, tokenizer.image_size, tokenizer.channels)
             extractors = open_extractors(self.folder / "small", images, [CLASSIFIER], device="cpu", replaces=True)
             references = obtain_references(self.folder, images, extractors)
             self.judge = FeatureMetrics(extractors[0], references[CLASSIFIER], read_real_labels(images))

@@ -262,7 +262,7 @@ class Evaluator:
         result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images), on_step=count_steps)
         seconds = time.perf_counter() - start
         barrier()  # the last rank to finish has assembled the file from the parts
-        samples = open_samples(file, channels=model.pipe.tokenizer.network.config.in_channels)
+        samples = open_samples(file, channels=model.pipe.tokenizer.channels)
         assert samples.labels is not None  # generate_many writes them
         totals = {"steps_taken": taken, "seconds_per_image": seconds}
         remarks = {name: total / result.made if result.made else None for name, total in totals.items()}

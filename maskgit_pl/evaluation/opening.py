@@ -168,7 +168,7 @@ def open_model(
 
 def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> ShardData:
     """Opens the real images that a model is compared with; see ``check_data``."""
-    channels = pipe.tokenizer.network.config.in_channels
+    channels = pipe.tokenizer.channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
     data.warn_if_resized()

@@ -282,7 +282,7 @@ def open_tokenizer(
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
-    channels = tokenizer.network.config.in_channels
+    channels = tokenizer.channels
     data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
     data.warn_if_resized()
     extractors = open_extractors(

@@ -265,7 +265,7 @@ class TokenModel(LightningModule):
         shape: tuple[int, ...] = (self.config.network.num_tokens,)
         if isinstance(batch, Batch) and batch.content.ndim == 4:
             tokenizer = self.tokenizer
-            shape = (tokenizer.network.config.in_channels, *height_width(tokenizer.image_size))
+            shape = (tokenizer.channels, *height_width(tokenizer.image_size))
         check_batch(batch, shape=shape)
         # The rows of the embedding beside those of the classes are codes, the null class and the mask token.
         num_classes = self.config.network.num_classes

@@ -207,12 +207,14 @@ def test_attention_by_products_is_the_fused_one_to_rounding(monkeypatch, heads_a
     assert 0 < (attended.float() - fused).abs().max() < 0.03
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("weight", [None, torch.linspace(0.5, 2, 48)])
 def test_a_norm_of_bfloat16_is_that_of_torch_to_rounding(weight):
     x = torch.randn(2, 5, 48) * torch.logspace(-3, 3, 5)[:, None]
     expected = F.rms_norm(x, (48,), weight, 1e-5)
-    with torch.no_grad():
-        normed = rms_norm(x.bfloat16(), weight if weight is None else weight.bfloat16(), eps=1e-5)
-        assert torch.equal(rms_norm(x, weight, eps=1e-5), expected)
+    assert torch.equal(rms_norm(x, weight, eps=1e-5), expected)
+    x, weight = x.bfloat16(), weight if weight is None else weight.bfloat16()
+    normed = rms_norm(x, weight, eps=1e-5)
+    assert not torch.equal(normed, F.rms_norm(x, (48,), weight, 1e-5))  # its own passes
     assert normed.dtype == torch.bfloat16
     torch.testing.assert_close(normed.float(), expected, rtol=2e-2, atol=1e-4)
