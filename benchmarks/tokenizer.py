@@ -24,7 +24,7 @@ def build_ours(task: Task, dtype: torch.dtype) -> Halves:
     network = VQGAN(task.network).eval().requires_grad_(requires_grad=False)
     for half in (network.encoder, network.decoder):
         half.to(dtype)
-    grid = network.config.grid(task.image_size)
+    grid = task.network.grid(task.image_size)
 
     def decode(tokens: Tensor) -> Tensor:
         codes = network.quantizer.lookup(tokens).to(dtype).mT.unflatten(2, grid)
@@ -37,7 +37,7 @@ def build_ours(task: Task, dtype: torch.dtype) -> Halves:
 def build_peer(task: Task, dtype: torch.dtype) -> Halves:
     """Returns the VQModel of diffusers; it decodes codes, which its decoder looks up from tokens."""
     network: Any = build_diffusers(task).eval().to(dtype)
-    grid = task.network.config.grid(task.image_size)
+    grid = task.network.grid(task.image_size)
 
     def encode(images: Tensor) -> Tensor:
         tokens: Tensor = network.quantize(network.encode(images).latents)[2][2]

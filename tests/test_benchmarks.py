@@ -211,11 +211,12 @@ def test_the_fused_attention_of_torch_is_counted(script):
 @uses("tokenizer")
 def test_a_tokenizer_is_measured_in_both_halves_and_precisions(script):
     task = script.Task(**STAGE_1)
-    contenders = [each for name in ("fp32", "bf16") for each in script.list_contenders(task, "ours", name)]
-    assert [contender.group for contender in contenders] == [
-        "encode, fp32", "decode, fp32", "encode, bf16", "decode, bf16",
-    ]  # fmt: skip
-    assert [contender.run().shape for contender in contenders] == 2 * [(2, 64), (2, 3, 16, 16)]
+    for name in script.list_available(list(script.BUILDERS)):
+        contenders = [each for precision in ("fp32", "bf16") for each in script.list_contenders(task, name, precision)]
+        assert [contender.group for contender in contenders] == [
+            "encode, fp32", "decode, fp32", "encode, bf16", "decode, bf16",
+        ]  # fmt: skip
+        assert [contender.run().shape for contender in contenders] == 2 * [(2, 64), (2, 3, 16, 16)]
 
 
 @uses("precision")
