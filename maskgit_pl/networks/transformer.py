@@ -265,11 +265,12 @@ class Block(nn.Module):
             (B, S, D), or (M, D) with rows.
         """
         heads, is_causal = self._heads(self.qkv(x), 3), self.is_causal
-        query, answers = heads[0], heads[1:]  # answers: keys and values
+        query, key, value = heads  # the gradient of two slices would be filled with zeros
         if cache is not None:
             assert x.shape[1] == 1 or cache.num_rows == 0  # several later rows would need a mask
-            answers, is_causal = cache.extend(answers), x.shape[1] > 1  # a single new row attends to all rows so far
-        attended = self._attend(query, *answers, is_causal=is_causal)
+            key, value = cache.extend(heads[1:])
+            is_causal = x.shape[1] > 1  # a single new row attends to all rows so far
+        attended = self._attend(query, key, value, is_causal=is_causal)
         if rows is not None:  # the rest works on rows, so all others can be dropped here
             x, attended = (F.embedding(rows, states.flatten(0, 1)) for states in (x, attended))
         return self._add_and_feed_forward(x, attended)

@@ -207,6 +207,18 @@ def test_attention_by_products_is_the_fused_one_to_rounding(monkeypatch, heads_a
     assert 0 < (attended.float() - fused).abs().max() < 0.03
 
 
+def test_attention_in_training_has_the_gradients_of_the_fused_one_to_rounding():
+    parts = torch.randn(3, 2, 3, 40, 16, requires_grad=True)
+
+    def gradient(dtype: torch.dtype, dropout: float = 0.0) -> torch.Tensor:
+        (found,) = torch.autograd.grad(attend(*parts.to(dtype), dropout=dropout).square().sum(), parts)
+        return found
+
+    exact, rounded = gradient(torch.float32), gradient(torch.bfloat16)
+    assert 0 < (rounded - exact).norm() < 0.02 * exact.norm()
+    assert not torch.equal(gradient(torch.bfloat16, dropout=0.5), gradient(torch.bfloat16, dropout=0.5))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("weight", [None, torch.linspace(0.5, 2, 48)])
 def test_a_norm_of_bfloat16_is_that_of_torch_to_rounding(weight):
