@@ -1,4 +1,4 @@
-"""Measures training of both stages and decoding on a GPU: images per second, FLOPs utilization and memory.
+"""Measures training of both stages and decoding on a GPU: images per second, FLOPs per second and memory.
 
     python benchmarks/gpu.py --repeats 20                 # writes results/gpu-CARD.md
     python benchmarks/gpu.py --device cpu --out gpu.md    # small sizes, to check the script without a GPU
@@ -23,16 +23,14 @@ import stage1_step
 import stage2_step
 import torch
 from decode import build_ours
-from measuring import DTYPES, Contender, Precision, count_work, format_table, measure, read_cpu_name
+from measuring import DTYPES, Contender, count_work, format_table, measure, read_cpu_name
 from peers import NUM_STEPS, Task
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit_pl.data.loader import StepDataModule
-from maskgit_pl.training.gpus import find_gpu
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _BACKBONES = ("bert", "adaln")
-_NAMES = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _WARM_UP = 2  # rounds before that of ``measure``, in which torch also compiles
 
 
@@ -111,11 +109,6 @@ class Timer:
             "memory GB": "-" if peak is None else f"{peak / 1e9:.1f}",
         }
 
-    def utilization(self, flops: float, seconds: float, precision: Precision) -> str:
-        """Returns FLOPs per second in percent of the card's listed peak; "-" for a card that is not listed."""
-        gpu = find_gpu(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        return "-" if gpu is None else f"{100 * flops / seconds / gpu.rate(_NAMES[precision]):.1f}"
-
 
 def measure_training(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
     """Yields a row for a training step of each stage, backbone and precision; of stage 2 also compiled."""
@@ -147,8 +140,8 @@ def _measure_step(
     if gflop is None:
         with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
             gflop = f"{count_work(step).flops / 1e9:.4g}"
-    utilization = timer.utilization(1e9 * float(gflop), seconds, step.precision)
-    return {"stage": name, "precision": step.precision, **figures, "GFLOP": gflop, "MFU %": utilization}
+    rate = f"{float(gflop) / seconds / 1e3:.4g}"
+    return {"stage": name, "precision": step.precision, **figures, "GFLOP": gflop, "TFLOP/s": rate}
 
 
 def measure_decoding(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:

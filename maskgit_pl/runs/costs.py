@@ -1,8 +1,8 @@
 """Memory and FLOPs of a training step, counted in a step on tensors that have shapes but no content.
 
-``doctor`` says with them whether a run fits into a device, and ``build`` logs the FLOP/s of a run. The counted step
-runs the code of the training, forward and backward, in torch's ``FakeTensorMode``: it takes seconds for any size of
-network and batch, and needs no GPU. Such a step must have no operation whose result has a size that depends on values.
+``doctor`` says with them whether a run fits into a device. The counted step runs the code of the training, forward and
+backward, in torch's ``FakeTensorMode``: it takes seconds for any size of network and batch, and needs no GPU. Such a
+step must have no operation whose result has a size that depends on values.
 """
 
 from __future__ import annotations
