@@ -111,24 +111,15 @@ class Timer:
 
 
 def measure_training(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
-    """Yields a row for a training step of each stage, backbone and precision; of stage 2 also compiled."""
+    """Yields a row for a training step of each stage, backbone and precision."""
     for precision in DTYPES:
         yield _measure_step("1, tokenizer", partial(stage1_step.Ours, sizes.stage1, precision), timer)
         for backbone in _BACKBONES:
             make = partial(stage2_step.Ours, replace(sizes.stage2, backbone=backbone), precision)
-            yield (eager := _measure_step(f"2, {backbone}", make, timer))
-            if timer.device.type == "cuda":  # its FLOPs cannot be counted; they are the same
-                name = f"2, {backbone}, compiled: step"
-                yield _measure_step(name, partial(make, compiled="step"), timer, gflop=eager["GFLOP"])
+            yield _measure_step(f"2, {backbone}", make, timer)
 
 
-def _measure_step(
-    name: str,
-    make: Callable[[], stage1_step.Ours | stage2_step.Ours],
-    timer: Timer,
-    *,
-    gflop: str | None = None,
-) -> dict[str, str]:
+def _measure_step(name: str, make: Callable[[], stage1_step.Ours | stage2_step.Ours], timer: Timer) -> dict[str, str]:
     timer.reset_memory()
     torch.manual_seed(0)
     step = make()
@@ -137,11 +128,10 @@ def _measure_step(
         step.batch = StepDataModule().transfer_batch_to_device(step.batch, timer.device, 0)
     batch, seconds = len(step.batch.labels), timer(step)
     figures = timer.row(batch, seconds)
-    if gflop is None:
-        with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
-            gflop = f"{count_work(step).flops / 1e9:.4g}"
-    rate = f"{float(gflop) / seconds / 1e3:.4g}"
-    return {"stage": name, "precision": step.precision, **figures, "GFLOP": gflop, "TFLOP/s": rate}
+    with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
+        flops = count_work(step).flops
+    work = {"GFLOP": f"{flops / 1e9:.4g}", "TFLOP/s": f"{flops / seconds / 1e12:.4g}"}
+    return {"stage": name, "precision": step.precision, **figures, **work}
 
 
 def measure_decoding(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:

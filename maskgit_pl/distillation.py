@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.checks import check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, draw_start
@@ -114,7 +114,6 @@ class DistillationConfig(MaskedTokenConfig):
             raise ValueError(
                 "teacher must be a pretrained transformer folder, got none; name its model by --pretrained"
             )
-        check_choice("compiled", self.compiled, ("none", "blocks"))  # the decoding in a step is no single graph
         set_specs(self, distillation=distillations)
         if any(self.decoding.scales()):
             raise ValueError(

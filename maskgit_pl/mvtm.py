@@ -25,8 +25,6 @@ from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
-_NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
-
 
 @dataclass(frozen=True)
 class MaskedTokenConfig(TokenModelConfig):
@@ -134,8 +132,6 @@ class MaskedTokenModel(TokenModel):
         draws = self._draws_of(batch, mask)
         if self.training and self.objective.visible_weight > 0:
             return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
-        if self.training and self.config.compiled == "step":
-            return draws.pad(max(1, mask.numel() // _NUM_SIZES))
         return draws
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -144,7 +140,7 @@ class MaskedTokenModel(TokenModel):
 
     def _average(self, losses: Tensor, draws: Draws) -> Tensor:
         # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
-        return self.objective(TokenLosses.of(losses, draws))
+        return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""

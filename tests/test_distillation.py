@@ -167,8 +167,6 @@ def test_settings_that_do_not_fit_are_refused(tiny_pretrained, tiny_autoregressi
         ValueError, match="teacher must be a pretrained transformer folder, got none; name its model by"
     ):
         student(tiny_pretrained, teacher="")
-    with pytest.raises(ValueError, match=r"^compiled must be .*none.*blocks.*, got 'step'"):
-        student(tiny_pretrained, compiled="step")
     with pytest.raises(ValueError, match=r"distillation 'dymo': .*dimo"):
         student(tiny_pretrained, "dymo")
     with pytest.raises(ValueError, match=r"reverse must be a number in \[0, 1\], got 2"):

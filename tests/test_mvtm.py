@@ -300,7 +300,7 @@ def test_the_weighted_loss_by_hand(tiny_pretrained):
     index = torch.arange(8)
     tokens = torch.randint(16, (8, 16), generator=torch.Generator().manual_seed(5))
     drawn = module._with_draws(Batch(tokens, index % 3, index, torch.zeros_like(index), index, index >= 0))
-    losses, mask = module._run_step(drawn), drawn.draws.mask
+    losses, mask = module._compute_training_losses(drawn), drawn.draws.mask
     logits = module.transformer(tokens.masked_fill(mask, network.mask_token_id), drawn.labels, vocabulary="all")
     each = cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
     weights = torch.where(mask, 1.0, 0.5)

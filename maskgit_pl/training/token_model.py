@@ -15,8 +15,8 @@ training step does for each micro-batch (the code of both repeats the numbers):
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
 
 The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
-on the host, so that no later operation has a size that depends on values: the host does not wait for the device, and 5
-and 6 are one graph, which ``compiled: step`` compiles. With another data module they run in the step, on its device.
+on the host, so that no later operation has a size that depends on values, and the host does not wait for the device.
+With another data module they run in the step, on its device.
 
 Lightning runs the backward pass. After the last micro-batch:
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -92,8 +92,7 @@ class TokenModelConfig:
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step``
-            forward pass and loss as one graph.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
 
     Raises:
         ValueError: if a number is out of range.
@@ -206,10 +205,6 @@ class TokenModel(LightningModule):
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
         self._bins = BinnedMeans(self.binned_by)
-        self._run_step: Callable[[Batch], StepLosses] = self._compute_training_losses
-        if config.compiled == "step":
-            # Sizes are few and static, which a CUDA graph needs.
-            self._run_step = torch.compile(self._compute_training_losses, fullgraph=True, dynamic=False)
 
     @abstractmethod
     def _draw(self, batch: Batch) -> Draws:
@@ -297,7 +292,7 @@ class TokenModel(LightningModule):
         """Computes the loss of one micro-batch, scalar float32."""
         batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
         self._reseed_dropout(batch_idx)  # 3
-        losses = self._run_step(batch._replace(content=self._encode(batch)))  # 4, 5, 6
+        losses = self._compute_training_losses(batch._replace(content=self._encode(batch)))  # 4, 5, 6
         self._log_step(batch, losses, batch_idx)
         return losses.loss
 
@@ -323,7 +318,7 @@ class TokenModel(LightningModule):
             return self.tokenizer.network.encode(images.to(torch.float32) / 255)
 
     def _compute_training_losses(self, batch: Batch) -> StepLosses:
-        """Returns loss and statistics of the trained network for a batch of tokens; ``compiled: step`` compiles it."""
+        """Returns loss and statistics of the trained network for a batch of tokens."""
         return self.compute_losses(self.transformer, batch, batch.content, smoothing=self.config.label_smoothing)
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
