@@ -290,7 +290,7 @@ class StageRun:
         step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
         # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
         # does not count the pictures after a validation.
-        health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
+        health = [HealthMonitor()] if isinstance(self.values, TokenizerRun) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
         return [*health, *usual, *named, *self.callbacks, SpeedMonitor(self.folder)]

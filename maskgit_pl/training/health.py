@@ -5,20 +5,17 @@
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
 2. At the Trainer's logging steps, the ranks add up their counts, and the measurements go to all loggers.
 3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of
-   a run. A value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage
-   folder. Training continues.
+   a run. A value that stays outside gives one warning in each process. Training continues.
 
-Counts and reports are saved in checkpoints, so a resumed run has the same measurements and repeats no report.
+Counts are saved in checkpoints, so a resumed run has the same measurements.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +23,10 @@ from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
-from maskgit_pl.files import parse_any_json, try_write_text
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
 log = logging.getLogger(__name__)
-
-FILE_NAME = "health.json"  # in the stage folder
 
 _LOWER_RATE = "lower model.optimizer.learning_rate.peak"
 _USE_CODES = [  # what brings unused codes back; the first value is that of recipes/tokenizer/base.yaml
@@ -64,28 +57,17 @@ DEAD_AFTER = 100
 PATIENCE = 3
 """Number of measurements in a row outside of a range before an alarm, since single measurements are noisy."""
 
+GRACE = (100, 5000)
+"""Smallest and largest number of steps without alarms; see ``grace_steps``."""
 
-@dataclass(frozen=True)
-class HealthConfig:
-    """The recipe key ``health``.
 
-    Args:
-        grace_steps: Steps without alarms at the beginning, and after the first step of the discriminator, >= 0. None:
-            5 % of the run, at least 200 and at most 5,000, since the warm-up changes features faster than codes.
+def grace_steps(max_steps: int) -> int:
+    """Returns the number of steps without alarms at the beginning, and after the first step of the discriminator.
 
-    Raises:
-        ValueError: if the number is out of range.
+    They are 5 % of the run, within ``GRACE``, since the warm-up changes features faster than codes.
     """
-
-    grace_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.grace_steps is not None:
-            check_integer("grace_steps", self.grace_steps, "[0, 2**53)")
-
-    def grace(self, max_steps: int) -> int:
-        """Returns the number of steps without alarms in a run of ``max_steps`` steps."""
-        return min(max(max_steps // 20, 200), 5000) if self.grace_steps is None else self.grace_steps
+    least, most = GRACE
+    return min(max(max_steps // 20, least), most)
 
 
 @dataclass(frozen=True)
@@ -246,18 +228,15 @@ class HealthMonitor(Callback):
 
     Logged as ``train/NAME``: the measurements of ``CodeHistory.measure`` and ``measure_vectors``.
 
-    Args:
-        folder: Folder of the stage, for ``health.json``.
-        config: Healthy ranges; None for no alarms. The measurements are logged in both cases.
+    Attributes:
+        reported: The causes that this process has reported, each with its problem.
     """
 
     history: CodeHistory
     quantizer: Quantizer
 
-    def __init__(self, folder: Path, config: HealthConfig | None = None) -> None:
-        self.folder = folder
-        self.config = config
-        self.reports: list[dict[str, Any]] = []  # what was reported so far, as in ``health.json``
+    def __init__(self) -> None:
+        self.reported: dict[str, Problem] = {}
         self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
         self._first_judged: int | None = None  # first step with a measurement of the discriminator
         self._hook: torch.utils.hooks.RemovableHandle | None = None
@@ -285,8 +264,6 @@ class HealthMonitor(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_step = trainer.global_step
-        if not trainer.global_step and trainer.is_global_zero:
-            (self.folder / FILE_NAME).unlink(missing_ok=True)  # of another run in the same folder
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._last = None  # frees the features
@@ -299,8 +276,6 @@ class HealthMonitor(Callback):
         self._measured_step = trainer.global_step
         metrics, num_tokens = self._measure(trainer, pl_module)
         self.history.counts.zero_()
-        if self.config is None:
-            return
         # A rank logs the accuracy of its own micro-batch, and of a few images all are often classified correctly.
         accuracy = trainer.callback_metrics.get("train/discriminator_accuracy")
         if accuracy is not None:
@@ -314,19 +289,15 @@ class HealthMonitor(Callback):
             )
             if "discriminator_accuracy" in metrics and self._first_judged is None:
                 self._first_judged = trainer.global_step
-            self._judge(trainer.global_step, self.config.grace(int(trainer.max_steps)), problems)
+            self._judge(trainer.global_step, grace_steps(int(trainer.max_steps)), problems)
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns counts and reports; must be called on every rank."""
-        reported = {"reports": self.reports, "streaks": self._streaks, "first_judged": self._first_judged}
-        return {**self.history.state(), "reported": json.dumps(reported)}
+        """Returns the counts; must be called on every rank."""
+        return self.history.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores ``state_dict``."""
         self.history.load(state_dict)
-        reported = parse_any_json(state_dict["reported"], "the health of a checkpoint")
-        self.reports, self._streaks = reported["reports"], reported["streaks"]
-        self._first_judged = reported["first_judged"]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
         """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""
@@ -349,11 +320,8 @@ class HealthMonitor(Callback):
             if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
         }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
-        reported = {report["cause"] for report in self.reports}
-        new = [cause for cause, streak in self._streaks.items() if streak >= PATIENCE and cause not in reported]
-        for problem in (problems[cause] for cause in new):
-            advice = "; or ".join(problem.advice)
-            log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
-            self.reports.append({"step": step, **asdict(problem)})
-        if new:
-            try_write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
+        for cause, streak in self._streaks.items():
+            if streak >= PATIENCE and cause not in self.reported:
+                problem = self.reported[cause] = problems[cause]
+                advice = "; or ".join(problem.advice)
+                log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)

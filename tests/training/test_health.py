@@ -1,6 +1,5 @@
 """Health is measured as independent formulas say, survives a resume, and an alarm comes once and names the way out."""
 
-import json
 import logging
 from types import SimpleNamespace
 
@@ -13,10 +12,10 @@ from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.training import health
 from maskgit_pl.training.health import (
     CodeHistory,
-    HealthConfig,
     HealthMonitor,
     attainable_codes,
     find_problems,
+    grace_steps,
     measure_vectors,
 )
 from tests.forked import run_ranks
@@ -24,13 +23,11 @@ from tests.short_runs import data, fit, tiny_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:.*smaller than the logging")
 
-STRICT = HealthConfig(grace_steps=2)
-
 
 @pytest.fixture
 def strict(monkeypatch):
     """Reports any usage below all codes, so that a healthy network gives alarms."""
-    for name, value in (("LEAST_USAGE", 1.0), ("LEAST_PERPLEXITY", 1.0), ("PATIENCE", 2)):
+    for name, value in (("LEAST_USAGE", 1.0), ("LEAST_PERPLEXITY", 1.0), ("PATIENCE", 2), ("GRACE", (2, 2))):
         monkeypatch.setattr(f"maskgit_pl.training.health.{name}", value)
 
 
@@ -38,8 +35,8 @@ def strict(monkeypatch):
 def train(tiny_shards):
     """Trains a tokenizer with a CSV log and checkpoints in the folder; returns the monitor."""
 
-    def call(folder, *, steps, monitor=None, resume=None, log_every=1, every=100):
-        monitor = monitor or HealthMonitor(folder)
+    def call(folder, *, steps, resume=None, log_every=1, every=100):
+        monitor = HealthMonitor()
         fit(
             tiny_module("tokenizer"), data(tiny_shards), steps=steps, folder=folder / "checkpoints", every=every,
             resume=resume, callbacks=[monitor], logger=CSVLogger(folder, "", ""), num_sanity_val_steps=0,
@@ -93,28 +90,22 @@ def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
     assert found["codebook_norm"] == pytest.approx(float(codes.norm(dim=1).mean()), rel=1e-5)
 
 
-@pytest.mark.usefixtures("strict")
-def test_a_resumed_run_measures_and_reports_as_an_uninterrupted_one(train, tmp_path):
+def test_a_resumed_run_measures_as_an_uninterrupted_one(train, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    whole = train(straight, steps=8, log_every=2, monitor=HealthMonitor(straight, STRICT))
-    train(resumed, steps=5, log_every=2, monitor=HealthMonitor(resumed, STRICT), every=5)
-    second = train(
-        resumed, steps=8, log_every=2, monitor=HealthMonitor(resumed, STRICT),
-        resume=resumed / "checkpoints" / "step-00000005",
-    )  # fmt: skip
+    train(straight, steps=8, log_every=2)
+    train(resumed, steps=5, log_every=2, every=5)
+    train(resumed, steps=8, log_every=2, resume=resumed / "checkpoints" / "step-00000005")
     names = [name for name in logged(straight)[8] if name.startswith("train/")]
     assert len(names) >= 6
     for step in (6, 8):
         assert [logged(resumed)[step][name] for name in names] == [logged(straight)[step][name] for name in names]
-    assert second.reports == whole.reports
-    assert whole.reports
 
 
-def judge_own_accuracy(rank, store, folder):
+def judge_own_accuracy(rank, store):
     """Rank 0 classifies its few images correctly, and rank 1 half of its own."""
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    health.DISCRIMINATOR_ACCURACY, health.PATIENCE = (0.3, 0.7), 1
-    monitor = HealthMonitor(folder, HealthConfig(grace_steps=0))
+    health.DISCRIMINATOR_ACCURACY, health.PATIENCE, health.GRACE = (0.3, 0.7), 1, (0, 0)
+    monitor = HealthMonitor()
     module = tiny_module("tokenizer")
     trainer = SimpleNamespace(
         global_step=2, max_steps=10, log_every_n_steps=2, is_global_zero=rank == 0, loggers=[],
@@ -123,31 +114,22 @@ def judge_own_accuracy(rank, store, folder):
     monitor.setup(trainer, module, "fit")
     for trainer.global_step in (2, 4):  # the grace period begins with the first judgement
         monitor.on_train_batch_end(trainer, module)
-    assert [report["value"] for report in monitor.reports] == ([0.75] if rank == 0 else [])
+    assert [problem.value for problem in monitor.reported.values()] == ([0.75] if rank == 0 else [])
     dist.destroy_process_group()
 
 
 def test_the_discriminator_is_judged_on_the_images_of_all_ranks(tmp_path):
-    run_ranks(judge_own_accuracy, tmp_path / "store", tmp_path)
+    run_ranks(judge_own_accuracy, tmp_path / "store")
 
 
 @pytest.mark.usefixtures("strict")
 def test_an_alarm_is_reported_once_after_grace_and_patience(train, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        monitor = train(tmp_path, steps=8, monitor=HealthMonitor(tmp_path, STRICT))
+        monitor = train(tmp_path, steps=8)
     warnings = [record.getMessage() for record in caplog.records if "health:" in record.getMessage()]
-    causes = [report["cause"] for report in monitor.reports]
-    assert len(warnings) == len(causes) == len(set(causes)) >= 1
-    assert all(report["step"] >= 4 for report in monitor.reports)  # 2 of grace, then 2 measurements
+    assert len(warnings) == len(monitor.reported) >= 1
+    assert warnings[0].startswith("step 4: ")  # 2 of grace, then 2 measurements
     assert all("model.network.quantizer" in line and "Training continues" in line for line in warnings)
-    assert json.loads((tmp_path / "health.json").read_text()) == monitor.reports
-
-
-def test_without_ranges_measurements_are_logged_and_not_reported(train, tmp_path, caplog):
-    train(tmp_path, steps=8)
-    assert "train/perplexity" in logged(tmp_path)[8]
-    assert not [record for record in caplog.records if "health:" in record.getMessage()]
-    assert not (tmp_path / "health.json").exists()
 
 
 def problems(metrics, *, codebook_size=16, num_tokens=10_000, has_codebook=True):
@@ -186,7 +168,4 @@ def test_few_tokens_cannot_use_many_codes():
 
 
 def test_the_grace_period_follows_the_length_of_the_run():
-    assert [HealthConfig().grace(steps) for steps in (100, 20_000, 10**6)] == [200, 1000, 5000]
-    assert HealthConfig(grace_steps=7).grace(10**6) == 7
-    with pytest.raises(ValueError, match="grace_steps must be an integer"):
-        HealthConfig(grace_steps=-1)
+    assert [grace_steps(steps) for steps in (100, 20_000, 10**6)] == [100, 1000, 5000]
