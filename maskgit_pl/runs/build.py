@@ -287,7 +287,7 @@ class StageRun:
         if self.plan.stage == "transformer":
             find_vectors = self._find_vectors if self.datamodule.config.vectors else None
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
-        step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
+        step_check, unreadable = StepCheck(self.checkpoints), UnreadableReport(self.folder)
         # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
         # does not count the pictures after a validation.
         health = [HealthMonitor()] if isinstance(self.values, TokenizerRun) else []

@@ -152,38 +152,25 @@ class SamplePictures(Callback):
 
 
 class UnreadableReport(Callback):
-    """A callback that reports unreadable images.
+    """A callback that reports unreadable images at the end of the run, or when it fails.
 
-    The metric ``data/unreadable`` is their number on rank 0, logged at the Trainer's interval. At the end of the run,
-    or when it fails, one line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks)
-    lists each image of the train and val split with its reason. The counts start at 0 with each process.
+    One line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks) lists each image
+    of the train and val split with its reason. The counts start at 0 with each process.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._logged = -1
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # added at run time
-            self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer)
         self._report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._report(trainer)
 
-    def _log(self, trainer: Trainer) -> None:
-        count = sum(images.count for images in _counters(trainer).values())
-        # Only changes are logged, so that a clean run has a single point.
-        if count != self._logged:
-            for logger in trainer.loggers:
-                logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
-            self._logged = count
-
     def _report(self, trainer: Trainer) -> None:
-        counters = {split: images for split, images in _counters(trainer).items() if images.count}
+        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+        found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
+        counters = {k: images for k, images in found.items() if isinstance(images, UnreadableImages) and images.count}
         if not counters:
             return
         rank = trainer.global_rank
@@ -208,13 +195,6 @@ def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) ->
     for logger in trainer.loggers:
         if isinstance(logger, TolerantLogger):
             logger.log_image(name, picture, trainer.global_step)
-
-
-def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
-    """Returns the counter of each split that has one."""
-    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
-    counters = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
-    return {split: images for split, images in counters.items() if isinstance(images, UnreadableImages)}
 
 
 def _format_counts(counts: dict[str, int]) -> str:
