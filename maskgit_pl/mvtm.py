@@ -101,22 +101,6 @@ class MaskedTokenModel(TokenModel):
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
         self.objective = config.built_objective
 
-    def draw_on_host(self, batch: Batch) -> Batch:
-        """Checks the size of a batch, which would leave strata empty, and adds the random draws of the step.
-
-        Raises:
-            ValueError: if the size does not fit ``config.global_batch``.
-        """
-        if self.training:  # validation batches may have other sizes
-            rows, ranks, accumulated = len(batch.labels), self.trainer.world_size, self.trainer.accumulate_grad_batches
-            if rows * ranks * accumulated != self.config.global_batch:
-                raise ValueError(
-                    f"global_batch must be the samples per step of the data, got {self.config.global_batch} and "
-                    f"{rows} samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's "
-                    "global batch"
-                )
-        return super().draw_on_host(batch)
-
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
         # 1. Mask.

@@ -19,7 +19,6 @@ seconds. Training runs use ``training.callbacks``. The lines go to the log, not 
 from __future__ import annotations
 
 import datetime
-import itertools
 import logging
 import multiprocessing
 import os
@@ -73,21 +72,6 @@ def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Returns this process's rank on its machine; 0 without a launcher."""
     return next((int(environment[name]) for name in _LOCAL_RANKS if name in environment), 0)
-
-
-def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks the variables of a launcher, which Lightning converts to integers when it is imported.
-
-    Raises:
-        ValueError: if a variable is no integer.
-    """
-    for name in (*itertools.chain(*_RANKS), *_LOCAL_RANKS):
-        try:
-            int(environment.get(name) or 0)
-        except ValueError:
-            raise ValueError(
-                f"{name} must be an integer, got {environment[name]!r}; unset it outside of a job"
-            ) from None
 
 
 @contextmanager

@@ -174,7 +174,6 @@ def test_a_compiled_run_under_fsdp_resumes_without_compilation(bench):
 
 TOPOLOGIES = {"1 process": Topology(), "2 ranks": Topology(ranks=2), "accumulating": Topology(ranks=2, accumulation=3)}
 COUNTED = ("codebook_usage", "perplexity", "dead_codes")
-AVERAGED = ("feature_norm", "codebook_norm", "commitment_distance")
 # The entropy of a micro-batch would train another network with accumulation, and restarts make codes that are equal.
 QUANTIZER = '--model.network.quantizer={"name": "gradient", "entropy_weight": 0}'
 
@@ -200,10 +199,7 @@ def logged(fine_tunings, name):
     """Returns the logged health of a run: (step, value) by name."""
     events = EventAccumulator(str(fine_tunings.folder / name / "tokenizer"))
     events.Reload()
-    return {
-        metric: [(event.step, event.value) for event in events.Scalars(f"train/{metric}")]
-        for metric in (*COUNTED, *AVERAGED)
-    }
+    return {metric: [(event.step, event.value) for event in events.Scalars(f"train/{metric}")] for metric in COUNTED}
 
 
 def test_two_ranks_measure_and_report_the_health_of_one_process(fine_tunings):
@@ -219,8 +215,6 @@ def test_two_ranks_measure_and_report_the_health_of_one_process(fine_tunings):
     assert 0 < one["dead_codes"][-1][1] < 16
     for metric in COUNTED:
         assert measured["2 ranks"][metric] == measured["accumulating"][metric] == one[metric], metric
-    for metric in AVERAGED:  # of the last micro-batch
-        torch.testing.assert_close(torch.tensor(measured["2 ranks"][metric]), torch.tensor(one[metric]))
     assert ("2", "only") in alarms[0]  # codes are in use
     assert alarms[1] == alarms[0]
     assert {cause for _, cause in alarms[2]} == {cause for _, cause in alarms[0]}

@@ -254,13 +254,6 @@ def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
         check_tokenizer(config, load_tokenizer(tiny_pretrained / "tokenizer"))
 
 
-def test_another_global_batch_than_that_of_the_data_is_refused(tiny_shards, tiny_pretrained, tmp_path):
-    network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-    module = masked_model(network, tiny_pretrained / "tokenizer", global_batch=16)
-    with pytest.raises(ValueError, match=r"got 16 and 8 samples x 1 ranks x 1 accumulated; give MaskedTokenConfig"):
-        fit(module, data(tiny_shards), steps=1, folder=tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 def test_a_resumed_run_equals_a_straight_one_bit_exact(tiny_shards, tiny_pretrained, tmp_path, options):

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
@@ -42,10 +41,6 @@ LEAST_USAGE = 0.3
 
 LEAST_PERPLEXITY = 0.1
 """Smallest healthy perplexity, of that of uniform tokens. Some codes (background) are more frequent."""
-
-LARGEST_DISTANCE = 1.0
-"""Largest healthy commitment distance, in units of the feature norm. At 1 the nearest code is as far from a feature as
-the origin is: the codes explain nothing."""
 
 DISCRIMINATOR_ACCURACY = (0.3, 0.98)
 """Smallest and largest healthy accuracy of the discriminator. It is 0.5 if images cannot be told apart. Below the first
@@ -92,16 +87,13 @@ def attainable_codes(codebook_size: int, num_tokens: float) -> float:
     return float(codebook_size * (1 - (1 - 1 / codebook_size) ** num_tokens))
 
 
-def find_problems(
-    metrics: Mapping[str, float], *, codebook_size: int, num_tokens: float, has_codebook: bool = True
-) -> Iterator[Problem]:
+def find_problems(metrics: Mapping[str, float], *, codebook_size: int, num_tokens: float) -> Iterator[Problem]:
     """Compares measurements with their healthy ranges.
 
     Args:
         metrics: Measurements by name without ``train/`` or ``val/``; missing ones are not judged.
         codebook_size: K, number of codes.
         num_tokens: Number of tokens that usage and perplexity were measured on.
-        has_codebook: True if the quantizer stores its codes as vectors, in the space of the features.
     """
     attainable = attainable_codes(codebook_size, num_tokens)
 
@@ -118,15 +110,6 @@ def find_problems(
             f"healthy: at least {limit:.1f}), so a few codes describe nearly everything"
         )
         yield Problem("perplexity", value, text, _USE_CODES)
-
-    value, norm = metrics.get("commitment_distance", 0.0), metrics.get("feature_norm", math.inf)
-    limit = LARGEST_DISTANCE * norm
-    if value > limit and has_codebook:
-        text = (
-            f"the features are {value:.3g} away from their codes on average (healthy: at most {limit:.3g}, for a "
-            f"feature norm of {norm:.3g}), so the codes explain nothing of them"
-        )
-        yield Problem("commitment_distance", value, text, ["raise model.network.quantizer.commitment", _LOWER_RATE])
 
     value, (least, limit) = metrics.get("discriminator_accuracy", 0.5), DISCRIMINATOR_ACCURACY
     if value > limit:
@@ -202,71 +185,46 @@ class CodeHistory:
         return {name: float(value) for name, value in measurements.items()}, int(counts.sum())
 
 
-@torch.no_grad()
-def measure_vectors(quantizer: Quantizer, features: Tensor, tokens: Tensor) -> dict[str, float]:
-    """Measures features and codes of a micro-batch, averaged over the ranks; must be called on every rank.
-
-    Args:
-        quantizer: Quantizer with or without parameters; its codes are read with ``lookup``.
-        features: (B, D, h, w) float: its input.
-        tokens: (B, N) int64 in [0, K): its tokens for them, N = h w.
-
-    Returns:
-        Mean L2 norms by name: ``feature_norm`` of the features z, ``codebook_norm`` of all codes, and
-        ``commitment_distance`` of z - q, with q the code of each feature.
-    """
-    rows = rearrange(features, "b d h w -> b (h w) d").float()  # (B, N, D)
-    codes = quantizer.lookup(torch.arange(quantizer.codebook_size, device=features.device)).float()  # (K, D)
-    distance = (rows - quantizer.lookup(tokens).float()).norm(dim=-1).mean()
-    means = torch.stack([rows.norm(dim=-1).mean(), codes.norm(dim=-1).mean(), distance])
-    names = ("feature_norm", "codebook_norm", "commitment_distance")
-    return dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
-
-
 class HealthMonitor(Callback):
     """A callback that logs the health of a tokenizer, and warns if it leaves its healthy ranges.
 
-    Logged as ``train/NAME``: the measurements of ``CodeHistory.measure`` and ``measure_vectors``.
+    Logged as ``train/NAME``: the measurements of ``CodeHistory.measure``.
 
     Attributes:
         reported: The causes that this process has reported, each with its problem.
     """
 
     history: CodeHistory
-    quantizer: Quantizer
 
     def __init__(self) -> None:
         self.reported: dict[str, Problem] = {}
         self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
         self._first_judged: int | None = None  # first step with a measurement of the discriminator
         self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._last: tuple[Tensor, Tensor] | None = None  # features and tokens of the last micro-batch
+        self._num_tokens = 0  # of the last micro-batch
         self._measured_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts to observe the quantizer."""
-        self.quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
-        self.history = CodeHistory(self.quantizer.codebook_size)
+        quantizer: Quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
+        self.history = CodeHistory(quantizer.codebook_size)
 
         def observe(module: nn.Module, inputs: Any, output: QuantizerOutput) -> None:
             # 1. A frozen quantizer stays in evaluation mode, and is observed too.
             if torch.is_grad_enabled() and pl_module.training:
-                self._last = output.features, output.tokens
+                self._num_tokens = output.tokens.numel()
                 self.history.add(output.tokens, trainer.global_step + 1)
 
-        self._hook = self.quantizer.register_forward_hook(observe)
+        self._hook = quantizer.register_forward_hook(observe)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stops to observe the quantizer."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._last = None
+        self._hook = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_step = trainer.global_step
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._last = None  # frees the features
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # A micro-batch that ends no step leaves global_step as it is.
@@ -281,12 +239,7 @@ class HealthMonitor(Callback):
         if accuracy is not None:
             metrics["discriminator_accuracy"] = float(mean_over_ranks(accuracy.to(pl_module.device)))
         if trainer.is_global_zero:
-            problems = find_problems(
-                metrics,
-                codebook_size=self.quantizer.codebook_size,
-                num_tokens=num_tokens,
-                has_codebook=isinstance(getattr(self.quantizer, "codebook", None), Tensor),
-            )
+            problems = find_problems(metrics, codebook_size=len(self.history.counts), num_tokens=num_tokens)
             if "discriminator_accuracy" in metrics and self._first_judged is None:
                 self._first_judged = trainer.global_step
             self._judge(trainer.global_step, grace_steps(int(trainer.max_steps)), problems)
@@ -301,13 +254,11 @@ class HealthMonitor(Callback):
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
         """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""
-        if self._last is None:
+        if not self._num_tokens:
             return {}, 0
-        features, tokens = self._last
-        tokens_per_step = tokens.numel() * getattr(pl_module, "accumulation", 1) * trainer.world_size
-        dead_after = max(DEAD_AFTER, -(-10 * self.quantizer.codebook_size // tokens_per_step))
+        tokens_per_step = self._num_tokens * getattr(pl_module, "accumulation", 1) * trainer.world_size
+        dead_after = max(DEAD_AFTER, -(-10 * len(self.history.counts) // tokens_per_step))
         metrics, num_tokens = self.history.measure(trainer.global_step, dead_after=dead_after)
-        metrics |= measure_vectors(self.quantizer, features, tokens)
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         return metrics, num_tokens

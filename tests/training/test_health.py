@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
-from maskgit_pl.networks.quantizers import quantizers
 from maskgit_pl.training import health
 from maskgit_pl.training.health import (
     CodeHistory,
@@ -16,7 +15,6 @@ from maskgit_pl.training.health import (
     attainable_codes,
     find_problems,
     grace_steps,
-    measure_vectors,
 )
 from tests.forked import run_ranks
 from tests.short_runs import data, fit, tiny_module
@@ -71,32 +69,13 @@ def test_usage_perplexity_and_dead_codes_by_hand():
     })  # fmt: skip
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("name", sorted(quantizers.names()))
-def test_vectors_of_every_quantizer_are_measured_by_its_lookup(name):
-    try:
-        spec = {"name": "fsq", "levels": [2, 2, 2, 2]} if name == "fsq" else name
-        quantizer = quantizers.build(spec).create(codebook_size=16, code_dim=4)
-    except (ValueError, ImportError):
-        pytest.skip("does not take 16 codes of size 4")
-    features = torch.linspace(-1, 1, 2 * 4 * 2 * 3).reshape(2, 4, 2, 3)
-    tokens = quantizer.nearest(features)
-    found = measure_vectors(quantizer, features, tokens)
-    rows = torch.stack([features[b, :, y, x] for b in range(2) for y in range(2) for x in range(3)])
-    distances = [(row - quantizer.lookup(token)).norm() for row, token in zip(rows, tokens.flatten(), strict=True)]
-    assert found["commitment_distance"] == pytest.approx(float(torch.stack(distances).mean()), rel=1e-5)
-    assert found["feature_norm"] == pytest.approx(float(rows.norm(dim=1).mean()), rel=1e-5)
-    codes = torch.stack([quantizer.lookup(torch.tensor(code)) for code in range(16)])
-    assert found["codebook_norm"] == pytest.approx(float(codes.norm(dim=1).mean()), rel=1e-5)
-
-
 def test_a_resumed_run_measures_as_an_uninterrupted_one(train, tmp_path):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train(straight, steps=8, log_every=2)
     train(resumed, steps=5, log_every=2, every=5)
     train(resumed, steps=8, log_every=2, resume=resumed / "checkpoints" / "step-00000005")
     names = [name for name in logged(straight)[8] if name.startswith("train/")]
-    assert len(names) >= 6
+    assert len(names) >= 3
     for step in (6, 8):
         assert [logged(resumed)[step][name] for name in names] == [logged(straight)[step][name] for name in names]
 
@@ -132,9 +111,8 @@ def test_an_alarm_is_reported_once_after_grace_and_patience(train, tmp_path, cap
     assert all("model.network.quantizer" in line and "Training continues" in line for line in warnings)
 
 
-def problems(metrics, *, codebook_size=16, num_tokens=10_000, has_codebook=True):
-    options = {"codebook_size": codebook_size, "num_tokens": num_tokens, "has_codebook": has_codebook}
-    return list(find_problems(metrics, **options))
+def problems(metrics, *, codebook_size=16, num_tokens=10_000):
+    return list(find_problems(metrics, codebook_size=codebook_size, num_tokens=num_tokens))
 
 
 @pytest.mark.parametrize(
@@ -142,7 +120,6 @@ def problems(metrics, *, codebook_size=16, num_tokens=10_000, has_codebook=True)
     [
         ({"codebook_usage": 0.29}, "codebook_usage"),
         ({"perplexity": 1.59}, "perplexity"),
-        ({"commitment_distance": 1.1, "feature_norm": 1.0}, "commitment_distance"),
         ({"discriminator_accuracy": 0.99}, "discriminator_wins"),
         ({"discriminator_accuracy": 0.29}, "discriminator_fails"),
     ],
@@ -155,9 +132,8 @@ def test_each_range_has_a_cause_and_advice(metrics, cause):
 
 
 def test_values_inside_of_the_ranges_are_no_problem():
-    healthy = {"codebook_usage": 0.3, "perplexity": 1.6, "commitment_distance": 1.0, "feature_norm": 1.0}
-    assert problems({**healthy, "discriminator_accuracy": 0.5}) == problems({}) == []
-    assert problems({"commitment_distance": 9.0, "feature_norm": 1.0}, has_codebook=False) == []
+    healthy = {"codebook_usage": 0.3, "perplexity": 1.6, "discriminator_accuracy": 0.5}
+    assert problems(healthy) == problems({}) == []
 
 
 def test_few_tokens_cannot_use_many_codes():
