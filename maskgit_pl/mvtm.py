@@ -131,7 +131,9 @@ class MaskedTokenModel(TokenModel):
         row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
         return row_bins[positions // mask.shape[1]]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
         vectors = None if vectors is None else vectors.to(self.device)
-        model = ConditionalModel(self.averaged_network, self.device).bind(vectors)
+        model = ConditionalModel(self.ema_network, self.device).bind(vectors)
         return decode_classes(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

@@ -237,15 +237,6 @@ def test_class_dropout_takes_its_share_of_the_labels(tiny_pretrained):
     assert not torch.equal(later, dropped)
 
 
-def test_sampling_that_stops_early_restores_the_training_mode(tiny_pretrained):
-    module = model(tiny_pretrained, ema_decay=0.0).train()  # without an average the network that trains is decoded
-    steps = module.sample([0], [5])
-    next(steps)
-    assert not module.transformer.training
-    steps.close()
-    assert module.transformer.training
-
-
 @pytest.mark.parametrize(
     ("key", "config"), [("codebook_size", replace(CONFIG, codebook_size=8)), ("grid", replace(CONFIG, grid=(2, 8)))]
 )
