@@ -1,6 +1,6 @@
-"""The callbacks that a recipe names, and those that report progress, pictures and bad images.
+"""The interface of the callbacks that a recipe names, and those that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [device_stats]``. ``runs.build`` adds these callbacks after those that every run has.
+A recipe has ``callbacks: [NAME]`` for one of another package. ``runs.build`` adds it after those that every run has.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor
 from PIL import Image
 from torch import Tensor
 
@@ -51,17 +48,6 @@ class CallbackSpec(ABC):
 
 
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
-
-
-@callbacks.register("device_stats")
-@dataclass(frozen=True)
-class DeviceStats(CallbackSpec):
-    """Memory and load of the devices, in every logger, by Lightning's ``DeviceStatsMonitor``."""
-
-    def create(self, folder: Path) -> Callback:
-        if find_spec("psutil") is None:
-            raise ValueError("callback 'device_stats' must have the package psutil: pip install psutil")
-        return DeviceStatsMonitor()
 
 
 class ProgressLines(Callback):

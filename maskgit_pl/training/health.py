@@ -4,8 +4,9 @@
 
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
 2. At the Trainer's logging steps, the ranks add up their counts, and the measurements go to all loggers.
-3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of
-   a run. A value that stays outside gives one warning in each process. Training continues.
+3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of a
+   run, which also have the accuracy of the discriminator. A value that stays outside gives one warning in each
+   process. Training continues.
 
 Counts are saved in checkpoints, so a resumed run has the same measurements.
 """
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
+from maskgit_pl.distributed import max_over_ranks, rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
 log = logging.getLogger(__name__)
@@ -57,7 +58,7 @@ GRACE = (100, 5000)
 
 
 def grace_steps(max_steps: int) -> int:
-    """Returns the number of steps without alarms at the beginning, and after the first step of the discriminator.
+    """Returns the number of steps without alarms at the beginning.
 
     They are 5 % of the run, within ``GRACE``, since the warm-up changes features faster than codes.
     """
@@ -199,7 +200,6 @@ class HealthMonitor(Callback):
     def __init__(self) -> None:
         self.reported: dict[str, Problem] = {}
         self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
-        self._first_judged: int | None = None  # first step with a measurement of the discriminator
         self._hook: torch.utils.hooks.RemovableHandle | None = None
         self._num_tokens = 0  # of the last micro-batch
         self._measured_step = -1
@@ -234,15 +234,9 @@ class HealthMonitor(Callback):
         self._measured_step = trainer.global_step
         metrics, num_tokens = self._measure(trainer, pl_module)
         self.history.counts.zero_()
-        # A rank logs the accuracy of its own micro-batch, and of a few images all are often classified correctly.
-        accuracy = trainer.callback_metrics.get("train/discriminator_accuracy")
-        if accuracy is not None:
-            metrics["discriminator_accuracy"] = float(mean_over_ranks(accuracy.to(pl_module.device)))
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and trainer.global_step > grace_steps(int(trainer.max_steps)):
             problems = find_problems(metrics, codebook_size=len(self.history.counts), num_tokens=num_tokens)
-            if "discriminator_accuracy" in metrics and self._first_judged is None:
-                self._first_judged = trainer.global_step
-            self._judge(trainer.global_step, grace_steps(int(trainer.max_steps)), problems)
+            self._judge(trainer.global_step, {problem.cause: problem for problem in problems})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts; must be called on every rank."""
@@ -263,13 +257,8 @@ class HealthMonitor(Callback):
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         return metrics, num_tokens
 
-    def _judge(self, step: int, grace: int, problems_now: Iterable[Problem]) -> None:
+    def _judge(self, step: int, problems: Mapping[str, Problem]) -> None:
         """Reports each cause that has been outside of its range for ``PATIENCE`` measurements (3)."""
-        problems = {
-            problem.cause: problem
-            for problem in problems_now
-            if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
-        }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
         for cause, streak in self._streaks.items():
             if streak >= PATIENCE and cause not in self.reported:

@@ -1,14 +1,11 @@
 """Health is measured as independent formulas say, survives a resume, and an alarm comes once and names the way out."""
 
 import logging
-from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from lightning.pytorch.loggers import CSVLogger
 
-from maskgit_pl.training import health
 from maskgit_pl.training.health import (
     CodeHistory,
     HealthMonitor,
@@ -16,7 +13,6 @@ from maskgit_pl.training.health import (
     find_problems,
     grace_steps,
 )
-from tests.forked import run_ranks
 from tests.short_runs import data, fit, tiny_module
 
 pytestmark = pytest.mark.filterwarnings("ignore:Experiment logs directory", "ignore:.*smaller than the logging")
@@ -78,27 +74,6 @@ def test_a_resumed_run_measures_as_an_uninterrupted_one(train, tmp_path):
     assert len(names) >= 3
     for step in (6, 8):
         assert [logged(resumed)[step][name] for name in names] == [logged(straight)[step][name] for name in names]
-
-
-def judge_own_accuracy(rank, store):
-    """Rank 0 classifies its few images correctly, and rank 1 half of its own."""
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    health.DISCRIMINATOR_ACCURACY, health.PATIENCE, health.GRACE = (0.3, 0.7), 1, (0, 0)
-    monitor = HealthMonitor()
-    module = tiny_module("tokenizer")
-    trainer = SimpleNamespace(
-        global_step=2, max_steps=10, log_every_n_steps=2, is_global_zero=rank == 0, loggers=[],
-        callback_metrics={"train/discriminator_accuracy": torch.tensor(1.0 - rank / 2)},
-    )  # fmt: skip
-    monitor.setup(trainer, module, "fit")
-    for trainer.global_step in (2, 4):  # the grace period begins with the first judgement
-        monitor.on_train_batch_end(trainer, module)
-    assert [problem.value for problem in monitor.reported.values()] == ([0.75] if rank == 0 else [])
-    dist.destroy_process_group()
-
-
-def test_the_discriminator_is_judged_on_the_images_of_all_ranks(tmp_path):
-    run_ranks(judge_own_accuracy, tmp_path / "store")
 
 
 @pytest.mark.usefixtures("strict")
