@@ -1,4 +1,4 @@
-"""Measures training of both stages and decoding on a GPU: images per second, FLOPs utilization and memory.
+"""Measures training of both stages and decoding on a GPU: images per second, FLOPs per second and memory.
 
     python benchmarks/gpu.py --repeats 20                 # writes results/gpu-CARD.md
     python benchmarks/gpu.py --device cpu --out gpu.md    # small sizes, to check the script without a GPU
@@ -23,16 +23,14 @@ import stage1_step
 import stage2_step
 import torch
 from decode import build_ours
-from measuring import DTYPES, Contender, Precision, count_work, format_table, measure, read_cpu_name
+from measuring import DTYPES, Contender, count_work, format_table, measure, read_cpu_name
 from peers import NUM_STEPS, Task
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from maskgit_pl.data.loader import StepDataModule
-from maskgit_pl.training.gpus import find_gpu
 
 _RESULTS = Path(__file__).parents[1] / "results"
 _BACKBONES = ("bert", "adaln")
-_NAMES = {"fp32": "32-true", "bf16": "bf16-mixed"}
 _WARM_UP = 2  # rounds before that of ``measure``, in which torch also compiles
 
 
@@ -111,31 +109,17 @@ class Timer:
             "memory GB": "-" if peak is None else f"{peak / 1e9:.1f}",
         }
 
-    def utilization(self, flops: float, seconds: float, precision: Precision) -> str:
-        """Returns FLOPs per second in percent of the card's listed peak; "-" for a card that is not listed."""
-        gpu = find_gpu(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        return "-" if gpu is None else f"{100 * flops / seconds / gpu.rate(_NAMES[precision]):.1f}"
-
 
 def measure_training(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:
-    """Yields a row for a training step of each stage, backbone and precision; of stage 2 also compiled."""
+    """Yields a row for a training step of each stage, backbone and precision."""
     for precision in DTYPES:
         yield _measure_step("1, tokenizer", partial(stage1_step.Ours, sizes.stage1, precision), timer)
         for backbone in _BACKBONES:
             make = partial(stage2_step.Ours, replace(sizes.stage2, backbone=backbone), precision)
-            yield (eager := _measure_step(f"2, {backbone}", make, timer))
-            if timer.device.type == "cuda":  # its FLOPs cannot be counted; they are the same
-                name = f"2, {backbone}, compiled: step"
-                yield _measure_step(name, partial(make, compiled="step"), timer, gflop=eager["GFLOP"])
+            yield _measure_step(f"2, {backbone}", make, timer)
 
 
-def _measure_step(
-    name: str,
-    make: Callable[[], stage1_step.Ours | stage2_step.Ours],
-    timer: Timer,
-    *,
-    gflop: str | None = None,
-) -> dict[str, str]:
+def _measure_step(name: str, make: Callable[[], stage1_step.Ours | stage2_step.Ours], timer: Timer) -> dict[str, str]:
     timer.reset_memory()
     torch.manual_seed(0)
     step = make()
@@ -144,11 +128,10 @@ def _measure_step(
         step.batch = StepDataModule().transfer_batch_to_device(step.batch, timer.device, 0)
     batch, seconds = len(step.batch.labels), timer(step)
     figures = timer.row(batch, seconds)
-    if gflop is None:
-        with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
-            gflop = f"{count_work(step).flops / 1e9:.4g}"
-    utilization = timer.utilization(1e9 * float(gflop), seconds, step.precision)
-    return {"stage": name, "precision": step.precision, **figures, "GFLOP": gflop, "MFU %": utilization}
+    with sdpa_kernel(SDPBackend.MATH):  # torch's formulas of the other kernels count the backward pass differently
+        flops = count_work(step).flops
+    work = {"GFLOP": f"{flops / 1e9:.4g}", "TFLOP/s": f"{flops / seconds / 1e12:.4g}"}
+    return {"stage": name, "precision": step.precision, **figures, **work}
 
 
 def measure_decoding(sizes: Sizes, timer: Timer) -> Iterator[dict[str, str]]:

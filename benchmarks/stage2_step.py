@@ -30,7 +30,6 @@ from torch.optim import AdamW
 from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-from maskgit_pl.training.strategies import Compiled
 
 _RATE, _BETAS, _WEIGHT_DECAY, _CLIP, _SMOOTHING, _EMA_DECAY = 1e-4, (0.9, 0.96), 0.045, 1.0, 0.1, 0.999
 PLAIN = "plain PyTorch"
@@ -40,7 +39,7 @@ NAMES = ("ours", "ours, adaln", PLAIN, *PEERS)
 class Ours:
     """Our step: ``MaskedTokenModel`` and its hooks, called in the order of the Trainer."""
 
-    def __init__(self, task: Task, precision: Precision, *, compiled: Compiled = "none") -> None:
+    def __init__(self, task: Task, precision: Precision) -> None:
         self.batch, self.precision, self.data = task.data(), precision, StepDataModule()
         config = MaskedTokenConfig(
             task.network,
@@ -48,7 +47,6 @@ class Ours:
             tokenizer="",
             label_smoothing=_SMOOTHING,
             ema_decay=_EMA_DECAY,
-            compiled=compiled,
             global_batch=task.batch,
         )
         self.module = MaskedTokenModel(config)

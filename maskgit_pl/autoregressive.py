@@ -72,6 +72,8 @@ class AutoregressiveModel(TokenModel):
         """Groups tokens by their position in raster order, in four equal parts."""
         return positions % mask.shape[1] * NUM_BINS // mask.shape[1]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
-        model = ConditionalModel(self.averaged_network, self.device)
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        model = ConditionalModel(self.ema_network, self.device)
         return decode_autoregressive(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_choice, check_number
+from maskgit_pl.checks import check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, draw_start
@@ -114,7 +114,6 @@ class DistillationConfig(MaskedTokenConfig):
             raise ValueError(
                 "teacher must be a pretrained transformer folder, got none; name its model by --pretrained"
             )
-        check_choice("compiled", self.compiled, ("none", "blocks"))  # the decoding in a step is no single graph
         set_specs(self, distillation=distillations)
         if any(self.decoding.scales()):
             raise ValueError(
@@ -275,30 +274,6 @@ class DistilledModel(MaskedTokenModel):
         return [*groups, *({**group, "lr": rate} for group in others)]
 
 
-def divergence_gradient(student: Tensor, target: Tensor, *, reverse: float) -> Tensor:
-    """Returns the gradient of a divergence of two distributions with respect to the logits of the student's.
-
-        (1 - reverse) KL(target || student) + reverse KL(student || target)
-
-    The gradient of the first term is p - q, that of the second p (log p - log q - KL(p || q)), with p the student's
-    and q the target's probabilities.
-
-    Args:
-        student: (..., K) float32: log-probabilities.
-        target: (..., K) float32: log-probabilities.
-        reverse: Share of the reverse divergence, in [0, 1].
-
-    Returns:
-        (..., K) float32.
-    """
-    p, difference = student.exp(), student - target
-    forward = p - target.exp()
-    if reverse == 0:
-        return forward
-    backward = p * (difference - (p * difference).sum(-1, keepdim=True))
-    return torch.lerp(forward, backward, reverse)
-
-
 def _mean_over_masks(values: Tensor, mask: Tensor) -> Tensor:
     """Returns the mean over images of the mean of ``values`` (B, N) over the masked tokens of each, scalar."""
     return ((values * mask).sum(1) / mask.sum(1)).mean()
@@ -376,26 +351,23 @@ class Dimo(Distillation):
 
     1. The student draws an image x from its logits z.
     2. Tokens of x are masked: x_t. Teacher and auxiliary network answer with q(. | x_t) and p(. | x_t).
-    3. The student: loss = <stop(g), z> over the masked tokens, with g the gradient of the divergence of p and q
-       (``divergence_gradient``): its logits move as those of p would have to.
+    3. The student: loss = <stop(g), z> over the masked tokens, with g = p - q, the gradient of KL(q || p) with respect
+       to the logits of p: those of the student move as they would have to.
     4. The auxiliary network follows the student's images: loss = -log p(x | x_t) over the masked tokens.
 
     Args:
-        reverse: Share of the reverse divergence, in [0, 1]. It gives clearer classes and less variety.
         auxiliary_rate: Learning rate of the auxiliary network relative to that of the student, in (0, 1000]. If it is
             too slow to follow the student, the images of a class become alike.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if the rate is out of range.
 
     Source: Di[M]O, Zhu et al., arXiv:2503.15457, algorithm 1; without its noise on the embeddings.
     """
 
-    reverse: float = 0.0
     auxiliary_rate: float = 5.0
 
     def __post_init__(self) -> None:
-        check_number("reverse", self.reverse, "[0, 1]")
         check_number("auxiliary_rate", self.auxiliary_rate, "(0, 1000]")
 
     def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
@@ -406,7 +378,7 @@ class Dimo(Distillation):
         target = model.teach(seen, batch)
         answer = model.auxiliary(seen, draws.labels, vectors=batch.vectors_for(config.condition_dim))
         answer = answer.float().log_softmax(-1)
-        gradient = divergence_gradient(answer.detach(), target, reverse=self.reverse)
+        gradient = answer.detach().exp() - target.exp()
         pseudo_loss = _mean_over_masks((gradient * logits).sum(-1) * is_drawn, draws.mask)  # 3
         likelihood = _mean_over_masks(F.nll_loss(answer.transpose(1, 2), drawn, reduction="none"), draws.mask)  # 4
         return _log_values(pseudo_loss + likelihood, target, answer, batch)

@@ -24,7 +24,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from maskgit_pl.checks import check_number
-from maskgit_pl.masking import Draws
 from maskgit_pl.networks.backbone import likeliest_tokens, split_tokens
 from maskgit_pl.registry import Registry, derives_from
 
@@ -74,8 +73,8 @@ def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
     ranks and micro-batches.
 
     Args:
-        losses: (M,) float32: cross-entropies of the predicted tokens of all images; 0 for padding.
-        rows: (M,) int64 in [0, B]: the image of each token; B for padding.
+        losses: (M,) float32: cross-entropies of the predicted tokens of all images.
+        rows: (M,) int64 in [0, B): the image of each token.
         num_rows: B. An image without predicted tokens adds 0 to the sum and counts in the mean.
 
     Returns:
@@ -84,7 +83,7 @@ def mean_over_rows(losses: Tensor, rows: Tensor, *, num_rows: int) -> Tensor:
     Source: released code, ``weighted_sequence_cross_entropy`` (it gives NaN for an image without masked tokens).
     """
     # No bincount: it waits for the device to learn the largest row.
-    counts = torch.zeros(num_rows + 1, dtype=torch.int64, device=rows.device).index_add(0, rows, torch.ones_like(rows))
+    counts = torch.zeros(num_rows, dtype=torch.int64, device=rows.device).index_add(0, rows, torch.ones_like(rows))
     return (losses / counts[rows]).sum() / num_rows
 
 
@@ -160,10 +159,10 @@ class TokenLosses:
     """The cross-entropies of the M predicted tokens of a batch, image after image.
 
     Args:
-        losses: (M,) float32: cross-entropies, with a graph; 0 for padding.
-        rows: (M,) int64 in [0, B]: the image of each token; B for padding, which ``compiled: step`` adds.
+        losses: (M,) float32: cross-entropies, with a graph.
+        rows: (M,) int64 in [0, B): the image of each token.
         num_rows: B, images of the batch.
-        is_masked: (M,) bool, False for tokens that the network saw, and for padding.
+        is_masked: (M,) bool, False for tokens that the network saw.
     """
 
     losses: Tensor
@@ -171,18 +170,11 @@ class TokenLosses:
     num_rows: int
     is_masked: Tensor
 
-    @classmethod
-    def of(cls, losses: Tensor, draws: Draws) -> TokenLosses:
-        """Returns the cross-entropies (M,) of the tokens that a micro-batch predicts; those of padding become 0."""
-        if draws.is_real is not None:
-            losses = losses.masked_fill(~draws.is_real, 0.0)
-        return cls(losses, draws.rows, len(draws.mask), draws.is_masked)
-
     def sum_rows(self, values: Tensor) -> Tensor:
         """Returns (B,) float32: the sums of ``values`` (M,) over the tokens of each image."""
         # Atomic additions have no order on a GPU; in float64 the order does not change the float32 result.
-        zeros = torch.zeros(self.num_rows + 1, dtype=torch.float64, device=values.device)
-        return zeros.index_add(0, self.rows, values.double())[: self.num_rows].float()
+        zeros = torch.zeros(self.num_rows, dtype=torch.float64, device=values.device)
+        return zeros.index_add(0, self.rows, values.double()).float()
 
 
 class Objective(ABC):

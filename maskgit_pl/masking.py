@@ -24,13 +24,11 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.checks import check_number
@@ -328,43 +326,30 @@ class Draws(NamedTuple):
         labels: (B,) int64: the labels, some of them replaced by the null label.
         mask: (B, N) bool, True = masked.
         positions: (M,) int64 in [0, B N): the tokens that the network predicts, by their places in the batch,
-            image after image; rising, except for padding.
-        is_real: (M,) bool, False for positions that only pad to a fixed number; None if there are none.
+            rising.
     """
 
     labels: Tensor
     mask: Tensor
     positions: Tensor
-    is_real: Tensor | None = None
 
     @property
     def rows(self) -> Tensor:
-        """The image of each predicted token, (M,) int64 in [0, B]; B for padding."""
-        rows = self.positions // self.mask.shape[1]
-        return rows if self.is_real is None else rows.masked_fill(~self.is_real, len(self.mask))
+        """The image of each predicted token, (M,) int64 in [0, B)."""
+        return self.positions // self.mask.shape[1]
 
     @property
     def is_masked(self) -> Tensor:
-        """The predicted tokens that the network does not see, (M,) bool; False for padding."""
-        is_masked = self.mask.flatten()[self.positions]
-        return is_masked if self.is_real is None else is_masked & self.is_real
-
-    def pad(self, multiple: int) -> Draws:
-        """Returns a copy whose positions are padded with zeros to a multiple of a number, so that few sizes occur."""
-        count, more = len(self.positions), -len(self.positions) % multiple
-        is_real = torch.arange(count + more, device=self.positions.device) < count
-        return self._replace(positions=F.pad(self.positions, (0, more)), is_real=is_real)
+        """The predicted tokens that the network does not see, (M,) bool."""
+        return self.mask.flatten()[self.positions]
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> Draws:
         """Returns a copy on a device; see ``torch.Tensor.to``."""
-        return self._each(lambda part: part.to(device, non_blocking=non_blocking))
+        return Draws(*(part.to(device, non_blocking=non_blocking) for part in self))
 
     def pin_memory(self) -> Draws:
         """Returns a copy in pinned memory, from which copies to a GPU do not wait."""
-        return self._each(Tensor.pin_memory)
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Draws:
-        return self._replace(**{name: change(part) for name, part in self._asdict().items() if part is not None})
+        return Draws(*(part.pin_memory() for part in self))
 
 
 def true_positions(mask: Tensor) -> Tensor:

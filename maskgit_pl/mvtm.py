@@ -25,8 +25,6 @@ from maskgit_pl.networks.backbone import create_network
 from maskgit_pl.schedules import mask_schedules
 from maskgit_pl.training.token_model import NUM_BINS, TokenModel, TokenModelConfig, check_decoding
 
-_NUM_SIZES = 8  # numbers of predicted tokens that a compiled step is made for; torch compiles 8 variants at most
-
 
 @dataclass(frozen=True)
 class MaskedTokenConfig(TokenModelConfig):
@@ -103,22 +101,6 @@ class MaskedTokenModel(TokenModel):
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
         self.objective = config.built_objective
 
-    def draw_on_host(self, batch: Batch) -> Batch:
-        """Checks the size of a batch, which would leave strata empty, and adds the random draws of the step.
-
-        Raises:
-            ValueError: if the size does not fit ``config.global_batch``.
-        """
-        if self.training:  # validation batches may have other sizes
-            rows, ranks, accumulated = len(batch.labels), self.trainer.world_size, self.trainer.accumulate_grad_batches
-            if rows * ranks * accumulated != self.config.global_batch:
-                raise ValueError(
-                    f"global_batch must be the samples per step of the data, got {self.config.global_batch} and "
-                    f"{rows} samples x {ranks} ranks x {accumulated} accumulated; give MaskedTokenConfig the data's "
-                    "global batch"
-                )
-        return super().draw_on_host(batch)
-
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
         # 1. Mask.
@@ -134,8 +116,6 @@ class MaskedTokenModel(TokenModel):
         draws = self._draws_of(batch, mask)
         if self.training and self.objective.visible_weight > 0:
             return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
-        if self.training and self.config.compiled == "step":
-            return draws.pad(max(1, mask.numel() // _NUM_SIZES))
         return draws
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
@@ -144,14 +124,16 @@ class MaskedTokenModel(TokenModel):
 
     def _average(self, losses: Tensor, draws: Draws) -> Tensor:
         # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
-        return self.objective(TokenLosses.of(losses, draws))
+        return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:
         """Groups tokens by the mask ratio of their row: bin i holds ratios in (i / 4, (i + 1) / 4]."""
         row_bins = ((mask.float().mean(1) * NUM_BINS).ceil().long() - 1).clamp(0, NUM_BINS - 1)  # (B,)
         return row_bins[positions // mask.shape[1]]  # (M,)
 
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
         vectors = None if vectors is None else vectors.to(self.device)
-        model = ConditionalModel(self.averaged_network, self.device).bind(vectors)
+        model = ConditionalModel(self.ema_network, self.device).bind(vectors)
         return decode_classes(model, labels, seeds, decoder=self.decoder, scales=self.decoding.scales())

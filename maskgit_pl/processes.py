@@ -18,27 +18,23 @@ seconds. Training runs use ``training.callbacks``. The lines go to the log, not 
 
 from __future__ import annotations
 
-import datetime
-import itertools
 import logging
 import multiprocessing
 import os
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from types import FrameType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
+
+from tqdm import tqdm
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
-
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
 # torchrun under srun sets both. A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is a single process.
 _RANKS = (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS"))
@@ -51,8 +47,6 @@ _CTRL_C = b"\nfinishing this step and saving; press Ctrl-C again to quit immedia
 _CTRL_C_AGAIN = b"\nquit immediately; repeat the command to resume from the last checkpoint\n"
 
 _SECONDS_BETWEEN_LINES = 15.0
-_SECONDS_BETWEEN_UPDATES = 0.1  # an update of a bar costs more than a small image
-_SHOWN_BARS = 10  # with more bars, finished ones are hidden
 
 _Shared = TypeVar("_Shared")
 _Job = TypeVar("_Job")
@@ -73,21 +67,6 @@ def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int
 def local_rank(environment: Mapping[str, str] = os.environ) -> int:
     """Returns this process's rank on its machine; 0 without a launcher."""
     return next((int(environment[name]) for name in _LOCAL_RANKS if name in environment), 0)
-
-
-def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
-    """Checks the variables of a launcher, which Lightning converts to integers when it is imported.
-
-    Raises:
-        ValueError: if a variable is no integer.
-    """
-    for name in (*itertools.chain(*_RANKS), *_LOCAL_RANKS):
-        try:
-            int(environment.get(name) or 0)
-        except ValueError:
-            raise ValueError(
-                f"{name} must be an integer, got {environment[name]!r}; unset it outside of a job"
-            ) from None
 
 
 @contextmanager
@@ -290,21 +269,62 @@ def _call(function: Callable[[Any, _Job], _Result], job: _Job) -> _Result | _Ref
         raise
 
 
+Bars = Callable[..., Callable[[int], None]]
+"""A function that makes the progress bar of a task, ``bars(title, total, done=0, unit="")``.
+
+``total`` is the amount of work, and ``done`` that of an earlier run, which does not count for the speed. It returns a
+function to call with each finished amount.
+"""
+
+
+def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+    """Returns a function that shows nothing, with the signature of ``Bars``."""
+    return lambda count: None
+
+
 @contextmanager
 def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
     """Yields a function that makes bars or log lines with the time left; ``shown`` is True on one rank."""
     if not shown:
         yield no_bars
-    # A bar in a log file would be thousands of lines.
-    elif not sys.stdout.isatty():
-        yield _Lines
-    else:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        return
+    how: dict[str, Any] = {"dynamic_ncols": True}
+    if not sys.stdout.isatty():  # a bar in a log file would be thousands of lines
+        seconds = _SECONDS_BETWEEN_LINES
+        how = {"file": _LogLines(), "mininterval": seconds, "delay": seconds, "miniters": 1, "ncols": 0, "position": 0}
+    with ExitStack() as opened:
 
-        speed = TextColumn("{task.fields[speed]}")
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), speed, TimeRemainingColumn())
-        with Progress(*columns, transient=True, speed_estimate_period=300) as progress:
-            yield lambda title, total, *, done=0, unit="": _Bar(progress, title, total, done=done, unit=unit)
+        def make_bar(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
+            bar = opened.enter_context(_Bar(desc=title, total=total, initial=done, unit=unit, leave=False, **how))
+
+            def advance(count: int) -> None:
+                bar.update(count)
+                if bar.n >= total:
+                    bar.close()
+
+            return advance
+
+        yield make_bar
+
+
+class _Bar(tqdm):
+    """A bar without a thread of its own, which a process that forks must not have."""
+
+    monitor_interval = 0
+
+
+class _LogLines:
+    """A file that sends the states of a bar to the log."""
+
+    encoding = "utf-8"
+
+    def write(self, text: str) -> None:
+        """Logs a text that is not blank."""
+        if text.strip():
+            log.info("%s", text.strip())
+
+    def flush(self) -> None:
+        """Does nothing."""
 
 
 @contextmanager
@@ -319,61 +339,3 @@ def named_bars(unit: str) -> Iterator[Callable[[str, int, int], None]]:
             advances[title](count)
 
         yield advance
-
-
-Bars = Callable[..., Callable[[int], None]]
-"""A function that makes the progress bar of a task, ``bars(title, total, done=0, unit="")``.
-
-``total`` is the amount of work, and ``done`` that of an earlier run, which does not count for the speed. It returns a
-function to call with each finished amount.
-"""
-
-
-def no_bars(title: str, total: int, *, done: int = 0, unit: str = "") -> Callable[[int], None]:
-    """Returns a function that shows nothing, with the signature of ``Bars``."""
-    return lambda count: None
-
-
-class _Bar:
-    """A rich progress bar that is updated at most ten times per second."""
-
-    def __init__(self, progress: Progress, title: str, total: int, *, done: int, unit: str) -> None:
-        self.progress, self.total, self.done, self.unit = progress, total, done, unit
-        self.task = progress.add_task(title, total=total, completed=done, speed="")
-        self.updated = 0.0
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if now - self.updated < _SECONDS_BETWEEN_UPDATES and self.done < self.total:
-            return
-        self.updated = now
-        speed = _speed(self.progress.tasks[self.task].speed or 0.0, self.unit)
-        # More than ten bars would scroll the terminal: finished ones are hidden then.
-        is_shown = self.done < self.total or len(self.progress.tasks) < _SHOWN_BARS
-        self.progress.update(self.task, completed=self.done, speed=speed, visible=is_shown)
-
-
-class _Lines:
-    """A log line every 15 seconds. Speed and time left are those since the line before."""
-
-    def __init__(self, title: str, total: int, *, done: int = 0, unit: str = "") -> None:
-        self.title, self.total, self.done, self.unit = title, total, done, unit
-        self.told, self.done_before = time.monotonic(), done
-
-    def __call__(self, count: int) -> None:
-        self.done += count
-        # Only the work since the last line counts, so that a slow start does not distort the time left.
-        now, amount_since = time.monotonic(), self.done - self.done_before
-        if now - self.told < _SECONDS_BETWEEN_LINES or not amount_since:
-            return
-        speed = amount_since / max(now - self.told, 1e-9)
-        left = datetime.timedelta(seconds=round((self.total - self.done) / speed))
-        amount = f"{self.done} of {self.total} {self.unit}".rstrip()
-        log.info("%s: %s, %s, %s left", self.title, amount, _speed(speed, self.unit), left)
-        self.told, self.done_before = now, self.done
-
-
-def _speed(speed: float, unit: str) -> str:
-    """Returns a speed such as ``0.50 images/s`` or ``37 images/s``; without a unit ``37/s``."""
-    return f"{speed:.{2 if speed < 10 else 0}f} {unit}".rstrip() + "/s"

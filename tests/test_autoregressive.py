@@ -68,7 +68,7 @@ def test_logs_group_tokens_by_their_position_in_raster_order(tiny_pretrained):
 
 
 def test_samples_depend_on_their_seed_and_keep_the_training_mode(tiny_pretrained):
-    module = model(tiny_pretrained, ema_decay=0).train()
+    module = model(tiny_pretrained).train()
     together = list(module.sample([0, 1, 2], [5, 6, 7]))
     assert module.transformer.training
     assert len(together) == 16

@@ -237,28 +237,12 @@ def test_class_dropout_takes_its_share_of_the_labels(tiny_pretrained):
     assert not torch.equal(later, dropped)
 
 
-def test_sampling_that_stops_early_restores_the_training_mode(tiny_pretrained):
-    module = model(tiny_pretrained, ema_decay=0.0).train()  # without an average the network that trains is decoded
-    steps = module.sample([0], [5])
-    next(steps)
-    assert not module.transformer.training
-    steps.close()
-    assert module.transformer.training
-
-
 @pytest.mark.parametrize(
     ("key", "config"), [("codebook_size", replace(CONFIG, codebook_size=8)), ("grid", replace(CONFIG, grid=(2, 8)))]
 )
 def test_a_tokenizer_that_does_not_fit_is_named(tiny_pretrained, key, config):
     with pytest.raises(ValueError, match=f"model.network.{key}"):
         check_tokenizer(config, load_tokenizer(tiny_pretrained / "tokenizer"))
-
-
-def test_another_global_batch_than_that_of_the_data_is_refused(tiny_shards, tiny_pretrained, tmp_path):
-    network = TransformerConfig(16, 3, (4, 4), embed_dim=16, depth=1, num_heads=2, mlp_dim=32)
-    module = masked_model(network, tiny_pretrained / "tokenizer", global_batch=16)
-    with pytest.raises(ValueError, match=r"got 16 and 8 samples x 1 ranks x 1 accumulated; give MaskedTokenConfig"):
-        fit(module, data(tiny_shards), steps=1, folder=tmp_path)
 
 
 @pytest.mark.slow
@@ -300,7 +284,7 @@ def test_the_weighted_loss_by_hand(tiny_pretrained):
     index = torch.arange(8)
     tokens = torch.randint(16, (8, 16), generator=torch.Generator().manual_seed(5))
     drawn = module._with_draws(Batch(tokens, index % 3, index, torch.zeros_like(index), index, index >= 0))
-    losses, mask = module._run_step(drawn), drawn.draws.mask
+    losses, mask = module._compute_training_losses(drawn), drawn.draws.mask
     logits = module.transformer(tokens.masked_fill(mask, network.mask_token_id), drawn.labels, vocabulary="all")
     each = cross_entropy(logits.transpose(1, 2), tokens, reduction="none")
     weights = torch.where(mask, 1.0, 0.5)

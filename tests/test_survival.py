@@ -3,7 +3,6 @@
 docs/faults.md lists the faults.
 """
 
-import json
 import os
 import re
 import signal
@@ -244,20 +243,14 @@ def test_no_rank_updates_after_a_non_finite_value_of_one(bench, stage, what):
 
 
 @pytest.mark.parametrize(("stage", "cluster"), [("tokenizer", "ddp"), ("transformer", "fsdp")])
-def test_four_non_finite_steps_end_the_run_with_their_samples(bench, stage, cluster):
+def test_four_non_finite_steps_end_the_run(bench, stage, cluster):
     runs, run = bench.runs[stage], f"nan-{cluster}"
     fault = Fault("nan loss", 5, rank=1, times=STEPS)
     texts = runs.leg(run, Topology(ranks=2, cluster=cluster), "--checkpoint_every=2", faults=[fault], code=NOT_FINITE)
-    folder = runs.folder / run / stage
     assert step_of(runs.newest(run)) <= 7
     loaded = FolderCheckpointIO().load_checkpoint(runs.newest(run))
     assert all(value.isfinite().all() for value in loaded["state_dict"].values() if value.is_floating_point())
-    for rank, name in enumerate(("nonfinite.json", "nonfinite-rank1.json")):
-        steps = json.loads((folder / name).read_text())
-        assert [step["step"] for step in steps] == [4, 5, 6, 7]
-        assert {"nan"} == set(steps[0]["losses"]) if rank else "nan" not in steps[0]["losses"]
-        assert len(steps[0]["samples"]) == GLOBAL_BATCH // 2
-    line(texts[0], "4 steps in a row")
+    line(texts[0], "step 7: non-finite loss on rank 1, 4 steps in a row")
     assert "4 steps in a row" not in texts[1]
 
 

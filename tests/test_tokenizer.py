@@ -289,24 +289,14 @@ def test_weights_in_16_bits_are_refused():
         fit(tokenizer(), precision="bf16-true")
 
 
-def test_logs_have_gradient_norms_and_the_accuracy_of_the_discriminator():
+def test_logs_have_the_norms_of_both_networks_and_the_accuracy_of_the_discriminator():
     module = tokenizer(adversarial=replace(ADVERSARIAL, weight_rule="adaptive", weight=0.5), gradient_clip=1e-4)
     metrics = module.replay_step(batch_of(range(8)), step=0)
     images = batch_of(range(8)).content / 255
-    image = module.network(images).reconstruction.detach().requires_grad_()
-    gradients = [
-        torch.autograd.grad(F.mse_loss(image[row], images[row]), image)[0][row] for row in range(8)
-    ]  # of each image's own loss
-    rms = torch.stack([gradient.square().sum() for gradient in gradients]).mean().sqrt()
-    torch.testing.assert_close(metrics["gradient/reconstruction"], rms)
-    # The adaptive weight makes the adversarial loss half as strong at the last layer, so about so at the image.
-    assert 0.05 < metrics["gradient/adversarial"] / rms < 5
+    image = module.network(images).reconstruction
     torch.testing.assert_close(metrics["adversarial_weight"], 0.5 * metrics["adaptive_weight"])
     real, fake = (module.discriminator(x).detach() for x in (images, image))
-    assert metrics["discriminator_accuracy/real"] == (real > 0).float().mean()
-    assert metrics["discriminator_accuracy/fake"] == (fake < 0).float().mean()
-    sides = [metrics[f"discriminator_accuracy/{side}"] for side in ("real", "fake")]
-    assert metrics["discriminator_accuracy"] == sum(sides) / 2
+    assert metrics["discriminator_accuracy"] == ((real > 0).float().mean() + (fake < 0).float().mean()) / 2
     logged = fit(module, max_steps=1).callback_metrics
     assert logged["train/gradient/generator"] > 1e-3  # before clipping
     assert logged["train/gradient/discriminator"] > 1e-3

@@ -33,7 +33,6 @@ from maskgit_pl.errors import (
     exit_code_of,
     is_user_error,
 )
-from maskgit_pl.processes import check_launcher
 
 __all__ = ["build_parser", "main"]
 
@@ -267,7 +266,6 @@ def _run(args: argparse.Namespace) -> int:
 
 def _call(args: argparse.Namespace) -> int:
     """Calls the function of the command; returns its exit code, 0 for None."""
-    check_launcher()
     with _use_flag_names(_flags_of(args.parser)):
         return args.function(**read_call(args.function, vars(args), args.rest)) or 0
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import build_dataclass, check_integer
+from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device, parse_dtype
 from maskgit_pl.errors import plain_label, printable
 from maskgit_pl.evaluation.classifier import open_images
@@ -31,13 +31,13 @@ from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import ReconstructionMeter, psnr
-from maskgit_pl.files import parse_any_json, write_text
+from maskgit_pl.files import write_text
 from maskgit_pl.pipeline.display import select_steps
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.training.health import FILE_NAME, HealthConfig, Problem, find_problems
+from maskgit_pl.training.health import Problem, find_problems, grace_steps
 
 _STYLE = """
 :root { color-scheme: light dark }
@@ -120,7 +120,7 @@ def inspect_run(
     problems = find_in_tokenizer(logs["tokenizer"], recipes["tokenizer"], measured)
     problems += find_in_transformer(logs["transformer"])
     sections = [
-        _problems_section(problems, folders["tokenizer"]),
+        _problems_section(problems),
         _section("Stage 1: the tokenizer", logs["tokenizer"].charts(), notes=notes),
         codes,
         _section("Stage 2: the transformer", logs["transformer"].charts()),
@@ -236,13 +236,12 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: Reconstru
         recipe: The recipe of the run; empty if there is none.
         measured: Measurements on validation images; None without them.
     """
-    config = build_dataclass(HealthConfig, recipe.get("health", {}), "health")
     problems: list[Problem] = []
     if measured is not None:
         counts = measured.codes.counts
         num_tokens = float(counts.sum())
         problems += find_problems(measured.code_usage(), codebook_size=len(counts), num_tokens=num_tokens)
-    if recipe and logs.last_step > config.grace(value_at(recipe, "trainer.max_steps")):
+    if recipe and logs.last_step > grace_steps(value_at(recipe, "trainer.max_steps")):
         # The number of tokens is at least that of images since the last logging step.
         num_tokens = value_at(recipe, "trainer.log_every_n_steps") * value_at(recipe, "data.global_batch")
         size = value_at(recipe, "model.network.codebook_size")
@@ -273,18 +272,13 @@ def _finite(values: Mapping[int, float]) -> Sequence[float]:
 # The page
 
 
-def _problems_section(problems: Sequence[Problem], folder: Path) -> str:
-    """Returns the section of problems, and of the reports that training wrote to a stage folder."""
+def _problems_section(problems: Sequence[Problem]) -> str:
     parts = [
         f'<p class="problem"><b>{_quote(problem.text)}.</b> Try: {_quote("; or ".join(problem.advice))}.</p>'
         for problem in problems
     ]
     if not parts:
         parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
-    file = folder / FILE_NAME
-    for report in parse_any_json(file.read_bytes(), str(file)) if file.is_file() else ():
-        text = f"Reported in training at step {report['step']}: {report['text']}."
-        parts.append(f'<p class="problem">{_quote(text)}</p>')
     return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
 
 

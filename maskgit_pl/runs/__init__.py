@@ -22,11 +22,10 @@ if TYPE_CHECKING:
     from maskgit_pl.data.tokenize_options import TokenizeOptions
     from maskgit_pl.runs.doctor import Preflight, preflight
     from maskgit_pl.runs.fitting import FitResult, export, fit
-    from maskgit_pl.runs.plan import Plan, plan_run
+    from maskgit_pl.runs.plan import Machines, Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
     from maskgit_pl.runs.tokenizing import tokenize
-    from maskgit_pl.training.gpus import Machines
 
 __all__ = [
     "FitResult",
@@ -47,9 +46,9 @@ __all__ = [
 ]
 
 _NAMES = {  # by module
-    "doctor": ("Machines", "Preflight", "preflight"),
+    "doctor": ("Preflight", "preflight"),
     "fitting": ("FitResult", "export", "fit"),
-    "plan": ("Plan", "plan_run"),
+    "plan": ("Machines", "Plan", "plan_run"),
     "recipe": ("Recipe",),
     "slurm": ("JobOptions", "Submission", "plan_submission", "submit"),
     "tokenizing": ("TokenizeOptions", "tokenize"),

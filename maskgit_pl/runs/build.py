@@ -28,7 +28,6 @@ from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.pretrained import fingerprint, read_config
 from maskgit_pl.processes import hide_launcher
-from maskgit_pl.runs.costs import useful_flops
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import ResolvedRun, TokenizerRun, resolve
@@ -288,22 +287,13 @@ class StageRun:
         if self.plan.stage == "transformer":
             find_vectors = self._find_vectors if self.datamodule.config.vectors else None
             pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
-        step_check, unreadable = StepCheck(self.folder, self.checkpoints), UnreadableReport(self.folder)
+        step_check, unreadable = StepCheck(self.checkpoints), UnreadableReport(self.folder)
         # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
         # does not count the pictures after a validation.
-        health = [HealthMonitor(self.folder, self.values.health)] if isinstance(self.values, TokenizerRun) else []
+        health = [HealthMonitor()] if isinstance(self.values, TokenizerRun) else []
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
-        tensor_float32 = self.values.matmul_precision != "highest"
-        speed = SpeedMonitor(self.folder, self._count_flops, tensor_float32=tensor_float32)
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
-        return [*health, *usual, *named, *self.callbacks, speed]
-
-    def _count_flops(self) -> float:
-        data = self.datamodule.config
-        encoder = None
-        if isinstance(self.model, TokenModel) and data.source != "tokens":
-            encoder = self.model.tokenizer.network.config, self.model.tokenizer.image_size
-        return useful_flops(self.model, global_batch=data.global_batch, encoder=encoder)
+        return [*health, *usual, *named, *self.callbacks, SpeedMonitor(self.folder)]
 
 
 class _NoProfiler(PassThroughProfiler):

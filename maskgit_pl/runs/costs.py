@@ -1,8 +1,8 @@
 """Memory and FLOPs of a training step, counted in a step on tensors that have shapes but no content.
 
-``doctor`` says with them whether a run fits into a device, and ``build`` logs the FLOP/s of a run. The counted step
-runs the code of the training, forward and backward, in torch's ``FakeTensorMode``: it takes seconds for any size of
-network and batch, and needs no GPU. Such a step must have no operation whose result has a size that depends on values.
+``doctor`` says with them whether a run fits into a device. The counted step runs the code of the training, forward and
+backward, in torch's ``FakeTensorMode``: it takes seconds for any size of network and batch, and needs no GPU. Such a
+step must have no operation whose result has a size that depends on values.
 """
 
 from __future__ import annotations
@@ -96,8 +96,7 @@ def step_memory(
     config, is_half = module.config, precision != "32-true"
     trained = _trained(module)
     copies = _HALF * sum(parameter.numel() for parameter in trained if parameter.ndim > 1) if is_half else 0
-    trained_values, average, gathered = _count(trained), module.ema_network, 0
-    averaged = 0 if average is None else _count(average.parameters())
+    trained_values, averaged, gathered = _count(trained), _count(module.ema_network.parameters()), 0
     if isinstance(module, TokenModel):
         with skeletons():
             frozen = 0 if encoder is None else _bytes_of(VQGAN(encoder[0]))
@@ -160,10 +159,9 @@ def checkpoint_bytes(module: TokenModel | Tokenizer) -> int:
 
     Each trained tensor adds about 1,200 bytes: its names in the header and in ``state.json``, and its step counts.
     """
-    trained, average = _trained(module), module.ema_network
+    trained = _trained(module)
     moments = state_values(module.config.optimizer) * _FLOAT * _count(trained)
-    averages = 0 if average is None else _bytes_of(average)
-    return round(_bytes_of(*_trained_networks(module)) + moments) + averages + 1200 * len(trained)
+    return round(_bytes_of(*_trained_networks(module), module.ema_network) + moments) + 1200 * len(trained)
 
 
 # The counted steps

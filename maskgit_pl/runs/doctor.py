@@ -26,13 +26,12 @@ from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
 from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Folders, Plan, find_data, find_pretrained, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import Folders, Machines, Plan, find_data, find_pretrained, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import resolve
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
-from maskgit_pl.training.gpus import GPUS, Machines
 from maskgit_pl.training.strategies import check_strategy
 from maskgit_pl.training.token_model import TokenModel
 
@@ -141,7 +140,7 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
         report.add("ranks", ranks)
     stage_run = None
     with report.catch("recipe"), leave_no_trace():
-        stage_run = _build(report, plan, summary, nodes * devices, machines.device, is_complete=is_complete)
+        stage_run = _build(report, plan, summary, nodes * devices, machines, is_complete=is_complete)
     if stage_run is None:
         return report
     values, encoder = stage_run.values, None
@@ -178,8 +177,6 @@ def _device_memory(machines: Machines) -> float | None:
     """Returns the memory of a device in bytes, or None if it is unknown."""
     if machines.device_memory is not None:
         return parse_size(machines.device_memory)
-    if machines.device is not None:
-        return GPUS[machines.device].memory
     return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else None
 
 
@@ -215,7 +212,7 @@ def _find_inputs(
 
 
 def _build(
-    report: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, gpu: str | None, *, is_complete: bool
+    report: Preflight, plan: Plan, summary: DataSummary | None, ranks: int, machines: Machines, *, is_complete: bool
 ) -> StageRun:
     """Builds a run on one CPU, with the precision of its own devices: as training does, or only from its recipe."""
     recipe = plan.recipe
@@ -224,7 +221,8 @@ def _build(
     recipe_values = merge_recipe_values(plan) if summary is None else merge_values(plan)
     values = resolve(recipe.kind, merge([instead, recipe_values]))
     trainer = values.trainer
-    precision = choose_precision(trainer, values.model.network, plan.stage, plan.stage_folder, gpu=gpu)
+    on_gpu = machines.device_memory is not None and trainer.accelerator != "cpu"
+    precision = choose_precision(trainer, values.model.network, plan.stage, plan.stage_folder, on_gpu=on_gpu)
     with report.catch("strategy"):
         check_strategy(trainer.strategy, values.model, stage=recipe.stage, ranks=ranks)
         report.add("strategy", f"{trainer.strategy}, {precision}")
@@ -284,7 +282,7 @@ def _check_memory(
         f"weights and optimizer{gathered}, {size_text(memory.activations)} activations"
     )
     if device is None:
-        report.add("memory", f"{text}; give the available memory with --device or --device-memory", "warning")
+        report.add("memory", f"{text}; give the available memory with --device-memory", "warning")
         return
     limit = device * _HEADROOM
     if memory.total <= limit:

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
+from maskgit_pl.checks import check_integer
 from maskgit_pl.data.sources.public import how_to_get
-from maskgit_pl.files import read_yaml, sha256_of
+from maskgit_pl.files import parse_size, read_yaml, sha256_of
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe, Stage
@@ -73,6 +74,34 @@ class Folders(TypedDict, total=False):
     data: str | Path | None
     tokenizer: str | Path | None
     pretrained: str | Path | None
+
+
+@dataclass(frozen=True)
+class Machines:
+    """The machines of a planned run, as far as they are known.
+
+    Args:
+        nodes: Number of nodes (default: the recipe's).
+        devices: Devices of each node (default: the recipe's).
+        device_memory: Memory of a GPU, such as 80GB or 24GiB (default: that of the GPU of this machine).
+
+    Raises:
+        ValueError: if a number or the memory is out of range.
+    """
+
+    nodes: int | None = None
+    devices: int | None = None
+    device_memory: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "devices"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), "[1, inf)")
+        if self.device_memory is not None:
+            try:
+                parse_size(self.device_memory)
+            except ValueError as error:
+                raise ValueError(f"device_memory {error}") from error
 
 
 def plan_run(

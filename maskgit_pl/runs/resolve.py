@@ -155,7 +155,7 @@ def _values_of_pretrained(plan: Plan) -> dict[str, Any]:
 
 
 def choose_precision(
-    trainer: TrainerSettings, network: object, stage: Stage, folder: Path, *, gpu: str | None = None
+    trainer: TrainerSettings, network: object, stage: Stage, folder: Path, *, on_gpu: bool = False
 ) -> Precision:
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
@@ -168,7 +168,7 @@ def choose_precision(
         network: Configuration of the network.
         stage: Stage to train.
         folder: Stage folder.
-        gpu: Name of a GPU that the run will use, a key of ``training.gpus.GPUS``; None for a device of this machine.
+        on_gpu: True for a GPU with the instructions, whatever this machine has.
     """
     if trainer.precision != AUTO:
         return trainer.precision
@@ -180,10 +180,9 @@ def choose_precision(
     key, width = _WIDE[stage]
     size = getattr(network, key, None)
     is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
-    # All devices of GPUS have the instructions.
     device = "cpu" if trainer.accelerator == "cpu" else default_device()
     is_one_choice = trainer.strategy == "auto" or device != "cpu"
-    is_fast = gpu is not None or (is_one_choice and has_bfloat16(device))
+    is_fast = on_gpu or (is_one_choice and has_bfloat16(device))
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 

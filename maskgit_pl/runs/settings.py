@@ -30,7 +30,6 @@ from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
 from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
@@ -179,14 +178,9 @@ class ResolvedRun(RunSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerRun(ResolvedRun):
-    """All values of a run of stage 1.
-
-    Args:
-        health: Healthy ranges of the training; values outside of them are reported. None for no reports.
-    """
+    """All values of a run of stage 1."""
 
     model: TokenizerConfig
-    health: HealthConfig | None = HealthConfig()  # noqa: RUF009  # frozen
     module = Tokenizer
 
 

@@ -1,6 +1,6 @@
-"""The callbacks that a recipe names, and those that report progress, pictures and bad images.
+"""The interface of the callbacks that a recipe names, and those that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [device_stats]``. ``runs.build`` adds these callbacks after those that every run has.
+A recipe has ``callbacks: [NAME]`` for one of another package. ``runs.build`` adds it after those that every run has.
 """
 
 from __future__ import annotations
@@ -11,13 +11,10 @@ import time
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import DeviceStatsMonitor
 from PIL import Image
 from torch import Tensor
 
@@ -51,17 +48,6 @@ class CallbackSpec(ABC):
 
 
 callbacks: Registry[CallbackSpec] = Registry("callback", "maskgit_pl.callbacks", check=derives_from(CallbackSpec))
-
-
-@callbacks.register("device_stats")
-@dataclass(frozen=True)
-class DeviceStats(CallbackSpec):
-    """Memory and load of the devices, in every logger, by Lightning's ``DeviceStatsMonitor``."""
-
-    def create(self, folder: Path) -> Callback:
-        if find_spec("psutil") is None:
-            raise ValueError("callback 'device_stats' must have the package psutil: pip install psutil")
-        return DeviceStatsMonitor()
 
 
 class ProgressLines(Callback):
@@ -152,38 +138,25 @@ class SamplePictures(Callback):
 
 
 class UnreadableReport(Callback):
-    """A callback that reports unreadable images.
+    """A callback that reports unreadable images at the end of the run, or when it fails.
 
-    The metric ``data/unreadable`` is their number on rank 0, logged at the Trainer's interval. At the end of the run,
-    or when it fails, one line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks)
-    lists each image of the train and val split with its reason. The counts start at 0 with each process.
+    One line summarizes them, and ``unreadable.json`` (``unreadable-rank1.json`` ... on other ranks) lists each image
+    of the train and val split with its reason. The counts start at 0 with each process.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._logged = -1
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # added at run time
-            self._log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._log(trainer)
         self._report(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._report(trainer)
 
-    def _log(self, trainer: Trainer) -> None:
-        count = sum(images.count for images in _counters(trainer).values())
-        # Only changes are logged, so that a clean run has a single point.
-        if count != self._logged:
-            for logger in trainer.loggers:
-                logger.log_metrics({"data/unreadable": count}, step=trainer.global_step)
-            self._logged = count
-
     def _report(self, trainer: Trainer) -> None:
-        counters = {split: images for split, images in _counters(trainer).items() if images.count}
+        loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
+        found = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
+        counters = {k: images for k, images in found.items() if isinstance(images, UnreadableImages) and images.count}
         if not counters:
             return
         rank = trainer.global_rank
@@ -208,13 +181,6 @@ def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) ->
     for logger in trainer.loggers:
         if isinstance(logger, TolerantLogger):
             logger.log_image(name, picture, trainer.global_step)
-
-
-def _counters(trainer: Trainer) -> dict[str, UnreadableImages]:
-    """Returns the counter of each split that has one."""
-    loaders = {"train": trainer.train_dataloader, "val": trainer.val_dataloaders}
-    counters = {split: getattr(loader, "unreadable", None) for split, loader in loaders.items()}
-    return {split: images for split, images in counters.items() if isinstance(images, UnreadableImages)}
 
 
 def _format_counts(counts: dict[str, int]) -> str:

@@ -4,36 +4,29 @@
 
 1. A forward hook of the quantizer counts the tokens of each micro-batch, and notes the step at which a code was used.
 2. At the Trainer's logging steps, the ranks add up their counts, and the measurements go to all loggers.
-3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of
-   a run. A value that stays outside is reported once: a warning, and an entry of ``health.json`` in the stage
-   folder. Training continues.
+3. ``find_problems`` compares the measurements with their ranges; ``maskgit inspect`` does it with the logs of a
+   run, which also have the accuracy of the discriminator. A value that stays outside gives one warning in each
+   process. Training continues.
 
-Counts and reports are saved in checkpoints, so a resumed run has the same measurements and repeats no report.
+Counts are saved in checkpoints, so a resumed run has the same measurements.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_integer
-from maskgit_pl.distributed import max_over_ranks, mean_over_ranks, rank_and_world, sum_over_ranks
-from maskgit_pl.files import parse_any_json, try_write_text
+from maskgit_pl.distributed import max_over_ranks, rank_and_world, sum_over_ranks
 from maskgit_pl.networks.quantizers import Quantizer, QuantizerOutput
 
 log = logging.getLogger(__name__)
-
-FILE_NAME = "health.json"  # in the stage folder
 
 _LOWER_RATE = "lower model.optimizer.learning_rate.peak"
 _USE_CODES = [  # what brings unused codes back; the first value is that of recipes/tokenizer/base.yaml
@@ -50,10 +43,6 @@ LEAST_USAGE = 0.3
 LEAST_PERPLEXITY = 0.1
 """Smallest healthy perplexity, of that of uniform tokens. Some codes (background) are more frequent."""
 
-LARGEST_DISTANCE = 1.0
-"""Largest healthy commitment distance, in units of the feature norm. At 1 the nearest code is as far from a feature as
-the origin is: the codes explain nothing."""
-
 DISCRIMINATOR_ACCURACY = (0.3, 0.98)
 """Smallest and largest healthy accuracy of the discriminator. It is 0.5 if images cannot be told apart. Below the first
 its training is unstable; one that is always right leaves the generator nearly no gradient."""
@@ -64,28 +53,17 @@ DEAD_AFTER = 100
 PATIENCE = 3
 """Number of measurements in a row outside of a range before an alarm, since single measurements are noisy."""
 
+GRACE = (100, 5000)
+"""Smallest and largest number of steps without alarms; see ``grace_steps``."""
 
-@dataclass(frozen=True)
-class HealthConfig:
-    """The recipe key ``health``.
 
-    Args:
-        grace_steps: Steps without alarms at the beginning, and after the first step of the discriminator, >= 0. None:
-            5 % of the run, at least 200 and at most 5,000, since the warm-up changes features faster than codes.
+def grace_steps(max_steps: int) -> int:
+    """Returns the number of steps without alarms at the beginning.
 
-    Raises:
-        ValueError: if the number is out of range.
+    They are 5 % of the run, within ``GRACE``, since the warm-up changes features faster than codes.
     """
-
-    grace_steps: int | None = None
-
-    def __post_init__(self) -> None:
-        if self.grace_steps is not None:
-            check_integer("grace_steps", self.grace_steps, "[0, 2**53)")
-
-    def grace(self, max_steps: int) -> int:
-        """Returns the number of steps without alarms in a run of ``max_steps`` steps."""
-        return min(max(max_steps // 20, 200), 5000) if self.grace_steps is None else self.grace_steps
+    least, most = GRACE
+    return min(max(max_steps // 20, least), most)
 
 
 @dataclass(frozen=True)
@@ -110,16 +88,13 @@ def attainable_codes(codebook_size: int, num_tokens: float) -> float:
     return float(codebook_size * (1 - (1 - 1 / codebook_size) ** num_tokens))
 
 
-def find_problems(
-    metrics: Mapping[str, float], *, codebook_size: int, num_tokens: float, has_codebook: bool = True
-) -> Iterator[Problem]:
+def find_problems(metrics: Mapping[str, float], *, codebook_size: int, num_tokens: float) -> Iterator[Problem]:
     """Compares measurements with their healthy ranges.
 
     Args:
         metrics: Measurements by name without ``train/`` or ``val/``; missing ones are not judged.
         codebook_size: K, number of codes.
         num_tokens: Number of tokens that usage and perplexity were measured on.
-        has_codebook: True if the quantizer stores its codes as vectors, in the space of the features.
     """
     attainable = attainable_codes(codebook_size, num_tokens)
 
@@ -136,15 +111,6 @@ def find_problems(
             f"healthy: at least {limit:.1f}), so a few codes describe nearly everything"
         )
         yield Problem("perplexity", value, text, _USE_CODES)
-
-    value, norm = metrics.get("commitment_distance", 0.0), metrics.get("feature_norm", math.inf)
-    limit = LARGEST_DISTANCE * norm
-    if value > limit and has_codebook:
-        text = (
-            f"the features are {value:.3g} away from their codes on average (healthy: at most {limit:.3g}, for a "
-            f"feature norm of {norm:.3g}), so the codes explain nothing of them"
-        )
-        yield Problem("commitment_distance", value, text, ["raise model.network.quantizer.commitment", _LOWER_RATE])
 
     value, (least, limit) = metrics.get("discriminator_accuracy", 0.5), DISCRIMINATOR_ACCURACY
     if value > limit:
@@ -220,76 +186,45 @@ class CodeHistory:
         return {name: float(value) for name, value in measurements.items()}, int(counts.sum())
 
 
-@torch.no_grad()
-def measure_vectors(quantizer: Quantizer, features: Tensor, tokens: Tensor) -> dict[str, float]:
-    """Measures features and codes of a micro-batch, averaged over the ranks; must be called on every rank.
-
-    Args:
-        quantizer: Quantizer with or without parameters; its codes are read with ``lookup``.
-        features: (B, D, h, w) float: its input.
-        tokens: (B, N) int64 in [0, K): its tokens for them, N = h w.
-
-    Returns:
-        Mean L2 norms by name: ``feature_norm`` of the features z, ``codebook_norm`` of all codes, and
-        ``commitment_distance`` of z - q, with q the code of each feature.
-    """
-    rows = rearrange(features, "b d h w -> b (h w) d").float()  # (B, N, D)
-    codes = quantizer.lookup(torch.arange(quantizer.codebook_size, device=features.device)).float()  # (K, D)
-    distance = (rows - quantizer.lookup(tokens).float()).norm(dim=-1).mean()
-    means = torch.stack([rows.norm(dim=-1).mean(), codes.norm(dim=-1).mean(), distance])
-    names = ("feature_norm", "codebook_norm", "commitment_distance")
-    return dict(zip(names, mean_over_ranks(means).tolist(), strict=True))
-
-
 class HealthMonitor(Callback):
     """A callback that logs the health of a tokenizer, and warns if it leaves its healthy ranges.
 
-    Logged as ``train/NAME``: the measurements of ``CodeHistory.measure`` and ``measure_vectors``.
+    Logged as ``train/NAME``: the measurements of ``CodeHistory.measure``.
 
-    Args:
-        folder: Folder of the stage, for ``health.json``.
-        config: Healthy ranges; None for no alarms. The measurements are logged in both cases.
+    Attributes:
+        reported: The causes that this process has reported, each with its problem.
     """
 
     history: CodeHistory
-    quantizer: Quantizer
 
-    def __init__(self, folder: Path, config: HealthConfig | None = None) -> None:
-        self.folder = folder
-        self.config = config
-        self.reports: list[dict[str, Any]] = []  # what was reported so far, as in ``health.json``
+    def __init__(self) -> None:
+        self.reported: dict[str, Problem] = {}
         self._streaks: dict[str, int] = {}  # measurements in a row outside of a range, by cause
-        self._first_judged: int | None = None  # first step with a measurement of the discriminator
         self._hook: torch.utils.hooks.RemovableHandle | None = None
-        self._last: tuple[Tensor, Tensor] | None = None  # features and tokens of the last micro-batch
+        self._num_tokens = 0  # of the last micro-batch
         self._measured_step = -1
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Starts to observe the quantizer."""
-        self.quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
-        self.history = CodeHistory(self.quantizer.codebook_size)
+        quantizer: Quantizer = pl_module.network.quantizer  # type: ignore[union-attr, assignment]  # of a tokenizer
+        self.history = CodeHistory(quantizer.codebook_size)
 
         def observe(module: nn.Module, inputs: Any, output: QuantizerOutput) -> None:
             # 1. A frozen quantizer stays in evaluation mode, and is observed too.
             if torch.is_grad_enabled() and pl_module.training:
-                self._last = output.features, output.tokens
+                self._num_tokens = output.tokens.numel()
                 self.history.add(output.tokens, trainer.global_step + 1)
 
-        self._hook = self.quantizer.register_forward_hook(observe)
+        self._hook = quantizer.register_forward_hook(observe)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Stops to observe the quantizer."""
         if self._hook is not None:
             self._hook.remove()
-        self._hook = self._last = None
+        self._hook = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._measured_step = trainer.global_step
-        if not trainer.global_step and trainer.is_global_zero:
-            (self.folder / FILE_NAME).unlink(missing_ok=True)  # of another run in the same folder
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._last = None  # frees the features
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         # A micro-batch that ends no step leaves global_step as it is.
@@ -299,61 +234,34 @@ class HealthMonitor(Callback):
         self._measured_step = trainer.global_step
         metrics, num_tokens = self._measure(trainer, pl_module)
         self.history.counts.zero_()
-        if self.config is None:
-            return
-        # A rank logs the accuracy of its own micro-batch, and of a few images all are often classified correctly.
-        accuracy = trainer.callback_metrics.get("train/discriminator_accuracy")
-        if accuracy is not None:
-            metrics["discriminator_accuracy"] = float(mean_over_ranks(accuracy.to(pl_module.device)))
-        if trainer.is_global_zero:
-            problems = find_problems(
-                metrics,
-                codebook_size=self.quantizer.codebook_size,
-                num_tokens=num_tokens,
-                has_codebook=isinstance(getattr(self.quantizer, "codebook", None), Tensor),
-            )
-            if "discriminator_accuracy" in metrics and self._first_judged is None:
-                self._first_judged = trainer.global_step
-            self._judge(trainer.global_step, self.config.grace(int(trainer.max_steps)), problems)
+        if trainer.is_global_zero and trainer.global_step > grace_steps(int(trainer.max_steps)):
+            problems = find_problems(metrics, codebook_size=len(self.history.counts), num_tokens=num_tokens)
+            self._judge(trainer.global_step, {problem.cause: problem for problem in problems})
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns counts and reports; must be called on every rank."""
-        reported = {"reports": self.reports, "streaks": self._streaks, "first_judged": self._first_judged}
-        return {**self.history.state(), "reported": json.dumps(reported)}
+        """Returns the counts; must be called on every rank."""
+        return self.history.state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores ``state_dict``."""
         self.history.load(state_dict)
-        reported = parse_any_json(state_dict["reported"], "the health of a checkpoint")
-        self.reports, self._streaks = reported["reports"], reported["streaks"]
-        self._first_judged = reported["first_judged"]
 
     def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
         """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""
-        if self._last is None:
+        if not self._num_tokens:
             return {}, 0
-        features, tokens = self._last
-        tokens_per_step = tokens.numel() * getattr(pl_module, "accumulation", 1) * trainer.world_size
-        dead_after = max(DEAD_AFTER, -(-10 * self.quantizer.codebook_size // tokens_per_step))
+        tokens_per_step = self._num_tokens * getattr(pl_module, "accumulation", 1) * trainer.world_size
+        dead_after = max(DEAD_AFTER, -(-10 * len(self.history.counts) // tokens_per_step))
         metrics, num_tokens = self.history.measure(trainer.global_step, dead_after=dead_after)
-        metrics |= measure_vectors(self.quantizer, features, tokens)
         for logger in trainer.loggers:
             logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
         return metrics, num_tokens
 
-    def _judge(self, step: int, grace: int, problems_now: Iterable[Problem]) -> None:
+    def _judge(self, step: int, problems: Mapping[str, Problem]) -> None:
         """Reports each cause that has been outside of its range for ``PATIENCE`` measurements (3)."""
-        problems = {
-            problem.cause: problem
-            for problem in problems_now
-            if step > grace + ((self._first_judged or 0) if problem.cause.startswith("discriminator") else 0)
-        }
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
-        reported = {report["cause"] for report in self.reports}
-        new = [cause for cause, streak in self._streaks.items() if streak >= PATIENCE and cause not in reported]
-        for problem in (problems[cause] for cause in new):
-            advice = "; or ".join(problem.advice)
-            log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)
-            self.reports.append({"step": step, **asdict(problem)})
-        if new:
-            try_write_text(self.folder / FILE_NAME, json.dumps(self.reports, indent=2) + "\n")
+        for cause, streak in self._streaks.items():
+            if streak >= PATIENCE and cause not in self.reported:
+                problem = self.reported[cause] = problems[cause]
+                advice = "; or ".join(problem.advice)
+                log.warning("step %d: health: %s. Try: %s. Training continues", step, problem.text, advice)

@@ -1,8 +1,8 @@
 """The optimizers and learning rates of both stages, their parameter groups, and the averaged weights.
 
-A recipe names an optimizer by ``model.optimizer.algorithm``: ``lion``, or ``{name: sgd, momentum: 0.95}``. The default
-is AdamW of torch. The others are timm's, which is imported when one of them is named. Registered are algorithms with
-decoupled weight decay that resume bit-exactly: none that draws random numbers or needs a second backward pass.
+A recipe names an optimizer by ``model.optimizer.algorithm``, such as ``lion``. The default is AdamW of torch. The
+others are timm's, which is imported when one of them is named. Registered are algorithms with decoupled weight decay
+that resume bit-exactly: none that draws random numbers or needs a second backward pass.
 
 The exponential moving average (EMA) of the weights is a frozen copy of the network. It is a submodule, so that it is
 sharded, moved and saved with the rest of the LightningModule. Validation, sample pictures and exports use it.
@@ -14,7 +14,7 @@ import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, TypeVar, get_args
@@ -103,29 +103,6 @@ class MuonSpec(OptimizerSpec):
 
         rate = config.learning_rate.peak
         return Muon(groups, lr=rate, betas=config.betas, momentum=0.95, nesterov=False, ns_steps=5)
-
-
-@optimizers.register("sgd")
-@dataclass(frozen=True)
-class SGDSpec(OptimizerSpec):
-    """SGD with momentum and decoupled weight decay. Source: arXiv:1711.05101.
-
-    Args:
-        momentum: Decay rate of the momentum, in [0, 1).
-        nesterov: True for Nesterov momentum, which needs a momentum above 0.
-    """
-
-    elementwise: ClassVar[bool] = True
-    momentum: float = 0.9
-    nesterov: bool = True
-
-    def __post_init__(self) -> None:
-        check_number("momentum", self.momentum, "(0, 1)" if self.nesterov else "[0, 1)")
-
-    def create(self, groups: list[dict[str, Any]], config: OptimizerConfig) -> Optimizer:
-        from timm.optim.sgdw import SGDW
-
-        return SGDW(groups, lr=config.learning_rate.peak, **asdict(self))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The callback that measures training: the time of all steps of a run, and speed, memory and norms as metrics.
+"""The callback that measures training: the time of all steps of a run, and speed and memory as metrics.
 
 ``SpeedMonitor`` logs at the Trainer's logging steps, for the steps since the last time and without validations:
 
@@ -6,8 +6,6 @@
 2. ``speed/data_wait``, the share of the time between micro-batches, in [0, 1]: waiting for data, and copying
    them. Writing a checkpoint is no part of it, but of the time.
 3. ``speed/peak_memory_gb``, 10^9 bytes: of the GPU by torch, else of the process.
-4. ``speed/tflops``, 10^12 FLOPs of the model per second and device, without recomputation, and
-   ``speed/model_flops_utilization``, its share of the device's peak, for the GPUs of ``training.gpus``.
 
 It keeps the total in ``training_time.json``, which the ablation reads.
 """
@@ -15,9 +13,7 @@ It keeps the total in ``training_time.json``, which the ablation reads.
 from __future__ import annotations
 
 import json
-import logging
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +24,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from maskgit_pl.checks import build_dataclass
 from maskgit_pl.distributed import device_name, peak_memory
 from maskgit_pl.files import read_json, try_write_text
-from maskgit_pl.training.gpus import find_gpu
-
-log = logging.getLogger(__name__)
 
 _FILE_NAME = "training_time.json"  # in the stage folder
 
@@ -61,7 +54,7 @@ def read_training_time(folder: Path) -> TrainingTime | None:
 
 
 class SpeedMonitor(Callback):
-    """A callback that logs speed, memory and norms, and keeps the time of all steps.
+    """A callback that logs speed and memory, and keeps the time of all steps.
 
     Rank 0 measures its own time and memory, which are about those of every rank. The time from the start to
     the end of training counts, except validation. Reading data and writing checkpoints count, since they
@@ -71,15 +64,10 @@ class SpeedMonitor(Callback):
 
     Args:
         folder: Folder of the stage.
-        count_flops: Returns the model's FLOPs in a step of all ranks. Called once, before the first step.
-        tensor_float32: True if float32 products use TF32, which has another peak.
     """
 
-    def __init__(self, folder: Path, count_flops: Callable[[], float], *, tensor_float32: bool = False) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.count_flops = count_flops
-        self.tensor_float32 = tensor_float32
-        self._flops = 0.0  # of a step, on rank 0; 0 if they cannot be counted
         self._before = TrainingTime()  # of earlier processes
         self._first_step = 0  # of this process
         self._cost = 0.0  # seconds of this process
@@ -97,11 +85,6 @@ class SpeedMonitor(Callback):
             self._before = recorded
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
-        if trainer.is_global_zero:
-            try:  # here, since it may take longer than a step, which the watchdog would take for a hang
-                self._flops = self.count_flops()
-            except Exception as error:  # of a network of another package, which need not run without content
-                log.warning("the FLOPs of a step cannot be counted, and are not logged: %s", error)
         self._restart(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -116,7 +99,12 @@ class SpeedMonitor(Callback):
         # A micro-batch that ends no step leaves global_step as it is.
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
         if is_logged and trainer.global_step > self._logged_step:
-            values = self._measure(trainer, pl_module)
+            seconds = max(self._passed, 1e-9)
+            values = {
+                "speed/images_per_second": self._images * trainer.world_size / seconds,
+                "speed/data_wait": self._waited / seconds,
+                "speed/peak_memory_gb": peak_memory(pl_module.device) / 1e9,
+            }
             for logger in trainer.loggers:
                 logger.log_metrics(values, step=trainer.global_step)
             self._restart(trainer)
@@ -163,23 +151,6 @@ class SpeedMonitor(Callback):
         cost, is_cpu = before.cost + self._cost, device.type == "cpu"
         total = TrainingTime(before.steps + steps, cost, device_name(device), is_cpu)
         try_write_text(self.folder / _FILE_NAME, json.dumps(asdict(total), indent=2) + "\n")
-
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
-        steps, seconds = trainer.global_step - self._logged_step, max(self._passed, 1e-9)
-        values = {
-            "speed/images_per_second": self._images * trainer.world_size / seconds,
-            "speed/data_wait": self._waited / seconds,
-            "speed/peak_memory_gb": peak_memory(pl_module.device) / 1e9,
-        }
-        if self._flops:
-            rate = self._flops * steps / seconds / trainer.world_size
-            values["speed/tflops"] = rate / 1e12
-            device = pl_module.device
-            gpu = find_gpu(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-            if gpu is not None:
-                peak = gpu.rate(str(trainer.precision), tensor_float32=self.tensor_float32)
-                values["speed/model_flops_utilization"] = rate / peak
-        return values
 
 
 def _clocks() -> tuple[float, float]:

@@ -2,11 +2,11 @@
 
 ``StepCheck``, after each step:
 
-1. Each rank collects the losses and sample indices of the micro-batches of a step.
+1. Each rank collects the losses of the micro-batches of a step.
 2. When the gradients of the step are complete, the module passes their norms to ``StepCheck.should_skip_update``.
 3. The ranks exchange one tensor (all-reduce, maximum): stop requested, non-finite norm, rank with a non-finite loss.
 4. If a loss or a norm of any rank is non-finite, no rank updates its weights. The fourth such step in a row
-   ends the run, after each rank has written the samples of these steps.
+   ends the run.
 5. If any rank has received a stop signal, all ranks save the step when its batch ends, and stop.
 
 ``Watchdog``: ranks wait for each other in collectives, so a rank never ends without the others:
@@ -27,7 +27,6 @@ With a single process, an error is only raised, so that a notebook keeps its ker
 from __future__ import annotations
 
 import faulthandler
-import json
 import logging
 import os
 import statistics
@@ -52,7 +51,6 @@ from torch.optim import Optimizer
 from maskgit_pl import processes
 from maskgit_pl.distributed import max_over_ranks
 from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError, RunError, describe_error, exit_code_of
-from maskgit_pl.files import try_write_text
 from maskgit_pl.training.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
@@ -66,24 +64,17 @@ class StepCheck(Callback):
     The module calls ``should_skip_update``.
 
     Args:
-        folder: Folder of the stage. If non-finite steps end a run, ``nonfinite.json``
-            (``nonfinite-rank1.json`` ...) lists their samples there.
         checkpoints: Callback that saves the run before it stops.
     """
 
-    def __init__(self, folder: Path, checkpoints: Checkpoints) -> None:
-        self.folder = folder
+    def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self._losses: list[Tensor] = []
-        self._samples: list[Tensor] = []  # sample indices of each micro-batch of this step
-        self._skipped: list[dict[str, Any]] = []  # the latest skipped steps in a row
+        self._losses: list[Tensor] = []  # of the micro-batches of this step
+        self._skipped_in_a_row = 0
         self._stops = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         pl_module.step_check = self  # type: ignore[assignment]  # both modules have the attribute
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._samples.append(batch.index)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         self._losses.append(loss.detach())
@@ -94,28 +85,28 @@ class StepCheck(Callback):
         ``gradient_norms`` are scalar float tensors, one of each optimizer; see ``clip_gradients``.
 
         Raises:
-            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks, after the
-                samples of these steps are written.
+            NonFiniteError: if more than 3 updates in a row are skipped. Raised on all ranks.
         """
         # The next micro-batch belongs to the next step.
-        losses, samples, self._losses, self._samples = self._losses, self._samples, [], []
+        losses, self._losses = self._losses, []
         # A maximum also tells which rank has a non-finite loss: 1 + rank, or 0 for none.
         worst_rank = _has_nonfinite(losses) * (1 + trainer.global_rank)
         stops = torch.full_like(worst_rank, float(processes.is_requested()))
         votes = max_over_ranks(torch.stack([stops, _has_nonfinite(gradient_norms), worst_rank])).tolist()
         self._stops, wrong_norm, wrong_loss = bool(votes[0]), bool(votes[1]), int(votes[2])
         if not wrong_norm and not wrong_loss:
-            self._skipped = []
+            self._skipped_in_a_row = 0
             return False
-        self._skipped.append(
-            {
-                "step": trainer.global_step,
-                "losses": [str(float(loss)) for loss in losses],
-                "gradient_norms": [str(float(norm)) for norm in gradient_norms],
-                "samples": [number for batch in samples for number in batch.tolist()],
-            }
-        )
-        self._report_skipped(trainer, f"loss on rank {wrong_loss - 1}" if wrong_loss else "gradient")
+        self._skipped_in_a_row += 1
+        what = f"loss on rank {wrong_loss - 1}" if wrong_loss else "gradient"
+        text = f"step {trainer.global_step}: non-finite {what}"
+        if self._skipped_in_a_row > _MOST_IN_A_ROW:
+            raise NonFiniteError(
+                f"{text}, {self._skipped_in_a_row} steps in a row. None of them changed the weights, and the last "
+                "checkpoint is valid; try a lower learning rate, gradient clipping or trainer.precision=32-true"
+            )
+        if trainer.is_global_zero:
+            log.warning("%s; no rank updates its weights (%d in a row)", text, self._skipped_in_a_row)
         return True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -128,21 +119,6 @@ class StepCheck(Callback):
         # A validation can be long, so a stop signal does not wait for its end.
         if trainer.strategy.reduce_boolean_decision(processes.is_requested(), all=False):
             self._stop(trainer)
-
-    def _report_skipped(self, trainer: Trainer, what: str) -> None:
-        text = f"step {trainer.global_step}: non-finite {what}"
-        if len(self._skipped) <= _MOST_IN_A_ROW:
-            if trainer.is_global_zero:
-                log.warning("%s; no rank updates its weights (%d in a row)", text, len(self._skipped))
-            return
-        rank = trainer.global_rank
-        path = self.folder / ("nonfinite.json" if rank == 0 else f"nonfinite-rank{rank}.json")
-        try_write_text(path, json.dumps(self._skipped, indent=2) + "\n")
-        raise NonFiniteError(
-            f"{text}, {len(self._skipped)} steps in a row. {self.folder / 'nonfinite*.json'} lists their samples, one "
-            "file per rank. None of these steps changed the weights, and the last checkpoint is valid; try a lower "
-            "learning rate, gradient clipping or trainer.precision=32-true"
-        )
 
     def _stop(self, trainer: Trainer) -> None:
         self.checkpoints.save(trainer, last=True)

@@ -33,7 +33,7 @@ from maskgit_pl.registry import describe
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, SavedTensor, local_rows
 
 ActivationCheckpointing = Literal["none", "blocks"]
-Compiled = Literal["none", "blocks", "step"]
+Compiled = Literal["none", "blocks"]
 
 PRECISIONS = ("32-true", "bf16-mixed")
 """Precisions of training for both stages, in Lightning's names."""
@@ -72,7 +72,7 @@ def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
 
     Raises:
         ValueError: if ``auto`` is set for several ranks; or FSDP2 for stage 1, whose two networks only train
-            with DDP, for one graph of the whole step, or for an optimizer whose step needs whole matrices.
+            with DDP, or for an optimizer whose step needs whole matrices.
     """
     if name == "auto" and ranks > 1:
         raise ValueError(
@@ -81,8 +81,6 @@ def check_strategy(name: str, config: Any, *, stage: str, ranks: int) -> None:
     why = None
     if stage == "tokenizer":
         why = "for the tokenizer"
-    elif config.compiled == "step":
-        why = "with model.compiled 'step', since the hooks of FSDP2 run between the blocks"
     elif not config.optimizer.spec.elementwise:
         why = f"with model.optimizer.algorithm {describe(config.optimizer.algorithm)!r}, which needs whole matrices"
     if name == "fsdp" and why is not None:
@@ -117,8 +115,7 @@ def prepare_blocks(
         activation_checkpointing: ``blocks`` keeps only the inputs of each block for the backward pass, which
             runs the block again with the same dropout mask. Losses and gradients are bit-exact.
         compiled: ``blocks`` compiles each block with ``torch.compile`` at its first call. Sums are then
-            rounded in a different order, and dropout draws different numbers. ``step`` is compiled by the
-            module that computes the loss, not here.
+            rounded in a different order, and dropout draws different numbers.
     """
     for block in blocks:
         if compiled == "blocks":

@@ -15,8 +15,8 @@ training step does for each micro-batch (the code of both repeats the numbers):
 6. Compute the loss, with label smoothing: the mean over rows of (sum of the row's cross-entropies / their number).
 
 The data modules run 1 and 2 on the host, before the batch is copied to the device (``draw_on_host``). M is then known
-on the host, so that no later operation has a size that depends on values: the host does not wait for the device, and 5
-and 6 are one graph, which ``compiled: step`` compiles. With another data module they run in the step, on its device.
+on the host, so that no later operation has a size that depends on values, and the host does not wait for the device.
+With another data module they run in the step, on its device.
 
 Lightning runs the backward pass. After the last micro-batch:
 
@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from pathlib import Path
@@ -88,12 +88,12 @@ class TokenModelConfig:
         label_smoothing: Label smoothing of the training loss, in [0, 1).
         loss_vocabulary: Columns of the softmax of the loss: ``codes``, or ``all`` rows of the token
             embedding. With token groups it is ``codes``: the softmax of each group.
-        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); 0 for none.
+        ema_decay: Decay of the averaged weights, which are sampled, evaluated and exported, in [0, 1); with 0 they
+            are those of the last step.
         flip_probability: Probability of a horizontal flip, in [0, 1]; only for images that are encoded on the fly.
         seed: Seed of masks, class dropout, flips and dropout, in [0, 2**32).
         activation_checkpointing: ``blocks`` saves memory by computing the blocks again in the backward pass.
-        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``, ``step``
-            forward pass and loss as one graph.
+        compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
 
     Raises:
         ValueError: if a number is out of range.
@@ -179,7 +179,7 @@ class TokenModel(LightningModule):
         decoding: Decoding settings for sample images, and of the exported model.
 
     Attributes:
-        ema_network: The averaged network; None without averages.
+        ema_network: The averaged network, which is sampled, evaluated and exported.
         step_check: Set by a callback; without it no update is skipped.
 
     Source: paper, training; the numbers of the released configuration are in ``recipes/transformer``.
@@ -196,7 +196,7 @@ class TokenModel(LightningModule):
         self.config = config
         self.decoding = decoding
         self.transformer = transformer
-        self.ema_network = frozen_copy(transformer) if config.ema_decay > 0 else None
+        self.ema_network = frozen_copy(transformer)
         prepare_blocks(
             transformer.blocks,
             activation_checkpointing=config.activation_checkpointing,
@@ -206,10 +206,6 @@ class TokenModel(LightningModule):
         self._validation_loss = MeanMetric()
         self._validation_accuracy = MeanMetric()
         self._bins = BinnedMeans(self.binned_by)
-        self._run_step: Callable[[Batch], StepLosses] = self._compute_training_losses
-        if config.compiled == "step":
-            # Sizes are few and static, which a CUDA graph needs.
-            self._run_step = torch.compile(self._compute_training_losses, fullgraph=True, dynamic=False)
 
     @abstractmethod
     def _draw(self, batch: Batch) -> Draws:
@@ -220,13 +216,13 @@ class TokenModel(LightningModule):
         """Returns the group in the logs, (M,) int64 in [0, 4), of the M positions, for a mask (B, N)."""
 
     @abstractmethod
-    def _decode(self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None) -> Iterator[DecodingStep]:
-        """Decodes one image for each label, seed and vector with the averaged network, which is in evaluation mode."""
+    def sample(
+        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
+    ) -> Iterator[DecodingStep]:
+        """Decodes an image for each label and seed in [0, 2**32) by the averaged network; yields each step.
 
-    @property
-    def averaged_network(self) -> Backbone:
-        """The network that is sampled, evaluated and exported: the average, or the trained one if there is none."""
-        return self.transformer if self.ema_network is None else self.ema_network
+        ``vectors`` (B, C) float are those of the images; None for a network without conditioning vectors.
+        """
 
     @property
     def tokenizer(self) -> PretrainedTokenizer:
@@ -297,7 +293,7 @@ class TokenModel(LightningModule):
         """Computes the loss of one micro-batch, scalar float32."""
         batch = self._with_draws(batch)  # 1, 2, if the data module has not made them on the host
         self._reseed_dropout(batch_idx)  # 3
-        losses = self._run_step(batch._replace(content=self._encode(batch)))  # 4, 5, 6
+        losses = self._compute_training_losses(batch._replace(content=self._encode(batch)))  # 4, 5, 6
         self._log_step(batch, losses, batch_idx)
         return losses.loss
 
@@ -323,7 +319,7 @@ class TokenModel(LightningModule):
             return self.tokenizer.network.encode(images.to(torch.float32) / 255)
 
     def _compute_training_losses(self, batch: Batch) -> StepLosses:
-        """Returns loss and statistics of the trained network for a batch of tokens; ``compiled: step`` compiles it."""
+        """Returns loss and statistics of the trained network for a batch of tokens."""
         return self.compute_losses(self.transformer, batch, batch.content, smoothing=self.config.label_smoothing)
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
@@ -372,8 +368,8 @@ class TokenModel(LightningModule):
             return
         mesh = self.device_mesh["data_parallel"]
         shard_blocks(self.transformer, self.transformer.blocks, mesh, precision=self.trainer.precision)
-        if self.ema_network is not None:  # it samples and is evaluated in float32, without mixed precision
-            shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
+        # The average samples and is evaluated in float32, without mixed precision.
+        shard_blocks(self.ema_network, self.ema_network.blocks, mesh, precision="32-true")
 
     def trained_groups(self) -> list[dict[str, Any]]:
         """Returns the parameter groups of the optimizer."""
@@ -425,7 +421,7 @@ class TokenModel(LightningModule):
         # 8. Step, free, average.
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         optimizer.zero_grad()  # Lightning would keep the gradients in memory through the next forward pass
-        if self.ema_network is not None and not self._skips_update:
+        if not self._skips_update:
             step = self.trainer.global_step  # the current step is not counted yet
             update_ema(self.ema_network, self.transformer, decay=self.config.ema_decay, step=step)
 
@@ -448,7 +444,7 @@ class TokenModel(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds loss and accuracy of the averaged network, without class dropout and label smoothing."""
         batch = self._with_draws(batch)
-        losses = self.compute_losses(self.averaged_network, batch, self._encode(batch), smoothing=0.0)
+        losses = self.compute_losses(self.ema_network, batch, self._encode(batch), smoothing=0.0)
         self._validation_loss.update(losses.token_losses)
         self._validation_accuracy.update(losses.hits)
 
@@ -468,22 +464,7 @@ class TokenModel(LightningModule):
         for logger in self.loggers:
             logger.log_metrics(metrics, step=step)
 
-    # Samples and weights
-
-    @torch.no_grad()
-    def sample(
-        self, labels: Sequence[int], seeds: Sequence[int], vectors: Tensor | None = None
-    ) -> Iterator[DecodingStep]:
-        """Decodes an image for each label and seed in [0, 2**32) by the averaged network; yields each step.
-
-        ``vectors`` (B, C) float are those of the images; None for a network without conditioning vectors.
-        """
-        # Without an average this is the network that trains, so its mode is restored afterwards, also after a part.
-        self.averaged_network.eval()
-        try:
-            yield from self._decode(labels, seeds, vectors)
-        finally:
-            self.transformer.train(self.training)
+    # Weights
 
     def start_from(self, folder: Path) -> None:
         """Replaces the initial weights by those of a pretrained transformer folder. Call it before the first step.
@@ -495,7 +476,7 @@ class TokenModel(LightningModule):
             ValueError: if the folder holds no transformer, or one of other sizes.
         """
         weights = weights_for(self.config.network, load_transformer(folder))
-        for network in dict.fromkeys((self.transformer, self.averaged_network)):
+        for network in (self.transformer, self.ema_network):
             network.load_state_dict(weights)
 
     def export(self, folder: Path | str, *, class_names: Sequence[str]) -> None:
@@ -510,7 +491,7 @@ class TokenModel(LightningModule):
         """
         names = check_class_names("class_names", class_names, self.config.network.num_classes)
         # Under FSDP2 all ranks gather the weights, so this line must not depend on the rank.
-        weights, tokenizer_folder = full_state(self.averaged_network), Path(folder) / "tokenizer"
+        weights, tokenizer_folder = full_state(self.ema_network), Path(folder) / "tokenizer"
         if self.global_rank == 0:
             copy_stage_folder(Path(self.config.tokenizer), tokenizer_folder)
             save_transformer(

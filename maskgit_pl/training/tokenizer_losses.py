@@ -333,8 +333,7 @@ class LossTerms:
 
         Returns:
             Gradient at the reconstruction, (B, C, H, W) float32; that at the features, (B, D, h, w) float,
-            None if no term uses them; and detached scalars by name: the terms without their weights, and the
-            norms of their weighted gradients at the image (``gradient/NAME``).
+            None if no term uses them; and the terms by name, detached and without their weights.
         """
         leaves, metrics = (inputs.reconstruction, inputs.features), {}
         at_image, at_features = None, None
@@ -345,7 +344,6 @@ class LossTerms:
                 continue
             parts = torch.autograd.grad(term.weight * loss, leaves, allow_unused=True)
             if parts[0] is not None:
-                metrics[f"gradient/{name}"] = gradient_norm(parts[0])
                 at_image = parts[0] if at_image is None else at_image + parts[0]
             if parts[1] is not None:
                 at_features = parts[1] if at_features is None else at_features + parts[1]
@@ -412,13 +410,8 @@ class AdversarialStep:
             similarity_part, adversarial_part = mean_over_ranks(gradients)
             self.metrics["adaptive_weight"] = losses.adaptive_weight(similarity_part, adversarial_part)
             weight = weight * self.metrics["adaptive_weight"]
-        gradient = weight * gradient
-        self.metrics |= {
-            "generator": loss.detach(),
-            "adversarial_weight": weight,
-            "gradient/adversarial": gradient_norm(gradient),
-        }
-        return gradient
+        self.metrics |= {"generator": loss.detach(), "adversarial_weight": weight}
+        return weight * gradient
 
     def discriminator_loss(self, lecam_means: Tensor) -> Tensor:
         """Computes the discriminator's loss with its penalties, scalar float32 with a graph.
@@ -430,11 +423,7 @@ class AdversarialStep:
         loss = losses.discriminator_loss(self.real_logits, self.fake_logits, kind=config.loss)
         self.metrics["discriminator"] = loss.detach()
         real, fake = (self.real_logits > 0).float().mean(), (self.fake_logits < 0).float().mean()
-        self.metrics |= {
-            "discriminator_accuracy": (real + fake) / 2,
-            "discriminator_accuracy/real": real,
-            "discriminator_accuracy/fake": fake,
-        }
+        self.metrics["discriminator_accuracy"] = (real + fake) / 2
         if self.real.requires_grad:
             penalty = losses.r1_penalty(self.real_logits, self.real)
             self.metrics["r1"] = penalty.detach()
@@ -446,13 +435,3 @@ class AdversarialStep:
             self.metrics["lecam"] = lecam.detach()
             loss = loss + config.lecam_weight * lecam
         return loss
-
-
-def gradient_norm(gradient: Tensor) -> Tensor:
-    """Computes the root mean square over images of the norm of the gradient of an image's own loss.
-
-    The gradient g (B, C, H, W) of a mean over B images is 1/B of those of their own losses:
-    sqrt(1/B sum_b |B g_b|^2) = sqrt(B) |g|. The value does not depend on the size of the micro-batch.
-    """
-    norm: Tensor = torch.linalg.vector_norm(gradient) * len(gradient) ** 0.5
-    return norm.detach()

@@ -96,7 +96,6 @@ def is_refused(
         ("schedules --schedules '{name'", "--schedules must be a name or a mapping such as"),
         ("doctor --recipe=paper-256", "the following arguments are required: tokenizer|transformer"),
         ("doctor transformer --device-memory=much", "--device-memory must be a size such as 80GB"),
-        ("doctor transformer --device=h1000", "--device must be one of a100-40"),
     ],
 )
 def test_a_wrong_command_flag_or_choice_is_one_line_with_the_nearest(is_refused, command: str, text: str) -> None:

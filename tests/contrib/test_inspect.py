@@ -1,6 +1,5 @@
 """The page of a run shows what was logged and measured, loads nothing, and shows hostile names safely."""
 
-import json
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -87,7 +86,6 @@ def test_a_page_of_both_stages_shows_metrics_codes_and_pictures(tiny_pretrained,
 def test_names_with_markup_are_text(tmp_path):
     run = tmp_path / "<b>run"
     write_events(run / "tokenizer", {f"train/{MARKUP}": {1: 1.0}, "train/x": {1: float("nan"), 2: float("inf")}})
-    (run / "tokenizer" / "health.json").write_text(json.dumps([{"step": MARKUP, "text": MARKUP}]))
     page = inspect_run(run).read_text()
     tags = parsed(page)
     assert "script" not in tags.seen

@@ -29,7 +29,7 @@ from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.training.strategies import shard_blocks
 from maskgit_pl.training.token_model import TokenModel
 from tests.decoding.test_graph import FIRST, OTHERS, whole_run
-from tests.test_one_graph import BERT, Run, batch, build
+from tests.test_host_waits import BERT, Run, batch, build
 
 GOLDEN = Folder(Path(__file__).parents[1] / "golden")
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def on(device: torch.device, given: Batch) -> Batch:
 
 def loss_and_gradients(module: TokenModel, given: Batch) -> tuple[Tensor, Tensor]:
     module.zero_grad()
-    loss = module._run_step(given).loss
+    loss = module._compute_training_losses(given).loss
     loss.backward()
     gradients = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
     return loss.detach().cpu(), torch.cat(gradients).cpu()
@@ -203,35 +203,6 @@ def capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, made
 
 
-def test_a_training_step_is_one_cuda_graph(card):
-    plain, module = build("bert", compiled="none").to(card), build("bert", compiled="step").to(card)
-    steps = [on(card, module._with_draws(batch(step))) for step in range(8)]
-    static = next(each for each in steps if same_sizes(each, steps[-1]))
-
-    def run() -> Tensor:
-        module.zero_grad(set_to_none=False)
-        loss = module._compute_training_losses(static).loss
-        loss.backward()
-        return loss
-
-    graph, loss = capture(run)
-    for own, new in zip(parts(static), parts(steps[-1]), strict=True):
-        own.copy_(new)
-    graph.replay()
-    expected, gradients = loss_and_gradients(plain, on(card, plain._with_draws(batch(7))))
-    torch.testing.assert_close(loss.detach().cpu(), expected, rtol=1e-5, atol=0)
-    own = [each.grad.flatten() for each in module.transformer.parameters() if each.grad is not None]
-    assert near(torch.cat(own).cpu(), gradients, 1e-4)
-
-
-def parts(given: Batch) -> list[Tensor]:
-    return [given.content, *(each for each in given.draws if each is not None)]
-
-
-def same_sizes(one: Batch, other: Batch) -> bool:
-    return len(one.draws.positions) == len(other.draws.positions)
-
-
 def test_a_whole_decoding_run_is_one_cuda_graph(card):
     with torch.device(card):
         run = whole_run("confidence")
@@ -246,19 +217,6 @@ def test_a_whole_decoding_run_is_one_cuda_graph(card):
         own.copy_(new)
     graph.replay()
     assert torch.equal(tokens, decode_all())
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # of torch's own compiler
-@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
-def test_a_compiled_step_has_the_loss_and_gradients_of_the_plain_one(mode, card):
-    plain, module = build("adaln").to(card), build("adaln", compiled="step").to(card)
-    module._run_step = torch.compile(module._compute_training_losses, fullgraph=True, dynamic=False, mode=mode)
-    for step in range(4):
-        expected, gradients = loss_and_gradients(plain, on(card, plain._with_draws(batch(step))))
-        torch.compiler.cudagraph_mark_step_begin()
-        loss, own = loss_and_gradients(module, on(card, module._with_draws(batch(step))))
-        torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
-        assert near(own, gradients, 1e-3)
 
 
 def test_the_chunked_head_takes_less_memory(card):

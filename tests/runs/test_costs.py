@@ -142,7 +142,6 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
     assert (ddp.states, ddp.gathered) == (20 * whole, 0)
     assert fsdp.states == pytest.approx(10 * whole, rel=0.01)
     assert fsdp.gathered == pytest.approx(4 * (2 * root + 5 * block), rel=0.01)
-    assert step_memory(masked_model(module.config.network, "", ema_decay=0.0), per_device=2).states == 16 * whole
     # Under bf16-mixed it gathers bfloat16, and autocast makes no copies.
     mixed, sharded = (
         step_memory(module, per_device=2, precision="bf16-mixed", strategy=name, ranks=2) for name in ("ddp", "fsdp")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from maskgit_pl import runs
-from maskgit_pl.runs.doctor import Machines
+from maskgit_pl.runs.plan import Machines
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
 ROOT = Path(__file__).parents[2]
@@ -37,6 +37,12 @@ def fails(found, name: str, *parts: object) -> None:
     (check,) = [check for check in found.errors if check.name == name]
     for part in parts:
         assert str(part) in check.text
+
+
+@pytest.mark.parametrize("wrong", [{"nodes": 0}, {"devices": True}, {"device_memory": "much"}])
+def test_wrong_machines_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        Machines(**wrong)
 
 
 @pytest.mark.parametrize("stage", ["tokenizer", "transformer"])

@@ -66,7 +66,7 @@ def test_precision_follows_the_device_of_the_run_or_a_named_gpu(bfloat16, tmp_pa
     for accelerator in ("cpu", "auto", "gpu"):
         choose_precision(*config("transformer", 256, accelerator=accelerator), "transformer", tmp_path)
     assert asked == ["cpu", "cuda", "cuda"]
-    assert choose_precision(*config("transformer", 256), "transformer", tmp_path, gpu="h100") == "bf16-mixed"
+    assert choose_precision(*config("transformer", 256), "transformer", tmp_path, on_gpu=True) == "bf16-mixed"
 
 
 @pytest.mark.parametrize(("device", "chosen"), [("cpu", "32-true"), ("cuda", "bf16-mixed")])

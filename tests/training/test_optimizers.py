@@ -170,7 +170,7 @@ def test_two_ranks_of_ddp_and_fsdp_train_as_one_process_does(tmp_path):
 
 def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
     page = (Path(__file__).parents[2] / "docs" / "optimizers.md").read_text()
-    rows = {cells[0].strip(" `"): float(cells[2]) for line in page.splitlines() if len(cells := line.split("|")[1:]) > 4
+    rows = {cells[0].strip(" `"): float(cells[2]) for line in page.splitlines() if len(cells := line.split("|")[1:]) > 3
             and cells[2].strip().replace(".", "").isdigit()}  # fmt: skip
     assert rows.keys() == set(NAMES)
     for name, values in rows.items():
@@ -184,7 +184,6 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
         (OptimizerConfig, {"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
         (OptimizerConfig, {"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
         (OptimizerConfig, {"algorithm": {"name": "lion", "betas": [0.9]}}, "optimizer 'lion': unknown key 'betas'"),
-        (OptimizerConfig, {"algorithm": {"name": "sgd", "momentum": 0.0}}, r"'sgd': momentum must be a number in \(0"),
         (LearningRate, {"peak": 0.0}, r"^peak must be a number in \(0, inf\), got 0.0"),
         (LearningRate, {"peak": float("nan")}, "^peak must be a number"),
         (LearningRate, {"warmup_steps": -1}, "^warmup_steps must be an integer in .*, got -1"),

@@ -1,6 +1,5 @@
 """Non-finite updates and signals in one process, and the time limits of the watchdog; test_survival.py has ranks."""
 
-import json
 import logging
 import os
 import signal
@@ -67,7 +66,7 @@ def fit(module, tiny_shards, tmp_path):
 
     def run(*faults: Fault, steps: int, more: tuple[Callback, ...] = ()) -> History:
         seen, checkpoints = History(), Checkpoints(tmp_path / "checkpoints", every_n_steps=100)
-        callbacks = [seen, StepCheck(tmp_path, checkpoints), checkpoints, Injection(faults), *more]
+        callbacks = [seen, StepCheck(checkpoints), checkpoints, Injection(faults), *more]
         source = short_runs.data(tiny_shards)
         short_runs.fit(module, source, steps=steps, folder=tmp_path, callbacks=callbacks, limit_val_batches=0)
         return seen
@@ -85,25 +84,18 @@ def test_a_non_finite_step_changes_no_weight_average_code_or_moment(fit, what):
 
 
 @pytest.mark.slow
-def test_three_steps_in_a_row_are_skipped_any_number_of_times(fit, tmp_path, caplog):
+def test_three_steps_in_a_row_are_skipped_any_number_of_times(fit, caplog):
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=3), steps=8)
     assert [seen.changed(step) for step in range(1, 9)] == [False, False, False, True] * 2
     assert [record.args[1] for record in caplog.records if "non-finite" in record.message] == [1, 2, 3, 1, 2, 3]
-    assert not (tmp_path / "nonfinite.json").exists()
 
 
-def test_the_fourth_skipped_step_in_a_row_ends_the_run_with_their_samples(fit, tmp_path, module):
+def test_the_fourth_skipped_step_in_a_row_ends_the_run(fit, module):
     weights = [value.clone() for value in module.state_dict().values()]
     with pytest.raises(NonFiniteError, match="step 3: non-finite gradient, 4 steps in a row"):
         fit(Fault("nan gradient", step=1, times=9), steps=8)
     assert all(map(torch.equal, module.state_dict().values(), weights))
-    listed = json.loads((tmp_path / "nonfinite.json").read_text())
-    assert [entry["step"] for entry in listed] == [0, 1, 2, 3]
-    samples = [number for entry in listed for number in entry["samples"]]
-    assert len(set(samples)) == 32
-    assert all(value != "nan" for entry in listed for value in entry["losses"])
-    assert all("nan" in entry["gradient_norms"] for entry in listed)
 
 
 @pytest.fixture

@@ -28,7 +28,6 @@ MUON = replace(CONFIG.optimizer, algorithm="muon")
         ("fsdp", "transformer", CONFIG, 2, None),
         ("auto", "transformer", CONFIG, 2, "for 2 ranks, got 'auto'"),
         ("fsdp", "tokenizer", CONFIG, 1, "for the tokenizer, got 'fsdp'; use --cluster ddp"),
-        ("fsdp", "transformer", replace(CONFIG, compiled="step"), 1, "with model.compiled 'step'"),
         ("fsdp", "transformer", replace(CONFIG, optimizer=MUON), 1, "'muon', which needs whole matrices"),
     ],
 )

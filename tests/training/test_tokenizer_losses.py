@@ -211,9 +211,7 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
         "reconstruction": 1.0, "late-term": 1.0, "late-term-2": 2.0, "late-term-3": 3.0
     }  # fmt: skip
     first, later = module.replay_step(batch(), step=0), module.replay_step(batch(), step=10)
-    assert (first["late-term"], "gradient/late-term" in first) == (0, False)
-    assert later["late-term"] > 0
-    assert later["gradient/late-term-3"] > later["gradient/late-term"] > 0
+    assert (first["late-term"], later["late-term"] > 0) == (0, True)
 
 
 @pytest.mark.parametrize(
@@ -236,16 +234,6 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
 def test_wrong_losses_and_frozen_parts_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         module_of(**options)
-
-
-def test_the_norm_of_a_gradient_does_not_depend_on_the_micro_batch():
-    module, whole = module_of(), batch()
-    norms = []
-    for rows in (slice(0, 3), slice(0, 1), slice(1, 2), slice(2, 3)):
-        metrics = module.replay_step(Batch(*(part[rows] for part in whole[:6])), step=0)
-        norms.append(metrics["gradient/reconstruction"])
-    torch.testing.assert_close(norms[0], torch.stack(norms[1:]).square().mean().sqrt())
-    assert norms[0] > 0
 
 
 @pytest.mark.slow
