@@ -17,11 +17,9 @@ from tests.forked import run_ranks
 
 OTHERS = {  # specs and sizes (K, D) that are not a name of 16 codes of size 4
     "fsq": ({"name": "fsq", "levels": [4, 3, 2]}, 24, 3),
-    "gradient rotation": ({"name": "gradient", "gradient_estimator": "rotation"}, 16, 4),
     "product of ema": ({"name": "product", "num_groups": 3, "quantizer": "ema"}, 8, 6),
     "product of gumbel": ({"name": "product", "quantizer": {"name": "gumbel", "kl_weight": 0.1}}, 16, 4),
-    "ema entropy": ({"name": "ema", "gradient_estimator": "rotation", "entropy_weight": 0.1}, 16, 4),
-    "gumbel hard": ({"name": "gumbel", "form": "hard"}, 16, 4),
+    "ema entropy": ({"name": "ema", "entropy_weight": 0.1}, 16, 4),
 }
 CASES = {**{name: (name, 16, 4) for name in quantizers.names()}, **OTHERS}
 
@@ -203,9 +201,8 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(spec, sizes, messa
     [
         ({"name": "ema", "decay": 1.0}, "decay"),
         ({"name": "gradient", "entropy_temperature": 0.0}, "entropy_temperature"),
-        ({"name": "gradient", "entropy_kind": "hard"}, "entropy_kind"),
+        ({"name": "gradient", "entropy_kind": "argmin"}, "did you mean 'argmax'"),
         ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
-        ({"name": "simvq", "gradient_estimator": "rotate"}, "did you mean 'rotation'"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(spec, message):
