@@ -147,8 +147,7 @@ def _draw_guidance(trial: optuna.trial.BaseTrial) -> Spec:
     name = trial.suggest_categorical("guidance", ["none", *scaled])
     if name == "none":  # which a continuous scale would never reach
         return {"name": "constant", "scale": 0.0}
-    guidance: dict[str, Any] = {"name": name, "scale": _draw(trial, "guidance_scale", 0.1, 3.0)}
-    return {**guidance, "start": _draw(trial, "guidance_start", 0.0, 0.6)} if name == "interval" else guidance
+    return {"name": name, "scale": _draw(trial, "guidance_scale", 0.1, 3.0)}
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def test_a_missing_device_is_refused_before_anything_moves(pipe, device) -> None
         {"top_p": 0.3},
         {"tokens_per_step": [1, 1, 14]},
         {"mask_schedule": "exp", "num_steps": 8},
-        {"guidance": {"name": "interval", "scale": 9.0}},
+        {"guidance": {"name": "cosine", "scale": 9.0}},
         {"choice_temperature": 0.0},
         {"negative_classes": 0, "guidance_scale": 5.0},
         {"decoding": DecodingConfig(16, "random")},
