@@ -15,7 +15,10 @@ from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guid
         ({"name": "linear", "scale": 3.0}, (0.0, 0.75, 1.5, 2.25, 3.0)),
         ({"name": "linear", "scale": 3.0}, (3.0,)),  # a single step counts as the last one
         ({"name": "cosine", "scale": 2.0}, [1 - math.cos(math.pi * step / 4) for step in range(5)]),
-        ({"name": "cosine", "scale": 2.0, "power": 2.0}, [1 - math.cos(math.pi * (step / 4) ** 2) for step in range(5)]),
+        (
+            {"name": "cosine", "scale": 2.0, "power": 2.0},
+            [1 - math.cos(math.pi * (step / 4) ** 2) for step in range(5)],
+        ),
     ],
     ids=str,
 )

@@ -27,7 +27,10 @@ def network_of(recipe: Recipe) -> dict:
 def test_another_backbone_keeps_only_the_common_keys():
     recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
     assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary-raster", "num_heads": 2}
-    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"] == "rotary-raster"
+    assert (
+        network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"]
+        == "rotary-raster"
+    )
     back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
     assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
     named = read(BERT, {"model": {"network": {"backbone": "bert"}}})  # the same backbone as before
@@ -41,7 +44,11 @@ def test_another_backbone_keeps_only_the_common_keys():
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_order_of_flags_does_not_matter(turned):
-    flags = ("--model.network.backbone=adaln", "--model.network.positions=rotary-raster", "--model.network.embed_dim=64")
+    flags = (
+        "--model.network.backbone=adaln",
+        "--model.network.positions=rotary-raster",
+        "--model.network.embed_dim=64",
+    )
     recipe = read(BERT, flags=tuple(reversed(flags)) if turned else flags)
     assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary-raster", "embed_dim": 64}
     more = recipe.with_overrides(("--model.network.num_registers=2",))
