@@ -45,7 +45,7 @@ def test_a_missing_device_is_refused_before_anything_moves(pipe, device) -> None
     "settings",
     [
         {"token_selector": "halton"},
-        {"token_selector": {"name": "remdm", "strategy": "cap", "eta": 0.5}},
+        {"token_selector": {"name": "remdm", "eta": 0.5}},
         {"sampling_temperature": (3.0, 0.1)},
         {"top_p": 0.3},
         {"tokens_per_step": [1, 1, 14]},
