@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import ConditionalModel, FirstStepLogits, ParallelDecoder, SeededNoise, decode_classes
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    FirstStepLogits,
+    ParallelDecoder,
+    SeededNoise,
+    decode_classes,
+    predictors,
+)
 from maskgit_pl.decoding.decoder import count_after
 from maskgit_pl.decoding.predictors import ClassPredictor, FirstStepPredictor, GuidedPredictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
@@ -220,9 +227,10 @@ def test_the_shared_first_step_changes_no_token_and_saves_rows(scales):
     assert len(network.labels) == 5
 
 
-def test_the_first_step_of_a_class_is_computed_once_until_it_is_cleared():
+def test_the_first_step_of_a_class_is_computed_once_until_it_is_cleared(monkeypatch):
+    monkeypatch.setattr(predictors, "_MOST_LABELS", 2)
     network = Network()
-    cache = FirstStepLogits(network, max_labels=2)
+    cache = FirstStepLogits(network)
     for _ in range(2):
         assert all(map(torch.equal, decoded([2, 0], [5, 6], network=network, cache=cache), decoded([2, 0], [5, 6])))
     assert network.labels.count([0, 2]) == 1

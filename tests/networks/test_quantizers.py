@@ -184,11 +184,14 @@ def test_micro_batches_teach_the_same_as_the_whole_batch(case):
     ("spec", "sizes", "message"),
     [
         ({"name": "fsq", "levels": [8, 6, 5]}, (256, 3), r"codebook_size must be 240 = 8\*6\*5 .* got 256"),
-        ("lfq", (100, 6), "codebook_size must be a power of 2 .* 64 fits, with code_dim 6"),
-        ("lfq", (64, 8), r"code_dim must be 6 for quantizer 'lfq' of 64 = 2\^6 codes, got 8"),
-        ({"name": "product", "num_groups": 3}, (100, 6), r"codebook_size must be k\^3 .* got 100; 125 = 5\^3 fits"),
-        ({"name": "product", "num_groups": 3}, (64, 8), "code_dim must be a multiple of 3 .* got 8; 9 fits"),
-        ({"name": "product", "quantizer": "lfq"}, (64, 8), "code_dim must be 3 for quantizer 'lfq' of 8"),
+        ("lfq", (100, 6), r"codebook_size must be 2\^code_dim for quantizer 'lfq', got 100 .* 6; 64 and 6 fit"),
+        ({"name": "product", "num_groups": 3}, (100, 6), r"must be k\^3 .* got 100 and 6; 125 = 5\^3 and 6 fit"),
+        (
+            {"name": "product", "num_groups": 3},
+            (64, 8),
+            r"a multiple of 3 .* got 64 and 8; 64 = 4\^3 and 9 fit",
+        ),
+        ({"name": "product", "quantizer": "lfq"}, (64, 8), "for quantizer 'lfq', got 8 and code_dim 4; 8 and 3 fit"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused_with_those_that_do(spec, sizes, message):
