@@ -57,7 +57,7 @@ def save_model(folder: Path, *, tokenizer: VQGANConfig = RELEASED, image_size: i
         transformer,
         weights[1],
         mask_schedule="cosine",
-        decoding=DecodingConfig(draw_method="gumbel"),
+        decoding=DecodingConfig(),
         class_names=[f"class {number}" for number in range(1000)],
         tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
     )

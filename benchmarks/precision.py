@@ -1,4 +1,4 @@
-"""Measures how many tokens stay the same in other precisions, with the same seeds, for both draw methods.
+"""Measures how many tokens stay the same in bfloat16, with the same seeds.
 
     python benchmarks/precision.py --run runs/fashion-mnist-adaln
 
@@ -12,17 +12,15 @@ import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import torch
 from measuring import format_table, read_cpu_name
 from torch import Tensor
 
 from maskgit_pl import MaskGIT
-from maskgit_pl.decoding.sampling import DrawMethod
 
 
-def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tensor, float]:
+def decode(pipe: MaskGIT, *, num_images: int) -> tuple[Tensor, float]:
     """Decodes images of all classes in turn with the seeds 0, 1, ...
 
     Returns:
@@ -30,24 +28,23 @@ def decode(pipe: MaskGIT, *, num_images: int, method: DrawMethod) -> tuple[Tenso
     """
     labels = [number % len(pipe.class_names) for number in range(num_images)]
     before = time.process_time()
-    recording = pipe.record(labels, seed=range(num_images), draw_method=method)
+    recording = pipe.record(labels, seed=range(num_images))
     return recording.steps[-1].tokens, time.process_time() - before
 
 
 def measure(run: Path, *, num_images: int) -> list[dict[str, str]]:
-    """Decodes in float32 and bfloat16 with each method; returns the rows of the table."""
+    """Decodes in float32 and bfloat16; returns the rows of the table."""
     exact = MaskGIT.from_pretrained(run).to("cpu")
     other = MaskGIT.from_pretrained(run).to("cpu", dtype=torch.bfloat16)
-    rows = []
-    for method in get_args(DrawMethod):
-        expected, seconds = decode(exact, num_images=num_images, method=method)
-        tokens, other_seconds = decode(other, num_images=num_images, method=method)
-        same = tokens == expected
-        shares = [f"{100 * equal.float().mean():.1f} %" for equal in (same, same.all(1))]
-        for precision, taken, shown in (("float32", seconds, ["-", "-"]), ("bfloat16", other_seconds, shares)):
-            rows.append([method, precision, f"{1000 * taken / num_images:.1f}", *shown])
-    columns = ("draw method", "precision", "CPU ms per image", "equal tokens", "equal images")
-    return [dict(zip(columns, row, strict=True)) for row in rows]
+    expected, seconds = decode(exact, num_images=num_images)
+    tokens, other_seconds = decode(other, num_images=num_images)
+    same = tokens == expected
+    shares = [f"{100 * equal.float().mean():.1f} %" for equal in (same, same.all(1))]
+    columns = ("precision", "CPU ms per image", "equal tokens", "equal images")
+    return [
+        dict(zip(columns, (precision, f"{1000 * taken / num_images:.1f}", *shown), strict=True))
+        for precision, taken, shown in (("float32", seconds, ["-", "-"]), ("bfloat16", other_seconds, shares))
+    ]
 
 
 def main(words: Sequence[str] | None = None) -> None:

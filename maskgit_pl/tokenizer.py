@@ -37,7 +37,7 @@ from maskgit_pl.checks import check_integer, height_width
 from maskgit_pl.data import Batch, flip
 from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
-from maskgit_pl.networks.discriminators import build_discriminator
+from maskgit_pl.networks.discriminators import discriminators
 from maskgit_pl.networks.vqgan import VQGAN
 from maskgit_pl.networks.weights import load_weights
 from maskgit_pl.pipeline.grids import to_unit_range
@@ -91,7 +91,7 @@ class Tokenizer(LightningModule):
         self.grid = config.network.grid(config.image_size)
         self.discriminator: nn.Module | None = None
         if config.adversarial is not None:
-            spec, in_channels = build_discriminator(config.adversarial.discriminator), config.network.in_channels
+            spec, in_channels = discriminators.build(config.adversarial.discriminator), config.network.in_channels
             self.discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
             self.discriminator.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # as above
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits

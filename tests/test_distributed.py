@@ -66,7 +66,8 @@ MOVES = {
     "FSDP2, 1 process, FSDP2 accumulating 2": (FSDP, WHOLE, STRAIGHT["2 ranks of FSDP2, accumulating 2"]),
 }
 # Of the micro-batch, and so of the ranks: the adaptive weight and LeCam's averages of logits.
-ADVERSARIAL = '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "start_step": 3, "r1_every": 2}'
+SMALL = "discriminator: {name: stylegan, channel_multiplier: 0.015625}"
+ADVERSARIAL = f"--model.adversarial={{{SMALL}, start_step: 3, r1_every: 2}}"
 
 
 @pytest.fixture(scope="module")

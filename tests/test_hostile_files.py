@@ -136,8 +136,8 @@ def transformer(folder: Path) -> tuple[Path, Callable[[], Any]]:
 
 def decoding(folder: Path) -> tuple[Path, Callable[[], Any]]:
     save_both(folder)
-    selector = {"name": "remdm", "strategy": "cap", "eta": 0.2}
-    save_decoding(folder, DecodingConfig(2, selector, {"name": "interval", "scale": 1.0}), tuned={"metric": "fid"})
+    selector = {"name": "remdm", "eta": 0.2}
+    save_decoding(folder, DecodingConfig(2, selector, {"name": "cosine", "scale": 1.0}), tuned={"metric": "fid"})
 
     def load() -> dict[str, Tensor]:
         recipe = read_decoding(folder)

@@ -16,8 +16,8 @@ from tests.observing import KILLED, StageRuns, Topology, assert_same_state
 GLOBAL_BATCH, STEPS = 12, 12  # an epoch is 9 steps
 MORE = {
     "tokenizer": [
-        '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "weight_rule": "adaptive", '
-        '"start_step": 2, "r1_every": 2, "lecam_weight": 0.1}',
+        "--model.adversarial={discriminator: {name: stylegan, channel_multiplier: 0.015625}, weight_rule: adaptive, "
+        "start_step: 2, r1_every: 2, lecam_weight: 0.1}",
         "--model.gradient_clip=1.0",
     ],
     "transformer": ["--model.network.dropout=0.1"],
@@ -93,7 +93,8 @@ def test_a_process_that_is_killed_from_outside_resumes_bit_exact(bench, stage):
 
 
 # The adaptive weight and LeCam are of the micro-batch, and so depend on the accumulation.
-FIXED_WEIGHT = '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "start_step": 2, "r1_every": 2}'
+SMALL = "discriminator: {name: stylegan, channel_multiplier: 0.015625}"
+FIXED_WEIGHT = f"--model.adversarial={{{SMALL}, start_step: 2, r1_every: 2}}"
 LEGS = (Topology(), Topology(ranks=2, workers=2, accumulation=3), Topology(workers=3, accumulation=2))
 
 

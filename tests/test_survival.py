@@ -32,7 +32,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.survival]
 GLOBAL_BATCH, STEPS = 12, 10
 TWO = Topology(ranks=2)
 STAGES = ("tokenizer", "transformer")
-GAN = '--model.adversarial={"discriminator": {"channel_multiplier": 0.015625}, "start_step": 2}'
+GAN = "--model.adversarial={discriminator: {name: stylegan, channel_multiplier: 0.015625}, start_step: 2}"
 PREEMPTED, NOT_FINITE, CANNOT_WRITE = PreemptedError.exit_code, NonFiniteError.exit_code, CannotWriteError.exit_code
 
 

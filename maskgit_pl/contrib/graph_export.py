@@ -24,8 +24,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib import import_module
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -114,11 +112,6 @@ def export_graphs(
             "kind": kind,
             "graphs": graphs,
             **_describe_model(pipe, folder),
-            "versions": {
-                **{name: version(name) for name in ("maskgit_pl", "torch")},
-                # Of the modules: those of onnxruntime-gpu, for example, are in a package of another name.
-                **{name: str(import_module(name).__version__) for name in (PACKAGES if kind == "onnx" else ())},
-            },
         }
         write_text(fresh / DESCRIPTION, json.dumps(content, indent=2) + "\n")
         # 4. On leaving the block.
@@ -190,18 +183,12 @@ def _describe_model(pipe: MaskGIT, folder: Path) -> dict[str, Any]:
         "codebook_size": config.codebook_size,
         "grid": list(config.grid),
         "num_tokens": config.num_tokens,
-        "condition_dim": config.condition_dim,
         "image_size": list(height_width(tokenizer.image_size)),
-        "channels": tokenizer.channels,
         "attention": config.attention,
         "mask_schedule": transformer_file["mask_schedule"],
         "decoding": asdict(pipe.decoding),
         "steps": _describe_steps(pipe),
         "license": license_,
-        "source": {
-            "tokenizer": tokenizer.fingerprint,
-            "transformer": sha256_of(folder / "transformer" / "model.safetensors"),
-        },
     }
 
 

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from maskgit_pl.checks import check_integer, check_number
@@ -21,13 +19,10 @@ from maskgit_pl.networks.quantizers import (
     quantizer_output,
     quantizers,
     rows_of,
-    straight_through,
 )
 from maskgit_pl.randomness import gumbel, random_uniform
 
 __all__ = ["GumbelQuantizer", "GumbelQuantizerSpec"]
-
-Form = Literal["soft", "hard"]
 
 _NUMBERS_AT_ONCE = 2**22  # the generator needs some 100 bytes a number
 
@@ -58,12 +53,9 @@ class GumbelQuantizer(CodebookQuantizer):
         return quantizer_output(features, quantized, tokens, loss)
 
     def _mixture(self, logits: Tensor) -> Tensor:
-        """Returns mixtures of codes (M, D) by noisy logits (M, K); in form ``hard``, the code of the largest one."""
+        """Returns mixtures of codes (M, D) by noisy logits (M, K)."""
         noisy = (logits + self._noise(logits)) / self.spec.temperature_at(self._step)
-        weights = noisy.softmax(1)
-        if self.spec.form == "hard":
-            weights = straight_through(weights, F.one_hot(noisy.argmax(1), self.codebook_size).to(weights))
-        return weights @ self.codebook
+        return noisy.softmax(1) @ self.codebook
 
     def _noise(self, logits: Tensor) -> Tensor:
         """Returns Gumbel noise (M, K), a function of seed, step, and place in the global batch."""
@@ -90,8 +82,6 @@ class GumbelQuantizerSpec:
     is a function of seed, step, and place in the global batch. The memory is (M, K) numbers, some 30 bytes each.
 
     Attributes:
-        form: ``soft`` decodes the mixture; ``hard`` decodes the code with the largest weight, with the
-            gradient of the mixture.
         temperature: T of step 0, in [1e-3, 1e6].
         final_temperature: T of the last annealing step and all later ones, in [1e-3, ``temperature``].
         annealing_steps: Number of steps of the schedule, in [1, 1e9].
@@ -100,11 +90,10 @@ class GumbelQuantizerSpec:
     Raises:
         ValueError: if a number is out of range.
 
-    Source: released code, ``GumbelVQ`` (the soft mixture); Jang et al., arXiv:1611.01144. Schedule: Ramesh et al.,
+    Source: released code, ``GumbelVQ``; Jang et al., arXiv:1611.01144. Schedule: Ramesh et al.,
     arXiv:2102.12092, appendix A.2 (1 to 1/16 in 150,000 steps); 5e-4: CompVis/taming-transformers, ``GumbelQuantize``.
     """
 
-    form: Form = "soft"
     temperature: float = 1.0
     final_temperature: float = 0.0625
     annealing_steps: int = 150_000

@@ -123,15 +123,11 @@ class ProductQuantizerSpec:
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K is k^G, D a multiple of G, and that the groups' quantizer can have their sizes."""
         groups, size = self.num_groups, self._group_size(codebook_size)
-        if code_dim % groups:
+        if size**groups != codebook_size or code_dim % groups:
             raise ValueError(
-                f"network code_dim must be a multiple of {groups} for quantizer 'product' of {groups} groups, got "
-                f"{code_dim}; {max(1, round(code_dim / groups)) * groups} fits"
-            )
-        if size**groups != codebook_size:
-            raise ValueError(
-                f"network codebook_size must be k^{groups} for quantizer 'product' of {groups} groups, got "
-                f"{codebook_size}; {size**groups} = {size}^{groups} fits"
+                f"network codebook_size must be k^{groups} and code_dim a multiple of {groups} for quantizer 'product' "
+                f"of {groups} groups, got {codebook_size} and {code_dim}; {size**groups} = {size}^{groups} and "
+                f"{max(1, round(code_dim / groups)) * groups} fit"
             )
         build_sized(self.quantizer, codebook_size=size, code_dim=code_dim // groups)
 

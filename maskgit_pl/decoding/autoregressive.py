@@ -117,5 +117,5 @@ def decode_autoregressive(
         return apply_guidance(conditional, unconditional, scales[tokens.shape[1]])
 
     seed_tensor = torch.tensor(list(seeds), dtype=torch.int64, device=model.device)
-    noise = SeededNoise(seed_tensor, decoder.num_tokens, 1, decoder.sampling.method)
+    noise = SeededNoise(seed_tensor, decoder.num_tokens, 1)
     return decoder.steps(predict, noise, batch_size=len(labels), device=model.device)

@@ -15,7 +15,7 @@ from maskgit_pl.checks import (
     plain_number,
 )
 from maskgit_pl.decoding.guidance import check_guidance, guidance_scales, guidance_schedules
-from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Temperature
+from maskgit_pl.decoding.sampling import CodeSampling, Temperature
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.registry import Registry
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
@@ -43,8 +43,6 @@ class DecodingConfig:
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
         mask_schedule: Name, mapping or object of a mask schedule to decode with; None uses that of the training.
-        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``. Recipes and importers have
-            ``gumbel``.
         random_start: Probability that the network sees a random code in place of a mask token in the first step, in
             [0, 1]. Models that are distilled to few steps need it (``distillation``).
     """
@@ -57,7 +55,6 @@ class DecodingConfig:
     top_p: float | None = None
     tokens_per_step: tuple[int, ...] | None = None
     mask_schedule: str | dict[str, Any] | None = None
-    draw_method: DrawMethod = "inverse_cdf"
     random_start: float = 0.0
 
     def __post_init__(self) -> None:
@@ -143,7 +140,7 @@ class DecodingConfig:
         check_guidance(self.scales(), has_negative_class=has_negative_class)
 
     def _build_sampling(self) -> CodeSampling:
-        return CodeSampling(self.sampling_temperature, self.top_k, self.top_p, self.draw_method)
+        return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
 
     def scales(self) -> tuple[float, ...]:
         """Returns the guidance scale of each step."""
@@ -159,14 +156,12 @@ class AutoregressiveDecoding:
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
         top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
-        draw_method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 
     guidance: str | dict[str, Any] = "constant"
     sampling_temperature: Temperature = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    draw_method: DrawMethod = "inverse_cdf"
 
     def to_config(self, num_tokens: int) -> DecodingConfig:
         """Returns the settings for images of ``num_tokens`` tokens, in the form that a pretrained folder stores."""

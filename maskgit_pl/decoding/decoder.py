@@ -37,7 +37,7 @@ from maskgit_pl.decoding.predictors import (
     StartPredictor,
     build_class_predictor,
 )
-from maskgit_pl.decoding.sampling import CodeSampling, DrawMethod, Noise
+from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
 from maskgit_pl.randomness import gumbel, gumbel_rows, random_bits, random_uniform, uniform_of
 from maskgit_pl.schedules import MaskSchedule, num_masked
@@ -336,19 +336,6 @@ def _mask_first(tokens: Tensor, positions: Tensor, counts: list[int], mask_token
     return tokens.scatter(1, positions, kept)
 
 
-def draw_codes(logits: Tensor, uniform: Tensor) -> Tensor:
-    """Draws codes (...) int64 in [0, K) from logits (..., K) float32, by inverting their cumulative distribution.
-
-    Args:
-        logits: (..., K) float32.
-        uniform: (...) float32 in (0, 1): one random number for each code.
-    """
-    cumulative = logits.softmax(-1).cumsum(-1)  # (..., K)
-    # In float32 the last cumulative probability is not exactly 1; the scaled threshold never exceeds it.
-    threshold = uniform.unsqueeze(-1) * cumulative[..., -1:]  # (..., 1)
-    return torch.searchsorted(cumulative, threshold).squeeze(-1).clamp(max=logits.shape[-1] - 1)
-
-
 @dataclass(frozen=True)
 class SeededNoise:
     """Noise that is a function of (seed of the image, step, position): the batch does not change an image.
@@ -358,21 +345,20 @@ class SeededNoise:
         num_tokens: N, tokens per image.
         steps_at_once: Steps whose numbers are generated together, >= 1. It changes no number. With 8, a run
             of 8 steps launches an eighth of the kernels.
-        method: Method by which codes are drawn; see ``sampling.DrawMethod``.
     """
 
     seeds: Tensor
     num_tokens: int
     steps_at_once: int = 8
-    method: DrawMethod = "inverse_cdf"
     _kept: dict[int, tuple[Tensor, Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def draw(self, logits: Tensor, positions: Tensor, step: int) -> Tensor:
-        """Draws codes with one uniform number per position, or with K Gumbel numbers."""
-        first = self._at(0, positions, step)
-        if self.method == "inverse_cdf":
-            return draw_codes(logits, uniform_of(first))
-        return gumbel_rows(first, self._at(1, positions, step), logits.shape[-1]).add_(logits).argmax(-1)
+        """Draws the codes with the largest sum of logit and Gumbel number, K numbers per position.
+
+        A small change of the logits, as of bfloat16 or another device, changes few draws. The released code draws so.
+        """
+        first, second = (self._at(number, positions, step) for number in (0, 1))
+        return gumbel_rows(first, second, logits.shape[-1]).add_(logits).argmax(-1)
 
     def gumbel(self, positions: Tensor, step: int) -> Tensor:
         """Returns Gumbel noise (B, M) float32 from one uniform number per position."""
@@ -475,7 +461,7 @@ def decode_classes(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
-        SeededNoise(seed_tensor, config.num_tokens, min(decoder.num_steps, 32), decoder.sampling.method),
+        SeededNoise(seed_tensor, config.num_tokens, min(decoder.num_steps, 32)),
         mask_token_id=config.mask_token_id,
         first_step=first_step,
         grid=config.grid,

@@ -110,19 +110,19 @@ class Linear(_Scaled):
         return self.scale * progress
 
 
-@guidance_schedules.register("power-cosine")
+@guidance_schedules.register("cosine")
 @dataclass(frozen=True)
-class PowerCosine(_Scaled):
+class Cosine(_Scaled):
     """scale (1 - cos(pi progress^power)) / 2: from 0 to ``scale``; a larger ``power`` rises later.
 
     Args:
         scale: Guidance scale of the last step, in [0, 10000].
-        power: Exponent of progress, in [0.001, 1000].
+        power: Exponent of progress, in [0.001, 1000]; MDT and TiTok have 4.
 
-    Source: MDT, arXiv:2303.14389; TiTok, arXiv:2406.07550.
+    Source: MaskBit, arXiv:2409.16211 (power 1); MDT, arXiv:2303.14389; TiTok, arXiv:2406.07550.
     """
 
-    power: float = 4.0
+    power: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -130,43 +130,3 @@ class PowerCosine(_Scaled):
 
     def __call__(self, progress: float) -> float:
         return self.scale * (1 - math.cos(math.pi * progress**self.power)) / 2
-
-
-@guidance_schedules.register("cosine")
-@dataclass(frozen=True)
-class Cosine(_Scaled):
-    """scale (1 - cos(pi progress)) / 2: power-cosine with power 1.
-
-    Args:
-        scale: Guidance scale of the last step, in [0, 10000].
-
-    Source: MaskBit, arXiv:2409.16211.
-    """
-
-    def __call__(self, progress: float) -> float:
-        return PowerCosine(self.scale, power=1.0)(progress)
-
-
-@guidance_schedules.register("interval")
-@dataclass(frozen=True)
-class Interval(_Scaled):
-    """``scale`` for progress in [start, stop], else 0. Steps with scale 0 need no second forward pass.
-
-    Args:
-        scale: Guidance scale, in [0, 10000].
-        start: Progress of the first step with guidance, in [0, 1].
-        stop: Progress of the last step with guidance, in [start, 1].
-
-    Source: Kynkäänniemi et al., arXiv:2404.07724.
-    """
-
-    start: float = 0.25
-    stop: float = 1.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_number("start", self.start, "[0, 1]")
-        check_number("stop", self.stop, f"[{self.start}, 1]")
-
-    def __call__(self, progress: float) -> float:
-        return self.scale if self.start <= progress <= self.stop else 0.0

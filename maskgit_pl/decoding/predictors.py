@@ -22,11 +22,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from maskgit_pl.checks import shorten
 from maskgit_pl.decoding.guidance import check_guidance
 from maskgit_pl.networks.backbone import Backbone, PredictAt
 
-_MOST_NUMBERS = 2**28  # of the cached logits; 1 GiB in float32
+_MOST_LABELS, _MOST_NUMBERS = 64, 2**28  # of the cached logits; 1 GiB in float32
 
 
 class Predictor(Protocol):
@@ -192,14 +191,12 @@ class FirstStepLogits:
     Callers that change the weights, the device or the dtype of the network call ``clear``.
 
     Args:
-        network: The network.
-        max_labels: Number of classes kept, >= 1, those that were used last. Each takes N K numbers; fewer are
-            kept if they take more than 2^28.
+        network: The network. The 64 classes that were used last are kept, N K numbers each; fewer if they take more
+            than 2^28.
     """
 
-    def __init__(self, network: Backbone, *, max_labels: int = 64) -> None:
+    def __init__(self, network: Backbone) -> None:
         self.network = network
-        self.max_labels = max_labels
         self._known: OrderedDict[int, Tensor] = OrderedDict()  # label -> (N, K), last used at the end
 
     def __call__(self, labels: Sequence[int], *, device: torch.device) -> Tensor:
@@ -221,7 +218,7 @@ class FirstStepLogits:
         # 3. Remove the least recently used classes.
         for label in dict.fromkeys(labels):
             self._known.move_to_end(label)
-        most = max(1, min(self.max_labels, _MOST_NUMBERS // rows[0].numel()))
+        most = max(1, min(_MOST_LABELS, _MOST_NUMBERS // rows[0].numel()))
         while len(self._known) > most:
             self._known.popitem(last=False)
         return torch.stack(rows)
@@ -393,7 +390,6 @@ def check_condition_vectors(
 
     Raises:
         ValueError: if vectors are missing or not wanted, have another shape, are not finite, or would all be hidden.
-        TypeError: if they are not an array of numbers.
     """
     if not condition_dim:
         if vectors is not None:
@@ -410,10 +406,7 @@ def check_condition_vectors(
         return torch.zeros(expected)
     if is_hidden:
         raise ValueError("classes must be given with vectors, since no class (None) hides the vector, got none")
-    try:
-        vectors = torch.as_tensor(vectors)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"vectors must be an array of numbers, got {shorten(vectors)}") from error
+    vectors = torch.as_tensor(vectors)
     if vectors.ndim == 1:
         vectors = vectors.expand(len(labels), -1)
     if tuple(vectors.shape) != expected:

@@ -7,22 +7,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, get_args
+from typing import TYPE_CHECKING, Protocol
 
-from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
+from maskgit_pl.checks import check_integer, check_number, shorten
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Temperature = float | tuple[float, float]
-DrawMethod = Literal["gumbel", "inverse_cdf"]
-"""Methods of drawing codes from the softmax. They draw from the same distribution, but different codes for a seed.
-
-- ``gumbel``: the largest sum of a logit and a Gumbel number. A small change of the logits, as of bfloat16 or
-  another device, changes few draws. The released code draws so.
-- ``inverse_cdf``: by inverting the cumulative distribution, with one uniform number for a position. A small change of
-  one probability moves the intervals of all later codes.
-"""
 
 _GREEDY = 1e30  # factor of the logits from which the likeliest code is taken: their products leave float32 at 3e38
 
@@ -49,7 +41,6 @@ class CodeSampling:
             first to the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
         top_p: Probability kept, in (0, 1]; None keeps all codes.
-        method: Method by which codes are drawn; see ``DrawMethod``.
 
     Source: temperature annealing: MaskBit, arXiv:2409.16211; top-p: Holtzman et al., arXiv:1904.09751.
     """
@@ -57,7 +48,6 @@ class CodeSampling:
     temperature: Temperature = 1.0
     top_k: int | None = None
     top_p: float | None = None
-    method: DrawMethod = "inverse_cdf"
 
     def __post_init__(self) -> None:
         pair = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
@@ -72,7 +62,6 @@ class CodeSampling:
             check_integer("top_k", self.top_k, "[1, inf)")
         if self.top_p is not None:
             check_number("top_p", self.top_p, "(0, 1]")
-        check_choice("draw_method", self.method, get_args(DrawMethod))
 
     def temperature_at(self, progress: float) -> float:
         """Returns the temperature of a step; ``progress`` is 0 at the first step and 1 at the last."""

@@ -19,9 +19,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
-from maskgit_pl.checks import check_choice, check_number, shorten
+from maskgit_pl.checks import check_number, shorten
 from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.schedules import halton_order
 
@@ -38,13 +38,10 @@ __all__ = [
     "Moment",
     "Random",
     "ReMDM",
-    "Remasking",
     "TokenSelector",
     "check_token_selector",
     "token_selectors",
 ]
-
-Remasking = Literal["cap", "rescale", "confidence"]
 
 # The range of noise scales. Gumbel noise from 24-bit uniforms is below 17, so scores stay finite in float32.
 _TEMPERATURES = "[0, 1000000]"
@@ -258,42 +255,28 @@ class Moment(Confidence):
 class ReMDM(Confidence):
     """A selector that masks decided tokens again, so that later steps can correct errors of earlier steps.
 
-    Candidates are kept by the rule of ``confidence``. Of the D tokens that earlier steps decided, round(sigma
-    D) are masked again, and as many more candidates are kept, so that the number of masked tokens follows the
-    schedule. With m tokens masked after the step and sigma_max = min(1, m / D), the strategies are
-
-    - ``cap``: sigma = min(eta, sigma_max), random tokens;
-    - ``rescale``: sigma = eta sigma_max, random tokens;
-    - ``confidence``: sigma = eta sigma_max, random tokens with weights exp(-p), p the probability of a code
-      when drawn.
+    Candidates are kept by the rule of ``confidence``. Of the D tokens that earlier steps decided, round(sigma D) random
+    ones are masked again, and as many more candidates are kept, so that the number of masked tokens follows the
+    schedule. With m tokens masked after the step, sigma = eta min(1, m / D).
 
     The source masks each token again independently. Here a fixed number is masked, the expected one, so that
     shapes are known before the loop.
 
     Args:
         choice_temperature: Scale of the Gumbel noise, >= 0.
-        strategy: ``cap``, ``rescale`` or ``confidence``.
         eta: Strength of the remasking, in [0, 1].
 
-    Source: Wang et al., arXiv:2503.00307 (its strategy ``loop`` is left out).
+    Source: Wang et al., arXiv:2503.00307, strategy ``rescale`` (the other ones are left out).
     """
 
-    strategy: Remasking = "rescale"
     eta: float = 0.2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("strategy", self.strategy, get_args(Remasking))
         check_number("eta", self.eta, "[0, 1]")
 
     def num_remasked(self, *, decided: int, planned: int) -> int:
         if decided == 0:
             return 0
-        # sigma_max: with more, the step would mask more tokens than the schedule leaves masked.
-        most = min(1.0, planned / decided)
-        sigma = min(self.eta, most) if self.strategy == "cap" else self.eta * most
-        return round(sigma * decided)
-
-    def remasking_scores(self, decided: Decided) -> Tensor:
-        # Gumbel noise minus p: the largest are a sample without replacement with weights exp(-p).
-        return decided.gumbel - decided.confidence if self.strategy == "confidence" else decided.gumbel
+        # With a larger sigma, the step would mask more tokens than the schedule leaves masked.
+        return round(self.eta * min(1.0, planned / decided) * decided)

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import get_args
 
 import torch
 
-from maskgit_pl.decoding.selectors import Remasking, token_selectors
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import markdown
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
@@ -55,7 +54,7 @@ def compare(
     Args:
         run: Run folder or pretrained folder.
         data: Data folder; None for the data that the run was trained on.
-        selectors: Names and mappings; None for all selectors, ``remdm`` with each strategy.
+        selectors: Names and mappings; None for all selectors.
         num_steps: Numbers of decoding steps; None for 4, 8, 16 and 32, as far as there are tokens.
         num_images: Number of images per row, at least 2 per class.
         out: Folder of the page and the ledger; None for ``RUN/comparison`` and ``RUN/evaluation``.
@@ -175,7 +174,7 @@ def _cell(rows: Sequence[Row], row: Row, name: str) -> str:
 
 
 def label_selectors(selectors: Sequence[Spec] | None, model_selector: Spec) -> dict[str, Spec]:
-    """Returns the selectors to compare, by label; None for ``list_selectors``.
+    """Returns the selectors to compare, by label; None for all that require no argument.
 
     A selector that is given by name takes the choice temperature of the model's own selector, if both have
     one, so that selectors are compared at equal randomness. A mapping is used as it is.
@@ -184,18 +183,11 @@ def label_selectors(selectors: Sequence[Spec] | None, model_selector: Spec) -> d
         ValueError: if a name is unknown, or a number is out of range.
     """
     temperature = getattr(token_selectors.build(model_selector), "choice_temperature", None)
-    specs = list_selectors() if selectors is None else [(describe(spec), spec) for spec in selectors]
     labelled: dict[str, Spec] = {}
-    for label, spec in specs:
+    for spec in token_selectors.build_all() if selectors is None else selectors:
         has_one = hasattr(token_selectors.build(spec), "choice_temperature")
-        if has_one and temperature is not None and (isinstance(spec, str) or selectors is None):
-            spec = {**({"name": spec} if isinstance(spec, str) else spec), "choice_temperature": temperature}
-        labelled[label] = spec
+        if has_one and temperature is not None and isinstance(spec, str):
+            labelled[spec] = {"name": spec, "choice_temperature": temperature}
+        else:
+            labelled[describe(spec)] = spec
     return labelled
-
-
-def list_selectors() -> list[tuple[str, Spec]]:
-    """Returns the registered selectors without required arguments by label; ``remdm`` once per strategy."""
-    strategies = [(f"remdm {strategy}", {"name": "remdm", "strategy": strategy}) for strategy in get_args(Remasking)]
-    names = token_selectors.build_all()
-    return [spec for name in names for spec in (strategies if name == "remdm" else [(name, name)])]

@@ -113,7 +113,7 @@ class TuningOptions(ModelOptions):
     Args:
         num_steps: Numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16, at most
             the tokens per image).
-        selectors: Token selectors to try: names, or mappings such as {name: remdm, strategy: cap}, whose
+        selectors: Token selectors to try: names, or mappings such as {name: remdm, eta: 0.4}, whose
             arguments are fixed (default: all).
         schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow,
             exponent: 2.5}, or pow (any exponent); own: only the model's (default: all).

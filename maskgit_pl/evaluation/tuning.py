@@ -26,7 +26,7 @@ from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.errors import markdown, printable
-from maskgit_pl.evaluation.comparison import list_selectors, measure_real
+from maskgit_pl.evaluation.comparison import measure_real
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
@@ -147,8 +147,7 @@ def _draw_guidance(trial: optuna.trial.BaseTrial) -> Spec:
     name = trial.suggest_categorical("guidance", ["none", *scaled])
     if name == "none":  # which a continuous scale would never reach
         return {"name": "constant", "scale": 0.0}
-    guidance: dict[str, Any] = {"name": name, "scale": _draw(trial, "guidance_scale", 0.1, 3.0)}
-    return {**guidance, "start": _draw(trial, "guidance_start", 0.0, 0.6)} if name == "interval" else guidance
+    return {"name": name, "scale": _draw(trial, "guidance_scale", 0.1, 3.0)}
 
 
 @dataclass(frozen=True)
@@ -293,7 +292,7 @@ def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
     pipe.transformer.schedule_for("tune")
     space = SearchSpace(
         pipe.decoding,
-        tuple(options.selectors or (spec for _, spec in list_selectors())),
+        tuple(options.selectors or token_selectors.build_all()),
         tuple(options.num_steps or default_steps(pipe.transformer.network.config.num_tokens, _STEPS)),
         tuple(sorted({*mask_schedules.build_all(), _POW}) if options.schedules is None else options.schedules),
         pipe.tokenizer.network.config.codebook_size,

@@ -281,7 +281,6 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
         num_steps=_STEPS_OF_LARGE_GRIDS if config.grid[0] >= _LARGE_GRID else _STEPS,
         token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
         guidance={"name": "constant", "scale": 0.0},
-        draw_method="gumbel",
     )
 
 

@@ -278,7 +278,6 @@ def _halton_decoding(config: AdaLNConfig) -> DecodingConfig:
         token_selector="halton",
         guidance={"name": "constant", "scale": scale},
         tokens_per_step=_halton_counts(num_steps, config.num_tokens),
-        draw_method="gumbel",
     )
 
 
@@ -360,7 +359,6 @@ def _maskgil_decoding(config: AdaLNConfig) -> DecodingConfig:
         token_selector={"name": "confidence", "choice_temperature": _CHOICE_TEMPERATURE},
         guidance={"name": "linear", "scale": _MASKGIL_SCALE},
         tokens_per_step=_maskgil_counts(num_steps, config.num_tokens),
-        draw_method="gumbel",
     )
 
 

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_integer
 from maskgit_pl.networks.backbone import (
     LARGEST_SIZES,
     Attention,
@@ -49,13 +49,14 @@ from maskgit_pl.networks.backbone import (
 from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward, rms_norm
 
 Conditioning = Literal["adaln", "token"]
-Positions = Literal["learned", "rotary", "rotary-raster"]
+Positions = Literal["learned", "rotary-raster"]
 
 Modulation: TypeAlias = tuple[Tensor | None, ...]
 """shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2 and gate_2, (B, 1, D) each; Nones with ``conditioning: token``."""
 
 _EPS = 1e-5  # of every RMSNorm; both released networks
 _INIT_STD = 0.02  # of embeddings; both released networks
+_ROTARY_BASE = 10_000.0  # largest wavelength of the rotary positions in units of 2 pi tokens; MaskGIL
 
 
 @backbones.register("adaln")
@@ -70,9 +71,8 @@ class AdaLNConfig(BackboneConfig):
         mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an
             ordinary MLP of 4 D.
         num_registers: Number of learned tokens that are added to the sequence and predict nothing, in [0, 1024].
-        positions: ``learned``: an embedding for each token; ``rotary``: queries and keys are rotated by row and column,
-            which fits any grid; ``rotary-raster``: rotated by the raster order as in the released MaskGIL code.
-        rotary_base: Largest wavelength of the rotary positions in units of 2 pi tokens, > 1.
+        positions: ``learned``: an embedding for each token; ``rotary-raster``: queries and keys are rotated by the
+            raster order as in the released MaskGIL code, only with ``bidirectional`` attention.
         conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the
             sequence, and the norms have weights.
         qk_norm: True normalizes queries and keys over all heads, without weights.
@@ -90,7 +90,6 @@ class AdaLNConfig(BackboneConfig):
     mlp_dim: int = 2048
     num_registers: int = 1
     positions: Positions = "learned"
-    rotary_base: float = 10_000.0
     conditioning: Conditioning = "adaln"
     qk_norm: bool = True
     tied_head: bool = True
@@ -111,19 +110,15 @@ class AdaLNConfig(BackboneConfig):
             raise ValueError(f"transformer {name} must be a multiple of num_heads {self.num_heads}, got {heads_dim}")
         check_choice("transformer positions", self.positions, get_args(Positions))
         check_choice("transformer conditioning", self.conditioning, get_args(Conditioning))
-        check_number("transformer rotary_base", self.rotary_base, "(1, 1e9]")
         check_choice("transformer attention", self.attention, get_args(Attention))
-        if self.attention == "causal" and (self.num_registers or self.positions == "rotary-raster"):
+        if self.attention == "causal" and (self.num_registers or self.positions != "learned"):
             raise ValueError(
-                "transformer attention 'causal' must have num_registers 0 and positions 'learned' or 'rotary', got "
+                "transformer attention 'causal' must have num_registers 0 and positions 'learned', got "
                 f"{self.num_registers} and {self.positions!r}"
             )
-        # Pairs of numbers are rotated; ``rotary`` uses half of them for rows and half for columns.
-        unit = {"learned": 1, "rotary": 4, "rotary-raster": 2}[self.positions]
-        if self.head_dim % unit:
+        if self.positions == "rotary-raster" and self.head_dim % 2:  # pairs of numbers are rotated
             raise ValueError(
-                f"transformer {name} / num_heads must be a multiple of {unit} for positions {self.positions!r}, got "
-                f"{self.head_dim}"
+                f"transformer {name} / num_heads must be even for positions 'rotary-raster', got {self.head_dim}"
             )
 
     @property
@@ -358,18 +353,12 @@ class AdaLNTransformer(Backbone):
         embedded = self._embed_condition(labels, vectors)
         x = self._embed(tokens, embedded)
         condition = F.silu(embedded)
-        rotation = self._rotation(x.shape[1], x.device)
+        is_rotary = self.config.positions == "rotary-raster"
+        rotation = rotation_table(x.shape[1], self.config.head_dim, x.device) if is_rotary else None
         for number, block in enumerate(self.blocks[:-1]):
             modulation = None if modulations is None else modulations[number]
             x = block(x, condition, rotation, modulation=modulation)
         return x, condition, rotation
-
-    def _rotation(self, length: int, device: torch.device) -> Tensor | None:
-        """Returns the rotary table of a sequence of ``length`` positions, or None with learned positions."""
-        config = self.config
-        if config.positions == "learned":
-            return None
-        return rotation_table(config.positions, config.grid, length, config.head_dim, config.rotary_base, device)
 
     def _embed_condition(self, labels: Tensor, vectors: Tensor | None) -> Tensor:
         """Embeds labels (B,) int64 and vectors (B, C): (B, D). The null label hides the vector."""
@@ -451,15 +440,11 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
         x = self.token_embedding(torch.cat([start, tokens], dim=1))  # (B, 1 + t, D)
         if self.config.conditioning == "token":
             x = torch.cat([embedded.unsqueeze(1), x[:, 1:]], dim=1)
-        rotation = self._rotation(self.config.num_tokens, x.device)
-        rows = slice(first, x.shape[1])
-        if self.position_embedding is not None:
-            x = x + self.position_embedding.weight[: x.shape[1]]
-        x, condition = x[:, rows], F.silu(embedded)
-        if rotation is not None:
-            rotation = rotation[rows]
+        assert self.position_embedding is not None  # causal attention has learned positions
+        x = (x + self.position_embedding.weight[: x.shape[1]])[:, first:]
+        condition = F.silu(embedded)
         for number, block in enumerate(self.blocks):
-            x = block(x, condition, rotation, cache=None if cache is None else cache[number])
+            x = block(x, condition, cache=None if cache is None else cache[number])
         return x, condition
 
 
@@ -496,49 +481,30 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
     Returns:
         (..., S, D) in the dtype of x.
 
-    Source: RoFormer, arXiv:2104.09864; rows and columns: EVA-02, arXiv:2303.11331, and LlamaGen, arXiv:2406.06525.
+    Source: RoFormer, arXiv:2104.09864.
     """
     first, second = rearrange(x.float(), "... (pairs two) -> two ... pairs", two=2)  # (..., S, D / 2)
     cos, sin = table.unbind(-1)
     return torch.stack([first * cos - second * sin, second * cos + first * sin], dim=-1).flatten(-2).type_as(x)
 
 
-def rotation_table(
-    kind: Positions, grid: tuple[int, int], length: int, size: int, base: float, device: torch.device
-) -> Tensor:
+def rotation_table(length: int, size: int, device: torch.device) -> Tensor:
     """Computes the cosines and sines of a sequence: the tokens of a grid, then a class token and registers.
 
-    ``rotary`` rotates the first half of each head by the row of the token, the second half by its column; all
-    other positions are not rotated. ``rotary-raster`` follows the released MaskGIL code: position t of the
-    sequence is rotated by t - 1, and the first one has a table of zeros, so that its query and key vanish.
+    As in the released MaskGIL code, position t of the sequence is rotated by t - 1, and the first one has a table of
+    zeros, so that its query and key vanish. Pair i of P has the frequency 10000^(-i / P).
 
     Args:
-        kind: ``rotary`` or ``rotary-raster``.
-        grid: Rows and columns of the tokens.
         length: S, positions of the sequence.
         size: D, size of a head.
-        base: Base of the wavelengths: pair i of P has the frequency base^(-i / P).
         device: Device that computes the table. It is cheap and not kept: a tensor that a fake or an inference
             mode made would fail in training.
 
     Returns:
         (S, D / 2, 2) float32.
     """
-    if kind == "rotary-raster":
-        table = _cos_sin(_angles(torch.arange(length, device=device) - 1, size, base))
-        table[0] = 0
-        return table
-    rows, columns = torch.meshgrid(*(torch.arange(side, device=device) for side in grid), indexing="ij")
-    angles = torch.cat([_angles(positions.flatten(), size // 2, base) for positions in (rows, columns)], dim=1)
-    # Angle 0 leaves class token and registers as they are.
-    return _cos_sin(torch.cat([angles, angles.new_zeros(length - len(angles), angles.shape[1])]))
-
-
-def _angles(positions: Tensor, size: int, base: float) -> Tensor:
-    """Returns the angles (positions, size / 2) of ``size`` numbers."""
-    frequencies = base ** (-torch.arange(0, size, 2, device=positions.device).float() / size)
-    return torch.outer(positions.float(), frequencies)
-
-
-def _cos_sin(angles: Tensor) -> Tensor:
-    return torch.stack([angles.cos(), angles.sin()], dim=-1)
+    frequencies = _ROTARY_BASE ** (-torch.arange(0, size, 2, device=device).float() / size)
+    angles = torch.outer((torch.arange(length, device=device) - 1).float(), frequencies)
+    table = torch.stack([angles.cos(), angles.sin()], dim=-1)
+    table[0] = 0
+    return table

@@ -21,15 +21,14 @@ from maskgit_pl.networks.quantizers import (
     WEIGHTS,
     CodebookQuantizer,
     EntropyKind,
-    GradientEstimator,
     Quantizer,
     QuantizerOutput,
     entropy_loss,
-    estimate,
     initial_codes,
     quantizer_output,
     quantizers,
     rows_of,
+    straight_through,
 )
 from maskgit_pl.randomness import random_bits
 
@@ -71,11 +70,9 @@ class TrainedSpec(CodebookSpec):
 
     Attributes:
         codebook_weight: Weight of the loss that moves codes towards their features, in (0, 1e6].
-        gradient_estimator: ``straight-through`` (released) or ``rotation`` (arXiv:2410.06424).
     """
 
     codebook_weight: float = 1.0
-    gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("codebook_weight", self.codebook_weight, "(0, 1000000]")
@@ -96,7 +93,7 @@ class TrainedQuantizer(CodebookQuantizer):
         commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
         codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
         loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
-        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
+        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
 
 
 class GradientQuantizer(TrainedQuantizer):
@@ -147,7 +144,7 @@ class EMAQuantizer(CodebookQuantizer):
         codes = self.lookup(tokens)
         commitment = self.spec.commitment * F.mse_loss(rows, codes)
         loss = self._total(commitment=commitment, entropy=entropy)
-        return quantizer_output(features, estimate(rows, codes, self.spec.gradient_estimator), tokens, loss)
+        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
 
     @torch.no_grad()
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
@@ -191,7 +188,6 @@ class EMAQuantizerSpec(CodebookSpec):
         decay: Decay of the averages, in [0, 1).
         restart_below: Fraction in [0, 1) of the count that each code would have if all were used equally; a
             code with at most that count is dead, as is one with at most 1e-12, too few to compute a mean.
-        gradient_estimator: ``straight-through`` or ``rotation`` (arXiv:2410.06424).
 
     Source: van den Oord et al., arXiv:1711.00937, appendix A.1; restarts: Dhariwal et al., arXiv:2005.00341, section 3.
     """
@@ -200,7 +196,6 @@ class EMAQuantizerSpec(CodebookSpec):
     decay: float = 0.99
     restart_below: float = 0.05
     entropy_weight: float = 0.0
-    gradient_estimator: GradientEstimator = "straight-through"
 
     def __post_init__(self) -> None:
         check_number("decay", self.decay, "[0, 1)")
@@ -296,7 +291,7 @@ class IBQ(Quantizer):
 
 @quantizers.register("ibq")
 @dataclass(frozen=True)
-class IBQSpec(CodebookSpec):
+class IBQSpec(TrainedSpec):
     """Index backpropagation quantization: the index is a straight-through one-hot of a softmax over all codes.
 
     p = softmax(C z),  i = one_hot(argmax p) + p - sg(p),  q = i^T C
@@ -304,10 +299,7 @@ class IBQSpec(CodebookSpec):
 
     c is the chosen code without the gradient of p, T the entropy temperature. The memory is (M, K) numbers.
 
-    ``CodebookSpec`` has the numbers of commitment and entropy.
-
-    Attributes:
-        codebook_weight: Weight of the loss that moves codes towards their features, in [0, 1e6].
+    ``CodebookSpec`` and ``TrainedSpec`` have the numbers.
 
     Source: Shi et al., arXiv:2412.02692, section 3.2. Released code ``IndexPropagationQuantize``: 1, 0.25
     (beta), 0.01, and standard normal codes.
@@ -316,10 +308,6 @@ class IBQSpec(CodebookSpec):
     module = IBQ
     commitment: float = 1.0
     codebook_weight: float = 0.25
-
-    def __post_init__(self) -> None:
-        check_number("codebook_weight", self.codebook_weight, WEIGHTS)
-        super().__post_init__()
 
 
 def _nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: CodebookSpec) -> tuple[Tensor, Tensor]:

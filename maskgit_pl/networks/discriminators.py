@@ -3,17 +3,17 @@
 ``stylegan`` is that of the released code, a residual network of StyleGAN's type with one logit for each
 image. ``patchgan`` judges overlapping patches, as in pix2pix, taming-transformers and LlamaGen.
 
-``AdversarialConfig`` takes one by a recipe value (``patchgan``, or ``{name: patchgan, num_layers: 2}``); a value
-without a name is ``stylegan``. Other packages add their own in the entry point group ``maskgit_pl.discriminators``.
+``AdversarialConfig`` takes one by a recipe value (``patchgan``, or ``{name: patchgan, num_layers: 2}``). Other packages
+add their own in the entry point group ``maskgit_pl.discriminators``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,6 @@ Pooling = Literal["blur", "average"]
 PatchNorm = Literal["group", "batch"]
 _Layer = TypeVar("_Layer", nn.Conv2d, nn.Linear)
 
-_DEFAULT = "stylegan"  # of recipes that name none
 _SLOPE = 0.2  # of the leaky ReLUs
 _SMALLEST = 4  # the resolution at which stylegan flattens the features
 _MAX_MULTIPLIER = 8  # of the base channels of patchgan
@@ -61,29 +60,6 @@ discriminators: Registry[DiscriminatorSpec] = Registry(
     "maskgit_pl.discriminators",
     check=has_create,
 )
-
-
-def build_discriminator(spec: str | Mapping[str, Any] | DiscriminatorSpec) -> DiscriminatorSpec:
-    """Builds the spec of a discriminator; a spec that is built already is returned as it is.
-
-    Args:
-        spec: Name, or mapping of arguments with the key ``name`` (``stylegan`` without it), or built spec.
-
-    Raises:
-        ValueError: if the name is unknown, or an argument is unknown or wrong.
-    """
-    if not isinstance(spec, str | Mapping):
-        return spec
-    named = spec if isinstance(spec, str) else {"name": _DEFAULT, **spec}
-    return discriminators.build(named, where="discriminator")
-
-
-def with_defaults(spec: str | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the mapping of a discriminator with all its values, without the name of the default one."""
-    name = spec if isinstance(spec, str) else spec.get("name", _DEFAULT)
-    built: Any = build_discriminator(spec)
-    # Without a name, the values of the default one are settings of their own, which a resuming run compares by key.
-    return {**({} if name == _DEFAULT else {"name": name}), **asdict(built)}
 
 
 @discriminators.register("stylegan")

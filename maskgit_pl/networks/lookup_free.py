@@ -188,15 +188,10 @@ class BinarySpec:
     def check(self, *, codebook_size: int, code_dim: int) -> None:
         """Checks that K = 2^D."""
         bits = codebook_size.bit_length() - 1  # at most 24, as a network has at most 2^24 codes
-        if codebook_size != 1 << bits:
+        if (codebook_size, code_dim) != (1 << bits, bits):
             raise ValueError(
-                f"network codebook_size must be a power of 2 for quantizer {self.name!r}, got {codebook_size}; "
-                f"{1 << bits} fits, with code_dim {bits}"
-            )
-        if code_dim != bits:
-            raise ValueError(
-                f"network code_dim must be {bits} for quantizer {self.name!r} of {codebook_size} = 2^{bits} codes, got "
-                f"{code_dim}"
+                f"network codebook_size must be 2^code_dim for quantizer {self.name!r}, got {codebook_size} and "
+                f"code_dim {code_dim}; {1 << bits} and {bits} fit"
             )
 
     def create(self, *, codebook_size: int, code_dim: int) -> Quantizer:

@@ -2,7 +2,7 @@
 
 ``VQGAN`` and ``Tokenizer`` use a quantizer through ``Quantizer`` only, so codes need no table: ``lookup``
 returns them. The entropy losses ask for sure assignments of each feature, and for even use of all codes in
-the global batch. Gradients pass the choice of a code straight through, or by the rotation trick.
+the global batch. Gradients pass the choice of a code straight through.
 
 Shapes: B images, D size of a code, K codes, h w token grid, N = h w tokens; rows (M, D), M = B h w.
 """
@@ -26,24 +26,20 @@ __all__ = [
     "WEIGHTS",
     "CodebookQuantizer",
     "EntropyKind",
-    "GradientEstimator",
     "Quantizer",
     "QuantizerOutput",
     "QuantizerSpec",
     "build_sized",
     "entropy_loss",
-    "estimate",
     "initial_codes",
     "quantizer_output",
     "quantizers",
-    "rotate_to_codes",
     "rows_of",
     "squared_distances",
     "straight_through",
 ]
 
 EntropyKind = Literal["softmax", "argmax"]
-GradientEstimator = Literal["straight-through", "rotation"]
 
 WEIGHTS = "[0, 1000000]"  # the range of the weight of a loss
 
@@ -221,41 +217,9 @@ def initial_codes(codebook_size: int, code_dim: int) -> Tensor:
     return torch.empty(codebook_size, code_dim).uniform_(-bound, bound)
 
 
-def estimate(rows: Tensor, codes: Tensor, estimator: GradientEstimator) -> Tensor:
-    """Returns the codes (M, D) with a gradient for the rows (M, D), and none for the codes."""
-    return rotate_to_codes(rows, codes) if estimator == "rotation" else straight_through(rows, codes)
-
-
 def straight_through(rows: Tensor, codes: Tensor) -> Tensor:
     """Returns the codes (M, D), with the gradient of the rows (M, D)."""
     return rows + (codes - rows).detach()
-
-
-def rotate_to_codes(rows: Tensor, codes: Tensor) -> Tensor:
-    """Returns the codes as a rotation and scaling of the rows, which are constants of the gradient.
-
-    q = (|q| / |e|) R e,  R e = e - 2 r (r . e) + 2 q' (e' . e),  e' = e / |e|, q' = q / |q|, r = (e' + q') / |e' + q'|
-
-    The gradient of e is that of q, rotated by the angle between them: its angle to e is its angle to q.
-
-    Args:
-        rows: (M, D) float32, the features e.
-        codes: (M, D) float32, the codes q.
-
-    Returns:
-        (M, D) float32, equal to the codes.
-
-    Source: Fifty et al., arXiv:2410.06424, section 4.2.
-    """
-    codes = codes.detach()
-    with torch.no_grad():
-        unit, target = F.normalize(rows, dim=1), F.normalize(codes, dim=1)
-        middle = F.normalize(unit + target, dim=1)
-        scale = codes.norm(dim=1, keepdim=True) / rows.norm(dim=1, keepdim=True).clamp(min=1e-6)
-    along_middle = (rows * middle).sum(1, keepdim=True)
-    along_unit = (rows * unit).sum(1, keepdim=True)
-    turned: Tensor = scale * (rows - 2 * middle * along_middle + 2 * target * along_unit)
-    return turned + (codes - turned).detach()  # without rounding errors, and the code where a feature is 0
 
 
 def entropy_loss(affinity: Tensor, *, temperature: float, kind: EntropyKind = "softmax") -> Tensor:

@@ -20,7 +20,7 @@ from maskgit_pl.checks import (
     shorten,
 )
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.decoding.sampling import DrawMethod, Temperature
+from maskgit_pl.decoding.sampling import Temperature
 from maskgit_pl.registry import nearest
 
 if TYPE_CHECKING:
@@ -77,7 +77,6 @@ class DecodingSettings(TypedDict, total=False):
         top_p: Sample from the most likely codes with a total probability of X only.
         tokens_per_step: Number of tokens decided at each step, in place of the mask schedule.
         mask_schedule: Mask schedule: a name such as cosine, or a mapping (default: that of the training).
-        draw_method: Method by which codes are drawn: gumbel (nearly the same images in all precisions) or inverse_cdf.
         random_start: Probability of a random code in place of a mask token in the first step, for distilled models.
         guidance_scale: Scale of the guidance schedule, at least 0; 0 switches guidance off.
         choice_temperature: Scale of the Gumbel noise on the confidence; 0 keeps the most confident tokens.
@@ -91,7 +90,6 @@ class DecodingSettings(TypedDict, total=False):
     top_p: float | None
     tokens_per_step: tuple[int, ...] | None
     mask_schedule: str | dict[str, Any] | None
-    draw_method: DrawMethod | None
     random_start: float | None
     guidance_scale: float | None
     choice_temperature: float | None

@@ -25,7 +25,7 @@ from maskgit_pl.checks import (
 )
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.losses import AdversarialLoss
-from maskgit_pl.networks.discriminators import DiscriminatorConfig, build_discriminator, with_defaults
+from maskgit_pl.networks.discriminators import discriminators
 from maskgit_pl.networks.features import PerceptualOutput, build_perceptual, create_distance
 from maskgit_pl.networks.quantizers import WEIGHTS
 from maskgit_pl.networks.vqgan import VQGANConfig
@@ -172,8 +172,7 @@ class AdversarialConfig:
     """The adversarial loss and its discriminator. The defaults are the released configuration's.
 
     Args:
-        discriminator: Name or mapping of a registered discriminator, or its built configuration; without a
-            name: ``stylegan``.
+        discriminator: Name, mapping or object of a registered discriminator.
         loss: ``non-saturating`` or ``hinge``.
         weight: Factor of the generator's loss, in [0, 1e6].
         weight_rule: ``fixed`` uses ``weight`` itself. ``adaptive`` multiplies it by |gradient of the other losses| /
@@ -188,7 +187,7 @@ class AdversarialConfig:
         ValueError: if a number is out of range.
     """
 
-    discriminator: DiscriminatorConfig | str | Mapping[str, Any] = field(default_factory=DiscriminatorConfig)
+    discriminator: str | Mapping[str, Any] = "stylegan"
     loss: AdversarialLoss = "non-saturating"
     weight: float = 0.1
     weight_rule: Literal["fixed", "adaptive"] = "fixed"
@@ -204,9 +203,8 @@ class AdversarialConfig:
         check_integer("adversarial start_step", self.start_step, "[0, inf)")
         check_integer("adversarial warmup_steps", self.warmup_steps, "[0, inf)")
         check_integer("adversarial r1_every", self.r1_every, "[1, inf)")
-        discriminator = build_discriminator(self.discriminator)
-        if not isinstance(self.discriminator, DiscriminatorConfig):  # one form of each, with all values
-            object.__setattr__(self, "discriminator", with_defaults(self.discriminator))
+        discriminator = discriminators.build(discriminators.spec(self.discriminator))
+        object.__setattr__(self, "discriminator", discriminators.spec(discriminator))  # one form, with all values
         if self.r1_weight > 0 and getattr(discriminator, "mixes_images", False):
             raise ValueError(
                 f"adversarial r1_weight must be 0 with a discriminator that normalises over the batch, got "

@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import ConditionalModel, FirstStepLogits, ParallelDecoder, SeededNoise, decode_classes
+from maskgit_pl.decoding import (
+    ConditionalModel,
+    FirstStepLogits,
+    ParallelDecoder,
+    SeededNoise,
+    decode_classes,
+    predictors,
+)
 from maskgit_pl.decoding.decoder import count_after
 from maskgit_pl.decoding.predictors import ClassPredictor, FirstStepPredictor, GuidedPredictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
@@ -220,9 +227,10 @@ def test_the_shared_first_step_changes_no_token_and_saves_rows(scales):
     assert len(network.labels) == 5
 
 
-def test_the_first_step_of_a_class_is_computed_once_until_it_is_cleared():
+def test_the_first_step_of_a_class_is_computed_once_until_it_is_cleared(monkeypatch):
+    monkeypatch.setattr(predictors, "_MOST_LABELS", 2)
     network = Network()
-    cache = FirstStepLogits(network, max_labels=2)
+    cache = FirstStepLogits(network)
     for _ in range(2):
         assert all(map(torch.equal, decoded([2, 0], [5, 6], network=network, cache=cache), decoded([2, 0], [5, 6])))
     assert network.labels.count([0, 2]) == 1
@@ -277,23 +285,19 @@ def test_logits_are_computed_at_masked_tokens_only(name):
     assert num_positions == [before for before, _ in count_masked(parallel_decoder, [16, 16])[:-1]]
 
 
-METHODS = ["gumbel", "inverse_cdf"]
 EVERYWHERE = torch.arange(16).repeat(2, 1)
-every_method = pytest.mark.parametrize("method", METHODS)
 
 
-@every_method
-def test_noise_does_not_depend_on_the_steps_that_are_made_at_once(method):
+def test_noise_does_not_depend_on_the_steps_that_are_made_at_once():
     logits = LOGITS[:16].expand(2, -1, -1)
-    one, many = (SeededNoise(torch.tensor([4, 5]), 16, count, method) for count in (1, 8))
+    one, many = (SeededNoise(torch.tensor([4, 5]), 16, count) for count in (1, 8))
     for step in (0, 7, 8, 3, 20):
         assert torch.equal(one.gumbel(EVERYWHERE, step), many.gumbel(EVERYWHERE, step))
         assert torch.equal(one.draw(logits, EVERYWHERE, step), many.draw(logits, EVERYWHERE, step))
 
 
-@every_method
-def test_noise_is_a_function_of_image_step_and_position(method):
-    noise, positions = SeededNoise(torch.tensor([4, 5]), 16, method=method), torch.tensor([[9, 2], [2, 15]])
+def test_noise_is_a_function_of_image_step_and_position():
+    noise, positions = SeededNoise(torch.tensor([4, 5]), 16), torch.tensor([[9, 2], [2, 15]])
     gumbel, logits = noise.gumbel(EVERYWHERE, step=3), LOGITS[:16].expand(2, -1, -1)
     assert torch.equal(noise.gumbel(positions, step=3), gumbel.gather(1, positions))
     second_row = SeededNoise(torch.tensor([5]), 16).gumbel(positions[1:], step=3)
@@ -304,10 +308,9 @@ def test_noise_is_a_function_of_image_step_and_position(method):
     assert not torch.isin(noise.gumbel(EVERYWHERE, step=4), gumbel).any()
 
 
-@every_method
-def test_draws_follow_the_softmax_and_never_take_an_impossible_code(method):
+def test_draws_follow_the_softmax_and_never_take_an_impossible_code():
     num_images, logits = 20_000, torch.tensor([-torch.inf, 0.0, 1.0, -2.0, 3.0, 2.5, -torch.inf])
-    noise = SeededNoise(torch.arange(num_images), 2, method=method)
+    noise = SeededNoise(torch.arange(num_images), 2)
     codes = noise.draw(logits.expand(num_images, 2, -1), torch.arange(2).expand(num_images, -1), step=0)
     expected = num_images * logits.softmax(-1)
     for position in range(2):
@@ -317,20 +320,19 @@ def test_draws_follow_the_softmax_and_never_take_an_impossible_code(method):
         assert chi_square < 25  # 4 degrees of freedom: one in 20,000
 
 
-@every_method
-def test_codes_and_scores_have_independent_noise(method):
-    noise, zeros = SeededNoise(torch.arange(2000), 1, method=method), torch.zeros(2000, 1, dtype=torch.int64)
+def test_codes_and_scores_have_independent_noise():
+    noise, zeros = SeededNoise(torch.arange(2000), 1), torch.zeros(2000, 1, dtype=torch.int64)
     codes = noise.draw(torch.zeros(2000, 1, 100), zeros, step=0).flatten().float()
     correlation = torch.corrcoef(torch.stack([codes, noise.gumbel(zeros, step=0).flatten()]))[0, 1]
     assert abs(float(correlation)) < 0.1
 
 
-def test_a_small_change_of_the_logits_changes_few_gumbel_draws():
+def test_a_small_change_of_the_logits_changes_few_draws():
     """The bound of Gumbel-max sampling: P(change) <= 2 TV / (1 + TV), with TV the total variation distance."""
     num_images = 4000
     logits = 3 * torch.randn(num_images, 1, 256, generator=torch.Generator().manual_seed(0))
     rounded, zeros = logits.bfloat16().float(), torch.zeros(num_images, 1, dtype=torch.int64)
-    noise = SeededNoise(torch.arange(num_images), 1, method="gumbel")
+    noise = SeededNoise(torch.arange(num_images), 1)
     changed = (noise.draw(logits, zeros, step=0) != noise.draw(rounded, zeros, step=0)).float().mean()
     distance = (logits.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
     assert 0 < changed < 2 * distance / (1 + distance) + 0.003

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.decoding import ParallelDecoder, SeededNoise
-from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector, check_token_selector, token_selectors
+from maskgit_pl.decoding.selectors import Candidates, TokenSelector, check_token_selector, token_selectors
 from maskgit_pl.schedules import halton_order, mask_schedules
 from tests.decoding.fakes import (
     ALL_MASKED,
@@ -26,7 +26,6 @@ from tests.decoding.fakes import (
 
 EVERY = [
     *token_selectors.names(),
-    *({"name": "remdm", "strategy": strategy} for strategy in ("cap", "confidence")),
     {"name": "confidence", "choice_temperature": 0.0},
 ]
 every_selector = pytest.mark.parametrize("spec", EVERY, ids=str)
@@ -140,31 +139,30 @@ def test_margin_by_hand(progress, expected):
     torch.testing.assert_close(scores, torch.tensor([expected]), atol=1e-5, rtol=0)  # log(0.2) and log(0.84), noise
 
 
-@pytest.mark.parametrize(
-    ("strategy", "early", "late"),  # of 10 decided tokens, with 6 and with 2 to be masked: sigma_max 0.6 and 0.2
-    [("cap", 3, 2), ("rescale", 2, 1), ("confidence", 2, 1)],
-)
-def test_remdm_by_hand(strategy, early, late):
-    selector = token_selectors.build({"name": "remdm", "strategy": strategy, "eta": 0.3})
-    assert selector.num_remasked(decided=10, planned=6) == early
-    assert selector.num_remasked(decided=10, planned=2) == late
+def test_remdm_by_hand():
+    selector = token_selectors.build({"name": "remdm", "eta": 0.3})
+    assert selector.num_remasked(decided=10, planned=6) == 2  # 0.3 * 0.6 * 10, rounded
+    assert selector.num_remasked(decided=10, planned=2) == 1
     assert selector.num_remasked(decided=0, planned=6) == 0
 
 
-def test_remdm_by_confidence_masks_unlikely_codes_more_often():
-    gumbel = torch.randn(1, 20_000, generator=torch.Generator().manual_seed(0))
-    decided = Decided(torch.tensor([0.05, 0.95]).repeat(10_000)[None], gumbel)
-    scores = token_selectors.build({"name": "remdm", "strategy": "confidence"}).remasking_scores(decided)
-    order = scores.argsort(descending=True)[0, :2000]
-    assert int((order % 2 == 0).sum()) > 1200
-    assert torch.equal(token_selectors.build({"name": "remdm", "strategy": "cap"}).remasking_scores(decided), gumbel)
+def test_a_selector_may_choose_the_tokens_that_are_masked_again():
+    """Of the decided tokens, those with the highest remasking scores, here in raster order from the end."""
+    last = selector_with(
+        num_remasked=lambda self, *, decided, planned: min(decided, 2),
+        remasking_scores=lambda self, decided: torch.arange(NUM_TOKENS).expand(decided.confidence.shape).float(),
+    )
+    steps = run(ALL_MASKED, ParallelDecoder(mask_schedules.build("linear"), last, num_steps=4))
+    remasked = [(~step.was_masked & step.still_masked)[0].nonzero().flatten().tolist() for step in steps]
+    assert remasked[0] == remasked[-1] == []
+    for step, positions in zip(steps[1:-1], remasked[1:-1], strict=True):
+        assert positions == (~step.was_masked[0]).nonzero().flatten().tolist()[-2:]
 
 
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ({"name": "margin", "choice_temperature": -1.0}, r"'margin': choice_temperature must be a number in \[0,"),
-        ({"name": "remdm", "strategy": "cup"}, "'remdm'.strategy must be 'cap', .* got 'cup'; did you mean 'cap'"),
         ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
     ],
 )

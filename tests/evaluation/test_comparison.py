@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.evaluation.comparison import label_selectors, list_selectors, make_comparison_page
+from maskgit_pl.evaluation.comparison import label_selectors, make_comparison_page
 from maskgit_pl.evaluation.pages import Page
 
 OWN = {"name": "confidence", "choice_temperature": 9.0}
@@ -31,17 +31,12 @@ def page_of(rows: list[dict[str, Any]]) -> Page:
     return make_comparison_page(rows, REAL, sheet_steps=8)
 
 
-def test_every_registered_selector_is_compared_and_remdm_with_each_strategy() -> None:
-    labels = [label for label, _ in list_selectors()]
-    assert {label.split()[0] for label in labels} == set(token_selectors.names())
-    assert {"remdm cap", "remdm rescale", "remdm confidence"} <= set(labels)
-
-
 def test_names_take_the_model_s_choice_temperature_and_mappings_do_not() -> None:
     labelled = label_selectors(["margin", "halton"], OWN)
     assert labelled == {"margin": {"name": "margin", "choice_temperature": 9.0}, "halton": "halton"}
-    remdm = label_selectors(None, OWN)["remdm cap"]
-    assert remdm == {"name": "remdm", "strategy": "cap", "choice_temperature": 9.0}
+    every = label_selectors(None, OWN)
+    assert list(every) == token_selectors.names()
+    assert every["remdm"] == {"name": "remdm", "choice_temperature": 9.0}
     mapping = {"name": "remdm", "eta": 0.4}
     assert label_selectors([mapping], OWN) == {"remdm (eta 0.4)": mapping}
 

@@ -5,8 +5,8 @@ import optuna
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
+from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation import tuning
-from maskgit_pl.evaluation.comparison import list_selectors
 from maskgit_pl.evaluation.options import TuningOptions
 from maskgit_pl.evaluation.tuning import SearchSpace, Trial, TuningResult, make_page, search, tune
 from maskgit_pl.registry import describe
@@ -14,7 +14,7 @@ from maskgit_pl.schedules import mask_schedules
 
 FID = "fid/classifier"
 OWN = DecodingConfig(4, guidance={"name": "linear", "scale": 1.0})
-SELECTORS = tuple(spec for _, spec in list_selectors())
+SELECTORS = tuple(token_selectors.build_all())
 SCHEDULES = tuple(sorted({*mask_schedules.build_all(), "pow"}))
 SPACE = SearchSpace(OWN, SELECTORS, (2, 4, 8), SCHEDULES, codebook_size=256, can_guide=True)
 SMALL = replace(SPACE, selectors=("halton", "confidence"), schedules=())
@@ -42,7 +42,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     for decoding in drawn:
         decoding.check(49, is_autoregressive=False)
     assert names([each.token_selector for each in drawn]) == {describe(spec).split()[0] for spec in SPACE.selectors}
-    assert names([each.guidance for each in drawn]) >= {"constant", "linear", "cosine", "interval"}
+    assert names([each.guidance for each in drawn]) >= {"constant", "linear", "cosine"}
     assert {each.num_steps for each in drawn} == {2, 4, 8}
     assert {type(each.sampling_temperature) for each in drawn} == {float, tuple}
     assert any(each.top_k for each in drawn)
@@ -55,7 +55,7 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
 
 
 def test_fixed_arguments_are_not_searched_and_a_small_codebook_is() -> None:
-    remdm = {"name": "remdm", "strategy": "cap", "eta": 0.33}
+    remdm = {"name": "remdm", "eta": 0.33}
     space = replace(SPACE, selectors=(remdm,), schedules=(), can_guide=False, codebook_size=2)
     for decoding in draw(space, 20):
         assert decoding.top_k in (None, 2)

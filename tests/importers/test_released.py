@@ -114,7 +114,6 @@ def test_an_imported_folder_decodes_as_the_released_code_does(tmp_path):
         {"name": "confidence", "choice_temperature": 4.5},
         {"name": "constant", "scale": 0.0},
         1.0,
-        draw_method="gumbel",
     )
     assert '"mask_schedule": "cosine"' in (folder / "transformer" / "config.json").read_text()
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from maskgit_pl.networks.codebooks import EMAQuantizerSpec, GradientQuantizerSpec
-from maskgit_pl.networks.quantizers import entropy_loss, rotate_to_codes
+from maskgit_pl.networks.quantizers import entropy_loss
 from tests.networks.test_lookup_free import build, features, losses_of, rows_of
 
 
@@ -168,40 +168,3 @@ def test_the_losses_and_gradients_of_ibq_are_the_published_ones():
     assert parts == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-4)
     ((quantized * direction).sum() + sum(expected.values())).backward()
     torch.testing.assert_close(gradients, (leaf.grad, codes.grad), rtol=1e-4, atol=1e-5)
-
-
-def test_the_rotation_gives_the_code_and_turns_the_gradient_alike():
-    rows = rows_of(features(3)).requires_grad_()
-    codes = rows_of(features(3, seed=1))
-    gradient = rows_of(features(3, seed=2))
-    turned = rotate_to_codes(rows, codes)
-    torch.testing.assert_close(turned, codes)
-    turned.backward(gradient)
-    for row, code, incoming, gradient_of_row in zip(rows.detach(), codes, gradient, rows.grad, strict=True):
-        unit, target = row / row.norm(), code / code.norm()
-        middle = (unit + target) / (unit + target).norm()
-        rotation = torch.eye(3) - 2 * torch.outer(middle, middle) + 2 * torch.outer(target, unit)
-        torch.testing.assert_close(rotation @ unit, target)
-        torch.testing.assert_close(gradient_of_row, code.norm() / row.norm() * rotation.t() @ incoming)
-
-
-def test_the_rotation_is_finite_for_zero_and_opposite_features():
-    rows = torch.tensor([[0.0, 0.0], [1.0, -2.0], [3.0, 0.0]], requires_grad=True)
-    codes = torch.tensor([[1.0, 0.0], [-1.0, 2.0], [0.0, 0.0]])
-    turned = rotate_to_codes(rows, codes)
-    torch.testing.assert_close(turned, codes)
-    turned.sum().backward()
-    assert rows.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("name", ["gradient", "ema", "simvq"])
-def test_the_rotation_is_an_option_of_codebooks(name):
-    inputs = features(4)
-    outputs = []
-    for estimator in ("straight-through", "rotation"):
-        leaf = inputs.clone().requires_grad_()
-        output = build({"name": name, "gradient_estimator": estimator}, 8, 4)(leaf)
-        outputs.append((output, torch.autograd.grad(output.quantized.sum(), leaf)[0]))
-    torch.testing.assert_close(outputs[0][0].quantized, outputs[1][0].quantized)
-    assert torch.equal(outputs[0][0].loss, outputs[1][0].loss)
-    assert not torch.allclose(outputs[0][1], outputs[1][1])

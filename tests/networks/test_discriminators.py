@@ -12,9 +12,7 @@ from maskgit_pl.networks.discriminators import (
     Discriminator,
     DiscriminatorConfig,
     PatchDiscriminatorConfig,
-    build_discriminator,
     discriminators,
-    with_defaults,
 )
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
 
@@ -25,7 +23,7 @@ SPECS.append({"name": "patchgan", **SMALL["patchgan"], "norm": "batch"})
 
 def network_of(spec, *, in_channels=3, image_size=16):
     torch.manual_seed(0)
-    return build_discriminator(spec).create(in_channels=in_channels, image_size=image_size)
+    return discriminators.build(spec).create(in_channels=in_channels, image_size=image_size)
 
 
 @pytest.mark.parametrize("spec", SPECS, ids=str)
@@ -85,7 +83,7 @@ def test_initial_weights_are_those_of_pix2pix():
         ("patchgann", "unknown discriminator 'patchgann': did you mean 'patchgan'"),
         ({"name": "patchgan", "num_layers": 0}, r"num_layers must be an integer in \[1, 8\], got 0"),
         ({"name": "patchgan", "norm": "groupp"}, r"norm must .*got .groupp.; did you mean .group."),
-        ({"pooling": "max"}, "pooling"),
+        ({"name": "stylegan", "pooling": "max"}, "pooling"),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(spec, message):
@@ -97,15 +95,8 @@ def test_r1_is_refused_where_a_logit_depends_on_other_images():
     spec = {"name": "patchgan", "norm": "batch"}
     with pytest.raises(ValueError, match=r"r1_weight must be 0 .*, got 10\.0; .*set r1_weight 0, or norm group"):
         AdversarialConfig(spec)
-    assert AdversarialConfig(spec, r1_weight=0.0).discriminator == with_defaults(spec)
-
-
-def test_a_value_without_a_name_is_stylegan():
-    sizes = {"channel_multiplier": 0.5}
-    assert build_discriminator(sizes) == build_discriminator({"name": "stylegan", **sizes}) == DiscriminatorConfig(0.5)
-    full = {"channel_multiplier": 0.5, "pooling": "blur"}
-    assert with_defaults(sizes) == with_defaults({"name": "stylegan", **sizes}) == full
-    assert with_defaults("patchgan") == {"name": "patchgan", "num_layers": 3, "base_channels": 64, "norm": "group"}
+    full = {**spec, "num_layers": 3, "base_channels": 64}
+    assert AdversarialConfig(spec, r1_weight=0.0).discriminator == full
 
 
 @pytest.mark.parametrize(("image_size", "parameters"), [(256, 23_998_017), (512, 24_026_913)])

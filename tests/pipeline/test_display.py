@@ -88,8 +88,8 @@ def test_a_filmstrip_of_many_steps_decodes_and_shows_twelve(tmp_path):
     [
         ({"num_steps": 1, "token_selector": "halton"}, "1 step, token selector halton"),
         (
-            {"token_selector": {"name": "remdm", "strategy": "cap", "eta": 0.30}},
-            "8 steps, token selector remdm (strategy cap, eta 0.3)",
+            {"token_selector": {"name": "remdm", "eta": 0.30}},
+            "8 steps, token selector remdm (eta 0.3)",
         ),
     ],
 )

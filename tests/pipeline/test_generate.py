@@ -169,14 +169,14 @@ def test_an_edit_does_not_depend_on_its_batch(pipe) -> None:
 
 
 def test_one_image_gives_a_variant_for_each_class_and_seed(pipe) -> None:
-    image, mask = picture(), box_pixels()
-    variants = pipe.inpaint(image, mask, classes=["Trouser", 1, 1], seed=[5, 5, 6], output_type="pt")
+    image, mask, options = picture(), box_pixels(), {"guidance_scale": 40.0, "output_type": "pt"}
+    variants = pipe.inpaint(image, mask, classes=["Trouser", 1, 1], seed=[5, 5, 6], **options)
     assert len({variant.numpy().tobytes() for variant in variants}) == 3
-    listed = pipe.inpaint([image] * 3, [mask] * 3, classes=[2, 1, 1], seed=[5, 5, 6], output_type="pt")
+    listed = pipe.inpaint([image] * 3, [mask] * 3, classes=[2, 1, 1], seed=[5, 5, 6], **options)
     assert torch.equal(variants, listed)
-    assert torch.equal(variants[1], pipe.inpaint(image, BOX, classes="T-shirt", seed=5, output_type="pt")[0])
-    without_class = pipe.inpaint(image, mask, output_type="pt")
-    assert torch.equal(without_class, pipe.inpaint(image, mask, classes=[None], output_type="pt"))
+    assert torch.equal(variants[1], pipe.inpaint(image, BOX, classes="T-shirt", seed=5, **options)[0])
+    without_class = pipe.inpaint(image, mask, **options)
+    assert torch.equal(without_class, pipe.inpaint(image, mask, classes=[None], **options))
 
 
 def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> None:

@@ -45,12 +45,12 @@ def test_a_missing_device_is_refused_before_anything_moves(pipe, device) -> None
     "settings",
     [
         {"token_selector": "halton"},
-        {"token_selector": {"name": "remdm", "strategy": "cap", "eta": 0.5}},
+        {"token_selector": {"name": "remdm", "eta": 0.5}},
         {"sampling_temperature": (3.0, 0.1)},
         {"top_p": 0.3},
         {"tokens_per_step": [1, 1, 14]},
         {"mask_schedule": "exp", "num_steps": 8},
-        {"guidance": {"name": "interval", "scale": 9.0}},
+        {"guidance": {"name": "cosine", "scale": 9.0}},
         {"choice_temperature": 0.0},
         {"negative_classes": 0, "guidance_scale": 5.0},
         {"decoding": DecodingConfig(16, "random")},
@@ -130,9 +130,9 @@ def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) ->
         bare.generate([None])
     with pytest.raises(ValueError, match=r"guidance must have scale 0 for a model that has no null class .* negative"):
         bare.generate([1], guidance_scale=3.0)
-    guided = images(bare, [1] * 4, guidance_scale=3.0, negative_classes="Trouser")
+    guided = images(bare, [1] * 4, guidance_scale=30.0, negative_classes="Trouser")
     assert not torch.equal(guided, images(bare, [1] * 4))
-    assert torch.equal(guided, images(bare, [1] * 4, guidance_scale=3.0, negative_classes=[2] * 4))
+    assert torch.equal(guided, images(bare, [1] * 4, guidance_scale=30.0, negative_classes=[2] * 4))
 
 
 def packed(network: torch.nn.Module) -> list[torch.Tensor]:

@@ -223,7 +223,7 @@ def test_weights_that_are_not_finite_do_not_replace_an_older_folder(saved):
 
 TUNED = DecodingConfig(
     5,
-    {"name": "remdm", "strategy": "cap"},
+    {"name": "remdm", "eta": 0.4},
     {"name": "linear", "scale": 0.5},
     sampling_temperature=(1.2, 0.7),
     top_p=0.9,

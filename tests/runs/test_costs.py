@@ -151,7 +151,7 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"
-GAN = "--model.adversarial={discriminator: {channel_multiplier: 0.125}, start_step: 0}"
+GAN = "--model.adversarial={discriminator: {name: stylegan, channel_multiplier: 0.125}, start_step: 0}"
 WIDE = "--model.network.embed_dim=64", "--model.network.mlp_dim=256", "--model.network.depth=3"
 
 

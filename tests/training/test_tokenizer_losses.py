@@ -31,7 +31,7 @@ NETWORK = VQGANConfig(
 )  # fmt: skip
 EMA = replace(NETWORK, quantizer="ema")
 DISCRIMINATORS = {
-    "stylegan": {"channel_multiplier": 1 / 64},
+    "stylegan": {"name": "stylegan", "channel_multiplier": 1 / 64},
     "patchgan": {"name": "patchgan", "base_channels": 4, "num_layers": 2, "norm": "group"},
 }
 MODEL = "mobilenetv3_small_050"
