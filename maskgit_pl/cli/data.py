@@ -38,9 +38,9 @@ def make(
 ) -> None:
     """Writes images of folders, archives or data sets as shards.
 
-    The shards have a train and a val split. The source is a folder, zip, tar or .tar.gz of images (one sub-folder per
-    class, or metadata.csv or .jsonl with file_name and label, or one class; train/ and val/ are kept as splits), a
-    folder of IDX or parquet files, or a data set of the Hugging Face Hub such as hf:zalando-datasets/fashion_mnist.
+    The shards have a train and a val split. The source is a folder, zip or tar of images (one sub-folder per class, or
+    metadata.csv with file_name and label, or one class; train/ and val/ are kept as splits), a folder of IDX or
+    parquet files, or a data set of the Hugging Face Hub such as hf:zalando-datasets/fashion_mnist.
 
     Example: maskgit data make photos.zip --out data/shards/photos --image-size 64
 

@@ -75,7 +75,7 @@ def test_make_lists_the_files_that_it_leaves_out(tree, tmp_path, maskgit):
     for _ in range(2):
         assert {
             "  left out: 1 .gif (cat/a.gif)",
-            "  left out: 1 outside the class folders (loose.png)",
+            "  left out: 1 without a label (loose.png)",
             "  left out: 2 images that cannot be read, listed in left_out.txt",
         } < {*maskgit(*words, "--lenient").out.splitlines()}
 
