@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
-from maskgit_pl.data.sources.public import Dataset, public_datasets
+from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.processes import named_bars
 
 
@@ -185,21 +185,14 @@ def fetch(
         name: Name of the data set.
         out: Data folder to write (default: data/shards/NAME).
         raw: Folder that keeps the downloaded files (default: data/raw/NAME).
-        source: Existing files in place of a download: {source}.
-        image_size: Side of the images in pixels ({sizes}).
+        source: Existing files in place of a download: the folder of the IDX files or of the packages, or bmng.jpg.
+        image_size: Side of the images in pixels (blue-marble: 32 or 64).
     """
     from maskgit_pl.data.sources.making import fetch_dataset
 
     fetch_dataset(name, out, raw=raw, source=source, image_size=image_size)
 
 
-def _describe(text: Callable[[Dataset], str]) -> str:
-    """Returns a text of each data set, for the help."""
-    return "; ".join(f"{name}: {text(dataset)}" for name, dataset in public_datasets().items())
-
-
 fetch.__doc__ = (fetch.__doc__ or "").format(
-    contents=_describe(lambda dataset: dataset.contents),
-    source=_describe(lambda dataset: dataset.source),
-    sizes=_describe(lambda dataset: " or ".join(map(str, dataset.image_sizes))),
+    contents="; ".join(f"{name}: {dataset.contents}" for name, dataset in public_datasets().items())
 )

@@ -279,7 +279,7 @@ def _png_chunks(data: bytes) -> Iterator[_Part]:
 
 
 def _check_chunk(chunk: _Part, data: bytes, name: str) -> None:
-    """Raises an ``UnreadableImageError`` if a chunk is truncated or has a wrong checksum, CRC-32 of name and content."""
+    """Raises an ``UnreadableImageError`` if a chunk is truncated, or its CRC-32 of name and content is wrong."""
     if chunk.end + 4 > len(data):
         raise UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
     checksum = int.from_bytes(data[chunk.end : chunk.end + 4], "big")
