@@ -104,20 +104,18 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest, samples
+    from maskgit_pl.data import manifest
     from maskgit_pl.data.index import index_shards, locate_shards, split_shards
     from maskgit_pl.data.verify import class_lines, describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, tars = locate_shards(shards)
     splits, how = split_shards(folder, tars, train=train, val=val, val_fraction=val_fraction)
-    # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
-    names = class_names or (None if no_labels else samples.find_class_names(folder))
     with named_bars("shards") as advance:
         manifests = index_shards(
             folder,
             splits,
-            classes=names,
+            classes=class_names,
             labels="none" if no_labels else f"json:{label_field}" if label_field else "cls",
             vectors=not no_vectors,
             lenient=lenient,
@@ -125,8 +123,6 @@ def index(
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, manifest.read_manifest_summary(folder), "indexed"))
-    if names is not None and class_names is None:
-        print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, splits, how, manifests)))
     for line in class_lines(folder):
         print(f"  {line}")
@@ -160,7 +156,9 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
     if result.faults:
         files = count_text(len(result.faults), "damaged file")
         raise ValueError("\n  ".join([f"data {folder}: {files}:", *result.faults]))
-    print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
+    print(
+        f"{folder}: {result.amount}: hashes agree with the manifest{'; every image can be decoded' if decode else ''}"
+    )
     if (folder / "train.json").is_file():
         print(
             describe_data(folder, manifest.read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  "
