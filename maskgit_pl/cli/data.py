@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Word
 from maskgit_pl.cli.flags import Folder, ImageSize, check_one_of
-from maskgit_pl.data.sources.public import Dataset, public_datasets
+from maskgit_pl.data.sources.public import public_datasets
 from maskgit_pl.processes import named_bars
 
 
@@ -38,9 +38,9 @@ def make(
 ) -> None:
     """Writes images of folders, archives or data sets as shards.
 
-    The shards have a train and a val split. The source is a folder, zip, tar or .tar.gz of images (one sub-folder per
-    class, or metadata.csv or .jsonl with file_name and label, or one class; train/ and val/ are kept as splits), a
-    folder of IDX or parquet files, or a data set of the Hugging Face Hub such as hf:zalando-datasets/fashion_mnist.
+    The shards have a train and a val split. The source is a folder, zip or tar of images (one sub-folder per class, or
+    metadata.csv with file_name and label, or one class; train/ and val/ are kept as splits), a folder of IDX or
+    parquet files, or a data set of the Hugging Face Hub such as hf:zalando-datasets/fashion_mnist.
 
     Example: maskgit data make photos.zip --out data/shards/photos --image-size 64
 
@@ -104,20 +104,18 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest, samples
+    from maskgit_pl.data import manifest
     from maskgit_pl.data.index import index_shards, locate_shards, split_shards
     from maskgit_pl.data.verify import class_lines, describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, tars = locate_shards(shards)
     splits, how = split_shards(folder, tars, train=train, val=val, val_fraction=val_fraction)
-    # Without --class-names, the names of an existing manifest are kept, unless all images get one class.
-    names = class_names or (None if no_labels else samples.find_class_names(folder))
     with named_bars("shards") as advance:
         manifests = index_shards(
             folder,
             splits,
-            classes=names,
+            classes=class_names,
             labels="none" if no_labels else f"json:{label_field}" if label_field else "cls",
             vectors=not no_vectors,
             lenient=lenient,
@@ -125,8 +123,6 @@ def index(
             on_shard=lambda split, total: advance(split, 1, total),
         )
     print(describe_data(folder, manifest.read_manifest_summary(folder), "indexed"))
-    if names is not None and class_names is None:
-        print("  class names: kept from the existing manifest")
     print("\n".join(index_lines(folder, splits, how, manifests)))
     for line in class_lines(folder):
         print(f"  {line}")
@@ -160,7 +156,9 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
     if result.faults:
         files = count_text(len(result.faults), "damaged file")
         raise ValueError("\n  ".join([f"data {folder}: {files}:", *result.faults]))
-    print(f"{folder}: {result.amount}: hashes and {'decoded ' if decode else ''}images agree with the index")
+    print(
+        f"{folder}: {result.amount}: hashes agree with the manifest{'; every image can be decoded' if decode else ''}"
+    )
     if (folder / "train.json").is_file():
         print(
             describe_data(folder, manifest.read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  "
@@ -185,21 +183,14 @@ def fetch(
         name: Name of the data set.
         out: Data folder to write (default: data/shards/NAME).
         raw: Folder that keeps the downloaded files (default: data/raw/NAME).
-        source: Existing files in place of a download: {source}.
-        image_size: Side of the images in pixels ({sizes}).
+        source: Existing files in place of a download: the folder of the IDX files or of the packages, or bmng.jpg.
+        image_size: Side of the images in pixels (blue-marble: 32 or 64).
     """
     from maskgit_pl.data.sources.making import fetch_dataset
 
     fetch_dataset(name, out, raw=raw, source=source, image_size=image_size)
 
 
-def _describe(text: Callable[[Dataset], str]) -> str:
-    """Returns a text of each data set, for the help."""
-    return "; ".join(f"{name}: {text(dataset)}" for name, dataset in public_datasets().items())
-
-
 fetch.__doc__ = (fetch.__doc__ or "").format(
-    contents=_describe(lambda dataset: dataset.contents),
-    source=_describe(lambda dataset: dataset.source),
-    sizes=_describe(lambda dataset: " or ".join(map(str, dataset.image_sizes))),
+    contents="; ".join(f"{name}: {dataset.contents}" for name, dataset in public_datasets().items())
 )

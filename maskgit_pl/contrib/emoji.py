@@ -68,10 +68,8 @@ class Emoji(Dataset):
     """Emoji in two artworks: train and val are split by emoji, with all its skin tones, genders and artworks."""
 
     name = "emoji"
-    title = "Emoji"
     contents = "3,241 + 540 colour pictures of emoji, 68 x 68, 15 classes (Apache 2.0 and CC BY 4.0)"
     image_sizes = (68,)
-    source = f"a folder of the files {' and '.join(package.file for package in PACKAGES)}"
 
     def fetch(self, raw: Path) -> Path:
         """Downloads both packages with npm, unless they are there, and returns their folder."""

@@ -92,8 +92,7 @@ def export_graphs(
             f"--format onnx must have the packages {', '.join(PACKAGES)}, and {missing[0]} is missing; install them "
             "with `pip install 'maskgit_pl[export]'`, or use --format pt2"
         )
-    entry = ("format", _FORMAT)
-    check = partial(check_new_folder, replace=replace, description=DESCRIPTION, entry=entry, known=_FILES)
+    check = partial(check_new_folder, replace=replace, description=DESCRIPTION, known=_FILES)
     # The folder is locked and checked before the model is loaded.
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.

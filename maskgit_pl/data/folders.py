@@ -6,7 +6,6 @@ disk, and only one process at a time writes it.
 
 from __future__ import annotations
 
-import ctypes
 import logging
 import os
 import re
@@ -16,18 +15,13 @@ import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
-from maskgit_pl.files import check_writable, follow_links, read_json, sync
+from maskgit_pl.files import check_writable, follow_links, sync
 
 log = logging.getLogger(__name__)
-
-_OF_FILE_MANAGERS = {".DS_Store", "Thumbs.db", "desktop.ini"}  # macOS and Windows put them into folders that they show
-_AT_FDCWD, _RENAME_EXCHANGE = -100, 2  # arguments of renameat2(2)
 
 
 @contextmanager
@@ -73,14 +67,12 @@ def write_folder(
 
 
 def replace_folder(fresh: Path, folder: Path) -> None:
-    """Replaces a folder by another one, so that after a kill one of the two is complete at ``folder``.
+    """Replaces a folder by another one, so that after a kill one of the two is complete.
 
-    1. Without an old folder: renames the new one.
-    2. With an old folder: exchanges the two names in one system call.
-    3. On a file system without that call (NFS): renames the old folder to ``.NAME.old-PID``, then the new
-       one. A kill between the two leaves no folder at ``folder``; both exist under their other names, and the
-       next ``write_folder`` puts the old one back.
-    4. Removes the old folder.
+    1. Renames the old folder, if there is one, to ``.NAME.old-PID``.
+    2. Renames the new one. A kill between the two leaves no folder at ``folder``; both exist under their other names,
+       and the next ``write_folder`` puts the old one back.
+    3. Removes the old folder.
 
     Args:
         fresh: New folder, whose files are on disk.
@@ -93,19 +85,16 @@ def replace_folder(fresh: Path, folder: Path) -> None:
     folder = follow_links(folder, is_folder=True)
     sync(fresh)
     old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
-    if not folder.exists():  # 1.
-        fresh.rename(folder)
-    elif _exchange(fresh, folder):  # 2.
-        old = fresh
-    else:  # 3.
+    if folder.exists():  # 1.
         folder.rename(old)
-        try:
-            fresh.rename(folder)
-        except OSError:
+    try:
+        fresh.rename(folder)  # 2.
+    except OSError:
+        with suppress(FileNotFoundError):
             old.rename(folder)
-            raise
+        raise
     sync(folder.parent)  # the names are on disk
-    shutil.rmtree(old, ignore_errors=True)  # 4.
+    shutil.rmtree(old, ignore_errors=True)  # 3.
 
 
 def resolve_folder(name: str, folder: Path) -> Path:
@@ -130,26 +119,18 @@ def resolve_folder(name: str, folder: Path) -> Path:
 
 
 def has_content(folder: Path) -> bool:
-    """Returns True if a folder exists and holds more than what file managers put into the folders that they show."""
-    return folder.is_dir() and any(path.name not in _OF_FILE_MANAGERS for path in folder.iterdir())
+    """Returns True if a folder exists and is not empty."""
+    return folder.is_dir() and any(folder.iterdir())
 
 
-def check_new_folder(
-    folder: Path,
-    *,
-    replace: bool,
-    description: str,
-    entry: tuple[str, Any],
-    known: Collection[str],
-) -> None:
+def check_new_folder(folder: Path, *, replace: bool, description: str, known: Collection[str]) -> None:
     """Checks that a folder is new or empty, or holds an earlier export that is to be replaced, and nothing else.
 
     Args:
         folder: Folder to write later.
         replace: True if an earlier one may be replaced.
-        description: JSON file in an earlier one.
-        entry: Key and value in that file, by which it is known.
-        known: Files of an earlier one, relative to it.
+        description: File by which an earlier one is known.
+        known: Its other files, relative to it.
 
     Raises:
         FileExistsError: if the folder has other files, or ``replace`` is False.
@@ -158,8 +139,7 @@ def check_new_folder(
         return
     if not replace:
         raise FileExistsError(f"{folder} has files; replace an earlier export with --replace, or name a new folder")
-    file, (key, value) = folder / description, entry
-    if not file.is_file() or read_json(file).get(key) != value:
+    if not (folder / description).is_file():
         raise FileExistsError(
             f"--replace replaces only the folder of an earlier export, and {folder} has no {description} of one; name "
             "a new folder"
@@ -170,19 +150,15 @@ def check_new_folder(
 def check_only_known(folder: Path, expected_files: Collection[str]) -> None:
     """Checks that a folder holds no other files than those that are replaced, because others would be lost.
 
-    What file managers put into the folders that they show is not counted.
-
     Raises:
         FileExistsError: if there are others. The message names up to three.
     """
-    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
-    files = (path for path in files if path.name not in _OF_FILE_MANAGERS)
-    others = (path.relative_to(folder).as_posix() for path in files)
-    unknown = sorted(islice((path for path in others if path not in expected_files), 3))
+    files = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    unknown = sorted({path.relative_to(folder).as_posix() for path in files} - {*expected_files})
     if unknown:
         raise FileExistsError(
             f"{folder} is replaced as a whole and must hold only files of an earlier export, got also "
-            f"{', '.join(unknown)}; move them, or name a new folder"
+            f"{', '.join(unknown[:3])}; move them, or name a new folder"
         )
 
 
@@ -240,15 +216,6 @@ def _clean_up(folder: Path) -> None:
             path.rename(folder)
         elif left:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _exchange(path: Path, other_path: Path) -> bool:
-    """Exchanges two names atomically. Returns False and does nothing if the system has no such call."""
-    rename = getattr(ctypes.CDLL(None), "renameat2", None)  # a call of Linux that Python does not offer
-    if rename is None:
-        return False
-    failed: int = rename(_AT_FDCWD, os.fsencode(path), _AT_FDCWD, os.fsencode(other_path), _RENAME_EXCHANGE)
-    return not failed
 
 
 def _write_holder(descriptor: int) -> None:

@@ -1,7 +1,7 @@
 """Opening of image files that may be hostile: checks of format, parts and completeness before any pixel is decoded.
 
 Bytes, PNG chunks and JPEG scans are counted and limited here, so that no file takes minutes or gigabytes to
-open. Pillow gets only those chunks of a PNG and segments of a JPEG on which pixels and orientation depend.
+open. Pillow gets only those chunks of a PNG and segments of a JPEG on which pixels and EXIF orientation depend.
 Profiles, texts and animations never reach it, so that they cost nothing and cannot fail. Used by ``images``,
 which decodes, and by the code that reads only headers.
 """
@@ -45,13 +45,12 @@ _SCAN, _END_OF_IMAGE, _APP1 = 0xDA, 0xD9, 0xE1
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # the segments that state the size and the coding
 # Also tables (DHT, DAC, DQT), the restart interval, and the colour space of JFIF and Adobe.
 _PIXEL_SEGMENTS = _FRAMES | {0xC4, 0xCC, 0xDB, 0xDD, 0xE0, 0xEE, _SCAN}
-_METADATA = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0")  # beginnings of APP1 segments that may hold an orientation
+_EXIF = b"Exif\0\0"  # beginning of the APP1 segment that may hold an orientation
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _MAX_CHUNKS = 100_000  # of a PNG; a file of the largest size has 32,768 of 8 kB
 _MAX_RATIO = 1032  # of deflate: a block of 258 equal bytes takes 2 bits
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by colour: grey, RGB, palette, grey and RGB with alpha
-_XMP = b"XML:com.adobe.xmp\0"  # beginning of the iTXt chunk that may hold an orientation
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
 _filters_lock = threading.Lock()  # the list of warning filters belongs to the process
@@ -78,12 +77,11 @@ class _Part(NamedTuple):
 
 
 def read_image_file(path: str | Path, *, name: str) -> bytes:
-    """Returns the bytes of an image file, after a check of its type, its length and its first bytes.
+    """Returns the bytes of an image file, after a check of its type and its length.
 
     Raises:
         FileNotFoundError: if the file does not exist.
-        UnreadableImageError: if it is not a regular file, is empty, is larger than 256 MiB, or does not begin
-            like a JPEG, PNG or WebP.
+        UnreadableImageError: if it is not a regular file, or larger than 256 MiB.
     """
     status = Path(path).stat()
     if not stat.S_ISREG(status.st_mode):  # reading a FIFO would block
@@ -91,10 +89,7 @@ def read_image_file(path: str | Path, *, name: str) -> bytes:
     if status.st_size > MAX_IMAGE_BYTES:
         limit, size = size_text(MAX_IMAGE_BYTES), size_text(status.st_size)
         raise UnreadableImageError(f"image {name} must have at most {limit}, got {size}", reason="too large")
-    with open(path, "rb") as file:
-        first = file.read(12)
-        _check_format(first, name)
-        return first + file.read(status.st_size - len(first))
+    return Path(path).read_bytes()
 
 
 def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Image:
@@ -106,7 +101,13 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
         UnreadableImageError: if it is not a JPEG, PNG or WebP, is animated, damaged before its pixels or, in
             PNG, within them, or has more than 64 million pixels or too many parts.
     """
-    _check_format(data, name)
+    if not data:
+        raise UnreadableImageError(f"image {name} is empty", reason="empty")
+    if not (data.startswith((JPEG_MAGIC, _PNG_MAGIC)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
+        raise UnreadableImageError(
+            f"image {name} must be a JPEG, PNG or WebP file, got one that begins with {data[:8]!r}",
+            reason="not an image",
+        )
     from PIL import JpegImagePlugin, PngImagePlugin, WebPImagePlugin
 
     image: Image.Image
@@ -118,7 +119,7 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
                 head, start = read_jpeg_head(data, name)
                 image = JpegImagePlugin.JpegImageFile(io.BytesIO(head if header_only else head + data[start:]))
             else:
-                _check_webp(data, name)
+                # The decoder reserves memory for the stated size, and touches none of it before the pixels are read.
                 image = webp = WebPImagePlugin.WebPImageFile(io.BytesIO(data))
                 _check_still(webp.n_frames, name)
     check_size(image.height, image.width, name)
@@ -180,17 +181,6 @@ def first_line(error: Exception) -> str:
     return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
 
-def _check_format(data: bytes, name: str) -> None:
-    """Checks the first 12 bytes of a file."""
-    if not data:
-        raise UnreadableImageError(f"image {name} is empty", reason="empty")
-    if not (data.startswith((JPEG_MAGIC, _PNG_MAGIC)) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")):
-        raise UnreadableImageError(
-            f"image {name} must be a JPEG, PNG or WebP file, got one that begins with {data[:8]!r}",
-            reason="not an image",
-        )
-
-
 def _check_still(frames: int, name: str) -> None:
     if frames > 1:
         raise UnreadableImageError(f"image {name} must be a still image, got {frames} frames", reason="animated")
@@ -199,7 +189,7 @@ def _check_still(frames: int, name: str) -> None:
 def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
     """Returns a JPEG up to the pixels, without other segments than those on which pixels and orientation depend.
 
-    1. Keep at most 100 segments up to the first scan, and of EXIF and of XMP the first one.
+    1. Keep at most 100 segments up to the first scan.
     2. Check that there are at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit,
        since they may also occur inside a segment. The markers are walked only if this limit is above 100.
 
@@ -211,13 +201,9 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
     """
     # 1.
     kept: list[_Part] = []
-    missing = {*_METADATA}
     for marker in _jpeg_markers(data):
-        if marker.kind == _APP1:
-            first = {beginning for beginning in missing if data.startswith(beginning, marker.start + 4)}
-            missing -= first
-            kept += [marker] * len(first)
-        elif marker.kind in _PIXEL_SEGMENTS:
+        has_exif = marker.kind == _APP1 and data.startswith(_EXIF, marker.start + 4)
+        if has_exif or marker.kind in _PIXEL_SEGMENTS:
             kept.append(marker)
         if marker.kind == _SCAN or len(kept) > _MAX_SEGMENTS:
             break
@@ -245,22 +231,6 @@ def _jpeg_markers(data: bytes) -> Iterator[_Part]:
             return
 
 
-def _check_webp(data: bytes, name: str) -> None:
-    """Checks the number of pixels of a WebP, since its decoder reserves memory when it opens the file.
-
-    Source: RFC 9649, sections 2.5 to 2.7.
-    """
-    kind, start = data[12:16], 20  # the parts have a name and a length, 4 bytes each
-    if kind == b"VP8X":
-        width, height = (1 + int.from_bytes(data[start + at : start + at + 3], "little") for at in (4, 7))
-    elif kind == b"VP8L":
-        sides = int.from_bytes(data[start + 1 : start + 5], "little")
-        width, height = 1 + (sides & 0x3FFF), 1 + (sides >> 14 & 0x3FFF)
-    else:  # "VP8 ", or damaged
-        width, height = (int.from_bytes(data[start + at : start + at + 2], "little") & 0x3FFF for at in (6, 8))
-    check_size(height, width, name)
-
-
 def _read_png(data: bytes, name: str, *, header_only: bool) -> bytes:
     """Returns a PNG without other chunks than those on which pixels and orientation depend.
 
@@ -274,44 +244,26 @@ def _read_png(data: bytes, name: str, *, header_only: bool) -> bytes:
         raise UnreadableImageError(f"image {name} is damaged: its header cannot be read")
     width, height, depth, colour = struct.unpack_from(">IIBB", data, 16)
     check_size(height, width, name)
-    kept = _keep_chunks(chunks, data, name)
-    if not header_only:
-        pixels = [chunk for chunk in chunks if chunk.kind == b"IDAT"]
-        for chunk in pixels:
-            _check_chunk(chunk, data, name)
-        compressed = sum(chunk.end - chunk.start for chunk in pixels)
-        if width * height * depth * _SAMPLES.get(colour, 1) // 8 > _MAX_RATIO * compressed:
-            size = f"{width} x {height}"
-            raise UnreadableImageError(f"image {name} is truncated: {compressed} bytes cannot hold {size} pixels")
-        kept += pixels
-    return b"".join([_PNG_MAGIC, *(data[chunk.start - 8 : chunk.end + 4] for chunk in kept), _END])
-
-
-def _keep_chunks(chunks: list[_Part], data: bytes, name: str) -> list[_Part]:
-    """Returns the chunks, other than pixels, on which pixels and orientation depend; the first of each kind counts.
-
-    No critical chunk before the end mark may be damaged or truncated; Pillow does not notice all damage.
-    """
-    depth, colour = data[24:26]
-    kept: dict[bytes, _Part] = {}
+    kept: dict[bytes, _Part] = {}  # without pixels; the first chunk of each kind counts
+    pixels: list[_Part] = []
     for chunk in chunks:
-        kind = chunk.kind
-        if kind[:1].isupper() and kind not in (b"IDAT", b"IEND"):
-            _check_chunk(chunk, data, name)
-        if kind in (b"IHDR", b"PLTE"):
-            kept.setdefault(kind, chunk)
-        elif kind == b"eXIf" or (kind == b"iTXt" and data.startswith(_XMP, chunk.start)):
-            if _is_intact(chunk, data):
-                kept.setdefault(kind, chunk)
-        elif kind == b"tRNS" and (depth == 8 or colour == 3):
-            # Pillow compares the transparent colour of grey and RGB with pixels of 8 bits.
-            kept.setdefault(kind, chunk)
-        elif kind == b"acTL":
-            frames = int.from_bytes(data[chunk.start : chunk.end][:4], "big")
-            _check_still(frames if frames <= 2**31 else 1, name)  # a number that the format forbids: a still image
+        if chunk.kind == b"IDAT":
+            pixels.append(chunk)
+        elif chunk.kind == b"acTL":
+            _check_still(int.from_bytes(data[chunk.start : chunk.end][:4], "big"), name)
+        # Pillow compares the transparent colour of grey and RGB with pixels of 8 bits.
+        elif chunk.kind in (b"IHDR", b"PLTE", b"eXIf") or (chunk.kind == b"tRNS" and (depth == 8 or colour == 3)):
+            kept.setdefault(chunk.kind, chunk)
     if colour == 3 and b"PLTE" not in kept:  # Pillow would show black
         raise UnreadableImageError(f"image {name} is damaged: its palette is missing")
-    return list(kept.values())
+    used = [*kept.values(), *([] if header_only else pixels)]
+    for chunk in used:  # Pillow does not notice all damage
+        _check_chunk(chunk, data, name)
+    compressed = sum(chunk.end - chunk.start for chunk in pixels)
+    if not header_only and width * height * depth * _SAMPLES.get(colour, 1) // 8 > _MAX_RATIO * compressed:
+        size = f"{width} x {height}"
+        raise UnreadableImageError(f"image {name} is truncated: {compressed} bytes cannot hold {size} pixels")
+    return b"".join([_PNG_MAGIC, *(data[chunk.start - 8 : chunk.end + 4] for chunk in used), _END])
 
 
 def _png_chunks(data: bytes) -> Iterator[_Part]:
@@ -326,16 +278,11 @@ def _png_chunks(data: bytes) -> Iterator[_Part]:
         position += 12 + length
 
 
-def _is_intact(chunk: _Part, data: bytes) -> bool:
-    """Returns whether the checksum of a chunk, CRC-32 of name and content, is right."""
-    stated = int.from_bytes(data[chunk.end : chunk.end + 4], "big")
-    return zlib.crc32(memoryview(data)[chunk.start - 4 : chunk.end]) == stated
-
-
 def _check_chunk(chunk: _Part, data: bytes, name: str) -> None:
-    """Raises an ``UnreadableImageError`` if a chunk is truncated or has a wrong checksum."""
+    """Raises an ``UnreadableImageError`` if a chunk is truncated, or its CRC-32 of name and content is wrong."""
     if chunk.end + 4 > len(data):
         raise UnreadableImageError(f"image {name} is truncated after {len(data)} bytes")
-    if not _is_intact(chunk, data):
+    checksum = int.from_bytes(data[chunk.end : chunk.end + 4], "big")
+    if zlib.crc32(memoryview(data)[chunk.start - 4 : chunk.end]) != checksum:
         part = printable(chunk.kind.decode("latin1"))
         raise UnreadableImageError(f"image {name} is damaged in its {part} chunk")

@@ -223,12 +223,11 @@ def _scratch(size: int) -> npt.NDArray[np.uint8] | None:
 
 def _find_orientation(image: Image.Image) -> int:
     """Returns the EXIF orientation, 1 to 8, without decoding pixels; 1 if EXIF is missing or damaged."""
-    if image.format == "PNG" and not {"exif", "xmp", "XML:com.adobe.xmp"} & image.info.keys():
+    if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels, to search after them
         return 1
     try:
         with silent_warnings():
-            # The method of PNG would decode the pixels, to search after them.
-            value = Image.Image.getexif(image).get(_ORIENTATION, 1)
+            value = image.getexif().get(_ORIENTATION, 1)
     except PIL_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

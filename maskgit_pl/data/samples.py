@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from maskgit_pl.checks import shorten
 from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import parse_image_header
-from maskgit_pl.data.manifest import Split, read_manifest_summary
+from maskgit_pl.data.manifest import Split
 from maskgit_pl.errors import printable
 from maskgit_pl.files import parse_any_json
 
@@ -226,13 +226,3 @@ def parse_class_names(text: str) -> list[str]:
         names = [name.strip() for name in text.split(",")]
     check_class_lines("class names", names)
     return names
-
-
-def find_class_names(folder: Path) -> list[str] | None:
-    """Returns the class names of a data folder's manifests; None without any, or if they are numbers or one name."""
-    try:
-        names = read_manifest_summary(folder).classes
-    except (FileNotFoundError, ValueError):
-        return None
-    # Numbers and the name of unlabelled data were not given by a user.
-    return None if names == tuple(map(str, range(len(names)))) or len(names) == 1 else list(names)

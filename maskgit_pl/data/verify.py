@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from maskgit_pl.checks import count_text
-from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
+from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import (
     DataSummary,
@@ -52,14 +52,14 @@ def verify_shards(
     workers: int | None = 1,
     on_shard: Callable[[Split, int], object] = lambda split, total: None,
 ) -> Verification:
-    """Compares all files with the hashes in the manifests, and checks that every image is complete.
+    """Compares all files with the hashes in the manifests.
 
     1. Compare each index file and each array of vectors.
-    2. Compare every shard, in parallel, and check its images where the index says that they are.
+    2. Compare every shard, in parallel, and decode its images where the index says that they are, if ``decode``.
 
     Args:
         folder: The data folder.
-        decode: True also decodes every image.
+        decode: True also decodes every image, unless an index is damaged.
         workers: Number of processes; each verifies one shard at a time. None: one per core, fewer for little data.
         on_shard: Called with the split of each finished shard and the split's number of shards (for a progress bar).
 
@@ -75,8 +75,8 @@ def verify_shards(
     shards = [shard for manifest in manifests.values() for shard in manifest.shards]
     size = sum(shard.bytes for shard in shards)
     workers = choose_workers(workers, work=size / (_DECODED_BYTES if decode else _READ_BYTES))
-    task, results = (manifests, not faults, decode), dict[tuple[Split, int], str]()
-    for job, fault in run_jobs(_verify_shard, task, jobs, workers=workers):
+    results = dict[tuple[Split, int], str]()
+    for job, fault in run_jobs(_verify_shard, (manifests, decode and not faults), jobs, workers=workers):
         results[job] = fault
         on_shard(job[0], len(manifests[job[0]].shards))
     faults += [results[job] for job in jobs if results[job]]
@@ -140,14 +140,14 @@ def _find_bad_arrays(manifest: Manifest) -> Iterator[str]:
             yield f"{name}: {error}"
 
 
-def _verify_shard(task: tuple[dict[Split, Manifest], bool, bool], job: tuple[Split, int]) -> str:
+def _verify_shard(task: tuple[dict[Split, Manifest], bool], job: tuple[Split, int]) -> str:
     """Returns the fault of a shard, after its name; an empty text if it has none.
 
     Args:
-        task: Manifests, True if their indexes are whole, and True if images are decoded.
+        task: Manifests, and True if images are decoded.
         job: The split, and the number of the shard.
     """
-    (manifests, has_index, decode), (split, number) = task, job
+    (manifests, decode), (split, number) = task, job
     manifest = manifests[split]
     shard = manifest.shards[number]
     try:
@@ -157,26 +157,21 @@ def _verify_shard(task: tuple[dict[Split, Manifest], bool, bool], job: tuple[Spl
                 return f"{shard.name}: {shard.bytes} bytes expected, got {size}"
             if sha256 != shard.sha256:
                 return f"{shard.name}: sha256 {shard.sha256[:12]} expected, got {sha256[:12]}"
-            if not has_index:  # the places of the images are unknown
+            if not decode:
                 return ""
             first = sum(earlier.samples for earlier in manifest.shards[:number])
             images = manifest.index()[["offset", "size"]][first : first + shard.samples].tolist()
-            faults = list(_find_bad_images(file.fileno(), shard, images, decode=decode))
+            faults = list(_find_bad_images(file.fileno(), shard, images))
     except OSError as error:
         return f"{shard.name}: {error.strerror}"
     return f"{shard.name}: {count_text(len(faults), 'unreadable image')}: {faults[0]}" if faults else ""
 
 
-def _find_bad_images(
-    descriptor: int, shard: Shard, images: Sequence[tuple[int, int]], *, decode: bool
-) -> Iterator[str]:
-    """Yields the fault of each image that is truncated or, with ``decode``, that cannot be decoded."""
+def _find_bad_images(descriptor: int, shard: Shard, images: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """Yields the fault of each image that cannot be decoded."""
     for offset, size in images:
-        data = os.pread(descriptor, size, offset)
         name = member_label(shard.name, os.pread(descriptor, BLOCK, offset - BLOCK), offset)
         try:
-            check_complete(data, name=name)
-            if decode:
-                decode_image(data, channels=3, name=name)
+            decode_image(os.pread(descriptor, size, offset), channels=3, name=name)
         except UnreadableImageError as error:
             yield str(error)

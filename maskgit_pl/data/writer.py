@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from webdataset import TarWriter
 
@@ -29,10 +29,11 @@ from maskgit_pl.files import read_json, remove_partials, write_atomically, write
 from maskgit_pl.processes import choose_workers, run_jobs
 
 RECORD = "made_from.json"
-MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
+_MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
 LEFT_OUT = "left_out.txt"  # one line for each image that could not be read
 _MAX_LISTED = 20  # lines of this file in an error message
 _SAMPLES = 5_000  # one process writes this many in about 10 seconds
+_Job: TypeAlias = tuple[Split, int]  # a shard: its split and its number
 
 
 def make_shards(
@@ -63,7 +64,7 @@ def make_shards(
         lenient: True leaves out unreadable images and lists them in ``left_out.txt``; False rejects them.
         workers: Number of processes; each writes one shard at a time, and the result does not depend on it.
             None: one per core, fewer for little data.
-        on_samples: Called with the split and the number of its samples that were just finished (for a progress bar).
+        on_samples: Called with the split and the number of samples of each finished shard (for a progress bar).
 
     Returns:
         False if the folder already holds the result, True if it was written.
@@ -88,7 +89,12 @@ def make_shards(
         )
     partial = _partial_folder(folder, record)
     plan = _Plan(source, partial, size, shard_size)
-    _write_missing(plan, workers=workers, on_samples=on_samples)  # 2.
+    done = [job for job in plan.jobs() if plan.is_done(job, lenient=lenient)]
+    for job in done:
+        on_samples(job[0], len(plan.places(job)))
+    missing = [job for job in plan.jobs() if job not in done]
+    for job, _ in run_jobs(_write_job, plan, missing, workers=workers):  # 2.
+        on_samples(job[0], len(plan.places(job)))
     _list_left_out(plan, lenient=lenient)  # 3.
     shards = {split: find_shards(partial, f"{split}-*.tar") for split in source.counts}
     index_shards(partial, shards, classes=source.classes, workers=workers)  # 4.
@@ -117,25 +123,27 @@ class _Plan:
     size: ImageSize | None
     shard_size: int
 
-    def shards(self, split: Split) -> range:
-        """Returns the numbers of a split's shards."""
-        return range(-(-self.source.counts[split] // self.shard_size))
+    def jobs(self) -> list[_Job]:
+        """Returns all shards, those of train first."""
+        counts = self.source.counts
+        return [(split, shard) for split in counts for shard in range(-(-counts[split] // self.shard_size))]
 
-    def places(self, split: Split, shard: int) -> range:
+    def places(self, job: _Job) -> range:
         """Returns the places of a shard's samples in the split's order."""
+        split, shard = job
         return range(self.source.counts[split])[shard * self.shard_size : (shard + 1) * self.shard_size]
 
-    def path(self, split: Split, shard: int) -> Path:
+    def path(self, job: _Job) -> Path:
         """Returns the path of a complete shard."""
-        return self.folder / f"{split}-{shard:06d}.tar"
+        return self.folder / "{}-{:06d}.tar".format(*job)
 
-    def left_out_path(self, split: Split, shard: int) -> Path:
-        """Returns the path of the temporary list of a shard's unreadable images, which is written after the shard."""
-        return self.folder / f".left-out-{split}-{shard:06d}"
+    def left_out(self, job: _Job) -> Path:
+        """Returns the path of the temporary list of a shard's unreadable images, which exists if there are any."""
+        return self.folder / ".left-out-{}-{:06d}".format(*job)
 
-    def left_out(self, split: Split, shard: int) -> list[str]:
-        """Returns the lines of this list."""
-        return self.left_out_path(split, shard).read_bytes().decode().split("\n")[:-1]
+    def is_done(self, job: _Job, *, lenient: bool) -> bool:
+        """Returns whether a shard is on disk. Unreadable images may have been replaced, unless they are left out."""
+        return self.path(job).exists() and (lenient or not self.left_out(job).exists())
 
 
 def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
@@ -151,59 +159,40 @@ def _partial_folder(folder: Path, record: dict[str, Any]) -> Path:
 
 def _read_record(folder: Path) -> Any:
     try:
-        return read_json(folder / RECORD, max_bytes=MAX_RECORD_BYTES)
+        return read_json(folder / RECORD, max_bytes=_MAX_RECORD_BYTES)
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
 
 
-def _write_missing(plan: _Plan, *, workers: int, on_samples: Callable[[Split, int], object]) -> None:
-    jobs: list[tuple[Split, int]] = []
-    for split in plan.source.counts:
-        for shard in plan.shards(split):
-            if plan.left_out_path(split, shard).exists():  # the shard is done
-                on_samples(split, len(plan.places(split, shard)))
-            else:
-                jobs.append((split, shard))
-    if workers == 1 or len(jobs) == 1:
-        for job in jobs:
-            _write_job(plan, job, on_sample=lambda split: on_samples(split, 1))
-        return
-    for (split, shard), _ in run_jobs(_write_job, plan, jobs, workers=workers):
-        on_samples(split, len(plan.places(split, shard)))
-
-
-def _write_job(
-    plan: _Plan, job: tuple[Split, int], *, on_sample: Callable[[Split], object] = lambda split: None
-) -> None:
-    """Writes one shard, and then the list of its unreadable images."""
-    split, shard = job
-    left_out: list[UnreadableSample] = []
-    samples = _read_samples(plan, split, shard, left_out, on_sample=on_sample)
-    path = plan.path(split, shard)
+def _write_job(plan: _Plan, job: _Job) -> None:
+    """Writes one shard; the list of its unreadable images is on disk before the shard has its name."""
+    plan.path(job).unlink(missing_ok=True)  # of an earlier run, with other unreadable images
+    left_out: list[str] = []
+    samples = _read_samples(plan, job, left_out)
     if (first := next(samples, None)) is None:  # a shard without readable images does not become a file
-        path.unlink(missing_ok=True)
+        _write_lines(plan.left_out(job), left_out)
+        return
+    with write_atomically(plan.path(job)) as stream:
+        write_shard(chain([first], samples), stream, first_key=job[1] * plan.shard_size)
+        _write_lines(plan.left_out(job), left_out)
+
+
+def _write_lines(path: Path, lines: Sequence[str]) -> None:
+    """Writes a text file; without lines, there is none."""
+    if lines:
+        write_text(path, "".join(f"{line}\n" for line in lines))
     else:
-        with write_atomically(path) as stream:
-            write_shard(chain([first], samples), stream, first_key=shard * plan.shard_size)
-    write_text(plan.left_out_path(split, shard), "".join(f"{sample.error}\n" for sample in left_out))
+        path.unlink(missing_ok=True)
 
 
-def _read_samples(
-    plan: _Plan,
-    split: Split,
-    shard: int,
-    left_out: list[UnreadableSample],
-    *,
-    on_sample: Callable[[Split], object],
-) -> Iterator[Sample]:
+def _read_samples(plan: _Plan, job: _Job, left_out: list[str]) -> Iterator[Sample]:
     """Yields the readable samples of a shard, resized if ``plan.size`` is given; adds the others to ``left_out``."""
-    for sample in plan.source.samples(split, plan.places(split, shard)):
+    for sample in plan.source.samples(job[0], plan.places(job)):
         result = sample if isinstance(sample, UnreadableSample) or plan.size is None else _resize(sample, plan.size)
         if isinstance(result, Sample):
             yield result
         else:
-            left_out.append(result)
-        on_sample(split)
+            left_out.append(result.error)
 
 
 def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
@@ -212,25 +201,20 @@ def _list_left_out(plan: _Plan, *, lenient: bool) -> None:
     Raises:
         ValueError: if there are unreadable images and ``lenient`` is False, or a split has no readable images.
     """
-    counts, lines, hint = plan.source.counts, list[str](), "" if lenient else ", or leave them out with --lenient"
-    for split, count in counts.items():
-        of_split = [line for shard in plan.shards(split) for line in plan.left_out(split, shard)]
-        hint = f": {split} has no others" if len(of_split) == count else hint
-        lines += of_split
-    (plan.folder / LEFT_OUT).unlink(missing_ok=True)  # of an interrupted run
-    if not lines:
+    jobs = plan.jobs()
+    paths = [path for job in jobs if (path := plan.left_out(job)).exists()]
+    lines = [line for path in paths for line in path.read_bytes().decode().split("\n")[:-1]]
+    made = {split for split, shard in jobs if plan.path((split, shard)).exists()}
+    empty = [split for split in plan.source.counts if split not in made]
+    if not lines or (lenient and not empty):
+        _write_lines(plan.folder / LEFT_OUT, lines)
         return
-    if not hint:
-        write_text(plan.folder / LEFT_OUT, "".join(f"{line}\n" for line in lines))
-        return
-    for path in plan.folder.glob(".left-out-*"):
-        if path.stat().st_size:  # the next run reads these shards again
-            path.unlink()
+    hint = f": {empty[0]} has no others" if empty else ", or leave them out with --lenient"
     more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
     listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
     no_vectors = "; --no-vectors ignores .npy files" if any("vector" in line for line in lines) else ""
     raise ValueError(
-        f"{len(lines)} of {sum(counts.values())} images cannot be read:\n  {listed}\n"
+        f"{len(lines)} of {sum(plan.source.counts.values())} images cannot be read:\n  {listed}\n"
         f"replace or remove them{hint}{no_vectors}"
     )
 

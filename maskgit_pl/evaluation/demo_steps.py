@@ -149,7 +149,7 @@ def _plan_data(dataset: str, images: str | Path | None, data: Path, *, lenient: 
         return [Step(f"write the images of {images} as shards", words, work)]
     datasets = public_datasets()
     if dataset in datasets:
-        title = f"fetch {datasets[dataset].title}: {datasets[dataset].contents}"
+        title = f"fetch {dataset}: {datasets[dataset].contents}"
         return [Step(title, ["data", "fetch", dataset, "--out", str(data)], partial(fetch_dataset, dataset, data))]
     if not data.is_dir():
         raise ValueError(

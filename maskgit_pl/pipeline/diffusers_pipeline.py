@@ -28,7 +28,6 @@ from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
 from maskgit_pl.pipeline.sharing import (
-    CLASS_NAME,
     CLASSES,
     DIFFUSERS_FILES,
     INDEX_FILE,
@@ -221,8 +220,7 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
         FileExistsError: if ``out`` has files, and ``replace`` is False or not all are of an earlier export.
         ValueError: if ``out`` cannot be replaced, a file is damaged, or the images differ.
     """
-    entry = ("_class_name", CLASS_NAME)
-    check = partial(check_new_folder, replace=replace, description=INDEX_FILE, entry=entry, known=_FILES)
+    check = partial(check_new_folder, replace=replace, description=INDEX_FILE, known=_FILES)
     # The folder is locked and checked before the model is loaded.
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.

@@ -75,7 +75,7 @@ def test_make_lists_the_files_that_it_leaves_out(tree, tmp_path, maskgit):
     for _ in range(2):
         assert {
             "  left out: 1 .gif (cat/a.gif)",
-            "  left out: 1 outside the class folders (loose.png)",
+            "  left out: 1 without a label (loose.png)",
             "  left out: 2 images that cannot be read, listed in left_out.txt",
         } < {*maskgit(*words, "--lenient").out.splitlines()}
 
@@ -99,9 +99,8 @@ def test_index_prints_splits_and_counts(tars, tmp_path, maskgit):
         "  the last 1 of 3 shards are val (--val-fraction 0.1)",
         "  train images of each class: tench, Tinca tinca 4, goldfish 4",
     ]
-    answer = maskgit("data", "index", tars, "--train", "{00001..00002}.tar", "--val", "00000.tar")
-    assert "  class names: kept from the existing manifest" in answer.out
-    assert read_manifest_summary(tars).classes == ("tench, Tinca tinca", "goldfish")
+    assert maskgit("data", "index", tars, "--train", "{00001..00002}.tar", "--val", "00000.tar").code == 0
+    assert read_manifest_summary(tars).classes == ("0", "1")
 
 
 def test_index_leaves_out_samples_only_with_lenient(tmp_path, maskgit):
@@ -116,11 +115,11 @@ def test_index_leaves_out_samples_only_with_lenient(tmp_path, maskgit):
 def test_verify_prints_counts_or_a_list_of_damaged_files(tars, maskgit):
     maskgit("data", "index", tars)
     assert maskgit("data", "verify", tars).out.splitlines() == [
-        f"{tars}: 3 shards, 12 samples, 61.4 kB: hashes and images agree with the index",
+        f"{tars}: 3 shards, 12 samples, 61.4 kB: hashes agree with the manifest",
         f"{tars}: content: 8 train, 4 val; 2 classes; 9 x 6 pixels, colour",
         "  train images of each class: 0 4, 1 4",
     ]
-    assert maskgit("data", "verify", tars, "--decode").code == 0
+    assert "every image can be decoded" in maskgit("data", "verify", tars, "--decode").out
     os.truncate(tars / "00000.tar", 3072)
     content = bytearray((tars / "00002.tar").read_bytes())
     content[3 * 1024] ^= 1

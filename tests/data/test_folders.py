@@ -7,28 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.data import folders
-from maskgit_pl.data.folders import (
-    check_only_known,
-    has_content,
-    hold_lock,
-    replace_folder,
-    resolve_folder,
-    write_folder,
-)
+from maskgit_pl.data.folders import check_only_known, hold_lock, replace_folder, resolve_folder, write_folder
 from maskgit_pl.files import write_text
 from tests.forked import holder
 
 
-@pytest.fixture(params=["one step", "two steps"])
-def swap(request, monkeypatch) -> str:
-    """The way that a folder replaces another one: in one step, or in two on a file system without exchange."""
-    if request.param == "two steps":
-        monkeypatch.setattr(folders, "_exchange", lambda one, other: False)
-    return request.param
-
-
-def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch, swap: str) -> None:
+def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch) -> None:
     folder, synced = tmp_path / "above" / "folder", []
     fsync = os.fsync
 
@@ -49,7 +33,7 @@ def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monk
         synced.clear()
 
 
-def test_an_unfinished_folder_leaves_the_older_one_and_nothing_else(tmp_path: Path, swap: str) -> None:
+def test_an_unfinished_folder_leaves_the_older_one_and_nothing_else(tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     with write_folder(folder) as fresh:
         write_text(fresh / "file", "old")
@@ -77,7 +61,7 @@ def test_the_older_folder_of_a_killed_swap_is_put_back(tmp_path: Path, is_in_pla
     assert {path.name for path in tmp_path.iterdir()} == {"[a]", other.name}
 
 
-def test_a_folder_replaces_an_empty_one_and_those_of_killed_processes(tmp_path: Path, swap: str) -> None:
+def test_a_folder_replaces_an_empty_one_and_those_of_killed_processes(tmp_path: Path) -> None:
     folder, others = tmp_path / "[a]", [".[a]b.partial-17", ".a.partial-17", ".[a].partial-17.zip"]
     folder.mkdir()
     for name in (".[a].partial-17", ".[a].partial-0f", *others):  # also of a process whose PID is another one's now
@@ -89,7 +73,7 @@ def test_a_folder_replaces_an_empty_one_and_those_of_killed_processes(tmp_path: 
     assert [path.name for path in folder.iterdir()] == ["file"]
 
 
-def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path, swap: str) -> None:
+def test_a_link_to_a_folder_stays_and_its_target_is_replaced(tmp_path: Path) -> None:
     folder, link = tmp_path / "disk" / "folder", tmp_path / "link"
     folder.mkdir(parents=True)
     link.symlink_to("disk/folder")
@@ -126,35 +110,6 @@ def test_files_of_others_are_named_and_links_are_not_followed(tmp_path: Path) ->
         check_only_known(folder, {"a", "b/c", "d", "e"})
     with pytest.raises(FileExistsError, match=r"got also [\w/]+, [\w/]+, [\w/]+; move them"):
         check_only_known(folder, set())
-
-
-def test_files_of_file_managers_are_no_content_and_stop_no_replacement(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    assert not has_content(folder)
-    (folder / "b").mkdir(parents=True)
-    for name in (".DS_Store", "b/.DS_Store", "Thumbs.db", "b/desktop.ini"):
-        write_text(folder / name, "")
-    check_only_known(folder, set())
-    (folder / "b" / "a").touch()
-    with pytest.raises(FileExistsError, match=r"got also b/a; move them"):
-        check_only_known(folder, set())
-    assert has_content(folder)
-    shutil.rmtree(folder / "b")
-    assert not has_content(folder)
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "new")
-    assert [path.name for path in folder.iterdir()] == ["file"]
-
-
-@pytest.mark.skipif(not hasattr(os, "O_TMPFILE"), reason="Linux exchanges two names")
-def test_no_moment_of_a_replacement_is_without_a_whole_folder(tmp_path: Path, monkeypatch) -> None:
-    folder, fresh = tmp_path / "folder", tmp_path / "fresh"
-    for path in (folder, fresh):
-        path.mkdir()
-        write_text(path / "file", path.name)
-    monkeypatch.setattr(Path, "rename", None)  # the only other way
-    replace_folder(fresh, folder)
-    assert (folder / "file").read_text() == "fresh"
 
 
 def test_a_target_of_another_process_is_refused_by_its_number_and_host(tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ def test_an_array_whose_header_states_an_odd_shape_is_refused_in_one_line(tmp_pa
 
 
 def test_a_vector_that_is_too_large_is_not_read(tmp_path: Path) -> None:
-    path = write_images(tmp_path / "images", count=20) / "a" / "0.npy"
+    path = write_images(tmp_path / "images", count=20) / "a" / "2.npy"
     os.truncate(path, 2**40)
     source = open_source(tmp_path / "images", val_fraction=0.3)
     samples = [sample for split, count in source.counts.items() for sample in source.samples(split, range(count))]

@@ -1,4 +1,5 @@
 import io
+import re
 
 import pytest
 from PIL import Image
@@ -70,22 +71,18 @@ def test_a_bad_shard_is_named_before_the_first_step_and_by_verify(folder, case):
     assert reason in bad
 
 
-@pytest.mark.parametrize("spoil", [lambda data: data[:100], lambda data: data[:60] + b"\xff" + data[61:]])
-def test_images_that_were_damaged_before_they_were_indexed_are_named(folder, tars, tmp_path, spoil):
-    image = spoil(tars.png(1, size=64))
-    tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.png", image), ("x.cls", b"0")])
-    index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
-    (bad,) = verify_shards(folder).faults
-    assert bad.startswith("train-0.tar: 1 unreadable image: image train-0.tar:x.png is ")
-
-
-def test_decode_names_images_whose_pixels_are_damaged(folder, tars, tmp_path):
+def noise_with_damage() -> bytes:
+    """A JPEG of which nothing is missing, with zeros in the compressed pixels, after the header."""
     buffer = io.BytesIO()
     Image.effect_noise((64, 64), 90).save(buffer, "JPEG")
-    image = bytearray(buffer.getvalue())
-    image[-300:-200] = bytes(100)  # in the compressed pixels, after the header; nothing is missing
-    tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.jpg", bytes(image)), ("x.cls", b"0")])
+    return buffer.getvalue()[:-300] + bytes(100) + buffer.getvalue()[-200:]
+
+
+@pytest.mark.parametrize("spoil", [lambda png: png[:70], lambda png: png[:60] + b"\xff" + png[61:], None])
+def test_decode_names_images_that_were_damaged_before_they_were_indexed(folder, tars, tmp_path, spoil):
+    image = spoil(tars.png(1, size=64)) if spoil else noise_with_damage()
+    tars.write(tmp_path / "train-0.tar", [*tars.samples(2), ("x.jpg", image), ("x.cls", b"0")])
     index_shards(folder, {split: find_shards(folder, f"{split}-*.tar") for split in ("train", "val")})
     assert not verify_shards(folder).faults
     (bad,) = verify_shards(folder, decode=True).faults
-    assert bad.startswith("train-0.tar: 1 unreadable image: image train-0.tar:x.jpg cannot be decoded: ")
+    assert re.match(r"train-0\.tar: 1 unreadable image: image train-0\.tar:x\.jpg (is|cannot be decoded: )", bad)

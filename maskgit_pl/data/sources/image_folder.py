@@ -1,7 +1,7 @@
-"""Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a metadata file.
+"""Image files as a source: a folder, a zip or a tar, with class folders, without classes, or with a ``metadata.csv``.
 
-A row of ``metadata.csv`` or ``metadata.jsonl`` names an image relative to the folder of the file, and its
-label, as in Hugging Face's ImageFolder. Files ``NAME.npy`` beside the images are their vectors.
+A row of ``metadata.csv`` names an image relative to the folder of the file, and its label, as in Hugging Face's
+ImageFolder. Files ``NAME.npy`` beside the images are their vectors.
 
 Source: Hugging Face, Datasets, "Create an image dataset": ``file_name`` and further columns.
 """
@@ -11,29 +11,26 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import shorten
+from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.data.samples import Sample, UnreadableSample, check_class_lines, is_val, number_classes, read_sample
+from maskgit_pl.data.samples import Sample, UnreadableSample, is_val, number_classes, read_sample
 from maskgit_pl.data.scan import IMAGE_EXTENSIONS
-from maskgit_pl.data.sources.archives import Entries, EntryError
+from maskgit_pl.data.sources.archives import Entries
 from maskgit_pl.data.vectors import MAX_VECTOR_BYTES, VECTOR_EXTENSION, VectorKind, parse_vector
 from maskgit_pl.errors import printable
-from maskgit_pl.files import parse_any_json
-
-log = logging.getLogger(__name__)
 
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _MAX_LISTED = 3  # names of files that are left out
-_METADATA = ("metadata.csv", "metadata.jsonl")
+_METADATA = "metadata.csv"
 _MAX_METADATA_BYTES = 2**29  # 100 bytes for each of five million files
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})")
 
@@ -44,13 +41,13 @@ class _File(NamedTuple):
     name: str  # in the source
     label: int
     digest: bytes  # of the name relative to the split's root; determines order and split
-    vector: str | None = None  # the file NAME.npy beside NAME.jpg
+    vector: str | None  # the file NAME.npy beside NAME.jpg
 
 
 class ImageFolder:
     """Image files in a folder or an archive; ``train/`` and ``val/`` (or ``test/``) in it are the splits.
 
-    1. With a file ``metadata.csv`` or ``metadata.jsonl``, its rows are the labels.
+    1. With a file ``metadata.csv``, or one in each split folder, its rows are the labels.
     2. Else each sub-folder is a class.
     3. Without sub-folders, all images have one class, named like the folder.
 
@@ -63,8 +60,8 @@ class ImageFolder:
 
     Raises:
         FileNotFoundError: if there is no such folder or archive.
-        ValueError: if the archive or the metadata cannot be used, there are no images, val has a class that
-            train lacks, one split folder stands without the other, or a split has no files.
+        ValueError: if the archive, the metadata or a label cannot be used, there are no images, one split folder
+            stands without the other, or a split has no files.
     """
 
     def __init__(
@@ -78,25 +75,18 @@ class ImageFolder:
     ) -> None:
         self._entries = Entries(Path(path))
         self._shown = printable(self._entries.path)
-        self._left_out = self._entries.left_out
         self._roots = self._split_roots()
         self.has_splits = None not in self._roots
-        roots = dict.fromkeys(["", *self._roots.values()])
-        tables = [name for root in roots for name in self._metadata_in(root)]
-        folders = {name.rpartition("/")[0] for name in tables}
-        if len(folders) < len(tables) or (len(folders) > 1 and "" in folders):
-            raise ValueError(f"source {self._shown} must have one metadata file, got {' and '.join(tables)}")
-        self._has_metadata = bool(tables)
-        if tables:
-            self.classes, labels = self._label_by_metadata(tables, classes, label_field=label_field)
-        else:
-            self.classes, labels = self._label_by_folder(classes)
-            check_class_lines(f"source {self._shown}", self.classes)
-        outside = (name for name in [*self._entries.sizes, *self._entries.folders] if self._root_of(name) is None)
-        used = {root.rstrip("/") for root in self._roots.values()} | {*tables}
-        self._left_out["beside the folders of the splits"] = sorted({name.partition("/")[0] for name in outside} - used)
-        vector_of = self._take_vectors(labels) if vectors else {}
-        self._files = self._split_files(labels, vector_of, val_fraction)
+        tables = self._metadata_files()
+        labels, first_row = self._label_by_metadata(tables, label_field) if tables else self._label_by_folder(classes)
+        self.classes, numbers = number_classes(first_row, classes, label_field=label_field)
+        labels = {name: label for name, label in labels.items() if _is_image(name)}
+        vector_of = {name: vector for name in labels if (vector := _vector_name(name)) in self._entries.sizes}
+        vector_of = vector_of if vectors else {}
+        self._list_left_out(labels.keys() | {*tables, *vector_of.values()})
+        self._files = self._split_files(
+            {name: numbers[label] for name, label in labels.items()}, vector_of, val_fraction
+        )
         self._vector_kind = self._find_vector_kind()
 
     @property
@@ -105,25 +95,17 @@ class ImageFolder:
         return {split: len(files) for split, files in self._files.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and a hash of the names and lengths of the files of each split."""
-
-        def digest(part: Callable[[_File], bytes]) -> dict[Split, str]:
-            return {split: hashlib.sha256(b"".join(map(part, files))).hexdigest() for split, files in by_split}
-
-        by_split, sizes = self._files.items(), self._entries.sizes
-        described: dict[str, Any] = {"kind": "image folder", "classes": list(self.classes)}
-        described["files"] = digest(lambda file: file.digest + sizes.get(file.name, 0).to_bytes(8, "little"))
-        # Without vectors or metadata, the record has no key of them.
-        if self._vector_kind is not None:
-            described["vectors"] = digest(self._digest_vector)
-        if self._has_metadata:
-            described["labels"] = digest(lambda file: b"%d " % file.label)
-        return described
+        """Returns class names, and a hash of names, lengths, labels and vectors of the files of each split."""
+        hashes = {
+            split: hashlib.sha256(b"".join(map(self._describe_file, files))).hexdigest()
+            for split, files in self._files.items()
+        }
+        return {"kind": "image folder", "classes": list(self.classes), "files": hashes}
 
     @property
     def left_out(self) -> tuple[str, ...]:
         """The files that are not images of a class, one line per kind with a count and the first names."""
-        return tuple(_format_files(kind, names) for kind, names in sorted(self._left_out.items()) if names)
+        return tuple(_format_files(kind, names) for kind, names in sorted(self._entries.left_out.items()))
 
     def samples(self, split: Split, places: range) -> Iterator[Sample | UnreadableSample]:
         """Yields files of a split in the order of their hashes, checked to be complete images without decoding."""
@@ -144,37 +126,80 @@ class ImageFolder:
         # One split folder without the other would become a class that is named like a split. A class may be
         # called train too: it has images in it, not folders.
         above = {folder.partition("/")[0] for folder in folders if "/" in folder}
-        for name in ("train", *_VAL_FOLDERS):
-            if name in above or (name in folders and self._metadata_in(f"{name}/")):
-                missing = "val/ (or test/)" if name == "train" else "train/"
-                raise ValueError(
-                    f"source {self._shown} must have {missing} beside {name}/, got no such folder; add it, or name "
-                    f"{printable(self._entries.path / name)} to take the val split from its images"
-                )
+        if name := next((name for name in ("train", *_VAL_FOLDERS) if name in above), None):
+            missing = "val/ (or test/)" if name == "train" else "train/"
+            raise ValueError(
+                f"source {self._shown} must have {missing} beside {name}/, got no such folder; add it, or name "
+                f"{printable(self._entries.path / name)} to take the val split from its images"
+            )
         return {None: ""}
 
-    def _metadata_in(self, root: str) -> list[str]:
-        """Returns the metadata files in a folder of the source, with a trailing ``/``, or an empty string."""
-        return [root + name for name in _METADATA if root + name in self._entries.sizes]
+    def _split_of(self, name: str) -> tuple[Split | None, str] | None:
+        """Returns the split of a file or folder, and its path inside the folder of the split; None outside of them."""
+        inside = ((split, name.removeprefix(root)) for split, root in self._roots.items() if name.startswith(root))
+        return next(inside, None)
 
-    def _root_of(self, name: str) -> str | None:
-        return next((root for root in self._roots.values() if name.startswith(root)), None)
+    def _metadata_files(self) -> list[str]:
+        """Returns the metadata file of the source, or else those of its split folders."""
+        if _METADATA in self._entries.sizes:
+            return [_METADATA]
+        return [name for root in self._roots.values() if (name := root + _METADATA) in self._entries.sizes]
+
+    def _label_by_metadata(
+        self, tables: Sequence[str], label_field: str
+    ) -> tuple[Mapping[str, int | str], dict[int | str, str]]:
+        """Returns the label of each row, and the first row of each label for error messages.
+
+        If every label is a whole number, labels are class numbers. Else they are class names.
+        """
+        texts, first_row = dict[str, str](), dict[str, str]()
+        for table in tables:
+            for file, label in _read_metadata(self._entries, table, label_field=label_field).items():
+                texts[file] = label
+                first_row.setdefault(label, f"metadata {printable(table)}: {printable(file)}")
+        kind = int if all(map(_NUMBER.fullmatch, first_row)) else str
+        labels = {file: kind(label) for file, label in texts.items()}
+        return labels, {kind(label): row for label, row in first_row.items()}
+
+    def _label_by_folder(self, class_names: Sequence[str] | None) -> tuple[Mapping[str, str], dict[str, str]]:
+        """Returns the label of each file in a class folder, and all labels with the source for error messages."""
+        inside = {name: place[1] for name in self._entries.sizes if (place := self._split_of(name)) is not None}
+        folders = [place[1] for name in self._entries.folders if (place := self._split_of(name)) is not None]
+        classes = {folder for folder in folders if "/" not in folder}  # also empty ones
+        if classes:
+            labels = {name: path.partition("/")[0] for name, path in inside.items() if "/" in path}
+            return labels, dict.fromkeys(classes, f"source {self._shown}")
+        if any(name.endswith(".cls") for name in inside):
+            raise ValueError(
+                f"source {self._shown} must hold images, got .cls files beside them, as in WebDataset shards; use "
+                "maskgit data index"
+            )
+        only = class_names[0] if class_names and len(class_names) == 1 else self._entries.title or "image"
+        return dict.fromkeys(inside, only), {only: f"source {self._shown}"}
+
+    def _list_left_out(self, used: Collection[str]) -> None:
+        """Adds the other files to those that are left out, by kind."""
+        for name in sorted(self._entries.sizes.keys() - used):
+            kind = "without a label" if _is_image(name) else os.path.splitext(name)[1].lower() or "without an ending"
+            if self._split_of(name) is None:
+                kind = "beside the folders of the splits"
+            self._entries.left_out[kind].append(name)
 
     def _split_files(
-        self, labels: dict[str, int], vectors: dict[str, str], val_fraction: float
+        self, labels: Mapping[str, int], vectors: Mapping[str, str], val_fraction: float
     ) -> dict[Split, list[_File]]:
         """Returns the files of each split in the order of their hashes."""
         files: dict[Split, list[_File]] = {"train": [], "val": []}
-        for split, root in self._roots.items():
-            names = [name for name in labels if name.startswith(root)]
-            if not names:
-                raise ValueError(self._describe_no_images(root))
-            for name in names:
+        for name, label in labels.items():
+            if (place := self._split_of(name)) is not None:
+                split, path = place
                 # In UTF-8 in every locale, so that the order and the val split are the same.
-                digest = hashlib.sha256(name[len(root) :].encode("utf-8", "surrogateescape")).digest()
-                chosen: Split = split or ("val" if is_val(digest, val_fraction) else "train")
-                files[chosen].append(_File(name, labels[name], digest, vectors.get(name)))
+                digest = hashlib.sha256(path.encode("utf-8", "surrogateescape")).digest()
+                split = split or ("val" if is_val(digest, val_fraction) else "train")
+                files[split].append(_File(name, label, digest, vectors.get(name)))
         for of_split, some in files.items():
+            if not some and (self.has_splits or not labels):
+                raise ValueError(self._describe_no_images(of_split))
             if not some:  # a hash puts few files into one split
                 raise ValueError(
                     f"source {self._shown}: the {of_split} split must have files, got none of {len(labels)} at a val "
@@ -183,90 +208,22 @@ class ImageFolder:
             some.sort(key=lambda file: file.digest)
         return files
 
-    def _describe_no_images(self, root: str) -> str:
+    def _describe_no_images(self, split: Split) -> str:
+        source = printable(self._entries.path / self._roots.get(split, ""))
         kinds = ", ".join(f".{extension}" for extension in IMAGE_EXTENSIONS)
-        hint = "unpack archives inside it, or use maskgit data index for WebDataset shards"
-        return (
-            f"source {printable(self._entries.path / root)} must hold {kinds} files, got "
-            f"{', '.join(self.left_out) or 'none'}{f'; {hint}' if '.tar' in self._left_out else ''}"
-        )
-
-    def _label_by_metadata(
-        self, metadata_files: Sequence[str], class_names: Sequence[str] | None, *, label_field: str
-    ) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Returns class names, and the label of each row that names an image; some may not exist."""
-        parts = {name: _read_metadata(self._entries, name, label_field=label_field) for name in metadata_files}
-        classes, labels = _number_metadata(parts, class_names, label_field=label_field)
-        for name in sorted(labels.keys() | self._entries.sizes.keys() - set(metadata_files)):
-            if not _is_image(name):
-                self._left_out[_suffix_kind(name)].append(name)
-            elif name not in labels:
-                self._left_out[f"without a row in {' and '.join(metadata_files)}"].append(name)
-        return classes, {name: label for name, label in labels.items() if _is_image(name)}
-
-    def _label_by_folder(self, class_names: Sequence[str] | None) -> tuple[tuple[str, ...], dict[str, int]]:
-        """Returns class names, and the label of each image by its folder."""
-        inside = {root: self._class_folders(root) for root in self._roots.values()}
-        # Labels are numbered by train's classes; val may lack some of them.
-        first, *others = inside
-        classes = inside[first]
-        if unknown := sorted({name for root in others for name in inside[root]} - set(classes)):
-            names = ", ".join(map(printable, unknown))
-            raise ValueError(f"source {self._shown}: train/ must have all classes of {others[0]}; it lacks {names}")
-        if classes and class_names is not None:
-            raise ValueError(
-                f"source {self._shown}: class names must not be given, since they are the names of its sub-folders"
-            )
-        labels, numbers = dict[str, int](), {name: label for label, name in enumerate(classes)}
-        for name in sorted(self._entries.sizes):
-            root = self._root_of(name)
-            if root is None:
-                continue
-            folder, _, inner = name[len(root) :].partition("/")
-            if not inner and classes:
-                self._left_out["outside the class folders"].append(name)
-            elif not _is_image(name):
-                self._left_out[_suffix_kind(name)].append(name)
-            else:
-                labels[name] = numbers[folder] if classes else 0
-        return classes or self._single_class(class_names), labels
-
-    def _class_folders(self, root: str) -> tuple[str, ...]:
-        inside = (name[len(root) :] for name in self._entries.folders if name.startswith(root))
-        return tuple(sorted(name for name in inside if name and "/" not in name))
-
-    def _single_class(self, class_names: Sequence[str] | None) -> tuple[str, ...]:
-        """Returns the name of the only class of images without sub-folders."""
-        if any(name.endswith(".cls") for name in self._entries.sizes):
-            raise ValueError(
-                f"source {self._shown} must hold images, got .cls files beside them, as in WebDataset shards; use "
-                "maskgit data index"
-            )
-        if class_names is not None and len(class_names) != 1:
-            raise ValueError(
-                f"source {self._shown}: 1 class name must be given for images without sub-folders, got "
-                f"{len(class_names)}; make one sub-folder per class, or a metadata.csv with file_name and label"
-            )
-        return tuple(class_names) if class_names is not None else (self._entries.title or "image",)
-
-    def _take_vectors(self, labels: dict[str, int]) -> dict[str, str]:
-        """Returns the vector beside each image, and removes these vectors from the files that are left out."""
-        vector_of = {name: vector for name in labels if (vector := _vector_name(name)) in self._entries.sizes}
-        kind = f".{VECTOR_EXTENSION}"
-        self._left_out[kind] = sorted({*self._left_out[kind]} - {*vector_of.values()})
-        return vector_of
+        hint = "; unpack archives inside it, or use maskgit data index for WebDataset shards"
+        got = ", ".join(self.left_out) or "none"
+        return f"source {source} must hold {kinds} files, got {got}{hint * ('.tar' in self._entries.left_out)}"
 
     def _find_vector_kind(self) -> tuple[VectorKind, str] | None:
-        """Returns size and type of the vectors, which the first valid one decides, and its name; None without any."""
-        first_error: ValueError | None = None
-        for name in (file.vector for files in self._files.values() for file in files if file.vector is not None):
-            try:
-                return self._read_vector(name)[1], printable(self._entries.path / name)
-            except ValueError as error:
-                first_error = first_error or error
-        if first_error is not None:
-            raise ValueError(f"{first_error}; correct the .npy files, or leave all of them out with --no-vectors")
-        return None
+        """Returns size and type of the vectors, which the first one decides, and its name; None without any."""
+        vectors = (file.vector for files in self._files.values() for file in files if file.vector is not None)
+        if (first := next(vectors, None)) is None:
+            return None
+        try:
+            return self._read_vector(first)[1], printable(self._entries.path / first)
+        except ValueError as error:
+            raise ValueError(f"{error}; correct the .npy files, or leave all of them out with --no-vectors") from error
 
     def _read_vector(self, name: str) -> tuple[bytes, VectorKind]:
         data = self._entries.read(name, what="vector", limit=MAX_VECTOR_BYTES)
@@ -288,13 +245,14 @@ class ImageFolder:
             return UnreadableSample(f"vector {path} must have {expected}, as {first}, got {kind}")
         return sample._replace(vector=data)
 
-    def _digest_vector(self, file: _File) -> bytes:
-        """Returns a hash of the content of a vector, since another encoder gives files of the same lengths."""
-        data = b""
+    def _describe_file(self, file: _File) -> bytes:
+        """Returns a hash of what identifies a sample; of a vector the content, since all have the same length."""
+        vector = b""
         if file.vector is not None:
-            with suppress(EntryError):  # its sample is reported as unreadable
-                data = self._entries.read(file.vector, limit=MAX_VECTOR_BYTES)
-        return hashlib.sha256(data).digest()
+            with suppress(UnreadableImageError):  # its sample is reported as unreadable
+                vector = self._entries.read(file.vector, limit=MAX_VECTOR_BYTES)
+        size = self._entries.sizes.get(file.name, 0)
+        return hashlib.sha256(b"%b %d %d " % (file.digest, size, file.label) + vector).digest()
 
 
 def _format_files(kind: str, names: Sequence[str]) -> str:
@@ -304,10 +262,6 @@ def _format_files(kind: str, names: Sequence[str]) -> str:
 
 def _is_image(name: str) -> bool:
     return os.path.splitext(name)[1][1:].lower() in IMAGE_EXTENSIONS
-
-
-def _suffix_kind(name: str) -> str:
-    return os.path.splitext(name)[1].lower() or "without an ending"
 
 
 def _vector_name(image: str) -> str:
@@ -325,10 +279,9 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
     data = entries.read(name, what="metadata", limit=_MAX_METADATA_BYTES)
     try:
         text = data.decode("utf-8-sig")  # Excel writes a BOM
-        rows = list((_csv_rows if name.endswith(".csv") else _json_rows)(text))
-    except (ValueError, csv.Error, RecursionError) as error:
-        kind = "a CSV table" if name.endswith(".csv") else "one JSON object per line"
-        raise ValueError(f"{title} must be UTF-8 text with {kind}, got: {printable(error)}") from error
+        rows = list(_csv_rows(text))
+    except (ValueError, csv.Error) as error:
+        raise ValueError(f"{title} must be UTF-8 text with a CSV table, got: {printable(error)}") from error
     columns = dict.fromkeys(column for _, values in rows for column in values)
     for field in ("file_name", label_field):
         if field not in columns:
@@ -339,15 +292,20 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
     labels = dict[str, str]()
     for line, values in rows:
         where = f"{title}: line {line}"
-        file = _file_name(values.get("file_name"), folder, where)
-        label = _label(values.get(label_field), label_field, where)
+        parts = [part for part in values["file_name"].split("/") if part not in ("", ".")]
+        if not parts or ".." in parts or values["file_name"].startswith("/"):
+            got = shorten(values["file_name"])
+            raise ValueError(f"{where}: file_name must be a path inside the folder of the metadata file, got {got}")
+        file = "/".join([folder, *parts] if folder else parts)
+        if not (label := values[label_field].strip()):
+            raise ValueError(f"{where}: {label_field} must be a class name or a class number, got ''")
         if labels.setdefault(file, label) != label:
             got = f"{shorten(labels[file])} and {shorten(label)}"
             raise ValueError(f"{where}: {printable(file)} must have one label, got {got}")
     return labels
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yields the line and the values of each row."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     columns = [column.strip() for column in next(reader, [])]
@@ -358,61 +316,3 @@ def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
             raise ValueError(f"{len(values)} values for {len(columns)} columns in line {reader.line_num}")
         if values:
             yield reader.line_num, dict(zip(columns, values, strict=True))
-
-
-def _json_rows(text: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the line and the values of each row."""
-    # Not splitlines(): JSON allows the line separators of Unicode inside strings.
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            values = parse_any_json(line, f"line {number}")
-            if not isinstance(values, dict):
-                raise ValueError(f"line {number} is not an object")
-            yield number, values
-
-
-def _file_name(name: Any, folder: str, where: str) -> str:
-    parts = [part for part in str(name).split("/") if part not in ("", ".")]
-    is_text = isinstance(name, str) and not re.search("[\ud800-\udfff]", name)  # JSON may have lone surrogates
-    if not is_text or not parts or ".." in parts or name.startswith("/"):
-        rule = "a path inside the folder of the metadata file, in UTF-8"
-        raise ValueError(f"{where}: file_name must be {rule}, got {shorten(name)}")
-    return "/".join([folder, *parts] if folder else parts)
-
-
-def _label(value: Any, field: str, where: str) -> str:
-    if type(value) not in (int, str) or not str(value).strip():  # bool is a subclass of int
-        raise ValueError(f"{where}: {field} must be a class name or a class number, got {shorten(value)}")
-    return str(value).strip()
-
-
-def _number_metadata(
-    parts: Mapping[str, Mapping[str, str]], class_names: Sequence[str] | None, *, label_field: str
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """Returns the class names, and the class number of each file.
-
-    If every label is a whole number, labels are class numbers. Else they are class names; if some of them are
-    such numbers, a warning says so.
-
-    Args:
-        parts: Labels of the files in each metadata file.
-        class_names: See ``number_classes``.
-        label_field: See there.
-    """
-    labels = {file: label for part in parts.values() for file, label in part.items()}
-    first_row: dict[Any, str] = {}
-    for name, part in parts.items():
-        for file, label in part.items():
-            if label not in first_row:
-                first_row[label] = f"metadata {name}: {printable(file)}"
-    names = sorted(label for label in first_row if not _NUMBER.fullmatch(label))
-    if names and class_names is None and len(names) < len(first_row):
-        log.warning(
-            "%s: %s is %s, which is no class number; so all labels are class names, also numbers such as %s",
-            *(first_row[names[0]], label_field, shorten(names[0]), printable(min(first_row.keys() - {*names}))),
-        )
-    kind = str if names else int
-    classes, numbers = number_classes(
-        {kind(label): row for label, row in first_row.items()}, class_names, label_field=label_field
-    )
-    return classes, {file: numbers[kind(label)] for file, label in labels.items()}

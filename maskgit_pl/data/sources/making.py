@@ -74,7 +74,7 @@ def fetch_dataset(
         name: One of ``public_datasets()``.
         out: Data folder; None for ``data/shards/NAME``.
         raw: Folder that keeps the downloaded files; None for ``data/raw/NAME``.
-        source: Existing files in place of a download; see ``Dataset.source``.
+        source: Existing files in place of a download: a folder, or the picture of Blue Marble.
         image_size: Side of the images in pixels, one of ``Dataset.image_sizes``; None for the first.
 
     Raises:

@@ -19,6 +19,7 @@ import urllib.request
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -40,14 +41,13 @@ _CONTRIB = ("maskgit_pl.contrib.blue_marble", "maskgit_pl.contrib.emoji")  # eac
 _CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
-# SHA-256 of the decompressed files, since mirrors and Debian compress them differently
-_FILES = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+_FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+# SHA-256 of images and labels, decompressed, since mirrors and Debian compress them differently
+_HASHES: dict[Split, str] = {
+    "train": "d9ef4273af5c2e360155dad0c06bd939447bf37a6620db007d69fc79e4732045",
+    "val": "30214f3fe91405cb8ea60b11ecf0914a65dd6a6ca8e13c13a62eb434f2d9fe56",
 }
-_LARGEST = 47_040_016  # bytes of the first file, decompressed
+_LARGEST = 47_040_016  # bytes of the largest file, decompressed
 _MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"  # checked by SHA-256, so http is enough
 _MIRROR_SECONDS = 5  # without an answer; a blocked network gives no error
 _APT_SECONDS = 120
@@ -62,17 +62,13 @@ class Dataset(ABC):
 
     Attributes:
         name: Name for the command line and for recipes.
-        title: Name for people.
         contents: Number and size of the images, classes and licence, in a few words.
         image_sizes: Sides of the square images in pixels; the first one is the default.
-        source: Files that ``open`` takes in place of a download, such as ``the file bmng.jpg``.
     """
 
     name: ClassVar[str]
-    title: ClassVar[str]
     contents: ClassVar[str]
     image_sizes: ClassVar[tuple[int, ...]]
-    source: ClassVar[str]
 
     @abstractmethod
     def fetch(self, raw: Path) -> Path:
@@ -90,7 +86,7 @@ class Dataset(ABC):
         """Checks the files and opens them.
 
         Args:
-            path: The files; see ``source``.
+            path: The files.
             image_size: One of ``image_sizes``.
 
         Raises:
@@ -125,14 +121,13 @@ class FashionMNIST(Dataset):
     """
 
     name = "fashion-mnist"
-    title = "Fashion-MNIST"
     contents = "60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT)"
     image_sizes = (28,)
-    source = "a folder of the four IDX files (.gz or plain)"
 
     def fetch(self, raw: Path) -> Path:
         """Downloads the four files from the first source that has all of them, and returns their folder."""
-        if not _faults_of(raw):
+        with suppress(ValueError):
+            self.open(raw, image_size=28)
             return raw
         failures = []
         for title, source in (("its mirror", _from_mirror), ("the Debian package", _from_debian)):
@@ -140,26 +135,28 @@ class FashionMNIST(Dataset):
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     source(Path(folder))
-                    failure = _faults_of(Path(folder))
-                except (OSError, http.client.HTTPException) as error:
-                    failure = " ".join(str(error).split())
-                if not failure:
-                    raw.mkdir(parents=True, exist_ok=True)
-                    for name in _FILES:
-                        shutil.copyfile(Path(folder) / f"{name}.gz", raw / f"{name}.gz")
-                    return raw
-            failures.append(f"{title}: {failure}")
+                    self.open(Path(folder), image_size=28)
+                except (OSError, http.client.HTTPException, ValueError) as error:
+                    failures.append(f"{title}: {' '.join(str(error).split())}")
+                    continue
+                raw.mkdir(parents=True, exist_ok=True)
+                for name in _FILES:
+                    shutil.copyfile(Path(folder, name), raw / name)
+                return raw
         raise FileNotFoundError(
             "Fashion-MNIST: no source answered (" + "; ".join(failures) + "). Connect to a network or an apt mirror; "
-            f"or copy the four files {', '.join(_FILES)} (.gz or plain) from another machine and pass --source FOLDER; "
+            f"or copy the four files {', '.join(_FILES)} (or unpacked) from another machine and pass --source FOLDER; "
             "or train on your own images: `maskgit data make FOLDER --out DIR`"
         )
 
     def open(self, path: Path, *, image_size: int) -> Source:
-        """Checks the four files and opens them."""
-        if faults := _faults_of(path):
-            raise ValueError(f"{path}: {faults}")
-        return IdxFiles(path, classes=_CLASSES)
+        """Opens the four files and checks their content."""
+        source = IdxFiles(path, classes=_CLASSES)
+        if source.hashes != _HASHES:
+            raise ValueError(
+                f"source {printable(path)} must have the four files of Fashion-MNIST, got other images or labels"
+            )
+        return source
 
 
 class IdxFiles:
@@ -185,13 +182,12 @@ class IdxFiles:
         self.folder = folder
         self._images: dict[Split, npt.NDArray[np.uint8]] = {}
         self._labels: dict[Split, npt.NDArray[np.uint8]] = {}
-        self._hashes: dict[Split, str] = {}
+        self.hashes: dict[Split, str] = {}  # SHA-256 of images and labels, decompressed
         for split, name in _IDX_SPLITS.items():
-            # The digest covers decompressed bytes: a recompressed file is the same data.
             digest = hashlib.sha256()
             images = self._images[split] = _read_idx(folder, f"{name}-images?idx3-ubyte*", 3, digest)
             labels = self._labels[split] = _read_idx(folder, f"{name}-labels?idx1-ubyte*", 1, digest)
-            self._hashes[split] = digest.hexdigest()
+            self.hashes[split] = digest.hexdigest()
             if len(images) != len(labels):
                 raise ValueError(
                     f"source {printable(folder)}: {split} must have {len(images)} labels for its images, got "
@@ -206,8 +202,8 @@ class IdxFiles:
         return {split: len(labels) for split, labels in self._labels.items()}
 
     def describe(self) -> dict[str, Any]:
-        """Returns class names, and a hash of the decompressed images and labels of each split."""
-        return {"kind": "idx", "classes": list(self.classes), "files": self._hashes}
+        """Returns class names, and the hash of each split."""
+        return {"kind": "idx", "classes": list(self.classes), "files": self.hashes}
 
     def samples(self, split: Split, places: range) -> Iterator[Sample]:
         """Yields the images of a split at some places as PNG."""
@@ -253,30 +249,11 @@ def _read_idx(folder: Path, pattern: str, dimensions: int, digest: Any) -> npt.N
     return np.frombuffer(values, np.uint8).reshape(shape)
 
 
-def _faults_of(folder: Path) -> str:
-    """Returns the faults of all files of a folder; an empty text if they are the known ones."""
-    faults = []
-    for name, sha256 in _FILES.items():
-        path = next((path for path in (folder / f"{name}.gz", folder / name) if path.is_file()), None)
-        if path is None:
-            faults.append(f"{name}: missing")
-            continue
-        try:
-            with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-                data = file.read(_LARGEST + 1)
-        except (OSError, EOFError, zlib.error) as error:
-            faults.append(f"{name}: not a complete gzip file ({error})")
-            continue
-        if hashlib.sha256(data).hexdigest() != sha256:
-            faults.append(f"{name}: wrong checksum")
-    return "; ".join(faults)
-
-
 def _from_mirror(folder: Path) -> None:
     """Downloads the files from the mirror that torchvision uses."""
-    for name in sorted(_FILES):
-        with urllib.request.urlopen(f"{_MIRROR}{name}.gz", timeout=_MIRROR_SECONDS) as answer:
-            (folder / f"{name}.gz").write_bytes(answer.read(_LARGEST))
+    for name in _FILES:
+        with urllib.request.urlopen(f"{_MIRROR}{name}", timeout=_MIRROR_SECONDS) as answer:
+            (folder / name).write_bytes(answer.read(_LARGEST))
 
 
 def _from_debian(folder: Path) -> None:

@@ -26,7 +26,8 @@ def png(number: int) -> bytes:
 
 
 GOOD = [(f"{'ab'[number % 2]}/{number}.png", png(number)) for number in range(20)]
-BAD_NAMES = ["../a/up.png", "a/../../up.png", "/a/absolute.png", "C:/a/drive.png", "a/" + "x/" * 3000 + "long.png"]
+NO_FILE = "that are links, devices, sparse, encrypted or compressed other than by deflate"
+BAD_NAMES = ["../a/up.png", "a/../../up.png"]
 
 
 def write_zip(path: Path, members: list[tuple[str, bytes]], **fields: object) -> Path:
@@ -43,7 +44,7 @@ def write_zip(path: Path, members: list[tuple[str, bytes]], **fields: object) ->
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], **fields: object) -> Path:
-    with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as archive:
+    with tarfile.open(path, "w") as archive:
         for number, (name, data) in enumerate(members, 1):
             info = tarfile.TarInfo(name)
             info.size = len(data)
@@ -54,7 +55,7 @@ def write_tar(path: Path, members: list[tuple[str, bytes]], **fields: object) ->
     return path
 
 
-WRITERS = {"photos.zip": write_zip, "photos.tar": write_tar, "photos.tar.gz": write_tar}
+WRITERS = {"photos.zip": write_zip, "photos.tar": write_tar}
 
 
 def samples_of(path: Path) -> dict[str, object]:
@@ -64,14 +65,20 @@ def samples_of(path: Path) -> dict[str, object]:
 @pytest.mark.parametrize("name", WRITERS)
 def test_names_that_lead_out_are_left_out_and_nothing_is_written(name, tmp_path):
     (tmp_path / "in").mkdir()
-    path = WRITERS[name](tmp_path / "in" / name, [*GOOD, *((bad, png(1)) for bad in BAD_NAMES)])
+    path = WRITERS[name](tmp_path / "in" / name, [*GOOD, *((bad, png(1)) for bad in BAD_NAMES), ("/a/0.png", png(0))])
     source = open_source(path, val_fraction=0.3)
-    (line,) = source.left_out
-    assert line.startswith("5 with an absolute name, '..', a NUL character or more than 4096 characters (../a/up.png,")
+    assert source.left_out == ("2 hidden (../a/up.png, a/../../up.png)",)
     make_shards(source, tmp_path / "out")
     assert {file.name for file in tmp_path.iterdir()} == {"in", "out"}
     assert [file.name for file in (tmp_path / "in").iterdir()] == [name]
     assert samples_of(path).keys() == {name for name, _ in GOOD}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_name_of_thousands_of_folders_takes_no_more_memory_than_its_length(name, tmp_path):
+    path = WRITERS[name](tmp_path / name, [*GOOD, ("a/" + "x/" * 30_000 + "long.png", png(1))])
+    with less_memory_than(2**22):
+        assert Entries(path).folders == {"a", "b", "a/x", "a/x/x"}
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")  # zipfile's
@@ -79,7 +86,6 @@ def test_names_that_lead_out_are_left_out_and_nothing_is_written(name, tmp_path)
 def test_of_members_with_one_name_the_last_one_counts(name, tmp_path):
     path = WRITERS[name](tmp_path / name, [("a/0.png", png(99)), *GOOD])
     assert samples_of(path)["a/0.png"].data == png(0)
-    assert ImageFolder(path, val_fraction=0.3).left_out == ("1 of a name that a later entry has too (a/0.png)",)
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -92,16 +98,17 @@ def test_links_and_archives_inside_and_files_of_macos_are_left_out(name, tmp_pat
         path = write_tar(tmp_path / name, [*GOOD, *more], **link)
     assert ImageFolder(path, val_fraction=0.3).left_out == (
         "1 .zip (a/inner.zip)",
-        "2 hidden (__MACOSX, a/.DS_Store)",
-        "1 links (a/link.png)",
+        "2 hidden (__MACOSX/a/._0.png, a/.DS_Store)",
+        f"1 {NO_FILE} (a/link.png)",
     )
 
 
 def test_encrypted_files_and_a_compression_other_than_deflate_are_left_out(tmp_path):
     path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/x.png", png(1))], compress_type=zipfile.ZIP_LZMA)
-    assert ImageFolder(path, val_fraction=0.3).left_out == ("1 with a compression other than deflate (a/x.png)",)
+    assert ImageFolder(path, val_fraction=0.3).left_out == (f"1 {NO_FILE} (a/x.png)",)
+    path = write_zip(tmp_path / "photos.zip", [*GOOD, ("a/x.png", png(1))])
     directory_field(path, 8, b"\1\0")
-    assert ImageFolder(path, val_fraction=0.3).left_out == ("1 encrypted (a/x.png)",)
+    assert ImageFolder(path, val_fraction=0.3).left_out == (f"1 {NO_FILE} (a/x.png)",)
 
 
 def directory_field(path: Path, offset: int, value: bytes) -> None:
@@ -145,14 +152,9 @@ DAMAGE = {
         (lambda data: data[:9999], "got: truncated "),
         (lambda data: data[:1024] + b"\xff" * 512 + data[1536:], "got: damaged member header at byte 1024"),
         (lambda data: b"", "got: empty file"),
-        (lambda data: b"\xfd7zXZ\0" + data[6:], r"got: compressed \(xz\), decompress it"),
+        (gzip.compress, r"got: compressed \(gzip\), decompress it"),
     ],
-    "photos.tar.gz": [
-        (lambda data: data[:-9], "must be a complete gzip file, got: "),
-        (lambda data: data[:200] + b"\0\0\0\0" + data[204:], "must be a complete gzip file, got: "),
-        (lambda data: gzip.compress(b"hello"), "got: not a tar, .* it begins with b'hello'"),
-    ],
-    "text.jpg": [(lambda data: b"hello world", "a zip, a tar or a .tar.gz of images, got: not a tar, .* b'hello wo'")],
+    "text.jpg": [(lambda data: b"hello world", "a zip or a tar of images, got: not a tar, .* b'hello wo'")],
 }
 
 
@@ -203,19 +205,3 @@ def test_a_zip_with_too_large_a_directory_is_refused_before_it_is_parsed(tmp_pat
     match = rf"photos\.zip must have {rule}; extract it and name the folder"
     with less_memory_than(2**20), pytest.raises(ValueError, match=match):
         open_source(path)
-
-
-def test_a_gzip_file_that_expands_without_end_is_refused_at_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr("maskgit_pl.data.sources.archives._MAX_WHOLE", 2**24)
-    path = tmp_path / "photos.tar.gz"
-    path.write_bytes(gzip.compress(bytes(2**26), 9))
-    with pytest.raises(ValueError, match=r"must hold at most 16.8 MB.*got 17.8 MB or more; unpack it"):
-        open_source(path)
-
-
-def test_a_compressed_tar_leaves_no_temporary_file_after_a_kill(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    (tmp_path / "temporary").mkdir()
-    entries = Entries(write_tar(tmp_path / "photos.tar.gz", GOOD))
-    assert {name: entries.read(name) for name, _ in GOOD} == dict(GOOD)
-    assert not [*(tmp_path / "temporary").iterdir()]
