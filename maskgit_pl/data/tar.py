@@ -20,8 +20,6 @@ BLOCK = 512
 Kind = Literal["file", "folder", "link", "device", "sparse file"]
 
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4,096
-# The first bytes of compressed files, to name the format in the error.
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KINDS: Mapping[bytes, Kind] = {b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link"}
 
 
@@ -102,11 +100,9 @@ def _read_header(descriptor: int, offset: int) -> bytes | None:
         raise DamagedTarError(f"truncated at byte {os.fstat(descriptor).st_size}, {where}")
     if len(block) == BLOCK and (_has_checksum(block) or not any(block)):
         return block if any(block) else None
-    packed = next((kind for magic, kind in _MAGIC.items() if block.startswith(magic)), None)
-    damage = f"not a tar, or its first header is damaged; it begins with {block[:8]!r}"
-    if offset or packed:
-        damage = f"damaged member header at byte {offset}" if offset else f"compressed ({packed}), decompress it"
-    raise DamagedTarError(damage)
+    if offset:
+        raise DamagedTarError(f"damaged member header at byte {offset}")
+    raise DamagedTarError(f"not an uncompressed tar, or its first header is damaged; it begins with {block[:8]!r}")
 
 
 def _check_end(descriptor: int, offset: int, length: int) -> None:
@@ -115,8 +111,7 @@ def _check_end(descriptor: int, offset: int, length: int) -> None:
         raise DamagedTarError(f"truncated at byte {length}, the end of the archive is missing")
     for start in range(offset, length, 2**20):
         if any(os.pread(descriptor, 2**20, start)):
-            what = "zeros instead of a member" if offset == 0 else "a damaged member header"
-            raise DamagedTarError(f"{what} at byte {offset}, followed by other bytes")
+            raise DamagedTarError(f"damaged member header at byte {offset}: zeros, followed by other bytes")
 
 
 def _has_checksum(header: bytes) -> bool:

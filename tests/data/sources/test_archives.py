@@ -145,14 +145,14 @@ DAMAGE = {
         (lambda data: data[:9999], "got: truncated "),
         (lambda data: data[:1024] + b"\xff" * 512 + data[1536:], "got: damaged member header at byte 1024"),
         (lambda data: b"", "got: empty file"),
-        (lambda data: b"\xfd7zXZ\0" + data[6:], r"got: compressed \(xz\), decompress it"),
+        (lambda data: b"\xfd7zXZ\0" + data[6:], r"got: not an uncompressed tar, .* it begins with b.\\xfd7zXZ"),
     ],
     "photos.tar.gz": [
         (lambda data: data[:-9], "must be a complete gzip file, got: "),
         (lambda data: data[:200] + b"\0\0\0\0" + data[204:], "must be a complete gzip file, got: "),
-        (lambda data: gzip.compress(b"hello"), "got: not a tar, .* it begins with b'hello'"),
+        (lambda data: gzip.compress(b"hello"), "got: not an uncompressed tar, .* it begins with b'hello'"),
     ],
-    "text.jpg": [(lambda data: b"hello world", "a zip, a tar or a .tar.gz of images, got: not a tar, .* b'hello wo'")],
+    "text.jpg": [(lambda data: b"hello world", "a zip, a tar or a .tar.gz of images, got: not an uncompressed tar, .* b'hello wo'")],
 }
 
 
