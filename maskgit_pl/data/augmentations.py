@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_number, shorten
-from maskgit_pl.data.images import Crop, fit_image, resize
+from maskgit_pl.data.images import fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
 
@@ -197,22 +197,17 @@ CENTER = Augmentations({"center_crop": CenterCrop()})
 """No augmentation: the central part of each image."""
 
 
-def build_augmentations(specs: Sequence[str | Mapping[str, Any]] | None, *, crop: Crop = "center") -> Augmentations:
+def build_augmentations(specs: Sequence[str | Mapping[str, Any]] | None) -> Augmentations:
     """Builds the augmentations of a recipe.
 
     Args:
-        specs: Names and mappings, ``data.augmentations``; None for the crop only.
-        crop: ``data.crop``, short for a list with ``center_crop`` or ``random_crop``.
+        specs: Names and mappings, ``data.augmentations``; None for the central crop only.
 
     Raises:
-        ValueError: if a name or an argument is wrong, a name occurs twice, or both arguments are set.
+        ValueError: if a name or an argument is wrong, or a name occurs twice.
     """
     if specs is None:
-        return Augmentations({f"{crop}_crop": augmentations.build(f"{crop}_crop")})
-    if crop != "center":
-        raise ValueError(
-            f"crop must be 'center' with augmentations, got {crop!r}; list {crop}_crop in the augmentations instead"
-        )
+        return CENTER
     built = [augmentations.build(spec) for spec in specs]
     names = [spec if isinstance(spec, str) else str(spec["name"]) for spec in specs]
     if len(set(names)) < len(names):

@@ -28,7 +28,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width
+from maskgit_pl.checks import ImageSize, check_integers, height_width
 from maskgit_pl.data.augmentations import Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
@@ -73,8 +73,7 @@ class StreamConfig:
     shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
-        check_integer("data.stream.samples", self.samples, "[1, 1099511627776]")
-        check_integer("data.stream.shuffle_buffer", self.shuffle_buffer, "[1, 16777216]")
+        check_integers(self, "data.stream.", samples="[1, 2**40]", shuffle_buffer="[1, 2**24]")
         Labels(self.labels)
         self.expand()
 

@@ -111,7 +111,10 @@ def test_a_wrong_command_flag_or_choice_is_one_line_with_the_nearest(is_refused,
     [
         ("data make nowhere --out new", "No such file or directory: 'nowhere'"),
         ("data make empty --out new", "source empty must "),  # SOURCE is no flag
-        ("data make text.jpg --out new", "got: not an uncompressed tar, or its first header is damaged; it begins with b'hello'"),
+        (
+            "data make text.jpg --out new",
+            "got: not an uncompressed tar, or its first header is damaged; it begins with b'hello'",
+        ),
         ("data make photos --out new --val-fraction 0.5", "--val-fraction must not be set for source photos"),
         ("data index nowhere", "nowhere"),
         ("data index shards --val ''", "shard pattern '': no file in shards matches ''"),

@@ -126,7 +126,7 @@ def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
 def test_shards_that_are_all_val_are_refused(tars, tmp_path):
     tars.write(tmp_path / "a.tar", tars.samples(1))
     for val in (None, "*.tar"):
-        with pytest.raises(ValueError, match="must have a shard for train beside those of val, got none.*--val"):
+        with pytest.raises(ValueError, match=r"must have a shard for train beside those of val, got none.*--val"):
             split_shards(*locate_shards(str(tmp_path)), val=val)
 
 
@@ -141,5 +141,5 @@ def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
         with pytest.raises(ValueError, match="got another path"):
             find_shards(folder, pattern)
     for place in (f"{folder}/nowhere/*.tar", "pipe:curl https://x/a.tar", "https://x/{0..3}.tar"):
-        with pytest.raises(ValueError, match="no file in .* matches"):
+        with pytest.raises(ValueError, match=r"no file in .* matches"):
             locate_shards(place)

@@ -24,7 +24,10 @@ def test_images_have_any_extension_in_any_case(tars, tmp_path, extension):
 
 FAULTS = {  # the members of bad samples, None for an image, and the fault with the first of them
     "no label": ([("x.png", None)], "1 without a label (x.tar:x.png)"),
-    "two images": ([("x.png", None), ("x.jpg", None), ("x.cls", b"0")], "1 with two images, labels or vectors (x.tar:x.jpg)"),
+    "two images": (
+        [("x.png", None), ("x.jpg", None), ("x.cls", b"0")],
+        "1 with two images, labels or vectors (x.tar:x.jpg)",
+    ),
     "repeated key": (
         [("x.png", None), ("x.cls", b"0"), ("y.png", None), ("y.cls", b"2"), ("x.png", None), ("x.cls", b"2")],
         "1 of a key that comes twice, or whose members do not lie side by side (x.tar:x.png)",

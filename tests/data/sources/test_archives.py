@@ -152,7 +152,12 @@ DAMAGE = {
         (lambda data: data[:200] + b"\0\0\0\0" + data[204:], "must be a complete gzip file, got: "),
         (lambda data: gzip.compress(b"hello"), "got: not an uncompressed tar, .* it begins with b'hello'"),
     ],
-    "text.jpg": [(lambda data: b"hello world", "a zip, a tar or a .tar.gz of images, got: not an uncompressed tar, .* b'hello wo'")],
+    "text.jpg": [
+        (
+            lambda data: b"hello world",
+            "a zip, a tar or a .tar.gz of images, got: not an uncompressed tar, .* b'hello wo'",
+        )
+    ],
 }
 
 
