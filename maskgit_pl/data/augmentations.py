@@ -106,12 +106,10 @@ class RandomResizedCrop(Augmentation):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        for name, interval in (("scale", "(0, 1]"), ("ratio", "(0, 100]")):
+        for name, most in (("scale", 1), ("ratio", 100)):
             low, high = getattr(self, name)
-            check_number(name, low, interval)
-            check_number(name, high, interval)
-            if low > high:
-                raise ValueError(f"{name} must be [least, largest], got [{low}, {high}]")
+            check_number(name, low, f"(0, {most}]")
+            check_number(name, high, f"[{low}, {most}]")
 
     def __call__(self, image: Tensor, random: Sequence[float], *, size: tuple[int, int]) -> Tensor:
         top, left, height, width = self.box(image.shape[-2], image.shape[-1], random, size=size)

@@ -77,13 +77,8 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     Raises:
         ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
     """
-    folder = Path(folder)
-    try:
-        names = expand_braces(pattern)
-    except ValueError as error:
-        raise ValueError(f"shard pattern: {error}") from error
-    paths: set[Path] = set()
-    for name in names:
+    folder, paths = Path(folder), set[Path]()
+    for name in expand_braces(pattern, name="shard pattern"):
         if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got another path")
         matches = _glob_files(folder, name)
@@ -143,11 +138,12 @@ def _find_named(folder: Path, shards: Sequence[Path], split: str) -> list[Path]:
     return [shard for shard in shards if split_of(shard.relative_to(folder).as_posix()) == split]
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str, *, name: str) -> list[str]:
     """Expands the braces of a pattern.
 
     Args:
         pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; not nested.
+        name: Name of the pattern in error messages.
 
     Returns:
         The names, in the order of a shell; the pattern itself if it has no braces.
@@ -156,10 +152,10 @@ def expand_braces(pattern: str) -> list[str]:
         ValueError: if the braces do not close or are nested, or the pattern has more than 1,000,000 names.
     """
     if re.search(r"[{}]", _BRACES.sub("", pattern)):
-        raise ValueError(f"braces must close, and not be nested, got {shorten(pattern)}")
+        raise ValueError(f"{name} must have braces that close and are not nested, got {shorten(pattern)}")
     count = math.prod(map(_count_choices, _BRACES.findall(pattern)))
     if count > min(_MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
-        raise ValueError(f"a pattern must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
+        raise ValueError(f"{name} must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
     return list(braceexpand(pattern))
 
 
@@ -208,8 +204,6 @@ def index_shards(
     """
     folder = Path(folder)
     if labels == "none":
-        if classes is not None and len(classes) != 1:
-            raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
         classes = classes or (_UNLABELLED,)
     task = _ScanTask(folder, Labels(labels, None if classes is None else tuple(classes)), lenient, vectors)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}

@@ -152,8 +152,8 @@ def describe_enlarging(images: ImageRange, image_size: ImageSize) -> str | None:
     if all(side >= model_side for side, model_side in zip(largest, size, strict=True)):
         return None
     return (
-        f"images of at most {pixels_text(largest)} pixels are enlarged to {pixels_text(size)}, which adds no detail; set "
-        f"data.image_size of the tokenizer to at most {plain_size(largest)}, or make the data from larger images"
+        f"images of at most {pixels_text(largest)} pixels are enlarged to {pixels_text(size)}, which adds no detail; "
+        f"set data.image_size of the tokenizer to at most {plain_size(largest)}, or make the data from larger images"
     )
 
 

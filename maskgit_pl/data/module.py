@@ -214,7 +214,8 @@ class ShardData(StepDataModule):
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
-        order = self._train_order(self._train_samples, per_device=per_device, accumulation=accumulation)
+        samples = self.summary.samples["train"] if self.stream is None else self.stream.samples
+        order = self._train_order(samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
             batches = StreamBatches(
                 self.stream,
@@ -229,10 +230,8 @@ class ShardData(StepDataModule):
                 first_step=self._current_step(),
             )
             return self._loader(batches, order)
-        order_of_samples = ShuffledStream(self.summary.samples["train"], self.config.seed)
-        return self._loader(
-            self.batches("train", order_of_samples, augmentations=self.config.train_augmentations), order
-        )
+        shuffled, augmentations = ShuffledStream(samples, self.config.seed), self.config.train_augmentations
+        return self._loader(self.batches("train", shuffled, augmentations=augmentations), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's batches of the val split, each sample once over all ranks."""
@@ -293,10 +292,6 @@ class ShardData(StepDataModule):
     def _splits_of_folder(self) -> tuple[Split, ...]:
         """The splits that are read from the data folder."""
         return ("train", "val") if self.stream is None else ("val",)
-
-    @property
-    def _train_samples(self) -> int:
-        return self.summary.samples["train"] if self.stream is None else self.stream.samples
 
     @property
     def _validation_samples(self) -> int:

@@ -50,7 +50,7 @@ TWICE = "with two images, labels or vectors"
 REPEATED = "of a key that comes twice, or whose members do not lie side by side"
 BAD_IMAGE, BAD_LABEL = "with an image that cannot be read", "with a label that is no class"
 BAD_VECTOR = "with a vector that cannot be used"
-BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link, a device or a sparse file"
+BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link or a device"
 _FAULTS = (NO_IMAGE, NO_LABEL, NO_VECTOR, TWICE, REPEATED, BAD_IMAGE, BAD_LABEL, BAD_VECTOR, BAD_NAME, BAD_KIND)
 _BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}  # a sample's faults are one integer
 

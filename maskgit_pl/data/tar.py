@@ -17,7 +17,7 @@ from zlib import adler32
 from maskgit_pl.errors import printable
 
 BLOCK = 512
-Kind = Literal["file", "folder", "link", "device", "sparse file"]
+Kind = Literal["file", "folder", "link", "device"]
 
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4,096
 _KINDS: Mapping[bytes, Kind] = {b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link"}
@@ -57,10 +57,6 @@ def read_members(descriptor: int) -> Iterator[Member]:
     offset, long_name, pax = 0, "", dict[bytes, bytes]()
     while (header := _read_header(descriptor, offset)) is not None:  # 1.
         flag, start = header[156:157], offset + BLOCK
-        if flag == b"S":  # GNU's sparse format: the header does not give the length in the file
-            raise DamagedTarError(
-                f"sparse member {printable(_name(header))} at byte {offset}; create the tar without sparse files"
-            )
         is_extended = flag in b"LKxg"  # GNU long name, GNU long link, pax header, global pax header
         member = _member(header, start) if is_extended else _member(header, start, long_name, pax)
         if is_extended and member.size > _MAX_EXTENDED_BYTES:
@@ -141,8 +137,6 @@ def _member(header: bytes, start: int, long_name: str = "", pax: Mapping[bytes, 
         size = 0
     elif kind == "file" and name.endswith("/"):  # in tars older than ustar
         kind = "folder"
-    elif kind == "file" and any(b"GNU.sparse" in key for key in pax):
-        kind = "sparse file"
     return Member(name, kind, size, start)
 
 

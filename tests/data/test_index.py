@@ -109,7 +109,7 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
     ids=lambda pattern: pattern[:20],
 )
 def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
-    with pytest.raises(ValueError, match=r"shard pattern: (a pattern|braces) must .*got"):
+    with pytest.raises(ValueError, match=r"shard pattern must (name at most|have braces that) .*got"):
         find_shards(tmp_path, pattern)
 
 
@@ -133,7 +133,7 @@ def test_shards_that_are_all_val_are_refused(tars, tmp_path):
 def test_patterns_take_braces_and_refuse_paths_and_gaps(folder):
     names = ["train-000000.tar", "train-000001.tar"]
     assert [p.name for p in find_shards(folder, "train-{000000..000001}.tar")] == names
-    assert expand_braces("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]  # the order of a shell
+    assert expand_braces("{a,b}-{0..1}", name="x") == ["a-0", "a-1", "b-0", "b-1"]  # the order of a shell
     assert [p.name for p in locate_shards(f"{folder}/{{train,val}}-*.tar")[1]] == [*names, "val-000000.tar"]
     with pytest.raises(ValueError, match="train-000002"):
         find_shards(folder, "train-{000000..000002}.tar")

@@ -36,7 +36,7 @@ _MAX_ENTRIES = 10**7  # of a zip: 6 GB of memory. ImageNet has 1.3 million image
 _BLOCK = 2**20
 
 _ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz")
-_TAR_FAULTS = {"link": "links", "device": "devices", "sparse file": "sparse files"}
+_TAR_FAULTS = {"link": "links", "device": "devices"}
 # zipfile raises any of these on damaged bytes.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error, OverflowError, EOFError)
 
