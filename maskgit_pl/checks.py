@@ -93,6 +93,16 @@ def check_integer(name: str, value: object, interval: str) -> int:
     return value
 
 
+def check_integers(settings: object, prefix: str = "", **intervals: str) -> None:
+    """Checks integers of a dataclass: each name with its interval; see ``check_integer``. None is no value.
+
+    The prefix is that of the names in the message, such as ``"data."``.
+    """
+    for name, interval in intervals.items():
+        if getattr(settings, name) is not None:
+            check_integer(f"{prefix}{name}", getattr(settings, name), interval)
+
+
 def check_number(name: str, value: object, interval: str) -> float:
     """Returns ``value`` if it is a finite number, int or float, in ``interval``; raises a ``ValueError`` if it is not.
 

@@ -164,13 +164,10 @@ class Registry(Generic[T]):
         if isinstance(part, Mapping):
             return dict(part)
         self._import_modules()
-        kind = type(part)
         for name, factory in self._factories.items():
-            if factory is kind and not is_dataclass(part) and _needs_no_argument(factory):
+            if _needs_no_argument(factory) and factory() == part:  # also a function that makes one, such as ``linear``
                 return name
-            # A function such as ``linear`` makes an object of a class with arguments.
-            if is_dataclass(part) and _needs_no_argument(factory) and factory() == part:
-                return name
+        kind = type(part)
         names = [name for name, factory in self._factories.items() if factory is kind]
         place = f"{kind.__module__}:{kind.__qualname__}"
         names += [name for name, plugins in self._plugins().items() if plugins[0].point.value == place]
@@ -200,13 +197,11 @@ class Registry(Generic[T]):
     def _parse(self, spec: str | Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         if isinstance(spec, str):
             return spec, {}
-        if not isinstance(spec, Mapping):
-            raise ValueError(f"{self.kind} must be a name or a mapping with the key 'name', got {shorten(spec)}")
-        arguments = dict(spec)
+        arguments = dict(spec) if isinstance(spec, Mapping) else {}
         name = arguments.pop("name", None)
         if not isinstance(name, str):
-            choices = nearest("", self.names())
-            raise ValueError(f"{self.kind} must have the key 'name' ({choices}), got {shorten(dict(spec))}")
+            rule = f"must be a name or a mapping with the key 'name' ({nearest('', self.names())})"
+            raise ValueError(f"{self.kind} {rule}, got {shorten(spec)}")
         return name, arguments
 
     def _make(self, name: str, factory: Callable[..., T], arguments: dict[str, Any], where: str) -> T:

@@ -84,12 +84,10 @@ def open_data(folder: Path, **options: object) -> ShardData:
 class OnRank:
     """The part of a Trainer that the data modules use."""
 
-    accumulate_grad_batches = 1
-
-    def __init__(self, rank: int, world_size: int, step: int) -> None:
+    def __init__(self, rank: int, world_size: int, step: int, *, accumulation: int = 1) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world_size, step
         self._accelerator_connector = type("Connector", (), {"use_distributed_sampler": False})
-        self.lightning_module = type("Module", (), {"automatic_optimization": False})
+        self.accumulate_grad_batches, self.lightning_module = accumulation, None
 
 
 def top_row(images: torch.Tensor) -> torch.Tensor:

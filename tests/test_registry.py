@@ -64,9 +64,9 @@ def test_a_cell_of_a_notebook_may_register_its_class_again(chairs):
 @pytest.mark.parametrize(
     ("spec", "rule"),
     [
-        ({"legs": 3}, "chair must have the key 'name'.*plain"),
-        ({"name": 3}, "chair must have the key 'name'.*plain"),
-        (["plain"], r"chair must be a name or a mapping with the key 'name', got \['plain'\]"),
+        ({"legs": 3}, "chair must be a name or a mapping with the key 'name'.*plain"),
+        ({"name": 3}, "chair must be a name or a mapping with the key 'name'.*plain"),
+        (["plain"], r"chair must be a name or a mapping with the key 'name' .*plain\), got \['plain'\]"),
         ("plane", r"unknown chair 'plane': did you mean 'plain'\? known: bespoke, plain"),
         ({"name": "plain", "leg": 2}, "chair 'plain': unknown key 'leg': did you mean 'legs'"),
         ({"name": "plain", "legs": 0}, "plain has no legs"),
@@ -202,8 +202,7 @@ def test_a_broken_plugin_names_its_package_and_the_others_stay_usable(registry, 
 @pytest.mark.parametrize(
     ("gamma", "rule"),
     [
-        (lambda r: r * torch.nan, "its values must be finite"),
-        (lambda r: 1 / r, "its values must be finite"),
+        (lambda r: r * torch.nan, r"must lie in \[0, 1\]"),
         (lambda r: 2 - 2 * r, r"must lie in \[0, 1\]"),
         (lambda r: (1 - r - 0.3 * torch.sin(3 * torch.pi * r)).clamp(0, 1), "it must never rise"),
         (lambda r: 1 - r / 2, "it must end at 0, got 0.5"),
@@ -213,7 +212,7 @@ def test_a_broken_plugin_names_its_package_and_the_others_stay_usable(registry, 
         (lambda r: (1 - r).round().long(), "it must return a float tensor.*got torch.int64"),
         (lambda r: [1.0, 0.0], "it must return a float tensor.*got list"),
     ],
-    ids=["nan", "infinite", "above 1", "rising", "never 0", "never 1", "shorter", "wider", "integer", "list"],
+    ids=["nan", "above 1", "rising", "never 0", "never 1", "shorter", "wider", "integer", "list"],
 )
 @pytest.mark.parametrize("num_tokens", [16, 1024])
 def test_a_broken_mask_schedule_is_refused_by_name(monkeypatch, gamma, rule, num_tokens):

@@ -76,9 +76,7 @@ def make(
 def index(
     shards: Annotated[str, Word("DIR|PATTERN")],
     *,
-    train: Pattern | None = None,
     val: Pattern | None = None,
-    val_fraction: float | None = None,
     label_field: str | None = None,
     no_labels: bool = False,
     lenient: bool = False,
@@ -94,9 +92,7 @@ def index(
 
     Args:
         shards: Folder of tars, or a quoted glob or brace pattern.
-        train: Train tars in the folder (default: all except val).
-        val: Val tars (default: those with val or test in their names).
-        val_fraction: Without val tars: fraction of the tars, the last ones, that become val (default: 0.1).
+        val: Val tars (default: those with val or test in their names, else the last tenth).
         label_field: Read labels from this field of .json (default: from .cls).
         no_labels: Put all images into one class.
         lenient: Skip and count damaged samples.
@@ -110,7 +106,7 @@ def index(
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, tars = locate_shards(shards)
-    splits, how = split_shards(folder, tars, train=train, val=val, val_fraction=val_fraction)
+    splits, how = split_shards(folder, tars, val=val)
     with named_bars("shards") as advance:
         manifests = index_shards(
             folder,

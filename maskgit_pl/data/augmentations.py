@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from maskgit_pl.checks import check_number, shorten
-from maskgit_pl.data.images import Crop, fit_image, resize
+from maskgit_pl.data.images import fit_image, resize
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.registry import Registry, derives_from
 
@@ -106,12 +106,10 @@ class RandomResizedCrop(Augmentation):
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        for name, interval in (("scale", "(0, 1]"), ("ratio", "(0, 100]")):
+        for name, most in (("scale", 1), ("ratio", 100)):
             low, high = getattr(self, name)
-            check_number(name, low, interval)
-            check_number(name, high, interval)
-            if low > high:
-                raise ValueError(f"{name} must be [least, largest], got [{low}, {high}]")
+            check_number(name, low, f"(0, {most}]")
+            check_number(name, high, f"[{low}, {most}]")
 
     def __call__(self, image: Tensor, random: Sequence[float], *, size: tuple[int, int]) -> Tensor:
         top, left, height, width = self.box(image.shape[-2], image.shape[-1], random, size=size)
@@ -197,22 +195,17 @@ CENTER = Augmentations({"center_crop": CenterCrop()})
 """No augmentation: the central part of each image."""
 
 
-def build_augmentations(specs: Sequence[str | Mapping[str, Any]] | None, *, crop: Crop = "center") -> Augmentations:
+def build_augmentations(specs: Sequence[str | Mapping[str, Any]] | None) -> Augmentations:
     """Builds the augmentations of a recipe.
 
     Args:
-        specs: Names and mappings, ``data.augmentations``; None for the crop only.
-        crop: ``data.crop``, short for a list with ``center_crop`` or ``random_crop``.
+        specs: Names and mappings, ``data.augmentations``; None for the central crop only.
 
     Raises:
-        ValueError: if a name or an argument is wrong, a name occurs twice, or both arguments are set.
+        ValueError: if a name or an argument is wrong, or a name occurs twice.
     """
     if specs is None:
-        return Augmentations({f"{crop}_crop": augmentations.build(f"{crop}_crop")})
-    if crop != "center":
-        raise ValueError(
-            f"crop must be 'center' with augmentations, got {crop!r}; list {crop}_crop in the augmentations instead"
-        )
+        return CENTER
     built = [augmentations.build(spec) for spec in specs]
     names = [spec if isinstance(spec, str) else str(spec["name"]) for spec in specs]
     if len(set(names)) < len(names):

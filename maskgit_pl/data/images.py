@@ -16,7 +16,7 @@ import io
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 import simplejpeg
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-Crop = Literal["center", "random"]
 
 _ORIENTATION = 0x0112  # EXIF tag: 1 upright, 2 to 8 rotated or mirrored; 5 to 8 swap height and width
 _GREY = ("1", "L", "LA", "I;16", "I")  # modes of PIL; every other one becomes RGB

@@ -14,7 +14,8 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +23,11 @@ import numpy as np
 import numpy.typing as npt
 from braceexpand import braceexpand
 
-from maskgit_pl.checks import check_number, shorten
+from maskgit_pl.checks import shorten
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
 from maskgit_pl.data.samples import Labels, split_of
-from maskgit_pl.data.scan import BAD_VECTOR, NO_LABEL, NO_VECTOR, ShardScan, require_vectors, scan_shard
+from maskgit_pl.data.scan import BAD_VECTOR, NO_LABEL, ShardScan, scan_shard
 from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
@@ -35,7 +36,6 @@ _MAX_NAMES = 1_000_000  # of a pattern
 _MAX_CHARACTERS = 2**28  # of all names together; no name is longer than its pattern
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(-?\d+|[A-Za-z])\.\.(-?\d+|[A-Za-z])(?:\.\.-?\d+)?")
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:")
 
 _UNLABELLED = "image"  # name of the only class of data without labels
 _SCANNED_BYTES = 2**28  # one process reads this much in about 10 seconds
@@ -49,13 +49,10 @@ def locate_shards(location: str) -> tuple[Path, list[Path]]:
             ``data/{train,val}-{00000..00012}.tar``. The folder is then the part before the first wildcard.
 
     Raises:
-        ValueError: if the place is a URL or a command, or contains no tars.
+        ValueError: if the place contains no tars.
     """
     folder = Path(location)
     if not os.path.isdir(location):  # Path.is_dir() raises an error for long names
-        if _URL.match(location):
-            kind = location.partition(":")[0]
-            raise ValueError(f"shards {location!r} must be local files, got {kind}:; download the shards first")
         # The folder ends at the first component with a wildcard.
         parts = folder.parts
         magic = next((n for n, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
@@ -80,14 +77,9 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     Raises:
         ValueError: if the pattern names paths outside the folder, or an expansion of its braces matches no file.
     """
-    folder = Path(folder)
-    try:
-        names = expand_braces(pattern)
-    except ValueError as error:
-        raise ValueError(f"shard pattern: {error}") from error
-    paths: set[Path] = set()
-    for name in names:
-        if not name or name.startswith("/") or ".." in name.split("/"):
+    folder, paths = Path(folder), set[Path]()
+    for name in expand_braces(pattern, name="shard pattern"):
+        if name.startswith("/") or ".." in name.split("/"):
             raise ValueError(f"shard pattern {pattern!r} must name files inside {folder}, got another path")
         matches = _glob_files(folder, name)
         if not matches:
@@ -96,84 +88,62 @@ def find_shards(folder: str | Path, pattern: str) -> list[Path]:
     return sorted(paths)
 
 
+def _glob_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files in a folder that match a glob, sorted, without hidden files."""
+    paths = (folder / name for name in glob(pattern, root_dir=folder))
+    return sorted(path for path in paths if not path.is_dir())
+
+
 def split_shards(
-    folder: Path,
-    shards: Sequence[Path],
-    *,
-    train: str | None = None,
-    val: str | None = None,
-    val_fraction: float | None = None,
+    folder: Path, shards: Sequence[Path], *, val: str | None = None
 ) -> tuple[dict[Split, list[Path]], str]:
     """Divides the shards between train and val.
 
-    1. val: the shards of the pattern ``val``; else the last ``val_fraction``, if given; else the shards whose
-       path contains val, valid or validation; else test; else the last tenth.
-    2. train: the shards of the pattern ``train``; else the shards whose path contains train; else all that are not val.
+    1. val: the shards of the pattern ``val``, if given; else the shards whose path contains val, valid or
+       validation; else test; else the last tenth, at least one.
+    2. train: the others; only those whose path contains train, if there are any.
 
     Args:
         folder: The data folder.
         shards: All shards, sorted.
-        train: Pattern of the train shards, or None.
         val: Pattern of the val shards, or None.
-        val_fraction: Fraction of the shards that become val, in (0, 1), or None.
 
     Returns:
         The shards of each split, and a phrase that tells how the splits were chosen.
 
     Raises:
-        ValueError: if a shard would be in both splits, or a split would be empty.
+        ValueError: if no shard is left for train.
     """
-    fraction = 0.1 if val_fraction is None else val_fraction
-    check_number("val_fraction", fraction, "(0, 1)")
-    pool = list(shards) if train is None else find_shards(folder, train)
-    others = shards if train is None else sorted(set(shards) - set(pool))
-    named = _find_named(folder, others, "val") or _find_named(folder, others, "test")
     # 1. val
     if val is not None:
         val_shards, how = find_shards(folder, val), f"val is {val}"
-    elif named and val_fraction is None:
+    elif named := _find_named(folder, shards, "val") or _find_named(folder, shards, "test"):
         val_shards, how = named, "val shards were found by their names"
-    elif len(pool) < 2:
-        raise ValueError(
-            f"data folder {folder} must have at least 2 shards, since whole shards become val, got {len(pool)}; give "
-            "others with --val, or make smaller shards"
-        )
     else:
-        count = min(max(1, round(fraction * len(pool))), len(pool) - 1)  # at least one shard for each split
-        val_shards = pool[-count:]
-        how = f"the last {count} of {len(pool)} shards are val (--val-fraction {fraction:g})"
-    # 2. train
-    train_shards = pool if train is not None and val is not None else sorted(set(pool) - set(val_shards))
-    if train is None:
-        # If some shards are named train, other shards (such as test, beside val) belong to no split.
-        train_shards = _find_named(folder, train_shards, "train") or train_shards
-    if shared := sorted(set(train_shards) & set(val_shards)):
-        raise ValueError(
-            f"data folder {folder}: {shared[0].name} must not be both train and val; give --train and --val"
-        )
+        count = max(1, round(len(shards) / 10))
+        val_shards, how = list(shards[-count:]), f"the last {count} of {len(shards)} shards are val"
+    # 2. train; other shards, such as test beside val, belong to no split
+    others = sorted(set(shards) - set(val_shards))
+    train_shards = _find_named(folder, others, "train") or others
     if not train_shards:
-        raise ValueError(f"data folder {folder}: train must have at least 1 shard, got none; give --train and --val")
+        raise ValueError(
+            f"data folder {folder} must have a shard for train beside those of val, got none; name the shards of val "
+            "with --val, or make smaller shards"
+        )
     return {"train": train_shards, "val": val_shards}, how
 
 
-def _glob_files(folder: Path, pattern: str) -> list[Path]:
-    """Returns the files in a folder that match a glob, sorted, without hidden files.
-
-    Raises:
-        ValueError: if the pattern is no glob.
-    """
-    try:
-        paths = list(folder.glob(pattern))
-    except ValueError as error:
-        raise ValueError(f"shard pattern {pattern!r} must be a glob: {error}") from error
-    return sorted(path for path in paths if not path.name.startswith(".") and not path.is_dir())
+def _find_named(folder: Path, shards: Sequence[Path], split: str) -> list[Path]:
+    """Returns the shards whose path inside the folder has the word for a split; see ``split_of``."""
+    return [shard for shard in shards if split_of(shard.relative_to(folder).as_posix()) == split]
 
 
-def expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str, *, name: str) -> list[str]:
     """Expands the braces of a pattern.
 
     Args:
         pattern: Braces of a shell: ``{000..012}``, ``{0..10..2}``, ``{a..c}``, ``{train,val}``; not nested.
+        name: Name of the pattern in error messages.
 
     Returns:
         The names, in the order of a shell; the pattern itself if it has no braces.
@@ -182,10 +152,10 @@ def expand_braces(pattern: str) -> list[str]:
         ValueError: if the braces do not close or are nested, or the pattern has more than 1,000,000 names.
     """
     if re.search(r"[{}]", _BRACES.sub("", pattern)):
-        raise ValueError(f"braces must close, and not be nested, got {shorten(pattern)}")
+        raise ValueError(f"{name} must have braces that close and are not nested, got {shorten(pattern)}")
     count = math.prod(map(_count_choices, _BRACES.findall(pattern)))
     if count > min(_MAX_NAMES, _MAX_CHARACTERS // max(1, len(pattern))):
-        raise ValueError(f"a pattern must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
+        raise ValueError(f"{name} must name at most {_MAX_NAMES} shards, got {shorten(count)} in {shorten(pattern)}")
     return list(braceexpand(pattern))
 
 
@@ -195,11 +165,6 @@ def _count_choices(braces: str) -> int:
         return 1 + braces.count(",")
     first, last = (ord(end) if end.isalpha() else int(end) for end in ends.groups())
     return abs(last - first) + 1
-
-
-def _find_named(folder: Path, shards: Iterable[Path], split: str) -> list[Path]:
-    """Returns the shards whose path inside the folder has the word for a split; see ``split_of``."""
-    return [shard for shard in shards if split_of(shard.relative_to(folder).as_posix()) == split]
 
 
 def index_shards(
@@ -239,8 +204,6 @@ def index_shards(
     """
     folder = Path(folder)
     if labels == "none":
-        if classes is not None and len(classes) != 1:
-            raise ValueError(f"class names: data without labels must have 1 name, got {len(classes)}")
         classes = classes or (_UNLABELLED,)
     task = _ScanTask(folder, Labels(labels, None if classes is None else tuple(classes)), lenient, vectors)
     names = {split: [path.relative_to(folder).as_posix() for path in paths] for split, paths in shards.items()}
@@ -249,8 +212,6 @@ def index_shards(
         scans = _scan_all(task, names, workers=workers, on_shard=on_shard)  # 1.
         # The first shard with vectors decides their kind.
         kind = next((scan.vector_kind for scan in scans.values() if scan.vector_kind is not None), None)
-        if kind is not None:
-            scans = {name: require_vectors(scan) for name, scan in scans.items()}
         _raise_faults(task, scans, kind)  # 2.
         if classes is None:
             largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
@@ -312,7 +273,7 @@ def _raise_faults(task: _ScanTask, scans: Mapping[str, ShardScan], kind: VectorK
         hints.append("--lenient leaves out samples with a fault and counts them")
     if task.labels.source == "cls" and NO_LABEL in fault_names:
         hints.append("--label-field NAME reads labels from .json, --no-labels trains without labels")
-    if fault_names & {NO_VECTOR, BAD_VECTOR}:
+    if kind is not None or BAD_VECTOR in fault_names:
         hints.append("--no-vectors ignores .npy members")
     lines = "\n  ".join(listed)
     raise ValueError(
@@ -327,8 +288,8 @@ def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> It
         yield from (f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items())
     if not (scan.damage or len(scan.rows) or scan.faults):
         yield "no image samples"
-    if scan.vector_kind not in (None, kind):
-        yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind}"
+    if len(scan.rows) and scan.vector_kind != kind:
+        yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind or 'no vectors'}"
 
 
 def _make_index(folder: Path, split: Split, scans: Mapping[str, ShardScan]) -> npt.NDArray[np.void]:

@@ -92,15 +92,14 @@ class IndexedDataset(Dataset[Batch]):
 class IndexedDataModule(StepDataModule):
     """A LightningDataModule of map-style datasets, for a plain ``lightning.Trainer``.
 
-    A step has ``global_batch`` samples, which depend only on (seed, step), divided among ranks and
-    micro-batches. On several devices, build the Trainer with ``use_distributed_sampler=False``.
+    A step has ``global_batch`` samples, which depend only on (seed, step), divided among ranks and micro-batches:
+    ``Trainer(accumulate_grad_batches=)`` in stage 2, ``Tokenizer(accumulation=)`` in stage 1. On several devices, build
+    the Trainer with ``use_distributed_sampler=False``.
 
     Args:
         train: Training samples; their ``order`` and ``seed`` are replaced.
         validation: Validation samples, each used once; None for no validation (``Trainer(limit_val_batches=0)``).
         global_batch: Number of samples per step, over all ranks and micro-batches.
-        accumulation: Number of micro-batches per step on each rank: ``Trainer(accumulate_grad_batches=)`` in
-            stage 2, the tokenizer's own accumulation in stage 1.
         validation_batch: Number of samples of a validation batch on each rank.
         num_workers: Number of worker processes on each rank; 0 reads in the training process.
         seed: Seed of the order and of random crops, in [0, 2**32).
@@ -122,15 +121,13 @@ class IndexedDataModule(StepDataModule):
         validation: IndexedDataset | None = None,
         *,
         global_batch: int = 256,
-        accumulation: int = 1,
         validation_batch: int = 64,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__()
-        sizes = {"global_batch": global_batch, "accumulation": accumulation, "validation_batch": validation_batch}
-        for name, size in sizes.items():
-            check_integer(name, size, BATCH_SIZE_RANGE)
+        check_integer("global_batch", global_batch, BATCH_SIZE_RANGE)
+        check_integer("validation_batch", validation_batch, BATCH_SIZE_RANGE)
         check_seed("seed", seed)
         for samples in (train, validation):
             if not isinstance(samples, IndexedDataset | None):
@@ -142,7 +139,6 @@ class IndexedDataModule(StepDataModule):
         self.train = replace(train, order=ShuffledStream(len(train), seed), seed=seed)
         self.validation = None if validation is None else replace(validation, order=None)
         self.global_batch = global_batch
-        self.accumulation = accumulation
         self.validation_batch = validation_batch
         self.num_workers = num_workers
 
@@ -150,18 +146,24 @@ class IndexedDataModule(StepDataModule):
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch.
 
         Raises:
-            ValueError: if the batch cannot be divided evenly among the ranks, or the Trainer has another
-                number of accumulated batches or would replace the sampler.
+            ValueError: if the batch cannot be divided evenly among ranks and micro-batches, or the Trainer would
+                replace the sampler.
         """
-        self._check_trainer()
-        # The Trainer knows the number of ranks only now, so the division is checked here.
-        per_device, rest = divmod(self.global_batch, self._world_size * self.accumulation)
+        trainer, accumulation = self.trainer, 1
+        if trainer is not None:  # which knows the number of ranks only now
+            if self._world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+                raise ValueError(
+                    "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module "
+                    "divides the samples among the ranks itself"
+                )
+            accumulation = getattr(trainer.lightning_module, "accumulation", trainer.accumulate_grad_batches)
+        per_device, rest = divmod(self.global_batch, self._world_size * accumulation)
         if rest:
             raise ValueError(
-                f"global_batch must be a multiple of {self._world_size} ranks x {self.accumulation} micro-batches, got "
+                f"global_batch must be a multiple of {self._world_size} ranks x {accumulation} micro-batches, got "
                 f"{self.global_batch}"
             )
-        order = self._train_order(len(self.train), per_device=per_device, accumulation=self.accumulation)
+        order = self._train_order(len(self.train), per_device=per_device, accumulation=accumulation)
         return make_loader(self.train, order, num_workers=self.num_workers)
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
@@ -170,22 +172,6 @@ class IndexedDataModule(StepDataModule):
             return []
         order = self._eval_order(len(self.validation), per_device=self.validation_batch)
         return make_loader(self.validation, order, num_workers=self.num_workers)
-
-    def _check_trainer(self) -> None:
-        if self.trainer is None:
-            return
-        if self._world_size > 1 and self.trainer._accelerator_connector.use_distributed_sampler:
-            raise ValueError(
-                "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module divides "
-                "the samples among the ranks itself"
-            )
-        # With manual optimization (the tokenizer), the module accumulates itself.
-        accumulation = self.accumulation if self.trainer.lightning_module.automatic_optimization else 1
-        if self.trainer.accumulate_grad_batches != accumulation:
-            raise ValueError(
-                f"Trainer(accumulate_grad_batches=) must be {accumulation}, got "
-                f"{self.trainer.accumulate_grad_batches}; the data module has accumulation={self.accumulation}"
-            )
 
 
 def _check_item(item: Any, *, name: str) -> Sequence[Any]:

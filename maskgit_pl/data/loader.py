@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -55,13 +55,14 @@ class ImageBatches(Dataset[Batch]):
     in_channels: int  # 1 or 3
     augmentations: Augmentations = CENTER
     seed: int = 0  # of the augmentations, in [0, 2**32)
+    vectors: VectorReader | None = None  # of the samples; None reads no vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, in_channels, H, W) uint8, channels-last.
 
         1. Map the positions to samples.
         2. Decode each sample into its row, or the next readable sample.
-        3. Take the labels of the samples shown.
+        3. Take the labels, and the vectors, of the samples shown.
         """
         rows = self.order(positions)  # 1.
         shape, count = (len(positions), *height_width(self.image_size), self.in_channels), len(self.reader)
@@ -74,8 +75,9 @@ class ImageBatches(Dataset[Batch]):
         ]
         num_skipped = torch.tensor(skipped)  # (B,) unreadable samples before the readable one; 0 in most rows
         rows_read = (rows.index + num_skipped) % count
+        replacement = rows_read.masked_fill(num_skipped == 0, -1)
         labels = torch.from_numpy(self.reader.labels(rows_read.numpy()))  # 3.
-        return Batch(content, labels, *rows, replacement=rows_read.masked_fill(num_skipped == 0, -1))
+        return Batch(content, labels, *rows, replacement, _read_vectors(self.vectors, rows_read))
 
     def explain(self, index: int) -> Unreadable:
         """Reads an unreadable image again, by its number in the split, and describes its fault."""
@@ -84,9 +86,8 @@ class ImageBatches(Dataset[Batch]):
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
         except UnreadableImageError as error:
-            text = str(error).removeprefix(f"image {name}: ")
-            return Unreadable(index, self.reader.shard(index), name, error.reason, text)
-        return Unreadable(index, self.reader.shard(index), name, "damaged", "it was readable at the second attempt")
+            return Unreadable(name, error.reason, str(error).removeprefix(f"image {name}: "))
+        return Unreadable(name, "damaged", "it was readable at the second attempt")
 
     def _load(self, row: Tensor, index: int, augment: Augment) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
@@ -117,6 +118,7 @@ class TokenBatches(Dataset[Batch]):
     order: Order  # from positions to samples
     _: KW_ONLY
     seed: int = 0  # of the view of a sample in an epoch, if the store has several views
+    vectors: VectorReader | None = None  # of the samples; None reads no vectors
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the batch at some positions; content is (B, N) int64."""
@@ -124,7 +126,8 @@ class TokenBatches(Dataset[Batch]):
         index = rows.index.numpy()
         tokens, labels = self.reader.read(index, self._views(rows))
         replacement = torch.from_numpy(self.reader.replacements(index))
-        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement=replacement)
+        vectors = _read_vectors(self.vectors, torch.where(replacement < 0, rows.index, replacement))
+        return Batch(torch.from_numpy(tokens), torch.from_numpy(labels), *rows, replacement, vectors)
 
     def _views(self, rows: Rows) -> npt.NDArray[np.int64] | int:
         """Returns the view of each row, (B,) int64, a function of (seed, index, epoch); 0 if there is only one view."""
@@ -134,24 +137,13 @@ class TokenBatches(Dataset[Batch]):
         return (words % self.reader.views).numpy()
 
 
-@dataclass(eq=False)
-class _WithVectors(Dataset[Batch]):
-    """A dataset of batches with the vectors of their samples."""
-
-    batches: ImageBatches | TokenBatches
-    reader: VectorReader
-
-    def __getitems__(self, positions: range) -> Batch:
-        batch = self.batches.__getitems__(positions)
-        rows_read = torch.where(batch.replacement < 0, batch.index, batch.replacement)
-        return batch._replace(vectors=torch.from_numpy(self.reader.read(rows_read.numpy())))
+def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
+    return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
 
 
 class Unreadable(NamedTuple):
     """An image that cannot be read."""
 
-    index: int  # type: ignore[assignment]  # hides tuple.index; number of the sample in its split
-    shard: str
     name: str  # SHARD:MEMBER
     reason: Reason
     error: str  # of the decoder
@@ -216,22 +208,14 @@ class UnreadableImages:
                 f"got {len(self.images)} ({self.count} times in {self.seen} images)"
             )
 
-    def count_by(self, field: Literal["shard", "reason"]) -> dict[str, int]:
-        """Returns the number of times that images could not be read by shard or by reason, in descending order."""
-        counts: Counter[str] = Counter()
-        for index, times in self.times.items():
-            counts[getattr(self.images[index], field)] += times
-        return dict(counts.most_common())
-
     def as_json(self) -> dict[str, Any]:
-        """Returns the counts and the list of all images as JSON values."""
+        """Returns the count and the list of all images as JSON values."""
         images = [
             {"image": image.name, "index": index, "times": self.times[index]}
             | {"reason": image.reason, "error": image.error}
             for index, image in sorted(self.images.items())
         ]
-        counts = {"shards": self.count_by("shard"), "reasons": self.count_by("reason")}
-        return {"seen": self.seen, "unreadable": self.count, **counts, "images": images}
+        return {"seen": self.seen, "unreadable": self.count, "images": images}
 
     def _error(self, rule: str) -> DataBudgetError:
         lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]
@@ -314,7 +298,6 @@ def make_loader(
     *,
     num_workers: int,
     unreadable_budget: float = 0.0,
-    vectors: VectorReader | None = None,
 ) -> StepLoader:
     """Makes a loader of whole batches, in pinned memory if there is a GPU.
 
@@ -323,13 +306,10 @@ def make_loader(
         order: Ranges of positions, one for each batch.
         num_workers: Number of worker processes; 0 reads in this process.
         unreadable_budget: Fraction of unreadable images that may be replaced, in [0, 1]; see ``UnreadableImages``.
-        vectors: Reader of the vectors of the samples; None reads no vectors.
     """
     unreadable = None
     if isinstance(dataset, ImageBatches):
         unreadable = UnreadableImages(dataset.explain, num_samples=len(dataset.reader), budget=unreadable_budget)
-    if vectors is not None:
-        dataset = _WithVectors(cast("ImageBatches | TokenBatches", dataset), vectors)
     # Torch calls __getitems__ once per batch, with the whole range.
     loader = StepLoader(
         _ErrorForwardingDataset(dataset) if num_workers else dataset,

@@ -145,25 +145,15 @@ def union(ranges: Sequence[ImageRange]) -> ImageRange:
     )
 
 
-def describe_resizing(images: ImageRange, image_size: ImageSize) -> str | None:
-    """Describes in a sentence that all images are resized for a model, and how to avoid it.
-
-    Every image is enlarged, or all images have one size and are reduced; None in other cases, since photos of
-    several sizes are expected to be resized.
-    """
-    size, least, most = height_width(image_size), *zip(images.height, images.width, strict=True)
+def describe_enlarging(images: ImageRange, image_size: ImageSize) -> str | None:
+    """Describes in a sentence that all images are enlarged for a model, and how to avoid it; None if they are not."""
+    size, largest = height_width(image_size), (images.height[1], images.width[1])
     # An image is resized by the larger of the two ratios, and the rest of it is cropped.
-    if any(side < model_side for side, model_side in zip(most, size, strict=True)):
-        change, source = f"enlarged to {pixels_text(size)}, which adds no detail", "from larger images "
-    elif least == most and all(side > model_side for side, model_side in zip(most, size, strict=True)):
-        change, source = f"reduced to {pixels_text(size)}", ""
-    else:
+    if all(side >= model_side for side, model_side in zip(largest, size, strict=True)):
         return None
-    bound = "" if least == most else "at most "
-    flag = str(size[0]) if size[0] == size[1] else f"{size[0]},{size[1]}"
     return (
-        f"images of {bound}{pixels_text(most)} pixels are {change}; set data.image_size of the tokenizer to "
-        f"{bound}{plain_size(most)}, or make the data {source}with --image-size {flag}"
+        f"images of at most {pixels_text(largest)} pixels are enlarged to {pixels_text(size)}, which adds no detail; "
+        f"set data.image_size of the tokenizer to at most {plain_size(largest)}, or make the data from larger images"
     )
 
 
@@ -270,10 +260,6 @@ class ShardReader:
             fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
             raise self._data_changed_error(self.manifest.shards[shard].name, fault)
         return data
-
-    def shard(self, index: int) -> str:
-        """Returns the file name of the tar that contains a sample."""
-        return self.manifest.shards[int(self.index["shard"][index])].name
 
     def name(self, index: int) -> str:
         """Returns the name of a sample for error messages: ``SHARD:MEMBER``, with the member's name from the tar."""

@@ -16,18 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from maskgit_pl.checks import (
-    ImageSize,
-    check_channels,
-    check_choice,
-    check_image_size,
-    check_integer,
-    check_number,
-    check_seed,
-)
+from maskgit_pl.checks import ImageSize, check_channels, check_choice, check_image_size, check_integers, check_number
 from maskgit_pl.data.augmentations import CENTER, Augmentations, build_augmentations
 from maskgit_pl.data.batches import Batch
-from maskgit_pl.data.images import Crop
 from maskgit_pl.data.loader import ImageBatches, StepDataModule, TokenBatches, make_loader
 from maskgit_pl.data.manifest import (
     DataSummary,
@@ -35,7 +26,7 @@ from maskgit_pl.data.manifest import (
     Split,
     VectorReader,
     check_vectors,
-    describe_resizing,
+    describe_enlarging,
     load_manifest,
     load_manifests,
     read_manifest_summary,
@@ -65,7 +56,6 @@ class ShardDataConfig:
         augmentations: Crops and flips of the training images: names or mappings of registered augmentations,
             in the order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None
             is ``[center_crop]``.
-        crop: Short for ``augmentations: [center_crop]`` (``"center"``) or ``[random_crop]`` (``"random"``).
         views: Number of views of each training image in the token store: the central crop, then augmented
             ones (random crops without ``augmentations``). Training draws one of them in each epoch. None is
             1, or the number that an existing store has.
@@ -90,7 +80,6 @@ class ShardDataConfig:
     image_size: ImageSize = 256
     in_channels: int = 3
     augmentations: list[str | dict[str, Any]] | None = None
-    crop: Crop = "center"
     views: int | None = None
     global_batch: int = 256
     max_batch_per_device: int = 32
@@ -107,14 +96,18 @@ class ShardDataConfig:
         _ = self.train_augmentations  # raises if a name or a value is wrong
         object.__setattr__(self, "image_size", check_image_size("data.image_size", self.image_size, "[1, 8192]"))
         check_channels("data.in_channels", self.in_channels)
-        check_seed("data.seed", self.seed)
         check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
-        for name in ("global_batch", "max_batch_per_device", "validation_batch"):
-            check_integer(f"data.{name}", getattr(self, name), BATCH_SIZE_RANGE)
-        check_integer("data.num_workers", self.num_workers, "[0, 1024]")
-        for name, interval in (("views", "[1, 65536]"), ("validation_samples", "[1, 4294967296]")):
-            if getattr(self, name) is not None:
-                check_integer(f"data.{name}", getattr(self, name), interval)
+        check_integers(
+            self,
+            "data.",
+            global_batch=BATCH_SIZE_RANGE,
+            max_batch_per_device=BATCH_SIZE_RANGE,
+            validation_batch=BATCH_SIZE_RANGE,
+            num_workers="[0, 1024]",
+            seed="[0, 2**32)",
+            views="[1, 65536]",
+            validation_samples="[1, 2**32]",
+        )
         check_choice("data.source", self.source, ("images", "tokens", "stream"))
         if self.source == "stream" and (self.stream is None or self.vectors):
             raise ValueError("data.stream.urls must be given and data.vectors be false for data.source: stream")
@@ -122,16 +115,11 @@ class ShardDataConfig:
             raise ValueError(
                 "data.token_store must be given for data.source: tokens, got none; `maskgit tokenize` makes one"
             )
-        if self.source == "tokens" and self.crop != "center":
-            raise ValueError(
-                f"data.crop must be 'center' for data.source: tokens, got {self.crop!r}; for random crops, use "
-                "data.views, or data.source: images"
-            )
 
     @cached_property
     def train_augmentations(self) -> Augmentations:
         """The augmentations of the training images."""
-        return build_augmentations(self.augmentations, crop=self.crop)
+        return build_augmentations(self.augmentations)
 
 
 class ShardData(StepDataModule):
@@ -189,14 +177,14 @@ class ShardData(StepDataModule):
         return self.summary.vectors
 
     @property
-    def resizing(self) -> str | None:
-        """The sentence of ``describe_resizing`` about the images of the folder; None for a stream."""
-        return None if self.stream is not None else describe_resizing(self.summary.images, self.config.image_size)
+    def enlarging(self) -> str | None:
+        """The sentence of ``describe_enlarging`` about the images of the folder; None for a stream."""
+        return None if self.stream is not None else describe_enlarging(self.summary.images, self.config.image_size)
 
-    def warn_if_resized(self) -> None:
-        """Logs ``resizing`` on rank 0, if there is one."""
-        if self.resizing is not None and rank_and_world()[0] == 0:
-            log.warning("data %s: %s", self.config.path, self.resizing)
+    def warn_if_enlarged(self) -> None:
+        """Logs ``enlarging`` on rank 0, if there is one."""
+        if self.enlarging is not None and rank_and_world()[0] == 0:
+            log.warning("data %s: %s", self.config.path, self.enlarging)
 
     def require_tokenizer(self, fingerprint: str, *, grid: tuple[int, int], codebook_size: int) -> None:
         """Checks that a tokenizer of this fingerprint, grid and codebook made the token store, if tokens are read."""
@@ -226,7 +214,8 @@ class ShardData(StepDataModule):
         per_device, accumulation = split_batch(
             self.config.global_batch, self.config.max_batch_per_device, self._world_size
         )
-        order = self._train_order(self._train_samples, per_device=per_device, accumulation=accumulation)
+        samples = self.summary.samples["train"] if self.stream is None else self.stream.samples
+        order = self._train_order(samples, per_device=per_device, accumulation=accumulation)
         if self.stream is not None:
             batches = StreamBatches(
                 self.stream,
@@ -241,27 +230,27 @@ class ShardData(StepDataModule):
                 first_step=self._current_step(),
             )
             return self._loader(batches, order)
-        order_of_samples = ShuffledStream(self.summary.samples["train"], self.config.seed)
-        dataset = self.batches("train", order_of_samples, augmentations=self.config.train_augmentations)
-        return self._loader(dataset, order, vectors_of="train")
+        shuffled, augmentations = ShuffledStream(samples, self.config.seed), self.config.train_augmentations
+        return self._loader(self.batches("train", shuffled, augmentations=augmentations), order)
 
     def val_dataloader(self) -> DataLoader[Batch]:
         """Returns this rank's batches of the val split, each sample once over all ranks."""
         order = self._eval_order(self._validation_samples, per_device=self.config.validation_batch)
-        return self._loader(self.batches("val", InOrder(self._validation_samples)), order, vectors_of="val")
+        return self._loader(self.batches("val", InOrder(self._validation_samples)), order)
 
     def batches(
         self, split: Split, order: Order, *, augmentations: Augmentations = CENTER
     ) -> ImageBatches | TokenBatches:
-        """Returns a dataset of batches of a split, without vectors, whose ``__getitems__`` takes a range of positions.
+        """Returns a dataset of batches of a split, whose ``__getitems__`` takes a range of positions.
 
         Args:
             split: ``"train"`` or ``"val"``.
             order: Maps positions to samples.
             augmentations: Crops and flips; tokens keep the views of their store.
         """
+        vectors = self._vector_reader(split) if self.vector_dim else None
         if self._tokens is not None:
-            return TokenBatches(self._tokens[split], order, seed=self.config.seed)
+            return TokenBatches(self._tokens[split], order, seed=self.config.seed, vectors=vectors)
         return ImageBatches(
             self._shard_reader(split),
             order,
@@ -269,6 +258,7 @@ class ShardData(StepDataModule):
             in_channels=self.config.in_channels,
             augmentations=augmentations,
             seed=self.config.seed,
+            vectors=vectors,
         )
 
     def read_vectors(self, split: Split, index: npt.NDArray[np.int64]) -> Tensor:
@@ -304,24 +294,13 @@ class ShardData(StepDataModule):
         return ("train", "val") if self.stream is None else ("val",)
 
     @property
-    def _train_samples(self) -> int:
-        return self.summary.samples["train"] if self.stream is None else self.stream.samples
-
-    @property
     def _validation_samples(self) -> int:
         samples, limit = self.summary.samples["val"], self.config.validation_samples
         return samples if limit is None else min(samples, limit)
 
-    def _loader(
-        self, dataset: Dataset[Batch], order: Sampler[range] | list[range], *, vectors_of: Split | None = None
-    ) -> DataLoader[Batch]:
-        return make_loader(
-            dataset,
-            order,
-            num_workers=self.config.num_workers,
-            unreadable_budget=self.config.unreadable_budget,
-            vectors=self._vector_reader(vectors_of) if vectors_of is not None and self.vector_dim else None,
-        )
+    def _loader(self, dataset: Dataset[Batch], order: Sampler[range] | list[range]) -> DataLoader[Batch]:
+        workers, budget = self.config.num_workers, self.config.unreadable_budget
+        return make_loader(dataset, order, num_workers=workers, unreadable_budget=budget)
 
     @cached_property
     def _tokens(self) -> dict[Split, TokenReader] | None:

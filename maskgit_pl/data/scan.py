@@ -19,7 +19,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -45,16 +45,13 @@ _NAME = re.compile(r"((?:.*/)?[^./]+)\.([^/]*)", re.DOTALL)
 
 # Faults of a sample, after a count in messages. Keys of ``left_out``: a manifest's fingerprint depends on these words.
 NO_IMAGE, NO_LABEL = "without an image", "without a label"
-TWO_IMAGES, TWO_LABELS = "with two images", "with two labels"
-REPEATED, INTERLEAVED = "of a key that comes twice", "whose members do not lie side by side"
+NO_VECTOR = "without a vector"  # a fault only if other samples of the shard have one
+TWICE = "with two images, labels or vectors"
+REPEATED = "of a key that comes twice, or whose members do not lie side by side"
 BAD_IMAGE, BAD_LABEL = "with an image that cannot be read", "with a label that is no class"
-BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link, a device or a sparse file"
-TWO_VECTORS, BAD_VECTOR = "with two vectors", "with a vector that cannot be used"
-NO_VECTOR = "without a vector"  # a fault only if other samples have vectors; see ``require_vectors``
-_FAULTS = (
-    NO_IMAGE, NO_LABEL, TWO_IMAGES, TWO_LABELS, REPEATED, INTERLEAVED, BAD_IMAGE, BAD_LABEL, BAD_NAME, BAD_KIND,
-    TWO_VECTORS, BAD_VECTOR,
-)  # fmt: skip
+BAD_VECTOR = "with a vector that cannot be used"
+BAD_NAME, BAD_KIND = "with an unsafe member name", "with a link or a device"
+_FAULTS = (NO_IMAGE, NO_LABEL, NO_VECTOR, TWICE, REPEATED, BAD_IMAGE, BAD_LABEL, BAD_VECTOR, BAD_NAME, BAD_KIND)
 _BIT = {fault: 1 << number for number, fault in enumerate(_FAULTS)}  # a sample's faults are one integer
 
 # Columns of the table of a scan; -1 is a missing value. FIRST is the offset of the payload of the first member.
@@ -80,17 +77,7 @@ class ShardScan:
     faults: dict[str, Fault]  # of the other samples
     vectors: npt.NDArray[np.int64]  # (n,), positions of the first values of the vectors in the file; -1 without one
     vector_kind: VectorKind | None = None
-    without_vector: str = ""  # name of the first sample of ``rows`` without a vector
     damage: str = ""  # the reason if the file is not a complete tar
-
-
-def require_vectors(scan: ShardScan) -> ShardScan:
-    """Returns a scan whose samples without a vector have a fault, for data whose other samples have vectors."""
-    has_vector = scan.vectors >= 0
-    if has_vector.all():
-        return scan
-    faults = scan.faults | {NO_VECTOR: Fault(int((~has_vector).sum()), scan.without_vector)}
-    return replace(scan, rows=scan.rows[has_vector], vectors=scan.vectors[has_vector], faults=faults)
 
 
 def scan_shard(path: Path, labels: Labels, *, vectors: bool = True) -> ShardScan:
@@ -122,7 +109,6 @@ class _Part(NamedTuple):
     limit: int  # bytes
     read: Callable[[Member, bytes, str], tuple[int, ...]]  # the values, from a member, its bytes and its name
     bad: str  # fault of a sample whose member cannot be used
-    twice: str  # fault of a sample with two of them
 
 
 class _Scan:
@@ -130,13 +116,13 @@ class _Scan:
 
     def __init__(self, descriptor: int, shard: str, labels: Labels, *, vectors: bool) -> None:
         self.descriptor, self.shard, self.labels = descriptor, shard, labels
-        image = _Part(_OFFSET, MAX_IMAGE_BYTES, self._read_image, BAD_IMAGE, TWO_IMAGES)
+        image = _Part(_OFFSET, MAX_IMAGE_BYTES, self._read_image, BAD_IMAGE)
         limit = _MAX_LABEL_BYTES if labels.source == "cls" else _MAX_JSON_BYTES
         self.parts = dict.fromkeys(IMAGE_EXTENSIONS, image)
         if labels.extension is not None:
-            self.parts[labels.extension] = _Part(_LABEL, limit, self._read_label, BAD_LABEL, TWO_LABELS)
+            self.parts[labels.extension] = _Part(_LABEL, limit, self._read_label, BAD_LABEL)
         if vectors:
-            self.parts[VECTOR_EXTENSION] = _Part(_VECTOR, MAX_VECTOR_BYTES, self._read_vector, BAD_VECTOR, TWO_VECTORS)
+            self.parts[VECTOR_EXTENSION] = _Part(_VECTOR, MAX_VECTOR_BYTES, self._read_vector, BAD_VECTOR)
         self.vector_kind: VectorKind | None = None  # of the first vector
         self.table = array("q")  # a row is 64 bytes, an object would be 500
         self.first: dict[str, str] = {}  # fault -> message about the first sample with it
@@ -151,12 +137,12 @@ class _Scan:
 
     def add(self, key: str, members: Iterable[tuple[str, str, Member]]) -> None:
         """Reads the parts of a sample, and adds its row to the table."""
-        row, bits, taken = _EMPTY_ROW.copy(), 0, set[str]()
+        row, bits = _EMPTY_ROW.copy(), 0
         row[_KEY] = hash(key)  # compared within this process only
         for _, extension, member in members:
             row[_FIRST] = row[_FIRST] or member.offset
             if part := self.parts.get(extension):
-                bits |= self._read_part(part, member, row, taken)
+                bits |= self._read_part(part, member, row)
         if row[_OFFSET] < 0 and row[_LABEL] < 0 and not bits:  # no sample
             return
         if self.labels.extension is None:
@@ -174,6 +160,8 @@ class _Scan:
         table = np.frombuffer(self.table or array("q", [0]), np.int64)[: len(self.table)]
         columns = table.reshape(-1, len(_EMPTY_ROW)).T  # each (n,) int64
         bits = _mark_repeated(columns[_KEY], columns[_BITS])  # 5.
+        if self.vector_kind is not None:
+            bits = np.where((bits == 0) & (columns[_VECTOR] < 0), _BIT[NO_VECTOR], bits)
         whole = bits == 0
         rows = np.zeros(int(whole.sum()), INDEX_DTYPE)
         for name, column in (("offset", _OFFSET), ("size", _SIZE), ("label", _LABEL)):
@@ -184,7 +172,6 @@ class _Scan:
             if chosen.size:
                 first = self.first.get(fault) or self._label_at(int(chosen[_FIRST, 0]))
                 faults[fault] = Fault(len(np.unique(chosen[_KEY])), first)
-        without_vector = columns[_FIRST, whole & (columns[_VECTOR] < 0)]
         return ShardScan(
             bytes=os.fstat(self.descriptor).st_size,
             sha256=digest,
@@ -193,19 +180,17 @@ class _Scan:
             faults=faults,
             vectors=columns[_VECTOR, whole],
             vector_kind=self.vector_kind,
-            without_vector=self._label_at(int(without_vector[0])) if len(without_vector) else "",
             damage=damage,
         )
 
-    def _read_part(self, part: _Part, member: Member, row: list[int], taken: set[str]) -> int:
+    def _read_part(self, part: _Part, member: Member, row: list[int]) -> int:
         """Writes the values of a part to the row of its sample, or returns the bit of its fault."""
         if _UNSAFE.search(member.name):
             return self._note(BAD_NAME, member)
         if member.kind != "file":
             return self._note(BAD_KIND, member)
-        if part.twice in taken:
-            return self._note(part.twice, member)
-        taken.add(part.twice)
+        if row[part.column] >= 0:
+            return self._note(TWICE, member)
         try:
             if not 0 < member.size <= part.limit:
                 raise ValueError(f"size must be 1 to {part.limit} bytes, got {member.size}")
@@ -246,15 +231,11 @@ class _Scan:
 def _mark_repeated(keys: npt.NDArray[np.int64], bits: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Returns the faults of samples, with those of keys that occur more than once.
 
-    A complete sample is repeated. One that lacks its image or its label is a part of a sample whose other
-    part is elsewhere in the tar.
+    One that lacks its image or its label may be a part of a sample whose other part is elsewhere in the tar.
     """
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-    is_repeated = counts[inverse] > 1
     lacking = _BIT[NO_IMAGE] | _BIT[NO_LABEL]
-    is_part = is_repeated & (bits & lacking != 0)
-    bits = np.where(is_part, bits & ~lacking | _BIT[INTERLEAVED], bits)
-    return np.where(is_repeated & ~is_part, bits | _BIT[REPEATED], bits)
+    return np.where(counts[inverse] > 1, bits & ~lacking | _BIT[REPEATED], bits)
 
 
 def _image_range(shapes: npt.NDArray[np.int64]) -> ImageRange | None:

@@ -28,7 +28,7 @@ import webdataset
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from maskgit_pl.checks import ImageSize, check_integer, height_width
+from maskgit_pl.checks import ImageSize, check_integers, height_width
 from maskgit_pl.data.augmentations import Augment, Augmentations
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
@@ -46,10 +46,6 @@ log = logging.getLogger(__name__)
 
 _SILENT_SECONDS = 60.0  # longest time in which a server may send nothing
 _MAX_SHARD_BYTES = 2**35  # of a copy in TMPDIR
-
-
-class StreamError(ValueError):
-    """A shard of a stream cannot be read, or has an incomplete sample. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -73,18 +69,14 @@ class StreamConfig:
     shuffle_buffer: int = 1000
 
     def __post_init__(self) -> None:
-        check_integer("data.stream.samples", self.samples, "[1, 1099511627776]")
-        check_integer("data.stream.shuffle_buffer", self.shuffle_buffer, "[1, 16777216]")
+        check_integers(self, "data.stream.", samples="[1, 2**40]", shuffle_buffer="[1, 2**24]")
         Labels(self.labels)
         self.expand()
 
     def expand(self) -> list[str]:
         """Returns all URLs, with their braces expanded."""
-        try:
-            patterns = [self.urls] if isinstance(self.urls, str) else self.urls
-            urls = [url for pattern in patterns for url in expand_braces(pattern)]
-        except ValueError as error:
-            raise ValueError(f"data.stream.urls: {error}") from error
+        patterns = [self.urls] if isinstance(self.urls, str) else self.urls
+        urls = [url for pattern in patterns for url in expand_braces(pattern, name="data.stream.urls")]
         # A recipe may come from elsewhere: "file:" or "ftp:" would read other things.
         wrong = (url for url in urls if not url or re.match(r"(?!https?://)[a-z][\w+.-]*:", url, re.IGNORECASE))
         if not urls or (wrong_url := next(wrong, None)) is not None:
@@ -146,7 +138,7 @@ class StreamBatches(Dataset[Batch]):
         """Returns the next samples of this worker, in the rows of the given positions.
 
         Raises:
-            StreamError: if a shard cannot be read or has an incomplete sample.
+            ValueError: if a shard cannot be read or has an incomplete sample. The message names it.
             DataBudgetError: if too many images are unreadable.
         """
         if self._samples is None:
@@ -208,27 +200,26 @@ def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | Unre
     """Yields the samples of shards in their order, those whose image header cannot be read at the end of a shard.
 
     Raises:
-        StreamError: if a shard cannot be read, is no complete tar, has no samples, or has another fault.
+        ValueError: if a shard cannot be read, is no complete tar, has no samples, or has another fault.
     """
     for url in urls:
-        name = f"stream {printable(url)}"
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
                 scan = scan_shard(path, labels, vectors=False)
                 unreadable = scan.faults.pop(BAD_IMAGE, None)
                 faults = [f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items()]
                 if scan.damage or faults or not (len(scan.rows) or unreadable):
-                    found = scan.damage or "; ".join(faults) or "no images"
-                    raise StreamError(f"{name}: must be a complete tar of samples: {found}")
+                    raise ValueError(
+                        f"not a complete tar of samples: {scan.damage or '; '.join(faults) or 'no images'}"
+                    )
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
                 if unreadable is not None:
                     yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.samples
-        except StreamError:
-            raise
-        except (OSError, HTTPException, ValueError) as error:  # a ValueError: an invalid address
-            raise StreamError(f"{name}: cannot be read: {type(error).__name__}: {error}") from error
+        except (OSError, HTTPException, ValueError) as error:
+            kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+            raise ValueError(f"stream {printable(url)}: cannot be read: {kind}{error}") from error
 
 
 @contextmanager
@@ -242,6 +233,6 @@ def _open_shard(url: str) -> Iterator[Path]:
             for block in iter(partial(response.read, 2**20), b""):
                 file.write(block)
                 if file.tell() > _MAX_SHARD_BYTES:
-                    raise StreamError(f"stream {url}: must have at most {size_text(_MAX_SHARD_BYTES)}, got more")
+                    raise ValueError(f"more than {size_text(_MAX_SHARD_BYTES)}")
         file.flush()
         yield Path(f"/dev/fd/{file.fileno()}")

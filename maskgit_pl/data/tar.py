@@ -17,11 +17,9 @@ from zlib import adler32
 from maskgit_pl.errors import printable
 
 BLOCK = 512
-Kind = Literal["file", "folder", "link", "device", "sparse file"]
+Kind = Literal["file", "folder", "link", "device"]
 
 _MAX_EXTENDED_BYTES = 2**20  # of a long name or a pax header; a path has at most 4,096
-# The first bytes of compressed files, to name the format in the error.
-_MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _KINDS: Mapping[bytes, Kind] = {b"0": "file", b"\0": "file", b"7": "file", b"5": "folder", b"1": "link", b"2": "link"}
 
 
@@ -59,10 +57,6 @@ def read_members(descriptor: int) -> Iterator[Member]:
     offset, long_name, pax = 0, "", dict[bytes, bytes]()
     while (header := _read_header(descriptor, offset)) is not None:  # 1.
         flag, start = header[156:157], offset + BLOCK
-        if flag == b"S":  # GNU's sparse format: the header does not give the length in the file
-            raise DamagedTarError(
-                f"sparse member {printable(_name(header))} at byte {offset}; create the tar without sparse files"
-            )
         is_extended = flag in b"LKxg"  # GNU long name, GNU long link, pax header, global pax header
         member = _member(header, start) if is_extended else _member(header, start, long_name, pax)
         if is_extended and member.size > _MAX_EXTENDED_BYTES:
@@ -102,11 +96,9 @@ def _read_header(descriptor: int, offset: int) -> bytes | None:
         raise DamagedTarError(f"truncated at byte {os.fstat(descriptor).st_size}, {where}")
     if len(block) == BLOCK and (_has_checksum(block) or not any(block)):
         return block if any(block) else None
-    packed = next((kind for magic, kind in _MAGIC.items() if block.startswith(magic)), None)
-    damage = f"not a tar, or its first header is damaged; it begins with {block[:8]!r}"
-    if offset or packed:
-        damage = f"damaged member header at byte {offset}" if offset else f"compressed ({packed}), decompress it"
-    raise DamagedTarError(damage)
+    if offset:
+        raise DamagedTarError(f"damaged member header at byte {offset}")
+    raise DamagedTarError(f"not an uncompressed tar, or its first header is damaged; it begins with {block[:8]!r}")
 
 
 def _check_end(descriptor: int, offset: int, length: int) -> None:
@@ -115,8 +107,7 @@ def _check_end(descriptor: int, offset: int, length: int) -> None:
         raise DamagedTarError(f"truncated at byte {length}, the end of the archive is missing")
     for start in range(offset, length, 2**20):
         if any(os.pread(descriptor, 2**20, start)):
-            what = "zeros instead of a member" if offset == 0 else "a damaged member header"
-            raise DamagedTarError(f"{what} at byte {offset}, followed by other bytes")
+            raise DamagedTarError(f"damaged member header at byte {offset}: zeros, followed by other bytes")
 
 
 def _has_checksum(header: bytes) -> bool:
@@ -146,8 +137,6 @@ def _member(header: bytes, start: int, long_name: str = "", pax: Mapping[bytes, 
         size = 0
     elif kind == "file" and name.endswith("/"):  # in tars older than ustar
         kind = "folder"
-    elif kind == "file" and any(b"GNU.sparse" in key for key in pax):
-        kind = "sparse file"
     return Member(name, kind, size, start)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from maskgit_pl.checks import check_integer, check_number
+from maskgit_pl.checks import check_integers, check_number
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,7 @@ class TokenizingConfig:
     unreadable_budget: float = 1e-4
 
     def __post_init__(self) -> None:
-        check_integer("tokenize batch_size", self.batch_size, "[1, inf)")
-        check_integer("tokenize part_size", self.part_size, "[1, inf)")
-        if self.num_workers is not None:
-            check_integer("tokenize num_workers", self.num_workers, "[0, 1024]")
+        check_integers(self, "tokenize ", batch_size="[1, inf)", part_size="[1, inf)", num_workers="[0, 1024]")
         check_number("data.unreadable_budget", self.unreadable_budget, "[0, 1]")
 
 

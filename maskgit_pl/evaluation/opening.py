@@ -171,7 +171,7 @@ def open_data(folders: RunFolders, pipe: MaskGIT, *, num_workers: int = 0) -> Sh
     channels = pipe.tokenizer.channels
     data = open_images(folders.data, pipe.tokenizer.image_size, channels, num_workers=num_workers)
     check_data(pipe, data)
-    data.warn_if_resized()
+    data.warn_if_enlarged()
     return data
 
 

@@ -284,7 +284,7 @@ def open_tokenizer(
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
     channels = tokenizer.channels
     data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
-    data.warn_if_resized()
+    data.warn_if_enlarged()
     extractors = open_extractors(
         folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
     )

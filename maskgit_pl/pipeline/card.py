@@ -33,7 +33,6 @@ _SETTINGS = (
     "data.path",
     "data.global_batch",
     "data.augmentations",
-    "data.crop",
     "data.seed",
     "model.optimizer.learning_rate",
     "model.optimizer.weight_decay",

@@ -31,7 +31,7 @@ PAPER_SCHEDULES = ("exp", "cubic", "square", "cosine", "linear", "sqrt", "log") 
 _SECONDS_BETWEEN_POLLS = 0.2
 _DECODING = "model.decoding"
 _GROUPS = ("model", "network", "optimizer", "data", "trainer", "decoding")  # left out of the names of variants
-_SHARED = ("data.image_size", "data.in_channels", "data.augmentations", "data.crop")  # of all variants: the same images
+_SHARED = ("data.image_size", "data.in_channels", "data.augmentations")  # of all variants: the same images
 
 
 @dataclass(frozen=True)

@@ -235,8 +235,8 @@ def _build(
     if run.datamodule.stream is None:
         run.datamodule.setup()
     report.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
-    if run.datamodule.resizing is not None:
-        report.add("image size", run.datamodule.resizing, "warning")
+    if run.datamodule.enlarging is not None:
+        report.add("image size", run.datamodule.enlarging, "warning")
     return run
 
 

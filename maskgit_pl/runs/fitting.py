@@ -318,7 +318,7 @@ def _log_start(run: StageRun, newest: Path | None) -> None:
         log.info("%s: starts from the weights of %s", run.folder, plan.pretrained)
     if plan.recipe.get("trainer.precision") == AUTO and run.values.trainer.precision != "32-true":
         log.info("%s: trainer.precision %s: %s", run.folder, AUTO, run.values.trainer.precision)
-    run.datamodule.warn_if_resized()
+    run.datamodule.warn_if_enlarged()
     if run.datamodule.stream is not None:
         log.info("%s: the order of a stream is not exact: a resumed run starts another order of shards", run.folder)
     resuming = f"; resuming from {newest.name}" if newest else ""

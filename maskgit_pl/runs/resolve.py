@@ -46,7 +46,7 @@ _PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  #
 _WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 # Settings that must not change: the clipping of gradients, these of data, and all of the model but _FREE_MODEL.
-_DATA = ("image_size", "in_channels", "augmentations", "crop", "global_batch", "seed")
+_DATA = ("image_size", "in_channels", "augmentations", "global_batch", "seed")
 _FREE_MODEL = {
     "model.activation_checkpointing",
     "model.compiled",
@@ -87,7 +87,7 @@ def adapt_to_few_images(recipe: Recipe, shards: Path) -> Recipe:
         lower["trainer"]["val_check_interval"] = min(every, limit)
     if warmup := value_at(recipe.base, "model.optimizer.learning_rate.warmup_steps"):
         lower["model"] = {"optimizer": {"learning_rate": {"warmup_steps": min(warmup, limit // 5)}}}
-    is_cropped = any(recipe.get(f"data.{key}") is not None for key in ("augmentations", "crop", "views"))
+    is_cropped = any(recipe.get(f"data.{key}") is not None for key in ("augmentations", "views"))
     if source == "tokens" and limit * batch > _PASSES_OF_A_VIEW * images and not is_cropped:
         lower["data"] = _VIEWS
     return replace(recipe, base=merge([recipe.base, lower]))

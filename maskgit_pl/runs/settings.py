@@ -18,6 +18,7 @@ from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import (
     WrongValue,
     check_integer,
+    check_integers,
     check_number,
     describe_wrong_values,
     shorten,
@@ -56,13 +57,6 @@ _RUN_RANGES = {
     "cpu_threads": "[1, 4096]",
     "max_passes": f"[1, {_INT64}]",
 }
-
-
-def _check_integers(settings: object, ranges: Mapping[str, str], prefix: str = "") -> None:
-    """Checks the integers of a dataclass that are not None."""
-    for name, interval in ranges.items():
-        if getattr(settings, name) is not None:
-            check_integer(f"{prefix}{name}", getattr(settings, name), interval)
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class TrainerSettings:
     def __post_init__(self) -> None:
         if isinstance(self.devices, int):
             check_integer("trainer.devices", self.devices, "[-1, 1024]")
-        _check_integers(self, _TRAINER_RANGES, "trainer.")
+        check_integers(self, "trainer.", **_TRAINER_RANGES)
         if self.gradient_clip_val is not None:
             check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
 
@@ -146,7 +140,7 @@ class RunSettings:
     profiler: Literal["simple", "pytorch"] | None = None
 
     def __post_init__(self) -> None:
-        _check_integers(self, _RUN_RANGES)
+        check_integers(self, **_RUN_RANGES)
         check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
         names = [logger if isinstance(logger, str) else logger.get("name") for logger in self.loggers]
         if any(names.count(name) > 1 for name in names):

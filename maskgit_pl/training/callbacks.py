@@ -165,11 +165,13 @@ class UnreadableReport(Callback):
         try_write_text(path, json.dumps(content, indent=1) + "\n")
         for split, images in counters.items():
             log.warning(
-                "data, split %s: %d of %d images could not be read (%s; %s) and were replaced by the next image of the "
-                "split; list: %s",
-                split, images.count, images.seen,
-                _format_counts(images.count_by("reason")), _format_counts(images.count_by("shard")), path,
-            )  # fmt: skip
+                "data, split %s: %d of %d images could not be read and were replaced by the next image of the split; "
+                "list: %s",
+                split,
+                images.count,
+                images.seen,
+                path,
+            )
 
 
 def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) -> None:
@@ -183,7 +185,3 @@ def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) ->
             logger.log_image(name, picture, trainer.global_step)
 
 
-def _format_counts(counts: dict[str, int]) -> str:
-    """Formats the first five counts: ``train-000000.tar 3, train-000004.tar 1``."""
-    items = [f"{name} {count}" for name, count in counts.items()]
-    return ", ".join(items[:5] + ["..."] * (len(items) > 5))

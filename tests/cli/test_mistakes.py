@@ -110,10 +110,13 @@ def test_a_wrong_command_flag_or_choice_is_one_line_with_the_nearest(is_refused,
     [
         ("data make nowhere --out new", "No such file or directory: 'nowhere'"),
         ("data make empty --out new", "source empty must "),  # SOURCE is no flag
-        ("data make text.jpg --out new", "got: not a tar, or its first header is damaged; it begins with b'hello'"),
+        (
+            "data make text.jpg --out new",
+            "got: not an uncompressed tar, or its first header is damaged; it begins with b'hello'",
+        ),
         ("data make photos --out new --val-fraction 0.5", "--val-fraction must not be set for source photos"),
         ("data index nowhere", "nowhere"),
-        ("data index shards --train ''", "shard pattern '' must name files inside"),
+        ("data index shards --val ''", "shard pattern '': no file in shards matches ''"),
         ("data index shards --label-field x --no-labels", "--label-field must not be given with --no-labels"),
         ("data index shards --class-names a,a", "class names: each class must have another name"),
         ("data index shards --class-names latin.txt", "latin.txt must be UTF-8 text, one name per line"),

@@ -56,7 +56,13 @@ def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop
     samples = [(encode_png(wide_image(number)), number % 3) for number in range(COUNT)]
     folder = save_data(tmp_path, {"train": samples, "val": samples})
     config = ShardDataConfig(
-        str(folder), image_size=4, in_channels=1, crop=crop, global_batch=8, validation_batch=5, seed=5
+        str(folder),
+        image_size=4,
+        in_channels=1,
+        augmentations=[f"{crop}_crop"],
+        global_batch=8,
+        validation_batch=5,
+        seed=5,
     )
     shards = ShardData(config)
     shards.setup()
@@ -85,8 +91,8 @@ def test_a_step_has_the_same_samples_on_any_number_of_ranks(world_size: int, acc
     whole = list(data().train_dataloader())[1]
     parts = []
     for rank in range(world_size):
-        module = data(accumulation=accumulation)
-        module.trainer = OnRank(rank, world_size, step=1)
+        module = data()
+        module.trainer = OnRank(rank, world_size, step=1, accumulation=accumulation)
         parts += [batch for batch, _ in zip(module.train_dataloader(), range(accumulation), strict=False)]
     order = torch.cat([part.position for part in parts]).argsort()
     together = Batch(*(torch.cat(column)[order] for column in zip(*(part[:7] for part in parts), strict=True)))
@@ -129,15 +135,14 @@ def test_a_plain_trainer_resumes_in_mid_epoch(tmp_path: Path) -> None:
     assert len(straight.seen) == 7
     assert stopped.seen + resumed.seen == straight.seen
     micro = Recording()
-    plain_trainer(tmp_path, 7, accumulate_grad_batches=2).fit(micro, datamodule=data(accumulation=2))
+    plain_trainer(tmp_path, 7, accumulate_grad_batches=2).fit(micro, datamodule=data())
     assert [first + second for first, second in zip(micro.seen[::2], micro.seen[1::2], strict=True)] == straight.seen
 
 
 @pytest.mark.filterwarnings("ignore:.*num_workers")
-def test_a_trainer_that_accumulates_otherwise_is_refused(tmp_path: Path) -> None:
-    trainer = plain_trainer(tmp_path, 1)
-    with pytest.raises(ValueError, match=r"accumulate_grad_batches=\) must be 2, got 1; .* accumulation=2"):
-        trainer.fit(Recording(), datamodule=data(accumulation=2))
+def test_a_batch_that_micro_batches_cannot_share_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="multiple of 1 ranks x 3 micro-batches, got 8"):
+        plain_trainer(tmp_path, 1, accumulate_grad_batches=3).fit(Recording(), datamodule=data())
 
 
 PAIRS = TensorDataset(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8, dtype=torch.int64))
@@ -147,7 +152,6 @@ PAIRS = TensorDataset(torch.zeros(8, 1, 4, 4, dtype=torch.uint8), torch.zeros(8,
     ("make", "message"),
     [
         (lambda: data(seed=-1), "seed must be an integer"),
-        (lambda: data(accumulation=3).train_dataloader(), "multiple of 1 ranks x 3 micro-batches, got 8"),
         (lambda: IndexedDataset(Images(), image_size=0), "image_size must be an integer"),
         (lambda: IndexedDataset(Images(), image_size=4, in_channels=5), "in_channels must be one of 1 .*, got 5"),
         (lambda: IndexedDataModule(PAIRS), r"train .* got a TensorDataset; give IndexedDataset\("),

@@ -102,7 +102,7 @@ def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, 
 
 
 def explain(index: int) -> Unreadable:
-    return Unreadable(index, f"shard {index // 10}", f"shard {index // 10}:{index}.jpg", "damaged", "bad code word")
+    return Unreadable(f"shard {index // 10}:{index}.jpg", "damaged", "bad code word")
 
 
 def counter(num_samples: int = 1000, budget: float = 1e-4) -> UnreadableImages:
@@ -132,14 +132,12 @@ def test_a_hundred_in_a_row_or_all_end_the_run_whatever_the_budget(num_samples, 
         add(counter(num_samples, budget=1.0), (5, (5 + length) % num_samples))
 
 
-def test_skipped_images_are_counted_by_shard_and_reason_and_listed():
+def test_skipped_images_are_counted_and_listed():
     images = counter()
     add(images)
     add(images, (8, 11), (8, 11), (999, 0))
     assert (images.seen, images.count, sorted(images.images)) == (200, 7, [8, 9, 10, 999])
-    assert images.count_by("shard") == {"shard 0": 4, "shard 1": 2, "shard 99": 1}
-    assert images.count_by("reason") == {"damaged": 7}
     written = images.as_json()
-    assert (written["seen"], written["unreadable"], written["shards"]) == (200, 7, images.count_by("shard"))
+    assert (written["seen"], written["unreadable"]) == (200, 7)
     entry = {"image": "shard 0:9.jpg", "index": 9, "times": 2, "reason": "damaged", "error": "bad code word"}
     assert written["images"][1] == entry

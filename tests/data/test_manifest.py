@@ -8,7 +8,7 @@ from maskgit_pl.data.index import find_shards, index_shards
 from maskgit_pl.data.manifest import (
     ImageRange,
     ShardReader,
-    describe_resizing,
+    describe_enlarging,
     load_manifest,
     load_manifests,
     read_manifest_summary,
@@ -78,15 +78,13 @@ def test_a_fifo_in_a_data_folder_is_refused_and_not_waited_for(folder, name):
 @pytest.mark.parametrize(
     ("height", "width", "size", "sentence"),
     [
-        ((48, 48), (64, 64), 32, "64 x 48 pixels are reduced to 32 x 32; set data.image_size of the tokenizer to [48"),
         ((32, 32), (32, 32), 64, "32 x 32 pixels are enlarged to 64 x 64, which adds no detail; set data.image_size"),
-        ((20, 48), (30, 60), (64, 48), "from larger images with --image-size 64,48"),
-        ((64, 64), (64, 64), 64, "None"),
+        ((20, 48), (30, 60), (64, 48), "set data.image_size of the tokenizer to at most [48, 60], or make the data"),
         ((300, 900), (400, 800), 64, "None"),  # photos of several sizes, reduced as usual
     ],
 )
-def test_images_that_are_all_resized_are_described_with_the_way_out(height, width, size, sentence):
-    assert sentence in str(describe_resizing(ImageRange(height, width, (3,)), size))
+def test_images_that_are_all_enlarged_are_described_with_the_way_out(height, width, size, sentence):
+    assert sentence in str(describe_enlarging(ImageRange(height, width, (3,)), size))
 
 
 def replace_file(path):

@@ -77,7 +77,10 @@ def test_only_keys_of_the_decoding_need_no_training() -> None:
         ("model.network.depth=2,6", DEPTH),
         ("--decoding.guidance.scale=0, 2", SCALE),
         ("model.mask_schedule=log,{name: pow}", Factor("model.mask_schedule", ("log", "{name: pow}"))),
-        ("data.crop=[0.9, 0.96],[0.9, 0.99]", Factor("data.crop", ("[0.9, 0.96]", "[0.9, 0.99]"))),
+        (
+            "model.optimizer.betas=[0.9, 0.96],[0.9, 0.99]",
+            Factor("model.optimizer.betas", ("[0.9, 0.96]", "[0.9, 0.99]")),
+        ),
     ],
 )
 def test_factors_are_parsed(text: str, factor: Factor) -> None:

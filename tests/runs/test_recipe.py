@@ -173,11 +173,11 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
 
 
 def test_a_flag_may_bring_the_values_of_files_into_range(tmp_path):
-    (tmp_path / "mine.yaml").write_text("data: {source: tokens, crop: random}")  # the store has central crops
+    (tmp_path / "mine.yaml").write_text("data: {source: stream}")
     names = [str(tmp_path / "mine.yaml")]
-    with pytest.raises(ValueError, match=r"data\.crop must be 'center'"):
+    with pytest.raises(ValueError, match=r"data\.stream\.urls must be given"):
         Recipe.read("transformer", names=names)
-    assert Recipe.read("transformer", names=names, overrides=["--data.crop=center"]).get("data.crop") == "center"
+    assert Recipe.read("transformer", names=names, overrides=["--data.source=images"]).get("data.source") == "images"
 
 
 WRONG = [  # text of a file, flags, stage, error

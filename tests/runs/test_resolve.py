@@ -105,7 +105,7 @@ def test_a_run_keeps_its_precision_on_a_device_that_would_choose_another(
 
 
 FIXED = {  # keys other than those of the model
-    "data", "data.image_size", "data.in_channels", "data.augmentations", "data.crop", "data.global_batch", "data.seed",
+    "data", "data.image_size", "data.in_channels", "data.augmentations", "data.global_batch", "data.seed",
     "trainer.gradient_clip_val",
 }  # fmt: skip
 FREE = {
