@@ -76,7 +76,6 @@ class EvaluationOptions(ModelOptions):
     Args:
         num_steps: Number of decoding steps (default: the model's own).
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
-        lpips: Also measure LPIPS of the reconstructions with vgg=FILE, alex=FILE or squeeze=FILE.
         likelihood_images: Number of real images for the likelihood.
         resume: Keep the measurements of an interrupted evaluation.
 
@@ -86,7 +85,6 @@ class EvaluationOptions(ModelOptions):
 
     num_steps: int | None = None
     reference: Path | None = None
-    lpips: str | None = None
     likelihood_images: int = 2000
     resume: bool = False
 

@@ -175,7 +175,7 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("evaluate model --data nowhere", "nowhere: no such folder"),
         ("evaluate model", "choose them with --data"),
         ("evaluate model --data shards --num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
-        ("evaluate model --data shards --cas --cas-max-steps 0", "max_steps must be an integer in [1, inf), got 0"),
+        ("table 1 model --data shards --cas-max-steps 0", "max_steps must be an integer in [1, inf), got 0"),
         ("evaluate-tokenizer nowhere", "nowhere: no tokenizer there"),
         ("evaluate-tokenizer empty", "no tokenizer there; name a run"),
         ("evaluate-tokenizer model --data shards --num-images 3", "--num-images must be an integer in [4, inf), got 3"),
