@@ -342,7 +342,7 @@ def _obtain(
     """
     files = {}
     for each in extractors:
-        whole_key = {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
+        whole_key = {**key, "weights": each.digest, "knows_classes": each.knows_classes}
         name = re.sub("[^A-Za-z0-9_.]+", "-", f"{key['split']}-{each.label}")
         files[each.label] = folder / f"{name}-{shorten_digest(digest_of(whole_key))}.npz"
     # Extraction is collective: all ranks compute what any of them does not have.

@@ -8,7 +8,6 @@ a distance: ``lpips`` (also a measurement of reconstructions), or one of another
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -38,7 +37,6 @@ PerceptualOutput = Literal["logits", "features"]
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
 _SIZES = "[1, 4096]"  # pixels
-_INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
 _INCEPTION_SIZE = 299
 
@@ -143,8 +141,7 @@ class InceptionSpec:
     """The InceptionV3 of published FID, sFID, IS, precision and recall.
 
     Attributes:
-        weights: Path of the weight file; None: ``$MASKGIT_INCEPTION``, else
-            ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
+        weights: Path of the weight file; None: ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
         sha256: First digits of the file's sha256. Default: those of the file that torch-fidelity publishes.
     """
 
@@ -153,22 +150,16 @@ class InceptionSpec:
     label: ClassVar[str] = "inception"
     knows_classes: ClassVar[bool] = True  # the inception score is defined by this network
 
-    @property
-    def path(self) -> Path:
-        """The path of the weight file."""
-        named = self.weights or os.environ.get(_INCEPTION_VARIABLE)
-        return Path(named) if named else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
-
     def create(self) -> nn.Module:
         """Builds the network with the weights of the file, after checking its sha256."""
-        if not self.path.is_file():
-            raise ValueError(
-                f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
-                f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
-            )
+        file = Path(self.weights) if self.weights else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
         thing = "feature network 'inception'"
-        weights = read_weights(self.path, thing=thing, sha256=self.sha256)
-        return load_network(Inception, weights, f"{thing} {self.path}")
+        if not file.is_file():
+            raise ValueError(
+                f"{thing}: no file {file}; download {_INCEPTION_URL} to that path, or name it: inception=PATH; "
+                "`--features lite0` needs no file"
+            )
+        return load_network(Inception, read_weights(file, thing=thing, sha256=self.sha256), f"{thing} {file}")
 
 
 @feature_networks.register("timm")
@@ -253,34 +244,22 @@ class ClassifierSpec:
         return load_classifier(Path(self.folder))
 
 
-# On the command line, the patterns of networks that take a file or a folder, and the same for people.
-_SYNTAX = {
-    "inception": (r"inception(?:=(?P<weights>.+))?", "inception or inception=FILE"),
-    "timm": (r"timm:(?P<model>[^=]+)=(?P<weights>.+)", "timm:MODEL=FILE, e.g. timm:resnet50=resnet50.safetensors"),
-    "classifier": (r"classifier=(?P<folder>.+)", "classifier=FOLDER"),
-}
-
-
 def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     """Builds the feature network that a command's argument names.
 
     Args:
-        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any
-            registered name, or a mapping with ``name`` and arguments.
+        text: Registered name such as ``lite0``, also with a path: ``inception=FILE``, ``timm:MODEL=FILE`` or
+            ``classifier=FOLDER``; or a mapping with ``name`` and arguments.
 
     Raises:
         ValueError: if the name is unknown, or a part is missing or too many.
     """
     if not isinstance(text, str):
         return feature_networks.build(text)
-    # The name ends at the first separator; the pattern of the network checks the rest.
-    name = re.split("[:=]", text)[0]
-    feature_networks.factory(name)  # raises if it is unknown
-    pattern, syntax = _SYNTAX.get(name, (re.escape(name), name))
-    match = re.fullmatch(pattern, text)
-    if match is None:
-        raise ValueError(f"feature network must be {syntax}, got {text!r}")
-    return feature_networks.build({"name": name, **{key: part for key, part in match.groupdict().items() if part}})
+    head, _, path = text.partition("=")
+    name, _, model = head.partition(":")
+    parts = {"model": model, "folder" if name == "classifier" else "weights": path}
+    return feature_networks.build({"name": name, **{key: part for key, part in parts.items() if part}})
 
 
 def _lite0_file() -> Path:

@@ -171,7 +171,7 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("compare causal --data shards", "compare requires a model with bidirectional attention"),
         ("tune causal --data shards", "tune requires a model with bidirectional attention"),
         ("evaluate model --data shards --features clasifier", "unknown feature network 'clasifier'"),
-        ("evaluate model --data shards --features inception=nowhere.pth", "MASKGIT_INCEPTION"),
+        ("evaluate model --data shards --features inception=nowhere.pth", "no file nowhere.pth; download https://"),
         ("evaluate model --data nowhere", "nowhere: no such folder"),
         ("evaluate model", "choose them with --data"),
         ("evaluate model --data shards --num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
