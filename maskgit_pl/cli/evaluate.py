@@ -181,7 +181,7 @@ def tune(
         data: Data folder (default: that of the training).
         trials: Number of trials, with those of earlier calls.
         metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
-            classifier, or agreement with it.
+            classifier, or class_agreement with it.
         num_images: Images generated for each trial.
         out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
     """

@@ -41,7 +41,6 @@ from maskgit_pl.evaluation.metrics import (
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, read_real_vectors, split_digest
-from maskgit_pl.files import remove_partials
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
@@ -309,14 +308,15 @@ class Evaluator:
         tokens, labels = encode_real_images(model.pipe, self.data, limit=count, batch_size=self.batch_size)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
+        bits = 1 / (math.log(2) * tokens.shape[1])  # per token, of the nats of an image
         if transformer.mask_schedule is None:
-            return _in_bits("exact", exact_nll(transformer.network, tokens, labels, **options), tokens.shape[1])
+            return _estimate("exact_bits_per_token", exact_nll(transformer.network, tokens, labels, **options), bits)
         options["draws"] = draws
         images = tokens, labels, read_real_vectors(self.data, model.pipe, num_images=count)
         sampler = MaskSampler(transformer.mask_schedule, seed)
         part = masked_nll(transformer.network, *images, sampler=sampler, **options)
         bound = negative_elbo(transformer.network, *images, seed=seed, **options)
-        return {**_estimate("masked_nll", part), **_in_bits("elbo", bound, tokens.shape[1])}
+        return {**_estimate("masked_nll", part), **_estimate("elbo_bits_per_token", bound, bits)}
 
     def measure_cas(
         self,
@@ -458,21 +458,13 @@ def _estimate(name: str, values: Tensor, factor: float = 1) -> dict[str, float]:
     return {name: factor * float(values.mean()), f"{name}_error": factor * error}
 
 
-def _in_bits(name: str, nats: Tensor, num_tokens: int) -> dict[str, float]:
-    """Returns the estimates of (n,) float64 likelihoods per token, which a uniform guess has log2(K) of, and image."""
-    per_token = _estimate(f"{name}_bits_per_token", nats, 1 / (math.log(2) * num_tokens))
-    return per_token | _estimate(f"{name}_bits_per_image", nats, 1 / math.log(2))
-
-
 def _in_memory(images: Tensor, labels: Tensor) -> LabelledImages:
     return LabelledImages(lambda rows: images[rows.start : rows.stop], labels)
 
 
 def delete_generated(file: Path) -> None:
-    """Deletes generated images, with the parts and partial files that a killed process has left of them."""
+    """Deletes generated images, with the parts that a killed process has left of them."""
     if rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)
-        if file.parent.is_dir():
-            remove_partials(file.parent, file.name)
         shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
     barrier()

@@ -31,7 +31,6 @@ Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
 Value: TypeAlias = float | tuple[float, float] | None
 _Result = TypeVar("_Result")
-_SHORT_NAMES = {"agreement": "class_agreement"}
 _log = logging.getLogger(__name__)
 
 
@@ -210,14 +209,12 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
 def tuning_column(metric: str) -> str:
     """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``.
 
-    ``agreement`` is short for ``class_agreement``.
-
     Raises:
         ValueError: if no such metric is computed from features.
     """
     computed = computed_metrics()
-    name = _SHORT_NAMES.get(check_choice("metric", metric, [*computed, *_SHORT_NAMES]), metric)
-    return f"{name}/{CLASSIFIER}" if computed[name].of_network else name
+    check_choice("metric", metric, list(computed))
+    return f"{metric}/{CLASSIFIER}" if computed[metric].of_network else metric
 
 
 def find_metric(name: str) -> Metric:

@@ -209,7 +209,7 @@ def tune(
         data: Data folder; None for the data that the run was trained on.
         trials: Number of trials of the study, with those of earlier calls.
         metric: A metric of the registry, such as ``fid`` or ``kid``, in the features of the data's own
-            classifier, or ``agreement``.
+            classifier, or ``class_agreement``.
         num_images: Number of images per trial, at least 2 per class.
         out: Folder of the study, the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
         options: The search, the seed and other options; None for the defaults.

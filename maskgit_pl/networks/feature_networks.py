@@ -6,7 +6,6 @@ small network or one of timm's. ``evaluation.classifier`` trains them, and ``loa
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -26,6 +25,7 @@ from maskgit_pl.checks import (
     check_image_size,
     check_integer,
     check_keys,
+    did_you_mean,
     height_width,
     plain_size,
     shorten,
@@ -275,16 +275,14 @@ def check_timm_model(what: str, name: str, *, others: tuple[str, ...] = ()) -> N
     """Checks that timm has a model of a name.
 
     Raises:
-        ValueError: if it has not. The message has the nearest names, also of ``others``.
+        ValueError: if it has not. The message has the nearest name, also of ``others``.
     """
     import timm  # takes half a second, which most runs need not spend
 
-    if timm.is_model(name):
-        return
-    close = difflib.get_close_matches(name[:_LONGEST_NAME], [*others, *timm.list_models()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    names = " or ".join([*map(repr, others), "a name that timm knows"])
-    raise ValueError(f"{what} must be {names}, got {shorten(name)}; {hint}")
+    if not timm.is_model(name):
+        names = " or ".join([*map(repr, others), "a name that timm knows"])
+        hint = did_you_mean(name[:_LONGEST_NAME], [*others, *timm.list_models()]) or "timm.list_models() lists all"
+        raise ValueError(f"{what} must be {names}, got {shorten(name)}; {hint}")
 
 
 def weights_digest(network: nn.Module) -> str:

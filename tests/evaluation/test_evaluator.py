@@ -184,10 +184,8 @@ def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Pat
 
 def test_likelihoods_are_means_with_standard_errors_in_bits() -> None:
     nats = math.log(2) * torch.tensor([4.0, 12.0, 20.0], dtype=torch.float64)
-    error = 8 / math.sqrt(3)
-    per_token = {"elbo_bits_per_token": 3, "elbo_bits_per_token_error": error / 4}
-    per_image = {"elbo_bits_per_image": 12, "elbo_bits_per_image_error": error}
-    assert module._in_bits("elbo", nats, 4) == pytest.approx(per_token | per_image)
+    expected = {"elbo_bits_per_token": 3, "elbo_bits_per_token_error": 8 / math.sqrt(3) / 4}
+    assert module._estimate("elbo_bits_per_token", nats, 1 / (math.log(2) * 4)) == pytest.approx(expected)
 
 
 def test_fast_metrics_are_found_in_a_row_of_all_but_not_the_reverse(folder: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_a_feature_network_is_parsed_from_the_command_line(text, expected):
         ("inceptoin", "did you mean 'inception'"),
         ("lite0=x", "unknown key 'weights'"),
         ("timm:resnet50", "the key 'weights' is missing"),
-        ("timm:resnet5O=x", "a name that timm knows, got .*did you mean resnet50"),
+        ("timm:resnet5O=x", "a name that timm knows, got .*did you mean 'resnet50"),
         ({"size": 3}, "known: classifier, inception, lite0, timm"),
     ],
 )
