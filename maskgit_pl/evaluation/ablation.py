@@ -224,7 +224,7 @@ class _Ablation:
     def _folders(self, run: Path) -> RunFolders:
         # All runs of the data share its classifier, not only those of ablations.
         real = self.runs.config.runs / f"{self.runs.shards.absolute().name}-classifier"
-        return RunFolders(run / "pretrained", run, self.runs.shards, self.options.classifier or real / "small", real)
+        return RunFolders(run / "pretrained", run, self.runs.shards, real)
 
     def _describe(self) -> dict[str, Any]:
         """Returns the column ``protocol`` of the rows: everything that the variants share, in plain values."""

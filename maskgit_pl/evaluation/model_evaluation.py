@@ -81,7 +81,7 @@ def evaluate(
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     options = options or EvaluationOptions()
-    folders = find_run(run, data=data, classifier=options.classifier)
+    folders = find_run(run, data=data)
     file = out or folders.run / "evaluation.json"
     check_writable("out", file)  # before hours of measurements
     with process_group():  # all ranks measure; the first one writes
@@ -239,7 +239,7 @@ class Report:
 
     def findings(self) -> list[str]:
         """Returns sentences about the limiting stage, if it is known, and the held-out images."""
-        return [text for text in (self.content["limiting_stage"], self.content["held_out"]["text"]) if text]
+        return [text for text in (self.content["limiting_stage"], self.content["held_out"]) if text]
 
 
 def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:

@@ -37,14 +37,11 @@ class MeasurementOptions:
         batch_size: Images per batch; it does not change results.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
         num_workers: Processes that read real images (default: 0).
-        classifier: Folder of the classifier that judges images, which is trained if it is missing (default:
-            runs/DATA-classifier/small).
     """
 
     batch_size: int = 100
     device: str | None = None
     num_workers: int = 0
-    classifier: Path | None = None
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name in _BOUNDS):

@@ -216,7 +216,7 @@ def evaluate_tokenizer(
         ValueError: if a network is unknown, or a number is out of range.
     """
     options = options or TokenizerOptions()
-    folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
+    folders = find_tokenizer_folders(folder, data=data)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
     report = TokenizerReport(measure_tokenizer(open_tokenizer(folders, features, options, bars), bars), file)
@@ -277,9 +277,7 @@ def open_tokenizer(
     channels = tokenizer.channels
     data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
     data.warn_if_resized()
-    extractors = open_extractors(
-        folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
-    )
+    extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
 
 

@@ -226,7 +226,7 @@ def tune(
     name = tuning_column(metric)
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
-    folders = find_run(run, data=data, classifier=options.classifier)
+    folders = find_run(run, data=data)
     if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
         raise ValueError(
             "tune must have a model outside of the package, next to whose weights it writes; copy it with "

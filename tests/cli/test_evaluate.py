@@ -92,7 +92,7 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert "class agreement" in out
     assert "FID (classifier)" in out
     assert report["limiting_stage"] in out
-    assert report["held_out"]["text"] in out
+    assert report["held_out"] in out
     assert out.index("FID (classifier)") < out.index("of reconstructions") < out.index("KID x 1000")
 
 

@@ -29,7 +29,7 @@ def test_the_stage_that_most_of_the_fid_comes_from(
     }
     limit = describe_limit(content)
     assert (limit or "").startswith(sentence)
-    findings = Report({"limiting_stage": limit, "held_out": {"text": "Held out."}}, Path()).findings()
+    findings = Report({"limiting_stage": limit, "held_out": "Held out."}, Path()).findings()
     assert findings == ([limit, "Held out."] if sentence else ["Held out."])
 
 
