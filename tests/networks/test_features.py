@@ -16,10 +16,10 @@ from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 from maskgit_pl.networks.feature_networks import weights_digest
 from maskgit_pl.networks.features import (
     ClassifierSpec,
-    FeatureDistance,
     FeatureOutput,
     InceptionSpec,
     Lite0Spec,
+    LogitDistance,
     TimmSpec,
     create_distance,
     feature_networks,
@@ -204,17 +204,16 @@ def test_a_distance_is_of_one_pair_and_its_gradient_reaches_the_image(name, chan
 
 
 @pytest.mark.parametrize(
-    ("spec", "output", "message"),
+    ("spec", "message"),
     [
-        ("lpipz", "logits", r"unknown perceptual network 'lpipz': did you mean 'lpips'\? known: classifier, .*lpips"),
-        ({"name": "lpips", "weights": "x", "backbone": "resnet"}, "logits", "backbone must be"),
-        ({"name": "lpips", "weights": "x"}, "features", "output must be left out with network 'lpips'"),
-        ({"name": "timm", "model": "resnet5O", "weights": "x"}, "logits", "resnet5O"),
+        ("lpipz", r"unknown perceptual network 'lpipz': did you mean 'lpips'\? known: classifier, .*lpips"),
+        ({"name": "lpips", "weights": "x", "backbone": "resnet"}, "backbone must be"),
+        ({"name": "timm", "model": "resnet5O", "weights": "x"}, "resnet5O"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(spec, output, message):
+def test_a_wrong_value_is_refused_by_name(spec, message):
     with pytest.raises(ValueError, match=message):
-        PerceptualConfig(spec, output=output)
+        PerceptualConfig(spec)
 
 
 def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
@@ -223,18 +222,14 @@ def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
         config.create_network()
 
 
-class Outputs(nn.Module):
-    """A feature network: its features are the pixels, its logits are twice the pixels."""
+def test_the_logits_of_a_feature_network_are_compared():
+    class Outputs(nn.Module):
+        def forward(self, images):
+            return FeatureOutput(features=images.flatten(1), logits=2 * images.flatten(1))
 
-    def forward(self, images):
-        return FeatureOutput(features=images.flatten(1), logits=2 * images.flatten(1))
-
-
-@pytest.mark.parametrize(("output", "factor"), [("features", 1), ("logits", 4)])
-def test_the_named_output_is_compared(output, factor):
     images, others = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    expected = factor * (images - others).square().flatten(1).mean(1)
-    assert torch.allclose(FeatureDistance(Outputs(), output)(images, others), expected)
+    expected = 4 * (images - others).square().flatten(1).mean(1)
+    assert torch.allclose(LogitDistance(Outputs())(images, others), expected)
 
 
 @pytest.mark.parametrize("name", ["alex", "squeeze"])
