@@ -88,7 +88,7 @@ def evaluate_tokenizer(
 ) -> None:
     """Measures a tokenizer on the val split.
 
-    That is the reconstructions, codes, bits per pixel, speed and memory of a trained, exported or imported
+    That is the reconstructions, codes, bits per pixel and speed of a trained, exported or imported
     tokenizer. The command writes tokenizer.json. `maskgit table tokenizers` compares several.
 
     Example: maskgit evaluate-tokenizer runs/fashion-mnist-adaln --num-images 2000

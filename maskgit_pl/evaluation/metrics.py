@@ -116,7 +116,6 @@ _record("perplexity", "perplexity of codes", digits=1, higher_is_better=True)
 _record("bits_per_pixel", "bits per pixel", digits=3)
 _record("coded_bits_per_pixel", "entropy-coded bits per pixel", digits=3)
 _record("images_per_second", "images per second", digits=1, higher_is_better=True)
-_record("peak_memory_mb", "peak memory, MB", digits=0)
 _record("bits_per_token", "bits per token", digits=3)
 
 

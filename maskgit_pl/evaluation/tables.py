@@ -104,7 +104,6 @@ OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of
 SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get in Table 1
 NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
-_OF_MACHINE = ("images_per_second", "peak_memory_mb")  # which only the CSV of tokenizers has
 _SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
 
@@ -206,7 +205,7 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
     held_out = describe_held_out(tokenizers[0].data.summary)
-    names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _OF_MACHINE]
+    names = list(dict.fromkeys(name for row in rows for name in row["numbers"]))
     lines = [
         *heading("Tokenizers"),
         *paragraph(

@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ from torchmetrics.functional.image import structural_similarity_index_measure
 
 from maskgit_pl.checks import height_width, plain_size
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype, peak_memory
+from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
@@ -46,8 +45,8 @@ _SHOWN = 8  # worst reconstructions
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Computes the PSNR in dB, for pixels in [0, 1]; an error of 0 gives infinity."""
-    return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)
+    """Computes the PSNR in dB, for pixels in [0, 1], at most 100 dB."""
+    return _BEST_PSNR if mean_squared_error == 0 else min(_BEST_PSNR, -10 * math.log10(mean_squared_error))
 
 
 def measure_reconstruction(
@@ -247,14 +246,11 @@ class OpenedTokenizer:
         """The name of the arithmetic of the tokenizer, such as ``float32``."""
         return str(next(self.tokenizer.network.parameters()).dtype).removeprefix("torch.")
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
-        """The columns of the ledger that determine the values of an evaluation."""
+        """The columns of the ledger that determine the values of an evaluation without LPIPS."""
         folder = self.folders.pretrained / "tokenizer"
         networks = {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors}
-        settings: dict[str, Any] = {"networks": networks, "dtype": self.dtype}
-        if self.options.lpips is not None:
-            settings["lpips"] = self.options.lpips.partition("=")[0]
         return {
             "dataset": data_name(self.folders.data),
             "data": shorten_digest(self.data.summary.fingerprint),
@@ -262,7 +258,7 @@ class OpenedTokenizer:
             "tokenizer": fingerprint(folder),
             "config": shorten_digest(digest_of(read_config(folder, "tokenizer"))),
             "num_images": self.num_images,
-            "settings": settings,
+            "settings": {"networks": networks, "dtype": self.dtype},
         }
 
 
@@ -274,8 +270,7 @@ def open_tokenizer(
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
     lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
-    channels = tokenizer.channels
-    data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
+    data = open_images(folders.data, tokenizer.image_size, tokenizer.channels, num_workers=options.num_workers)
     data.warn_if_resized()
     extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
     return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
@@ -283,13 +278,13 @@ def open_tokenizer(
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
     """Returns the row of a tokenizer, which is measured if the ledger lacks it."""
-    row = ledger.find("tokenizer", opened.key)
-    if row is not None:
+    key = opened.key
+    if (row := ledger.find("tokenizer", key)) is not None:
         return row
     content = measure_tokenizer(opened, bars)
     model, environment = content["model"], content["environment"]
     row = {
-        **opened.key,
+        **key,
         "run": content["run"],
         "numbers": content["numbers"],
         "parameters": model["parameters"],
@@ -310,8 +305,6 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
     originals: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     for batch in iter_real_batches(data, "val", num_images=count, batch_size=size):
         meter.add(batch)
         for extractor in opened.extractors:
@@ -319,7 +312,6 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
             originals[extractor.label].append({"index": batch.position[batch.valid], **features})
         on_images(int(batch.valid.sum()))
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
-    numbers["peak_memory_mb"] = peak_memory(device) / 2**20
     config = tokenizer.network.config
     return {
         "run": opened.folders.run.name,
@@ -350,8 +342,8 @@ def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mappin
     values, codes = meter.values(), meter.code_usage()
     errors = values.pop("error")
     numbers = {
-        "psnr_db": min(_BEST_PSNR, psnr(float(errors.mean()))),
-        "mean_psnr_db": float(_psnr_of_images(errors).mean()),
+        "psnr_db": psnr(float(errors.mean())),
+        "mean_psnr_db": float((-10 * errors.log10()).clamp(max=_BEST_PSNR).mean()),
         **{name: float(of_image.mean()) for name, of_image in values.items()},
     }
     for label in originals:
@@ -368,11 +360,6 @@ def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mappin
         "bits_per_pixel": tokens_per_pixel * math.log2(meter.tokenizer.network.config.codebook_size),
         "coded_bits_per_pixel": tokens_per_pixel * math.log2(codes["perplexity"]),
     }
-
-
-def _psnr_of_images(errors: Tensor) -> Tensor:
-    """Returns (n,) dB of (n,) mean squared errors; an image without an error has 100 dB."""
-    return (-10 * errors.log10()).clamp(max=_BEST_PSNR)
 
 
 @dataclass(frozen=True)
