@@ -1,11 +1,8 @@
-import re
 from pathlib import Path
 
 import pytest
 
 from maskgit_pl.evaluation.model_evaluation import Report, describe_limit
-
-PAGE = Path(__file__).parents[2] / "docs" / "evaluation" / "README.md"
 
 
 @pytest.mark.parametrize(
@@ -31,14 +28,3 @@ def test_the_stage_that_most_of_the_fid_comes_from(
     assert (limit or "").startswith(sentence)
     findings = Report({"limiting_stage": limit, "held_out": "Held out."}, Path()).findings()
     assert findings == ([limit, "Held out."] if sentence else ["Held out."])
-
-
-def test_the_advice_of_the_page_is_measured_on_the_pages_that_it_links() -> None:
-    section = PAGE.read_text().partition("## Which stage limits\n")[2].partition("\n## ")[0]
-    rows = {row.split("|")[2].strip(): row.split("|")[3] for row in section.splitlines() if row.startswith("| ")}
-    assert set(rows) == {"the stage that limits", "neither", "tokenizer", "transformer"}
-    for stage in ("tokenizer", "transformer"):
-        pages = {link: (PAGE.parent / link).read_text() for link in re.findall(r"\]\(([^)#]+)#", rows[stage])}
-        figures = re.findall(r"\d+\.\d\d", rows[stage])
-        assert len(figures) >= 3
-        assert all(any(figure in page for page in pages.values()) for figure in figures)
