@@ -285,7 +285,7 @@ class _Ablation:
         tokenizer.network.to(self.evaluator.device)
         extractors = [network.extractor for network in self.evaluator.networks.values()]
         options = TokenizerOptions(batch_size=self.options.batch_size)
-        opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
+        opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors)
         numbers = measure_tokenizer_once(self.evaluator.ledger, opened, self.evaluator.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
 

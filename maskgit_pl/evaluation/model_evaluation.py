@@ -243,8 +243,8 @@ class Report:
 
 
 def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
-    rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
-    uniform = math.log2(model["codebook_size"])
+    rebuilt, likelihood = report["reconstruction"], report["likelihood"]
+    uniform = math.log2(report["model"]["codebook_size"])
     for name, text in (
         ("masked_nll", "NLL per masked token, nats"),
         ("elbo_bits_per_token", f"upper bound per token, bits, of {uniform:.3g}"),
@@ -252,12 +252,9 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
     ):
         if name in likelihood:
             table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
-    table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
-    table.add_row("reconstruction SSIM", f"{rebuilt['ssim']:.3f}" if "ssim" in rebuilt else "")
-    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
-    table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
-    parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
-    table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
+    for name in ("psnr_db", "ssim", "codebook_usage"):
+        if name in rebuilt:
+            table.add_row(f"reconstruction: {title(name)}", format_value(name, rebuilt[name]))
 
 
 def describe_limit(content: Mapping[str, Any]) -> str | None:

@@ -175,7 +175,6 @@ class TokenizerOptions(MeasurementOptions):
         num_images: Number of random val images, at most all (default: all).
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
             (default: auto on a GPU, else that of the weights).
-        lpips: Also measure LPIPS with vgg=FILE, alex=FILE or squeeze=FILE.
 
     Raises:
         ValueError: if a number is out of range.
@@ -183,7 +182,6 @@ class TokenizerOptions(MeasurementOptions):
 
     num_images: int | None = None
     dtype: Dtype | None = None
-    lpips: str | None = None
 
 
 @dataclass(frozen=True)

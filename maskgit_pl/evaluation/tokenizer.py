@@ -33,7 +33,6 @@ from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_o
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, fingerprint, images_at_once, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars
@@ -114,9 +113,7 @@ class ReconstructionMeter:
         seconds: Time of encoding and decoding.
     """
 
-    def __init__(
-        self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = (), lpips: LPIPS | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = ()) -> None:
         self.tokenizer = tokenizer
         self.extractors = extractors
         self.features: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
@@ -129,8 +126,6 @@ class ReconstructionMeter:
         self._measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
         if min(height_width(tokenizer.image_size)) >= _SSIM_WINDOW:
             self._measures["ssim"] = _ssim
-        if lpips is not None:
-            self._measures[lpips.label] = lpips
         self._batches: list[dict[str, Tensor]] = []
 
     @torch.inference_mode()
@@ -233,7 +228,6 @@ class OpenedTokenizer:
     tokenizer: PretrainedTokenizer
     data: ShardData
     extractors: Sequence[Extractor]
-    lpips: LPIPS | None
 
     @property
     def num_images(self) -> int:
@@ -248,7 +242,7 @@ class OpenedTokenizer:
 
     @property
     def key(self) -> dict[str, Any]:
-        """The columns of the ledger that determine the values of an evaluation without LPIPS."""
+        """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
         networks = {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors}
         return {
@@ -269,11 +263,10 @@ def open_tokenizer(
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
-    lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
     data = open_images(folders.data, tokenizer.image_size, tokenizer.channels, num_workers=options.num_workers)
     data.warn_if_resized()
     extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
-    return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
+    return OpenedTokenizer(folders, options, tokenizer, data, extractors)
 
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
@@ -301,7 +294,7 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
     """Measures a tokenizer on random val images, the same in every call; returns the content of ``tokenizer.json``."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
-    meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
+    meter = ReconstructionMeter(tokenizer, opened.extractors)
     originals: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
@@ -320,7 +313,6 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
             "data": data.summary.fingerprint,
             "split": "val",
             "features": {each.label: each.digest for each in opened.extractors},
-            "lpips": opened.options.lpips,
             "dtype": opened.dtype,
         },
         "held_out": describe_held_out(data.summary),

