@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, describe_environment, device_name, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
@@ -237,18 +237,11 @@ class Evaluator:
         The ranks share the work. Images in the file are kept.
 
         Returns:
-            The images, sorted by class. The remarks are those of this rank, and None if the images already existed:
-            ``seconds_per_image``, for tokens and pixels, and ``steps_taken``, the mean number of steps in which an
-            image still had masked tokens. It is T unless the token selector may finish early, or the model is
-            autoregressive.
+            The images, sorted by class. The remark ``seconds_per_image``, for tokens and pixels, is that of this rank,
+            and None if the images already existed.
         """
         rank, world_size = rank_and_world()
-        file, taken = model.samples_file(decoding, num_images=num_images, seed=seed), 0
-
-        def count_steps(step: DecodingStep) -> None:
-            nonlocal taken
-            taken += int(step.was_masked.any(1).sum())  # images that still had a masked token before the step
-
+        file = model.samples_file(decoding, num_images=num_images, seed=seed)
         options = BulkOptions(
             num_images=num_images,
             seed=seed,
@@ -258,13 +251,12 @@ class Evaluator:
             decoding=decoding,
         )
         start = time.perf_counter()
-        result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images), on_step=count_steps)
+        result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images))
         seconds = time.perf_counter() - start
         barrier()  # the last rank to finish has assembled the file from the parts
         samples = open_samples(file, channels=model.pipe.tokenizer.channels)
         assert samples.labels is not None  # generate_many writes them
-        totals = {"steps_taken": taken, "seconds_per_image": seconds}
-        remarks = {name: total / result.made if result.made else None for name, total in totals.items()}
+        remarks = {"seconds_per_image": seconds / result.made if result.made else None}
         return LabelledImages(samples.read, samples.labels, remarks)
 
     def measure_real(

@@ -100,7 +100,6 @@ def _record(name: str, title: str, **attributes: float) -> None:
 
 
 # Of generated images.
-_record("steps_taken", "steps taken", digits=1)
 _record("seconds_per_image", "ms per image", factor=1000, digits=1)
 # Of reconstructions and tokens.
 _record("rfid", "reconstruction FID")

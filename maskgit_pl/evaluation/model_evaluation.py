@@ -154,8 +154,6 @@ def _measure(
         name: collect_numbers(evaluator.measure_samples(model, settings, keep=True, **images))
         for name, settings in decodings.items()
     }
-    for numbers in samples.values():
-        numbers.pop("steps_taken", None)
     floor = evaluator.measure_real(num_images=images["num_images"])
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images)
     judge = evaluator.networks.get(CLASSIFIER)

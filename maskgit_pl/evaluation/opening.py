@@ -25,7 +25,7 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.layers import without_keys
+from maskgit_pl.runs.layers import value_at, without_keys
 
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
@@ -106,9 +106,8 @@ def _find_data(pretrained: Path, home: Path) -> Path:
     """Returns the data folder that a run records, or ``data/shards/NAME`` for the name that an exported model has."""
     # Both stages record the data; a run may have only one of them.
     for stage in ("transformer", "tokenizer"):
-        data = read_run_recipe(home / stage / "config.yaml").get("data") or {}
-        path = data.get("path") if isinstance(data, dict) else data
-        if path and isinstance(path, str):
+        path = value_at(read_run_recipe(home / stage / "config.yaml"), "data.path")
+        if isinstance(path, str):
             return Path(path)
     file, advice = pretrained / "config.json", "choose them with --data"
     node: Any = read_json(file, max_bytes=_MAX_CONFIG_BYTES) if file.is_file() else {}

@@ -102,7 +102,7 @@ _TASKS: dict[Task, str] = {
 }
 OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of their model
 SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get in Table 1
-NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
+NO_COLUMN = ("diversity", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
 _SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
