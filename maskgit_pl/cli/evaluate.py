@@ -11,9 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import rich
+
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import CasFlags, Device, Folder, ImageSize, Numbers, Run, Specs, print_json, print_page
+from maskgit_pl.cli.flags import Device, Folder, ImageSize, Numbers, Run, Specs, print_page
 from maskgit_pl.evaluation.options import (
     FEATURES,
     ComparisonOptions,
@@ -47,10 +49,8 @@ def evaluate(
     data: Folder | None = None,
     num_images: int = 1000,
     features: Specs = FEATURES,
-    cas: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
     measurement: EvaluationOptions = EvaluationOptions(),
-    accuracy_score: CasFlags = CasFlags(),
 ) -> None:
     """Measures a trained model on the val split.
 
@@ -64,26 +64,16 @@ def evaluate(
         data: Data folder (default: that of the training).
         num_images: Number of generated images.
         features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
-        cas: Also measure the classification accuracy score.
         out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
     """
     # All ranks measure; rank 0 shows the progress and prints the table.
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bars(shown=is_first) as bars:
         report = evaluation.evaluate(
-            folder,
-            data=data,
-            num_images=num_images,
-            features=features,
-            out=out,
-            cas=accuracy_score.config if cas else None,
-            options=measurement,
-            bars=bars,
+            folder, data=data, num_images=num_images, features=features, out=out, options=measurement, bars=bars
         )
     if is_first:
-        from rich.console import Console
-
-        Console().print(report.table())
+        rich.print(report.table())
         print(*report.findings(), sep="\n")
         print(f"{report.file}: results; beside it samples.png, reconstructions.png and decoding.gif")
 
@@ -93,15 +83,13 @@ def evaluate_tokenizer(
     *,
     data: Folder | None = None,
     features: Specs = ("classifier",),
-    json: bool = False,
     out: Annotated[Path, Output(".json")] | None = None,
     measurement: TokenizerOptions = TokenizerOptions(),
 ) -> None:
     """Measures a tokenizer on the val split.
 
-    That is the reconstructions, codes, bits per pixel, speed and memory of a trained, exported or imported
-    tokenizer. The command writes tokenizer.json, tokenizer.md, tokenizer.csv and a picture of the worst
-    reconstructions. `maskgit table tokenizers` compares several.
+    That is the reconstructions, codes, bits per pixel and speed of a trained, exported or imported
+    tokenizer. The command writes tokenizer.json. `maskgit table tokenizers` compares several.
 
     Example: maskgit evaluate-tokenizer runs/fashion-mnist-adaln --num-images 2000
 
@@ -109,18 +97,14 @@ def evaluate_tokenizer(
         folder: Run folder, pretrained folder or tokenizer folder.
         data: Data folder (default: that of the training).
         features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
-        json: Print the JSON in place of the page.
-        out: Results; the others are written beside it (default: RUN/tokenizer.json).
+        out: Results (default: RUN/tokenizer.json).
     """
     with progress_bars() as bars:
         report = evaluation.evaluate_tokenizer(
             folder, data=data, features=features, out=out, options=measurement, bars=bars
         )
-    if json:
-        print_json(report.content)
-    else:
-        print_page(report.page)
-        print(f"{report.file}: results")
+    rich.print(report.table())
+    print(f"{report.file}: results")
 
 
 def compare(
@@ -197,7 +181,7 @@ def tune(
         data: Data folder (default: that of the training).
         trials: Number of trials, with those of earlier calls.
         metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
-            classifier, or agreement with it.
+            classifier, or class_agreement with it.
         num_images: Images generated for each trial.
         out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
     """

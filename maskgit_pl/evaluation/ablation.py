@@ -224,7 +224,7 @@ class _Ablation:
     def _folders(self, run: Path) -> RunFolders:
         # All runs of the data share its classifier, not only those of ablations.
         real = self.runs.config.runs / f"{self.runs.shards.absolute().name}-classifier"
-        return RunFolders(run / "pretrained", run, self.runs.shards, self.options.classifier or real / "small", real)
+        return RunFolders(run / "pretrained", run, self.runs.shards, real)
 
     def _describe(self) -> dict[str, Any]:
         """Returns the column ``protocol`` of the rows: everything that the variants share, in plain values."""
@@ -285,7 +285,7 @@ class _Ablation:
         tokenizer.network.to(self.evaluator.device)
         extractors = [network.extractor for network in self.evaluator.networks.values()]
         options = TokenizerOptions(batch_size=self.options.batch_size)
-        opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
+        opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors)
         numbers = measure_tokenizer_once(self.evaluator.ledger, opened, self.evaluator.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
 

@@ -20,7 +20,7 @@ from maskgit_pl.evaluation.pages import Page, format_seeds, heading, markdown_ta
 # Metrics of tables, in their order, before others; those of a network come once per network.
 _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "class_agreement", "diversity", "precision",
           "recall", "bits_per_token", "seconds_per_image")  # fmt: skip
-_NOT_SHOWN = ("sfid", "kid", "is", "density", "coverage", "steps_taken")  # the CSV has them
+_NOT_SHOWN = ("sfid", "kid", "is")  # the CSV has them
 _OF_FIRST = ("precision", "recall")  # shown only for the network that ranks the variants
 _COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "training_seconds", "kind", "device",
             "failure")  # fmt: skip

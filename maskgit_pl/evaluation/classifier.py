@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -279,13 +279,10 @@ def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *
     if not file.exists() and (replaces or not (folder / WEIGHT_FILE).exists()):
         return False
     stored = read_json(file, max_bytes=MAX_CONFIG_BYTES) if file.exists() else {}
-    is_classifier = stored.get("format") == FORMAT
-    try:
-        if is_classifier and stored == _describe(data, config or ClassifierConfig(**stored["training"])):
+    with suppress(KeyError, TypeError, ValueError):  # of a file that this version has not written
+        if stored == _describe(data, config or ClassifierConfig(**stored["training"])):
             return True
-    except (KeyError, TypeError, ValueError):  # not written by this version
-        pass
-    if is_classifier and replaces:
+    if replaces and stored.get("format") == FORMAT:
         return False
     raise FileExistsError(
         f"classifier {folder} must hold a classifier of these data, classes, image size and settings, or no model, got "

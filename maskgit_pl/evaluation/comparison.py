@@ -68,7 +68,7 @@ def compare(
             model's, or a number is out of range.
     """
     options = options or ComparisonOptions()
-    folders = find_run(run, data=data, classifier=options.classifier)
+    folders = find_run(run, data=data)
     model = open_model(folders, options.device, dtype=options.dtype, negative_model=options.negative_model, out=out)
     pipe = model.pipe
     pipe.transformer.schedule_for("compare")

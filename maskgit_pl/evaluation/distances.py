@@ -1,8 +1,8 @@
 """The built-in metrics of generated images in the features of one network.
 
 torchmetrics computes the Frechet distance, the kernel distance and the inception score; torch-fidelity computes
-precision and recall; this file computes density, coverage, class agreement and diversity. Everything runs in float64 on
-the CPU, with the same random subsets in every call and without communication between ranks.
+precision and recall; this file computes class agreement and diversity. Everything runs in float64 on the CPU, with the
+same random subsets in every call and without communication between ranks.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from maskgit_pl.evaluation.metrics import ComparedImages, FeatureMetric, metrics
 from maskgit_pl.evaluation.reference import Statistics
 
 # Defaults of the authors' code: 50 subsets of 1000 images for KID, 10 splits for IS, k = 3 neighbours for
-# precision and recall, k = 5 for density and coverage.
+# precision and recall.
 _KID_SUBSETS, _KID_SUBSET_SIZE = 50, 1000
 _IS_SPLITS = 10
-_PRECISION_NEIGHBOURS, _DENSITY_NEIGHBOURS = 3, 5
+_PRECISION_NEIGHBOURS = 3
 _DIVERSE_IMAGES = 100  # largest number per class in the diversity
-_ROWS = 1000  # real images per block of pairwise distances; bounds the memory
+_ROWS = 1000  # images per block of pairwise distances; bounds the memory
 
 
 @metrics.register("fid")
@@ -102,26 +102,6 @@ class Recall(_InManifolds):
 
     def compute(self, images: ComparedImages) -> float | None:
         return images.once(precision_recall, images.features, images.real_features)[1]
-
-
-@metrics.register("density")
-class Density(_InManifolds):
-    """The mean number of real images whose neighbourhood has a generated image, for more than 5 real images."""
-
-    title = "density"
-
-    def compute(self, images: ComparedImages) -> float | None:
-        return images.once(density_coverage, images.features, images.real_features)[0]
-
-
-@metrics.register("coverage")
-class Coverage(_InManifolds):
-    """The fraction of real images whose neighbourhood has a generated image, for more than 5 real images."""
-
-    title = "coverage"
-
-    def compute(self, images: ComparedImages) -> float | None:
-        return images.once(density_coverage, images.features, images.real_features)[1]
 
 
 @metrics.register("class_agreement")
@@ -223,32 +203,6 @@ def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float] | t
         verbose=False,
     )
     return numbers[KEY_METRIC_PRECISION], numbers[KEY_METRIC_RECALL]
-
-
-def density_coverage(
-    generated: Tensor, real: Tensor, *, num_neighbours: int = _DENSITY_NEIGHBOURS
-) -> tuple[float, float] | tuple[None, None]:
-    """Computes density and coverage of generated images y (n, D) around real images x (m, D).
-
-    Each real image has an open ball B(x) whose radius is the distance to its k-th real neighbour::
-
-        density = 1 / (k n) sum over y of the number of balls B(x) that contain y
-        coverage = 1 / m times the number of balls B(x) that contain any y
-
-    If both sets have the same distribution, density is about 1 and coverage is close to 1. Both are None unless m > k.
-
-    Source: Naeem et al., arXiv:2002.09797, equations 5 and 6. The strict comparison is that of the authors' code.
-    """
-    if len(real) <= num_neighbours:
-        return None, None
-    generated, real = generated.double(), real.double()
-    held, covered = 0, 0
-    for block in torch.split(real, _ROWS):
-        # k + 1, since the nearest real image of each real image is the image itself.
-        radii = torch.cdist(block, real).kthvalue(num_neighbours + 1, dim=1, keepdim=True).values  # (b, 1)
-        inside = torch.cdist(block, generated) < radii  # (b, n)
-        held, covered = held + int(inside.sum()), covered + int(inside.any(1).sum())
-    return held / (num_neighbours * len(generated)), covered / len(real)
 
 
 def class_agreement(predicted: Tensor, requested: Tensor) -> float:

@@ -105,7 +105,7 @@ class QualityMonitor(Callback):
         if self.judge is None:
             tokenizer = cast("TokenModel", pl_module).tokenizer
             images = open_images(self.data, tokenizer.image_size, tokenizer.channels)
-            extractors = open_extractors(self.folder / "small", images, [CLASSIFIER], device="cpu", replaces=True)
+            extractors = open_extractors(self.folder / "small", images, [CLASSIFIER], device="cpu")
             references = obtain_references(self.folder, images, extractors)
             self.judge = FeatureMetrics(extractors[0], references[CLASSIFIER], read_real_labels(images))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import Split
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, describe_environment, device_name, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages, classification_accuracy
 from maskgit_pl.evaluation.distances import class_agreement
@@ -41,7 +41,6 @@ from maskgit_pl.evaluation.metrics import (
 )
 from maskgit_pl.evaluation.options import CLASSIFIER, CASConfig, decoding_key
 from maskgit_pl.evaluation.reference import Reference, draw_images, open_samples, read_real_vectors, split_digest
-from maskgit_pl.files import remove_partials
 from maskgit_pl.masking import MaskSampler
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
@@ -238,18 +237,11 @@ class Evaluator:
         The ranks share the work. Images in the file are kept.
 
         Returns:
-            The images, sorted by class. The remarks are those of this rank, and None if the images already existed:
-            ``seconds_per_image``, for tokens and pixels, and ``steps_taken``, the mean number of steps in which an
-            image still had masked tokens. It is T unless the token selector may finish early, or the model is
-            autoregressive.
+            The images, sorted by class. The remark ``seconds_per_image``, for tokens and pixels, is that of this rank,
+            and None if the images already existed.
         """
         rank, world_size = rank_and_world()
-        file, taken = model.samples_file(decoding, num_images=num_images, seed=seed), 0
-
-        def count_steps(step: DecodingStep) -> None:
-            nonlocal taken
-            taken += int(step.was_masked.any(1).sum())  # images that still had a masked token before the step
-
+        file = model.samples_file(decoding, num_images=num_images, seed=seed)
         options = BulkOptions(
             num_images=num_images,
             seed=seed,
@@ -259,13 +251,12 @@ class Evaluator:
             decoding=decoding,
         )
         start = time.perf_counter()
-        result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images), on_step=count_steps)
+        result = generate_many(model.pipe, file, options, on_images=self.bars(title, num_images))
         seconds = time.perf_counter() - start
         barrier()  # the last rank to finish has assembled the file from the parts
         samples = open_samples(file, channels=model.pipe.tokenizer.channels)
         assert samples.labels is not None  # generate_many writes them
-        totals = {"steps_taken": taken, "seconds_per_image": seconds}
-        remarks = {name: total / result.made if result.made else None for name, total in totals.items()}
+        remarks = {"seconds_per_image": seconds / result.made if result.made else None}
         return LabelledImages(samples.read, samples.labels, remarks)
 
     def measure_real(
@@ -309,14 +300,15 @@ class Evaluator:
         tokens, labels = encode_real_images(model.pipe, self.data, limit=count, batch_size=self.batch_size)
         bar = self.bars(f"{model.run}: likelihood", (1 if transformer.mask_schedule is None else 2) * count)
         options: dict[str, Any] = {"batch_size": self.batch_size, "on_images": bar}
+        bits = 1 / (math.log(2) * tokens.shape[1])  # per token, of the nats of an image
         if transformer.mask_schedule is None:
-            return _in_bits("exact", exact_nll(transformer.network, tokens, labels, **options), tokens.shape[1])
+            return _estimate("exact_bits_per_token", exact_nll(transformer.network, tokens, labels, **options), bits)
         options["draws"] = draws
         images = tokens, labels, read_real_vectors(self.data, model.pipe, num_images=count)
         sampler = MaskSampler(transformer.mask_schedule, seed)
         part = masked_nll(transformer.network, *images, sampler=sampler, **options)
         bound = negative_elbo(transformer.network, *images, seed=seed, **options)
-        return {**_estimate("masked_nll", part), **_in_bits("elbo", bound, tokens.shape[1])}
+        return {**_estimate("masked_nll", part), **_estimate("elbo_bits_per_token", bound, bits)}
 
     def measure_cas(
         self,
@@ -458,21 +450,13 @@ def _estimate(name: str, values: Tensor, factor: float = 1) -> dict[str, float]:
     return {name: factor * float(values.mean()), f"{name}_error": factor * error}
 
 
-def _in_bits(name: str, nats: Tensor, num_tokens: int) -> dict[str, float]:
-    """Returns the estimates of (n,) float64 likelihoods per token, which a uniform guess has log2(K) of, and image."""
-    per_token = _estimate(f"{name}_bits_per_token", nats, 1 / (math.log(2) * num_tokens))
-    return per_token | _estimate(f"{name}_bits_per_image", nats, 1 / math.log(2))
-
-
 def _in_memory(images: Tensor, labels: Tensor) -> LabelledImages:
     return LabelledImages(lambda rows: images[rows.start : rows.stop], labels)
 
 
 def delete_generated(file: Path) -> None:
-    """Deletes generated images, with the parts and partial files that a killed process has left of them."""
+    """Deletes generated images, with the parts that a killed process has left of them."""
     if rank_and_world()[0] == 0:
         file.unlink(missing_ok=True)
-        if file.parent.is_dir():
-            remove_partials(file.parent, file.name)
         shutil.rmtree(file.with_name(f"{file.name}.parts"), ignore_errors=True)
     barrier()

@@ -131,12 +131,11 @@ def open_extractors(
     *,
     device: torch.device | str,
     bars: Bars = no_bars,
-    replaces: bool = False,
 ) -> list[Extractor]:
     """Opens feature networks, and trains the classifier of the data if it is missing.
 
-    ``features`` are names or mappings. ``classifier`` is the folder that the name ``classifier`` stands for;
-    ``replaces`` is True if a classifier of other data in it is replaced.
+    ``features`` are names or mappings. ``classifier`` is the folder that the name ``classifier`` stands for; a
+    classifier of other data in it is replaced.
 
     Raises:
         FileExistsError: if the folder of the classifier holds something else.
@@ -150,7 +149,7 @@ def open_extractors(
     }
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        obtain_classifier(classifier, data, replaces=replaces, on_step=lambda: train(1))
+        obtain_classifier(classifier, data, replaces=True, on_step=lambda: train(1))
     return [
         others[number] if number in others else Extractor.create(ClassifierSpec(str(classifier)), device=device)
         for number in range(len(features))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
@@ -24,7 +23,6 @@ Row: TypeAlias = dict[str, Any]
 
 FILE_NAME = "ledger.jsonl"
 REAL = "real images"  # value of the column "model" in a row of real images
-_log = logging.getLogger(__name__)
 
 
 def digest_of(values: Any) -> str:
@@ -41,8 +39,7 @@ class Ledger:
     """The measurements of a file, which is read once, with those that this process adds. Only the first rank writes.
 
     Args:
-        file: Path of ``ledger.jsonl``; the first measurement creates it. An incomplete last line, of a
-            process that was killed, is ignored, and removed before the next line is written.
+        file: Path of ``ledger.jsonl``; the first measurement creates it.
         reuse: False to leave the lines that the file already holds unread, and measure everything again.
 
     Raises:
@@ -52,15 +49,12 @@ class Ledger:
     def __init__(self, file: Path, *, reuse: bool = True) -> None:
         self.file = file
         self._rows: dict[str, list[Row]] = defaultdict(list)
-        lines = file.read_bytes().splitlines(keepends=True) if reuse and file.exists() else []
+        lines = file.read_bytes().splitlines() if reuse and file.exists() else []
         for number, line in enumerate(lines, start=1):
-            if not line.endswith(b"\n"):
-                _log.info("ledger %s: line %d is incomplete; it will be measured again", file, number)
-                break
             try:
                 row = json.loads(line)
                 self._rows[row["measurement"]].append(row)
-            except (ValueError, LookupError, TypeError, RecursionError) as error:
+            except (ValueError, LookupError, TypeError) as error:  # such as the half of a line, when the disk was full
                 raise ValueError(
                     f"ledger {file}: line {number} is not a measurement; remove the line, or move the file away"
                 ) from error
@@ -84,14 +78,12 @@ class Ledger:
         self._rows[measurement].append(json.loads(line))
         if rank_and_world()[0] == 0:
             self.file.parent.mkdir(parents=True, exist_ok=True)
-            with self.file.open("a+b") as stream:
+            with self.file.open("a") as stream:
                 # The lock keeps lines of several commands apart; closing the file releases it. Some file
                 # systems have none.
                 with suppress(OSError):
                     lock_descriptor(stream.fileno())
-                stream.seek(0)
-                stream.truncate(stream.read().rfind(b"\n") + 1)  # without an incomplete last line
-                stream.write(line.encode() + b"\n")
+                stream.write(f"{line}\n")
                 # A measurement may have taken hours: it must survive a crash of the machine.
                 stream.flush()
                 os.fsync(stream.fileno())

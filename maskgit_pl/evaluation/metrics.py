@@ -31,7 +31,6 @@ Metrics: TypeAlias = Literal["all", "fast"]
 DEVIATION = "_deviation"  # suffix of the column of a standard deviation
 Value: TypeAlias = float | tuple[float, float] | None
 _Result = TypeVar("_Result")
-_SHORT_NAMES = {"agreement": "class_agreement"}
 _log = logging.getLogger(__name__)
 
 
@@ -101,14 +100,12 @@ def _record(name: str, title: str, **attributes: float) -> None:
 
 
 # Of generated images.
-_record("steps_taken", "steps taken", digits=1)
 _record("seconds_per_image", "ms per image", factor=1000, digits=1)
 # Of reconstructions and tokens.
 _record("rfid", "reconstruction FID")
 _record("rfid_floor", "FID of real halves")
 _record("rkid", "reconstruction KID x 1000", factor=1000)
 _record("rkid_floor", "KID x 1000 of real halves", factor=1000)
-_record("lpips", "LPIPS")
 _record("psnr_db", "PSNR, dB", higher_is_better=True)
 _record("mean_psnr_db", "mean PSNR, dB", higher_is_better=True)
 _record("ssim", "SSIM", digits=3, higher_is_better=True)
@@ -117,7 +114,6 @@ _record("perplexity", "perplexity of codes", digits=1, higher_is_better=True)
 _record("bits_per_pixel", "bits per pixel", digits=3)
 _record("coded_bits_per_pixel", "entropy-coded bits per pixel", digits=3)
 _record("images_per_second", "images per second", digits=1, higher_is_better=True)
-_record("peak_memory_mb", "peak memory, MB", digits=0)
 _record("bits_per_token", "bits per token", digits=3)
 
 
@@ -210,14 +206,12 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
 def tuning_column(metric: str) -> str:
     """Returns the column of a metric in the features of the data's classifier, such as ``fid/classifier``.
 
-    ``agreement`` is short for ``class_agreement``.
-
     Raises:
         ValueError: if no such metric is computed from features.
     """
     computed = computed_metrics()
-    name = _SHORT_NAMES.get(check_choice("metric", metric, [*computed, *_SHORT_NAMES]), metric)
-    return f"{name}/{CLASSIFIER}" if computed[name].of_network else name
+    check_choice("metric", metric, list(computed))
+    return f"{metric}/{CLASSIFIER}" if computed[metric].of_network else metric
 
 
 def find_metric(name: str) -> Metric:

@@ -1,8 +1,8 @@
 """``evaluate`` measures one model.
 
 1. It opens the model, the data and the feature networks.
-2. It measures reconstructions, generated and real images, the likelihood and the classification accuracy
-   score. Several processes under ``torchrun`` share the work, and the ledger keeps the rows.
+2. It measures reconstructions, generated and real images, and the likelihood. Several processes under
+   ``torchrun`` share the work, and the ledger keeps the rows.
 3. It reports: ``evaluation.json`` with everything that reproduces it, a table, pictures, and findings, which
    say which stage of the model limits its images.
 """
@@ -23,10 +23,8 @@ from torch import Tensor
 from maskgit_pl.checks import plain_size
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
-from maskgit_pl.errors import printable
-from maskgit_pl.evaluation.classifier import LabelledImages, check_cas
+from maskgit_pl.evaluation.classifier import LabelledImages
 from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, collect_numbers, delete_generated
-from maskgit_pl.evaluation.features import extract, iter_image_batches
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger
 from maskgit_pl.evaluation.metrics import computed_metrics, format_value, title
 from maskgit_pl.evaluation.opening import (
@@ -37,22 +35,18 @@ from maskgit_pl.evaluation.opening import (
     open_evaluator,
     open_model,
 )
-from maskgit_pl.evaluation.options import CLASSIFIER, FEATURES, CASConfig, EvaluationOptions, Spec, round_to_classes
+from maskgit_pl.evaluation.options import CLASSIFIER, FEATURES, EvaluationOptions, Spec, round_to_classes
 from maskgit_pl.evaluation.pages import choose_classes
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import measure_reconstruction
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.networks.features import LPIPS, load_lpips
 from maskgit_pl.pipeline.card import refresh_card
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid, save_png
 from maskgit_pl.processes import Bars, local_rank, no_bars
 
 _LIKELIHOOD = ("num_images", "draws", "masked_nll", "elbo_", "exact_")  # beginnings of the columns of the report
-_BITS = ("exact_bits_per_token", "elbo_bits_per_token")
-_SCORE = ("top1", "top5", "classifier", "training_images", "training_steps", "real_images")  # columns of a CAS
 _TOKENIZER_SHARE = 0.5  # of the FID of generated images
 _NEAR_REAL = 1.5  # times the FID of real images
-_EXCEEDING = 2  # standard errors
 _SHOWN_OF_A_CLASS, _SHOWN_PAIRS, _ANIMATED = 8, 16, 4
 
 
@@ -63,7 +57,6 @@ def evaluate(
     num_images: int = 1000,
     features: Sequence[Spec] = FEATURES,
     out: Path | None = None,
-    cas: CASConfig | None = None,
     options: EvaluationOptions | None = None,
     bars: Bars = no_bars,
 ) -> Report:
@@ -76,7 +69,6 @@ def evaluate(
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
         out: Path of the JSON file, beside which pictures, ledger and images are written; None for
             ``RUN/evaluation.json``.
-        cas: Training of the classification accuracy score; None leaves the score out.
         options: Steps, reference, seed and other options; None for the defaults.
         bars: Progress bars.
 
@@ -89,8 +81,7 @@ def evaluate(
         ValueError: if the classes of the data are not the model's, a network is unknown, or a number is out of range.
     """
     options = options or EvaluationOptions()
-    check_cas(cas)
-    folders = find_run(run, data=data, classifier=options.classifier)
+    folders = find_run(run, data=data)
     file = out or folders.run / "evaluation.json"
     check_writable("out", file)  # before hours of measurements
     with process_group():  # all ranks measure; the first one writes
@@ -106,7 +97,6 @@ def evaluate(
         check_model_decoding(pipe, decoding)
         real = open_data(folders, pipe, num_workers=options.num_workers)
         round_to_classes(num_images, real.num_classes)
-        lpips = None if options.lpips is None else load_lpips(options.lpips, device=pipe.device)
         evaluator = open_evaluator(
             folders,
             real,
@@ -120,14 +110,13 @@ def evaluate(
         barrier()  # every rank has read the ledger before the first one writes to it
 
         images: dict[str, Any] = {"num_images": num_images, "seed": options.seed}
-        measured = _measure(model, evaluator, decoding, images, options, lpips, cas)  # 2.
+        measured = _measure(model, evaluator, decoding, images, options)  # 2.
         # The file of the measured images still exists.
         generated = evaluator.generate(model, decoding, title=f"{model.run}: pictures", **images)
         # 3.
         content = {
             "protocol": {**images, **_describe_protocol(model, evaluator, decoding)},
             **measured,
-            **_measure_agreement(evaluator, generated),
             "model": _describe_model(model),
             "environment": {**describe_environment(), "device": str(pipe.device)},
             "held_out": describe_held_out(real.summary),
@@ -148,14 +137,11 @@ def _measure(
     decoding: DecodingConfig,
     images: Mapping[str, Any],
     options: EvaluationOptions,
-    lpips: LPIPS | None,
-    cas: CASConfig | None,
 ) -> dict[str, Any]:
     rebuilt = measure_reconstruction(
         model.pipe.tokenizer,
         iter_real_batches(evaluator.data, "val"),
         networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the val split
-        lpips=lpips,
         on_images=evaluator.bars("reconstructing", evaluator.data.summary.samples["val"]),
     )
     decodings = {"exported_guidance": decoding}
@@ -168,70 +154,17 @@ def _measure(
         name: collect_numbers(evaluator.measure_samples(model, settings, keep=True, **images))
         for name, settings in decodings.items()
     }
-    for numbers in samples.values():
-        numbers.pop("steps_taken", None)
     floor = evaluator.measure_real(num_images=images["num_images"])
     likelihood = evaluator.measure_likelihood(model, num_images=options.likelihood_images)
-    measured = {
+    judge = evaluator.networks.get(CLASSIFIER)
+    accuracy = None if judge is None else judge.accuracy  # which class agreement is read relative to
+    return {
         "reconstruction": rebuilt,
         "samples": samples,
         "real_against_real": {**collect_numbers(floor), "images": next(iter(floor.values()))["num_images"]},
         "likelihood": {name: value for name, value in likelihood.items() if name.startswith(_LIKELIHOOD)},
+        **({} if accuracy is None else {"classifier": {"accuracy_on_real_images": accuracy}}),
     }
-    if cas is not None:
-        measured["classification_accuracy_score"] = {
-            trained_on: {name: row[name] for name in _SCORE}
-            for trained_on, row in (
-                ("generated_images", evaluator.measure_cas(model, decoding, cas, **images)),
-                ("real_images", evaluator.measure_cas(None, None, cas, **images)),
-            )
-        }
-    return measured
-
-
-def _measure_agreement(evaluator: Evaluator, generated: LabelledImages) -> dict[str, Any]:
-    """Measures the accuracy of the classifier, which class agreement is read relative to, and agreement per class."""
-    judge = evaluator.networks.get(CLASSIFIER)
-    if judge is None or judge.labels is None or judge.reference.features is None:
-        return {}
-    (features,) = extract([judge.extractor], iter_image_batches(generated.read, len(generated.labels))).values()
-    hits = []
-    for each, labels in ((features, generated.labels), (judge.reference.features, judge.labels)):
-        assert each.logits is not None  # of a classifier
-        hits.append((each.logits.argmax(1) == labels, labels))
-    by_class = describe_agreement(hits[0], hits[1], evaluator.data.class_names)
-    return {"classifier": {"accuracy_on_real_images": judge.accuracy, "real_images": len(judge.labels), **by_class}}
-
-
-def describe_agreement(
-    generated: tuple[Tensor, Tensor], real: tuple[Tensor, Tensor], class_names: Sequence[str]
-) -> dict[str, Any]:
-    """Describes the agreement of each class in plain values, and names the classes that exceed real images.
-
-    The agreement p of n generated images exceeds q of m real ones by two standard errors of the difference if::
-
-        p - q > 2 sqrt(r (1 - r) (1 / n + 1 / m)), where r is the agreement of all n + m images
-
-    Both kinds are (n,) bool, True where the classifier predicts the class, and the (n,) int64 classes.
-
-    Returns:
-        ``per_class``: the classes with both kinds of images. ``text``: a sentence, if it names any class.
-    """
-    rows, named = [], []
-    for label, name in enumerate(class_names):
-        ours, theirs = (hits[labels == label].double() for hits, labels in (generated, real))
-        if not (len(ours) and len(theirs)):
-            continue
-        p, q = float(ours.mean()), float(theirs.mean())
-        rows.append({"class": name, "generated": p, "real": q})
-        deviation = float(torch.cat([ours, theirs]).std(correction=0))  # sqrt(r (1 - r))
-        if p - q > _EXCEEDING * deviation * math.sqrt(1 / len(ours) + 1 / len(theirs)):
-            named.append(f"{printable(name)} {p:.0%} (real {q:.0%})")
-    text = (
-        f"Agreement above that of real images: {', '.join(named)}. Guidance pushes towards what the "
-        "classifier reads, which may be texture: look at the pictures, or at another network (--features lite0)."
-    )
-    return {"per_class": rows, **({"text": text} if named else {})}
 
 
 def _describe_protocol(model: EvaluatedModel, evaluator: Evaluator, decoding: DecodingConfig) -> dict[str, Any]:
@@ -303,16 +236,13 @@ class Report:
         return table
 
     def findings(self) -> list[str]:
-        """Returns sentences about the limiting stage, the agreement if it is suspicious, and the held-out images."""
-        sections = (self.content.get(name, {}) for name in ("limiting_stage", "classifier", "held_out"))
-        return [section["text"] for section in sections if "text" in section]
+        """Returns sentences about the limiting stage, if it is known, and the held-out images."""
+        return [text for text in (self.content["limiting_stage"], self.content["held_out"]) if text]
 
 
 def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
-    rebuilt, model, likelihood = report["reconstruction"], report["model"], report["likelihood"]
-    for name, row in report.get("classification_accuracy_score", {}).items():
-        table.add_row(f"CAS top-1, trained on {name.replace('_', ' ')}", f"{row['top1']:.1%}")
-    uniform = math.log2(model["codebook_size"])
+    rebuilt, likelihood = report["reconstruction"], report["likelihood"]
+    uniform = math.log2(report["model"]["codebook_size"])
     for name, text in (
         ("masked_nll", "NLL per masked token, nats"),
         ("elbo_bits_per_token", f"upper bound per token, bits, of {uniform:.3g}"),
@@ -320,53 +250,39 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
     ):
         if name in likelihood:
             table.add_row(text, f"{likelihood[name]:.3f} ± {likelihood[f'{name}_error']:.3f}")
-    table.add_row(f"reconstruction PSNR, {rebuilt['images']} images", f"{rebuilt['psnr_db']:.2f} dB")
-    table.add_row("reconstruction SSIM", f"{rebuilt['ssim']:.3f}" if "ssim" in rebuilt else "")
-    for name, value in rebuilt.items():
-        if name.startswith("lpips/"):
-            table.add_row(title(name), format_value(name, value))
-    table.add_row("codes used", f"{rebuilt['codebook_usage']:.1%} of {model['codebook_size']}")
-    table.add_row("tokens per image", " x ".join(map(str, model["grid"])))
-    parameters = (model["tokenizer_parameters"], model["transformer_parameters"])
-    table.add_row("parameters", " + ".join(f"{count / 1e6:.2f} M" for count in parameters))
+    for name in ("psnr_db", "ssim", "codebook_usage"):
+        if name in rebuilt:
+            table.add_row(f"reconstruction: {title(name)}", format_value(name, rebuilt[name]))
 
 
-def describe_limit(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Describes the stage that limits the images, in plain values, by the FID of the first feature network.
+def describe_limit(content: Mapping[str, Any]) -> str | None:
+    """Describes the stage that limits the images in a sentence, by the FID of the first feature network.
 
     The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect
     transformer would have. The rule, in this order:
 
-    1. ``neither`` if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
-    2. ``tokenizer`` if the reconstruction FID is more than half of the FID: a better transformer can remove
+    1. Neither if the FID is at most 1.5 times that of as many real images: it can hardly fall further.
+    2. The tokenizer if the reconstruction FID is more than half of the FID: a better transformer can remove
        less than half of it.
-    3. ``transformer`` otherwise.
+    3. The transformer otherwise.
 
     docs/evaluation/README.md has what was measured against each.
 
     Returns:
-        ``text``: one or two sentences. ``bits_per_token`` and ``uniform_bits_per_token`` (log2 K). Where the
-        reconstruction FID is known, ``stage`` and ``reconstruction_share``, a fraction of the FID.
+        The sentence; None if the real images are those of a file, which reconstructions are not compared with.
     """
-    network = next(iter(content["protocol"]["features"]))
-    bits = next(content["likelihood"][name] for name in _BITS if name in content["likelihood"])
-    uniform = math.log2(content["model"]["codebook_size"])
-    described: dict[str, Any] = {"network": network, "bits_per_token": bits, "uniform_bits_per_token": uniform}
-    of_tokens = f"The transformer needs {bits:.2f} bits per val token, a uniform guess {uniform:.2f}."
-    rebuilt = content["reconstruction"].get(f"rfid/{network}")
-    if rebuilt is None:  # reconstructions are compared with the val split only
-        return {**described, "text": of_tokens}
-    columns = content["samples"]["exported_guidance"], content["real_against_real"]
-    fid, real = (column[f"fid/{network}"] for column in columns)
+    name = f"fid/{next(iter(content['protocol']['features']))}"
+    rebuilt = content["reconstruction"].get(f"r{name}")
+    if rebuilt is None:
+        return None
+    fid, real = content["samples"]["exported_guidance"][name], content["real_against_real"][name]
     if fid <= _NEAR_REAL * real:
-        stage = "neither"
-        text = f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "
-        text += "--num-images shows smaller differences."
-    else:
-        stage = "tokenizer" if rebuilt > _TOKENIZER_SHARE * fid else "transformer"
-        text = f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f}, {rebuilt / fid:.0%} of "
-        text += f"{fid:.2f}."
-    return {**described, "stage": stage, "reconstruction_share": rebuilt / fid, "text": f"{text} {of_tokens}"}
+        return (
+            f"Neither stage limits: FID {fid:.2f} is close to {real:.2f}, that of as many real images; a larger "
+            "--num-images shows smaller differences."
+        )
+    stage = "tokenizer" if rebuilt > _TOKENIZER_SHARE * fid else "transformer"
+    return f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f} of {fid:.2f}."
 
 
 def _write_pictures(

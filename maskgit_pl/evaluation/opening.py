@@ -25,7 +25,7 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.layers import without_keys
+from maskgit_pl.runs.layers import value_at, without_keys
 
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
 _UNTRAINED = (  # keys that do not affect the trained weights, and that of the seed
@@ -42,13 +42,12 @@ class RunFolders:
     pretrained: Path  # with ``tokenizer/`` and ``transformer/``
     run: Path  # the pretrained folder itself if it belongs to no run
     data: Path
-    classifier: Path
-    references: Path  # of features of real images, which all runs of the same data share
+    references: Path  # features of real images, and a classifier, which all runs of the same data share
 
     @property
-    def shares_classifier(self) -> bool:
-        """Returns True if the classifier is the one that all runs of the data share; the user named no folder."""
-        return self.classifier == self.references / "small"
+    def classifier(self) -> Path:
+        """The folder of the data's own classifier."""
+        return self.references / "small"
 
 
 def data_name(data: Path) -> str:
@@ -57,24 +56,21 @@ def data_name(data: Path) -> str:
     return data.name if data.name not in ("", "..") else data.resolve().name
 
 
-def find_run(run: Path | str, *, data: Path | None = None, classifier: Path | None = None) -> RunFolders:
+def find_run(run: Path | str, *, data: Path | None = None) -> RunFolders:
     """Finds the folders of a run.
 
     Args:
         run: Run folder, pretrained folder, or the name of a model in the package, whose results are written
             to ``runs/NAME``.
         data: Data folder; None for the data that the run was trained on.
-        classifier: Folder of the data's classifier; None for the one that all runs of the data share.
 
     Raises:
         FileNotFoundError: if the run or the data do not exist, or the run does not record its data.
     """
-    return _folders(local_folder(run), data, classifier)
+    return _folders(local_folder(run), data)
 
 
-def find_tokenizer_folders(
-    folder: Path | str, *, data: Path | None = None, classifier: Path | None = None
-) -> RunFolders:
+def find_tokenizer_folders(folder: Path | str, *, data: Path | None = None) -> RunFolders:
     """Finds the folders of a tokenizer, which needs no transformer beside it; see ``find_run``.
 
     ``folder`` may also be the folder of the tokenizer itself.
@@ -84,18 +80,18 @@ def find_tokenizer_folders(
     """
     path = Path(folder)
     if str(folder) in bundled_models() and not path.is_dir():
-        return find_run(folder, data=data, classifier=classifier)
+        return find_run(folder, data=data)
     # RUN/tokenizer of a run holds the training; its config.yaml is no config.json.
     for pretrained in (path / "pretrained", path, path.parent if path.name == "tokenizer" else path):
         if (pretrained / "tokenizer" / "config.json").is_file():
-            return _folders(pretrained, data, classifier)
+            return _folders(pretrained, data)
     raise FileNotFoundError(
         f"tokenizer {path}: no tokenizer there; name a run whose stage 1 has ended, or a folder of `maskgit export` or "
         "of an importer"
     )
 
 
-def _folders(pretrained: Path, data: Path | None, classifier: Path | None) -> RunFolders:
+def _folders(pretrained: Path, data: Path | None) -> RunFolders:
     # The run of RUN/pretrained; any other pretrained folder stands for itself.
     home = pretrained.parent if pretrained.name == "pretrained" else pretrained
     if pretrained in bundled_models().values():
@@ -103,17 +99,15 @@ def _folders(pretrained: Path, data: Path | None, classifier: Path | None) -> Ru
     path = data or _find_data(pretrained, home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
-    real = home.absolute().parent / f"{path.absolute().name}-classifier"  # shared by all runs of the data
-    return RunFolders(pretrained, home, path, classifier or real / "small", real)
+    return RunFolders(pretrained, home, path, home.absolute().parent / f"{path.absolute().name}-classifier")
 
 
 def _find_data(pretrained: Path, home: Path) -> Path:
     """Returns the data folder that a run records, or ``data/shards/NAME`` for the name that an exported model has."""
     # Both stages record the data; a run may have only one of them.
     for stage in ("transformer", "tokenizer"):
-        data = read_run_recipe(home / stage / "config.yaml").get("data") or {}
-        path = data.get("path") if isinstance(data, dict) else data
-        if path and isinstance(path, str):
+        path = value_at(read_run_recipe(home / stage / "config.yaml"), "data.path")
+        if isinstance(path, str):
             return Path(path)
     file, advice = pretrained / "config.json", "choose them with --data"
     node: Any = read_json(file, max_bytes=_MAX_CONFIG_BYTES) if file.is_file() else {}
@@ -138,12 +132,10 @@ def remove_untrained(tree: Mapping[str, Any]) -> dict[str, Any]:
     return without_keys(tree, _UNTRAINED)
 
 
-def describe_held_out(summary: DataSummary) -> dict[str, Any]:
-    """Describes the val split of a data folder in plain values: a sentence and its numbers."""
+def describe_held_out(summary: DataSummary) -> str:
+    """Describes the val split of a data folder in a sentence."""
     images = summary.samples["val"]
-    fraction = images / sum(summary.samples.values())
-    text = f"Held out: {images:,} images of the val split ({fraction:.0%} of the data)."
-    return {"split": "val", "images": images, "fraction": fraction, "text": text}
+    return f"Held out: {images:,} images of the val split ({images / sum(summary.samples.values()):.0%} of the data)."
 
 
 def open_model(
@@ -216,9 +208,7 @@ def open_evaluator(
     ``folders`` are those of the first run. ``reference`` is a file in the layout of ADM to compare with; None for the
     val split.
     """
-    extractors = open_extractors(
-        folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
-    )
+    extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown
         references = read_references(reference, extractors, folder=folders.references, on_images=on_images)

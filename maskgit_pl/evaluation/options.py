@@ -37,14 +37,11 @@ class MeasurementOptions:
         batch_size: Images per batch; it does not change results.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
         num_workers: Processes that read real images (default: 0).
-        classifier: Folder of the classifier that judges images, which is trained if it is missing (default:
-            runs/DATA-classifier/small).
     """
 
     batch_size: int = 100
     device: str | None = None
     num_workers: int = 0
-    classifier: Path | None = None
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self) if field.name in _BOUNDS):
@@ -76,7 +73,6 @@ class EvaluationOptions(ModelOptions):
     Args:
         num_steps: Number of decoding steps (default: the model's own).
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
-        lpips: Also measure LPIPS of the reconstructions with vgg=FILE, alex=FILE or squeeze=FILE.
         likelihood_images: Number of real images for the likelihood.
         resume: Keep the measurements of an interrupted evaluation.
 
@@ -86,7 +82,6 @@ class EvaluationOptions(ModelOptions):
 
     num_steps: int | None = None
     reference: Path | None = None
-    lpips: str | None = None
     likelihood_images: int = 2000
     resume: bool = False
 
@@ -180,7 +175,6 @@ class TokenizerOptions(MeasurementOptions):
         num_images: Number of random val images, at most all (default: all).
         dtype: Arithmetic of the tokenizer; auto: bfloat16 on devices with instructions for it, else float32
             (default: auto on a GPU, else that of the weights).
-        lpips: Also measure LPIPS with vgg=FILE, alex=FILE or squeeze=FILE.
 
     Raises:
         ValueError: if a number is out of range.
@@ -188,7 +182,6 @@ class TokenizerOptions(MeasurementOptions):
 
     num_images: int | None = None
     dtype: Dtype | None = None
-    lpips: str | None = None
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,6 @@ _MAX_MEMBERS = 100  # arrays per file
 # A compressed array may expand to 100 times the size of the file (images reach 10 times), or to 64 MiB.
 _MAX_RATIO = 100
 _ALWAYS_EXPANDED = 2**26
-_NAMES = {"uint8": "uint8", "f": "float", "iu": "integer"}  # accepted kinds of numbers -> name in errors
 _log = logging.getLogger(__name__)
 
 
@@ -92,13 +91,13 @@ class ArrayFile:
         """Returns an error that names file and array."""
         return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
-    def read(self, name: str, shape: tuple[int | None, ...], *, kinds: str) -> npt.NDArray[Any]:
+    def read(self, name: str, shape: tuple[int | None, ...], numbers: type[np.generic]) -> npt.NDArray[Any]:
         """Reads an array; an uncompressed one is memory-mapped.
 
         Args:
             name: Name of the array, without ``.npy``.
             shape: Required shape; None stands for any size >= 1.
-            kinds: Accepted numpy kinds, ``"f"`` or ``"iu"`` of any precision, or ``"uint8"``.
+            numbers: Required kind of numbers, such as ``np.uint8``, or ``np.floating`` for any precision.
 
         Raises:
             ValueError: if the array is missing or damaged, or has another shape or dtype.
@@ -125,8 +124,8 @@ class ArrayFile:
             expected = ", ".join("n" if size is None else str(size) for size in shape)
             raise self.error(name, f"the shape must be ({expected}), got {stored_shape}")
         # Objects, which are pickled, records and text are of other kinds.
-        if dtype != kinds if kinds == "uint8" else dtype.kind not in kinds:
-            raise self.error(name, f"the dtype must be {_NAMES[kinds]}, got {dtype}")
+        if not np.issubdtype(dtype, numbers):
+            raise self.error(name, f"the dtype must be {numbers.__name__}, got {dtype}")
         if header + math.prod(stored_shape) * dtype.itemsize != info.file_size:
             raise self.error(name, f"its size does not match its shape {stored_shape}; the file is damaged")
         with self._refusing(f"array {name!r}"):
@@ -173,10 +172,10 @@ def open_samples(file: ArrayFile | Path | str, *, channels: int = 3) -> SampleFi
         ValueError: if there are no images, or an array has another shape or dtype than the layout.
     """
     arrays = file if isinstance(file, ArrayFile) else ArrayFile(file, thing="samples")
-    images = arrays.read("arr_0", (None, None, None, 3), kinds="uint8")
+    images = arrays.read("arr_0", (None, None, None, 3), np.uint8)
     labels = None
     if "arr_1" in arrays:
-        labels = torch.from_numpy(arrays.read("arr_1", (len(images),), kinds="iu").astype(np.int64))
+        labels = torch.from_numpy(arrays.read("arr_1", (len(images),), np.integer).astype(np.int64))
     return SampleFile(images, labels, channels)
 
 
@@ -342,7 +341,7 @@ def _obtain(
     """
     files = {}
     for each in extractors:
-        whole_key = {**key, "network": each.label, "weights": each.digest, "knows_classes": each.knows_classes}
+        whole_key = {**key, "weights": each.digest, "knows_classes": each.knows_classes}
         name = re.sub("[^A-Za-z0-9_.]+", "-", f"{key['split']}-{each.label}")
         files[each.label] = folder / f"{name}-{shorten_digest(digest_of(whole_key))}.npz"
     # Extraction is collective: all ranks compute what any of them does not have.
@@ -395,6 +394,6 @@ def _read_inception_statistics(file: ArrayFile, origin: Mapping[str, Any]) -> Re
 
 
 def _read_statistics(file: ArrayFile, suffix: str, width: int) -> Statistics:
-    mean = file.read(f"mu{suffix}", (width,), kinds="f")
-    covariance = file.read(f"sigma{suffix}", (width, width), kinds="f")
+    mean = file.read(f"mu{suffix}", (width,), np.floating)
+    covariance = file.read(f"sigma{suffix}", (width, width), np.floating)
     return Statistics(*(torch.from_numpy(np.array(array, np.float64)) for array in (mean, covariance)))

@@ -102,9 +102,8 @@ _TASKS: dict[Task, str] = {
 }
 OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of their model
 SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get in Table 1
-NO_COLUMN = ("diversity", "steps_taken", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
+NO_COLUMN = ("diversity", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
-_OF_MACHINE = ("images_per_second", "peak_memory_mb")  # which only the CSV of tokenizers has
 _SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
 
@@ -199,16 +198,14 @@ def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars
     """
     options = options or ReportOptions()
     check_runs("table tokenizers", runs)
-    folders = [find_tokenizer_folders(run, data=options.data, classifier=options.classifier) for run in runs]
+    folders = [find_tokenizer_folders(run, data=options.data) for run in runs]
     shared = folders[0].data  # all rows compare with the same real images
-    settings = TokenizerOptions(
-        options.batch_size, options.device, options.num_workers, options.classifier, num_images=options.num_images
-    )
+    settings = TokenizerOptions(options.batch_size, options.device, options.num_workers, options.num_images)
     tokenizers = [open_tokenizer(replace(each, data=shared), options.features, settings, bars) for each in folders]
     ledger = Ledger(options.results / FILE_NAME)
     rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
-    held_out = describe_held_out(tokenizers[0].data.summary)["text"]
-    names = [name for name in dict.fromkeys(name for row in rows for name in row["numbers"]) if name not in _OF_MACHINE]
+    held_out = describe_held_out(tokenizers[0].data.summary)
+    names = list(dict.fromkeys(name for row in rows for name in row["numbers"]))
     lines = [
         *heading("Tokenizers"),
         *paragraph(
@@ -236,7 +233,7 @@ def open_models(
 ) -> tuple[Evaluator, Sequence[EvaluatedModel]]:
     """Opens the data of the first run and all models, which must have the classes and the image size of the first."""
     check_runs(task, runs)
-    folders = [find_run(run, data=options.data, classifier=options.classifier) for run in runs]
+    folders = [find_run(run, data=options.data) for run in runs]
     models = [open_model(folder, options.device) for folder in folders]
     data = open_data(folders[0], models[0].pipe, num_workers=options.num_workers)
     for model in models[1:]:

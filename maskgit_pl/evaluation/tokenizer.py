@@ -11,32 +11,29 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from rich.table import Table
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from maskgit_pl.checks import height_width, plain_size
 from maskgit_pl.data import Batch, ShardData
-from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype, peak_memory
-from maskgit_pl.errors import markdown
+from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.distances import frechet_distance, kernel_distance
 from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, gather_rows, open_extractors
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
+from maskgit_pl.evaluation.ledger import Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
-from maskgit_pl.evaluation.pages import Page, heading, image_to_png, markdown_table, paragraph
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
-from maskgit_pl.networks.features import LPIPS, load_lpips
-from maskgit_pl.pipeline.grids import image_grid, to_unit_range
+from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, fingerprint, images_at_once, load_tokenizer, read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.tokenizer import CodebookUsage
@@ -44,12 +41,11 @@ from maskgit_pl.tokenizer import CodebookUsage
 _SSIM_WINDOW = 11  # pixels; smaller images have no SSIM
 _BEST_PSNR = 100.0  # dB, of an image without any error
 _SHOWN = 8  # worst reconstructions
-_SHOWN_EDGE = 256  # pixels of the picture's images
 
 
 def psnr(mean_squared_error: float) -> float:
-    """Computes the PSNR in dB, for pixels in [0, 1]; an error of 0 gives infinity."""
-    return math.inf if mean_squared_error == 0 else -10 * math.log10(mean_squared_error)
+    """Computes the PSNR in dB, for pixels in [0, 1], at most 100 dB."""
+    return _BEST_PSNR if mean_squared_error == 0 else min(_BEST_PSNR, -10 * math.log10(mean_squared_error))
 
 
 def measure_reconstruction(
@@ -57,7 +53,6 @@ def measure_reconstruction(
     batches: Iterable[Batch],
     *,
     networks: Iterable[FeatureMetrics] = (),
-    lpips: LPIPS | None = None,
     on_images: Callable[[int], object] = lambda count: None,
 ) -> dict[str, float]:
     """Measures the reconstruction error of a tokenizer, for pixels in [0, 1] and clipped reconstructions.
@@ -69,16 +64,14 @@ def measure_reconstruction(
         batches: This rank's batches of uint8 images. Rows that are not valid are ignored.
         networks: Feature networks of the reconstruction FID, which see reconstructions rounded to uint8, with
             references of the originals.
-        lpips: Perceptual distance; None leaves it out.
         on_images: Called after each batch with its number of images, for a progress bar.
 
     Returns:
         Values by name: ``psnr_db`` (from the mean squared error of all images together), ``ssim`` (for images
-        of 11 pixels or more), ``rfid/NETWORK``, ``lpips/BACKBONE``, ``codebook_usage``, ``perplexity``, and
-        ``images``, their number.
+        of 11 pixels or more), ``rfid/NETWORK``, ``codebook_usage``, ``perplexity``, and ``images``, their number.
     """
     references = {network.extractor: network.reference.pooled for network in networks}
-    meter = ReconstructionMeter(tokenizer, list(references), lpips)
+    meter = ReconstructionMeter(tokenizer, list(references))
     for batch in batches:
         if batch.valid.any():
             meter.add(batch)
@@ -120,9 +113,7 @@ class ReconstructionMeter:
         seconds: Time of encoding and decoding.
     """
 
-    def __init__(
-        self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = (), lpips: LPIPS | None = None
-    ) -> None:
+    def __init__(self, tokenizer: PretrainedTokenizer, extractors: Sequence[Extractor] = ()) -> None:
         self.tokenizer = tokenizer
         self.extractors = extractors
         self.features: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in extractors}
@@ -135,8 +126,6 @@ class ReconstructionMeter:
         self._measures: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"error": _mean_squared_error}
         if min(height_width(tokenizer.image_size)) >= _SSIM_WINDOW:
             self._measures["ssim"] = _ssim
-        if lpips is not None:
-            self._measures[lpips.label] = lpips
         self._batches: list[dict[str, Tensor]] = []
 
     @torch.inference_mode()
@@ -205,13 +194,13 @@ def evaluate_tokenizer(
     options: TokenizerOptions | None = None,
     bars: Bars = no_bars,
 ) -> TokenizerReport:
-    """Measures a tokenizer, and writes ``tokenizer.json``, its page and a ledger row.
+    """Measures a tokenizer, and writes ``tokenizer.json``.
 
     Args:
         folder: Run folder, pretrained folder, or the folder of a tokenizer.
         data: Data folder; None for the data that the run was trained on.
         features: Feature networks: names or mappings, see ``networks.features.parse_feature_network``.
-        out: Path of the JSON file, beside which page and ledger are written; None for ``RUN/tokenizer.json``.
+        out: Path of the JSON file; None for ``RUN/tokenizer.json``.
         options: Number of images and other options; None for the defaults.
         bars: Progress bars.
 
@@ -221,15 +210,12 @@ def evaluate_tokenizer(
         ValueError: if a network is unknown, or a number is out of range.
     """
     options = options or TokenizerOptions()
-    folders = find_tokenizer_folders(folder, data=data, classifier=options.classifier)
+    folders = find_tokenizer_folders(folder, data=data)
     file = out or folders.run / "tokenizer.json"
     check_writable("out", file)
-    ledger = Ledger(file.parent / "evaluation" / FILE_NAME)
-
-    report = replace(measure_tokenizer(open_tokenizer(folders, features, options, bars), bars), file=file)
-    report.page.write()
+    report = TokenizerReport(measure_tokenizer(open_tokenizer(folders, features, options, bars), bars), file)
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps(report.content, indent=2) + "\n")
-    ledger.add("tokenizer", report.row)
     return report
 
 
@@ -242,7 +228,6 @@ class OpenedTokenizer:
     tokenizer: PretrainedTokenizer
     data: ShardData
     extractors: Sequence[Extractor]
-    lpips: LPIPS | None
 
     @property
     def num_images(self) -> int:
@@ -255,14 +240,11 @@ class OpenedTokenizer:
         """The name of the arithmetic of the tokenizer, such as ``float32``."""
         return str(next(self.tokenizer.network.parameters()).dtype).removeprefix("torch.")
 
-    @cached_property
+    @property
     def key(self) -> dict[str, Any]:
         """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
         networks = {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors}
-        settings: dict[str, Any] = {"networks": networks, "dtype": self.dtype}
-        if self.options.lpips is not None:
-            settings["lpips"] = self.options.lpips.partition("=")[0]
         return {
             "dataset": data_name(self.folders.data),
             "data": shorten_digest(self.data.summary.fingerprint),
@@ -270,7 +252,7 @@ class OpenedTokenizer:
             "tokenizer": fingerprint(folder),
             "config": shorten_digest(digest_of(read_config(folder, "tokenizer"))),
             "num_images": self.num_images,
-            "settings": settings,
+            "settings": {"networks": networks, "dtype": self.dtype},
         }
 
 
@@ -281,31 +263,41 @@ def open_tokenizer(
     device = find_device(options.device)
     tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
     tokenizer.network.to(device, dtype=parse_dtype(options.dtype, device))
-    lpips = None if options.lpips is None else load_lpips(options.lpips, device=device)
-    channels = tokenizer.channels
-    data = open_images(folders.data, tokenizer.image_size, channels, num_workers=options.num_workers)
+    data = open_images(folders.data, tokenizer.image_size, tokenizer.channels, num_workers=options.num_workers)
     data.warn_if_enlarged()
-    extractors = open_extractors(
-        folders.classifier, data, features, device=device, bars=bars, replaces=folders.shares_classifier
-    )
-    return OpenedTokenizer(folders, options, tokenizer, data, extractors, lpips)
+    extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
+    return OpenedTokenizer(folders, options, tokenizer, data, extractors)
 
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
     """Returns the row of a tokenizer, which is measured if the ledger lacks it."""
-    return ledger.find("tokenizer", opened.key) or ledger.add("tokenizer", measure_tokenizer(opened, bars).row)
+    key = opened.key
+    if (row := ledger.find("tokenizer", key)) is not None:
+        return row
+    content = measure_tokenizer(opened, bars)
+    model, environment = content["model"], content["environment"]
+    row = {
+        **key,
+        "run": content["run"],
+        "numbers": content["numbers"],
+        "parameters": model["parameters"],
+        "quantizer": model["quantizer"],
+        "codes": f"{model['grid'][0]} x {model['grid'][1]} of {model['codebook_size']}",
+        "commit": environment["commit"],
+        "date": datetime.date.today().isoformat(),
+        "device": environment["device_name"],
+    }
+    return ledger.add("tokenizer", row)
 
 
-def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> TokenizerReport:
-    """Measures a tokenizer on random val images, the same in every call."""
+def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
+    """Measures a tokenizer on random val images, the same in every call; returns the content of ``tokenizer.json``."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
-    meter = ReconstructionMeter(tokenizer, opened.extractors, opened.lpips)
+    meter = ReconstructionMeter(tokenizer, opened.extractors)
     originals: dict[str, list[dict[str, Tensor]]] = {extractor.label: [] for extractor in opened.extractors}
     size = min(opened.options.batch_size, images_at_once(*height_width(tokenizer.image_size)))
     on_images = bars(f"{opened.folders.run.name}: reconstructing", count)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     for batch in iter_real_batches(data, "val", num_images=count, batch_size=size):
         meter.add(batch)
         for extractor in opened.extractors:
@@ -313,19 +305,37 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> TokenizerReport:
             originals[extractor.label].append({"index": batch.position[batch.valid], **features})
         on_images(int(batch.valid.sum()))
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
-    numbers["peak_memory_mb"] = peak_memory(device) / 2**20
-    psnr_db = _psnr_of_images(meter.values()["error"])
-    labels = torch.cat(meter.labels)
-    by_class = {data.class_names[each]: float(psnr_db[labels == each].mean()) for each in sorted({*labels.tolist()})}
-    return TokenizerReport(_content(opened, numbers, by_class, meter.worst), opened.key, meter.worst)
+    config = tokenizer.network.config
+    return {
+        "run": opened.folders.run.name,
+        "protocol": {
+            "num_images": count,
+            "data": data.summary.fingerprint,
+            "split": "val",
+            "features": {each.label: each.digest for each in opened.extractors},
+            "dtype": opened.dtype,
+        },
+        "held_out": describe_held_out(data.summary),
+        "numbers": numbers,
+        "model": {
+            "image_size": plain_size(tokenizer.image_size),
+            "in_channels": config.in_channels,
+            "grid": list(tokenizer.grid),
+            "codebook_size": config.codebook_size,
+            "quantizer": json.dumps(asdict(config)["quantizer"]).strip('"'),
+            "parameters": sum(each.numel() for each in tokenizer.network.parameters()),
+            "fingerprint": tokenizer.fingerprint,
+        },
+        "environment": {**describe_environment(), "device": str(device), "device_name": device_name(device)},
+    }
 
 
 def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mapping[str, Tensor]]]) -> dict[str, float]:
     values, codes = meter.values(), meter.code_usage()
     errors = values.pop("error")
     numbers = {
-        "psnr_db": min(_BEST_PSNR, psnr(float(errors.mean()))),
-        "mean_psnr_db": float(_psnr_of_images(errors).mean()),
+        "psnr_db": psnr(float(errors.mean())),
+        "mean_psnr_db": float((-10 * errors.log10()).clamp(max=_BEST_PSNR).mean()),
         **{name: float(of_image.mean()) for name, of_image in values.items()},
     }
     for label in originals:
@@ -344,108 +354,23 @@ def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mappin
     }
 
 
-def _psnr_of_images(errors: Tensor) -> Tensor:
-    """Returns (n,) dB of (n,) mean squared errors; an image without an error has 100 dB."""
-    return (-10 * errors.log10()).clamp(max=_BEST_PSNR)
-
-
-def _content(
-    opened: OpenedTokenizer, numbers: Mapping[str, float], by_class: Mapping[str, float], worst: Sequence[Pair]
-) -> dict[str, Any]:
-    """Returns the content of ``tokenizer.json``."""
-    tokenizer, data = opened.tokenizer, opened.data
-    config, device = tokenizer.network.config, next(tokenizer.network.parameters()).device
-    return {
-        "run": opened.folders.run.name,
-        "protocol": {
-            "num_images": opened.num_images,
-            "data": data.summary.fingerprint,
-            "split": "val",
-            "features": {each.label: each.digest for each in opened.extractors},
-            "lpips": opened.options.lpips,
-            "dtype": opened.dtype,
-        },
-        "held_out": describe_held_out(data.summary),
-        "numbers": numbers,
-        "psnr_db_per_class": by_class,
-        "worst": [
-            {"index": pair.number, "class": data.class_names[pair.label], "psnr_db": min(_BEST_PSNR, psnr(pair.error))}
-            for pair in worst
-        ],
-        "model": {
-            "image_size": plain_size(tokenizer.image_size),
-            "in_channels": config.in_channels,
-            "grid": list(tokenizer.grid),
-            "codebook_size": config.codebook_size,
-            "quantizer": json.dumps(asdict(config)["quantizer"]).strip('"'),
-            "parameters": sum(each.numel() for each in tokenizer.network.parameters()),
-            "fingerprint": tokenizer.fingerprint,
-        },
-        "environment": {**describe_environment(), "device": str(device), "device_name": device_name(device)},
-    }
-
-
 @dataclass(frozen=True)
 class TokenizerReport:
     """The values of an evaluation of a tokenizer."""
 
     content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
-    key: Mapping[str, Any]  # columns of the ledger that determine the values
-    worst: Sequence[Pair]
-    file: Path = Path("tokenizer.json")  # of that content, beside which the page is written
+    file: Path  # of that content
 
-    @property
-    def row(self) -> dict[str, Any]:
-        """The row of the ledger."""
-        model, environment = self.content["model"], self.content["environment"]
-        return {
-            **self.key,
-            "run": self.content["run"],
-            "numbers": self.content["numbers"],
-            "parameters": model["parameters"],
-            "quantizer": model["quantizer"],
-            "codes": f"{model['grid'][0]} x {model['grid'][1]} of {model['codebook_size']}",
-            "commit": environment["commit"],
-            "date": datetime.date.today().isoformat(),
-            "device": environment["device_name"],
-        }
-
-    @cached_property
-    def page(self) -> Page:
-        """The page: all values, the floors beside them, the PSNR of each class and the worst images."""
-        content, picture = self.content, f"{self.file.stem}-worst.png"
-        numbers: Mapping[str, float] = content["numbers"]
-        rows = []
+    def table(self) -> Table:
+        """Returns the values as a table for the terminal, with the distances of two halves of the real images."""
+        numbers: Mapping[str, float] = self.content["numbers"]
+        table = Table("", title=f"{self.content['protocol']['num_images']} images")
+        for heading in ("value", "real halves"):
+            table.add_column(heading, justify="right")
         for name, value in numbers.items():
             metric, _, network = name.partition("/")
             if not metric.endswith("_floor"):
-                floor = numbers.get(f"{metric}_floor/{network}")
-                rows.append(
-                    [title(name), format_value(name, value), "" if floor is None else format_value(name, floor)]
-                )
-        classes = sorted(content["psnr_db_per_class"].items(), key=lambda pair: pair[1])
-        worst = "; ".join(
-            f"image {each['index']} ({markdown(each['class'])}) {each['psnr_db']:.2f} dB" for each in content["worst"]
-        )
-        lines = [
-            *heading(f"Tokenizer of {markdown(content['run'])}"),
-            *paragraph(content["held_out"]["text"], f"{content['protocol']['num_images']} of them were measured."),
-            "",
-            *markdown_table(["metric", "value", "real halves"], rows),
-            "",
-            *paragraph(
-                "Real halves: the distance between two halves of the real images, each of half as many images, is what "
-                "perfect reconstructions of other images would have. Bits per pixel count log2 K for each token; "
-                "entropy-coded ones count the entropy of the codes' frequencies."
-            ),
-            "",
-            *markdown_table(["class", "mean PSNR, dB"], [[markdown(name), f"{value:.2f}"] for name, value in classes]),
-            "",
-            *paragraph(f"The worst reconstructions: {worst}."),
-            "",
-            f"![originals above, reconstructions below]({picture})",
-        ]
-        images = [pair.original for pair in self.worst] + [pair.reconstruction for pair in self.worst]
-        pixels = torch.stack(images)[..., :_SHOWN_EDGE, :_SHOWN_EDGE]
-        sheet = image_grid(pixels, columns=len(self.worst), row_captions=["original", "reconstruction"])
-        return Page(self.file.stem, lines, [numbers], {picture: image_to_png(sheet)}, self.file.parent)
+                floor = f"{metric}_floor/{network}"
+                cell = format_value(floor, numbers[floor]) if floor in numbers else ""
+                table.add_row(title(name), format_value(name, value), cell)
+        return table

@@ -208,7 +208,7 @@ def tune(
         data: Data folder; None for the data that the run was trained on.
         trials: Number of trials of the study, with those of earlier calls.
         metric: A metric of the registry, such as ``fid`` or ``kid``, in the features of the data's own
-            classifier, or ``agreement``.
+            classifier, or ``class_agreement``.
         num_images: Number of images per trial, at least 2 per class.
         out: Folder of the study, the page and the ledger; None for ``RUN/tuning`` and ``RUN/evaluation``.
         options: The search, the seed and other options; None for the defaults.
@@ -225,7 +225,7 @@ def tune(
     name = tuning_column(metric)
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
-    folders = find_run(run, data=data, classifier=options.classifier)
+    folders = find_run(run, data=data)
     if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
         raise ValueError(
             "tune must have a model outside of the package, next to whose weights it writes; copy it with "

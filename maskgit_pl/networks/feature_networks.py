@@ -6,7 +6,6 @@ small network or one of timm's. ``evaluation.classifier`` trains them, and ``loa
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,7 +14,6 @@ from typing import Any, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -27,6 +25,7 @@ from maskgit_pl.checks import (
     check_image_size,
     check_integer,
     check_keys,
+    did_you_mean,
     height_width,
     plain_size,
     shorten,
@@ -41,7 +40,6 @@ MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 
 _LARGEST = {"num_classes": 100_000, "width": 4096}
 _LARGEST_IMAGE = 1024
-_SPATIAL_NUMBERS = 2023  # ADM's evaluator: 7 channels x 17 x 17 places
 _LONGEST_NAME = 80  # letters that are compared with timm's names
 _SMALLEST_MAP = 4  # largest side of the small network's last feature map, in pixels
 _MEAN, _DEVIATION = 0.5, 0.25  # of pixels in [0, 1]; near those of most data
@@ -53,8 +51,8 @@ class FeatureOutput(NamedTuple):
     Attributes:
         features: (B, F) float, pooled, before the classifier.
         logits: (B, C) float.
-        spatial: (B, S) float, S at most 2023: some channels of a feature map, place by place, for sFID; None
-            if the network has no map.
+        spatial: (B, S) float: some channels of a feature map, place by place, for sFID, which Inception gives;
+            None leaves it out.
     """
 
     features: Tensor
@@ -101,7 +99,7 @@ class FeatureNetwork(FrozenNetwork):
         return f"size={self.size}"
 
     def forward(self, images: Tensor) -> FeatureOutput:
-        """Returns features, logits and the first channels of the last map.
+        """Returns features and logits.
 
         Args:
             images: (B, 1 or 3, H, W), uint8 or float in [0, 1]; grey images are repeated to three colours.
@@ -109,9 +107,7 @@ class FeatureNetwork(FrozenNetwork):
         x = _to_unit_range(images)
         x = x.expand(-1, 3, -1, -1) if x.shape[1] == 1 else x
         x = F.interpolate(x, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False)
-        last, features, logits = _run_timm(self.model, (x - self.mean) / self.std)
-        channels_last = getattr(self.model, "output_fmt", None) == "NHWC"
-        return FeatureOutput(features, logits, _spatial(last, channels_last=channels_last))
+        return _run_timm(self.model, (x - self.mean) / self.std)
 
 
 @dataclass(frozen=True)
@@ -205,8 +201,7 @@ class TimmClassifier(nn.Module):
     def forward(self, images: Tensor) -> FeatureOutput:
         """Returns features (B, F) and logits (B, num_classes) of images (B, C, H, W), uint8 or float in [0, 1]."""
         x = _prepare(images, channels=self.sizes.in_channels, size=height_width(self.size))
-        _, features, logits = _run_timm(self.model, x.contiguous(memory_format=torch.channels_last))
-        return FeatureOutput(features, logits)
+        return _run_timm(self.model, x.contiguous(memory_format=torch.channels_last))
 
 
 class FrozenClassifier(FrozenNetwork):
@@ -280,16 +275,14 @@ def check_timm_model(what: str, name: str, *, others: tuple[str, ...] = ()) -> N
     """Checks that timm has a model of a name.
 
     Raises:
-        ValueError: if it has not. The message has the nearest names, also of ``others``.
+        ValueError: if it has not. The message has the nearest name, also of ``others``.
     """
     import timm  # takes half a second, which most runs need not spend
 
-    if timm.is_model(name):
-        return
-    close = difflib.get_close_matches(name[:_LONGEST_NAME], [*others, *timm.list_models()], n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(close)}?" if close else "timm.list_models() lists all"
-    names = " or ".join([*map(repr, others), "a name that timm knows"])
-    raise ValueError(f"{what} must be {names}, got {shorten(name)}; {hint}")
+    if not timm.is_model(name):
+        names = " or ".join([*map(repr, others), "a name that timm knows"])
+        hint = did_you_mean(name[:_LONGEST_NAME], [*others, *timm.list_models()]) or "timm.list_models() lists all"
+        raise ValueError(f"{what} must be {names}, got {shorten(name)}; {hint}")
 
 
 def weights_digest(network: nn.Module) -> str:
@@ -303,11 +296,11 @@ def _to_unit_range(images: Tensor) -> Tensor:
     return images.float() / 255 if images.dtype == torch.uint8 else images.float()
 
 
-def _run_timm(model: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the last map or tokens of a timm model, the features before its classifier, and the logits of these."""
-    last = model.forward_features(x)  # methods that the type nn.Module does not have
-    features = model.forward_head(last, pre_logits=True)
-    return last, features, model.get_classifier()(features)
+def _run_timm(model: Any, x: Tensor) -> FeatureOutput:
+    """Returns the features before the classifier of a timm model, and the logits of these."""
+    # These methods are not those of the type nn.Module.
+    features = model.forward_head(model.forward_features(x), pre_logits=True)
+    return FeatureOutput(features, model.get_classifier()(features))
 
 
 def _prepare(images: Tensor, *, channels: int, size: tuple[int, int]) -> Tensor:
@@ -334,13 +327,3 @@ def _can_run(model: nn.Module, sizes: ClassifierSizes) -> bool:
     finally:
         model.train()
     return True
-
-
-def _spatial(last: Tensor, *, channels_last: bool) -> Tensor | None:
-    """Returns the first channels of the last map, at most 2023 numbers, channel fastest: (B, S); None without a map."""
-    if last.ndim != 4:  # tokens of a transformer
-        return None
-    last = last if channels_last else rearrange(last, "b c h w -> b h w c")
-    # As many whole channels as fit into ADM's size, in its order: height, width, channel.
-    channels = _SPATIAL_NUMBERS // (last.shape[1] * last.shape[2])
-    return last[..., :channels].flatten(1) if channels else None

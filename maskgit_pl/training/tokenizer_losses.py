@@ -26,7 +26,7 @@ from maskgit_pl.checks import (
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.losses import AdversarialLoss
 from maskgit_pl.networks.discriminators import discriminators
-from maskgit_pl.networks.features import PerceptualOutput, build_perceptual, create_distance
+from maskgit_pl.networks.features import build_perceptual, create_distance
 from maskgit_pl.networks.quantizers import WEIGHTS
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.registry import Registry, derives_from
@@ -124,13 +124,11 @@ class AbsoluteError(TokenizerLoss):
 @tokenizer_losses.register("perceptual")
 @dataclass(frozen=True)
 class PerceptualConfig(TokenizerLoss):
-    """The mean distance of images in a pretrained network: LPIPS, or the mean squared difference of features.
+    """The mean distance of images in a pretrained network: LPIPS, or the mean squared difference of logits.
 
     Args:
         network: Name or mapping: ``lpips``, or a registered feature network.
         weight: Factor of the loss, in (0, 1e6].
-        output: Output of a feature network that is compared: the classifier's ``logits`` (released
-            configuration) or the pooled ``features``.
 
     Raises:
         ValueError: if the weight is out of range, or the network is unknown.
@@ -140,22 +138,21 @@ class PerceptualConfig(TokenizerLoss):
 
     network: str | Mapping[str, Any]
     weight: float = 0.1
-    output: PerceptualOutput = "logits"
 
     def __post_init__(self) -> None:
         check_number("perceptual weight", self.weight, "(0, 1e6]")
         # Checks the name and the arguments. create_network reads the weights.
-        build_perceptual(self.network, self.output)
+        build_perceptual(self.network)
 
     @property
     def min_image_size(self) -> int:
         """The smallest side of an image that the network supports, in pixels."""
-        return getattr(build_perceptual(self.network, self.output), "min_image_size", 1)
+        return getattr(build_perceptual(self.network), "min_image_size", 1)
 
     def create_network(self) -> nn.Module:
         """Builds the frozen network: two (B, C, H, W) float images in [0, 1] to distances (B,)."""
         try:
-            return create_distance(self.network, self.output)
+            return create_distance(self.network)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
                 f"model.perceptual.network: {error}; set --model.perceptual.network.weights FILE, or train without "

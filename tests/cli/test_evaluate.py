@@ -80,9 +80,7 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert report["samples"]["without_guidance"]["fid/classifier"] > 0
     assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
     assert report["likelihood"]["elbo_bits_per_token"] > 0
-    assert report["classifier"]["real_images"] == 24
-    agreement = [row["generated"] for row in report["classifier"]["per_class"]]
-    assert sum(agreement) / len(CLASSES) == pytest.approx(report["samples"]["exported_guidance"]["class_agreement"])
+    assert 0 <= report["classifier"]["accuracy_on_real_images"] <= 1
     assert report["real_against_real"]["images"] == 12
     assert (run_folder.parent / "shards-classifier" / "small" / "model.safetensors").is_file()
     for name in ("samples.png", "reconstructions.png"):
@@ -93,8 +91,8 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     out = capsys.readouterr().out
     assert "class agreement" in out
     assert "FID (classifier)" in out
-    assert report["limiting_stage"]["stage"] in ("tokenizer", "transformer", "neither")
-    assert all(report[finding]["text"] in out for finding in ("limiting_stage", "held_out"))
+    assert report["limiting_stage"] in out
+    assert report["held_out"] in out
     assert out.index("FID (classifier)") < out.index("of reconstructions") < out.index("KID x 1000")
 
 
@@ -298,15 +296,14 @@ def test_a_model_of_the_package_is_not_changed(tiny_shards: Path) -> None:
 # evaluate-tokenizer
 
 
-def test_an_exported_tokenizer_needs_no_transformer_and_prints_json(
-    run_folder: Path, tiny_shards: Path, judge: Path, capsys
+def test_an_exported_tokenizer_needs_no_transformer(
+    run_folder: Path, tiny_shards: Path, judge: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(run_folder / "pretrained" / "transformer")
     words = (run_folder / "pretrained" / "tokenizer", "--data", tiny_shards, "--num-images", 10)
-    assert call("evaluate-tokenizer", *words, "--features", f"classifier={judge}", "--json") == 0
-    content = json.loads(capsys.readouterr().out)
-    assert content["protocol"]["num_images"] == 10
-    assert (run_folder / "tokenizer.json").is_file()
+    assert call("evaluate-tokenizer", *words, "--features", f"classifier={judge}") == 0
+    assert "PSNR, dB" in capsys.readouterr().out
+    assert json.loads((run_folder / "tokenizer.json").read_text())["protocol"]["num_images"] == 10
 
 
 def test_images_of_several_sizes_need_a_size_for_a_classifier(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 
 from maskgit_pl.evaluation import distances as module
 from maskgit_pl.evaluation.distances import (
-    density_coverage,
     diversity,
     frechet_distance,
     inception_score,
@@ -104,34 +103,17 @@ def test_precision_is_of_generated_images_and_recall_of_real_ones() -> None:
     assert precision_recall(real, column(0.5, 1.5, 2.5, 1)) == (0.5, 1)
 
 
-def test_density_and_coverage_count_the_balls_of_real_images() -> None:
-    # k = 1: the balls are (-1, 1), (0, 2), (1, 5) and (3, 11).
-    real, generated = column(0, 1, 3, 7), column(0.5, 0.5, 6, 100)
-    assert density_coverage(generated, real, num_neighbours=1) == (5 / 4, 3 / 4)
-    # k = 2: (-3, 3), (-1, 3), (0, 6) and (1, 13).
-    assert density_coverage(generated, real, num_neighbours=2) == (7 / 8, 1)
-
-
-def test_identical_sets_cover_each_other() -> None:
-    real = normal(1100, 0)  # more than one block
-    assert density_coverage(real, real) == (1, 1)
-
-
 def test_every_metric_is_computed_whose_inputs_are_known() -> None:
     real = ImageFeatures("classifier", normal(30, 0), normal(30, 1), normal(30, 2, width=4))
     generated = ImageFeatures("classifier", normal(20, 3), normal(20, 4), normal(20, 5, width=4))
     whole = distances(generated, Reference.from_features(real))
-    assert list(whole) == [
-        "fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall", "density", "coverage",
-    ]  # fmt: skip
+    assert list(whole) == ["fid", "sfid", "kid", "kid_deviation", "is", "is_deviation", "precision", "recall"]
     assert all(type(value) is float and math.isfinite(value) for value in whole.values())
     assert distances(generated, Reference.from_features(real)) == whole
     assert "sfid" not in distances(generated, Reference.from_features(replace(real, spatial=None)))
     assert "is" not in distances(replace(generated, logits=None), Reference.from_features(real))
     three = ImageFeatures("classifier", normal(3, 3))
     assert set(distances(three, Reference.from_features(three))) == {"fid", "kid", "kid_deviation"}
-    few_images = set(distances(three, Reference.from_features(replace(real, spatial=None))))
-    assert few_images == {"fid", "kid", "kid_deviation", "density", "coverage"}
 
 
 def test_diversity_of_real_images_is_one_and_of_identical_images_zero() -> None:

@@ -55,20 +55,7 @@ def test_only_the_first_rank_writes(file: Path, monkeypatch: pytest.MonkeyPatch)
     assert not file.exists()
 
 
-@pytest.mark.parametrize("cut", [1, 20])
-def test_an_incomplete_last_line_is_removed_before_the_next_one(file: Path, cut: int) -> None:
-    ledger = Ledger(file)
-    for seed in (1, 2):
-        ledger.add("likelihood", key(seed=seed, note="x" * 100_000))  # longer than a block of the file
-    file.write_text(file.read_text()[:-cut])
-    again = Ledger(file)
-    assert again.find("likelihood", key(seed=1)) is not None
-    assert again.find("likelihood", key(seed=2)) is None
-    again.add("likelihood", key(seed=3))
-    assert [row["seed"] for row in Ledger(file).rows("likelihood")] == [1, 3]
-
-
-@pytest.mark.parametrize("line", ["a,1,many", "3", "{}", '{"measurement": []}'])
+@pytest.mark.parametrize("line", ['{"measurement": "sam', "3", "{}"])
 def test_a_line_that_is_no_measurement_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "ledger.jsonl"
     file.write_text('{"measurement": "samples"}\n' + line + "\n")

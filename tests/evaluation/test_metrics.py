@@ -49,11 +49,11 @@ def test_every_metric_has_a_title_of_its_own_and_a_direction() -> None:
 
 
 def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> None:
-    of_networks = ["fid", "sfid", "kid", "is", "precision", "recall", "density", "coverage"]
+    of_networks = ["fid", "sfid", "kid", "is", "precision", "recall"]
     assert list(computed_metrics()) == [*of_networks, "class_agreement", "diversity"]
     assert tuning_column("precision") == "precision/classifier"
-    assert tuning_column("agreement") == tuning_column("class_agreement") == "class_agreement"
-    with pytest.raises(ValueError, match=r"metric must be one of fid, .*, agreement, got 'psnr_db'"):
+    assert tuning_column("class_agreement") == "class_agreement"
+    with pytest.raises(ValueError, match=r"metric must be one of fid, .*, diversity, got 'psnr_db'"):
         tuning_column("psnr_db")
 
 

@@ -70,7 +70,7 @@ def test_a_network_that_does_not_take_small_images_sees_them_larger():
 @pytest.mark.parametrize(
     ("size", "model", "message"),
     [
-        (28, "resnt18", "did you mean.* resnet18"),
+        (28, "resnt18", "did you mean 'resnet18'"),
         (28, "§§§", r"timm\.list_models"),
         (0, SMALL, "image_size must be an integer in"),
     ],

@@ -13,17 +13,17 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
 
-from maskgit_pl.networks.feature_networks import FeatureNetwork, weights_digest
+from maskgit_pl.networks.feature_networks import weights_digest
 from maskgit_pl.networks.features import (
     ClassifierSpec,
-    FeatureDistance,
     FeatureOutput,
     InceptionSpec,
     Lite0Spec,
+    LogitDistance,
+    LPIPSSpec,
     TimmSpec,
     create_distance,
     feature_networks,
-    load_lpips,
     parse_feature_network,
 )
 from maskgit_pl.training.tokenizer_losses import PerceptualConfig
@@ -51,7 +51,6 @@ def test_a_timm_model_gives_features_and_logits_of_grey_images(weights):
     pixels = (255 * images.detach()).byte()
     assert torch.equal(network(pixels).features, network(pixels.float() / 255).features)
     assert output.logits.shape == (2, 1000)
-    assert output.spatial.shape == (2, 288 * 2 * 2)  # the whole map
     assert not network.training
     assert not any(parameter.requires_grad for parameter in network.parameters())
     output.logits.square().sum().backward()
@@ -78,33 +77,6 @@ def test_lite0_has_its_published_weights():
     assert output.logits.shape == (2, 1000)
     running = network.model.state_dict()["bn1.running_var"]
     assert not torch.allclose(running, torch.ones_like(running))  # trained, not initial
-
-
-class Maps(nn.Module):
-    """A network of timm's kind with a given last map."""
-
-    def __init__(self, last, output_fmt):
-        super().__init__()
-        self.last, self.output_fmt = last, output_fmt
-
-    def forward_features(self, x):
-        return self.last
-
-    def forward_head(self, x, pre_logits):
-        return x.flatten(1)[:, :5]
-
-    def get_classifier(self):
-        return nn.Identity()
-
-
-@pytest.mark.parametrize("output_fmt", ["NCHW", "NHWC"])
-def test_spatial_features_are_the_first_channels_of_each_place(output_fmt):
-    last = torch.arange(2 * 300 * 4 * 3.0).reshape(2, 300, 4, 3)
-    places = last.permute(0, 2, 3, 1)
-    model = Maps(last if output_fmt == "NCHW" else places, output_fmt)
-    network = FeatureNetwork(model, size=8, mean=(0,) * 3, std=(1,) * 3)
-    spatial = network(torch.rand(2, 3, 8, 8)).spatial
-    assert torch.equal(spatial, places[..., :168].flatten(1))  # 169 channels would give 2028 numbers
 
 
 def test_a_digest_depends_on_weights_and_size_only(weights, tmp_path):
@@ -166,14 +138,10 @@ def test_another_file_than_inceptions_is_refused_before_it_is_loaded(tmp_path, m
 
 
 def test_the_weights_of_inception_are_at_the_documented_path(tmp_path, monkeypatch):
-    monkeypatch.delenv("MASKGIT_INCEPTION", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    expected = tmp_path / ".cache" / "maskgit_pl" / "weights-inception-2015-12-05-6726825d.pth"
-    assert InceptionSpec().path == expected
-    monkeypatch.setenv("MASKGIT_INCEPTION", str(tmp_path / "elsewhere.pth"))
-    with pytest.raises(ValueError, match=r"elsewhere\.pth; download https://\S+6726825d\.pth .*lite0`"):
+    file = tmp_path / ".cache" / "maskgit_pl" / "weights-inception-2015-12-05-6726825d.pth"
+    with pytest.raises(ValueError, match=rf"no file {file}; download https://\S+6726825d\.pth .*lite0`"):
         InceptionSpec().create()
-    assert InceptionSpec("named.pth").path == Path("named.pth")
 
 
 @pytest.mark.parametrize(
@@ -195,8 +163,9 @@ def test_a_feature_network_is_parsed_from_the_command_line(text, expected):
     ("text", "match"),
     [
         ("inceptoin", "did you mean 'inception'"),
-        ("lite0=x", "must be lite0"),
-        ("timm:resnet5O=x", "a name that timm knows, got .*did you mean resnet50"),
+        ("lite0=x", "unknown key 'weights'"),
+        ("timm:resnet50", "the key 'weights' is missing"),
+        ("timm:resnet5O=x", "a name that timm knows, got .*did you mean 'resnet50"),
         ({"size": 3}, "known: classifier, inception, lite0, timm"),
     ],
 )
@@ -235,17 +204,16 @@ def test_a_distance_is_of_one_pair_and_its_gradient_reaches_the_image(name, chan
 
 
 @pytest.mark.parametrize(
-    ("spec", "output", "message"),
+    ("spec", "message"),
     [
-        ("lpipz", "logits", r"unknown perceptual network 'lpipz': did you mean 'lpips'\? known: classifier, .*lpips"),
-        ({"name": "lpips", "weights": "x", "backbone": "resnet"}, "logits", "backbone must be"),
-        ({"name": "lpips", "weights": "x"}, "features", "output must be left out with network 'lpips'"),
-        ({"name": "timm", "model": "resnet5O", "weights": "x"}, "logits", "resnet5O"),
+        ("lpipz", r"unknown perceptual network 'lpipz': did you mean 'lpips'\? known: classifier, .*lpips"),
+        ({"name": "lpips", "weights": "x", "backbone": "resnet"}, "backbone must be"),
+        ({"name": "timm", "model": "resnet5O", "weights": "x"}, "resnet5O"),
     ],
 )
-def test_a_wrong_value_is_refused_by_name(spec, output, message):
+def test_a_wrong_value_is_refused_by_name(spec, message):
     with pytest.raises(ValueError, match=message):
-        PerceptualConfig(spec, output=output)
+        PerceptualConfig(spec)
 
 
 def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
@@ -254,18 +222,14 @@ def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
         config.create_network()
 
 
-class Outputs(nn.Module):
-    """A feature network: its features are the pixels, its logits are twice the pixels."""
+def test_the_logits_of_a_feature_network_are_compared():
+    class Outputs(nn.Module):
+        def forward(self, images):
+            return FeatureOutput(features=images.flatten(1), logits=2 * images.flatten(1))
 
-    def forward(self, images):
-        return FeatureOutput(features=images.flatten(1), logits=2 * images.flatten(1))
-
-
-@pytest.mark.parametrize(("output", "factor"), [("features", 1), ("logits", 4)])
-def test_the_named_output_is_compared(output, factor):
     images, others = torch.rand(2, 3, 4, 4), torch.rand(2, 3, 4, 4)
-    expected = factor * (images - others).square().flatten(1).mean(1)
-    assert torch.allclose(FeatureDistance(Outputs(), output)(images, others), expected)
+    expected = 4 * (images - others).square().flatten(1).mean(1)
+    assert torch.allclose(LogitDistance(Outputs())(images, others), expected)
 
 
 @pytest.mark.parametrize("name", ["alex", "squeeze"])
@@ -277,15 +241,12 @@ def test_lpips_is_that_of_torchmetrics_and_of_one_file(name, monkeypatch, tmp_pa
     monkeypatch.setattr(theirs, "_get_tv_model_features", lambda net, pretrained: features)
     expected = LearnedPerceptualImagePatchSimilarity(name, normalize=True)
     images, others = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
-    ours = load_lpips(f"{name}={file}", sha256=hashlib.sha256(file.read_bytes()).hexdigest())
+    ours = LPIPSSpec(str(file), name, hashlib.sha256(file.read_bytes()).hexdigest()).create()
     assert float(ours(images, others).mean()) == pytest.approx(float(expected(images, others)), rel=1e-6)
     assert ours(images[:, :1], others[:, :1]).shape == (3,)
-    assert ours.label == f"lpips/{name}"
-    with pytest.raises(ValueError, match=rf"lpips/{name}: the edges of images must be >= \d+ pixels, got \(8, 8\)"):
-        ours(images[..., :8, :8], others[..., :8, :8])
     torch.save({"features.0.weight": torch.zeros(3)}, tmp_path / "other.pth")
     with pytest.raises(ValueError, match=r"which must be torchvision's .* do not fit"):
-        load_lpips(f"{name}={tmp_path / 'other.pth'}", sha256="")
+        LPIPSSpec(str(tmp_path / "other.pth"), name, sha256="").create()
     monkeypatch.setattr(torch, "load", None)  # never called with a file of another sha256
     with pytest.raises(ValueError, match=rf"lpips '{name}' weights must be a file whose sha256 begins with"):
-        load_lpips(f"{name}={file}")
+        LPIPSSpec(str(file), name).create()
