@@ -101,7 +101,7 @@ def evaluate_tokenizer(
 
     That is the reconstructions, codes, bits per pixel, speed and memory of a trained, exported or imported
     tokenizer. The command writes tokenizer.json, tokenizer.md, tokenizer.csv and a picture of the worst
-    reconstructions. `maskgit table tokenizers` compares several.
+    reconstructions.
 
     Example: maskgit evaluate-tokenizer runs/fashion-mnist-adaln --num-images 2000
 

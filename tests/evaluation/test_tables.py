@@ -9,18 +9,12 @@ def row(model: str, network: str, **numbers: object) -> dict[str, object]:
     return {**common, "model": model, "network": network, **numbers}
 
 
-def test_pages_name_the_reference_and_the_feature_networks() -> None:
-    digests = {"reference": "0123456789abcdef", "judge": "fedcba9876543210", "tokenizer": "aa" * 8,
-               "transformer": "b" * 16}  # fmt: skip
+def test_pages_name_the_reference() -> None:
     file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
     for changes, compared in (({}, "500 real images of the val split"), (file, "the statistics of imagenet.npz")):
-        tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
+        tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **changes)]
         for page in (make_generation_page(tasks, []), make_editing_page(tasks)):
-            said = " ".join(page.markdown.split())
-            assert f"compared with {compared}" in said
-            assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
-            assert "feature networks: lite0 fedcba98." in said
-            assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
+            assert f"compared with {compared}" in " ".join(page.markdown.split())
 
 
 def test_table_1_has_a_row_per_model_with_the_range_of_its_seeds() -> None:
