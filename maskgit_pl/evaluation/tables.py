@@ -323,12 +323,8 @@ def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
 def _cost_lines(costs: Sequence[Row]) -> list[str]:
     """Returns the times of decoding and of training of each model."""
     columns = {
-        f"ms, batch {size}{words}": _seeds(
-            f"batch_{size}{suffix}", lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}"
-        )
-        for suffix, words in (("", ""), ("_no_cache", ", no KV cache"))
+        f"ms, batch {size}": _seeds(f"batch_{size}", lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}")
         for size in BATCH_SIZES
-        if any(f"batch_{size}{suffix}" in cost for cost in costs)
     }
     columns["training, s"] = _seeds("training_seconds", "{:.0f}".format)
     devices = dict.fromkeys(markdown(cost["training_device"]) for cost in costs if cost["training_device"])
@@ -337,6 +333,7 @@ def _cost_lines(costs: Sequence[Row]) -> list[str]:
             "Milliseconds of the transformer per image, in batches of one image and of 64 that are evenly distributed",
             "over the classes, with the decoding of each model, guidance included, and without the tokenizer: medians",
             f"of runs that took turns, on {markdown(costs[0]['device'])}, torch {markdown(costs[0]['torch'])}.",
+            "Autoregressive models have a KV cache.",
             "Training of stage 2: CPU seconds of all threads on a CPU, else wall-clock seconds, without validation, on",
             f"{' and '.join(devices) or 'an unknown device'}.",
         ),

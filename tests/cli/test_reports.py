@@ -52,7 +52,7 @@ def test_table_1_is_measured_once_and_has_the_rows_of_the_paper(
     assert call("table", *words) == 0
     page = (tmp_path / "results" / "shards" / "table-1.md").read_text()
     for text in ("| MaskGIT (bert) | `shoes-square` |", "| autoregressive (bert) | `seed-0`, `seed-1` |", "BigGAN-deep",
-                 "| real images |  |", "| T = 1 | T = 4 | T = 16 |", "| ms, batch 64, no KV cache |"):  # fmt: skip
+                 "| real images |  |", "| T = 1 | T = 4 | T = 16 |", "| ms, batch 64 |"):  # fmt: skip
         assert text in page
     assert "MaskGIT" in capsys.readouterr().out
     measured = rows(tmp_path / "results", "samples")
