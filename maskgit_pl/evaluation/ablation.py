@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from maskgit_pl.autoregressive import AutoregressiveConfig
 from maskgit_pl.checks import shorten
 from maskgit_pl.data.manifest import read_manifest_summary
@@ -30,7 +28,7 @@ from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
 from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
-from maskgit_pl.evaluation.pages import Page, typed_command
+from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_once
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
@@ -204,8 +202,8 @@ class _Ablation:
         first, network = next(iter(self.evaluator.networks.items()))
         count = network.columns["real_images"]
         of = network.reference.file or f"the {network.reference.split} split"
+        facts = [(name, fact) for name, fact in describe_environment().items() if fact]
         return {
-            "command": typed_command(),
             "dataset": self.evaluator.dataset,
             "stage": config.stage,
             "variants": [built.variant.label for built in self.runs.variants],
@@ -215,7 +213,7 @@ class _Ablation:
             "first": first,
             "compared": f"{count} real images of {of}" if count else f"the statistics of {of}",
             "decoding": "" if base.decoding is None else describe_decoding(base.decoding),
-            "machine": _describe_machine(self.evaluator.device),
+            "machine": ", ".join([device_name(self.evaluator.device), *(f"{name} {fact}" for name, fact in facts)]),
         }
 
     def measure(self, built: BuiltVariant, seed: int) -> Row:
@@ -268,11 +266,3 @@ class _Ablation:
         opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors, lpips=None)
         numbers = measure_tokenizer_once(self.evaluator.ledger, opened, self.evaluator.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
-
-
-def _describe_machine(device: torch.device) -> str:
-    facts = describe_environment()
-    names = [device_name(device), str(facts["machine"]), f"{facts['cpus']} CPUs"]
-    versions = [f"{name} {facts[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
-    commit = facts["commit"]
-    return ", ".join([*names, *versions, *([f"commit {commit[:12]}"] if commit else [])])

@@ -33,7 +33,7 @@ def make_ablation_page(name: str, rows: Sequence[Row]) -> Page:
     protocol = rows[-1]["protocol"]
     rows = sorted(rows, key=lambda row: (protocol["variants"].index(row["variant"]), row["seed"]))
     values = _collect_values(rows, protocol)
-    lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}", protocol["command"])
+    lines = heading(f"Ablation: {markdown(name.removeprefix('ablation-'))}")
     lines += [*_explain(protocol), ""]
     if any(values.values()):
         lines += ["## Results", "", *_result_lines(values, rows[-1]["real"]), ""]

@@ -6,7 +6,6 @@ import pytest
 from maskgit_pl.evaluation.ablation_page import chance_of_separation, compare_seeds, make_ablation_page
 
 PROTOCOL = {
-    "command": "maskgit ablation --vary model.network.depth=2,6",
     "dataset": "shoes",
     "stage": "transformer",
     "variants": ["base", "depth=2", "depth=6"],
