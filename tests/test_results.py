@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import pytest
 
-from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
+from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.ledger import Ledger, Row
 from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
@@ -23,6 +23,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"
 ABLATIONS = RESULTS / "ablations"
 LEDGER = Ledger(RESULTS / "ledger.jsonl")
+OF_ABLATIONS = Ledger(ABLATIONS / "ledger.jsonl").rows("ablation")
 
 
 def rows(measurement: str, **columns: Any) -> list[Row]:
@@ -41,11 +42,12 @@ def of_table_1(measurement: str, **columns: Any) -> list[Row]:
     return sorted(last.values(), key=lambda row: runs.index(row["run"]))
 
 
-def page(name: str) -> Page:
+def page(file: Path) -> Page:
     """Makes a page again from its ledger, with the command that it states."""
-    command = (PAGES[name] / f"{name}.md").read_text().splitlines()[2].strip()
+    command = file.read_text().splitlines()[2].strip()
     with patch("maskgit_pl.evaluation.pages.typed_command", return_value=command):
-        return make_page(name)
+        made = make_page(file.stem) if file in PAGES else make_page_of_ablation(file.stem)
+    return replace(made, folder=file.parent)
 
 
 def schedule_result(name: str) -> ScheduleResult:
@@ -70,30 +72,29 @@ def make_page(name: str) -> Page:
     return make_timing_page(sorted(rows("timing"), key=lambda row: (row["num_tokens"], METHODS.index(row["method"]))))
 
 
+def make_page_of_ablation(name: str) -> Page:
+    """Makes the page of the newest ablation of a name, from the last row of each of its variants and seeds."""
+    of_name = [row for row in OF_ABLATIONS if row["ablation"] == name]
+    variants = of_name[-1]["protocol"]["variants"]
+    last = {(row["variant"], row["seed"]): row for row in of_name if row["protocol"]["variants"] == variants}
+    return make_ablation_page(name, [*last.values()])
+
+
 BY_TIME = ("ablation-sizes",)  # whose variants were trained for the same time; results/README.md tells how
-PAGES = {"table-1": TABLES, "table-2": TABLES, "table-3": TABLES, "figure-4": RESULTS}
+OF_VARIANTS = sorted(file for file in ABLATIONS.glob("*/*.md") if file.stem not in BY_TIME)
+PAGES = [*(TABLES / f"table-{number}.md" for number in (1, 2, 3)), RESULTS / "figure-4.md"]
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_the_page_is_the_one_that_the_ledger_gives(name: str) -> None:
-    made = page(name)
-    for ending, text in (("md", made.markdown), ("csv", made.csv)):
-        file = PAGES[name] / f"{name}.{ending}"
-        assert file.read_text() == text, f"{file}: `python -m tests.test_results` regenerates it"
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    "file", sorted(file for file in ABLATIONS.glob("*/*.md") if file.stem not in BY_TIME), ids=lambda file: file.stem
+    "file", [*PAGES, *(pytest.param(file, marks=pytest.mark.slow) for file in OF_VARIANTS)], ids=lambda file: file.stem
 )
-def test_the_page_of_an_ablation_is_the_one_that_the_ledger_gives(file: Path) -> None:
-    made = make_ablation_page(file.stem, select_rows(Ledger(ABLATIONS / "ledger.jsonl").rows("ablation"), file.stem))
-    remake = f"`maskgit ablation --page-only --name {file.stem} --results results/ablations` regenerates it"
-    assert file.read_text() == made.markdown, remake
-    assert file.with_suffix(".csv").read_text() == made.csv, remake
+def test_the_page_is_the_one_that_the_ledger_gives(file: Path) -> None:
+    made = page(file)
+    assert file.read_text() == made.markdown, f"{file}: `python -m tests.test_results` regenerates it"
+    assert file.with_suffix(".csv").read_text() == made.csv
 
 
 if __name__ == "__main__":
-    for name, folder in PAGES.items():
-        replace(page(name), folder=folder).write()
+    for file in [*PAGES, *OF_VARIANTS]:
+        page(file).write()
     sys.exit()

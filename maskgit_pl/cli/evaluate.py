@@ -89,7 +89,7 @@ def evaluate_tokenizer(
     """Measures a tokenizer on the val split.
 
     That is the reconstructions, codes, bits per pixel and speed of a trained, exported or imported
-    tokenizer. The command writes tokenizer.json. `maskgit table tokenizers` compares several.
+    tokenizer. The command writes tokenizer.json.
 
     Example: maskgit evaluate-tokenizer runs/fashion-mnist-adaln --num-images 2000
 

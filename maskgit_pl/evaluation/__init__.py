@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
-    from maskgit_pl.evaluation.ablation import read_ablation, run_ablation
+    from maskgit_pl.evaluation.ablation import run_ablation
     from maskgit_pl.evaluation.classifier import train_classifier
     from maskgit_pl.evaluation.comparison import compare
     from maskgit_pl.evaluation.distilling import distill
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
-    from maskgit_pl.evaluation.schedule_table import ablate_schedules, table_3
-    from maskgit_pl.evaluation.tables import compare_tokenizers, table_1, table_2
+    from maskgit_pl.evaluation.schedule_table import table_3
+    from maskgit_pl.evaluation.tables import table_1, table_2
     from maskgit_pl.evaluation.timing import figure_4
     from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import tune
@@ -55,15 +55,12 @@ __all__ = [
     "ReportOptions",
     "TokenizerOptions",
     "TuningOptions",
-    "ablate_schedules",
     "compare",
-    "compare_tokenizers",
     "distill",
     "evaluate",
     "evaluate_tokenizer",
     "figure_2",
     "figure_4",
-    "read_ablation",
     "run_ablation",
     "table_1",
     "table_2",
@@ -73,7 +70,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "ablation": ("read_ablation", "run_ablation"),
+    "ablation": ("run_ablation",),
     "classifier": ("train_classifier",),
     "comparison": ("compare",),
     "distilling": ("distill",),
@@ -91,8 +88,8 @@ _HOMES = {
         "TokenizerOptions",
         "TuningOptions",
     ),
-    "schedule_table": ("ablate_schedules", "table_3"),
-    "tables": ("compare_tokenizers", "table_1", "table_2"),
+    "schedule_table": ("table_3",),
+    "tables": ("table_1", "table_2"),
     "timing": ("figure_4",),
     "tokenizer": ("evaluate_tokenizer",),
     "tuning": ("tune",),

@@ -16,26 +16,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from maskgit_pl.autoregressive import AutoregressiveConfig
 from maskgit_pl.checks import shorten
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
-from maskgit_pl.evaluation.ablation_page import make_ablation_page, select_rows
+from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import collect_numbers
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, digest_of, shorten_digest
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
 from maskgit_pl.evaluation.opening import RunFolders, open_evaluator, open_model, remove_untrained
 from maskgit_pl.evaluation.options import ReportOptions, TokenizerOptions, describe_decoding, round_to_classes
-from maskgit_pl.evaluation.pages import Page, typed_command
+from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_once
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.ablation import AblationConfig, Failure, Variant, base_values, in_float32, plan_variants, train
+from maskgit_pl.runs.ablation import AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
@@ -52,7 +50,7 @@ _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
 def run_ablation(
     config: AblationConfig, options: ReportOptions | None = None, *, name: str | None = None, bars: Bars = no_bars
-) -> tuple[Page, list[Failure]]:
+) -> Page:
     """Runs an ablation: trains variants of a recipe with several seeds, measures and compares them.
 
     Finished runs, and the measurements that the ledger holds, are reused.
@@ -65,7 +63,7 @@ def run_ablation(
         bars: Progress bars.
 
     Returns:
-        The page, and the runs that failed.
+        The page. Its rows of failed runs have the columns ``failure`` and ``exit_code``.
 
     Raises:
         FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
@@ -77,39 +75,9 @@ def run_ablation(
         raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
     check_writable("results", options.results, is_folder=True)
     ablation = _Ablation(AblationRuns(config), options, name, bars)  # 1.
-    failures: list[Failure] = []
-    for seed in config.seeds or ():  # 2.
-        for number, built in enumerate(ablation.runs.variants):
-            label = built.variant.label
-            row: dict[str, Any] = {"place": number, "variant": label, "seed": seed}
-            try:
-                row |= ablation.measure(built, seed)
-            except (PreemptedError, KeyboardInterrupt):
-                raise
-            except Exception as error:  # a variant must not lose the others
-                log.error("%s", describe_error(error, f"ablation: variant {label}").rstrip())
-                text = str(error) or type(error).__name__
-                failures.append(Failure(label, seed, text, exit_code_of(error)))
-                row |= {"numbers": {}, "failure": text}
-            ablation.record(row)  # 3.
-    return read_ablation(name, options), failures
-
-
-def read_ablation(name: str, options: ReportOptions | None = None) -> Page:
-    """Returns the page of an ablation from the ledger, without training or measuring anything.
-
-    Args:
-        name: Name of the ablation.
-        options: Folder of the results; None for the default.
-
-    Raises:
-        ValueError: if the ledger has no row of the ablation.
-    """
-    results = (options or ReportOptions()).results
-    rows = select_rows(Ledger(results / FILE_NAME).rows("ablation"), name)
-    if not rows:
-        raise ValueError(f"ablation {name}: there must be at least one row, got none; run it first, or choose --name")
-    return replace(make_ablation_page(name, rows), folder=results / rows[-1]["dataset"])
+    # All variants have their first seed before any has its second one.
+    rows = [ablation.measure(built, seed) for seed in config.seeds for built in ablation.runs.variants]
+    return replace(make_ablation_page(name, rows), folder=options.results / ablation.evaluator.dataset)
 
 
 @dataclass(frozen=True)
@@ -174,7 +142,8 @@ class AblationRuns:
         ending = f"seed{seed}-{digest_of([built.digest, seed])[:12]}"
         # Another ablation may have trained the same run under another label.
         folder = next(iter(sorted(runs.glob(f"*-{ending}"))), None)
-        words = re.sub(r"[^A-Za-z0-9_.]+", "-", built.variant.trained_label).strip("-")[:60]
+        label = next(each.variant.label for each in self.variants if each.digest == built.digest)
+        words = re.sub(r"[^A-Za-z0-9_.]+", "-", label).strip("-")[:60]
         return folder or runs / f"{self.config.dataset}-{words}-{ending}"
 
 
@@ -201,7 +170,7 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
 
 
 class _Ablation:
-    """The measurements of an ablation: its runs, its evaluator and its ledger."""
+    """The measurements of an ablation: its runs and its evaluator."""
 
     def __init__(self, runs: AblationRuns, options: ReportOptions, name: str, bars: Bars) -> None:
         self.runs, self.options, self.name = runs, options, name
@@ -219,7 +188,8 @@ class _Ablation:
             reference=options.reference,
             bars=bars,
         )
-        self.protocol = self._describe()
+        real = self.evaluator.measure_real(num_images=self.num_images) if self.has_images else {}
+        self.shared = {"protocol": self._describe(), "real": collect_numbers(real), "dataset": self.evaluator.dataset}
 
     def _folders(self, run: Path) -> RunFolders:
         # All runs of the data share its classifier, not only those of ablations.
@@ -228,29 +198,38 @@ class _Ablation:
 
     def _describe(self) -> dict[str, Any]:
         """Returns the column ``protocol`` of the rows: everything that the variants share, in plain values."""
-        config, runs = self.runs.config, self.runs
-        reference = runs.variants[0]
+        config, base = self.runs.config, self.runs.variants[0]
         first, network = next(iter(self.evaluator.networks.items()))
         count = network.columns["real_images"]
         of = network.reference.file or f"the {network.reference.split} split"
+        facts = [(name, fact) for name, fact in describe_environment().items() if fact]
         return {
-            "command": typed_command(),
             "dataset": self.evaluator.dataset,
             "stage": config.stage,
-            "variants": [built.variant.label for built in runs.variants],
-            "reference": reference.variant.label,
-            "base": dict(runs.base),
-            "seeds": list(config.seeds or ()),
-            "budget": f"steps={reference.values.trainer.max_steps}",
+            "variants": [built.variant.label for built in self.runs.variants],
+            "base": dict(self.runs.base),
+            "seeds": list(config.seeds),
             "num_images": self.num_images,
             "first": first,
             "compared": f"{count} real images of {of}" if count else f"the statistics of {of}",
-            "decoding": "" if reference.decoding is None else describe_decoding(reference.decoding),
-            "machine": _describe_machine(self.evaluator.device),
+            "decoding": "" if base.decoding is None else describe_decoding(base.decoding),
+            "machine": ", ".join([device_name(self.evaluator.device), *(f"{name} {fact}" for name, fact in facts)]),
         }
 
-    def measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
-        """Trains a variant with one seed, and returns the columns of its row."""
+    def measure(self, built: BuiltVariant, seed: int) -> Row:
+        """Trains and measures a variant with one seed, and adds the row to the ledger, also that of an error."""
+        row: Row = {"ablation": self.name, "variant": built.variant.label, "seed": seed, **self.shared}
+        try:  # 2.
+            row |= self._train_and_measure(built, seed)
+        except PreemptedError:
+            raise
+        except Exception as error:  # a variant must not lose the others
+            log.error("%s", describe_error(error, f"ablation: variant {built.variant.label}").rstrip())
+            failure = str(error) or type(error).__name__
+            row |= {"numbers": {}, "failure": failure, "exit_code": exit_code_of(error)}
+        return self.evaluator.ledger.add("ablation", row)  # 3.
+
+    def _train_and_measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
         folder, stage = self.runs.train(built, seed), self.runs.config.stage
         numbers = self._measure_tokenizer(folder) if stage == "tokenizer" else {}
         if self.has_images:
@@ -258,7 +237,6 @@ class _Ablation:
         time = read_training_time(folder / stage)
         return {
             "run": folder.name,
-            "weights": shorten_digest(fingerprint(folder / "pretrained" / stage)),
             "numbers": numbers,
             "parameters": built.parameters,
             "max_steps": built.values.trainer.max_steps,
@@ -279,7 +257,7 @@ class _Ablation:
         return {**collect_numbers(rows), "bits_per_token": float(likelihood[f"{kind}_bits_per_token"])}
 
     def _measure_tokenizer(self, run: Path) -> dict[str, float]:
-        """Measures the reconstructions of the val split, as ``maskgit table tokenizers`` does."""
+        """Measures the reconstructions of the val split."""
         folders = self._folders(run)
         tokenizer = load_tokenizer(folders.pretrained / "tokenizer")
         tokenizer.network.to(self.evaluator.device)
@@ -288,25 +266,3 @@ class _Ablation:
         opened = OpenedTokenizer(folders, options, tokenizer, self.evaluator.data, extractors)
         numbers = measure_tokenizer_once(self.evaluator.ledger, opened, self.evaluator.bars)["numbers"]
         return {name: value for name, value in numbers.items() if name.partition("/")[0] in _OF_TOKENIZER}
-
-    def record(self, row: Mapping[str, Any]) -> None:
-        """Adds a row of the ablation to the ledger, unless its last row is the same."""
-        key = {name: value for name, value in self.protocol.items() if name not in ("command", "machine")}
-        real = collect_numbers(self.evaluator.measure_real(num_images=self.num_images)) if self.has_images else {}
-        new = {
-            **row, "ablation": self.name, "plan": shorten_digest(digest_of(key)), "real": real,
-            "protocol": self.protocol, "dataset": self.evaluator.dataset,
-        }  # fmt: skip
-        last = self.evaluator.ledger.find(
-            "ablation", {name: new[name] for name in ("ablation", "plan", "variant", "seed")}
-        )
-        if last is None or any(last.get(name) != new.get(name) for name in ("numbers", "run", "failure")):
-            self.evaluator.ledger.add("ablation", new)
-
-
-def _describe_machine(device: torch.device) -> str:
-    facts = describe_environment()
-    names = [device_name(device), str(facts["machine"]), f"{facts['cpus']} CPUs"]
-    versions = [f"{name} {facts[name]}" for name in ("maskgit_pl", "torch", "lightning", "python")]
-    commit = facts["commit"]
-    return ", ".join([*names, *versions, *([f"commit {commit[:12]}"] if commit else [])])

@@ -126,9 +126,6 @@ def measure_real(evaluator: Evaluator, num_images: int, metrics: Metrics = "fast
 def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) -> Page:
     """Returns the page of a comparison: an introduction, the FID of each selector over T, and a table of all values."""
     first = rows[0]
-    used = trained = f"that of the training, {markdown(first['mask_schedule'])}"
-    if (schedule := first["decoding"].get("mask_schedule")) is not None:
-        used = f"{markdown(describe(schedule))} of decoding.json, not {trained}"
     lines = heading("Comparison of token selectors")
     lines += paragraph(
         f"{first['num_images']} images per row, evenly distributed over the classes, seed {first['seed']}. Image i of",
@@ -137,8 +134,8 @@ def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) ->
         f"Inception; only values from {first['num_images']} images are comparable. The classifier is correct for",
         f"{real['class_agreement']:.1%} of the real val images. The last line shows {real['num_images']} real training",
         "images instead of generated ones. The lowest distance of each T is bold. If the class agreement is above that",
-        "of real images, the generated images are more typical than real ones; their diversity is then low. The mask",
-        f"schedule is {used}. Times are wall-clock times on one machine.",
+        "of real images, the generated images are more typical than real ones; their diversity is then low. Times are",
+        "wall-clock times on one machine.",
     )
     lines += ["", *describe_provenance(rows), "", "![one row per selector, one column per class](selectors.png)", ""]
     lines += [f"`selectors.png`: T = {sheet_steps}, one row per selector, one column per class and noise.", ""]

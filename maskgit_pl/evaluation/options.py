@@ -112,21 +112,11 @@ class TuningOptions(ModelOptions):
             arguments are fixed (default: all).
         schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow,
             exponent: 2.5}, or pow (any exponent); own: only the model's (default: all).
-        seconds: Start no further trial after this time (default: no limit).
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     num_steps: Sequence[int] | None = None
     selectors: Sequence[Spec] | None = None
     schedules: Sequence[Spec] | None = None
-    seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.seconds is not None:
-            check_number("seconds", self.seconds, "(0, inf)")
 
 
 @dataclass(frozen=True)

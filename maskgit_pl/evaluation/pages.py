@@ -76,9 +76,9 @@ def typed_command() -> str:
     return shlex.join(["maskgit", *sys.argv[1:]]) if is_ours else ""
 
 
-def heading(title: str, command: str | None = None) -> list[str]:
-    """Returns the first lines of a page: the title and the command that makes it, by default ``typed_command``."""
-    command = typed_command() if command is None else command
+def heading(title: str) -> list[str]:
+    """Returns the first lines of a page: the title and the command that makes it."""
+    command = typed_command()
     return [f"# {title}", "", *([f"    {printable(command, limit=None)}", ""] if command else [])]
 
 

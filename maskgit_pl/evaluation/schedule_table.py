@@ -5,39 +5,26 @@ Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8
 
 from __future__ import annotations
 
-import logging
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from maskgit_pl.checks import check_integer
-from maskgit_pl.distributed import find_device
 from maskgit_pl.errors import code_span, markdown
-from maskgit_pl.evaluation.features import Extractor
+from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import Row
 from maskgit_pl.evaluation.opening import read_run_recipe
-from maskgit_pl.evaluation.options import CLASSIFIER, ReportOptions, default_steps, round_to_classes, with_steps
-from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metrics_of, paragraph, seeds_cell
-from maskgit_pl.evaluation.reference import ArrayFile
-from maskgit_pl.evaluation.tables import NO_COLUMN, Runs, describe_provenance, open_models
-from maskgit_pl.networks.features import parse_feature_network
+from maskgit_pl.evaluation.options import ReportOptions, default_steps, with_steps
+from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, seeds_cell
+from maskgit_pl.evaluation.tables import Runs, describe_provenance, open_models
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
-from maskgit_pl.runs.ablation import AblationConfig, Failure, TrainingError, train
 from maskgit_pl.runs.layers import value_at
-from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.schedules import MaskSchedule
-
-log = logging.getLogger(__name__)
 
 
 class PublishedSchedule(NamedTuple):
@@ -69,68 +56,6 @@ _BUDGET = (  # settings that all runs of Table 3 must share
 )
 
 
-def ablate_schedules(
-    config: AblationConfig,
-    options: ReportOptions | None = None,
-    *,
-    num_steps: Sequence[int] | None = None,
-    bars: Bars = no_bars,
-) -> tuple[Page, list[Failure]]:
-    """Trains a transformer with each mask schedule and seed, and makes Table 3 and Figure 8 of them.
-
-    Finished runs are not trained again, and an error of one does not end the others. All recipes and options
-    are checked before the first run starts.
-
-    Args:
-        config: The schedules as ``recipes``, and what they share. Run ``DATASET-RECIPE`` has the seed of its
-            recipe, and ``DATASET-RECIPE-seedN`` that of ``seeds``.
-        options: See ``table_3``. The data folder is that of ``config``.
-        num_steps: See ``table_3``.
-        bars: Progress bars.
-
-    Returns:
-        The page, and the runs that failed.
-
-    Raises:
-        FileNotFoundError: if a recipe, the data or the tokenizer do not exist.
-        ValueError: if a recipe is invalid, or an option is out of range.
-        TrainingError: if all trainings fail.
-        PreemptedError: if a training is stopped by a signal. The same call resumes.
-    """
-    options = options or ReportOptions()
-    find_device(options.device)
-    for feature in options.features:  # a wrong one must not end hours of training
-        if feature != CLASSIFIER:
-            Extractor.create(parse_feature_network(feature))
-    if options.reference is not None:
-        ArrayFile(options.reference, thing="reference")
-    read = {"dataset": config.dataset, "cluster": config.cluster}
-    recipes = {
-        names: Recipe.read("transformer", names=names, overrides=config.overrides, **read) for names in config.recipes
-    }
-    first, folders = recipes[config.recipes[0]], {"data": config.data, "tokenizer": config.tokenizer}
-    # Classes and tokens limit the numbers of images and steps.
-    plan = plan_run(first, run=config.runs / str(first.run_name), **folders)
-    network = merge_values(plan)["model"]["network"]
-    round_to_classes(options.num_images, network["num_classes"])
-    _choose_steps(num_steps, math.prod(network["grid"]))
-    runs: list[Path] = []
-    failures: list[Failure] = []
-    for names, recipe in recipes.items():
-        for seed in [None] if config.seeds is None else config.seeds:
-            folder = config.runs / f"{recipe.run_name}{'' if seed is None else f'-seed{seed}'}"
-            seeded = recipe if seed is None else recipe.with_overrides([f"--data.seed={seed}"])
-            try:
-                train(seeded, folder, **folders)
-                runs.append(folder)
-            except TrainingError as error:
-                log.error("ablation: schedule %s: %s", names, error)
-                failures.append(Failure(names, seed, str(error), error.exit_code))
-    if not runs:
-        raise TrainingError(failures[0].exit_code, f"ablation: all {len(failures)} runs failed: {failures[0]}")
-    return table_3(runs, options, num_steps=num_steps, bars=bars), failures
-
-
 def table_3(
     runs: Runs,
     options: ReportOptions | None = None,
@@ -140,7 +65,7 @@ def table_3(
 ) -> Page:
     """Makes Table 3 and Figure 8: mask schedules, with one run or several seeds for each.
 
-    ``ablate_schedules`` trains the runs. Each is measured in three steps:
+    ``run_ablation`` can train the runs. Each is measured in three steps:
 
     1. Find the best T: the lowest FID in the first network, from the ``num_images`` images that begin at ``seed``.
     2. Measure the best T again in all networks, on the next ``num_images`` images. The FIDs of step 1 are too
@@ -257,8 +182,7 @@ def make_schedule_page(results: Sequence[ScheduleResult]) -> Page:
         "models. The bound is the order-agnostic ELBO in bits per token, which is comparable for all schedules (lower",
         "is better).",
     )
-    fids = {name: fmean([result.fresh[networks[0]]["fid"] for result in group]) for name, group in grouped.items()}
-    lines += ["", *_schedule_lines(grouped, networks), "", *compare_with_paper(fids, networks[0], seeds), ""]
+    lines += ["", *_schedule_lines(grouped, networks), ""]
     ordered = [result for group in grouped.values() for result in group]
     lines += describe_provenance([row for result in ordered for row in result.fresh.values()])
     flat = [_flatten(result) for result in ordered]
@@ -295,28 +219,6 @@ def _with_error(rows: Sequence[Row], name: str) -> str:
     return text if len(rows) > 1 else f"{text} ± {rows[0][f'{name}_error']:.3f}"
 
 
-def compare_with_paper(fids: Mapping[str, float], network: str, seeds: int = 1) -> list[str]:
-    """Returns a paragraph that compares our order of the schedules, by their FID, with the paper's."""
-    paper = {name: row.fid for name, row in SCHEDULES.items() if name in fids}
-    if len(paper) < 2:
-        return ["Fewer than two schedules of the paper were measured, so that their order cannot be compared."]
-    ours = sorted(paper, key=lambda name: fids[name])
-    theirs = sorted(paper, key=lambda name: paper[name])
-    pairs = list(combinations(theirs, 2))  # (better, worse) in the paper
-    agreeing = sum(fids[better] < fids[worse] for better, worse in pairs)
-    verdict = "holds here" if ours == theirs else "does not hold here"
-    caution = (
-        "Each schedule has one training and one set of noise, so that small differences do not rank schedules."
-        if seeds == 1
-        else "The order is that of the means over the seeds."
-    )
-    return paragraph(
-        f"**The paper's order {verdict}.** By the paper's FID, the order is {' < '.join(theirs)}. By our",
-        f"fid/{markdown(network)}, it is {' < '.join(f'{name} {fids[name]:.2f}' for name in ours)}. {agreeing} of",
-        f"{len(pairs)} pairs are in the paper's order; a random order has half of them. {caution}",
-    )
-
-
 def _flatten(result: ScheduleResult) -> dict[str, object]:
     """Returns the row of the CSV: values of all networks, likelihoods, and the FID at every T."""
     network, first = next(iter(result.fresh.items()))
@@ -326,12 +228,7 @@ def _flatten(result: ScheduleResult) -> dict[str, object]:
         "schedule": result.schedule,
         "run": first["run"],
         "best_steps": result.best_steps,
-        **{
-            f"{name}/{label}": row[name]
-            for label, row in result.fresh.items()
-            for name in metrics_of([row])
-            if name not in NO_COLUMN
-        },
+        **collect_numbers(result.fresh),
         **{name: cell for name, cell in result.likelihood.items() if "nll" in name or "elbo" in name},
         **{f"fid/{network} at T = {steps}": value for steps, value in sorted(result.curve.items())},
         **{name: first.get(name, "") for name in kept},

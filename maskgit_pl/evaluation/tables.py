@@ -1,4 +1,4 @@
-"""Tables 1 and 2 of the paper, our rows beside the published ones, and the table of tokenizers.
+"""Tables 1 and 2 of the paper, our rows beside the published ones.
 
 Published Table 1 is measured on ImageNet with 50,000 images, Table 2 on Places2, both with the features of Inception.
 ``schedule_table`` has Table 3.
@@ -27,10 +27,7 @@ from maskgit_pl.evaluation.metrics import format_value, title
 from maskgit_pl.evaluation.opening import (
     check_data,
     check_model_decoding,
-    data_name,
-    describe_held_out,
     find_run,
-    find_tokenizer_folders,
     open_data,
     open_evaluator,
     open_model,
@@ -39,7 +36,6 @@ from maskgit_pl.evaluation.options import (
     CAS_TRAINING,
     CASConfig,
     ReportOptions,
-    TokenizerOptions,
     check_runs,
     round_to_classes,
     with_steps,
@@ -57,7 +53,6 @@ from maskgit_pl.evaluation.pages import (
     seeds_cell,
 )
 from maskgit_pl.evaluation.timing import BATCH_SIZES, measure_costs
-from maskgit_pl.evaluation.tokenizer import measure_tokenizer_once, open_tokenizer
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import image_grid
 from maskgit_pl.processes import Bars, no_bars
@@ -104,7 +99,6 @@ OTHER_STEPS = "FID by number of steps"  # purpose of rows whose T is not that of
 SETTINGS = ("backbone", "settings")  # columns of the cost of a model that its other rows get in Table 1
 NO_COLUMN = ("diversity", "seconds_per_image")  # metrics that Tables 1 and 2 do not show, or elsewhere
 _NAMED_AFTER_NETWORK = ("fid", "sfid", "kid", "is")
-_SHOWN_DIGITS = 8
 _SHOWN_EDITS = 12
 
 
@@ -189,43 +183,6 @@ def table_2(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no
     sheet = image_to_png(_draw_edits(evaluator, models[0].pipe, options.seed))
     folder = options.results / evaluator.dataset
     return replace(make_editing_page(rows), folder=folder, pictures={"table-2.png": sheet})
-
-
-def compare_tokenizers(runs: Runs, options: ReportOptions | None = None, *, bars: Bars = no_bars) -> Page:
-    """Makes the table of tokenizers, with a row for each run folder, pretrained folder or tokenizer folder.
-
-    See ``table_1`` for the other arguments and errors.
-    """
-    options = options or ReportOptions()
-    check_runs("table tokenizers", runs)
-    folders = [find_tokenizer_folders(run, data=options.data) for run in runs]
-    shared = folders[0].data  # all rows compare with the same real images
-    settings = TokenizerOptions(options.batch_size, options.device, options.num_workers, options.num_images)
-    tokenizers = [open_tokenizer(replace(each, data=shared), options.features, settings, bars) for each in folders]
-    ledger = Ledger(options.results / FILE_NAME)
-    rows = [{**measure_tokenizer_once(ledger, each, bars), "run": each.folders.run.name} for each in tokenizers]
-    held_out = describe_held_out(tokenizers[0].data.summary)
-    names = list(dict.fromkeys(name for row in rows for name in row["numbers"]))
-    lines = [
-        *heading("Tokenizers"),
-        *paragraph(
-            held_out,
-            f"{rows[0]['num_images']} of them were measured. FID and KID of real halves compare one half of these real",
-            "images with the other. Values are comparable only for the same data, network and number of images.",
-        ),
-        "",
-        *markdown_table(
-            ["tokenizer", "codes", "quantizer", "parameters", *map(title, names)],
-            [
-                [code_cell(row["run"]), markdown(row["codes"]), markdown(row["quantizer"]), _millions(row),
-                 *(metric_cell(row["numbers"], name) for name in names)]
-                for row in rows
-            ],
-            left=3,
-        ),
-    ]  # fmt: skip
-    flat = [{**{key: value for key, value in row.items() if key != "numbers"}, **row["numbers"]} for row in rows]
-    return Page("tokenizers", lines, flat, folder=options.results / data_name(shared))
 
 
 def open_models(
@@ -366,12 +323,8 @@ def _generation_lines(rows: Sequence[Row], network: str) -> list[str]:
 def _cost_lines(costs: Sequence[Row]) -> list[str]:
     """Returns the times of decoding and of training of each model."""
     columns = {
-        f"ms, batch {size}{words}": _seeds(
-            f"batch_{size}{suffix}", lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}"
-        )
-        for suffix, words in (("", ""), ("_no_cache", ", no KV cache"))
+        f"ms, batch {size}": _seeds(f"batch_{size}", lambda value: f"{1000 * value:.{1 + (value < 0.01)}f}")
         for size in BATCH_SIZES
-        if any(f"batch_{size}{suffix}" in cost for cost in costs)
     }
     columns["training, s"] = _seeds("training_seconds", "{:.0f}".format)
     devices = dict.fromkeys(markdown(cost["training_device"]) for cost in costs if cost["training_device"])
@@ -380,6 +333,7 @@ def _cost_lines(costs: Sequence[Row]) -> list[str]:
             "Milliseconds of the transformer per image, in batches of one image and of 64 that are evenly distributed",
             "over the classes, with the decoding of each model, guidance included, and without the tokenizer: medians",
             f"of runs that took turns, on {markdown(costs[0]['device'])}, torch {markdown(costs[0]['torch'])}.",
+            "Autoregressive models have a KV cache.",
             "Training of stage 2: CPU seconds of all threads on a CPU, else wall-clock seconds, without validation, on",
             f"{' and '.join(devices) or 'an unknown device'}.",
         ),
@@ -446,8 +400,7 @@ def _reference_name(row: Mapping[str, Any]) -> str:
 
 
 def describe_provenance(rows: Sequence[Row]) -> list[str]:
-    """Returns two paragraphs: data, code and device of the rows; digests of references, networks and models."""
-    # Each value occurs once, although all rows repeat it.
+    """Returns a paragraph with the data, the code and the device of the rows; each value occurs once."""
     columns = {"data": "dataset", "data fingerprint": "data", "commit": "commit", "date": "date", "device": "device"}
     facts = [
         f"{name} " + ", ".join(
@@ -457,30 +410,7 @@ def describe_provenance(rows: Sequence[Row]) -> list[str]:
         )
         for name, column in columns.items()
     ]  # fmt: skip
-    compared = _join_names(rows, _reference_name, "reference")
-    networks = _join_names(rows, lambda row: _word(row, "network"), "judge")
-    models = dict.fromkeys(
-        f"{code_cell(row['run'])} tokenizer {_digest(row, 'tokenizer')}, transformer {_digest(row, 'transformer')}"
-        for row in rows
-        if row.get("run")
-    )
-    return [
-        *paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding."),
-        "",
-        *paragraph(
-            f"First digits of SHA-256. Reference: {compared}. Weights of the feature networks: {networks}. Weights of",
-            f"the models: {'; '.join(models) or 'none'}.",
-        ),
-    ]
-
-
-def _join_names(rows: Sequence[Row], name: Callable[[Row], str], digest: str) -> str:
-    return ", ".join(dict.fromkeys(f"{name(row)} {_digest(row, digest)}" for row in rows))
-
-
-def _digest(row: Mapping[str, Any], name: str) -> str:
-    """Returns the first digits of a digest, which a row may lack."""
-    return markdown(str(row.get(name) or "")[:_SHOWN_DIGITS]) or "not recorded"
+    return paragraph(f"Measured on: {'; '.join(facts)}. The ledger has every row with its decoding and all digests.")
 
 
 def _word(row: Mapping[str, Any], name: str) -> str:

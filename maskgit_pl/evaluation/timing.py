@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal, TypeAlias, TypeVar, get_args
+from typing import Any, TypeAlias
 
 import torch
 from matplotlib.figure import Figure
@@ -35,7 +35,6 @@ from maskgit_pl.evaluation.options import NUM_TOKENS, ReportOptions
 from maskgit_pl.evaluation.pages import Page, figure_to_png, heading, markdown_table, paragraph
 from maskgit_pl.evaluation.tokenizer import now
 from maskgit_pl.networks.backbone import (
-    Attention,
     AutoregressiveBackbone,
     Backbone,
     BackboneConfig,
@@ -49,11 +48,9 @@ from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 from maskgit_pl.training.speed import read_training_time
 
-Method = Literal["MaskGIT", "autoregressive, KV cache", "autoregressive, no cache"]
-METHODS: tuple[Method, ...] = get_args(Method)
+METHODS = ("MaskGIT", "autoregressive, KV cache", "autoregressive, no cache")
 BATCH_SIZES = (1, 64)  # of the times of a model
 Decode: TypeAlias = Callable[[], Iterator[DecodingStep]]
-_Point = TypeVar("_Point")
 
 SIZES = TransformerConfig(1024, 1000, (16, 16), embed_dim=256, depth=8, num_heads=8, mlp_dim=1024)  # for a CPU
 # A point has at most 15 runs, and ends when another run would exceed 10 s in all; it has at least one run.
@@ -142,8 +139,8 @@ def measure_costs(ledger: Ledger, models: Sequence[EvaluatedModel], bars: Bars =
     """Times the decoding of models, each with its own settings, and reads the time of their training.
 
     Returns:
-        A row per model. ``batch_1`` and ``batch_64`` are seconds per image; an autoregressive model also has
-        ``batch_1_no_cache`` and ``batch_64_no_cache``. Models of equal ``settings`` differ in their seed only.
+        A row per model. ``batch_1`` and ``batch_64`` are seconds per image, of an autoregressive model with its cache.
+        Models of equal ``settings`` differ in their seed only.
     """
     rows, advance = [], bars("times of decoding", len(models))
     for model in models:
@@ -153,14 +150,13 @@ def measure_costs(ledger: Ledger, models: Sequence[EvaluatedModel], bars: Bars =
         row = ledger.find("cost", key)
         if row is None:
             decoders = {
-                (f"batch_{size}{'_no_cache' if method == METHODS[2] else ''}", size): decode
-                for size in BATCH_SIZES
-                for method, decode in _build_decoders(
+                str(size): _build_decoder(
                     pipe.transformer.network, pipe.decoding, pipe.transformer.mask_schedule, pipe.device,
                     batch_size=size, negative=None if pipe.negative_model is None else pipe.negative_model.network,
-                ).items()
+                )
+                for size in BATCH_SIZES
             }  # fmt: skip
-            times = {column: median(seconds) / size for (column, size), seconds in _time(decoders, pipe.device)}
+            times = {f"batch_{size}": median(runs) / int(size) for size, runs in _time(decoders, pipe.device)}
             stage = model.pretrained.parent / "transformer"
             # Without a recipe, another model is never a seed of the same settings.
             recipe = remove_untrained(read_run_recipe(stage / "config.yaml")) or digests["transformer"]
@@ -195,15 +191,15 @@ def _describe(sizes: BackboneConfig) -> str:
     return ", ".join([sizes.backbone, *words])
 
 
-def _time(decoders: Mapping[_Point, Decode], device: torch.device) -> Iterator[tuple[_Point, list[float]]]:
-    """Yields each point with the seconds of its runs, as soon as it has enough runs.
+def _time(decoders: Mapping[str, Decode], device: torch.device) -> Iterator[tuple[str, list[float]]]:
+    """Yields the name of each point with the seconds of its runs, as soon as it has enough runs.
 
     The points take turns, so that a change in the speed of the machine affects all of them. The last run is
     the estimate of the next one.
     """
     for decode in decoders.values():  # the first calls allocate memory and choose kernels
         deque(islice(decode(), _WARM_UP), maxlen=0)
-    seconds: dict[_Point, list[float]] = {point: [] for point in decoders}
+    seconds: dict[str, list[float]] = {point: [] for point in decoders}
     waiting = deque(decoders)
     while waiting:
         point = waiting.popleft()
@@ -219,24 +215,21 @@ def _time(decoders: Mapping[_Point, Decode], device: torch.device) -> Iterator[t
 
 def _build_random_decoders(
     sizes: BackboneConfig, num_tokens: int, num_steps: int, device: torch.device
-) -> dict[Method, Decode]:
+) -> dict[str, Decode]:
     """Returns a function per method that decodes one image, without guidance and with random weights."""
-    decoders: dict[Method, Decode] = {}
+    shared: dict[str, Any] = {"condition_dim": 0, "grid": (math.isqrt(num_tokens),) * 2}
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
-        for attention in get_args(Attention):
-            changes: dict[str, Any] = {
-                "attention": attention,
-                "condition_dim": 0,
-                "grid": (math.isqrt(num_tokens),) * 2,
-            }
-            network = create_network(replace(sizes, **changes)).eval().requires_grad_(requires_grad=False)
-            decoding = DecodingConfig(num_steps) if attention == "bidirectional" else DecodingConfig(num_tokens, None)
-            decoders |= _build_decoders(network, decoding, mask_schedules.build("cosine"), device)
-    return decoders
+        bidirectional, causal = (
+            create_network(replace(sizes, attention=attention, **shared)).eval().requires_grad_(requires_grad=False)
+            for attention in ("bidirectional", "causal")
+        )
+    parallel = _build_decoder(bidirectional, DecodingConfig(num_steps), mask_schedules.build("cosine"), device)
+    one_by_one = _build_decoder(causal, DecodingConfig(num_tokens, None), None, device)
+    return dict(zip(METHODS, (parallel, one_by_one, partial(one_by_one, cache=False)), strict=True))
 
 
-def _build_decoders(
+def _build_decoder(
     network: Backbone,
     decoding: DecodingConfig,
     mask_schedule: MaskSchedule | None,
@@ -244,26 +237,20 @@ def _build_decoders(
     *,
     batch_size: int = 1,
     negative: Backbone | None = None,
-) -> dict[Method, Decode]:
-    """Returns a function per method of a network that decodes a batch of images, evenly distributed over classes."""
+) -> partial[Iterator[DecodingStep]]:
+    """Returns a function that decodes a batch of images of all classes, one by one with a cache if it is causal."""
     seeds, scales = range(batch_size), decoding.scales()
     labels = [seed % network.config.num_classes for seed in seeds]  # images of a class share their first step
     if isinstance(network, AutoregressiveBackbone):
-        one_by_one = partial(
-            decode_autoregressive, ConditionalModel(network, device), labels, seeds,
-            decoder=decoding.build_autoregressive_decoder(network.config.num_tokens), scales=scales,
-        )  # fmt: skip
-        return {METHODS[1]: one_by_one, METHODS[2]: partial(one_by_one, cache=False)}
+        one_by_one = decoding.build_autoregressive_decoder(network.config.num_tokens)
+        model = ConditionalModel(network, device)
+        return partial(decode_autoregressive, model, labels, seeds, decoder=one_by_one, scales=scales)
     model = ConditionalModel(network, device)  # without a cache of the first step
     if negative is not None:
         model = replace(model, negative=ConditionalModel(negative, device))
     if size := network.config.condition_dim:
         model = model.bind(torch.zeros(batch_size, size, device=device))
-    return {
-        "MaskGIT": partial(
-            decode_classes, model, labels, seeds, decoder=decoding.build_decoder(mask_schedule), scales=scales
-        )
-    }
+    return partial(decode_classes, model, labels, seeds, decoder=decoding.build_decoder(mask_schedule), scales=scales)
 
 
 def make_timing_page(rows: Sequence[Row]) -> Page:
@@ -302,7 +289,7 @@ def make_timing_page(rows: Sequence[Row]) -> Page:
     return Page("figure-4", text, values, {"figure-4.png": _draw_timings(lines)})
 
 
-def _draw_timings(lines: Mapping[Method, Mapping[int, Row]]) -> bytes:
+def _draw_timings(lines: Mapping[str, Mapping[int, Row]]) -> bytes:
     """Draws the seconds per image over the number of tokens as a PNG, with a line per method.
 
     Source: paper, Figure 4.

@@ -8,10 +8,7 @@
 
 from __future__ import annotations
 
-import json
 import logging
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -263,7 +260,7 @@ def tune(
         "seed": options.seed,
     }
     study = _open_study(folder / "study.db", name, key)
-    result = search(study, space, measure, metric=name, trials=trials, num_images=count, options=options, bars=bars)
+    result = search(study, space, measure, metric=name, trials=trials, num_images=count, seed=options.seed, bars=bars)
     page = replace(make_page(result, measure_real(evaluator, 2 * count, amount)), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
     page.write()
@@ -332,23 +329,20 @@ def search(
     metric: str,
     trials: int,
     num_images: int,
-    options: TuningOptions,
+    seed: int,
     bars: Bars = no_bars,
 ) -> TuningResult:
     """Runs a search, or continues it; the module docstring describes its steps.
 
     ``trials`` is the number of trials with those of earlier calls, which the study holds. ``space.start`` is the
-    current decoding. ``options`` has the seed and the time limit.
+    current decoding.
     """
     import optuna
 
-    seed, begin, limit = options.seed, time.monotonic(), options.seconds or math.inf
     done = _read_trials(study)
     advance = bars("trials", trials, done=len(done))
     # 1. The current decoding is a trial, also if another search has written it since the first one.
-    while (is_new := all(trial.decoding != space.start for trial in done)) or (
-        len(done) < trials and time.monotonic() - begin < limit
-    ):
+    while (is_new := all(trial.decoding != space.start for trial in done)) or len(done) < trials:
         number = len(done)
         # With a sampler of its own, a trial depends only on the seed, its index and the trials before it.
         study.sampler = optuna.samplers.TPESampler(seed=int(random_bits("tuning", seed=seed, index=number)))
@@ -427,5 +421,6 @@ def _explain_winner(result: TuningResult) -> list[str]:
     before, after = result.before.numbers[metric], winner.numbers[metric]
     if winner.number == 0:
         return [f"Trial 0 wins, with {metric} {before:.4g}: no other decoding is better."]
-    verdict = f"Trial {winner.number} wins: {metric} was {before:.4g} and is now {after:.4g}. The new decoding is:"
-    return [verdict, "", "```json", json.dumps(asdict(winner.decoding), indent=2), "```"]
+    return [
+        f"Trial {winner.number} wins: {metric} was {before:.4g} and is now {after:.4g}. decoding.json has the winner."
+    ]

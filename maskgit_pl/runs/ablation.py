@@ -1,8 +1,8 @@
-"""The trainings of an ablation: for each setting and seed, a run.
+"""The trainings of an ablation: for each variant and seed, a run.
 
 A variant differs from the base in recipe keys or in recipe files. Each training is a process of its own, so
 that an error or a full memory ends only that one, and a run that was stopped resumes. ``evaluation.ablation``
-measures the runs, ``evaluation.schedule_table`` those of mask schedules. Imports no torch.
+measures the runs. Imports no torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import logging
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +25,7 @@ from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 log = logging.getLogger(__name__)
 
-PAPER_SCHEDULES = ("exp", "cubic", "square", "cosine", "linear", "sqrt", "log")  # paper, Table 3
+PAPER_SCHEDULES = ("cosine", "exp", "cubic", "square", "linear", "sqrt", "log")  # paper, Table 3; its best one first
 
 _SECONDS_BETWEEN_POLLS = 0.2
 _DECODING = "model.decoding"
@@ -66,8 +65,7 @@ class AblationConfig:
     Args:
         factors: Keys with the values to compare.
         recipes: Sets of recipe files, each a string of names; the first one is the base.
-        grid: True for all combinations; False changes one factor of the base at a time.
-        seeds: Training seeds (``data.seed``), all different; None for that of the recipe, for mask schedules only.
+        seeds: Training seeds (``data.seed``), all different.
         stage: Stage to train.
         stage_2: Values of the transformer that is trained on each tokenizer, whose images are judged too, on
             top of the recipes of the base; None trains no transformer.
@@ -84,8 +82,7 @@ class AblationConfig:
 
     factors: tuple[Factor, ...] = ()
     recipes: tuple[str, ...] = ("",)
-    grid: bool = False
-    seeds: tuple[int, ...] | None = (0, 1)
+    seeds: tuple[int, ...] = (0, 1)
     stage: Stage = "transformer"
     stage_2: Overrides | None = None
     dataset: str = DEFAULT_DATASET
@@ -96,11 +93,10 @@ class AblationConfig:
     tokenizer: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.seeds is not None:
-            if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-                raise ValueError(f"--seeds must be different numbers such as 0,1, got {list(self.seeds)}")
-            for seed in self.seeds:
-                check_integer("--seeds", seed, "[0, 1000000]")
+        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"--seeds must be different numbers such as 0,1, got {list(self.seeds)}")
+        for seed in self.seeds:
+            check_integer("--seeds", seed, "[0, 1000000]")
         if self.stage_2 is not None and self.stage != "tokenizer":
             raise ValueError("--stage-2 must come with --stage tokenizer: it trains a transformer on each tokenizer")
         keys = [*(factor.key for factor in self.factors), *(key for key, _ in split_flags(flag_words(self.overrides)))]
@@ -120,58 +116,48 @@ class Variant:
 
     Args:
         label: Name in tables, such as ``depth=2``; ``base`` for the base.
-        recipe: The recipe to train, without the changes of the decoding.
-        decoding: Changes of the decoding, as flags, which need no training.
-        trained_label: The label without the changes of the decoding.
+        recipe: The recipe to train, without the change of the decoding.
+        decoding: Change of the decoding, as flags, which needs no training.
     """
 
     label: str
     recipe: Recipe
-    decoding: tuple[str, ...]
-    trained_label: str
+    decoding: Sequence[str] = ()
 
 
 def plan_variants(config: AblationConfig) -> list[Variant]:
-    """Reads the recipes of all variants; the base comes first.
-
-    Without ``grid``, each further variant differs from the base in one value or in its recipe files. With
-    ``grid``, the further variants are all combinations.
+    """Reads the recipes of all variants; the base comes first. Each other one differs in its recipe files or one value.
 
     Raises:
         FileNotFoundError: if a recipe does not exist. The message names the closest one.
         ValueError: if a key is unknown, a value has a wrong type, or the images differ. The message names the key.
     """
-    base, *others = config.recipes
-    if config.grid:
-        axes = [[(factor.key, value) for value in factor.values] for factor in config.factors]
-        changes = [(names, dict(chosen)) for names in config.recipes for chosen in product(*axes)]
-    else:
-        changes = [(names, {}) for names in others]
-        changes += [(base, {factor.key: value}) for factor in config.factors for value in factor.values]
-    first = _read_variant(config, base, {}, is_base=True)
-    variants = [first, *(_read_variant(config, names, changed) for names, changed in changes)]
+    first, *others = config.recipes
+    base = _read_variant(config, "base", first)
+    variants = [base, *(_read_variant(config, f"recipe {names}", names) for names in others)]
+    variants += [
+        _read_variant(config, f"{_short_name(factor.key)}={value}", first, f"--{factor.key}={value}")
+        for factor in config.factors
+        for value in factor.values
+    ]
     for variant in variants:
         for key in _SHARED:
-            if variant.recipe.get(key) != first.recipe.get(key):
+            if variant.recipe.get(key) != base.recipe.get(key):
                 raise ValueError(f"variant {variant.label}: {key} must be that of the base: all have the same images")
     return variants
 
 
-def _read_variant(config: AblationConfig, names: str, changes: Mapping[str, str], *, is_base: bool = False) -> Variant:
+def _read_variant(config: AblationConfig, label: str, names: str, *change: str) -> Variant:
     # base.yaml is part of every recipe; named again, it would override the file of the data set.
     files = " ".join(name for name in names.split() if name != "base")
-    decoding = {key: text for key, text in changes.items() if _is_of_decoding(key)}
-    trained = {key: text for key, text in changes.items() if not _is_of_decoding(key)}
-    file_label = [f"recipe {files or 'base'}"] if len(config.recipes) > 1 and not is_base else []
-    trained_label = ", ".join([*file_label, *_label_changes(trained)]) or "base"
-    label = ", ".join([*file_label, *_label_changes(changes)]) or "base"
-    words = [*flag_words(config.overrides), *(f"--{key}={text}" for key, text in trained.items())]
+    decoding = [flag for flag in change if flag.startswith(f"--{_DECODING}")]
+    words = [*flag_words(config.overrides), *(flag for flag in change if flag not in decoding)]
     try:
         recipe = Recipe.read(config.stage, names=files, dataset=config.dataset, cluster=config.cluster, overrides=words)
-        recipe.with_overrides(changes_of_decoding := [f"--{key}={text}" for key, text in decoding.items()])
+        recipe.with_overrides(decoding)  # which checks them
     except ValueError as error:
         raise ValueError(f"variant {label}: {error}") from error
-    return Variant(label, in_float32(recipe), tuple(changes_of_decoding), trained_label)
+    return Variant(label, in_float32(recipe), decoding)
 
 
 def in_float32(recipe: Recipe) -> Recipe:
@@ -184,38 +170,21 @@ def in_float32(recipe: Recipe) -> Recipe:
 
 
 def base_values(config: AblationConfig, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the values that the base has for the varied keys, from its complete recipe."""
-    values: dict[str, Any] = {}
-    for factor in config.factors:
-        keys = {key for text in factor.values for key, _ in _spell_out(factor.key, text)}
-        values |= {_short_name(key): value_at(tree, key) for key in sorted(keys)}
-    return values
+    """Returns the values that the base has for the varied keys, from its complete recipe, and its recipe files."""
+    recipe = {"recipe": config.recipes[0]} if len(config.recipes) > 1 else {}
+    keys = dict.fromkeys(
+        key for factor in config.factors for value in factor.values for key in _keys(factor.key, value)
+    )
+    return recipe | {_short_name(key): value_at(tree, key) for key in keys}
 
 
-def _label_changes(changes: Mapping[str, str]) -> list[str]:
-    """Returns names of changes: ``depth=2``; a mapping of a group becomes ``depth=2`` and ``embed_dim=192``."""
-    pairs = [pair for key, text in changes.items() for pair in _spell_out(key, text)]
-    return [f"{_short_name(key)}={_label_value(text)}" for key, text in pairs]
-
-
-def _label_value(text: str) -> str:
-    """Returns ``fsq(levels=[4, 4])`` for the mapping ``{name: fsq, levels: [4, 4]}``, else the text."""
+def _keys(key: str, text: str) -> list[str]:
+    """Returns a key, or the keys inside its value if that is a mapping of a group in YAML."""
     value = parse_yaml(text) if text.startswith("{") else None
-    if not isinstance(value, dict) or "name" not in value:
-        return text
-    options = [f"{key}={_label_value(str(item))}" for key, item in value.items() if key != "name"]
-    return f"{value['name']}({', '.join(options)})" if options else str(value["name"])
-
-
-def _spell_out(key: str, text: str) -> Iterator[tuple[str, str]]:
-    """Yields a key and its value in YAML, or the keys inside a mapping of a group one by one."""
-    value = parse_yaml(text) if text.startswith("{") else None
-    # A mapping with a name specifies a registered object, which stays one value.
-    if isinstance(value, dict) and value and "name" not in value:
-        for name, item in value.items():
-            yield from _spell_out(f"{key}.{name}", str(item))
-    else:
-        yield key, text
+    # A mapping with a name specifies a registered object, which is one value.
+    if not isinstance(value, dict) or "name" in value:
+        return [key]
+    return [inner for name, item in value.items() for inner in _keys(f"{key}.{name}", str(item))]
 
 
 def _short_name(key: str) -> str:
@@ -224,31 +193,6 @@ def _short_name(key: str) -> str:
     while len(parts) > 1 and parts[0] in _GROUPS:
         parts = parts[1:]
     return ".".join(parts)
-
-
-def _is_of_decoding(key: str) -> bool:
-    """Returns True if a recipe key affects only the decoding."""
-    return key == _DECODING or key.startswith(f"{_DECODING}.")
-
-
-@dataclass(frozen=True)
-class Failure:
-    """A run that could not be trained or measured.
-
-    Args:
-        label: Name of the variant or of the schedule.
-        seed: Training seed; None for that of the recipe.
-        text: Reason, for the user.
-        exit_code: Exit code of the error.
-    """
-
-    label: str
-    seed: int | None
-    text: str
-    exit_code: int
-
-    def __str__(self) -> str:
-        return f"{self.label}{'' if self.seed is None else f', seed {self.seed}'}: {self.text}"
 
 
 class TrainingError(RunError):

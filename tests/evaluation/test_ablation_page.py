@@ -3,17 +3,14 @@ from typing import Any
 
 import pytest
 
-from maskgit_pl.evaluation.ablation_page import chance_of_separation, compare_seeds, make_ablation_page, select_rows
+from maskgit_pl.evaluation.ablation_page import chance_of_separation, compare_seeds, make_ablation_page
 
 PROTOCOL = {
-    "command": "maskgit ablation --vary model.network.depth=2,6",
     "dataset": "shoes",
     "stage": "transformer",
     "variants": ["base", "depth=2", "depth=6"],
-    "reference": "base",
     "base": {"depth": 4},
     "seeds": [0, 1],
-    "budget": "steps=400",
     "num_images": 100,
     "first": "classifier",
     "compared": "500 real images of the val split",
@@ -28,11 +25,10 @@ def row(
 ) -> dict[str, Any]:
     numbers = {} if fid is None else {"fid/classifier": fid, "fid/lite0": 10 * fid, "precision/classifier": 0.7,
                "precision/lite0": 0.6, "bits_per_token": fid + 2, "class_agreement": 0.5}  # fmt: skip
-    return {"ablation": "ablation-depth", "plan": "p", "variant": variant, "seed": seed, "numbers": numbers,
-            "place": protocol["variants"].index(variant), "protocol": protocol, "dataset": "shoes",
-            "run": f"run-{variant}-{seed}", "weights": f"{variant}-{seed}", "max_steps": 400, "global_batch": "64",
-            "training_seconds": 104.2, "kind": "CPU", "parameters": 850_000, "real": {"fid/classifier": 0.11},
-            **columns}  # fmt: skip
+    return {"ablation": "ablation-depth", "variant": variant, "seed": seed, "numbers": numbers,
+            "protocol": protocol, "dataset": "shoes", "run": f"run-{variant}-{seed}", "max_steps": 400,
+            "global_batch": "64", "training_seconds": 104.2, "kind": "CPU", "parameters": 850_000,
+            "real": {"fid/classifier": 0.11}, **columns}  # fmt: skip
 
 
 def rows(**columns: Any) -> list[dict[str, Any]]:
@@ -46,22 +42,25 @@ def cells(page: str, start: str, heading: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_a_training_whose_weights_are_those_of_the_base_is_flagged() -> None:
-    same = [each | {"weights": f"base-{each['seed']}"} if each["variant"] == "depth=2" else each for each in rows()]
-    page = make_ablation_page("x", same).markdown
-    assert "| depth=2 (the weights are those of base) |" in page
-    of_decoding = [each | {"run": f"run-base-{each['seed']}"} for each in same]
-    assert "(the weights" not in make_ablation_page("x", of_decoding).markdown  # one run, decoded in another way
+def test_the_base_is_compared_with_every_variant_and_runs_that_are_shared_have_one_line() -> None:
+    guided = [each | {"run": f"run-base-{each['seed']}"} if each["variant"] == "depth=6" else each for each in rows()]
+    page = make_ablation_page("ablation-depth", guided[::-1])
+    assert cells(page.markdown, "base", "Results")[1] == "2.10 (2.00 to 2.20)"
+    assert cells(page.markdown, "depth=6", "Results")[1] == "**2.00 (1.90 to 2.10)**"
+    assert cells(page.markdown, "depth=2", "Difference")[1] == "+1.10 worse"
+    training = page.markdown.split("## Training")[1]
+    assert [line.split(" | ")[0] for line in training.splitlines() if ".85M" in line] == ["| base"] * 2 + [
+        "| depth=2"
+    ] * 2
+    assert [row["variant"] for row in page.rows] == ["base", "base", "depth=2", "depth=2", "depth=6", "depth=6"]
 
 
-def test_failed_and_missing_runs_are_listed_and_the_others_shown() -> None:
-    some = [each for each in rows() if each["variant"] != "depth=2"]
+def test_failed_runs_are_listed_and_the_others_shown() -> None:
     failed = {"failure": "model.network.depth must be >= 1, got 0", "run": None}
-    some.insert(2, row("depth=2", 0, None, **failed))
+    some = [row("depth=2", each["seed"], None, **failed) if each["variant"] == "depth=2" else each for each in rows()]
     page = make_ablation_page("ablation-depth", some).markdown
     assert cells(page, "depth=2", "Results")[1] == "failed"
-    assert "- depth=2, seed 0: model.network.depth must be &gt;= 1, got 0" in page
-    assert "- depth=2, seed 1: not trained or not measured" in page
+    assert "- depth=2, seed 1: model.network.depth must be &gt;= 1, got 0" in page
     assert "## Results" not in make_ablation_page("x", [row("base", 0, None, **failed)]).markdown
 
 
@@ -79,12 +78,3 @@ def test_only_ranges_that_do_not_overlap_give_a_verdict(values: Any, reference: 
 
 def test_the_chance_of_separation_is_that_of_a_random_order() -> None:
     assert [chance_of_separation(seeds) for seeds in (1, 2, 3)] == pytest.approx([1, 1 / 3, 1 / 10])
-
-
-def test_only_the_newest_plan_and_the_last_row_of_a_run_count() -> None:
-    old = [each | {"plan": "old"} for each in [*rows(), row("base", 2, 3.0)]]  # with a seed more
-    again = row("base", 0, 7.0)
-    chosen = select_rows([*old, *rows(), again, row("base", 0, 9.0) | {"ablation": "another"}], "ablation-depth")
-    assert len(chosen) == 6
-    assert chosen[0]["numbers"]["fid/classifier"] == 7.0
-    assert [(each["variant"], each["seed"]) for each in chosen[:3]] == [("base", 0), ("base", 1), ("depth=2", 0)]

@@ -14,7 +14,7 @@ REAL = {"fid": 0.5, "kid": 0.0, "class_agreement": 0.9, "num_images": 12}
 def measured(label: str, steps: int, fid: float, **columns: Any) -> dict[str, Any]:
     columns = {"class_agreement": 0.5, "diversity": 0.8, "seconds_per_image": 0.01, **columns}
     facts = {"tokenizer": "aaaaaaaa1", "transformer": "bbbbbbbb1", "judge": "cccccccc1", "network": "classifier",
-             "mask_schedule": "Cosine()", "device": "a machine", "real_images": 24, "run": "x", "num_images": 12,
+             "device": "a machine", "real_images": 24, "run": "x", "num_images": 12,
              "seed": 0, "decoding": {"token_selector": label}}  # fmt: skip
     return {"selector": label, "num_steps": steps, "fid": fid, "kid": fid / 10, **facts, **columns}
 
@@ -47,14 +47,6 @@ def test_tables_show_every_row_and_the_lowest_distance_of_each_t_in_bold() -> No
     assert "| confidence | 5.00 | **2.00** |" in page
     assert "| random | **4.00** | 3.00 |" in page
     assert "| real images, 12 | 0.50 | 0.50 |" in page
-    assert "`x` tokenizer aaaaaaaa, transformer bbbbbbbb." in page.replace("\n", " ")
     read = list(csv.DictReader(io.StringIO(made.csv)))
     assert (read[0]["num_steps"], read[0]["selector"], read[0]["fid"]) == ("4", "random", "4.0")
     assert json.loads(read[0]["decoding"])["token_selector"] == "random"
-
-
-def test_the_page_tells_a_mask_schedule_that_is_not_that_of_the_training() -> None:
-    own = {"token_selector": "random", "mask_schedule": "linear"}
-    assert "schedule is that of the training, Cosine()." in page_of(ROWS).markdown.replace("\n", " ")
-    page = page_of([measured("random", 8, 1.0, decoding=own)]).markdown.replace("\n", " ")
-    assert "schedule is linear of decoding.json, not that of the training, Cosine()." in page

@@ -2,10 +2,8 @@ import csv
 import io
 from typing import Any
 
-import pytest
-
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.schedule_table import SCHEDULES, ScheduleResult, compare_with_paper, make_schedule_page
+from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
 from tests.evaluation.test_tables import row
 
 
@@ -34,15 +32,3 @@ def test_the_seeds_of_a_schedule_share_a_line_with_mean_and_range() -> None:
     read = list(csv.DictReader(io.StringIO(table.csv)))
     assert [(each["run"], each["best_steps"]) for each in read][:2] == [("cosine-0", "8"), ("cosine-1", "12")]
     assert read[0]["fid/classifier at T = 4"] == "3.0"
-
-
-@pytest.mark.parametrize(("fids", "verdict", "pairs"), [
-    ({name: row.fid for name, row in SCHEDULES.items()}, "holds here", "21 of 21"),
-    ({name: -row.fid for name, row in SCHEDULES.items()}, "does not hold here", "0 of 21"),
-    ({"cosine": 1.0, "square": 3.0, "linear": 2.0}, "does not hold here", "2 of 3"),
-])  # fmt: skip
-def test_the_paper_s_order_is_judged_pair_by_pair(fids: dict[str, float], verdict: str, pairs: str) -> None:
-    text = " ".join(compare_with_paper(fids, "classifier"))
-    assert verdict in text
-    assert f"{pairs} pairs" in text
-    assert "cannot be compared" in compare_with_paper({"cosine": 1.0}, "classifier")[0]

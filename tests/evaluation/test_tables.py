@@ -9,18 +9,12 @@ def row(model: str, network: str, **numbers: object) -> dict[str, object]:
     return {**common, "model": model, "network": network, **numbers}
 
 
-def test_pages_name_the_reference_and_the_feature_networks() -> None:
-    digests = {"reference": "0123456789abcdef", "judge": "fedcba9876543210", "tokenizer": "aa" * 8,
-               "transformer": "b" * 16}  # fmt: skip
+def test_pages_name_the_reference() -> None:
     file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
     for changes, compared in (({}, "500 real images of the val split"), (file, "the statistics of imagenet.npz")):
-        tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **{**digests, **changes})]
+        tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **changes)]
         for page in (make_generation_page(tasks, []), make_editing_page(tasks)):
-            said = " ".join(page.markdown.split())
-            assert f"compared with {compared}" in said
-            assert f"Reference: {changes.get('reference_file', 'the val split')} 01234567." in said
-            assert "feature networks: lite0 fedcba98." in said
-            assert "`run-a` tokenizer aaaaaaaa, transformer bbbbbbbb." in said
+            assert f"compared with {compared}" in " ".join(page.markdown.split())
 
 
 def test_table_1_has_a_row_per_model_with_the_range_of_its_seeds() -> None:
@@ -34,8 +28,7 @@ def test_table_1_has_a_row_per_model_with_the_range_of_its_seeds() -> None:
             "num_steps": 8 if number < 2 else 16,
         }
         samples.append({**row(model, "classifier", fid=fid), **mark})
-        cache = {} if number < 2 else {"batch_1_no_cache": 0.04, "batch_64_no_cache": 0.02}
-        costs.append({**samples[-1], "batch_1": 0.01, "batch_64": 0.002 * fid, **cache, "torch": "2.9",
+        costs.append({**samples[-1], "batch_1": 0.01, "batch_64": 0.002 * fid, "torch": "2.9",
                       "training_seconds": 100 * fid, "training_device": "a CPU"})  # fmt: skip
     samples.append(row(REAL, "classifier", fid=0.1))
     cas = [{**each, "classifier": "small", "training_images": 5, "training_steps": 4, "top1": each["fid"] / 10,
@@ -47,8 +40,8 @@ def test_table_1_has_a_row_per_model_with_the_range_of_its_seeds() -> None:
         f"{model} 1.50 (1.00 to 2.00) | 0.85M | 8 |",
         f"{model} 2.50 (2.00 to 3.00) | 1.50 (1.00 to 2.00) |  |",  # T = 2, 8 and 16
         "| autoregressive (bert) | `run-2` |  |  | 3.00 |",
-        f"{model} 10.0 (10.0 to 10.0) | 3.00 (2.00 to 4.00) |  |  | 150 (100 to 200) |",
-        "| autoregressive (bert) | `run-2` | 10.0 | 6.00 | 40.0 | 20.0 | 300 |",
+        f"{model} 10.0 (10.0 to 10.0) | 3.00 (2.00 to 4.00) | 150 (100 to 200) |",
+        "| autoregressive (bert) | `run-2` | 10.0 | 6.00 | 300 |",
         f"{model} 15.00 (10.00 to 20.00) | 100.00 (100.00 to 100.00) |",
     ):
         assert f"\n{line}\n" in text
