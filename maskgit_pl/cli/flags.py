@@ -17,7 +17,7 @@ from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
 from maskgit_pl.processes import named_bars
-from maskgit_pl.runs.layers import parse_image_size, parse_numbers, parse_specs
+from maskgit_pl.runs.layers import parse_specs
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
@@ -34,10 +34,10 @@ Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
 Runs = Annotated[tuple[Path, ...], Word("RUN")]
 Device = Annotated[str, Word("NAME")]
-Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
+Numbers = Annotated[tuple[int, ...], Word("T,...")]
 Seeds = Annotated[tuple[int, ...], Word("N,...")]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
-ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
+ImageSize = Annotated[int | tuple[int, int], Word("S|H,W")]
 
 
 @dataclass(frozen=True)

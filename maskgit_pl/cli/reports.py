@@ -16,7 +16,7 @@ from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Factor, Failure, parse_factor
-from maskgit_pl.runs.layers import parse_numbers, split_values
+from maskgit_pl.runs.layers import split_values
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def figure(
     *,
     class_name: str | None = None,
     num_steps: Numbers | None = None,
-    num_tokens: Annotated[tuple[int, ...], Word("N,...", parse_numbers)] = NUM_TOKENS,
+    num_tokens: Annotated[tuple[int, ...], Word("N,...")] = NUM_TOKENS,
     json: bool = False,
     report: ReportFlags = ReportFlags(),
 ) -> None:

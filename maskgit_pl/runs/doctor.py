@@ -128,7 +128,7 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
     by default nodes and devices of the recipe, and the GPU memory of this machine, if it has a GPU.
 
     Raises:
-        ValueError: if the run has no name, or a reserved one.
+        ValueError: if the run has no name.
     """
     report, machines = Preflight(), machines or Machines()
     nodes, devices = count_devices(machines, recipe)

@@ -261,4 +261,6 @@ def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tu
     """Checks layers together with flags on top of them, and returns the trees of the flags."""
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    return tuple(flag.tree for flag in check_layers(kind, [*layers, *_flag_layers(words)])[len(layers) :])
+    flags = _flag_layers(words)
+    check_layers(kind, [*layers, *flags])
+    return tuple(flag.tree for flag in flags)
