@@ -152,8 +152,7 @@ def submit(
         log.info("%s", submission)
         log.info("dry run: the job was not submitted")
         return
-    number = runs.submit(submission)
-    log.info("job %s: %s", number, submission.log_file(number))
+    log.info("job %s: %s", runs.submit(submission), submission.plan.stage_folder)
 
 
 def doctor(

@@ -261,7 +261,7 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(maskgit, runs, tiny_shards,
     tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
     answer = maskgit(
         "slurm", "submit", stage, "--data", tiny_shards, "--runs-folder", runs, "--run=one", "--nodes=2", "--devices=1",
-        *tokenizer, *tiny_flags(stage), "--dry-run", f"--cluster={cluster}", "--partition=gpu",
+        *tokenizer, *tiny_flags(stage), "--dry-run", f"--cluster={cluster}",
         "--sbatch=--mem=0 --exclusive", "--srun=--cpu-bind=cores", "--container=apptainer exec --nv 'my image.sif'",
     )  # fmt: skip
     assert answer.code == 0, answer
@@ -273,7 +273,7 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(maskgit, runs, tiny_shards,
         "CONTAINER=apptainer exec --nv 'my image.sif'", "MASKGIT=maskgit",
     } <= set(words[:script])  # fmt: skip
     options = words[words.index("sbatch") + 1 : script]
-    assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--cpus-per-task=1"} <= set(options)
+    assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"} <= set(options)
     assert options[-2:] == ["--mem=0", "--exclusive"]  # the user's words come last
     assert not any(option.startswith("--gpus") for option in options)  # the tiny recipes use a CPU
     assert "--trainer.max_steps=1" in words[script:]
