@@ -15,6 +15,7 @@ from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Folders, plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
@@ -50,19 +51,15 @@ def train(
 
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
-    """Prints the complete recipe; without data or tokenizer, if they are not named, only the keys that need neither."""
+    """Prints the complete recipe; without data or tokenizer, with the sizes of the paper."""
     from maskgit_pl.runs import resolve, settings
 
     try:
-        plan = plan_run(recipe, **folders)
+        values = resolve.merge_values(plan_run(recipe, **folders))
     except FileNotFoundError as error:
-        if any(folders.get(name) is not None for name in ("data", "tokenizer", "pretrained")):
-            raise
-        text = resolve.config_text_without_data(recipe)
-        print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {error}")
-        print(text, end="")
-    else:
-        print(resolve.config_text(settings.resolve(recipe.kind, resolve.merge_values(plan))), end="")
+        print(f"# Paths are empty, and sizes that data and tokenizer give are those of the paper: {error}")
+        values = merge([resolve.values_without_data(recipe.stage), recipe.tree])
+    print(resolve.config_text(settings.resolve(recipe.kind, values)), end="")
 
 
 def distill(

@@ -64,8 +64,8 @@ _EXPECTED_WARNINGS = (
 def restore_process_state() -> Iterator[None]:
     """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
 
-    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of
-    open files, and variables of the environment that Lightning sets, stay.
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Variables of
+    the environment that Lightning sets stay.
     """
     lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()

@@ -105,9 +105,7 @@ class Recipe:
             ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a
                 flag has no meaning for the model. The message names the file or flag, and the key.
         """
-        if isinstance(names, str):  # the name of a file may have spaces
-            names = [names] if _is_path(names) and Path(names).is_file() else names.split()
-        names = list(names)
+        names = names.split() if isinstance(names, str) else list(names)
         files = recipe_files(stage, dataset=dataset, names=names, cluster=cluster)
         recipe = cls.from_files(stage, files, overrides)
         run_name = "-".join([dataset, *(Path(name).stem if _is_path(name) else name for name in names or ["base"])])

@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -23,7 +22,6 @@ from maskgit_pl.cli import _parse
 from maskgit_pl.cli.arguments import read_call
 from maskgit_pl.evaluation.demo_steps import plan_demo
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
-from maskgit_pl.runs import fitting
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.conftest import Answer, refused
@@ -32,18 +30,6 @@ from tests.test_makefile import run_make
 
 
 # A run and its records
-
-
-def test_a_run_may_open_more_files_than_a_shell_allows(train):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    low = min(soft, 512)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
-    try:
-        assert train("tokenizer").code == 0
-        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert allowed > low or low == hard
 
 
 def test_a_run_records_its_recipe_and_its_machine(train, runs, tiny_pretrained):
@@ -59,17 +45,6 @@ def test_a_run_records_its_recipe_and_its_machine(train, runs, tiny_pretrained):
     exported = json.loads((pretrained / "config.json").read_text())
     assert exported["run"]["transformer"]["settings"]["trainer.max_steps"] == 1
     assert "# one\n" in (pretrained / "README.md").read_text()
-
-
-def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
-    def broken(folder: Path) -> None:
-        raise RuntimeError("no card today")
-
-    monkeypatch.setattr(fitting, "write_card", broken)
-    answer = train("transformer")
-    assert answer.code == 0
-    assert "cannot write the model card (RuntimeError: no card today)" in answer.out
-    assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
 
 
 @pytest.mark.slow
@@ -96,7 +71,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, maskgit, r
     assert not runs.exists()
     for stage in ("tokenizer", "transformer"):  # without data and tokenizer
         answer = maskgit("train", stage, "--recipe", "adaln", "--dataset", "nowhere", "--print-config")
-        assert answer.out.startswith("# Keys that data and tokenizer give")
+        assert answer.out.startswith("# Paths are empty")
         max_steps = Recipe.read(stage, names="adaln", dataset="nowhere").get("trainer.max_steps")
         assert yaml.safe_load(answer.out)["trainer"]["max_steps"] == max_steps
 

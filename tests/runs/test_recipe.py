@@ -121,8 +121,6 @@ def test_recipes_of_the_working_directory_come_first_and_the_others_stay(tmp_pat
 
 def test_a_recipe_may_be_the_path_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    spaced = own_recipe(tmp_path / "my folder", "one two.yaml")
-    assert Recipe.read("tokenizer", names=str(spaced)).get("trainer.max_steps") == 7
     assert Recipe.read("tokenizer", names="adaln 64px").names == ("adaln", "64px")
     plain, staged = tmp_path / "mine.yaml", own_recipe(tmp_path, "tokenizer/mine.yaml")
     plain.touch()
