@@ -73,7 +73,8 @@ class NewRunFlags:
 
     def folders(self, recipe: Recipe) -> Folders:
         """Returns the folders of the run. The recipe gives its default name."""
-        run = self.runs_folder / (self.run or str(recipe.run_name))
+        name = self.run or recipe.run_name
+        run = None if name is None else self.runs_folder / name
         return Folders(run=run, data=self.data, tokenizer=self.tokenizer, pretrained=self.pretrained)
 
 
@@ -96,12 +97,10 @@ class RunFlags(NewRunFlags):
         """
         if self.config is None:
             return super().read(stage, overrides)
+        if self.recipe:
+            raise ValueError("--config repeats a run with its own recipe; leave out --recipe")
         # The config.yaml holds the complete recipe of the old run; only flags may change it.
-        recipe = Recipe.from_run(stage, self.config, list(overrides))
-        if self.recipe or not self.run:
-            way_out = "leave out --recipe" if self.recipe else "name the new run with --run"
-            raise ValueError(f"--config repeats a run with its own recipe; {way_out}")
-        return recipe
+        return Recipe.from_run(stage, self.config, list(overrides))
 
 
 @dataclass(frozen=True)

@@ -111,16 +111,14 @@ def recipes_list(*, json: bool = False) -> None:
     Args:
         json: Print JSON, a list of objects, instead of the table.
     """
-    here, *shipped = recipe.recipes_folders()
     rows = []
     for name in sorted({name for kind in _KINDS for name in recipe.list_recipes(kind)}):
         files = _recipe_files(name)
-        is_own = bool(shipped) and any(file.is_relative_to(here) for file in files.values())
-        comment = re.match(r"(?:#.*\w.*\n)*", [*files.values()][-1].read_text())  # which opens the file
+        (*_, last) = files.values()
+        comment = re.match(r"(?:#.*\w.*\n)*", last.read_text())  # which opens the file
         words = re.sub(r"(?m)^#", "", comment[0] if comment else "").split()
         sentence = re.split(r"(?<=\.) |:$", " ".join(words))[0]
-        origin = "recipes/" if is_own else "maskgit_pl"
-        rows.append({"recipe": name, "of": ", ".join(files), "from": origin, "description": sentence})
+        rows.append({"recipe": name, "of": ", ".join(files), "from": str(last.parents[1]), "description": sentence})
     print_rows(rows, as_json=json)
 
 
@@ -209,13 +207,10 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = Fa
     print_rows(rows, as_json=json)
 
 
-def env(*, json: bool = False) -> None:
+def env() -> None:
     """Prints versions, machine and devices, for a report of a problem.
 
-    Example: maskgit env --json
-
-    Args:
-        json: Print JSON.
+    Example: maskgit env
     """
     import torch
 
@@ -224,9 +219,6 @@ def env(*, json: bool = False) -> None:
     values = describe_environment()
     values["default device"] = device_name(torch.device(default_device()))
     values["recipes"] = [*map(str, recipe.recipes_folders())]
-    if json:
-        print_json(values)
-        return
     width = max(map(len, values)) + 2
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
@@ -239,7 +231,6 @@ def schedules(
     num_steps: Annotated[int, Word("T")] = 8,
     schedules: Specs | None = None,
     out: Annotated[Path, Output(".png")] | None = None,
-    json: bool = False,
 ) -> None:
     """Lists the mask schedules.
 
@@ -252,7 +243,6 @@ def schedules(
         num_steps: Number of decoding steps.
         schedules: Names, or mappings such as '{name: pow, exponent: 3}' (default: every schedule without arguments).
         out: Also draw the mask ratio against progress.
-        json: Print JSON, a list of objects, instead of the table.
     """
     from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
 
@@ -260,17 +250,12 @@ def schedules(
     built = mask_schedules.build_all()
     if schedules is not None:
         built = {describe(spec): mask_schedules.build(spec) for spec in schedules}
-    num_known = {
-        name: count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
-        for name, schedule in built.items()
-    }
-    if json:
-        print_json([{"mask_schedule": name, "known": counts} for name, counts in num_known.items()])
-    else:
-        print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
-        steps = [*map(str, range(1, num_steps + 1))]
-        rows = [{"mask_schedule": name, **dict(zip(steps, counts, strict=True))} for name, counts in num_known.items()]
-        print_rows(rows, as_json=False)
+    rows = []
+    for name, schedule in built.items():
+        counts = count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
+        rows.append({"mask_schedule": name, **{str(step): count for step, count in enumerate(counts, start=1)}})
+    print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
+    print_rows(rows, as_json=False)
     if out is not None:
         make_folder(out.parent)
         with write_atomically(out) as stream:

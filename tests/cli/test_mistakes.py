@@ -84,8 +84,6 @@ def is_refused(
         ("sample model --seed", "--seed: expected one argument; give a value that begins with - as FLAG=VALUE; see"),
         ("sample model --seed abc", "--seed must be an integer, got 'abc'"),
         ("sample model --dtype bf16", "--dtype must be one of auto, float32, bfloat16, got 'bf16'; did you mean 'bflo"),
-        ("sample ''", "RUN must not be empty, got ''"),
-        ("train-classifier --data=", "--data must not be empty, got ''"),
         ("data fetch fashion-mnst", "did you mean 'fashion-mnist'?"),
         ("data make photos --out=new --image-size=0", "--image-size must be an integer in [1, 65536]"),
         ("import-tokenizer lfs --out new --layout taming", "did you mean 'taming-transformers'?"),
