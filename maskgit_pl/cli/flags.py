@@ -216,16 +216,16 @@ class Pictures:
         """
         from maskgit_pl.pipeline import grids  # which imports torch
 
-        make_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
         grids.save_png(sheet, out)
         print(f"{out}: {summary}")
         if self.images is not None:
-            make_folder(self.images)
+            self.images.mkdir(parents=True, exist_ok=True)
             grids.save_images(images, labels, self.images, seeds=seeds)
             print(f"{self.images}: {count_text(len(images), 'file')}")
         for file in (self.gif, self.filmstrip):
             if file is not None and recording is not None:
-                make_folder(file.parent)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 recording.save(file)
                 count = count_text(len(recording.captions), "image")
                 print(f"{file}: decoding of {count if file == self.gif else 'the first image'}")
@@ -246,13 +246,6 @@ def check_one_of(*, required: bool = False, **flags: object) -> None:
         raise ValueError(f"{names[0]} must not be given with {names[1]}; choose one of the two")
     if required and not names:
         raise ValueError(f"one of {' and '.join(map(flag_of, flags))} must be given, got neither")
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a missing folder and prints its name."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: new folder")
 
 
 @contextmanager

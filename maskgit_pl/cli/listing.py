@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Folder, Specs, make_folder, print_json, print_rows
+from maskgit_pl.cli.flags import Folder, Specs, print_json, print_rows
 from maskgit_pl.files import read_json, write_atomically
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
@@ -146,14 +146,12 @@ def recipes_copy(name: str, *, as_: Annotated[str, Word("NEW")] | None = None) -
         as_: Name of the copy (default: NAME).
     """
     new = name if as_ is None else as_
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", new):
-        raise ValueError(f"--as must be letters, digits and ._-, got {new!r}")
     targets = {Path("recipes", kind, f"{new}.yaml"): file for kind, file in _recipe_files(name).items()}
     for target in targets:
         if target.exists():
             raise ValueError(f"{target}: the file exists; choose another name with --as")
     for target, file in targets.items():
-        make_folder(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(target) as stream:
             stream.write(file.read_bytes())
         print(f"{target}: a copy of {file}")
@@ -257,7 +255,7 @@ def schedules(
     print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
     print_rows(rows, as_json=False)
     if out is not None:
-        make_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(out) as stream:
             stream.write(draw_schedules(built, num_tokens=num_tokens))
         log.info("%s: mask ratio of %d schedules", out, len(built))

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
@@ -137,11 +137,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     else:
         # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
-    if module.config.flip_probability > 0 and "flip" in data.config.train_augmentations.parts:
-        raise ValueError(
-            "model.flip_probability must be 0 if data.augmentations lists flip, got "
-            f"{module.config.flip_probability}; an image would be flipped twice"
-        )
     # Steps in a recipe, but micro-batches in Lightning.
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
@@ -224,7 +219,7 @@ class StageRun:
         profiler = profilers.get(self.values.profiler or "")
         ours = {
             "strategy": build_strategy(values.strategy, longest_wait=self.watchdog.longest_limit),
-            "profiler": _NoProfiler() if profiler is None else profiler(dirpath=self.folder, filename="profile"),
+            "profiler": None if profiler is None else profiler(dirpath=self.folder, filename="profile"),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
@@ -304,13 +299,3 @@ class StageRun:
         if isinstance(self.model, TokenModel) and data.source != "tokens":
             encoder = self.model.tokenizer.network.config, self.model.tokenizer.image_size
         return useful_flops(self.model, global_batch=data.global_batch, encoder=encoder)
-
-
-class _NoProfiler(PassThroughProfiler):
-    """A profiler without cost; Lightning's default enters a generator at some 50 places of a step."""
-
-    _NOTHING = nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        """Returns the same empty context at every call."""
-        return self._NOTHING

@@ -230,13 +230,13 @@ def _build(
         report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
         run = StageRun(plan, replace(values, trainer=replace(trainer, precision=precision)))
-        report.add("recipe", f"{recipe.title}: keys, types and names are valid")
+        report.add("recipe", "keys, types and names are valid")
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
     run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
     if run.datamodule.stream is None:
         run.datamodule.setup()
-    report.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
+    report.add("recipe", "module, data and tokenizer fit together")
     if run.datamodule.resizing is not None:
         report.add("image size", run.datamodule.resizing, "warning")
     return run

@@ -59,7 +59,6 @@ class Recipe:
         base: Merged values of the files; with causal attention without the keys of masking.
         flags: Values of each flag, in the given order.
         words: The flags as given.
-        files: Names of the files in merge order, for messages.
         names: RECIPE: file names from left to right, without the files of every recipe.
         dataset: Name of the data set.
         cluster: File of ``recipes/cluster``; empty if the recipe repeats a run.
@@ -73,7 +72,6 @@ class Recipe:
     base: Mapping[str, Any]
     flags: tuple[Mapping[str, Any], ...] = ()
     words: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     dataset: str = DEFAULT_DATASET
     cluster: str = ""
@@ -138,8 +136,7 @@ class Recipe:
         if kind == "autoregressive":
             layers = [Layer(layer.origin, without_keys(layer.tree, _MASKED_ONLY)) for layer in layers]
         flags = _read_flags(kind, layers, words)
-        base, files = merge([layer.tree for layer in layers]), tuple(layer.origin for layer in layers)
-        return cls(stage, kind, base, flags, words, files)
+        return cls(stage, kind, merge([layer.tree for layer in layers]), flags, words)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
@@ -155,11 +152,6 @@ class Recipe:
     def get(self, key: str) -> Any:
         """Returns the value of a dotted key such as ``data.source``, or None if it is not set."""
         return value_at(self.tree, key)
-
-    @property
-    def title(self) -> str:
-        """A readable name, such as ``transformer/base + transformer/log + cluster/single``."""
-        return " + ".join("/".join(Path(file).with_suffix("").parts[-2:]) for file in self.files)
 
 
 def recipes_folders() -> list[Path]:

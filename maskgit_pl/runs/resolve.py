@@ -27,7 +27,7 @@ from maskgit_pl.pipeline.pretrained import read_config, read_decoding
 from maskgit_pl.runs.layers import DERIVED_KEYS, merge, value_at, without_keys
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings, resolve
+from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings
 from maskgit_pl.training.checkpoints import newest_checkpoint
 
 AUTO = "auto"

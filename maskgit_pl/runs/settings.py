@@ -267,12 +267,12 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> None:
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     for part, kinds in ((files, ("type",)), (layers, ("type", "value"))):
-        texts = [fault.text for fault in _faults(kind, part) if fault.kind in kinds]
-        if texts:
+        wrong = next((fault for fault in _faults(kind, part) if fault.kind in kinds), None)
+        if wrong is not None:
             # The layer from which on the merged layers have the fault.
-            culprit = max(n for n in range(len(part)) if texts[0] not in {each.text for each in _faults(kind, part[:n])})
+            culprit = max(n for n in range(len(part)) if wrong not in _faults(kind, part[:n]))
             with _named(part[culprit].origin):
-                raise ValueError(texts[0])
+                raise ValueError(wrong.text)
 
 
 def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:

@@ -88,7 +88,6 @@ def is_refused(
         ("data make photos --out=new --image-size=0", "--image-size must be an integer in [1, 65536]"),
         ("import-tokenizer lfs --out new --layout taming", "did you mean 'taming-transformers'?"),
         ("recipes show cosin", "did you mean 'cosine'?"),
-        ("recipes copy log --as=../x", "--as must be letters, digits and ._-, got '../x'"),
         ("plugins quantisers", "KIND must be one of mask_schedules, "),
         ("schedules --schedules COSINE", "did you mean 'cosine'?"),
         ("schedules --schedules '{name'", "--schedules must be a name or a mapping such as"),

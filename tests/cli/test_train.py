@@ -28,7 +28,6 @@ from tests.cli.conftest import Answer, refused
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.test_makefile import run_make
 
-
 # A run and its records
 
 
