@@ -236,16 +236,10 @@ def _run(args: argparse.Namespace) -> int:
         code = _call(args)
         print(end="", flush=True)  # an output that is lost is an error of the command
         return code
-    except SystemExit as stop:
-        # Lightning turns Ctrl-C into an exit, and rich a broken pipe.
-        if not isinstance(stop.__context__, KeyboardInterrupt | BrokenPipeError):
-            raise
-        error: BaseException = stop.__context__
-    except (Exception, KeyboardInterrupt) as caught:
-        error = caught
-    with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
-        sys.stderr.write(describe_error(error, args.parser.prog, with_traceback=args.traceback))
-    return exit_code_of(error)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
+            sys.stderr.write(describe_error(error, args.parser.prog, with_traceback=args.traceback))
+        return exit_code_of(error)
 
 
 def _call(args: argparse.Namespace) -> int:

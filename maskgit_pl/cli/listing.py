@@ -13,7 +13,6 @@ from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text,
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, print_json, print_rows
 from maskgit_pl.files import read_json, write_atomically
-from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
@@ -47,28 +46,11 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "callbacks": "training.callbacks",
 }
 
-_IMPORTED = Path("pretrained")  # folder of the examples of the importers
-_TOKENIZER = "maskgit import-tokenizer FILE --out pretrained/NAME"
-_TRANSFORMER = "maskgit import-transformer FILE --tokenizer DIR/tokenizer --out pretrained/NAME"
-_RELEASED = (  # project, content, command
-    (
-        "google-research/maskgit",
-        "ImageNet 256 and 512, JAX",
-        "maskgit import-jax --tokenizer FILE --transformer FILE --out pretrained/NAME",
-    ),
-    *((layout, "tokenizer", _TOKENIZER) for layout in TOKENIZER_LAYOUTS),
-    ("Halton-MaskGIT", "transformer, ImageNet 256 and 384", _TRANSFORMER),
-    ("MaskGIL", "transformer, ImageNet 256", _TRANSFORMER),
-)
-
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
 
 
 def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
-    """Lists the models that commands can load, and how to get others.
-
-    They are those of the package, of runs/ and of pretrained/, and the released models that can be imported,
-    each with a command.
+    """Lists the models that commands can load: those of the package, of runs/ and of pretrained/, with a command each.
 
     Example: maskgit models --json
 
@@ -79,11 +61,9 @@ def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
     candidates = [
         *((name, folder, "package") for name, folder in bundled_models().items()),
         *((str(folder.parent), folder, "run") for folder in sorted(runs_folder.glob("*/pretrained"))),
-        *((str(folder), folder, "folder") for folder in sorted(_IMPORTED.glob("*"))),
+        *((str(folder), folder, "folder") for folder in sorted(Path("pretrained").glob("*"))),
     ]
     rows = [_model_row(name, folder, origin) for name, folder, origin in candidates if (folder / "tokenizer").is_dir()]
-    for name, content, command in _RELEASED:
-        rows.append({"model": name, "from": "released elsewhere", "content": content, "command": command})
     print_rows(rows, as_json=json)
 
 
