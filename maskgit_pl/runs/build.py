@@ -22,7 +22,6 @@ from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfile
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.data.token_store import DESCRIPTION_FILE
 from maskgit_pl.distillation import DistilledModel
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
@@ -109,10 +108,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     values = resolve(plan.recipe.kind, merge_values(plan))
-    if values.data.source == "tokens" and not (plan.folder / "tokens" / DESCRIPTION_FILE).exists():
-        raise FileNotFoundError(
-            f"no complete token store in {plan.folder / 'tokens'}; make it with `maskgit tokenize` and these flags"
-        )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
     run = StageRun(plan, values, callbacks)

@@ -166,12 +166,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     if stage == "transformer":
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
-        tokenizer = next((path for path in places if (path / "config.json").is_file()), None)
-        if tokenizer is None:
-            raise FileNotFoundError(
-                f"tokenizer {places[0]} of {config}: no such folder; copy it back, or run `maskgit export {folder} "
-                "--stage tokenizer` if the run trained it"
-            )
+        tokenizer = next((path for path in places if (path / "config.json").is_file()), places[0])
     return Plan(recipe, shards, folder, tokenizer)
 
 

@@ -82,16 +82,17 @@ def plan_run(
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
 ) -> Plan:
-    """Finds the folders of a run, and checks them as far as possible without torch. See ``Folders`` for the arguments.
+    """Finds the folders of a run. See ``Folders`` for the arguments.
 
     Raises:
         ValueError: if the run has no name, or several tokenizers match.
-        FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
+        FileNotFoundError: if data or tokenizer are not named and do not exist.
     """
     shards, folder, found = find_data(recipe, data), run_folder(recipe, run), None
     if recipe.stage == "transformer":
         found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
-    return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, pretrained))
+    weights = None if pretrained is None else Path(pretrained) / recipe.stage
+    return Plan(recipe, shards, folder, found, weights)
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
@@ -143,10 +144,7 @@ def find_tokenizer(
         ValueError: if other runs have trained several tokenizers on the same data.
     """
     # In the order of the docstring.
-    named = tokenizer or recipe.paths.get("model.tokenizer")
-    if named is not None:
-        if not (Path(named) / "config.json").is_file():
-            raise FileNotFoundError(f"tokenizer {named}: no config.json there; name a pretrained tokenizer folder")
+    if named := tokenizer or recipe.paths.get("model.tokenizer"):
         return Path(named)
     exported = folder / "pretrained" / "tokenizer"
     if (exported / "config.json").is_file():
@@ -174,19 +172,3 @@ def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
         if (exported / "config.json").is_file() and Path(data).resolve() == shards.resolve():
             tokenizers.append(exported)
     return tokenizers
-
-
-def find_pretrained(stage: Stage, pretrained: str | Path | None) -> Path | None:
-    """Finds the folder of a stage in the pretrained folder with the initial weights of a run, if one is named.
-
-    Raises:
-        FileNotFoundError: if the folder does not hold the stage.
-    """
-    if pretrained is None:
-        return None
-    folder = Path(pretrained) / stage
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"pretrained {pretrained}: no {stage}/config.json there; name runs/RUN/pretrained or an imported folder"
-        )
-    return folder

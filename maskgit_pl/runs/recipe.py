@@ -122,10 +122,13 @@ class Recipe:
             FileNotFoundError: if there is no such file.
             ValueError: see ``read``; also if the file is not the configuration of a run.
         """
-        if not config.is_file():
-            raise FileNotFoundError(f"--config {config}: no such file; runs have runs/RUN/{stage}/config.yaml")
-        tree, paths = read_run_config(config)
-        return replace(cls.from_layers(stage, [Layer(f"recipe {config}", tree)], overrides), config=config, paths=paths)
+        tree = read_yaml(config)
+        if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
+            raise ValueError(f"{config} must be the config.yaml of a run, with the keys data, model and trainer")
+        paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
+        # Without paths, which a command sets, and without derived keys.
+        layer = Layer(f"recipe {config}", without_keys(tree, (*DERIVED_KEYS, *_PATHS)))
+        return replace(cls.from_layers(stage, [layer], overrides), config=config, paths=paths)
 
     @classmethod
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
@@ -159,18 +162,13 @@ def recipes_folders() -> list[Path]:
 
     These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without
     one, of the installed package. A recipe of the first folder hides one of the same name in the second.
-
-    Raises:
-        FileNotFoundError: if no folder has the base recipes.
     """
-    here = Path("recipes")
-    shipped = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
-    complete = [folder for folder in (*shipped, here) if (folder / "transformer" / "base.yaml").is_file()][:1]
-    if not complete:
-        raise FileNotFoundError("recipes: the installation has no folder recipes/; reinstall maskgit_pl")
+    here, shipped = Path("recipes"), Path(__file__).parents[2] / "recipes"
+    if not (shipped / "transformer" / "base.yaml").is_file():
+        shipped = Path(__file__).parents[1] / "recipes"
     if not here.is_dir():
-        return complete
-    return [here, *(folder for folder in complete if not here.samefile(folder))]
+        return [shipped]
+    return [here] if here.samefile(shipped) else [here, shipped]
 
 
 def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
@@ -186,8 +184,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
     names that only the other one has. A path counts for both, unless its folder is named after one of them.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
-            the names and the closest one.
+        FileNotFoundError: if no stage has a recipe of that name. The message lists the names and the closest one.
     """
     (other,) = {*STAGES} - {stage}
     stage_files = list_recipes(stage)
@@ -196,9 +193,8 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         files.append(stage_files.get(dataset, stage_files["own-images"]))
     for name in names:
         file = Path(name) if _is_path(name) else _find_named("recipe", name, list_recipes(other) | stage_files)
-        if not file.is_file():
-            raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
-        files += [] if file.absolute().parent.name == other else [file]
+        if file.absolute().parent.name != other:
+            files.append(file)
     return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
@@ -212,23 +208,6 @@ def _find_named(what: str, name: str, named_files: Mapping[str, Path]) -> Path:
 def _is_path(name: str) -> bool:
     """Returns True if a word of RECIPE is the path of a file, such as ``my/wide.yaml``, and not a name."""
     return "/" in name or name.endswith((".yaml", ".yml"))
-
-
-def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads ``config.yaml`` of a run.
-
-    Returns:
-        The recipe values, without paths, which a command sets, and without derived keys; and the paths in the
-        file by dotted key, such as ``data.path``.
-
-    Raises:
-        ValueError: see ``read_yaml``; also if the file is not the configuration of a run.
-    """
-    tree = read_yaml(file)
-    if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
-        raise ValueError(f"{file} must be the config.yaml of a run, with the keys data, model and trainer")
-    paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
-    return without_keys(tree, (*DERIVED_KEYS, *_PATHS)), paths
 
 
 def _find_kind(stage: Stage, tree: Mapping[str, Any]) -> Kind:

@@ -333,12 +333,9 @@ def known_keys(kind: Kind, tree: Mapping[str, Any]) -> Mapping[str, bool | None]
         ValueError: if there is no such backbone.
     """
     network = value_at(tree, "model.network")
-    has_name = kind != "tokenizer" and isinstance(network, Mapping)
-    name = network.get("backbone", DEFAULT_BACKBONE) if has_name else DEFAULT_BACKBONE
-    if not isinstance(name, str):
-        raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
+    name = network.get("backbone") if kind != "tokenizer" and isinstance(network, Mapping) else None
     try:
-        backbone = config_class(name)
+        backbone = config_class(name if isinstance(name, str) else DEFAULT_BACKBONE)
     except ValueError as error:
         raise ValueError(f"model.network.backbone: {error}") from error
     return _keys(RUNS[kind], backbone)  # type: ignore[arg-type]  # mypy takes no class for hashable

@@ -57,7 +57,7 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs):
     weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
     assert weights[0] == weights[1]
     refused(maskgit(*words, "--recipe", "log"), "leave out --recipe")
-    refused(maskgit("train", "transformer", "--config", config), "name the new run with --run")
+    refused(maskgit("train", "transformer", "--config", config), "set it with --run")
     refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
 

@@ -15,7 +15,7 @@ from maskgit_pl.files import read_yaml
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.layers import Layer
 from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import Recipe, read_run_config, recipe_files
+from maskgit_pl.runs.recipe import Recipe, recipe_files
 from maskgit_pl.runs.settings import known_keys
 from tests.conftest import tiny_flags
 
@@ -127,10 +127,8 @@ def test_a_recipe_may_be_the_path_of_a_file(tmp_path, monkeypatch):
     wanted = {"dataset": "fashion-mnist", "names": [str(plain), "log", str(staged)], "cluster": "single"}
     assert recipe_files("transformer", **wanted)[1:-1] == [plain, *recipe_files("transformer", **wanted)[2:3]]
     assert recipe_files("tokenizer", **wanted)[1:-1] == [plain, staged]
-    with pytest.raises(
-        FileNotFoundError, match=r"recipe no/such\.yaml: no such file; a recipe without / and \.yaml is a name"
-    ):
-        stems(names=["no/such.yaml"])
+    with pytest.raises(FileNotFoundError, match=r"No such file or directory: 'no/such\.yaml'"):
+        Recipe.read("transformer", names="no/such.yaml")
 
 
 @pytest.mark.parametrize(
@@ -160,12 +158,12 @@ def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     """
     file = tmp_path / "config.yaml"
     file.write_text(text)
-    tree, paths = read_run_config(file)
-    assert tree == {"data": {"seed": 3}, "model": {"label_smoothing": 0.1}, "trainer": {"max_steps": 5}}
-    assert paths == {"data.path": "a", "data.token_store": "b", "model.tokenizer": "c"}
+    recipe = Recipe.from_run("transformer", file)
+    assert recipe.tree == {"data": {"seed": 3}, "model": {"label_smoothing": 0.1}, "trainer": {"max_steps": 5}}
+    assert recipe.paths == {"data.path": "a", "data.token_store": "b", "model.tokenizer": "c"}
     file.write_text("model: {}")
     with pytest.raises(ValueError, match=r"must be the config\.yaml of a run"):
-        read_run_config(file)
+        Recipe.from_run("transformer", file)
 
 
 def test_a_flag_may_bring_the_values_of_files_into_range(tmp_path):
