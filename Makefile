@@ -112,7 +112,7 @@ train-transformer: tokenize ## Stage 2: train the transformer, or resume the run
 # The default of CLUSTER is `ddp` on Slurm, and `single` elsewhere.
 SUBMIT = $(OF_RUN) --cluster $(if $(filter file,$(origin CLUSTER)),ddp,$(CLUSTER)) $(MACHINES) $(if $(TIME),--time $(TIME)) $(ARGS)
 
-submit-tokenizer: $(STAMP) ## Submit stage 1 to Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--partition gpu" (docs/slurm.md)
+submit-tokenizer: $(STAMP) ## Submit stage 1 to Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--sbatch=--partition=gpu" (docs/slurm.md)
 	@$(BIN)/maskgit slurm submit tokenizer $(SUBMIT)
 
 submit-transformer: $(STAMP) ## Submit stage 2 to Slurm: RECIPE=cosine NODES=4 CLUSTER=fsdp

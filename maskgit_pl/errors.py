@@ -155,25 +155,6 @@ def describe_error(error: BaseException, command: str, *, with_traceback: bool =
     return f"{stack if with_traceback else ''}{command}: {lines}\n"
 
 
-def error_of_exit(stop: SystemExit) -> BaseException | None:
-    """Returns the error that a ``sys.exit`` in a command stands for; None if this package called it.
-
-    A library or a plug-in must not end a command, because that would look like success. Lightning exits after Ctrl-C.
-    """
-    # The traceback tells who called sys.exit; argparse exits on behalf of its caller.
-    modules = [str(frame.f_globals.get("__name__")) for frame, _ in traceback.walk_tb(stop.__traceback__)]
-    packages = [str(__package__), *(module.partition(".")[0] for module in modules)]
-    culprit = next(package for package in reversed(packages) if package != "argparse")
-    if culprit == __package__:
-        return None
-    # Lightning turns Ctrl-C into an exit, and rich a broken pipe.
-    if isinstance(stop.__context__, KeyboardInterrupt | BrokenPipeError):
-        return stop.__context__
-    error = RuntimeError(f"sys.exit({stop.code!r}) was called by {culprit}, which may not end a command")
-    error.__cause__ = stop
-    return error
-
-
 def _is_raised_by_us(error: BaseException) -> bool:
     """Returns True if a ``raise`` statement of this package raised the error."""
     frame = error.__traceback__

@@ -12,13 +12,11 @@ import io
 import logging
 import os
 import re
-import select
 import sys
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
-from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from maskgit_pl import __version__
@@ -26,10 +24,8 @@ from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli.arguments import add_command, flag_of, read_call, takes_overrides
 from maskgit_pl.errors import (
     BAD_INPUT,
-    BROKEN_PIPE,
     PrintableFormatter,
     describe_error,
-    error_of_exit,
     exit_code_of,
     is_user_error,
 )
@@ -116,16 +112,6 @@ class _Parser(argparse.ArgumentParser):
             hint = f"{did_you_mean(value, action.choices)} ".lstrip()
             listed = ", ".join(action.choices)
             self.exit(BAD_INPUT, f"{self.prog}: unknown command {shorten(value)}: {hint}commands: {listed}\n")
-
-    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
-        if arg_string is argparse.SUPPRESS:  # the default of a positional argument, of which argparse would make a path
-            return arg_string
-        # An empty word is mostly a variable of the shell without a value, but Path("") is the current folder.
-        is_positional = not action.option_strings and action.nargs != argparse.PARSER
-        if not arg_string and (action.type is Path or is_positional):
-            name = action.metavar if is_positional else action.option_strings[0]
-            self.exit(BAD_INPUT, f"{self.prog}: {name or action.dest} must not be empty, got ''\n")
-        return super()._get_value(action, arg_string)
 
 
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
@@ -249,19 +235,10 @@ def _run(args: argparse.Namespace) -> int:
         code = _call(args)
         print(end="", flush=True)  # an output that is lost is an error of the command
         return code
-    except SystemExit as stop:
-        error = error_of_exit(stop)
-        if error is None:
-            return int(stop.code or 0)
-        if isinstance(error, BrokenPipeError):  # rich has found it
-            return BROKEN_PIPE
-    except (Exception, KeyboardInterrupt) as caught:
-        error = caught
-    if isinstance(error, BrokenPipeError) and _is_output_broken():
-        return BROKEN_PIPE
-    with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
-        sys.stderr.write(describe_error(error, args.parser.prog, with_traceback=args.traceback))
-    return exit_code_of(error)
+    except (Exception, KeyboardInterrupt) as error:
+        with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
+            sys.stderr.write(describe_error(error, args.parser.prog, with_traceback=args.traceback))
+        return exit_code_of(error)
 
 
 def _call(args: argparse.Namespace) -> int:
@@ -288,10 +265,3 @@ def _use_flag_names(flags: Sequence[str]) -> Iterator[None]:
         if setting is None or not is_user_error(error) or flag_of(setting[1]).removeprefix("--") not in flags:
             raise
         raise ValueError(str(error).replace(setting[1], flag_of(setting[1]), 1)) from error
-
-
-def _is_output_broken() -> bool:
-    """Returns True if stdout is a pipe whose reader has ended."""
-    poll = select.poll()
-    poll.register(1, 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -229,8 +229,6 @@ def _options(argument: _Argument) -> dict[str, Any]:
     options["metavar"] = argument.metavar
     if get_origin(argument.hint) is Literal:
         options["choices"] = [str(choice) for choice in get_args(argument.hint)]
-    if argument.hint is Path:
-        options["type"] = Path
     if not argument.is_flag:
         several = get_origin(argument.hint) in (tuple, list)
         return {**options, "nargs": "*" if several else None if default is MISSING else "?"}
@@ -247,7 +245,7 @@ def _read_parsed(argument: _Argument, parsed: Any) -> Any:
         (kind, *_) = get_args(argument.hint)
         values = [_read(argument.label, word, kind, argument.form) for word in parsed]
         return values if get_origin(argument.hint) is list else tuple(values)
-    return parsed if isinstance(parsed, bool | Path) else _read(argument.label, parsed, argument.hint, argument.form)
+    return parsed if isinstance(parsed, bool) else _read(argument.label, parsed, argument.hint, argument.form)
 
 
 def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:

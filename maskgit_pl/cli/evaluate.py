@@ -129,8 +129,7 @@ def compare(
         data: Data folder (default: that of the training).
         selectors: Names, or mappings such as '{name: remdm, eta: 0.4}'; a name uses the model's own choice
             temperature (default: all).
-        num_steps: Numbers of decoding steps, or a range such as 4-16 (default: 4,8,16,32, at most the tokens
-            per image).
+        num_steps: Numbers of decoding steps (default: 4,8,16,32, at most the tokens per image).
         num_images: Images generated for each row.
         out: Folder of the pages and the ledger (default: RUN/comparison, and the ledger of RUN/evaluation).
     """

@@ -17,7 +17,7 @@ from maskgit_pl.cli.arguments import Output, Word, flag_of
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CASConfig, Dtype, Precision
 from maskgit_pl.processes import named_bars
-from maskgit_pl.runs.layers import parse_image_size, parse_numbers, parse_specs
+from maskgit_pl.runs.layers import parse_specs
 from maskgit_pl.runs.plan import Folders
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
@@ -34,10 +34,10 @@ Folder = Annotated[Path, Word("DIR")]
 Run = Annotated[Path, Word("RUN")]
 Runs = Annotated[tuple[Path, ...], Word("RUN")]
 Device = Annotated[str, Word("NAME")]
-Numbers = Annotated[tuple[int, ...], Word("T,...", parse_numbers)]
+Numbers = Annotated[tuple[int, ...], Word("T,...")]
 Seeds = Annotated[tuple[int, ...], Word("N,...")]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
-ImageSize = Annotated[int | tuple[int, int], Word("S|H,W", parse_image_size)]
+ImageSize = Annotated[int | tuple[int, int], Word("S|H,W")]
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,8 @@ class NewRunFlags:
 
     def folders(self, recipe: Recipe) -> Folders:
         """Returns the folders of the run. The recipe gives its default name."""
-        run = self.runs_folder / (self.run or str(recipe.run_name))
+        name = self.run or recipe.run_name
+        run = None if name is None else self.runs_folder / name
         return Folders(run=run, data=self.data, tokenizer=self.tokenizer, pretrained=self.pretrained)
 
 
@@ -96,12 +97,10 @@ class RunFlags(NewRunFlags):
         """
         if self.config is None:
             return super().read(stage, overrides)
+        if self.recipe:
+            raise ValueError("--config repeats a run with its own recipe; leave out --recipe")
         # The config.yaml holds the complete recipe of the old run; only flags may change it.
-        recipe = Recipe.from_run(stage, self.config, list(overrides))
-        if self.recipe or not self.run:
-            way_out = "leave out --recipe" if self.recipe else "name the new run with --run"
-            raise ValueError(f"--config repeats a run with its own recipe; {way_out}")
-        return recipe
+        return Recipe.from_run(stage, self.config, list(overrides))
 
 
 @dataclass(frozen=True)
@@ -217,16 +216,16 @@ class Pictures:
         """
         from maskgit_pl.pipeline import grids  # which imports torch
 
-        make_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
         grids.save_png(sheet, out)
         print(f"{out}: {summary}")
         if self.images is not None:
-            make_folder(self.images)
+            self.images.mkdir(parents=True, exist_ok=True)
             grids.save_images(images, labels, self.images, seeds=seeds)
             print(f"{self.images}: {count_text(len(images), 'file')}")
         for file in (self.gif, self.filmstrip):
             if file is not None and recording is not None:
-                make_folder(file.parent)
+                file.parent.mkdir(parents=True, exist_ok=True)
                 recording.save(file)
                 count = count_text(len(recording.captions), "image")
                 print(f"{file}: decoding of {count if file == self.gif else 'the first image'}")
@@ -247,13 +246,6 @@ def check_one_of(*, required: bool = False, **flags: object) -> None:
         raise ValueError(f"{names[0]} must not be given with {names[1]}; choose one of the two")
     if required and not names:
         raise ValueError(f"one of {' and '.join(map(flag_of, flags))} must be given, got neither")
-
-
-def make_folder(folder: Path) -> None:
-    """Makes a missing folder and prints its name."""
-    if not folder.is_dir():
-        folder.mkdir(parents=True, exist_ok=True)
-        print(f"{folder}: new folder")
 
 
 @contextmanager

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Folder, Specs, make_folder, print_json, print_rows
+from maskgit_pl.cli.flags import Folder, Specs, print_json, print_rows
 from maskgit_pl.files import read_json, write_atomically
-from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
@@ -47,28 +46,11 @@ REGISTRIES = {  # module of each registry, by the name of the registry
     "callbacks": "training.callbacks",
 }
 
-_IMPORTED = Path("pretrained")  # folder of the examples of the importers
-_TOKENIZER = "maskgit import-tokenizer FILE --out pretrained/NAME"
-_TRANSFORMER = "maskgit import-transformer FILE --tokenizer DIR/tokenizer --out pretrained/NAME"
-_RELEASED = (  # project, content, command
-    (
-        "google-research/maskgit",
-        "ImageNet 256 and 512, JAX",
-        "maskgit import-jax --tokenizer FILE --transformer FILE --out pretrained/NAME",
-    ),
-    *((layout, "tokenizer", _TOKENIZER) for layout in TOKENIZER_LAYOUTS),
-    ("Halton-MaskGIT", "transformer, ImageNet 256 and 384", _TRANSFORMER),
-    ("MaskGIL", "transformer, ImageNet 256", _TRANSFORMER),
-)
-
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
 
 
 def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
-    """Lists the models that commands can load, and how to get others.
-
-    They are those of the package, of runs/ and of pretrained/, and the released models that can be imported,
-    each with a command.
+    """Lists the models that commands can load: those of the package, of runs/ and of pretrained/, with a command each.
 
     Example: maskgit models --json
 
@@ -79,11 +61,9 @@ def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
     candidates = [
         *((name, folder, "package") for name, folder in bundled_models().items()),
         *((str(folder.parent), folder, "run") for folder in sorted(runs_folder.glob("*/pretrained"))),
-        *((str(folder), folder, "folder") for folder in sorted(_IMPORTED.glob("*"))),
+        *((str(folder), folder, "folder") for folder in sorted(Path("pretrained").glob("*"))),
     ]
     rows = [_model_row(name, folder, origin) for name, folder, origin in candidates if (folder / "tokenizer").is_dir()]
-    for name, content, command in _RELEASED:
-        rows.append({"model": name, "from": "released elsewhere", "content": content, "command": command})
     print_rows(rows, as_json=json)
 
 
@@ -111,16 +91,14 @@ def recipes_list(*, json: bool = False) -> None:
     Args:
         json: Print JSON, a list of objects, instead of the table.
     """
-    here, *shipped = recipe.recipes_folders()
     rows = []
     for name in sorted({name for kind in _KINDS for name in recipe.list_recipes(kind)}):
         files = _recipe_files(name)
-        is_own = bool(shipped) and any(file.is_relative_to(here) for file in files.values())
-        comment = re.match(r"(?:#.*\w.*\n)*", [*files.values()][-1].read_text())  # which opens the file
+        (*_, last) = files.values()
+        comment = re.match(r"(?:#.*\w.*\n)*", last.read_text())  # which opens the file
         words = re.sub(r"(?m)^#", "", comment[0] if comment else "").split()
         sentence = re.split(r"(?<=\.) |:$", " ".join(words))[0]
-        origin = "recipes/" if is_own else "maskgit_pl"
-        rows.append({"recipe": name, "of": ", ".join(files), "from": origin, "description": sentence})
+        rows.append({"recipe": name, "of": ", ".join(files), "from": str(last.parents[1]), "description": sentence})
     print_rows(rows, as_json=json)
 
 
@@ -148,14 +126,12 @@ def recipes_copy(name: str, *, as_: Annotated[str, Word("NEW")] | None = None) -
         as_: Name of the copy (default: NAME).
     """
     new = name if as_ is None else as_
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", new):
-        raise ValueError(f"--as must be letters, digits and ._-, got {new!r}")
     targets = {Path("recipes", kind, f"{new}.yaml"): file for kind, file in _recipe_files(name).items()}
     for target in targets:
         if target.exists():
             raise ValueError(f"{target}: the file exists; choose another name with --as")
     for target, file in targets.items():
-        make_folder(target.parent)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(target) as stream:
             stream.write(file.read_bytes())
         print(f"{target}: a copy of {file}")
@@ -209,13 +185,10 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = Fa
     print_rows(rows, as_json=json)
 
 
-def env(*, json: bool = False) -> None:
+def env() -> None:
     """Prints versions, machine and devices, for a report of a problem.
 
-    Example: maskgit env --json
-
-    Args:
-        json: Print JSON.
+    Example: maskgit env
     """
     import torch
 
@@ -224,9 +197,6 @@ def env(*, json: bool = False) -> None:
     values = describe_environment()
     values["default device"] = device_name(torch.device(default_device()))
     values["recipes"] = [*map(str, recipe.recipes_folders())]
-    if json:
-        print_json(values)
-        return
     width = max(map(len, values)) + 2
     for name, value in values.items():
         text = ", ".join(map(str, value)) if isinstance(value, list) else str(value or "")
@@ -239,7 +209,6 @@ def schedules(
     num_steps: Annotated[int, Word("T")] = 8,
     schedules: Specs | None = None,
     out: Annotated[Path, Output(".png")] | None = None,
-    json: bool = False,
 ) -> None:
     """Lists the mask schedules.
 
@@ -252,7 +221,6 @@ def schedules(
         num_steps: Number of decoding steps.
         schedules: Names, or mappings such as '{name: pow, exponent: 3}' (default: every schedule without arguments).
         out: Also draw the mask ratio against progress.
-        json: Print JSON, a list of objects, instead of the table.
     """
     from maskgit_pl.evaluation.figures import count_known_tokens, draw_schedules
 
@@ -260,19 +228,14 @@ def schedules(
     built = mask_schedules.build_all()
     if schedules is not None:
         built = {describe(spec): mask_schedules.build(spec) for spec in schedules}
-    num_known = {
-        name: count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
-        for name, schedule in built.items()
-    }
-    if json:
-        print_json([{"mask_schedule": name, "known": counts} for name, counts in num_known.items()])
-    else:
-        print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
-        steps = [*map(str, range(1, num_steps + 1))]
-        rows = [{"mask_schedule": name, **dict(zip(steps, counts, strict=True))} for name, counts in num_known.items()]
-        print_rows(rows, as_json=False)
+    rows = []
+    for name, schedule in built.items():
+        counts = count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
+        rows.append({"mask_schedule": name, **{str(step): count for step, count in enumerate(counts, start=1)}})
+    print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
+    print_rows(rows, as_json=False)
     if out is not None:
-        make_folder(out.parent)
+        out.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(out) as stream:
             stream.write(draw_schedules(built, num_tokens=num_tokens))
         log.info("%s: mask ratio of %d schedules", out, len(built))

@@ -16,7 +16,7 @@ from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Factor, parse_factor
-from maskgit_pl.runs.layers import parse_numbers, split_values
+from maskgit_pl.runs.layers import split_values
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
 
 if TYPE_CHECKING:
@@ -73,7 +73,7 @@ def figure(
     runs: Runs = (),
     *,
     class_name: str | None = None,
-    num_tokens: Annotated[tuple[int, ...], Word("N,...", parse_numbers)] = NUM_TOKENS,
+    num_tokens: Annotated[tuple[int, ...], Word("N,...")] = NUM_TOKENS,
     report: ReportFlags = ReportFlags(),
 ) -> None:
     """Draws Figure 2 or 4 of the paper with our models and measurements; `maskgit table 3` draws Figure 8.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from maskgit_pl.checks import check_integer, count_text
 from maskgit_pl.cli.arguments import Output, Word
-from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Pictures, Run, check_one_of, make_folder, record_steps
+from maskgit_pl.cli.flags import Device, Folder, ModelFlags, Pictures, Run, check_one_of, record_steps
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 from maskgit_pl.processes import launcher_rank, local_rank, named_bars
@@ -180,7 +180,7 @@ def _generate_many(pipe: MaskGIT, out: Path, options: BulkOptions, acceptance: A
     if acceptance is not None:
         make, total = partial(generate_accepted, acceptance=acceptance), acceptance.num_candidates(count, classes)
     share = -(-total // options.world_size)  # images of this process
-    make_folder(out.parent)
+    out.parent.mkdir(parents=True, exist_ok=True)
     lock = hold_lock(out, hint="give another --out", rank=options.rank)
     with lock, named_bars("images") as advance:
         result = make(pipe, out, options, on_images=lambda count: advance("sampling", count, share))

@@ -49,19 +49,15 @@ def train(
 
 
 def _print_config(recipe: Recipe, folders: Folders) -> None:
-    """Prints the complete recipe; without data or tokenizer, if they are not named, only the keys that need neither."""
+    """Prints the complete recipe; without data or tokenizer, with the sizes of the paper."""
     from maskgit_pl.runs import resolve, settings
 
     try:
-        plan = plan_run(recipe, **folders)
+        values = resolve.merge_values(plan_run(recipe, **folders))
     except FileNotFoundError as error:
-        if any(folders.get(name) is not None for name in ("data", "tokenizer", "pretrained")):
-            raise
-        text = resolve.config_text_without_data(recipe)
-        print(f"# Keys that data and tokenizer give (paths, sizes, classes) are left out or have defaults: {error}")
-        print(text, end="")
-    else:
-        print(resolve.config_text(settings.resolve(recipe.kind, resolve.merge_values(plan))), end="")
+        print(f"# Paths are empty, and sizes that data and tokenizer give are those of the paper: {error}")
+        values = merge([resolve.values_without_data(recipe.stage), recipe.tree])
+    print(resolve.config_text(settings.resolve(recipe.kind, values)), end="")
 
 
 def distill(
@@ -151,8 +147,7 @@ def submit(
         log.info("%s", submission)
         log.info("dry run: the job was not submitted")
         return
-    number = runs.submit(submission)
-    log.info("job %s: %s", number, submission.log_file(number))
+    log.info("job %s: %s", runs.submit(submission), submission.plan.stage_folder)
 
 
 def doctor(

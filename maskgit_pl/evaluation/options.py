@@ -106,8 +106,7 @@ class TuningOptions(ModelOptions):
     In Python, None stands for all selectors or schedules, and an empty list of schedules keeps the model's own.
 
     Args:
-        num_steps: Numbers of decoding steps to try, or a range such as 4-16 (default: 4,6,8,12,16, at most
-            the tokens per image).
+        num_steps: Numbers of decoding steps to try (default: 4,6,8,12,16, at most the tokens per image).
         selectors: Token selectors to try: names, or mappings such as {name: remdm, eta: 0.4}, whose
             arguments are fixed (default: all).
         schedules: Mask schedules to try besides the model's own: names, mappings such as {name: pow,

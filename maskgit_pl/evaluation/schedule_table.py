@@ -127,7 +127,8 @@ def _choose_steps(num_steps: Sequence[int] | None, num_tokens: int) -> Sequence[
     """Returns sorted numbers of steps; usually, a step decides two tokens or more on average."""
     if num_steps is None:
         return default_steps(num_tokens // 2, _STEPS)
-    check_integer("num_steps", max(num_steps), f"[1, {num_tokens}]")
+    for number in num_steps:
+        check_integer("num_steps", number, f"[1, {num_tokens}]")
     return sorted({*num_steps})
 
 

@@ -8,7 +8,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -18,11 +18,10 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
-from lightning.pytorch.profilers import PassThroughProfiler, Profiler, PyTorchProfiler, SimpleProfiler
+from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
-from maskgit_pl.data.token_store import DESCRIPTION_FILE
 from maskgit_pl.distillation import DistilledModel
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
@@ -63,8 +62,8 @@ _EXPECTED_WARNINGS = (
 def restore_process_state() -> Iterator[None]:
     """Restores, at its end, what building and training a run change in the process, and frees the memory of the run.
 
-    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Limits of
-    open files, and variables of the environment that Lightning sets, stay.
+    A later stage or a notebook then computes as in a new process. Also a decorator of a function. Variables of
+    the environment that Lightning sets stay.
     """
     lightning, cudnn = logging.getLogger("lightning.pytorch"), torch.backends.cudnn
     level, threads, precision = lightning.level, torch.get_num_threads(), torch.get_float32_matmul_precision()
@@ -108,10 +107,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     for message in _EXPECTED_WARNINGS:
         warnings.filterwarnings("ignore", message=f".*{message}")
     values = resolve(plan.recipe.kind, merge_values(plan))
-    if values.data.source == "tokens" and not (plan.folder / "tokens" / DESCRIPTION_FILE).exists():
-        raise FileNotFoundError(
-            f"no complete token store in {plan.folder / 'tokens'}; make it with `maskgit tokenize` and these flags"
-        )
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
     run = StageRun(plan, values, callbacks)
@@ -136,11 +131,6 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     else:
         # Stage 1 optimizes manually, so the Trainer must not accumulate.
         module.accumulation = accumulation
-    if module.config.flip_probability > 0 and "flip" in data.config.train_augmentations.parts:
-        raise ValueError(
-            "model.flip_probability must be 0 if data.augmentations lists flip, got "
-            f"{module.config.flip_probability}; an image would be flipped twice"
-        )
     # Steps in a recipe, but micro-batches in Lightning.
     if isinstance(trainer.val_check_interval, int):
         trainer.val_check_interval *= accumulation
@@ -223,7 +213,7 @@ class StageRun:
         profiler = profilers.get(self.values.profiler or "")
         ours = {
             "strategy": build_strategy(values.strategy, longest_wait=self.watchdog.longest_limit),
-            "profiler": _NoProfiler() if profiler is None else profiler(dirpath=self.folder, filename="profile"),
+            "profiler": None if profiler is None else profiler(dirpath=self.folder, filename="profile"),
             "logger": self._build_loggers(),
             "plugins": [FolderCheckpointIO()],
             "default_root_dir": self.folder,
@@ -294,13 +284,3 @@ class StageRun:
         named = [callbacks.build(spec).create(self.folder) for spec in self.values.callbacks]
         usual = [step_check, self.watchdog, self.checkpoints, progress, pictures, unreadable]
         return [*health, *usual, *named, *self.callbacks, SpeedMonitor(self.folder)]
-
-
-class _NoProfiler(PassThroughProfiler):
-    """A profiler without cost; Lightning's default enters a generator at some 50 places of a step."""
-
-    _NOTHING = nullcontext()
-
-    def profile(self, action_name: str) -> Any:
-        """Returns the same empty context at every call."""
-        return self._NOTHING

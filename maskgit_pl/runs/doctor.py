@@ -127,7 +127,7 @@ def preflight(recipe: Recipe, *, machines: Machines | None = None, **folders: Un
     by default nodes and devices of the recipe, and the GPU memory of this machine, if it has a GPU.
 
     Raises:
-        ValueError: if the run has no name, or a reserved one.
+        ValueError: if the run has no name.
     """
     report, machines = Preflight(), machines or Machines()
     nodes, devices = count_devices(machines, recipe)
@@ -206,9 +206,7 @@ def _find_inputs(
             codes = VQGANConfig(**read_config(found, "tokenizer")["network"]).codebook_size
             plan = replace(plan, tokenizer=found)
             report.add("tokenizer", f"{found}: {count_text(codes, 'code')}")
-    with report.catch("pretrained"):
-        plan = replace(plan, pretrained=find_pretrained(plan.stage, pretrained))
-    return plan, summary
+    return replace(plan, pretrained=None if pretrained is None else Path(pretrained) / plan.stage), summary
 
 
 def _build(
@@ -228,13 +226,13 @@ def _build(
         report.add("strategy", f"{trainer.strategy}, {precision}")
     if not is_complete:
         run = StageRun(plan, replace(values, trainer=replace(trainer, precision=precision)))
-        report.add("recipe", f"{recipe.title}: keys, types and names are valid")
+        report.add("recipe", "keys, types and names are valid")
         return run
     on_cpu = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": precision}
     run = build(replace(plan, recipe=recipe.with_overrides({f"trainer.{key}": on_cpu[key] for key in on_cpu})))
     if run.datamodule.stream is None:
         run.datamodule.setup()
-    report.add("recipe", f"{recipe.title}: module, data and tokenizer fit together")
+    report.add("recipe", "module, data and tokenizer fit together")
     if run.datamodule.enlarging is not None:
         report.add("image size", run.datamodule.enlarging, "warning")
     return run

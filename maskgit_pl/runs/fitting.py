@@ -46,7 +46,6 @@ log = logging.getLogger(__name__)
 
 _RECORDS = ("config.yaml", "environment.json")
 _EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
-_OPEN_FILES = 1 << 16  # more than any run needs
 # Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
 _HERE = (
     "--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.devices=1", "--trainer.num_nodes=1",
@@ -167,12 +166,7 @@ def _plan(folder: Path, stage: Stage, data: str | Path | None, out: Path) -> Pla
     if stage == "transformer":
         # The tokenizer may have moved with the run, or was exported to the same folder before.
         places = [Path(recipe.paths["model.tokenizer"]), folder / "pretrained" / "tokenizer", out / "tokenizer"]
-        tokenizer = next((path for path in places if (path / "config.json").is_file()), None)
-        if tokenizer is None:
-            raise FileNotFoundError(
-                f"tokenizer {places[0]} of {config}: no such folder; copy it back, or run `maskgit export {folder} "
-                "--stage tokenizer` if the run trained it"
-            )
+        tokenizer = next((path for path in places if (path / "config.json").is_file()), places[0])
     return Plan(recipe, shards, folder, tokenizer)
 
 
@@ -190,13 +184,6 @@ def _checkpoint(plan: Plan, step: int | None) -> Path:
 @restore_process_state()
 def fit_stage(plan: Plan, callbacks: Sequence[Callback] = ()) -> FitResult:
     """Trains a stage and exports it; does nothing if the run is finished. See ``fit`` for errors."""
-    # Rank 0 holds two connections to each other rank, but shells often allow only 1,024 open files.
-    import resource  # Windows lacks it
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = _OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, _OPEN_FILES)
-    if soft != resource.RLIM_INFINITY and soft < limit:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     run = build(plan, callbacks)
     trainer = run.trainer
     newest = newest_checkpoint(plan.checkpoints)
@@ -252,8 +239,6 @@ def check_run_outputs(plan: Plan) -> None:
     exported, name = plan.folder / "pretrained" / plan.stage, f"run {plan.folder}: output"
     for folder in (plan.checkpoints, exported):
         check_writable(name, folder, is_folder=True)
-    for file in (*_RECORDS, _EXPORTED):
-        check_writable(name, plan.stage_folder / file)
     check_stage_folder(exported)  # which the export at the end replaces
     exported_tokenizer = plan.folder / "pretrained" / "tokenizer"
     if plan.tokenizer is None or has_weights_of(exported_tokenizer, plan.tokenizer):
@@ -334,14 +319,11 @@ def _export(run: StageRun, folder: Path, *, step: int) -> None:
     else:
         module.export(folder, class_names=run.datamodule.class_names)
         if module.global_rank == 0:
-            try:
-                write_card(folder)
-            except Exception as error:  # the weights are exported already
-                log.warning("%s: cannot write the model card (%s: %s)", folder, type(error).__name__, error)
-    if module.global_rank == 0 and folder == run.plan.folder / "pretrained":
-        record = {"step": step, "sha256": fingerprint(folder / run.plan.stage)}
-        write_text(run.folder / _EXPORTED, json.dumps(record))
+            write_card(folder)
     if module.global_rank == 0:
+        if folder == run.plan.folder / "pretrained":
+            record = {"step": step, "sha256": fingerprint(folder / run.plan.stage)}
+            write_text(run.folder / _EXPORTED, json.dumps(record))
         log.info("exported %s", folder)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from maskgit_pl.checks import ImageSize, as_image_size, shorten
+from maskgit_pl.checks import shorten
 from maskgit_pl.files import check_plain, parse_yaml
 
 Kind = Literal["tokenizer", "transformer", "autoregressive", "distillation"]
@@ -31,8 +31,6 @@ DERIVED_KEYS = {
 Overrides = Sequence[str] | Mapping[str, Any]
 """Overrides of single recipe values: flags, or a mapping of dotted keys."""
 
-_MAX_NUMBER = 100_000  # more than the tokens of any image; a range is a list of its numbers
-
 
 @dataclass(frozen=True)
 class Layer:
@@ -41,14 +39,10 @@ class Layer:
     Args:
         origin: Name of the file or flag, for messages.
         tree: Nested mappings of plain values.
-        readings: Other trees that the text of a flag may mean, if the first does not fit the type of its key.
-        fault: The reason why the text of a flag is not YAML.
     """
 
     origin: str
     tree: Mapping[str, Any]
-    readings: tuple[Mapping[str, Any], ...] = ()
-    fault: str | None = None
 
 
 def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
@@ -133,26 +127,18 @@ def split_flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
 def flag_layer(key: str, text: str) -> Layer:
     """Returns the layer of one flag, whose text is YAML.
 
-    A name such as ``on``, which YAML reads as a bool, and a path such as ``[a`` are strings where the key
-    takes one; a single item is the list of this item where the key takes a list.
+    Raises:
+        ValueError: if the text is not YAML.
     """
-    readings: list[Any] = [text]
-    fault = None
     try:
-        value = parse_yaml(text)
-        check_plain(value, key)
-        readings = [value, *([text] if value != text else []), [value]]
+        tree = parse_yaml(text)
     except ValueError as error:
-        fault = str(error)
-    trees = []
-    for reading in readings:
-        # a.b.c = value becomes {a: {b: {c: value}}}.
-        tree: Any = reading
-        for part in reversed(key.split(".")):
-            tree = {part: tree}
-        trees.append(tree)
-    check_plain(trees[0])
-    return Layer(f"flag --{key}", trees[0], tuple(trees[1:]), fault)
+        raise ValueError(f"flag --{key}: {error}") from error
+    # a.b.c = value becomes {a: {b: {c: value}}}.
+    for part in reversed(key.split(".")):
+        tree = {part: tree}
+    check_plain(tree)
+    return Layer(f"flag --{key}", tree)
 
 
 def split_values(text: str) -> list[str]:
@@ -165,29 +151,6 @@ def split_values(text: str) -> list[str]:
         else:
             words[-1] += letter
     return [word.strip() for word in words if word.strip()]
-
-
-def parse_numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Parses numbers in [1, 100000] and ranges, such as ``4,8,16`` or ``4-16``; each number counts once."""
-    numbers: dict[int, None] = {}
-    for word in split_values(text) or [text]:
-        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", word)
-        first, last = (0, 0) if match is None else (int(match[1]), int(match[2] or match[1]))
-        if not 1 <= first <= last <= _MAX_NUMBER:
-            raise ValueError(
-                f"{flag} must be numbers such as 4,8,16 or a range such as 4-16, got {shorten(word)}; the smallest is "
-                f"1, the largest {_MAX_NUMBER}"
-            )
-        numbers.update(dict.fromkeys(range(first, last + 1)))
-    return tuple(numbers)
-
-
-def parse_image_size(flag: str, text: str) -> ImageSize:
-    """Parses the size of images in pixels: a side such as ``64``, or height and width such as ``48,64``."""
-    match = re.fullmatch(r"\s*(\d{1,9})\s*(?:,\s*(\d{1,9})\s*)?", text)
-    if match is None:
-        raise ValueError(f"{flag} must be a side such as 64, or height,width such as 48,64, got {shorten(text)}")
-    return as_image_size([int(match[1]), int(match[2] or match[1])])
 
 
 def parse_spec(flag: str, text: str) -> str | dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TypedDict
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data.sources.public import how_to_get
-from maskgit_pl.files import parse_size, read_yaml, sha256_of
+from maskgit_pl.files import parse_size, read_yaml
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe, Stage
@@ -112,33 +112,29 @@ def plan_run(
     tokenizer: str | Path | None = None,
     pretrained: str | Path | None = None,
 ) -> Plan:
-    """Finds the folders of a run, and checks them as far as possible without torch. See ``Folders`` for the arguments.
+    """Finds the folders of a run. See ``Folders`` for the arguments.
 
     Raises:
-        ValueError: if the name of the run is reserved, or several tokenizers match.
-        FileNotFoundError: if data, tokenizer or pretrained folder do not exist.
+        ValueError: if the run has no name, or several tokenizers match.
+        FileNotFoundError: if data or tokenizer are not named and do not exist.
     """
     shards, folder, found = find_data(recipe, data), run_folder(recipe, run), None
     if recipe.stage == "transformer":
         found = find_tokenizer(recipe, folder=folder, shards=shards, tokenizer=tokenizer, pretrained=pretrained)
-    return Plan(recipe, shards, folder, found, find_pretrained(recipe.stage, pretrained))
+    weights = None if pretrained is None else Path(pretrained) / recipe.stage
+    return Plan(recipe, shards, folder, found, weights)
 
 
 def run_folder(recipe: Recipe, run: str | Path | None = None) -> Path:
     """Finds the folder of a run, which need not exist; its default name is ``DATASET-RECIPE``. See ``folder_of``.
 
     Raises:
-        ValueError: if the run has no name, or the name of the folder of token stores.
+        ValueError: if the run has no name.
     """
     named = recipe.run_name if run is None else run
     if named is None:
         raise ValueError("a run with --config must have its own name; set it with --run")
-    folder = folder_of(named)
-    if folder.name == SHARED_TOKENS:
-        raise ValueError(
-            f"--run must not be {SHARED_TOKENS!r}: this folder holds the token stores of all runs; use another name"
-        )
-    return folder
+    return folder_of(named)
 
 
 def folder_of(run: str | Path) -> Path:
@@ -174,27 +170,17 @@ def find_tokenizer(
     the only tokenizer that other runs have trained on the data folder ``shards``.
 
     Raises:
-        FileNotFoundError: if there is no tokenizer, or the named run does not exist.
+        FileNotFoundError: if there is no tokenizer.
         ValueError: if other runs have trained several tokenizers on the same data.
     """
     # In the order of the docstring.
-    named = tokenizer or recipe.paths.get("model.tokenizer")
-    if named is not None:
-        if not (Path(named) / "config.json").is_file():
-            raise FileNotFoundError(f"tokenizer {named}: no config.json there; name a pretrained tokenizer folder")
+    if named := tokenizer or recipe.paths.get("model.tokenizer"):
         return Path(named)
     exported = folder / "pretrained" / "tokenizer"
     if (exported / "config.json").is_file():
         return exported
     if pretrained is not None and (Path(pretrained) / "tokenizer" / "config.json").is_file():
         return Path(pretrained) / "tokenizer"
-    # Only a name that the user gave can be mistyped.
-    runs = [run.name for run in folder.parent.glob("*") if (run / "pretrained").is_dir()]
-    if folder.name != recipe.run_name and not folder.is_dir() and runs:
-        raise FileNotFoundError(
-            f"run {folder}: no such run: {nearest(folder.name, runs)}. To start it with the tokenizer of another run, "
-            "use --tokenizer"
-        )
     tokenizers = _tokenizers_of(shards, folder.parent)
     if len(tokenizers) != 1:
         several = f", and there are several others for these data: {', '.join(map(str, tokenizers))}"
@@ -207,28 +193,12 @@ def find_tokenizer(
 
 
 def _tokenizers_of(shards: Path, runs: Path) -> list[Path]:
-    """Returns the tokenizers that runs have trained on a data folder, without duplicates of the same weights."""
-    tokenizers: dict[str, Path] = {}
+    """Returns the tokenizers that runs have trained on a data folder."""
+    tokenizers = []
     for config in sorted(runs.glob("*/tokenizer/config.yaml")):
         exported = config.parents[1] / "pretrained" / "tokenizer"
         # The data that the run was trained on, by its own record: names of runs say nothing about it.
-        path = value_at(read_yaml(config), "data.path")
-        if (exported / "config.json").is_file() and isinstance(path, str) and Path(path).resolve() == shards.resolve():
-            tokenizers.setdefault(sha256_of(exported / "model.safetensors"), exported)
-    return list(tokenizers.values())
-
-
-def find_pretrained(stage: Stage, pretrained: str | Path | None) -> Path | None:
-    """Finds the folder of a stage in the pretrained folder with the initial weights of a run, if one is named.
-
-    Raises:
-        FileNotFoundError: if the folder does not hold the stage.
-    """
-    if pretrained is None:
-        return None
-    folder = Path(pretrained) / stage
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(
-            f"pretrained {pretrained}: no {stage}/config.json there; name runs/RUN/pretrained or an imported folder"
-        )
-    return folder
+        data = value_at(read_yaml(config), "data.path")
+        if (exported / "config.json").is_file() and Path(data).resolve() == shards.resolve():
+            tokenizers.append(exported)
+    return tokenizers

@@ -59,7 +59,6 @@ class Recipe:
         base: Merged values of the files; with causal attention without the keys of masking.
         flags: Values of each flag, in the given order.
         words: The flags as given.
-        files: Names of the files in merge order, for messages.
         names: RECIPE: file names from left to right, without the files of every recipe.
         dataset: Name of the data set.
         cluster: File of ``recipes/cluster``; empty if the recipe repeats a run.
@@ -73,7 +72,6 @@ class Recipe:
     base: Mapping[str, Any]
     flags: tuple[Mapping[str, Any], ...] = ()
     words: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
     names: tuple[str, ...] = ()
     dataset: str = DEFAULT_DATASET
     cluster: str = ""
@@ -105,9 +103,7 @@ class Recipe:
             ValueError: if a file is not a safe recipe, a key is unknown or has a value of a wrong type, or a
                 flag has no meaning for the model. The message names the file or flag, and the key.
         """
-        if isinstance(names, str):  # the name of a file may have spaces
-            names = [names] if _is_path(names) and Path(names).is_file() else names.split()
-        names = list(names)
+        names = names.split() if isinstance(names, str) else list(names)
         files = recipe_files(stage, dataset=dataset, names=names, cluster=cluster)
         recipe = cls.from_files(stage, files, overrides)
         run_name = "-".join([dataset, *(Path(name).stem if _is_path(name) else name for name in names or ["base"])])
@@ -126,10 +122,13 @@ class Recipe:
             FileNotFoundError: if there is no such file.
             ValueError: see ``read``; also if the file is not the configuration of a run.
         """
-        if not config.is_file():
-            raise FileNotFoundError(f"--config {config}: no such file; runs have runs/RUN/{stage}/config.yaml")
-        tree, paths = read_run_config(config)
-        return replace(cls.from_layers(stage, [Layer(f"recipe {config}", tree)], overrides), config=config, paths=paths)
+        tree = read_yaml(config)
+        if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
+            raise ValueError(f"{config} must be the config.yaml of a run, with the keys data, model and trainer")
+        paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
+        # Without paths, which a command sets, and without derived keys.
+        layer = Layer(f"recipe {config}", without_keys(tree, (*DERIVED_KEYS, *_PATHS)))
+        return replace(cls.from_layers(stage, [layer], overrides), config=config, paths=paths)
 
     @classmethod
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
@@ -140,8 +139,7 @@ class Recipe:
         if kind == "autoregressive":
             layers = [Layer(layer.origin, without_keys(layer.tree, _MASKED_ONLY)) for layer in layers]
         flags = _read_flags(kind, layers, words)
-        base, files = merge([layer.tree for layer in layers]), tuple(layer.origin for layer in layers)
-        return cls(stage, kind, base, flags, words, files)
+        return cls(stage, kind, merge([layer.tree for layer in layers]), flags, words)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
@@ -158,29 +156,19 @@ class Recipe:
         """Returns the value of a dotted key such as ``data.source``, or None if it is not set."""
         return value_at(self.tree, key)
 
-    @property
-    def title(self) -> str:
-        """A readable name, such as ``transformer/base + transformer/log + cluster/single``."""
-        return " + ".join("/".join(Path(file).with_suffix("").parts[-2:]) for file in self.files)
-
 
 def recipes_folders() -> list[Path]:
     """Returns the folders in which recipes are searched, in order.
 
     These are ``recipes/`` of the working directory, if there is one, and that of the repository or, without
     one, of the installed package. A recipe of the first folder hides one of the same name in the second.
-
-    Raises:
-        FileNotFoundError: if no folder has the base recipes.
     """
-    here = Path("recipes")
-    shipped = (Path(__file__).parents[2] / "recipes", Path(__file__).parents[1] / "recipes")
-    complete = [folder for folder in (*shipped, here) if (folder / "transformer" / "base.yaml").is_file()][:1]
-    if not complete:
-        raise FileNotFoundError("recipes: the installation has no folder recipes/; reinstall maskgit_pl")
+    here, shipped = Path("recipes"), Path(__file__).parents[2] / "recipes"
+    if not (shipped / "transformer" / "base.yaml").is_file():
+        shipped = Path(__file__).parents[1] / "recipes"
     if not here.is_dir():
-        return complete
-    return [here, *(folder for folder in complete if not here.samefile(folder))]
+        return [shipped]
+    return [here] if here.samefile(shipped) else [here, shipped]
 
 
 def list_recipes(kind: Stage | Literal["cluster"]) -> dict[str, Path]:
@@ -196,8 +184,7 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
     names that only the other one has. A path counts for both, unless its folder is named after one of them.
 
     Raises:
-        FileNotFoundError: if a path does not exist, or no stage has a recipe of that name. The message lists
-            the names and the closest one.
+        FileNotFoundError: if no stage has a recipe of that name. The message lists the names and the closest one.
     """
     (other,) = {*STAGES} - {stage}
     stage_files = list_recipes(stage)
@@ -206,9 +193,8 @@ def recipe_files(stage: Stage, *, dataset: str, names: Iterable[str], cluster: s
         files.append(stage_files.get(dataset, stage_files["own-images"]))
     for name in names:
         file = Path(name) if _is_path(name) else _find_named("recipe", name, list_recipes(other) | stage_files)
-        if not file.is_file():
-            raise FileNotFoundError(f"recipe {name}: no such file; a recipe without / and .yaml is a name")
-        files += [] if file.absolute().parent.name == other else [file]
+        if file.absolute().parent.name != other:
+            files.append(file)
     return [*files, _find_named("cluster", cluster, list_recipes("cluster"))]
 
 
@@ -222,23 +208,6 @@ def _find_named(what: str, name: str, named_files: Mapping[str, Path]) -> Path:
 def _is_path(name: str) -> bool:
     """Returns True if a word of RECIPE is the path of a file, such as ``my/wide.yaml``, and not a name."""
     return "/" in name or name.endswith((".yaml", ".yml"))
-
-
-def read_run_config(file: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Reads ``config.yaml`` of a run.
-
-    Returns:
-        The recipe values, without paths, which a command sets, and without derived keys; and the paths in the
-        file by dotted key, such as ``data.path``.
-
-    Raises:
-        ValueError: see ``read_yaml``; also if the file is not the configuration of a run.
-    """
-    tree = read_yaml(file)
-    if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
-        raise ValueError(f"{file} must be the config.yaml of a run, with the keys data, model and trainer")
-    paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
-    return without_keys(tree, (*DERIVED_KEYS, *_PATHS)), paths
 
 
 def _find_kind(stage: Stage, tree: Mapping[str, Any]) -> Kind:
@@ -261,4 +230,6 @@ def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tu
     """Checks layers together with flags on top of them, and returns the trees of the flags."""
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    return tuple(flag.tree for flag in check_layers(kind, [*layers, *_flag_layers(words)])[len(layers) :])
+    flags = _flag_layers(words)
+    check_layers(kind, [*layers, *flags])
+    return tuple(flag.tree for flag in flags)

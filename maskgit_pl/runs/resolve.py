@@ -12,10 +12,9 @@ workers, micro-batch size, precision, and the execution of blocks and optimizer.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, cast
 
 import yaml
 
@@ -28,7 +27,7 @@ from maskgit_pl.pipeline.pretrained import read_config, read_decoding
 from maskgit_pl.runs.layers import DERIVED_KEYS, merge, value_at, without_keys
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.recipe import Recipe, Stage
-from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings, resolve
+from maskgit_pl.runs.settings import Precision, ResolvedRun, TrainerSettings
 from maskgit_pl.training.checkpoints import newest_checkpoint
 
 AUTO = "auto"
@@ -173,10 +172,7 @@ def choose_precision(
     if trainer.precision != AUTO:
         return trainer.precision
     if newest_checkpoint(folder / "checkpoints") is not None:  # 1.
-        with suppress(OSError, ValueError):  # a damaged record: chosen as for a new run
-            recorded = value_at(read_yaml(folder / "config.yaml"), "trainer.precision")
-            if recorded in get_args(Precision) and recorded != AUTO:
-                return cast(Precision, recorded)
+        return cast(Precision, value_at(read_yaml(folder / "config.yaml"), "trainer.precision"))
     key, width = _WIDE[stage]
     size = getattr(network, key, None)
     is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
@@ -236,19 +232,4 @@ def _short(key: str, value: Any) -> Any:
 def config_text(run: ResolvedRun) -> str:
     """Returns the text of ``config.yaml``: the complete recipe of a run, which is again a valid recipe."""
     head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
-    return head + _recipe_text(run.tree)
-
-
-def config_text_without_data(recipe: Recipe) -> str:
-    """Returns the complete recipe without the keys that data and tokenizer give, unless the recipe sets them."""
-    defaults = values_without_data(recipe.stage)
-    try:
-        tree = resolve(recipe.kind, merge([defaults, recipe.tree])).tree
-    except ValueError:  # the sizes of the paper do not fit the recipe, whose tokenizer may have others
-        return _recipe_text(recipe.tree)
-    keys = ["data.path", "data.token_store", "model.tokenizer", *(f"model.network.{name}" for name in _PAPER_SIZES)]
-    return _recipe_text(without_keys(tree, [key for key in keys if value_at(recipe.tree, key) is None]))
-
-
-def _recipe_text(tree: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(without_keys(tree, DERIVED_KEYS), sort_keys=False))
+    return head + str(yaml.safe_dump(without_keys(run.tree, DERIVED_KEYS), sort_keys=False))

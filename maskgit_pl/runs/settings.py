@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from types import UnionType
-from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
 from maskgit_pl.checks import (
@@ -34,28 +34,22 @@ from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
-_REASONS = {  # keys that users of Lightning expect -> the reason why a recipe has no such key
-    **{key: f"it follows {other}" for key, other in DERIVED_KEYS.items()},
-    "trainer.max_epochs": "runs are counted in steps; set trainer.max_steps",
-    "trainer.check_val_every_n_epoch": "set trainer.val_check_interval, in steps",
-    "trainer.accumulate_grad_batches": "it follows data.global_batch and data.max_batch_per_device",
-}
 Precision = Literal["32-true", "bf16-mixed", "auto"]
-_INT64 = 2**63 - 1  # largest count that Lightning and torch can store
+_COUNT = "[1, 2**63)"  # Lightning and torch can store no larger one
 _TRAINER_RANGES = {
     "num_nodes": "[1, 100000]",
-    "max_steps": f"[-1, {_INT64}]",
-    "log_every_n_steps": f"[1, {_INT64}]",
-    "num_sanity_val_steps": f"[-1, {_INT64}]",
-    "limit_val_batches": f"[0, {_INT64}]",
-    "val_check_interval": f"[1, {_INT64}]",
+    "max_steps": "[-1, 2**63)",
+    "log_every_n_steps": _COUNT,
+    "num_sanity_val_steps": "[-1, 2**63)",
+    "limit_val_batches": "[0, 2**63)",
+    "val_check_interval": _COUNT,
 }
 _RUN_RANGES = {
-    "checkpoint_every": f"[1, {_INT64}]",
+    "checkpoint_every": _COUNT,
     "keep_last": "[1, 1000000]",
-    "keep_every": f"[1, {_INT64}]",
+    "keep_every": _COUNT,
     "cpu_threads": "[1, 4096]",
-    "max_passes": f"[1, {_INT64}]",
+    "max_passes": _COUNT,
 }
 
 
@@ -125,7 +119,7 @@ class RunSettings:
             ``pytorch``: operations and kernels, with a trace for Chrome. None for none.
 
     Raises:
-        ValueError: if a number is out of range, or a logger is listed twice.
+        ValueError: if a number is out of range.
     """
 
     checkpoint_every: int = 500
@@ -142,9 +136,6 @@ class RunSettings:
     def __post_init__(self) -> None:
         check_integers(self, **_RUN_RANGES)
         check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
-        names = [logger if isinstance(logger, str) else logger.get("name") for logger in self.loggers]
-        if any(names.count(name) > 1 for name in names):
-            raise ValueError(f"loggers must be different, got {shorten(names)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,17 +220,8 @@ def _build(kind: Kind, tree: Mapping[str, Any]) -> tuple[ResolvedRun | None, lis
     try:
         return validate(RUNS[kind], tree), []
     except ValueError as error:
-        wrong_values = describe_wrong_values(error, tree, "", keys=known_keys(kind, tree))
-        faults = [_of_source(fault) for fault in wrong_values]
+        faults = describe_wrong_values(error, tree, "", keys=known_keys(kind, tree))
         return None, sorted(faults, key=lambda fault: fault.kind == "missing")
-
-
-def _of_source(fault: WrongValue) -> WrongValue:
-    """Returns the fault of a derived key as that of the key that determines it."""
-    source = DERIVED_KEYS.get(".".join(fault.key))
-    if source is None:
-        return fault
-    return WrongValue(tuple(source.split(".")), fault.text.replace(".".join(fault.key), source, 1), fault.kind)
 
 
 def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,8 +240,8 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
-    """Checks the layers of a recipe, in merge order. Returns them with the readings of flags that fit their keys.
+def check_layers(kind: Kind, layers: Sequence[Layer]) -> None:
+    """Checks the layers of a recipe, in merge order.
 
     Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
 
@@ -267,23 +249,18 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> list[Layer]:
         ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
             message names the file or the flag, the key, and the closest known key.
     """
-    layers = list(layers)
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
             _check_names(layer.tree, known_keys(kind, merge(part.tree for part in layers[:number])))
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
     files = [layer for layer in layers if not layer.origin.startswith("flag --")]
-    if wrong_types := [fault for fault in _faults(kind, files) if fault.kind == "type"]:
-        _refuse(files[_culprit(kind, files, wrong_types[0])], wrong_types[0])
-    while faults := _faults(kind, layers):
-        number = _culprit(kind, layers, faults[0])
-        readings = [replace(layers[number], tree=tree, readings=()) for tree in layers[number].readings]
-        others = [[*layers[:number], reading, *layers[number + 1 :]] for reading in readings]
-        fitting = [other for other in others if _has_type(_faults(kind, other), faults[0])]
-        if faults[0].kind != "type" or not fitting:
-            _refuse(layers[number], faults[0])
-        layers = fitting[0]
-    return layers
+    for part, kinds in ((files, ("type",)), (layers, ("type", "value"))):
+        wrong = next((fault for fault in _faults(kind, part) if fault.kind in kinds), None)
+        if wrong is not None:
+            # The layer from which on the merged layers have the fault.
+            culprit = max(n for n in range(len(part)) if wrong not in _faults(kind, part[:n]))
+            with _named(part[culprit].origin):
+                raise ValueError(wrong.text)
 
 
 def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
@@ -291,25 +268,6 @@ def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
     tree = merge([_COMMAND_PATHS, *(layer.tree for layer in layers)])
     _, faults = _build(kind, tree)
     return [fault for fault in faults if fault.kind != "missing"]
-
-
-def _culprit(kind: Kind, layers: Sequence[Layer], fault: WrongValue) -> int:
-    """Returns the number of the layer from which on the merged layers have a fault."""
-    without = [n for n in range(len(layers)) if fault.text not in {left.text for left in _faults(kind, layers[:n])}]
-    return max(without, default=0)
-
-
-def _has_type(faults: Sequence[WrongValue], fault: WrongValue) -> bool:
-    """Returns True if the key of a fault, and the groups around it, are not among the wrong types."""
-    return all(wrong_type.kind != "type" or wrong_type.key != fault.key[: len(wrong_type.key)] for wrong_type in faults)
-
-
-def _refuse(layer: Layer, fault: WrongValue) -> NoReturn:
-    """Raises the error of a wrong value, with its file or flag; a flag takes the place of the key."""
-    path = ".".join(fault.key)
-    is_of_flag = f"{layer.origin}.".startswith(f"flag --{path}.")
-    with _named(layer.origin):
-        raise ValueError(layer.fault or (fault.text.removeprefix(f"{path}: ") if is_of_flag else fault.text))
 
 
 @contextmanager
@@ -339,13 +297,13 @@ def _check_names(node: Mapping[str, Any], keys: Mapping[str, bool | None], path:
 
 def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
     """Returns the message for a key that no recipe has; ``names`` are those that it can have."""
-    if key in _REASONS:
-        return f"{key} cannot be set: {_REASONS[key]}"
+    if key in DERIVED_KEYS:
+        return f"{key} cannot be set: it follows {DERIVED_KEYS[key]}"
     group, _, leaf = key.rpartition(".")
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
-    # A similar name in the same group, or the same name in another group.
-    close = [beside[similar] for similar in get_close_matches(leaf, beside, n=1)]
-    close += [name for name in names if name.rpartition(".")[2] == leaf]
+    # The same name in another group, or a similar name in the same group.
+    close = [name for name in names if name.rpartition(".")[2] == leaf]
+    close += [beside[similar] for similar in get_close_matches(leaf, beside, n=1)]
     if key in close:  # written with dots in a file
         return f"unknown key {key!r}: keys of a file are nested; dots are for flags"
     hint = f"did you mean {close[0]!r}? " if close else ""
@@ -363,12 +321,9 @@ def known_keys(kind: Kind, tree: Mapping[str, Any]) -> Mapping[str, bool | None]
         ValueError: if there is no such backbone.
     """
     network = value_at(tree, "model.network")
-    has_name = kind != "tokenizer" and isinstance(network, Mapping)
-    name = network.get("backbone", DEFAULT_BACKBONE) if has_name else DEFAULT_BACKBONE
-    if not isinstance(name, str):
-        raise ValueError(f"model.network.backbone must be a string, got {shorten(name)}")
+    name = network.get("backbone") if kind != "tokenizer" and isinstance(network, Mapping) else None
     try:
-        backbone = config_class(name)
+        backbone = config_class(name if isinstance(name, str) else DEFAULT_BACKBONE)
     except ValueError as error:
         raise ValueError(f"model.network.backbone: {error}") from error
     return _keys(RUNS[kind], backbone)  # type: ignore[arg-type]  # mypy takes no class for hashable

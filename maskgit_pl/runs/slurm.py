@@ -15,14 +15,14 @@ torch, so that invalid options are rejected immediately.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
+import re
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Unpack
@@ -47,11 +47,7 @@ class JobOptions:
         devices: Number of devices, and of tasks, per node, >= 1.
         cpus: CPU cores per task, >= 1; None means one plus one per data worker.
         time: Time limit of each start in Slurm's format: ``90`` (minutes), ``24:00:00``, ``7-0``.
-        partition: Partition; None means the cluster's default.
-        account: Account to charge, if any.
-        qos: Quality of service, if any.
-        constraint: Required features of the nodes, if any.
-        sbatch: Additional ``sbatch`` options, in shell syntax.
+        sbatch: Additional ``sbatch`` options, in shell syntax, such as ``--partition=gpu --account=lab``.
         srun: Additional ``srun`` options, in shell syntax.
         container: Command that starts each task, in shell syntax, such as ``apptainer exec --nv image.sif``.
         program: ``maskgit`` on the nodes; None means this one, or with a container the one on its PATH.
@@ -64,10 +60,6 @@ class JobOptions:
     devices: int = 8
     cpus: int | None = None
     time: str = "24:00:00"
-    partition: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
     sbatch: str = ""
     srun: str = ""
     container: str = ""
@@ -79,11 +71,6 @@ class JobOptions:
                 check_integer(name, getattr(self, name), "[1, inf)")
         for name in ("sbatch", "srun", "container"):
             _split(name, getattr(self, name))
-
-    @property
-    def sbatch_words(self) -> list[str]:
-        """The options in ``sbatch`` as a list of words."""
-        return _split("sbatch", self.sbatch)
 
 
 @dataclass(frozen=True)
@@ -101,11 +88,6 @@ class Submission:
         """The ``sbatch`` command as a list of words."""
         script = next(file for folder in recipes_folders() if (file := folder / "slurm" / "train.sbatch").is_file())
         return ["sbatch", *self.options, str(script), *self.words]
-
-    def log_file(self, number: str) -> str:
-        """Returns the log file of the job with this ID; of the patterns in ``--output``, only ``%j`` is replaced."""
-        named = [value for flag, value in _flags(self.job.sbatch_words) if flag in ("--output", "-o")]
-        return named[-1].replace("%j", number) if named else str(self.plan.stage_folder / f"slurm-{number}.log")
 
     def __str__(self) -> str:
         variables = [f"{name}={shlex.quote(value)}" for name, value in self.variables.items() if value]
@@ -129,7 +111,7 @@ def plan_submission(recipe: Recipe, *, job: JobOptions | None = None, **folders:
     options = (
         "--parsable", "--export=ALL", f"--job-name={plan.folder.name}-{plan.stage}",
         "--dependency=singleton", f"--output={folder}/slurm-%j.log", f"--nodes={job.nodes}",
-        f"--ntasks-per-node={job.devices}", *_resources(plan, job), *job.sbatch_words,
+        f"--ntasks-per-node={job.devices}", *_resources(plan, job), *_split("sbatch", job.sbatch),
     )  # fmt: skip
     repeated = [] if recipe.config is None else [f"--config={recipe.config}"]
     # A task without a GPU must fail; with `auto` it would train on the CPU for days.
@@ -187,30 +169,15 @@ def _split(name: str, text: str) -> list[str]:
         raise ValueError(f"{name} must be valid shell syntax, got {text!r} ({error}); close the quotes") from error
 
 
-def _flags(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Yields each option with its value; ``-N2`` gives ``-N`` and ``2``."""
-    for word, following in itertools.zip_longest(words, words[1:], fillvalue=""):
-        if word.startswith("--"):
-            flag, equals, value = word.partition("=")
-            yield flag, value if equals else following
-        elif word.startswith("-"):
-            yield word[:2], word[2:] or following
-
-
 def _resources(plan: Plan, job: JobOptions) -> list[str]:
     recipe = plan.recipe
     # One core for the task and one per data worker, but at least the threads of torch.
     cpus = job.cpus or max(1 + (recipe.get("data.num_workers") or 0), recipe.get("cpu_threads") or 1)
     is_on_cpu = recipe.get("trainer.accelerator") == "cpu"
     # A second request must not be added: with a count of 0 in one of them, srun gives the tasks no GPUs.
-    names_gpus = any(
-        flag == "-G" or flag.startswith("--gpus") or (flag == "--gres" and ("gpu" in value or value == "none"))
-        for flag, value in _flags(job.sbatch_words)
-    )
-    options = [] if is_on_cpu or names_gpus else [f"--gpus-per-node={job.devices}"]
-    named = ("partition", "account", "qos", "constraint")
-    named_options = [f"--{name}={value}" for name in named if (value := getattr(job, name))]
-    return [*options, f"--cpus-per-task={cpus}", f"--time={job.time}", *named_options]
+    names_gpus = re.search(r"(^|\s)(-G|--gpus|--gres[= ](\S*gpu|none))", job.sbatch)
+    gpus = [] if is_on_cpu or names_gpus else [f"--gpus-per-node={job.devices}"]
+    return [*gpus, f"--cpus-per-task={cpus}", f"--time={job.time}"]
 
 
 def _variables(plan: Plan, job: JobOptions, folders: Folders) -> dict[str, str]:

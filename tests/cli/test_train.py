@@ -5,7 +5,6 @@ import http.server
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import subprocess
@@ -23,32 +22,13 @@ from maskgit_pl.cli import _parse
 from maskgit_pl.cli.arguments import read_call
 from maskgit_pl.evaluation.demo_steps import plan_demo
 from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
-from maskgit_pl.runs import fitting
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.cli.conftest import Answer, refused
 from tests.conftest import save_tiny_pretrained, save_uneven_shards, tiny_flags
 from tests.test_makefile import run_make
 
-
-def files(folder: Path) -> dict[str, int]:
-    """Returns every file below a folder with the time of its last change."""
-    return {str(file): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
-
-
 # A run and its records
-
-
-def test_a_run_may_open_more_files_than_a_shell_allows(train):
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    low = min(soft, 512)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (low, hard))
-    try:
-        assert train("tokenizer").code == 0
-        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert allowed > low or low == hard
 
 
 def test_a_run_records_its_recipe_and_its_machine(train, runs, tiny_pretrained):
@@ -66,17 +46,6 @@ def test_a_run_records_its_recipe_and_its_machine(train, runs, tiny_pretrained):
     assert "# one\n" in (pretrained / "README.md").read_text()
 
 
-def test_a_fault_in_the_card_costs_no_export(train, runs, monkeypatch):
-    def broken(folder: Path) -> None:
-        raise RuntimeError("no card today")
-
-    monkeypatch.setattr(fitting, "write_card", broken)
-    answer = train("transformer")
-    assert answer.code == 0
-    assert "cannot write the model card (RuntimeError: no card today)" in answer.out
-    assert (runs / "one" / "pretrained" / "transformer" / "config.json").is_file()
-
-
 @pytest.mark.slow
 def test_a_run_is_repeated_from_its_config(train, maskgit, runs):
     assert train("transformer", "--recipe=square", "--data.seed=5").code == 0
@@ -88,7 +57,7 @@ def test_a_run_is_repeated_from_its_config(train, maskgit, runs):
     weights = [fingerprint(runs / name / "pretrained" / "transformer") for name in ("one", "two")]
     assert weights[0] == weights[1]
     refused(maskgit(*words, "--recipe", "log"), "leave out --recipe")
-    refused(maskgit("train", "transformer", "--config", config), "name the new run with --run")
+    refused(maskgit("train", "transformer", "--config", config), "set it with --run")
     refused(maskgit("train", "tokenizer", "--runs-folder", runs, "--run", "two", "--config", config), "unknown key")
 
 
@@ -101,7 +70,7 @@ def test_the_complete_recipe_is_printed_and_nothing_is_trained(train, maskgit, r
     assert not runs.exists()
     for stage in ("tokenizer", "transformer"):  # without data and tokenizer
         answer = maskgit("train", stage, "--recipe", "adaln", "--dataset", "nowhere", "--print-config")
-        assert answer.out.startswith("# Keys that data and tokenizer give")
+        assert answer.out.startswith("# Paths are empty")
         max_steps = Recipe.read(stage, names="adaln", dataset="nowhere").get("trainer.max_steps")
         assert yaml.safe_load(answer.out)["trainer"]["max_steps"] == max_steps
 
@@ -175,21 +144,11 @@ def test_tokens_of_another_tokenizer_are_refused(maskgit, train, runs, tiny_shar
 def test_the_only_tokenizer_of_the_data_is_taken_and_several_must_be_named(stage_two, runs, tiny_shards):
     first = add_run(runs / "any-name", tiny_shards, seed=1)
     add_run(runs / "fashion-mnist-of-other-data", tiny_shards.parent / "elsewhere", seed=3)
-    shutil.copytree(runs / "any-name", runs / "copy")  # the same weights are no choice
     answer = stage_two()
     assert answer.code == 0, answer
     assert f"tokenizer: {first}, the only one trained on {tiny_shards}" in answer.out
     second = add_run(runs / "second", tiny_shards, seed=2)
     refused(stage_two("--recipe", "log"), "several others", "--tokenizer", str(first), str(second))
-
-
-def test_a_mistyped_run_starts_nothing(stage_two, maskgit, runs, tiny_shards):
-    add_run(runs / "clothes", tiny_shards, seed=1)
-    before = files(runs)
-    refused(stage_two("--run", "cloths"), f"run {runs / 'cloths'}: no such run: did you mean 'clothes'?")
-    answer = maskgit("tokenize", "--data", tiny_shards, "--runs-folder", runs, "--run", "cloths")
-    refused(answer, "did you mean 'clothes'?", "--tokenizer")
-    assert files(runs) == before
 
 
 @pytest.fixture
@@ -276,7 +235,7 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(maskgit, runs, tiny_shards,
     tokenizer = ("--tokenizer", tiny_pretrained / "tokenizer") if stage == "transformer" else ()
     answer = maskgit(
         "slurm", "submit", stage, "--data", tiny_shards, "--runs-folder", runs, "--run=one", "--nodes=2", "--devices=1",
-        *tokenizer, *tiny_flags(stage), "--dry-run", f"--cluster={cluster}", "--partition=gpu",
+        *tokenizer, *tiny_flags(stage), "--dry-run", f"--cluster={cluster}",
         "--sbatch=--mem=0 --exclusive", "--srun=--cpu-bind=cores", "--container=apptainer exec --nv 'my image.sif'",
     )  # fmt: skip
     assert answer.code == 0, answer
@@ -288,7 +247,7 @@ def test_a_dry_run_prints_the_job_and_writes_nothing(maskgit, runs, tiny_shards,
         "CONTAINER=apptainer exec --nv 'my image.sif'", "MASKGIT=maskgit",
     } <= set(words[:script])  # fmt: skip
     options = words[words.index("sbatch") + 1 : script]
-    assert {"--nodes=2", "--ntasks-per-node=1", "--partition=gpu", "--cpus-per-task=1"} <= set(options)
+    assert {"--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=1"} <= set(options)
     assert options[-2:] == ["--mem=0", "--exclusive"]  # the user's words come last
     assert not any(option.startswith("--gpus") for option in options)  # the tiny recipes use a CPU
     assert "--trainer.max_steps=1" in words[script:]

@@ -130,14 +130,9 @@ def test_plug_ins_of_a_package_and_of_the_pages_are_named_in_one_recipe(train_re
 @pytest.mark.parametrize(
     ("recipe", "text"),
     [
-        ({"loggers": ["csv", {"name": "csv"}]}, "loggers must be different, got ['csv', 'csv']"),
         ({"loggers": [{"name": "wandb", "mode": "on"}]}, "logger 'wandb'.mode must be 'online' or 'offline', got 'on'"),
         ({"callbacks": ["lightning.pytorch.callbacks.Timer"]}, "unknown callback 'lightning.pytorch.callbacks.Timer'"),
         ({"callbacks": [{"class_path": "x.Y"}]}, "class_path"),
-        (
-            {"data": {"augmentations": ["flip"]}, "model": {"flip_probability": 0.5}},
-            "model.flip_probability must be 0 if data.augmentations lists flip, got 0.5",
-        ),
     ],
 )
 def test_a_wrong_part_of_a_recipe_is_refused_before_training(recipe, text, train_recipe, runs) -> None:

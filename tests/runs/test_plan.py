@@ -48,13 +48,3 @@ def test_the_tokenizer_is_the_named_else_the_runs_else_the_weights(tiny_pretrain
     (tmp_path / "one" / "pretrained").symlink_to(tiny_pretrained)
     assert find_tokenizer(recipe, **where, pretrained=tiny_pretrained) == tmp_path / "one" / "pretrained" / "tokenizer"
     assert find_tokenizer(recipe, **where, tokenizer=of_weights) == of_weights
-
-
-@pytest.mark.parametrize("broken", ["data: null", "data: {path: 7}", "data: {path: [a]}"])
-def test_damaged_configurations_of_other_runs_are_ignored(tiny_shards, tiny_pretrained, tmp_path, recipe, broken):
-    for name, text in (("a", broken), ("b", f"data: {{path: {tiny_shards}}}")):
-        (tmp_path / name / "tokenizer").mkdir(parents=True)
-        (tmp_path / name / "tokenizer" / "config.yaml").write_text(text)
-        (tmp_path / name / "pretrained").symlink_to(tiny_pretrained)
-    folder = tmp_path / str(recipe.run_name)
-    assert find_tokenizer(recipe, folder=folder, shards=tiny_shards) == tmp_path / "b" / "pretrained" / "tokenizer"
