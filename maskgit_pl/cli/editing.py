@@ -58,19 +58,17 @@ class Variants:
         seed: Seed of the first result; result i has seed + i (default: 0).
         batch_size: Results decoded at a time.
         blend: Blur the seam; --no-blend keeps every pixel outside the region unchanged (default: --blend).
-        dilation: Tokens by which the region grows on each side (default: 1 inside an image, 0 beyond its borders).
     """
 
     variants: int = 4
     seed: int = 0
     batch_size: int = 100
     blend: bool = True
-    dilation: int | None = None
 
     @property
-    def seam(self) -> dict[str, Any]:
-        """The options of the methods of ``MaskGIT`` that paste a region into an image."""
-        return {"dilation": self.dilation, "blend": None if self.blend else 0.0}
+    def seam(self) -> float | None:
+        """The blur of the seam in pixels; None is the model's own."""
+        return None if self.blend else 0.0
 
 
 def inpaint(
@@ -100,7 +98,7 @@ def inpaint(
     check_one_of(box=region.box, mask=region.mask, required=True)
     pipe = model.open(folder)
     pixels, mask = region.read(image, pipe)
-    task = partial(pipe.inpaint, pixels, mask, **variants.seam)
+    task = partial(pipe.inpaint, pixels, mask, blend=variants.seam)
     _edit(pipe, task, pixels, mask, image, class_, variants, decoding_settings, pictures, out)
 
 
@@ -133,11 +131,10 @@ def edit(
         out: Picture of the image and all results.
     """
     check_one_of(box=region.box, mask=region.mask, strength=strength, required=True)
-    check_one_of(dilation=variants.dilation, strength=strength)
     check_one_of(no_blend=not variants.blend, strength=strength)
     pipe = model.open(folder)
     pixels, mask = region.read(image, pipe)
-    task = partial(pipe.inpaint, pixels, mask, **variants.seam)
+    task = partial(pipe.inpaint, pixels, mask, blend=variants.seam)
     if strength is not None:
         task = partial(pipe.edit, pixels, strength=strength)
     _edit(pipe, task, pixels, mask, image, class_, variants, decoding_settings, pictures, out)
@@ -148,18 +145,16 @@ class Sides:
     """The pixels that are added on each side; they must be a multiple of the pixels of a token.
 
     Args:
-        left: Pixels to add on the left (default: that of --all, or 0).
-        right: Pixels to add on the right (default: that of --all, or 0).
-        up: Pixels to add above (default: that of --all, or 0).
-        down: Pixels to add below (default: that of --all, or 0).
-        all: Pixels to add on each side that is not given.
+        left: Pixels to add on the left.
+        right: Pixels to add on the right.
+        up: Pixels to add above.
+        down: Pixels to add below.
     """
 
-    left: Pixels | None = None
-    right: Pixels | None = None
-    up: Pixels | None = None
-    down: Pixels | None = None
-    all: Pixels = 0
+    left: Pixels = 0
+    right: Pixels = 0
+    up: Pixels = 0
+    down: Pixels = 0
 
 
 def outpaint(
@@ -167,7 +162,6 @@ def outpaint(
     image: ImageFile,
     *,
     class_: str | None = None,
-    overlap: float = 0.5,
     out: Picture = Path("outpainted.png"),
     sides: Sides = Sides(),
     variants: Variants = Variants(),
@@ -185,21 +179,16 @@ def outpaint(
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
         image: JPEG, PNG or WebP file, of any size.
         class_: Class name or index (default: no class).
-        overlap: Fraction of a window that is known before it is decoded.
         out: Picture of the image and all results.
     """
     from maskgit_pl.pipeline.regions import Margins, image_pixels
 
-    added: dict[str, Any] = {
-        name: sides.all if getattr(sides, name) is None else getattr(sides, name)
-        for name in ("left", "right", "up", "down")
-    }
-    margins, pipe = Margins(**added), model.open(folder)
+    margins, pipe = Margins(**vars(sides)), model.open(folder)
     pixels = image_pixels(image, channels=pipe.tokenizer.channels)
     margins.check(pixels.shape[-2:], factor=pipe.tokenizer.token_size, least=pipe.tokenizer.image_size)
     # (H + up + down, W + left + right): the image on the canvas, and True outside of it.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
-    task = partial(pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
+    task = partial(pipe.outpaint, pixels, **vars(sides), blend=variants.seam)
     _edit(pipe, task, original, outside, image, class_, variants, decoding_settings, pictures, out)
 
 
@@ -276,7 +265,6 @@ def panorama(
     classes: Annotated[str, Word("A,B,...")] = "all",
     width: Pixels,
     height: Pixels | None = None,
-    overlap: float = 0.5,
     seed: int = 0,
     batch_size: int = 100,
     out: Picture = Path("panorama.png"),
@@ -295,7 +283,6 @@ def panorama(
         classes: Class names or indices, or all (default: all, at most 10).
         width: Width of each image.
         height: Height of each image (default: that of the model's images).
-        overlap: Fraction of a window that is known before it is decoded.
         seed: Seed of the first image; image i has seed + i (default: 0).
         batch_size: Images per batch.
         out: Picture of all images.
@@ -309,7 +296,6 @@ def panorama(
             labels,
             width,
             height=height,
-            overlap=overlap,
             output_type="pt",
             seed=seed,
             batch_size=batch_size,

@@ -25,7 +25,7 @@ from maskgit_pl.checks import check_number
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
+from maskgit_pl.pipeline.options import Classes, OutputType, Request, Seeds
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
 from maskgit_pl.pipeline.sharing import (
     CLASS_NAME,
@@ -163,7 +163,7 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         options = {"num_steps": num_inference_steps, **options}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
-        request = Request.of(maskgit.classes, maskgit.decoding, class_labels, options, GenerateKeywords)
+        request = Request.of(maskgit.classes, maskgit.decoding, class_labels, options)
         options["seed"] = _seeds(seed, generator, len(request.labels))
         with self.progress_bar(total=request.decoding.num_steps * len(request.batches())) as bar:
 

@@ -25,13 +25,10 @@ from maskgit_pl.pipeline.options import (
     Classes,
     ClassIndex,
     DecodingKeywords,
-    EditKeywords,
-    FitKeywords,
     GenerateKeywords,
     Images,
     OutputType,
     Request,
-    SeamKeywords,
     replace_settings,
 )
 from maskgit_pl.pipeline.pretrained import (
@@ -331,8 +328,10 @@ class MaskGIT:
         mask: MaskLike | Box | Sequence[MaskLike | Box],
         *,
         classes: Classes | None = None,
+        fit: bool = False,
+        blend: float | None = None,
         output_type: OutputType = "pil",
-        **options: Unpack[EditKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Regenerates the masked part of images, one result for each class.
 
@@ -355,9 +354,12 @@ class MaskGIT:
                 pixels are generated, (H, W) bool, or a box: a tuple (left, top, right, bottom) in pixels of the image.
             classes: Index or name of the class of each result; another class than that of the image turns the region
                 into it. None gives one result of "no class" (see ``generate``).
+            fit: True crops images and masks of another size to their central part with the model's shape, and
+                resizes it.
+            blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
+                region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
             output_type: See ``generate``.
-            options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``options.EditKeywords``. The
-                first floor(T / 6) of T steps are skipped, except for a full mask.
+            options: Options of ``generate``. The first floor(T / 6) of T steps are skipped, except for a full mask.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -366,8 +368,8 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
-        request = self._request(classes, options, EditKeywords, output_type=output_type)
-        images = tasks.inpaint(self, request, image, mask)
+        request = self._request(classes, options, output_type=output_type)
+        images = tasks.inpaint(self, request, image, mask, fit=fit, blend=blend)
         return tasks.as_output(images, output_type)
 
     def edit(
@@ -376,8 +378,9 @@ class MaskGIT:
         *,
         strength: float,
         classes: Classes | None = None,
+        fit: bool = False,
         output_type: OutputType = "pil",
-        **options: Unpack[FitKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Regenerates a random share of the tokens of whole images (image-to-image), one result for each class.
 
@@ -396,15 +399,15 @@ class MaskGIT:
             strength: Share of the tokens that are generated again, in (0, 1]. With 1 nothing of the image
                 stays: the results are those of ``generate``.
             classes: See ``inpaint``.
+            fit: See ``inpaint``.
             output_type: See ``generate``.
-            options: Options of ``generate``, and ``fit`` of ``options.FitKeywords``. The first floor(T / 6)
-                of T steps are skipped, except with strength 1.
+            options: Options of ``generate``. The first floor(T / 6) of T steps are skipped, except with strength 1.
 
         Raises:
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
         """
-        request = self._request(classes, options, FitKeywords, output_type=output_type)
-        images = tasks.redraw(self, request, image, strength)
+        request = self._request(classes, options, output_type=output_type)
+        images = tasks.redraw(self, request, image, strength, fit=fit)
         return tasks.as_output(images, output_type)
 
     def outpaint(
@@ -416,9 +419,9 @@ class MaskGIT:
         up: int = 0,
         down: int = 0,
         classes: Classes | None = None,
-        overlap: float = 0.5,
+        blend: float | None = None,
         output_type: OutputType = "pil",
-        **options: Unpack[SeamKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Extends an image beyond its borders, one result for each class.
 
@@ -427,7 +430,7 @@ class MaskGIT:
             wide = MaskGIT.from_pretrained("pretrained/places512").outpaint("landscape.png", right=256)
 
         1. Places the tokens of the image on a larger canvas.
-        2. Fills the canvas window by window; each window overlaps known tokens.
+        2. Fills the canvas window by window; half of a window is known before it is decoded, or less at the start.
         3. Decodes the whole canvas to pixels, and pastes the original image into it.
 
         Args:
@@ -438,20 +441,17 @@ class MaskGIT:
             up: Pixels to add above.
             down: Pixels to add below.
             classes: See ``inpaint``.
-            overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has as much.
+            blend: See ``inpaint``. With 0 all pixels of the image stay.
             output_type: See ``generate``.
-            options: Options of ``generate``, and of ``options.SeamKeywords``: ``dilation``, 0 by default, is
-                the number of tokens along the border of the image that are decoded again. With ``blend=0``
-                all pixels of the image stay.
+            options: See ``generate``.
 
         Raises:
             ValueError: if all sides are 0, or a size is not a multiple of the pixels of a token. See also ``inpaint``.
 
         Source: paper, Figure 1 and Table 2.
         """
-        request = self._request(classes, options, SeamKeywords, output_type=output_type)
-        added = Margins(left, right, up, down)
-        images = tasks.outpaint(self, request, image, added, overlap)
+        request = self._request(classes, options, output_type=output_type)
+        images = tasks.outpaint(self, request, image, Margins(left, right, up, down), blend=blend)
         return tasks.as_output(images, output_type)
 
     def panorama(
@@ -460,7 +460,6 @@ class MaskGIT:
         width: int,
         *,
         height: int | None = None,
-        overlap: float = 0.5,
         output_type: OutputType = "pil",
         **options: Unpack[GenerateKeywords],
     ) -> Images:
@@ -475,7 +474,6 @@ class MaskGIT:
             classes: See ``generate``.
             width: Width in pixels, a multiple of the pixels of a token, at least the width of the model's images.
             height: Height in pixels, with the same rule; by default that of the model's images, in whole tokens.
-            overlap: See ``outpaint``.
             output_type: See ``generate``.
             options: See ``generate``.
 
@@ -487,7 +485,7 @@ class MaskGIT:
         request, tokenizer = self._request(classes, options, output_type=output_type), self.tokenizer
         height = tokenizer.grid[0] * tokenizer.token_size if height is None else height
         check_canvas(height, width, factor=tokenizer.token_size, least=tokenizer.image_size)
-        images = tasks.panorama(self, request, (height, width), overlap)
+        images = tasks.panorama(self, request, (height, width))
         return tasks.as_output(images, output_type)
 
     def __repr__(self) -> str:
@@ -507,13 +505,12 @@ class MaskGIT:
         self,
         classes: Classes | None,
         options: GenerateKeywords,
-        kind: type = GenerateKeywords,
         *,
         output_type: OutputType = "pil",
     ) -> Request:
-        """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
+        """Returns what a call wants, checked. No classes are one "no class"."""
         check_choice("output_type", output_type, get_args(OutputType))
-        request = Request.of(self.classes, self.decoding, [None] if classes is None else classes, options, kind)
+        request = Request.of(self.classes, self.decoding, [None] if classes is None else classes, options)
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:

@@ -392,18 +392,17 @@ class Window:
         return slice(None), slice(self.top, self.top + height), slice(self.left, self.left + width)
 
 
-def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterator[Window]:
+def windows(unknown: Tensor, *, size: tuple[int, int]) -> Iterator[Window]:
     """Yields the windows that fill a canvas, one after the other, until no token is unknown.
 
     1. Counts the unknown tokens in each possible window.
-    2. Keeps the windows with enough known tokens as context: a fraction of ``overlap``, or as many as the
-       window with the most known tokens has, if that is less.
+    2. Keeps the windows with enough known tokens as context: half of all, or as many as the window with the most
+       known tokens has, if that is less.
     3. Yields the window with the most unknown tokens among them, the first one in raster order if several have as many.
 
     Args:
         unknown: (R, C) bool, True for the tokens to decode. R >= h and C >= w.
         size: (h, w) of a window.
-        overlap: Fraction of a window in (0, 1).
 
     Yields:
         Windows. When all of them are decoded, nothing is unknown.
@@ -414,7 +413,7 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
         # 2. A window without unknown tokens is never chosen: -1 known tokens.
         num_known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
-        enough = min(ceil(overlap * size[0] * size[1]), int(num_known.max()))
+        enough = min(ceil(size[0] * size[1] / 2), int(num_known.max()))
         # 3. argmax returns the first maximum in raster order.
         index = int(counts.masked_fill(num_known < enough, -1).flatten().argmax())
         top, column = divmod(index, counts.shape[1])

@@ -240,10 +240,10 @@ def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, me
         fit_to_model(pixels(3, 6, 8), mask, image_size=8, fit=fit, name="image 3")
 
 
-def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:
+def filled_by(unknown: torch.Tensor, *, size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """Returns (top, left, unknown tokens) of each window, after checks: inside the canvas, and no token twice."""
     left, counts = unknown.clone(), []
-    for window in windows(unknown, size=size, overlap=overlap):
+    for window in windows(unknown, size=size):
         part = left[window.index[1:]]
         assert part.shape == size
         assert torch.equal(part, window.unknown)
@@ -253,28 +253,26 @@ def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -
     return counts
 
 
-def test_windows_of_an_empty_canvas_advance_by_the_rest_of_the_overlap():
-    half = filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4), overlap=0.5)
+def test_windows_of_an_empty_canvas_advance_by_half_a_window():
+    half = filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4))
     assert half == [(0, 0, 16), *((0, left, 8) for left in range(2, 12, 2))]
-    assert filled_by(torch.ones(4, 7, dtype=torch.bool), size=(4, 4), overlap=0.25) == [(0, 0, 16), (0, 3, 12)]
 
 
 def test_windows_on_all_sides_begin_where_most_is_known():
     unknown = torch.ones(8, 8, dtype=torch.bool)
     unknown[2:6, 2:6] = False
-    counts = [count for _, _, count in filled_by(unknown, size=(4, 4), overlap=0.5)]
+    counts = [count for _, _, count in filled_by(unknown, size=(4, 4))]
     assert counts[:4] == [8] * 4
     assert max(counts) == 8  # half of each window is known
     assert sum(counts) == 48
 
 
-@pytest.mark.parametrize("overlap", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("shape", [(4, 4), (4, 9), (7, 11), (5, 5)])
-def test_windows_fill_any_canvas(shape, overlap):
-    filled_by(torch.ones(shape, dtype=torch.bool), size=(4, 4), overlap=overlap)
+def test_windows_fill_any_canvas(shape):
+    filled_by(torch.ones(shape, dtype=torch.bool), size=(4, 4))
     corner = torch.ones(shape, dtype=torch.bool)
     corner[:2, :1] = False
-    filled_by(corner, size=(4, 4), overlap=overlap)
+    filled_by(corner, size=(4, 4))
 
 
 def test_margins_place_an_image_on_its_canvas():
