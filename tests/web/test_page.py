@@ -303,12 +303,9 @@ def save(page: Page, file: Path) -> None:
     assert file.stat().st_size < 300_000
 
 
-def test_ctrl_c_ends_a_run_on_all_addresses_and_leaves_no_file(browser: Browser, tmp_path: Path) -> None:
-    with running(tmp_path / "own", "--host", "::", is_background=True) as server:
+def test_ctrl_c_ends_a_run_and_leaves_no_file(browser: Browser, tmp_path: Path) -> None:
+    with running(tmp_path / "own", is_background=True) as server:
         assert server.cpu_seconds() < 12
-        assert server.url.startswith("http://localhost:")
-        for address in ("localhost", "127.0.0.1", "[::1]"):
-            assert browser.new_page().goto(f"http://{address}:{server.port}/").ok  # type: ignore[union-attr]  # a response to http
         with opened(browser, server.url) as page:
             start_long_run(page)
             written = server.written()
