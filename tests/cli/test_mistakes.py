@@ -224,7 +224,7 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         (f"{BOX} --variants 0", "--variants must be an integer in [1, 10000], got 0"),
         ("outpaint model image.png", "one of left, right, up and down must be > 0 pixels, got none"),
         ("outpaint model image.png --right 4000000000000", "must be an integer in [8, 64000000]"),
-        ("outpaint model image.png --right 16000 --down 16000", "width must be smaller, because a canvas has at most 64000000"),
+        ("outpaint model image.png --right 16000 --down 16000", "width must be smaller, because a canvas has at most"),
     ],
 )  # fmt: skip
 def test_a_wrong_model_image_or_setting_is_one_line(is_refused, command: str, text: str) -> None:
