@@ -85,7 +85,7 @@ def sample(
     if vectors is not None:
         count = _give_vectors(pipe, vectors, first_seed=seed)
     if num_images is None:
-        options = {"batch_size": batch_size, "negative_classes": negative, "decoding": decoding}
+        options = {"batch_size": batch_size, "negative_class": negative, "decoding": decoding}
         _generate(pipe, labels, per_class or count, seed, pictures, out, **options)
         return
     from maskgit_pl.evaluation.acceptance import Acceptance

@@ -66,6 +66,7 @@ def decode(
         first_step: First step in [0, T).
     """
     network, device, decoding = transformer.network, transformer.device, request.decoding
+    negative = None if request.negative_label is None else [request.negative_label] * len(request.labels)
     if isinstance(network, AutoregressiveBackbone):
         return decode_autoregressive(
             ConditionalModel(network, device),
@@ -73,7 +74,7 @@ def decode(
             request.seeds,
             decoder=decoding.build_autoregressive_decoder(network.config.num_tokens),
             scales=decoding.scales(),
-            negative_labels=request.negative_labels,
+            negative_labels=negative,
         )
     model = _conditional_model(transformer)
     if request.negative_model is not None:
@@ -84,7 +85,7 @@ def decode(
         request.seeds,
         decoder=decoding.build_decoder(transformer.mask_schedule),
         scales=decoding.scales(),
-        negative_labels=request.negative_labels,
+        negative_labels=negative,
         tokens=tokens,
         first_step=first_step,
     )

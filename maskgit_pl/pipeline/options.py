@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union
 
 from maskgit_pl.checks import (
     check_integer,
@@ -113,8 +113,7 @@ class GenerateKeywords(DecodingKeywords, total=False):
 
     Args:
         seed: Seed of the first result in [0, 2**32), 0 by default; result i has seed + i. Or a list with one for each.
-        negative_classes: Index or name of the class that guidance moves away from, or a list with one for
-            each result; "no class" by default.
+        negative_class: Index or name of the class that guidance moves away from; "no class" by default.
         negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no
             class": a run or pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device.
             By default the pipeline's own, if it has one.
@@ -125,7 +124,7 @@ class GenerateKeywords(DecodingKeywords, total=False):
     """
 
     seed: Seeds
-    negative_classes: int | str | Classes | None
+    negative_class: int | str | None
     negative_model: NegativeModelLike | None
     vectors: npt.ArrayLike | Tensor | None
     batch_size: int
@@ -220,7 +219,7 @@ class Request:
         labels: Label of each result.
         seeds: Seed of each result, in [0, 2**32).
         decoding: Decoding settings of all results.
-        negative_labels: Label that guidance moves each result away from; None is "no class" for all.
+        negative_label: Label that guidance moves away from; None is "no class".
         negative_model: Weaker model from which guidance moves away; None for guidance by classes.
         vectors: (n, C) float32, vector of each result; None for a model without vectors.
         batch_size: Number of results decoded at a time.
@@ -230,7 +229,7 @@ class Request:
     labels: list[int]
     seeds: list[int]
     decoding: DecodingConfig
-    negative_labels: list[int] | None = None
+    negative_label: int | None = None
     negative_model: PretrainedTransformer | None = None
     vectors: Tensor | None = None
     batch_size: int = 64
@@ -252,12 +251,12 @@ class Request:
         """
         _check_names(options, GenerateKeywords.__annotations__)
         settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
-        labels = index.labels(classes)
+        labels, negative_class = index.labels(classes), options.get("negative_class")
         return cls(
             labels=labels,
             seeds=seeds_of(options.get("seed", 0), len(labels)),
             decoding=replace_settings(default, settings),
-            negative_labels=_negative_labels(options.get("negative_classes"), len(labels), index),
+            negative_label=None if negative_class is None else index.labels(negative_class)[0],
             batch_size=check_integer("batch_size", options.get("batch_size", 64), "[1, inf)"),
             callback=options.get("callback"),
         )
@@ -269,12 +268,10 @@ class Request:
 
     def part(self, rows: Sequence[int]) -> Request:
         """Returns the request for some of the results."""
-        negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
         return dataclasses.replace(
             self,
             labels=[self.labels[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
-            negative_labels=negative,
             vectors=None if self.vectors is None else self.vectors[list(rows)],
         )
 
@@ -343,16 +340,3 @@ def seeds_of(seed: Seeds, count: int) -> list[int]:
     if first + count > 2**32:
         raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")
     return list(range(first, first + count))
-
-
-def _negative_labels(classes: int | str | Classes | None, count: int, index: ClassIndex) -> list[int] | None:
-    """Returns the label that guidance moves each of ``count`` results away from; None for "no class"."""
-    if classes is None:
-        return None
-    several = plain_list(classes)
-    choices = [cast("int | str", classes)] * count if several is None else several
-    if len(choices) != count:
-        raise ValueError(
-            f"negative_classes must be one class, or one for each of the {count} classes, got {len(choices)}"
-        )
-    return index.labels(choices)

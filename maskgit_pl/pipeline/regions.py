@@ -175,13 +175,11 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
     Raises:
         ValueError: if the box does not have four edges, is empty or reversed, or leaves the image.
     """
-    if len(box) != 4:
-        raise ValueError(f"box must have four edges left,top,right,bottom, got {shorten(box)}")
-    left, top, right, bottom = box
+    left, top, right, bottom = box if len(box) == 4 else (0, 0, 0, 0)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
-            f"box must lie in the image, with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}, got "
-            f"{','.join(map(str, box))}"
+            f"box must be left,top,right,bottom in the image, with 0 <= left < right <= {width} and 0 <= top < bottom "
+            f"<= {height}, got {shorten(','.join(map(str, box)))}"
         )
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[top:bottom, left:right] = True
@@ -207,10 +205,8 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
     # Pads with "not masked" to whole tokens, then takes the maximum over the pixels of each token.
     whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)
-    if dilation > 0:  # max pooling of a bool mask is a dilation
-        dilation = min(dilation, max(tokens.shape))  # which covers everything
-        tokens = F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)
-    return tokens[0] > 0
+    # Max pooling of a bool mask is a dilation.
+    return F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)[0] > 0
 
 
 def pixel_region(tokens: Tensor, *, factor: int, height: int, width: int) -> Tensor:

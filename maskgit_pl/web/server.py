@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,9 +31,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Any, Send], Awaitable[None]]
 
 MAX_UPLOAD_BYTES = 16 * 2**20
-_MAX_REQUEST_BYTES = 2**20  # of other requests
-_MAX_FOLDER_BYTES = 512 * 2**20
-_MULTIPART_BYTES = 2**16  # of an upload besides the file
+_MAX_REQUEST_BYTES = MAX_UPLOAD_BYTES + 2**16  # an upload has more than the file
 _MAX_PIXELS = 64_000_000  # of a picture that gradio opens
 _ADDRESS = "127.0.0.1"  # which only this machine can reach
 _NAMES = (_ADDRESS, "localhost", "::1")  # of the page: a tunnel of SSH may listen to the last
@@ -63,8 +61,8 @@ def serve(folder: str | Path, *, port: int = 7860, device: str | None = None) ->
     with open_socket(port) as listening:
         pipe = MaskGIT.from_pretrained(folder, device=chosen)
         _interrupt_once()
-        with _temporary_folder() as temporary:
-            _start(pipe, str(folder), temporary, listening)
+        with _temporary_folder():
+            _start(pipe, str(folder), listening)
             with suppress(KeyboardInterrupt):
                 _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", _ADDRESS, port, folder)
                 while True:
@@ -101,19 +99,16 @@ class Guard:
        (DNS rebinding) is refused, because its name stays in ``Host``.
     2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and
        with every request whose answer a script of another site could read.
-    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413.
-       Uploads stop with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
+    3. A request has a length, else 411, of at most that of an upload of 16 MiB, else 413.
 
     No site can show the answers in a frame.
 
     Args:
         app: Application that gets the other requests.
-        folder: Temporary folder, with all files that the application writes.
     """
 
-    def __init__(self, app: App, *, folder: Path) -> None:
-        self._app, self._folder = app, folder
-        self._under_way = 0  # bytes of uploads
+    def __init__(self, app: App) -> None:
+        self._app = app
 
     async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
         if scope["type"] != "http":  # "lifespan"; websockets are not served
@@ -128,36 +123,18 @@ class Guard:
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
-        length = int(headers.get("content-length", ["0"])[0])
-        is_upload = scope["path"].endswith("/upload")
-        refusal = _refuse_site(headers) or self._refuse_length(headers, length, is_upload=is_upload)
-        if refusal:
-            status, text = refusal
-            content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            await send_framed({"type": "http.response.start", "status": status, "headers": content})
-            await send_framed({"type": "http.response.body", "body": f"{text}\n".encode()})
-            return
-        held = length if is_upload else 0
-        self._under_way += held
-        try:
+        refusal = _refuse(headers)
+        if refusal is None:
             await self._app(scope, receive, send_framed)
-        finally:
-            self._under_way -= held
-
-    def _refuse_length(self, headers: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
-        """Returns the status and the text of the answer to a request that is too long; None for others."""
-        if "transfer-encoding" in headers:
-            return 411, "a request must have a length"
-        most = MAX_UPLOAD_BYTES + _MULTIPART_BYTES if is_upload else _MAX_REQUEST_BYTES
-        if length > most:
-            return 413, f"a request must have at most {size_text(most)}, got {size_text(length)}"
-        if is_upload and _folder_bytes(self._folder) + self._under_way + length > _MAX_FOLDER_BYTES:
-            return 507, "the page holds too many files; try again in half an hour"
-        return None
+            return
+        status, text = refusal
+        content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        await send_framed({"type": "http.response.start", "status": status, "headers": content})
+        await send_framed({"type": "http.response.body", "body": f"{text}\n".encode()})
 
 
-def _refuse_site(headers: dict[str, list[str]]) -> tuple[int, str] | None:
-    """Returns the status and the text of the answer to a request of another site; None for one of the page."""
+def _refuse(headers: Mapping[str, list[str]]) -> tuple[int, str] | None:
+    """Returns the status and the text of the answer to a request that ``Guard`` refuses; None for others."""
     host, origins = ",".join(headers.get("host", [])).lower(), headers.get("origin", [])
     try:
         name = urlsplit(f"//{host}").hostname
@@ -167,18 +144,15 @@ def _refuse_site(headers: dict[str, list[str]]) -> tuple[int, str] | None:
         return 403, "Host must be localhost or its address: the page is for this machine only"
     if any(origin.lower() not in (f"http://{host}", f"https://{host}") for origin in origins):
         return 403, "Origin must be the page itself"
+    if "transfer-encoding" in headers:
+        return 411, "a request must have a length"
+    length = int(headers.get("content-length", ["0"])[0])
+    if length > _MAX_REQUEST_BYTES:
+        return 413, f"a request must have at most {size_text(_MAX_REQUEST_BYTES)}, got {size_text(length)}"
     return None
 
 
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # removed in the meantime
-            total += path.stat().st_size
-    return total
-
-
-def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket) -> None:
+def _start(pipe: MaskGIT, name: str, listening: socket.socket) -> None:
     """Starts the server of the page in a thread, and waits until it answers."""
     import gradio as gr
     import uvicorn
@@ -195,8 +169,7 @@ def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket) -> 
         plain, build_page(pipe, name), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
         max_file_size=MAX_UPLOAD_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
     )  # fmt: skip
-    config = uvicorn.Config(Guard(app, folder=folder), http="h11", ws="none", lifespan="on", log_level="critical")
-    server = uvicorn.Server(config)
+    server = uvicorn.Server(uvicorn.Config(Guard(app), http="h11", ws="none", lifespan="on", log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
@@ -221,7 +194,7 @@ def _interrupt_once() -> None:
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[Path]:
+def _temporary_folder() -> Iterator[None]:
     """Makes the folder of all files of the page, and removes it at the end."""
     folder = Path(tempfile.gettempdir(), f"maskgit-web-{secrets.token_hex(8)}")
     # gradio and matplotlib, which caches its list of fonts, read these variables when they are imported.
@@ -231,7 +204,7 @@ def _temporary_folder() -> Iterator[Path]:
     try:
         folder.mkdir(mode=0o700)  # in the try block: Ctrl-C may come right after it
         tempfile.tempdir = str(folder)
-        yield folder
+        yield
     finally:
         for _ in range(_ATTEMPTS):  # a thread may still write to it
             shutil.rmtree(folder, ignore_errors=True)

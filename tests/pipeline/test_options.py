@@ -40,10 +40,10 @@ def test_every_option_and_setting_is_documented_once():
 
 
 def test_a_part_of_a_request_keeps_the_seed_of_each_result():
-    request = Request.of(CLASSES, OWN, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_classes": [1, 2, 0]})
+    request = Request.of(CLASSES, OWN, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_class": "T-shirt"})
     parts = [request.part(rows) for rows in request.batches()]
     assert [part.seeds for part in parts] == [[7, 8], [9]]
-    assert [part.negative_labels for part in parts] == [[1, 2], [0]]
+    assert [part.negative_label for part in parts] == [1, 1]
 
 
 def test_an_argument_of_a_plug_in_is_replaced_in_its_specification():
@@ -65,8 +65,8 @@ def test_tokens_per_step_num_steps_and_mask_schedule_replace_one_another():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
-        Request.of(CLASSES, OWN, 0, {"negative_clases": 1})
+    with pytest.raises(TypeError, match="option 'negative_clas': did you mean 'negative_class'"):
+        Request.of(CLASSES, OWN, 0, {"negative_clas": 1})
     with pytest.raises(TypeError, match="option 'seed'"):
         replace_settings(OWN, {"seed": 1})
 

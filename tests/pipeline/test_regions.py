@@ -46,8 +46,7 @@ def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
 def test_dilation_grows_on_all_sides_and_ends_at_the_border() -> None:
     middle = mask_of(".....", ".....", "..#..", ".....", ".....")
     assert torch.equal(token_mask(middle, factor=1, dilation=1), mask_of(".....", ".###.", ".###.", ".###.", "....."))
-    for dilation in (2, 65536):
-        assert bool(token_mask(middle, factor=1, dilation=dilation).all())
+    assert bool(token_mask(middle, factor=1, dilation=2).all())
     corner = mask_of("#....", ".....", ".....")
     assert torch.equal(token_mask(corner, factor=1, dilation=1), mask_of("##...", "##...", "....."))
 
@@ -66,10 +65,10 @@ def test_right_and_bottom_of_a_box_are_exclusive() -> None:
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
-        ((-1, 0, 4, 3), "must lie in the image"),
+        ((0, 0, 5, 3), "in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got '0,0,5,3'"),
+        ((-1, 0, 4, 3), "in the image"),
         ((0, 2, 4, 1), "top < bottom"),
-        ((0, 0, 3), "must have four edges"),
+        ((0, 0, 3), "box must be left,top,right,bottom"),
     ],
 )
 def test_a_box_outside_the_image_or_of_another_form_is_refused(box, message) -> None:

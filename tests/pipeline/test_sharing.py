@@ -150,8 +150,6 @@ def test_decoding_settings_are_given_as_an_object_or_a_file(tmp_path: Path) -> N
     assert pipe.decoding_with(num_steps=5) == DecodingConfig(5)
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
         MaskGIT.from_pretrained(folder, decoding="nowhere.json")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
-        MaskGIT.from_pretrained(folder, revison="main")
 
 
 def test_the_package_has_one_small_model() -> None:
