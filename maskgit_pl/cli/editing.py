@@ -16,7 +16,9 @@ from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.display import Recording
 
 ImageFile = Annotated[Path, Word("IMAGE")]
 Pixels = Annotated[int, Word("PIXELS")]
@@ -206,36 +208,21 @@ def _edit(
 ) -> None:
     """Generates the results of an edit, draws them beside the original and the region, and writes all files.
 
-    Args:
-        pipe: Model.
-        task: Method of the model with its image.
-        original: (C, H, W) uint8, on its canvas.
-        mask: (H, W) bool, the region that the user named; the picture also shows the larger one of whole tokens.
-        file: File of the image, for the title.
-        class_: Class of the results; None is "no class".
-        variants: Number, seeds and batches of the results.
-        settings: Decoding settings that differ from the model's own.
-        pictures: Files beside the picture ``out``.
-        out: Picture to write.
+    ``original`` (C, H, W) uint8 is on the canvas of the results, and ``mask`` (H, W) bool is the region that the user
+    named; the picture also shows the larger one of whole tokens.
     """
     from maskgit_pl.pipeline import display, grids, regions
 
     label, decoding = None if class_ is None else pipe.classes.parse(class_), pipe.decoding_with(**settings)
     count = check_integer("variants", variants.variants, f"[1, {MAX_RESULTS}]")
     labels, seeds = [label] * count, [variants.seed + number for number in range(count)]
-    with record_steps(task.func.__name__, count) as (after_step, steps):
-        images: Tensor = task(
-            classes=labels,
-            seed=seeds,
-            batch_size=variants.batch_size,
-            decoding=decoding,
-            callback=after_step,
-            output_type="pt",
-        )
-    size = height, width = mask.shape[0], mask.shape[1]
-    grid = pipe.tokenizer.network.config.grid(size)
-    unknown = steps[0].was_masked[0].view(grid).cpu()  # of the first result
     described = "no class" if label is None else f"class {printable(pipe.class_names[label])}"
+    images, recording = _generate(
+        pipe, task, labels, seeds, [described] * count, variants.batch_size, decoding, requested=mask
+    )
+    height, width = mask.shape
+    grid = pipe.tokenizer.network.config.grid((height, width))
+    unknown = recording.steps[0].was_masked[0].view(grid).cpu()  # of the first result
     sheet = grids.edit_sheet(
         original,
         images,
@@ -244,19 +231,38 @@ def _edit(
         title=f"{file.name}: {described}, {display.describe_settings(decoding)}",
         captions=[f"seed {seed}" for seed in seeds],
     )
-    is_canvas, shown = size != height_width(pipe.tokenizer.image_size), len(steps[0].tokens)
     tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
-    summary = f"{count_text(count, 'variant')} of {described}, {f'{width} x {height} pixels' if is_canvas else tokens}"
-    recording = display.Recording(
-        steps,
-        pipe.tokenizer,
-        decoding,
-        [described] * shown,
-        seeds[:shown],
-        grid if is_canvas else None,
-        mask,
-    )
+    size = tokens if recording.grid is None else f"{width} x {height} pixels"
+    summary = f"{count_text(count, 'variant')} of {described}, {size}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
+
+
+def _generate(
+    pipe: MaskGIT,
+    task: partial[Any],
+    labels: list[Any],
+    seeds: list[int],
+    names: list[str],
+    batch_size: int,
+    decoding: DecodingConfig,
+    *,
+    requested: Tensor | None = None,
+) -> tuple[Tensor, Recording]:
+    """Calls a method of the model; returns the images (n, C, H, W) uint8, and the decoding of the first ones."""
+    from maskgit_pl.pipeline.display import Recording  # which imports torch
+
+    with record_steps(task.func.__name__, len(labels)) as (after_step, steps):
+        images: Tensor = task(
+            classes=labels,
+            seed=seeds,
+            batch_size=batch_size,
+            decoding=decoding,
+            callback=after_step,
+            output_type="pt",
+        )
+    size, shown = (images.shape[-2], images.shape[-1]), len(steps[0].tokens)
+    grid = None if size == height_width(pipe.tokenizer.image_size) else pipe.tokenizer.network.config.grid(size)
+    return images, Recording(steps, pipe.tokenizer, decoding, names[:shown], seeds[:shown], grid, requested)
 
 
 def panorama(
@@ -291,25 +297,14 @@ def panorama(
 
     pipe = model.open(folder)
     labels, decoding = pipe.classes.parse_list(classes), pipe.decoding_with(**decoding_settings)
-    with record_steps("panorama", len(labels)) as (after_step, steps):
-        images: Any = pipe.panorama(
-            labels,
-            width,
-            height=height,
-            output_type="pt",
-            seed=seed,
-            batch_size=batch_size,
-            callback=after_step,
-            decoding=decoding,
-        )
-    height, shown = images.shape[-2], len(steps[0].tokens)
     names, seeds = [pipe.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
+    task = partial(pipe.panorama, width=width, height=height)
+    images, recording = _generate(pipe, task, labels, seeds, names, batch_size, decoding)
+    height = images.shape[-2]
     captions = [f"{name}, seed {number}" for name, number in zip(names, seeds, strict=True)]
     sheet = grids.image_grid(images, columns=1, row_captions=captions, scale=max(1, grids.TILE_SIZE // height))
     size = f"{width} x {height} pixels"
     windows = f"{size} in windows of {pixels_text(pipe.tokenizer.image_size)}"
     sheet = grids.add_title(sheet, f"{windows}: {display.describe_settings(decoding)}")
-    grid = pipe.tokenizer.network.config.grid((height, width))
-    recording = display.Recording(steps, pipe.tokenizer, decoding, names[:shown], seeds[:shown], grid)
     summary = f"{count_text(len(images), 'image')} of {size}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
