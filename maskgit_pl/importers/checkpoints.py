@@ -199,7 +199,10 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
         head = stream.read(_HEAD)
     kind = next((name for name, beginning in _FORMATS.items() if re.match(beginning, head)), "another format")
     if kind not in accepted:
-        raise ValueError(f"{rule}, got {kind} that begins with {head!r}; download it again, or unpack it")
+        raise ValueError(
+            f"{rule}, got {kind} that begins with {head!r}; unpack it, or download it again (for a pointer of Git "
+            "LFS: `git lfs pull`)"
+        )
     return kind
 
 

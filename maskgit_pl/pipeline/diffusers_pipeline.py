@@ -227,7 +227,7 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.
         folder = find_folder(model)
-        if read_negative_model(folder / "decoding.json") is not None:
+        if read_negative_model(folder) is not None:
             _log.warning(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )

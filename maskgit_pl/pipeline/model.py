@@ -37,7 +37,6 @@ from maskgit_pl.pipeline.pretrained import (
     PretrainedTokenizer,
     PretrainedTransformer,
     fingerprint,
-    load_decoding,
     load_tokenizer,
     load_transformer,
     read_config,
@@ -120,7 +119,7 @@ class MaskGIT:
         cls,
         path_or_hub_id: Path | str,
         *,
-        decoding: DecodingConfig | Path | str | None = None,
+        decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -133,10 +132,10 @@ class MaskGIT:
             path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, the
                 model of the package ``fashion-mnist-demo``, or ``owner/name`` on the Hub. Downloaded files
                 are read as data and never executed.
-            decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json``
-                in the folder (``maskgit tune`` writes it), else those exported with the transformer.
-            negative_model: Default of the option ``negative_model``. Without it, the one that the file of
-                decoding settings names.
+            decoding: Default decoding settings. Without it, those of ``decoding.json`` in the folder (``maskgit tune``
+                writes it), else those exported with the transformer.
+            negative_model: Default of the option ``negative_model``. Without it and ``decoding``, the one that
+                ``decoding.json`` names.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
             pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster
@@ -150,13 +149,9 @@ class MaskGIT:
                 negative model predicts other tokens.
         """
         folder = find_folder(path_or_hub_id, **hub)
-        # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
-        if negative_model is None and not isinstance(decoding, DecodingConfig):
-            negative_model = read_negative_model(folder / "decoding.json" if decoding is None else Path(decoding))
         if decoding is None:
             decoding = read_decoding(folder)
-        elif not isinstance(decoding, DecodingConfig):
-            decoding = load_decoding(decoding)
+            negative_model = read_negative_model(folder) if negative_model is None else negative_model
         pipe = cls(
             load_tokenizer(folder / "tokenizer"),
             load_transformer(folder / "transformer"),

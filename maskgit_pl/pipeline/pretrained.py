@@ -51,7 +51,6 @@ __all__ = [
     "fingerprint",
     "has_weights_of",
     "images_at_once",
-    "load_decoding",
     "load_tokenizer",
     "load_transformer",
     "read_config",
@@ -443,7 +442,14 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     file = Path(folder) / _DECODING
     if not file.is_file():
         return None
-    decoding, content = _decoding_file(file)
+    content = read_json(file)
+    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
+        raise ValueError(
+            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
+            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; run `maskgit tune` again"
+        )
+    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
+    decoding = _build_decoding(content["decoding"], f"decoding {file}: decoding")
     # Tuned settings fit one set of weights; after more training they may not be the best.
     weights = fingerprint(file.parent / "transformer")
     if content.get("transformer") != weights:
@@ -457,38 +463,34 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     return decoding
 
 
-def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the format of ``decoding.json``, from any place. See ``read_decoding`` for errors."""
-    return _decoding_file(Path(file))[0]
-
-
-def read_negative_model(file: Path) -> Path | None:
-    """Returns the transformer folder from which guidance moves away; None if there is no file or it names none.
+def read_negative_model(folder: Path) -> Path | None:
+    """Returns the transformer folder from which guidance moves away; None if ``decoding.json`` names none.
 
     A negative model with other weights than those of the search is used too, with a warning.
 
     Args:
-        file: Path of a ``decoding.json``.
+        folder: Folder such as ``runs/RUN/pretrained``.
 
     Raises:
-        FileNotFoundError: if the folder does not exist.
+        FileNotFoundError: if there is no such transformer.
         ValueError: if the file is not JSON, or its entry ``negative_model`` is wrong.
     """
+    file = folder / _DECODING
     entry = read_json(file).get("negative_model") if file.is_file() else None
     if entry is None:
         return None
     where = f"decoding {file}: negative_model"
     if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
         raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
-    folder = file.parent / str(entry["folder"])
-    if not os.path.isfile(folder / _WEIGHTS_FILE):  # False for a name that is too long
+    transformer = folder / str(entry["folder"])
+    if not os.path.isfile(transformer / _WEIGHTS_FILE):  # False for a name that is too long
         raise FileNotFoundError(
-            f"{where}: no transformer in {printable(folder)}; copy it there, name another with --negative-model, or "
-            "delete the file to decode as the model was exported"
+            f"{where}: no transformer in {printable(transformer)}; copy it there, name another with "
+            "--negative-model, or delete the file to decode as the model was exported"
         )
-    if fingerprint(folder) != entry["transformer"]:
-        _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
-    return folder
+    if fingerprint(transformer) != entry["transformer"]:
+        _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, transformer)
+    return transformer
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -570,19 +572,6 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         "class_names": class_names,
         "tokenizer_fingerprint": tokenizer,
     }
-
-
-def _decoding_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
-    """Returns the settings in a ``decoding.json``, and its whole content."""
-    content = read_json(file)
-    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
-        raise ValueError(
-            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
-            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; `maskgit tune RUN` writes "
-            "such a file, RUN/pretrained/decoding.json"
-        )
-    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
-    return _build_decoding(content["decoding"], f"decoding {file}: decoding"), content
 
 
 def _build_decoding(values: Any, where: str) -> DecodingConfig:

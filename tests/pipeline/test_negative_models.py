@@ -128,7 +128,7 @@ def test_decoding_json_names_the_negative_model_by_a_relative_path(tiny_pretrain
     assert not caplog.records
     early = moved.parent / "early" / "transformer"
     shutil.copy(tiny_pretrained / "transformer" / "model.safetensors", early)
-    assert read_negative_model(moved / "decoding.json").samefile(early)
+    assert read_negative_model(moved).samefile(early)
     assert "has other weights than those of the search" in caplog.text
     shutil.rmtree(early)
     with pytest.raises(FileNotFoundError, match=r"negative_model: no transformer in .*early.*delete the file"):
@@ -137,10 +137,9 @@ def test_decoding_json_names_the_negative_model_by_a_relative_path(tiny_pretrain
 
 @pytest.mark.parametrize("entry", ["early", 3, {"folder": "early"}, {"folder": 1, "transformer": "a"}])
 def test_a_wrong_entry_of_decoding_json_is_refused(tmp_path, entry):
-    file = tmp_path / "decoding.json"
-    file.write_text(json.dumps({"negative_model": entry}))
+    (tmp_path / "decoding.json").write_text(json.dumps({"negative_model": entry}))
     with pytest.raises(ValueError, match="negative_model must be a mapping with the texts folder and transformer"):
-        read_negative_model(file)
+        read_negative_model(tmp_path)
 
 
 def test_a_saved_pipeline_holds_its_negative_model(tiny_pretrained, weaker):
