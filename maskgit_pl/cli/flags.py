@@ -114,7 +114,7 @@ class ModelFlags:
             (default: auto on a GPU, else that of the weights).
         compiled: Compile the transformer, which takes a minute and pays off for thousands of images on a GPU.
         negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
-            run or a folder of `maskgit export` (default: that of decoding.json, or none).
+            run or a folder of `maskgit export` (default: that of the folder, or none).
     """
 
     device: Device | None = None

@@ -26,7 +26,7 @@ from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.options import Classes, OutputType, Request, Seeds
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
+from maskgit_pl.pipeline.pretrained import NEGATIVE, load_tokenizer, load_transformer, read_decoding
 from maskgit_pl.pipeline.sharing import (
     CLASS_NAME,
     CLASSES,
@@ -227,7 +227,7 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.
         folder = find_folder(model)
-        if read_negative_model(folder) is not None:
+        if (folder / NEGATIVE).is_dir():
             _log.warning(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )

@@ -6,6 +6,7 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,12 +37,12 @@ from maskgit_pl.pipeline.pretrained import (
     NegativeModelLike,
     PretrainedTokenizer,
     PretrainedTransformer,
+    check_stage_folder,
     fingerprint,
     load_tokenizer,
     load_transformer,
     read_config,
     read_decoding,
-    read_negative_model,
     save_decoding,
     save_tokenizer,
     save_transformer,
@@ -134,8 +135,7 @@ class MaskGIT:
                 are read as data and never executed.
             decoding: Default decoding settings. Without it, those of ``decoding.json`` in the folder (``maskgit tune``
                 writes it), else those exported with the transformer.
-            negative_model: Default of the option ``negative_model``. Without it and ``decoding``, the one that
-                ``decoding.json`` names.
+            negative_model: Default of the option ``negative_model``. Without it and ``decoding``, that of the folder.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
             pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster
@@ -151,7 +151,8 @@ class MaskGIT:
         folder = find_folder(path_or_hub_id, **hub)
         if decoding is None:
             decoding = read_decoding(folder)
-            negative_model = read_negative_model(folder) if negative_model is None else negative_model
+            if negative_model is None and (folder / NEGATIVE).is_dir():
+                negative_model = folder / NEGATIVE
         pipe = cls(
             load_tokenizer(folder / "tokenizer"),
             load_transformer(folder / "transformer"),
@@ -189,11 +190,13 @@ class MaskGIT:
                 class_names=transformer.class_names,
                 tokenizer_fingerprint=tokenizer,
             )
-        negative = None if self.negative_model is None else folder / NEGATIVE
-        if self._decoding is not None or negative is not None:
-            save_decoding(folder, self.decoding, negative_model=negative)
-        else:
+        if self.negative_model is None and (folder / NEGATIVE).is_dir():
+            check_stage_folder(folder / NEGATIVE)
+            shutil.rmtree(folder / NEGATIVE)
+        if self._decoding is None:
             (folder / "decoding.json").unlink(missing_ok=True)
+        else:
+            save_decoding(folder, self._decoding)
         write_card(folder, known=known if known.get("fingerprints") == fingerprints(folder) else None)
 
     @property
