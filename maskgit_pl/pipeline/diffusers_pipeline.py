@@ -83,7 +83,7 @@ class MaskGITTransformer(_Network):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        pretrained, self.origin = load_transformer(folder), folder.parent
+        pretrained = load_transformer(folder)
         decoding = read_decoding(folder.parent) or pretrained.decoding
         self.pretrained = dataclasses.replace(pretrained, decoding=decoding)
         self.network = pretrained.network
@@ -116,12 +116,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
     @property
     def maskgit(self) -> MaskGIT:
         """The two networks as a ``MaskGIT``, which also edits images."""
-        return MaskGIT(
-            self.tokenizer.pretrained,
-            self.transformer.pretrained,
-            pack_weights=self.device.type == "cpu",
-            origin=self.transformer.origin,
-        )
+        is_on_cpu = self.device.type == "cpu"
+        return MaskGIT(self.tokenizer.pretrained, self.transformer.pretrained, pack_weights=is_on_cpu)
 
     def __call__(
         self,

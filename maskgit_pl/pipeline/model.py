@@ -75,7 +75,6 @@ class MaskGIT:
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
             on a CPU; see ``networks.kernels``.
-        origin: Pretrained folder of the networks, whose facts go into the card that ``save_pretrained`` writes.
 
     Attributes:
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
@@ -93,7 +92,6 @@ class MaskGIT:
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
-        origin: Path | None = None,
     ) -> None:
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -110,7 +108,7 @@ class MaskGIT:
             )
         self.tokenizer, self.transformer = tokenizer, transformer
         self.vector_pool: VectorPool | None = None
-        self._decoding, self._origin, self._pack_weights = decoding, origin, pack_weights
+        self._decoding, self._pack_weights = decoding, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
         transformer.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
@@ -159,7 +157,6 @@ class MaskGIT:
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
-            origin=folder,
         )
         return pipe.to(device, dtype=dtype)
 
@@ -174,8 +171,9 @@ class MaskGIT:
             ValueError: if weights are not finite.
         """
         # The folder may be the one that was loaded: its facts are read before it is overwritten.
-        folder, origin = Path(folder), self._origin
-        known = {} if origin is None or not (origin / "config.json").is_file() else read_config(origin, "pipeline")
+        folder, known, source = Path(folder), {}, self.transformer.folder
+        if source is not None and (source.parent / "config.json").is_file():
+            known = read_config(source.parent, "pipeline")
         network = self.tokenizer.network
         save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
         tokenizer = fingerprint(folder / "tokenizer")
