@@ -289,7 +289,11 @@ def describe(spec: str | Mapping[str, Any] | None) -> str:
     """Returns a short text for a spec of ``Registry.build``, such as ``remdm (eta 0.4)``."""
     if spec is None or isinstance(spec, str):
         return str(spec)
-    arguments = ", ".join(f"{key} {value}" for key, value in spec.items() if key != "name")
+    arguments = ", ".join(
+        f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in spec.items()
+        if key != "name"
+    )
     return f"{spec.get('name')} ({arguments})" if arguments else str(spec.get("name"))
 
 

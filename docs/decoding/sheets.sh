@@ -31,7 +31,7 @@ PYTHON
 "$maskgit" edit "$run" "$images/generated/shirt.png" --box 0,12,28,28 --class Pullover --seed 4 --out "$out/edit.png"
 "$maskgit" outpaint "$run" "$images/front.png" --right 12 --class Sneaker --seed 8 --out "$out/outpaint-right.png"
 "$maskgit" outpaint "$run" "$images/upper.png" --down 12 --class T-shirt/top --out "$out/outpaint-down.png"
-"$maskgit" outpaint "$colour" "$images/coast.png" --all 8 --class "Southern South America" --out "$out/outpaint-all.png"
+"$maskgit" outpaint "$colour" "$images/coast.png" --left 8 --right 8 --up 8 --down 8 --class "Southern South America" --out "$out/outpaint-all.png"
 "$maskgit" panorama "$colour" --classes "Arctic Canada,Central America,Middle East" --width 160 --seed 3 --out "$out/panorama.png" \
     --filmstrip "$out/panorama-filmstrip.png"
 "$maskgit" sample "$run" --classes Sneaker --per-class 1 --seed 3 --choice-temperature 9 \

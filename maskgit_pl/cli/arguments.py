@@ -2,7 +2,7 @@
 
 A command is an ordinary function, which Python can call too::
 
-    def panorama(folder: Run, *, width: int, overlap: float = 0.5, pictures: Pictures) -> None:
+    def panorama(folder: Run, *, width: int, seed: int = 0, pictures: Pictures) -> None:
         '''Generates images of any width.
 
         A window slides over a canvas of tokens and fills it.

@@ -16,7 +16,9 @@ from maskgit_pl.pipeline.options import MAX_RESULTS, DecodingSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from maskgit_pl.decoding import DecodingConfig
     from maskgit_pl.pipeline import MaskGIT
+    from maskgit_pl.pipeline.display import Recording
 
 ImageFile = Annotated[Path, Word("IMAGE")]
 Pixels = Annotated[int, Word("PIXELS")]
@@ -58,19 +60,17 @@ class Variants:
         seed: Seed of the first result; result i has seed + i (default: 0).
         batch_size: Results decoded at a time.
         blend: Blur the seam; --no-blend keeps every pixel outside the region unchanged (default: --blend).
-        dilation: Tokens by which the region grows on each side (default: 1 inside an image, 0 beyond its borders).
     """
 
     variants: int = 4
     seed: int = 0
     batch_size: int = 100
     blend: bool = True
-    dilation: int | None = None
 
     @property
-    def seam(self) -> dict[str, Any]:
-        """The options of the methods of ``MaskGIT`` that paste a region into an image."""
-        return {"dilation": self.dilation, "blend": None if self.blend else 0.0}
+    def seam(self) -> float | None:
+        """The blur of the seam in pixels; None is the model's own."""
+        return None if self.blend else 0.0
 
 
 def inpaint(
@@ -100,7 +100,7 @@ def inpaint(
     check_one_of(box=region.box, mask=region.mask, required=True)
     pipe = model.open(folder)
     pixels, mask = region.read(image, pipe)
-    task = partial(pipe.inpaint, pixels, mask, **variants.seam)
+    task = partial(pipe.inpaint, pixels, mask, blend=variants.seam)
     _edit(pipe, task, pixels, mask, image, class_, variants, decoding_settings, pictures, out)
 
 
@@ -133,11 +133,10 @@ def edit(
         out: Picture of the image and all results.
     """
     check_one_of(box=region.box, mask=region.mask, strength=strength, required=True)
-    check_one_of(dilation=variants.dilation, strength=strength)
     check_one_of(no_blend=not variants.blend, strength=strength)
     pipe = model.open(folder)
     pixels, mask = region.read(image, pipe)
-    task = partial(pipe.inpaint, pixels, mask, **variants.seam)
+    task = partial(pipe.inpaint, pixels, mask, blend=variants.seam)
     if strength is not None:
         task = partial(pipe.edit, pixels, strength=strength)
     _edit(pipe, task, pixels, mask, image, class_, variants, decoding_settings, pictures, out)
@@ -148,18 +147,16 @@ class Sides:
     """The pixels that are added on each side; they must be a multiple of the pixels of a token.
 
     Args:
-        left: Pixels to add on the left (default: that of --all, or 0).
-        right: Pixels to add on the right (default: that of --all, or 0).
-        up: Pixels to add above (default: that of --all, or 0).
-        down: Pixels to add below (default: that of --all, or 0).
-        all: Pixels to add on each side that is not given.
+        left: Pixels to add on the left.
+        right: Pixels to add on the right.
+        up: Pixels to add above.
+        down: Pixels to add below.
     """
 
-    left: Pixels | None = None
-    right: Pixels | None = None
-    up: Pixels | None = None
-    down: Pixels | None = None
-    all: Pixels = 0
+    left: Pixels = 0
+    right: Pixels = 0
+    up: Pixels = 0
+    down: Pixels = 0
 
 
 def outpaint(
@@ -167,7 +164,6 @@ def outpaint(
     image: ImageFile,
     *,
     class_: str | None = None,
-    overlap: float = 0.5,
     out: Picture = Path("outpainted.png"),
     sides: Sides = Sides(),
     variants: Variants = Variants(),
@@ -185,21 +181,16 @@ def outpaint(
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or fashion-mnist-demo.
         image: JPEG, PNG or WebP file, of any size.
         class_: Class name or index (default: no class).
-        overlap: Fraction of a window that is known before it is decoded.
         out: Picture of the image and all results.
     """
     from maskgit_pl.pipeline.regions import Margins, image_pixels
 
-    added: dict[str, Any] = {
-        name: sides.all if getattr(sides, name) is None else getattr(sides, name)
-        for name in ("left", "right", "up", "down")
-    }
-    margins, pipe = Margins(**added), model.open(folder)
+    margins, pipe = Margins(**vars(sides)), model.open(folder)
     pixels = image_pixels(image, channels=pipe.tokenizer.channels)
     margins.check(pixels.shape[-2:], factor=pipe.tokenizer.token_size, least=pipe.tokenizer.image_size)
     # (H + up + down, W + left + right): the image on the canvas, and True outside of it.
     original, outside = margins.pad(pixels, size=1), margins.outside(*pixels.shape[-2:])
-    task = partial(pipe.outpaint, pixels, overlap=overlap, **added, **variants.seam)
+    task = partial(pipe.outpaint, pixels, **vars(sides), blend=variants.seam)
     _edit(pipe, task, original, outside, image, class_, variants, decoding_settings, pictures, out)
 
 
@@ -217,36 +208,21 @@ def _edit(
 ) -> None:
     """Generates the results of an edit, draws them beside the original and the region, and writes all files.
 
-    Args:
-        pipe: Model.
-        task: Method of the model with its image.
-        original: (C, H, W) uint8, on its canvas.
-        mask: (H, W) bool, the region that the user named; the picture also shows the larger one of whole tokens.
-        file: File of the image, for the title.
-        class_: Class of the results; None is "no class".
-        variants: Number, seeds and batches of the results.
-        settings: Decoding settings that differ from the model's own.
-        pictures: Files beside the picture ``out``.
-        out: Picture to write.
+    ``original`` (C, H, W) uint8 is on the canvas of the results, and ``mask`` (H, W) bool is the region that the user
+    named; the picture also shows the larger one of whole tokens.
     """
     from maskgit_pl.pipeline import display, grids, regions
 
     label, decoding = None if class_ is None else pipe.classes.parse(class_), pipe.decoding_with(**settings)
     count = check_integer("variants", variants.variants, f"[1, {MAX_RESULTS}]")
     labels, seeds = [label] * count, [variants.seed + number for number in range(count)]
-    with record_steps(task.func.__name__, count) as (after_step, steps):
-        images: Tensor = task(
-            classes=labels,
-            seed=seeds,
-            batch_size=variants.batch_size,
-            decoding=decoding,
-            callback=after_step,
-            output_type="pt",
-        )
-    size = height, width = mask.shape[0], mask.shape[1]
-    grid = pipe.tokenizer.network.config.grid(size)
-    unknown = steps[0].was_masked[0].view(grid).cpu()  # of the first result
     described = "no class" if label is None else f"class {printable(pipe.class_names[label])}"
+    images, recording = _generate(
+        pipe, task, labels, seeds, [described] * count, variants.batch_size, decoding, requested=mask
+    )
+    height, width = mask.shape
+    grid = pipe.tokenizer.network.config.grid((height, width))
+    unknown = recording.steps[0].was_masked[0].view(grid).cpu()  # of the first result
     sheet = grids.edit_sheet(
         original,
         images,
@@ -255,19 +231,38 @@ def _edit(
         title=f"{file.name}: {described}, {display.describe_settings(decoding)}",
         captions=[f"seed {seed}" for seed in seeds],
     )
-    is_canvas, shown = size != height_width(pipe.tokenizer.image_size), len(steps[0].tokens)
     tokens = f"{int(unknown.sum())} of {unknown.numel()} tokens generated"
-    summary = f"{count_text(count, 'variant')} of {described}, {f'{width} x {height} pixels' if is_canvas else tokens}"
-    recording = display.Recording(
-        steps,
-        pipe.tokenizer,
-        decoding,
-        [described] * shown,
-        seeds[:shown],
-        grid if is_canvas else None,
-        mask,
-    )
+    size = tokens if recording.grid is None else f"{width} x {height} pixels"
+    summary = f"{count_text(count, 'variant')} of {described}, {size}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)
+
+
+def _generate(
+    pipe: MaskGIT,
+    task: partial[Any],
+    labels: list[Any],
+    seeds: list[int],
+    names: list[str],
+    batch_size: int,
+    decoding: DecodingConfig,
+    *,
+    requested: Tensor | None = None,
+) -> tuple[Tensor, Recording]:
+    """Calls a method of the model; returns the images (n, C, H, W) uint8, and the decoding of the first ones."""
+    from maskgit_pl.pipeline.display import Recording  # which imports torch
+
+    with record_steps(task.func.__name__, len(labels)) as (after_step, steps):
+        images: Tensor = task(
+            classes=labels,
+            seed=seeds,
+            batch_size=batch_size,
+            decoding=decoding,
+            callback=after_step,
+            output_type="pt",
+        )
+    size, shown = (images.shape[-2], images.shape[-1]), len(steps[0].tokens)
+    grid = None if size == height_width(pipe.tokenizer.image_size) else pipe.tokenizer.network.config.grid(size)
+    return images, Recording(steps, pipe.tokenizer, decoding, names[:shown], seeds[:shown], grid, requested)
 
 
 def panorama(
@@ -276,7 +271,6 @@ def panorama(
     classes: Annotated[str, Word("A,B,...")] = "all",
     width: Pixels,
     height: Pixels | None = None,
-    overlap: float = 0.5,
     seed: int = 0,
     batch_size: int = 100,
     out: Picture = Path("panorama.png"),
@@ -295,7 +289,6 @@ def panorama(
         classes: Class names or indices, or all (default: all, at most 10).
         width: Width of each image.
         height: Height of each image (default: that of the model's images).
-        overlap: Fraction of a window that is known before it is decoded.
         seed: Seed of the first image; image i has seed + i (default: 0).
         batch_size: Images per batch.
         out: Picture of all images.
@@ -304,26 +297,14 @@ def panorama(
 
     pipe = model.open(folder)
     labels, decoding = pipe.classes.parse_list(classes), pipe.decoding_with(**decoding_settings)
-    with record_steps("panorama", len(labels)) as (after_step, steps):
-        images: Any = pipe.panorama(
-            labels,
-            width,
-            height=height,
-            overlap=overlap,
-            output_type="pt",
-            seed=seed,
-            batch_size=batch_size,
-            callback=after_step,
-            decoding=decoding,
-        )
-    height, shown = images.shape[-2], len(steps[0].tokens)
     names, seeds = [pipe.class_names[label] for label in labels], [seed + row for row in range(len(labels))]
+    task = partial(pipe.panorama, width=width, height=height)
+    images, recording = _generate(pipe, task, labels, seeds, names, batch_size, decoding)
+    height = images.shape[-2]
     captions = [f"{name}, seed {number}" for name, number in zip(names, seeds, strict=True)]
     sheet = grids.image_grid(images, columns=1, row_captions=captions, scale=max(1, grids.TILE_SIZE // height))
     size = f"{width} x {height} pixels"
     windows = f"{size} in windows of {pixels_text(pipe.tokenizer.image_size)}"
     sheet = grids.add_title(sheet, f"{windows}: {display.describe_settings(decoding)}")
-    grid = pipe.tokenizer.network.config.grid((height, width))
-    recording = display.Recording(steps, pipe.tokenizer, decoding, names[:shown], seeds[:shown], grid)
     summary = f"{count_text(len(images), 'image')} of {size}"
     pictures.write(out, sheet, summary, images=images, labels=labels, seeds=seeds, recording=recording)

@@ -125,7 +125,6 @@ def import_jax(
     transformer: File | None = None,
     out: Folder,
     image_size: Annotated[int, Word("256|512")] | None = None,
-    class_names: File | None = None,
 ) -> None:
     """Converts released JAX checkpoints to a pretrained folder.
 
@@ -139,20 +138,18 @@ def import_jax(
         transformer: Such as maskgit_imagenet256_checkpoint.
         out: Pretrained folder to write.
         image_size: Side of the images in pixels without a transformer (default: 256).
-        class_names: File with one class name per line (default: ImageNet's names for 1000 classes, else numbers).
     """
     from maskgit_pl.importers import released
 
-    print(released.import_jax(tokenizer, out, transformer=transformer, image_size=image_size, class_names=class_names))
+    print(released.import_jax(tokenizer, out, transformer=transformer, image_size=image_size))
 
 
 def import_tokenizer(
     file: File,
     *,
     out: Folder,
-    image_size: Annotated[int, Word("PIXELS")] | None = None,
+    image_size: Annotated[int, Word("PIXELS")] = 256,
     layout: LayoutName | None = None,
-    signed_images: bool | None = None,
 ) -> None:
     """Converts a released tokenizer, such as taming-transformers' or MaskBit's.
 
@@ -163,15 +160,13 @@ def import_tokenizer(
     Args:
         file: Checkpoint: .ckpt, .pt, .bin or .safetensors, or a folder that diffusers saved.
         out: Pretrained folder; DIR/tokenizer is written.
-        image_size: Side of the images in pixels (default: as config.json of diffusers says, else 256).
+        image_size: Side of the images in pixels.
         layout: Project that wrote the file (default: by the names of its tensors); IBQ and
             taming-transformers have the same names.
-        signed_images: The network expects images in [-1, 1]; with --no-signed-images, in [0, 1] (default: as in the
-            published networks; only those of taming-transformers, LlamaGen, diffusers and IBQ have the choice).
     """
     from maskgit_pl.importers import tokenizers
 
-    print(tokenizers.import_tokenizer(file, out, image_size=image_size, layout=layout, signed_images=signed_images))
+    print(tokenizers.import_tokenizer(file, out, image_size=image_size, layout=layout))
 
 
 def import_transformer(
@@ -180,7 +175,6 @@ def import_transformer(
     tokenizer: Folder,
     out: Folder,
     num_heads: int | None = None,
-    class_names: File | None = None,
 ) -> None:
     """Converts a transformer of Halton-MaskGIT or MaskGIL.
 
@@ -195,8 +189,7 @@ def import_transformer(
         tokenizer: Folder of its tokenizer, as maskgit import-tokenizer writes it.
         out: Pretrained folder to write.
         num_heads: Attention heads, for a network of another size than the published ones.
-        class_names: File with one class name per line (default: ImageNet's names for 1000 classes, else numbers).
     """
     from maskgit_pl.importers import transformers
 
-    print(transformers.import_transformer(file, out, tokenizer=tokenizer, num_heads=num_heads, class_names=class_names))
+    print(transformers.import_transformer(file, out, tokenizer=tokenizer, num_heads=num_heads))

@@ -112,15 +112,13 @@ class ModelFlags:
         dtype: Arithmetic of both networks; auto: bfloat16 on devices with instructions for it, else float32
             (default: auto on a GPU, else that of the weights).
         compiled: Compile the transformer, which takes a minute and pays off for thousands of images on a GPU.
-        decoding: Read all settings from a decoding.json; other flags override it.
         negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
-            run or a folder of `maskgit export` (default: that of decoding.json, or none).
+            run or a folder of `maskgit export` (default: that of the folder, or none).
     """
 
     device: Device | None = None
     dtype: Dtype | None = None
     compiled: bool = False
-    decoding: Annotated[Path, Word("FILE.json")] | None = None
     negative_model: Folder | None = None
 
     def open(self, folder: Path, *, local_rank: int | None = None) -> MaskGIT:
@@ -135,7 +133,6 @@ class ModelFlags:
         device = self.device or default_device(local_rank=local_rank)
         pipe = pipeline.MaskGIT.from_pretrained(
             folder,
-            decoding=self.decoding,
             negative_model=self.negative_model,
             device=check_device(device),
             dtype=parse_dtype(self.dtype, device),

@@ -85,7 +85,7 @@ def sample(
     if vectors is not None:
         count = _give_vectors(pipe, vectors, first_seed=seed)
     if num_images is None:
-        options = {"batch_size": batch_size, "negative_classes": negative, "decoding": decoding}
+        options = {"batch_size": batch_size, "negative_class": negative, "decoding": decoding}
         _generate(pipe, labels, per_class or count, seed, pictures, out, **options)
         return
     from maskgit_pl.evaluation.acceptance import Acceptance
@@ -111,7 +111,6 @@ def sample(
 def web(
     folder: Run = Path("fashion-mnist-demo"),
     *,
-    host: Annotated[str, Word("ADDRESS")] = "127.0.0.1",
     port: int = 7860,
     device: Device | None = None,
 ) -> None:
@@ -124,14 +123,12 @@ def web(
 
     Args:
         folder: Run folder (runs/NAME), pretrained folder, owner/name on the Hub, or a model in the package.
-        host: Address that the page is bound to; others than 127.0.0.1 let other machines use it, without a
-            password. 0.0.0.0 and :: are all addresses of this machine.
-        port: Port of the page.
+        port: Port of the page, which only this machine can open.
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
     """
     from maskgit_pl.web.server import serve
 
-    serve(folder, host=host, port=port, device=device)
+    serve(folder, port=port, device=device)
 
 
 def _give_vectors(pipe: MaskGIT, file: Path, *, first_seed: int) -> int:

@@ -58,7 +58,7 @@ class ModelOptions(MeasurementOptions):
         dtype: Arithmetic of the transformer; auto: bfloat16 on devices with instructions for it, else float32
             (default: auto on a GPU, else that of the weights).
         negative_model: Weaker model that guidance moves away from, such as an early checkpoint of the run: a
-            run or a folder of `maskgit export` (default: that of decoding.json, or none).
+            run or a folder of `maskgit export` (default: that of the folder, or none).
     """
 
     seed: int = 0

@@ -48,7 +48,7 @@ from maskgit_pl.evaluation.pages import Page, heading, markdown_table, metric_ce
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import refresh_card
-from maskgit_pl.pipeline.pretrained import save_decoding
+from maskgit_pl.pipeline.pretrained import NEGATIVE, copy_stage_folder, save_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.randomness import random_bits
@@ -278,8 +278,9 @@ def tune(
         "split": "val",
         "commit": describe_environment()["commit"],
     }
-    negative = None if pipe.negative_model is None else pipe.negative_model.folder
-    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned, negative_model=negative)
+    if pipe.negative_model is not None and pipe.negative_model.folder is not None:
+        copy_stage_folder(pipe.negative_model.folder, folders.pretrained / NEGATIVE)
+    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
     return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
 

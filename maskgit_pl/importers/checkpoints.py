@@ -28,19 +28,14 @@ from maskgit_pl.networks.weights import check_archive, check_held, check_tensor,
 Array: TypeAlias = npt.NDArray[Any]
 
 _DIFFUSERS = tuple(f"diffusion_pytorch_model.{ending}" for ending in ("safetensors", "fp16.safetensors", "bin"))
-# Format -> its name for people, and how its files begin. The first bytes of msgpack are the least distinctive.
-_FORMATS = {  # the first that matches counts
-    "safetensors": ("a safetensors file", rb"(?s:.{4})\x00{4}\{"),  # the length of the header, below 2^32
-    "lfs": ("a Git LFS pointer; fetch the weights with `git lfs pull`", rb"version https://git-lfs"),
-    "html": ("a web page; the download went wrong", rb"\s*<"),
-    "pickle": ("a Python pickle", rb"\x80[\x02-\x05]"),
-    "zip": ("a zip archive, as torch.save and numpy.savez write them", rb"PK\x03\x04"),
-    "gzip": ("a gzip archive; unpack it first", rb"\x1f\x8b"),
-    "tar": ("a tar archive; unpack it first", rb"(?s:.{257})ustar"),
-    "msgpack": ("", rb"[\x80-\x8f\xde\xdf]"),
+_FORMATS = {  # how files begin; the first that matches counts, and msgpack is the least distinctive
+    "safetensors": rb"(?s:.{4})\x00{4}\{",  # the length of the header, below 2^32
+    "pickle": rb"\x80[\x02-\x05]",
+    "zip": rb"PK\x03\x04",
+    "msgpack": rb"[\x80-\x8f\xde\xdf]",
 }
 _WEIGHTS = ("model_state_dict", "state_dict", "ema", "model")  # entries; as in LlamaGen, its average before "model"
-_HEAD = 512  # bytes; a pointer of Git LFS is shorter
+_HEAD = 24  # bytes of a file that tell its format, or what else it is
 
 # Classes that training programs store beside weights: numpy's are learning rates and scores, the types are
 # those in containers of omegaconf.
@@ -202,10 +197,12 @@ def _check_format(path: Path, description: str, *accepted: str) -> str:
         raise FileNotFoundError(f"checkpoint {path}: no such file; download it, or name another")
     with path.open("rb") as stream:
         head = stream.read(_HEAD)
-    formats = ((name, text) for name, (text, beginning) in _FORMATS.items() if re.match(beginning, head))
-    kind, text = next(formats, ("", ""))
+    kind = next((name for name, beginning in _FORMATS.items() if re.match(beginning, head)), "another format")
     if kind not in accepted:
-        raise ValueError(f"{rule}, got {text or f'one that begins with {head[:8]!r}'}")
+        raise ValueError(
+            f"{rule}, got {kind} that begins with {head!r}; unpack it, or download it again (for a pointer of Git "
+            "LFS: `git lfs pull`)"
+        )
     return kind
 
 

@@ -2,13 +2,12 @@
 
 A project is a list of ``Rule``. ``convert`` compares the names and shapes of a file with those that follow from our
 network, which is built without memory, before it takes memory for a tensor. The sizes of a network are read off the
-shapes of a file. Released checkpoints hold no class names, so that they are given here too. Used by all importers.
+shapes of a file. Used by all importers.
 """
 
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,6 @@ from maskgit_pl.pipeline.pretrained import fingerprint, save_tokenizer, save_tra
 from maskgit_pl.registry import describe
 
 _IMAGENET_CLASSES = 1000
-_RECIPE, _CODES, _GRID = "paper-256", 1024, (16, 16)  # a recipe, and the sizes that it sets
 
 
 @dataclass(frozen=True)
@@ -192,41 +190,26 @@ class Imported:
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
-        """Returns sizes, entries that were left out, notes, and the next commands."""
+        """Returns sizes, entries that were left out, notes, and the next command."""
         config, (height, width) = self.tokenizer, height_width(self.image_size)
         rows, columns = config.grid(self.image_size)
         weights = self.weights if self.transformer is None else self.transformer.weights
         lines = [
             f"{self.folder}: {self.layout} layout, {sum(map(Tensor.numel, weights.values())):,} parameters",
-            f"  images    {config.in_channels} x {height} x {width} -> {rows} x {columns} tokens"
-            f"{'' if config.signed_images else ', in [0, 1] inside'}",
-            f"  codebook  {config.codebook_size} codes of size {config.code_dim}, quantizer "
-            f"{describe(config.quantizer)}",
-            f"  tokenizer channels {' '.join(map(str, config.widths))}, {config.num_res_blocks} blocks a level",
+            f"  images    {config.in_channels} x {height} x {width} -> {rows} x {columns} tokens of "
+            f"{config.codebook_size} codes",
         ]
+        following = f"tokenize --dataset NAME --recipe RECIPE --tokenizer {self.folder / 'tokenizer'}"
         if self.transformer is not None:
-            network, decoding, names = self.transformer.config, self.transformer.decoding, self.transformer.class_names
+            network, decoding = self.transformer.config, self.transformer.decoding
             lines += [
-                f"  network   {network.backbone}, {network.num_blocks} blocks",
-                f"  classes   {network.num_classes}, {names[0]!r} to {names[-1]!r}",
+                f"  network   {network.backbone}, {network.num_blocks} blocks, {network.num_classes} classes",
                 f"  decoding  {decoding.num_steps} steps, {describe(decoding.token_selector)}, guidance "
                 f"{describe(decoding.guidance)}",
             ]
+            following = f"sample {self.folder} --classes 0,{network.num_classes - 1}"
         lines.append(f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}")
-        return "\n".join([*lines, *(f"  note      {note}" for note in self.notes), *self._next()])
-
-    def _next(self) -> list[str]:
-        """Returns the next commands: sample, or make tokens and train a transformer on them."""
-        if self.transformer is not None:
-            return [f"next: maskgit sample {self.folder} --classes 0,{self.transformer.config.num_classes - 1}"]
-        config, grid = self.tokenizer, self.tokenizer.grid(self.image_size)
-        words = ["--dataset", "NAME", "--recipe", _RECIPE, "--tokenizer", str(self.folder / "tokenizer")]
-        if config.codebook_size != _CODES:
-            words += ["--model.network.codebook_size", str(config.codebook_size)]
-        if grid != _GRID:
-            words += ["--model.network.grid", f"[{grid[0]},{grid[1]}]"]
-        options = shlex.join(words)
-        return [f"next: maskgit tokenize {options}", f"then: maskgit train transformer {options}"]
+        return "\n".join([*lines, *(f"  note      {note}" for note in self.notes), f"next: maskgit {following}"])
 
 
 def write_import(imported: Imported) -> Imported:
@@ -267,35 +250,11 @@ def check_out(folder: Path) -> None:
     resolve_folder("--out", folder)
 
 
-def choose_class_names(class_names: Path | Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the classes of an imported transformer, whose file has none.
+def choose_class_names(num_classes: int) -> tuple[str, ...]:
+    """Returns the class names of an imported transformer, whose file has none: ImageNet's for 1000, else numbers."""
+    if num_classes != _IMAGENET_CLASSES:
+        return tuple(map(str, range(num_classes)))
+    from timm.data.imagenet_info import ImageNetInfo  # half of the import time of an importer
 
-    Args:
-        class_names: One name per class, or a text file with one name per line; None for ImageNet's names if there
-            are 1000 classes, otherwise numbers.
-        num_classes: Number of classes of the transformer.
-
-    Raises:
-        ValueError: if there is no such file in UTF-8, the number of names is wrong, or one is empty.
-    """
-    if class_names is None and num_classes == _IMAGENET_CLASSES:
-        from timm.data.imagenet_info import ImageNetInfo  # half of the import time of an importer
-
-        info = ImageNetInfo()  # in the order of the synset ids of ILSVRC 2012
-        return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(num_classes))
-    if isinstance(class_names, Path):
-        try:
-            # Windows writes a byte order mark.
-            class_names = [line.strip() for line in class_names.read_text(encoding="utf-8-sig").splitlines()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"class names {class_names} must be a text in UTF-8, one name per line, got {error}"
-            ) from error
-    names = tuple(map(str, range(num_classes)) if class_names is None else class_names)
-    if len(names) != num_classes or not all(name.strip() for name in names):
-        empty = sum(not name.strip() for name in names)
-        raise ValueError(
-            f"class names must be {num_classes}, one for each class of the transformer, got {len(names)}, {empty} of "
-            "them empty; change the list, or leave it out"
-        )
-    return names
+    info = ImageNetInfo()  # in the order of the synset ids of ILSVRC 2012
+    return tuple(info.index_to_description(number).partition(",")[0].strip() for number in range(num_classes))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -92,7 +92,6 @@ def import_jax(
     *,
     transformer: Path | None = None,
     image_size: int | None = None,
-    class_names: Path | Sequence[str] | None = None,
 ) -> Imported:
     """Writes a pretrained folder from released checkpoints.
 
@@ -101,12 +100,10 @@ def import_jax(
         out: Folder to make.
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
         image_size: Side of the images in pixels, 256 by default. With a transformer it follows from its grid.
-        class_names: See ``conversion.choose_class_names``.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if a file is of another kind or damaged, parts do not belong together, or the number of names is
-            wrong.
+        ValueError: if a file is of another kind or damaged, or parts do not belong together.
         FileExistsError: if ``out`` exists.
     """
     check_out(out)
@@ -120,7 +117,7 @@ def import_jax(
             arrays, more_ignored = _read(transformer)
             config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
             state = transformer_weights(arrays, config)
-        names, ignored = choose_class_names(class_names, config.num_classes), [*ignored, *more_ignored]
+        names, ignored = choose_class_names(config.num_classes), [*ignored, *more_ignored]
         imported = ImportedTransformer(config, state, _MASK_SCHEDULE, _decoding(config), names)
         size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
     return write_import(Imported(out, "google-research/maskgit", vqgan, weights, size, imported, ignored=ignored))

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import ImageSize, check_image_size, shorten
+from maskgit_pl.checks import ImageSize, shorten
 from maskgit_pl.files import read_json
 from maskgit_pl.importers import TOKENIZER_LAYOUTS
 from maskgit_pl.importers.checkpoints import (
@@ -49,8 +49,6 @@ _AVERAGE = "model_ema."
 _CODEBOOK = "quantize.embedding.weight"  # of all projects with a table of codes
 _MAX_BITS = 24  # the largest codebook that a configuration accepts
 _GROUPS = 32  # groups of every GroupNorm, unless config.json sets another number
-_IMAGE_SIZE = 256  # px, of most published tokenizers
-_DIFFUSERS_SIZE = 32  # px, the default of diffusers, which files of 256 and 512 px hold too: it tells nothing
 _SAME_NAMES = "tokenizers of IBQ have the same names, but choose other codes; if this is one, import with --layout IBQ"
 _OF_TAMING = (  # tensors beside the network
     "loss.",  # discriminator and perceptual network of Lightning checkpoints
@@ -389,9 +387,8 @@ def import_tokenizer(
     file: Path,
     out: Path,
     *,
-    image_size: ImageSize | None = None,
+    image_size: ImageSize = 256,
     layout: str | None = None,
-    signed_images: bool | None = None,
 ) -> Imported:
     """Writes ``out/tokenizer`` from a checkpoint.
 
@@ -403,11 +400,8 @@ def import_tokenizer(
     Args:
         file: A ``.ckpt``, ``.pt``, ``.bin`` or ``.safetensors`` file of a tokenizer, or a folder of diffusers.
         out: Pretrained folder to make.
-        image_size: Side, or (height, width), of the images that it will encode, in pixels. Default: that of
-            diffusers' ``config.json``, otherwise 256.
+        image_size: Side, or (height, width), of the images that it will encode, in pixels.
         layout: Name of the layout, such as ``IBQ``; by default the one that the names of the tensors tell.
-        signed_images: True if the network expects images in [-1, 1], False if in [0, 1]; by default as in the published
-            networks. Only networks of taming-transformers, LlamaGen, diffusers and IBQ have the choice.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -434,14 +428,10 @@ def import_tokenizer(
         for key, value in _SETTINGS.items():
             if settings.get(key, value) != value:
                 raise ValueError(f"{key} of config.json must be {value!r}, got {shorten(settings[key])}")
-        size, notes = _choose_size(image_size, settings.get("sample_size", _DIFFUSERS_SIZE))
-        if signed_images is not None:
-            config = replace(config, signed_images=signed_images)
         weights = kind.convert(tensors, config)
     # 4.
-    if kind is TAMING:
-        notes.append(_SAME_NAMES)
-    return write_import(Imported(out, kind.name, config, weights, size, ignored=(*beside, *ignored), notes=notes))
+    notes = [_SAME_NAMES] if kind is TAMING else []
+    return write_import(Imported(out, kind.name, config, weights, image_size, ignored=(*beside, *ignored), notes=notes))
 
 
 def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> TokenizerLayout:
@@ -484,16 +474,3 @@ def _average_tensors(tensors: Mapping[str, Tensor], contents: Mapping[str, Any])
     if missing:
         raise ValueError(f"averaged tensors are missing: {name_some(missing)}")
     return {name: contents[average] for name, average in names.items()}
-
-
-def _choose_size(requested: ImageSize | None, declared: Any) -> tuple[ImageSize, list[str]]:
-    """Returns the size of the images, and a note if it is assumed."""
-    if requested is not None:
-        return requested, []
-    if declared != _DIFFUSERS_SIZE:
-        return check_image_size("sample_size of config.json", declared, "[1, 8192]"), []
-    note = (
-        f"no file gives the size of the images (a sample_size of {_DIFFUSERS_SIZE} is the default of diffusers): "
-        f"{_IMAGE_SIZE} px are assumed; name another with --image-size"
-    )
-    return _IMAGE_SIZE, [note]

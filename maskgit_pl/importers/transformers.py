@@ -38,7 +38,6 @@ from maskgit_pl.importers.conversion import (
     write_import,
 )
 from maskgit_pl.networks.adaln import AdaLNConfig
-from maskgit_pl.networks.weights import check_held
 from maskgit_pl.pipeline.pretrained import load_tokenizer
 
 _MASK_SCHEDULE = "arccos"  # both projects: default of --sched-mode in main.py, and of get_mask_code in training
@@ -50,7 +49,7 @@ _HALTON_SCALES = {(384, 6): 1.5, (512, 12): 1.0, (768, 12): 0.7, (1024, 24): 0.5
 _HALTON_SCALE = 2.0  # of the example in its README; for networks without a published figure
 _MASKGIL_HEADS = {(768, 12): 12, (1024, 24): 16, (1280, 36): 20, (1536, 48): 24}  # B, L, XL, XXL
 _MASKGIL_SCALE, _CHOICE_TEMPERATURE = 4.0, 4.5  # cfg_scale, r_temp
-_TABLE, _COPY = "tok_emb.weight", "head.weight"  # Halton-MaskGIT: two names of the token embedding
+_COPY = "head.weight"  # Halton-MaskGIT: a second name of tok_emb.weight
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,6 @@ def import_transformer(
     *,
     tokenizer: Path,
     num_heads: int | None = None,
-    class_names: Path | Sequence[str] | None = None,
 ) -> Imported:
     """Writes a pretrained folder from a checkpoint of a transformer and its tokenizer.
 
@@ -94,7 +92,6 @@ def import_transformer(
         out: Pretrained folder to make.
         tokenizer: Folder of its tokenizer, or a pretrained folder that holds one, as ``import_tokenizer`` writes it.
         num_heads: Number of attention heads; by default that of the published network of this size.
-        class_names: See ``conversion.choose_class_names``.
 
     Raises:
         FileNotFoundError: if a file or folder is missing.
@@ -110,14 +107,9 @@ def import_transformer(
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     with name_file(file):
         # 2.
-        tensors, _ = select_tensors(contents)
+        tensors, _ = select_tensors(contents, (_COPY,))
         layout = transformer_layout_of(tensors)
-        size, copy = file.stat().st_size, tensors.pop(_COPY, None)
-        check_weights(tensors, size)
-        if copy is not None and _TABLE in tensors:
-            check_held({_COPY: copy}, size)  # before a comparison reads all of it
-            if not torch.equal(copy, tensors[_TABLE]):
-                raise ValueError(f"tensor {_COPY} must equal {_TABLE}: the network has one table for both")
+        check_weights(tensors, file.stat().st_size)
         config = layout.read_config(tensors, source.grid, num_heads)
         # 3.
         weights = layout.convert(tensors, config)
@@ -131,7 +123,7 @@ def import_transformer(
     image_size = source.image_size
     if config.grid != source.grid:
         image_size = config.grid[0] * vqgan.downsampling_factor  # the grid of a table of positions is square
-    names, decoding = choose_class_names(class_names, config.num_classes), layout.decoding(config)
+    names, decoding = choose_class_names(config.num_classes), layout.decoding(config)
     transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
     state = source.network.state_dict()
     return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer, ignored=beside))
@@ -194,11 +186,6 @@ _HALTON = (
 
 def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
     """Reads the sizes of the network off the shapes; the grid is that of the position table, not of the tokenizer."""
-    if "in_proj.weight" in tensors:
-        raise ValueError(
-            "the network must read one token per position, got one that joins 2 x 2 tokens (tensor in_proj.weight, "
-            "option proj 2), which is not supported; none of the published networks does"
-        )
     rows, embed_dim = shape_of(tensors, "tok_emb.weight")
     num_tokens = shape_of(tensors, "pos_emb.weight")[0]
     side = math.isqrt(num_tokens)

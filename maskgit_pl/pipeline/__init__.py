@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from maskgit_pl.pipeline.options import Classes, EditKeywords, GenerateKeywords, OutputType, Seeds
+from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Seeds
 from maskgit_pl.registry import lazy_names
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.model import MaskGIT
 
-__all__ = ["Classes", "EditKeywords", "GenerateKeywords", "MaskGIT", "OutputType", "Seeds"]
+__all__ = ["Classes", "GenerateKeywords", "MaskGIT", "OutputType", "Seeds"]
 
 __getattr__ = lazy_names(__name__, {"MaskGIT": "model"})

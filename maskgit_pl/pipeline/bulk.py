@@ -286,7 +286,7 @@ def _generate(
             # ``generate`` takes None for the null class.
             [label if label < len(pipe.class_names) else None for label in batch],
             seed=plan.seed + first,
-            negative_classes=plan.negative_class,
+            negative_class=plan.negative_class,
             batch_size=options.batch_size,
             output_type="np",
             decoding=options.decoding,

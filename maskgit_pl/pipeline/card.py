@@ -26,7 +26,7 @@ from maskgit_pl.pipeline.pretrained import fingerprint, read_config, read_decodi
 STAGES = ("tokenizer", "transformer")
 PLACEHOLDER = "path/to/this/folder"
 """The name of the model in the example of a card; `maskgit push` puts that of the repository in its place."""
-# Keys of the recipe and of the environment that a card shows. The files of the run have all of them.
+# Keys of the recipe that a card shows. The files of the run have all of them.
 _SETTINGS = (
     "trainer.max_steps",
     "trainer.precision",
@@ -42,11 +42,9 @@ _SETTINGS = (
     "model.mask_schedule",
     "model.label_smoothing",
 )
-_VERSIONS = ("maskgit_pl", "commit", "python", "torch", "lightning", "accelerators", "world_size")
 _PROTOCOL = ("num_images", "num_steps", "seed", "split", "reference")
 _NOT_FIGURES = ("protocol", "model", "environment")  # sections of evaluation.json that hold no metrics
 _NAMES_SHOWN = 20  # number of class names in the table
-_LONGEST_EXAMPLE = 80  # characters of a class name in the example
 _log = logging.getLogger(__name__)
 
 
@@ -167,18 +165,16 @@ def _parameters(build: Callable[[], nn.Module]) -> int:
 
 
 def _stage(folder: Path) -> dict[str, Any]:
-    """Returns the recipe names, settings and versions of a stage of a run."""
+    """Returns the recipe names and settings of a stage of a run."""
     file = folder / "config.yaml"
     recipe = read_yaml(file) if file.is_file() else {}
     # Settings that a stage does not have are None here and left out below.
     values = {key: _value(recipe, key) for key in _SETTINGS}
     if values["data.path"] is not None:  # a card must not publish paths of the machine
         values["data.path"] = Path(str(values["data.path"])).name
-    environment = _json(folder / "environment.json")
     return {
-        "recipe": environment.get("recipe", []),
+        "recipe": _json(folder / "environment.json").get("recipe", []),
         "settings": {key: value for key, value in values.items() if value is not None},
-        "environment": {key: environment[key] for key in _VERSIONS if environment.get(key)},
     }
 
 
@@ -253,8 +249,6 @@ def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
     steps = (
         "one token after the other" if is_autoregressive else f"in {content['decoding']['num_steps']} parallel steps"
     )
-    # A long class name would not fit into the code block: the index 0 names the same class.
-    example = python_string(classes[0]) if len(classes[0]) <= _LONGEST_EXAMPLE else "0"
     return [
         f"# {title}",
         "",
@@ -265,7 +259,7 @@ def _introduction(content: Mapping[str, Any], classes: list[str]) -> list[str]:
         "from maskgit_pl import MaskGIT",
         "",
         f"pipe = MaskGIT.from_pretrained({python_string(PLACEHOLDER)})",
-        f'pipe.generate([{example}], seed=0)[0].save("image.png")',
+        'pipe.generate([0], seed=0)[0].save("image.png")',
         "```",
         "",
         "| property | value |",
@@ -289,9 +283,8 @@ def _run(content: Mapping[str, Any]) -> list[str]:
         return []
     lines = ["## Training", "", "| | tokenizer | transformer |", "|---|---|---|"]
     lines += _row("recipe", [run[stage]["recipe"] or None for stage in STAGES])
-    for part, keys in (("settings", _SETTINGS), ("environment", _VERSIONS)):
-        for key in keys:
-            lines += _row(key, [run[stage][part].get(key) for stage in STAGES])
+    for key in _SETTINGS:
+        lines += _row(key, [run[stage]["settings"].get(key) for stage in STAGES])
     measured = run["measured"]
     if measured:
         protocol = _format_value({**measured["protocol"], "device": measured.get("device")})

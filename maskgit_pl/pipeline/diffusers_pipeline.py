@@ -25,8 +25,8 @@ from maskgit_pl.checks import check_number
 from maskgit_pl.data.folders import check_new_folder, write_folder
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.pipeline.model import MaskGIT
-from maskgit_pl.pipeline.options import Classes, GenerateKeywords, OutputType, Request, Seeds
-from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, read_decoding, read_negative_model
+from maskgit_pl.pipeline.options import Classes, OutputType, Request, Seeds
+from maskgit_pl.pipeline.pretrained import NEGATIVE, load_tokenizer, load_transformer, read_decoding
 from maskgit_pl.pipeline.sharing import (
     CLASSES,
     DIFFUSERS_FILES,
@@ -82,7 +82,7 @@ class MaskGITTransformer(_Network):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        pretrained, self.origin = load_transformer(folder), folder.parent
+        pretrained = load_transformer(folder)
         decoding = read_decoding(folder.parent) or pretrained.decoding
         self.pretrained = dataclasses.replace(pretrained, decoding=decoding)
         self.network = pretrained.network
@@ -115,12 +115,8 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
     @property
     def maskgit(self) -> MaskGIT:
         """The two networks as a ``MaskGIT``, which also edits images."""
-        return MaskGIT(
-            self.tokenizer.pretrained,
-            self.transformer.pretrained,
-            pack_weights=self.device.type == "cpu",
-            origin=self.transformer.origin,
-        )
+        is_on_cpu = self.device.type == "cpu"
+        return MaskGIT(self.tokenizer.pretrained, self.transformer.pretrained, pack_weights=is_on_cpu)
 
     def __call__(
         self,
@@ -162,7 +158,7 @@ class MaskGITPipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers: un
         options = {"num_steps": num_inference_steps, **options}
         if guidance_scale is not None:
             options["guidance_scale"] = max(0.0, check_number("guidance_scale", guidance_scale, "[0, inf)") - 1)
-        request = Request.of(maskgit.classes, maskgit.decoding, class_labels, options, GenerateKeywords)
+        request = Request.of(maskgit.classes, maskgit.decoding, class_labels, options)
         options["seed"] = _seeds(seed, generator, len(request.labels))
         with self.progress_bar(total=request.decoding.num_steps * len(request.batches())) as bar:
 
@@ -225,7 +221,7 @@ def export_diffusers(model: str | Path, out: str | Path, *, replace: bool = Fals
     with write_folder(Path(out), name="--out", check=check) as fresh:
         # 1.
         folder = find_folder(model)
-        if read_negative_model(folder / "decoding.json") is not None:
+        if (folder / NEGATIVE).is_dir():
             _log.warning(
                 "%s: the negative model of guidance is not exported; guide with the null class instead", folder
             )

@@ -44,6 +44,7 @@ from maskgit_pl.pipeline.grids import (
     to_pil,
     viridis,
 )
+from maskgit_pl.registry import describe
 
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
@@ -237,13 +238,7 @@ def describe_settings(decoding: DecodingConfig) -> str:
     steps = count_text(decoding.num_steps, "step")
     if decoding.token_selector is None:
         return f"{steps}, one token each, in raster order"
-    spec = {"name": decoding.token_selector} if isinstance(decoding.token_selector, str) else decoding.token_selector
-    arguments = ", ".join(
-        f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-        for name, value in spec.items()
-        if name != "name"
-    )
-    return f"{steps}, token selector {spec['name']}{f' ({arguments})' if arguments else ''}"
+    return f"{steps}, token selector {describe(decoding.token_selector)}"
 
 
 def select_steps(count: int, most: int) -> list[int]:

@@ -50,6 +50,9 @@ from maskgit_pl.pipeline.regions import (
 from maskgit_pl.randomness import random_bits
 from maskgit_pl.schedules import num_masked
 
+_DILATION = 1  # tokens around an inpainted region that are generated, too: the seam lies outside the mask
+_MOST_PIXELS = "[0, 65536]"  # of a blur: the side of the largest image
+
 
 def decode(
     transformer: PretrainedTransformer, request: Request, *, tokens: Tensor | None = None, first_step: int = 0
@@ -63,6 +66,7 @@ def decode(
         first_step: First step in [0, T).
     """
     network, device, decoding = transformer.network, transformer.device, request.decoding
+    negative = None if request.negative_label is None else [request.negative_label] * len(request.labels)
     if isinstance(network, AutoregressiveBackbone):
         return decode_autoregressive(
             ConditionalModel(network, device),
@@ -70,7 +74,7 @@ def decode(
             request.seeds,
             decoder=decoding.build_autoregressive_decoder(network.config.num_tokens),
             scales=decoding.scales(),
-            negative_labels=request.negative_labels,
+            negative_labels=negative,
         )
     model = _conditional_model(transformer)
     if request.negative_model is not None:
@@ -81,7 +85,7 @@ def decode(
         request.seeds,
         decoder=decoding.build_decoder(transformer.mask_schedule),
         scales=decoding.scales(),
-        negative_labels=request.negative_labels,
+        negative_labels=negative,
         tokens=tokens,
         first_step=first_step,
     )
@@ -108,15 +112,16 @@ def inpaint(
     request: Request,
     image: ImageLike | Sequence[ImageLike],
     mask: MaskLike | Box | Sequence[MaskLike | Box],
+    *,
+    fit: bool,
+    blend: float | None,
 ) -> Tensor:
     """Regenerates the masked part of images. See ``MaskGIT.inpaint`` for the arguments and the numbered steps."""
     pipe.transformer.schedule_for("inpaint")
-    factor = pipe.tokenizer.token_size
-    dilation = 1 if request.dilation is None else request.dilation
-    radius = seam_radius(pipe.tokenizer.image_size) if request.blend is None else request.blend
+    factor, radius = pipe.tokenizer.token_size, _seam_radius(pipe, blend)
     # 1. (m, C, H, W) pixels and (m, H, W) masks -> (m, N) tokens and (m, h, w) masks of tokens, with m = 1 or n.
-    pixels, masks = _read_images(pipe, request, image, mask)
-    unknown = torch.stack([token_mask(pixel_mask, factor=factor, dilation=dilation) for pixel_mask in masks])
+    pixels, masks = _read_images(pipe, request, image, mask, fit=fit)
+    unknown = torch.stack([token_mask(pixel_mask, factor=factor, dilation=_DILATION) for pixel_mask in masks])
     tokens = pipe.tokenizer.encode(pixels, batch_size=request.batch_size)
     # 2.
     edited = _regenerate(pipe, request, tokens, unknown.flatten(1))
@@ -129,13 +134,15 @@ def inpaint(
     return edited
 
 
-def redraw(pipe: Pipeline, request: Request, image: ImageLike | Sequence[ImageLike], strength: float) -> Tensor:
+def redraw(
+    pipe: Pipeline, request: Request, image: ImageLike | Sequence[ImageLike], strength: float, *, fit: bool
+) -> Tensor:
     """Regenerates a random share of the tokens of images. See ``MaskGIT.edit`` for the arguments and numbered steps."""
     pipe.transformer.schedule_for("edit")
     share = check_number("strength", strength, "(0, 1]")
     num_tokens = pipe.transformer.network.config.num_tokens
     # 1. (m, C, H, W) pixels -> (m, N) tokens, with m = 1 or n.
-    pixels, _ = _read_images(pipe, request, image, None)
+    pixels, _ = _read_images(pipe, request, image, None, fit=fit)
     tokens = pipe.tokenizer.encode(pixels, batch_size=request.batch_size)
     # 2. The positions of a seed are in one order, so that a larger share masks the same tokens and others.
     keys = random_bits("strength", seed=torch.tensor(request.seeds), index=0, count=num_tokens)  # (n, N)
@@ -145,31 +152,36 @@ def redraw(pipe: Pipeline, request: Request, image: ImageLike | Sequence[ImageLi
     return _regenerate(pipe, request, tokens, unknown)
 
 
-def outpaint(pipe: Pipeline, request: Request, image: ImageLike, added: Margins, overlap: float) -> Tensor:
+def outpaint(pipe: Pipeline, request: Request, image: ImageLike, added: Margins, *, blend: float | None) -> Tensor:
     """Extends an image beyond its borders. See ``MaskGIT.outpaint`` for the arguments and the numbered steps."""
     pipe.transformer.schedule_for("outpaint")
-    factor, size = pipe.tokenizer.token_size, pipe.tokenizer.image_size
+    factor, radius = pipe.tokenizer.token_size, _seam_radius(pipe, blend)
     pixels = image_pixels(image, channels=pipe.tokenizer.channels)
-    added.check(pixels.shape[-2:], factor=factor, least=size)
+    added.check(pixels.shape[-2:], factor=factor, least=pipe.tokenizer.image_size)
     # 1. (H, W) pixels -> (R, C) canvas of tokens, unknown outside the image.
     mask = added.outside(*pixels.shape[-2:])
-    unknown = token_mask(mask, factor=factor, dilation=request.dilation or 0)
+    unknown = token_mask(mask, factor=factor)
     tokens = added.pad(_encode_within(pipe.tokenizer, pixels, added), size=factor)
     # 2. (n, C, H, W): the filled canvases as pixels.
-    filled = _fill(pipe, request, tokens, unknown, overlap)
+    filled = _fill(pipe, request, tokens, unknown)
     # 3. The weight is 1 outside the image and 0 inside, with a blurred edge.
-    weight = seam(mask, radius=seam_radius(size) if request.blend is None else request.blend)
+    weight = seam(mask, radius=radius)
     original = added.pad(pixels, size=1)
     return torch.stack([composite(original, edited, weight) for edited in filled])
 
 
-def panorama(pipe: Pipeline, request: Request, size: tuple[int, int], overlap: float) -> Tensor:
+def panorama(pipe: Pipeline, request: Request, size: tuple[int, int]) -> Tensor:
     """Generates images of any size, a (height, width) in pixels of whole tokens. See ``MaskGIT.panorama``."""
     pipe.transformer.schedule_for("panorama")
     factor = pipe.tokenizer.token_size
     unknown = torch.ones(size[0] // factor, size[1] // factor, dtype=torch.bool)
     tokens = torch.zeros(unknown.shape, dtype=torch.int64)
-    return _fill(pipe, request, tokens, unknown, overlap)
+    return _fill(pipe, request, tokens, unknown)
+
+
+def _seam_radius(pipe: Pipeline, blend: float | None) -> float:
+    """Returns the standard deviation of the blur of a seam in pixels; None is that of the released code."""
+    return seam_radius(pipe.tokenizer.image_size) if blend is None else check_number("blend", blend, _MOST_PIXELS)
 
 
 def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:
@@ -204,7 +216,7 @@ def _regenerate(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tenso
     return images
 
 
-def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor, overlap: float) -> Tensor:
+def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor) -> Tensor:
     """Fills a canvas window by window, and decodes it to pixels. The steps of the callback are of the whole canvas.
 
     1. Places the known tokens on a canvas for each result of a batch.
@@ -214,7 +226,6 @@ def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor, ove
     ``tokens`` (R, C) int64 hold any value where ``unknown`` (R, C) bool.
     """
     config, device = pipe.transformer.network.config, pipe.transformer.device
-    overlap = check_number("overlap", overlap, "(0, 1)")
     filled = []
     for rows in request.batches():
         batch = request.part(rows)
@@ -223,7 +234,7 @@ def _fill(pipe: Pipeline, request: Request, tokens: Tensor, unknown: Tensor, ove
         waiting = unknown.to(device).repeat(len(rows), 1, 1)
         confidence = torch.ones(canvas.shape, device=device)
         seeds = torch.tensor(batch.seeds)
-        for number, window in enumerate(windows(unknown, size=config.grid, overlap=overlap)):
+        for number, window in enumerate(windows(unknown, size=config.grid)):
             hidden = window.unknown.to(device)
             context = canvas[window.index].masked_fill(hidden, config.mask_token_id).flatten(1)
             # 2. Each window has its own noise: with the same noise, windows would repeat one another.
@@ -295,6 +306,8 @@ def _read_images(
     request: Request,
     image: ImageLike | Sequence[ImageLike],
     mask: MaskLike | Box | Sequence[MaskLike | Box] | None,
+    *,
+    fit: bool,
 ) -> tuple[Tensor, Tensor]:
     """Reads images and masks, and fits them to the size of the model; see ``regions.fit_to_model``.
 
@@ -314,7 +327,7 @@ def _read_images(
             region = box_mask(region, height=pixels.shape[-2], width=pixels.shape[-1])
         elif region is not None:
             region = mask_pixels(region, name=f"mask of {name}")
-        read.append(fit_to_model(pixels, region, image_size=pipe.tokenizer.image_size, fit=request.fit, name=name))
+        read.append(fit_to_model(pixels, region, image_size=pipe.tokenizer.image_size, fit=fit, name=name))
     return torch.stack([pixels for pixels, _ in read]), torch.stack([region for _, region in read])
 
 

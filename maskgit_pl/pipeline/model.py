@@ -6,6 +6,7 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +26,10 @@ from maskgit_pl.pipeline.options import (
     Classes,
     ClassIndex,
     DecodingKeywords,
-    EditKeywords,
-    FitKeywords,
     GenerateKeywords,
     Images,
     OutputType,
     Request,
-    SeamKeywords,
     replace_settings,
 )
 from maskgit_pl.pipeline.pretrained import (
@@ -39,13 +37,12 @@ from maskgit_pl.pipeline.pretrained import (
     NegativeModelLike,
     PretrainedTokenizer,
     PretrainedTransformer,
+    check_stage_folder,
     fingerprint,
-    load_decoding,
     load_tokenizer,
     load_transformer,
     read_config,
     read_decoding,
-    read_negative_model,
     save_decoding,
     save_tokenizer,
     save_transformer,
@@ -78,7 +75,6 @@ class MaskGIT:
         negative_model: Default of the option ``negative_model``; see ``options.GenerateKeywords``.
         pack_weights: True keeps a second copy of the transformer's weights, packed for faster matrix products
             on a CPU; see ``networks.kernels``.
-        origin: Pretrained folder of the networks, whose facts go into the card that ``save_pretrained`` writes.
 
     Attributes:
         vector_pool: Vectors of images that are given none; None requires them. See ``decoding.predictors.VectorPool``.
@@ -96,7 +92,6 @@ class MaskGIT:
         decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
-        origin: Path | None = None,
     ) -> None:
         # The same codes mean other patches in another tokenizer: the images would be noise without an error.
         if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
@@ -113,7 +108,7 @@ class MaskGIT:
             )
         self.tokenizer, self.transformer = tokenizer, transformer
         self.vector_pool: VectorPool | None = None
-        self._decoding, self._origin, self._pack_weights = decoding, origin, pack_weights
+        self._decoding, self._pack_weights = decoding, pack_weights
         set_packing(transformer.network, enabled=pack_weights)
         transformer.follow_weights()  # from here on, changes of the weights are found
         self.negative_model = None if negative_model is None else self._open_negative(negative_model)
@@ -123,7 +118,7 @@ class MaskGIT:
         cls,
         path_or_hub_id: Path | str,
         *,
-        decoding: DecodingConfig | Path | str | None = None,
+        decoding: DecodingConfig | None = None,
         negative_model: NegativeModelLike | None = None,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
@@ -136,10 +131,9 @@ class MaskGIT:
             path_or_hub_id: Run folder (``runs/RUN``), folder with ``tokenizer/`` and ``transformer/``, the
                 model of the package ``fashion-mnist-demo``, or ``owner/name`` on the Hub. Downloaded files
                 are read as data and never executed.
-            decoding: Default decoding settings, or a file with them. Without it, those of ``decoding.json``
-                in the folder (``maskgit tune`` writes it), else those exported with the transformer.
-            negative_model: Default of the option ``negative_model``. Without it, the one that the file of
-                decoding settings names.
+            decoding: Default decoding settings. Without it, those of ``decoding.json`` in the folder (``maskgit tune``
+                writes it), else those exported with the transformer.
+            negative_model: Default of the option ``negative_model``. Without it and ``decoding``, that of the folder.
             device: Device such as ``cpu`` or ``cuda``.
             dtype: Type of the weights, such as ``torch.bfloat16``; None keeps that of the file.
             pack_weights: True keeps a second copy of the transformer's weights on a CPU, packed for faster
@@ -153,20 +147,16 @@ class MaskGIT:
                 negative model predicts other tokens.
         """
         folder = find_folder(path_or_hub_id, **hub)
-        # decoding.json is found by `maskgit tune`; an argument takes precedence over it.
-        if negative_model is None and not isinstance(decoding, DecodingConfig):
-            negative_model = read_negative_model(folder / "decoding.json" if decoding is None else Path(decoding))
         if decoding is None:
             decoding = read_decoding(folder)
-        elif not isinstance(decoding, DecodingConfig):
-            decoding = load_decoding(decoding)
+            if negative_model is None and (folder / NEGATIVE).is_dir():
+                negative_model = folder / NEGATIVE
         pipe = cls(
             load_tokenizer(folder / "tokenizer"),
             load_transformer(folder / "transformer"),
             decoding=decoding,
             negative_model=negative_model,
             pack_weights=pack_weights,
-            origin=folder,
         )
         return pipe.to(device, dtype=dtype)
 
@@ -181,8 +171,9 @@ class MaskGIT:
             ValueError: if weights are not finite.
         """
         # The folder may be the one that was loaded: its facts are read before it is overwritten.
-        folder, origin = Path(folder), self._origin
-        known = {} if origin is None or not (origin / "config.json").is_file() else read_config(origin, "pipeline")
+        folder, known, source = Path(folder), {}, self.transformer.folder
+        if source is not None and (source.parent / "config.json").is_file():
+            known = read_config(source.parent, "pipeline")
         network = self.tokenizer.network
         save_tokenizer(folder / "tokenizer", network.config, network.state_dict(), image_size=self.tokenizer.image_size)
         tokenizer = fingerprint(folder / "tokenizer")
@@ -197,11 +188,13 @@ class MaskGIT:
                 class_names=transformer.class_names,
                 tokenizer_fingerprint=tokenizer,
             )
-        negative = None if self.negative_model is None else folder / NEGATIVE
-        if self._decoding is not None or negative is not None:
-            save_decoding(folder, self.decoding, negative_model=negative)
-        else:
+        if self.negative_model is None and (folder / NEGATIVE).is_dir():
+            check_stage_folder(folder / NEGATIVE)
+            shutil.rmtree(folder / NEGATIVE)
+        if self._decoding is None:
             (folder / "decoding.json").unlink(missing_ok=True)
+        else:
+            save_decoding(folder, self._decoding)
         write_card(folder, known=known if known.get("fingerprints") == fingerprints(folder) else None)
 
     @property
@@ -331,8 +324,10 @@ class MaskGIT:
         mask: MaskLike | Box | Sequence[MaskLike | Box],
         *,
         classes: Classes | None = None,
+        fit: bool = False,
+        blend: float | None = None,
         output_type: OutputType = "pil",
-        **options: Unpack[EditKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Regenerates the masked part of images, one result for each class.
 
@@ -355,9 +350,12 @@ class MaskGIT:
                 pixels are generated, (H, W) bool, or a box: a tuple (left, top, right, bottom) in pixels of the image.
             classes: Index or name of the class of each result; another class than that of the image turns the region
                 into it. None gives one result of "no class" (see ``generate``).
+            fit: True crops images and masks of another size to their central part with the model's shape, and
+                resizes it.
+            blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
+                region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
             output_type: See ``generate``.
-            options: Options of ``generate``, and ``dilation``, ``blend`` and ``fit`` of ``options.EditKeywords``. The
-                first floor(T / 6) of T steps are skipped, except for a full mask.
+            options: Options of ``generate``. The first floor(T / 6) of T steps are skipped, except for a full mask.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -366,8 +364,8 @@ class MaskGIT:
 
         Source: paper, section on class-conditional image editing; released code, its editing functions.
         """
-        request = self._request(classes, options, EditKeywords, output_type=output_type)
-        images = tasks.inpaint(self, request, image, mask)
+        request = self._request(classes, options, output_type=output_type)
+        images = tasks.inpaint(self, request, image, mask, fit=fit, blend=blend)
         return tasks.as_output(images, output_type)
 
     def edit(
@@ -376,8 +374,9 @@ class MaskGIT:
         *,
         strength: float,
         classes: Classes | None = None,
+        fit: bool = False,
         output_type: OutputType = "pil",
-        **options: Unpack[FitKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Regenerates a random share of the tokens of whole images (image-to-image), one result for each class.
 
@@ -396,15 +395,15 @@ class MaskGIT:
             strength: Share of the tokens that are generated again, in (0, 1]. With 1 nothing of the image
                 stays: the results are those of ``generate``.
             classes: See ``inpaint``.
+            fit: See ``inpaint``.
             output_type: See ``generate``.
-            options: Options of ``generate``, and ``fit`` of ``options.FitKeywords``. The first floor(T / 6)
-                of T steps are skipped, except with strength 1.
+            options: Options of ``generate``. The first floor(T / 6) of T steps are skipped, except with strength 1.
 
         Raises:
             ValueError: if ``strength`` is out of range. See also ``inpaint``.
         """
-        request = self._request(classes, options, FitKeywords, output_type=output_type)
-        images = tasks.redraw(self, request, image, strength)
+        request = self._request(classes, options, output_type=output_type)
+        images = tasks.redraw(self, request, image, strength, fit=fit)
         return tasks.as_output(images, output_type)
 
     def outpaint(
@@ -416,9 +415,9 @@ class MaskGIT:
         up: int = 0,
         down: int = 0,
         classes: Classes | None = None,
-        overlap: float = 0.5,
+        blend: float | None = None,
         output_type: OutputType = "pil",
-        **options: Unpack[SeamKeywords],
+        **options: Unpack[GenerateKeywords],
     ) -> Images:
         """Extends an image beyond its borders, one result for each class.
 
@@ -427,7 +426,7 @@ class MaskGIT:
             wide = MaskGIT.from_pretrained("pretrained/places512").outpaint("landscape.png", right=256)
 
         1. Places the tokens of the image on a larger canvas.
-        2. Fills the canvas window by window; each window overlaps known tokens.
+        2. Fills the canvas window by window; half of a window is known before it is decoded, or less at the start.
         3. Decodes the whole canvas to pixels, and pastes the original image into it.
 
         Args:
@@ -438,20 +437,17 @@ class MaskGIT:
             up: Pixels to add above.
             down: Pixels to add below.
             classes: See ``inpaint``.
-            overlap: Fraction of a window that is known before it is decoded, in (0, 1); less if no window has as much.
+            blend: See ``inpaint``. With 0 all pixels of the image stay.
             output_type: See ``generate``.
-            options: Options of ``generate``, and of ``options.SeamKeywords``: ``dilation``, 0 by default, is
-                the number of tokens along the border of the image that are decoded again. With ``blend=0``
-                all pixels of the image stay.
+            options: See ``generate``.
 
         Raises:
             ValueError: if all sides are 0, or a size is not a multiple of the pixels of a token. See also ``inpaint``.
 
         Source: paper, Figure 1 and Table 2.
         """
-        request = self._request(classes, options, SeamKeywords, output_type=output_type)
-        added = Margins(left, right, up, down)
-        images = tasks.outpaint(self, request, image, added, overlap)
+        request = self._request(classes, options, output_type=output_type)
+        images = tasks.outpaint(self, request, image, Margins(left, right, up, down), blend=blend)
         return tasks.as_output(images, output_type)
 
     def panorama(
@@ -460,7 +456,6 @@ class MaskGIT:
         width: int,
         *,
         height: int | None = None,
-        overlap: float = 0.5,
         output_type: OutputType = "pil",
         **options: Unpack[GenerateKeywords],
     ) -> Images:
@@ -475,7 +470,6 @@ class MaskGIT:
             classes: See ``generate``.
             width: Width in pixels, a multiple of the pixels of a token, at least the width of the model's images.
             height: Height in pixels, with the same rule; by default that of the model's images, in whole tokens.
-            overlap: See ``outpaint``.
             output_type: See ``generate``.
             options: See ``generate``.
 
@@ -487,7 +481,7 @@ class MaskGIT:
         request, tokenizer = self._request(classes, options, output_type=output_type), self.tokenizer
         height = tokenizer.grid[0] * tokenizer.token_size if height is None else height
         check_canvas(height, width, factor=tokenizer.token_size, least=tokenizer.image_size)
-        images = tasks.panorama(self, request, (height, width), overlap)
+        images = tasks.panorama(self, request, (height, width))
         return tasks.as_output(images, output_type)
 
     def __repr__(self) -> str:
@@ -507,13 +501,12 @@ class MaskGIT:
         self,
         classes: Classes | None,
         options: GenerateKeywords,
-        kind: type = GenerateKeywords,
         *,
         output_type: OutputType = "pil",
     ) -> Request:
-        """Returns what a call wants, checked. No classes are one "no class"; ``kind`` has the names of the options."""
+        """Returns what a call wants, checked. No classes are one "no class"."""
         check_choice("output_type", output_type, get_args(OutputType))
-        request = Request.of(self.classes, self.decoding, [None] if classes is None else classes, options, kind)
+        request = Request.of(self.classes, self.decoding, [None] if classes is None else classes, options)
         model, vectors = options.get("negative_model"), options.get("vectors")
         negative = self.negative_model if model is None else self._open_negative(model)
         if negative is not None:

@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union
 
 from maskgit_pl.checks import (
     check_integer,
@@ -39,13 +39,10 @@ __all__ = [
     "Classes",
     "DecodingKeywords",
     "DecodingSettings",
-    "EditKeywords",
-    "FitKeywords",
     "GenerateKeywords",
     "Images",
     "OutputType",
     "Request",
-    "SeamKeywords",
     "Seeds",
     "StepCallback",
     "replace_settings",
@@ -61,7 +58,6 @@ StepCallback: TypeAlias = Callable[["DecodingStep"], object]
 MAX_RESULTS = 10_000
 """The largest number of images of one class or edit at a time: 2 GB of RGB pixels for images of 256 x 256."""
 _MAX_LISTED = 20  # with more classes, an error lists the nearest names only
-_MOST_PIXELS = "[0, 65536]"  # of dilation and blend: the sides of the largest image
 _INTEGER = re.compile(r"-?[0-9]{1,18}")
 
 
@@ -111,12 +107,11 @@ class DecodingKeywords(DecodingSettings, total=False):
 
 
 class GenerateKeywords(DecodingKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.generate``.
+    """Keyword arguments of ``MaskGIT.generate`` and of the editing methods.
 
     Args:
         seed: Seed of the first result in [0, 2**32), 0 by default; result i has seed + i. Or a list with one for each.
-        negative_classes: Index or name of the class that guidance moves away from, or a list with one for
-            each result; "no class" by default.
+        negative_class: Index or name of the class that guidance moves away from; "no class" by default.
         negative_model: Weaker model of the same tokens from which guidance moves away, in place of "no
             class": a run or pretrained folder, a repository of the Hub, or a ``MaskGIT`` on the same device.
             By default the pipeline's own, if it has one.
@@ -127,39 +122,11 @@ class GenerateKeywords(DecodingKeywords, total=False):
     """
 
     seed: Seeds
-    negative_classes: int | str | Classes | None
+    negative_class: int | str | None
     negative_model: NegativeModelLike | None
     vectors: npt.ArrayLike | Tensor | None
     batch_size: int
     callback: StepCallback | None
-
-
-class SeamKeywords(GenerateKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.outpaint``: those of ``generate``, and the seam.
-
-    Args:
-        dilation: Number of tokens by which the region grows on each side, in [0, 65536]. By default 1 inside
-            an image, as in the released code (the seam then lies outside the mask), and 0 beyond its borders.
-        blend: Standard deviation of the blur of the seam in pixels, in [0, 65536]. 0 keeps every pixel outside the
-            region bit by bit. None is the blur of the released code, ``pipeline.regions.seam_radius``.
-    """
-
-    dilation: int | None
-    blend: float | None
-
-
-class FitKeywords(GenerateKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.edit``: those of ``generate``, and the size of the image.
-
-    Args:
-        fit: True crops images and masks of another size to their central part with the model's shape, and resizes it.
-    """
-
-    fit: bool
-
-
-class EditKeywords(SeamKeywords, FitKeywords, total=False):
-    """Keyword arguments of ``MaskGIT.inpaint``: all of the above."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,59 +217,46 @@ class Request:
         labels: Label of each result.
         seeds: Seed of each result, in [0, 2**32).
         decoding: Decoding settings of all results.
-        negative_labels: Label that guidance moves each result away from; None is "no class" for all.
+        negative_label: Label that guidance moves away from; None is "no class".
         negative_model: Weaker model from which guidance moves away; None for guidance by classes.
         vectors: (n, C) float32, vector of each result; None for a model without vectors.
         batch_size: Number of results decoded at a time.
         callback: Called after each decoding step of each batch.
-        dilation: See ``SeamKeywords``.
-        blend: See ``SeamKeywords``.
-        fit: See ``FitKeywords``.
     """
 
     labels: list[int]
     seeds: list[int]
     decoding: DecodingConfig
-    negative_labels: list[int] | None = None
+    negative_label: int | None = None
     negative_model: PretrainedTransformer | None = None
     vectors: Tensor | None = None
     batch_size: int = 64
     callback: StepCallback | None = None
-    dilation: int | None = None
-    blend: float | None = None
-    fit: bool = False
 
     @classmethod
-    def of(
-        cls, index: ClassIndex, default: DecodingConfig, classes: Classes, options: Mapping[str, Any], kind: type
-    ) -> Request:
+    def of(cls, index: ClassIndex, default: DecodingConfig, classes: Classes, options: Mapping[str, Any]) -> Request:
         """Reads the arguments of a method of ``MaskGIT``, without ``negative_model`` and ``vectors``.
 
         Args:
             index: Classes of the model.
             default: Decoding settings of the model.
             classes: Classes of the results as indices or names.
-            options: Keyword arguments of the method.
-            kind: ``GenerateKeywords`` or a subclass: the names that the method takes.
+            options: Keyword arguments of the method: ``GenerateKeywords``.
 
         Raises:
             TypeError: if a name is unknown (the message names the nearest one), or a value has another type.
             ValueError: if a value is out of range, or a class is unknown.
         """
-        _check_names(options, kind.__annotations__)
+        _check_names(options, GenerateKeywords.__annotations__)
         settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
-        dilation, blend = options.get("dilation"), options.get("blend")
-        labels = index.labels(classes)
+        labels, negative_class = index.labels(classes), options.get("negative_class")
         return cls(
             labels=labels,
             seeds=seeds_of(options.get("seed", 0), len(labels)),
             decoding=replace_settings(default, settings),
-            negative_labels=_negative_labels(options.get("negative_classes"), len(labels), index),
+            negative_label=None if negative_class is None else index.labels(negative_class)[0],
             batch_size=check_integer("batch_size", options.get("batch_size", 64), "[1, inf)"),
             callback=options.get("callback"),
-            dilation=None if dilation is None else check_integer("dilation", dilation, _MOST_PIXELS),
-            blend=None if blend is None else check_number("blend", blend, _MOST_PIXELS),
-            fit=options.get("fit", False),
         )
 
     def batches(self, rows: Sequence[int] | None = None) -> list[Sequence[int]]:
@@ -312,12 +266,10 @@ class Request:
 
     def part(self, rows: Sequence[int]) -> Request:
         """Returns the request for some of the results."""
-        negative = None if self.negative_labels is None else [self.negative_labels[row] for row in rows]
         return dataclasses.replace(
             self,
             labels=[self.labels[row] for row in rows],
             seeds=[self.seeds[row] for row in rows],
-            negative_labels=negative,
             vectors=None if self.vectors is None else self.vectors[list(rows)],
         )
 
@@ -386,16 +338,3 @@ def seeds_of(seed: Seeds, count: int) -> list[int]:
     if first + count > 2**32:
         raise ValueError(f"seed and the seeds after it must be in [0, 2**32), got {first} to {first + count - 1}")
     return list(range(first, first + count))
-
-
-def _negative_labels(classes: int | str | Classes | None, count: int, index: ClassIndex) -> list[int] | None:
-    """Returns the label that guidance moves each of ``count`` results away from; None for "no class"."""
-    if classes is None:
-        return None
-    several = plain_list(classes)
-    choices = [cast("int | str", classes)] * count if several is None else several
-    if len(choices) != count:
-        raise ValueError(
-            f"negative_classes must be one class, or one for each of the {count} classes, got {len(choices)}"
-        )
-    return index.labels(choices)

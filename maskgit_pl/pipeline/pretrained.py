@@ -2,15 +2,14 @@
 
 - ``tokenizer/`` and ``transformer/``: ``model.safetensors`` and ``config.json`` each.
 - ``decoding.json``: decoding settings in place of the transformer's own, from ``maskgit tune``.
-- ``negative/``: a copy of the negative model, a second transformer from which guidance moves away. It is usually an
-  early checkpoint of the same run, or a smaller model (Karras et al., arXiv:2406.02507).
+- ``negative/``: the negative model, a second transformer from which guidance moves away, if there is one. It is usually
+  an early checkpoint of the same run, or a smaller model (Karras et al., arXiv:2406.02507).
 """
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -32,7 +31,6 @@ from maskgit_pl.checks import (
 )
 from maskgit_pl.data.folders import check_only_known, write_folder
 from maskgit_pl.decoding import DecodingConfig, FirstStepLogits
-from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, sha256_of, write_tensors, write_text
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, build_config, create_network
 from maskgit_pl.networks.kernels import WeightWatch, free_packed
@@ -51,12 +49,10 @@ __all__ = [
     "fingerprint",
     "has_weights_of",
     "images_at_once",
-    "load_decoding",
     "load_tokenizer",
     "load_transformer",
     "read_config",
     "read_decoding",
-    "read_negative_model",
     "save_decoding",
     "save_tokenizer",
     "save_transformer",
@@ -394,7 +390,6 @@ def save_decoding(
     decoding: DecodingConfig,
     *,
     tuned: Mapping[str, Any] | None = None,
-    negative_model: Path | None = None,
 ) -> Path | None:
     """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
 
@@ -402,8 +397,6 @@ def save_decoding(
         folder: Folder such as ``runs/RUN/pretrained``.
         decoding: Configuration of decoding.
         tuned: Record of the search that found it, in plain values, for people.
-        negative_model: Transformer folder from which guidance moves away; None for guidance by classes. It is
-            recorded relative to ``folder``, with the SHA-256 of its weights.
 
     Returns:
         The copy of an older ``decoding.json``; None if there was none.
@@ -419,9 +412,6 @@ def save_decoding(
         "transformer": fingerprint(file.parent / "transformer"),
         "tuned": dict(tuned or {}),
     }
-    if negative_model is not None:
-        relative_path = Path(os.path.relpath(negative_model.resolve(), file.parent.resolve())).as_posix()
-        content["negative_model"] = {"folder": relative_path, "transformer": fingerprint(negative_model)}
     old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
     if old is not None:
         shutil.copyfile(file, old)  # a copy: the folder is never without one
@@ -443,7 +433,14 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     file = Path(folder) / _DECODING
     if not file.is_file():
         return None
-    decoding, content = _decoding_file(file)
+    content = read_json(file)
+    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
+        raise ValueError(
+            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
+            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; run `maskgit tune` again"
+        )
+    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
+    decoding = _build_decoding(content["decoding"], f"decoding {file}: decoding")
     # Tuned settings fit one set of weights; after more training they may not be the best.
     weights = fingerprint(file.parent / "transformer")
     if content.get("transformer") != weights:
@@ -455,40 +452,6 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
             weights[:12],
         )
     return decoding
-
-
-def load_decoding(file: Path | str) -> DecodingConfig:
-    """Reads a file in the format of ``decoding.json``, from any place. See ``read_decoding`` for errors."""
-    return _decoding_file(Path(file))[0]
-
-
-def read_negative_model(file: Path) -> Path | None:
-    """Returns the transformer folder from which guidance moves away; None if there is no file or it names none.
-
-    A negative model with other weights than those of the search is used too, with a warning.
-
-    Args:
-        file: Path of a ``decoding.json``.
-
-    Raises:
-        FileNotFoundError: if the folder does not exist.
-        ValueError: if the file is not JSON, or its entry ``negative_model`` is wrong.
-    """
-    entry = read_json(file).get("negative_model") if file.is_file() else None
-    if entry is None:
-        return None
-    where = f"decoding {file}: negative_model"
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("folder", "transformer")):
-        raise ValueError(f"{where} must be a mapping with the texts folder and transformer, got {shorten(entry)}")
-    folder = file.parent / str(entry["folder"])
-    if not os.path.isfile(folder / _WEIGHTS_FILE):  # False for a name that is too long
-        raise FileNotFoundError(
-            f"{where}: no transformer in {printable(folder)}; copy it there, name another with --negative-model, or "
-            "delete the file to decode as the model was exported"
-        )
-    if fingerprint(folder) != entry["transformer"]:
-        _log.warning("%s: %s has other weights than those of the search; run `maskgit tune` again", where, folder)
-    return folder
 
 
 def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
@@ -570,19 +533,6 @@ def _parse_transformer(content: Mapping[str, Any], file: Path) -> tuple[Backbone
         "class_names": class_names,
         "tokenizer_fingerprint": tokenizer,
     }
-
-
-def _decoding_file(file: Path) -> tuple[DecodingConfig, dict[str, Any]]:
-    """Returns the settings in a ``decoding.json``, and its whole content."""
-    content = read_json(file)
-    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
-        raise ValueError(
-            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
-            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; `maskgit tune RUN` writes "
-            "such a file, RUN/pretrained/decoding.json"
-        )
-    check_keys(f"decoding {file}", content, known=content, required=("decoding",))
-    return _build_decoding(content["decoding"], f"decoding {file}: decoding"), content
 
 
 def _build_decoding(values: Any, where: str) -> DecodingConfig:

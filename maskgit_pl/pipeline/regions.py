@@ -175,13 +175,11 @@ def box_mask(box: Box, *, height: int, width: int) -> Tensor:
     Raises:
         ValueError: if the box does not have four edges, is empty or reversed, or leaves the image.
     """
-    if len(box) != 4:
-        raise ValueError(f"box must have four edges left,top,right,bottom, got {shorten(box)}")
-    left, top, right, bottom = box
+    left, top, right, bottom = box if len(box) == 4 else (0, 0, 0, 0)
     if not (0 <= left < right <= width and 0 <= top < bottom <= height):
         raise ValueError(
-            f"box must lie in the image, with 0 <= left < right <= {width} and 0 <= top < bottom <= {height}, got "
-            f"{','.join(map(str, box))}"
+            f"box must be left,top,right,bottom in the image, with 0 <= left < right <= {width} and 0 <= top < bottom "
+            f"<= {height}, got {shorten(','.join(map(str, box)))}"
         )
     mask = torch.zeros(height, width, dtype=torch.bool)
     mask[top:bottom, left:right] = True
@@ -207,10 +205,8 @@ def token_mask(mask: Tensor, *, factor: int, dilation: int = 0) -> Tensor:
     # Pads with "not masked" to whole tokens, then takes the maximum over the pixels of each token.
     whole = F.pad(mask.float(), (0, right, 0, bottom))
     tokens = reduce(whole, "(h fh) (w fw) -> 1 h w", "max", fh=factor, fw=factor)
-    if dilation > 0:  # max pooling of a bool mask is a dilation
-        dilation = min(dilation, max(tokens.shape))  # which covers everything
-        tokens = F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)
-    return tokens[0] > 0
+    # Max pooling of a bool mask is a dilation.
+    return F.max_pool2d(tokens, 2 * dilation + 1, stride=1, padding=dilation)[0] > 0
 
 
 def pixel_region(tokens: Tensor, *, factor: int, height: int, width: int) -> Tensor:
@@ -392,18 +388,17 @@ class Window:
         return slice(None), slice(self.top, self.top + height), slice(self.left, self.left + width)
 
 
-def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterator[Window]:
+def windows(unknown: Tensor, *, size: tuple[int, int]) -> Iterator[Window]:
     """Yields the windows that fill a canvas, one after the other, until no token is unknown.
 
     1. Counts the unknown tokens in each possible window.
-    2. Keeps the windows with enough known tokens as context: a fraction of ``overlap``, or as many as the
-       window with the most known tokens has, if that is less.
+    2. Keeps the windows with enough known tokens as context: half of all, or as many as the window with the most
+       known tokens has, if that is less.
     3. Yields the window with the most unknown tokens among them, the first one in raster order if several have as many.
 
     Args:
         unknown: (R, C) bool, True for the tokens to decode. R >= h and C >= w.
         size: (h, w) of a window.
-        overlap: Fraction of a window in (0, 1).
 
     Yields:
         Windows. When all of them are decoded, nothing is unknown.
@@ -414,7 +409,7 @@ def windows(unknown: Tensor, *, size: tuple[int, int], overlap: float) -> Iterat
         counts = left.float().unfold(0, size[0], 1).unfold(1, size[1], 1).sum((-1, -2))
         # 2. A window without unknown tokens is never chosen: -1 known tokens.
         num_known = (size[0] * size[1] - counts).masked_fill(counts == 0, -1)
-        enough = min(ceil(overlap * size[0] * size[1]), int(num_known.max()))
+        enough = min(ceil(size[0] * size[1] / 2), int(num_known.max()))
         # 3. argmax returns the first maximum in raster order.
         index = int(counts.masked_fill(num_known < enough, -1).flatten().argmax())
         top, column = divmod(index, counts.shape[1])

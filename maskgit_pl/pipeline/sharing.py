@@ -14,7 +14,7 @@ import json
 import re
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypedDict
+from typing import TypedDict, Unpack
 
 from maskgit_pl.checks import did_you_mean
 from maskgit_pl.files import read_json, write_text
@@ -78,23 +78,13 @@ class HubOptions(TypedDict, total=False):
     token: str | bool | None
 
 
-def find_folder(
-    path_or_hub_id: Path | str,
-    *,
-    revision: str | None = None,
-    cache_dir: Path | str | None = None,
-    local_files_only: bool = False,
-    token: str | bool | None = None,
-) -> Path:
+def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
     """Finds a pretrained folder on this machine or in the package, or downloads it if the text is ``owner/name``.
 
     Args:
         path_or_hub_id: Run folder, pretrained folder, name of a model in the package (``bundled_models``), or
             ``owner/name`` on the Hub.
-        revision: See ``HubOptions``.
-        cache_dir: See ``HubOptions``.
-        local_files_only: See ``HubOptions``.
-        token: See ``HubOptions``.
+        hub: Options of a download.
 
     Returns:
         The folder with ``tokenizer/`` and ``transformer/``.
@@ -108,17 +98,10 @@ def find_folder(
         return local_folder(path_or_hub_id)
     from huggingface_hub import errors, snapshot_download
 
-    if not local_files_only:
-        check_token(hub_id, token=token)
+    if not hub.get("local_files_only"):
+        check_token(hub_id, token=hub.get("token"))
     try:
-        downloaded = snapshot_download(
-            hub_id,
-            revision=revision,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            token=token,
-            allow_patterns=list(FILES),
-        )
+        downloaded = snapshot_download(hub_id, allow_patterns=list(FILES), **hub)
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
         reason = " ".join(str(error).split())
         raise FileNotFoundError(f"hub {hub_id}: no such folder, and not found on the Hub: {reason}") from error

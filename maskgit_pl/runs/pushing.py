@@ -75,12 +75,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     files = dict(_find_files(folder))
     check_diffusers_files(folder)
     # 2.
-    negative = MaskGIT.from_pretrained(folder, pack_weights=False).negative_model
-    if negative is not None and negative.folder != folder / "negative":
-        raise ValueError(
-            f"decoding {folder / 'decoding.json'}: negative_model must be in the folder that is shared, got "
-            f"{negative.folder}; MaskGIT.save_pretrained writes a folder with a copy of it"
-        )
+    MaskGIT.from_pretrained(folder, pack_weights=False)
     # 3.
     if _CARD in files:
         text = files.pop(_CARD).read_text(encoding="utf-8")

@@ -18,7 +18,6 @@ from functools import partial, wraps
 from html import escape
 from pathlib import Path
 from queue import SimpleQueue
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import gradio as gr
@@ -36,11 +35,10 @@ from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import RunError, is_user_error, markdown, printable
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.display import Recording, StepRecorder, describe_settings, token_panel
+from maskgit_pl.pipeline.display import describe_settings, token_panel
 from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline.options import seeds_of
 from maskgit_pl.pipeline.regions import Margins, box_mask
-from maskgit_pl.schedules import mask_schedules
 
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Options of events that use the model: they wait for one another."""
@@ -121,7 +119,7 @@ def _add_generate_tab(pipe: MaskGIT, page: gr.Blocks) -> tuple[Any, Any, Any]:
     selected = gr.State(0)
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
-            images, caption, animation = _add_results(pipe, "generated")
+            images, caption = _add_gallery(pipe, "generated"), gr.Markdown()
             with gr.Row():
                 keep = gr.Button("Keep to compare", size="sm", min_width=120)
                 edit_this = gr.Button("Edit this image", size="sm", min_width=120)
@@ -144,7 +142,7 @@ def _add_generate_tab(pipe: MaskGIT, page: gr.Blocks) -> tuple[Any, Any, Any]:
     opening = pipe.generate(labels, seed=_SEED)
     first = list(zip(opening, _captions(pipe, labels, _SEED), strict=True)), describe_settings(pipe.decoding)
     page.load(lambda: first, None, [images, caption], **_LIGHT)
-    _on_run(button, stop, generate, [label, seed, count, *fields], [images, caption, animation])
+    _on_run(button, stop, generate, [label, seed, count, *fields], [images, caption])
     images.select(_place_of, None, selected, **_LIGHT)
     keep.click(
         lambda images, said: [images, said, gr.Column(visible=True)],
@@ -189,7 +187,7 @@ def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
             seed, count = _add_seed(), gr.Slider(1, _MOST, _COUNT, step=1, precision=0, label="Results")
             button, stop = _add_buttons("Edit")
             fields = _add_settings(pipe)
-    images, caption, animation = _add_results(pipe, "edited", columns=_COUNT + 1)
+    images, caption = _add_gallery(pipe, "edited", columns=_COUNT + 1), gr.Markdown()
 
     @answer
     def edit(canvas: Any, pixels: Tensor | None, task: str, *rest: Any) -> Iterator[list[Any]]:
@@ -227,7 +225,7 @@ def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
         task, [paint, extend, vary], **_LIGHT,
     )  # fmt: skip
     inputs = [editor, source, task, box, sides, margin, strength, label, seed, count, *fields]
-    _on_run(button, stop, edit, inputs, [images, caption, animation])
+    _on_run(button, stop, edit, inputs, [images, caption])
     return take, [drop, editor, source]
 
 
@@ -241,7 +239,7 @@ def run_task(
     before: Tensor | None = None,
     requested: Tensor | None = None,
 ) -> Iterator[list[Any]]:
-    """Runs a task, and yields the values of ``_add_results`` after each step, and at the end.
+    """Runs a task, and yields its images and their caption after each step, and at the end.
 
     Args:
         pipe: The model.
@@ -260,27 +258,19 @@ def run_task(
         grid = pipe.tokenizer.network.config.grid((requested.shape[0], requested.shape[1]))
     captions = _captions(pipe, labels, seed)
     original = [] if before is None else [(to_pil(before), "before")]
-    first = StepRecorder(max_images=1)
     call = partial(call, classes=list(labels), seed=seed, **settings)
     with closing(stream_steps(call, num_steps=decoding.num_steps)) as steps:
         for step in steps:
             if isinstance(step, DecodingStep):
-                first(step)
                 tiles = [
                     token_panel(step, row, image, pipe.tokenizer.token_size, requested=requested)
                     for row, image in enumerate(pipe.tokenizer.decode(step.tokens, grid=grid))
                 ]
                 decided = f"{int((~step.still_masked[0]).sum())} of {step.still_masked.shape[1]} tokens decided"
                 text = f"Step {step.step + 1} of {decoding.num_steps}: {decided}"
-                yield [[*original, *zip(tiles, captions, strict=True)], text, gr.skip()]
-                continue
-            recording = Recording(
-                first.steps, pipe.tokenizer, decoding, [_class_name(pipe, labels[0])], [seed], grid, requested
-            )
-            with TemporaryDirectory() as temporary:
-                recording.save(animation := Path(temporary) / "decoding.gif")
-                images = [*original, *zip(step, captions, strict=True)]
-                yield [images, describe_settings(decoding), str(animation)]
+                yield [[*original, *zip(tiles, captions, strict=True)], text]
+            else:
+                yield [[*original, *zip(step, captions, strict=True)], describe_settings(decoding)]
 
 
 def stream_steps(
@@ -315,7 +305,7 @@ def stream_steps(
 
 
 def start_values(pipe: MaskGIT) -> dict[str, Any]:
-    """Returns the value of each field of the settings with which the page begins: the model's own, None for names."""
+    """Returns the value of each field of the settings with which the page begins: the model's own."""
     decoding = pipe.decoding
     temperature = decoding.sampling_temperature
     first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
@@ -323,11 +313,9 @@ def start_values(pipe: MaskGIT) -> dict[str, Any]:
     return {
         "num_steps": decoding.num_steps,
         "token_selector": None,
-        "mask_schedule": None,
         "first": float(first),
         "last": float(last),
         _NOISE: float(getattr(selector, _NOISE, 4.5)),
-        "guidance": None,
         "guidance_scale": float(getattr(guidance_schedules.build(decoding.guidance), "scale", 0.0)),
     }
 
@@ -349,7 +337,7 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     selector: Any = settings["token_selector"] or pipe.decoding.token_selector
     if not hasattr(token_selectors.build(selector), _NOISE):
         del settings[_NOISE]
-    if not hasattr(guidance_schedules.build(settings["guidance"] or pipe.decoding.guidance), "scale"):
+    if not hasattr(guidance_schedules.build(pipe.decoding.guidance), "scale"):
         del settings["guidance_scale"]
     pipe.check_decoding(pipe.decoding_with(**settings))
     return settings
@@ -357,15 +345,9 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
 
 def _add_settings(pipe: MaskGIT) -> list[Any]:
     """Adds a field for each of ``start_values``, folded away."""
-    start, decoding = start_values(pipe), pipe.decoding
-    selectors, schedules, guidances = (
-        [(f"as the model{f' ({name})' if (name := _name(spec)) else ''}", None), *((key, key) for key in built)]
-        for spec, built in (
-            (decoding.token_selector, token_selectors.build_all()),
-            (decoding.mask_schedule, mask_schedules.build_all()),
-            (decoding.guidance, guidance_schedules.build_all()),
-        )
-    )
+    start, spec = start_values(pipe), pipe.decoding.token_selector
+    own = spec["name"] if isinstance(spec, Mapping) else spec
+    selectors = [(f"as the model ({own})", None), *((name, name) for name in token_selectors.build_all())]
 
     def slider(name: str, label: str, least: float, usual: float, step: float, **options: Any) -> Any:
         # gradio refuses values above the maximum, and any value may be the model's own.
@@ -375,17 +357,11 @@ def _add_settings(pipe: MaskGIT) -> list[Any]:
         return [
             slider("num_steps", "Decoding steps", 1, pipe.transformer.network.config.num_tokens, 1, precision=0),
             gr.Dropdown(selectors, value=None, label="Token selector"),
-            gr.Dropdown(schedules, value=None, label="Mask schedule"),
             slider("first", "Sampling temperature, first step", 0, 4, 0.05),
             slider("last", "Sampling temperature, last step", 0, 4, 0.05),
             slider("choice_temperature", "Choice temperature (noise on the confidence)", 0, 30, 0.5),
-            gr.Dropdown(guidances, value=None, label="Guidance schedule"),
             slider("guidance_scale", "Guidance scale (0: no guidance)", 0, 10, 0.05),
         ]
-
-
-def _name(spec: str | Mapping[str, Any] | None) -> str | None:
-    return str(spec["name"]) if isinstance(spec, Mapping) else spec
 
 
 def _mix(pipe: MaskGIT, count: int) -> list[int]:
@@ -419,17 +395,6 @@ def _add_seed() -> Any:
 def _add_buttons(name: str) -> tuple[Any, Any]:
     with gr.Row():
         return gr.Button(name, variant="primary", min_width=120, scale=2), gr.Button("Stop", min_width=80, scale=1)
-
-
-def _add_results(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> list[Any]:
-    """Adds the images of a run, their caption, and the animation of the first of them."""
-    images, caption = _add_gallery(pipe, name, columns=columns), gr.Markdown()
-    with gr.Accordion("Step by step", open=False):
-        animation = gr.Image(
-            label="The decoding of the first image, as an animation", type="filepath", interactive=False,
-            show_label=False, buttons=["download"], placeholder="The animation of the next run comes here.",
-        )  # fmt: skip
-    return [images, caption, animation]
 
 
 def _add_gallery(pipe: MaskGIT, name: str, *, columns: int = _COUNT) -> Any:

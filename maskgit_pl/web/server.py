@@ -1,4 +1,4 @@
-"""The server of the page: an address, a guard in front of gradio, and a temporary folder, removed at the end."""
+"""The server of the page: a port, a guard in front of gradio, and a temporary folder, removed at the end."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Awaitable, Callable, Collection, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 from urllib.parse import urlsplit
@@ -24,7 +23,6 @@ from PIL import Image
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.distributed import find_device
-from maskgit_pl.errors import printable
 from maskgit_pl.files import size_text
 from maskgit_pl.pipeline import MaskGIT
 
@@ -33,51 +31,40 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Message, Any, Send], Awaitable[None]]
 
 MAX_UPLOAD_BYTES = 16 * 2**20
-_MAX_REQUEST_BYTES = 2**20  # of other requests
-_MAX_FOLDER_BYTES = 512 * 2**20
-_MULTIPART_BYTES = 2**16  # of an upload besides the file
+_MAX_REQUEST_BYTES = MAX_UPLOAD_BYTES + 2**16  # an upload has more than the file
 _MAX_PIXELS = 64_000_000  # of a picture that gradio opens
-_LOCAL = ("127.0.0.1", "localhost", "::1")  # addresses that only this machine can reach
-_EVERY = ("0.0.0.0", "::")  # every address of this machine
+_ADDRESS = "127.0.0.1"  # which only this machine can reach
+_NAMES = (_ADDRESS, "localhost", "::1")  # of the page: a tunnel of SSH may listen to the last
 _ATTEMPTS = 20  # to remove the temporary folder
 _log = logging.getLogger(__name__)
 
 
-def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, device: str | None = None) -> NoReturn:
+def serve(folder: str | Path, *, port: int = 7860, device: str | None = None) -> NoReturn:
     """Shows the page of a model until Ctrl-C or SIGTERM, and then ends the process with exit code 0.
 
     Runs of the model end in the middle: the process does not wait for its threads. Its temporary folder is removed.
 
     Args:
         folder: Run folder, pretrained folder, name of a model in the package, or ``owner/name`` on the Hub.
-        host: Address of this machine. Others than 127.0.0.1 let other machines use the page, without a
-            password; 0.0.0.0 and :: are all addresses of this machine.
-        port: Port in [1, 65535].
+        port: Port in [1, 65535] of 127.0.0.1, which only this machine can reach.
         device: Device of the model; None for a GPU if there is one.
 
     Raises:
         FileNotFoundError: if there is no such model.
-        ValueError: if the device or gradio is missing, the port is out of range or used, the address is not
-            one of this machine, or the page cannot show the model.
+        ValueError: if the device or gradio is missing, the port is out of range or used, or the page cannot show the
+            model.
         KeyboardInterrupt: if Ctrl-C or SIGTERM comes before the page can be opened.
     """
     chosen = find_device(device)
     if find_spec("gradio") is None:
         raise ValueError("web requires the package gradio: pip install 'maskgit_pl[web]'")
-    with open_socket(host, port) as listening:
+    with open_socket(port) as listening:
         pipe = MaskGIT.from_pretrained(folder, device=chosen)
-        if host not in _LOCAL:
-            _log.warning(
-                "warning: everyone who can reach %s can use this page and the computing time of this machine. It has "
-                "no password. Leave out --host to keep it to this machine.",
-                host,
-            )
         _interrupt_once()
-        with _temporary_folder() as temporary:
-            _start(pipe, str(folder), temporary, listening, host)
-            host_name = "localhost" if host in _EVERY else f"[{host}]" if ":" in host else host
+        with _temporary_folder():
+            _start(pipe, str(folder), listening)
             with suppress(KeyboardInterrupt):
-                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", host_name, port, folder)
+                _log.info("http://%s:%d/ shows %s; Ctrl-C ends it", _ADDRESS, port, folder)
                 while True:
                     time.sleep(1)  # not longer: a signal that another thread takes does not wake this one
             # A thread whose files disappear has errors that concern nobody.
@@ -89,59 +76,39 @@ def serve(folder: str | Path, *, host: str = "127.0.0.1", port: int = 7860, devi
     os._exit(0)  # threads would wait for open pages and for the model
 
 
-def open_socket(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens to an address; :: listens to IPv4, too.
+def open_socket(port: int) -> socket.socket:
+    """Returns a socket that listens to a port of this machine.
 
     Raises:
-        ValueError: if the port is out of range or used, or the address is not one of this machine.
+        ValueError: if the port is out of range or used.
     """
     check_integer("port", port, "[1, 65535]")
-    if not host:
-        raise ValueError("--host must be an address of this machine, such as 127.0.0.1, got none")
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, dualstack_ipv6=host == "::", backlog=128)
-    except (OSError, TypeError, UnicodeError) as error:  # a host of odd bytes is no OSError
-        reason = getattr(error, "strerror", None) or error
+        return socket.create_server((_ADDRESS, port), backlog=128)
+    except OSError as error:
         raise ValueError(
-            f"--host and --port must name a free port of this machine, got {printable(host)}:{port} ({reason}); choose "
-            f"another one, such as --port {port % 65535 + 1}"
+            f"--port must be a free port of this machine, got {port} ({error.strerror}); choose another one, such as "
+            f"--port {port % 65535 + 1}"
         ) from error
-
-
-def names_of(host: str) -> set[str]:
-    """Returns the names, in small letters, under which a browser may ask for a page that is bound to ``host``.
-
-    IP addresses are not among them: ``Guard`` lets them pass.
-    """
-    names = {"localhost", host}
-    if host not in _LOCAL:
-        machine = socket.gethostname()
-        names |= {machine, f"{machine}.local", socket.getfqdn()}
-    return {name.lower() for name in names}
 
 
 class Guard:
     """An ASGI application in front of another one, which refuses what a foreign web site can make a browser send.
 
-    1. ``Host`` must be an IP address or one of ``names``, else 403. A site that lets its own name point to this machine
-       (DNS rebinding) is refused, because its name stays in ``Host``; an address cannot point elsewhere.
+    1. ``Host`` must be localhost or its address, else 403. A site that lets its own name point to this machine
+       (DNS rebinding) is refused, because its name stays in ``Host``.
     2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and
        with every request whose answer a script of another site could read.
-    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB otherwise, else 413.
-       Uploads stop with 507 while the temporary folder, with those under way, would hold more than 512 MiB.
+    3. A request has a length, else 411, of at most that of an upload of 16 MiB, else 413.
 
     No site can show the answers in a frame.
 
     Args:
         app: Application that gets the other requests.
-        names: Names of this machine, in small letters.
-        folder: Temporary folder, with all files that the application writes.
     """
 
-    def __init__(self, app: App, *, names: Collection[str], folder: Path) -> None:
-        self._app, self._names, self._folder = app, names, folder
-        self._under_way = 0  # bytes of uploads
+    def __init__(self, app: App) -> None:
+        self._app = app
 
     async def __call__(self, scope: Message, receive: Any, send: Send) -> None:
         if scope["type"] != "http":  # "lifespan"; websockets are not served
@@ -156,56 +123,36 @@ class Guard:
         headers: dict[str, list[str]] = {}
         for name, value in scope["headers"]:
             headers.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
-        length = int(headers.get("content-length", ["0"])[0])
-        is_upload = scope["path"].endswith("/upload")
-        refusal = self._refuse_site(headers) or self._refuse_length(headers, length, is_upload=is_upload)
-        if refusal:
-            status, text = refusal
-            content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
-            await send_framed({"type": "http.response.start", "status": status, "headers": content})
-            await send_framed({"type": "http.response.body", "body": f"{text}\n".encode()})
-            return
-        held = length if is_upload else 0
-        self._under_way += held
-        try:
+        refusal = _refuse(headers)
+        if refusal is None:
             await self._app(scope, receive, send_framed)
-        finally:
-            self._under_way -= held
-
-    def _refuse_site(self, headers: dict[str, list[str]]) -> tuple[int, str] | None:
-        """Returns the status and the text of the answer to a request of another site; None for one of the page."""
-        host, origins = ",".join(headers.get("host", [])).lower(), headers.get("origin", [])
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-            if name not in self._names:
-                ip_address(name)
-        except ValueError:
-            return 403, "Host must be an address or a name of the machine that serves the page; see --host"
-        if any(origin.lower() not in (f"http://{host}", f"https://{host}") for origin in origins):
-            return 403, "Origin must be the page itself"
-        return None
-
-    def _refuse_length(self, headers: dict[str, list[str]], length: int, *, is_upload: bool) -> tuple[int, str] | None:
-        """Returns the status and the text of the answer to a request that is too long; None for others."""
-        if "transfer-encoding" in headers:
-            return 411, "a request must have a length"
-        most = MAX_UPLOAD_BYTES + _MULTIPART_BYTES if is_upload else _MAX_REQUEST_BYTES
-        if length > most:
-            return 413, f"a request must have at most {size_text(most)}, got {size_text(length)}"
-        if is_upload and _folder_bytes(self._folder) + self._under_way + length > _MAX_FOLDER_BYTES:
-            return 507, "the page holds too many files; try again in half an hour"
-        return None
+            return
+        status, text = refusal
+        content = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
+        await send_framed({"type": "http.response.start", "status": status, "headers": content})
+        await send_framed({"type": "http.response.body", "body": f"{text}\n".encode()})
 
 
-def _folder_bytes(folder: Path) -> int:
-    total = 0
-    for path in folder.rglob("*"):
-        with suppress(FileNotFoundError):  # removed in the meantime
-            total += path.stat().st_size
-    return total
+def _refuse(headers: Mapping[str, list[str]]) -> tuple[int, str] | None:
+    """Returns the status and the text of the answer to a request that ``Guard`` refuses; None for others."""
+    host, origins = ",".join(headers.get("host", [])).lower(), headers.get("origin", [])
+    try:
+        name = urlsplit(f"//{host}").hostname
+    except ValueError:
+        name = None
+    if name not in _NAMES:
+        return 403, "Host must be localhost or its address: the page is for this machine only"
+    if any(origin.lower() not in (f"http://{host}", f"https://{host}") for origin in origins):
+        return 403, "Origin must be the page itself"
+    if "transfer-encoding" in headers:
+        return 411, "a request must have a length"
+    length = int(headers.get("content-length", ["0"])[0])
+    if length > _MAX_REQUEST_BYTES:
+        return 413, f"a request must have at most {size_text(_MAX_REQUEST_BYTES)}, got {size_text(length)}"
+    return None
 
 
-def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, host: str) -> None:
+def _start(pipe: MaskGIT, name: str, listening: socket.socket) -> None:
     """Starts the server of the page in a thread, and waits until it answers."""
     import gradio as gr
     import uvicorn
@@ -222,8 +169,7 @@ def _start(pipe: MaskGIT, name: str, folder: Path, listening: socket.socket, hos
         plain, build_page(pipe, name), "/", footer_links=[], run_history=False, theme=theme, css=STYLE,
         max_file_size=MAX_UPLOAD_BYTES, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
     )  # fmt: skip
-    guard = Guard(app, names=names_of(host), folder=folder)
-    server = uvicorn.Server(uvicorn.Config(guard, http="h11", ws="none", lifespan="on", log_level="critical"))
+    server = uvicorn.Server(uvicorn.Config(Guard(app), http="h11", ws="none", lifespan="on", log_level="critical"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
     thread.start()
     while not server.started:
@@ -248,7 +194,7 @@ def _interrupt_once() -> None:
 
 
 @contextmanager
-def _temporary_folder() -> Iterator[Path]:
+def _temporary_folder() -> Iterator[None]:
     """Makes the folder of all files of the page, and removes it at the end."""
     folder = Path(tempfile.gettempdir(), f"maskgit-web-{secrets.token_hex(8)}")
     # gradio and matplotlib, which caches its list of fonts, read these variables when they are imported.
@@ -258,7 +204,7 @@ def _temporary_folder() -> Iterator[Path]:
     try:
         folder.mkdir(mode=0o700)  # in the try block: Ctrl-C may come right after it
         tempfile.tempdir = str(folder)
-        yield folder
+        yield
     finally:
         for _ in range(_ATTEMPTS):  # a thread may still write to it
             shutil.rmtree(folder, ignore_errors=True)

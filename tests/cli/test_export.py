@@ -1,7 +1,6 @@
 """``maskgit export`` from checkpoints of any number of ranks, and the importers: their reports and next commands."""
 
 import json
-import shlex
 import shutil
 from pathlib import Path
 
@@ -159,7 +158,7 @@ def test_an_import_of_jax_is_described_and_the_next_command_samples(maskgit, tmp
     weights += ["--transformer", GOLDEN / "transformer_n16_checkpoint.msgpack"]
     lines = maskgit("import-jax", *weights, "--out", out, "--image-size", 8).out.splitlines()
     assert lines[0] == f"{out}: google-research/maskgit layout, 77,323 parameters"
-    assert lines[1] == "  images    3 x 8 x 8 -> 4 x 4 tokens"
+    assert lines[1].startswith("  images    3 x 8 x 8 -> 4 x 4 tokens of ")
     following = lines[-1].removeprefix("next: maskgit ").split()
     assert maskgit(*following, "--per-class", 2, "--out", tmp_path / "samples.png", "--device", "cpu").code == 0
     assert (tmp_path / "samples.png").is_file()
@@ -167,36 +166,15 @@ def test_an_import_of_jax_is_described_and_the_next_command_samples(maskgit, tmp
 
 def test_an_imported_tokenizer_is_described(maskgit, tmp_path):
     file, out = save_released_tokenizer(tmp_path / "vqvae"), tmp_path / "pretrained"
-    said = maskgit("import-tokenizer", file, "--out", out, "--image-size", 16, "--no-signed-images").out
+    said = maskgit("import-tokenizer", file, "--out", out, "--image-size", 16).out
     tokenizer = load_tokenizer(out / "tokenizer")
     assert tokenizer.image_size == 16
-    assert not tokenizer.network.config.signed_images
     for words in (
         f"diffusers layout, {sum(parameter.numel() for parameter in tokenizer.network.parameters()):,} parameters",
-        "3 x 16 x 16 -> 16 x 16 tokens, in [0, 1] inside",
-        "8 codes of size 8",
-        f"next: maskgit tokenize --dataset NAME --recipe paper-256 --tokenizer {out}/tokenizer",
-        "--model.network.codebook_size 8\nthen: maskgit train transformer --dataset NAME --recipe paper-256",
+        "3 x 16 x 16 -> 16 x 16 tokens of 8 codes",
+        f"next: maskgit tokenize --dataset NAME --recipe RECIPE --tokenizer {out}/tokenizer",
     ):
         assert words in said
-
-
-@pytest.mark.slow
-def test_the_next_commands_make_tokens_and_fit_the_tokenizer(maskgit, tiny_shards, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "data" / "shards").mkdir(parents=True)
-    (tmp_path / "data" / "shards" / "tiny").symlink_to(tiny_shards)
-    save_released_tokenizer(tmp_path / "vqvae")
-    answer = maskgit("import-tokenizer", "vqvae", "--out", "with space", "--image-size", 8)
-    lines = answer.out.splitlines()[-2:]
-    assert [line[:14] for line in lines] == ["next: maskgit ", "then: maskgit "]
-    for line, more in zip(
-        lines, (["--device", "cpu"], ["--print-config", "--trainer.accelerator", "cpu"]), strict=True
-    ):
-        words = shlex.split(line[14:].replace("NAME", "tiny"))
-        # The recipe is for ImageNet, and its network is large.
-        sizes = ["--model.network.num_classes", "3", "--model.network.depth", "1", "--data.views", "1"]
-        assert maskgit(*words, *more, *sizes).code == 0
 
 
 def test_an_imported_transformer_is_described_and_samples(maskgit, tmp_path):
@@ -207,19 +185,17 @@ def test_an_imported_transformer_is_described_and_samples(maskgit, tmp_path):
     save_tokenizer(tmp_path / "pretrained" / "tokenizer", config, VQGAN(config).state_dict(), image_size=8)
     halton = Halton(codes=24, classes=3, side=4, size=32, blocks=2, heads=4)
     file, out = save_checkpoint(randomise(halton), tmp_path / "a.pth"), tmp_path / "out"
-    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
-    more = ["--tokenizer", tmp_path / "pretrained", "--num-heads", 4, "--class-names", tmp_path / "names.txt"]
+    more = ["--tokenizer", tmp_path / "pretrained", "--num-heads", 4]
     said = maskgit("import-transformer", file, "--out", out, *more).out
     network = load_transformer(out / "transformer").network
     for text in (
         f"{out}: Halton-MaskGIT layout, ",
         f"{sum(parameter.numel() for parameter in network.parameters()):,} parameters",
-        "images    3 x 8 x 8 -> 4 x 4 tokens",
-        "network   adaln, 2 blocks",
-        "classes   3, 'cat' to 'owl'",
-        "decoding  16 steps, halton, guidance constant (scale 2.0)",
+        "images    3 x 8 x 8 -> 4 x 4 tokens of 24 codes",
+        "network   adaln, 2 blocks, 3 classes",
+        "decoding  16 steps, halton, guidance constant (scale 2)",
         "ignored   iter, global_epoch, optimizer_state_dict",
         f"next: maskgit sample {out} --classes 0,2",
     ):
         assert text in said
-    assert maskgit("sample", out, "--classes", "cat,2", "--out", tmp_path / "grid.png").code == 0
+    assert maskgit("sample", out, "--classes", "1,2", "--out", tmp_path / "grid.png").code == 0

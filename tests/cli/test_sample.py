@@ -63,9 +63,6 @@ def test_a_command_is_a_function_of_the_same_names(call, tiny_pretrained: Path, 
 
 
 def test_each_flag_reaches_the_decoding(call, tiny_pretrained: Path, tmp_path: Path) -> None:
-    file = tmp_path / "decoding.json"
-    recipe = {"num_steps": 3, "token_selector": "margin"}
-    file.write_text(json.dumps({"format": "maskgit_pl.decoding", "version": 1, "decoding": recipe}))
     selector = {"name": "remdm", "eta": 0.1}
     settings = {
         "guidance_scale": 2.0, "guidance": "cosine", "choice_temperature": 1.5, "token_selector": selector,
@@ -79,12 +76,10 @@ def test_each_flag_reaches_the_decoding(call, tiny_pretrained: Path, tmp_path: P
     ]
     schedule = {"mask_schedule": {"name": "pow", "exponent": 3.0}, "num_steps": 4}
     flags = ['--mask-schedule={"name": "pow", "exponent": 3.0}', "--num-steps=4"]
-    pipe = MaskGIT.from_pretrained(tiny_pretrained, decoding=file)
-    for number, (given, options) in enumerate([(words, settings), (flags, schedule), ([], {})]):
+    pipe = MaskGIT.from_pretrained(tiny_pretrained)
+    for number, (given, options) in enumerate([(words, settings), (flags, schedule)]):
         images = tmp_path / str(number)
-        call(
-            *given, "--decoding", file, "--classes=0", "--per-class=4", "--images", images, "--out", tmp_path / "a.png"
-        )
+        call(*given, "--classes=0", "--per-class=4", "--images", images, "--out", tmp_path / "a.png")
         assert (read(images) == pipe.generate([0] * 4, output_type="np", **options)[..., 0]).all()
 
 

@@ -80,10 +80,9 @@ def imported(out, *, with_transformer=False, image_size=8, **options):
 def test_names_of_strangers_are_printable_and_short_in_the_report(tmp_path):
     names = ["\x1b]0;title\x07\n", "x" * 10_000, *(f"entry {number}" for number in range(1000))]
     report = str(imported(tmp_path / "a b", image_size=(4, 16), ignored=names, notes=["a note"]))
-    options = f"--recipe paper-256 --tokenizer '{tmp_path}/a b/tokenizer' --model.network.codebook_size 8"
-    assert "  images    3 x 4 x 16 -> 2 x 8 tokens\n" in report
-    assert f"  note      a note\nnext: maskgit tokenize --dataset NAME {options}" in report
-    assert report.endswith("--model.network.grid '[2,8]'")
+    assert "  images    3 x 4 x 16 -> 2 x 8 tokens of 8 codes\n" in report
+    assert report.endswith(f"--dataset NAME --recipe RECIPE --tokenizer {tmp_path}/a b/tokenizer")
+    assert "  note      a note\nnext: maskgit tokenize" in report
     assert report.replace("\n", "").isprintable()
     (ignored,) = (line for line in report.splitlines() if line.startswith("  ignored "))
     assert r"\x1b]0;title\x07\n" in ignored
@@ -109,29 +108,8 @@ def test_nothing_is_overwritten(kind, tmp_path):
 
 
 def test_a_thousand_classes_are_those_of_imagenet_and_others_are_numbers():
-    names = choose_class_names(None, 1000)
+    names = choose_class_names(1000)
     expected = {0: "tench", 9: "ostrich", 207: "golden retriever", 388: "giant panda", 999: "toilet tissue"}
     assert {number: names[number] for number in expected} == expected
     assert len(names) == 1000
-    assert choose_class_names(None, 3) == ("0", "1", "2")
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])  # the second has a byte order mark
-def test_class_names_are_a_list_or_a_file_of_lines(encoding, tmp_path):
-    names = ("Käse 1", "Käse 2")
-    (tmp_path / "names.txt").write_text("".join(f"{name} \n" for name in names), encoding=encoding)
-    assert choose_class_names(tmp_path / "names.txt", 2) == choose_class_names(names, 2) == names
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["a"], "must be 3, one for each class of the transformer, got 1"),
-        (["a", " ", "c"], "got 3, 1 of them empty; change the list"),
-        ("latin", "class names .*latin must be a text in UTF-8"),
-    ],
-)
-def test_class_names_that_do_not_fit_are_refused(names, message, tmp_path):
-    (tmp_path / "latin").write_bytes("Käse\n".encode("latin-1"))
-    with pytest.raises(ValueError, match=message):
-        choose_class_names(tmp_path / names if isinstance(names, str) else names, 3)
+    assert choose_class_names(3) == ("0", "1", "2")

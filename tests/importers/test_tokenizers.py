@@ -238,29 +238,6 @@ def test_a_folder_or_a_pipeline_of_diffusers_names_its_weights(name, tmp_path):
     assert {find_weights(path) for path in (file, file.parent, tmp_path / "amused")} == {file}
 
 
-ASSUMED = (
-    "no file gives the size of the images (a sample_size of 32 is the default of diffusers): 256 px are assumed; "
-    "name another with --image-size"
-)
-
-
-@pytest.mark.parametrize(
-    ("declared", "given", "size", "note"),
-    [
-        (32, None, 256, ASSUMED),  # the default of diffusers, which tells nothing
-        (32, 16, 16, None),
-        ([16, 24], None, (16, 24), None),
-        (64, 16, 16, None),
-    ],
-)
-def test_the_image_size_is_that_of_config_json(declared, given, size, note, tmp_path):
-    config = diffusers_config(sample_size=declared)
-    folder = save_diffusers(DiffusersVQModel(config), tmp_path / "vqvae", sample_size=declared)
-    imported = import_tokenizer(folder, tmp_path / "out", image_size=given)
-    assert load_tokenizer(imported.folder / "tokenizer").image_size == size
-    assert list(imported.notes) == ([] if note is None else [note])
-
-
 @pytest.mark.slow
 def test_the_largest_difference_at_the_released_size_is_the_documented_one(tmp_path):
     torch.manual_seed(0)
@@ -382,13 +359,10 @@ def test_another_network_is_refused_in_one_line_and_nothing_is_written(kind, dam
     assert not (tmp_path / "out").exists()
 
 
-def test_sizes_and_ranges_that_do_not_fit_are_refused(tmp_path):
+def test_a_size_that_does_not_fit_is_refused(tmp_path):
     file = save_taming(TamingModel(diffusers_config(**TAMING_CASES["small"])), tmp_path / "a.ckpt")
     with pytest.raises(ValueError, match="image size must be a positive multiple of the downsampling factor 2, got 15"):
         import_tokenizer(file, tmp_path / "out", image_size=15)
-    torch.save(MaskBitModel(table=32).state_dict(), tmp_path / "a.bin")
-    with pytest.raises(ValueError, match=r"a\.bin: network signed_images must be True in layout 'maskgit', got False"):
-        import_tokenizer(tmp_path / "a.bin", tmp_path / "out", image_size=16, signed_images=False)
     assert not (tmp_path / "out").exists()
 
 
@@ -397,8 +371,6 @@ def test_sizes_and_ranges_that_do_not_fit_are_refused(tmp_path):
     [
         ({"_class_name": "AutoencoderKL"}, "_class_name of config.json must be 'VQModel', got 'Auto"),
         ({"norm_type": "spatial"}, "norm_type of config.json must be 'group', got 'spatial'"),
-        ({"sample_size": True}, r"sample_size of config.json must be an integer in \[1, 8192\], got True"),
-        ({"sample_size": [16, 16, 16]}, r"sample_size of config.json must be .*two such integers, got \[16, 16, 16\]"),
         ({"norm_num_groups": "32"}, "num_groups must be an integer"),
         ('{"sample_size": NaN}', "numbers must be finite, got NaN"),
         ("[" * 100_000, "config.json must be nested at most 64 levels deep"),

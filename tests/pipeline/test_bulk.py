@@ -72,7 +72,7 @@ def test_settings_and_a_negative_class_reach_the_images(request, out: Path, kind
     settings = {"top_k": 8, "guidance": {"name": "constant", "scale": 20.0}}
     many(pipe, out, num_images=9, negative_class="Trouser", decoding=pipe.decoding_with(**settings))
     images, labels = read_file(out)
-    check_equal(images, pipe.generate(labels.tolist(), negative_classes="Trouser", output_type="np", **settings))
+    check_equal(images, pipe.generate(labels.tolist(), negative_class="Trouser", output_type="np", **settings))
 
 
 def test_any_ranks_in_any_order_write_the_same_file(pipe: MaskGIT, tmp_path: Path) -> None:

@@ -199,7 +199,8 @@ def test_the_class_of_the_package_runs_no_code_of_the_folder(exported, tiny_pret
 
 def test_tuned_settings_are_exported_and_a_negative_model_is_not(tiny_pretrained, tmp_path, caplog):
     folder, weak = shutil.copytree(tiny_pretrained, tmp_path / "tuned"), save_tiny_pretrained(tmp_path / "weak")
-    save_decoding(folder, DecodingConfig(num_steps=3), negative_model=weak / "transformer")
+    save_decoding(folder, DecodingConfig(num_steps=3))
+    shutil.copytree(weak / "transformer", folder / "negative")
     diffusers_pipeline.export_diffusers(folder, tmp_path / "out")
     assert "the negative model of guidance is not exported" in caplog.text
     assert not (tmp_path / "out" / "decoding.json").exists()

@@ -42,7 +42,7 @@ def test_the_callback_gets_each_step_of_each_batch(pipe, causal) -> None:
     "settings",
     [
         {"guidance_scale": 8.0},
-        {"guidance_scale": 8.0, "negative_classes": "Trouser"},
+        {"guidance_scale": 8.0, "negative_class": "Trouser"},
         {"sampling_temperature": (1.0, 0.1)},
         {"top_p": 0.3},
         {"decoding": AutoregressiveDecoding(top_k=1).to_config(N)},
@@ -158,7 +158,7 @@ def test_an_edit_of_everything_is_a_generation(pipe, settings) -> None:
 def test_an_edit_does_not_depend_on_its_batch(pipe) -> None:
     pictures = [picture(number) for number in range(4)]
     masks = [box_pixels(), torch.ones(8, 8, dtype=torch.bool), box_pixels((3, 3, 8, 8)), box_pixels((7, 0, 8, 1))]
-    classes, options = [1, 1, 2, 1], {"num_steps": 8, "dilation": 0, "output_type": "pt"}  # with several first steps
+    classes, options = [1, 1, 2, 1], {"num_steps": 8, "output_type": "pt"}  # with several first steps
     together = pipe.inpaint(pictures, masks, classes=classes, seed=3, **options)
     assert len({variant.numpy().tobytes() for variant in together}) == 4
     for row in range(4):
@@ -197,7 +197,7 @@ def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> No
         ({"image": picture(size=9), "mask": box_pixels(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
         ({"image": [picture()] * 2, "classes": [0, 1, 2]}, "image must be one image, or one for each of the 3 classes"),
         ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, "image 1 must have 8 x 4"),
-        ({"dilation": -1}, "dilation must be an integer in"),
+        ({"blend": -1}, "blend must be a number in"),
     ],
 )
 def test_images_and_masks_that_do_not_fit_are_refused(pipe, options, message) -> None:
@@ -227,7 +227,7 @@ def test_the_positions_of_a_seed_are_its_own_and_grow_with_the_strength(pipe) ->
     [
         ({"strength": 0}, r"strength must be a number in \(0, 1\], got 0"),
         ({"strength": 0.5, "image": picture(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
-        ({"strength": 0.5, "dilation": 1}, "option 'dilation': "),
+        ({"strength": 0.5, "blend": 1}, "option 'blend': "),
     ],
 )
 def test_wrong_options_of_image_to_image_are_refused(pipe, options, message) -> None:
@@ -281,7 +281,6 @@ def test_a_panorama_depends_on_its_class_and_seed_only(pipe) -> None:
         (lambda pipe: pipe.outpaint(picture(), right=3), "right must be a multiple of 2 pixels, .* use 2 or 4"),
         (lambda pipe: pipe.outpaint(picture(size=2), right=2), r"height must be an integer in \[8, "),
         (lambda pipe: pipe.outpaint(picture(), right=2, fit=True), "option 'fit': "),
-        (lambda pipe: pipe.outpaint(picture(), right=2, overlap=1.0), r"overlap must be a number in \(0, 1\)"),
         (lambda pipe: pipe.panorama([0], 6), r"width must be an integer in \[8, .*, got 6"),
     ],
 )

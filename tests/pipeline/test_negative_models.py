@@ -1,10 +1,10 @@
 """Negative models, and pipelines whose weights change: each gives the images of a new pipeline with its weights."""
 
 import copy
-import json
 import pickle
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from maskgit_pl.networks.kernels import PackingLinear
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
-from maskgit_pl.pipeline.pretrained import load_transformer, read_negative_model, save_decoding, save_transformer
+from maskgit_pl.pipeline.pretrained import load_transformer, save_transformer
 from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
 from tests.pipeline.conftest import last_tokens
 
@@ -113,34 +113,15 @@ def test_other_values_of_negative_model_are_refused(pipe, tmp_path, tiny_autoreg
         MaskGIT.from_pretrained(tiny_autoregressive).generate([0], negative_model=weaker)
 
 
-def test_decoding_json_names_the_negative_model_by_a_relative_path(tiny_pretrained, weaker, tmp_path, caplog):
-    shutil.copytree(tiny_pretrained, tmp_path / "pretrained")
-    pipe = MaskGIT.from_pretrained(tmp_path / "pretrained", negative_model=weaker)
-    decoding = pipe.decoding_with(guidance_scale=2.0)
-    save_decoding(tmp_path / "pretrained", decoding, negative_model=pipe.negative_model.folder)
-    content = json.loads((tmp_path / "pretrained" / "decoding.json").read_text())
-    assert content["negative_model"]["folder"] == "../early/transformer"
-    moved = tmp_path / "moved" / "pretrained"
-    moved.parent.mkdir()
-    for name in ("pretrained", "early"):
-        shutil.move(tmp_path / name, moved.parent / name)
-    assert torch.equal(tokens(MaskGIT.from_pretrained(moved)), tokens(pipe, guidance_scale=2.0))
-    assert not caplog.records
-    early = moved.parent / "early" / "transformer"
-    shutil.copy(tiny_pretrained / "transformer" / "model.safetensors", early)
-    assert read_negative_model(moved / "decoding.json").samefile(early)
-    assert "has other weights than those of the search" in caplog.text
-    shutil.rmtree(early)
-    with pytest.raises(FileNotFoundError, match=r"negative_model: no transformer in .*early.*delete the file"):
-        MaskGIT.from_pretrained(moved)
-
-
-@pytest.mark.parametrize("entry", ["early", 3, {"folder": "early"}, {"folder": 1, "transformer": "a"}])
-def test_a_wrong_entry_of_decoding_json_is_refused(tmp_path, entry):
-    file = tmp_path / "decoding.json"
-    file.write_text(json.dumps({"negative_model": entry}))
-    with pytest.raises(ValueError, match="negative_model must be a mapping with the texts folder and transformer"):
-        read_negative_model(file)
+def test_the_folder_of_a_model_may_hold_its_negative_model(tiny_pretrained, weaker, tmp_path):
+    folder = Path(shutil.copytree(tiny_pretrained, tmp_path / "pretrained"))
+    shutil.copytree(weaker / "transformer", folder / "negative")
+    expected = tokens(MaskGIT.from_pretrained(tiny_pretrained, negative_model=weaker), guidance_scale=2.0)
+    pipe = MaskGIT.from_pretrained(folder)
+    assert torch.equal(tokens(pipe, guidance_scale=2.0), expected)
+    (folder / "negative" / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"negative_model .*negative must be a run .*maskgit export RUN"):
+        MaskGIT.from_pretrained(folder)
 
 
 def test_a_saved_pipeline_holds_its_negative_model(tiny_pretrained, weaker):

@@ -10,10 +10,8 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.pipeline.options import (
     SETTINGS,
     ClassIndex,
-    EditKeywords,
     GenerateKeywords,
     Request,
-    SeamKeywords,
     replace_settings,
 )
 
@@ -28,27 +26,24 @@ def documented_arguments(kind: type) -> set[str]:
 
 
 def test_options_are_separated_from_settings():
-    given = {"seed": 5, "dilation": 2, "num_steps": 3, "guidance_scale": 2.0, "top_k": None}
-    request = Request.of(CLASSES, OWN, ["7", 0], given, EditKeywords)
+    given = {"seed": 5, "batch_size": 2, "num_steps": 3, "guidance_scale": 2.0, "top_k": None}
+    request = Request.of(CLASSES, OWN, ["7", 0], given)
     decoding = DecodingConfig(3, "halton", {"name": "linear", "scale": 2.0})
-    assert request == Request(labels=[2, 0], seeds=[5, 6], decoding=decoding, dilation=2)
+    assert request == Request(labels=[2, 0], seeds=[5, 6], decoding=decoding, batch_size=2)
 
 
 def test_every_option_and_setting_is_documented_once():
-    documented = {name for kind in (GenerateKeywords, SeamKeywords) for name in documented_arguments(kind)}
-    assert EditKeywords.__annotations__.keys() - {*SETTINGS, "decoding", "fit"} == documented
+    assert GenerateKeywords.__annotations__.keys() - {*SETTINGS, "decoding"} == documented_arguments(GenerateKeywords)
     names = {field.name for field in fields(DecodingConfig)}
     assert names == documented_arguments(DecodingConfig)
     assert set(SETTINGS) - names == {"guidance_scale", "choice_temperature"}
 
 
 def test_a_part_of_a_request_keeps_the_seed_of_each_result():
-    request = Request.of(
-        CLASSES, OWN, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_classes": [1, 2, 0]}, EditKeywords
-    )
+    request = Request.of(CLASSES, OWN, [0, 1, 2], {"seed": 7, "batch_size": 2, "negative_class": "T-shirt"})
     parts = [request.part(rows) for rows in request.batches()]
     assert [part.seeds for part in parts] == [[7, 8], [9]]
-    assert [part.negative_labels for part in parts] == [[1, 2], [0]]
+    assert [part.negative_label for part in parts] == [1, 1]
 
 
 def test_an_argument_of_a_plug_in_is_replaced_in_its_specification():
@@ -70,10 +65,8 @@ def test_tokens_per_step_num_steps_and_mask_schedule_replace_one_another():
 
 
 def test_an_unknown_name_is_answered_with_the_nearest():
-    with pytest.raises(TypeError, match="option 'negative_clases': did you mean 'negative_classes'"):
-        Request.of(CLASSES, OWN, 0, {"negative_clases": 1}, GenerateKeywords)
-    with pytest.raises(TypeError, match="option 'dilation'"):
-        Request.of(CLASSES, OWN, 0, {"dilation": 1}, GenerateKeywords)
+    with pytest.raises(TypeError, match="option 'negative_clas': did you mean 'negative_class'"):
+        Request.of(CLASSES, OWN, 0, {"negative_clas": 1})
     with pytest.raises(TypeError, match="option 'seed'"):
         replace_settings(OWN, {"seed": 1})
 

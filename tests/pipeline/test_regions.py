@@ -46,8 +46,7 @@ def test_a_token_is_masked_when_any_of_its_pixels_is() -> None:
 def test_dilation_grows_on_all_sides_and_ends_at_the_border() -> None:
     middle = mask_of(".....", ".....", "..#..", ".....", ".....")
     assert torch.equal(token_mask(middle, factor=1, dilation=1), mask_of(".....", ".###.", ".###.", ".###.", "....."))
-    for dilation in (2, 65536):
-        assert bool(token_mask(middle, factor=1, dilation=dilation).all())
+    assert bool(token_mask(middle, factor=1, dilation=2).all())
     corner = mask_of("#....", ".....", ".....")
     assert torch.equal(token_mask(corner, factor=1, dilation=1), mask_of("##...", "##...", "....."))
 
@@ -66,10 +65,10 @@ def test_right_and_bottom_of_a_box_are_exclusive() -> None:
 @pytest.mark.parametrize(
     ("box", "message"),
     [
-        ((0, 0, 5, 3), "must lie in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got 0,0,5,3"),
-        ((-1, 0, 4, 3), "must lie in the image"),
+        ((0, 0, 5, 3), "in the image, with 0 <= left < right <= 4 and 0 <= top < bottom <= 3, got '0,0,5,3'"),
+        ((-1, 0, 4, 3), "in the image"),
         ((0, 2, 4, 1), "top < bottom"),
-        ((0, 0, 3), "must have four edges"),
+        ((0, 0, 3), "box must be left,top,right,bottom"),
     ],
 )
 def test_a_box_outside_the_image_or_of_another_form_is_refused(box, message) -> None:
@@ -240,10 +239,10 @@ def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, me
         fit_to_model(pixels(3, 6, 8), mask, image_size=8, fit=fit, name="image 3")
 
 
-def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -> list[tuple[int, int, int]]:
+def filled_by(unknown: torch.Tensor, *, size: tuple[int, int]) -> list[tuple[int, int, int]]:
     """Returns (top, left, unknown tokens) of each window, after checks: inside the canvas, and no token twice."""
     left, counts = unknown.clone(), []
-    for window in windows(unknown, size=size, overlap=overlap):
+    for window in windows(unknown, size=size):
         part = left[window.index[1:]]
         assert part.shape == size
         assert torch.equal(part, window.unknown)
@@ -253,28 +252,26 @@ def filled_by(unknown: torch.Tensor, *, size: tuple[int, int], overlap: float) -
     return counts
 
 
-def test_windows_of_an_empty_canvas_advance_by_the_rest_of_the_overlap():
-    half = filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4), overlap=0.5)
+def test_windows_of_an_empty_canvas_advance_by_half_a_window():
+    half = filled_by(torch.ones(4, 14, dtype=torch.bool), size=(4, 4))
     assert half == [(0, 0, 16), *((0, left, 8) for left in range(2, 12, 2))]
-    assert filled_by(torch.ones(4, 7, dtype=torch.bool), size=(4, 4), overlap=0.25) == [(0, 0, 16), (0, 3, 12)]
 
 
 def test_windows_on_all_sides_begin_where_most_is_known():
     unknown = torch.ones(8, 8, dtype=torch.bool)
     unknown[2:6, 2:6] = False
-    counts = [count for _, _, count in filled_by(unknown, size=(4, 4), overlap=0.5)]
+    counts = [count for _, _, count in filled_by(unknown, size=(4, 4))]
     assert counts[:4] == [8] * 4
     assert max(counts) == 8  # half of each window is known
     assert sum(counts) == 48
 
 
-@pytest.mark.parametrize("overlap", [0.01, 0.5, 0.99])
 @pytest.mark.parametrize("shape", [(4, 4), (4, 9), (7, 11), (5, 5)])
-def test_windows_fill_any_canvas(shape, overlap):
-    filled_by(torch.ones(shape, dtype=torch.bool), size=(4, 4), overlap=overlap)
+def test_windows_fill_any_canvas(shape):
+    filled_by(torch.ones(shape, dtype=torch.bool), size=(4, 4))
     corner = torch.ones(shape, dtype=torch.bool)
     corner[:2, :1] = False
-    filled_by(corner, size=(4, 4), overlap=overlap)
+    filled_by(corner, size=(4, 4))
 
 
 def test_margins_place_an_image_on_its_canvas():

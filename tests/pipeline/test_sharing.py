@@ -131,6 +131,7 @@ def test_tuned_decoding_settings_are_saved_with_the_weights(tmp_path: Path, capl
     save_decoding(folder, TUNED, tuned={"metric": "fid"})
     pipe = MaskGIT.from_pretrained(folder)
     assert pipe.decoding == TUNED != own.decoding
+    assert MaskGIT.from_pretrained(folder, decoding=DecodingConfig(2)).decoding == DecodingConfig(2)
     pipe.to("cpu", dtype=torch.bfloat16).save_pretrained(tmp_path / "copy")
     again = MaskGIT.from_pretrained(tmp_path / "copy")
     assert again.decoding == TUNED
@@ -138,20 +139,6 @@ def test_tuned_decoding_settings_are_saved_with_the_weights(tmp_path: Path, capl
     assert not caplog.records  # no warning of other weights
     own.save_pretrained(tmp_path / "copy")
     assert read_decoding(tmp_path / "copy") is None
-
-
-def test_decoding_settings_are_given_as_an_object_or_a_file(tmp_path: Path) -> None:
-    folder = save_tiny_pretrained(tmp_path / "model")
-    save_decoding(folder, DecodingConfig(2))
-    save_decoding(folder, TUNED)
-    for decoding in (DecodingConfig(2), folder / "decoding.json.old", str(folder / "decoding.json.old")):
-        pipe = MaskGIT.from_pretrained(folder, decoding=decoding)
-        assert pipe.decoding == DecodingConfig(2)
-    assert pipe.decoding_with(num_steps=5) == DecodingConfig(5)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.json"):
-        MaskGIT.from_pretrained(folder, decoding="nowhere.json")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'revison'"):
-        MaskGIT.from_pretrained(folder, revison="main")
 
 
 def test_the_package_has_one_small_model() -> None:

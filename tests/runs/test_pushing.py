@@ -12,9 +12,7 @@ from maskgit_pl.cli import main
 from maskgit_pl.files import sha256_of
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pipeline.pretrained import save_decoding
 from maskgit_pl.runs import pushing
-from tests.conftest import save_tiny_pretrained
 from tests.local_hub import LocalHub, local_hub
 
 SECRET = "hf_" + "Q" * 34
@@ -101,11 +99,6 @@ def _cut_the_weights(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
 
 
-def _name_a_negative_model(folder: Path) -> None:
-    other = save_tiny_pretrained(folder.parent / "other")
-    save_decoding(folder, MaskGIT.from_pretrained(folder).decoding, negative_model=other / "transformer")
-
-
 @pytest.mark.parametrize(
     ("damage", "words", "wanted"),
     [
@@ -113,7 +106,6 @@ def _name_a_negative_model(folder: Path) -> None:
         (_cut_the_weights, [], "model.safetensors"),
         (lambda folder: (folder / "README.md").write_text("# Mine\n"), [], "must name the license of the weights"),
         (lambda folder: (folder / "README.md").write_text("---\n: [\n---\n"), [], "the YAML metadata is wrong: while"),
-        (_name_a_negative_model, [], "negative_model must be in the folder that is shared"),
         (None, ["tiny"], "hub_id must be"),
     ],
 )

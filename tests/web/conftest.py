@@ -74,12 +74,11 @@ class Server:
 
 
 @contextmanager
-def starting(place: Path, *flags: str, is_background: bool = False) -> Iterator[subprocess.Popen[str]]:
+def starting(place: Path, *, is_background: bool = False) -> Iterator[subprocess.Popen[str]]:
     """Starts ``maskgit web``, and ends it after the block.
 
     Args:
         place: Folder for ``Server.place``.
-        flags: Further flags.
         is_background: True ignores Ctrl-C when the process starts, as a shell does for a job in the background.
     """
     for name in ("home", "tmp", "here"):
@@ -97,7 +96,7 @@ def starting(place: Path, *flags: str, is_background: bool = False) -> Iterator[
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(port), "--device", "cpu", *flags]
+    command = [sys.executable, "-u", "-m", "maskgit_pl", "web", "--port", str(port), "--device", "cpu"]
     handler = signal.SIG_IGN if is_background else signal.SIG_DFL
     process = subprocess.Popen(
         command, cwd=place / "here", env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
@@ -111,9 +110,9 @@ def starting(place: Path, *flags: str, is_background: bool = False) -> Iterator[
 
 
 @contextmanager
-def running(place: Path, *flags: str, is_background: bool = False) -> Iterator[Server]:
+def running(place: Path, *, is_background: bool = False) -> Iterator[Server]:
     """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block. See ``starting``."""
-    with starting(place, *flags, is_background=is_background) as process:
+    with starting(place, is_background=is_background) as process:
         assert process.stdout is not None
         said = ""
         for line in process.stdout:

@@ -159,17 +159,11 @@ def test_images_of_other_settings_are_compared(page: Page, pipe: MaskGIT) -> Non
     set_number(panel, "Images", 2)
     panel.get_by_role("button", name="Decoding settings").click()
     set_number(panel, "Decoding steps", 5)
-    choose(page, panel, "Mask schedule", "cosine")
     press(panel, "Generate")
     finish(page, panel, steps=5)
-    check_equal(shown(page, "generated"), pipe.generate([BAG, BAG], seed=4, num_steps=5, mask_schedule="cosine"))
+    check_equal(shown(page, "generated"), pipe.generate([BAG, BAG], seed=4, num_steps=5))
     check_equal(shown(page, "kept"), before)
     expect(panel.get_by_text("8 steps, token selector")).to_be_visible()
-    panel.get_by_role("button", name="Step by step").click()
-    animation = panel.locator("img[src$='.gif']")
-    expect(animation).to_be_visible()
-    data = page.request.get(animation.get_attribute("src") or "").body()
-    assert Image.open(io.BytesIO(data)).n_frames == 5
 
 
 @pytest.mark.parametrize("task", ["box", "share"])
@@ -222,7 +216,7 @@ def test_an_error_is_shown_as_a_sentence(page: Page) -> None:
     expect(toast.last).to_contain_text("no region is painted; paint over the part to generate, or give a box")
     panel.get_by_label("Box in place of the brush").fill("0,0,99,99")
     press(panel, "Edit")
-    expect(toast.last).to_contain_text("box must lie in the image")
+    expect(toast.last).to_contain_text("box must be left,top,right,bottom in the image")
     assert "Traceback" not in page.content()
     panel = tab(page, "Generate")
     panel.get_by_label("Seed", exact=True).fill("")
@@ -303,12 +297,9 @@ def save(page: Page, file: Path) -> None:
     assert file.stat().st_size < 300_000
 
 
-def test_ctrl_c_ends_a_run_on_all_addresses_and_leaves_no_file(browser: Browser, tmp_path: Path) -> None:
-    with running(tmp_path / "own", "--host", "::", is_background=True) as server:
+def test_ctrl_c_ends_a_run_and_leaves_no_file(browser: Browser, tmp_path: Path) -> None:
+    with running(tmp_path / "own", is_background=True) as server:
         assert server.cpu_seconds() < 12
-        assert server.url.startswith("http://localhost:")
-        for address in ("localhost", "127.0.0.1", "[::1]"):
-            assert browser.new_page().goto(f"http://{address}:{server.port}/").ok  # type: ignore[union-attr]  # a response to http
         with opened(browser, server.url) as page:
             start_long_run(page)
             written = server.written()
@@ -338,13 +329,12 @@ def test_ctrl_c_while_it_starts_leaves_no_folder(tmp_path: Path) -> None:
 def test_changed_fields_become_settings_that_the_model_takes(pipe: MaskGIT, selector: str) -> None:
     own = settings_of(pipe, list(start_values(pipe).values()))
     check_equal([np.array(image) for image in pipe.generate([BAG], seed=1, **own)], pipe.generate([BAG], seed=1))
-    changed = {"token_selector": selector, "first": 0.5, "guidance": "cosine", "num_steps": 4}
+    changed = {"token_selector": selector, "first": 0.5, "guidance_scale": 3.5, "num_steps": 4}
     settings = settings_of(pipe, list({**start_values(pipe), **changed}.values()))
     has_noise = hasattr(token_selectors.build(selector), "choice_temperature")
     assert settings.pop("choice_temperature", None) == (12.0 if has_noise else None)
     assert settings == {
-        "token_selector": selector, "sampling_temperature": (0.5, 0.8), "guidance": "cosine", "guidance_scale": 3.0,
-        "num_steps": 4, "mask_schedule": None,
+        "token_selector": selector, "sampling_temperature": (0.5, 0.8), "guidance_scale": 3.5, "num_steps": 4,
     }  # fmt: skip
 
 
