@@ -15,6 +15,7 @@ from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
+from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import Folders, Machines, plan_run
 from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission

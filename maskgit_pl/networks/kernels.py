@@ -240,20 +240,20 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, i
     num_keys, is_trained = key.shape[2], torch.is_grad_enabled()
     is_bfloat16 = query.dtype == torch.bfloat16 and query.device.type == "cpu" and not is_causal
     if is_bfloat16 and is_trained and (dropout or num_keys <= _FEW_KEYS):
-        attended = _attend_in_products(query, key, value, dropout)
+        attended = _attend_in_products(query, key, value, dropout=dropout)
     elif is_bfloat16 and not is_trained and num_keys >= _MANY_KEYS and _multiplies_bfloat16():
         size = max(1, _SCORE_BYTES // (2 * query.shape[2] * num_keys))  # heads at once
         images = []
         for image in zip(query, key, value, strict=True):
             heads = zip(*(part.split(size) for part in image), strict=True)
-            images.append(torch.cat([_attend_in_products(*parts, dropout) for parts in heads]))
+            images.append(torch.cat([_attend_in_products(*parts, dropout=dropout) for parts in heads]))
         attended = torch.stack(images)
     else:
         attended = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=is_causal)
     return attended.transpose(1, 2).flatten(2)
 
 
-def _attend_in_products(query: Tensor, key: Tensor, value: Tensor, dropout: float) -> Tensor:
+def _attend_in_products(query: Tensor, key: Tensor, value: Tensor, *, dropout: float) -> Tensor:
     weights = torch.softmax((query * query.shape[-1] ** -0.5) @ key.mT, dim=-1)
     return F.dropout(weights, dropout) @ value
 

@@ -26,7 +26,7 @@ from maskgit_pl.runs.build import StageRun, build, leave_no_trace
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import check_run_outputs, describe_batch, describe_start
 from maskgit_pl.runs.layers import merge
-from maskgit_pl.runs.plan import Folders, Machines, Plan, find_data, find_pretrained, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import Folders, Machines, Plan, find_data, find_tokenizer, run_folder
 from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import choose_precision, merge_recipe_values, merge_values, values_without_data
 from maskgit_pl.runs.settings import resolve

@@ -14,7 +14,6 @@ from typing import TypedDict
 from maskgit_pl.checks import check_integer
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import parse_size, read_yaml
-from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.runs.recipe import Recipe, Stage
 
