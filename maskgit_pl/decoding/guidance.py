@@ -130,3 +130,28 @@ class Cosine(_Scaled):
 
     def __call__(self, progress: float) -> float:
         return self.scale * (1 - math.cos(math.pi * progress**self.power)) / 2
+
+
+@guidance_schedules.register("interval")
+@dataclass(frozen=True)
+class Interval(_Scaled):
+    """``scale`` for progress in [start, stop], else 0. Steps with scale 0 need no second forward pass.
+
+    Args:
+        scale: Guidance scale, in [0, 10000].
+        start: Progress of the first step with guidance, in [0, 1].
+        stop: Progress of the last step with guidance, in [start, 1].
+
+    Source: Kynkäänniemi et al., arXiv:2404.07724.
+    """
+
+    start: float = 0.25
+    stop: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_number("start", self.start, "[0, 1]")
+        check_number("stop", self.stop, f"[{self.start}, 1]")
+
+    def __call__(self, progress: float) -> float:
+        return self.scale if self.start <= progress <= self.stop else 0.0

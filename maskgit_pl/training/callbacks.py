@@ -183,5 +183,3 @@ def _publish(picture: Image.Image, folder: Path, name: str, trainer: Trainer) ->
     for logger in trainer.loggers:
         if isinstance(logger, TolerantLogger):
             logger.log_image(name, picture, trainer.global_step)
-
-

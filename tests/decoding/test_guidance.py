@@ -19,6 +19,7 @@ from maskgit_pl.decoding.guidance import GuidanceSchedule, guidance_scales, guid
             {"name": "cosine", "scale": 2.0, "power": 2.0},
             [1 - math.cos(math.pi * (step / 4) ** 2) for step in range(5)],
         ),
+        ({"name": "interval", "scale": 3.0, "start": 0.25, "stop": 0.75}, (0.0, 3.0, 3.0, 3.0, 0.0)),
     ],
     ids=str,
 )
@@ -31,6 +32,7 @@ def test_the_scales_of_the_steps_follow_the_formula(spec, expected):
     [
         *(({"name": name, "scale": -0.5}, rf"'{name}': scale must be") for name in guidance_schedules.names()),
         ({"name": "linear", "scale": float("nan")}, "'linear': scale must be a number"),
+        ({"name": "interval", "start": 0.8, "stop": 0.2}, r"'interval': stop must be a number in \[0.8, 1\], got 0.2"),
         ({"name": "cosine", "power": 0.0}, r"'cosine': power must be a number in \[0.001, 1000\], got 0.0"),
     ],
 )
