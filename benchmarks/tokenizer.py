@@ -23,7 +23,7 @@ def build_ours(task: Task, dtype: torch.dtype) -> Halves:
     """Returns our tokenizer as the pipeline and ``maskgit tokenize`` call it: its quantizer is in float32."""
     network = VQGAN(task.network).eval().requires_grad_(requires_grad=False)
     for half in (network.encoder, network.decoder):
-        half.to(dtype)
+        half.to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's types
     grid = task.network.grid(task.image_size)
 
     def decode(tokens: Tensor) -> Tensor:

@@ -221,10 +221,8 @@ def _build_random_decoders(
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
         bidirectional, causal = (
-            create_network(replace(sizes, **shared | {"attention": attention}))
-            .eval()
-            .requires_grad_(requires_grad=False)
-            for attention in ("bidirectional", "causal")
+            create_network(replace(sizes, **shared | {"attention": kind})).eval().requires_grad_(requires_grad=False)
+            for kind in ("bidirectional", "causal")
         )
     parallel = _build_decoder(bidirectional, DecodingConfig(num_steps), mask_schedules.build("cosine"), device)
     one_by_one = _build_decoder(causal, DecodingConfig(num_tokens, None), None, device)

@@ -309,6 +309,8 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
     folder = Path(folder)
     config, image_size = _parse_tokenizer(_read_json(folder, "tokenizer"), folder / _CONFIG)
     network = _read_network(lambda: VQGAN(config), folder, num_blocks=config.num_blocks)
+    # Convolutions then take channels last: half the time in bfloat16 on a CPU, which has them in no other layout.
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's types
     return PretrainedTokenizer(network, image_size, fingerprint(folder))
 
 
