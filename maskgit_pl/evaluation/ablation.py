@@ -74,7 +74,7 @@ def run_ablation(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
         raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
     check_writable("results", options.results, is_folder=True)
-    ablation = _Ablation(AblationRuns(config), options, name, bars)  # 1.
+    ablation = _Ablation(config, options, name, bars)  # 1.
     # All variants have their first seed before any has its second one.
     rows = [ablation.measure(built, seed) for seed in config.seeds for built in ablation.runs.variants]
     return replace(make_ablation_page(name, rows), folder=options.results / ablation.evaluator.dataset)
@@ -172,8 +172,10 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
 class _Ablation:
     """The measurements of an ablation: its runs and its evaluator."""
 
-    def __init__(self, runs: AblationRuns, options: ReportOptions, name: str, bars: Bars) -> None:
-        self.runs, self.options, self.name = runs, options, name
+    def __init__(self, config: AblationConfig, options: ReportOptions, name: str, bars: Bars) -> None:
+        device = find_device(options.device)
+        self.runs = runs = AblationRuns(config)
+        self.options, self.name = options, name
         self.has_images = runs.config.stage == "transformer" or runs.stage_2 is not None
         data = runs.variants[0].values.data
         images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
@@ -182,7 +184,7 @@ class _Ablation:
             self._folders(runs.config.runs),
             images,
             Ledger(options.results / FILE_NAME),
-            device=find_device(options.device),
+            device=device,
             batch_size=options.batch_size,
             features=options.features,
             reference=options.reference,

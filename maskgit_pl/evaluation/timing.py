@@ -217,13 +217,14 @@ def _build_random_decoders(
     sizes: BackboneConfig, num_tokens: int, num_steps: int, device: torch.device
 ) -> dict[str, Decode]:
     """Returns a function per method that decodes one image, without guidance and with random weights."""
-    shared: dict[str, Any] = {"condition_dim": 0, "grid": (math.isqrt(num_tokens),) * 2}
+    changes: dict[str, Any] = {"condition_dim": 0, "grid": (math.isqrt(num_tokens),) * 2}
+    networks = []
     # fork_rng keeps the random weights from changing the caller's generator.
     with torch.random.fork_rng(devices=[]), device:
-        bidirectional, causal = (
-            create_network(replace(sizes, attention=attention, **shared)).eval().requires_grad_(requires_grad=False)
-            for attention in ("bidirectional", "causal")
-        )
+        for attention in ("bidirectional", "causal"):
+            config = replace(sizes, **changes | {"attention": attention})
+            networks.append(create_network(config).eval().requires_grad_(requires_grad=False))
+    bidirectional, causal = networks
     parallel = _build_decoder(bidirectional, DecodingConfig(num_steps), mask_schedules.build("cosine"), device)
     one_by_one = _build_decoder(causal, DecodingConfig(num_tokens, None), None, device)
     return dict(zip(METHODS, (parallel, one_by_one, partial(one_by_one, cache=False)), strict=True))
