@@ -33,7 +33,7 @@ from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_o
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.ablation import AblationConfig, Variant, base_values, in_float32, plan_variants, train
+from maskgit_pl.runs.ablation import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
@@ -44,7 +44,6 @@ from maskgit_pl.training.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
-_FOLDER = "ablation"  # in the folder of all runs
 _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
 
@@ -115,7 +114,7 @@ class AblationRuns:
             "tokenizer": self.tokenizer and fingerprint(self.tokenizer),
             "stage_2": self.stage_2 and self.stage_2.tree,
         }
-        run = config.runs / _FOLDER / "variant"
+        run = config.runs / FOLDER / "variant"
         self.variants = [
             _build(variant_plan, base, Plan(variant_plan.recipe, self.shards, run, self.tokenizer), shared)
             for variant_plan in planned
@@ -138,7 +137,7 @@ class AblationRuns:
 
     def folder_of(self, built: BuiltVariant, seed: int) -> Path:
         """Returns the folder of a run; its name contains a hash of everything that determines the weights."""
-        runs = self.config.runs / _FOLDER
+        runs = self.config.runs / FOLDER
         ending = f"seed{seed}-{digest_of([built.digest, seed])[:12]}"
         # Another ablation may have trained the same run under another label.
         folder = next(iter(sorted(runs.glob(f"*-{ending}"))), None)
