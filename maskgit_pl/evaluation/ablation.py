@@ -243,8 +243,6 @@ class _Ablation:
             "max_steps": built.values.trainer.max_steps,
             "global_batch": str(built.values.data.global_batch),
             "training_seconds": time and time.cost,
-            "kind": time and ("CPU" if time.is_cpu else "device"),
-            "device": time and time.device,
         }
 
     def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:
