@@ -51,6 +51,8 @@ def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
     assert folders.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
     named = find_run(tmp_path / "run", data=tiny_shards, classifier=tmp_path)
     assert (named.classifier, named.shares_classifier) == (tmp_path, False)
+    save_tiny_pretrained(tmp_path / "ablation" / "run" / "pretrained")
+    assert find_run(tmp_path / "ablation" / "run", data=tiny_shards).references == folders.references
 
 
 @pytest.mark.parametrize("path", [".", "..", "/somewhere/shoes"])
