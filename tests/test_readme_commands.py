@@ -28,7 +28,7 @@ PARSED_ONLY = {
     "tune": "measures whole runs",
     "compare": "measures whole runs",
     "evaluate": "measures whole runs",
-    "ablation": "trains seven models",
+    "ablation": "trains fourteen models",
     "figure": "times decoding for minutes",
     "train": "trains",
     "distill": "trains",

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskgit_pl import evaluation
+from maskgit_pl.checks import count_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Runs, Seeds, Specs, check_one_of, print_page
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.ablation import PAPER_SCHEDULES, AblationConfig, Factor, parse_factor
+from maskgit_pl.runs.ablation import FOLDER, PAPER_SCHEDULES, AblationConfig, Factor, parse_factor
 from maskgit_pl.runs.layers import split_values
 from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
 
@@ -164,7 +165,7 @@ def ablation(
     with progress_bars() as bars:
         page = evaluation.run_ablation(config, report, name=name, bars=bars)
     _write_page(page)
-    runs = [runs_folder / "ablation" / row["run"] for row in page.rows if "failure" not in row]
+    runs = [runs_folder / FOLDER / row["run"] for row in page.rows if "failure" not in row]
     if schedules is not None and runs:
         with progress_bars() as bars:
             table_3 = evaluation.table_3(runs, report, bars=bars)
@@ -174,8 +175,8 @@ def ablation(
         return 0
     listed = "; ".join(f"{row['variant']}, seed {row['seed']}: {row['failure']}" for row in failed)
     print(
-        f"maskgit ablation: {len(failed)} runs failed, and the page has the others: {printable(listed)}. Repeat the "
-        "command to try them again",
+        f"maskgit ablation: {count_text(len(failed), 'run')} failed, and the page has the others: {printable(listed)}. "
+        "Repeat the command to try again",
         file=sys.stderr,
     )
     return int(failed[0]["exit_code"])

@@ -33,7 +33,7 @@ from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_o
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.ablation import AblationConfig, Variant, base_values, in_float32, plan_variants, train
+from maskgit_pl.runs.ablation import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
@@ -44,7 +44,6 @@ from maskgit_pl.training.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
-_FOLDER = "ablation"  # in the folder of all runs
 _OF_TOKENIZER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity")
 
 
@@ -74,7 +73,7 @@ def run_ablation(
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,79}", name):
         raise ValueError(f"name must be letters, digits and ._- only, got {shorten(name)}")
     check_writable("results", options.results, is_folder=True)
-    ablation = _Ablation(AblationRuns(config), options, name, bars)  # 1.
+    ablation = _Ablation(config, options, name, bars)  # 1.
     # All variants have their first seed before any has its second one.
     rows = [ablation.measure(built, seed) for seed in config.seeds for built in ablation.runs.variants]
     return replace(make_ablation_page(name, rows), folder=options.results / ablation.evaluator.dataset)
@@ -115,7 +114,7 @@ class AblationRuns:
             "tokenizer": self.tokenizer and fingerprint(self.tokenizer),
             "stage_2": self.stage_2 and self.stage_2.tree,
         }
-        run = config.runs / _FOLDER / "variant"
+        run = config.runs / FOLDER / "variant"
         self.variants = [
             _build(variant_plan, base, Plan(variant_plan.recipe, self.shards, run, self.tokenizer), shared)
             for variant_plan in planned
@@ -138,7 +137,7 @@ class AblationRuns:
 
     def folder_of(self, built: BuiltVariant, seed: int) -> Path:
         """Returns the folder of a run; its name contains a hash of everything that determines the weights."""
-        runs = self.config.runs / _FOLDER
+        runs = self.config.runs / FOLDER
         ending = f"seed{seed}-{digest_of([built.digest, seed])[:12]}"
         # Another ablation may have trained the same run under another label.
         folder = next(iter(sorted(runs.glob(f"*-{ending}"))), None)
@@ -172,8 +171,10 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
 class _Ablation:
     """The measurements of an ablation: its runs and its evaluator."""
 
-    def __init__(self, runs: AblationRuns, options: ReportOptions, name: str, bars: Bars) -> None:
-        self.runs, self.options, self.name = runs, options, name
+    def __init__(self, config: AblationConfig, options: ReportOptions, name: str, bars: Bars) -> None:
+        device = find_device(options.device)
+        self.runs = runs = AblationRuns(config)
+        self.options, self.name = options, name
         self.has_images = runs.config.stage == "transformer" or runs.stage_2 is not None
         data = runs.variants[0].values.data
         images = open_images(runs.shards, data.image_size, data.in_channels, num_workers=options.num_workers)
@@ -182,7 +183,7 @@ class _Ablation:
             self._folders(runs.config.runs),
             images,
             Ledger(options.results / FILE_NAME),
-            device=find_device(options.device),
+            device=device,
             batch_size=options.batch_size,
             features=options.features,
             reference=options.reference,
@@ -242,8 +243,6 @@ class _Ablation:
             "max_steps": built.values.trainer.max_steps,
             "global_batch": str(built.values.data.global_batch),
             "training_seconds": time and time.cost,
-            "kind": time and ("CPU" if time.is_cpu else "device"),
-            "device": time and time.device,
         }
 
     def _measure_samples(self, run: Path, built: BuiltVariant, seed: int) -> dict[str, float]:

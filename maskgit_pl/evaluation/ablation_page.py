@@ -22,8 +22,8 @@ _ORDER = ("rfid", "psnr_db", "ssim", "codebook_usage", "perplexity", "fid", "cla
 # The CSV has them. Times of a machine with other work do not compare variants.
 _NOT_SHOWN = ("sfid", "kid", "is", "seconds_per_image")
 _OF_FIRST = ("precision", "recall")  # shown only for the first network
-_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "training_seconds", "kind", "device",
-            "failure", "exit_code")  # fmt: skip
+_COLUMNS = ("variant", "seed", "run", "parameters", "max_steps", "global_batch", "training_seconds", "failure",
+            "exit_code")  # fmt: skip
 
 Values = Mapping[str, list[float]]  # values of all seeds by metric
 
@@ -176,18 +176,13 @@ def _training_lines(rows: Sequence[Row]) -> list[str]:
     for row in rows:
         if row.get("run"):
             runs.setdefault(row["run"], row)  # variants that differ only in their decoding share a run
-    trained = runs.values()
     cells = [
         [markdown(row["variant"]), markdown(row["seed"]), f"{row['parameters'] / 1e6:.2f}M", f"{row['max_steps']}",
          markdown(row["global_batch"]), "" if (seconds := row["training_seconds"]) is None else f"{seconds:.1f}"]
-        for row in trained
+        for row in runs.values()
     ]  # fmt: skip
-    kinds = ", ".join(dict.fromkeys(str(row["kind"]) for row in trained if row.get("kind"))) or "not recorded"
-    devices = ", ".join(dict.fromkeys(str(row["device"]) for row in trained if row.get("device")))
-    text = f"Seconds are {markdown(kinds)} seconds of the training steps, without start-up and validation."
-    text += f" Trained on: {markdown(devices)}." if devices else ""
     return [
-        *paragraph(text),
+        "CPU seconds on a CPU, else wall-clock seconds, of the training steps, without start-up and validation.",
         "",
         *markdown_table(["variant", "seed", "parameters", "steps", "batch", "measured, s"], cells),
     ]

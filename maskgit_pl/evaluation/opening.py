@@ -25,6 +25,7 @@ from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
 from maskgit_pl.processes import Bars, no_bars
+from maskgit_pl.runs.ablation import FOLDER
 from maskgit_pl.runs.layers import value_at, without_keys
 
 _MAX_CONFIG_BYTES = 8_000_000  # of a model that may be a stranger's
@@ -99,7 +100,10 @@ def _folders(pretrained: Path, data: Path | None) -> RunFolders:
     path = data or _find_data(pretrained, home)
     if not path.is_dir():
         raise FileNotFoundError(f"data {path}: no such folder; choose another with --data")
-    return RunFolders(pretrained, home, path, home.absolute().parent / f"{path.absolute().name}-classifier")
+    runs = home.absolute().parent
+    runs = runs.parent if runs.name == FOLDER else runs
+    references = runs / f"{path.absolute().name}-classifier"  # of all runs of the data, also those of ablations
+    return RunFolders(pretrained, home, path, references)
 
 
 def _find_data(pretrained: Path, home: Path) -> Path:

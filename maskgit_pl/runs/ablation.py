@@ -25,6 +25,7 @@ from maskgit_pl.runs.recipe import DEFAULT_DATASET, Recipe, Stage
 
 log = logging.getLogger(__name__)
 
+FOLDER = "ablation"  # of the runs, in the folder of all runs
 PAPER_SCHEDULES = ("cosine", "exp", "cubic", "square", "linear", "sqrt", "log")  # paper, Table 3; its best one first
 
 _SECONDS_BETWEEN_POLLS = 0.2

@@ -197,8 +197,6 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("ablation --vary model.network.depth=2 --name ../x", "--name must be letters"),
         ("ablation --vary model.network.dept=2", "did you mean 'model.network.depth'"),
         ("ablation --schedules square,cosin", "recipe 'cosin'"),
-        ("ablation --features bogus", "unknown feature network 'bogus'"),
-        ("ablation --reference nowhere.npz", "reference nowhere.npz must be an existing"),
         ("train-classifier --data nowhere", "nowhere"),
         ("train-classifier --data shards --model resnt18", "did you mean"),
         ("train-classifier --data shards --max-steps 0", "--max-steps must be an integer in [1, inf), got 0"),

@@ -161,20 +161,12 @@ def test_an_ablation_of_schedules_makes_table_3_despite_failures(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fail_training(monkeypatch, "transformer/square")
-    command = [*words, "--schedules", "cosine,square", "--seeds", "3,4"]
-    results = tmp_path / "results"
-    assert main(command) == 70
-    assert (
-        "2 runs failed, and the page has the others: recipe square, seed 3: maskgit train: out"
-        in capsys.readouterr().err
-    )
-    assert "Base: recipe cosine." in (results / "shards" / "ablation-recipes.md").read_text()
-    page = (results / "shards" / "table-3.md").read_text()
-    assert "models of its own from 2 seeds" in " ".join(page.split())
-    measured = rows(results, "samples")
-    assert len({row["transformer"] for row in measured if row["run"]}) == 2
-    assert main(command) == 70
-    assert rows(results, "samples") == measured
+    assert main([*words, "--schedules", "cosine,square", "--seeds", "3"]) == 70
+    failure = "1 run failed, and the page has the others: recipe square, seed 3: maskgit train: out"
+    assert failure in capsys.readouterr().err
+    pages = tmp_path / "results" / "shards"
+    assert "Base: recipe cosine." in (pages / "ablation-recipes.md").read_text()
+    assert "Each schedule has its own model" in (pages / "table-3.md").read_text()
 
 
 def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:

@@ -27,7 +27,7 @@ def row(
                "precision/lite0": 0.6, "bits_per_token": fid + 2, "class_agreement": 0.5}  # fmt: skip
     return {"ablation": "ablation-depth", "variant": variant, "seed": seed, "numbers": numbers,
             "protocol": protocol, "dataset": "shoes", "run": f"run-{variant}-{seed}", "max_steps": 400,
-            "global_batch": "64", "training_seconds": 104.2, "kind": "CPU", "parameters": 850_000,
+            "global_batch": "64", "training_seconds": 104.2, "parameters": 850_000,
             "real": {"fid/classifier": 0.11}, **columns}  # fmt: skip
 
 

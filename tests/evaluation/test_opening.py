@@ -49,6 +49,8 @@ def test_a_run_records_its_data(tmp_path: Path, tiny_shards: Path) -> None:
     folders = find_run(tmp_path / "run")
     assert (folders.run, folders.data) == (tmp_path / "run", tiny_shards)
     assert folders.classifier == tmp_path / f"{tiny_shards.name}-classifier" / "small"
+    save_tiny_pretrained(tmp_path / "ablation" / "run" / "pretrained")
+    assert find_run(tmp_path / "ablation" / "run", data=tiny_shards).references == folders.references
 
 
 @pytest.mark.parametrize("path", [".", "..", "/somewhere/shoes"])

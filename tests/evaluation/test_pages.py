@@ -1,3 +1,4 @@
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def test_a_page_tells_the_command_as_it_was_typed(words, line, monkeypatch) -> N
     assert heading("Page") == ["# Page", "", *([] if line is None else [line, ""])]
 
 
+@cache
 def pages(word: str) -> list[Page]:
     """Returns a page of each kind, with all words of its rows replaced by one word."""
     words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
