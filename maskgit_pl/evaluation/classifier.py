@@ -286,8 +286,7 @@ def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *
         return False
     raise FileExistsError(
         f"classifier {folder} must hold a classifier of these data, classes, image size and settings, or no model, got "
-        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or "
-        f"measure with a classifier of other data as the feature network classifier={folder}"
+        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder"
     )
 
 
