@@ -20,7 +20,6 @@ from maskgit_pl.evaluation.options import (
     FEATURES,
     ComparisonOptions,
     EvaluationOptions,
-    Precision,
     Spec,
     TokenizerOptions,
     TuningOptions,
@@ -205,8 +204,6 @@ def train_classifier(
     max_steps: int | None = None,
     batch_size: int | None = None,
     learning_rate: float | None = None,
-    flip_probability: float = 0.0,
-    precision: Precision = "32-true",
     image_size: ImageSize | None = None,
     num_workers: int = 0,
     seed: int = 0,
@@ -227,23 +224,16 @@ def train_classifier(
         max_steps: Training steps (default: 900, for timm 1000).
         batch_size: Images per step (default: 128, for timm 64).
         learning_rate: Peak learning rate (default: 4e-3, for timm 1e-3).
-        flip_probability: Probability of mirroring an image (default: 0).
-        precision: Training precision.
         image_size: S x S pixels, or height H and width W (default: the size of the data).
         num_workers: Processes that read images (default: 0).
-        seed: Seed of weights, order and flips (default: 0).
+        seed: Seed of weights and order (default: 0).
         device: cpu, cuda, cuda:1, mps ... (default: a GPU if there is one).
         out: Classifier folder (default: runs/DATA-classifier/NAME).
     """
     # Flags that are not given keep the defaults of the network.
     training: dict[str, Any] = {"max_steps": max_steps, "batch": batch_size, "peak_rate": learning_rate}
-    config = replace(
-        default_training(model),
-        seed=seed,
-        flip_probability=flip_probability,
-        precision=precision,
-        **{name: value for name, value in training.items() if value is not None},
-    )
+    given = {name: value for name, value in training.items() if value is not None}
+    config = replace(default_training(model), seed=seed, **given)
     with progress_bars() as bars:
         classifier = evaluation.train_classifier(
             data, config=config, image_size=image_size, num_workers=num_workers, device=device, out=out, bars=bars

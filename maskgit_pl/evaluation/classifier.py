@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from torch.utils.data import Dataset, Sampler
 
 from maskgit_pl.checks import ImageSize, pixels_text
-from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream, flip
+from maskgit_pl.data import Batch, ShardData, ShardDataConfig, ShuffledStream
 from maskgit_pl.data.loader import make_loader
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.order import Order, Rows
@@ -113,11 +113,8 @@ def fit_classifier(
     schedule = OneCycleLR(optimizer, max_lr=config.peak_rate, total_steps=cycle, pct_start=_WARM_UP)
     with _set_threads(config.model):
         for batch in _training_batches(data, source, config):
-            images = batch.content
-            if (probability := config.flip_probability) > 0:
-                images = flip(images, probability=probability, seed=config.seed, index=batch.index, epoch=batch.epoch)
             with torch.autocast(target.type, torch.bfloat16, enabled=config.precision == "bf16-mixed"):
-                loss = F.cross_entropy(network(images.to(target)).logits, batch.labels.to(target))
+                loss = F.cross_entropy(network(batch.content.to(target)).logits, batch.labels.to(target))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]  # torch: untyped
             optimizer.step()
@@ -286,8 +283,7 @@ def _is_stored(folder: Path, data: ShardData, config: ClassifierConfig | None, *
         return False
     raise FileExistsError(
         f"classifier {folder} must hold a classifier of these data, classes, image size and settings, or no model, got "
-        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder, or "
-        f"measure with a classifier of other data as the feature network classifier={folder}"
+        f"another {CONFIG_FILE} or {WEIGHT_FILE}; name an empty folder"
     )
 
 

@@ -183,9 +183,8 @@ class ClassifierConfig:
         batch: Images per step, >= 2.
         peak_rate: Learning rate at the peak of the one-cycle schedule.
         weight_decay: Weight decay of AdamW.
-        seed: Seed of weights, order and flips.
+        seed: Seed of weights and order.
         model: ``"small"``, or the timm name of a network, e.g. ``resnet18``.
-        flip_probability: Probability of a horizontal flip of a training image, in [0, 1]; use 0 for digits and letters.
         precision: Arithmetic of the training: float32, or bfloat16 by autocast.
 
     Raises:
@@ -199,14 +198,12 @@ class ClassifierConfig:
     weight_decay: float = 0.02
     seed: int = 0
     model: str = "small"
-    flip_probability: float = 0.0
     precision: Precision = "32-true"
 
     def __post_init__(self) -> None:
         check_integer("max_steps", self.max_steps, "[1, inf)")
         check_integer("batch size of the classifier", self.batch, "[2, inf)")  # BatchNorm requires two
         check_number("learning rate of the classifier", self.peak_rate, "(0, inf)")
-        check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_choice("precision", self.precision, get_args(Precision))
 
 

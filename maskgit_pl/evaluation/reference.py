@@ -91,7 +91,7 @@ class ArrayFile:
         """Returns an error that names file and array."""
         return ValueError(f"{self.thing} {printable(str(self.path))}: array {name!r}: {why}")
 
-    def read(self, name: str, shape: tuple[int | None, ...], numbers: type[np.generic]) -> npt.NDArray[Any]:
+    def read(self, name: str, shape: tuple[int | None, ...], numbers: type[Any]) -> npt.NDArray[Any]:
         """Reads an array; an uncompressed one is memory-mapped.
 
         Args:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from maskgit_pl.checks import height_width, plain_size
+from maskgit_pl.checks import height_width
 from maskgit_pl.data import Batch, ShardData
 from maskgit_pl.distributed import describe_environment, device_name, find_device, parse_dtype
 from maskgit_pl.evaluation.classifier import open_images
@@ -29,7 +29,7 @@ from maskgit_pl.evaluation.evaluator import FeatureMetrics
 from maskgit_pl.evaluation.features import Extractor, gather_rows, open_extractors
 from maskgit_pl.evaluation.ledger import Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import format_value, title
-from maskgit_pl.evaluation.opening import RunFolders, data_name, describe_held_out, find_tokenizer_folders
+from maskgit_pl.evaluation.opening import RunFolders, data_name, find_tokenizer_folders
 from maskgit_pl.evaluation.options import Spec, TokenizerOptions
 from maskgit_pl.evaluation.reference import Statistics, iter_real_batches
 from maskgit_pl.files import check_writable, write_text
@@ -236,15 +236,11 @@ class OpenedTokenizer:
         return min(self.options.num_images or available, available)
 
     @property
-    def dtype(self) -> str:
-        """The name of the arithmetic of the tokenizer, such as ``float32``."""
-        return str(next(self.tokenizer.network.parameters()).dtype).removeprefix("torch.")
-
-    @property
     def key(self) -> dict[str, Any]:
         """The columns of the ledger that determine the values of an evaluation."""
         folder = self.folders.pretrained / "tokenizer"
         networks = {extractor.label: shorten_digest(extractor.digest) for extractor in self.extractors}
+        dtype = str(next(self.tokenizer.network.parameters()).dtype).removeprefix("torch.")
         return {
             "dataset": data_name(self.folders.data),
             "data": shorten_digest(self.data.summary.fingerprint),
@@ -252,7 +248,7 @@ class OpenedTokenizer:
             "tokenizer": fingerprint(folder),
             "config": shorten_digest(digest_of(read_config(folder, "tokenizer"))),
             "num_images": self.num_images,
-            "settings": {"networks": networks, "dtype": self.dtype},
+            "settings": {"networks": networks, "dtype": dtype},
         }
 
 
@@ -271,27 +267,11 @@ def open_tokenizer(
 
 def measure_tokenizer_once(ledger: Ledger, opened: OpenedTokenizer, bars: Bars) -> Row:
     """Returns the row of a tokenizer, which is measured if the ledger lacks it."""
-    key = opened.key
-    if (row := ledger.find("tokenizer", key)) is not None:
-        return row
-    content = measure_tokenizer(opened, bars)
-    model, environment = content["model"], content["environment"]
-    row = {
-        **key,
-        "run": content["run"],
-        "numbers": content["numbers"],
-        "parameters": model["parameters"],
-        "quantizer": model["quantizer"],
-        "codes": f"{model['grid'][0]} x {model['grid'][1]} of {model['codebook_size']}",
-        "commit": environment["commit"],
-        "date": datetime.date.today().isoformat(),
-        "device": environment["device_name"],
-    }
-    return ledger.add("tokenizer", row)
+    return ledger.find("tokenizer", opened.key) or ledger.add("tokenizer", measure_tokenizer(opened, bars))
 
 
 def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
-    """Measures a tokenizer on random val images, the same in every call; returns the content of ``tokenizer.json``."""
+    """Measures a tokenizer on random val images, the same in every call; returns its row of the ledger."""
     tokenizer, data, count = opened.tokenizer, opened.data, opened.num_images
     device = next(tokenizer.network.parameters()).device
     meter = ReconstructionMeter(tokenizer, opened.extractors)
@@ -305,28 +285,17 @@ def measure_tokenizer(opened: OpenedTokenizer, bars: Bars) -> dict[str, Any]:
             originals[extractor.label].append({"index": batch.position[batch.valid], **features})
         on_images(int(batch.valid.sum()))
     numbers = {**_numbers(meter, originals), "images_per_second": count / max(meter.seconds, 1e-9)}
-    config = tokenizer.network.config
+    config, (rows, columns) = tokenizer.network.config, tokenizer.grid
     return {
+        **opened.key,
         "run": opened.folders.run.name,
-        "protocol": {
-            "num_images": count,
-            "data": data.summary.fingerprint,
-            "split": "val",
-            "features": {each.label: each.digest for each in opened.extractors},
-            "dtype": opened.dtype,
-        },
-        "held_out": describe_held_out(data.summary),
         "numbers": numbers,
-        "model": {
-            "image_size": plain_size(tokenizer.image_size),
-            "in_channels": config.in_channels,
-            "grid": list(tokenizer.grid),
-            "codebook_size": config.codebook_size,
-            "quantizer": json.dumps(asdict(config)["quantizer"]).strip('"'),
-            "parameters": sum(each.numel() for each in tokenizer.network.parameters()),
-            "fingerprint": tokenizer.fingerprint,
-        },
-        "environment": {**describe_environment(), "device": str(device), "device_name": device_name(device)},
+        "parameters": sum(each.numel() for each in tokenizer.network.parameters()),
+        "quantizer": json.dumps(asdict(config)["quantizer"]).strip('"'),
+        "codes": f"{rows} x {columns} of {config.codebook_size}",
+        "commit": describe_environment()["commit"],
+        "date": datetime.date.today().isoformat(),
+        "device": device_name(device),
     }
 
 
@@ -358,13 +327,13 @@ def _numbers(meter: ReconstructionMeter, originals: Mapping[str, Sequence[Mappin
 class TokenizerReport:
     """The values of an evaluation of a tokenizer."""
 
-    content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values
+    content: Mapping[str, Any]  # of ``tokenizer.json``, in plain values: a row of the ledger
     file: Path  # of that content
 
     def table(self) -> Table:
         """Returns the values as a table for the terminal, with the distances of two halves of the real images."""
         numbers: Mapping[str, float] = self.content["numbers"]
-        table = Table("", title=f"{self.content['protocol']['num_images']} images")
+        table = Table("", title=f"{self.content['num_images']} images")
         for heading in ("value", "real halves"):
             table.add_column(heading, justify="right")
         for name, value in numbers.items():

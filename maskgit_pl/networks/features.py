@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from einops import rearrange
@@ -38,12 +38,7 @@ _SIZES = "[1, 4096]"  # pixels
 _SPATIAL_LAYER, _SPATIAL_CHANNELS = "Mixed_6d", 7
 _INCEPTION_SIZE = 299
 
-_URL = "https://download.pytorch.org/models/"
-_BACKBONES = {  # torchvision's file, whose name ends with the first digits of its SHA-256, and the smallest image, px
-    "alex": ("alexnet-owt-7be5be79.pth", 31),
-    "squeeze": ("squeezenet1_1-b8a52dc0.pth", 17),
-    "vgg": ("vgg16-397923af.pth", 16),
-}
+_VGG_FILE = "vgg16-397923af.pth"  # torchvision's, whose name ends with the first digits of its SHA-256
 
 
 class FeatureNetworkSpec(Protocol):
@@ -348,39 +343,32 @@ class LogitDistance(FrozenNetwork):
 @perceptual_networks.register("lpips")
 @dataclass(frozen=True)
 class LPIPSSpec:
-    """LPIPS, the learned distance of layers of a classifier; see ``LPIPS``.
+    """LPIPS, the learned distance of layers of VGG-16; see ``LPIPS``.
 
     Attributes:
-        weights: Path of torchvision's weight file of the backbone. torchmetrics ships the weights of the layers.
-        backbone: ``vgg`` (that of taming-transformers and LlamaGen), ``alex`` or ``squeeze``.
-        sha256: First digits of the file's sha256; None for those of torchvision's file.
+        weights: Path of torchvision's weight file of VGG-16. torchmetrics ships the weights of the layers.
+        sha256: First digits of the file's sha256. Default: those of torchvision's file.
     """
 
     weights: str
-    backbone: Literal["vgg", "alex", "squeeze"] = "vgg"
-    sha256: str | None = None
-
-    @property
-    def min_image_size(self) -> int:
-        """The smallest side of an image that does not vanish in the pooling layers, in pixels."""
-        return _BACKBONES[self.backbone][1]
+    sha256: str = "397923af"
+    min_image_size: ClassVar[int] = 16  # pixels; smaller images vanish in the pooling layers
 
     def create(self) -> LPIPS:
         """Builds the module."""
         from torchmetrics.functional.image.lpips import _NoTrainLpips  # imports torchvision
 
-        file, thing, official = Path(self.weights), f"lpips {self.backbone!r}", _BACKBONES[self.backbone][0]
+        file = Path(self.weights)
         if not file.is_file():
-            url = f"{_URL}{official}"
-            raise ValueError(f"{thing} weights must be an existing file, got {self.weights!r}; download {url}")
-        digits = Path(official).stem.rpartition("-")[2] if self.sha256 is None else self.sha256
-        state = read_weights(file, thing=thing, sha256=digits)
+            url = f"https://download.pytorch.org/models/{_VGG_FILE}"
+            raise ValueError(f"lpips weights must be an existing file, got {self.weights!r}; download {url}")
+        state = read_weights(file, thing="lpips", sha256=self.sha256)
         # torchmetrics ships the weights w. pnet_rand makes a random backbone, so that torchvision downloads nothing.
-        network = _NoTrainLpips(net=self.backbone, pnet_rand=True)
-        # torchmetrics splits torchvision's ``features`` into slices: layer 3 is slice2.3, or slices.1.3 in SqueezeNet.
-        names = {name: re.sub(r"^(slices\.\d+|slice\d+)\.", "features.", name) for name in network.net.state_dict()}
+        network = _NoTrainLpips(net="vgg", pnet_rand=True)
+        # torchmetrics splits torchvision's ``features`` into slices: layer 5 is slice2.5.
+        names = {name: re.sub(r"^slice\d+\.", "features.", name) for name in network.net.state_dict()}
         weights = {name: state[theirs] for name, theirs in names.items() if theirs in state}
-        load_weights(network.net, weights, f"{thing} {file}, which must be torchvision's {official},")
+        load_weights(network.net, weights, f"lpips {file}, which must be torchvision's {_VGG_FILE},")
         return LPIPS(network)
 
 

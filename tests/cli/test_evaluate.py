@@ -301,7 +301,7 @@ def test_an_exported_tokenizer_needs_no_transformer(
     words = (run_folder / "pretrained" / "tokenizer", "--data", tiny_shards, "--num-images", 10)
     assert call("evaluate-tokenizer", *words, "--features", f"classifier={judge}") == 0
     assert "PSNR, dB" in capsys.readouterr().out
-    assert json.loads((run_folder / "tokenizer.json").read_text())["protocol"]["num_images"] == 10
+    assert json.loads((run_folder / "tokenizer.json").read_text())["num_images"] == 10
 
 
 def test_images_of_several_sizes_need_a_size_for_a_classifier(tmp_path: Path) -> None:

@@ -201,7 +201,6 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("train-classifier --data shards --model resnt18", "did you mean"),
         ("train-classifier --data shards --max-steps 0", "--max-steps must be an integer in [1, inf), got 0"),
         ("train-classifier --data shards --learning-rate nan", "must be a number in (0, inf), got nan"),
-        ("train-classifier --data shards --flip-probability 2", "--flip-probability must be a number in [0, 1], got 2"),
         ("train-classifier --data shards --out text.jpg", "--out must be a folder, got the file"),
         ("panorama model --width 20 --classes Trousers", "unknown class 'Trousers': did you mean 'Trouser'"),
         ("edit model image.png --class 1", "one of --box and --mask and --strength must be given, got neither"),

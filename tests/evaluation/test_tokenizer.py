@@ -123,7 +123,7 @@ def test_all_numbers_are_those_of_the_images_measured_by_hand(run: Path, tiny_sh
     assert numbers["coded_bits_per_pixel"] == pytest.approx(entropy * 16 / 64, rel=1e-4)
     assert numbers["codebook_usage"] == pytest.approx(float((shares > 0).float().mean()))
     assert {"rfid/classifier", "rfid_floor/classifier", "rkid/classifier", "rkid_floor/classifier"} <= numbers.keys()
-    assert content["protocol"]["num_images"] == 24
+    assert content["num_images"] == 24
     assert {path.name for path in (run / "other").iterdir()} == {"a.json"}
     console = Console(width=200, record=True)
     console.print(report.table())

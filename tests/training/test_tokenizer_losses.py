@@ -42,10 +42,10 @@ def networks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("weights")
     torch.manual_seed(0)
     torch.save(timm.create_model(MODEL, pretrained=False).state_dict(), folder / "timm.pth")
-    file = folder / "squeeze.pth"
-    torch.save({f"features.{k}": v for k, v in torchvision.models.squeezenet1_1().features.state_dict().items()}, file)
+    file = folder / "vgg.pth"
+    torch.save({f"features.{k}": v for k, v in torchvision.models.vgg16().features.state_dict().items()}, file)
     sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
-    lpips = {"name": "lpips", "backbone": "squeeze", "weights": str(file), "sha256": sha256}
+    lpips = {"name": "lpips", "weights": str(file), "sha256": sha256}
     return {"timm": {"name": "timm", "model": MODEL, "weights": str(folder / "timm.pth"), "size": 32}, "lpips": lpips}
 
 
