@@ -1,6 +1,6 @@
 """Makes a data folder from a source: shards, manifests and a record of the source.
 
-Used by ``maskgit data make`` and the scripts in ``data/``; see ``make_shards``. ``webdataset`` writes the
+Used by ``maskgit data make`` and ``fetch``; see ``make_shards``. ``webdataset`` writes the
 shards, whose bytes do not depend on interruptions or on the number of workers.
 """
 

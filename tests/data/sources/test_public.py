@@ -1,8 +1,6 @@
 """The public data sets: what is accepted as their files, what they contain, and what a failed download says."""
 
 import gzip
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +13,6 @@ from maskgit_pl.data.sources import public
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.sources.public import IdxFiles, public_datasets
 from tests.data.conftest import less_memory_than
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture
@@ -83,14 +79,6 @@ def test_the_known_files_become_shards_once(tmp_path, monkeypatch, capsys):
     assert "data/shards/fashion-mnist: made" in capsys.readouterr().out
     assert main(words) == 0
     assert "complete already" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", public_datasets())
-def test_the_script_of_a_data_set_is_the_command(name):
-    script = ROOT / "data" / f"{name.replace('-', '_')}.py"
-    done = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout.startswith("usage: maskgit data fetch")
 
 
 def test_idx_files_keep_order_pixels_and_class_names(idx):
