@@ -129,26 +129,20 @@ def index(
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
-    """Reads every shard or token file and lists the damaged ones.
+    """Reads every shard and lists the damaged ones.
 
-    The files of a data folder or a token store are compared with their manifests, and their content is printed.
+    The files of a data folder are compared with their manifests, and their content is printed.
 
     Example: maskgit data verify data/shards/fashion-mnist
 
     Args:
-        folder: Data folder or token store.
+        folder: Data folder.
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest, token_store
+    from maskgit_pl.data import manifest
     from maskgit_pl.data.verify import class_lines, describe_data, verify_shards
 
-    if (folder / token_store.DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
-        if decode:
-            raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-        num_rows = sum(len(reader.arrays[0]) for reader in token_store.open_store(folder).values())
-        print(f"{folder}: {num_rows} rows: hashes agree with the description")
-        return
     with named_bars("shards") as advance:
         result = verify_shards(
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)

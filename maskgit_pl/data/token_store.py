@@ -9,8 +9,8 @@ A store is a folder::
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-The arrays are compared with their hashes when a store is opened. Used by the data modules, ``maskgit tokenize`` and
-``verify``; ``tokenizing`` writes stores.
+The arrays are compared with their hashes when a store is opened. Used by the data modules and ``maskgit tokenize``;
+``tokenizing`` writes stores.
 """
 
 from __future__ import annotations

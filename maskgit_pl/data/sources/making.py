@@ -7,18 +7,15 @@ functions. The same call resumes after a stop, and does nothing if the folder is
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maskgit_pl.checks import ImageSize, check_choice, check_number
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.data.manifest import ShardReader, load_manifests, read_manifest_summary
+from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.samples import Source, split_of
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet
@@ -32,8 +29,6 @@ log = logging.getLogger(__name__)
 
 _HUB = "hf:"
 _NAME = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
-_MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made, to find equal images
-_MOST_LISTED = 5  # pairs of equal images
 
 
 def convert_images(  # noqa: PLR0913  # the options of its source and of its shards
@@ -49,15 +44,12 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
     lenient: bool = False,
     workers: int | None = None,
 ) -> None:
-    """Makes the data folder of a folder, an archive or a data set of images, and logs which images are equal.
+    """Makes the data folder of a folder, an archive or a data set of images.
 
     See ``open_source`` for the source ``images`` and its options, and ``make_shards`` for the data folder ``out``.
     """
     source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)
-    if sum(file.stat().st_size for file in out.glob("*.tar")) <= _MOST_COMPARED:
-        for line in _duplicate_lines(out):
-            log.info("  %s", line)
 
 
 def fetch_dataset(
@@ -101,28 +93,6 @@ def _make(source: Source, out: Path, **options: Any) -> None:
     lines = [describe_data(out, read_manifest_summary(out), done)]
     lines += [f"  left out: {line}" for line in [*source.left_out, *unreadable_lines(out)]]
     log.info("%s", "\n".join([*lines, *(f"  {line}" for line in class_lines(out))]))
-
-
-def _duplicate_lines(folder: Path) -> Iterator[str]:
-    """Yields lines about the images of a data folder whose bytes equal those of an earlier one; train before val."""
-    readers = [ShardReader(manifest) for manifest in load_manifests(folder).values()]
-    # Only files of equal length can have equal bytes, so the others are not read.
-    lengths, counts = np.unique(np.concatenate([reader.index["size"] for reader in readers]), return_counts=True)
-    first: dict[bytes, tuple[ShardReader, int]] = {}
-    pairs, in_train = list[str](), 0
-    for reader in readers:
-        for index in np.flatnonzero(np.isin(reader.index["size"], lengths[counts > 1])).tolist():
-            digest = hashlib.blake2b(reader.read(index), digest_size=16).digest()
-            original, number = first.setdefault(digest, (reader, index))
-            if (original, number) != (reader, index):
-                pairs.append(f"{printable(reader.name(index))} = {printable(original.name(number))}")
-                in_train += original is not reader
-    if pairs:
-        more = f", ... and {len(pairs) - _MOST_LISTED} more" if len(pairs) > _MOST_LISTED else ""
-        yield f"duplicates: {len(pairs)} images equal an earlier one: {', '.join(pairs[:_MOST_LISTED])}{more}"
-    if in_train:
-        share = f"{in_train} of {len(readers[1])} val images ({in_train / len(readers[1]):.1%})"
-        yield f"duplicates: {share} are in train, so val does not measure new images"
 
 
 def open_source(
