@@ -104,9 +104,8 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest
     from maskgit_pl.data.index import index_shards, locate_shards, split_shards
-    from maskgit_pl.data.verify import class_lines, describe_data, index_lines
+    from maskgit_pl.data.verify import describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, tars = locate_shards(shards)
@@ -122,10 +121,7 @@ def index(
             workers=num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
-    print(describe_data(folder, manifest.read_manifest_summary(folder), "indexed"))
-    print("\n".join(index_lines(folder, splits, how, manifests)))
-    for line in class_lines(folder):
-        print(f"  {line}")
+    print(describe_data(folder, "indexed", index_lines(folder, splits, how, manifests)))
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
@@ -140,8 +136,7 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest
-    from maskgit_pl.data.verify import class_lines, describe_data, verify_shards
+    from maskgit_pl.data.verify import describe_data, verify_shards
 
     with named_bars("shards") as advance:
         result = verify_shards(
@@ -154,16 +149,13 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         f"{folder}: {result.amount}: hashes agree with the manifest{'; every image can be decoded' if decode else ''}"
     )
     if (folder / "train.json").is_file():
-        print(
-            describe_data(folder, manifest.read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  "
-        )
+        print(describe_data(folder, "content"))
 
 
 def fetch(
     name: str,
     *,
     out: Folder | None = None,
-    raw: Folder | None = None,
     source: Path | None = None,
     image_size: Annotated[int, Word("S")] | None = None,
 ) -> None:
@@ -176,13 +168,13 @@ def fetch(
     Args:
         name: Name of the data set.
         out: Data folder to write (default: data/shards/NAME).
-        raw: Folder that keeps the downloaded files (default: data/raw/NAME).
-        source: Existing files in place of a download: the folder of the IDX files or of the packages, or bmng.jpg.
+        source: Existing files in place of a download to data/raw/NAME: the folder of the IDX files or of the
+            packages, or bmng.jpg.
         image_size: Side of the images in pixels (blue-marble: 32 or 64).
     """
     from maskgit_pl.data.sources.making import fetch_dataset
 
-    fetch_dataset(name, out, raw=raw, source=source, image_size=image_size)
+    fetch_dataset(name, out, source=source, image_size=image_size)
 
 
 fetch.__doc__ = (fetch.__doc__ or "").format(

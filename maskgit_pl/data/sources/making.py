@@ -15,12 +15,11 @@ from typing import Any
 
 from maskgit_pl.checks import ImageSize, check_choice, check_number
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.samples import Source, split_of
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet
 from maskgit_pl.data.sources.public import IdxFiles, public_datasets
-from maskgit_pl.data.verify import class_lines, describe_data, unreadable_lines
+from maskgit_pl.data.verify import describe_data, unreadable_lines
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import named_bars
@@ -56,7 +55,6 @@ def fetch_dataset(
     name: str,
     out: Path | None = None,
     *,
-    raw: Path | None = None,
     source: Path | None = None,
     image_size: int | None = None,
 ) -> None:
@@ -65,8 +63,7 @@ def fetch_dataset(
     Args:
         name: One of ``public_datasets()``.
         out: Data folder; None for ``data/shards/NAME``.
-        raw: Folder that keeps the downloaded files; None for ``data/raw/NAME``.
-        source: Existing files in place of a download: a folder, or the picture of Blue Marble.
+        source: Existing files in place of a download to ``data/raw/NAME``: a folder, or the picture of Blue Marble.
         image_size: Side of the images in pixels, one of ``Dataset.image_sizes``; None for the first.
 
     Raises:
@@ -78,7 +75,7 @@ def fetch_dataset(
     size = dataset.image_sizes[0] if image_size is None else image_size
     if size not in dataset.image_sizes:
         raise ValueError(f"image_size must be {' or '.join(map(str, dataset.image_sizes))} for {name}, got {size}")
-    files = dataset.fetch(raw or Path("data/raw", name)) if source is None else source
+    files = dataset.fetch(Path("data/raw", name)) if source is None else source
     _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
 
 
@@ -90,9 +87,8 @@ def _make(source: Source, out: Path, **options: Any) -> None:
             source, out, on_samples=lambda split, count: advance(split, count, source.counts[split]), **options
         )
     done = "made" if is_made else "complete already, nothing to do"
-    lines = [describe_data(out, read_manifest_summary(out), done)]
-    lines += [f"  left out: {line}" for line in [*source.left_out, *unreadable_lines(out)]]
-    log.info("%s", "\n".join([*lines, *(f"  {line}" for line in class_lines(out))]))
+    left_out = [*source.left_out, *unreadable_lines(out)]
+    log.info("%s", describe_data(out, done, [f"left out: {line}" for line in left_out]))
 
 
 def open_source(

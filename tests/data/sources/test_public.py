@@ -66,15 +66,17 @@ def test_an_unknown_name_or_size_is_refused_before_a_download(words, message, ca
 
 
 def test_the_known_files_become_shards_once(tmp_path, monkeypatch, capsys):
-    # Small files with the checksums of their own, since the real ones are not in the repository.
+    # Small files with the hashes of their own, since the real ones are not in the repository.
+    raw = tmp_path / "data" / "raw" / "fashion-mnist"
+    raw.mkdir(parents=True)
     images, labels = np.arange(40 * 784, dtype=np.uint32).astype(np.uint8).reshape(40, 28, 28), np.arange(40) % 10
     for name in ("train", "t10k"):
         for kind, array in (("images-idx3", images), ("labels-idx1", labels.astype(np.uint8))):
             content = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">i4").tobytes() + array.tobytes()
-            (tmp_path / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
-    monkeypatch.setattr(public, "_HASHES", IdxFiles(tmp_path).hashes)
+            (raw / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(content))
+    monkeypatch.setattr(public, "_HASHES", IdxFiles(raw).hashes)
     monkeypatch.chdir(tmp_path)
-    words = ["data", "fetch", "fashion-mnist", "--raw", str(tmp_path)]
+    words = ["data", "fetch", "fashion-mnist"]
     assert main(words) == 0
     assert "data/shards/fashion-mnist: made" in capsys.readouterr().out
     assert main(words) == 0
