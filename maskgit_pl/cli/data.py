@@ -152,13 +152,7 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         print(describe_data(folder, "content"))
 
 
-def fetch(
-    name: str,
-    *,
-    out: Folder | None = None,
-    source: Path | None = None,
-    image_size: Annotated[int, Word("S")] | None = None,
-) -> None:
+def fetch(name: str, *, out: Folder | None = None, source: Path | None = None) -> None:
     """Downloads a public data set and writes its shards.
 
     The files are checked, and complete data are kept. {contents}.
@@ -170,11 +164,10 @@ def fetch(
         out: Data folder to write (default: data/shards/NAME).
         source: Existing files in place of a download to data/raw/NAME: the folder of the IDX files or of the
             packages, or bmng.jpg.
-        image_size: Side of the images in pixels (blue-marble: 32 or 64).
     """
     from maskgit_pl.data.sources.making import fetch_dataset
 
-    fetch_dataset(name, out, source=source, image_size=image_size)
+    fetch_dataset(name, out, source=source)
 
 
 fetch.__doc__ = (fetch.__doc__ or "").format(

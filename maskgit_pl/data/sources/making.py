@@ -51,32 +51,22 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)
 
 
-def fetch_dataset(
-    name: str,
-    out: Path | None = None,
-    *,
-    source: Path | None = None,
-    image_size: int | None = None,
-) -> None:
+def fetch_dataset(name: str, out: Path | None = None, *, source: Path | None = None) -> None:
     """Downloads a public data set, unless it is there, checks its files and makes its data folder.
 
     Args:
         name: One of ``public_datasets()``.
         out: Data folder; None for ``data/shards/NAME``.
         source: Existing files in place of a download to ``data/raw/NAME``: a folder, or the picture of Blue Marble.
-        image_size: Side of the images in pixels, one of ``Dataset.image_sizes``; None for the first.
 
     Raises:
         FileNotFoundError: if no source of the data can be reached.
-        ValueError: if there is no such data set or size, a file is not the known one, or the folder has other content.
+        ValueError: if there is no such data set, a file is not the known one, or the folder has other content.
     """
     datasets = public_datasets()
     dataset = datasets[check_choice("NAME", name, datasets)]
-    size = dataset.image_sizes[0] if image_size is None else image_size
-    if size not in dataset.image_sizes:
-        raise ValueError(f"image_size must be {' or '.join(map(str, dataset.image_sizes))} for {name}, got {size}")
     files = dataset.fetch(Path("data/raw", name)) if source is None else source
-    _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
+    _make(dataset.open(files), out or Path("data/shards", name))
 
 
 def _make(source: Source, out: Path, **options: Any) -> None:
