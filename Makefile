@@ -92,7 +92,7 @@ $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
 
 install: $(DEV_STAMP) ## Create .venv with the package and the development tools
 
-FETCHED = fashion-mnist blue-marble emoji
+FETCHED = fashion-mnist blue-marble blue-marble-64 emoji
 
 data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
 	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)" $(ARGS),$(if $(filter $(FETCHED),$(DATASET)),$(BIN)/maskgit data fetch "$(DATASET)" --out "$(DATA)" $(ARGS),test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded ($(FETCHED))" >&2; exit 2; }))

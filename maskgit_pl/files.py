@@ -48,10 +48,10 @@ class PathError(OSError, ValueError):
 
 
 @contextmanager
-def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[IO[bytes]]:
+def write_atomically(path: Path) -> Iterator[IO[bytes]]:
     """Opens a binary file that gets its name when all of it is on disk.
 
-    1. Writes to a hidden partial file, and checks that all bytes are in it.
+    1. Writes to a hidden partial file beside it, and checks that all bytes are in it.
     2. Flushes it to the disk with ``fsync``.
     3. Renames it to ``path``, which is atomic.
 
@@ -60,8 +60,6 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
 
     Args:
         path: File to write; an existing one is replaced. A link stays, and its target is written.
-        partial_in: Folder of the partial file on the file system of ``path``; the folder of ``path`` by
-            default, and that of the target for a link.
 
     Yields:
         The stream to write to.
@@ -70,10 +68,8 @@ def write_atomically(path: Path, *, partial_in: Path | None = None) -> Iterator[
         OSError: if the file cannot be written. The message names ``path``.
         PathError: if ``path`` is a folder, a device, a pipe or a broken link.
     """
-    if path.is_symlink():
-        partial_in = None  # the target may be on another file system
     path = follow_links(path)
-    with _replacing(path, partial_in or path.parent) as partial, open(partial, "wb") as file:  # 1.
+    with _replacing(path) as partial, open(partial, "wb") as file:  # 1.
         yield file
         file.flush()
         # np.save writes through a copy of the descriptor and does not report a failure of its last write.
@@ -114,7 +110,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     file = follow_links(file)
     from safetensors.torch import save_file
 
-    with _replacing(file, file.parent) as partial:
+    with _replacing(file) as partial:
         partial.touch()  # the mode of a new file follows the umask
         mode = stat.S_IMODE(partial.stat().st_mode)
         try:
@@ -137,20 +133,20 @@ def remove_partials(folder: Path, name: str | None = None) -> None:
 
 
 @contextmanager
-def _name_in_errors(path: Path, *hidden: Path) -> Iterator[None]:
-    """Names a file in the errors of the system that name none, or one of the hidden files in its place."""
+def _name_in_errors(path: Path, hidden: Path | None = None) -> Iterator[None]:
+    """Names a file in the errors of the system that name none, or the hidden file in its place."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename not in (None, *hidden, *map(str, hidden)):
+        if error.errno is None or error.filename not in (None, hidden, str(hidden)):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @contextmanager
-def _replacing(path: Path, folder: Path) -> Iterator[Path]:
-    """Yields a new path in a folder. The file that is written and synced there is renamed to ``path`` at the end."""
-    partial = folder / f".{path.name}.{uuid.uuid4().hex}.partial"  # unique over all hosts
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a new path beside another one. The file that is written and synced there replaces that of ``path``."""
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")  # unique over all hosts
     try:
         with _name_in_errors(path, partial):
             yield partial

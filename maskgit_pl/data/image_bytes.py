@@ -191,7 +191,8 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
 
     1. Keep at most 100 segments up to the first scan.
     2. Check that there are at most 100 scans. Counting the bytes of a scan marker is fast and gives an upper limit,
-       since they may also occur inside a segment. The markers are walked only if this limit is above 100.
+       since they may also occur inside a segment or after the image, as in a photo with a video. The markers are walked
+       only if this limit is above 100.
 
     Returns:
         These bytes, and the position after the header of the first scan in ``data``, all bytes of the file.
@@ -199,9 +200,8 @@ def read_jpeg_head(data: bytes, name: str) -> tuple[bytes, int]:
     Raises:
         UnreadableImageError: if a limit is exceeded, or there is no scan.
     """
-    # 1.
     kept: list[_Part] = []
-    for marker in _jpeg_markers(data):
+    for marker in _jpeg_markers(data):  # 1.
         has_exif = marker.kind == _APP1 and data.startswith(_EXIF, marker.start + 4)
         if has_exif or marker.kind in _PIXEL_SEGMENTS:
             kept.append(marker)

@@ -9,8 +9,8 @@ A store is a folder::
     store.json          grid, codebook size, views, fingerprints of the tokenizer and of the data, and the SHA-256 of
                         each array's file; written last
 
-The arrays are compared with their hashes when a store is opened. Used by the data modules, ``maskgit tokenize`` and
-``verify``; ``tokenizing`` writes stores.
+The arrays are compared with their hashes when a store is opened. Used by the data modules and ``maskgit tokenize``;
+``tokenizing`` writes stores.
 """
 
 from __future__ import annotations
@@ -33,9 +33,8 @@ from maskgit_pl.files import read_json, sha256_of
 Tokens = npt.NDArray[np.unsignedinteger[Any]]  # of StoreDescription.dtype
 
 DESCRIPTION_FILE = "store.json"
-FORMAT = 2
+FORMAT = 3
 REMAKE_HINT = "regenerate it with `maskgit tokenize`"
-_CODEBOOK_SIZE = "num_codes"  # key of codebook_size in the file
 _MAX_DESCRIPTION_BYTES = 2**25  # most of it class names
 
 
@@ -98,16 +97,12 @@ def read_description(folder: str | Path) -> StoreDescription:
     content = read_json(path, max_bytes=_MAX_DESCRIPTION_BYTES)
     if content.pop("format", None) != FORMAT:
         raise ValueError(f"token store {path} must have format {FORMAT}; {REMAKE_HINT}")
-    content["codebook_size"] = content.pop(_CODEBOOK_SIZE, None)
     return build_dataclass(StoreDescription, content, str(path))
 
 
 def plain_description(description: StoreDescription) -> dict[str, Any]:
     """Returns what is known of a store before it is made, in plain values, with the keys of ``store.json``."""
-    # Folders of stores are named by hashes of these keys.
-    unused = {"sha256", "replaced"} if description.augmentations else {"sha256", "replaced", "augmentations"}
-    fields = {name: value for name, value in asdict(description).items() if name not in unused}
-    return {_CODEBOOK_SIZE if name == "codebook_size" else name: value for name, value in fields.items()}
+    return {name: value for name, value in asdict(description).items() if name not in ("sha256", "replaced")}
 
 
 def augmentations_text(specs: Sequence[str | Mapping[str, Any]]) -> str:

@@ -15,10 +15,9 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +40,7 @@ from maskgit_pl.data.token_store import (
     plain_description,
 )
 from maskgit_pl.data.tokenize_options import TokenizingConfig
-from maskgit_pl.files import parse_any_json, sha256_of, sync, write_atomically
+from maskgit_pl.files import parse_any_json, remove_partials, sha256_of, sync, write_atomically, write_text
 from maskgit_pl.processes import Bars, no_bars
 
 log = logging.getLogger(__name__)
@@ -186,7 +185,7 @@ class StoreParts:
         """
         assert 0 <= tokens.min() <= tokens.max() < self.description.codebook_size  # the smaller type would wrap it
         replaced = np.zeros((0, 2), np.int64) if replaced is None else replaced
-        with self._replace_file(self._path(part)) as file:
+        with write_atomically(self._path(part)) as file:
             for array in (tokens.astype(self.description.dtype), labels, replaced):
                 np.save(file, array, allow_pickle=False)
 
@@ -196,10 +195,10 @@ class StoreParts:
         1. If a part is missing, return whether another process has finished the store.
         2. Join the parts of each split into its arrays.
         3. Write ``store.json`` with the hashes of the arrays.
-        4. Remove the parts, also those of other sizes and descriptions.
+        4. Remove the parts, also those of other sizes and descriptions, and unfinished files.
 
-        Two processes that join at the same time write the same bytes. The slower one may find the parts
-        already removed; then the store must be complete.
+        Two processes that join at the same time write the same bytes. The slower one may find the parts, or its own
+        unfinished file, already removed; then the store must be complete.
 
         Returns:
             True if the store is finished.
@@ -211,8 +210,9 @@ class StoreParts:
                 hashes = {path.stem: sha256_of(path) for path in paths}
                 content = {"format": FORMAT, **plain_description(self.description), "sha256": hashes}
                 content |= {"replaced": replaced} if replaced else {}
-                with self._replace_file(self.folder / DESCRIPTION_FILE) as file:  # 3.
-                    file.write((json.dumps(content, indent=1) + "\n").encode())
+                sync(self.folder)  # the arrays are on disk under their names
+                write_text(self.folder / DESCRIPTION_FILE, json.dumps(content, indent=1) + "\n")  # 3.
+                sync(self.folder)
             elif not is_complete(self.folder, self.description):  # 1.
                 return False
         except FileNotFoundError:
@@ -220,6 +220,7 @@ class StoreParts:
                 raise
         for parts in self.folder.glob(".parts-*"):  # 4.
             shutil.rmtree(parts, ignore_errors=True)
+        remove_partials(self.folder)
         return True
 
     def _join(self, split: Split) -> list[list[int]]:
@@ -227,7 +228,7 @@ class StoreParts:
         count, crops = self.description.samples[split], self.description.crops_of(split)
         tokens_path, labels_path = array_paths(self.folder, split)
         labels, replaced = np.empty(count, np.int64), []
-        with self._replace_file(tokens_path) as file:
+        with write_atomically(tokens_path) as file:
             shape = count * self.description.views(split), self.description.num_tokens
             header = {"descr": self.description.dtype.str, "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(file, header)
@@ -237,7 +238,7 @@ class StoreParts:
                 file.write(np.stack([tokens for tokens, _, _ in read], axis=1).tobytes())
                 _, labels[first.start : first.stop], pairs = read[0]  # the same for all crops
                 replaced += pairs.tolist()
-        with self._replace_file(labels_path) as file:
+        with write_atomically(labels_path) as file:
             np.save(file, labels, allow_pickle=False)
         return replaced
 
@@ -249,16 +250,6 @@ class StoreParts:
 
     def _path(self, part: Part) -> Path:
         return self._parts / f"{part.split}-{part.crop}-{part.start:010d}.npy"
-
-    @contextmanager
-    def _replace_file(self, path: Path) -> Iterator[IO[bytes]]:
-        """Opens a file that replaces ``path`` when it is complete and on disk.
-
-        Unfinished files lie in the folder of the parts, so they are removed with it.
-        """
-        with write_atomically(path, partial_in=self._parts) as file:
-            yield file
-        sync(path.parent)  # the rename is on disk before any step that relies on it
 
 
 def _read_parts(

@@ -1,13 +1,13 @@
 """Verification of a data folder against its manifests, and the text output of ``maskgit data``.
 
 ``maskgit data verify`` reads all bytes; the check before each run, ``manifest.load_manifests``, only a few headers.
-The functions ``describe_*`` and ``*_lines`` turn the content of a data folder and its faults into text.
+The functions ``describe_data`` and ``*_lines`` turn the content of a data folder and its faults into text.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,13 +17,13 @@ from maskgit_pl.checks import count_text
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import (
-    DataSummary,
     Manifest,
     Shard,
     ShardReader,
     Split,
     check_vectors,
     load_manifest,
+    read_manifest_summary,
     splits_of,
 )
 from maskgit_pl.data.tar import BLOCK, member_label
@@ -84,29 +84,30 @@ def verify_shards(
     return Verification(amount, tuple(faults))
 
 
-def describe_data(folder: Path, summary: DataSummary, done: str) -> str:
-    """Returns one line about the samples, classes and images of a data folder, after the action that is done."""
+def describe_data(folder: Path, done: str, notes: Iterable[str] = ()) -> str:
+    """Returns lines about a data folder.
+
+    1. The samples, classes and images, after the action that is done.
+    2. The notes.
+    3. The number of train images of each class, and the number of classes that a model cannot learn.
+    """
+    summary, train = read_manifest_summary(folder), load_manifest(folder, "train")
     heights, widths = summary.images.height, summary.images.width
-    counts = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
+    samples = ", ".join(f"{count} {split}" for split, count in summary.samples.items())
     size = " x ".join(str(low) if low == high else f"{low}-{high}" for low, high in (widths, heights))
     colour = "grey" if summary.channels == 1 else "colour"
     classes = "1 class" if summary.num_classes == 1 else f"{summary.num_classes} classes"
     vectors = "" if summary.vectors is None else f"; vectors of {summary.vectors}"
-    return f"{folder}: {done}: {counts}; {classes}; {size} pixels, {colour}{vectors}"
-
-
-def class_lines(folder: Path) -> Iterator[str]:
-    """Yields lines about the number of train images of each class, and about classes that a model cannot learn."""
-    manifest = load_manifest(folder, "train")
-    names = manifest.classes
-    counts = np.bincount(ShardReader(manifest).index["label"], minlength=len(names)).tolist()
-    most = sorted(range(len(names)), key=counts.__getitem__, reverse=True)
-    listed = [f"{printable(names[label])} {counts[label]}" for label in most]
+    lines = [f"{folder}: {done}: {samples}; {classes}; {size} pixels, {colour}{vectors}", *notes]
+    counts = np.bincount(ShardReader(train).index["label"], minlength=summary.num_classes).tolist()
+    most = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)
+    listed = [f"{printable(train.classes[label])} {counts[label]}" for label in most]
     if len(listed) > 2 * _SHOWN_CLASSES:
         listed = [*listed[:_SHOWN_CLASSES], "...", *listed[-_SHOWN_CLASSES:]]
-    yield f"train images of each class: {', '.join(listed)}"
+    lines.append(f"train images of each class: {', '.join(listed)}")
     if missing := counts.count(0):
-        yield f"no image in train of {missing} of {len(names)} classes, which a model cannot learn"
+        lines.append(f"no image in train of {missing} of {len(counts)} classes, which a model cannot learn")
+    return "\n  ".join(lines)
 
 
 def unreadable_lines(folder: Path) -> Iterator[str]:
@@ -123,10 +124,10 @@ def index_lines(
     for split, paths in shards.items():
         names = [path.relative_to(folder).as_posix() for path in paths]
         span = names[0] if len(names) == 1 else f"{names[0]} ... {names[-1]}"
-        yield f"  {split}: {count_text(len(names), 'shard')}, {span}"
-    yield f"  {how}"
+        yield f"{split}: {count_text(len(names), 'shard')}, {span}"
+    yield how
     for split, manifest in manifests.items():
-        yield from (f"  {split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
+        yield from (f"{split}: left out: {count} {printable(fault)}" for fault, count in manifest.left_out.items())
 
 
 def _find_bad_arrays(manifest: Manifest) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """Makes a data folder from a source: shards, manifests and a record of the source.
 
-Used by ``maskgit data make`` and the scripts in ``data/``; see ``make_shards``. ``webdataset`` writes the
+Used by ``maskgit data make`` and ``fetch``; see ``make_shards``. ``webdataset`` writes the
 shards, whose bytes do not depend on interruptions or on the number of workers.
 """
 
@@ -28,12 +28,13 @@ from maskgit_pl.errors import printable
 from maskgit_pl.files import read_json, remove_partials, write_atomically, write_text
 from maskgit_pl.processes import choose_workers, run_jobs
 
+_Job: TypeAlias = tuple[Split, int]  # split and number of a shard
+
 RECORD = "made_from.json"
 _MAX_RECORD_BYTES = 100_000_000  # a record lists the class names
 LEFT_OUT = "left_out.txt"  # one line for each image that could not be read
 _MAX_LISTED = 20  # lines of this file in an error message
 _SAMPLES = 5_000  # one process writes this many in about 10 seconds
-_Job: TypeAlias = tuple[Split, int]  # a shard: its split and its number
 
 
 def make_shards(

@@ -178,7 +178,7 @@ def generate_many(
         return BulkResult(0, _join(file, plan, parts))
     rows = range(*(plan.count * rank // options.world_size for rank in (options.rank, options.rank + 1)))
     folder.mkdir(parents=True, exist_ok=True)
-    remove_partials(folder, file.name if options.world_size == 1 else parts[options.rank].name)
+    remove_partials(folder, parts[options.rank].name)
     needed, free = len(rows) * plan.image[0] * plan.image[1] * 3, shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(f"{file} needs {size_text(needed)} of disk space, {size_text(free)} are free; free some, or "
@@ -186,9 +186,9 @@ def generate_many(
     _log.info("%s: sampling %d images", file, len(rows))
     images = _generate(pipe, plan, options, rows, on_images=on_images)
     if options.world_size == 1:
-        with write_atomically(file, partial_in=folder) as stream:
+        with write_atomically(file) as stream:
             write_samples(stream, plan, images, plan.labels)
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove_parts(file, folder)
         return BulkResult(len(rows))
     with write_atomically(parts[options.rank]) as stream:
         stream.writelines(images)
@@ -303,14 +303,20 @@ def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
     missing = sum(not part.exists() for part in parts)
     if missing == 0:
         try:
-            with write_atomically(file, partial_in=parts[0].parent) as stream:
+            with write_atomically(file) as stream:
                 write_samples(stream, plan, _read(parts), plan.labels)
         except FileNotFoundError:  # another process has joined and deleted the parts
             missing = 1
     if missing and not is_finished(file, plan):
         return missing
-    shutil.rmtree(parts[0].parent, ignore_errors=True)
+    _remove_parts(file, parts[0].parent)
     return 0
+
+
+def _remove_parts(file: Path, folder: Path) -> None:
+    """Removes what the making of a file has left, also by processes that were killed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    remove_partials(file.parent, file.name)
 
 
 def _read(parts: list[Path]) -> Iterator[bytes]:

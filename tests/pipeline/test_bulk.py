@@ -171,7 +171,7 @@ def test_processes_write_the_same_file_after_a_kill(tiny_pretrained: Path, tmp_p
 
     single, shared = tmp_path / "single.npz", tmp_path / "shared.npz"
     process = start(shared)
-    while not list(tmp_path.glob("shared.npz.parts/.*")):
+    while not list(tmp_path.glob(".shared.npz.*.partial")):
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.communicate()

@@ -7,23 +7,19 @@ functions. The same call resumes after a stop, and does nothing if the folder is
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from maskgit_pl.checks import ImageSize, check_choice, check_number
 from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.data.manifest import ShardReader, load_manifests, read_manifest_summary
 from maskgit_pl.data.samples import Source, split_of
 from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.parquet import ParquetFolder, find_parquet
 from maskgit_pl.data.sources.public import IdxFiles, public_datasets
-from maskgit_pl.data.verify import class_lines, describe_data, unreadable_lines
+from maskgit_pl.data.verify import describe_data, unreadable_lines
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.errors import printable
 from maskgit_pl.processes import named_bars
@@ -32,8 +28,6 @@ log = logging.getLogger(__name__)
 
 _HUB = "hf:"
 _NAME = re.compile(r"(?P<name>[^@:]+)(@(?P<revision>[^:]+))?(:(?P<split>\w+))?")
-_MOST_COMPARED = 2**30  # bytes of shards that are read again after they are made, to find equal images
-_MOST_LISTED = 5  # pairs of equal images
 
 
 def convert_images(  # noqa: PLR0913  # the options of its source and of its shards
@@ -49,45 +43,30 @@ def convert_images(  # noqa: PLR0913  # the options of its source and of its sha
     lenient: bool = False,
     workers: int | None = None,
 ) -> None:
-    """Makes the data folder of a folder, an archive or a data set of images, and logs which images are equal.
+    """Makes the data folder of a folder, an archive or a data set of images.
 
     See ``open_source`` for the source ``images`` and its options, and ``make_shards`` for the data folder ``out``.
     """
     source = open_source(images, classes=classes, val_fraction=val_fraction, label_field=label_field, vectors=vectors)
     _make(source, out, image_size=image_size, shard_size=shard_size, lenient=lenient, workers=workers)
-    if sum(file.stat().st_size for file in out.glob("*.tar")) <= _MOST_COMPARED:
-        for line in _duplicate_lines(out):
-            log.info("  %s", line)
 
 
-def fetch_dataset(
-    name: str,
-    out: Path | None = None,
-    *,
-    raw: Path | None = None,
-    source: Path | None = None,
-    image_size: int | None = None,
-) -> None:
+def fetch_dataset(name: str, out: Path | None = None, *, source: Path | None = None) -> None:
     """Downloads a public data set, unless it is there, checks its files and makes its data folder.
 
     Args:
         name: One of ``public_datasets()``.
         out: Data folder; None for ``data/shards/NAME``.
-        raw: Folder that keeps the downloaded files; None for ``data/raw/NAME``.
-        source: Existing files in place of a download: a folder, or the picture of Blue Marble.
-        image_size: Side of the images in pixels, one of ``Dataset.image_sizes``; None for the first.
+        source: Existing files in place of a download to ``data/raw/NAME``: a folder, or the picture of Blue Marble.
 
     Raises:
         FileNotFoundError: if no source of the data can be reached.
-        ValueError: if there is no such data set or size, a file is not the known one, or the folder has other content.
+        ValueError: if there is no such data set, a file is not the known one, or the folder has other content.
     """
     datasets = public_datasets()
     dataset = datasets[check_choice("NAME", name, datasets)]
-    size = dataset.image_sizes[0] if image_size is None else image_size
-    if size not in dataset.image_sizes:
-        raise ValueError(f"image_size must be {' or '.join(map(str, dataset.image_sizes))} for {name}, got {size}")
-    files = dataset.fetch(raw or Path("data/raw", name)) if source is None else source
-    _make(dataset.open(files, image_size=size), out or Path("data/shards", name))
+    files = dataset.fetch(Path("data/raw", name)) if source is None else source
+    _make(dataset.open(files), out or Path("data/shards", name))
 
 
 def _make(source: Source, out: Path, **options: Any) -> None:
@@ -98,31 +77,8 @@ def _make(source: Source, out: Path, **options: Any) -> None:
             source, out, on_samples=lambda split, count: advance(split, count, source.counts[split]), **options
         )
     done = "made" if is_made else "complete already, nothing to do"
-    lines = [describe_data(out, read_manifest_summary(out), done)]
-    lines += [f"  left out: {line}" for line in [*source.left_out, *unreadable_lines(out)]]
-    log.info("%s", "\n".join([*lines, *(f"  {line}" for line in class_lines(out))]))
-
-
-def _duplicate_lines(folder: Path) -> Iterator[str]:
-    """Yields lines about the images of a data folder whose bytes equal those of an earlier one; train before val."""
-    readers = [ShardReader(manifest) for manifest in load_manifests(folder).values()]
-    # Only files of equal length can have equal bytes, so the others are not read.
-    lengths, counts = np.unique(np.concatenate([reader.index["size"] for reader in readers]), return_counts=True)
-    first: dict[bytes, tuple[ShardReader, int]] = {}
-    pairs, in_train = list[str](), 0
-    for reader in readers:
-        for index in np.flatnonzero(np.isin(reader.index["size"], lengths[counts > 1])).tolist():
-            digest = hashlib.blake2b(reader.read(index), digest_size=16).digest()
-            original, number = first.setdefault(digest, (reader, index))
-            if (original, number) != (reader, index):
-                pairs.append(f"{printable(reader.name(index))} = {printable(original.name(number))}")
-                in_train += original is not reader
-    if pairs:
-        more = f", ... and {len(pairs) - _MOST_LISTED} more" if len(pairs) > _MOST_LISTED else ""
-        yield f"duplicates: {len(pairs)} images equal an earlier one: {', '.join(pairs[:_MOST_LISTED])}{more}"
-    if in_train:
-        share = f"{in_train} of {len(readers[1])} val images ({in_train / len(readers[1]):.1%})"
-        yield f"duplicates: {share} are in train, so val does not measure new images"
+    left_out = [*source.left_out, *unreadable_lines(out)]
+    log.info("%s", describe_data(out, done, [f"left out: {line}" for line in left_out]))
 
 
 def open_source(

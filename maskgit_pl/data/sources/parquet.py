@@ -88,9 +88,7 @@ class ParquetFolder:
                     f"source {self.shown}:{printable(name)} must have the class names of "
                     f"{printable(self._files[0])}, and its column {self.image_field!r} of images"
                 )
-        if names and classes is not None and list(classes) != names:
-            raise ValueError(f"source {self.shown}: class names must not be given, since the data set has its own")
-        self.classes, numbers = number_classes(first_row, names or classes, label_field=label_field)
+        self.classes, numbers = number_classes(first_row, classes or names or None, label_field=label_field)
         number_of_code = np.array([numbers[label] for label in first_row], np.int64)
         self._labels = [number_of_code[of_file] for of_file in codes]
         self._rows = self._split_rows(files, val_fraction)

@@ -1,7 +1,7 @@
 """Public data sets that ``maskgit data fetch`` downloads, checks and opens as sources of samples.
 
 Fashion-MNIST is here, with the reader of the IDX files of MNIST and similar data. Each of the others is a
-file of ``contrib`` with a subclass of ``Dataset`` and an object ``DATASET``. Imports neither torch nor NumPy:
+file of ``contrib`` with a subclass of ``Dataset`` and its objects ``DATASETS``. Imports neither torch nor NumPy:
 each ``--help`` reads it.
 """
 
@@ -23,7 +23,7 @@ from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 from maskgit_pl.errors import printable
 from maskgit_pl.files import open_regular, size_text
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Dataset", "FashionMNIST", "IdxFiles", "how_to_get", "public_datasets", "run_command"]
 
-_CONTRIB = ("maskgit_pl.contrib.blue_marble", "maskgit_pl.contrib.emoji")  # each with a ``DATASET``
+_CONTRIB = ("maskgit_pl.contrib.blue_marble", "maskgit_pl.contrib.emoji")  # each with ``DATASETS``
 _CLASSES = (
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"
 )  # fmt: skip
@@ -63,12 +63,10 @@ class Dataset(ABC):
     Attributes:
         name: Name for the command line and for recipes.
         contents: Number and size of the images, classes and licence, in a few words.
-        image_sizes: Sides of the square images in pixels; the first one is the default.
     """
 
-    name: ClassVar[str]
-    contents: ClassVar[str]
-    image_sizes: ClassVar[tuple[int, ...]]
+    name: str
+    contents: str
 
     @abstractmethod
     def fetch(self, raw: Path) -> Path:
@@ -82,12 +80,8 @@ class Dataset(ABC):
         """
 
     @abstractmethod
-    def open(self, path: Path, *, image_size: int) -> Source:
+    def open(self, path: Path) -> Source:
         """Checks the files and opens them.
-
-        Args:
-            path: The files.
-            image_size: One of ``image_sizes``.
 
         Raises:
             ValueError: if a file is missing or is not the known one.
@@ -97,8 +91,8 @@ class Dataset(ABC):
 @cache
 def public_datasets() -> dict[str, Dataset]:
     """Returns the data sets by name."""
-    others = [import_module(each).DATASET for each in _CONTRIB]
-    return {each.name: each for each in (FashionMNIST(), *others)}
+    others = [dataset for name in _CONTRIB for dataset in import_module(name).DATASETS]
+    return {dataset.name: dataset for dataset in (FashionMNIST(), *others)}
 
 
 def how_to_get(name: str, folder: Path) -> str:
@@ -122,12 +116,11 @@ class FashionMNIST(Dataset):
 
     name = "fashion-mnist"
     contents = "60,000 + 10,000 product photos, 28 x 28 grey, 10 classes (MIT)"
-    image_sizes = (28,)
 
     def fetch(self, raw: Path) -> Path:
         """Downloads the four files from the first source that has all of them, and returns their folder."""
         with suppress(ValueError):
-            self.open(raw, image_size=28)
+            self.open(raw)
             return raw
         failures = []
         for title, source in (("its mirror", _from_mirror), ("the Debian package", _from_debian)):
@@ -135,7 +128,7 @@ class FashionMNIST(Dataset):
             with tempfile.TemporaryDirectory() as folder:
                 try:
                     source(Path(folder))
-                    self.open(Path(folder), image_size=28)
+                    self.open(Path(folder))
                 except (OSError, http.client.HTTPException, ValueError) as error:
                     failures.append(f"{title}: {' '.join(str(error).split())}")
                     continue
@@ -149,7 +142,7 @@ class FashionMNIST(Dataset):
             "or train on your own images: `maskgit data make FOLDER --out DIR`"
         )
 
-    def open(self, path: Path, *, image_size: int) -> Source:
+    def open(self, path: Path) -> Source:
         """Opens the four files and checks their content."""
         source = IdxFiles(path, classes=_CLASSES)
         if source.hashes != _HASHES:

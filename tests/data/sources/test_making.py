@@ -1,7 +1,6 @@
-"""Data folders from any source: equal images are reported, and data sets of the Hub are downloaded once."""
+"""Data sets of the Hub: they are downloaded once, or refused in one line."""
 
 import re
-import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,27 +8,9 @@ import pytest
 from huggingface_hub import constants
 
 from maskgit_pl.cli import main
-from maskgit_pl.data.sources.making import convert_images, open_source
+from maskgit_pl.data.sources.making import open_source
 from tests.data.sources.test_archives import png
 from tests.local_hub import local_hub
-
-
-def test_equal_images_and_those_of_val_that_are_in_train_are_named(tmp_path, caplog):
-    caplog.set_level("INFO")
-    for split, numbers in (("train", (0, 1, 2, 1)), ("val", (2, 5))):
-        for place, number in enumerate(numbers):
-            path = tmp_path / "photos" / split / "ab"[place % 2] / f"{place}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(png(number))
-    convert_images(tmp_path / "photos", tmp_path / "out", workers=1)
-    assert re.search(r"duplicates: 2 images equal an earlier one: train-000000\.tar:\S+ = train-", caplog.text)
-    assert "duplicates: 1 of 2 val images (50.0%) are in train" in caplog.text
-    caplog.clear()
-    shutil.rmtree(tmp_path / "photos" / "val" / "a")
-    (tmp_path / "photos" / "train" / "b" / "3.png").unlink()
-    (tmp_path / "photos" / "val" / "a").mkdir()
-    convert_images(tmp_path / "photos", tmp_path / "other", workers=1)
-    assert "duplicates" not in caplog.text
 
 
 def table(start: int, count: int, **labels: list[int]) -> bytes:
