@@ -50,14 +50,6 @@ def test_each_stratum_of_a_global_batch_is_hit_once(size):
     assert len(strata) == (1 if size == 1 else 4)  # another order for each step and seed
 
 
-def test_the_progress_of_a_slot_is_uniform_over_the_steps():
-    size, steps = 8, 4000
-    index = torch.arange(steps)
-    place = {"index": index, "epoch": torch.zeros_like(index), "position": index * size + 3, "global_batch": size}
-    share = torch.histc(1 - sampler("linear").ratio(49, **place), 20, 0, 1) / steps
-    assert (share - 1 / 20).abs().max() < 0.02
-
-
 def test_the_mask_ratio_changes_with_the_epoch_within_its_stratum():
     progress = [1 - sampler("linear").ratio(49, **batch(0, epoch=epoch)) for epoch in (0, 1)]
     assert (progress[0] != progress[1]).all()

@@ -255,29 +255,25 @@ class ShardReader:
             DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
         """
         shard, offset, size, _ = self.index[index].item()
-        data = self._pread(shard, size, offset)
-        if len(data) != size:
-            fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
-            raise self._data_changed_error(self.manifest.shards[shard].name, fault)
-        return data
+        return self._pread(shard, size, offset)
 
     def name(self, index: int) -> str:
         """Returns the name of a sample for error messages: ``SHARD:MEMBER``, with the member's name from the tar."""
         shard, offset, _, _ = self.index[index].item()
         return member_label(self.manifest.shards[shard].name, self._pread(shard, BLOCK, offset - BLOCK), offset)
 
-    def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
-        folder = self.manifest.folder
-        return DataChangedError(
-            f"data {folder}: {name} changed while it was in use: {fault}; restore it, or regenerate the manifest "
-            f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
-        )
-
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
-            return os.pread(self._file(number), size, offset)
+            data = os.pread(self._file(number), size, offset)
+            if len(data) != size:
+                raise OSError(f"{size} bytes expected at byte {offset}, got {len(data)}")
         except OSError as error:
-            raise self._data_changed_error(self.manifest.shards[number].name, str(error)) from error
+            folder, name = self.manifest.folder, self.manifest.shards[number].name
+            raise DataChangedError(
+                f"data {folder}: {name} changed while it was in use: {error}; restore it, or regenerate the manifest "
+                f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
+            ) from error
+        return data
 
     def _file(self, number: int) -> int:
         if number not in self._files:
@@ -285,7 +281,7 @@ class ShardReader:
             descriptor = open_regular(self.manifest.folder / shard.name)
             if (length := os.fstat(descriptor).st_size) != shard.bytes:
                 os.close(descriptor)
-                raise self._data_changed_error(shard.name, f"{shard.bytes} bytes expected, got {length}")
+                raise OSError(f"{shard.bytes} bytes expected, got {length}")
             self._files[number] = descriptor
             if len(self._files) > _MAX_OPEN:
                 # The first is the least recently used.
