@@ -67,7 +67,7 @@ class ShardDataConfig:
         seed: Seed of order and crops, in [0, 2**32).
         stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
-            0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``.
+            0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``. Streams skip them.
         vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
 
     Raises:
@@ -224,7 +224,6 @@ class ShardData(StepDataModule):
                 in_channels=self.config.in_channels,
                 augmentations=self.config.train_augmentations,
                 seed=self.config.seed,
-                unreadable_budget=self.config.unreadable_budget,
                 rank=self._rank,
                 world_size=self._world_size,
                 first_step=self._current_step(),
