@@ -266,10 +266,7 @@ class ShardData(StepDataModule):
 
     def vector_pool(self, split: Split) -> VectorPool:
         """Returns all vectors of a split with their labels, for images that are generated without the data."""
-        if self._tokens is not None:
-            labels = self._tokens[split].arrays[1]
-        else:
-            labels = self._shard_reader(split).index["label"].astype(np.int64)
+        labels = load_manifest(self.config.path, split).index()["label"].astype(np.int64)
         return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
 
     def _shard_reader(self, split: Split) -> ShardReader:
