@@ -314,7 +314,6 @@ def _save_split(
         classes=classes,
         images=union([scan.images for scan in scans.values() if scan.images is not None]),
         index_sha256=index_sha256(rows),
-        labels=task.labels.source,
         left_out=dict(sorted(left_out.items())),
         vectors=kind,
         vectors_sha256=vectors_sha256,

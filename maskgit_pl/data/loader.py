@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.augmentations import CENTER, Augment, Augmentations
 from maskgit_pl.data.batches import Batch
-from maskgit_pl.data.image_bytes import Reason, UnreadableImageError
+from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import ShardReader, VectorReader
 from maskgit_pl.data.order import Order, Rows, TrainBatchSampler, eval_batches
@@ -79,15 +79,15 @@ class ImageBatches(Dataset[Batch]):
         labels = torch.from_numpy(self.reader.labels(rows_read.numpy()))  # 3.
         return Batch(content, labels, *rows, replacement, _read_vectors(self.vectors, rows_read))
 
-    def explain(self, index: int) -> Unreadable:
-        """Reads an unreadable image again, by its number in the split, and describes its fault."""
+    def explain(self, index: int) -> str:
+        """Reads an unreadable image again, by its number in the split. Returns ``SHARD:MEMBER: REASON: ERROR``."""
         # Workers report only the number of an image; the reason is found here, once per image.
         name = self.reader.name(index)
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
         except UnreadableImageError as error:
-            return Unreadable(name, error.reason, str(error).removeprefix(f"image {name}: "))
-        return Unreadable(name, "damaged", "it was readable at the second attempt")
+            return f"{name}: {error.reason}: {str(error).removeprefix(f'image {name}: ')}"
+        return f"{name}: damaged: it was readable at the second attempt"
 
     def _load(self, row: Tensor, index: int, augment: Augment) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
@@ -108,10 +108,8 @@ class ImageBatches(Dataset[Batch]):
                 continue
             row.copy_(augment(image, height_width(self.image_size)))
             return num_skipped
-        first = self.explain(index)
         raise DataBudgetError(
-            f"data budget: {max_skipped} images in a row cannot be read, the first is {first.name}: {first.reason}: "
-            f"{first.error}; {_WAY_OUT}"
+            f"data budget: {max_skipped} images in a row cannot be read, the first is {self.explain(index)}; {_WAY_OUT}"
         )
 
 
@@ -146,14 +144,6 @@ def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
     return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
 
 
-class Unreadable(NamedTuple):
-    """An image that cannot be read."""
-
-    name: str  # SHARD:MEMBER
-    reason: Reason
-    error: str  # of the decoder
-
-
 class UnreadableImages:
     """A counter of the unreadable images of a split, which ends the run if there are too many.
 
@@ -166,12 +156,12 @@ class UnreadableImages:
             are always allowed; 0 allows none.
     """
 
-    def __init__(self, explain: Callable[[int], Unreadable], *, num_samples: int, budget: float) -> None:
+    def __init__(self, explain: Callable[[int], str], *, num_samples: int, budget: float) -> None:
         self.budget = budget
         self.num_samples = num_samples
         self.seen = 0
         self.count = 0  # number of times that an unreadable sample was drawn; one of two epochs counts twice
-        self.images: dict[int, Unreadable] = {}
+        self.images: dict[int, str] = {}  # the description of each
         self._explain = explain
 
     def add(self, index: npt.NDArray[np.int64], replacement: npt.NDArray[np.int64]) -> None:
@@ -194,7 +184,7 @@ class UnreadableImages:
         allowed = ALWAYS_ALLOWED if self.budget > 0 else 0
         if len(self.images) <= allowed or self.count <= self.budget * self.seen:
             return
-        lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]
+        lines = [text for _, text in sorted(self.images.items())]
         more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
         listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
         raise DataBudgetError(
@@ -204,11 +194,7 @@ class UnreadableImages:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the count and the list of all images as JSON values."""
-        images = [
-            {"image": image.name, "index": index, "reason": image.reason, "error": image.error}
-            for index, image in sorted(self.images.items())
-        ]
-        return {"seen": self.seen, "unreadable": self.count, "images": images}
+        return {"seen": self.seen, "unreadable": self.count, "images": dict(sorted(self.images.items()))}
 
 
 class StepLoader(DataLoader[Batch]):

@@ -4,8 +4,7 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
 
     train-000000.tar ...    samples: KEY.png|.jpg|.jpeg|.webp and KEY.cls (a decimal class number)
     train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes;
-                            the source of the labels, if it is not .cls; counts of samples left out, if there are any;
-                            size, type and sha256 of the vectors, if there are any
+                            if there are any: counts of samples left out; size, type and sha256 of the vectors
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
     train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
@@ -73,7 +72,6 @@ class Manifest:
     classes: tuple[str, ...]  # label i is ``classes[i]``
     images: ImageRange
     index_sha256: str  # of the rows of the index file, hex
-    labels: str = "cls"  # their source: cls, json:FIELD or none
     left_out: Mapping[str, int] = field(default_factory=dict)  # samples that are not in the index, by kind of fault
     vectors: VectorKind | None = None  # None if the samples have none
     vectors_sha256: str = ""  # of the file of their array, hex
@@ -343,9 +341,7 @@ def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | Non
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     # Written only if they differ from the default: the fingerprint of the data is made of these keys.
-    unusual: dict[str, Any] = {} if manifest.labels == "cls" else {"labels": manifest.labels}
-    if manifest.left_out:
-        unusual["left_out"] = dict(manifest.left_out)
+    unusual: dict[str, Any] = {"left_out": dict(manifest.left_out)} if manifest.left_out else {}
     if manifest.vectors is not None:
         dim, dtype = manifest.vectors
         unusual |= {"vector_dim": dim, "vector_dtype": dtype, "vectors_sha256": manifest.vectors_sha256}
