@@ -55,7 +55,7 @@ class ShardDataConfig:
         in_channels: 1 for grey, 3 for RGB. Files are converted, and transparent images are composited over white.
         augmentations: Crops and flips of the training images: names or mappings of registered augmentations,
             in the order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None
-            is ``[center_crop]``.
+            is the central crop.
         views: Number of views of each training image in the token store: the central crop, then augmented
             ones (random crops without ``augmentations``). Training draws one of them in each epoch. None is
             1, or the number that an existing store has.
