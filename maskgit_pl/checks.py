@@ -34,20 +34,14 @@ _MAX_SHOWN = 80  # characters of a value in a message
 
 _CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
 
-_RULES = {  # type of an error of pydantic -> what the value must be
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number",
-    "string_type": "a string",
-    "string_unicode": "a string",
-    "bool_type": "true or false",
-    "none_required": "null",
-    "list_type": "a list",
-    "sequence_str": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "mapping_type": "a mapping",
-    "dataclass_type": "a mapping",
+_RULES = {  # first word of the type of an error of pydantic -> what the value must be
+    "int": "an integer",
+    "float": "a number",
+    "string": "a string",
+    "bool": "true or false",
+    "none": "null",
+    **dict.fromkeys(("list", "sequence", "tuple"), "a list"),
+    **dict.fromkeys(("dict", "mapping", "dataclass"), "a mapping"),
 }
 
 
@@ -319,7 +313,7 @@ def _rule_of(detail: Mapping[str, Any]) -> str:
         return f"a mapping with the key {last!r}"
     if detail["type"] in ("missing", "too_long", "too_short"):
         return "a list of the right length"
-    return _RULES.get(detail["type"]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
+    return _RULES.get(detail["type"].partition("_")[0]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
 
 
 def _refused_value(where: str, key: tuple[str, ...], message: str, keys: Collection[str]) -> WrongValue:

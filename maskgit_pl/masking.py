@@ -61,7 +61,7 @@ class MaskSampler:
     1. Draw u, uniform on [0, 1). The u of a global batch of G samples are stratified: u = (pi(slot) + v) / G,
        with a random permutation pi for each step and v uniform on (0, 1). Together they cover [0, 1) evenly,
        which lowers the variance of the gradient.
-    2. Compute the mask ratio max(gamma(u), min_mask_ratio), or with another distribution than gamma(u).
+    2. Compute the mask ratio gamma(u), or with another distribution.
     3. Mask ceil(ratio N) positions, chosen uniformly or by another rule.
 
     The masks depend on (seed, sample, epoch, position) only, so they are equal for every number of ranks.
@@ -69,24 +69,16 @@ class MaskSampler:
     Args:
         mask_schedule: gamma: the schedule object that the decoder holds too.
         seed: Seed in [0, 2**32).
-        min_mask_ratio: Lower bound of the ratio, in [0, 1]. Ratios below it are raised to it, not rescaled.
         mask_ratio: The distribution of the ratio.
         mask_positions: The rule that chooses the positions.
 
-    Raises:
-        ValueError: if ``min_mask_ratio`` is out of range.
-
-    Source: paper, training objective; MAGVIT code for ``min_mask_ratio``.
+    Source: paper, training objective.
     """
 
     mask_schedule: MaskSchedule
     seed: int
-    min_mask_ratio: float = 0.0
     mask_ratio: MaskRatio = field(default_factory=lambda: ScheduleRatio())
     mask_positions: MaskPositions = field(default_factory=lambda: UniformPositions())
-
-    def __post_init__(self) -> None:
-        check_number("min_mask_ratio", self.min_mask_ratio, "[0, 1]")
 
     def mask(
         self,
@@ -120,7 +112,7 @@ class MaskSampler:
         stratum = self._draw_stratum(position, global_batch)  # 1.
         jitter = random_uniform("mask-ratio", seed=self.seed, index=index, epoch=epoch)[:, 0]
         u = ((stratum + jitter) / global_batch).clamp(max=1.0)  # (B,) float32 in [0, 1]
-        return self.mask_ratio(u, self.mask_schedule, num_tokens).clamp(min=self.min_mask_ratio)  # 2.
+        return self.mask_ratio(u, self.mask_schedule, num_tokens)  # 2.
 
     def _draw_stratum(self, position: Tensor, global_batch: int) -> Tensor:
         """Returns pi(slot), (B,) int64 in [0, G): the number of random keys of the step below the key of the slot."""

@@ -35,7 +35,6 @@ class MaskedTokenConfig(TokenModelConfig):
             stratified; see ``MaskSampler``.
         mask_schedule: Name or mapping of a registered mask schedule, for training and decoding; this and the
             following parts may be objects of registered classes, too.
-        min_mask_ratio: Lower bound of the mask ratio in training, in [0, 1].
         mask_ratio: Name or mapping of a registered distribution of the mask ratio in training.
         mask_positions: Name or mapping of a registered rule for the positions that are masked in training.
         objective: Name or mapping of a registered objective, the loss of the training.
@@ -49,7 +48,6 @@ class MaskedTokenConfig(TokenModelConfig):
     _: KW_ONLY
     global_batch: int
     mask_schedule: str | dict[str, Any] = "cosine"
-    min_mask_ratio: float = 0.0
     mask_ratio: str | dict[str, Any] = "schedule"
     mask_positions: str | dict[str, Any] = "uniform"
     objective: str | dict[str, Any] = "masked_cross_entropy"
@@ -75,7 +73,6 @@ class MaskedTokenConfig(TokenModelConfig):
         return MaskSampler(
             mask_schedules.build(self.mask_schedule),
             self.seed,
-            self.min_mask_ratio,
             mask_ratios.build(self.mask_ratio),
             mask_positions.build(self.mask_positions),
         )

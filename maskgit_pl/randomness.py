@@ -198,9 +198,7 @@ def gumbel_rows(first: Tensor, second: Tensor, size: int) -> Tensor:
     return uniform.neg_().log1p_().neg_().log_().neg_()  # -log(-log(1 - u))
 
 
-def permutation(
-    positions: Tensor, size: int, *, stream: str, seed: int, index: int = 0, epoch: int | Tensor = 0
-) -> Tensor:
+def permutation(positions: Tensor, size: int, *, stream: str, seed: int, index: int = 0, epoch: int = 0) -> Tensor:
     """Computes a pseudo-random permutation of range(size) at some positions.
 
     Memory and time grow with the number of positions, not with ``size``:
@@ -215,28 +213,27 @@ def permutation(
         stream: Name of the stream; see ``random_bits``.
         seed: Seed in [0, 2**32).
         index: Integer in [0, 2**32); different values give different permutations.
-        epoch: Integer, or int64 in the shape of ``positions``; different values give different permutations.
+        epoch: The same.
 
     Returns:
         int64 in [0, size), in the shape of ``positions``.
     """
     # 1. h is half the number of bits of size - 1, rounded up, so at most 3 of 4 values are out of range.
     half = max(1, (max(2, size) - 1).bit_length() + 1 >> 1)
-    epochs = torch.as_tensor(epoch, device=positions.device).reshape(-1)  # (1,), or one per position
-    keys = random_bits(f"{stream}/permutation", seed=seed, index=index, epoch=epochs, count=_FEISTEL_ROUNDS)
-    keys = keys.expand(positions.numel(), -1)
-    value = _feistel(positions.reshape(-1), half, keys)
+    words = random_bits(f"{stream}/permutation", seed=seed, index=index, epoch=epoch, count=_FEISTEL_ROUNDS)
+    keys = words[0].tolist()
+    value = _feistel(positions, half, keys)
     # 2. Only the values that are still outside are computed again.
     while bool((outside := value >= size).any()):
-        value = value.masked_scatter(outside, _feistel(value[outside], half, keys[outside]))
-    return value.reshape(positions.shape)
+        value = value.masked_scatter(outside, _feistel(value[outside], half, keys))
+    return value
 
 
-def _feistel(value: Tensor, half: int, keys: Tensor) -> Tensor:
-    """Applies a Feistel network, a bijection of [0, 4**half), to (M,) int64 values with keys (M, rounds)."""
+def _feistel(value: Tensor, half: int, keys: Sequence[int]) -> Tensor:
+    """Applies a Feistel network, a bijection of [0, 4**half), to int64 values, with a round for each key."""
     mask = (1 << half) - 1
     left, right = value >> half, value & mask
-    for key in keys.unbind(1):
+    for key in keys:
         left, right = right, left ^ (_mix(right ^ key) & mask)
     return left << half | right
 

@@ -87,21 +87,19 @@ class Registry(Generic[T]):
         return decorate
 
     def names(self) -> list[str]:
-        """Returns all names that ``build`` accepts, sorted. Plug-ins are included, and not loaded."""
-        self._import_modules()
-        return sorted({*self._factories, *self._plugins()})
+        """Returns all names that ``build`` accepts: those in the order of their registration, then plug-ins, sorted.
 
-    def in_order(self) -> list[str]:
-        """Returns the same names: the built-in ones in the order of their registration, then the plug-ins, sorted."""
-        names = self.names()  # imports the built-in parts
-        return [*self._factories, *(name for name in names if name not in self._factories)]
+        No plug-in is loaded.
+        """
+        self._import_modules()
+        return [*self._factories, *sorted(self._plugins())]
 
     def origins(self) -> dict[str, str]:
         """Returns the package of each name: ``maskgit_pl``, or the one that announces it. No plug-in is loaded."""
         self._import_modules()
         built_in = {name: factory.__module__.partition(".")[0] for name, factory in self._factories.items()}
         announced = {name: " and ".join(point.package for point in points) for name, points in self._plugins().items()}
-        return dict(sorted({**built_in, **announced}.items()))
+        return {**built_in, **announced}
 
     def summary(self, name: str) -> str:
         """Returns the first paragraph of a built-in docstring without its source, or an empty text for a plug-in."""

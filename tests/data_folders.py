@@ -86,7 +86,6 @@ class OnRank:
 
     def __init__(self, rank: int, world_size: int, step: int, *, accumulation: int = 1) -> None:
         self.global_rank, self.world_size, self.global_step = rank, world_size, step
-        self._accelerator_connector = type("Connector", (), {"use_distributed_sampler": False})
         self.accumulate_grad_batches, self.lightning_module = accumulation, None
 
 

@@ -23,8 +23,8 @@ def batch(step: int = 0, *, epoch: int = 0, size: int = GLOBAL_BATCH) -> dict[st
     }
 
 
-def sampler(name: str = "cosine", *, seed: int = 3, min_mask_ratio: float = 0.0) -> MaskSampler:
-    return MaskSampler(mask_schedules.build(name), seed, min_mask_ratio)
+def sampler(name: str = "cosine", *, seed: int = 3) -> MaskSampler:
+    return MaskSampler(mask_schedules.build(name), seed)
 
 
 @pytest.mark.parametrize("name", ["cosine", "log"])
@@ -50,28 +50,10 @@ def test_each_stratum_of_a_global_batch_is_hit_once(size):
     assert len(strata) == (1 if size == 1 else 4)  # another order for each step and seed
 
 
-def test_the_progress_of_a_slot_is_uniform_over_the_steps():
-    size, steps = 8, 4000
-    index = torch.arange(steps)
-    place = {"index": index, "epoch": torch.zeros_like(index), "position": index * size + 3, "global_batch": size}
-    share = torch.histc(1 - sampler("linear").ratio(49, **place), 20, 0, 1) / steps
-    assert (share - 1 / 20).abs().max() < 0.02
-
-
 def test_the_mask_ratio_changes_with_the_epoch_within_its_stratum():
     progress = [1 - sampler("linear").ratio(49, **batch(0, epoch=epoch)) for epoch in (0, 1)]
     assert (progress[0] != progress[1]).all()
     assert torch.equal(*((u * GLOBAL_BATCH).floor().clamp(max=GLOBAL_BATCH - 1) for u in progress))
-
-
-def test_min_mask_ratio_raises_smaller_ratios_without_rescaling():
-    free, bounded = (sampler(min_mask_ratio=bound).ratio(49, **batch()) for bound in (0.0, 0.5))
-    assert torch.equal(bounded, free.clamp(min=0.5))
-    assert (free < 0.5).any()
-    assert sampler(min_mask_ratio=0.5).mask(49, **batch()).sum(1).min() == 25
-    assert sampler(min_mask_ratio=1.0).mask(49, **batch()).all()
-    with pytest.raises(ValueError, match=r"min_mask_ratio must be a number in \[0, 1\], got 1.1"):
-        sampler(min_mask_ratio=1.1)
 
 
 def test_every_position_is_masked_equally_often():
@@ -120,19 +102,6 @@ def test_a_larger_mask_holds_the_smaller_and_all_positions_occur(spec):
     assert small.any(0).all()
     assert not small.all(0).any()
     assert (small <= large).all()
-
-
-def neighbours(mask: Tensor) -> float:
-    """The mean share of masked right and lower neighbours of masked positions."""
-    grid = mask.view(-1, *GRID).float()
-    right, down = grid[:, :, :-1] * grid[:, :, 1:], grid[:, :-1] * grid[:, 1:]
-    return float((right.sum() + down.sum()) / (2 * grid.sum()))
-
-
-def test_halton_masks_are_spread():
-    count = torch.full((300,), 16)
-    # Visible tokens of a Halton mask have fewer visible neighbours than by chance.
-    assert neighbours(~draw("halton", N - count)) < 0.8 * neighbours(draw("uniform", count))
 
 
 def test_halton_masks_are_those_that_the_halton_selector_leaves():

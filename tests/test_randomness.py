@@ -95,12 +95,6 @@ def test_streams_seeds_epochs_and_samples_are_independent(change):
     assert abs(chi_square(torch.bincount(cells, minlength=256))) < 5
 
 
-def test_gumbel_has_the_standard_mean_and_variance():
-    noise = gumbel(random_uniform("s", seed=0, index=torch.arange(1000), count=100))
-    assert abs(float(noise.mean()) - 0.5772) < 0.02
-    assert abs(float(noise.var()) - math.pi**2 / 6) < 0.05
-
-
 def splitmix(first: int, second: int, number: int) -> int:
     """Returns number ``number`` of the row of two words: SplitMix with lowbias32, in Python's integers."""
     word = first + number * 0x9E3779B9 & 0xFFFFFFFF
@@ -150,13 +144,10 @@ def test_a_permutation_is_a_bijection(size):
     assert image.sort().values.tolist() == list(range(size))
 
 
-def test_a_permutation_of_some_positions_and_epochs_is_that_of_all():
-    epochs = torch.tensor([[0, 0], [1, 1]])
+def test_a_permutation_of_some_positions_is_that_of_all():
     positions = torch.tensor([[999, 0], [7, 500]])
-    some = permutation(positions, 1000, stream="order", seed=3, epoch=epochs.flatten())
-    for row, epoch in enumerate((0, 1)):
-        every = permutation(torch.arange(1000), 1000, stream="order", seed=3, epoch=epoch)
-        assert some[row].tolist() == every[positions[row]].tolist()
+    every = permutation(torch.arange(1000), 1000, stream="order", seed=3, epoch=1)
+    assert torch.equal(permutation(positions, 1000, stream="order", seed=3, epoch=1), every[positions])
 
 
 def test_a_permutation_takes_memory_for_its_positions_only():
@@ -164,25 +155,6 @@ def test_a_permutation_takes_memory_for_its_positions_only():
     image = permutation(torch.tensor([0, 1, size - 1]), size, stream="order", seed=0)
     assert len(set(image.tolist())) == 3
     assert 0 <= image.min() <= image.max() < size
-
-
-@pytest.mark.parametrize("size", [5, 49, 1000])
-def test_each_place_has_each_sample_equally_often_over_epochs(size):
-    epochs = 6 * size if size > 500 else 20 * size
-    for place in (0, 1, size // 2, size - 1):
-        places = torch.full((epochs,), place)
-        image = permutation(places, size, stream="order", seed=1, epoch=torch.arange(epochs))
-        assert abs(chi_square(torch.bincount(image, minlength=size))) < 5
-
-
-def test_differences_of_neighbours_in_a_permutation_are_uniform():
-    size = 60_000
-    for epoch in range(3):
-        image = permutation(torch.arange(size), size, stream="order", seed=0, epoch=epoch)
-        difference = image.diff() % size  # cyclic differences are uniform
-        assert abs(chi_square(torch.histc(difference.float(), 100, 0, size))) < 5
-        pairs = (image[:-1] * 16 // size) * 16 + image[1:] * 16 // size
-        assert abs(chi_square(torch.bincount(pairs, minlength=256))) < 5
 
 
 def test_orders_of_other_epochs_seeds_and_streams_are_independent():

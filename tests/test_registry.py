@@ -110,7 +110,7 @@ def test_plugins_are_listed_without_being_loaded_and_built(chairs, site):
         entry_points=f"[{chairs.group}]\nfolding = loads:Chair\n",
         modules={"loads": source},
     )
-    assert chairs.names() == ["folding", "plain"]
+    assert chairs.names() == ["plain", "folding"]
     assert "loads" not in sys.modules
     assert chairs.build({"name": "folding", "legs": 5}) == Chair(5)
     assert chairs.build_all() == {"folding": Chair(4), "plain": Chair(4)}

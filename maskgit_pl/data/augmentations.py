@@ -63,15 +63,6 @@ def _check(name: str, augmentation: Augmentation) -> None:
 augmentations: Registry[Augmentation] = Registry("augmentation", "maskgit_pl.augmentations", check=_check)
 
 
-@augmentations.register("center_crop")
-@dataclass(frozen=True)
-class CenterCrop(Augmentation):
-    """The largest part of the model's shape, at the centre."""
-
-    def __call__(self, image: Tensor, random: Sequence[float], *, size: tuple[int, int]) -> Tensor:
-        return fit_image(image, image_size=size, crop=None)
-
-
 @augmentations.register("random_crop")
 @dataclass(frozen=True)
 class RandomCrop(Augmentation):
@@ -191,7 +182,7 @@ class Augmentations:
         return fit_image(image, image_size=size, crop=None)
 
 
-CENTER = Augmentations({"center_crop": CenterCrop()})
+CENTER = Augmentations({})
 """No augmentation: the central part of each image."""
 
 

@@ -20,14 +20,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from braceexpand import braceexpand
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.manifest import Manifest, Shard, Split, index_sha256, save_manifest, union
 from maskgit_pl.data.samples import Labels, split_of
-from maskgit_pl.data.scan import BAD_VECTOR, NO_LABEL, ShardScan, scan_shard
+from maskgit_pl.data.scan import ShardScan, scan_shard
 from maskgit_pl.data.vectors import VectorKind, copy_vectors, vectors_path
 from maskgit_pl.files import remove_partials, sha256_of, write_atomically
 from maskgit_pl.processes import choose_workers, run_jobs
@@ -217,15 +216,15 @@ def index_shards(
             largest = max((int(scan.rows["label"].max()) for scan in scans.values() if len(scan.rows)), default=0)
             classes = [str(label) for label in range(largest + 1)]
         of_splits = {split: {name: scans[name] for name in of_split} for split, of_split in names.items()}
-        # All indexes are made before the first is written: an error leaves none.
-        indexes = {split: _make_index(folder, split, of_split) for split, of_split in of_splits.items()}
-        manifests: dict[Split, Manifest] = {}
-        for split, rows in indexes.items():
-            manifests[split] = _make_manifest(  # 3.
-                task, split, of_splits[split], rows, classes=tuple(classes), kind=kind
-            )
-            save_manifest(manifests[split], rows)  # 4.
-    return manifests
+        for split, of_split in of_splits.items():
+            if not any(len(scan.rows) for scan in of_split.values()):
+                raise ValueError(
+                    f"data {folder}, split {split}: {len(of_split)} shards must hold at least 1 complete sample, got 0"
+                )
+        return {  # 3., 4.
+            split: _save_split(task, split, of_split, classes=tuple(classes), kind=kind)
+            for split, of_split in of_splits.items()
+        }
 
 
 class _ScanTask(NamedTuple):
@@ -267,17 +266,11 @@ def _raise_faults(task: _ScanTask, scans: Mapping[str, ShardScan], kind: VectorK
     listed = [f"{name}: {faults}" for name, faults in of_shards.items() if faults]
     if not listed:
         return
-    fault_names = {fault for scan in scans.values() for fault in scan.faults}
-    hints = ["restore damaged tars"]
-    if not task.lenient and fault_names:
-        hints.append("--lenient leaves out samples with a fault and counts them")
-    if task.labels.source == "cls" and NO_LABEL in fault_names:
-        hints.append("--label-field NAME reads labels from .json, --no-labels trains without labels")
-    if kind is not None or BAD_VECTOR in fault_names:
-        hints.append("--no-vectors ignores .npy members")
     lines = "\n  ".join(listed)
     raise ValueError(
-        f"data {task.folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n{'; '.join(hints)}"
+        f"data {task.folder}: {len(listed)} of {len(scans)} shards are rejected:\n  {lines}\n"
+        "restore damaged tars; --lenient leaves out samples with a fault and counts them; --label-field NAME reads "
+        "labels from .json, --no-labels trains without labels; --no-vectors ignores .npy members"
     )
 
 
@@ -292,27 +285,18 @@ def _faults_of(scan: ShardScan, *, lenient: bool, kind: VectorKind | None) -> It
         yield f"vectors must have {kind}, as those of the first shard, got {scan.vector_kind or 'no vectors'}"
 
 
-def _make_index(folder: Path, split: Split, scans: Mapping[str, ShardScan]) -> npt.NDArray[np.void]:
-    rows = np.concatenate([scan.rows for scan in scans.values()])
-    if not len(rows):
-        raise ValueError(
-            f"data {folder}, split {split}: {len(scans)} shards must hold at least 1 complete sample, got 0"
-        )
-    # A scan of one tar has shard number 0 in every row.
-    rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
-    return rows
-
-
-def _make_manifest(
+def _save_split(
     task: _ScanTask,
     split: Split,
     scans: Mapping[str, ShardScan],
-    rows: npt.NDArray[np.void],
     *,
     classes: tuple[str, ...],
     kind: VectorKind | None,
 ) -> Manifest:
-    """Returns the manifest of a split, after its vectors are copied into one array in the order of the samples."""
+    """Writes the vectors of a split, in the order of its samples, its index and its manifest, which is returned."""
+    rows = np.concatenate([scan.rows for scan in scans.values()])
+    # A scan of one tar has shard number 0 in every row.
+    rows["shard"] = np.repeat(np.arange(len(scans)), [len(scan.rows) for scan in scans.values()])
     vectors_sha256 = ""
     if kind is not None:
         offsets = {task.folder / name: scan.vectors for name, scan in scans.items()}
@@ -323,15 +307,16 @@ def _make_manifest(
     left_out: Counter[str] = Counter()
     for scan in scans.values():
         left_out.update({fault: entry.samples for fault, entry in scan.faults.items()})
-    return Manifest(
+    manifest = Manifest(
         task.folder,
         split,
         shards=tuple(Shard(name, scan.bytes, len(scan.rows), scan.sha256) for name, scan in scans.items()),
         classes=classes,
         images=union([scan.images for scan in scans.values() if scan.images is not None]),
         index_sha256=index_sha256(rows),
-        labels=task.labels.source,
         left_out=dict(sorted(left_out.items())),
         vectors=kind,
         vectors_sha256=vectors_sha256,
     )
+    save_manifest(manifest, rows)
+    return manifest

@@ -146,17 +146,12 @@ class IndexedDataModule(StepDataModule):
         """Returns the micro-batches of this rank, from the Trainer's step to the end of the epoch.
 
         Raises:
-            ValueError: if the batch cannot be divided evenly among ranks and micro-batches, or the Trainer would
-                replace the sampler.
+            ValueError: if the batch cannot be divided evenly among ranks and micro-batches.
         """
         trainer, accumulation = self.trainer, 1
-        if trainer is not None:  # which knows the number of ranks only now
-            if self._world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
-                raise ValueError(
-                    "Trainer(use_distributed_sampler=) must be False on several devices, got True; the data module "
-                    "divides the samples among the ranks itself"
-                )
+        if trainer is not None:
             accumulation = getattr(trainer.lightning_module, "accumulation", trainer.accumulate_grad_batches)
+        # The Trainer knows the number of ranks only now, so the division is checked here.
         per_device, rest = divmod(self.global_batch, self._world_size * accumulation)
         if rest:
             raise ValueError(

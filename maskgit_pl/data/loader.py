@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import signal
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.augmentations import CENTER, Augment, Augmentations
 from maskgit_pl.data.batches import Batch
-from maskgit_pl.data.image_bytes import Reason, UnreadableImageError
+from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.manifest import ShardReader, VectorReader
 from maskgit_pl.data.order import Order, Rows, TrainBatchSampler, eval_batches
@@ -41,6 +40,7 @@ from maskgit_pl.randomness import random_bits
 ALWAYS_ALLOWED = 10  # different images; so few never end a run, even with little data
 MAX_IN_A_ROW = 100  # so many consecutive images mean that a shard is damaged
 _MAX_LISTED = 20  # images in an error message; the JSON file lists all
+_WAY_OUT = "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
 _DEATH_SECONDS = 1.0  # longest time in which a process ends after its connections
 
 
@@ -79,21 +79,23 @@ class ImageBatches(Dataset[Batch]):
         labels = torch.from_numpy(self.reader.labels(rows_read.numpy()))  # 3.
         return Batch(content, labels, *rows, replacement, _read_vectors(self.vectors, rows_read))
 
-    def explain(self, index: int) -> Unreadable:
-        """Reads an unreadable image again, by its number in the split, and describes its fault."""
+    def explain(self, index: int) -> str:
+        """Reads an unreadable image again, by its number in the split. Returns ``SHARD:MEMBER: REASON: ERROR``."""
         # Workers report only the number of an image; the reason is found here, once per image.
         name = self.reader.name(index)
         try:
             decode_image(self.reader.read(index), channels=self.in_channels, name=name)
         except UnreadableImageError as error:
-            return Unreadable(name, error.reason, str(error).removeprefix(f"image {name}: "))
-        return Unreadable(name, "damaged", "it was readable at the second attempt")
+            return f"{name}: {error.reason}: {str(error).removeprefix(f'image {name}: ')}"
+        return f"{name}: damaged: it was readable at the second attempt"
 
     def _load(self, row: Tensor, index: int, augment: Augment) -> int:
         """Fills a row (in_channels, H, W) with the first readable image at or after an index.
 
-        Returns the number of unreadable ones. After ``MAX_IN_A_ROW``, or all of the split, the row is black,
-        and ``UnreadableImages`` ends the run.
+        Returns the number of unreadable ones.
+
+        Raises:
+            DataBudgetError: after ``MAX_IN_A_ROW`` unreadable ones, or all of the split.
         """
         count = len(self.reader)
         max_skipped = min(MAX_IN_A_ROW, count)
@@ -106,8 +108,9 @@ class ImageBatches(Dataset[Batch]):
                 continue
             row.copy_(augment(image, height_width(self.image_size)))
             return num_skipped
-        row.zero_()
-        return max_skipped
+        raise DataBudgetError(
+            f"data budget: {max_skipped} images in a row cannot be read, the first is {self.explain(index)}; {_WAY_OUT}"
+        )
 
 
 @dataclass(eq=False)
@@ -141,14 +144,6 @@ def _read_vectors(reader: VectorReader | None, index: Tensor) -> Tensor | None:
     return None if reader is None else torch.from_numpy(reader.read(index.numpy()))
 
 
-class Unreadable(NamedTuple):
-    """An image that cannot be read."""
-
-    name: str  # SHARD:MEMBER
-    reason: Reason
-    error: str  # of the decoder
-
-
 class UnreadableImages:
     """A counter of the unreadable images of a split, which ends the run if there are too many.
 
@@ -161,70 +156,45 @@ class UnreadableImages:
             are always allowed; 0 allows none.
     """
 
-    def __init__(self, explain: Callable[[int], Unreadable], *, num_samples: int, budget: float) -> None:
+    def __init__(self, explain: Callable[[int], str], *, num_samples: int, budget: float) -> None:
         self.budget = budget
         self.num_samples = num_samples
         self.seen = 0
-        self.times: Counter[int] = Counter()  # index -> number of times it was drawn
-        self.images: dict[int, Unreadable] = {}
+        self.count = 0  # number of times that an unreadable sample was drawn; one of two epochs counts twice
+        self.images: dict[int, str] = {}  # the description of each
         self._explain = explain
-
-    @property
-    def count(self) -> int:
-        """The number of times that an unreadable sample was drawn; a sample of two epochs counts twice."""
-        return sum(self.times.values())
 
     def add(self, index: npt.NDArray[np.int64], replacement: npt.NDArray[np.int64]) -> None:
         """Counts the unreadable images of a batch: of samples drawn and their replacements, both (B,) int64.
 
-        1. Every sample from the drawn one up to its replacement, which is excluded, is unreadable.
-        2. A long series of unreadable samples ends the run: a shard is damaged.
-        3. More different samples than are always allowed, above the budget, end the run.
+        Every sample from the drawn one up to its replacement, which is excluded, is unreadable.
 
         Raises:
-            DataBudgetError: if the run must end. The message lists the images.
+            DataBudgetError: if more different samples than are always allowed, and than the budget, are unreadable.
+                The message lists the images.
         """
         self.seen += len(index)
         row = np.flatnonzero(replacement >= 0)
-        if not len(row):
-            return
-        # 1. A sample that is its own replacement: all n were tried.
-        longest = 0
         for drawn, replaced_by in zip(index[row].tolist(), replacement[row].tolist(), strict=True):
-            length = (replaced_by - drawn) % self.num_samples or self.num_samples
-            longest = max(longest, length)
+            length = (replaced_by - drawn) % self.num_samples
+            self.count += length
             for number in (position % self.num_samples for position in range(drawn, drawn + length)):
-                self.times[number] += 1
                 if number not in self.images:
                     self.images[number] = self._explain(number)
-        # 2.
-        if longest >= min(MAX_IN_A_ROW, self.num_samples):
-            raise self._error(f"{longest} images in a row cannot be read")
-        # 3.
         allowed = ALWAYS_ALLOWED if self.budget > 0 else 0
-        if len(self.images) > allowed and self.count > self.budget * self.seen:
-            raise self._error(
-                f"unreadable images must be at most {self.budget:g} of all images, or {allowed} in total, "
-                f"got {len(self.images)} ({self.count} times in {self.seen} images)"
-            )
+        if len(self.images) <= allowed or self.count <= self.budget * self.seen:
+            return
+        lines = [text for _, text in sorted(self.images.items())]
+        more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
+        listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
+        raise DataBudgetError(
+            f"data budget: unreadable images must be at most {self.budget:g} of all images, or {allowed} in total, "
+            f"got {len(self.images)} ({self.count} times in {self.seen} images):\n  {listed}\n{_WAY_OUT}"
+        )
 
     def as_json(self) -> dict[str, Any]:
         """Returns the count and the list of all images as JSON values."""
-        images = [
-            {"image": image.name, "index": index, "times": self.times[index]}
-            | {"reason": image.reason, "error": image.error}
-            for index, image in sorted(self.images.items())
-        ]
-        return {"seen": self.seen, "unreadable": self.count, "images": images}
-
-    def _error(self, rule: str) -> DataBudgetError:
-        lines = [f"{image.name}: {image.reason}: {image.error}" for _, image in sorted(self.images.items())]
-        more = [f"... and {len(lines) - _MAX_LISTED} more"] if len(lines) > _MAX_LISTED else []
-        listed = "\n  ".join([*lines[:_MAX_LISTED], *more])
-        return DataBudgetError(
-            f"data budget: {rule}:\n  {listed}\n"
-            "repair or leave out these images and make the shards again, or raise data.unreadable_budget"
-        )
+        return {"seen": self.seen, "unreadable": self.count, "images": dict(sorted(self.images.items()))}
 
 
 class StepLoader(DataLoader[Batch]):

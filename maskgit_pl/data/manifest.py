@@ -4,8 +4,7 @@ A data folder contains ordinary WebDataset tars and, for each split, two files::
 
     train-000000.tar ...    samples: KEY.png|.jpg|.jpeg|.webp and KEY.cls (a decimal class number)
     train.json              format, shards (name, bytes, samples, sha256), class names, range of image sizes;
-                            the source of the labels, if it is not .cls; counts of samples left out, if there are any;
-                            size, type and sha256 of the vectors, if there are any
+                            if there are any: counts of samples left out; size, type and sha256 of the vectors
     train.npy               one row per sample, see INDEX_DTYPE; memory-mapped
     train-vectors.npy       one vector per sample, if the samples have KEY.npy; memory-mapped, see ``vectors``
 
@@ -73,7 +72,6 @@ class Manifest:
     classes: tuple[str, ...]  # label i is ``classes[i]``
     images: ImageRange
     index_sha256: str  # of the rows of the index file, hex
-    labels: str = "cls"  # their source: cls, json:FIELD or none
     left_out: Mapping[str, int] = field(default_factory=dict)  # samples that are not in the index, by kind of fault
     vectors: VectorKind | None = None  # None if the samples have none
     vectors_sha256: str = ""  # of the file of their array, hex
@@ -255,29 +253,25 @@ class ShardReader:
             DataChangedError: if the shard cannot be read, or has changed since its manifest was made.
         """
         shard, offset, size, _ = self.index[index].item()
-        data = self._pread(shard, size, offset)
-        if len(data) != size:
-            fault = f"{size} bytes expected at byte {offset}, got {len(data)}"
-            raise self._data_changed_error(self.manifest.shards[shard].name, fault)
-        return data
+        return self._pread(shard, size, offset)
 
     def name(self, index: int) -> str:
         """Returns the name of a sample for error messages: ``SHARD:MEMBER``, with the member's name from the tar."""
         shard, offset, _, _ = self.index[index].item()
         return member_label(self.manifest.shards[shard].name, self._pread(shard, BLOCK, offset - BLOCK), offset)
 
-    def _data_changed_error(self, name: str, fault: str) -> DataChangedError:
-        folder = self.manifest.folder
-        return DataChangedError(
-            f"data {folder}: {name} changed while it was in use: {fault}; restore it, or regenerate the manifest "
-            f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
-        )
-
     def _pread(self, number: int, size: int, offset: int) -> bytes:
         try:
-            return os.pread(self._file(number), size, offset)
+            data = os.pread(self._file(number), size, offset)
+            if len(data) != size:
+                raise OSError(f"{size} bytes expected at byte {offset}, got {len(data)}")
         except OSError as error:
-            raise self._data_changed_error(self.manifest.shards[number].name, str(error)) from error
+            folder, name = self.manifest.folder, self.manifest.shards[number].name
+            raise DataChangedError(
+                f"data {folder}: {name} changed while it was in use: {error}; restore it, or regenerate the manifest "
+                f"with `maskgit data index {folder}`; `maskgit data verify {folder}` lists all changed files"
+            ) from error
+        return data
 
     def _file(self, number: int) -> int:
         if number not in self._files:
@@ -285,7 +279,7 @@ class ShardReader:
             descriptor = open_regular(self.manifest.folder / shard.name)
             if (length := os.fstat(descriptor).st_size) != shard.bytes:
                 os.close(descriptor)
-                raise self._data_changed_error(shard.name, f"{shard.bytes} bytes expected, got {length}")
+                raise OSError(f"{shard.bytes} bytes expected, got {length}")
             self._files[number] = descriptor
             if len(self._files) > _MAX_OPEN:
                 # The first is the least recently used.
@@ -347,9 +341,7 @@ def _fault_of(path: Path, shard: Shard, rows: npt.NDArray[np.void]) -> str | Non
 
 def _to_json(manifest: Manifest) -> dict[str, Any]:
     # Written only if they differ from the default: the fingerprint of the data is made of these keys.
-    unusual: dict[str, Any] = {} if manifest.labels == "cls" else {"labels": manifest.labels}
-    if manifest.left_out:
-        unusual["left_out"] = dict(manifest.left_out)
+    unusual: dict[str, Any] = {"left_out": dict(manifest.left_out)} if manifest.left_out else {}
     if manifest.vectors is not None:
         dim, dtype = manifest.vectors
         unusual |= {"vector_dim": dim, "vector_dtype": dtype, "vectors_sha256": manifest.vectors_sha256}

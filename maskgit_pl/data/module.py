@@ -55,7 +55,7 @@ class ShardDataConfig:
         in_channels: 1 for grey, 3 for RGB. Files are converted, and transparent images are composited over white.
         augmentations: Crops and flips of the training images: names or mappings of registered augmentations,
             in the order in which they are applied. With ``"tokens"``, ``maskgit tokenize`` applies them. None
-            is ``[center_crop]``.
+            is the central crop.
         views: Number of views of each training image in the token store: the central crop, then augmented
             ones (random crops without ``augmentations``). Training draws one of them in each epoch. None is
             1, or the number that an existing store has.
@@ -67,7 +67,7 @@ class ShardDataConfig:
         seed: Seed of order and crops, in [0, 2**32).
         stream: The shards of ``"stream"``; see ``StreamBatches`` for its limits.
         unreadable_budget: Fraction of the images seen that may be unreadable and replaced, in [0, 1]. Above
-            0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``.
+            0, 10 different images are always allowed; 0 allows none. See ``UnreadableImages``. Streams skip them.
         vectors: True reads the vector of each sample, which conditions the network of stage 2 together with the class.
 
     Raises:
@@ -224,7 +224,6 @@ class ShardData(StepDataModule):
                 in_channels=self.config.in_channels,
                 augmentations=self.config.train_augmentations,
                 seed=self.config.seed,
-                unreadable_budget=self.config.unreadable_budget,
                 rank=self._rank,
                 world_size=self._world_size,
                 first_step=self._current_step(),
@@ -267,10 +266,7 @@ class ShardData(StepDataModule):
 
     def vector_pool(self, split: Split) -> VectorPool:
         """Returns all vectors of a split with their labels, for images that are generated without the data."""
-        if self._tokens is not None:
-            labels = self._tokens[split].arrays[1]
-        else:
-            labels = self._shard_reader(split).index["label"].astype(np.int64)
+        labels = load_manifest(self.config.path, split).index()["label"].astype(np.int64)
         return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
 
     def _shard_reader(self, split: Split) -> ShardReader:

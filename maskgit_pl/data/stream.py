@@ -22,6 +22,7 @@ from functools import partial
 from http.client import HTTPException
 from itertools import count, islice
 from pathlib import Path
+from typing import cast
 
 import torch
 import webdataset
@@ -34,8 +35,8 @@ from maskgit_pl.data.batches import Batch
 from maskgit_pl.data.image_bytes import UnreadableImageError
 from maskgit_pl.data.images import decode_image
 from maskgit_pl.data.index import expand_braces
-from maskgit_pl.data.loader import ALWAYS_ALLOWED, MAX_IN_A_ROW
-from maskgit_pl.data.samples import Labels, Sample, UnreadableSample
+from maskgit_pl.data.loader import MAX_IN_A_ROW
+from maskgit_pl.data.samples import Labels, Sample
 from maskgit_pl.data.scan import BAD_IMAGE, scan_shard
 from maskgit_pl.data.tar import BLOCK, member_label
 from maskgit_pl.errors import DataBudgetError, printable
@@ -102,7 +103,7 @@ class StreamBatches(Dataset[Batch]):
 
     The rows are numbered by their positions in the stream of the run, step * global batch + slot: ``index`` and
     ``position`` are this number, ``epoch`` counts each ``samples`` of them. So masks, flips and crops differ each time
-    that a sample occurs. Unreadable images are skipped. Each worker ends the run if those exceed the budget.
+    that a sample occurs. Unreadable images are skipped with a warning; 100 in a row end the run.
 
     Args:
         stream: The shards.
@@ -111,7 +112,6 @@ class StreamBatches(Dataset[Batch]):
         in_channels: Channels of the images, 1 or 3.
         augmentations: Crops and flips.
         seed: Seed of the order and the augmentations, in [0, 2**32).
-        unreadable_budget: Fraction of the images seen that may be unreadable, in [0, 1].
         rank: This rank, in [0, world_size).
         world_size: Number of ranks.
         first_step: The step at which the run starts or resumes.
@@ -124,22 +124,20 @@ class StreamBatches(Dataset[Batch]):
     in_channels: int
     augmentations: Augmentations
     seed: int
-    unreadable_budget: float
     rank: int = 0
     world_size: int = 1
     first_step: int = 0
 
     def __post_init__(self) -> None:
         self.labels = Labels(self.stream.labels, self.class_names)
-        self._samples: Iterator[Sample | UnreadableSample] | None = None
-        self._seen = self._unreadable = 0
+        self._samples: Iterator[Sample] | None = None
 
     def __getitems__(self, positions: range) -> Batch:
         """Returns the next samples of this worker, in the rows of the given positions.
 
         Raises:
             ValueError: if a shard cannot be read or has an incomplete sample. The message names it.
-            DataBudgetError: if too many images are unreadable.
+            DataBudgetError: if 100 images in a row are unreadable.
         """
         if self._samples is None:
             self._samples = self._shuffle()
@@ -150,28 +148,18 @@ class StreamBatches(Dataset[Batch]):
         valid, replacement = torch.ones_like(position, dtype=torch.bool), torch.full_like(position, -1)
         return Batch(torch.stack(images), torch.tensor(labels), index, epoch, position, valid, replacement)
 
-    def _next(self, samples: Iterator[Sample | UnreadableSample], augment: Augment) -> tuple[Tensor, int]:
+    def _next(self, samples: Iterator[Sample], augment: Augment) -> tuple[Tensor, int]:
         """Returns image and label of the next sample that can be decoded."""
-        budget, error = self.unreadable_budget, ""
         for sample in islice(samples, MAX_IN_A_ROW):
-            self._seen += 1
             try:
-                if isinstance(sample, Sample):
-                    image = decode_image(sample.data, channels=self.in_channels, name=sample.name)
-                    return augment(image, height_width(self.image_size)), sample.label
-                error = sample.error
-            except UnreadableImageError as unreadable:
-                error = str(unreadable)
-            log.warning("stream: skipped %s", error)
-            self._unreadable += 1
-            if self._unreadable > max(ALWAYS_ALLOWED if budget else 0, budget * self._seen):
-                break
-        raise DataBudgetError(
-            f"data budget: unreadable images must be at most {budget:g} of all images of a worker, got "
-            f"{self._unreadable} in {self._seen}; the last: {error}; leave them out, or raise data.unreadable_budget"
-        )
+                image = decode_image(sample.data, channels=self.in_channels, name=sample.name)
+            except UnreadableImageError as error:
+                log.warning("stream: skipped %s", error)
+                continue
+            return augment(image, height_width(self.image_size)), sample.label
+        raise DataBudgetError(f"stream: {MAX_IN_A_ROW} images in a row cannot be read, the last is {sample.name}")
 
-    def _shuffle(self) -> Iterator[Sample | UnreadableSample]:
+    def _shuffle(self) -> Iterator[Sample]:
         """Starts the endless sequence of samples of this worker."""
         # 2. Worker ``index`` of all workers takes every (world_size * workers)-th shard.
         worker = get_worker_info()
@@ -180,10 +168,8 @@ class StreamBatches(Dataset[Batch]):
         urls = islice(self._endless_urls(), index, None, self.world_size * workers)
         # 3. The buffer is full before the first sample is drawn.
         chance, size = random.Random(f"{self.seed}/{self.first_step}/{index}"), self.stream.shuffle_buffer
-        samples: Iterator[Sample | UnreadableSample] = webdataset.shuffle(size, initial=size, rng=chance)(
-            _read_samples(urls, self.labels)
-        )
-        return samples
+        samples = _read_samples(urls, self.labels)
+        return cast("Iterator[Sample]", webdataset.shuffle(size, initial=size, rng=chance)(samples))
 
     def _endless_urls(self) -> Iterator[str]:
         # 1. The same order on all workers.
@@ -196,30 +182,31 @@ class StreamBatches(Dataset[Batch]):
             yield from (urls[number] for number in order.tolist())
 
 
-def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample | UnreadableSample]:
-    """Yields the samples of shards in their order, those whose image header cannot be read at the end of a shard.
+def _read_samples(urls: Iterable[str], labels: Labels) -> Iterator[Sample]:
+    """Yields the samples of shards in their order, without those whose image header cannot be read.
 
     Raises:
         ValueError: if a shard cannot be read, is no complete tar, has no samples, or has another fault.
     """
     for url in urls:
+        name = f"stream {printable(url)}"
         try:
             with _open_shard(url) as path, open(open_regular(path), "rb") as file:
                 scan = scan_shard(path, labels, vectors=False)
                 unreadable = scan.faults.pop(BAD_IMAGE, None)
                 faults = [f"{entry.samples} {fault} (first {entry.first})" for fault, entry in scan.faults.items()]
-                if scan.damage or faults or not (len(scan.rows) or unreadable):
+                if scan.damage or faults or not len(scan.rows):
                     raise ValueError(
                         f"not a complete tar of samples: {scan.damage or '; '.join(faults) or 'no images'}"
                     )
+                if unreadable is not None:
+                    log.warning("%s: skipped %d images (first %s)", name, unreadable.samples, unreadable.first)
                 for _, offset, size, label in scan.rows.tolist():
                     data = os.pread(file.fileno(), BLOCK + size, offset - BLOCK)  # after the header of the member
                     yield Sample(data[BLOCK:], "", label, member_label(url, data[:BLOCK], offset))
-                if unreadable is not None:
-                    yield from [UnreadableSample(f"{url}: {unreadable.first}")] * unreadable.samples
         except (OSError, HTTPException, ValueError) as error:
             kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-            raise ValueError(f"stream {printable(url)}: cannot be read: {kind}{error}") from error
+            raise ValueError(f"{name}: cannot be read: {kind}{error}") from error
 
 
 @contextmanager

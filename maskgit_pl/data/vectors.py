@@ -10,14 +10,12 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from maskgit_pl.checks import shorten
 from maskgit_pl.files import open_regular
 
 VECTOR_EXTENSION = "npy"
@@ -59,18 +57,19 @@ def parse_vector(data: bytes, *, name: str) -> tuple[VectorKind, int]:
     Raises:
         ValueError: if it is not a complete ``.npy`` file of one finite vector of float16 or float32.
     """
-    # Magic, version, length of the literal: 2 bytes of version 1, 4 of versions 2 and 3; then a Python literal.
-    is_long = data[6:7] >= b"\2"
-    size = int.from_bytes(data[8 : 12 if is_long else 10], "little") + (12 if is_long else 10)
+    file = io.BytesIO(data)
     try:
-        kind, start = _parse_header(data[: min(size, _MAX_HEADER_BYTES + 1)])
-    except ValueError as error:
-        raise ValueError(f"vector {name} must {error}") from error
-    if len(data) != start + kind.num_bytes:
-        raise ValueError(f"vector {name} must hold {kind}, {kind.num_bytes} bytes, got {len(data) - start} bytes")
-    if not np.isfinite(np.frombuffer(data, kind.dtype, offset=start)).all():
+        array = np.lib.format.read_array(file, allow_pickle=False, max_header_size=_MAX_HEADER_BYTES)
+    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
+        raise ValueError(f"vector {name} must be a .npy file, got {' '.join(str(error).split())[:200]}") from error
+    if array.ndim != 1 or not 1 <= len(array) <= _MAX_DIM or array.dtype.str not in ("<f2", "<f4") or file.read(1):
+        raise ValueError(
+            f"vector {name} must hold 1 to {_MAX_DIM} little-endian float16 or float32 values, got the shape "
+            f"{array.shape} of {array.dtype.str} in {len(data)} bytes; use array.astype(np.float32)"
+        )
+    if not np.isfinite(array).all():
         raise ValueError(f"vector {name} must have finite values")
-    return kind, start
+    return VectorKind(len(array), array.dtype.name), len(data) - array.nbytes
 
 
 def copy_vectors(file: IO[bytes], tars: Mapping[Path, npt.NDArray[np.int64]], kind: VectorKind) -> None:
@@ -126,26 +125,3 @@ def open_array(path: Path) -> npt.NDArray[Any]:
     except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
         raise ValueError(f"{path}: cannot be read ({' '.join(str(error).split())[:200]})") from error
     return array
-
-
-@lru_cache(maxsize=64)
-def _parse_header(header: bytes) -> tuple[VectorKind, int]:
-    """Parses a header. The vectors of a data set have the same one, so almost every call finds it in the cache.
-
-    The ``ValueError`` of another header continues the text "vector NAME must ".
-    """
-    if len(header) > _MAX_HEADER_BYTES:
-        raise ValueError(f"have a header of at most {_MAX_HEADER_BYTES} bytes, got more")
-    file = io.BytesIO(header)
-    try:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file, max_header_size=_MAX_HEADER_BYTES)
-    except Exception as error:  # the header is a Python literal, whose parser raises many kinds of errors
-        raise ValueError(f"be a .npy file, got {' '.join(str(error).split())[:200]}") from error
-    if dtype.str not in ("<f2", "<f4"):
-        raise ValueError(f"hold little-endian float16 or float32 values, got {dtype.str}; use array.astype(np.float32)")
-    # NumPy takes True for an integer.
-    if len(shape) != 1 or shape[0] is True or not 1 <= shape[0] <= _MAX_DIM:
-        raise ValueError(f"have the shape (C,) with C from 1 to {_MAX_DIM}, got {shorten(shape)}")
-    return VectorKind(shape[0], dtype.name), file.tell()

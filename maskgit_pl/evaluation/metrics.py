@@ -166,8 +166,7 @@ class ComparedImages:
 
 def known_metrics() -> dict[str, Metric]:
     """Returns all metrics by name in the order of tables: the built-in ones, then plug-ins. Warns of broken ones."""
-    built = metrics.build_all()
-    return {name: built[name] for name in metrics.in_order() if name in built}
+    return metrics.build_all()
 
 
 def computed_metrics() -> dict[str, FeatureMetric]:

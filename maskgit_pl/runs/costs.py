@@ -149,8 +149,8 @@ def count_predicted(module: TokenModel) -> float:
     num_tokens = module.config.network.num_tokens
     if not isinstance(module, MaskedTokenModel) or module.objective.visible_weight > 0:
         return float(num_tokens)
-    progress, sampler = (torch.arange(4096) + 0.5) / 4096, module.mask_sampler
-    ratios = sampler.mask_ratio(progress, module.mask_schedule, num_tokens).clamp(min=sampler.min_mask_ratio)
+    progress = (torch.arange(4096) + 0.5) / 4096
+    ratios = module.mask_sampler.mask_ratio(progress, module.mask_schedule, num_tokens)
     return float(num_masked(ratios, num_tokens, rounding="ceil").double().mean())
 
 

@@ -37,7 +37,6 @@ _PATHS = ("data.path", "data.token_store", "model.tokenizer")
 # Keys that have no meaning with causal attention, which masks nothing and samples one token after another.
 _MASKED_ONLY = (
     "model.mask_schedule",
-    "model.min_mask_ratio",
     "model.mask_ratio",
     "model.mask_positions",
     "model.objective",

@@ -4,8 +4,7 @@
 training step does for each micro-batch (the code of both repeats the numbers):
 
 1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample,
-   epoch, position): ceil(ratio N) positions with ratio = max(gamma(u), min_mask_ratio). AutoregressiveModel
-   predicts all tokens.
+   epoch, position): ceil(ratio N) positions with ratio = gamma(u). AutoregressiveModel predicts all tokens.
 2. Replace each label by the null class with probability ``class_dropout``, a function of (seed, sample,
    epoch). The null class also hides the vector of the sample, if the network is conditioned on vectors.
 3. Seed dropout with (seed, step, micro-batch, rank).

@@ -1,5 +1,6 @@
 """Batches of a map-style dataset: the same order and crops as those of shards, on any number of ranks."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -40,8 +41,10 @@ class Images(Dataset):
         return kinds[self.kind](), index % 3
 
 
-def data(kind: str = "tensor", *, crop: str = "random", validation: bool = False, **options: int) -> IndexedDataModule:
-    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, augmentations=[f"{crop}_crop"])
+def data(
+    kind: str = "tensor", *, crops: Sequence[str] = ("random_crop",), validation: bool = False, **options: int
+) -> IndexedDataModule:
+    samples = IndexedDataset(Images(kind), image_size=4, in_channels=1, augmentations=[*crops])
     held_out = replace(samples, augmentations=None) if validation else None
     return IndexedDataModule(samples, held_out, **{"global_batch": 8, "seed": 5, **options})
 
@@ -51,22 +54,22 @@ def same(left: Batch, right: Batch) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("crop", "num_workers"), [("center", 0), ("random", 2)])
-def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crop: str, num_workers: int) -> None:
+@pytest.mark.parametrize(("crops", "num_workers"), [([], 0), (["random_crop"], 2)])
+def test_the_batches_are_those_of_the_same_images_in_shards(tmp_path: Path, crops: list[str], num_workers: int) -> None:
     samples = [(encode_png(wide_image(number)), number % 3) for number in range(COUNT)]
     folder = save_data(tmp_path, {"train": samples, "val": samples})
     config = ShardDataConfig(
         str(folder),
         image_size=4,
         in_channels=1,
-        augmentations=[f"{crop}_crop"],
+        augmentations=crops,
         global_batch=8,
         validation_batch=5,
         seed=5,
     )
     shards = ShardData(config)
     shards.setup()
-    module = data(crop=crop, validation=True, validation_batch=5, num_workers=num_workers)
+    module = data(crops=crops, validation=True, validation_batch=5, num_workers=num_workers)
     for ours, theirs in (
         (module.train_dataloader(), shards.train_dataloader()),
         (module.val_dataloader(), shards.val_dataloader()),

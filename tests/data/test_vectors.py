@@ -83,25 +83,21 @@ def header(shape: str) -> bytes:
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text + bytes(4)
 
 
+NO_NPY = r"must be a \.npy file"
 HOSTILE = {
-    "pickle": (pickle.dumps([1]), r"must be a \.npy file"),
-    "objects": (
-        npy(np.array([{}], dtype=object), allow_pickle=True),
-        r"must hold little-endian float16 or float32 values, got \|O",
-    ),
-    "a header of 2 GiB": (HUGE_HEADER, r"must be a \.npy file"),
-    "a header that is code": (npy(vector(0)).replace(b"'descr'", b"exit(1)"), r"must be a \.npy file"),
-    "empty": (b"", r"must be a \.npy file"),
+    "pickle": (pickle.dumps([1]), NO_NPY),
+    "objects": (npy(np.array([{}], dtype=object), allow_pickle=True), rf"{NO_NPY}, got Object arrays cannot be loaded"),
+    "a header of 2 GiB": (HUGE_HEADER, NO_NPY),
+    "a header that is code": (npy(vector(0)).replace(b"'descr'", b"exit(1)"), NO_NPY),
+    "empty": (b"", NO_NPY),
     "NaN": (npy(np.array([1, np.nan, 2], np.float32)), "must have finite values"),
-    "float64": (npy(np.zeros(3)), "must hold little-endian float16 or float32 values, got <f8"),
-    "two dimensions": (
-        npy(np.zeros((1, 3), np.float32)),
-        r"must have the shape \(C,\) with C from 1 to 65536, got \(1, 3\)",
-    ),
-    "too many values": (npy(np.zeros(2**16 + 1, np.float16)), r"must have the shape .*, got \(65537,\)"),
-    "True values": (header("(True,)"), r"must have the shape .*, got \(True,\)"),
-    "1e3000 values": (header(f"(1{'0' * 3000},)"), r"must have the shape .*, got \(10{78}\.\.\.$"),
-    "truncated": (npy(vector(0))[:-1], "must hold 5 float16 values, 10 bytes, got 9 bytes"),
+    "float64": (npy(np.zeros(3)), r"must hold .* float16 or float32 values, got the shape \(3,\) of <f8"),
+    "two dimensions": (npy(np.zeros((1, 3), np.float32)), r"must hold 1 to 65536 .*, got the shape \(1, 3\)"),
+    "too many values": (npy(np.zeros(2**16 + 1, np.float16)), r"must hold 1 to 65536 .*, got the shape \(65537,\)"),
+    "40 GB of values": (header(f"({10**10},)"), NO_NPY),
+    "1e3000 values": (header(f"(1{'0' * 3000},)"), NO_NPY),
+    "truncated": (npy(vector(0))[:-1], rf"{NO_NPY}, got EOF: reading array data, expected 10 bytes got 9"),
+    "too long": (npy(vector(0)) + b"x", r"must hold .*, got the shape \(5,\) of <f2 in 139 bytes"),
 }
 
 
@@ -192,7 +188,7 @@ def test_all_faulty_vectors_are_listed_with_the_way_out(tmp_path: Path, tars) ->
     folder = tar_folder(tmp_path, tars, {"train": three(k1=bad), "val": three()[:2]})
     with pytest.raises(ValueError, match="1 with a vector that cannot be used") as error:
         index(folder)
-    for part in ("train-0.tar:0001.npy must have the shape", "1 without a vector (first val-0.tar:0002", "--lenient",
+    for part in ("train-0.tar:0001.npy must hold 1 to 65536", "1 without a vector (first val-0.tar:0002", "--lenient",
                  "--no-vectors ignores .npy members"):  # fmt: skip
         assert part in str(error.value)
     kept = index(folder, lenient=True)

@@ -115,7 +115,7 @@ RANGES = {  # a value of each key that is out of its range
         "model.reconstruction_weight": -1, "data.seed": -1, "data.num_workers": -1, "data.global_batch": 0,
     },
     "transformer": {
-        "trainer.gradient_clip_val": 0, "model.label_smoothing": 1.5, "model.min_mask_ratio": -0.5,
+        "trainer.gradient_clip_val": 0, "model.label_smoothing": 1.5,
         "model.optimizer.weight_decay": -1, "model.optimizer.learning_rate.peak": 0,
         "model.optimizer.learning_rate.warmup_steps": -1, "model.optimizer.learning_rate.final_fraction": 1.5,
     },

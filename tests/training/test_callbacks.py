@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import signal
 import time
 import weakref
@@ -138,12 +139,10 @@ def test_a_run_replaces_unreadable_images_and_lists_them(tmp_path, num_workers, 
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         fit(folder, tmp_path / "run", steps=12, num_workers=num_workers)
     written = json.loads((tmp_path / "run" / "unreadable.json").read_text())
-    assert [(row["image"], row["times"]) for row in written["train"]["images"]] == [
-        ("train-000000.tar:00000007.jpg", 2),
-        ("train-000000.tar:00000008.jpg", 4),  # of two epochs; 7 met 8 too
-        ("train-000003.tar:00000030.jpg", 2),
-    ]
-    assert [(row["reason"], row["times"]) for row in written["val"]["images"]] == [("empty", 2)]
+    assert written["train"]["unreadable"] == 8  # of two epochs; 7 met 8 too
+    assert list(written["train"]["images"]) == ["7", "8", "30"]
+    assert written["train"]["images"]["30"].startswith("train-000003.tar:00000030.jpg: not an image: ")
+    assert [text.split(": ")[1] for text in written["val"]["images"].values()] == ["empty"]
     assert "split train: 8 of " in caplog.text
 
 
@@ -165,14 +164,16 @@ def train_command(shards: Path, runs: Path) -> list[str]:
     return ["train", "tokenizer", *where, *tiny_flags("tokenizer")]
 
 
-def test_the_command_ends_with_76_and_the_list_of_images(tmp_path, monkeypatch, capsys):
+def test_the_command_ends_with_76_and_the_name_of_an_image(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     folder = folder_with(tmp_path / "data", bad=set(range(48)))
     assert main(train_command(folder, tmp_path / "runs")) == 76
     error = capsys.readouterr().err
-    assert "maskgit train: data budget: 48 images in a row cannot be read:\n  train-000000.tar:00000000.jpg" in error
-    assert "data.unreadable_budget" in error
-    assert (tmp_path / "runs" / "tiny" / "tokenizer" / "unreadable.json").is_file()
+    assert re.search(
+        r"maskgit train: data budget: 48 images in a row cannot be read, the first is train-00000\d\.tar:\d+\.jpg: not "
+        r"an image: .*data\.unreadable_budget",
+        error,
+    )
 
 
 def children(process: int) -> list[int]:
