@@ -52,7 +52,6 @@ _FREE_MODEL = {
     "model.compiled",
     "model.decoding",  # affects only pictures and exports
     "model.global_batch",  # data.global_batch
-    "model.memory_format",
     "model.optimizer.learning_rate.decay",
     "model.optimizer.learning_rate.final_fraction",
     "model.optimizer.learning_rate.warmup_steps",
