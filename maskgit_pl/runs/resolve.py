@@ -167,7 +167,7 @@ def choose_precision(
         network: Configuration of the network.
         stage: Stage to train.
         folder: Stage folder.
-        on_gpu: True for a GPU with the instructions, whatever this machine has.
+        on_gpu: True for a run on a GPU with the instructions, which this machine may lack.
     """
     if trainer.precision != AUTO:
         return trainer.precision
