@@ -61,6 +61,9 @@ class Tokenizer(LightningModule):
         accumulation: Micro-batches of a global batch on each rank, >= 1. It depends on the number of devices,
             and may be set until training starts.
 
+    Attributes:
+        reconstructions: Validation images and their reconstructions, (B, C, H, W) uint8; None before a validation.
+
     Raises:
         ValueError: if ``accumulation`` is below 1, or the weights of the perceptual network cannot be read.
     """
@@ -99,7 +102,7 @@ class Tokenizer(LightningModule):
         self.codebook_usage = CodebookUsage(config.network.codebook_size)
         self._wrapped: dict[str, nn.Module] = {}
         self._pending = _PendingUpdate()
-        self._pictures: tuple[Tensor, Tensor] | None = None
+        self.reconstructions: tuple[Tensor, Tensor] | None = None
 
     step_check: StepCheck | None = None  # set by a callback; without it no update is skipped
     lecam_means: Tensor  # (2,) float32
@@ -273,7 +276,7 @@ class Tokenizer(LightningModule):
         self.squared_error.update(errors, weight=batch.valid.float())
         self.codebook_usage.update(tokens, batch.valid)
         if batch_idx == 0:
-            self._pictures = _to_uint8(images[:_NUM_PICTURES]), _to_uint8(reconstruction[:_NUM_PICTURES])
+            self.reconstructions = _to_uint8(images[:_NUM_PICTURES]), _to_uint8(reconstruction[:_NUM_PICTURES])
 
     def on_validation_model_zero_grad(self) -> None:
         """Keeps the gradients: validation may run between the micro-batches of a global batch."""
@@ -285,10 +288,6 @@ class Tokenizer(LightningModule):
         self.squared_error.reset()
         self.codebook_usage.reset()
         self._log_metrics({f"val/{name}": value for name, value in values.items()}, bar="val/psnr")
-
-    def reconstructions(self) -> tuple[Tensor, Tensor] | None:
-        """Returns validation images and their reconstructions, (B, C, H, W) uint8; None before a validation."""
-        return self._pictures
 
     def start_from(self, folder: Path) -> None:
         """Replaces the initial weights by those of a pretrained tokenizer folder. Call it before the first step.

@@ -250,11 +250,11 @@ def test_the_average_begins_at_the_first_step_and_is_validated():
 @pytest.mark.slow
 def test_a_tokenizer_learns_and_keeps_pictures():
     module = tokenizer(rate=LearningRate(5e-3, warmup_steps=5, decay="cosine"))
-    assert module.reconstructions() is None
+    assert module.reconstructions is None
     first = fit(module, max_steps=1).callback_metrics["val/psnr"]
     trainer = fit(module, max_steps=80)
     assert trainer.callback_metrics["val/psnr"] > first + 3
-    originals, reconstructions = module.reconstructions()
+    originals, reconstructions = module.reconstructions
     assert torch.equal(originals, batch_of(range(8), step=3).content)
     assert reconstructions.shape == originals.shape
     assert reconstructions.dtype == torch.uint8
