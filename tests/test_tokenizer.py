@@ -357,15 +357,6 @@ def test_two_ranks_train_as_one(tmp_path, discriminator):
     assert first[1]["val/psnr"].item() == pytest.approx(trainer.callback_metrics["val/psnr"].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gradient_clip": 0.0}, "gradient_clip"),
-        ({"ema_decay": 1.0}, "ema_decay"),
-        ({"flip_probability": 1.5}, "flip_probability"),
-        ({"accumulation": 0}, "accumulation"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizer(**options)
+def test_an_accumulation_below_1_is_refused():
+    with pytest.raises(ValueError, match="accumulation must be an integer"):
+        tokenizer(accumulation=0)

@@ -16,7 +16,6 @@ from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import nn
 
-from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from maskgit_pl.training.callbacks import ReconstructionPictures, SamplePictures, UnreadableReport
@@ -162,16 +161,6 @@ def test_a_run_over_budget_ends_with_the_list_in_its_folder(tmp_path, num_worker
 def train_command(shards: Path, runs: Path) -> list[str]:
     where = ["--data", str(shards), "--runs-folder", str(runs), "--run", "tiny"]
     return ["train", "tokenizer", *where, *tiny_flags("tokenizer")]
-
-
-def test_the_command_ends_with_76_and_the_list_of_images(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
-    folder = folder_with(tmp_path / "data", bad=set(range(48)))
-    assert main(train_command(folder, tmp_path / "runs")) == 76
-    error = capsys.readouterr().err
-    assert "maskgit train: data budget: 48 images in a row cannot be read:\n  train-000000.tar:00000000.jpg" in error
-    assert "data.unreadable_budget" in error
-    assert (tmp_path / "runs" / "tiny" / "tokenizer" / "unreadable.json").is_file()
 
 
 def children(process: int) -> list[int]:
