@@ -307,7 +307,7 @@ def progress_bars(*, shown: bool = True) -> Iterator[Bars]:
         yield make_bar
 
 
-class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm: untyped
     """A bar without a thread of its own, which a process that forks must not have."""
 
     monitor_interval = 0

@@ -61,6 +61,9 @@ class Tokenizer(LightningModule):
         accumulation: Micro-batches of a global batch on each rank, >= 1. It depends on the number of devices,
             and may be set until training starts.
 
+    Attributes:
+        reconstructions: Validation images and their reconstructions, (B, C, H, W) uint8; None before a validation.
+
     Raises:
         ValueError: if ``accumulation`` is below 1, or the weights of the perceptual network cannot be read.
     """
@@ -73,11 +76,9 @@ class Tokenizer(LightningModule):
         check_integer("accumulation", accumulation, "[1, inf)")
         self.config = config
         self.accumulation = accumulation
-        channels_last = config.memory_format == "channels_last"
-        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-
         self.network = VQGAN(config.network)
-        self.network.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # missing in torch's types
+        # Convolutions in this layout are faster on most GPUs.
+        self.network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's types
         self.ema_network = frozen_copy(self.network)
         for half in (self.network.encoder, self.network.decoder):
             prepare_blocks(half.blocks, activation_checkpointing=config.activation_checkpointing)
@@ -93,7 +94,7 @@ class Tokenizer(LightningModule):
         if config.adversarial is not None:
             spec, in_channels = discriminators.build(config.adversarial.discriminator), config.network.in_channels
             self.discriminator = spec.create(in_channels=in_channels, image_size=config.image_size)
-            self.discriminator.to(memory_format=self.memory_format)  # type: ignore[call-overload]  # as above
+            self.discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # as above
             self.register_buffer("lecam_means", torch.zeros(2))  # moving averages of the real and the fake logits
         self.loss_terms = LossTerms(config.terms)
 
@@ -101,7 +102,7 @@ class Tokenizer(LightningModule):
         self.codebook_usage = CodebookUsage(config.network.codebook_size)
         self._wrapped: dict[str, nn.Module] = {}
         self._pending = _PendingUpdate()
-        self._pictures: tuple[Tensor, Tensor] | None = None
+        self.reconstructions: tuple[Tensor, Tensor] | None = None
 
     step_check: StepCheck | None = None  # set by a callback; without it no update is skipped
     lecam_means: Tensor  # (2,) float32
@@ -275,7 +276,7 @@ class Tokenizer(LightningModule):
         self.squared_error.update(errors, weight=batch.valid.float())
         self.codebook_usage.update(tokens, batch.valid)
         if batch_idx == 0:
-            self._pictures = _to_uint8(images[:_NUM_PICTURES]), _to_uint8(reconstruction[:_NUM_PICTURES])
+            self.reconstructions = _to_uint8(images[:_NUM_PICTURES]), _to_uint8(reconstruction[:_NUM_PICTURES])
 
     def on_validation_model_zero_grad(self) -> None:
         """Keeps the gradients: validation may run between the micro-batches of a global batch."""
@@ -287,10 +288,6 @@ class Tokenizer(LightningModule):
         self.squared_error.reset()
         self.codebook_usage.reset()
         self._log_metrics({f"val/{name}": value for name, value in values.items()}, bar="val/psnr")
-
-    def reconstructions(self) -> tuple[Tensor, Tensor] | None:
-        """Returns validation images and their reconstructions, (B, C, H, W) uint8; None before a validation."""
-        return self._pictures
 
     def start_from(self, folder: Path) -> None:
         """Replaces the initial weights by those of a pretrained tokenizer folder. Call it before the first step.
@@ -319,7 +316,7 @@ class Tokenizer(LightningModule):
             images = flip(
                 images, probability=flip_probability, seed=self.config.seed, index=batch.index, epoch=batch.epoch
             )
-        return to_unit_range(images).to(memory_format=self.memory_format)
+        return to_unit_range(images).to(memory_format=torch.channels_last)
 
     def _run_network(self, name: Literal["network", "discriminator"], images: Tensor) -> Any:
         """Runs the training forward of a network, through its wrapper if it has one."""

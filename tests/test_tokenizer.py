@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
-from torch.nn.utils import parameters_to_vector
 from torch.utils.data import DataLoader, IterableDataset
 
 from maskgit_pl import losses
@@ -236,8 +235,7 @@ def test_the_discriminator_does_not_train_before_its_start():
 def test_the_average_begins_at_the_first_step_and_is_validated():
     module = tokenizer()
     trainer = fit(module, max_steps=1)
-    trained, averaged = (parameters_to_vector(net.parameters()) for net in (module.network, module.ema_network))
-    assert torch.equal(averaged, trained)
+    assert all(map(torch.equal, module.ema_network.parameters(), module.network.parameters()))
     images, valid = zip(*((batch.content / 255, batch.valid) for batch in Held()), strict=True)
     network, rows = module.ema_network, torch.cat(images)[torch.cat(valid)]
     tokens = network.encode(rows)
@@ -252,11 +250,11 @@ def test_the_average_begins_at_the_first_step_and_is_validated():
 @pytest.mark.slow
 def test_a_tokenizer_learns_and_keeps_pictures():
     module = tokenizer(rate=LearningRate(5e-3, warmup_steps=5, decay="cosine"))
-    assert module.reconstructions() is None
+    assert module.reconstructions is None
     first = fit(module, max_steps=1).callback_metrics["val/psnr"]
     trainer = fit(module, max_steps=80)
     assert trainer.callback_metrics["val/psnr"] > first + 3
-    originals, reconstructions = module.reconstructions()
+    originals, reconstructions = module.reconstructions
     assert torch.equal(originals, batch_of(range(8), step=3).content)
     assert reconstructions.shape == originals.shape
     assert reconstructions.dtype == torch.uint8
@@ -359,15 +357,6 @@ def test_two_ranks_train_as_one(tmp_path, discriminator):
     assert first[1]["val/psnr"].item() == pytest.approx(trainer.callback_metrics["val/psnr"].item(), abs=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"gradient_clip": 0.0}, "gradient_clip"),
-        ({"ema_decay": 1.0}, "ema_decay"),
-        ({"flip_probability": 1.5}, "flip_probability"),
-        ({"accumulation": 0}, "accumulation"),
-    ],
-)
-def test_options_out_of_range_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        tokenizer(**options)
+def test_an_accumulation_below_1_is_refused():
+    with pytest.raises(ValueError, match="accumulation must be an integer"):
+        tokenizer(accumulation=0)

@@ -19,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.flop_counter import flop_registry, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry
 
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data import Batch
@@ -121,6 +122,7 @@ def step_memory(
     return Memory(round(states), gathered, activations)
 
 
+@sdpa_kernel(SDPBackend.MATH)  # torch has no formula for the fused kernel of CPUs
 def useful_flops(module: TokenModel | Tokenizer, *, global_batch: int, encoder: Encoder | None = None) -> float:
     """Returns the FLOPs of a step over all ranks: matrix products and convolutions, forward and backward.
 
@@ -300,9 +302,7 @@ class StepMeter(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch: u
         """Calls ``func``, and counts its FLOPs and the results that do not share memory with known tensors."""
         result = func(*args, **(kwargs or {}))
         operation = func._overloadpacket
-        if operation in _ATTENTION:
-            self.flops += _ATTENTION[operation](*args)
-        elif operation in flop_registry:
+        if operation in flop_registry:
             self.flops += int(flop_registry[operation](*args, **(kwargs or {}), out_val=result))
         tree_map_only(Tensor, self._see, result)
         return result
@@ -343,14 +343,3 @@ class _GPUKernels(TorchFunctionMode):
 def _as_on_gpu(forward: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
     with _GPUKernels():
         return forward(*args, **kwargs)
-
-
-def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]  # torch: untyped
-
-
-_ATTENTION: dict[Any, Any] = {  # the CPU's fused kernel, which torch leaves out
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    # Four products of the backward pass; a fifth one recomputes the scores.
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda _, *rest: 2 * _attention_flops(*rest),
-}

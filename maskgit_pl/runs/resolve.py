@@ -51,7 +51,6 @@ _FREE_MODEL = {
     "model.compiled",
     "model.decoding",  # affects only pictures and exports
     "model.global_batch",  # data.global_batch
-    "model.memory_format",
     "model.optimizer.learning_rate.decay",
     "model.optimizer.learning_rate.final_fraction",
     "model.optimizer.learning_rate.warmup_steps",
@@ -167,7 +166,7 @@ def choose_precision(
         network: Configuration of the network.
         stage: Stage to train.
         folder: Stage folder.
-        on_gpu: True for a GPU with the instructions, whatever this machine has.
+        on_gpu: True for a run on a GPU with the instructions, which this machine may lack.
     """
     if trainer.precision != AUTO:
         return trainer.precision

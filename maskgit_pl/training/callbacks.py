@@ -90,7 +90,7 @@ class ReconstructionPictures(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        pair = cast(Any, pl_module).reconstructions()
+        pair = cast(Any, pl_module).reconstructions
         if pair is not None:
             originals, reconstructions = (part[:_MOST_PAIRS] for part in pair)
             _publish(reconstruction_grid(originals, reconstructions), self.folder, "reconstructions", trainer)

@@ -259,13 +259,10 @@ def _describe_file(file: Path) -> dict[str, Any]:
 
 def _read_marker(folder: Path) -> dict[str, Any]:
     """Returns size and sha256 of each file."""
-    file = folder / _MARKER
-    if not file.is_file():
-        raise ValueError(f"checkpoint {folder} is incomplete: it has no {_MARKER}; use an older one or train again")
     try:
-        marker = json.loads(file.read_bytes())
+        marker = json.loads((folder / _MARKER).read_bytes())
         version, files = marker["version"], dict(marker["files"])
-    except (ValueError, KeyError, TypeError) as error:
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise _changed(folder, _MARKER) from error
     if version != _VERSION:
         raise ValueError(f"checkpoint {folder}: version must be {_VERSION}, got {version}; start a new run with --run")
@@ -280,7 +277,8 @@ def _verify(folder: Path, names: Sequence[str], files: Mapping[str, Any]) -> Non
 
 def _changed(folder: Path, name: str) -> ValueError:
     return ValueError(
-        f"checkpoint {folder}: {name} has changed since it was written; remove the folder to resume from an older one"
+        f"checkpoint {folder}: {name} is missing or has changed since it was written; remove the folder to resume "
+        "from an older one"
     )
 
 

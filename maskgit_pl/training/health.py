@@ -231,12 +231,19 @@ class HealthMonitor(Callback):
         is_logged = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]  # added at run time
         if not is_logged or trainer.global_step <= self._measured_step:
             return
-        self._measured_step = trainer.global_step
-        metrics, num_tokens = self._measure(trainer, pl_module)
+        self._measured_step = step = trainer.global_step
+        # 2. Measure on all ranks, and log.
+        codebook_size = len(self.history.counts)
+        tokens_per_step = self._num_tokens * getattr(pl_module, "accumulation", 1) * trainer.world_size
+        dead_after = max(DEAD_AFTER, -(-10 * codebook_size // tokens_per_step))
+        metrics, num_tokens = self.history.measure(step, dead_after=dead_after)
         self.history.counts.zero_()
-        if trainer.is_global_zero and trainer.global_step > grace_steps(int(trainer.max_steps)):
-            problems = find_problems(metrics, codebook_size=len(self.history.counts), num_tokens=num_tokens)
-            self._judge(trainer.global_step, {problem.cause: problem for problem in problems})
+        for logger in trainer.loggers:
+            logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=step)
+        # 3. Judge.
+        if trainer.is_global_zero and step > grace_steps(int(trainer.max_steps)):
+            problems = find_problems(metrics, codebook_size=codebook_size, num_tokens=num_tokens)
+            self._judge(step, {problem.cause: problem for problem in problems})
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the counts; must be called on every rank."""
@@ -246,19 +253,8 @@ class HealthMonitor(Callback):
         """Restores ``state_dict``."""
         self.history.load(state_dict)
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule) -> tuple[dict[str, float], int]:
-        """Logs the measurements of a step, and returns them with the number of tokens; called on every rank (2)."""
-        if not self._num_tokens:
-            return {}, 0
-        tokens_per_step = self._num_tokens * getattr(pl_module, "accumulation", 1) * trainer.world_size
-        dead_after = max(DEAD_AFTER, -(-10 * len(self.history.counts) // tokens_per_step))
-        metrics, num_tokens = self.history.measure(trainer.global_step, dead_after=dead_after)
-        for logger in trainer.loggers:
-            logger.log_metrics({f"train/{name}": value for name, value in metrics.items()}, step=trainer.global_step)
-        return metrics, num_tokens
-
     def _judge(self, step: int, problems: Mapping[str, Problem]) -> None:
-        """Reports each cause that has been outside of its range for ``PATIENCE`` measurements (3)."""
+        """Reports each cause that has been outside of its range for ``PATIENCE`` measurements."""
         self._streaks = {cause: self._streaks.get(cause, 0) + 1 for cause in problems}
         for cause, streak in self._streaks.items():
             if streak >= PATIENCE and cause not in self.reported:

@@ -402,8 +402,6 @@ class TokenModel(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Clips the gradient norm at the Trainer's limit. All ranks skip the step if one norm is non-finite."""
-        if gradient_clip_algorithm not in (None, "norm"):
-            raise ValueError(f"trainer.gradient_clip_algorithm must be 'norm', got {gradient_clip_algorithm!r}")
         # 7. Clip, and vote.
         norm = clip_gradients(optimizer, gradient_clip_val)
         if (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late

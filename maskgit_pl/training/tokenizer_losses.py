@@ -33,7 +33,6 @@ from maskgit_pl.registry import Registry, derives_from
 from maskgit_pl.training.optimizers import OptimizerConfig
 from maskgit_pl.training.strategies import ActivationCheckpointing
 
-MemoryFormat = Literal["contiguous", "channels_last"]
 Part = Literal["encoder", "quantizer", "decoder"]
 
 
@@ -238,7 +237,6 @@ class TokenizerConfig:
         ema_decay: Decay of the averaged weights that are evaluated and exported, in [0, 1).
         flip_probability: Probability that a training image is mirrored left to right, in [0, 1].
         seed: Seed of flips and of the restarts of dead codes, in [0, 2**32).
-        memory_format: Layout of images and convolution weights; ``channels_last`` is faster on most GPUs.
         activation_checkpointing: ``blocks`` saves memory: the blocks of encoder and decoder run again in the
             backward pass.
 
@@ -259,7 +257,6 @@ class TokenizerConfig:
     ema_decay: float = 0.999
     flip_probability: float = 0.0
     seed: int = 0
-    memory_format: MemoryFormat = "contiguous"
     activation_checkpointing: ActivationCheckpointing = "none"
 
     def __post_init__(self) -> None:

@@ -110,7 +110,7 @@ FIXED = {  # keys other than those of the model
 }  # fmt: skip
 FREE = {
     "tokenizer": {
-        "activation_checkpointing", "memory_format", "optimizer.learning_rate.decay",
+        "activation_checkpointing", "optimizer.learning_rate.decay",
         "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "perceptual.network.weights",
         "seed",
     },

@@ -245,7 +245,7 @@ def act_on_rank(rank: int, folder, case: str) -> None:
     [
         ("same", ""),
         ("other", "must have the same newest .* got rank 0: step-00000002, rank 1: step-00000001"),
-        ("no marker", "is incomplete: it has no COMPLETE.json"),
+        ("no marker", "COMPLETE.json is missing or has changed since"),
     ],
 )
 def test_all_ranks_raise_the_error_of_one(tmp_path, case, message):
