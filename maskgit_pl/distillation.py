@@ -209,7 +209,7 @@ class DistilledModel(MaskedTokenModel):
         seeds = random_bits("distillation/seed", seed=self.config.seed, index=batch.index, epoch=batch.epoch)[:, 0]
         fraction, mask = self.decoder.random_start, network.mask_token_id
         start = draw_start(seeds, network.num_tokens, fraction, network.codebook_size, mask_token_id=mask)
-        return start, SeededNoise(seeds, network.num_tokens, method=self.decoder.sampling.method)
+        return start, SeededNoise(seeds, network.num_tokens)
 
     def decode_from(
         self, start: Tensor, noise: SeededNoise, decoder: ParallelDecoder, predictor: Predictor
