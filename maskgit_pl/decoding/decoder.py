@@ -34,8 +34,8 @@ from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.predictors import (
     ConditionalModel,
     Predictor,
-    StartPredictor,
     build_class_predictor,
+    start_from,
 )
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
@@ -456,7 +456,7 @@ def decode_classes(
     if is_random:
         fraction, mask = decoder.random_start, config.mask_token_id
         start = draw_start(seed_tensor, config.num_tokens, fraction, config.codebook_size, mask_token_id=mask)
-        predictor = StartPredictor(predictor, start, mask_token_id=mask)
+        predictor = start_from(start, predictor, mask_token_id=mask)
     return decoder.steps(
         predictor,
         tokens.to(model.device),

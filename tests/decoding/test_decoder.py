@@ -18,7 +18,7 @@ from maskgit_pl.decoding import (
     predictors,
 )
 from maskgit_pl.decoding.decoder import count_after
-from maskgit_pl.decoding.predictors import ClassPredictor, FirstStepPredictor, GuidedPredictor, build_class_predictor
+from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
 from maskgit_pl.networks.backbone import PredictAt
@@ -220,7 +220,7 @@ def test_the_shared_first_step_changes_no_token_and_saves_rows(scales):
     network = Network()
     shared = decoded(labels, seeds, scales=scales, network=network)
     predictor = build_class_predictor(model(Network()), labels, scales=scales)
-    assert not isinstance(predictor, FirstStepPredictor)
+    assert isinstance(predictor, ClassPredictor | GuidedPredictor)
     tokens = torch.full((5, 16), MASK)
     noise = SeededNoise(torch.tensor(seeds), 16)
     plain = decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, grid=GRID)
