@@ -46,7 +46,7 @@ def build_ours(
     """
     decoding = DecodingConfig(NUM_STEPS)
     decoder, scales = decoding.build_decoder(mask_schedules.build("cosine")), decoding.scales()
-    cache = FirstStepLogits(network, max_labels=task.batch) if first_step_cached else None
+    cache = FirstStepLogits(network) if first_step_cached else None
     model = ConditionalModel(network, device, cache)
     seeds, labels = list(range(task.batch)), task.labels
 

@@ -36,7 +36,7 @@ from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, draw_start
 from maskgit_pl.decoding.guidance import guidance_schedules, step_progress
-from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, Predictor, StartPredictor
+from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, Predictor, start_from
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.pipeline.pretrained import PretrainedTransformer, load_transformer
 from maskgit_pl.randomness import random_bits
@@ -216,7 +216,7 @@ class DistilledModel(MaskedTokenModel):
         """Decodes images whose first step sees ``start`` (B, N) int64."""
         network = self.config.network
         return decoder.steps(
-            StartPredictor(predictor, start, mask_token_id=network.mask_token_id),
+            start_from(start, predictor, mask_token_id=network.mask_token_id),
             torch.full_like(start, network.mask_token_id),
             noise,
             mask_token_id=network.mask_token_id,

@@ -134,7 +134,7 @@ def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_p
     fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer))
     config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
     assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
-    plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None, "top_p": None}
+    plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None}
     assert config["decoding"] == plain
 
 

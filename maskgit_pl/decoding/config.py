@@ -40,7 +40,6 @@ class DecodingConfig:
         guidance: Name, mapping or object of a registered guidance schedule.
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last step.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
-        top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
         tokens_per_step: Number of tokens that each step decides, in place of the mask schedule: T integers.
         mask_schedule: Name, mapping or object of a mask schedule to decode with; None uses that of the training.
         random_start: Probability that the network sees a random code in place of a mask token in the first step, in
@@ -52,14 +51,13 @@ class DecodingConfig:
     guidance: str | dict[str, Any] = "constant"
     sampling_temperature: Temperature = 1.0
     top_k: int | None = None
-    top_p: float | None = None
     tokens_per_step: tuple[int, ...] | None = None
     mask_schedule: str | dict[str, Any] | None = None
     random_start: float = 0.0
 
     def __post_init__(self) -> None:
         set_specs(self, token_selector=token_selectors, guidance=guidance_schedules, mask_schedule=mask_schedules)
-        for name in ("num_steps", "sampling_temperature", "top_k", "top_p", "random_start", "tokens_per_step"):
+        for name in ("num_steps", "sampling_temperature", "top_k", "random_start", "tokens_per_step"):
             pair = plain_list(getattr(self, name))
             plain = plain_number(getattr(self, name)) if pair is None else tuple(pair)  # JSON has no tuples
             object.__setattr__(self, name, plain)
@@ -140,7 +138,7 @@ class DecodingConfig:
         check_guidance(self.scales(), has_negative_class=has_negative_class)
 
     def _build_sampling(self) -> CodeSampling:
-        return CodeSampling(self.sampling_temperature, self.top_k, self.top_p)
+        return CodeSampling(self.sampling_temperature, self.top_k)
 
     def scales(self) -> tuple[float, ...]:
         """Returns the guidance scale of each step."""
@@ -155,13 +153,11 @@ class AutoregressiveDecoding:
         guidance: Name or mapping of a registered guidance schedule.
         sampling_temperature: Temperature of the logits, >= 0: a number, or two for the first and the last token.
         top_k: Number of most likely codes to draw from, >= 1; None draws from all.
-        top_p: Probability of the smallest set of codes to draw from, in (0, 1]; None draws from all.
     """
 
     guidance: str | dict[str, Any] = "constant"
     sampling_temperature: Temperature = 1.0
     top_k: int | None = None
-    top_p: float | None = None
 
     def to_config(self, num_tokens: int) -> DecodingConfig:
         """Returns the settings for images of ``num_tokens`` tokens, in the form that a pretrained folder stores."""

@@ -34,8 +34,8 @@ from maskgit_pl.decoding.guidance import step_progress
 from maskgit_pl.decoding.predictors import (
     ConditionalModel,
     Predictor,
-    StartPredictor,
     build_class_predictor,
+    start_from,
 )
 from maskgit_pl.decoding.sampling import CodeSampling, Noise
 from maskgit_pl.decoding.selectors import Candidates, Decided, TokenSelector
@@ -72,8 +72,8 @@ class ParallelDecoder:
         noise: Noise,
         *,
         mask_token_id: int,
+        grid: tuple[int, int],
         first_step: int = 0,
-        grid: tuple[int, int] | None = None,
         num_masked: Sequence[int] | None = None,
     ) -> Iterator[DecodingStep]:
         """Decodes, and yields after each step.
@@ -83,15 +83,15 @@ class ParallelDecoder:
             tokens: (B, N) int64: known codes in [0, K), and ``mask_token_id`` at unknown positions.
             noise: Source of the random numbers.
             mask_token_id: Id of the mask token.
-            first_step: Step to begin at, in [0, T).
             grid: Rows and columns of tokens, for selectors that depend on the position.
+            first_step: Step to begin at, in [0, T).
             num_masked: Masked tokens of each row; None counts them, which waits for the device.
 
         Yields:
             A ``DecodingStep`` for each step. Known tokens never change. Nothing is yielded if no token is masked.
 
         Raises:
-            ValueError: if the logits have another shape than (B, M, K), or the selector needs the grid.
+            ValueError: if the logits have another shape than (B, M, K).
         """
         run = _Run(self, predictor, tokens, noise, mask_token_id=mask_token_id, grid=grid)
         at_start = list(num_masked) if num_masked is not None else run.masked.sum(1).tolist()
@@ -198,7 +198,7 @@ class _Run:
         noise: Noise,
         *,
         mask_token_id: int,
-        grid: tuple[int, int] | None,
+        grid: tuple[int, int],
     ) -> None:
         self.selector, self.sampling, self.num_steps = decoder.token_selector, decoder.sampling, decoder.num_steps
         self.predictor, self.noise = predictor, noise
@@ -456,14 +456,14 @@ def decode_classes(
     if is_random:
         fraction, mask = decoder.random_start, config.mask_token_id
         start = draw_start(seed_tensor, config.num_tokens, fraction, config.codebook_size, mask_token_id=mask)
-        predictor = StartPredictor(predictor, start, mask_token_id=mask)
+        predictor = start_from(start, predictor, mask_token_id=mask)
     return decoder.steps(
         predictor,
         tokens.to(model.device),
         # All steps at once in few kernels; 32 bounds the memory of long runs.
         SeededNoise(seed_tensor, config.num_tokens, min(decoder.num_steps, 32)),
         mask_token_id=config.mask_token_id,
-        first_step=first_step,
         grid=config.grid,
+        first_step=first_step,
         num_masked=num_masked,
     )

@@ -1,8 +1,8 @@
 """Predictors: the sources of the logits of ``ParallelDecoder``.
 
 ``build_class_predictor`` composes them, from the inside out: ``ClassPredictor`` runs the network,
-``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network,
-``FirstStepPredictor`` shares the first step between images of a class, and ``StartPredictor`` shows random codes in it.
+``GuidedPredictor`` adds classifier-free guidance or ``AutoguidedPredictor`` guidance by a second network, and
+``FirstStepLogits`` shares the first step between images of a class. ``start_from`` shows random codes in it.
 ``VectorPool`` and ``check_condition_vectors`` give the vectors of images, such as text embeddings, that
 ``ConditionalModel.bind`` hands to the network.
 
@@ -17,6 +17,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain, repeat
 from typing import Protocol
 
 import torch
@@ -146,43 +147,23 @@ def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> 
     return torch.lerp(unconditional.float(), conditional.float(), 1 + scale)
 
 
-class FirstStepPredictor:
-    """A predictor with given logits for the first call. Correct only if all tokens start masked.
+def first_then(first: Predictor, rest: Predictor) -> Predictor:
+    """Returns a predictor whose first call is that of ``first``, and whose later calls are those of ``rest``."""
+    calls = chain([first], repeat(rest))
+    return lambda tokens, positions: next(calls)(tokens, positions)
+
+
+def start_from(start: Tensor, predictor: Predictor, *, mask_token_id: int) -> Predictor:
+    """Returns a predictor whose first call shows the network other tokens in place of mask tokens.
 
     Args:
-        logits: (B, N, K) float: logits of the first step, with guidance applied.
-        rest: Predictor of all later calls.
-    """
-
-    def __init__(self, logits: Tensor, rest: Predictor) -> None:
-        self.logits: Tensor | None = logits
-        self.rest = rest
-
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.logits is None:
-            return self.rest(tokens, positions)
-        logits, self.logits = self.logits, None  # frees B N K numbers after the first step
-        return logits  # all positions are masked, so ``positions`` is raster order
-
-
-class StartPredictor:
-    """A predictor whose first call shows the network other tokens in place of mask tokens, such as random codes.
-
-    Args:
-        predictor: Predictor of all calls.
         start: (B, N) int64: what the first call shows in place of each mask token; see ``decoder.draw_start``.
+        predictor: Predictor of all calls.
         mask_token_id: Id of the mask token.
     """
-
-    def __init__(self, predictor: Predictor, start: Tensor, *, mask_token_id: int) -> None:
-        self.predictor = predictor
-        self.start: Tensor | None = start
-        self.mask_token_id = mask_token_id
-
-    def __call__(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        if self.start is not None:
-            tokens, self.start = self.start.where(tokens == self.mask_token_id, tokens), None
-        return self.predictor(tokens, positions)
+    return first_then(
+        lambda tokens, positions: predictor(start.where(tokens == mask_token_id, tokens), positions), predictor
+    )
 
 
 class FirstStepLogits:
@@ -301,7 +282,8 @@ def build_class_predictor(
     if not all_masked or model.vectors is not None:
         return _build_guided(model, labels, negative_labels, scales)
     logits = _first_logits(model, labels, negative_labels, scales[0] if scales else 0)
-    return FirstStepPredictor(logits, _build_guided(model, labels, negative_labels, scales[1:]))
+    # All positions are masked, so those of the first call are in raster order, as the logits are.
+    return first_then(lambda tokens, positions: logits, _build_guided(model, labels, negative_labels, scales[1:]))
 
 
 def _build_guided(

@@ -1,4 +1,4 @@
-"""The sampling of codes from logits: temperature (constant or annealed), top-k and top-p.
+"""The sampling of codes from logits: temperature (constant or annealed), and top-k.
 
 Used by both decoders, for step 2 of ``decoding.decoder``, which has the random numbers too.
 """
@@ -33,21 +33,19 @@ class Noise(Protocol):
 class CodeSampling:
     """Temperature and truncation, applied to logits before codes are drawn from their softmax.
 
-    The logits are divided by the temperature. Then only the ``top_k`` most likely codes are kept, and of these the
-    smallest set whose probabilities sum to ``top_p``. Token selectors see the logits before these changes.
+    The logits are divided by the temperature, and only the ``top_k`` most likely codes are kept. Token selectors see
+    the logits before these changes.
 
     Args:
         temperature: Temperature >= 0; 0 takes the most likely code. A pair is interpolated linearly from the
             first to the last step.
         top_k: Number of codes kept, >= 1; None keeps all codes.
-        top_p: Probability kept, in (0, 1]; None keeps all codes.
 
-    Source: temperature annealing: MaskBit, arXiv:2409.16211; top-p: Holtzman et al., arXiv:1904.09751.
+    Source: temperature annealing: MaskBit, arXiv:2409.16211.
     """
 
     temperature: Temperature = 1.0
     top_k: int | None = None
-    top_p: float | None = None
 
     def __post_init__(self) -> None:
         pair = self.temperature if isinstance(self.temperature, tuple | list) else (self.temperature,) * 2
@@ -60,8 +58,6 @@ class CodeSampling:
             check_number("sampling_temperature", value, "[0, inf)")
         if self.top_k is not None:
             check_integer("top_k", self.top_k, "[1, inf)")
-        if self.top_p is not None:
-            check_number("top_p", self.top_p, "(0, 1]")
 
     def temperature_at(self, progress: float) -> float:
         """Returns the temperature of a step; ``progress`` is 0 at the first step and 1 at the last."""
@@ -98,16 +94,8 @@ class CodeSampling:
         return noise.draw(self.truncate(logits if factor == 1 else logits * factor), positions, step)
 
     def truncate(self, logits: Tensor) -> Tensor:
-        """Returns logits (..., K) with -inf outside of top-k and top-p; the most likely code is always kept."""
-        if self.top_k is not None and self.top_k < logits.shape[-1]:
-            least = logits.topk(self.top_k, dim=-1).values[..., -1:]  # (..., 1): the smallest logit that is kept
-            logits = logits.masked_fill(logits < least, -math.inf)
-        if self.top_p is not None and self.top_p < 1:
-            ordered, codes = logits.sort(dim=-1, descending=True)
-            # Probability of all codes that are more likely than this one: a code is kept while it is below
-            # top_p, so the code that crosses top_p is the last one kept.
-            likelier = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-            likelier[..., 0] = 0  # roll moved the total there
-            ordered = ordered.masked_fill(likelier >= self.top_p, -math.inf)
-            logits = ordered.scatter(-1, codes, ordered)  # back to the order of the codes
-        return logits
+        """Returns logits (..., K) with -inf outside of the ``top_k`` most likely codes."""
+        if self.top_k is None or self.top_k >= logits.shape[-1]:
+            return logits
+        least = logits.topk(self.top_k, dim=-1).values[..., -1:]  # (..., 1): the smallest logit that is kept
+        return logits.masked_fill(logits < least, -math.inf)

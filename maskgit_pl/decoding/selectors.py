@@ -57,7 +57,7 @@ class Candidates:
         positions: (B, M) int64 in [0, N): the position of each code.
         gumbel: (B, M) float32: standard Gumbel noise, a function of image, step and position.
         progress: (t + 1) / T, in (0, 1].
-        grid: Rows and columns of tokens; None if not given.
+        grid: Rows and columns of tokens.
     """
 
     log_probs: Tensor
@@ -65,7 +65,7 @@ class Candidates:
     positions: Tensor
     gumbel: Tensor
     progress: float
-    grid: tuple[int, int] | None = None
+    grid: tuple[int, int]
 
     @cached_property
     def drawn_log_probs(self) -> Tensor:
@@ -188,8 +188,6 @@ class Halton(TokenSelector):
     """
 
     def __call__(self, candidates: Candidates) -> Tensor:
-        if candidates.grid is None:
-            raise ValueError("grid must be given for token selector 'halton', got None; pass grid=(rows, columns)")
         return -_halton_ranks(candidates.grid, candidates.positions.device)[candidates.positions]
 
 

@@ -271,7 +271,7 @@ def describe_decoding(decoding: DecodingConfig) -> str:
     parts = [f"T {decoding.num_steps}", describe(decoding.token_selector), f"guidance {describe(decoding.guidance)}"]
     text = f"{temperature[0]:g} to {temperature[1]:g}" if isinstance(temperature, tuple) else f"{temperature:g}"
     parts += [f"temperature {text}"] if temperature != 1 else []
-    for name in ("top_k", "top_p", "tokens_per_step", "mask_schedule"):
+    for name in ("top_k", "tokens_per_step", "mask_schedule"):
         value = getattr(decoding, name)
         parts += [] if value is None else [f"{name} {describe(value) if isinstance(value, str | dict) else value}"]
     return ", ".join(parts)

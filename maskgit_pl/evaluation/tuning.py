@@ -97,7 +97,7 @@ class SearchSpace:
                 temperature = _draw(trial, "first_temperature", 0.8, 1.6), _draw(trial, "last_temperature", 0.3, 1.0)
             case _:
                 temperature = 1.0
-        truncation = trial.suggest_categorical("truncation", ["none", "top_k", "top_p"])
+        truncation = trial.suggest_categorical("truncation", ["none", "top_k"])
         least = min(4, self.codebook_size)
         decoding = replace(
             with_steps(self.start, num_steps),
@@ -105,7 +105,6 @@ class SearchSpace:
             guidance=guidance,
             sampling_temperature=temperature,
             top_k=trial.suggest_int("top_k", least, self.codebook_size, log=True) if truncation == "top_k" else None,
-            top_p=_draw(trial, "top_p", 0.8, 0.99) if truncation == "top_p" else None,
         )
         if self.schedules:
             schedule = _choose(trial, "mask_schedule", (_OWN, *self.schedules))

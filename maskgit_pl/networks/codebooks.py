@@ -79,24 +79,31 @@ class TrainedSpec(CodebookSpec):
         super().__post_init__()
 
 
-class TrainedQuantizer(CodebookQuantizer):
-    """The base of quantizers whose codes follow the gradient of a codebook loss."""
+class NearestCodeQuantizer(CodebookQuantizer):
+    """The base of quantizers of the nearest code, whose codes follow a codebook loss if the spec has its weight."""
 
-    spec: TrainedSpec
+    spec: CodebookSpec
 
     def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + codebook + entropy."""
-        rows = rows_of(features).float()  # (M, D)
-        tokens, entropy = _nearest_and_entropy(self, rows, self.spec)
+        """Quantizes features (B, D, h, w); the loss is commitment + codebook (of trained codes) + entropy."""
+        spec, rows = self.spec, rows_of(features).float()  # (M, D)
+        # Weight 0 leaves out the entropy and its graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_weight > 0):
+            distances = self.distances(rows)
+        tokens = distances.argmin(1)  # (M,)
         codes = self.lookup(tokens)
         # Each loss moves one side only: the commitment the features, the codebook loss the codes.
-        commitment = self.spec.commitment * F.mse_loss(rows, codes.detach())
-        codebook = self.spec.codebook_weight * F.mse_loss(codes, rows.detach())
-        loss = self._total(commitment=commitment, codebook=codebook, entropy=entropy)
-        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
+        losses = {"commitment": spec.commitment * F.mse_loss(rows, codes.detach())}
+        if isinstance(spec, TrainedSpec):
+            losses["codebook"] = spec.codebook_weight * F.mse_loss(codes, rows.detach())
+        losses["entropy"] = rows.new_zeros(())
+        if spec.entropy_weight > 0:
+            entropy = entropy_loss(-distances, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
+            losses["entropy"] = spec.entropy_weight * entropy
+        return quantizer_output(features, straight_through(rows, codes), tokens, self._total(**losses))
 
 
-class GradientQuantizer(TrainedQuantizer):
+class GradientQuantizer(NearestCodeQuantizer):
     """A quantizer whose codes are a parameter that the optimizer trains, at first uniform in +-sqrt(3 / K)."""
 
     def __init__(self, spec: GradientQuantizerSpec, *, codebook_size: int, code_dim: int) -> None:
@@ -120,13 +127,14 @@ class GradientQuantizerSpec(TrainedSpec):
     module = GradientQuantizer
 
 
-class EMAQuantizer(CodebookQuantizer):
+class EMAQuantizer(NearestCodeQuantizer):
     """A quantizer whose codes are moving averages of the features nearest to them; see ``EMAQuantizerSpec``.
 
     The codebook and its statistics are buffers. All counts start at 0, so nearly every code is dead at the
     first update, and the codebook starts from features of the first global batch.
     """
 
+    spec: EMAQuantizerSpec
     counts: Tensor  # (K,) float32: moving average of a code's features in a global batch
     sums: Tensor  # (K, D) float32: moving average of their sum
 
@@ -136,15 +144,6 @@ class EMAQuantizer(CodebookQuantizer):
         self.register_buffer("codebook", initial_codes(codebook_size, code_dim))
         self.register_buffer("counts", torch.zeros(codebook_size))
         self.register_buffer("sums", torch.zeros(codebook_size, code_dim))
-
-    def forward(self, features: Tensor) -> QuantizerOutput:
-        """Quantizes features (B, D, h, w); the loss is commitment + entropy."""
-        rows = rows_of(features).float()
-        tokens, entropy = _nearest_and_entropy(self, rows, self.spec)
-        codes = self.lookup(tokens)
-        commitment = self.spec.commitment * F.mse_loss(rows, codes)
-        loss = self._total(commitment=commitment, entropy=entropy)
-        return quantizer_output(features, straight_through(rows, codes), tokens, loss)
 
     @torch.no_grad()
     def update(self, tokens: Sequence[Tensor], features: Sequence[Tensor], *, seed: int, step: int) -> None:
@@ -203,7 +202,7 @@ class EMAQuantizerSpec(CodebookSpec):
         super().__post_init__()
 
 
-class SimVQ(TrainedQuantizer):
+class SimVQ(NearestCodeQuantizer):
     """A quantizer of frozen random codes times one trained matrix; see ``SimVQSpec``."""
 
     frozen_codes: Tensor  # (K, D) float32
@@ -308,17 +307,6 @@ class IBQSpec(TrainedSpec):
     module = IBQ
     commitment: float = 1.0
     codebook_weight: float = 0.25
-
-
-def _nearest_and_entropy(quantizer: CodebookQuantizer, rows: Tensor, spec: CodebookSpec) -> tuple[Tensor, Tensor]:
-    """Returns (M,) nearest codes and the weighted ``entropy_loss`` of -distance; weight 0 omits it and its graph."""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and spec.entropy_weight > 0):
-        distances = quantizer.distances(rows)
-    tokens = distances.argmin(1)
-    if spec.entropy_weight == 0:
-        return tokens, rows.new_zeros(())
-    loss = entropy_loss(-distances, temperature=spec.entropy_temperature, kind=spec.entropy_kind)
-    return tokens, spec.entropy_weight * loss
 
 
 def _code_statistics(tokens: Tensor, rows: Tensor, codebook_size: int) -> tuple[Tensor, Tensor]:

@@ -281,8 +281,8 @@ class MaskGIT:
         """Generates one image for each class.
 
         An image depends on its class, its seed and the settings only, not on the batch that it is decoded in.
-        An autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``,
-        ``top_k`` and ``top_p``, and refuses settings of parallel decoding.
+        An autoregressive model draws one token per step. It takes guidance, ``sampling_temperature``
+        and ``top_k``, and refuses settings of parallel decoding.
 
         Args:
             classes: Indices in [0, number of classes) or names, as a list or a single one. None in a list is

@@ -70,7 +70,6 @@ class DecodingSettings(TypedDict, total=False):
         guidance: Guidance schedule: a name such as cosine, or a mapping such as {"name": "linear", "scale": 2}.
         sampling_temperature: Softmax temperature of the codes; A,B goes from A at the first step to B at the last.
         top_k: Sample from the N most likely codes only.
-        top_p: Sample from the most likely codes with a total probability of X only.
         tokens_per_step: Number of tokens decided at each step, in place of the mask schedule.
         mask_schedule: Mask schedule: a name such as cosine, or a mapping (default: that of the training).
         random_start: Probability of a random code in place of a mask token in the first step, for distilled models.
@@ -83,7 +82,6 @@ class DecodingSettings(TypedDict, total=False):
     guidance: str | dict[str, Any] | None
     sampling_temperature: Temperature | None
     top_k: int | None
-    top_p: float | None
     tokens_per_step: tuple[int, ...] | None
     mask_schedule: str | dict[str, Any] | None
     random_start: float | None

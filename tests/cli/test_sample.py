@@ -66,7 +66,7 @@ def test_each_flag_reaches_the_decoding(call, tiny_pretrained: Path, tmp_path: P
     selector = {"name": "remdm", "eta": 0.1}
     settings = {
         "guidance_scale": 2.0, "guidance": "cosine", "choice_temperature": 1.5, "token_selector": selector,
-        "sampling_temperature": (1.2, 0.7), "top_k": 5, "top_p": 0.9, "tokens_per_step": (1, 3, 12),
+        "sampling_temperature": (1.2, 0.7), "top_k": 5, "tokens_per_step": (1, 3, 12),
         "random_start": 0.4,
     }  # fmt: skip
     assert {*settings, "num_steps", "mask_schedule"} == {*SETTINGS}

@@ -51,7 +51,7 @@ def test_the_same_noise_gives_the_same_tokens(tmp_path):
         predictor = build_class_predictor(model, labels, scales=scales, all_masked=True)
     mask = pipe.transformer.network.config.mask_token_id
     noise = NumpyNoise(0, (40, 49, 256), len(scales))
-    *_, last = decoder.steps(predictor, torch.full((40, 49), mask), noise, mask_token_id=mask)
+    *_, last = decoder.steps(predictor, torch.full((40, 49), mask), noise, mask_token_id=mask, grid=(7, 7))
     assert np.array_equal(np.load(tmp_path / "tokens.npy"), last.tokens.numpy())
 
 

@@ -6,14 +6,14 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from maskgit_pl.decoding import AutoregressiveDecoder, DecodingConfig, ParallelDecoder, SeededNoise
+from maskgit_pl.decoding import AutoregressiveDecoder, DecodingConfig, ParallelDecoder
 from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.decoding.selectors import Halton, Random
+from maskgit_pl.decoding.selectors import Random
 from maskgit_pl.schedules import mask_schedules
-from tests.decoding.fakes import MASK, fake_predictor, partly_known, run
+from tests.decoding.fakes import partly_known, run
 
-SQUARE, RANDOM = mask_schedules.build("square"), Random()
+SQUARE = mask_schedules.build("square")
 
 
 def test_a_configuration_builds_its_decoder_around_the_given_schedule():
@@ -29,9 +29,9 @@ def test_a_configuration_builds_its_decoder_around_the_given_schedule():
 
 
 def test_autoregressive_settings_take_one_step_per_token():
-    config = AutoregressiveDecoding({"name": "linear", "scale": 2.0}, (1.0, 0.5), 9, 0.9).to_config(49)
+    config = AutoregressiveDecoding({"name": "linear", "scale": 2.0}, (1.0, 0.5), 9).to_config(49)
     assert config.is_autoregressive
-    assert config.build_autoregressive_decoder(49) == AutoregressiveDecoder(49, CodeSampling((1.0, 0.5), 9, 0.9))
+    assert config.build_autoregressive_decoder(49) == AutoregressiveDecoder(49, CodeSampling((1.0, 0.5), 9))
     assert len(config.scales()) == 49
 
 
@@ -48,7 +48,6 @@ def test_a_configuration_is_equal_after_json():
         ({"num_steps": 2, "tokens_per_step": (8, 9)}, r"tokens_per_step must sum to 16, .* with sum 17"),
         ({"num_steps": 17}, "num_steps must be <= 16, the tokens per image, got 17"),
         ({"top_k": 0}, r"top_k must be an integer in \[1, inf\), got 0"),
-        ({"top_p": 0.0}, r"top_p must be a number in \(0, 1\], got 0.0"),
         ({"sampling_temperature": [1.0, 2.0, 3.0]}, "sampling_temperature must be .* two of them for the first and"),
     ],
 )
@@ -70,18 +69,10 @@ def test_parallel_settings_of_an_autoregressive_model_are_refused(options, messa
         replace(AutoregressiveDecoding().to_config(12), **options).build_autoregressive_decoder(12)
 
 
-@pytest.mark.parametrize(
-    ("predictor", "selector", "message"),
-    [
-        (
-            lambda tokens, positions: torch.zeros(*tokens.shape, 7),
-            RANDOM,
-            r"shape \(1, 15, 'K'\), .*, got \(1, 16, 7\)",
-        ),
-        (fake_predictor, Halton(), r"grid must be given for token selector 'halton'"),
-    ],
-)
-def test_a_wrong_use_of_the_decoder_is_refused(predictor, selector, message):
-    decoder, noise = ParallelDecoder(SQUARE, selector, num_steps=4), SeededNoise(torch.arange(1), 16)
-    with pytest.raises(ValueError, match=message):
-        list(decoder.steps(predictor, partly_known([16]), noise, mask_token_id=MASK))
+def test_logits_of_all_positions_are_refused():
+    decoder, everywhere = (
+        ParallelDecoder(SQUARE, Random(), num_steps=4),
+        lambda tokens, _: torch.zeros(*tokens.shape, 7),
+    )
+    with pytest.raises(ValueError, match=r"shape \(1, 15, 'K'\), .*, got \(1, 16, 7\)"):
+        run(partly_known([16]), decoder, everywhere)

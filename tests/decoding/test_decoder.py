@@ -18,7 +18,7 @@ from maskgit_pl.decoding import (
     predictors,
 )
 from maskgit_pl.decoding.decoder import count_after
-from maskgit_pl.decoding.predictors import ClassPredictor, FirstStepPredictor, GuidedPredictor, build_class_predictor
+from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
 from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
 from maskgit_pl.networks.backbone import PredictAt
@@ -28,6 +28,7 @@ from tests.conftest import random_transformer
 from tests.decoding.fakes import (
     ALL_MASKED,
     CPU,
+    GRID,
     LOGITS,
     MASK,
     MIXED,
@@ -131,7 +132,8 @@ def test_the_temperature_divides_drawn_logits_and_not_scored_ones():
             return candidates.drawn_log_probs
 
     half = ParallelDecoder(mask_schedules.build("cosine"), Recording(), num_steps=1, sampling=CodeSampling(0.5))
-    list(half.steps(fake_predictor, partly_known([16]), Noise(torch.arange(1), 16), mask_token_id=MASK))
+    noise = Noise(torch.arange(1), 16)
+    list(half.steps(fake_predictor, partly_known([16]), noise, mask_token_id=MASK, grid=GRID))
     torch.testing.assert_close(drawn_from[0], 2 * LOGITS[:16].unsqueeze(0))
     torch.testing.assert_close(scored_by[0], LOGITS[:16].log_softmax(-1).unsqueeze(0))
 
@@ -152,6 +154,7 @@ def test_the_listing_of_the_page_gives_the_tokens_of_the_decoder(name, num_steps
     *_, last = ParallelDecoder(schedule, Confidence(choice_temperature=4.5), num_steps=num_steps).steps(
         lambda tokens, positions: network.forward_at(tokens, labels, positions),
         torch.full((3, 49), config.mask_token_id), SeededNoise(seeds, 49), mask_token_id=config.mask_token_id,
+        grid=config.grid,
     )  # fmt: skip
     tokens = names["decode"](
         lambda tokens: network(tokens, labels), SeededNoise(seeds, 49), schedule,
@@ -217,9 +220,10 @@ def test_the_shared_first_step_changes_no_token_and_saves_rows(scales):
     network = Network()
     shared = decoded(labels, seeds, scales=scales, network=network)
     predictor = build_class_predictor(model(Network()), labels, scales=scales)
-    assert not isinstance(predictor, FirstStepPredictor)
+    assert isinstance(predictor, ClassPredictor | GuidedPredictor)
     tokens = torch.full((5, 16), MASK)
-    plain = decoder(5).steps(predictor, tokens, SeededNoise(torch.tensor(seeds), 16), mask_token_id=MASK)
+    noise = SeededNoise(torch.tensor(seeds), 16)
+    plain = decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, grid=GRID)
     for step, expected in zip(shared, plain, strict=True):
         assert torch.equal(step, expected.tokens)
     assert network.labels[0] == ([0, 2, 3] if scales[0] > 0 else [0, 2])  # each class once, the null class too
@@ -248,7 +252,7 @@ def test_known_tokens_and_a_late_start_have_their_own_step_and_scales():
     assert network.labels == [[2, 2, 3, 3]] * 3
     predictor = build_class_predictor(model(Network()), [2, 2], scales=scales[2:])
     noise = SeededNoise(torch.tensor([5, 6]), 16)
-    expected = decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, first_step=2)
+    expected = decoder(5).steps(predictor, tokens, noise, mask_token_id=MASK, grid=GRID, first_step=2)
     assert all(torch.equal(step, plain.tokens) for step, plain in zip(late, expected, strict=True))
 
 

@@ -26,24 +26,12 @@ def drawn_from(sampling: CodeSampling, probabilities: list[float], **options: fl
     return noise.logits.softmax(-1)[0, 0]
 
 
-@pytest.mark.parametrize(
-    ("top_p", "kept"),
-    [(1e-6, 1), (0.4999, 1), (0.5, 1), (0.5001, 2), (0.75, 2), (0.7501, 3), (0.875, 3), (0.8751, 4), (1.0, 4)],
-)
-def test_top_p_keeps_the_fewest_codes_whose_probabilities_sum_to_it(top_p: float, kept: int) -> None:
-    probabilities = drawn_from(CodeSampling(top_p=top_p), [0.125, 0.5, 0.125, 0.25])  # exact in float32
-    assert int((probabilities > 0).sum()) == kept
-    assert probabilities.argmax() == 1
-
-
-def test_the_temperature_comes_before_top_p() -> None:
-    probabilities = [0.6, 0.3, 0.1]
-    assert (drawn_from(CodeSampling(top_p=0.55), probabilities) > 0).tolist() == [True, False, False]
-    # The square roots, of a temperature of 2, are in the ratio 0.473 : 0.334 : 0.193: one code has less than 0.55.
-    flattened = drawn_from(CodeSampling(2.0, top_p=0.55), probabilities)
+def test_the_temperature_divides_the_logits_and_a_sharpness_multiplies_them() -> None:
+    # The square roots, of a temperature of 2, are in the ratio 0.473 : 0.334 : 0.193.
+    flattened = drawn_from(CodeSampling(2.0, top_k=2), [0.6, 0.3, 0.1])
     torch.testing.assert_close(flattened, torch.tensor([0.5858, 0.4142, 0.0]), atol=1e-4, rtol=0)
-    sharpened = drawn_from(CodeSampling(2.0, top_p=0.55), probabilities, sharpness=2.0)  # takes the temperature back
-    assert sharpened.tolist() == [1.0, 0.0, 0.0]
+    sharpened = drawn_from(CodeSampling(2.0, top_k=2), [0.6, 0.3, 0.1], sharpness=2.0)  # takes the temperature back
+    torch.testing.assert_close(sharpened, torch.tensor([2 / 3, 1 / 3, 0.0]))
 
 
 def test_the_temperature_is_linear_from_the_first_to_the_last_step() -> None:
@@ -55,7 +43,7 @@ def test_the_temperature_is_linear_from_the_first_to_the_last_step() -> None:
 @pytest.mark.parametrize("temperature", [0, 1e-320, 1e-38, (0, 1e-40)])
 @pytest.mark.parametrize("sharpness", [1e-3, 1e300])
 def test_a_temperature_close_to_0_takes_the_likeliest_code(temperature, sharpness):
-    sampling, positions = CodeSampling(temperature, top_k=3, top_p=0.5), torch.arange(len(LOGITS))[None]
+    sampling, positions = CodeSampling(temperature, top_k=3), torch.arange(len(LOGITS))[None]
     for progress in (0.0, 1.0):
         codes = sampling.draw(
             100 * LOGITS[None], Recording(), positions, step=0, progress=progress, sharpness=sharpness
@@ -68,8 +56,3 @@ def test_top_k_keeps_the_likeliest_codes():
     assert torch.equal(truncated.isfinite().sum(-1), torch.full((64,), 2))
     assert torch.equal(truncated.argmax(-1), LOGITS.argmax(-1))
     assert torch.equal(CodeSampling(top_k=99).truncate(LOGITS), LOGITS)
-
-
-def test_top_p_comes_after_top_k():
-    logits = torch.tensor([[0.1, 0.5, 0.15, 0.25]]).log()  # the first of the two most likely codes has 2 / 3
-    assert CodeSampling(top_k=2, top_p=0.6).truncate(logits).isfinite().tolist() == [[False, True, False, False]]

@@ -104,7 +104,7 @@ def test_halton_keeps_tokens_in_its_order():
 def test_moment_scores_and_sharpens_with_the_same_exponent():
     log_probs, gumbel = torch.randn(2, 5, 7).log_softmax(-1), torch.randn(2, 5)
     tokens, positions = torch.zeros(2, 5, dtype=torch.int64), torch.arange(5).repeat(2, 1)
-    drawn = Candidates(log_probs, tokens, positions, gumbel, 0.5)  # temperature 4 (1 - 0.5) = 2: exponent 1.5
+    drawn = Candidates(log_probs, tokens, positions, gumbel, 0.5, (1, 5))  # temperature 4 (1 - 0.5) = 2: exponent 1.5
     selector = token_selectors.build({"name": "moment", "choice_temperature": 4.0})
     expected = drawn.log_probs.exp().pow(1.5).sum(-1).log() + drawn.gumbel
     torch.testing.assert_close(selector(drawn), expected)
@@ -121,7 +121,9 @@ def test_moment_is_the_limit_of_confidence_if_few_of_many_tokens_are_kept():
         decoder = decoder_of({"name": name, "choice_temperature": temperature / 0.5}, 2, tokens_per_step=(1, 39))
         noise = SeededNoise(torch.arange(num_images), 40, steps_at_once=1)
         predictor = lambda tokens, positions: logits[positions]  # noqa: E731  # one expression, named for the reader
-        step = next(decoder.steps(predictor, torch.full((num_images, 40), MASK), noise, mask_token_id=MASK))
+        step = next(
+            decoder.steps(predictor, torch.full((num_images, 40), MASK), noise, mask_token_id=MASK, grid=(5, 8))
+        )
         positions = (step.was_masked & ~step.still_masked).nonzero()[:, 1]
         codes = step.tokens[~step.still_masked]
         shares[name] = torch.bincount((positions % 2) * 3 + codes, minlength=6) / num_images
@@ -134,7 +136,7 @@ def test_moment_is_the_limit_of_confidence_if_few_of_many_tokens_are_kept():
 def test_margin_by_hand(progress, expected):
     log_probs = torch.tensor([[[0.5, 0.2, 0.3], [0.04, 0.06, 0.9]]]).log()
     gumbel = torch.tensor([[0.7, -1.2]])
-    drawn = Candidates(log_probs, torch.tensor([[1, 0]]), torch.tensor([[0, 1]]), gumbel, progress)
+    drawn = Candidates(log_probs, torch.tensor([[1, 0]]), torch.tensor([[0, 1]]), gumbel, progress, (1, 2))
     scores = token_selectors.build({"name": "margin", "choice_temperature": 2.0})(drawn)
     torch.testing.assert_close(scores, torch.tensor([expected]), atol=1e-5, rtol=0)  # log(0.2) and log(0.84), noise
 

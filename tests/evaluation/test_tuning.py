@@ -45,7 +45,6 @@ def test_every_trial_can_be_decoded_and_all_parts_are_searched() -> None:
     assert {each.num_steps for each in drawn} == {2, 4, 8}
     assert {type(each.sampling_temperature) for each in drawn} == {float, tuple}
     assert any(each.top_k for each in drawn)
-    assert any(each.top_p for each in drawn)
     assert any(not any(each.scales()) for each in drawn)
     schedules = [each.mask_schedule for each in drawn if each.mask_schedule is not None]
     assert names(schedules) == {*mask_schedules.build_all(), "pow"}

@@ -94,20 +94,6 @@ def test_a_restarted_code_follows_the_features_that_it_wins():
     torch.testing.assert_close(quantizer.counts, counts)
 
 
-def test_restarts_depend_on_seed_and_step_and_not_on_torchs_generator():
-    def codebook(seed, step, torch_seed):
-        torch.manual_seed(1)
-        quantizer = EMAQuantizerSpec().create(codebook_size=8, code_dim=6)
-        torch.manual_seed(torch_seed)
-        output = quantizer(inputs_of())
-        quantizer.update([output.tokens], [output.features], seed=seed, step=step)
-        return quantizer.codebook
-
-    assert torch.equal(codebook(0, 0, 0), codebook(0, 0, 1))
-    assert not torch.equal(codebook(0, 0, 0), codebook(1, 0, 0))
-    assert not torch.equal(codebook(0, 0, 0), codebook(0, 1, 0))
-
-
 @pytest.mark.parametrize("kind", ["softmax", "argmax"])
 def test_the_entropy_loss_is_lowest_when_sure_and_even(kind):
     sure_and_even = entropy_loss(50 * torch.eye(8), temperature=1.0, kind=kind)

@@ -13,7 +13,6 @@ from maskgit_pl.networks.kernels import (
     PackingLinear,
     _apply_gelu,
     _packed_dtypes,
-    add_output,
     attend,
     feed_forward,
     rms_norm,
@@ -178,19 +177,6 @@ def test_layers_that_cannot_pack_compute_the_whole_at_once(in_parts, gate):
         set_packing(nn.ModuleList([inner, outer]), enabled=False)
         feed_forward(x, inner.bfloat16(), outer.bfloat16(), chosen)
         assert not inner._packed
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_residual_is_added_to_the_output(dtype, bias):
-    outer = layers(bias=bias)[1].to(dtype)
-    x, to = torch.randn(2, 5, HIDDEN).to(dtype), torch.randn(2, 5, 48).to(dtype)
-    expected = to + F.linear(x, outer.weight, outer.bias)
-    torch.testing.assert_close(add_output(to, outer, x), expected, rtol=2e-2, atol=2e-2)
-    if dtype == torch.bfloat16 and dtype in _packed_dtypes():
-        assert not torch.equal(add_output(to, outer, x), to + outer(x))  # rounded once, not twice
-    assert len(outer._packed) == (dtype in _packed_dtypes())  # the same as of the output alone
 
 
 @pytest.mark.parametrize("heads_at_once", [1, 2, 3])

@@ -44,7 +44,7 @@ def test_the_callback_gets_each_step_of_each_batch(pipe, causal) -> None:
         {"guidance_scale": 8.0},
         {"guidance_scale": 8.0, "negative_class": "Trouser"},
         {"sampling_temperature": (1.0, 0.1)},
-        {"top_p": 0.3},
+        {"top_k": 1},
         {"decoding": AutoregressiveDecoding(top_k=1).to_config(N)},
     ],
     ids=str,

@@ -47,7 +47,7 @@ def test_a_missing_device_is_refused_before_anything_moves(pipe, device) -> None
         {"token_selector": "halton"},
         {"token_selector": {"name": "remdm", "eta": 0.5}},
         {"sampling_temperature": (3.0, 0.1)},
-        {"top_p": 0.3},
+        {"top_k": 1},
         {"tokens_per_step": [1, 1, 14]},
         {"mask_schedule": "exp", "num_steps": 8},
         {"guidance": {"name": "cosine", "scale": 9.0}},

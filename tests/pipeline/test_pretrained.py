@@ -226,7 +226,7 @@ TUNED = DecodingConfig(
     {"name": "remdm", "eta": 0.4},
     {"name": "linear", "scale": 0.5},
     sampling_temperature=(1.2, 0.7),
-    top_p=0.9,
+    top_k=9,
     tokens_per_step=(1, 2, 3, 4, 6),
     mask_schedule={"name": "pow", "exponent": 3.0},
 )

@@ -184,4 +184,7 @@ def _steps(arrays: Mapping[str, np.ndarray], predictor: Predictor) -> list[Decod
         assert isinstance(predictor.network, MaskedTransformer)
         mask = predictor.network.config.mask_token_id
         tokens = tokens.masked_fill(tokens == _MASK, mask)
-    return list(decoder.steps(predictor, tokens, playback, mask_token_id=mask, first_step=playback.first_step))
+    grid = 1, tokens.shape[1]  # which the selector does not read
+    return list(
+        decoder.steps(predictor, tokens, playback, mask_token_id=mask, grid=grid, first_step=playback.first_step)
+    )
