@@ -240,15 +240,12 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of a tree with the keys of ``DERIVED_KEYS`` that the module takes."""
     tree = merge([{"data": {}, "model": {"network": {}}}, tree])
     data, model = tree["data"], tree["model"]
-    if not isinstance(data, dict) or not isinstance(model, dict):
-        return tree
     model["seed"] = data.get("seed", ShardDataConfig.seed)
     if kind in ("transformer", "distillation"):
         model["global_batch"] = data.get("global_batch", ShardDataConfig.global_batch)
     if kind == "tokenizer":
         model["image_size"] = data.get("image_size", ShardDataConfig.image_size)
-        if isinstance(model["network"], dict):
-            model["network"]["in_channels"] = data.get("in_channels", ShardDataConfig.in_channels)
+        model["network"]["in_channels"] = data.get("in_channels", ShardDataConfig.in_channels)
     return tree
 
 
