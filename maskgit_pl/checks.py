@@ -48,6 +48,11 @@ _RULES = {  # type of an error of pydantic -> what the value must be
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
     "dataclass_type": "a mapping",
+    "finite_number": "finite",
+    "greater_than": "> {gt}",
+    "greater_than_equal": ">= {ge}",
+    "less_than": "< {lt}",
+    "less_than_equal": "<= {le}",
 }
 
 
@@ -309,7 +314,9 @@ def _rule_of(detail: Mapping[str, Any]) -> str:
         return f"a mapping with the key {last!r}"
     if detail["type"] in ("missing", "too_long", "too_short"):
         return "a list of the right length"
-    return _RULES.get(detail["type"]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
+    context = detail.get("ctx", {})
+    rule = _RULES.get(detail["type"])
+    return str(context.get("expected") or detail["msg"]) if rule is None else rule.format(**context)
 
 
 def _refused_value(where: str, key: tuple[str, ...], message: str, keys: Collection[str]) -> WrongValue:

@@ -1,7 +1,8 @@
 """The values of a run: ``ResolvedRun``, built and checked once from the tree of its recipe.
 
-Its dataclasses own the names, types, ranges and defaults of all keys: pydantic compares the types, and each dataclass
-checks its ranges. No value can name code: a registered part is a name with arguments, which its registry builds.
+Its dataclasses own the names, types, ranges and defaults of all keys: pydantic compares the types and the ranges in
+annotations, and each dataclass checks the others. No value can name code: a registered part is a name with arguments,
+which its registry builds.
 """
 
 from __future__ import annotations
@@ -12,18 +13,12 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.checks import (
-    WrongValue,
-    check_integer,
-    check_number,
-    describe_wrong_values,
-    shorten,
-    type_adapter,
-    validate,
-)
+from maskgit_pl.checks import WrongValue, describe_wrong_values, shorten, type_adapter, validate
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
@@ -35,29 +30,9 @@ from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
 Precision = Literal["32-true", "bf16-mixed", "auto"]
-_COUNT = "[1, 2**63)"  # Lightning and torch can store no larger one
-_TRAINER_RANGES = {
-    "num_nodes": "[1, 100000]",
-    "max_steps": "[-1, 2**63)",
-    "log_every_n_steps": _COUNT,
-    "num_sanity_val_steps": "[-1, 2**63)",
-    "limit_val_batches": "[0, 2**63)",
-    "val_check_interval": _COUNT,
-}
-_RUN_RANGES = {
-    "checkpoint_every": _COUNT,
-    "keep_last": "[1, 1000000]",
-    "keep_every": _COUNT,
-    "cpu_threads": "[1, 4096]",
-    "max_passes": _COUNT,
-}
-
-
-def _check_integers(settings: object, ranges: Mapping[str, str], prefix: str = "") -> None:
-    """Checks the integers of a dataclass that are not None."""
-    for name, interval in ranges.items():
-        if getattr(settings, name) is not None:
-            check_integer(f"{prefix}{name}", getattr(settings, name), interval)
+# Lightning and torch can store no larger counts.
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+CountOrAll = Annotated[int, Field(ge=-1, lt=2**63)]  # -1 stands for all, or for no limit
 
 
 @dataclass(frozen=True)
@@ -79,31 +54,21 @@ class TrainerSettings:
         gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
         deterministic: True allows only deterministic kernels.
         benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    devices: int | Literal["auto"] | list[int] = "auto"
-    num_nodes: int = 1
+    devices: Annotated[int, Field(ge=-1, le=1024)] | Literal["auto"] | list[int] = "auto"
+    num_nodes: Count = 1
     precision: Precision = "32-true"
-    max_steps: int = -1
-    val_check_interval: int | None = None
-    limit_val_batches: int | None = None
-    num_sanity_val_steps: int | None = None
-    log_every_n_steps: int = 50
-    gradient_clip_val: float | None = None
+    max_steps: CountOrAll = -1
+    val_check_interval: Count | None = None
+    limit_val_batches: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    num_sanity_val_steps: CountOrAll | None = None
+    log_every_n_steps: Count = 50
+    gradient_clip_val: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     deterministic: bool | Literal["warn"] | None = None
     benchmark: bool | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.devices, int):
-            check_integer("trainer.devices", self.devices, "[-1, 1024]")
-        _check_integers(self, _TRAINER_RANGES, "trainer.")
-        if self.gradient_clip_val is not None:
-            check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -124,25 +89,18 @@ class RunSettings:
         callbacks: Further callbacks: names or mappings of registered callbacks.
         profiler: ``simple``: seconds of each part of Lightning's loop, in ``fit-profile.txt`` of the stage folder;
             ``pytorch``: operations and kernels, with a trace for Chrome. None for none.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_every: int | None = None
-    hang_seconds: float = 100.0
+    checkpoint_every: Count = 500
+    keep_last: Count = 2
+    keep_every: Count | None = None
+    hang_seconds: Annotated[float, Field(gt=0, le=1e9)] = 100.0
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    cpu_threads: int | None = None
-    max_passes: int | None = None
+    cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_passes: Count | None = None
     loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
     profiler: Literal["simple", "pytorch"] | None = None
-
-    def __post_init__(self) -> None:
-        _check_integers(self, _RUN_RANGES)
-        check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
 
 
 @dataclass(frozen=True, kw_only=True)
