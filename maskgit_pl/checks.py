@@ -48,6 +48,8 @@ _RULES = {  # type of an error of pydantic -> what the value must be
     "dict_type": "a mapping",
     "mapping_type": "a mapping",
     "dataclass_type": "a mapping",
+}
+_BOUNDS = {  # the same for the ranges in annotations
     "finite_number": "finite",
     "greater_than": "> {gt}",
     "greater_than_equal": ">= {ge}",
@@ -314,9 +316,9 @@ def _rule_of(detail: Mapping[str, Any]) -> str:
         return f"a mapping with the key {last!r}"
     if detail["type"] in ("missing", "too_long", "too_short"):
         return "a list of the right length"
-    context = detail.get("ctx", {})
-    rule = _RULES.get(detail["type"])
-    return str(context.get("expected") or detail["msg"]) if rule is None else rule.format(**context)
+    if detail["type"] in _BOUNDS:
+        return _BOUNDS[detail["type"]].format(**detail.get("ctx", {}))
+    return _RULES.get(detail["type"]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
 
 
 def _refused_value(where: str, key: tuple[str, ...], message: str, keys: Collection[str]) -> WrongValue:

@@ -227,9 +227,10 @@ def test_a_stage_trains_from_a_stream_and_resumes(served, maskgit, tiny_pretrain
 
 def test_a_dry_run_prints_the_job_and_writes_nothing(maskgit, runs, tiny_shards, tiny_pretrained):
     answer = maskgit(
-        "slurm", "submit", "transformer", "--data", tiny_shards, "--runs-folder", runs, "--run=one", "--nodes=2", "--devices=1",
-        "--tokenizer", tiny_pretrained / "tokenizer", *tiny_flags("transformer"), "--dry-run", "--cluster=fsdp",
-        "--sbatch=--mem=0 --exclusive", "--srun=--cpu-bind=cores", "--container=apptainer exec --nv 'my image.sif'",
+        "slurm", "submit", "transformer", "--data", tiny_shards, "--runs-folder", runs, "--run=one", "--nodes=2",
+        "--devices=1", "--tokenizer", tiny_pretrained / "tokenizer", *tiny_flags("transformer"), "--dry-run",
+        "--cluster=fsdp", "--sbatch=--mem=0 --exclusive", "--srun=--cpu-bind=cores",
+        "--container=apptainer exec --nv 'my image.sif'",
     )  # fmt: skip
     assert answer.code == 0, answer
     printed = answer.out[answer.out.index("STAGE=") : answer.out.index("dry run:")]
