@@ -23,7 +23,7 @@ from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
+from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, without_keys
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.health import HealthConfig
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
@@ -207,20 +207,25 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def check_layers(kind: Kind, layers: Sequence[Layer]) -> None:
-    """Checks the layers of a recipe, in merge order.
+def check_layers(kind: Kind, files: Sequence[Layer], flags: Sequence[Layer]) -> Sequence[Layer]:
+    """Checks the layers of a recipe, in merge order. Returns those of the files.
 
     Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
+    Files are shared with masked models: those of an autoregressive model lose the keys of masking, which flags must
+    not have.
 
     Raises:
         ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
             message names the file or the flag, the key, and the closest known key.
     """
+    if kind == "autoregressive":
+        of_masking = known_keys("transformer", {}).keys() - known_keys(kind, {}).keys()
+        files = [Layer(file.origin, without_keys(file.tree, of_masking)) for file in files]
+    layers = [*files, *flags]
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
             _check_names(layer.tree, known_keys(kind, merge(part.tree for part in layers[:number])))
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
-    files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     for part, kinds in ((files, ("type",)), (layers, ("type", "value"))):
         wrong = next((fault for fault in _faults(kind, part) if fault.kind in kinds), None)
         if wrong is not None:
@@ -228,6 +233,7 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> None:
             culprit = max(n for n in range(len(part)) if wrong not in _faults(kind, part[:n]))
             with _named(part[culprit].origin):
                 raise ValueError(wrong.text)
+    return files
 
 
 def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
