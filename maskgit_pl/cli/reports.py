@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from maskgit_pl import evaluation
 from maskgit_pl.cli.arguments import Output, Word, flag_of
-from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Runs, Seeds, Specs, print_page, print_rows
+from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Runs, Seeds, Specs, print_json, print_page
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
@@ -217,4 +217,4 @@ def ablation(
 def _write_page(page: Page, *, as_json: bool = False) -> None:
     """Writes a page to its folder, and prints it, or its rows as JSON."""
     page.write()
-    print_rows(page.rows, as_json=True) if as_json else print_page(page)
+    print_json([dict(row) for row in page.rows]) if as_json else print_page(page)
