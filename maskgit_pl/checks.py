@@ -43,6 +43,13 @@ _RULES = {  # first word of the type of an error of pydantic -> what the value m
     **dict.fromkeys(("list", "sequence", "tuple"), "a list"),
     **dict.fromkeys(("dict", "mapping", "dataclass"), "a mapping"),
 }
+_BOUNDS = {  # the same for the ranges in annotations
+    "finite_number": "finite",
+    "greater_than": "> {gt}",
+    "greater_than_equal": ">= {ge}",
+    "less_than": "< {lt}",
+    "less_than_equal": "<= {le}",
+}
 
 
 class WrongValue(NamedTuple):
@@ -313,6 +320,8 @@ def _rule_of(detail: Mapping[str, Any]) -> str:
         return f"a mapping with the key {last!r}"
     if detail["type"] in ("missing", "too_long", "too_short"):
         return "a list of the right length"
+    if detail["type"] in _BOUNDS:
+        return _BOUNDS[detail["type"]].format(**detail.get("ctx", {}))
     return _RULES.get(detail["type"].partition("_")[0]) or str(detail.get("ctx", {}).get("expected") or detail["msg"])
 
 

@@ -204,15 +204,3 @@ def test_no_load_may_run_code_of_a_file():
 def test_the_root_package_imports_nothing_of_its_own_when_it_is_imported():
     assert own("__init__", at_import=True) == set()
     assert own("__init__")  # and names the public things for type checkers
-
-
-def test_the_check_of_floors_finds_imports_of_higher_floors(monkeypatch):
-    names = frozenset({"maskgit_pl.pipeline.MaskGIT", "maskgit_pl.masking.MaskSampler", "maskgit_pl.data"})
-    monkeypatch.setattr(f"{__name__}.imported", lambda module, at_import: names)
-    above = ("data/__init__", "masking", "pipeline/__init__")
-    assert list(upwards("schedules")) == [f"schedules imports {other}" for other in above]
-    # Its own floor, another folder.
-    assert list(upwards("decoding/sampling")) == [f"decoding/sampling imports {other}" for other in above]
-    assert list(upwards("masking")) == ["masking imports data/__init__", "masking imports pipeline/__init__"]
-    assert list(upwards("pipeline/model")) == []
-    assert list(upwards("cli/train")) == []

@@ -113,7 +113,7 @@ def push(
     total = size_text(sum(row["bytes"] for row in rows) + len(plan.card.encode()))
     visibility = "private" if private else "public"
     print(f"{repository} ({visibility}): {len(rows) + 1} files, {total}; nothing is uploaded (--dry-run)\n")
-    print_rows(rows, as_json=False)
+    print_rows(rows)
     print("\nCard:\n")
     for line in plan.card.splitlines():  # may be of somebody else: no control characters
         print(printable(line, limit=None))

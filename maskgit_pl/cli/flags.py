@@ -275,16 +275,8 @@ def print_json(value: object) -> None:
     print(json.dumps(value, indent=1))
 
 
-def print_rows(rows: Sequence[Mapping[str, Any]], *, as_json: bool) -> None:
-    """Prints rows that have the same keys.
-
-    Args:
-        rows: One mapping a row; the keys are the columns.
-        as_json: True to print a JSON list of objects, with unchanged values.
-    """
-    if as_json:
-        print_json([dict(row) for row in rows])
-        return
+def print_rows(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Prints rows that have the same keys, the names of the columns."""
     # Names of packages and files are untrusted: no control characters.
     cells = [[column.replace("_", " ") for column in rows[0]] if rows else []]
     cells += [[printable(str(value)) for value in row.values()] for row in rows]

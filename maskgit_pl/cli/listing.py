@@ -49,14 +49,13 @@ REGISTRIES = {  # module of each registry, by the name of the registry
 _KINDS: tuple[Stage | Literal["cluster"], ...] = (*STAGES, "cluster")
 
 
-def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
+def models(*, runs_folder: Folder = Path("runs")) -> None:
     """Lists the models that commands can load: those of the package, of runs/ and of pretrained/, with a command each.
 
-    Example: maskgit models --json
+    Example: maskgit models
 
     Args:
         runs_folder: Folder of all runs.
-        json: Print JSON, a list of objects, instead of the table.
     """
     candidates = [
         *((name, folder, "package") for name, folder in bundled_models().items()),
@@ -64,7 +63,7 @@ def models(*, runs_folder: Folder = Path("runs"), json: bool = False) -> None:
         *((str(folder), folder, "folder") for folder in sorted(Path("pretrained").glob("*"))),
     ]
     rows = [_model_row(name, folder, origin) for name, folder, origin in candidates if (folder / "tokenizer").is_dir()]
-    print_rows(rows, as_json=json)
+    print_rows(rows)
 
 
 def _model_row(name: str, folder: Path, origin: str) -> dict[str, str]:
@@ -83,13 +82,10 @@ def _model_row(name: str, folder: Path, origin: str) -> dict[str, str]:
     return {"model": name, "from": origin, "content": content, "command": shlex.join(words)}
 
 
-def recipes_list(*, json: bool = False) -> None:
+def recipes_list() -> None:
     """Lists all recipes.
 
     Example: maskgit recipes list
-
-    Args:
-        json: Print JSON, a list of objects, instead of the table.
     """
     rows = []
     for name in sorted({name for kind in _KINDS for name in recipe.list_recipes(kind)}):
@@ -99,7 +95,7 @@ def recipes_list(*, json: bool = False) -> None:
         words = re.sub(r"(?m)^#", "", comment[0] if comment else "").split()
         sentence = re.split(r"(?<=\.) |:$", " ".join(words))[0]
         rows.append({"recipe": name, "of": ", ".join(files), "from": str(last.parents[1]), "description": sentence})
-    print_rows(rows, as_json=json)
+    print_rows(rows)
 
 
 def recipes_show(name: str) -> None:
@@ -165,7 +161,7 @@ def _recipe_files(name: str) -> dict[str, Path]:
     return {kind: files[name] for kind, files in recipes.items() if name in files}
 
 
-def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = False) -> None:
+def plugins(kind: Annotated[str, Word("KIND")] | None = None) -> None:
     """Lists schedules, selectors, quantizers and all other parts that a recipe can name.
 
     Each name of each registry is listed with the package that it comes from. Other packages add names with
@@ -175,14 +171,13 @@ def plugins(kind: Annotated[str, Word("KIND")] | None = None, *, json: bool = Fa
 
     Args:
         kind: Kind of part, such as mask_schedules, quantizers or loggers (default: all).
-        json: Print JSON, a list of objects, instead of the table.
     """
     rows = []
     for part in REGISTRIES if kind is None else [check_choice("KIND", kind, REGISTRIES)]:
         registry: Registry[Any] = getattr(import_module(f"maskgit_pl.{REGISTRIES[part]}"), part)
         for name, package in registry.origins().items():
             rows.append({"kind": part, "name": name, "package": package, "description": registry.summary(name)})
-    print_rows(rows, as_json=json)
+    print_rows(rows)
 
 
 def env() -> None:
@@ -233,7 +228,7 @@ def schedules(
         counts = count_known_tokens(schedule, num_tokens=num_tokens, num_steps=num_steps)
         rows.append({"mask_schedule": name, **{str(step): count for step, count in enumerate(counts, start=1)}})
     print(f"tokens known after each of {num_steps} steps, of {num_tokens}")
-    print_rows(rows, as_json=False)
+    print_rows(rows)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(out) as stream:

@@ -44,7 +44,6 @@ from maskgit_pl.training.checkpoints import (
 
 log = logging.getLogger(__name__)
 
-_RECORDS = ("config.yaml", "environment.json")
 _EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
 # Overrides of the run's settings: a single process on this machine, without the trackers and parts of its training.
 _HERE = (
@@ -244,7 +243,7 @@ def check_run_outputs(plan: Plan) -> None:
     if plan.tokenizer is None or has_weights_of(exported_tokenizer, plan.tokenizer):
         return
     check_stage_folder(exported_tokenizer)
-    if (plan.folder / "tokenizer" / _RECORDS[0]).is_file() and (exported_tokenizer / "config.json").is_file():
+    if (plan.folder / "tokenizer" / "config.yaml").is_file() and (exported_tokenizer / "config.json").is_file():
         raise ValueError(
             f"run {plan.folder} has trained a tokenizer of its own, which the export of {plan.tokenizer} would "
             "replace; name another run with --run, or leave out --tokenizer"
@@ -282,7 +281,7 @@ def _write_records(run: StageRun) -> None:
     """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
     plan, recipe = run.plan, run.plan.recipe
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_text(run.folder / _RECORDS[0], config_text(run.values))
+    write_text(run.folder / "config.yaml", config_text(run.values))
     environment = {
         "command": sys.argv,
         "recipe": recipe.names,
@@ -293,7 +292,7 @@ def _write_records(run: StageRun) -> None:
     }
     if plan.pretrained is not None:
         environment["pretrained"] = {"folder": str(plan.pretrained), "sha256": fingerprint(plan.pretrained)}
-    write_text(run.folder / _RECORDS[1], json.dumps(environment, indent=2) + "\n")
+    write_text(run.folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _log_start(run: StageRun, newest: Path | None) -> None:

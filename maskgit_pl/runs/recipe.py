@@ -34,18 +34,6 @@ Stage = Literal["tokenizer", "transformer"]
 STAGES: tuple[Stage, ...] = ("tokenizer", "transformer")
 DEFAULT_DATASET = "fashion-mnist"
 _PATHS = ("data.path", "data.token_store", "model.tokenizer")
-# Keys that have no meaning with causal attention, which masks nothing and samples one token after another.
-_MASKED_ONLY = (
-    "model.mask_schedule",
-    "model.mask_ratio",
-    "model.mask_positions",
-    "model.objective",
-    "model.decoding.num_steps",
-    "model.decoding.token_selector",
-    "model.decoding.tokens_per_step",
-    "model.decoding.mask_schedule",
-    "model.decoding.random_start",
-)
 
 
 @dataclass(frozen=True)
@@ -133,18 +121,16 @@ class Recipe:
     def from_layers(cls, stage: Stage, layers: Sequence[Layer], overrides: Overrides = ()) -> Recipe:
         """Checks and merges layers; see ``read``."""
         words = flag_words(overrides)
-        kind = _find_kind(stage, merge(layer.tree for layer in (*layers, *_flag_layers(words))))
-        # Files are shared with masked models, so their masking keys are dropped; flags must not have any.
-        if kind == "autoregressive":
-            layers = [Layer(layer.origin, without_keys(layer.tree, _MASKED_ONLY)) for layer in layers]
-        flags = _read_flags(kind, layers, words)
-        return cls(stage, kind, merge([layer.tree for layer in layers]), flags, words)
+        flags = _flag_layers(words)
+        kind = _find_kind(stage, merge(layer.tree for layer in (*layers, *flags)))
+        return cls(stage, kind, _check(kind, layers, flags), tuple(flag.tree for flag in flags), words)
 
     def with_overrides(self, overrides: Overrides) -> Recipe:
         """Returns the recipe with more overrides, checked as in ``read``."""
         words = flag_words(overrides)
-        flags = _read_flags(self.kind, [Layer("recipe", self.tree)], words)
-        return replace(self, flags=(*self.flags, *flags), words=(*self.words, *words))
+        flags = _flag_layers(words)
+        _check(self.kind, [Layer("recipe", self.tree)], flags)
+        return replace(self, flags=(*self.flags, *(flag.tree for flag in flags)), words=(*self.words, *words))
 
     @cached_property
     def tree(self) -> dict[str, Any]:
@@ -225,10 +211,8 @@ def _flag_layers(words: Sequence[str]) -> list[Layer]:
     return [flag_layer(*flag) for flag in flags]
 
 
-def _read_flags(kind: Kind, layers: Sequence[Layer], words: Sequence[str]) -> tuple[Mapping[str, Any], ...]:
-    """Checks layers together with flags on top of them, and returns the trees of the flags."""
+def _check(kind: Kind, files: Sequence[Layer], flags: Sequence[Layer]) -> dict[str, Any]:
+    """Checks the layers of files together with flags on top of them, and returns the merged values of the files."""
     from maskgit_pl.runs.settings import check_layers  # lightning and torch take seconds to import
 
-    flags = _flag_layers(words)
-    check_layers(kind, [*layers, *flags])
-    return tuple(flag.tree for flag in flags)
+    return merge(layer.tree for layer in check_layers(kind, files, flags))

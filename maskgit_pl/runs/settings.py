@@ -1,7 +1,8 @@
 """The values of a run: ``ResolvedRun``, built and checked once from the tree of its recipe.
 
-Its dataclasses own the names, types, ranges and defaults of all keys: pydantic compares the types, and each dataclass
-checks its ranges. No value can name code: a registered part is a name with arguments, which its registry builds.
+Its dataclasses own the names, types, ranges and defaults of all keys: pydantic compares the types and the ranges in
+annotations, and each dataclass checks the others. No value can name code: a registered part is a name with arguments,
+which its registry builds.
 """
 
 from __future__ import annotations
@@ -12,45 +13,25 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from types import UnionType
-from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
+
+from pydantic import Field
 
 from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.checks import (
-    WrongValue,
-    check_integer,
-    check_integers,
-    check_number,
-    describe_wrong_values,
-    shorten,
-    type_adapter,
-    validate,
-)
+from maskgit_pl.checks import WrongValue, describe_wrong_values, shorten, type_adapter, validate
 from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at
+from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, without_keys
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
 Precision = Literal["32-true", "bf16-mixed", "auto"]
-_COUNT = "[1, 2**63)"  # Lightning and torch can store no larger one
-_TRAINER_RANGES = {
-    "num_nodes": "[1, 100000]",
-    "max_steps": "[-1, 2**63)",
-    "log_every_n_steps": _COUNT,
-    "num_sanity_val_steps": "[-1, 2**63)",
-    "limit_val_batches": "[0, 2**63)",
-    "val_check_interval": _COUNT,
-}
-_RUN_RANGES = {
-    "checkpoint_every": _COUNT,
-    "keep_last": "[1, 1000000]",
-    "keep_every": _COUNT,
-    "cpu_threads": "[1, 4096]",
-    "max_passes": _COUNT,
-}
+# Lightning and torch can store no larger counts.
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+CountOrAll = Annotated[int, Field(ge=-1, lt=2**63)]  # -1 stands for all, or for no limit
 
 
 @dataclass(frozen=True)
@@ -72,31 +53,21 @@ class TrainerSettings:
         gradient_clip_val: Maximum gradient norm in stage 2; None disables clipping. Stage 1: ``model.gradient_clip``.
         deterministic: True allows only deterministic kernels.
         benchmark: True lets cuDNN benchmark its convolutions; None leaves it to Lightning.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    devices: int | Literal["auto"] | list[int] = "auto"
-    num_nodes: int = 1
+    devices: Annotated[int, Field(ge=-1, le=1024)] | Literal["auto"] | list[int] = "auto"
+    num_nodes: Count = 1
     precision: Precision = "32-true"
-    max_steps: int = -1
-    val_check_interval: int | None = None
-    limit_val_batches: int | None = None
-    num_sanity_val_steps: int | None = None
-    log_every_n_steps: int = 50
-    gradient_clip_val: float | None = None
+    max_steps: CountOrAll = -1
+    val_check_interval: Count | None = None
+    limit_val_batches: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    num_sanity_val_steps: CountOrAll | None = None
+    log_every_n_steps: Count = 50
+    gradient_clip_val: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     deterministic: bool | Literal["warn"] | None = None
     benchmark: bool | None = None
-
-    def __post_init__(self) -> None:
-        if isinstance(self.devices, int):
-            check_integer("trainer.devices", self.devices, "[-1, 1024]")
-        check_integers(self, "trainer.", **_TRAINER_RANGES)
-        if self.gradient_clip_val is not None:
-            check_number("trainer.gradient_clip_val", self.gradient_clip_val, "(0, inf)")
 
 
 @dataclass(frozen=True)
@@ -117,25 +88,18 @@ class RunSettings:
         callbacks: Further callbacks: names or mappings of registered callbacks.
         profiler: ``simple``: seconds of each part of Lightning's loop, in ``fit-profile.txt`` of the stage folder;
             ``pytorch``: operations and kernels, with a trace for Chrome. None for none.
-
-    Raises:
-        ValueError: if a number is out of range.
     """
 
-    checkpoint_every: int = 500
-    keep_last: int = 2
-    keep_every: int | None = None
-    hang_seconds: float = 100.0
+    checkpoint_every: Count = 500
+    keep_last: Count = 2
+    keep_every: Count | None = None
+    hang_seconds: Annotated[float, Field(gt=0, le=1e9)] = 100.0
     matmul_precision: Literal["highest", "high", "medium"] = "highest"
-    cpu_threads: int | None = None
-    max_passes: int | None = None
+    cpu_threads: Annotated[int, Field(ge=1, le=4096)] | None = None
+    max_passes: Count | None = None
     loggers: list[str | dict[str, Any]] = field(default_factory=lambda: ["tensorboard"])
     callbacks: list[str | dict[str, Any]] = field(default_factory=list)
     profiler: Literal["simple", "pytorch"] | None = None
-
-    def __post_init__(self) -> None:
-        check_integers(self, **_RUN_RANGES)
-        check_number("hang_seconds", self.hang_seconds, "(0, 1e9]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,32 +192,34 @@ def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
     """Returns a copy of a tree with the keys of ``DERIVED_KEYS`` that the module takes."""
     tree = merge([{"data": {}, "model": {"network": {}}}, tree])
     data, model = tree["data"], tree["model"]
-    if not isinstance(data, dict) or not isinstance(model, dict):
-        return tree
     model["seed"] = data.get("seed", ShardDataConfig.seed)
     if kind in ("transformer", "distillation"):
         model["global_batch"] = data.get("global_batch", ShardDataConfig.global_batch)
     if kind == "tokenizer":
         model["image_size"] = data.get("image_size", ShardDataConfig.image_size)
-        if isinstance(model["network"], dict):
-            model["network"]["in_channels"] = data.get("in_channels", ShardDataConfig.in_channels)
+        model["network"]["in_channels"] = data.get("in_channels", ShardDataConfig.in_channels)
     return tree
 
 
-def check_layers(kind: Kind, layers: Sequence[Layer]) -> None:
-    """Checks the layers of a recipe, in merge order.
+def check_layers(kind: Kind, files: Sequence[Layer], flags: Sequence[Layer]) -> Sequence[Layer]:
+    """Checks the layers of a recipe, in merge order. Returns those of the files.
 
     Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
+    Files are shared with masked models: those of an autoregressive model lose the keys of masking, which flags must
+    not have.
 
     Raises:
         ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
             message names the file or the flag, the key, and the closest known key.
     """
+    if kind == "autoregressive":
+        of_masking = known_keys("transformer", {}).keys() - known_keys(kind, {}).keys()
+        files = [Layer(file.origin, without_keys(file.tree, of_masking)) for file in files]
+    layers = [*files, *flags]
     for number, layer in enumerate(layers, start=1):
         with _named(layer.origin):
             _check_names(layer.tree, known_keys(kind, merge(part.tree for part in layers[:number])))
     # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
-    files = [layer for layer in layers if not layer.origin.startswith("flag --")]
     for part, kinds in ((files, ("type",)), (layers, ("type", "value"))):
         wrong = next((fault for fault in _faults(kind, part) if fault.kind in kinds), None)
         if wrong is not None:
@@ -261,6 +227,7 @@ def check_layers(kind: Kind, layers: Sequence[Layer]) -> None:
             culprit = max(n for n in range(len(part)) if wrong not in _faults(kind, part[:n]))
             with _named(part[culprit].origin):
                 raise ValueError(wrong.text)
+    return files
 
 
 def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:

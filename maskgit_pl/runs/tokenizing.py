@@ -19,7 +19,7 @@ from typing import Any, Unpack
 import torch
 from torch import Tensor
 
-from maskgit_pl.data import ShardDataConfig, describe_store
+from maskgit_pl.data import describe_store
 from maskgit_pl.data import tokenize as make_store
 from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.data.token_store import (
@@ -92,8 +92,6 @@ def tokenize(
 def _views(recipe: Recipe, options: TokenizeOptions) -> dict[str, Any]:
     """Returns what recipe and options say about the views of an image and the precision, without what neither says."""
     listed, crops = recipe.get("data.augmentations"), options.crops
-    if listed is not None:
-        ShardDataConfig("", augmentations=listed)  # raises if a name or a value is wrong
     values = {
         "crops": recipe.get("data.views") if crops is None else crops,
         "flip": options.flip,

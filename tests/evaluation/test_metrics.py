@@ -138,7 +138,5 @@ def test_a_metric_of_another_package_is_measured_printed_and_searched_for(run: P
     assert main(["tune", *common, "--trials", "2", "--metric", "nearest"]) == 0
     assert "nearest real image" in (run / "tuning" / "tuning.md").read_text()
     capsys.readouterr()
-    assert main(["plugins", "metrics", "--json"]) == 0
-    assert {"kind": "metrics", "name": "nearest", "package": "nearest-image", "description": ""} in json.loads(
-        capsys.readouterr().out
-    )
+    assert main(["plugins", "metrics"]) == 0
+    assert re.search(r"^metrics +nearest +nearest-image$", capsys.readouterr().out, re.MULTILINE)

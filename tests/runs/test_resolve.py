@@ -176,12 +176,8 @@ def test_few_images_are_trained_for_fewer_steps(tiny_shards, tmp_path, tiny_pret
 
 @pytest.mark.parametrize(
     ("budget", "images", "steps", "warmup", "views"),
-    [
-        ("15m", 100, 400, 80, 8), ("15m", 300, 400, 80, 8), ("15m", 1_000, 1_250, 100, 8),
-        ("15m", 3_000, 2_700, 100, 8), ("15m", 45_000, 2_700, 100, None), ("1h", 3_000, 3_750, 100, 8),
-        ("1h", 45_000, 8_000, 100, None),
-    ],
-)  # fmt: skip
+    [("15m", 100, 400, 80, 8), ("15m", 1_000, 1_250, 100, 8), ("1h", 45_000, 8_000, 100, None)],
+)
 def test_a_budget_follows_the_number_of_images(tiny_shards, tmp_path, budget, images, steps, warmup, views):
     for split in ("train", "val"):
         manifest = json.loads((tiny_shards / f"{split}.json").read_text())
