@@ -103,11 +103,11 @@ def import_transformer(
     check_out(out)
     if num_heads is not None:
         check_integer("num_heads", num_heads, "[1, inf)")
-    contents, beside = read_checkpoint(file)
+    contents = read_checkpoint(file)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     with name_file(file):
         # 2.
-        tensors, _ = select_tensors(contents, (_COPY,))
+        tensors = select_tensors(contents, (_COPY,))
         layout = transformer_layout_of(tensors)
         check_weights(tensors, file.stat().st_size)
         config = layout.read_config(tensors, source.grid, num_heads)
@@ -126,7 +126,7 @@ def import_transformer(
     names, decoding = choose_class_names(config.num_classes), layout.decoding(config)
     transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
     state = source.network.state_dict()
-    return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer, ignored=beside))
+    return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer))
 
 
 def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:

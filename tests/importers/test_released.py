@@ -124,16 +124,14 @@ def test_large_grids_have_more_steps(edge, steps, tmp_path):
     arrays = arrays_of(TRANSFORMER)
     arrays["Embed_0/position_embeddings/embedding"] = np.ones((edge**2 + 1, 64), np.float32)
     transformer = write(tmp_path / "transformer", arrays, batch_stats={"a": 1}, step=3)
-    imported = import_jax(TOKENIZER, tmp_path / "out", transformer=transformer)
-    assert imported.ignored == ["batch_stats", "step"]
+    import_jax(TOKENIZER, tmp_path / "out", transformer=transformer)
     assert load_transformer(tmp_path / "out" / "transformer").decoding.num_steps == steps
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 2 * edge
 
 
-@pytest.mark.parametrize(("given", "size"), [(32, 32), (None, 256)])
-def test_a_tokenizer_can_be_imported_without_a_transformer(given, size, tmp_path):
-    import_jax(TOKENIZER, tmp_path / "out", image_size=given)
-    assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == size
+def test_a_tokenizer_can_be_imported_without_a_transformer(tmp_path):
+    import_jax(TOKENIZER, tmp_path / "out", image_size=32)
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 32
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer"]
 
 
