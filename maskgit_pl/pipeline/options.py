@@ -32,23 +32,6 @@ if TYPE_CHECKING:
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline.pretrained import NegativeModelLike, PretrainedTransformer
 
-__all__ = [
-    "MAX_RESULTS",
-    "SETTINGS",
-    "ClassIndex",
-    "Classes",
-    "DecodingKeywords",
-    "DecodingSettings",
-    "GenerateKeywords",
-    "Images",
-    "OutputType",
-    "Request",
-    "Seeds",
-    "StepCallback",
-    "replace_settings",
-    "seeds_of",
-]
-
 Classes: TypeAlias = int | str | Sequence[int | str | None]
 OutputType = Literal["pil", "pt", "np"]
 Images: TypeAlias = Union[list["Image.Image"], "Tensor", "npt.NDArray[np.uint8]"]
