@@ -19,12 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.checks import check_number, height_width
-from maskgit_pl.decoding import (
-    ConditionalModel,
-    DecodingStep,
-    decode_autoregressive,
-    decode_classes,
-)
+from maskgit_pl.decoding import ConditionalModel, DecodingStep, decode_autoregressive, decode_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.pipeline.options import Images, OutputType, Request

@@ -11,14 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union
 
-from maskgit_pl.checks import (
-    check_integer,
-    check_number,
-    check_seed,
-    plain_list,
-    plain_number,
-    shorten,
-)
+from maskgit_pl.checks import check_integer, check_number, check_seed, plain_list, plain_number, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.sampling import DrawMethod, Temperature
 from maskgit_pl.registry import nearest

@@ -7,13 +7,7 @@ from dataclasses import fields, replace
 import pytest
 
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.pipeline.options import (
-    SETTINGS,
-    ClassIndex,
-    GenerateKeywords,
-    Request,
-    replace_settings,
-)
+from maskgit_pl.pipeline.options import SETTINGS, ClassIndex, GenerateKeywords, Request, replace_settings
 
 OWN = DecodingConfig(4, "halton", {"name": "linear", "scale": 1.0}, tokens_per_step=(1, 1, 2, 12))
 CLASSES = ClassIndex(("Ankle boot", "T-shirt", "7"), 3)
