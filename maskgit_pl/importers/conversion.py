@@ -199,11 +199,8 @@ class Imported:
         following = f"tokenize --dataset NAME --recipe RECIPE --tokenizer {self.folder / 'tokenizer'}"
         if self.transformer is not None:
             network, decoding = self.transformer.config, self.transformer.decoding
-            lines += [
-                f"  network   {network.backbone}, {network.num_blocks} blocks, {network.num_classes} classes",
-                f"  decoding  {decoding.num_steps} steps, {describe(decoding.token_selector)}, guidance "
-                f"{describe(decoding.guidance)}",
-            ]
+            lines.append(f"  network   {network.num_blocks} blocks, {network.num_classes} classes")
+            lines.append(f"  decoding  {decoding.num_steps} steps, {describe(decoding.token_selector)}")
             following = f"sample {self.folder} --classes 0,{network.num_classes - 1}"
         return "\n".join([*lines, *(f"  note      {note}" for note in self.notes), f"next: maskgit {following}"])
 

@@ -138,18 +138,13 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
         The sizes, with the released dropout of 0.1 and without a null class.
 
     Raises:
-        ValueError: if it is not a transformer of the released code, not of this tokenizer, or its grid is not square.
+        ValueError: if it is not a transformer of the released code, or not of this tokenizer.
     """
     _check_kind(arrays, "transformer")
     vocabulary_size, embed_dim = shape_of(arrays, _MARKS["transformer"])
     positions, _ = shape_of(arrays, "Embed_0/position_embeddings/embedding")
     _, num_heads, _ = shape_of(arrays, _QUERY.format(0), axes=3)
     edge = math.isqrt(positions - 1)  # the first position is the class
-    if edge < 1 or edge**2 != positions - 1:
-        raise ValueError(
-            f"transformer positions must be 1 plus a square number (257, 1025, ...), got {positions}; only square "
-            "grids can be imported"
-        )
     num_classes = vocabulary_size - codebook_size - 1  # codes, classes, mask token
     if num_classes < 1:
         raise ValueError(
@@ -194,19 +189,13 @@ def tokenizer_config(arrays: Arrays, *, activation: Activation = "swish") -> VQG
         activation: Activation of its blocks, which no array shows.
 
     Raises:
-        ValueError: if it is not a tokenizer of the released code, or its blocks do not make levels.
+        ValueError: if it is not a tokenizer of the released code.
     """
     _check_kind(arrays, "tokenizer")
     _, _, in_channels, channels = shape_of(arrays, "encoder/Conv_0/kernel", axes=4)
     codebook_size, code_dim = shape_of(arrays, _MARKS["tokenizer"])
     levels = count_numbers(arrays, "decoder/Conv_") - 1  # first, last, and one for each doubling of the resolution
-    blocks = count_numbers(arrays, "encoder/ResBlock_")
-    num_res_blocks = blocks // max(levels + 1, 1)  # as many in the middle
-    if levels < 1 or blocks < 1 or blocks != num_res_blocks * (levels + 1):
-        raise ValueError(
-            f"tokenizer blocks must be the same number at each of {levels} levels and in the middle, got {blocks} in "
-            "the encoder; this is not a released tokenizer"
-        )
+    num_res_blocks = count_numbers(arrays, "encoder/ResBlock_") // max(levels + 1, 1)  # as many in the middle
     kernels = [f"encoder/ResBlock_{level * num_res_blocks}/Conv_0/kernel" for level in range(levels)]
     return VQGANConfig(
         in_channels,

@@ -7,7 +7,6 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, Unpack, get_args, overload
@@ -320,8 +319,8 @@ class MaskGIT:
 
     def inpaint(
         self,
-        image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Box | Sequence[MaskLike | Box],
+        image: ImageLike | list[ImageLike],
+        mask: MaskLike | Box | list[MaskLike | Box],
         *,
         classes: Classes | None = None,
         fit: bool = False,
@@ -370,7 +369,7 @@ class MaskGIT:
 
     def edit(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: ImageLike | list[ImageLike],
         *,
         strength: float,
         classes: Classes | None = None,
