@@ -4,6 +4,7 @@
 """
 
 import argparse
+import ast
 import inspect
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from maskgit_pl.cli import build_parser
 from maskgit_pl.cli.listing import REGISTRIES
@@ -158,13 +160,27 @@ def module_page(name: str, known: dict[int, str]) -> str:
     """Returns the page of a module: its docstring, and a directive for each public name."""
     module = import_module(name)
     lines = [f"# `{name}`", "", "```{eval-rst}", f".. automodule:: {name}", "   :no-members:", ""]
-    for public in module.__all__:
+    for public in public_names(module):
         value = getattr(module, public)
         if (first := known.setdefault(id(value), f"{name}.{public}")) != f"{name}.{public}":
             lines += [f"``{name}.{public}`` is :py:obj:`{first}`.", ""]
         else:
             lines += [f".. {directive(value)}:: {name}.{public}", *options(value), ""]
     return "\n".join([*lines, "```", ""])
+
+
+def public_names(module: ModuleType) -> list[str]:
+    """Returns the names of ``__all__``, or those without an underscore that the module itself defines."""
+    if hasattr(module, "__all__"):
+        return list(module.__all__)
+    names: list[str] = []
+    for node in ast.parse(inspect.getsource(module)).body:
+        if isinstance(node, ast.ClassDef | ast.FunctionDef):
+            names.append(node.name)
+        elif isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            names += [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    return sorted(name for name in names if not name.startswith("_"))
 
 
 def directive(value: object) -> str:

@@ -124,7 +124,7 @@ def import_jax(
     tokenizer: File,
     transformer: File | None = None,
     out: Folder,
-    image_size: Annotated[int, Word("256|512")] | None = None,
+    image_size: Annotated[int, Word("256|512")] = 256,
 ) -> None:
     """Converts released JAX checkpoints to a pretrained folder.
 
@@ -137,7 +137,7 @@ def import_jax(
         tokenizer: Such as tokenizer_imagenet256_checkpoint.
         transformer: Such as maskgit_imagenet256_checkpoint.
         out: Pretrained folder to write.
-        image_size: Side of the images in pixels without a transformer (default: 256).
+        image_size: Side of the images in pixels without a transformer.
     """
     from maskgit_pl.importers import released
 

@@ -63,7 +63,7 @@ def find_weights(path: Path) -> Path:
     return next((name for name in names if name.is_file()), path)
 
 
-def read_checkpoint(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+def read_checkpoint(file: Path) -> dict[str, Any]:
     """Reads the state dict of a checkpoint of torch.
 
     Args:
@@ -71,7 +71,7 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             a file without such an entry is a state dict itself.
 
     Returns:
-        The state dict without the prefixes of wrappers, with values of any type, and the names of the other entries.
+        The state dict without the prefixes of wrappers, with values of any type.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -103,11 +103,9 @@ def read_checkpoint(file: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         raise ValueError(f"checkpoint {file} {text}; {way_out}")
     if not isinstance(content, Mapping):
         raise ValueError(f"checkpoint {file} must hold a state dict, got {type(content).__name__}")
-    chosen = next((name for name in _WEIGHTS if isinstance(content.get(name), Mapping) and content[name]), None)
+    entries = (content.get(name) for name in _WEIGHTS)
     with name_file(file):
-        if chosen is None:
-            return remove_wrappers(content), ()
-        return remove_wrappers(content[chosen]), tuple(str(name) for name in content if name != chosen)
+        return remove_wrappers(next((entry for entry in entries if isinstance(entry, Mapping) and entry), content))
 
 
 def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
@@ -127,10 +125,8 @@ def remove_wrappers(state: Mapping[Any, Any]) -> dict[str, Any]:
     return unwrapped
 
 
-def select_tensors(
-    contents: Mapping[str, Any], others: Sequence[str] = ()
-) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Returns the tensors of a network, and the names of other ones that are there.
+def select_tensors(contents: Mapping[str, Any], others: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Returns the tensors of a network.
 
     Args:
         contents: State dict.
@@ -147,7 +143,7 @@ def select_tensors(
     for name, value in tensors.items():
         if not isinstance(value, Tensor):
             raise ValueError(f"entry {printable(name)} must be a tensor, got {type(value).__name__}")
-    return tensors, tuple(entry for entry in others if any(name.startswith(entry) for name in contents))
+    return tensors
 
 
 def check_weights(tensors: Mapping[str, Tensor], size: int) -> None:
@@ -171,10 +167,10 @@ def name_file(file: Path) -> Iterator[None]:
         raise ValueError(text if text.startswith(name) else f"{name}: {text}") from error
 
 
-def name_some(names: Iterable[str], *, limit: int = 3) -> str:
-    """Lists the first names of a file, without control characters, and the number of the others."""
+def name_some(names: Iterable[str]) -> str:
+    """Lists the first three names of a file, without control characters, and the number of the others."""
     listed = list(names)
-    first, rest = listed[:limit], listed[limit:]
+    first, rest = listed[:3], listed[3:]
     return ", ".join(map(printable, first)) + (f" and {len(rest)} more" if rest else "")
 
 

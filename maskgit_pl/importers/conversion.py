@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from maskgit_pl.checks import ImageSize, height_width
 from maskgit_pl.data.folders import has_content, resolve_folder, write_folder
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.importers.checkpoints import name_some
 from maskgit_pl.networks.backbone import BackboneConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.networks.weights import check_shapes, skeletons
@@ -176,7 +175,6 @@ class Imported:
         weights: State dict of the tokenizer.
         image_size: Side of the images in pixels, or (height, width).
         transformer: The transformer, or None.
-        ignored: Entries of the file that were left out.
         notes: Sentences for the user.
     """
 
@@ -186,11 +184,10 @@ class Imported:
     weights: Mapping[str, Tensor]
     image_size: ImageSize
     transformer: ImportedTransformer | None = None
-    ignored: Sequence[str] = ()
     notes: Sequence[str] = ()
 
     def __str__(self) -> str:
-        """Returns sizes, entries that were left out, notes, and the next command."""
+        """Returns sizes, notes, and the next command."""
         config, (height, width) = self.tokenizer, height_width(self.image_size)
         rows, columns = config.grid(self.image_size)
         weights = self.weights if self.transformer is None else self.transformer.weights
@@ -202,13 +199,9 @@ class Imported:
         following = f"tokenize --dataset NAME --recipe RECIPE --tokenizer {self.folder / 'tokenizer'}"
         if self.transformer is not None:
             network, decoding = self.transformer.config, self.transformer.decoding
-            lines += [
-                f"  network   {network.backbone}, {network.num_blocks} blocks, {network.num_classes} classes",
-                f"  decoding  {decoding.num_steps} steps, {describe(decoding.token_selector)}, guidance "
-                f"{describe(decoding.guidance)}",
-            ]
+            lines.append(f"  network   {network.num_blocks} blocks, {network.num_classes} classes")
+            lines.append(f"  decoding  {decoding.num_steps} steps, {describe(decoding.token_selector)}")
             following = f"sample {self.folder} --classes 0,{network.num_classes - 1}"
-        lines.append(f"  ignored   {name_some(self.ignored, limit=20) or 'nothing'}")
         return "\n".join([*lines, *(f"  note      {note}" for note in self.notes), f"next: maskgit {following}"])
 
 

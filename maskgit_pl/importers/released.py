@@ -43,7 +43,6 @@ _PARAMS = "params/"
 _MARKS = {"tokenizer": "quantizer/codebook", "transformer": "Embed_0/word_embeddings/embedding"}
 _KINDS: dict[type[nn.Module], str] = {nn.Conv2d: "Conv", nn.GroupNorm: "GroupNorm", ResidualBlock: "ResBlock"}
 _DROPOUT = 0.1  # released configuration
-_TOKENIZER_SIZE = 256  # px, without a transformer: the smaller of the two released sizes
 _STEPS, _STEPS_OF_LARGE_GRIDS, _LARGE_GRID = 8, 12, 32  # paper, tables 1 and 2: 8 steps at 256 px, 12 at 512 px
 _MASK_SCHEDULE, _CHOICE_TEMPERATURE = "cosine", 4.5
 # flax keeps inputs first and outputs last, torch outputs first.
@@ -91,7 +90,7 @@ def import_jax(
     out: Path,
     *,
     transformer: Path | None = None,
-    image_size: int | None = None,
+    image_size: int = 256,
 ) -> Imported:
     """Writes a pretrained folder from released checkpoints.
 
@@ -99,7 +98,7 @@ def import_jax(
         tokenizer: Checkpoint such as ``tokenizer_imagenet256_checkpoint``.
         out: Folder to make.
         transformer: Checkpoint such as ``maskgit_imagenet256_checkpoint``, trained on this tokenizer's tokens.
-        image_size: Side of the images in pixels, 256 by default. With a transformer it follows from its grid.
+        image_size: Side of the images in pixels. With a transformer it follows from its grid.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -108,19 +107,19 @@ def import_jax(
     """
     check_out(out)
     with name_file(tokenizer):
-        arrays, ignored = _read(tokenizer)
+        arrays = parameters(read_flax(tokenizer))
         vqgan = tokenizer_config(arrays)
         weights = tokenizer_weights(arrays, vqgan)
-    imported, size = None, _TOKENIZER_SIZE if image_size is None else image_size
+    imported = None
     if transformer is not None:
         with name_file(transformer):
-            arrays, more_ignored = _read(transformer)
+            arrays = parameters(read_flax(transformer))
             config = transformer_config(arrays, codebook_size=vqgan.codebook_size)
             state = transformer_weights(arrays, config)
-        names, ignored = choose_class_names(config.num_classes), [*ignored, *more_ignored]
+        names = choose_class_names(config.num_classes)
         imported = ImportedTransformer(config, state, _MASK_SCHEDULE, _decoding(config), names)
-        size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
-    return write_import(Imported(out, "google-research/maskgit", vqgan, weights, size, imported, ignored=ignored))
+        image_size = config.grid[0] * vqgan.downsampling_factor  # released grids are square
+    return write_import(Imported(out, "google-research/maskgit", vqgan, weights, image_size, imported))
 
 
 def parameters(arrays: Arrays) -> dict[str, Array]:
@@ -139,18 +138,13 @@ def transformer_config(arrays: Arrays, *, codebook_size: int) -> TransformerConf
         The sizes, with the released dropout of 0.1 and without a null class.
 
     Raises:
-        ValueError: if it is not a transformer of the released code, not of this tokenizer, or its grid is not square.
+        ValueError: if it is not a transformer of the released code, or not of this tokenizer.
     """
     _check_kind(arrays, "transformer")
     vocabulary_size, embed_dim = shape_of(arrays, _MARKS["transformer"])
     positions, _ = shape_of(arrays, "Embed_0/position_embeddings/embedding")
     _, num_heads, _ = shape_of(arrays, _QUERY.format(0), axes=3)
     edge = math.isqrt(positions - 1)  # the first position is the class
-    if edge < 1 or edge**2 != positions - 1:
-        raise ValueError(
-            f"transformer positions must be 1 plus a square number (257, 1025, ...), got {positions}; only square "
-            "grids can be imported"
-        )
     num_classes = vocabulary_size - codebook_size - 1  # codes, classes, mask token
     if num_classes < 1:
         raise ValueError(
@@ -195,19 +189,13 @@ def tokenizer_config(arrays: Arrays, *, activation: Activation = "swish") -> VQG
         activation: Activation of its blocks, which no array shows.
 
     Raises:
-        ValueError: if it is not a tokenizer of the released code, or its blocks do not make levels.
+        ValueError: if it is not a tokenizer of the released code.
     """
     _check_kind(arrays, "tokenizer")
     _, _, in_channels, channels = shape_of(arrays, "encoder/Conv_0/kernel", axes=4)
     codebook_size, code_dim = shape_of(arrays, _MARKS["tokenizer"])
     levels = count_numbers(arrays, "decoder/Conv_") - 1  # first, last, and one for each doubling of the resolution
-    blocks = count_numbers(arrays, "encoder/ResBlock_")
-    num_res_blocks = blocks // max(levels + 1, 1)  # as many in the middle
-    if levels < 1 or blocks < 1 or blocks != num_res_blocks * (levels + 1):
-        raise ValueError(
-            f"tokenizer blocks must be the same number at each of {levels} levels and in the middle, got {blocks} in "
-            "the encoder; this is not a released tokenizer"
-        )
+    num_res_blocks = count_numbers(arrays, "encoder/ResBlock_") // max(levels + 1, 1)  # as many in the middle
     kernels = [f"encoder/ResBlock_{level * num_res_blocks}/Conv_0/kernel" for level in range(levels)]
     return VQGANConfig(
         in_channels,
@@ -254,16 +242,6 @@ def _children(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
             yield from _children(child, f"{name}.{part}")
 
 
-def _read(path: Path) -> tuple[dict[str, Array], list[str]]:
-    """Returns the parameters of a file, and the names of its other collections."""
-    arrays = read_flax(path)
-    return parameters(arrays), [name for name in _top(arrays) if name != "params"]
-
-
-def _top(arrays: Arrays) -> list[str]:
-    return sorted({name.partition("/")[0] for name in arrays})
-
-
 def _tensors(arrays: Arrays) -> dict[str, Tensor]:
     """Returns arrays as tensors of the same memory, after a check that they hold finite floating point numbers."""
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
@@ -284,5 +262,6 @@ def _decoding(config: TransformerConfig) -> DecodingConfig:
 def _check_kind(arrays: Arrays, kind: str) -> None:
     if _MARKS[kind] not in arrays:
         actual = next((name for name, mark in _MARKS.items() if mark in arrays), None)
-        got = f"those of a {actual}; name that file with --{actual}" if actual else name_some(_top(arrays)) or "none"
+        others = name_some(sorted({name.partition("/")[0] for name in arrays})) or "none"
+        got = f"those of a {actual}; name that file with --{actual}" if actual else others
         raise ValueError(f"{kind} arrays must be those of a released {kind}, got {got}")

@@ -411,16 +411,15 @@ def import_tokenizer(
     # 1.
     check_out(out)
     file = find_weights(file)
-    contents, beside = read_checkpoint(file)
+    contents = read_checkpoint(file)
     with name_file(file):
         # 2.
         kind = tokenizer_layout_of(contents, layout)
         path = file.with_name("config.json")
         settings = read_json(path) if kind is DIFFUSERS and path.is_file() else {}
-        tensors, ignored = select_tensors(contents, kind.others)
+        tensors = select_tensors(contents, kind.others)
         if kind.has_average and any(name.startswith(_AVERAGE) for name in contents):
             tensors = _average_tensors(tensors, contents)
-            ignored = (*(name for name in ignored if not name.startswith(_AVERAGE)), "the last, not averaged weights")
         # 3.
         check_weights(tensors, file.stat().st_size)
         tensors = kind.prepare(tensors)
@@ -431,7 +430,7 @@ def import_tokenizer(
         weights = kind.convert(tensors, config)
     # 4.
     notes = [_SAME_NAMES] if kind is TAMING else []
-    return write_import(Imported(out, kind.name, config, weights, image_size, ignored=(*beside, *ignored), notes=notes))
+    return write_import(Imported(out, kind.name, config, weights, image_size, notes=notes))
 
 
 def tokenizer_layout_of(tensors: Mapping[str, Any], name: str | None = None) -> TokenizerLayout:

@@ -103,11 +103,11 @@ def import_transformer(
     check_out(out)
     if num_heads is not None:
         check_integer("num_heads", num_heads, "[1, inf)")
-    contents, beside = read_checkpoint(file)
+    contents = read_checkpoint(file)
     source = load_tokenizer(tokenizer / "tokenizer" if (tokenizer / "tokenizer").is_dir() else tokenizer)
     with name_file(file):
         # 2.
-        tensors, _ = select_tensors(contents, (_COPY,))
+        tensors = select_tensors(contents, (_COPY,))
         layout = transformer_layout_of(tensors)
         check_weights(tensors, file.stat().st_size)
         config = layout.read_config(tensors, source.grid, num_heads)
@@ -126,7 +126,7 @@ def import_transformer(
     names, decoding = choose_class_names(config.num_classes), layout.decoding(config)
     transformer = ImportedTransformer(config, weights, _MASK_SCHEDULE, decoding, names)
     state = source.network.state_dict()
-    return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer, ignored=beside))
+    return write_import(Imported(out, layout.name, vqgan, state, image_size, transformer))
 
 
 def transformer_layout_of(tensors: Mapping[str, Any]) -> TransformerLayout:
@@ -187,26 +187,17 @@ _HALTON = (
 def _read_halton(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_heads: int | None) -> AdaLNConfig:
     """Reads the sizes of the network off the shapes; the grid is that of the position table, not of the tokenizer."""
     rows, embed_dim = shape_of(tensors, "tok_emb.weight")
-    num_tokens = shape_of(tensors, "pos_emb.weight")[0]
-    side = math.isqrt(num_tokens)
-    if side**2 != num_tokens:
-        raise ValueError(f"tensor pos_emb.weight must have a square number of rows, got {num_tokens}")
+    side = math.isqrt(shape_of(tensors, "pos_emb.weight")[0])
     depth = count_numbers(tensors, "transformer.layers.")
-    query = "transformer.layers.0.attn.wq.weight"
-    inner, _ = shape_of(tensors, query)
-    heads = _find_num_heads(num_heads, _HALTON_HEADS, (embed_dim, depth))
-    # Their heads have the size D // heads, so that "small" has 6 heads of size 85 for D = 512.
-    if heads > embed_dim or heads * (embed_dim // heads) != inner:
-        raise ValueError(
-            f"--num-heads must fit the {inner} rows of tensor {query}, {embed_dim} // heads for each head, got {heads}"
-        )
+    inner, _ = shape_of(tensors, "transformer.layers.0.attn.wq.weight")
     return AdaLNConfig(
         codebook_size=rows - 1,
         num_classes=shape_of(tensors, "cls_emb.weight")[0] - 1,
         grid=(side, side),
         embed_dim=embed_dim,
         depth=depth,
-        num_heads=heads,
+        num_heads=_find_num_heads(num_heads, _HALTON_HEADS, (embed_dim, depth)),
+        # Their heads have the size D // heads, so that "small" has 6 heads of size 85 for D = 512.
         attention_dim=None if inner == embed_dim else inner,
         mlp_dim=shape_of(tensors, "transformer.layers.0.ff.w1.weight")[0],
         num_registers=shape_of(tensors, "reg_tokens.weight")[0] if "reg_tokens.weight" in tensors else 0,

@@ -49,8 +49,6 @@ from maskgit_pl.registry import describe
 if TYPE_CHECKING:
     from maskgit_pl.pipeline.pretrained import PretrainedTokenizer
 
-__all__ = ["ImageList", "Recording", "StepRecorder", "describe_settings", "select_steps", "token_panel"]
-
 _COLUMNS, _MOST_IMAGES = 8, 64  # of a contact sheet
 _MAX_COLUMNS, _MAX_FRAMES = 12, 64  # number of steps in a filmstrip and in an animation
 _WIDE = 2  # width / height from which a filmstrip has a row for each step

@@ -9,7 +9,7 @@ editing functions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,7 @@ from einops import rearrange
 from torch import Tensor
 
 from maskgit_pl.checks import check_number, height_width
-from maskgit_pl.decoding import (
-    ConditionalModel,
-    DecodingStep,
-    decode_autoregressive,
-    decode_classes,
-)
+from maskgit_pl.decoding import ConditionalModel, DecodingStep, decode_autoregressive, decode_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
 from maskgit_pl.pipeline.options import Images, OutputType, Request
@@ -110,8 +105,8 @@ def generate(pipe: Pipeline, request: Request) -> Tensor:
 def inpaint(
     pipe: Pipeline,
     request: Request,
-    image: ImageLike | Sequence[ImageLike],
-    mask: MaskLike | Box | Sequence[MaskLike | Box],
+    image: ImageLike | list[ImageLike],
+    mask: MaskLike | Box | list[MaskLike | Box],
     *,
     fit: bool,
     blend: float | None,
@@ -135,7 +130,7 @@ def inpaint(
 
 
 def redraw(
-    pipe: Pipeline, request: Request, image: ImageLike | Sequence[ImageLike], strength: float, *, fit: bool
+    pipe: Pipeline, request: Request, image: ImageLike | list[ImageLike], strength: float, *, fit: bool
 ) -> Tensor:
     """Regenerates a random share of the tokens of images. See ``MaskGIT.edit`` for the arguments and numbered steps."""
     pipe.transformer.schedule_for("edit")
@@ -304,8 +299,8 @@ def _encode_within(tokenizer: PretrainedTokenizer, pixels: Tensor, added: Margin
 def _read_images(
     pipe: Pipeline,
     request: Request,
-    image: ImageLike | Sequence[ImageLike],
-    mask: MaskLike | Box | Sequence[MaskLike | Box] | None,
+    image: ImageLike | list[ImageLike],
+    mask: MaskLike | Box | list[MaskLike | Box] | None,
     *,
     fit: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -333,8 +328,8 @@ def _read_images(
 
 def _as_list(name: str, images: Any, count: int) -> list[Any]:
     """Returns a list of one image, mask or box for all results, or of one for each of the ``count`` results."""
-    if not isinstance(images, list | tuple) or (isinstance(images, tuple) and isinstance(images[0], int)):
+    if not isinstance(images, list):
         return [images]
     if len(images) not in (1, count):
         raise ValueError(f"{name} must be one {name}, or one for each of the {count} classes, got {len(images)}")
-    return list(images)
+    return images

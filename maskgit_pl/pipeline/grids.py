@@ -21,33 +21,6 @@ from torch import Tensor
 from maskgit_pl.errors import printable
 from maskgit_pl.files import write_atomically
 
-__all__ = [
-    "MASKED",
-    "NEW",
-    "PAPER",
-    "REMASKED",
-    "REQUESTED",
-    "TILE_SIZE",
-    "add_legend",
-    "add_title",
-    "draw_color_bar",
-    "draw_outline",
-    "edit_sheet",
-    "enlarge",
-    "image_grid",
-    "lay_out",
-    "panel_scale",
-    "reconstruction_grid",
-    "save_gif",
-    "save_images",
-    "save_png",
-    "scale_to",
-    "swatch",
-    "to_pil",
-    "to_unit_range",
-    "viridis",
-]
-
 TILE_SIZE = 84  # smallest edge of an image in pixels: images of 28 px are enlarged three times
 _PANEL_SIZE = 168  # the same for pictures of decoding, in which single tokens must be visible
 # RGB. MASKED fills masked tokens; NEW and REMASKED frame tokens just kept and just masked again; REQUESTED

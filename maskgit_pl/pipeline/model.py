@@ -7,7 +7,6 @@ It holds the networks, reads what a call wants into a ``Request``, and hands bot
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self, Unpack, get_args, overload
@@ -229,18 +228,6 @@ class MaskGIT:
             transformer.to(device, dtype=dtype)
         return self
 
-    def compile(self) -> Self:
-        """Compiles the blocks of the transformer with ``torch.compile`` at their next calls, which takes a minute.
-
-        A GPU then runs a few large kernels for each block in place of tens of small ones, which pays off for thousands
-        of images. Results are the same to rounding. On a CPU, compiled blocks do not use packed weights.
-        """
-        for transformer in self._transformers():
-            set_packing(transformer.network, enabled=False)
-            for block in transformer.network.blocks:
-                block.compile()
-        return self
-
     def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
         """Returns the default decoding settings with some of them replaced. See ``options.replace_settings``."""
         return replace_settings(self.decoding, settings)
@@ -320,8 +307,8 @@ class MaskGIT:
 
     def inpaint(
         self,
-        image: ImageLike | Sequence[ImageLike],
-        mask: MaskLike | Box | Sequence[MaskLike | Box],
+        image: ImageLike | list[ImageLike],
+        mask: MaskLike | Box | list[MaskLike | Box],
         *,
         classes: Classes | None = None,
         fit: bool = False,
@@ -370,7 +357,7 @@ class MaskGIT:
 
     def edit(
         self,
-        image: ImageLike | Sequence[ImageLike],
+        image: ImageLike | list[ImageLike],
         *,
         strength: float,
         classes: Classes | None = None,

@@ -8,17 +8,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict, Union
 
-from maskgit_pl.checks import (
-    check_integer,
-    check_number,
-    check_seed,
-    plain_list,
-    plain_number,
-    shorten,
-)
+from maskgit_pl.checks import check_integer, check_number, check_seed, plain_list, plain_number, shorten
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.sampling import Temperature
 from maskgit_pl.registry import nearest
@@ -31,23 +24,6 @@ if TYPE_CHECKING:
 
     from maskgit_pl.decoding import DecodingStep
     from maskgit_pl.pipeline.pretrained import NegativeModelLike, PretrainedTransformer
-
-__all__ = [
-    "MAX_RESULTS",
-    "SETTINGS",
-    "ClassIndex",
-    "Classes",
-    "DecodingKeywords",
-    "DecodingSettings",
-    "GenerateKeywords",
-    "Images",
-    "OutputType",
-    "Request",
-    "Seeds",
-    "StepCallback",
-    "replace_settings",
-    "seeds_of",
-]
 
 Classes: TypeAlias = int | str | Sequence[int | str | None]
 OutputType = Literal["pil", "pt", "np"]
@@ -245,7 +221,9 @@ class Request:
             TypeError: if a name is unknown (the message names the nearest one), or a value has another type.
             ValueError: if a value is out of range, or a class is unknown.
         """
-        _check_names(options, GenerateKeywords.__annotations__)
+        for name in options:
+            if name not in GenerateKeywords.__annotations__:
+                raise TypeError(f"option {name!r}: {nearest(name, GenerateKeywords.__annotations__)}")
         settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
         labels, negative_class = index.labels(classes), options.get("negative_class")
         return cls(
@@ -287,7 +265,6 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
         TypeError: if a setting is unknown.
         ValueError: if a value is out of range, or both ``mask_schedule`` and ``tokens_per_step`` are given.
     """
-    _check_names(settings, [*SETTINGS, "decoding"])
     changes = {name: value for name, value in settings.items() if value is not None}
     config: DecodingConfig = changes.pop("decoding", default)
     # The list has one number for each step, so that it must agree with num_steps. It takes the place of the schedule.
@@ -306,12 +283,6 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
             value = check_number(name, changes.pop(name), interval)
             changes[part] = _with_argument(changes.get(part, getattr(config, part)), argument, value)
     return dataclasses.replace(config, **changes)
-
-
-def _check_names(names: Iterable[str], accepted: Iterable[str]) -> None:
-    for name in names:
-        if name not in accepted:
-            raise TypeError(f"option {name!r}: {nearest(name, accepted)}")
 
 
 def _with_argument(spec: str | dict[str, Any] | None, argument: str, value: float) -> str | dict[str, Any]:

@@ -38,29 +38,9 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.networks.weights import check_tensor, load_network, read_tensors, tensors_digest
 from maskgit_pl.schedules import MaskSchedule, mask_schedules
 
-__all__ = [
-    "NEGATIVE",
-    "NegativeModelLike",
-    "Pipeline",
-    "PretrainedTokenizer",
-    "PretrainedTransformer",
-    "check_stage_folder",
-    "copy_stage_folder",
-    "fingerprint",
-    "has_weights_of",
-    "images_at_once",
-    "load_tokenizer",
-    "load_transformer",
-    "read_config",
-    "read_decoding",
-    "save_decoding",
-    "save_tokenizer",
-    "save_transformer",
-]
-
 NEGATIVE = "negative"
 """The folder of the transformer from which guidance moves away."""
-Kind = Literal["tokenizer", "transformer", "pipeline"]
+_Kind = Literal["tokenizer", "transformer", "pipeline"]
 _Network = TypeVar("_Network", bound=nn.Module)
 
 _WEIGHTS_FILE = "model.safetensors"
@@ -328,7 +308,7 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
     return PretrainedTransformer(network, folder=folder, **facts)
 
 
-def read_config(folder: Path | str, kind: Kind) -> dict[str, Any]:
+def read_config(folder: Path | str, kind: _Kind) -> dict[str, Any]:
     """Reads the configuration of a pretrained folder. That of a tokenizer or a transformer is checked completely.
 
     Args:
@@ -456,7 +436,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     return decoding
 
 
-def _save(folder: Path, kind: Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+def _save(folder: Path, kind: _Kind, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
     # Checked before anything is written: a diverged run keeps its older export.
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     for name, tensor in tensors.items():
@@ -483,7 +463,7 @@ def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: in
     return load_network(build, weights, file).requires_grad_(requires_grad=False).eval()
 
 
-def _read_json(folder: Path, kind: Kind) -> dict[str, Any]:
+def _read_json(folder: Path, kind: _Kind) -> dict[str, Any]:
     """Returns the content of a ``config.json`` of our format and version."""
     file = folder / _CONFIG
     if not file.exists():

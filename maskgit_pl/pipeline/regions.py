@@ -28,26 +28,6 @@ from maskgit_pl.errors import printable
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = [
-    "Box",
-    "ImageLike",
-    "Margins",
-    "MaskLike",
-    "Window",
-    "box_mask",
-    "check_canvas",
-    "composite",
-    "first_step",
-    "fit_to_model",
-    "image_pixels",
-    "mask_pixels",
-    "pixel_region",
-    "seam",
-    "seam_radius",
-    "token_mask",
-    "windows",
-]
-
 Box: TypeAlias = tuple[int, ...]
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", Tensor, npt.NDArray[Any]]
 MaskLike: TypeAlias = ImageLike

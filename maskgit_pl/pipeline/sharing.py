@@ -27,7 +27,6 @@ NETWORK_FILES = tuple(
 FILES = (*NETWORK_FILES, "config.json", "decoding.json", "negative/config.json", "negative/model.safetensors")
 """The files of a pretrained folder, without card and license."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_TOKEN = re.compile(r"[!-~]+")
 _OUR_FOLDERS = ("runs", "pretrained")  # a name in one of these folders is a path, even if it does not exist
 
 CLASSES = {"tokenizer": "MaskGITTokenizer", "transformer": "MaskGITTransformer"}
@@ -98,8 +97,6 @@ def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
         return local_folder(path_or_hub_id)
     from huggingface_hub import errors, snapshot_download
 
-    if not hub.get("local_files_only"):
-        check_token(hub_id, token=hub.get("token"))
     try:
         downloaded = snapshot_download(hub_id, allow_patterns=list(FILES), **hub)
     except (errors.HfHubHTTPError, errors.HFValidationError, errors.LocalEntryNotFoundError) as error:
@@ -169,26 +166,6 @@ def find_transformer(path_or_hub_id: Path | str) -> Path:
 def bundled_models() -> dict[str, Path]:
     """Returns the pretrained folder of each model in the package by name, sorted by name."""
     return {config.parents[1].name: config.parents[1] for config in sorted(_FOLDER.glob("*/transformer/config.json"))}
-
-
-def check_token(hub_id: str, *, token: str | bool | None = None) -> None:
-    """Checks that the access token can stand in a header of HTTP, without showing it.
-
-    Args:
-        hub_id: Repository, for the message.
-        token: Access token; None and True are that of ``hf auth login`` or ``HF_TOKEN``, and False is none.
-
-    Raises:
-        ValueError: if it has spaces, or characters outside of ASCII.
-    """
-    from huggingface_hub import get_token
-
-    used = token if isinstance(token, str) else None if token is False else get_token()
-    if used is not None and _TOKEN.fullmatch(used) is None:
-        raise ValueError(
-            f"hub {hub_id}: the access token must be printable ASCII characters without spaces; log in again with "
-            "`hf auth login`, or set another HF_TOKEN"
-        )
 
 
 def write_diffusers_files(folder: Path) -> None:

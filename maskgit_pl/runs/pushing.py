@@ -24,7 +24,7 @@ from maskgit_pl.errors import BAD_INPUT, RunError, python_string
 from maskgit_pl.pipeline.card import PLACEHOLDER, describe_folder, model_card
 from maskgit_pl.pipeline.model import MaskGIT
 from maskgit_pl.pipeline.pretrained import read_config
-from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES, FILES, check_diffusers_files, check_token, local_folder
+from maskgit_pl.pipeline.sharing import DIFFUSERS_FILES, FILES, check_diffusers_files, local_folder
 
 _CARD = "README.md"
 _TEXTS = (*DIFFUSERS_FILES, "LICENSE", "LICENSE.md", "LICENSE.txt")
@@ -114,11 +114,9 @@ def push(plan: Push, *, private: bool = False) -> str:
 
     Raises:
         PushError: if nobody is logged in, the Hub cannot be reached, or the Hub refuses the upload.
-        ValueError: if the access token cannot be one.
     """
     if get_token() is None:
         raise PushError(f"hub {plan.hub_id}: no access token found; log in with `hf auth login`, or set HF_TOKEN")
-    check_token(plan.hub_id)
     api = HfApi()
     try:
         # 1.

@@ -197,10 +197,9 @@ def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
         labels, settings = [None if label == _ANY else label] * count, settings_of(pipe, values)
         height, width = pixels.shape[-2:]
         if task == _PAINT:
-            is_boxed = bool(box.strip())
             mask = (
                 box_mask(_parse_box(box), height=height, width=width)
-                if is_boxed
+                if box.strip()
                 else painted_pixels((canvas or {}).get("layers") or [], height=height, width=width)
             )
             if not bool(mask.any()):
@@ -306,16 +305,15 @@ def stream_steps(
 
 def start_values(pipe: MaskGIT) -> dict[str, Any]:
     """Returns the value of each field of the settings with which the page begins: the model's own."""
-    decoding = pipe.decoding
-    temperature = decoding.sampling_temperature
+    decoding, temperature = pipe.decoding, pipe.decoding.sampling_temperature
     first, last = temperature if isinstance(temperature, tuple) else (temperature, temperature)
-    selector = None if decoding.token_selector is None else token_selectors.build(decoding.token_selector)
+    selector: Any = decoding.token_selector  # None has no page
     return {
         "num_steps": decoding.num_steps,
         "token_selector": None,
         "first": float(first),
         "last": float(last),
-        _NOISE: float(getattr(selector, _NOISE, 4.5)),
+        _NOISE: float(getattr(token_selectors.build(selector), _NOISE, 4.5)),
         "guidance_scale": float(getattr(guidance_schedules.build(decoding.guidance), "scale", 0.0)),
     }
 
@@ -369,14 +367,10 @@ def _mix(pipe: MaskGIT, count: int) -> list[int]:
     return [n * len(pipe.class_names) // count for n in range(count)]
 
 
-def _class_name(pipe: MaskGIT, label: int | None) -> str:
-    return "any class" if label is None else printable(pipe.class_names[label])
-
-
 def _captions(pipe: MaskGIT, labels: Sequence[int | None], seed: int) -> list[str]:
     """Returns class and seed of each image. See ``options.seeds_of`` for errors."""
-    seeds = seeds_of(seed, len(labels))
-    return [f"{_class_name(pipe, label)}, seed {n}" for label, n in zip(labels, seeds, strict=True)]
+    names = ["any class" if label is None else printable(pipe.class_names[label]) for label in labels]
+    return [f"{name}, seed {number}" for name, number in zip(names, seeds_of(seed, len(labels)), strict=True)]
 
 
 def _class_choices(pipe: MaskGIT) -> list[tuple[str, Any]]:

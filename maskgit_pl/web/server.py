@@ -60,7 +60,8 @@ def serve(folder: str | Path, *, port: int = 7860, device: str | None = None) ->
         raise ValueError("web requires the package gradio: pip install 'maskgit_pl[web]'")
     with open_socket(port) as listening:
         pipe = MaskGIT.from_pretrained(folder, device=chosen)
-        _interrupt_once()
+        for number in (signal.SIGINT, signal.SIGTERM):  # a job in the background of a shell ignores Ctrl-C until here
+            signal.signal(number, signal.default_int_handler)
         with _temporary_folder():
             _start(pipe, str(folder), listening)
             with suppress(KeyboardInterrupt):
@@ -176,21 +177,6 @@ def _start(pipe: MaskGIT, name: str, listening: socket.socket) -> None:
         if not thread.is_alive():
             raise RuntimeError("the server of the page ended while it started")
         time.sleep(0.02)
-
-
-def _interrupt_once() -> None:
-    """Lets the first Ctrl-C or SIGTERM raise KeyboardInterrupt; later ones have no effect.
-
-    A job in the background of a shell ignores Ctrl-C until then.
-    """
-
-    def interrupt(number: int, frame: object) -> None:
-        for signal_number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signal_number, signal.SIG_IGN)
-        raise KeyboardInterrupt
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, interrupt)
 
 
 @contextmanager

@@ -61,7 +61,7 @@ WIDE = "TransformerLayer_0/Mlp_0/intermediate_output/kernel"
     [
         ({f"{QUERY}/bias": np.full((4, 16), np.nan, np.float32)}, "query/bias' must hold finite numbers, got nan"),
         ({f"{QUERY}/bias": np.ones((64, 1))}, rf"{QUERY}/bias must have shape \(4, 1\d*\), got \(64, 1\)"),
-        ({"Embed_0/position_embeddings/embedding": np.ones((16, 64))}, "a square number .*, got 16; only square"),
+        ({"Embed_0/position_embeddings/embedding": np.ones((16, 64))}, r"must have shape \(10, 64\), got"),
         ({"Embed_0/word_embeddings/embedding": np.ones((1 << 30, 0))}, r"of sizes >= 1, got shape \(1073741824, 0\)"),
         ({"TransformerLayer_2000/x": np.ones(1)}, "TransformerLayer_2/.* is missing"),
         (  # a network of 13 GB, which is not built
@@ -88,7 +88,7 @@ def test_a_tokenizer_with_a_wrong_array_is_refused_by_name(name):
 @pytest.mark.parametrize("name", ["encoder/ResBlock_2", "encoder/ResBlock_1", "decoder/Conv_1", "encoder/Conv_0"])
 def test_a_tokenizer_of_another_structure_is_refused(name):
     arrays = {key: array for key, array in arrays_of(TOKENIZER).items() if not key.startswith(f"{name}/")}
-    with pytest.raises(ValueError, match=r"not a released tokenizer|tells a size|channels of each level"):
+    with pytest.raises(ValueError, match=r"do not fit the network|tells a size|channels of each level|num_res_blocks"):
         tokenizer_weights(arrays, tokenizer_config(arrays))
 
 
@@ -123,16 +123,14 @@ def test_large_grids_have_more_steps(edge, steps, tmp_path):
     arrays = arrays_of(TRANSFORMER)
     arrays["Embed_0/position_embeddings/embedding"] = np.ones((edge**2 + 1, 64), np.float32)
     transformer = write(tmp_path / "transformer", arrays, batch_stats={"a": 1}, step=3)
-    imported = import_jax(TOKENIZER, tmp_path / "out", transformer=transformer)
-    assert imported.ignored == ["batch_stats", "step"]
+    import_jax(TOKENIZER, tmp_path / "out", transformer=transformer)
     assert load_transformer(tmp_path / "out" / "transformer").decoding.num_steps == steps
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 2 * edge
 
 
-@pytest.mark.parametrize(("given", "size"), [(32, 32), (None, 256)])
-def test_a_tokenizer_can_be_imported_without_a_transformer(given, size, tmp_path):
-    import_jax(TOKENIZER, tmp_path / "out", image_size=given)
-    assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == size
+def test_a_tokenizer_can_be_imported_without_a_transformer(tmp_path):
+    import_jax(TOKENIZER, tmp_path / "out", image_size=32)
+    assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 32
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["tokenizer"]
 
 

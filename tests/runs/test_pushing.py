@@ -126,18 +126,6 @@ def test_the_license_of_the_flag_replaces_any_of_the_card(folder: Path, no_netwo
     assert (card.data.to_dict(), card.text.strip()) == ({"license": "apache-2.0", "tags": ["x"]}, "# Mine")
 
 
-@pytest.mark.parametrize("token", ["hf_é", "hf_a b"])
-@pytest.mark.parametrize("words", [["push"], ["sample", "--classes=0", "--out=x.png"]], ids=["push", "sample"])
-def test_a_token_that_no_header_can_hold_is_not_shown(folder: Path, hub: LocalHub, monkeypatch, capsys, token, words):
-    monkeypatch.setenv("HF_TOKEN", token)
-    places = [str(folder), "alice/tiny"] if words == ["push"] else ["alice/tiny"]
-    assert main([words[0], *places, *words[1:]]) == 2
-    err = capsys.readouterr().err
-    assert "hub alice/tiny: the access token must be printable ASCII characters without spaces" in err
-    assert token not in err
-    assert hub.requests == []
-
-
 REFUSED = "the Hub refused the upload, or cannot be reached ("
 OTHER = {"alice/tiny": {"pytorch_model.bin": b"", ".gitattributes": b""}}
 
