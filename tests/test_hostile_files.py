@@ -118,7 +118,6 @@ DECODING = DecodingConfig(
     {"name": "linear", "scale": 1.0},
     (1.0, 0.5),
     4,
-    0.9,
     (4, 12),
     {"name": "pow", "exponent": 3.0},
 )
