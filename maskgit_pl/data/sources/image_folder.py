@@ -81,8 +81,8 @@ class ImageFolder:
         labels, first_row = self._label_by_metadata(tables, label_field) if tables else self._label_by_folder(classes)
         self.classes, numbers = number_classes(first_row, classes, label_field=label_field)
         labels = {name: label for name, label in labels.items() if _is_image(name)}
-        vector_of = {name: vector for name in labels if (vector := _vector_name(name)) in self._entries.sizes}
-        vector_of = vector_of if vectors else {}
+        beside = ((name, _vector_name(name)) for name in labels if vectors)
+        vector_of = {name: vector for name, vector in beside if vector in self._entries.sizes}
         self._list_left_out(labels.keys() | {*tables, *vector_of.values()})
         self._files = self._split_files(
             {name: numbers[label] for name, label in labels.items()}, vector_of, val_fraction
