@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from maskgit_pl.errors import printable
 from maskgit_pl.files import check_writable, follow_links, sync
 
 log = logging.getLogger(__name__)
@@ -228,6 +229,5 @@ def _write_holder(descriptor: int) -> None:
 def _read_holder(path: Path) -> str:
     """Returns what the holder has written, which is untrusted text in a shared folder."""
     with suppress(OSError), path.open("rb") as file:
-        text = file.read(1000).decode(errors="replace")
-        return "".join(letter for letter in text if letter.isprintable()) or "another process"
+        return printable(file.read(1000).decode(errors="replace")) or "another process"
     return "another process"

@@ -9,11 +9,9 @@ which decodes, and by the code that reads only headers.
 from __future__ import annotations
 
 import io
-import os
 import re
 import stat
 import struct
-import threading
 import warnings
 import zlib
 from collections.abc import Iterator
@@ -53,11 +51,8 @@ _MAX_RATIO = 1032  # of deflate: a block of 258 equal bytes takes 2 bits
 _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # per pixel, by colour: grey, RGB, palette, grey and RGB with alpha
 _END = b"\0\0\0\0IEND\xaeB`\x82"
 
-_filters_lock = threading.Lock()  # the list of warning filters belongs to the process
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(
-        before=_filters_lock.acquire, after_in_parent=_filters_lock.release, after_in_child=_filters_lock.release
-    )
+# Pillow warns of odd metadata, which does no harm.
+warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
 
 
 class UnreadableImageError(ValueError):
@@ -114,14 +109,13 @@ def open_image(data: bytes, name: str, *, header_only: bool = False) -> Image.Im
     with pil_errors(name):
         if data.startswith(_PNG_MAGIC):
             return PngImagePlugin.PngImageFile(io.BytesIO(_read_png(data, name, header_only=header_only)))
-        with silent_warnings():
-            if data.startswith(JPEG_MAGIC):
-                head, start = read_jpeg_head(data, name)
-                image = JpegImagePlugin.JpegImageFile(io.BytesIO(head if header_only else head + data[start:]))
-            else:
-                # The decoder reserves memory for the stated size, and touches none of it before the pixels are read.
-                image = webp = WebPImagePlugin.WebPImageFile(io.BytesIO(data))
-                _check_still(webp.n_frames, name)
+        if data.startswith(JPEG_MAGIC):
+            head, start = read_jpeg_head(data, name)
+            image = JpegImagePlugin.JpegImageFile(io.BytesIO(head if header_only else head + data[start:]))
+        else:
+            # The decoder reserves memory for the stated size, and touches none of it before the pixels are read.
+            image = webp = WebPImagePlugin.WebPImageFile(io.BytesIO(data))
+            _check_still(webp.n_frames, name)
     check_size(image.height, image.width, name)
     return image
 
@@ -166,14 +160,6 @@ def pil_errors(name: str) -> Iterator[None]:
         raise
     except PIL_ERRORS as error:
         raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
-
-
-@contextmanager
-def silent_warnings() -> Iterator[None]:
-    """Drops warnings, in every thread. Pillow warns of odd metadata, which does no harm."""
-    with _filters_lock, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 def first_line(error: Exception) -> str:

@@ -33,7 +33,6 @@ from maskgit_pl.data.image_bytes import (
     open_image,
     pil_errors,
     read_jpeg_head,
-    silent_warnings,
 )
 
 if TYPE_CHECKING:
@@ -225,8 +224,7 @@ def _find_orientation(image: Image.Image) -> int:
     if image.format == "PNG" and "exif" not in image.info:  # Pillow would decode the pixels, to search after them
         return 1
     try:
-        with silent_warnings():
-            value = image.getexif().get(_ORIENTATION, 1)
+        value = image.getexif().get(_ORIENTATION, 1)
     except PIL_ERRORS:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

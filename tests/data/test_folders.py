@@ -147,5 +147,5 @@ def test_the_text_of_a_lock_file_is_no_lock_and_printed_safely(tmp_path: Path) -
     (tmp_path / ".a.lock").write_text(holder_text)
     with hold_lock(path, hint=""):
         (tmp_path / ".a.lock").write_text(holder_text)
-        with pytest.raises(ValueError, match=r"in use by process 1 on \[31mmoon; wait"), hold_lock(path, hint=""):
+        with pytest.raises(ValueError, match=r"in use by process 1 on \\x1b\[31mmoon; wait"), hold_lock(path, hint=""):
             pass

@@ -81,8 +81,8 @@ class ImageFolder:
         labels, first_row = self._label_by_metadata(tables, label_field) if tables else self._label_by_folder(classes)
         self.classes, numbers = number_classes(first_row, classes, label_field=label_field)
         labels = {name: label for name, label in labels.items() if _is_image(name)}
-        vector_of = {name: vector for name in labels if (vector := _vector_name(name)) in self._entries.sizes}
-        vector_of = vector_of if vectors else {}
+        beside = ((name, _vector_name(name)) for name in labels if vectors)
+        vector_of = {name: vector for name, vector in beside if vector in self._entries.sizes}
         self._list_left_out(labels.keys() | {*tables, *vector_of.values()})
         self._files = self._split_files(
             {name: numbers[label] for name, label in labels.items()}, vector_of, val_fraction
@@ -271,48 +271,32 @@ def _vector_name(image: str) -> str:
 def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str, str]:
     """Returns the label of each file that a metadata file names, a class number or a class name, as text.
 
+    Names are only compared with those of the source, so that a path outside of it is a missing file.
+
     Raises:
-        ValueError: if it is damaged or too large, lacks a column or a value, names a file outside its folder,
-            or has two labels for one file.
+        ValueError: if it is damaged or too large, lacks a column or a value, or has two labels for one file.
     """
     title = f"metadata {printable(entries.path / name)}"
     data = entries.read(name, what="metadata", limit=_MAX_METADATA_BYTES)
     try:
-        text = data.decode("utf-8-sig")  # Excel writes a BOM
-        rows = list(_csv_rows(text))
-    except (ValueError, csv.Error) as error:
+        reader = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)  # Excel writes a BOM
+        columns = reader.fieldnames or ()
+        rows = [(reader.line_num, row) for row in reader]
+    except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{title} must be UTF-8 text with a CSV table, got: {printable(error)}") from error
-    columns = dict.fromkeys(column for _, values in rows for column in values)
     for field in ("file_name", label_field):
         if field not in columns:
-            got = ", ".join(map(printable, columns)) or "no rows"
+            got = ", ".join(map(printable, columns)) or "none"
             hint = "; set it with --label-field, or remove the file to take the classes from folders"
             raise ValueError(f"{title} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
-    folder = name.rpartition("/")[0]
     labels = dict[str, str]()
-    for line, values in rows:
+    for line, row in rows:
         where = f"{title}: line {line}"
-        parts = [part for part in values["file_name"].split("/") if part not in ("", ".")]
-        if not parts or ".." in parts or values["file_name"].startswith("/"):
-            got = shorten(values["file_name"])
-            raise ValueError(f"{where}: file_name must be a path inside the folder of the metadata file, got {got}")
-        file = "/".join([folder, *parts] if folder else parts)
-        if not (label := values[label_field].strip()):
-            raise ValueError(f"{where}: {label_field} must be a class name or a class number, got ''")
+        if None in row or not all((row[field] or "").strip() for field in ("file_name", label_field)):
+            raise ValueError(f"{where} must have a file_name, a {label_field} and {len(columns)} values in all")
+        label = row[label_field].strip()
+        file = "/".join(part for part in [*name.split("/")[:-1], *row["file_name"].split("/")] if part not in ("", "."))
         if labels.setdefault(file, label) != label:
             got = f"{shorten(labels[file])} and {shorten(label)}"
             raise ValueError(f"{where}: {printable(file)} must have one label, got {got}")
     return labels
-
-
-def _csv_rows(text: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Yields the line and the values of each row."""
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    columns = [column.strip() for column in next(reader, [])]
-    if len(set(columns)) < len(columns):
-        raise ValueError(f"a repeated column in {columns}")
-    for values in reader:
-        if values and len(values) != len(columns):  # a blank line has no values
-            raise ValueError(f"{len(values)} values for {len(columns)} columns in line {reader.line_num}")
-        if values:
-            yield reader.line_num, dict(zip(columns, values, strict=True))
