@@ -68,7 +68,7 @@ class Injection(Callback):
         if any(fault.what == "nan gradient" and self._falls(trainer, fault) for fault in self.poison):
             parameter = next(p for p in module.parameters() if p.grad is not None)
             local = getattr(parameter.grad, "_local_tensor", parameter.grad)
-            local.view(-1)[0] = torch.nan
+            local[(0,) * local.ndim] = torch.nan
 
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
         self._here(trainer, "step")
