@@ -73,12 +73,12 @@ class AdaLNConfig(BackboneConfig):
         mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an
             ordinary MLP of 4 D.
         num_registers: Number of learned tokens that are added to the sequence and predict nothing, in [0, 1024].
-        conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the
-            sequence, and the norms have weights.
+        conditioning: ``adaln``: the condition modulates every block, as in Halton-MaskGIT; ``token``: it is a token of
+            the sequence, in a network of LLaMA blocks, as in MaskGIL (see the module).
         attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D.
             Halton-MaskGIT's "small" has 6 heads of 85 numbers for D = 512.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
-            in raster order, without registers. Both have the same weights.
+            in raster order, without registers, and with ``adaln``. Both have the same weights.
     """
 
     has_token_groups: ClassVar[bool] = True
