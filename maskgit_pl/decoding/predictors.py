@@ -240,6 +240,10 @@ class ConditionalModel:
         # The logits of the first step are cached by class, which a vector makes wrong.
         return replace(self, vectors=vectors, first_step_logits=None, negative=negative)
 
+    def first_logits(self, labels: Sequence[int]) -> Tensor:
+        """Returns the logits (B, N, K) of the first step without guidance, so that a cache serves all scales."""
+        return (self.first_step_logits or FirstStepLogits(self.network))(labels, device=self.device)
+
     def fill_negative_labels(
         self, negative_labels: Sequence[int] | None, labels: Sequence[int]
     ) -> Sequence[int] | None:
@@ -305,16 +309,13 @@ def _first_logits(
     model: ConditionalModel, labels: Sequence[int], negative_labels: Sequence[int] | None, scale: float
 ) -> Tensor:
     """Returns the guided logits of the first step, (B, N, K)."""
-    # The caches hold unguided logits, so they serve all scales.
-    first_step = model.first_step_logits or FirstStepLogits(model.network)
     if negative_labels is None or scale == 0:
-        return first_step(labels, device=model.device)
-    if model.negative is not None:
-        negative_step = model.negative.first_step_logits or FirstStepLogits(model.negative.network)
-        negative = negative_step(negative_labels, device=model.device)
-        return apply_guidance(first_step(labels, device=model.device), negative, scale)
-    conditional, unconditional = first_step([*labels, *negative_labels], device=model.device).chunk(2)
-    return apply_guidance(conditional, unconditional, scale)
+        return model.first_logits(labels)
+    if model.negative is None:
+        conditional, negative = model.first_logits([*labels, *negative_labels]).chunk(2)
+    else:
+        conditional, negative = model.first_logits(labels), model.negative.first_logits(negative_labels)
+    return apply_guidance(conditional, negative, scale)
 
 
 @dataclass(frozen=True)

@@ -314,10 +314,7 @@ def _read_maskgil(tensors: Mapping[str, Tensor], grid: tuple[int, int], num_head
         num_heads=_find_num_heads(num_heads, _MASKGIL_HEADS, (embed_dim, depth)),
         mlp_dim=shape_of(tensors, "layers.0.feed_forward.w1.weight")[0],
         num_registers=0,
-        positions="rotary-raster",
         conditioning="token",
-        qk_norm=False,
-        tied_head=False,
         dropout=_DROPOUT,
         class_dropout=_CLASS_DROPOUT,
     )

@@ -1,8 +1,8 @@
 """The ``adaln`` backbone: a pre-norm transformer whose condition scales, shifts and gates every layer (adaLN-zero).
 
 ``mvtm.MaskedTokenModel`` trains it, and the predictors of ``decoding`` call ``forward_at``.
-``AutoregressiveAdaLN`` is its causal form, a baseline as in the paper's Table 1. With its options it is the
-network of Halton-MaskGIT (``conditioning: adaln``) or of MaskGIL (``conditioning: token``, a LLaMA block).
+``AutoregressiveAdaLN`` is its causal form, a baseline as in the paper's Table 1. It is the network of
+Halton-MaskGIT, or with ``conditioning: token`` that of MaskGIL.
 
 With the condition c = SiLU(class embedding + projected vector), a block computes
 
@@ -10,7 +10,10 @@ With the condition c = SiLU(class embedding + projected vector), a block compute
     x = x + gate_1 proj(attention(norm(x) (1 + scale_1) + shift_1))
     x = x + gate_2 fc2(SiLU(g) v),  (g, v) = fc1(norm(x) (1 + scale_2) + shift_2)       SwiGLU
 
-where norm(x) = x / sqrt(mean(x^2) + 1e-5) (RMSNorm). Queries and keys are normalized in the same way.
+where norm(x) = x / sqrt(mean(x^2) + 1e-5) (RMSNorm). Queries and keys are normalized in the same way, over all heads.
+
+With ``conditioning: token``, the embedded condition is a token of the sequence instead, the norms have weights, queries
+and keys are not normalized but rotated by their positions, and the logits have a table of their own: a LLaMA block.
 
 Shapes: B images, N tokens, S positions of the sequence (tokens in raster order, then the class token if there
 is one, then registers), D embedding dimension, C size of a conditioning vector, V columns.
@@ -49,7 +52,6 @@ from maskgit_pl.networks.backbone import (
 from maskgit_pl.networks.kernels import PackingLinear, attend, feed_forward, rms_norm
 
 Conditioning = Literal["adaln", "token"]
-Positions = Literal["learned", "rotary-raster"]
 
 Modulation: TypeAlias = tuple[Tensor | None, ...]
 """shift_1, 1 + scale_1, gate_1, shift_2, 1 + scale_2 and gate_2, (B, 1, D) each; Nones with ``conditioning: token``."""
@@ -71,16 +73,12 @@ class AdaLNConfig(BackboneConfig):
         mlp_dim: Hidden size of the SwiGLU MLP, which has 3 D ``mlp_dim`` weights. 8 / 3 D costs as much as an
             ordinary MLP of 4 D.
         num_registers: Number of learned tokens that are added to the sequence and predict nothing, in [0, 1024].
-        positions: ``learned``: an embedding for each token; ``rotary-raster``: queries and keys are rotated by the
-            raster order as in the released MaskGIL code, only with ``bidirectional`` attention.
-        conditioning: ``adaln``: the condition modulates every block; ``token``: it is a token of the
-            sequence, and the norms have weights.
-        qk_norm: True normalizes queries and keys over all heads, without weights.
-        tied_head: True multiplies by the token embedding for the logits; False learns another table.
+        conditioning: ``adaln``: the condition modulates every block, as in Halton-MaskGIT; ``token``: it is a token of
+            the sequence, in a network of LLaMA blocks, as in MaskGIL (see the module).
         attention_dim: Size of all attention heads together, a multiple of ``num_heads``; None for D.
             Halton-MaskGIT's "small" has 6 heads of 85 numbers for D = 512.
         attention: ``bidirectional``: a token attends to all tokens; ``causal``: to itself and those before it
-            in raster order, without registers. Both have the same weights.
+            in raster order, without registers, and with ``adaln``. Both have the same weights.
     """
 
     has_token_groups: ClassVar[bool] = True
@@ -89,10 +87,7 @@ class AdaLNConfig(BackboneConfig):
     num_heads: int = 12
     mlp_dim: int = 2048
     num_registers: int = 1
-    positions: Positions = "learned"
     conditioning: Conditioning = "adaln"
-    qk_norm: bool = True
-    tied_head: bool = True
     attention_dim: int | None = None
     _: KW_ONLY
     backbone: str = "adaln"
@@ -108,17 +103,16 @@ class AdaLNConfig(BackboneConfig):
         name, heads_dim = ("attention_dim", self.attention_dim) if self.attention_dim else ("embed_dim", self.embed_dim)
         if heads_dim % self.num_heads:
             raise ValueError(f"transformer {name} must be a multiple of num_heads {self.num_heads}, got {heads_dim}")
-        check_choice("transformer positions", self.positions, get_args(Positions))
         check_choice("transformer conditioning", self.conditioning, get_args(Conditioning))
         check_choice("transformer attention", self.attention, get_args(Attention))
-        if self.attention == "causal" and (self.num_registers or self.positions != "learned"):
+        if self.attention == "causal" and (self.num_registers or self.conditioning == "token"):
             raise ValueError(
-                "transformer attention 'causal' must have num_registers 0 and positions 'learned', got "
-                f"{self.num_registers} and {self.positions!r}"
+                "transformer attention 'causal' must have num_registers 0 and conditioning 'adaln', got "
+                f"{self.num_registers} and {self.conditioning!r}"
             )
-        if self.positions == "rotary-raster" and self.head_dim % 2:  # pairs of numbers are rotated
+        if self.conditioning == "token" and self.head_dim % 2:  # pairs of numbers are rotated
             raise ValueError(
-                f"transformer {name} / num_heads must be even for positions 'rotary-raster', got {self.head_dim}"
+                f"transformer {name} / num_heads must be even for conditioning 'token', got {self.head_dim}"
             )
 
     @property
@@ -130,11 +124,6 @@ class AdaLNConfig(BackboneConfig):
     def vocabulary_size(self) -> int:
         """The size of the vocabulary: codes, then the mask token. Classes have a table of their own."""
         return self.codebook_size + 1
-
-    @property
-    def has_class_token(self) -> bool:
-        """Returns True if the class is a token of the sequence, after the image's tokens."""
-        return self.conditioning == "token" and self.attention == "bidirectional"
 
     def create(self) -> AdaLNTransformer:
         """Creates the network whose attention the configuration names, with initial weights."""
@@ -153,7 +142,7 @@ class AdaLNBlock(nn.Module):
     def __init__(self, config: AdaLNConfig) -> None:
         super().__init__()
         dim, hidden, is_modulated = config.embed_dim, config.mlp_dim, config.conditioning == "adaln"
-        self.num_heads, self.dropout, self.qk_norm = config.num_heads, config.dropout, config.qk_norm
+        self.num_heads, self.dropout = config.num_heads, config.dropout
         self.is_causal = config.attention == "causal"
         # Modulated norms need no weights: the scale of the condition has a bias.
         self.modulation = PackingLinear(dim, 6 * dim) if is_modulated else None
@@ -189,7 +178,7 @@ class AdaLNBlock(nn.Module):
         Args:
             x: (B, S, D).
             condition: (B, D): the condition c; not used with ``conditioning: token``.
-            rotation: (S, D / heads / 2, 2): cosines and sines of the rotary positions; None for learned positions.
+            rotation: (S, D / heads / 2, 2): cosines and sines of the positions, with ``conditioning: token``.
             modulation: ``modulate(condition)``, if it is known already.
             rows: (M,) int64 in [0, B S): return only these rows of the (B S, D) output.
             positions: (B, M) int64 in [0, S): return only these rows; not with causal attention.
@@ -232,7 +221,7 @@ class AdaLNBlock(nn.Module):
         """Computes attention (B, M, D) of rows (B, M, D), at the positions ``at`` (B, M) or all, to (B, S, D)."""
         query = self.query(asking)
         key, value = self.key_value(answering).chunk(2, dim=-1)
-        if self.qk_norm:  # over all heads
+        if self.modulation is not None:  # over all heads
             query, key = (rms_norm(part, eps=_EPS) for part in (query, key))
         query, key, value = (
             rearrange(part, "b s (heads d) -> b heads s d", heads=self.num_heads) for part in (query, key, value)
@@ -268,17 +257,17 @@ class AdaLNTransformer(Backbone):
         # The order of the modules decides the initial weights.
         self.token_embedding = TokenEmbedding(config, dim)
         self.class_embedding = nn.Embedding(config.num_classes + has_null, dim)  # the null class last
-        self.position_embedding = nn.Embedding(config.num_tokens, dim) if config.positions == "learned" else None
+        is_modulated = config.conditioning == "adaln"
+        self.position_embedding = nn.Embedding(config.num_tokens, dim) if is_modulated else None
         self.register_embedding = nn.Embedding(config.num_registers, dim) if config.num_registers else None
         self.vector_proj = nn.Linear(config.condition_dim, dim) if config.condition_dim else None
         self.null_vector = (
             nn.Parameter(torch.zeros(config.condition_dim)) if config.condition_dim and has_null else None
         )
         self.blocks.extend(AdaLNBlock(config) for _ in range(config.depth))
-        is_modulated = config.conditioning == "adaln"
         self.head_modulation = PackingLinear(dim, 2 * dim) if is_modulated else None
         self.head_norm = nn.RMSNorm(dim, eps=_EPS, elementwise_affine=not is_modulated)
-        self.head_embedding = None if config.tied_head else nn.Embedding(config.num_rows, dim)
+        self.head_embedding = None if is_modulated else nn.Embedding(config.num_rows, dim)
         self.head_bias = nn.Parameter(torch.zeros(config.num_rows))
         self.apply(_initialise)
         for module in (self.head_modulation, *(block.modulation for block in self._blocks())):
@@ -353,7 +342,7 @@ class AdaLNTransformer(Backbone):
         embedded = self._embed_condition(labels, vectors)
         x = self._embed(tokens, embedded)
         condition = F.silu(embedded)
-        is_rotary = self.config.positions == "rotary-raster"
+        is_rotary = self.config.conditioning == "token"
         rotation = rotation_table(x.shape[1], self.config.head_dim, x.device) if is_rotary else None
         for number, block in enumerate(self.blocks[:-1]):
             modulation = None if modulations is None else modulations[number]
@@ -380,10 +369,9 @@ class AdaLNTransformer(Backbone):
         """Embeds tokens (B, N), and adds the class token and the registers: (B, S, D)."""
         x = self.token_embedding(tokens)
         if self.position_embedding is not None:
-            x = x + self.position_embedding.weight
-        parts = [x]
-        if self.config.has_class_token:
-            parts.append(condition.unsqueeze(1))
+            parts = [x + self.position_embedding.weight]
+        else:
+            parts = [x, condition.unsqueeze(1)]
         if self.register_embedding is not None:
             # Not len(x), which would fix the batch size of an exported network.
             parts.append(self.register_embedding.weight.expand(x.shape[0], -1, -1))
@@ -405,8 +393,7 @@ class AdaLNTransformer(Backbone):
 class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
     """Predicts the code of each token from the class and the tokens before it, in raster order.
 
-    The sequence is [start, x_1 .. x_{N-1}], and the output at each position predicts the next token. The
-    start is the mask token, or the embedded class with ``conditioning: token``.
+    The sequence is [mask token, x_1 .. x_{N-1}], and the output at each position predicts the next token.
     """
 
     attention = "causal"
@@ -438,9 +425,7 @@ class AutoregressiveAdaLN(AdaLNTransformer, AutoregressiveBackbone):
         embedded = self._embed_condition(labels, vectors)
         start = torch.full_like(labels, self.config.mask_token_id).unsqueeze(1)  # (B, 1)
         x = self.token_embedding(torch.cat([start, tokens], dim=1))  # (B, 1 + t, D)
-        if self.config.conditioning == "token":
-            x = torch.cat([embedded.unsqueeze(1), x[:, 1:]], dim=1)
-        assert self.position_embedding is not None  # causal attention has learned positions
+        assert self.position_embedding is not None  # as the conditioning is not ``token``
         x = (x + self.position_embedding.weight[: x.shape[1]])[:, first:]
         condition = F.silu(embedded)
         for number, block in enumerate(self.blocks):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from maskgit_pl.decoding import ParallelDecoder, SeededNoise
+from maskgit_pl.decoding import ParallelDecoder
 from maskgit_pl.decoding.selectors import Candidates, TokenSelector, check_token_selector, token_selectors
 from maskgit_pl.schedules import halton_order, mask_schedules
 from tests.decoding.fakes import (
@@ -109,27 +109,6 @@ def test_moment_scores_and_sharpens_with_the_same_exponent():
     expected = drawn.log_probs.exp().pow(1.5).sum(-1).log() + drawn.gumbel
     torch.testing.assert_close(selector(drawn), expected)
     assert selector.sharpness(0.5) == 1.5
-
-
-@pytest.mark.slow
-def test_moment_is_the_limit_of_confidence_if_few_of_many_tokens_are_kept():
-    """Compares how often each (position, code) is kept, over many images."""
-    num_images, temperature = 20_000, 1.0
-    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.4, 0.0]]).repeat(20, 1)
-    shares = {}
-    for name in ("confidence", "moment"):
-        decoder = decoder_of({"name": name, "choice_temperature": temperature / 0.5}, 2, tokens_per_step=(1, 39))
-        noise = SeededNoise(torch.arange(num_images), 40, steps_at_once=1)
-        predictor = lambda tokens, positions: logits[positions]  # noqa: E731  # one expression, named for the reader
-        step = next(
-            decoder.steps(predictor, torch.full((num_images, 40), MASK), noise, mask_token_id=MASK, grid=(5, 8))
-        )
-        positions = (step.was_masked & ~step.still_masked).nonzero()[:, 1]
-        codes = step.tokens[~step.still_masked]
-        shares[name] = torch.bincount((positions % 2) * 3 + codes, minlength=6) / num_images
-    moments = logits[:2].softmax(-1) ** 2  # exponent 1 + 1 / temperature
-    torch.testing.assert_close(shares["moment"], (moments / moments.sum()).flatten(), atol=0.01, rtol=0)
-    torch.testing.assert_close(shares["confidence"], shares["moment"], atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize(("progress", "expected"), [(0.25, [-0.559438, -1.974353]), (0.75, [-1.259438, -0.774353])])

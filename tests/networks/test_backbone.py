@@ -95,7 +95,7 @@ def test_every_token_the_class_and_the_vector_change_the_logits(config):
         assert (network(tokens, labels, vectors=vectors + 1) - before).abs().amax((1, 2)).min() > 1e-4
 
 
-@pytest.mark.parametrize("options", [{}, {"conditioning": "token", "positions": "rotary-raster"}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"conditioning": "token"}], ids=str)
 def test_the_null_label_hides_the_vector(options):
     config = small_config("adaln", condition_dim=6, **options)
     tokens, labels, _, vectors = inputs(config)

@@ -12,7 +12,7 @@ from maskgit_pl.runs.resolve import config_text, values_without_data
 from maskgit_pl.runs.settings import json_schema, resolve
 
 BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
-ADALN = {"model": {"network": {"backbone": "adaln", "positions": "rotary-raster"}}}
+ADALN = {"model": {"network": {"backbone": "adaln", "conditioning": "token"}}}
 
 
 def read(*trees: dict, flags: tuple[str, ...] = ()) -> Recipe:
@@ -26,11 +26,8 @@ def network_of(recipe: Recipe) -> dict:
 
 def test_another_backbone_keeps_only_the_common_keys():
     recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
-    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary-raster", "num_heads": 2}
-    assert (
-        network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["positions"]
-        == "rotary-raster"
-    )
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "conditioning": "token", "num_heads": 2}
+    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["conditioning"] == "token"
     back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
     assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
     named = read(BERT, {"model": {"network": {"backbone": "bert"}}})  # the same backbone as before
@@ -38,19 +35,15 @@ def test_another_backbone_keeps_only_the_common_keys():
     # What data and tokenizer determine comes first, without a backbone.
     sizes = {"model": {"network": {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}}}
     assert merge([sizes, ADALN])["model"]["network"].keys() == {
-        "codebook_size", "num_classes", "grid", "backbone", "positions",
+        "codebook_size", "num_classes", "grid", "backbone", "conditioning",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_order_of_flags_does_not_matter(turned):
-    flags = (
-        "--model.network.backbone=adaln",
-        "--model.network.positions=rotary-raster",
-        "--model.network.embed_dim=64",
-    )
+    flags = ("--model.network.backbone=adaln", "--model.network.conditioning=token", "--model.network.embed_dim=64")
     recipe = read(BERT, flags=tuple(reversed(flags)) if turned else flags)
-    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "positions": "rotary-raster", "embed_dim": 64}
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "conditioning": "token", "embed_dim": 64}
     more = recipe.with_overrides(("--model.network.num_registers=2",))
     assert network_of(more)["num_registers"] == 2
 
@@ -70,15 +63,15 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
     ("trees", "flags", "said"),
     [
         (
-            (BERT, ADALN, {"model": {"network": {"position": "x"}}}),
+            (BERT, ADALN, {"model": {"network": {"num_head": 1}}}),
             (),
-            r"^recipe 2\.yaml: unknown key 'model\.network\.position': did you mean 'model\.network\.positions'\? "
-            "keys of model.network: .*num_registers",
+            r"^recipe 2\.yaml: unknown key 'model\.network\.num_head': did you mean 'model\.network\.num_heads'\? "
+            "keys of model.network: .*conditioning",
         ),
         (
-            (BERT, {"model": {"network": {"positions": "rotary-raster"}}}),
+            (BERT, {"model": {"network": {"conditioning": "token"}}}),
             (),
-            r"^recipe 1\.yaml: unknown key 'model\.network\.positions': keys of model.network: attention, ",
+            r"^recipe 1\.yaml: unknown key 'model\.network\.conditioning': .*keys of model.network: attention, ",
         ),
         (
             (BERT, {"model": {"network": {"backbone": "adalm"}}}),
@@ -86,7 +79,7 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
             r"^recipe 1\.yaml: model\.network\.backbone: unknown backbone 'adalm': did you mean 'adaln'\? known: adaln",
         ),
         ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
-        ((ADALN,), ("--model.network.positions=round",), r"positions must be 'learned' or .*got 'round'"),
+        ((ADALN,), ("--model.network.conditioning=round",), r"conditioning must be 'adaln' or .*got 'round'"),
     ],
 )
 def test_a_wrong_key_is_answered_with_the_keys_of_the_backbone(trees, flags, said):
