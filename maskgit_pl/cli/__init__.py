@@ -14,21 +14,15 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn, TextIO
 
 from maskgit_pl import __version__
 from maskgit_pl.checks import did_you_mean, shorten
 from maskgit_pl.cli.arguments import add_command, flag_of, read_call, takes_overrides
-from maskgit_pl.errors import (
-    BAD_INPUT,
-    PrintableFormatter,
-    describe_error,
-    exit_code_of,
-    is_user_error,
-)
+from maskgit_pl.errors import BAD_INPUT, PrintableFormatter, describe_error, exit_code_of, is_user_error
 
 __all__ = ["build_parser", "main"]
 
@@ -242,26 +236,21 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _call(args: argparse.Namespace) -> int:
-    """Calls the function of the command; returns its exit code, 0 for None."""
-    with _use_flag_names(_flags_of(args.parser)):
-        return args.function(**read_call(args.function, vars(args), args.rest)) or 0
+    """Calls the function of the command; returns its exit code, 0 for None.
 
-
-@contextmanager
-def _use_flag_names(flags: Sequence[str]) -> Iterator[None]:
-    """Makes a ValueError that begins with a setting (``num_steps must ...``) begin with its flag.
-
-    Functions name their own arguments in errors. The user of a command knows the flags.
+    Functions name their own arguments in errors, but the user of a command knows the flags: a ValueError that begins
+    with a setting (``num_steps must ...``) begins with its flag instead.
     """
     try:
-        yield
+        return args.function(**read_call(args.function, vars(args), args.rest)) or 0
     except ValueError as error:
+        flags, text = _flags_of(args.parser), str(error)
         # No key of a recipe, but a flag of the command with a typing mistake.
-        key = re.match(r"flag --([\w-]+): unknown key", str(error))
-        if key is not None and "did you mean" not in str(error) and (hint := _nearest_flag(key[1], flags)):
+        key = re.match(r"flag --([\w-]+): unknown key", text)
+        if key is not None and "did you mean" not in text and (hint := _nearest_flag(key[1], flags)):
             raise ValueError(f"unknown argument --{key[1]}; {hint}") from error
         # "num_steps must be ..." -> num_steps; "height of the image must ..." -> height, no flag of the command.
-        setting = re.match(r"([a-z_]+) must ", str(error))
+        setting = re.match(r"([a-z_]+) must ", text)
         if setting is None or not is_user_error(error) or flag_of(setting[1]).removeprefix("--") not in flags:
             raise
-        raise ValueError(str(error).replace(setting[1], flag_of(setting[1]), 1)) from error
+        raise ValueError(text.replace(setting[1], flag_of(setting[1]), 1)) from error

@@ -25,7 +25,7 @@ from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.distillation import DistilledModel
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.networks.weights import ZeroWeights
-from maskgit_pl.pipeline.pretrained import fingerprint, read_config
+from maskgit_pl.pipeline.pretrained import fingerprint
 from maskgit_pl.processes import hide_launcher
 from maskgit_pl.runs.plan import Plan
 from maskgit_pl.runs.resolve import choose_precision, fixed_settings, list_changes, merge_values
@@ -243,9 +243,7 @@ class StageRun:
     def _fixed_settings(self) -> dict[str, Any]:
         weights = {}
         if self.plan.stage == "transformer":
-            folder = Path(self.values.model.tokenizer)
-            read_config(folder, "tokenizer")  # raises if it is not a tokenizer
-            weights["tokenizer"] = fingerprint(folder)
+            weights["tokenizer"] = fingerprint(Path(self.values.model.tokenizer))
         if isinstance(self.model, DistilledModel):
             weights["teacher"] = fingerprint(Path(self.values.model.teacher))
         return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, **weights)

@@ -147,11 +147,10 @@ def export(
         for part in stages:
             if (out / part).exists() and not replace:
                 raise FileExistsError(f"{out / part} exists; replace it with --replace, or write elsewhere with --out")
+            check_stage_folder(out / part)
         # Everything is found before anything is written.
         plans = [_plan(folder, part, data, out) for part in stages]
         chosen = [_checkpoint(plan, step) for plan in plans]
-        for part in stages:
-            check_stage_folder(out / part)
         for plan, checkpoint in zip(plans, chosen, strict=True):
             _export_checkpoint(plan, checkpoint, out)
     return out

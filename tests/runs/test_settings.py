@@ -101,9 +101,7 @@ WIDE = {  # numbers without an upper end
 }  # fmt: skip
 RANGES = {  # a value of each key that is out of its range
     "tokenizer": {
-        "trainer.num_nodes": 0, "trainer.max_steps": -2, "trainer.log_every_n_steps": 0, "trainer.devices": -2,
-        "trainer.num_sanity_val_steps": -2, "trainer.val_check_interval": 0, "trainer.limit_val_batches": -1,
-        "checkpoint_every": 0, "keep_last": 0, "keep_every": 0, "cpu_threads": 0, "max_passes": 0, "hang_seconds": 0,
+        "trainer.max_steps": -2, "trainer.devices": -2, "keep_every": 0, "cpu_threads": 0, "hang_seconds": 0,
         "model.gradient_clip": 0, "model.ema_decay": 1.5, "model.flip_probability": -0.5,
         "model.reconstruction_weight": -1, "data.seed": -1, "data.num_workers": -1, "data.global_batch": 0,
     },
