@@ -251,7 +251,7 @@ def test_decoding_settings_are_read_as_written_and_older_ones_kept(saved: Path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "format must be 'maskgit_pl.decoding', version 1, got 'other'"),
+        ({"format": "other"}, "format must be 'maskgit_pl.decoding', got 'other'"),
         ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
         ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
         ({"decoding": {"num_steps": "8"}}, "num_steps must be an integer"),
