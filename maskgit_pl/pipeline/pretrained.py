@@ -371,16 +371,13 @@ def save_decoding(
     decoding: DecodingConfig,
     *,
     tuned: Mapping[str, Any] | None = None,
-) -> Path | None:
+) -> None:
     """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
 
     Args:
         folder: Folder such as ``runs/RUN/pretrained``.
         decoding: Configuration of decoding.
         tuned: Record of the search that found it, in plain values, for people.
-
-    Returns:
-        The copy of an older ``decoding.json``; None if there was none.
 
     Raises:
         FileNotFoundError: if the folder has no transformer.
@@ -393,11 +390,7 @@ def save_decoding(
         "transformer": fingerprint(file.parent / "transformer"),
         "tuned": dict(tuned or {}),
     }
-    old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
-    if old is not None:
-        shutil.copyfile(file, old)  # a copy: the folder is never without one
     write_text(file, json.dumps(content, indent=2) + "\n")
-    return old
 
 
 def read_decoding(folder: Path | str) -> DecodingConfig | None:
