@@ -192,9 +192,7 @@ def tune(
     if result.decoding_file is None:  # without a better trial, the files of the model stay as they are
         print(f"the current settings are the best of {len(result.trials)} trials; decoding.json is unchanged")
     else:
-        old = result.old_decoding_file
-        kept = "" if old is None else f"; the previous settings are in {old.name}"
-        print(f"{result.decoding_file}: new decoding settings of this model{kept}")
+        print(f"{result.decoding_file}: new decoding settings of this model")
 
 
 def train_classifier(

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -38,6 +38,7 @@ Numbers = Annotated[tuple[int, ...], Word("T,...")]
 Seeds = Annotated[tuple[int, ...], Word("N,...")]
 Specs = Annotated[Sequence[str | dict[str, Any]], Word("A,B,...", parse_specs)]
 ImageSize = Annotated[int | tuple[int, int], Word("S|H,W")]
+_RECORDED = 4  # images of an animation
 
 
 @dataclass(frozen=True)
@@ -253,18 +254,18 @@ def record_steps(title: str, count: int) -> Iterator[tuple[Callable[[DecodingSte
     Yields:
         The ``callback`` for a method of ``MaskGIT``, and the list of recorded steps.
     """
-    from maskgit_pl.pipeline.display import StepRecorder  # which imports torch
-
-    record = StepRecorder()
+    steps: list[DecodingStep] = []
     # The bar disappears at the end, so that only the names of the files stay on the terminal.
     with named_bars("tokens") as advance:
 
         def after_step(step: DecodingStep) -> None:
-            record(step)
-            total = count * int(record.steps[0].was_masked[0].sum())
+            if not steps or bool(steps[-1].still_masked.any()):  # else the step is of a later batch
+                tensors = {name: values[:_RECORDED] for name, values in vars(step).items() if name != "step"}
+                steps.append(replace(step, **tensors))
+            total = count * int(steps[0].was_masked[0].sum())
             advance(title, int(step.was_masked.sum() - step.still_masked.sum()), total)
 
-        yield after_step, record.steps
+        yield after_step, steps
 
 
 def print_json(value: object) -> None:

@@ -165,7 +165,6 @@ class TuningResult:
     num_images: int  # of each trial; ``confirmed`` has twice as many
     page: Page | None = None  # None before it is made
     decoding_file: Path | None = None  # the written one; None if the model already had the winning decoding
-    old_decoding_file: Path | None = None  # copy of the previous one; None if there was none
 
     @property
     def before(self) -> Trial:
@@ -279,9 +278,9 @@ def tune(
     }
     if pipe.negative_model is not None and pipe.negative_model.folder is not None:
         copy_stage_folder(pipe.negative_model.folder, folders.pretrained / NEGATIVE)
-    old = save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
+    save_decoding(folders.pretrained, result.winner.decoding, tuned=tuned)
     refresh_card(folders.pretrained)
-    return replace(result, decoding_file=folders.pretrained / "decoding.json", old_decoding_file=old)
+    return replace(result, decoding_file=folders.pretrained / "decoding.json")
 
 
 def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:

@@ -147,7 +147,7 @@ def _named_in(rule: Rule, axes: Mapping[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class ImportedTransformer:
-    """A transformer that was read.
+    """A transformer that was read: what ``save_transformer`` writes.
 
     Attributes:
         config: Sizes of the network.
@@ -217,15 +217,8 @@ def write_import(imported: Imported) -> Imported:
         tokenizer, transformer = fresh / "tokenizer", imported.transformer
         save_tokenizer(tokenizer, imported.tokenizer, imported.weights, image_size=imported.image_size)
         if transformer is not None:
-            save_transformer(
-                fresh / "transformer",
-                transformer.config,
-                transformer.weights,
-                mask_schedule=transformer.mask_schedule,
-                decoding=transformer.decoding,
-                class_names=transformer.class_names,
-                tokenizer_fingerprint=fingerprint(tokenizer),
-            )
+            folder = fresh / "transformer"
+            save_transformer(folder, **vars(transformer), tokenizer_fingerprint=fingerprint(tokenizer))
     return imported
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from io import BytesIO
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -66,27 +66,6 @@ class ImageList(list[Image.Image]):
         file = BytesIO()
         image_grid(images, columns=min(_COLUMNS, len(images))).save(file, format="PNG")
         return file.getvalue()
-
-
-class StepRecorder:
-    """A callback of ``MaskGIT.generate`` that keeps the decoding steps of the first images of the first batch.
-
-    Args:
-        max_images: Number of images whose steps are kept.
-
-    Attributes:
-        steps: Steps recorded so far.
-    """
-
-    def __init__(self, *, max_images: int = 4) -> None:
-        self.max_images = max_images
-        self.steps: list[DecodingStep] = []
-
-    def __call__(self, step: DecodingStep) -> None:
-        if self.steps and not bool(self.steps[-1].still_masked.any()):  # complete: the step is of a later batch
-            return
-        names = [item.name for item in fields(step) if item.name != "step"]
-        self.steps.append(replace(step, **{name: getattr(step, name)[: self.max_images] for name in names}))
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 _WEIGHTS_FILE = "model.safetensors"
 _CONFIG = "config.json"
 _NETWORK_FILES = (_CONFIG, _WEIGHTS_FILE)
-_DECODING, _DECODING_FORMAT = "decoding.json", "maskgit_pl.decoding"
+_DECODING = "decoding.json"
 _VERSION = 1
 _MAX_CONFIG_BYTES = 8_000_000  # 100,000 classes with names of 80 letters
 _LARGEST_IMAGE = 8192
@@ -287,7 +287,7 @@ def load_tokenizer(folder: Path | str) -> PretrainedTokenizer:
             configuration or are non-finite.
     """
     folder = Path(folder)
-    config, image_size = _parse_tokenizer(_read_json(folder, "tokenizer"), folder / _CONFIG)
+    config, image_size = _parse_tokenizer(_read_json(folder / _CONFIG, "tokenizer"), folder / _CONFIG)
     network = _read_network(lambda: VQGAN(config), folder, num_blocks=config.num_blocks)
     # Convolutions then take channels last: half the time in bfloat16 on a CPU, which has them in no other layout.
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's types
@@ -303,7 +303,7 @@ def load_transformer(folder: Path | str) -> PretrainedTransformer:
             the configuration or are non-finite.
     """
     folder = Path(folder)
-    config, facts = _parse_transformer(_read_json(folder, "transformer"), folder / _CONFIG)
+    config, facts = _parse_transformer(_read_json(folder / _CONFIG, "transformer"), folder / _CONFIG)
     network = _read_network(lambda: create_network(config), folder, num_blocks=config.num_blocks)
     return PretrainedTransformer(network, folder=folder, **facts)
 
@@ -322,7 +322,8 @@ def read_config(folder: Path | str, kind: _Kind) -> dict[str, Any]:
         FileNotFoundError: if there is no such folder or file.
         ValueError: if it is not JSON, is of another kind or version, or a value is wrong.
     """
-    config, file = _read_json(Path(folder), kind), Path(folder) / _CONFIG
+    file = Path(folder) / _CONFIG
+    config = _read_json(file, kind)
     if kind == "tokenizer":
         _parse_tokenizer(config, file)
     elif kind == "transformer":
@@ -372,7 +373,7 @@ def save_decoding(
     decoding: DecodingConfig,
     *,
     tuned: Mapping[str, Any] | None = None,
-) -> Path | None:
+) -> None:
     """Writes ``decoding.json``, by which the images of this folder are decoded from then on.
 
     Args:
@@ -380,25 +381,18 @@ def save_decoding(
         decoding: Configuration of decoding.
         tuned: Record of the search that found it, in plain values, for people.
 
-    Returns:
-        The copy of an older ``decoding.json``; None if there was none.
-
     Raises:
         FileNotFoundError: if the folder has no transformer.
     """
     file = Path(folder) / _DECODING
     content = {
-        "format": _DECODING_FORMAT,
+        "format": "maskgit_pl.decoding",
         "version": _VERSION,
         "decoding": asdict(decoding),
         "transformer": fingerprint(file.parent / "transformer"),
         "tuned": dict(tuned or {}),
     }
-    old = file.with_name(f"{_DECODING}.old") if file.is_file() else None
-    if old is not None:
-        shutil.copyfile(file, old)  # a copy: the folder is never without one
     write_text(file, json.dumps(content, indent=2) + "\n")
-    return old
 
 
 def read_decoding(folder: Path | str) -> DecodingConfig | None:
@@ -415,12 +409,7 @@ def read_decoding(folder: Path | str) -> DecodingConfig | None:
     file = Path(folder) / _DECODING
     if not file.is_file():
         return None
-    content = read_json(file)
-    if (content.get("format"), content.get("version")) != (_DECODING_FORMAT, _VERSION):
-        raise ValueError(
-            f"decoding {file}: format must be {_DECODING_FORMAT!r}, version {_VERSION}, got "
-            f"{shorten(content.get('format'))}, version {shorten(content.get('version'))}; run `maskgit tune` again"
-        )
+    content = _read_json(file, "decoding")
     check_keys(f"decoding {file}", content, known=content, required=("decoding",))
     decoding = _build_decoding(content["decoding"], f"decoding {file}: decoding")
     # Tuned settings fit one set of weights; after more training they may not be the best.
@@ -463,11 +452,12 @@ def _read_network(build: Callable[[], _Network], folder: Path, *, num_blocks: in
     return load_network(build, weights, file).requires_grad_(requires_grad=False).eval()
 
 
-def _read_json(folder: Path, kind: _Kind) -> dict[str, Any]:
-    """Returns the content of a ``config.json`` of our format and version."""
-    file = folder / _CONFIG
+def _read_json(file: Path, kind: str) -> dict[str, Any]:
+    """Returns the content of a file of our format and version."""
     if not file.exists():
-        raise FileNotFoundError(f"{kind} {folder}: no {_CONFIG} there; name a folder that training or an import wrote")
+        raise FileNotFoundError(
+            f"{kind} {file.parent}: no {file.name} there; name a folder that training or an import wrote"
+        )
     config = read_json(file, max_bytes=_MAX_CONFIG_BYTES)
     if config.get("format") != f"maskgit_pl.{kind}":
         raise ValueError(f"{kind} {file}: format must be 'maskgit_pl.{kind}', got {shorten(config.get('format'))}")

@@ -50,7 +50,6 @@ _PAINT, _EXTEND, _VARY = "Paint a region", "Extend (outpaint)", "Vary the whole 
 _SIDES = ("left", "right", "up", "down")
 _COUNT, _MOST = 4, 8  # images of a run
 _SEED = 11  # with which the page opens: a good one of the model of the package
-_MOST_WAITING, _MOST_SESSIONS = 64, 200  # events in the queue; visitors whose state is kept
 _CANVAS = 448  # pixels of the longer edge of the canvas of the brush
 _SMALL = 128  # pixels below which an image is shown enlarged, with visible pixels
 _MOST_PAINTED = 2**22  # pixels of the canvas
@@ -108,8 +107,7 @@ def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
 
         for button in (edit_this, take):
             button.click(fill, [generated, selected], [tabs, *source], **_LIGHT)
-    page.queue(max_size=_MOST_WAITING, api_open=False)
-    page.state_session_capacity = _MOST_SESSIONS
+    page.queue(api_open=False)
     return page
 
 

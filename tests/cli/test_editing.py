@@ -8,9 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from maskgit_pl.cli.flags import record_steps
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.grids import REQUESTED
 from tests.cli.conftest import Answer, pixels
+from tests.pipeline.conftest import step
 
 
 @pytest.fixture
@@ -146,3 +148,11 @@ def test_a_command_writes_the_images_of_the_pipeline_and_their_decoding(
     with Image.open(tmp_path / "out.gif") as animation:
         assert animation.n_frames in frames
     assert (tmp_path / "strip.png").is_file()
+
+
+def test_the_first_images_of_the_first_batch_are_recorded() -> None:
+    every = list(range(16))
+    with record_steps("a task", 10) as (after_step, recorded):
+        for each in (step(0, every, every[:8], 5), step(1, every[:8], [], 5), step(0, every, [], 5)):
+            after_step(each)
+    assert [(each.step, len(each.tokens)) for each in recorded] == [(0, 4), (1, 4)]

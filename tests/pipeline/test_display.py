@@ -14,9 +14,9 @@ import torch
 from PIL import Image, ImageFont
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
-from maskgit_pl.pipeline.display import ImageList, Recording, StepRecorder, describe_settings, select_steps
+from maskgit_pl.pipeline.display import ImageList, Recording, describe_settings, select_steps
 from maskgit_pl.pipeline.grids import MASKED, NEW, REMASKED
-from tests.pipeline.conftest import STEPS, random_images, step
+from tests.pipeline.conftest import STEPS, random_images
 
 WHITE = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)  # nothing grey but masked cells
 
@@ -126,10 +126,3 @@ def test_a_filmstrip_shows_mask_confidence_and_tokens_masked_again() -> None:
     assert centre(1, 3) == (253, 231, 37)  # to its bright one
     assert centre(1, 6) == centre(1, 15) == (255, 255, 255)  # given tokens have no confidence
     assert [frame(token) for token in (0, 4)] == [NEW, REMASKED]
-
-
-def test_the_first_images_of_the_first_batch_are_recorded() -> None:
-    every, first = list(range(16)), StepRecorder(max_images=2)
-    for recorded in (step(0, every, every[:8], 3), step(1, every[:8], [], 3), step(0, every, [], 3)):
-        first(recorded)
-    assert [(recorded.step, len(recorded.tokens)) for recorded in first.steps] == [(0, 2), (1, 2)]

@@ -232,16 +232,13 @@ TUNED = DecodingConfig(
 )
 
 
-def test_decoding_settings_are_read_as_written_and_older_ones_kept(saved: Path, caplog) -> None:
-    assert save_decoding(saved, TUNED, tuned={"metric": "fid"}) is None
+def test_decoding_settings_are_read_as_written(saved: Path, caplog) -> None:
+    save_decoding(saved, TUNED, tuned={"metric": "fid"})
     assert read_decoding(saved) == TUNED
     assert not caplog.records
-    old = save_decoding(saved, DECODING)
-    assert old == saved / "decoding.json.old"
-    assert json.loads(old.read_text())["tuned"] == {"metric": "fid"}
+    save_decoding(saved, DECODING)
     assert read_decoding(saved) == DECODING
-    names = sorted(path.name for path in saved.iterdir())
-    assert names == ["decoding.json", "decoding.json.old", "tokenizer", "transformer"]
+    assert sorted(path.name for path in saved.iterdir()) == ["decoding.json", "tokenizer", "transformer"]
     edit(saved / "decoding.json", transformer="0" * 64)
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         assert read_decoding(saved) == DECODING
@@ -251,7 +248,7 @@ def test_decoding_settings_are_read_as_written_and_older_ones_kept(saved: Path, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format": "other"}, "format must be 'maskgit_pl.decoding', version 1, got 'other'"),
+        ({"format": "other"}, "format must be 'maskgit_pl.decoding', got 'other'"),
         ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
         ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
         ({"decoding": {"num_steps": "8"}}, "num_steps must be an integer"),
