@@ -20,7 +20,6 @@ place of some mask tokens in its first step (``DecodingConfig.random_start``), f
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import KW_ONLY, dataclass, replace
 from functools import cached_property
 from itertools import islice
@@ -34,9 +33,9 @@ from torch import Tensor
 from maskgit_pl.checks import check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
-from maskgit_pl.decoding.decoder import DecodingStep, ParallelDecoder, SeededNoise, draw_start
+from maskgit_pl.decoding.decoder import SeededNoise, draw_start
 from maskgit_pl.decoding.guidance import guidance_schedules, step_progress
-from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, Predictor, start_from
+from maskgit_pl.decoding.predictors import ClassPredictor, start_from
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.pipeline.pretrained import PretrainedTransformer, load_transformer
 from maskgit_pl.randomness import random_bits
@@ -210,31 +209,25 @@ class DistilledModel(MaskedTokenModel):
         start = draw_start(seeds, network.num_tokens, fraction, network.codebook_size, mask_token_id=mask)
         return start, SeededNoise(seeds, network.num_tokens)
 
-    def decode_from(
-        self, start: Tensor, noise: SeededNoise, decoder: ParallelDecoder, predictor: Predictor
-    ) -> Iterator[DecodingStep]:
-        """Decodes images whose first step sees ``start`` (B, N) int64."""
-        network = self.config.network
-        return decoder.steps(
-            start_from(start, predictor, mask_token_id=network.mask_token_id),
-            torch.full_like(start, network.mask_token_id),
-            noise,
-            mask_token_id=network.mask_token_id,
-            grid=network.grid,
-            num_masked=[network.num_tokens] * len(start),
-        )
-
     def roll_out(self, batch: Batch) -> RollOut:
         """Generates images with the student up to a random one of its steps, which has a graph."""
         network, decoder, draws = self.config.network, self.decoder, batch.step_draws
-        vectors, last = batch.vectors_for(network.condition_dim), self.draw_step()
+        vectors, last, mask = batch.vectors_for(network.condition_dim), self.draw_step(), network.mask_token_id
         seen, noise = self.draw_start(batch)
         is_drawn = torch.ones_like(seen, dtype=torch.bool)
         if last:
-            steps = self.decode_from(seen, noise, decoder, ClassPredictor(self.transformer, draws.labels, vectors))
+            predictor = ClassPredictor(self.transformer, draws.labels, vectors)
+            steps = decoder.steps(
+                start_from(seen, predictor, mask_token_id=mask),
+                torch.full_like(seen, mask),
+                noise,
+                mask_token_id=mask,
+                grid=network.grid,
+                num_masked=[network.num_tokens] * len(seen),
+            )
             step = next(islice(steps, last - 1, None))
             torch.clear_autocast_cache()  # casts of weights made without gradients would cut the graph
-            seen, is_drawn = step.tokens.masked_fill(step.still_masked, network.mask_token_id), step.still_masked
+            seen, is_drawn = step.tokens.masked_fill(step.still_masked, mask), step.still_masked
         logits = self.transformer(seen, draws.labels, vectors=vectors).float()  # (B, N, K)
         positions = torch.arange(network.num_tokens, device=seen.device).expand_as(seen)
         progress = step_progress(last, decoder.num_steps)
@@ -306,42 +299,6 @@ class Guidance(Distillation):
         answer = logits.float().log_softmax(-1)
         loss = _mean_over_masks((target.exp() * (target - answer)).sum(-1), draws.mask)
         return _log_values(loss, target, answer, batch)
-
-
-@distillations.register("redi")
-@dataclass(frozen=True)
-class Redi(Distillation):
-    """The student learns pairs: the start of a decoding, and the image that the teacher makes of it.
-
-        loss = -log p(x | z),  x: the teacher's image from the start z, mean over the tokens
-
-    The later steps of a student learn x from a part of its tokens.
-
-    Source: ReDi, Yoo et al., arXiv:2507.15897, section 4: one rectification, with new pairs in each step. The teacher
-    of the paper was trained on random codes among the mask tokens; ours sees them for the first time.
-    """
-
-    def __call__(self, model: DistilledModel, batch: Batch, tokens: Tensor) -> StepLosses:
-        draws, network, teacher = batch.step_draws, model.config.network, model.teacher
-        vectors, (start, noise) = batch.vectors_for(network.condition_dim), model.draw_start(batch)
-        predictor: Predictor = ClassPredictor(teacher.network, draws.labels, vectors)
-        if network.null_label is not None:
-            null = torch.full_like(draws.labels, network.null_label)
-            scales = teacher.decoding.scales()
-            predictor = GuidedPredictor(
-                teacher.network, draws.labels, negative_labels=null, scales=scales, vectors=vectors
-            )
-        decoder = teacher.decoding.build_decoder(model.mask_schedule)
-        for step in model.decode_from(start, noise, decoder, predictor):
-            image = step.tokens
-        mask, seen = torch.ones_like(draws.mask), start
-        if model.draw_step():
-            mask, seen = draws.mask, image.masked_fill(draws.mask, network.mask_token_id)
-        answer = model.transformer(seen, draws.labels, vectors=vectors).float().log_softmax(-1)
-        losses = F.nll_loss(answer.transpose(1, 2), image, reduction="none")  # (B, N)
-        hits = (answer.argmax(-1) == image).float()
-        loss, places = _mean_over_masks(losses, mask), draws.positions
-        return StepLosses(loss, losses.detach().flatten()[places], hits.flatten()[places])
 
 
 @distillations.register("dimo")

@@ -16,7 +16,7 @@ from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from tests.short_runs import assert_equal, data, fit
 
-METHODS = ("dimo", "guidance", "redi")
+METHODS = ("dimo", "guidance")
 LABELS, INDEX = torch.tensor([0, 1, 2, 1]), torch.arange(4)
 
 

@@ -80,7 +80,7 @@ def distill(
 
     Args:
         model: The teacher: a run, a pretrained folder, or a model of the package.
-        method: Recipe distill-METHOD: dimo, redi or guidance.
+        method: Recipe distill-METHOD: dimo or guidance.
         num_steps: Decoding steps of the student.
         data: Data folder (default: that of the training).
         cluster: Machines: a file of recipes/cluster.

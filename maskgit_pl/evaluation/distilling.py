@@ -51,7 +51,7 @@ def distill(
 
     Args:
         model: The teacher: a run, a pretrained folder, or the name of a model in the package.
-        method: Recipe ``distill-METHOD``: dimo, redi or guidance.
+        method: Recipe ``distill-METHOD``: dimo or guidance.
         num_steps: T of the student, in [1, N].
         data: Data folder. Default: that of the model's training.
         cluster: A file of ``recipes/cluster``.

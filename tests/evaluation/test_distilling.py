@@ -41,7 +41,7 @@ def test_a_student_is_trained_measured_and_exported(tiny_shards, tiny_pretrained
 
 
 def test_an_unknown_method_and_an_autoregressive_teacher_are_refused(tiny_shards, tiny_autoregressive, tmp_path):
-    with pytest.raises(ValueError, match="method must be one of dimo, guidance, redi, got 'dymo'"):
+    with pytest.raises(ValueError, match="method must be one of dimo, guidance, got 'dymo'"):
         distill(tiny_autoregressive, method="dymo", data=tiny_shards, run=tmp_path / "student")
     with pytest.raises(ValueError, match="distillation requires a model with bidirectional attention"):
         distill(tiny_autoregressive, data=tiny_shards, run=tmp_path / "student")
