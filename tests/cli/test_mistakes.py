@@ -183,7 +183,6 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("ablation --vary model.network.depth=2 --name ../x", "--name must be letters"),
         ("ablation --vary model.network.dept=2", "did you mean 'model.network.depth'"),
         ("ablation --schedules square,cosin", "recipe 'cosin'"),
-        ("ablation --reference nowhere.npz", "reference nowhere.npz must be an existing"),
         ("train-classifier --data shards --model resnt18", "did you mean"),
         ("edit model image.png --class 1", "one of --box and --mask and --strength must be given, got neither"),
         ("edit model text.jpg --class 1 --box 0,0,4,2", "text.jpg must be a JPEG, PNG or WebP"),
