@@ -228,6 +228,18 @@ class MaskGIT:
             transformer.to(device, dtype=dtype)
         return self
 
+    def compile(self) -> Self:
+        """Compiles the blocks of the transformer with ``torch.compile`` at their next calls, which takes a minute.
+
+        A GPU then runs a few large kernels for each block in place of tens of small ones, which pays off for thousands
+        of images. Results are the same to rounding. On a CPU, compiled blocks do not use packed weights.
+        """
+        for transformer in self._transformers():
+            set_packing(transformer.network, enabled=False)
+            for block in transformer.network.blocks:
+                block.compile()
+        return self
+
     def decoding_with(self, **settings: Unpack[DecodingKeywords]) -> DecodingConfig:
         """Returns the default decoding settings with some of them replaced. See ``options.replace_settings``."""
         return replace_settings(self.decoding, settings)

@@ -151,3 +151,15 @@ def test_the_first_image_packs_the_weights_and_a_cast_frees_them(tiny_pretrained
     assert not packed(plain.transformer.network)
     pipe.to("cpu", dtype=torch.float64)
     assert not packed(pipe.transformer.network)
+
+
+@pytest.mark.exports
+@pytest.mark.slow  # the inductor
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own imports
+def test_a_compiled_pipeline_generates_the_same_images():
+    plain, pipe = (MaskGIT.from_pretrained("fashion-mnist-demo") for _ in range(2))
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    compiled = images(pipe.compile(), [0, 1, 2])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before
+    assert (compiled == images(plain, [0, 1, 2])).float().mean() > 0.9  # rounding may change a token
+    assert not packed(pipe.transformer.network)
