@@ -60,23 +60,6 @@ def test_make_then_make_again_then_index_agree(tree, tmp_path, maskgit):
     assert read_manifest_summary(tmp_path / "out") == summary
 
 
-def test_make_lists_the_files_that_it_leaves_out(tree, tmp_path, maskgit):
-    (tree / "cat" / "a.gif").write_bytes(b"GIF89a")
-    (tree / "loose.png").write_bytes(b"x")
-    (tree / "dog" / "cut.png").write_bytes((tree / "cat" / "1.png").read_bytes()[:60])
-    (tree / "dog" / "empty.png").write_bytes(b"")
-    words = ("data", "make", tree, "--out", tmp_path / "out")
-    error = maskgit(*words).error.splitlines()
-    assert error[0].endswith("2 of 42 images cannot be read:")
-    assert error[-1].endswith("with --lenient")
-    for _ in range(2):
-        assert {
-            "  left out: 1 .gif (cat/a.gif)",
-            "  left out: 1 without a label (loose.png)",
-            "  left out: 2 images that cannot be read, listed in left_out.txt",
-        } < {*maskgit(*words, "--lenient").out.splitlines()}
-
-
 def test_make_and_index_count_the_classes_that_train_lacks(tree, tmp_path, maskgit):
     for split, kind, empty in (("train", "cat", "dog"), ("val", "dog", "cat")):
         (tmp_path / "split" / split / empty).mkdir(parents=True)
@@ -125,15 +108,6 @@ def test_verify_prints_counts_or_a_list_of_damaged_files(tars, maskgit):
     assert "2 damaged files:" in head
     assert [line.split()[0] for line in faults] == ["00000.tar:", "00002.tar:"]
     assert "20480 bytes expected, got 3072" in faults[0]
-
-
-@pytest.mark.parametrize("pattern", ["", "/*.tar", "/{00000..00002}.tar"])
-def test_a_fifo_among_the_tars_is_refused_and_not_waited_for(tars, pattern, maskgit):
-    maskgit("data", "index", tars)
-    (tars / "00001.tar").unlink()
-    os.mkfifo(tars / "00001.tar")
-    for words in (("index", f"{tars}{pattern}"), ("verify", tars)):
-        assert "must be a regular file, got a FIFO" in maskgit("data", *words).error
 
 
 def test_the_help_of_fetch_describes_each_data_set(maskgit):

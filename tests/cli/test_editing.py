@@ -83,16 +83,6 @@ def test_the_picture_shows_the_region_grey_and_the_mask_outlined(call, tmp_path:
     assert corners(masked) == [(0, 0), (3, 4)]
 
 
-def test_a_mask_picture_stands_for_a_box(call, tmp_path: Path) -> None:
-    mask = np.zeros((8, 8), dtype=np.uint8)
-    mask[0:2, 0:4] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    call("edit", "--box", "0,0,4,2", "--class", 2, "--images", tmp_path / "box")
-    call("edit", "--mask", tmp_path / "mask.png", "--class", 2, "--images", tmp_path / "mask")
-    assert len(read(tmp_path / "box")) == 4  # the default
-    assert (read(tmp_path / "box") == read(tmp_path / "mask")).all()
-
-
 def test_a_box_is_that_of_the_image_before_it_is_fitted(call, tmp_path: Path) -> None:
     Image.fromarray(pixels(40, 80).numpy()).save(tmp_path / "photo.png")
     call("edit", "--box", "30,10,50,30", "--fit", "--class", 1, "--variants", 1, file=tmp_path / "photo.png")

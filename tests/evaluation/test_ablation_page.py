@@ -42,19 +42,6 @@ def cells(page: str, start: str, heading: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_the_base_is_compared_with_every_variant_and_runs_that_are_shared_have_one_line() -> None:
-    guided = [each | {"run": f"run-base-{each['seed']}"} if each["variant"] == "depth=6" else each for each in rows()]
-    page = make_ablation_page("ablation-depth", guided[::-1])
-    assert cells(page.markdown, "base", "Results")[1] == "2.10 (2.00 to 2.20)"
-    assert cells(page.markdown, "depth=6", "Results")[1] == "**2.00 (1.90 to 2.10)**"
-    assert cells(page.markdown, "depth=2", "Difference")[1] == "+1.10 worse"
-    training = page.markdown.split("## Training")[1]
-    assert [line.split(" | ")[0] for line in training.splitlines() if ".85M" in line] == ["| base"] * 2 + [
-        "| depth=2"
-    ] * 2
-    assert [row["variant"] for row in page.rows] == ["base", "base", "depth=2", "depth=2", "depth=6", "depth=6"]
-
-
 def test_failed_runs_are_listed_and_the_others_shown() -> None:
     failed = {"failure": "model.network.depth must be >= 1, got 0", "run": None}
     some = [row("depth=2", each["seed"], None, **failed) if each["variant"] == "depth=2" else each for each in rows()]

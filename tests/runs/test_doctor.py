@@ -11,8 +11,6 @@ from maskgit_pl import runs
 from maskgit_pl.runs.plan import Machines
 from tests.conftest import save_tiny_pretrained, tiny_flags
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(autouse=True)
 def _no_job(monkeypatch):
