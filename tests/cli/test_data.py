@@ -28,8 +28,10 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path / "tree"
 
 
-def save_tars(folder: Path, *more: tuple[str, bytes]) -> Path:
-    """Writes two train shards and one val shard of four images, with the names of img2dataset."""
+@pytest.fixture
+def tars(tmp_path: Path) -> Path:
+    """Two train shards and one val shard of four images, with the names of img2dataset."""
+    folder = tmp_path / "in"
     folder.mkdir()
     for shard in range(3):
         files = [
@@ -38,16 +40,11 @@ def save_tars(folder: Path, *more: tuple[str, bytes]) -> Path:
             for kind, content in (("PNG", png(number)), ("cls", b"%d" % (number % 2)), ("pkl", b"not read"))
         ]
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as archive:
-            for name, content in (*files, *more):
+            for name, content in files:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
     return folder
-
-
-@pytest.fixture
-def tars(tmp_path: Path) -> Path:
-    return save_tars(tmp_path / "in")
 
 
 def test_make_then_make_again_then_index_agree(tree, tmp_path, maskgit):
@@ -81,15 +78,6 @@ def test_index_prints_splits_and_counts(tars, tmp_path, maskgit):
     ]
     assert maskgit("data", "index", tars, "--val", "00000.tar").code == 0
     assert read_manifest_summary(tars).classes == ("0", "1")
-
-
-def test_index_leaves_out_samples_only_with_lenient(tmp_path, maskgit):
-    folder = save_tars(tmp_path / "in", ("half.png", png(0)))
-    error = maskgit("data", "index", folder).error
-    assert "3 of 3 shards are rejected:\n  00000.tar: 1 without a label (first 00000" in error
-    assert "  train: left out: 2 without a label\n" in maskgit("data", "index", folder, "--lenient").out
-    assert maskgit("data", "index", folder, "--no-labels").code == 0
-    assert read_manifest_summary(folder).samples == {"train": 10, "val": 5}
 
 
 def test_verify_prints_counts_or_a_list_of_damaged_files(tars, maskgit):

@@ -174,7 +174,7 @@ def test_a_comparison_resumes_and_measures_nothing_twice(
 @pytest.mark.usefixtures("quick_judge")
 def test_a_search_writes_the_settings_that_the_model_then_uses(run_folder: Path, tiny_shards: Path, capsys) -> None:
     own = MaskGIT.from_pretrained(run_folder / "pretrained").decoding
-    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
+    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2,3,4")
     assert call("tune", *words) == 0
     measured = samples(run_folder / "evaluation")
     confirmed = [line for line in measured if line["purpose"].startswith("confirmation")]
