@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from maskgit_pl.cli.flags import record_steps
@@ -90,17 +89,6 @@ def test_a_box_is_that_of_the_image_before_it_is_fitted(call, tmp_path: Path) ->
     assert corners(tiles(read(tmp_path / "out.png"))[1]) == [(2, 2), (6, 6)]
 
 
-def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    said = call("inpaint", "--box", "0,0,4,2", "--variants", 2, "--no-blend", "--images", images)
-    assert "2 variants of no class, 6 of 16 tokens generated" in said
-    assert [path.name for path in sorted(images.iterdir())] == [f"no-class-seed-00000{seed}.png" for seed in (0, 1)]
-    mask = torch.zeros(8, 8, dtype=torch.bool)
-    mask[:2, :4] = True
-    expected = pipe.inpaint(pixels().numpy(), mask, classes=[None, None], blend=0, output_type="np")
-    assert (read(images) == expected[..., 0]).all()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words", "expected", "text", "frames"),
@@ -118,6 +106,11 @@ def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
             "2 images of 20 x 8 pixels", range(5, 100),
         ),
         (
+            "inpaint", "--box 0,0,4,2 --variants 2 --no-blend",
+            lambda pipe, image: pipe.inpaint(image, (0, 0, 4, 2), classes=[None, None], blend=0, output_type="np"),
+            "2 variants of no class, 6 of 16 tokens generated", range(2, 100),
+        ),
+        (
             "edit", "--strength 0.5 --class 1 --variants 2 --seed 3 --num-steps 6",
             lambda pipe, image: pipe.edit(
                 image, strength=0.5, classes=[1, 1], seed=3, num_steps=6, output_type="np"
@@ -125,7 +118,7 @@ def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
             "2 variants of class T-shirt, 8 of 16 tokens generated", [5],  # of 6 steps the first is left out
         ),
     ],
-    ids=["outpaint", "panorama", "strength"],
+    ids=["outpaint", "panorama", "inpaint", "strength"],
 )  # fmt: skip
 def test_a_command_writes_the_images_of_the_pipeline_and_their_decoding(
     call, pipe, tmp_path: Path, command, words, expected, text, frames

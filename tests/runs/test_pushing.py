@@ -85,15 +85,6 @@ def test_a_dry_run_lists_files_and_card_without_network(folder: Path, no_network
     assert 'pipe = MaskGIT.from_pretrained("alice/tiny")' in out
 
 
-def test_an_older_folder_gets_a_card_and_requires_a_license(tiny_pretrained: Path, no_network, capsys):
-    words = ["push", str(tiny_pretrained.parent), "alice/tiny", "--dry-run"]
-    assert main(words) == 2
-    assert "must name the license of the weights; add it with --license" in capsys.readouterr().err
-    assert main([*words, "--license=cc-by-4.0"]) == 0
-    out = capsys.readouterr().out
-    assert "\nlicense: cc-by-4.0\n" in out
-
-
 def _cut_the_weights(folder: Path) -> None:
     file = folder / "transformer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])

@@ -68,16 +68,6 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
             r"^recipe 2\.yaml: unknown key 'model\.network\.num_head': did you mean 'model\.network\.num_heads'\? "
             "keys of model.network: .*conditioning",
         ),
-        (
-            (BERT, {"model": {"network": {"conditioning": "token"}}}),
-            (),
-            r"^recipe 1\.yaml: unknown key 'model\.network\.conditioning': .*keys of model.network: attention, ",
-        ),
-        (
-            (BERT, {"model": {"network": {"backbone": "adalm"}}}),
-            (),
-            r"^recipe 1\.yaml: model\.network\.backbone: unknown backbone 'adalm': did you mean 'adaln'\? known: adaln",
-        ),
         ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
         ((ADALN,), ("--model.network.conditioning=round",), r"conditioning must be 'adaln' or .*got 'round'"),
     ],
