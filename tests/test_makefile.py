@@ -44,10 +44,7 @@ def test_help_lists_every_target_and_every_variable_that_a_user_sets():
         ("benchmark NAME=nope", ("NAME must be one of: ", "stage2_step")),
         ("edit 'IMAGE=my photo.jpg' 'ARGS=--box 0,4,28,16'", ('adaln" "my photo.jpg" --box 0,4,28,16',)),
         ("submit-transformer", ("--cluster ddp",)),
-        (
-            "demo DATASET=mine IMAGES=photos BUDGET=1h",
-            ('--recipe "adaln 1h" --run "mine-adaln-1h"', '--images "photos"'),
-        ),
+        ("demo DATASET=mine IMAGES=photos BUDGET=1h", ('--recipe "adaln 1h"', '--images "photos"')),
         ("data DATASET=mine IMAGES=photos", ('maskgit data make "photos" --out "data/shards/mine"',)),
     ],
 )

@@ -32,22 +32,6 @@ def test_a_traceback_is_printed_wherever_its_flag_stands(maskgit, words):
 # Errors and interruptions
 
 
-def test_ctrl_c_ends_a_command_with_one_line_and_130(tmp_path: Path):
-    # Within exec of a string, where runpy would print a traceback.
-    (tmp_path / "interrupted.py").write_text(
-        "import runpy\nfrom maskgit_pl.cli import listing\n"
-        "listing.schedules = lambda: exec('raise KeyboardInterrupt')\nlisting.schedules.__doc__ = 'Runs.'\n"
-        "runpy.run_module('maskgit_pl', run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "interrupted", "schedules"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (130, "maskgit schedules: interrupted\n")
-
-
 @pytest.mark.slow
 def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
     for name in ("a", "b"):

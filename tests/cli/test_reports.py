@@ -78,6 +78,7 @@ def test_figures_2_and_4_are_drawn_of_runs(runs: list[Path], tmp_path: Path) -> 
     assert network.startswith("bert, codebook_size 16, num_classes 3, num_token_groups 1, embed_dim 16, depth 1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("text", ["data: {path: 3}", "x: " + "[" * 5000])
 def test_a_hostile_recipe_of_a_run_is_refused_in_one_line(runs: list[Path], text: str, capsys) -> None:
     (runs[0] / "transformer").mkdir()

@@ -57,8 +57,6 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"recipe": "cosin"}, FileNotFoundError, "did you mean 'cosine'"),
-        ({"dataset": "nowhere"}, ValueError, "convert your own images with --images FOLDER"),
         ({"cluster": "ddp"}, ValueError, "trainer.devices must be 1 or a list of one index in the demo"),
         ({"shrot": True}, TypeError, "demo has no options .'shrot'., only recipe, "),
     ],

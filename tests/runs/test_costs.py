@@ -131,12 +131,6 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
     assert (ddp.states, ddp.gathered) == (20 * whole, 0)
     assert fsdp.states == pytest.approx(10 * whole, rel=0.01)
     assert fsdp.gathered == pytest.approx(4 * (2 * root + 5 * block), rel=0.01)
-    # Under bf16-mixed it gathers bfloat16, and autocast makes no copies.
-    mixed, sharded = (
-        step_memory(module, per_device=2, precision="bf16-mixed", strategy=name, ranks=2) for name in ("ddp", "fsdp")
-    )
-    assert sharded.gathered == pytest.approx(2 * (root + 3 * block) + 4 * (root + 2 * block), rel=0.01)
-    assert 1.8 * whole < mixed.activations - sharded.activations < 2 * whole
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.plan import find_data, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 
 CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], samples: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
@@ -31,11 +31,6 @@ def test_data_are_the_named_else_the_repeated_runs_else_the_data_sets(tmp_path, 
     assert find_data(recipe) == Path("data/shards/fashion-mnist")
     with pytest.raises(FileNotFoundError, match="data gone: no such folder"):
         find_data(recipe, "gone")
-
-
-def test_a_repeated_run_must_have_a_name(tmp_path):
-    with pytest.raises(ValueError, match="must have its own name"):
-        run_folder(repeated(tmp_path, data="a", source="images"))
 
 
 def test_the_tokenizer_is_the_named_else_the_runs_else_the_weights(tiny_pretrained, tmp_path, recipe):

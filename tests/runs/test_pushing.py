@@ -109,14 +109,6 @@ def test_a_wrong_folder_is_refused_before_any_request(folder: Path, hub: LocalHu
     assert hub.requests == []
 
 
-@pytest.mark.parametrize("entry", ["license: >\n  mit\n", "license: mit\n"])
-def test_the_license_of_the_flag_replaces_any_of_the_card(folder: Path, no_network, capsys, entry):
-    (folder / "README.md").write_text(f"---\n{entry}tags: [x]\n---\n# Mine\n")
-    assert main(["push", str(folder), "alice/tiny", "--dry-run", "--license", "apache-2.0"]) == 0
-    card = ModelCard(capsys.readouterr().out.partition("Card:\n\n")[2])
-    assert (card.data.to_dict(), card.text.strip()) == ({"license": "apache-2.0", "tags": ["x"]}, "# Mine")
-
-
 REFUSED = "the Hub refused the upload, or cannot be reached ("
 OTHER = {"alice/tiny": {"pytorch_model.bin": b"", ".gitattributes": b""}}
 
