@@ -172,16 +172,11 @@ class Run:
 
     def submit(self, *more: str) -> str:
         """Submits the run, and returns the output."""
-        code, printed = self.ask(*more)
+        code, printed = self._call(*self.words, *more)
         assert code == 0, printed
         found = re.search(r"^job (\d+): ", printed, re.MULTILINE)
         self.number = found.group(1) if found else ""
         return printed
-
-    def ask(self, *more: str) -> tuple[int, str]:
-        """Runs ``maskgit slurm``, and returns its exit code and output."""
-        words = [*self.words, *more]
-        return self._call(*words)
 
     @property
     def log(self) -> str:
