@@ -51,10 +51,6 @@ def test_the_python_of_all_pages_is_valid_and_every_name_that_it_imports_is_ther
                 exec(line, {})
 
 
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
-
-
 def tables(text: str) -> list[list[dict[str, str]]]:
     """Returns the Markdown tables of a text: each row as column name -> cell."""
     rows_of_tables = []
@@ -65,7 +61,7 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 
 def test_the_results_are_those_of_the_page():
-    (shown,) = tables(section("Results"))
+    (shown,) = tables(README.split("\n## Results\n")[1].split("\n## ")[0])
     measured, _, _, times, *_ = tables((ROOT / "results/fashion-mnist/table-1.md").read_text())
     assert len(shown) == len(measured) == 5
     for row, whole in zip(shown, measured, strict=True):

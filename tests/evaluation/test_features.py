@@ -6,14 +6,10 @@ from tests.evaluation.feature_networks import Few, few, pictures
 IMAGES = pictures(23)
 
 
-def read(rows: range) -> torch.Tensor:
-    return IMAGES[rows.start : rows.stop]
-
-
 def test_networks_see_each_image_once_and_features_are_sorted_by_index() -> None:
     counts: list[int] = []
     networks = [few("first"), few("second", seed=1, knows_classes=False)]
-    batches = reversed(list(iter_image_batches(read, 23)))
+    batches = reversed(list(iter_image_batches(lambda rows: IMAGES[rows.start : rows.stop], 23)))
     features = extract(networks, batches, on_images=counts.append)
     output = Few()(IMAGES)
     for name in ("pooled", "logits", "spatial"):

@@ -7,25 +7,18 @@ import pytest
 from maskgit_pl.runs.plan import find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
 
-CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], samples: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
-
 
 @pytest.fixture
 def recipe() -> Recipe:
     return Recipe.read("transformer")
 
 
-def repeated(folder: Path, **values: object) -> Recipe:
-    """The recipe of an earlier run."""
-    (folder / "config.yaml").write_text(CONFIG.format(**values))
-    return Recipe.from_run("transformer", folder / "config.yaml")
-
-
 def test_data_are_the_named_else_the_repeated_runs_else_the_data_sets(tmp_path, recipe, monkeypatch):
     for name in ("named", "own", "data/shards/fashion-mnist"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    again = repeated(tmp_path, data="own", source="images")
+    Path("config.yaml").write_text("data: {path: own}\nmodel: {}\ntrainer: {}\n")
+    again = Recipe.from_run("transformer", Path("config.yaml"))
     assert find_data(again, "named") == Path("named")
     assert find_data(again) == Path("own")
     assert find_data(recipe) == Path("data/shards/fashion-mnist")

@@ -20,14 +20,9 @@ from maskgit_pl.runs.settings import known_keys
 from tests.conftest import tiny_flags
 
 
-def write(folder, text):
-    file = folder / "recipe.yaml"
-    file.write_text(text)
-    return file
-
-
 def read(folder, text, words=(), stage="transformer"):
-    return Recipe.from_files(stage, [write(folder, text)], list(words))
+    (folder / "recipe.yaml").write_text(text)
+    return Recipe.from_files(stage, [folder / "recipe.yaml"], list(words))
 
 
 @pytest.mark.parametrize(
