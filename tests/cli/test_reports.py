@@ -119,7 +119,7 @@ def test_table_3_and_figure_8_choose_t_and_measure_it_again(
         assert (run.name, best, 12) in steps  # noise that took no part in the choice
     page = (tmp_path / "results" / "shards" / "table-3.md").read_text()
     assert "`cosine`" in page
-    assert "`pow (exponent 2.0)`" in page
+    assert "`pow (exponent 2)`" in page
     assert (tmp_path / "results" / "shards" / "figure-8.png").is_file()
     assert {row["run"] for row in rows(tmp_path / "results", "likelihood")} == {run.name for run in runs}
 
