@@ -140,7 +140,6 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("ablation --stage tokenizer", "--stage tokenizer must come with --vary or --recipes"),
         ("ablation --vary model.network.depth=2 --schedules cosine", "--schedules must not be given with --vary"),
         ("ablation --vary model.network.depth=2 --name ../x", "--name must be letters"),
-        ("evaluate model --data shards --reference nowhere.npz", "reference nowhere.npz must be an existing"),
         ("edit model image.png --class 1", "one of --box and --mask and --strength must be given, got neither"),
         ("edit model text.jpg --class 1 --box 0,0,4,2", "text.jpg must be a JPEG, PNG or WebP"),
         ("edit model image.png --class 1 --mask black.png", "must not be empty"),

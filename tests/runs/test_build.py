@@ -38,9 +38,19 @@ def state() -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_the_process_is_as_before_a_training_and_its_memory_is_free(tiny_shards, tmp_path, monkeypatch):
-    options = {"trainer__deterministic": True, "cpu_threads": 3, "matmul_precision": "high"}
-    changed = {"deterministic", "tf32", "torch", "warnings", "lightning", "handlers", "threads", "matmul"}
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        (
+            {"trainer__deterministic": True, "cpu_threads": 3},
+            {"deterministic", "tf32", "torch", "warnings", "lightning", "handlers", "threads"},
+        ),
+        ({"matmul_precision": "high", "trainer__benchmark": True}, {"matmul", "benchmark"}),
+    ],
+)
+def test_the_process_is_as_before_a_training_and_its_memory_is_free(
+    options, changed, tiny_shards, tmp_path, monkeypatch
+):
     inside = []
     plain = StepCheck.on_train_batch_end
     monkeypatch.setattr(StepCheck, "on_train_batch_end", lambda *args: (inside.append(state()), plain(*args))[1])
