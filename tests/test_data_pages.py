@@ -2,9 +2,7 @@
 
 import csv
 import json
-import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +11,7 @@ from PIL import Image
 
 from maskgit_pl.cli import main
 from maskgit_pl.data.manifest import read_manifest_summary
-from tests.test_readme import ROOT, python_blocks
+from tests.test_readme import python_blocks
 from tests.test_readme_commands import commands_of, words
 
 SYNSETS = ("n01440764", "n01443537", "n02110185")
@@ -74,29 +72,3 @@ def test_imagenet_from_the_parquet_files_of_the_hub(synsets):
     assert len(run_data_commands("docs/imagenet.md", without="make imagenet")) == 2
     summary = read_manifest_summary(synsets / "data/shards/imagenet")
     assert (summary.classes, summary.samples) == (SYNSETS, {"train": 30, "val": 9})
-
-
-def test_own_images_from_a_zip(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    for number in range(40):
-        draw(tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg", number)
-    with zipfile.ZipFile("photos.zip", "w") as archive:
-        for file in sorted(Path("photos").rglob("*.jpg")):
-            archive.write(file)
-    assert len(run_data_commands("docs/own-images.md")) == 2
-    assert read_manifest_summary(tmp_path / "data/shards/mine").classes == ("cat", "dog")
-
-
-def test_the_metadata_that_the_page_shows(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "data/README.md").read_text()
-    (table,) = re.findall(r"^    file_name,label\n(?:    .*\n)+", text, re.MULTILINE)
-    lines = [line[4:] for line in table.splitlines()]
-    images = [row["file_name"] for row in csv.DictReader(lines)]
-    assert images
-    more = [f"{number}.png" for number in range(20)]
-    for number, name in enumerate([*images, *more]):
-        draw(tmp_path / "photos" / name, number)
-    (tmp_path / "photos" / "metadata.csv").write_text("\n".join([*lines, *(f"{name},cat" for name in more)]))
-    assert main(["data", "make", "photos", "--out", "out", "--val-fraction", "0.3"]) == 0
-    assert "cat" in read_manifest_summary(tmp_path / "out").classes

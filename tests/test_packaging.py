@@ -95,10 +95,6 @@ def test_the_lowest_versions_are_the_lower_bounds():
     assert pinned == {name: version for name, version in tested.items() if name not in kept}
 
 
-def test_every_requirement_has_a_lower_bound():
-    assert lower_bounds(PROJECT["dependencies"]).keys() == {name_of(each) for each in PROJECT["dependencies"]}
-
-
 def test_the_readme_renders_on_a_package_index_with_full_links():
     pytest.importorskip("hatch_fancy_pypi_readme")
     markdown = pytest.importorskip("readme_renderer.markdown")

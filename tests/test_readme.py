@@ -42,21 +42,13 @@ def save_small_model(folder: Path) -> None:
     folder.symlink_to(ROOT / "maskgit_pl/models/fashion-mnist-demo")
 
 
-def test_the_python_of_all_pages_is_valid():
+def test_the_python_of_all_pages_is_valid_and_every_name_that_it_imports_is_there():
     for page in PAGES:
         for block in python_blocks(page):
             compile(block, page, "exec")
-
-
-def test_every_name_that_a_page_imports_is_there():
-    for page in PAGES:
         for line in re.findall(r"^ *(from maskgit_pl\S* import .*)$", (ROOT / page).read_text(), re.MULTILINE):
             if "diffusers_pipeline" not in line or importlib.util.find_spec("diffusers"):
                 exec(line, {})
-
-
-def section(title: str) -> str:
-    return README.split(f"\n## {title}\n")[1].split("\n## ")[0]
 
 
 def tables(text: str) -> list[list[dict[str, str]]]:
@@ -69,7 +61,7 @@ def tables(text: str) -> list[list[dict[str, str]]]:
 
 
 def test_the_results_are_those_of_the_page():
-    (shown,) = tables(section("Results"))
+    (shown,) = tables(README.split("\n## Results\n")[1].split("\n## ")[0])
     measured, _, _, times, *_ = tables((ROOT / "results/fashion-mnist/table-1.md").read_text())
     assert len(shown) == len(measured) == 5
     for row, whole in zip(shown, measured, strict=True):

@@ -125,19 +125,6 @@ def test_a_tokenizer_recipe_trains_a_step(name, tiny_shards, tmp_path):
     assert (tmp_path / "tokenizer" / "reconstructions.png").is_file()
 
 
-@pytest.mark.slow
-def test_the_autoregressive_baseline_is_laid_over_any_recipe(tiny_shards, tiny_pretrained, tmp_path):
-    names = ("base", "paper-256", "log", "autoregressive")
-    files = [RECIPES / "transformer" / f"{name}.yaml" for name in names]
-    files += [RECIPES / "cluster" / "single.yaml", TINY / "transformer.yaml"]
-    tokenizer = tiny_pretrained / "tokenizer"
-    fit_stage(Plan(Recipe.from_files("transformer", files), tiny_shards, tmp_path, tokenizer))
-    config = yaml.safe_load((tmp_path / "transformer" / "config.yaml").read_text())["model"]
-    assert (config["label_smoothing"], config["network"]["attention"]) == (0.1, "causal")
-    plain = {"guidance": "constant", "sampling_temperature": 1.0, "top_k": None}
-    assert config["decoding"] == plain
-
-
 @pytest.mark.trainings
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TRANSFORMERS)

@@ -20,7 +20,7 @@ from maskgit_pl.evaluation.evaluator import EvaluatedModel, Evaluator, FeatureMe
 from maskgit_pl.evaluation.features import open_extractors
 from maskgit_pl.evaluation.ledger import Ledger
 from maskgit_pl.evaluation.options import CLASSIFIER, Spec
-from maskgit_pl.evaluation.reference import obtain_references, read_real_labels, read_references
+from maskgit_pl.evaluation.reference import ArrayFile, obtain_references, read_real_labels, read_references
 from maskgit_pl.files import read_json, read_yaml
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.sharing import bundled_models, local_folder
@@ -212,6 +212,8 @@ def open_evaluator(
     ``folders`` are those of the first run. ``reference`` is a file in the layout of ADM to compare with; None for the
     val split.
     """
+    if reference is not None:
+        ArrayFile(reference, thing="reference")  # a wrong file is refused before a classifier is trained
     extractors = open_extractors(folders.classifier, data, features, device=device, bars=bars)
     on_images = bars(f"real images: {', '.join(each.label for each in extractors)}", data.summary.samples["val"])
     if reference is not None:  # the classes of its images are unknown

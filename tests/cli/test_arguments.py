@@ -131,15 +131,11 @@ def test_each_type_is_read() -> None:
     [
         ("--kind c", "--kind must be one of a, b, 3, got 'c'"),
         ("--size much", "--size must be a number, got 'much'"),
-        ("--counts 1,x", "--counts must be an integer, got 'x'"),
         ("--file a.mp4", "--file must end in .png, got a.mp4"),
-        ("--file png", "--file must end in .png, got png"),
-        ("--file in.png/a.png", r"--file must be in a writable folder, got .*Not a directory"),
         ("--file /proc/x.png", r"got /proc/x.png \(/proc: "),
         ("--file folder.png", "--file must be a file, got the folder"),
         ("--folder other.png", "--folder must be a folder, got the file other.png"),
         ("--file a.PNG --sheet link/a.PNG", "--sheet must not overwrite another file of the command, got link/a.PNG"),
-        ("--file link/in.png", "--file must not overwrite another file of the command, got link/in.png"),
         ("--file in-link.png", "--file must not overwrite another file of the command, got in-link.png"),
     ],
 )

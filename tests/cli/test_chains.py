@@ -12,7 +12,6 @@ from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.pipeline.pretrained import load_transformer
-from tests.cli.conftest import refused
 from tests.conftest import tiny_flags
 
 DIM = 3
@@ -105,14 +104,3 @@ def test_images_with_vectors_go_from_files_to_an_evaluation(tmp_path: Path, quic
     maskgit_runs("evaluate", run, "--data", shards, "--num-images", 8, "--features", "classifier",
                  "--likelihood-images", 4)  # fmt: skip
     assert (run / "evaluation.json").is_file()
-
-
-def test_a_recipe_that_takes_vectors_needs_a_backbone_for_them(maskgit, tiny_pretrained, tmp_path: Path) -> None:
-    photos = save_photos(tmp_path / "photos", channels=1, size=(8, 8), vectors=True)
-    maskgit_runs("data", "make", photos, "--out", tmp_path / "shards")
-    where = ("--data", tmp_path / "shards", "--tokenizer", tiny_pretrained / "tokenizer", "--run", tmp_path / "no")
-    train = ("train", "transformer", *where, *STAGE_2, "--data.source=images")
-    of_bert = maskgit(*train, "--data.vectors=true", "--model.network.backbone=bert")
-    refused(of_bert, "condition_dim must be 0 for the backbone bert")
-    without = maskgit(*train, "--model.network.condition_dim=3")
-    refused(without, "model.network.condition_dim must be 0", "data.vectors False, got 3")

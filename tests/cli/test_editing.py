@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from maskgit_pl.cli.flags import record_steps
@@ -83,32 +82,11 @@ def test_the_picture_shows_the_region_grey_and_the_mask_outlined(call, tmp_path:
     assert corners(masked) == [(0, 0), (3, 4)]
 
 
-def test_a_mask_picture_stands_for_a_box(call, tmp_path: Path) -> None:
-    mask = np.zeros((8, 8), dtype=np.uint8)
-    mask[0:2, 0:4] = 255
-    Image.fromarray(mask).save(tmp_path / "mask.png")
-    call("edit", "--box", "0,0,4,2", "--class", 2, "--images", tmp_path / "box")
-    call("edit", "--mask", tmp_path / "mask.png", "--class", 2, "--images", tmp_path / "mask")
-    assert len(read(tmp_path / "box")) == 4  # the default
-    assert (read(tmp_path / "box") == read(tmp_path / "mask")).all()
-
-
 def test_a_box_is_that_of_the_image_before_it_is_fitted(call, tmp_path: Path) -> None:
     Image.fromarray(pixels(40, 80).numpy()).save(tmp_path / "photo.png")
     call("edit", "--box", "30,10,50,30", "--fit", "--class", 1, "--variants", 1, file=tmp_path / "photo.png")
     # Of the middle 40 x 40 pixels, from 10,10 to 30,30 of 8 x 8.
     assert corners(tiles(read(tmp_path / "out.png"))[1]) == [(2, 2), (6, 6)]
-
-
-def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
-    images = tmp_path / "images"
-    said = call("inpaint", "--box", "0,0,4,2", "--variants", 2, "--no-blend", "--images", images)
-    assert "2 variants of no class, 6 of 16 tokens generated" in said
-    assert [path.name for path in sorted(images.iterdir())] == [f"no-class-seed-00000{seed}.png" for seed in (0, 1)]
-    mask = torch.zeros(8, 8, dtype=torch.bool)
-    mask[:2, :4] = True
-    expected = pipe.inpaint(pixels().numpy(), mask, classes=[None, None], blend=0, output_type="np")
-    assert (read(images) == expected[..., 0]).all()
 
 
 @pytest.mark.slow
@@ -128,6 +106,11 @@ def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
             "2 images of 20 x 8 pixels", range(5, 100),
         ),
         (
+            "inpaint", "--box 0,0,4,2 --variants 2 --no-blend",
+            lambda pipe, image: pipe.inpaint(image, (0, 0, 4, 2), classes=[None, None], blend=0, output_type="np"),
+            "2 variants of no class, 6 of 16 tokens generated", range(2, 100),
+        ),
+        (
             "edit", "--strength 0.5 --class 1 --variants 2 --seed 3 --num-steps 6",
             lambda pipe, image: pipe.edit(
                 image, strength=0.5, classes=[1, 1], seed=3, num_steps=6, output_type="np"
@@ -135,7 +118,7 @@ def test_inpaint_needs_no_class(call, pipe, tmp_path: Path) -> None:
             "2 variants of class T-shirt, 8 of 16 tokens generated", [5],  # of 6 steps the first is left out
         ),
     ],
-    ids=["outpaint", "panorama", "strength"],
+    ids=["outpaint", "panorama", "inpaint", "strength"],
 )  # fmt: skip
 def test_a_command_writes_the_images_of_the_pipeline_and_their_decoding(
     call, pipe, tmp_path: Path, command, words, expected, text, frames

@@ -1,13 +1,6 @@
 import csv
-import encodings.cp437  # noqa: F401  # zipfile imports it late, when another user may not read Python's files
 import json
-import os
-import re
 import shutil
-import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +9,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from maskgit_pl.cli import main
 from maskgit_pl.data.images import encode_png
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger, Row
-from maskgit_pl.networks.backbone import backbones, build_config
 from maskgit_pl.networks.feature_networks import load_classifier
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer, read_decoding, save_transformer
+from maskgit_pl.pipeline.pretrained import fingerprint, read_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from tests.cli.conftest import call_command
-from tests.conftest import CLASSES, peak_predictions, save_tiny_pretrained
+from tests.conftest import CLASSES, save_tiny_pretrained
 from tests.observing import run_on_ranks
 
 
@@ -94,38 +85,6 @@ def test_writes_numbers_pictures_and_a_classifier(run_folder: Path, tiny_shards:
     assert report["limiting_stage"] in out
     assert report["held_out"] in out
     assert out.index("FID (classifier)") < out.index("of reconstructions") < out.index("KID x 1000")
-
-
-@contextmanager
-def not_root() -> Iterator[None]:
-    """Drops the rights of root, which may write everywhere."""
-    user = os.geteuid()
-    os.seteuid(user or 65534)
-    try:
-        yield
-    finally:
-        os.seteuid(user)
-
-
-@pytest.mark.slow
-def test_a_run_that_cannot_be_written_is_measured_into_another_folder(
-    tiny_pretrained: Path, tiny_shards: Path, judge: Path, capsys
-) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        for source, name in ((tiny_pretrained, "runs/one/pretrained"), (tiny_shards, "shards"), (judge, "judge")):
-            shutil.copytree(source, Path(folder) / name)
-        subprocess.run(["chmod", "-R", "a=rX", folder], check=True)
-        out = Path(folder) / "out"
-        out.mkdir()
-        out.chmod(0o777)
-        words = ["evaluate", f"{folder}/runs/one", "--data", f"{folder}/shards", "--num-images", "6", "--device", "cpu"]
-        words += ["--features", f"classifier={folder}/judge"]
-        with not_root():
-            assert main(words) == 2
-            assert re.fullmatch(r"maskgit evaluate: --out must be in a writable folder.*\n", capsys.readouterr().err)
-            assert main([*words, "--out", str(out / "one.json")]) == 0
-        assert {"one.json", "samples.png", "evaluation"} <= {path.name for path in out.iterdir()}
-        subprocess.run(["chmod", "-R", "u+w", folder], check=True)
 
 
 @pytest.mark.slow
@@ -215,7 +174,7 @@ def test_a_comparison_resumes_and_measures_nothing_twice(
 @pytest.mark.usefixtures("quick_judge")
 def test_a_search_writes_the_settings_that_the_model_then_uses(run_folder: Path, tiny_shards: Path, capsys) -> None:
     own = MaskGIT.from_pretrained(run_folder / "pretrained").decoding
-    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2-4")
+    words = (run_folder, "--data", tiny_shards, "--num-images", 12, "--trials", 6, "--num-steps", "2,3,4")
     assert call("tune", *words) == 0
     measured = samples(run_folder / "evaluation")
     confirmed = [line for line in measured if line["purpose"].startswith("confirmation")]
@@ -240,20 +199,6 @@ def test_a_search_writes_the_settings_that_the_model_then_uses(run_folder: Path,
     assert samples(run_folder / "evaluation") == measured
     assert (run_folder / "tuning" / "tuning.md").read_text() == page
     assert "decoding.json is unchanged" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("quick_judge")
-def test_one_trial_is_the_model_s_own_and_changes_nothing(
-    run_folder: Path, tiny_shards: Path, tmp_path, capsys
-) -> None:
-    words = ("--data", tiny_shards, "--num-images", 6, "--trials", 1, "--out", tmp_path / "out")
-    call("tune", run_folder, *words)
-    assert [path.name for path in run_folder.iterdir()] == ["pretrained"]
-    assert not (run_folder / "pretrained" / "decoding.json").exists()
-    assert "decoding.json is unchanged" in capsys.readouterr().out
-    files = {"ledger.jsonl", "study.db", "tuning.csv", "tuning.md"}
-    assert {path.name for path in (tmp_path / "out").iterdir()} == files
-    assert "Trial 0 wins" in (tmp_path / "out" / "tuning.md").read_text()
 
 
 @pytest.mark.slow
@@ -331,40 +276,3 @@ def test_a_classifier_is_trained_once_and_its_accuracy_printed(tiny_shards, tmp_
     second = capsys.readouterr().out
     assert "reused" in second
     assert second.splitlines()[-1] == first.splitlines()[-1]
-
-
-# Models of other backbones
-
-
-def replace_transformer(pretrained_folder: Path, name: str) -> None:
-    """Writes a transformer of another backbone for the same tokens."""
-    decoding = load_transformer(pretrained_folder / "transformer").decoding
-    values = {"backbone": name, "codebook_size": 16, "num_classes": 3, "grid": [4, 4],
-              "embed_dim": 16, "depth": 1, "num_heads": 2, "mlp_dim": 32}  # fmt: skip
-    config = build_config(values, "network")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        weights = peak_predictions(config.create()).state_dict()
-    save_transformer(
-        pretrained_folder / "transformer",
-        config,
-        weights,
-        mask_schedule="cosine",
-        decoding=decoding,
-        class_names=CLASSES,
-        tokenizer_fingerprint=fingerprint(pretrained_folder / "tokenizer"),
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("quick_judge")
-@pytest.mark.parametrize("name", sorted(set(backbones.names()) - {"bert"}))
-def test_a_model_of_any_backbone_is_measured_compared_and_tuned(run_folder: Path, tiny_shards: Path, name: str) -> None:
-    replace_transformer(run_folder / "pretrained", name)
-    words = (run_folder, "--data", tiny_shards, "--num-images", 6)
-    assert call("evaluate", *words, "--num-steps", 2, "--features", "classifier") == 0
-    report = json.loads((run_folder / "evaluation.json").read_text())
-    assert report["samples"]["exported_guidance"]["fid/classifier"] > 0
-    assert report["likelihood"]["elbo_bits_per_token"] > 0
-    assert call("compare", *words, "--num-steps", 2, "--selectors", "halton,margin") == 0
-    assert call("tune", *words, "--num-steps", 2, "--trials", 2) == 0

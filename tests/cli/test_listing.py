@@ -16,7 +16,6 @@ from maskgit_pl.cli import _parse
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.runs.recipe import STAGES, Recipe, list_recipes
 from maskgit_pl.schedules import mask_schedules
-from tests.cli.conftest import refused
 from tests.installed_packages import install
 
 ROOT = Path(__file__).parents[2]
@@ -110,15 +109,6 @@ def test_plugins_names_the_package_of_a_plug_in_and_does_not_load_it(rows, site)
     schedules = {row["name"]: row for row in rows("plugins", "mask_schedules")}
     assert schedules["sine"] == {"kind": "mask_schedules", "name": "sine", "package": "my-schedules"}
     assert schedules["cosine"]["package"] == "maskgit_pl"
-
-
-def test_a_broken_plug_in_is_one_line_beside_the_other_schedules(printed, maskgit, site) -> None:
-    points = "[maskgit_pl.mask_schedules]\nmissing = no_such_module:Missing\n"
-    install(site, name="my-schedules", entry_points=points, modules={})
-    text = printed("schedules")
-    assert re.search(r"mask schedule 'missing' cannot be loaded: .*; announced by package my-schedules \(", text)
-    assert "\ncosine " in text
-    refused(maskgit("schedules", "--schedules", "missing"), "mask schedule 'missing' cannot be loaded: ")
 
 
 def test_env_prints_the_versions_that_a_report_needs(printed, monkeypatch) -> None:

@@ -1,13 +1,10 @@
 """Two processes that would write to one run, token store, file of images, data folder or export."""
 
-import signal
-import time
 from pathlib import Path
 
 import pytest
 
 from maskgit_pl.cli import main
-from tests import forked
 from tests.conftest import tiny_flags
 from tests.forked import holder
 
@@ -61,29 +58,3 @@ def test_a_token_store_has_one_process_of_each_rank(is_refused, tiny_shards, tin
     launch(0, 2)
     is_refused(words, store, rank=0)
     assert (store / "store.json").is_file()
-
-
-def test_a_file_of_images_has_one_process_of_each_rank(is_refused, tiny_pretrained, tmp_path, monkeypatch):
-    words = ["sample", str(tiny_pretrained), "--num-images=4", f"--out={tmp_path / 'many.npz'}"]
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with holder(tmp_path / "many.npz", rank=1):
-        assert main(words) == 0
-    monkeypatch.setenv("RANK", "1")
-    is_refused(words, tmp_path / "many.npz", rank=1)
-    assert (tmp_path / "many.npz").is_file()
-
-
-@pytest.mark.slow
-def test_a_killed_training_blocks_none(training, tmp_path):
-    endless = [*training, "--trainer.max_steps=100000", "--data.num_workers=1"]
-    with forked.Command(endless) as first:
-        begun = time.monotonic()
-        while not (tmp_path / "one" / ".tokenizer.lock").exists():
-            assert time.monotonic() - begun < 120
-            time.sleep(0.1)
-        second = forked.run(endless)
-        assert second.returncode == 2
-        assert f"is in use by process {first.pid} on " in second.stderr
-        first.send_signal(signal.SIGKILL)
-    assert main(training) == 0

@@ -13,7 +13,7 @@ from PIL import Image
 from maskgit_pl import __version__
 from maskgit_pl.cli import build_parser
 from maskgit_pl.cli.arguments import Output, _groups
-from tests.cli.conftest import Answer, parsers, refused
+from tests.cli.conftest import Answer, parsers
 
 
 def test_no_words_print_the_help_and_a_flag_the_version(maskgit):
@@ -30,22 +30,6 @@ def test_a_traceback_is_printed_wherever_its_flag_stands(maskgit, words):
 
 
 # Errors and interruptions
-
-
-def test_ctrl_c_ends_a_command_with_one_line_and_130(tmp_path: Path):
-    # Within exec of a string, where runpy would print a traceback.
-    (tmp_path / "interrupted.py").write_text(
-        "import runpy\nfrom maskgit_pl.cli import listing\n"
-        "listing.schedules = lambda: exec('raise KeyboardInterrupt')\nlisting.schedules.__doc__ = 'Runs.'\n"
-        "runpy.run_module('maskgit_pl', run_name='__main__')\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-m", "interrupted", "schedules"],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])},
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr) == (130, "maskgit schedules: interrupted\n")
 
 
 @pytest.mark.slow
@@ -137,43 +121,6 @@ def test_help_and_wrong_flags_are_answered_without_torch():
 
 
 COMMANDS = dict(parsers(build_parser()))
-ON_DEVICES = {  # words with which each command would begin its work
-    "sample": "RUN",
-    "inpaint": "RUN IMAGE --box=0,0,4,2",
-    "edit": "RUN IMAGE --box=0,0,4,2 --class=1",
-    "outpaint": "RUN IMAGE --right=4",
-    "panorama": "RUN --width=16",
-    "web": "RUN",
-    "evaluate": "RUN --data=DATA",
-    "inspect": "RUN --data=DATA",
-    "evaluate-tokenizer": "RUN --data=DATA",
-    "compare": "RUN --data=DATA",
-    "tune": "RUN --data=DATA",
-    "table": "1 RUN --data=DATA",
-    "figure": "4",
-    "ablation": "--data=DATA",
-    "train-classifier": "--data=DATA",
-    "tokenize": "--data=DATA --tokenizer=RUN/tokenizer",
-}
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        name
-        for name, parser in COMMANDS.items()
-        if any(action.dest == "device" and action.metavar == "NAME" for action in parser._actions)
-    ],
-)
-def test_a_device_that_is_not_here_is_refused_by_every_command(
-    command: str, maskgit, tiny_pretrained: Path, tiny_shards: Path, image: Path, tmp_path: Path, monkeypatch
-) -> None:
-    (tmp_path / "empty").mkdir()
-    monkeypatch.chdir(tmp_path / "empty")
-    words = ON_DEVICES[command].replace("RUN", str(tiny_pretrained)).replace("IMAGE", str(image))
-    answer = maskgit(command, *words.replace("DATA", str(tiny_shards)).split(), "--device", "cuda:99")
-    refused(answer, "--device must be one of cpu", "got 'cuda:99'")
-    assert (answer.out, list(Path().iterdir())) == ("", [])
 
 
 def test_what_a_command_writes_is_checked_before_any_work() -> None:

@@ -61,20 +61,6 @@ def test_inputs_may_move_but_not_change(begun, resume, tiny_shards, tiny_pretrai
 
 
 @pytest.mark.slow
-def test_harmless_settings_may_change(begun, resume):
-    stage, _, folder = begun
-    own = ["--model.decoding.num_steps=3"] if stage == "transformer" else []
-    answer = resume(
-        "--trainer.max_steps=3", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2",
-        "--data.validation_batch=4", "--data.validation_samples=4", "--data.num_workers=2",
-        "--data.max_batch_per_device=1", "--checkpoint_every=2", "--model.optimizer.learning_rate.warmup_steps=2",
-        "--model.activation_checkpointing=blocks", "--matmul_precision=high", *own,
-    )  # fmt: skip
-    assert answer.code == 0, answer
-    assert newest_checkpoint(folder / "checkpoints").name == "step-00000003"
-
-
-@pytest.mark.slow
 def test_a_run_that_was_killed_before_its_export_is_not_finished(begun, resume, tmp_path):
     stage, _, folder = begun
     exported, facts = folder.parent / "pretrained" / stage, folder / "exported.json"

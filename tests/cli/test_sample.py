@@ -10,7 +10,6 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from maskgit_pl.cli.sample import sample
 from maskgit_pl.networks.feature_networks import ClassifierSizes, create_classifier, describe_classifier
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.options import SETTINGS
@@ -55,13 +54,6 @@ def test_sample_writes_a_picture_single_files_and_an_animation(call, tiny_pretra
     assert "6 images of 2 classes in 5 steps" in said
 
 
-def test_a_command_is_a_function_of_the_same_names(call, tiny_pretrained: Path, tmp_path: Path) -> None:
-    words = ("--classes", "2", "--per-class", 2, "--num-steps", 3, "--token-selector", "margin")
-    call(*words, "--out", tmp_path / "flags.png")
-    sample(tiny_pretrained, classes="2", per_class=2, num_steps=3, token_selector="margin", out=tmp_path / "call.png")
-    assert (tmp_path / "call.png").read_bytes() == (tmp_path / "flags.png").read_bytes()
-
-
 def test_each_flag_reaches_the_decoding(call, tiny_pretrained: Path, tmp_path: Path) -> None:
     selector = {"name": "remdm", "eta": 0.1}
     settings = {
@@ -81,14 +73,6 @@ def test_each_flag_reaches_the_decoding(call, tiny_pretrained: Path, tmp_path: P
         images = tmp_path / str(number)
         call(*given, "--classes=0", "--per-class=4", "--images", images, "--out", tmp_path / "a.png")
         assert (read(images) == pipe.generate([0] * 4, output_type="np", **options)[..., 0]).all()
-
-
-def test_a_negative_class_changes_picture_and_filmstrip(call, tmp_path: Path) -> None:
-    words = ["--classes", "1", "--per-class", 4, "--guidance-scale", 30, "--guidance", "constant"]
-    for name, more in (("plain", []), ("pushed", ["--negative-class", "Trouser"])):
-        call(*words, *more, "--out", tmp_path / f"{name}.png", "--filmstrip", tmp_path / f"{name}-steps.png")
-    for name in (".png", "-steps.png"):
-        assert (tmp_path / f"plain{name}").read_bytes() != (tmp_path / f"pushed{name}").read_bytes()
 
 
 @pytest.mark.slow

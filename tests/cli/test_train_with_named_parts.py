@@ -127,19 +127,6 @@ def test_plug_ins_of_a_package_and_of_the_pages_are_named_in_one_recipe(train_re
         refused(train_recipe({**recipe, key: other}, "--trainer.max_steps=4"), "settings changed")
 
 
-@pytest.mark.parametrize(
-    ("recipe", "text"),
-    [
-        ({"loggers": [{"name": "wandb", "mode": "on"}]}, "logger 'wandb'.mode must be 'online' or 'offline', got 'on'"),
-        ({"callbacks": ["lightning.pytorch.callbacks.Timer"]}, "unknown callback 'lightning.pytorch.callbacks.Timer'"),
-        ({"callbacks": [{"class_path": "x.Y"}]}, "class_path"),
-    ],
-)
-def test_a_wrong_part_of_a_recipe_is_refused_before_training(recipe, text, train_recipe, runs) -> None:
-    refused(train_recipe(recipe), text)
-    assert not runs.exists()
-
-
 def test_the_page_names_what_is_logged(train_recipe, runs) -> None:
     page = (DOCS / "trackers.md").read_text()
     named = set(re.findall(r"`([a-z-]+/?[a-z_/-]*)`", page.split("## What is logged")[1].split("\n## ")[0]))

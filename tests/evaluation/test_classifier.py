@@ -23,7 +23,6 @@ from maskgit_pl.networks.feature_networks import load_classifier, weights_digest
 from tests.evaluation.feature_networks import open_shards
 from tests.forked import run_ranks
 
-QUICK = ClassifierConfig(width=8, max_steps=150, batch=20)
 MOMENT = ClassifierConfig(width=4, max_steps=2, batch=20)
 SCORE = CASConfig(model="small", width=8, max_steps=150, batch=20, peak_rate=4e-3)
 

@@ -50,13 +50,13 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
     assert (value(steps[1], "--recipe"), value(steps[1], "--run")) == ("adaln 15m", "mine-adaln-15m")
     assert (steps[-1][:2], value(steps[-1], "--features")) == (["evaluate", "r/mine-adaln-15m"], "classifier,lite0")
     assert [words[0] for words in commands(tokenizer="x")] == ["data", "tokenize", "train", "evaluate"]
+    for words in commands(overrides=["--data.seed=3"])[1:4]:
+        assert "--data.seed=3" in words
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"recipe": "cosin"}, FileNotFoundError, "did you mean 'cosine'"),
-        ({"dataset": "nowhere"}, ValueError, "convert your own images with --images FOLDER"),
         ({"cluster": "ddp"}, ValueError, "trainer.devices must be 1 or a list of one index in the demo"),
         ({"shrot": True}, TypeError, "demo has no options .'shrot'., only recipe, "),
     ],

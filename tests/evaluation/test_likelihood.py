@@ -56,16 +56,8 @@ class Table:
         return sum(self.mean_nll(x, hidden) for hidden in sets) / len(sets)
 
 
-def all_rows(num_tokens: int, codebook_size: int) -> Tensor:
-    return torch.tensor(list(product(range(codebook_size), repeat=num_tokens)))
-
-
 def no_labels(tokens: Tensor) -> Tensor:
     return torch.zeros(len(tokens), dtype=torch.int64)
-
-
-def bound_of(table: Table, tokens: Tensor, **options: int) -> Tensor:
-    return negative_elbo(table, tokens, no_labels(tokens), **options)
 
 
 def standard_error(values: Tensor) -> float:
@@ -76,7 +68,7 @@ def standard_error(values: Tensor) -> float:
 def test_the_bound_is_estimated_within_its_standard_error(draws):
     table = Table(4, 3)
     x = torch.tensor([[0, 2, 1, 1]]).expand(200, -1)
-    values = bound_of(table, x, draws=draws)
+    values = negative_elbo(table, x, no_labels(x), draws=draws)
     assert abs(float(values.mean() + table.log_likelihood(x)[0])) < 4 * standard_error(values)
 
 
@@ -93,7 +85,7 @@ def test_masked_nll_is_the_mean_over_the_schedules_masks(name):
 
 
 def test_the_exact_likelihood_is_that_of_the_joint_distribution():
-    table, rows = Table(4, 2), all_rows(4, 2)
+    table, rows = Table(4, 2), torch.tensor(list(product(range(2), repeat=4)))
 
     def causal(tokens: Tensor, labels: Tensor) -> Tensor:
         return torch.stack(

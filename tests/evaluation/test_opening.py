@@ -60,16 +60,6 @@ def test_the_name_of_the_data_is_that_of_a_folder(tmp_path: Path, monkeypatch: p
     assert data_name(Path(path)) == "shoes"
 
 
-def test_a_model_of_the_package_takes_the_data_of_the_name_that_it_records(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="it was fashion-mnist: make it with `maskgit data fetch fashion-mnist"):
-        find_run("fashion-mnist-demo")
-    (tmp_path / "data" / "shards" / "fashion-mnist").mkdir(parents=True)
-    assert find_run("fashion-mnist-demo").data == Path("data/shards/fashion-mnist")
-
-
 def test_the_held_out_images_are_described(tiny_shards: Path) -> None:
     described = describe_held_out(read_manifest_summary(tiny_shards))
     assert described == "Held out: 24 images of the val split (29% of the data)."

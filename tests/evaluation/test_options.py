@@ -5,8 +5,6 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.options import (
     decoding_key,
-    default_steps,
-    describe_decoding,
     round_to_classes,
     with_steps,
 )
@@ -21,18 +19,6 @@ def test_the_key_of_a_decoding_is_its_fields_without_defaults() -> None:
     changed = decoding_key(DecodingConfig(4, sampling_temperature=(1.2, 0.8)))
     assert changed["sampling_temperature"] == [1.2, 0.8]
     assert set(changed) == {"num_steps", "token_selector", "guidance", "sampling_temperature"}
-
-
-def test_the_description_of_a_decoding_leaves_defaults_out() -> None:
-    assert describe_decoding(DecodingConfig(8)) == "T 8, confidence, guidance constant"
-    schedule = {"name": "pow", "exponent": 2}
-    decoding = DecodingConfig(4, guidance="linear", sampling_temperature=(1.2, 0.6), top_k=9, mask_schedule=schedule)
-    text = "T 4, confidence, guidance linear, temperature 1.2 to 0.6, top_k 9, mask_schedule pow (exponent 2)"
-    assert describe_decoding(decoding) == text
-
-
-def test_the_usual_steps_are_at_most_one_per_token() -> None:
-    assert [default_steps(num_tokens, (4, 8, 16)) for num_tokens in (24, 8, 3)] == [(4, 8, 16), (4, 8), (3,)]
 
 
 def test_all_classes_have_the_same_number_of_images_at_least_two() -> None:

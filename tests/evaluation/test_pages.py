@@ -6,9 +6,10 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.pages import Page, heading
+from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
 from maskgit_pl.evaluation.tables import make_editing_page, make_generation_page
 from maskgit_pl.evaluation.tuning import Trial, TuningResult, make_page
-from tests.evaluation import test_ablation_page, test_comparison, test_schedule_table, test_tables, test_tuning
+from tests.evaluation import test_ablation_page, test_comparison, test_tuning
 from tests.hostile_words import HOSTILE
 from tests.test_errors import structure
 
@@ -30,13 +31,36 @@ def test_a_page_tells_the_command_as_it_was_typed(words, line, monkeypatch) -> N
     assert heading("Page") == ["# Page", "", *([] if line is None else [line, ""])]
 
 
+def row(model: str, network: str, **numbers: object) -> dict[str, object]:
+    common = {"run": "run-a", "num_images": 100, "real_images": 500, "num_steps": 8,
+              "parameters": 850_000, "seconds_per_image": 0.015, "commit": "a" * 40, "dataset": "shoes", "data": "f00",
+              "split": "val", "date": "2026-01-02", "device": "cpu"}  # fmt: skip
+    return {**common, "model": model, "network": network, **numbers}
+
+
+def schedule_page(schedule: str, **facts: str) -> Page:
+    """Returns the page of one run with a schedule."""
+    own = {"run": schedule, "num_steps": 8, **facts}
+    likelihood = {"masked_nll": 3.5, "masked_nll_error": 0.01, "elbo_bits_per_token": 5.25,
+                  "elbo_bits_per_token_error": 0.02}  # fmt: skip
+    fresh = {"classifier": row("MaskGIT", "classifier", fid=1.0, **{"is": 6.0}, **own),
+             "lite0": row("MaskGIT", "lite0", fid=90.0, **own)}  # fmt: skip
+    return make_schedule_page([ScheduleResult(schedule, {4: 2.0, 8: 0.9}, fresh, likelihood)])
+
+
+def test_pages_name_the_reference() -> None:
+    file = {"split": "", "reference_file": "imagenet.npz", "real_images": None}
+    for changes, compared in (({}, "500 real images of the val split"), (file, "the statistics of imagenet.npz")):
+        tasks = [row("MaskGIT", "lite0", fid=1.0, task="outpaint-right", **changes)]
+        for page in (make_generation_page(tasks, []), make_editing_page(tasks)):
+            assert f"compared with {compared}" in " ".join(page.markdown.split())
+
+
 @cache
 def pages(word: str) -> list[Page]:
     """Returns a page of each kind, with all words of its rows replaced by one word."""
     words = dict.fromkeys(("model", "run", "network", "commit", "dataset", "data", "split", "date", "device"), word)
-    rows = [
-        {**test_tables.row("", ""), **words, "fid": 1.5, "task": task} for task in ("outpaint-right", "inpaint-centre")
-    ]
+    rows = [{**row("", ""), **words, "fid": 1.5, "task": task} for task in ("outpaint-right", "inpaint-centre")]
     cas = {**rows[0], "classifier": word, "training_images": 5, "training_steps": 4, "top1": 0.8, "top5": 0.9}
     facts = {name: word for name in words if name not in ("model", "run", "network")}
     trials = [Trial(number, DecodingConfig(8, word), test_tuning.numbers(2.0 - number / 9)) for number in range(2)]
@@ -50,7 +74,7 @@ def pages(word: str) -> list[Page]:
     return [
         make_generation_page(rows, [cas]),
         make_editing_page(rows),
-        test_schedule_table.page((word, 1.0, 8), **facts),
+        schedule_page(word, **facts),
         test_comparison.page_of([test_comparison.measured(word, 8, 2.0)]),
         make_page(TuningResult("fid/classifier", tuple(trials), tuple(trials), 10), test_comparison.REAL),
         make_ablation_page("x", variants),

@@ -75,18 +75,6 @@ def test_a_split_is_extracted_once_for_each_network_and_then_read(data: ShardDat
         obtain(tmp_path / "deep", data)
 
 
-def test_networks_that_are_missing_share_one_pass(data: ShardData, tmp_path: Path) -> None:
-    obtain(tmp_path, data)
-    seen: list[int] = []
-    networks = [few(), few("timm:a/b", seed=1), few("lite0", seed=2, knows_classes=False)]
-    found = obtain_references(tmp_path, data, networks, on_images=seen.append)
-    assert sum(seen) == 24
-    assert list(found) == ["classifier", "timm:a/b", "lite0"]
-    assert found["lite0"].features.logits is None
-    assert obtain_references(tmp_path, data, networks, on_images=seen.append)["lite0"].features.logits is None
-    assert sum(seen) == 24
-
-
 def images_file(path: Path, **arrays: np.ndarray) -> tuple[Path, torch.Tensor]:
     images = pictures(40, channels=3)
     np.savez(path, arr_0=images.permute(0, 2, 3, 1).numpy(), **arrays)

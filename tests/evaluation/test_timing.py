@@ -66,16 +66,6 @@ def test_a_point_of_another_machine_version_or_network_is_measured_again(tmp_pat
     assert len({timing._describe(config) for config in (TINY, *configs, replace(TINY, num_token_groups=2))}) == 4
 
 
-@pytest.mark.parametrize(("options", "match"), [
-    *(({"num_tokens": (4, count)}, f"num_tokens must be squares, such as 16 or 256, got {count}") for count in (-4, 2)),
-    ({"sizes": small_config("adaln", num_registers=1)}, "attention 'causal' must have num_registers 0"),
-])  # fmt: skip
-def test_a_wrong_option_is_refused_before_anything_is_timed(tmp_path, options, match):
-    with pytest.raises(ValueError, match=match):
-        measure(tmp_path / "ledger.jsonl", **options)
-    assert not (tmp_path / "ledger.jsonl").exists()
-
-
 def test_a_model_is_timed_in_both_batches_once_and_equal_recipes_are_its_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,7 +7,7 @@ import pytest
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.evaluation import tuning
-from maskgit_pl.evaluation.tuning import SearchSpace, Trial, TuningResult, make_page, search, tune
+from maskgit_pl.evaluation.tuning import SearchSpace, Trial, TuningResult, make_page, search
 from maskgit_pl.registry import describe
 from maskgit_pl.schedules import mask_schedules
 
@@ -152,12 +152,6 @@ def test_the_study_is_the_file_of_its_path_and_a_damaged_one_is_named(tmp_path) 
     file.write_bytes(b"no database" * 100)
     with pytest.raises(ValueError, match=r"study .*study\.db cannot be opened: .*not a database; move it away"):
         tuning._open_study(file, FID, {})
-
-
-def test_a_missing_optuna_is_named(monkeypatch) -> None:
-    monkeypatch.setattr(tuning, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"tune requires the package optuna: pip install 'maskgit_pl\[tune\]'"):
-        tune("nowhere")
 
 
 def test_the_page_names_the_winner_and_the_value_before() -> None:

@@ -120,17 +120,6 @@ def test_the_memory_and_the_work_of_stage_1_are_those_of_a_real_step(checkpointi
         assert flops > 0
 
 
-@pytest.mark.slow
-def test_flops_are_the_mean_of_steps_with_and_without_the_penalty():
-    def flops(**options):
-        config = replace(ADVERSARIAL, **options)
-        return useful_flops(tokenizer_model(VQGAN, image_size=16, adversarial=config), global_batch=4)
-
-    always, never, sometimes = flops(r1_every=1), flops(r1_weight=0.0), flops(r1_every=4, start_step=3)
-    assert always > never
-    assert sometimes == never + (always - never) / 4
-
-
 def test_ddp_holds_all_states_and_fsdp_its_share():
     module = masked_model(
         TransformerConfig(16, 3, (4, 4), embed_dim=64, depth=3, num_heads=2, mlp_dim=256), "", ema_decay=0.9
@@ -142,12 +131,6 @@ def test_ddp_holds_all_states_and_fsdp_its_share():
     assert (ddp.states, ddp.gathered) == (20 * whole, 0)
     assert fsdp.states == pytest.approx(10 * whole, rel=0.01)
     assert fsdp.gathered == pytest.approx(4 * (2 * root + 5 * block), rel=0.01)
-    # Under bf16-mixed it gathers bfloat16, and autocast makes no copies.
-    mixed, sharded = (
-        step_memory(module, per_device=2, precision="bf16-mixed", strategy=name, ranks=2) for name in ("ddp", "fsdp")
-    )
-    assert sharded.gathered == pytest.approx(2 * (root + 3 * block) + 4 * (root + 2 * block), rel=0.01)
-    assert 1.8 * whole < mixed.activations - sharded.activations < 2 * whole
 
 
 SIZES = "--model.network.base_channels=32", "--model.network.channel_multipliers=[1,2]", "--model.network.num_groups=8"

@@ -52,8 +52,3 @@ REMDM = {"name": "remdm", "eta": 0.4}
 )
 def test_flags_are_parsed(parse, text, value) -> None:
     assert parse("--x", text) == value
-
-
-def test_a_wrong_mapping_is_refused_with_the_rule() -> None:
-    with pytest.raises(ValueError, match=r"^--x must be a name or a mapping such as"):
-        parse_spec("--x", '{"name"')

@@ -4,10 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from maskgit_pl.runs.plan import find_data, find_tokenizer, run_folder
+from maskgit_pl.runs.plan import find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
-
-CONFIG = "data: {{path: {data}, source: {source}, stream: {{urls: [a], samples: 3}}}}\nmodel: {{}}\ntrainer: {{}}\n"
 
 
 @pytest.fixture
@@ -15,27 +13,17 @@ def recipe() -> Recipe:
     return Recipe.read("transformer")
 
 
-def repeated(folder: Path, **values: object) -> Recipe:
-    """The recipe of an earlier run."""
-    (folder / "config.yaml").write_text(CONFIG.format(**values))
-    return Recipe.from_run("transformer", folder / "config.yaml")
-
-
 def test_data_are_the_named_else_the_repeated_runs_else_the_data_sets(tmp_path, recipe, monkeypatch):
     for name in ("named", "own", "data/shards/fashion-mnist"):
         (tmp_path / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    again = repeated(tmp_path, data="own", source="images")
+    Path("config.yaml").write_text("data: {path: own}\nmodel: {}\ntrainer: {}\n")
+    again = Recipe.from_run("transformer", Path("config.yaml"))
     assert find_data(again, "named") == Path("named")
     assert find_data(again) == Path("own")
     assert find_data(recipe) == Path("data/shards/fashion-mnist")
     with pytest.raises(FileNotFoundError, match="data gone: no such folder"):
         find_data(recipe, "gone")
-
-
-def test_a_repeated_run_must_have_a_name(tmp_path):
-    with pytest.raises(ValueError, match="must have its own name"):
-        run_folder(repeated(tmp_path, data="a", source="images"))
 
 
 def test_the_tokenizer_is_the_named_else_the_runs_else_the_weights(tiny_pretrained, tmp_path, recipe):

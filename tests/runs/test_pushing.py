@@ -85,15 +85,6 @@ def test_a_dry_run_lists_files_and_card_without_network(folder: Path, no_network
     assert 'pipe = MaskGIT.from_pretrained("alice/tiny")' in out
 
 
-def test_an_older_folder_gets_a_card_and_requires_a_license(tiny_pretrained: Path, no_network, capsys):
-    words = ["push", str(tiny_pretrained.parent), "alice/tiny", "--dry-run"]
-    assert main(words) == 2
-    assert "must name the license of the weights; add it with --license" in capsys.readouterr().err
-    assert main([*words, "--license=cc-by-4.0"]) == 0
-    out = capsys.readouterr().out
-    assert "\nlicense: cc-by-4.0\n" in out
-
-
 def _cut_the_weights(folder: Path) -> None:
     file = folder / "transformer" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-4])
@@ -116,14 +107,6 @@ def test_a_wrong_folder_is_refused_before_any_request(folder: Path, hub: LocalHu
     err = capsys.readouterr().err
     assert wanted in err
     assert hub.requests == []
-
-
-@pytest.mark.parametrize("entry", ["license: >\n  mit\n", "license: mit\n"])
-def test_the_license_of_the_flag_replaces_any_of_the_card(folder: Path, no_network, capsys, entry):
-    (folder / "README.md").write_text(f"---\n{entry}tags: [x]\n---\n# Mine\n")
-    assert main(["push", str(folder), "alice/tiny", "--dry-run", "--license", "apache-2.0"]) == 0
-    card = ModelCard(capsys.readouterr().out.partition("Card:\n\n")[2])
-    assert (card.data.to_dict(), card.text.strip()) == ({"license": "apache-2.0", "tags": ["x"]}, "# Mine")
 
 
 REFUSED = "the Hub refused the upload, or cannot be reached ("

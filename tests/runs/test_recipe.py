@@ -20,28 +20,20 @@ from maskgit_pl.runs.settings import known_keys
 from tests.conftest import tiny_flags
 
 
-def write(folder, text):
-    file = folder / "recipe.yaml"
-    file.write_text(text)
-    return file
-
-
 def read(folder, text, words=(), stage="transformer"):
-    return Recipe.from_files(stage, [write(folder, text)], list(words))
+    (folder / "recipe.yaml").write_text(text)
+    return Recipe.from_files(stage, [folder / "recipe.yaml"], list(words))
 
 
 @pytest.mark.parametrize(
     ("words", "key", "value"),
     [
-        (["--data.path=/data/plugins/callbacks"], "data.path", "/data/plugins/callbacks"),
         (["--model.tokenizer", "/data/logger/class_path"], "model.tokenizer", "/data/logger/class_path"),
         (["--model.optimizer.learning_rate.peak=1e-3"], "model.optimizer.learning_rate.peak", 1e-3),
         (["--model.mask_schedule={name: pow, exponent: 3}"], "model.mask_schedule", {"name": "pow", "exponent": 3}),
         (["--model.mask_schedule.exponent=3"], "model.mask_schedule", {"name": "cosine", "exponent": 3}),
-        (["--trainer.devices=auto"], "trainer.devices", "auto"),
         (["--data.validation_samples=null"], "data.validation_samples", None),
         (["--data.seed=1", "--data.seed", "2"], "data.seed", 2),
-        (["--loggers=[csv]"], "loggers", ["csv"]),
         (["--trainer.devices=[0, 2]"], "trainer.devices", [0, 2]),
     ],
 )
@@ -144,10 +136,9 @@ def test_files_come_in_merge_order(stage, options, names):
     assert stems(stage, **options) == names
 
 
-@pytest.mark.parametrize(("kind", "wrong", "right"), [("names", ["cosin"], "cosine"), ("cluster", "fdsp", "fsdp")])
-def test_an_unknown_name_is_answered_with_the_nearest(kind, wrong, right):
-    with pytest.raises(FileNotFoundError, match=f"did you mean '{right}'"):
-        stems(**{kind: wrong})
+def test_an_unknown_name_is_answered_with_the_nearest():
+    with pytest.raises(FileNotFoundError, match="did you mean 'cosine'"):
+        stems(names=["cosin"])
 
 
 def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
@@ -176,19 +167,13 @@ def test_a_flag_may_bring_the_values_of_files_into_range(tmp_path):
 
 WRONG = [  # text of a file, flags, stage, error
     ("model: {mask_shedule: cosine}", [], "transformer", "recipe .*'model.mask_shedule': did you mean 'model.mask_sch"),
-    ("model: {network: {embed_dim: wide}}", [], "transformer", "recipe .*embed_dim must be an integer, got 'wide'"),
     ("model: {optimizer: {betas: [0.9]}}", [], "transformer", "recipe .*betas must be a list of the right length, got"),
     ("model: {seed: 3}", [], "transformer", "recipe .*: model.seed cannot be set: it follows data.seed"),
-    ("trainer: inner.yaml", [], "transformer", "recipe .*: trainer must be a mapping, got 'inner.yaml'"),
     ("data.image_size: 8", [], "tokenizer", r"recipe .*'data\.image_size': keys of a file are nested"),
-    ("trainer: {max_steps: abc}", ["--trainer.max_steps=10"], "tokenizer", "recipe .*: trainer.max_steps must be"),
     ("data: {augmentations: [nope]}", ["--data.seed=3"], "tokenizer", "recipe .*: data: unknown augmentation"),
     ("", ["--model.network.backbone=null"], "transformer", "flag --model.network.backbone must be a string"),
-    ("", ["--loggers=csv"], "tokenizer", "flag --loggers must be a list, got 'csv'"),
     ("", ["--data.path=[a"], "tokenizer", "flag --data.path: line 1, column 3: expected ',' or ']'"),
-    ("", ["--trainer.limit_val_batches={a: 1}"], "tokenizer", "flag --trainer.limit_val_batches must be an integer"),
     ("", ["--data.stream={urls: 3, samples: x}"], "tokenizer", "flag --data.stream.*urls must be a string or"),
-    ("", ["--model.mask_shedule=log"], "transformer", "flag --model.mask_shedule: unknown key .*'model.mask_sch"),
     ("", ["cosine"], "transformer", "unrecognized argument"),
     ("", ["--data.seed", "--x=1"], "transformer", "flag --data.seed must have a value"),
     (CAUSAL, ["--model.mask_schedule=log"], "transformer", "flag --model.mask_schedule: unknown key"),

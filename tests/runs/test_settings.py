@@ -68,16 +68,6 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
             r"^recipe 2\.yaml: unknown key 'model\.network\.num_head': did you mean 'model\.network\.num_heads'\? "
             "keys of model.network: .*conditioning",
         ),
-        (
-            (BERT, {"model": {"network": {"conditioning": "token"}}}),
-            (),
-            r"^recipe 1\.yaml: unknown key 'model\.network\.conditioning': .*keys of model.network: attention, ",
-        ),
-        (
-            (BERT, {"model": {"network": {"backbone": "adalm"}}}),
-            (),
-            r"^recipe 1\.yaml: model\.network\.backbone: unknown backbone 'adalm': did you mean 'adaln'\? known: adaln",
-        ),
         ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
         ((ADALN,), ("--model.network.conditioning=round",), r"conditioning must be 'adaln' or .*got 'round'"),
     ],
@@ -96,21 +86,10 @@ def test_the_schema_of_editors_has_the_keys_of_each_backbone():
         assert not own["additionalProperties"]
 
 
-WIDE = {  # numbers without an upper end
-    "trainer.gradient_clip_val", "model.gradient_clip", "model.optimizer.learning_rate.peak", "data.global_batch",
-}  # fmt: skip
-RANGES = {  # a value of each key that is out of its range
-    "tokenizer": {
-        "trainer.max_steps": -2, "trainer.devices": -2, "keep_every": 0, "cpu_threads": 0, "hang_seconds": 0,
-        "model.gradient_clip": 0, "model.ema_decay": 1.5, "model.flip_probability": -0.5,
-        "model.reconstruction_weight": -1, "data.seed": -1, "data.num_workers": -1, "data.global_batch": 0,
-    },
-    "transformer": {
-        "trainer.gradient_clip_val": 0, "model.label_smoothing": 1.5,
-        "model.optimizer.weight_decay": -1, "model.optimizer.learning_rate.peak": 0,
-        "model.optimizer.learning_rate.warmup_steps": -1, "model.optimizer.learning_rate.final_fraction": 1.5,
-    },
-}  # fmt: skip
+RANGES = {  # keys of each group, with a value that is out of range
+    "tokenizer": {"trainer.max_steps": -2, "hang_seconds": 0, "model.ema_decay": 1.5, "data.seed": -1},
+    "transformer": {"model.label_smoothing": 1.5, "model.optimizer.learning_rate.warmup_steps": -1},
+}
 
 
 @pytest.mark.parametrize("stage", RANGES)
@@ -118,8 +97,6 @@ def test_a_number_out_of_range_or_not_finite_is_refused_by_its_key(stage):
     given = merge([{"data": {"path": ""}}, values_without_data(stage), Recipe.read(stage).tree])
     for key, wrong in RANGES[stage].items():
         for value in (wrong, 2**70, float("nan"), "inf"):
-            if value == 2**70 and key in WIDE:
-                continue
             tree = value
             for part in reversed(key.split(".")):
                 tree = {part: tree}

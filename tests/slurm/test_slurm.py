@@ -172,16 +172,11 @@ class Run:
 
     def submit(self, *more: str) -> str:
         """Submits the run, and returns the output."""
-        code, printed = self.ask(*more)
+        code, printed = self._call(*self.words, *more)
         assert code == 0, printed
         found = re.search(r"^job (\d+): ", printed, re.MULTILINE)
         self.number = found.group(1) if found else ""
         return printed
-
-    def ask(self, *more: str) -> tuple[int, str]:
-        """Runs ``maskgit slurm``, and returns its exit code and output."""
-        words = [*self.words, *more]
-        return self._call(*words)
 
     @property
     def log(self) -> str:
@@ -412,20 +407,6 @@ def test_jobs_with_errors_are_not_requeued(site: Site) -> None:
         run.finish(state="FAILED")
         assert cluster.job(run.number)["ExitCode"] == f"{code}:0", run.log
         assert run.restarts == 0
-
-
-def test_a_task_that_waits_for_a_dead_one_is_killed_by_srun(site: Site) -> None:
-    cluster, run = site.cluster, site.run("died", "transformer ddp", f"--trainer.max_steps={LONG}")
-    run.submit("--srun=--wait=60")  # 300 by default
-    run.wait_beyond(0)
-    (waiting,), (dying,) = (cluster.tasks(run.number, node) for node in ("node1", "node2"))
-    os.kill(waiting, signal.SIGSTOP)
-    os.kill(dying, signal.SIGKILL)
-    begun = time.monotonic()
-    run.finish(state="FAILED")
-    assert 55 < time.monotonic() - begun < 90
-    assert cluster.job(run.number)["ExitCode"] == "137:0", run.log
-    assert run.restarts == 0
 
 
 def test_a_job_resumes_after_its_time_limit(site: Site) -> None:

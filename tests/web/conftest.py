@@ -74,8 +74,8 @@ class Server:
 
 
 @contextmanager
-def starting(place: Path, *, is_background: bool = False) -> Iterator[subprocess.Popen[str]]:
-    """Starts ``maskgit web``, and ends it after the block.
+def running(place: Path, *, is_background: bool = False) -> Iterator[Server]:
+    """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block.
 
     Args:
         place: Folder for ``Server.place``.
@@ -104,23 +104,16 @@ def starting(place: Path, *, is_background: bool = False) -> Iterator[subprocess
     )  # fmt: skip
     with process:
         try:
-            yield process
+            assert process.stdout is not None
+            said = ""
+            for line in process.stdout:
+                said += line
+                if " shows " in line:
+                    break
+            assert " shows " in said, said
+            yield Server(place, process, line.split()[0])
         finally:
             process.kill()
-
-
-@contextmanager
-def running(place: Path, *, is_background: bool = False) -> Iterator[Server]:
-    """Starts ``maskgit web``, waits until it says where the page is, and ends it after the block. See ``starting``."""
-    with starting(place, is_background=is_background) as process:
-        assert process.stdout is not None
-        said = ""
-        for line in process.stdout:
-            said += line
-            if " shows " in line:
-                break
-        assert " shows " in said, said
-        yield Server(place, process, line.split()[0])
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.web import page as page_module
 from maskgit_pl.web.page import build_page, painted_pixels, settings_of, start_values, stream_steps
-from tests.web.conftest import ROOT, SECONDS, Server, opened, running, starting
+from tests.web.conftest import ROOT, SECONDS, Server, opened, running
 
 MODEL = "fashion-mnist-demo"
 BAG, BOOT = 8, 9
@@ -309,17 +309,6 @@ def test_ctrl_c_ends_a_run_and_leaves_no_file(browser: Browser, tmp_path: Path) 
             said, _ = server.process.communicate(timeout=SECONDS)
         assert (server.process.returncode, said) == (0, ENDED)
         assert list((server.place / "tmp").iterdir()) == []
-
-
-def test_ctrl_c_while_it_starts_leaves_no_folder(tmp_path: Path) -> None:
-    """The signal comes when the temporary folder exists: gradio is being imported."""
-    with starting(tmp_path / "own") as process:
-        while not any((tmp_path / "own" / "tmp").glob("maskgit-web-*")):
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=SECONDS)
-        assert (process.returncode, said) == (130, "maskgit web: interrupted\n")
-        assert list((tmp_path / "own" / "tmp").iterdir()) == []
 
 
 # Functions of the page, without a browser

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import socket
 from contextlib import closing
 
 from playwright.sync_api import Browser
@@ -35,8 +34,7 @@ def ask(
 def test_another_site_can_neither_upload_nor_open_the_page(server: Server, browser: Browser) -> None:
     before = server.written()
     assert ask(server, Host="localhost:{port}", Origin="http://localhost:{port}").status == 200
-    for origin in ("https://rebound.example", "null"):  # a script of a site, and of a frame without an origin
-        assert ask(server, "POST", UPLOAD, body=form(100), Origin=origin).status == 403
+    assert ask(server, "POST", UPLOAD, body=form(100), Origin="https://rebound.example").status == 403
     page = browser.new_page()
     answer = page.goto(f"http://{STRANGER}:{server.port}/")  # DNS rebinding
     assert answer is not None
@@ -49,6 +47,3 @@ def test_uploads_and_requests_have_a_largest_size(server: Server) -> None:
     assert ask(server, "POST", UPLOAD, body=form(1000)).status == 200
     assert ask(server, "POST", UPLOAD, body=form(MAX_UPLOAD_BYTES + 1000)).status == 413  # of gradio, for one file
     assert ask(server, "POST", UPLOAD, Content_Length=str(2**30)).status == 413
-    with socket.create_connection(("127.0.0.1", server.port)) as sent:
-        sent.sendall(f"POST {UPLOAD} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n".encode())
-        assert sent.recv(100).startswith(b"HTTP/1.1 411")
