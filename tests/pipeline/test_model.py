@@ -10,7 +10,6 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
-from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.schedules import Pow
@@ -132,22 +131,3 @@ def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) ->
     guided = images(bare, [1] * 4, guidance_scale=3.0, negative_class="Trouser")
     assert not torch.equal(guided, images(bare, [1] * 4))
     assert torch.equal(guided, images(bare, [1] * 4, guidance_scale=3.0, negative_class=2))
-
-
-def packed(network: torch.nn.Module) -> list[torch.Tensor]:
-    layers = [layer for layer in network.modules() if isinstance(layer, PackingLinear)]
-    assert layers
-    return [weight.data for layer in layers for weight in layer._packed.values()]
-
-
-needs_mkl = pytest.mark.skipif(torch.float32 not in _packed_dtypes(), reason="torch is built without MKL")
-
-
-@needs_mkl
-def test_the_first_image_packs_the_weights_and_a_cast_frees_them(tiny_pretrained):
-    pipe, plain = (MaskGIT.from_pretrained(tiny_pretrained, pack_weights=packs) for packs in (True, False))
-    assert torch.equal(images(pipe, [0, 1, 2]), images(plain, [0, 1, 2]))
-    assert packed(pipe.transformer.network)
-    assert not packed(plain.transformer.network)
-    pipe.to("cpu", dtype=torch.float64)
-    assert not packed(pipe.transformer.network)
