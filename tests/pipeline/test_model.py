@@ -128,6 +128,6 @@ def test_a_model_without_a_null_class_is_guided_by_a_negative_class(tmp_path) ->
         bare.generate([None])
     with pytest.raises(ValueError, match=r"guidance must have scale 0 for a model that has no null class .* negative"):
         bare.generate([1], guidance_scale=3.0)
-    guided = images(bare, [1] * 4, guidance_scale=3.0, negative_class="Trouser")
+    guided = images(bare, [1] * 4, guidance_scale=80.0, negative_class="Trouser")
     assert not torch.equal(guided, images(bare, [1] * 4))
-    assert torch.equal(guided, images(bare, [1] * 4, guidance_scale=3.0, negative_class=2))
+    assert torch.equal(guided, images(bare, [1] * 4, guidance_scale=80.0, negative_class=2))
