@@ -1,6 +1,5 @@
 """A vector for each image conditions the network: training, decoding with guidance, and the pipeline."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ from PIL import Image
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch
-from maskgit_pl.decoding import ConditionalModel, DecodingConfig, FirstStepLogits
+from maskgit_pl.decoding import ConditionalModel, FirstStepLogits
 from maskgit_pl.decoding.predictors import VectorPool, build_class_predictor
 from maskgit_pl.evaluation.likelihood import negative_elbo
 from maskgit_pl.networks.adaln import AdaLNConfig, AdaLNTransformer
 from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
-from maskgit_pl.pipeline.pretrained import fingerprint, save_transformer
+from tests.networks.backbone_cases import save_model_of_vectors
 
 DIM, CPU = 4, torch.device("cpu")
 
@@ -99,19 +98,8 @@ def test_a_negative_model_trained_with_vectors_gets_them(network, batch) -> None
 
 
 @pytest.fixture(scope="module")
-def pretrained(network, tiny_pretrained, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("pipe") / "pretrained"
-    shutil.copytree(tiny_pretrained / "tokenizer", folder / "tokenizer")
-    save_transformer(
-        folder / "transformer",
-        network.config,
-        network.state_dict(),
-        mask_schedule="cosine",
-        decoding=DecodingConfig(num_steps=4, guidance={"name": "linear", "scale": 1.0}),
-        class_names=("a", "b", "c"),
-        tokenizer_fingerprint=fingerprint(folder / "tokenizer"),
-    )
-    return folder
+def pretrained(tiny_pretrained, tmp_path_factory) -> Path:
+    return save_model_of_vectors(tiny_pretrained, tmp_path_factory.mktemp("pipe") / "pretrained", dim=DIM)
 
 
 @pytest.fixture(scope="module")
@@ -121,16 +109,16 @@ def pipe(pretrained: Path) -> MaskGIT:
 
 def test_an_image_follows_its_vector_in_any_batch(pipe: MaskGIT) -> None:
     vectors = np.random.default_rng(0).normal(size=(4, DIM)).astype(np.float16)
-    classes = ["a", "b", "c", "a"]
+    classes = [0, 1, 2, 0]
     images = pipe.generate(classes, vectors=vectors, output_type="np", seed=3)
-    alone = pipe.generate(["c"], vectors=vectors[2:3], output_type="np", seed=5)
+    alone = pipe.generate([2], vectors=vectors[2:3], output_type="np", seed=5)
     assert np.abs(images[2].astype(int) - alone[0]).max() <= 1
     parts = pipe.generate(classes, vectors=torch.from_numpy(vectors), output_type="np", seed=3, batch_size=3)
     assert np.abs(images.astype(int) - parts).max() <= 1
     others = pipe.generate(classes, vectors=vectors[::-1].copy(), output_type="np", seed=3)
     assert not np.array_equal(images[0], others[0])
-    shared = pipe.generate(["a", "b"], vectors=vectors[1], output_type="np")
-    assert np.array_equal(shared, pipe.generate(["a", "b"], vectors=vectors[[1, 1]], output_type="np"))
+    shared = pipe.generate([0, 1], vectors=vectors[1], output_type="np")
+    assert np.array_equal(shared, pipe.generate([0, 1], vectors=vectors[[1, 1]], output_type="np"))
 
 
 def test_no_class_needs_no_vector(pipe: MaskGIT) -> None:
@@ -140,10 +128,10 @@ def test_no_class_needs_no_vector(pipe: MaskGIT) -> None:
 @pytest.mark.parametrize(
     ("classes", "vectors", "message"),
     [
-        (["a"], None, r"vectors must be given: .* a vector of 4 values for each image, got none; .* shape \(1, 4\)"),
-        (["a"], np.zeros((1, 5)), r"vectors must have shape \(1, 4\), .* got \(1, 5\)"),
-        (["a", "b"], np.zeros((1, 4)), r"vectors must have shape \(2, 4\), .* got \(1, 4\)"),
-        (["a"], np.full((1, 4), np.nan), "vectors must be finite"),
+        ([0], None, r"vectors must be given: .* a vector of 4 values for each image, got none; .* shape \(1, 4\)"),
+        ([0], np.zeros((1, 5)), r"vectors must have shape \(1, 4\), .* got \(1, 5\)"),
+        ([0, 1], np.zeros((1, 4)), r"vectors must have shape \(2, 4\), .* got \(1, 4\)"),
+        ([0], np.full((1, 4), np.nan), "vectors must be finite"),
         ([None], np.zeros((1, 4)), "classes must be given with vectors"),
     ],
 )
@@ -161,12 +149,12 @@ def test_edits_follow_a_vector(pipe: MaskGIT) -> None:
     image, mask = Image.new("L", (8, 8), 90), Image.new("L", (8, 8), 0)
     mask.paste(255, (0, 0, 4, 8))
     edits = [
-        np.array(pipe.inpaint(image, mask, classes=["a"], vectors=np.full((1, DIM), value), blend=0)[0])
+        np.array(pipe.inpaint(image, mask, classes=[0], vectors=np.full((1, DIM), value), blend=0)[0])
         for value in (-3.0, 3.0)
     ]
     assert not np.array_equal(*edits)
     assert np.array_equal(edits[0][:, 6:], np.array(image)[:, 6:])
-    assert pipe.panorama(["a"], 16, vectors=np.ones((1, DIM)))[0].size == (16, 8)
+    assert pipe.panorama([0], 16, vectors=np.ones((1, DIM)))[0].size == (16, 8)
 
 
 def test_a_pool_draws_the_vectors_of_a_class_in_turn() -> None:
@@ -182,14 +170,14 @@ def test_images_of_a_pool_are_not_mixed_with_those_of_another(pretrained, tmp_pa
     pipe = MaskGIT.from_pretrained(pretrained)
     vectors = torch.randn(4, DIM, generator=torch.Generator().manual_seed(0))
     pipe.vector_pool = VectorPool(vectors)
-    generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=["b"], seed=8, batch_size=3))
+    generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=[1], seed=8, batch_size=3))
     with np.load(tmp_path / "a.npz") as archive:
         images = archive["arr_0"][..., :1]
-    direct = pipe.generate(["b"] * 4, vectors=vectors, seed=8, output_type="np")
+    direct = pipe.generate([1] * 4, vectors=vectors, seed=8, output_type="np")
     assert np.abs(images.astype(int) - direct).max() <= 1
     pipe.vector_pool = VectorPool(vectors + 1)
     with pytest.raises(ValueError, match="holds images of other settings: vectors"):
-        generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=["b"], seed=8))
+        generate_many(pipe, tmp_path / "a.npz", BulkOptions(num_images=4, classes=[1], seed=8))
 
 
 def test_likelihoods_use_the_vector_of_each_image(network, batch) -> None:

@@ -159,16 +159,9 @@ def test_the_ratios_of_a_batch_have_the_distribution_of_the_formula(spec, cumula
     assert (expected - observed).abs().max() < 1.1 / size + 1e-4
 
 
-@pytest.mark.parametrize(
-    ("registry", "spec", "message"),
-    [
-        (mask_ratios, {"name": "uniform", "low": 0.7, "high": 0.3}, r"high must be a number in \(0.7, 1\], got 0.3"),
-        (mask_ratios, {"name": "truncated_normal", "std": 0.0}, r"std must be a number in \[0.01, 10\], got 0.0"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(registry, spec, message):
-    with pytest.raises(ValueError, match=message):
-        registry.build(spec)
+def test_uniform_ratios_end_above_their_beginning():
+    with pytest.raises(ValueError, match=r"high must be a number in \(0.7, 1\], got 0.3"):
+        mask_ratios.build({"name": "uniform", "low": 0.7, "high": 0.3})
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import Pow, mask_schedules
 from maskgit_pl.training.checkpoints import FolderCheckpointIO, newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate
-from maskgit_pl.training.token_model import BinnedMeans, check_tokenizer
+from maskgit_pl.training.token_model import check_tokenizer
 from tests.conftest import peak_predictions
 from tests.short_runs import assert_equal, data, fit, masked_model
 
@@ -106,13 +106,6 @@ def test_an_extended_run_resumes_at_the_rate_of_its_new_length(tiny_shards, tiny
     assert Rates.rates == [1e-2 * factor for factor in expected]
 
 
-def test_the_average_begins_at_the_first_step(tiny_shards, tiny_pretrained, store, tmp_path):
-    module = model(tiny_pretrained)
-    fit(module, data(tiny_shards, store), steps=1, folder=tmp_path)
-    trained, averaged = (net.token_embedding.weight for net in (module.transformer, module.ema_network))
-    assert torch.equal(averaged, trained)
-
-
 def validate(module, source):
     """Returns the values that a validation logs."""
     trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, use_distributed_sampler=False)
@@ -187,14 +180,6 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
         assert logged[name] == pytest.approx(float(nll[in_bin].mean()), rel=1e-5)
     assert logged["step"] == 1
     assert seen.gradients == [None] * len(seen.gradients)
-
-
-def test_means_of_many_tokens_are_not_rounded():
-    means = BinnedMeans("position")
-    bins = torch.zeros(1, dtype=torch.int64).expand(2**16)
-    for _ in range(260):  # 17 million tokens: float32 cannot count them one by one
-        means.add(bins, torch.full((1,), 6.1).expand(2**16), torch.ones(1).expand(2**16))
-    assert means.take(torch.tensor(0.0))["train/loss/position-0.00-0.25"] == pytest.approx(6.1, rel=1e-3)
 
 
 def test_images_are_flipped_in_training_only(tiny_shards, tiny_pretrained):

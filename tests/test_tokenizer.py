@@ -355,8 +355,3 @@ def test_two_ranks_train_as_one(tmp_path, discriminator):
     for name, value in alone.state_dict().items():
         torch.testing.assert_close(first[0][name], value, rtol=1e-5, atol=1e-5, msg=name)
     assert first[1]["val/psnr"].item() == pytest.approx(trainer.callback_metrics["val/psnr"].item(), abs=1e-4)
-
-
-def test_an_accumulation_below_1_is_refused():
-    with pytest.raises(ValueError, match="accumulation must be an integer"):
-        tokenizer(accumulation=0)

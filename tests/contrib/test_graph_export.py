@@ -113,24 +113,16 @@ def test_an_earlier_export_is_replaced_only_when_asked_for(tiny_pretrained, expo
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
-@pytest.mark.parametrize(
-    ("damage", "text"),
-    [
-        (lambda output: output + 0.3, r"tokenizer-decoder.pt2 must compute what quantizer"),
-        (lambda output: output * torch.nan, r"tokenizer-decoder.pt2 must compute what quantizer"),
-        (lambda output: output[:, :1], "the output must be"),
-    ],
-    ids=["value", "NaN", "shape"],
-)
-def test_a_file_that_computes_something_else_leaves_nothing(tiny_pretrained, tmp_path, monkeypatch, damage, text):
+@pytest.mark.parametrize("damage", [0.3, torch.nan])
+def test_a_file_that_computes_something_else_leaves_nothing(tiny_pretrained, tmp_path, monkeypatch, damage):
     load = graph_export.load_graph
 
     def load_damaged(graph: Graph, file: Path, kind: str):
         call = load(graph, file, kind)
-        return lambda inputs: damage(call(inputs))
+        return lambda inputs: call(inputs) + damage
 
     monkeypatch.setattr(graph_export, "load_graph", load_damaged)
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError, match=r"tokenizer-decoder.pt2 must compute what quantizer"):
         export_graphs(tiny_pretrained, tmp_path / "out", kind="pt2")
     assert list(tmp_path.iterdir()) == []
 

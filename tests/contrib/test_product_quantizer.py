@@ -28,13 +28,6 @@ def test_the_groups_of_a_product_draw_different_noise():
     assert not torch.allclose(first, second)
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "product", "quantizer": {"name": "product"}}, "must be no 'product' again; take a table of codes"),
-        ({"name": "product", "quantizer": "emma"}, "did you mean 'ema'"),
-    ],
-)
-def test_a_wrong_value_is_refused_with_the_way_out(spec, message):
-    with pytest.raises(ValueError, match=message):
-        quantizers.build(spec)
+def test_a_product_of_products_is_refused():
+    with pytest.raises(ValueError, match="must be no 'product' again; take a table of codes"):
+        quantizers.build({"name": "product", "quantizer": {"name": "product"}})

@@ -33,16 +33,6 @@ def test_a_folder_takes_its_place_when_all_of_it_is_on_disk(tmp_path: Path, monk
         synced.clear()
 
 
-def test_an_unfinished_folder_leaves_the_older_one_and_nothing_else(tmp_path: Path) -> None:
-    folder = tmp_path / "folder"
-    with write_folder(folder) as fresh:
-        write_text(fresh / "file", "old")
-    with pytest.raises(FileNotFoundError), write_folder(folder) as fresh:
-        write_text(fresh / "missing" / "file", "new")
-    assert (folder / "file").read_text() == "old"
-    assert list(tmp_path.iterdir()) == [folder]
-
-
 @pytest.mark.parametrize("is_in_place", [False, True])
 def test_the_older_folder_of_a_killed_swap_is_put_back(tmp_path: Path, is_in_place: bool) -> None:
     folder, old, other = tmp_path / "[a]", tmp_path / ".[a].old-17", tmp_path / ".[a].old-17.zip"

@@ -1,7 +1,6 @@
-"""PNG: every kind of pixel, damage in every place, and metadata that must not matter; and Pillow in many threads."""
+"""PNG: every kind of pixel, damage in every place, and metadata that must not matter."""
 
 import struct
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -120,14 +119,6 @@ def test_the_orientation_may_be_before_or_after_the_pixels():
         changed = data[:at] + chunk(b"eXIf", ROTATED.tobytes()[6:]) + data[at:]
         assert np.array_equal(decode(changed), upright)
         assert parse_image_header(changed, name="x").height == 11
-
-
-def test_many_threads_decode_at_once():
-    names = [name for name in FILES if "animated" not in name] * 20
-    expected = {name: decode(FILES[name]) for name in names}
-    with ThreadPoolExecutor(8) as pool:
-        for name, image in zip(names, pool.map(lambda name: decode(FILES[name]), names), strict=True):
-            assert np.array_equal(image, expected[name])
 
 
 @pytest.mark.parametrize("channels", [1, 3])

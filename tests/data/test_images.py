@@ -204,26 +204,18 @@ def photo(**options) -> bytes:
     return save(Image.fromarray((soft[0].permute(1, 2, 0) * 255).byte().numpy()), "JPEG", quality=90, **options)
 
 
-def flipped(data: bytes, generator: np.random.Generator) -> bytes:
-    spoilt = bytearray(data)
-    for place in generator.integers(700, len(data) - 2, 8):
-        spoilt[place] ^= int(generator.integers(1, 256))
-    return bytes(spoilt)
-
-
 def zeroed(data: bytes, generator: np.random.Generator) -> bytes:
     place = int(generator.integers(700, len(data) - 1026))
     return data[:place] + bytes(1024) + data[place + 1024 :]
 
 
 @pytest.mark.parametrize("progressive", [False, True])
-@pytest.mark.parametrize("spoil", [flipped, zeroed])
-def test_flipped_and_zeroed_bytes_of_a_jpeg_are_mostly_found(spoil, progressive, capfd):
+def test_zeroed_bytes_of_a_jpeg_are_mostly_found(progressive, capfd):
     generator, data = np.random.default_rng(0), photo(progressive=progressive)
     num_refused = 0
     for _ in range(40):
         try:
-            decode_image(spoil(data, generator), channels=3, name="x")
+            decode_image(zeroed(data, generator), channels=3, name="x")
         except UnreadableImageError as error:
             num_refused += error.reason == "damaged"
     assert num_refused >= 28  # PIL and torchvision find 0 to 3

@@ -4,13 +4,11 @@ import os
 import signal
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.data.loader import ALWAYS_ALLOWED, UnreadableImages
 from maskgit_pl.errors import DataBudgetError, DataChangedError, DataWorkerError
 from tests.data_folders import open_data, save_data
 from tests.hostile_images import REFUSED, save
@@ -99,37 +97,3 @@ def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, 
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
     with pytest.raises(DataWorkerError, match=r"was killed, most likely .* memory .*data\.num_workers"):
         list(loader if again else batches)
-
-
-def explain(index: int) -> str:
-    return f"shard {index // 10}:{index}.jpg: damaged"
-
-
-def counter(num_samples: int = 1000, budget: float = 1e-4) -> UnreadableImages:
-    return UnreadableImages(explain, num_samples=num_samples, budget=budget)
-
-
-def add(images: UnreadableImages, *replaced: tuple[int, int], batch: int = 100) -> None:
-    """Adds a batch in which some samples were replaced, given as (drawn, shown)."""
-    index, replacement = np.arange(batch), np.full(batch, -1)
-    for row, (drawn, shown) in enumerate(replaced):
-        index[row], replacement[row] = drawn, shown
-    images.add(index, replacement)
-
-
-def test_ten_images_are_always_allowed_and_the_eleventh_is_not():
-    images = counter()
-    for number in range(ALWAYS_ALLOWED):
-        add(images, (2 * number, 2 * number + 1), (0, 1))
-    with pytest.raises(DataBudgetError, match=r"at most 0.0001 .* 10 in total, got 11 \(21 times in 1100 images\)"):
-        add(images, (50, 51))
-
-
-def test_skipped_images_are_counted_and_listed():
-    images = counter()
-    add(images)
-    add(images, (8, 11), (8, 11), (999, 0))
-    assert (images.seen, images.count, sorted(images.images)) == (200, 7, [8, 9, 10, 999])
-    listed = {8: "shard 0:8.jpg: damaged", 9: "shard 0:9.jpg: damaged", 10: "shard 1:10.jpg: damaged"}
-    listed[999] = "shard 99:999.jpg: damaged"
-    assert images.as_json() == {"seen": 200, "unreadable": 7, "images": listed}

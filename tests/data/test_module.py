@@ -50,15 +50,6 @@ def test_tokens_and_images_give_the_same_samples_in_the_same_order(folder, store
 
 
 @pytest.mark.parametrize(
-    "options",
-    [{"source": "stream"}, {"source": "tokens"}],
-)
-def test_arguments_that_contradict_each_other_are_refused(folder, options):
-    with pytest.raises(ValueError, match=r"data\."):
-        ShardData(ShardDataConfig(str(folder), **options))
-
-
-@pytest.mark.parametrize(
     ("key", "value"),
     [
         ("global_batch", 2**40), ("global_batch", 8.0), ("validation_batch", -1), ("validation_samples", 0),

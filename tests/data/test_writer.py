@@ -1,6 +1,5 @@
 import errno
 import os
-import re
 import tarfile
 from pathlib import Path
 
@@ -14,7 +13,6 @@ from maskgit_pl.data.sources.image_folder import ImageFolder
 from maskgit_pl.data.sources.public import IdxFiles
 from maskgit_pl.data.writer import LEFT_OUT, RECORD, make_shards
 from tests.data.conftest import contents
-from tests.data_folders import spy_on_disk
 
 
 @pytest.fixture
@@ -103,15 +101,6 @@ def test_shards_of_an_interrupted_command_with_other_options_are_not_used(idx, t
     make_shards(IdxFiles(idx), tmp_path / "out")
     make_shards(IdxFiles(idx), tmp_path / "alone")
     assert contents(tmp_path / "out") == contents(tmp_path / "alone")
-
-
-def test_shards_that_changed_are_noticed_by_the_second_run(idx, tmp_path):
-    make_shards(IdxFiles(idx), tmp_path / "out")
-    with open(tmp_path / "out" / "val-000000.tar", "ab") as file:
-        file.write(b"x")
-    with pytest.raises(ValueError, match=r"val-000000\.tar"):
-        make_shards(IdxFiles(idx), tmp_path / "out")
-    assert (tmp_path / "out" / RECORD).exists()
 
 
 def spoil(tree: Path) -> dict[str, str]:
@@ -203,23 +192,6 @@ def test_a_split_without_a_readable_image_is_refused(tree, tmp_path):
         path.write_bytes(data)
     make_shards(ImageFolder(tmp_path / "both"), tmp_path / "out", lenient=True)
     assert read_manifest_summary(tmp_path / "out").samples == {"train": 30, "val": 30}
-
-
-def test_every_file_is_on_disk_before_its_name_and_the_manifest_comes_last(tree, tmp_path, monkeypatch):
-    synced, renamed = set(), []
-
-    def note(call, path):
-        name = re.sub(r"^\.(.*)\.[0-9a-f]{32}\.partial$", r"\1", path.name)
-        if call == "sync":
-            synced.add(name)
-        else:
-            assert name in synced
-            renamed.append(name)
-
-    spy_on_disk(monkeypatch, note)
-    make_shards(ImageFolder(tree), tmp_path / "out")
-    renamed = [name for name in renamed if not name.startswith(".left-out")]
-    assert renamed == [RECORD, "train-000000.tar", "val-000000.tar", "train.npy", "train.json", "val.npy", "val.json"]
 
 
 def test_a_full_disk_is_named_with_the_shard_and_leaves_no_half_of_it(tree, tmp_path, monkeypatch):

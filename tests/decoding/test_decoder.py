@@ -20,13 +20,12 @@ from maskgit_pl.decoding import (
 from maskgit_pl.decoding.decoder import count_after
 from maskgit_pl.decoding.predictors import ClassPredictor, GuidedPredictor, build_class_predictor
 from maskgit_pl.decoding.sampling import CodeSampling
-from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector, token_selectors
+from maskgit_pl.decoding.selectors import Candidates, Confidence, TokenSelector
 from maskgit_pl.networks.backbone import PredictAt
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
 from tests.conftest import random_transformer
 from tests.decoding.fakes import (
-    ALL_MASKED,
     CPU,
     GRID,
     LOGITS,
@@ -262,31 +261,12 @@ def test_negative_classes_take_the_place_of_the_null_class():
     assert network.labels == [[0, 1, 2], *[[2, 0, 1, 2]] * 4]
 
 
-def test_guidance_without_a_null_class_is_refused_and_scale_0_is_not():
-    without_null = model(Network(null_label=None))
-    with pytest.raises(ValueError, match="guidance must have scale 0 for a model that has no null class"):
-        build_class_predictor(without_null, [0], scales=[0.0, 1.0])
-    assert isinstance(build_class_predictor(without_null, [0], scales=[0.0, 0.0]), ClassPredictor)
-
-
 def test_remdm_without_remasking_decodes_the_tokens_of_confidence():
     tokens, plain = partly_known(MIXED), decoder_of({"name": "confidence", "choice_temperature": 3.0})
     remdm = decoder_of({"name": "remdm", "choice_temperature": 3.0, "eta": 0.0})
     for step, expected in zip(run(tokens, remdm), run(tokens, plain), strict=True):
         for name in ("tokens", "still_masked", "confidence", "scores"):
             assert torch.equal(getattr(step, name), getattr(expected, name))
-
-
-@pytest.mark.parametrize("name", token_selectors.names())
-def test_logits_are_computed_at_masked_tokens_only(name):
-    num_positions, parallel_decoder = [], decoder_of(name)
-
-    def predict(tokens: Tensor, positions: Tensor) -> Tensor:
-        num_positions.append(positions.shape[1])
-        return fake_predictor(tokens, positions)
-
-    run(ALL_MASKED, parallel_decoder, predict)
-    assert num_positions == [before for before, _ in count_masked(parallel_decoder, [16, 16])[:-1]]
 
 
 EVERYWHERE = torch.arange(16).repeat(2, 1)
@@ -322,24 +302,6 @@ def test_draws_follow_the_softmax_and_never_take_an_impossible_code():
         assert counts[0] == counts[6] == 0
         chi_square = float(((counts - expected) ** 2 / expected)[1:6].sum())
         assert chi_square < 25  # 4 degrees of freedom: one in 20,000
-
-
-def test_codes_and_scores_have_independent_noise():
-    noise, zeros = SeededNoise(torch.arange(2000), 1), torch.zeros(2000, 1, dtype=torch.int64)
-    codes = noise.draw(torch.zeros(2000, 1, 100), zeros, step=0).flatten().float()
-    correlation = torch.corrcoef(torch.stack([codes, noise.gumbel(zeros, step=0).flatten()]))[0, 1]
-    assert abs(float(correlation)) < 0.1
-
-
-def test_a_small_change_of_the_logits_changes_few_draws():
-    """The bound of Gumbel-max sampling: P(change) <= 2 TV / (1 + TV), with TV the total variation distance."""
-    num_images = 4000
-    logits = 3 * torch.randn(num_images, 1, 256, generator=torch.Generator().manual_seed(0))
-    rounded, zeros = logits.bfloat16().float(), torch.zeros(num_images, 1, dtype=torch.int64)
-    noise = SeededNoise(torch.arange(num_images), 1)
-    changed = (noise.draw(logits, zeros, step=0) != noise.draw(rounded, zeros, step=0)).float().mean()
-    distance = (logits.softmax(-1) - rounded.softmax(-1)).abs().sum(-1).mean() / 2
-    assert 0 < changed < 2 * distance / (1 + distance) + 0.003
 
 
 def test_a_random_start_shows_codes_in_the_first_step_only():

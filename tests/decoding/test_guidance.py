@@ -27,18 +27,9 @@ def test_the_scales_of_the_steps_follow_the_formula(spec, expected):
     assert guidance_scales(guidance_schedules.build(spec), len(expected)) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        *(({"name": name, "scale": -0.5}, rf"'{name}': scale must be") for name in guidance_schedules.names()),
-        ({"name": "linear", "scale": float("nan")}, "'linear': scale must be a number"),
-        ({"name": "interval", "start": 0.8, "stop": 0.2}, r"'interval': stop must be a number in \[0.8, 1\], got 0.2"),
-        ({"name": "cosine", "power": 0.0}, r"'cosine': power must be a number in \[0.001, 1000\], got 0.0"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
-        guidance_schedules.build(spec)
+def test_an_interval_ends_after_its_beginning():
+    with pytest.raises(ValueError, match=r"'interval': stop must be a number in \[0.8, 1\], got 0.2"):
+        guidance_schedules.build({"name": "interval", "start": 0.8, "stop": 0.2})
 
 
 @pytest.mark.parametrize("scale", [-1e-6, float("nan"), 10_001.0])

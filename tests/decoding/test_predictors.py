@@ -61,19 +61,6 @@ def test_a_model_that_guides_itself_is_unguided(large):
     assert all(map(torch.equal, decoded(guided_by(large, large), selector="remdm"), unguided))
 
 
-def test_scale_0_never_runs_the_negative_network(large):
-    class Forbidden:
-        config = LARGE
-
-        def conditioned(self, *_):
-            raise AssertionError
-
-    guided = guided_by(large, dataclasses.replace(large, network=Forbidden()))
-    assert torch.equal(decoded(guided, (0.0,) * STEPS)[-1], decoded(large, (0.0,) * STEPS)[-1])
-    with pytest.raises(AssertionError):
-        decoded(guided)
-
-
 def test_guidance_by_another_network_changes_tokens_without_a_null_class(large, small):
     assert small.network.config.null_label is None
     assert not torch.equal(decoded(guided_by(small, large))[-1], decoded(small, (0.0,) * STEPS)[-1])

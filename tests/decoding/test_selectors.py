@@ -140,18 +140,6 @@ def test_a_selector_may_choose_the_tokens_that_are_masked_again():
         assert positions == (~step.was_masked[0]).nonzero().flatten().tolist()[-2:]
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "margin", "choice_temperature": -1.0}, r"'margin': choice_temperature must be a number in \[0,"),
-        ({"name": "remdm", "eta": 1.5}, r"'remdm': eta must be a number in \[0, 1\], got 1.5"),
-    ],
-)
-def test_arguments_out_of_range_are_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
-        token_selectors.build(spec)
-
-
 @dataclass(frozen=True)
 class Constant(TokenSelector):
     """A selector that returns equal scores, unless a subclass has other methods."""

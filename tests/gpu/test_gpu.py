@@ -18,14 +18,12 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear
 from torch.nn.parallel import DistributedDataParallel
 
 from maskgit_pl import MaskGIT
 from maskgit_pl.data import Batch
 from maskgit_pl.data.loader import StepDataModule
 from maskgit_pl.decoding import ConditionalModel, decode_classes
-from maskgit_pl.losses import chunked_statistics, token_statistics
 from maskgit_pl.training.strategies import shard_blocks
 from maskgit_pl.training.token_model import TokenModel
 from tests.decoding.test_graph import FIRST, OTHERS, whole_run
@@ -144,22 +142,6 @@ def test_attention_runs_in_the_flash_kernel(device):
         network(given.content, given.labels).float().square().mean().backward()
 
 
-def test_the_optimizer_is_fused_and_steps_as_the_plain_one(device):
-    weights = []
-    for is_fused in (True, False):
-        module = build("bert").to(device)
-        module.trainer = run = Run()
-        optimizer = module.configure_optimizers()["optimizer"]
-        assert optimizer.param_groups[0]["fused"]
-        for group in optimizer.param_groups:
-            group["fused"] = is_fused
-        loss_and_gradients(module, on(device, module._with_draws(batch())))
-        optimizer.step()
-        weights.append(torch.cat([each.detach().flatten() for each in module.transformer.parameters()]))
-        del run
-    torch.testing.assert_close(*weights)
-
-
 @contextmanager
 def no_waits() -> Iterator[None]:
     """Raises where the host waits for the GPU."""
@@ -217,24 +199,6 @@ def test_a_whole_decoding_run_is_one_cuda_graph(card):
         own.copy_(new)
     graph.replay()
     assert torch.equal(tokens, decode_all())
-
-
-def test_the_chunked_head_takes_less_memory(card):
-    peaks = []
-    for chunked in (False, True):
-        shapes = (1024, 256), (2**16, 256), (2**16,)
-        x, table, bias = (torch.randn(shape, device=card).requires_grad_() for shape in shapes)
-        targets = torch.arange(1024, device=card)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        if chunked:
-            losses = chunked_statistics(x, table, bias, targets=targets, measure=token_statistics)[:, 0]
-        else:
-            losses = token_statistics(linear(x, table, bias), targets).losses
-        losses.mean().backward()
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        del x, table, bias, losses
-    assert peaks[1] < 0.6 * peaks[0]
 
 
 # Two cards

@@ -5,10 +5,8 @@ import shutil
 import pytest
 import torch
 
-from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.importers.conversion import (
     Imported,
-    ImportedTransformer,
     Rule,
     check_out,
     choose_class_names,
@@ -17,7 +15,6 @@ from maskgit_pl.importers.conversion import (
     read_widths,
     shape_of,
 )
-from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 
 TABLE = [
@@ -67,18 +64,10 @@ def test_impossible_sizes_are_refused(call, message):
         call()
 
 
-def imported(out, *, with_transformer=False, image_size=8, **options):
-    config = VQGANConfig(3, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=8, code_dim=4)
-    transformer, network = None, TransformerConfig(8, 3, (4, 4), 16, 1, 2, 32)
-    if with_transformer:
-        decoding = DecodingConfig(num_steps=4, guidance={"name": "constant", "scale": 0.5})
-        weights = network.create().state_dict()
-        transformer = ImportedTransformer(network, weights, "cosine", decoding, ("cat", "dog", "owl"))
-    return Imported(out, "project", config, VQGAN(config).state_dict(), image_size, transformer, **options)
-
-
 def test_the_report_has_sizes_notes_and_the_next_command(tmp_path):
-    report = str(imported(tmp_path / "a b", image_size=(4, 16), notes=["a note"]))
+    config = VQGANConfig(3, base_channels=32, channel_multipliers=(1, 1), num_res_blocks=1, codebook_size=8, code_dim=4)
+    weights = VQGAN(config).state_dict()
+    report = str(Imported(tmp_path / "a b", "project", config, weights, (4, 16), None, notes=["a note"]))
     assert "  images    3 x 4 x 16 -> 2 x 8 tokens of 8 codes\n" in report
     assert report.endswith(f"--dataset NAME --recipe RECIPE --tokenizer {tmp_path}/a b/tokenizer")
     assert "  note      a note\nnext: maskgit tokenize" in report

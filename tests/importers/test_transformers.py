@@ -186,7 +186,7 @@ def test_the_image_size_follows_from_the_grid_of_the_transformer(tokenizer, tmp_
     assert load_tokenizer(tmp_path / "out" / "tokenizer").image_size == 8
 
 
-ONES, ZERO, LAYER = torch.ones(1).expand(1 << 22, 256), torch.zeros(1), "transformer.layers.1"
+ONES, ZERO = torch.ones(1).expand(1 << 22, 256), torch.zeros(1)
 NETWORKS = {
     "Halton": lambda: Halton(**SMALL).state_dict(),
     "MaskGIL": lambda: MaskGIL(**SMALL).state_dict(),

@@ -148,6 +148,15 @@ def test_bfloat16_weights_give_finite_logits_near_those_of_float32(config):
     assert (half.float() - whole).abs().max() < 0.1 * whole.abs().max()
 
 
+@over_all
+def test_dropout_acts_in_training_only(config):
+    tokens, labels, _, vectors = inputs(config)
+    network = create(replace(config, dropout=0.5))
+    assert torch.equal(*(network(tokens, labels, vectors=vectors) for _ in range(2)))
+    network.train()
+    assert not torch.allclose(*(network(tokens, labels, vectors=vectors) for _ in range(2)))
+
+
 def gradients(network: Backbone, config: BackboneConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tokens, labels, mask, vectors = inputs(config)
     network.zero_grad()
@@ -341,6 +350,11 @@ def test_a_plugin_that_breaks_the_contract_is_refused_by_name(fault, shape):
     message = f"backbone 'linear': forward must return logits of shape (B, N, K) = (2, 12, 16), got {shape}"
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         create_network(LinearConfig(16, 3, (3, 4), fault=fault))
+
+
+def test_backbones_without_token_groups_refuse_them():
+    with pytest.raises(ValueError, match="num_token_groups must be 1 for the backbone 'linear', got 2"):
+        LinearConfig(16, 3, (3, 4), num_token_groups=2)
 
 
 def test_a_network_that_defines_only_forward_has_all_methods():

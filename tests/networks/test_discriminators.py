@@ -77,20 +77,6 @@ def test_initial_weights_are_those_of_pix2pix():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.3)
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("patchgann", "unknown discriminator 'patchgann': did you mean 'patchgan'"),
-        ({"name": "patchgan", "num_layers": 0}, r"num_layers must be an integer in \[1, 8\], got 0"),
-        ({"name": "patchgan", "norm": "groupp"}, r"norm must .*got .groupp.; did you mean .group."),
-        ({"name": "stylegan", "pooling": "max"}, "pooling"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_name(spec, message):
-    with pytest.raises(ValueError, match=message):
-        AdversarialConfig(spec)
-
-
 def test_r1_is_refused_where_a_logit_depends_on_other_images():
     spec = {"name": "patchgan", "norm": "batch"}
     with pytest.raises(ValueError, match=r"r1_weight must be 0 .*, got 10\.0; .*set r1_weight 0, or norm group"):

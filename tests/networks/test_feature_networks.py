@@ -16,7 +16,6 @@ from maskgit_pl.networks.feature_networks import (
     create_classifier,
     describe_classifier,
     load_classifier,
-    weights_digest,
 )
 from maskgit_pl.networks.features import feature_networks
 
@@ -58,13 +57,6 @@ def test_networks_of_timm_learn_from_images_of_28_pixels(model, channels):
     assert output.logits.shape == (2, 5)
     output.logits.sum().backward()
     assert all(parameter.grad is not None for parameter in network.parameters())
-
-
-def test_a_network_that_does_not_take_small_images_sees_them_larger():
-    network = create_classifier(ClassifierSizes(1, 28, 5, "convnext_atto"))
-    assert network.size == 224
-    with torch.no_grad():
-        assert network(images(1, 28)).logits.shape == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -111,12 +103,8 @@ def test_grey_images_are_the_same_in_one_channel_and_in_three(tmp_path, channels
 def test_weights_and_sizes_of_a_stranger_are_refused_by_file(tmp_path):
     save(tmp_path, ClassifierSizes(1, 8, 3, width=4))
     file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
-    good = load_file(file)
-    save_file({**good, "head.bias": torch.tensor([0.0, math.nan, 0.0])}, file)
+    save_file({**load_file(file), "head.bias": torch.tensor([0.0, math.nan, 0.0])}, file)
     with pytest.raises(ValueError, match=r"model\.safetensors: tensor 'head\.bias' must hold finite numbers, got nan"):
-        load_classifier(tmp_path)
-    save_file({**good, "head.bias": torch.ones(3, dtype=torch.int32)}, file)
-    with pytest.raises(ValueError, match=r"tensor 'head\.bias' must be floating point .*, got torch.int32"):
         load_classifier(tmp_path)
     large = {**config["network"], "model": "vit_giant_patch14_224"}  # 4 GB of weights, were it built
     (tmp_path / "config.json").write_text(json.dumps({**config, "network": large}))
@@ -138,7 +126,6 @@ def test_folders_of_something_else_are_refused(tmp_path):
             r"format and version \('maskgit_pl.classifier', 1\), got \(None, None\); train it again",
         ),
         (json.dumps({**config, "version": 2}), r"got \('maskgit_pl.classifier', 2\)"),
-        (json.dumps({**config, "network": {**config["network"], "depth": 3}}), "depth"),
         (json.dumps({**config, "network": {**config["network"], "width": 8}}), "do not fit"),
     ):
         (tmp_path / "config.json").write_text(broken)
@@ -148,9 +135,3 @@ def test_folders_of_something_else_are_refused(tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"must be an existing file, got .*model\.safetensors"):
         load_classifier(tmp_path)
-
-
-def test_weights_that_see_images_of_another_size_have_another_digest():
-    network, other = (create_classifier(ClassifierSizes(1, size, 3, width=4)) for size in (28, 27))
-    other.load_state_dict(network.state_dict())
-    assert weights_digest(network) != weights_digest(other)

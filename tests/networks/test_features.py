@@ -205,19 +205,6 @@ def test_a_distance_is_of_one_pair_and_its_gradient_reaches_the_image(name, chan
     assert not any(parameter.requires_grad for parameter in network.parameters())
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("lpipz", r"unknown perceptual network 'lpipz': did you mean 'lpips'\? known: classifier, .*lpips"),
-        ({"name": "lpips", "weights": "x", "backbone": "alex"}, "unknown key 'backbone'"),
-        ({"name": "timm", "model": "resnet5O", "weights": "x"}, "resnet5O"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_name(spec, message):
-    with pytest.raises(ValueError, match=message):
-        PerceptualConfig(spec)
-
-
 def test_a_missing_lpips_file_is_refused_with_its_flag_and_address():
     config = PerceptualConfig({"name": "lpips", "weights": "none.pth"}, weight=1.0)
     with pytest.raises(ValueError, match=r"download .*397923af\.pth; set --model\.perceptual\.network\.weights"):

@@ -67,17 +67,6 @@ def test_gelu_in_place_is_exact_to_rounding_for_any_number_and_shape():
 
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_parts_and_strided_inputs_give_the_output_of_the_whole(dtype):
-    module = layer(dtype)
-    x = torch.randn(7, 96, 3).to(dtype).transpose(1, 2)[..., ::2]
-    whole = module(x)
-    parts = torch.cat([module.part(x, 0, 16), module.part(x, 16, 80)], dim=-1)
-    torch.testing.assert_close(parts, whole)
-    torch.testing.assert_close(whole, module(x.contiguous()))
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_changed_weight_is_packed_again(dtype):
     module, x = layer(dtype), torch.ones(2, 48).to(dtype)
     module(x)
@@ -158,25 +147,6 @@ def test_the_parts_add_up_to_the_output(in_parts, gate, bias, num_parts):
         torch.testing.assert_close(added.double(), expected + residual.double(), rtol=2e-2, atol=2e-2)
         assert torch.equal(residual, before)
     assert (len(inner._packed), len(outer._packed)) == (num_parts * (1 + gate) if num_parts > 1 else 1, num_parts)
-
-
-@pytest.mark.parametrize("gate", [False, True])
-def test_layers_that_cannot_pack_compute_the_whole_at_once(in_parts, gate):
-    """In float32, with gradients, and with layers that do not pack."""
-    in_parts(2)
-    inner, outer = layers(gate=gate)
-    x = torch.randn(4, 32).bfloat16()
-    chosen = gated if gate else None
-    whole = outer(gated(*inner(x).chunk(2, dim=-1)) if gate else inner(x))
-    assert torch.equal(feed_forward(x, inner, outer, chosen), whole)  # gradients are on
-    with torch.no_grad():
-        if torch.bfloat16 in _packed_dtypes():
-            assert not torch.equal(feed_forward(x, inner, outer, chosen), whole)  # rounded twice
-        feed_forward(x.float(), inner.float(), outer.float(), chosen)
-        assert len(inner._packed) == len(outer._packed) <= 1
-        set_packing(nn.ModuleList([inner, outer]), enabled=False)
-        feed_forward(x, inner.bfloat16(), outer.bfloat16(), chosen)
-        assert not inner._packed
 
 
 @pytest.mark.parametrize("heads_at_once", [1, 2, 3])

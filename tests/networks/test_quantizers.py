@@ -199,20 +199,6 @@ def test_sizes_that_do_not_fit_are_refused_with_those_that_do(spec, sizes, messa
         VQGANConfig(1, base_channels=32, codebook_size=sizes[0], code_dim=sizes[1], quantizer=spec)
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ({"name": "ema", "decay": 1.0}, "decay"),
-        ({"name": "gradient", "entropy_temperature": 0.0}, "entropy_temperature"),
-        ({"name": "gradient", "entropy_kind": "argmin"}, "did you mean 'argmax'"),
-        ({"name": "fsq", "levels": [8, 1]}, r"levels must be an integer in \[2, 4096\], got 1"),
-    ],
-)
-def test_a_wrong_value_is_refused_by_name(spec, message):
-    with pytest.raises(ValueError, match=message):
-        quantizers.build(spec)
-
-
 def test_the_example_of_the_page_is_a_quantizer():
     page = Path(__file__).parents[2] / "docs" / "quantizers.md"
     (block,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)

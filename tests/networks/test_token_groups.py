@@ -1,6 +1,5 @@
 """Token groups: digits and codes, embeddings and logits by hand, and networks whose tokens are divided into groups."""
 
-from dataclasses import dataclass, replace
 from itertools import product
 
 import pytest
@@ -11,8 +10,6 @@ from maskgit_pl.losses import token_cross_entropy
 from maskgit_pl.masking import true_positions
 from maskgit_pl.networks.backbone import (
     LARGEST_COMPOSED,
-    Backbone,
-    BackboneConfig,
     TokenEmbedding,
     compose_logits,
     likeliest_tokens,
@@ -108,15 +105,6 @@ def test_a_network_computes_the_logits_of_codes_from_those_of_groups(name):
         )
 
 
-def test_groups_shrink_embedding_and_head_of_large_codebooks():
-    config = TransformerConfig(2**18, 1000, (16, 16), num_token_groups=2)
-    assert (config.group_size, config.num_code_rows, config.num_rows) == (512, 1024, 1024 + 1002)
-    with torch.device("meta"):
-        few = sum(each.numel() for each in config.create().parameters())
-        many = sum(each.numel() for each in replace(config, num_token_groups=1).create().parameters())
-    assert many - few == (2**18 - 1024) * (768 + 1)  # a row of the table and a bias each
-
-
 @pytest.mark.parametrize(
     ("size", "groups", "message"),
     [
@@ -128,18 +116,3 @@ def test_groups_shrink_embedding_and_head_of_large_codebooks():
 def test_codebooks_that_cannot_be_divided_are_refused(size, groups, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(size, 3, (3, 4), num_token_groups=groups)
-
-
-@dataclass(frozen=True)
-class OtherConfig(BackboneConfig):
-    """A backbone that knows nothing of groups."""
-
-    backbone: str = "other"
-
-    def create(self) -> Backbone:
-        raise NotImplementedError
-
-
-def test_backbones_without_groups_refuse_them():
-    with pytest.raises(ValueError, match="num_token_groups must be 1 for the backbone 'other', got 2"):
-        OtherConfig(16, 3, (3, 4), num_token_groups=2)

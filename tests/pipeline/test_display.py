@@ -1,6 +1,5 @@
 """Pictures of a decoding, and of objects in notebooks."""
 
-import math
 from base64 import b64decode
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,17 +7,13 @@ from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFont
+from PIL import Image
 
 from maskgit_pl.decoding import DecodingConfig, DecodingStep
 from maskgit_pl.pipeline.display import ImageList, Recording, describe_settings, select_steps
-from maskgit_pl.pipeline.grids import MASKED, NEW, REMASKED
 from tests.pipeline.conftest import STEPS, random_images
-
-WHITE = torch.full((2, 1, 28, 28), 255, dtype=torch.uint8)  # nothing grey but masked cells
 
 
 def test_a_notebook_shows_images_as_a_sheet_of_their_pixels(demo):
@@ -95,34 +90,3 @@ def test_a_filmstrip_of_many_steps_decodes_and_shows_twelve(tmp_path):
 )
 def test_settings_are_described_in_one_line(settings, text):
     assert describe_settings(DecodingConfig(**settings)) == text
-
-
-def corrected() -> DecodingStep:
-    """Builds a step that keeps tokens 0 to 2, leaves 3 masked and masks 4 and 5 again; the others are given."""
-    was, still = torch.zeros(1, 16, dtype=torch.bool), torch.zeros(1, 16, dtype=torch.bool)
-    was[0, :4], still[0, 3:6] = True, True
-    confidence = torch.linspace(0, 0.5, 16)[None]
-    confidence[0, 3] = 0.4  # the highest that was drawn
-    confidence[0, 6:] = 1.0
-    return DecodingStep(0, torch.zeros(1, 16, dtype=torch.int64), was, still, torch.zeros(1, 16), confidence)
-
-
-def test_a_filmstrip_shows_mask_confidence_and_tokens_masked_again() -> None:
-    step = corrected()
-    tokenizer = tokenizer_of(lambda tokens: random_images(1))
-    page = np.asarray(Recording([step], tokenizer, DecodingConfig(num_steps=2), ["Bag"], [0]).filmstrip())
-    left = 8 + 8 + math.ceil(ImageFont.load_default(14).getlength("confidence"))
-    top = 22 + 8 + 14 + 8  # below the head line
-
-    def centre(panel: int, token: int) -> tuple[int, ...]:
-        return tuple(page[top + panel * 172 + token // 4 * 42 + 21, left + token % 4 * 42 + 21])
-
-    def frame(token: int) -> tuple[int, ...]:
-        return tuple(page[top + 2 * 172 + token // 4 * 42, left + token % 4 * 42])
-
-    assert [centre(0, token) == MASKED for token in range(16)] == step.was_masked[0].tolist()
-    assert [centre(2, token) == MASKED for token in range(16)] == step.still_masked[0].tolist()
-    assert centre(1, 0) == (68, 1, 84)  # viridis from its dark end
-    assert centre(1, 3) == (253, 231, 37)  # to its bright one
-    assert centre(1, 6) == centre(1, 15) == (255, 255, 255)  # given tokens have no confidence
-    assert [frame(token) for token in (0, 4)] == [NEW, REMASKED]

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from maskgit_pl.data.images import fit_image
-from maskgit_pl.decoding import DecodingConfig, DecodingStep
+from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.decoding.config import AutoregressiveDecoding
 from maskgit_pl.pipeline import MaskGIT
-from maskgit_pl.pipeline.bulk import BulkOptions, generate_many
 from tests.conftest import save_tiny_pretrained
 from tests.pipeline.conftest import images, last_tokens
 
@@ -52,29 +51,6 @@ def test_the_callback_gets_each_step_of_each_batch(pipe, causal) -> None:
 def test_an_autoregressive_model_follows_each_of_its_settings(causal, settings) -> None:
     unguided = images(causal, [0, 1, 2], guidance_scale=0)
     assert not torch.equal(images(causal, [0, 1, 2], **{"guidance_scale": 0, **settings}), unguided)
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("num_steps", 8),
-        ("mask_schedule", "cosine"),
-        ("tokens_per_step", [1] * N),
-        ("decoding", DecodingConfig(num_steps=N)),
-    ],
-)
-def test_an_autoregressive_model_refuses_settings_of_parallel_decoding(causal, name, value, tmp_path) -> None:
-    names = "num_steps|token_selector|mask_schedule|tokens_per_step"
-    message = rf"({names}) must .* for an autoregressive model.*; leave it out"
-    steps: list[object] = []
-    with pytest.raises(ValueError, match=message):
-        causal.generate([0], **{name: value}, callback=steps.append)
-    with pytest.raises(ValueError, match=message):
-        generate_many(
-            causal, tmp_path / "a.npz", BulkOptions(num_images=4, decoding=causal.decoding_with(**{name: value}))
-        )
-    assert not steps
-    assert not list(tmp_path.iterdir())
 
 
 def test_an_autoregressive_model_edits_nothing(causal) -> None:
@@ -193,7 +169,6 @@ def test_colour_is_edited_and_larger_images_are_cropped_with_fit(tmp_path) -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mask": box_pixels(size=9)}, "mask of image must have 8 x 8 pixels like the image, got 9 x 9"),
         ({"image": picture(size=9), "mask": box_pixels(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
         ({"image": [picture()] * 2, "classes": [0, 1, 2]}, "image must be one image, or one for each of the 3 classes"),
         ({"image": [picture(), picture()[:, :4]], "classes": [0, 1]}, "image 1 must have 8 x 4"),
@@ -222,17 +197,9 @@ def test_the_positions_of_a_seed_are_its_own_and_grow_with_the_strength(pipe) ->
     assert (masks[1] >= masks[0]).all()
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"strength": 0}, r"strength must be a number in \(0, 1\], got 0"),
-        ({"strength": 0.5, "image": picture(size=9)}, "8 x 8 pixels of the model, got 9 x 9"),
-        ({"strength": 0.5, "blend": 1}, "option 'blend': "),
-    ],
-)
-def test_wrong_options_of_image_to_image_are_refused(pipe, options, message) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        pipe.edit(**{"image": picture(), **options})
+def test_a_strength_out_of_range_is_refused(pipe) -> None:
+    with pytest.raises(ValueError, match=r"strength must be a number in \(0, 1\], got 0"):
+        pipe.edit(picture(), strength=0)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,6 @@ from maskgit_pl.pipeline.pretrained import (
     save_transformer,
 )
 from maskgit_pl.schedules import Pow
-from tests.conftest import tiny_tokenizer
 
 VQGAN_CONFIG = VQGANConfig(
     1,
@@ -243,31 +242,3 @@ def test_decoding_settings_are_read_as_written(saved: Path, caplog) -> None:
     with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
         assert read_decoding(saved) == DECODING
     assert "tuned for a transformer with fingerprint 000000000000" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"format": "other"}, "format must be 'maskgit_pl.decoding', got 'other'"),
-        ({"decoding": {"steps": 8}}, "unknown key 'steps'"),
-        ({"decoding": {"token_selector": "confidnce"}}, "did you mean 'confidence'"),
-        ({"decoding": {"num_steps": "8"}}, "num_steps must be an integer"),
-        ({"decoding": {"token_selector": None, "mask_schedule": "cosine"}}, "mask_schedule must not be set for an"),
-    ],
-)
-def test_wrong_decoding_settings_are_refused_by_their_file(saved: Path, changes, message) -> None:
-    save_decoding(saved, DECODING)
-    edit(saved / "decoding.json", **changes)
-    with pytest.raises(ValueError, match=message) as caught:
-        read_decoding(saved)
-    assert str(saved / "decoding.json") in str(caught.value)
-
-
-def test_decoded_images_are_cut_to_the_image_size_and_clipped() -> None:
-    tokenizer = tiny_tokenizer()  # 14 px need a grid of 4 x 4, which covers 16 px
-    tokens = torch.arange(16).remainder(8).expand(3, 16)
-    images = tokenizer.decode(tokens)
-    assert images.shape == (3, 1, 14, 14)
-    with torch.no_grad():
-        exact = tokenizer.network.decode(tokens, (4, 4))[..., :14, :14].clamp(0, 1) * 255
-    assert (images - exact).abs().max() <= 0.5

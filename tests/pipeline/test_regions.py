@@ -8,7 +8,6 @@ import torch
 from PIL import Image
 
 from maskgit_pl.pipeline.regions import (
-    Margins,
     box_mask,
     composite,
     first_step,
@@ -21,7 +20,6 @@ from maskgit_pl.pipeline.regions import (
     token_mask,
     windows,
 )
-from tests.hostile_images import SPECIAL
 
 
 def mask_of(*rows: str) -> torch.Tensor:
@@ -163,14 +161,6 @@ def test_files_that_are_not_images_are_refused_by_name(tmp_path) -> None:
         image_pixels(tmp_path / "text.png", channels=3)
 
 
-@pytest.mark.parametrize("make", SPECIAL, ids=lambda make: make.__name__)
-def test_files_without_an_end_are_refused_before_they_are_read(make, tmp_path) -> None:
-    file = make(tmp_path)
-    for read in (read_image, mask_pixels):
-        with pytest.raises(ValueError, match=f"image .*{make.__name__}.png {SPECIAL[make]}"):
-            read(file)
-
-
 def test_pil_images_that_are_too_large_or_damaged_are_refused(tmp_path) -> None:
     Image.new("RGB", (64, 64)).save(tmp_path / "a.jpg")
     data = (tmp_path / "a.jpg").read_bytes()
@@ -272,12 +262,3 @@ def test_windows_fill_any_canvas(shape):
     corner = torch.ones(shape, dtype=torch.bool)
     corner[:2, :1] = False
     filled_by(corner, size=(4, 4))
-
-
-def test_margins_place_an_image_on_its_canvas():
-    added = Margins(left=2, right=0, up=0, down=1)
-    image = torch.arange(1, 7).reshape(1, 2, 3)
-    padded = added.pad(image, size=1)
-    assert padded.shape == (1, 3, 5)
-    assert torch.equal(padded[0] == 0, added.outside(2, 3))
-    assert torch.equal(padded[:, :2, 2:], image)

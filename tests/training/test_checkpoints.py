@@ -4,7 +4,6 @@ import json
 import logging
 import os
 import re
-import stat
 from pathlib import Path
 
 import pytest
@@ -121,17 +120,6 @@ def test_files_are_synced_before_the_marker_and_the_marker_before_the_name(tmp_p
     assert events == [*in_files, "sync step-00000003", "rename step-00000003", f"sync {tmp_path.name}"]
 
 
-@pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_a_checkpoint_has_the_permissions_of_any_new_file(tmp_path, mask):
-    before = os.umask(mask)
-    try:
-        folder = save(tmp_path / "step-00000003")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE(folder.stat().st_mode) == 0o777 & ~mask
-    assert {stat.S_IMODE(path.stat().st_mode) for path in folder.iterdir()} == {0o666 & ~mask}
-
-
 def test_partial_and_half_removed_folders_are_leftovers_and_no_checkpoints(tmp_path):
     whole = save(tmp_path / "step-00000010")
     removed = save(tmp_path / "step-00000020")
@@ -160,16 +148,15 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_line(folder, *, steps, module=None, disk=None, more=(), content=None, resume=None, accumulation=1, **options):
+def fit_line(folder, *, steps, disk=None, accumulation=1, **options):
     """Trains a small module, with checkpoints in the folder."""
     checkpoints = Checkpoints(folder, **{"every_n_steps": 2, **options})
     trainer = Trainer(
         max_steps=steps, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
-        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints, *(callback(checkpoints) for callback in more)],
+        plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints],
         accumulate_grad_batches=accumulation,
     )  # fmt: skip
-    batches = torch.ones(60, 1, 1) if content is None else content.unsqueeze(0)
-    trainer.fit(module or Line(), torch.utils.data.DataLoader(batches, batch_size=None), ckpt_path=resume)
+    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(60, 1, 1), batch_size=None))
 
 
 def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
@@ -255,31 +242,3 @@ def test_all_ranks_raise_the_error_of_one(tmp_path, case, message):
     run_ranks(act_on_rank, tmp_path, case)
     (error,) = {(tmp_path / f"{rank}.txt").read_text() for rank in range(2)}
     assert re.search(message, error) if message else not error
-
-
-class Picture(LightningModule):
-    """A convolution with weights in channels_last memory format."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
-
-    def training_step(self, batch, batch_idx):
-        return self.layer(batch).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.AdamW(self.parameters(), lr=0.1, fused=True)
-
-
-def test_moments_of_weights_in_channels_last_are_restored_exactly(tmp_path):
-    def fit(folder, steps, resume=None):
-        module, images = Picture(), torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-        fit_line(tmp_path / folder, steps=steps, module=module, content=images, resume=resume)
-        return module.layer.weight
-
-    straight = fit("straight", 4)
-    fit("stopped", 2)
-    resumed = fit("stopped", 4, newest_checkpoint(tmp_path / "stopped"))
-    assert resumed.is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(straight, resumed)

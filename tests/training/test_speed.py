@@ -63,24 +63,6 @@ def test_figures_are_of_the_steps_since_the_last_time_without_validations(traine
         assert values["speed/peak_memory_gb"] > 0.01
 
 
-def test_writing_a_checkpoint_is_no_waiting_for_data(trainer, clock, tmp_path):
-    monitor = SpeedMonitor(tmp_path)
-    monitor.on_train_start(trainer, MODULE)
-    for step in range(1, 5):
-        clock.seconds += 1
-        monitor.on_train_batch_start(trainer, MODULE, SimpleNamespace(index=range(5)), step)
-        clock.seconds += 3
-        trainer.global_step = step
-        monitor.on_train_batch_end(trainer, MODULE)
-        if step == 1:  # Lightning calls the callback that saves last
-            monitor.on_save_checkpoint(trainer, MODULE, {})
-            clock.seconds += 100
-    (_, saved), (_, other) = trainer.loggers[0].rows
-    assert saved["speed/images_per_second"] == pytest.approx(3 * 10 / 108)
-    assert saved["speed/data_wait"] == pytest.approx(1 / 108)
-    assert other["speed/data_wait"] == pytest.approx(0.25)
-
-
 def test_the_time_of_all_steps_continues_over_restarts_without_validations(trainer, clock, tmp_path, monkeypatch):
     monkeypatch.setattr(speed.time, "process_time", lambda: 2 * clock.seconds)  # two busy threads
     for steps in (4, 8):

@@ -1,22 +1,19 @@
-"""Non-finite updates and signals in one process, and the time limits of the watchdog; test_survival.py has ranks."""
+"""Non-finite updates in one process, and the time limits of the watchdog; test_survival.py has ranks and signals."""
 
-import logging
-import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
-from maskgit_pl import processes, runs
+from maskgit_pl import runs
 from maskgit_pl.errors import INTERNAL_ERROR, NonFiniteError, PreemptedError
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.runs.build import build
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.training.checkpoints import Checkpoints, complete_checkpoints
+from maskgit_pl.training.checkpoints import Checkpoints
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.stopping import StepCheck, Watchdog, clip_gradients
 from maskgit_pl.training.tokenizer_losses import AdversarialConfig
@@ -83,49 +80,11 @@ def test_a_non_finite_step_changes_no_weight_average_code_or_moment(fit, what):
     assert torch.tensor(seen.losses).isfinite().all() == (what == "nan gradient" or not seen.losses)
 
 
-@pytest.mark.slow
-def test_three_steps_in_a_row_are_skipped_any_number_of_times(fit, caplog):
-    with caplog.at_level(logging.WARNING, logger="maskgit_pl"):
-        seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=3), steps=8)
-    assert [seen.changed(step) for step in range(1, 9)] == [False, False, False, True] * 2
-    assert [record.args[1] for record in caplog.records if "non-finite" in record.message] == [1, 2, 3, 1, 2, 3]
-
-
 def test_the_fourth_skipped_step_in_a_row_ends_the_run(fit, module):
     weights = [value.clone() for value in module.state_dict().values()]
     with pytest.raises(NonFiniteError, match="step 3: non-finite gradient, 4 steps in a row"):
         fit(Fault("nan gradient", step=1, times=9), steps=8)
     assert all(map(torch.equal, module.state_dict().values(), weights))
-
-
-@pytest.fixture
-def listening() -> Iterator[None]:
-    """Lets the stop signals set the flag during a test."""
-    before = {number: signal.getsignal(number) for number in processes.SIGNALS}
-    with processes.catch_stop_signals():
-        yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-    with processes.catch_stop_signals():  # lowers the flag
-        pass
-
-
-class Signal(Callback):
-    """A callback that sends this process a stop signal in the middle of a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
-        if trainer.global_step + 1 == self.step:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-
-@pytest.mark.usefixtures("listening")
-def test_a_signal_saves_the_current_step_and_stops(fit, tmp_path):
-    with pytest.raises(PreemptedError, match="after saving step 2"):
-        fit(steps=5, more=(Signal(step=2),))
-    assert [folder.name for folder in complete_checkpoints(tmp_path / "checkpoints")] == ["step-00000002"]
 
 
 def gradients(*values: list[float]) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:

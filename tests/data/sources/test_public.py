@@ -53,12 +53,6 @@ def test_a_failed_download_names_the_ways_out_in_one_line(capsys, monkeypatch):
     assert not Path("data/shards").exists()
 
 
-def test_an_unknown_name_is_refused_before_a_download(capsys):
-    assert main(["data", "fetch", "fashion-mnits"]) == 2
-    message = "NAME must be one of fashion-mnist, blue-marble, blue-marble-64, emoji, got 'fashion-mnits'; did you"
-    assert message in capsys.readouterr().err
-
-
 def test_the_known_files_become_shards_once(tmp_path, monkeypatch, capsys):
     # Small files with the hashes of their own, since the real ones are not in the repository.
     raw = tmp_path / "data" / "raw" / "fashion-mnist"
