@@ -10,6 +10,7 @@ import torch
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.networks.kernels import PackingLinear, _packed_dtypes
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.schedules import Pow
