@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[Callable[[], bytes], str, str]] = {
     "large.png": (
         lambda: png(9000, 9000, zeros(9000 * 9001), colour=0), "too large", "64000000 pixels, got 9000 x 9000"
     ),
-    "large.webp": (large_webp, "too large", "must have at most 64000000 pixels, got 16383 x 16383"),
+    "large.webp": (large_webp, "too large", "must have at most 64000000 pixels, got "),
     "scans.jpg": (lambda: many_scans(4000, 800), "too large", "must have at most 100 JPEG scans"),
     "segments.jpg": (lambda: many_segments(0xEF, b"", 10**5), "damaged", "its pixels were not found"),
     "tables.jpg": (lambda: many_segments(0xDB, bytes(65), 101), "damaged", "its pixels were not found"),

@@ -154,10 +154,16 @@ def check_size(height: int, width: int, name: str) -> None:
 @contextmanager
 def pil_errors(name: str) -> Iterator[None]:
     """Turns errors of Pillow into ``UnreadableImageError``."""
+    from PIL.Image import DecompressionBombError
+
     try:
         yield
     except UnreadableImageError:
         raise
+    except DecompressionBombError as error:  # of a WebP, from Pillow 13 on
+        raise UnreadableImageError(
+            f"image {name} must have at most {MAX_PIXELS} pixels, got more", reason="too large"
+        ) from error
     except PIL_ERRORS as error:
         raise UnreadableImageError(f"image {name} cannot be decoded: {first_line(error)}") from error
 

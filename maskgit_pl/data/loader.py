@@ -12,10 +12,10 @@ Used by ``ShardData``, ``IndexedDataModule``, ``tokenize`` and the evaluation.
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import KW_ONLY, dataclass
-from multiprocessing.connection import wait
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -233,8 +233,9 @@ class StepLoader(DataLoader[Batch]):
             yield
         except (RuntimeError, OSError, EOFError) as error:
             workers = [] if isinstance(error, RunError) else getattr(self._iterator, "_workers", [])
-            if workers:
-                wait([worker.sentinel for worker in workers], timeout=_DEATH_SECONDS)
+            deadline = time.monotonic() + _DEATH_SECONDS
+            while workers and all(worker.is_alive() for worker in workers) and time.monotonic() < deadline:
+                time.sleep(0.01)
             killed = next((worker for worker in workers if worker.exitcode), None)
             if killed is None:
                 raise
