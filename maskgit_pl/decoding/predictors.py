@@ -17,7 +17,6 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain, repeat
 from typing import Protocol
 
 import torch
@@ -148,9 +147,12 @@ def apply_guidance(conditional: Tensor, unconditional: Tensor, scale: float) -> 
 
 
 def first_then(first: Predictor, rest: Predictor) -> Predictor:
-    """Returns a predictor whose first call is that of ``first``, and whose later calls are those of ``rest``."""
-    calls = chain([first], repeat(rest))
-    return lambda tokens, positions: next(calls)(tokens, positions)
+    """Returns a predictor whose first call is that of ``first``, and whose later calls are those of ``rest``.
+
+    ``first`` is freed after its call, with the (B, N, K) logits that it may hold.
+    """
+    waiting = [first]
+    return lambda tokens, positions: (waiting.pop() if waiting else rest)(tokens, positions)
 
 
 def start_from(start: Tensor, predictor: Predictor, *, mask_token_id: int) -> Predictor:

@@ -149,7 +149,7 @@ def open_extractors(
     }
     if CLASSIFIER in features:
         train = bars("classifier: training", SMALL_TRAINING.max_steps)
-        obtain_classifier(classifier, data, replaces=True, on_step=lambda: train(1))
+        obtain_classifier(classifier, data, replaces=True, on_step=lambda: train(1), device=str(device))
     return [
         others[number] if number in others else Extractor.create(ClassifierSpec(str(classifier)), device=device)
         for number in range(len(features))

@@ -224,7 +224,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, *, dropout: float = 0.0, i
     """Computes attention, softmax(q k^T / sqrt(d)) v, for each image and head.
 
     In bfloat16 on a CPU, two products and a softmax are often faster than torch's fused attention. In training they
-    take 0.65 to 0.9 of its time for 257 keys, and half of it with dropout. Without gradients they take 0.6 of it on
+    take 0.6 to 0.9 of its time for 257 keys, and half of it with dropout. Without gradients they take 0.6 of it on
     CPUs without AMX, if the scores stay in the cache. The scores are then rounded to bfloat16.
 
     Args:

@@ -1,12 +1,13 @@
 """Autoguidance: a weaker network takes the place of the unconditional prediction."""
 
 import dataclasses
+import weakref
 
 import pytest
 import torch
 
 from maskgit_pl.decoding import ConditionalModel, ParallelDecoder, decode_classes
-from maskgit_pl.decoding.predictors import build_class_predictor
+from maskgit_pl.decoding.predictors import build_class_predictor, first_then
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.schedules import mask_schedules
@@ -64,3 +65,16 @@ def test_a_model_that_guides_itself_is_unguided(large):
 def test_guidance_by_another_network_changes_tokens_without_a_null_class(large, small):
     assert small.network.config.null_label is None
     assert not torch.equal(decoded(guided_by(small, large))[-1], decoded(small, (0.0,) * STEPS)[-1])
+
+
+def test_the_logits_of_the_first_step_are_freed_after_it():
+    def holding(logits: torch.Tensor):
+        return lambda tokens, positions: logits
+
+    first = torch.zeros(2)
+    alive, predictor = weakref.ref(first), first_then(holding(first), holding(torch.ones(2)))
+    del first
+    nothing = torch.empty(0)
+    assert predictor(nothing, nothing).sum() == 0
+    assert alive() is None
+    assert [float(predictor(nothing, nothing).sum()) for _ in range(2)] == [2, 2]

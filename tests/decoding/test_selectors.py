@@ -128,7 +128,7 @@ def test_remdm_by_hand():
 
 
 def test_a_selector_may_choose_the_tokens_that_are_masked_again():
-    """Of the decided tokens, those with the highest remasking scores, here in raster order from the end."""
+    """The decided tokens with the highest remasking scores are masked: here the last ones in raster order."""
     last = selector_with(
         num_remasked=lambda self, *, decided, planned: min(decided, 2),
         remasking_scores=lambda self, decided: torch.arange(NUM_TOKENS).expand(decided.confidence.shape).float(),

@@ -53,7 +53,7 @@ def loss_and_gradients(network):
 
 @pytest.mark.parametrize("layout", ["maskgit", "taming"])
 def test_checkpointed_blocks_run_twice_with_bit_exact_loss_and_gradients(layout):
-    """Of the tokenizer; ``tests/networks/test_backbone.py`` compares every backbone."""
+    """The tokenizer is compared here, and every backbone in ``tests/networks/test_backbone.py``."""
     network, other = tokenizer(layout), tokenizer(layout)
     blocks, runs = [*other.encoder.blocks, *other.decoder.blocks], []
     prepare_blocks(blocks, activation_checkpointing="blocks")
