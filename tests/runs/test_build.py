@@ -51,6 +51,9 @@ def state() -> dict[str, object]:
 def test_the_process_is_as_before_a_training_and_its_memory_is_free(
     options, changed, tiny_shards, tmp_path, monkeypatch
 ):
+    # The defaults, which an earlier test may have changed.
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "level", logging.INFO)
     inside = []
     plain = StepCheck.on_train_batch_end
     monkeypatch.setattr(StepCheck, "on_train_batch_end", lambda *args: (inside.append(state()), plain(*args))[1])
