@@ -157,17 +157,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     # On a busy machine MKL takes fewer threads by default. Sums then round differently from run to run.
     for name in ("MKL_DYNAMIC", "OMP_DYNAMIC"):
         os.environ.setdefault(name, "FALSE")
-    try:
-        args = _parse(sys.argv[1:] if argv is None else argv)
-        if args.command in _TRAINING:
-            _keep_freed_memory()
-        _print_log(sys.stderr if getattr(args, "json", False) else sys.stdout)  # stdout has only the JSON
-        return _run(args)
-    finally:
-        try:
-            print(end="", flush=True)
-        except OSError:  # the interpreter's own flush would fail too, and change the exit code
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _open_streams()
+    args = _parse(sys.argv[1:] if argv is None else argv)
+    if args.command in _TRAINING:
+        _keep_freed_memory()
+    _print_log(sys.stderr if getattr(args, "json", False) else sys.stdout)  # stdout has only the JSON
+    return _run(args)
+
+
+class _Stream(io.FileIO):
+    """An output without a buffer: a line that cannot be written is an error there and then, not again at the end."""
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data)
+        while rest:  # a disk that is nearly full takes a part
+            rest = rest[os.write(self.fileno(), rest) :]
+        return len(data)
+
+
+def _open_streams() -> None:
+    """Gives stdout and stderr no buffer, and the null device in place of one that is closed (``>&-``)."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:  # a file would get the number of a closed stream
+        os.set_inheritable(descriptor, True)
+    os.close(descriptor)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # not that of a test or a notebook
+            raw: Any = _Stream(descriptor, "w", closefd=False)
+            encoding = getattr(stream, "encoding", "utf-8")
+            # Letters that the encoding lacks are no reason to end.
+            new = io.TextIOWrapper(raw, encoding, errors="backslashreplace", line_buffering=True)
+            setattr(sys, name, new)
 
 
 def _keep_freed_memory() -> None:
@@ -184,8 +204,6 @@ def _keep_freed_memory() -> None:
 
 def _print_log(stream: TextIO) -> None:
     """Prints the log of this package as plain lines, and leaves the handlers of other libraries as they are."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # letters that its encoding lacks are no reason to end
     logging.raiseExceptions = False  # no traceback for each line that cannot be written, such as on a full disk
     ours = logging.getLogger("maskgit_pl")
     if not ours.handlers:
@@ -226,9 +244,7 @@ def _nearest_flag(name: str, flags: Sequence[str]) -> str:
 def _run(args: argparse.Namespace) -> int:
     """Runs the parsed command and returns its exit code; prints the error that ends it."""
     try:
-        code = _call(args)
-        print(end="", flush=True)  # an output that is lost is an error of the command
-        return code
+        return _call(args)
     except (Exception, KeyboardInterrupt) as error:
         with suppress(OSError):  # the exit code also tells the reason, where stderr is on a full disk
             sys.stderr.write(describe_error(error, args.parser.prog, with_traceback=args.traceback))

@@ -97,7 +97,7 @@ def distill(
             overrides=overrides,
             bars=bars,
         )
-    print(f"The student: maskgit sample {shlex.quote(str(result.folder))} --out sampled.png")
+    log.info("The student: maskgit sample %s --out sampled.png", shlex.quote(str(result.folder)))
 
 
 def tokenize(
@@ -202,4 +202,4 @@ def demo(
     from maskgit_pl.evaluation import demo_steps  # torch takes seconds to import
 
     folder = demo_steps.demo(**asdict(run), images=images, lenient=lenient, short=short, overrides=overrides)
-    print(f"\nThe model is in {folder}. Next: maskgit sample {shlex.quote(str(folder))} --out sampled.png")
+    log.info("\nThe model is in %s. Next: maskgit sample %s --out sampled.png", folder, shlex.quote(str(folder)))

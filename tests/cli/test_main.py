@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from maskgit_pl import __version__
 from maskgit_pl.cli import build_parser
 from maskgit_pl.cli.arguments import Output, _groups
 from tests.cli.conftest import Answer, parsers
+from tests.conftest import tiny_flags
 
 
 def test_no_words_print_the_help_and_a_flag_the_version(maskgit):
@@ -60,12 +62,22 @@ def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
         ("schedules", "> >(true)", 141, "maskgit schedules: [Errno 32] Broken pipe\n"),  # written at the end
         ("plugins", "> /dev/full", 74, "maskgit plugins: [Errno 28] No space left on device\n"),
         ("train tokenizer --data nowhere", "2> /dev/full", 2, ""),
+        ("schedules", ">&- 2>&- <&-", 0, ""),
     ],
 )
 def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback(words, to, code, error):
-    command = f"exec {sys.executable} -m maskgit_pl {words} {to}"
+    command = f"exec env -u PYTHONUNBUFFERED {sys.executable} -m maskgit_pl {words} {to}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, error)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["> /dev/full 2> /dev/full", ">&- 2>&-"])
+def test_a_line_that_cannot_be_printed_ends_no_training(tiny_shards, tmp_path, to):
+    words = shlex.join(["train", "tokenizer", f"--data={tiny_shards}", "--run=r", *tiny_flags("tokenizer")])
+    command = f"exec env -u PYTHONUNBUFFERED {sys.executable} -m maskgit_pl {words} {to}"
+    subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
+    assert (tmp_path / "runs" / "r" / "pretrained" / "tokenizer" / "model.safetensors").is_file()
 
 
 # The process
