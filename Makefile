@@ -165,7 +165,7 @@ benchmarks: $(STAMP) ## Run the benchmarks that compare, and write their ratios 
 benchmark-gpu: $(STAMP) ## Measure training and decoding on a GPU, and write results/gpu-CARD.md (docs/gpu.md)
 	@$(BIN)/python benchmarks/gpu.py $(ARGS)
 
-PYTEST = -m pytest --numprocesses $(WORKERS) --maxprocesses 8 --dist worksteal
+PYTEST = -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 test: $(DEV_STAMP) ## Run the tests (quick ones only: ARGS="-m 'not slow'")
 	$(BIN)/python $(PYTEST) $(ARGS)

@@ -1,6 +1,9 @@
+import ctypes
 import gc
 import io
 import logging
+import os
+import re
 import signal
 import subprocess
 import sys
@@ -25,6 +28,7 @@ from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, fingerprint, save_tokenizer, save_transformer
 
 sys.path.insert(0, str(Path(__file__).parent / "golden"))  # modules of check.py, which runs from this folder
+os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # which returns what is freed
 torch.set_num_threads(1)  # tensors are small, and other tests run at the same time
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in the background of a shell; processes would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -37,6 +41,22 @@ def pytest_collection_finish() -> None:
     """
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _return_memory() -> Iterator[None]:
+    """Returns freed memory to the system: large tensors, and the 1 GiB that commands of training keep."""
+    yield
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Returns the number of workers: at most 8, one for each core and for each 2 GB of memory; a worker takes 1 GB."""
+    (available,) = re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    limit = Path("/sys/fs/cgroup/memory.max")  # of a container
+    limits = [int(limit.read_text())] if limit.is_file() and limit.read_text().strip().isdigit() else []
+    return max(1, min(8, len(os.sched_getaffinity(0)), min([int(available) * 1024, *limits]) // (2 * 10**9)))
 
 
 @pytest.fixture(autouse=True)

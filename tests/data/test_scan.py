@@ -142,14 +142,15 @@ def test_small_files_that_declare_much_cost_little(case, tmp_path):
 )
 def test_a_million_empty_members_cost_little(tmp_path, name, message, limit):
     path = tmp_path / "x.tar"
-    blocks = np.tile(np.frombuffer(header(name.format(0), 0), np.uint8), (10**6, 1))
     powers = 10 ** np.arange(7)[::-1]
-    blocks[:, 1:8] = ord("0") + np.arange(10**6)[:, None] // powers % 10
-    blocks[:, 148:156] = ord(" ")
-    checksums = blocks.sum(axis=1, dtype=np.int64)
-    blocks[:, 148:154] = ord("0") + checksums[:, None] // 8 ** np.arange(6)[::-1] % 8
     with open(path, "wb") as file:
-        file.write(blocks.data)
+        for begin in range(0, 10**6, 10**5):
+            blocks = np.tile(np.frombuffer(header(name.format(0), 0), np.uint8), (10**5, 1))
+            blocks[:, 1:8] = ord("0") + np.arange(begin, begin + 10**5)[:, None] // powers % 10
+            blocks[:, 148:156] = ord(" ")
+            checksums = blocks.sum(axis=1, dtype=np.int64)
+            blocks[:, 148:154] = ord("0") + checksums[:, None] // 8 ** np.arange(6)[::-1] % 8
+            file.write(blocks.data)
         file.write(bytes(1024))
     error, megabytes, seconds = measure(path)
     assert message in error

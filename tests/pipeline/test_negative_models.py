@@ -92,7 +92,10 @@ def test_a_negative_model_takes_the_place_of_a_null_class(tmp_path):
     [
         ({"fingerprint": "f" * 64}, "negative_model must have the tokenizer .*, got 'ffffffffffff'"),
         ({"grid": (2, 4)}, r"negative_model must have grid \(4, 4\), .* got \(2, 4\)"),
-        ({"backbone": {"backbone": "adaln", "condition_dim": 5}}, "negative_model must have condition_dim 0, .* got 5"),
+        (
+            {"backbone": {"backbone": "adaln", "condition_dim": 5, **SMALL["adaln"]}},
+            "negative_model must have condition_dim 0, .* got 5",
+        ),
         ({"class_names": ("Bag", "T-shirt", "Trouser")}, "negative_model must have class_names .*Ankle boot.*got.*Bag"),
     ],
 )
