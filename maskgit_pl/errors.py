@@ -29,10 +29,15 @@ import dis
 import errno
 import json
 import logging
+import os
 import re
 import traceback
 import unicodedata
+from contextlib import suppress
+from itertools import islice
 from typing import ClassVar
+
+from maskgit_pl.checks import did_you_mean
 
 BAD_INPUT = 2
 INTERNAL_ERROR = 70
@@ -40,13 +45,14 @@ INTERRUPTED = 130
 BROKEN_PIPE = 141
 
 _FILE_ERRORS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
-_BAD_NAMES = (errno.ENAMETOOLONG, errno.ELOOP)
+_BAD_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENXIO)  # ENXIO: a socket, or a terminal that is not there
 # Full disks and quotas, failing disks, file systems that are lost, busy, read-only or on the other side of a mount.
 _BAD_DISK = {
     errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE, errno.EBUSY, errno.EXDEV, errno.EROFS,
 }  # fmt: skip
 
 _MAX_SHOWN = 200  # characters of a text
+_MAX_COMPARED = 1000  # names of a folder
 _MAX_LABEL = 60  # characters; longer labels leave no room for the axes
 _AS_ENTITY = {"&": "&amp;", "<": "&lt;", ">": "&gt;", "|": "&#124;"}
 _SPECIAL = re.compile(
@@ -114,7 +120,7 @@ def is_user_error(error: BaseException) -> bool:
     """Returns True if a caught error is bad input, whose text is for the user. The module docstring has the rule."""
     if isinstance(error, ValueError):
         return _is_raised_by_us(error)
-    return isinstance(error, _FILE_ERRORS) or (isinstance(error, OSError) and error.errno in _BAD_NAMES)
+    return isinstance(error, _FILE_ERRORS) or (isinstance(error, OSError) and error.errno in _BAD_PATHS)
 
 
 def exit_code_of(error: BaseException) -> int:
@@ -150,9 +156,22 @@ def describe_error(error: BaseException, command: str, *, with_traceback: bool =
             "traceback above and the output of `maskgit --version`\n"
         )
     text = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+    if isinstance(error, OSError) and error.filename is not None and exit_code_of(error) == BAD_INPUT:
+        path = printable(error.filename, limit=None)
+        text = f"{path}: {error.strerror}; {_nearest_file(error) or 'check the path'}"
     # The text may contain names from untrusted files.
     lines = "\n".join(printable(line, limit=None) for line in text.split("\n"))
     return f"{stack if with_traceback else ''}{command}: {lines}\n"
+
+
+def _nearest_file(error: OSError) -> str:
+    """Returns a question with the name closest to that of a missing file, of 1,000 in its folder; else nothing."""
+    if isinstance(error, FileNotFoundError):
+        folder, name = os.path.split(str(error.filename))
+        with suppress(OSError), os.scandir(folder or ".") as entries:
+            # A link to nothing has the name itself.
+            return did_you_mean(name, [entry.name for entry in islice(entries, _MAX_COMPARED) if entry.name != name])
+    return ""
 
 
 def _is_raised_by_us(error: BaseException) -> bool:

@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import re
+import socket
 import textwrap
 from pathlib import Path
 
@@ -50,17 +51,37 @@ def caught(call) -> BaseException:
     [
         lambda: checks.check_integer("--num-steps", "many", "[1, 8]"),
         lambda: checks.build_dataclass(Path, 1, "config.json"),
-        lambda: Path("/nowhere/at/all").read_text(),
-        lambda: Path("/").read_text(),
-        lambda: Path("/etc/passwd/x").read_text(),
-        lambda: Path("x" * 300).read_text(),
     ],
 )
-def test_refusals_of_the_package_and_unusable_paths_are_bad_input(call):
+def test_refusals_of_the_package_are_bad_input(call):
     error = caught(call)
     assert is_user_error(error)
     assert exit_code_of(error) == 2
     assert describe_error(error, "maskgit sample") == f"maskgit sample: {error}\n"
+
+
+@pytest.mark.parametrize(
+    ("path", "text"),
+    [
+        ("/nowhere/at/all", "/nowhere/at/all: No such file or directory; check the path"),
+        ("nots.txt", "nots.txt: No such file or directory; did you mean 'notes.txt'?"),
+        ("link", "link: No such file or directory; check the path"),
+        ("/", "/: Is a directory; check the path"),
+        ("notes.txt/x", "notes.txt/x: Not a directory; check the path"),
+        ("x" * 300, f"{'x' * 300}: File name too long; check the path"),
+        ("socket", "socket: No such device or address; check the path"),
+        ("a\n\x1b", "a\\n\\x1b: No such file or directory; check the path"),
+    ],
+)
+def test_an_unusable_path_is_bad_input_and_named_with_the_way_out(path, text, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.txt").touch()
+    Path("link").symlink_to("nowhere")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind("socket")
+    error = caught(Path(path).read_text)
+    assert exit_code_of(error) == 2
+    assert describe_error(error, "maskgit sample") == f"maskgit sample: {text}\n"
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,7 @@ def test_a_wrong_command_flag_or_choice_is_one_line_with_the_nearest(is_refused,
     ("command", "text"),
     [
         ("data make empty --out new", "source empty must "),  # SOURCE is no flag
+        ("data make photo --out new", "photo: No such file or directory; did you mean 'photos'?"),
         (
             "data make text.jpg --out new",
             "got: not an uncompressed tar, or its first header is damaged; it begins with b'hello'",
@@ -167,7 +168,7 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
     ("command", "text"),
     [
         ("demo --dataset mine", "data data/shards/mine: no such folder; convert your own images with --images FOLDER"),
-        ("train tokenizer --config nope.yaml", "No such file or directory: 'nope.yaml'"),
+        ("train tokenizer --config nope.yaml", "nope.yaml: No such file or directory; check the path"),
         ("train tokenizer", "data data/shards/fashion-mnist: no such folder; make it with `maskgit data fetch"),
         ("TOKENIZER --trainer.max_steps=-1", "trainer.max_steps must be >= 1, got -1"),
         ("TOKENIZER --keep_every=7", "keep_every must be a multiple of checkpoint_every (1000)"),
