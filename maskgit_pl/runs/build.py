@@ -253,9 +253,11 @@ class StageRun:
 
     def _build_loggers(self) -> list[TolerantLogger]:
         """Builds the loggers of the recipe, and checks that they can be used, before anything is trained."""
-        built = []
+        built = list[TolerantLogger]()
         for spec in self.values.loggers:
             name = spec if isinstance(spec, str) else str(spec.get("name"))
+            if name in (other.name for other in built):  # both would continue the run in NAME-run.txt
+                raise ValueError(f"loggers must name each logger once, got {name!r} twice; remove one of them")
             tracker = loggers.build(spec)
             tracker.check()
             built.append(TolerantLogger(tracker, self.folder, name=name, settings=self.values.tree))

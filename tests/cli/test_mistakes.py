@@ -169,6 +169,7 @@ def test_a_gpu_that_is_not_found_is_said_with_its_name(is_refused) -> None:
     [
         ("demo --dataset mine", "data data/shards/mine: no such folder; convert your own images with --images FOLDER"),
         ("train tokenizer --config nope.yaml", "nope.yaml: No such file or directory; check the path"),
+        ("TOKENIZER '--loggers=[csv,{name: csv}]'", "loggers must name each logger once, got 'csv' twice; remove"),
         ("train tokenizer", "data data/shards/fashion-mnist: no such folder; make it with `maskgit data fetch"),
         ("TOKENIZER --trainer.max_steps=-1", "trainer.max_steps must be >= 1, got -1"),
         ("TOKENIZER --keep_every=7", "keep_every must be a multiple of checkpoint_every (1000)"),
