@@ -31,6 +31,7 @@ from maskgit_pl.errors import printable
 _VAL_FOLDERS = ("val", "valid", "validation", "test")
 _MAX_LISTED = 3  # names of files that are left out
 _METADATA = "metadata.csv"
+_JSON_METADATA = "metadata.jsonl"  # which Hugging Face's ImageFolder also reads
 _MAX_METADATA_BYTES = 2**29  # 100 bytes for each of five million files
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,99})")
 
@@ -141,9 +142,17 @@ class ImageFolder:
 
     def _metadata_files(self) -> list[str]:
         """Returns the metadata file of the source, or else those of its split folders."""
-        if _METADATA in self._entries.sizes:
-            return [_METADATA]
-        return [name for root in self._roots.values() if (name := root + _METADATA) in self._entries.sizes]
+        places = ("", *self._roots.values())
+        tables, others = (
+            [place + kind for place in places if place + kind in self._entries.sizes]
+            for kind in (_METADATA, _JSON_METADATA)
+        )
+        if others and not tables:  # the labels would be lost
+            raise ValueError(
+                f"source {self._shown} must have its labels in {_METADATA}, got {others[0]}; write the columns "
+                f"file_name and label to {_METADATA}, or remove {others[0]} to take the classes from folders"
+            )
+        return [_METADATA] if _METADATA in tables else tables
 
     def _label_by_metadata(
         self, tables: Sequence[str], label_field: str
@@ -285,10 +294,10 @@ def _read_metadata(entries: Entries, name: str, *, label_field: str) -> dict[str
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{title} must be UTF-8 text with a CSV table, got: {printable(error)}") from error
     for field in ("file_name", label_field):
-        if field not in columns:
+        if columns.count(field) != 1:  # DictReader would keep the last of two columns
             got = ", ".join(map(printable, columns)) or "none"
             hint = "; set it with --label-field, or remove the file to take the classes from folders"
-            raise ValueError(f"{title} must have a column {field!r}, got {got}{hint * (field != 'file_name')}")
+            raise ValueError(f"{title} must have one column {field!r}, got {got}{hint * (field != 'file_name')}")
     labels = dict[str, str]()
     for line, row in rows:
         where = f"{title}: line {line}"

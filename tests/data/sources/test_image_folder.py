@@ -289,20 +289,30 @@ def test_missing_files_are_unreadable_and_files_without_a_row_are_left_out(photo
 def test_another_column_may_hold_the_labels(photos):
     write_table(photos, [*(f"{n}.png,{'ab'[n % 2]}" for n in range(20)), ""], header="file_name,species")
     assert open_source(photos, label_field="species", val_fraction=0.3).classes == ("a", "b")
-    with pytest.raises(ValueError, match="must have a column 'label', got file_name, species; set it with"):
+    with pytest.raises(ValueError, match="must have one column 'label', got file_name, species; set it with"):
         open_source(photos)
 
 
 CSV_FAULTS = {
     "file_name,label\n0.png": "line 2 must have a file_name, a label and 2 values in all",
     "file_name,label\n0.png,a,b": "line 2 must have a file_name, a label and 2 values in all",
-    "": "must have a column 'file_name', got none",
+    "": "must have one column 'file_name', got none",
+    "file_name,label,label\n0.png,a,b": "must have one column 'label', got file_name, label, label; set it with",
     "file_name,label\n0.png,": "line 2 must have a file_name, a label and",
     "file_name,label\n0.png,a\n./0.png,b": "line 3: 0.png must have one label, got 'a' and 'b'",
     'file_name,label\n"0.png,a': "got: unexpected end of data",
     'file_name,label\n0.png,"a\nb"': "a class must have a UTF-8 name on one line, got 'a\\\\nb'",
     "file_name,label\n0.png," + "9" * 200_000: "got: field larger than field limit",
 }
+
+
+@pytest.mark.parametrize("folder", [".", "train", "test"])
+def test_labels_in_another_format_are_refused_and_not_lost(splits, folder):
+    (splits / folder / "metadata.jsonl").write_text('{"file_name": "0.png", "label": 1}\n')
+    with pytest.raises(ValueError, match=r"must have its labels in metadata\.csv, got .*metadata\.jsonl; write"):
+        ImageFolder(splits)
+    write_table(splits, [f"{path.relative_to(splits)},a" for path in splits.rglob("*.jpg")])
+    assert ImageFolder(splits).classes == ("a",)
 
 
 @pytest.mark.parametrize("text", CSV_FAULTS)
