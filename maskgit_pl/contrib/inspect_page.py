@@ -13,6 +13,7 @@ from __future__ import annotations
 import base64
 import html
 import math
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +32,7 @@ from maskgit_pl.evaluation.opening import read_run_recipe
 from maskgit_pl.evaluation.pages import figure_to_png, image_to_png
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.evaluation.tokenizer import ReconstructionMeter, psnr
-from maskgit_pl.files import write_text
+from maskgit_pl.files import open_regular, write_text
 from maskgit_pl.pipeline.display import select_steps
 from maskgit_pl.pipeline.grids import image_grid, reconstruction_grid
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
@@ -193,6 +194,7 @@ class Logs:
 
 def read_logs(folder: Path) -> Logs:
     """Reads the event files of a stage folder, which need not exist; of a step, the last value counts."""
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         IMAGES,
         SCALARS,
@@ -201,7 +203,12 @@ def read_logs(folder: Path) -> Logs:
 
     if not folder.is_dir():
         return Logs()
-    events = EventAccumulator(str(folder), {SCALARS: _MAX_POINTS, IMAGES: 100 * _SHOWN_PICTURES}).Reload()
+    for file in folder.glob("*tfevents*"):
+        os.close(open_regular(file))  # tensorboard would wait for the writer of a FIFO
+    try:
+        events = EventAccumulator(str(folder), {SCALARS: _MAX_POINTS, IMAGES: 100 * _SHOWN_PICTURES}).Reload()
+    except DecodeError as error:
+        raise ValueError(f"event files of {folder} must hold events, got: {error}; remove the damaged file") from error
     tags = events.Tags()
     return Logs(
         {tag: {event.step: event.value for event in events.Scalars(tag)} for tag in tags[SCALARS]},

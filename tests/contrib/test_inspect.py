@@ -1,10 +1,13 @@
 """The page of a run shows what was logged and measured, loads nothing, and shows hostile names safely."""
 
+import os
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from maskgit_pl.cli import main
 from maskgit_pl.contrib.inspect_page import (
@@ -117,6 +120,19 @@ def test_a_rising_validation_loss_and_a_growing_gradient_are_problems():
     assert find_in_transformer(Logs({"val/loss": falling})) == []
     rising = Logs({"val/loss": {**falling, 4: 3.5}, "train/gradient_norm": dict(enumerate([1.0] * 6 + [20.0]))})
     assert [problem.cause for problem in find_in_transformer(rising)] == ["overfitting", "gradient_norm"]
+
+
+def test_event_files_that_are_pipes_or_no_events_are_refused_by_name(tmp_path):
+    file = tmp_path / "run" / "tokenizer" / "events.out.tfevents.1.host"
+    file.parent.mkdir(parents=True)
+    os.mkfifo(file)
+    with pytest.raises(ValueError, match=r"must be a regular file, got a FIFO.*tfevents"):
+        inspect_run(tmp_path / "run")
+    file.unlink()
+    with open(file, "wb") as stream:
+        RecordWriter(stream).write(b"\xff\xff")  # with right checksums
+    with pytest.raises(ValueError, match=r"event files of .*tokenizer must hold events, got: .*; remove"):
+        inspect_run(tmp_path / "run")
 
 
 def test_the_command_writes_a_page_or_one_line_of_error(tiny_pretrained, tiny_shards, tmp_path, capsys):
