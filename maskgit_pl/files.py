@@ -287,6 +287,18 @@ def _read_bounded(file: Path, max_bytes: int) -> bytes:
     return data
 
 
+def read_text(file: Path, *, max_bytes: int = _MAX_YAML_BYTES) -> str:
+    """Reads an untrusted file of UTF-8 text, without a byte order mark.
+
+    Raises:
+        ValueError: if it is not a regular file, larger than ``max_bytes``, or not UTF-8.
+    """
+    try:
+        return _read_bounded(file, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} must be UTF-8 text: {error}") from error
+
+
 def parse_json(text: bytes | str, where: str) -> dict[str, Any]:
     """Parses untrusted JSON, UTF-8 text of the file ``where``; see ``read_json``."""
     content = parse_any_json(
@@ -351,12 +363,12 @@ def read_yaml(file: Path) -> dict[str, Any]:
     """Reads a YAML file as plain values.
 
     Raises:
-        ValueError: if the file is over 200 kB, not YAML, no mapping, holds an alias or a repeated key, or is not plain
-            (``check_plain``). The message is one line.
+        ValueError: if the file is over 200 kB, not YAML, no mapping, holds an alias, a tag or a repeated key, or is not
+            plain (``check_plain``). The message is one line.
     """
-    text = _read_bounded(file, _MAX_YAML_BYTES)
+    text = read_text(file)
     try:
-        tree = parse_yaml(text.decode())
+        tree = parse_yaml(text)
         if tree is not None and not isinstance(tree, dict):
             raise ValueError(f"it must be a mapping, got {shorten(tree)}")
         check_plain(tree)
@@ -375,7 +387,7 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"{position}{getattr(error, 'problem', None) or ' '.join(str(error).split())}") from error
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
-    except (UnicodeError, OverflowError) as error:
+    except (ValueError, OverflowError) as error:  # of a number or a date
         raise ValueError(str(error)) from error
 
 
@@ -409,12 +421,14 @@ def check_plain(node: Any, path: str = "", depth: int = 0) -> None:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """A SafeLoader that rejects aliases (a few bytes can expand to gigabytes) and repeated keys."""
+    """A SafeLoader that rejects aliases (a few bytes can expand to gigabytes), tags and repeated keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.events.AliasEvent):
-            event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is untyped
-            raise yaml.constructor.ConstructorError(None, None, "aliases are not allowed in recipes", event.start_mark)
+        event = self.peek_event()  # type: ignore[no-untyped-call]  # PyYAML is untyped
+        is_alias = isinstance(event, yaml.events.AliasEvent)
+        if is_alias or event.tag is not None:  # a tag's constructor raises any error for another kind of value
+            text = f"{'aliases' if is_alias else 'tags such as !!str'} are not allowed in recipes"
+            raise yaml.constructor.ConstructorError(None, None, text, event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002  # PyYAML's

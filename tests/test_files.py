@@ -247,6 +247,9 @@ def test_a_link_to_a_missing_disk_is_refused_and_makes_no_folder(tmp_path: Path)
         ("a: " + "9" * 5000, "recipe.yaml"),
         ("a: b: c", r"line 1, column 5: mapping values are not allowed here"),
         ("model: !!python/object/apply:os.system [echo]", "recipe.yaml"),
+        ("a: !!map [1]", "column 4: tags such as !!str are not allowed in recipes"),
+        ("a: !!bool x", "tags such as !!str"),
+        ("a: !!timestamp x", "tags such as !!str"),
         ("a: " + "x" * 200_001, "at most 200 kB"),
     ],
 )

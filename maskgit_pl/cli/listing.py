@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from maskgit_pl.checks import CHANNELS, check_choice, check_integer, count_text, pixels_text
 from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Folder, Specs, print_json, print_rows
-from maskgit_pl.files import read_json, write_atomically
+from maskgit_pl.errors import printable
+from maskgit_pl.files import read_json, read_text, write_atomically
 from maskgit_pl.pipeline.sharing import bundled_models
 from maskgit_pl.registry import describe, nearest
 from maskgit_pl.runs import recipe
@@ -91,7 +92,7 @@ def recipes_list() -> None:
     for name in sorted({name for kind in _KINDS for name in recipe.list_recipes(kind)}):
         files = _recipe_files(name)
         (*_, last) = files.values()
-        comment = re.match(r"(?:#.*\w.*\n)*", last.read_text())  # which opens the file
+        comment = re.match(r"(?:#.*\w.*\n)*", read_text(last))  # which opens the file
         words = re.sub(r"(?m)^#", "", comment[0] if comment else "").split()
         sentence = re.split(r"(?<=\.) |:$", " ".join(words))[0]
         rows.append({"recipe": name, "of": ", ".join(files), "from": str(last.parents[1]), "description": sentence})
@@ -107,7 +108,7 @@ def recipes_show(name: str) -> None:
         name: Name of the recipe.
     """
     for file in _recipe_files(name).values():
-        print(f"# {file}\n{file.read_text()}")
+        print(f"# {file}", *(printable(line, limit=None) for line in read_text(file).split("\n")), sep="\n")
 
 
 def recipes_copy(name: str, *, as_: Annotated[str, Word("NEW")] | None = None) -> None:
@@ -129,7 +130,7 @@ def recipes_copy(name: str, *, as_: Annotated[str, Word("NEW")] | None = None) -
     for target, file in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         with write_atomically(target) as stream:
-            stream.write(file.read_bytes())
+            stream.write(read_text(file).encode())
         print(f"{target}: a copy of {file}")
 
 

@@ -19,9 +19,10 @@ from maskgit_pl.data.image_bytes import UnreadableImageError, check_complete
 from maskgit_pl.data.images import parse_image_header
 from maskgit_pl.data.manifest import Split
 from maskgit_pl.errors import printable
-from maskgit_pl.files import parse_any_json
+from maskgit_pl.files import parse_any_json, read_text
 
 MAX_CLASSES = 100_000  # upper limit if no class names are given
+_MAX_NAMES_BYTES = 2**24  # 160 bytes for each of these classes
 
 _SPLITS = {"val": "validation|valid|val", "test": "test", "train": "train|training"}  # words in names, in this order
 _LABEL = re.compile(rb"\s*(0|[1-9][0-9]{0,8})\s*")
@@ -214,13 +215,10 @@ def parse_class_names(text: str) -> list[str]:
         text: Names separated by commas, or the path of a UTF-8 file with one name per line.
 
     Raises:
-        ValueError: See ``check_class_lines``; or if the file is not text.
+        ValueError: See ``check_class_lines``; or if the file is not text, or larger than 16 MiB.
     """
     if os.path.isfile(text):  # Path.is_file() raises an error if many names make a path that is too long
-        try:
-            lines = Path(text).read_text("utf-8-sig").splitlines()  # Windows writes a byte order mark
-        except UnicodeDecodeError as error:
-            raise ValueError(f"class names {text} must be UTF-8 text, one name per line: {error}") from error
+        lines = read_text(Path(text), max_bytes=_MAX_NAMES_BYTES).splitlines()
         names = [line.strip() for line in lines if line.strip()]
     else:
         names = [name.strip() for name in text.split(",")]

@@ -16,6 +16,7 @@ from maskgit_pl.cli import _parse
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.runs.recipe import STAGES, Recipe, list_recipes
 from maskgit_pl.schedules import mask_schedules
+from tests.cli.conftest import refused
 from tests.installed_packages import install
 
 ROOT = Path(__file__).parents[2]
@@ -126,6 +127,17 @@ def test_recipes_are_listed_with_a_sentence_shown_and_described(printed, rows) -
     assert all(len(row["description"]) > 20 for row in recipes)
     text = printed("recipes", "show", "own-images")
     assert all(list_recipes(stage)["own-images"].read_text() in text for stage in STAGES)
+
+
+def test_a_recipe_is_shown_escaped_and_read_only_if_it_is_a_file(printed, maskgit, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("recipes", "transformer")
+    folder.mkdir(parents=True)
+    (folder / "red.yaml").write_text("# \x1b[31mRed\n{}\n")
+    assert printed("recipes", "show", "red") == f"# {folder / 'red.yaml'}\n# \\x1b[31mRed\n{{}}\n\n"
+    (folder / "zero.yaml").symlink_to("/dev/zero")
+    for words in (["list"], ["show", "zero"], ["copy", "zero", "--as", "mine"]):
+        refused(maskgit("recipes", *words), "zero.yaml: must be a regular file, got a FIFO, a socket or a device")
 
 
 def test_a_copied_recipe_is_read_first_and_never_overwritten(printed, rows, maskgit, tmp_path, monkeypatch) -> None:

@@ -18,9 +18,12 @@ def test_class_names_that_are_empty_or_repeated_are_refused(given):
         parse_class_names(given)
 
 
-def test_class_names_in_a_file_that_is_no_text_are_refused_by_name(tmp_path):
-    (tmp_path / "names.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"names\.txt must be UTF-8 text"):
+@pytest.mark.parametrize(
+    ("letter", "count", "rule"), [(b"\xff", 1, "be UTF-8 text"), (b"a", 2**24 + 1, "have at most")]
+)
+def test_class_names_in_a_file_that_is_no_text_or_too_large_are_refused_by_name(tmp_path, letter, count, rule):
+    (tmp_path / "names.txt").write_bytes(letter * count)
+    with pytest.raises(ValueError, match=rf"names\.txt must {rule}"):
         parse_class_names(str(tmp_path / "names.txt"))
 
 
