@@ -15,6 +15,7 @@ import logging
 import shutil
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -314,8 +315,11 @@ def _join(file: Path, plan: BulkPlan, parts: list[Path]) -> int:
 
 
 def _remove_parts(file: Path, folder: Path) -> None:
-    """Removes what the making of a file has left, also by processes that were killed."""
-    shutil.rmtree(folder, ignore_errors=True)
+    """Removes what the making of a file has left, also by processes that were killed; other files stay."""
+    with suppress(OSError):  # another process has removed the folder, or it has other files
+        for part in folder.glob(f"*{'[0-9a-f]' * 16}-*-of-*"):  # also partial files of parts
+            part.unlink(missing_ok=True)
+        folder.rmdir()
     remove_partials(file.parent, file.name)
 
 

@@ -102,6 +102,14 @@ def test_a_stopped_process_starts_over_and_finished_parts_are_used(pipe: MaskGIT
     assert [path.name for path in out.parent.iterdir()] == [out.name]
 
 
+def test_files_of_the_user_in_the_folder_of_the_parts_stay(pipe: MaskGIT, tmp_path: Path) -> None:
+    (tmp_path / "a.npz.parts").mkdir()
+    (tmp_path / "a.npz.parts" / "thesis.txt").touch()
+    many(pipe, tmp_path / "a.npz", num_images=4, seed=1, rank=1, world_size=2)
+    many(pipe, tmp_path / "a.npz", num_images=4)
+    assert [path.name for path in (tmp_path / "a.npz.parts").iterdir()] == ["thesis.txt"]
+
+
 def test_parts_of_other_settings_are_not_used(pipe: MaskGIT, tmp_path: Path) -> None:
     many(pipe, tmp_path / "a.npz", num_images=4, seed=1, rank=1, world_size=2)
     other = MaskGIT.from_pretrained(save_tiny_pretrained(tmp_path / "other", seed=1))
