@@ -88,11 +88,16 @@ class Manifest:
         return hashlib.sha256(content.encode()).hexdigest()
 
     def index(self, *, check: bool = False) -> npt.NDArray[np.void]:
-        """Maps the index, (samples,) INDEX_DTYPE, into memory; with ``check``, compares all rows with their hash."""
+        """Maps the index, (samples,) INDEX_DTYPE, into memory; ``check`` compares all rows with hash and classes."""
         path, hint = self.folder / f"{self.split}.npy", _remake_hint(self.folder)
         rows = map_array(path, (self.samples,), INDEX_DTYPE, hint=hint)
         if check:
             check_unchanged(path, index_sha256(rows), expected=self.index_sha256, hint=hint)
+            if (largest := rows["label"].max(initial=-1)) >= len(self.classes):
+                raise ValueError(
+                    f"manifest {path.with_suffix('.json')}: classes must have a name for each label up to {largest}, "
+                    f"got {len(self.classes)}; {hint}"
+                )
         return rows
 
 

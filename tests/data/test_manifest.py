@@ -47,6 +47,16 @@ def test_a_changed_index_is_refused_before_training_with_the_way_out(folder, fie
     assert verify_shards(folder).faults[0].startswith("train.npy: ")
 
 
+@pytest.mark.parametrize("classes", [[], ["a"]])
+def test_labels_without_a_class_are_refused_before_training_with_the_way_out(folder, classes):
+    path = folder / "train.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"classes": classes}))
+    rule = rf"train\.json: classes must have a name for each label up to 4, got {len(classes)}; make it with `maskgit"
+    with pytest.raises(ValueError, match=rule):
+        load_manifests(folder)
+    assert verify_shards(folder).faults[0].startswith("train.npy: ")
+
+
 BROKEN = {  # part of the message -> change of the manifest, or the bytes of the file
     "must have format 1": lambda content: content | {"format": 2},
     "shards": lambda content: content | {"shards": [content["shards"][0] | {"samples": "6"}]},
