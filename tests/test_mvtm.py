@@ -120,7 +120,8 @@ def test_padding_of_the_last_validation_batch_counts_nothing(tiny_shards, tiny_p
 
 
 def test_validation_measures_the_averaged_network_at_masked_tokens(tiny_shards, tiny_pretrained, store):
-    module, source = model(tiny_pretrained, label_smoothing=0.3), data(tiny_shards, store, validation_samples=8)
+    module = model(tiny_pretrained, label_smoothing=0.3, objective=VISIBLE)  # both in training only
+    source = data(tiny_shards, store, validation_samples=8)
     module.ema_network.token_embedding.weight.mul_(3)  # now another network than the trained one
     values = validate(module, source)
     (batch,) = source.val_dataloader()
@@ -180,6 +181,13 @@ def test_the_first_step_by_hand(tiny_shards, tiny_pretrained, store, tmp_path):
         assert logged[name] == pytest.approx(float(nll[in_bin].mean()), rel=1e-5)
     assert logged["step"] == 1
     assert seen.gradients == [None] * len(seen.gradients)
+
+
+def test_logs_group_rows_by_mask_ratio_with_the_upper_border(tiny_pretrained):
+    masked = torch.tensor([1, 4, 5, 8, 9, 12, 13, 16])
+    mask = torch.arange(16) < masked[:, None]
+    bins = model(tiny_pretrained)._assign_bins(mask, torch.arange(0, mask.numel(), 16))
+    assert bins.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
 
 
 def test_images_are_flipped_in_training_only(tiny_shards, tiny_pretrained):

@@ -239,8 +239,7 @@ class ConditionalModel:
         if vectors is None or not self.network.config.condition_dim:
             return self
         negative = self.negative and self.negative.bind(vectors)
-        # The logits of the first step are cached by class, which a vector makes wrong.
-        return replace(self, vectors=vectors, first_step_logits=None, negative=negative)
+        return replace(self, vectors=vectors, negative=negative)
 
     def first_logits(self, labels: Sequence[int]) -> Tensor:
         """Returns the logits (B, N, K) of the first step without guidance, so that a cache serves all scales."""

@@ -42,6 +42,12 @@ def test_epochs_follow_on_without_gap_or_repeat():
     assert seen == list(range(72))
 
 
+def test_a_resumed_run_ends_with_its_epoch():
+    for start in (1, 5):  # an epoch is 3 steps
+        order = TrainBatchSampler(NUM_TRAIN, per_device=8, current_step=lambda start=start: start)
+        assert list(order) == [range(step * 8, step * 8 + 8) for step in range(start, -(-start // 3) * 3)]
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
 @pytest.mark.parametrize("num_samples", [1, 11, 12])
 def test_validation_covers_each_sample_once_with_equal_batches(world_size, num_samples):

@@ -157,6 +157,21 @@ def test_dropout_acts_in_training_only(config):
     assert not torch.allclose(*(network(tokens, labels, vectors=vectors) for _ in range(2)))
 
 
+@over_all
+@pytest.mark.parametrize("part", ["attention weights", "attention", "mlp"])
+def test_dropout_acts_in_each_part_of_a_block(config, part):
+    tokens, labels, _, vectors = inputs(config)
+    network, seen = create(config).train(), []  # without the dropout of embeddings
+    for block in network.blocks:
+        block.dropout = 0.5
+        nn.init.zeros_((block.proj if part == "mlp" else block.fc2).weight)  # nothing comes from the other branch
+        if part == "attention":  # its output only: the weights give ones
+            block.proj.register_forward_pre_hook(lambda _, args: torch.ones_like(args[0]))
+    network.blocks[0].proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    outputs = [network(tokens, labels, vectors=vectors) for _ in range(2)]
+    assert not torch.allclose(*(seen if part == "attention weights" else outputs))
+
+
 def gradients(network: Backbone, config: BackboneConfig) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tokens, labels, mask, vectors = inputs(config)
     network.zero_grad()

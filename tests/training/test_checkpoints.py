@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from maskgit_pl.training.checkpoints import (
     read_settings,
 )
 from tests.forked import run_ranks
+from tests.short_runs import assert_equal
 
 STATE = {
     "state_dict": {"weight": torch.arange(6.0).reshape(2, 3).t(), "half": torch.ones(2, dtype=torch.bfloat16)},
@@ -136,6 +138,19 @@ def test_partial_and_half_removed_folders_are_leftovers_and_no_checkpoints(tmp_p
     assert FolderCheckpointIO().load_checkpoint(save(emptied))["loops"] == STATE["loops"]  # its place can be taken
 
 
+def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path, monkeypatch):
+    folder = save(tmp_path / "step-00000010")
+
+    def fail(folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", fail)
+    with pytest.raises(KeyboardInterrupt):
+        FolderCheckpointIO().remove_checkpoint(folder)
+    assert complete_checkpoints(tmp_path) == []
+    assert find_leftovers(tmp_path) == [folder]
+
+
 class Line(LightningModule):
     def __init__(self):
         super().__init__()
@@ -148,7 +163,7 @@ class Line(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_line(folder, *, steps, disk=None, accumulation=1, **options):
+def fit_line(folder, *, steps, disk=None, accumulation=1, module=None, resume=None, **options):
     """Trains a small module, with checkpoints in the folder."""
     checkpoints = Checkpoints(folder, **{"every_n_steps": 2, **options})
     trainer = Trainer(
@@ -156,7 +171,8 @@ def fit_line(folder, *, steps, disk=None, accumulation=1, **options):
         plugins=[disk or FolderCheckpointIO()], callbacks=[checkpoints],
         accumulate_grad_batches=accumulation,
     )  # fmt: skip
-    trainer.fit(Line(), torch.utils.data.DataLoader(torch.ones(60, 1, 1), batch_size=None))
+    batches = torch.utils.data.DataLoader(torch.ones(60, 1, 1), batch_size=None)
+    trainer.fit(module or Line(), batches, ckpt_path=resume)
 
 
 def test_training_keeps_the_newest_few_and_sweeps_leftovers(tmp_path):
@@ -207,6 +223,27 @@ def test_only_three_failed_saves_in_a_row_end_a_run(tmp_path):
     assert newest_checkpoint(tmp_path / "four in all").name == "step-00000006"
     with pytest.raises(CannotWriteError, match=r"step 4 .*older ones are kept; 3 failures in a row"):
         fit_line(tmp_path / "three in a row", steps=6, every_n_steps=1, disk=Unwritable(2, 3, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*dataloader is not resumable")  # its batches are all the same
+def test_moments_resume_bit_exact_beside_weights_of_another_layout(tmp_path):
+    class Images(Line):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Conv2d(2, 3, 2).to(memory_format=torch.channels_last)
+
+        def training_step(self, batch, batch_idx):
+            return self.layer(batch * torch.linspace(-1, 1, 18).view(1, 2, 3, 3)).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), fused=True)
+
+    straight, resumed = Images(), Images()
+    fit_line(tmp_path / "a", steps=4, module=straight)
+    fit_line(tmp_path / "b", steps=2, module=Images())
+    fit_line(tmp_path / "b", steps=4, module=resumed, resume=newest_checkpoint(tmp_path / "b"))
+    assert_equal(resumed.state_dict(), straight.state_dict())
 
 
 def act_on_rank(rank: int, folder, case: str) -> None:
