@@ -159,6 +159,13 @@ def test_the_ratios_of_a_batch_have_the_distribution_of_the_formula(spec, cumula
     assert (expected - observed).abs().max() < 1.1 / size + 1e-4
 
 
+@pytest.mark.parametrize("mean", [-1.0, 2.0])
+def test_ratios_stay_within_bounds_that_have_no_probability(mean):
+    far = mask_ratios.build({"name": "truncated_normal", "mean": mean, "std": 0.01, "low": 0.2, "high": 0.3})
+    ratios = far(torch.linspace(0, 1, 5), COSINE, 49)
+    assert 0.2 <= ratios.min() <= ratios.max() <= 0.3 + 1e-7
+
+
 def test_uniform_ratios_end_above_their_beginning():
     with pytest.raises(ValueError, match=r"high must be a number in \(0.7, 1\], got 0.3"):
         mask_ratios.build({"name": "uniform", "low": 0.7, "high": 0.3})

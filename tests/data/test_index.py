@@ -104,7 +104,14 @@ def test_a_killed_index_leaves_no_half_and_the_next_run_removes_the_rest(tars, t
 
 @pytest.mark.parametrize(
     "pattern",
-    ["{0..1099511627776}.tar", "{a,b}" * 60, "{{a,b},c}.tar", "{0..999999}" + "x" * 4000, "{" * 2000 + "}" * 2000],
+    [
+        "{0..1099511627776}.tar",
+        "{0..0}{0..1099511627776}.tar",
+        "{a,b}" * 60,
+        "{{a,b},c}.tar",
+        "{0..999999}" + "x" * 4000,
+        "{" * 2000 + "}" * 2000,
+    ],
     ids=lambda pattern: pattern[:20],
 )
 def test_a_pattern_that_would_fill_memory_is_refused_before_it_is_expanded(pattern, tmp_path):
@@ -120,6 +127,12 @@ def test_test_shards_beside_val_shards_are_neither(tars, tmp_path):
         "train": ["imagenet1k-train-0000.tar"],
         "val": ["imagenet1k-validation-00.tar"],
     }
+
+
+@pytest.mark.parametrize(("count", "val"), [(2, 1), (14, 1), (16, 2), (20, 2)])
+def test_the_last_tenth_of_unnamed_shards_is_val(tmp_path, count, val):
+    shards = [tmp_path / f"{number:04d}.tar" for number in range(count)]
+    assert split_shards(tmp_path, shards)[0] == {"train": shards[:-val], "val": shards[-val:]}
 
 
 def test_shards_that_are_all_val_are_refused(tars, tmp_path):

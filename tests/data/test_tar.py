@@ -51,6 +51,11 @@ def test_big_sizes_in_base_256_and_in_pax_are_read(tmp_path):
         file.write(header)
         file.truncate(512 + 9 * 2**30 + 1024)
     assert members(tmp_path / "x.tar")[0].size == 9 * 2**30
+    info = tarfile.TarInfo("y.bin")
+    info.size = 9 * 2**30  # its own header states 0
+    with open(tmp_path / "y.tar", "wb") as file:
+        file.truncate(file.write(info.tobuf(tarfile.PAX_FORMAT)) + 9 * 2**30 + 1024)
+    assert [(member.name, member.size) for member in members(tmp_path / "y.tar")] == [("y.bin", 9 * 2**30)]
 
 
 def test_extended_headers_are_bounded_and_checked(tmp_path):

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,11 @@ def test_view_v_of_sample_i_is_row_i_v_and_validation_has_one(tmp_path):
     tokens, labels = readers["train"].read(np.array([7, 2]), np.array([3, 1]))
     assert (tokens[:, 0].tolist(), labels.tolist()) == ([73, 21], [1, 0])
     assert np.load(tmp_path / "val-tokens.npy")[:, 0].tolist() == [100, 110, 120]
+
+
+def test_tokens_have_the_smallest_type_that_holds_every_code():
+    sizes = {2**16: np.uint16, 2**16 + 1: np.uint32}
+    assert {size: dataclasses.replace(DESCRIPTION, codebook_size=size).dtype for size in sizes} == sizes
 
 
 def test_all_that_differs_from_the_wanted_origin_is_named_at_once(tmp_path):
@@ -132,18 +138,19 @@ SPOILS = {
     "cut": lambda path: os.truncate(path, path.stat().st_size - 1),
     "gone": os.unlink,
     "pickled": lambda path: np.save(path, np.array([{}], dtype=object), allow_pickle=True),
-    "a changed token": lambda path: overwrite(path, 0, 71),
+    "a changed value": lambda path: overwrite(path, 0, 71),
     "a FIFO": lambda path: (path.unlink(), os.mkfifo(path)),
 }
 
 
+@pytest.mark.parametrize("name", ["val-tokens.npy", "train-labels.npy"])
 @pytest.mark.parametrize("spoil", SPOILS.values(), ids=SPOILS)
-def test_a_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoil):
+def test_a_spoilt_array_is_refused_by_name_when_the_store_is_opened(tmp_path, spoil, name):
     make(tmp_path)
-    path = tmp_path / "val-tokens.npy"
+    path = tmp_path / name
     spoil(path)
     assert not is_complete(tmp_path, DESCRIPTION)
-    with pytest.raises((ValueError, FileNotFoundError), match=r"val-tokens\.npy"):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(name)):
         open_store(tmp_path, data="data")
     if path.is_fifo():  # a store replaces no device or pipe
         path.unlink()

@@ -31,9 +31,10 @@ def tree(tmp_path):
 def test_webdataset_reads_what_we_write(idx, tmp_path):
     make_shards(IdxFiles(idx), tmp_path / "out", shard_size=5)
     shards = f"{tmp_path}/out/train-{{000000..000002}}.tar"
-    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "cls"))
-    assert [label for _, label in samples] == [0, 1, 2] * 4
-    assert [image.getpixel((0, 0)) for image, _ in samples] == [(i, i, i) for i in range(12)]
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("pil").to_tuple("png", "cls", "__key__"))
+    assert [label for _, label, _ in samples] == [0, 1, 2] * 4
+    assert [image.getpixel((0, 0)) for image, _, _ in samples] == [(i, i, i) for i in range(12)]
+    assert [key for _, _, key in samples] == [f"{i:08d}" for i in range(12)]
 
 
 def test_size_makes_squares_of_the_same_format(tree, tmp_path):

@@ -62,6 +62,8 @@ def test_the_plan_follows_the_schedule_and_decides_a_token_per_step():
     counts = count_masked(decoder(8, schedule="exp"), [16])  # exp gives 14, 14, 13, 12: at most one less
     assert [row[0] for row in counts] == [16, 14, 13, 12, 11, 10, 8, 4, 0]
     assert count_masked(decoder(4, schedule="linear"), [8], first_step=2) == [[8], [2], [0]]  # 8 (1 - 3 / 4)
+    listed = decoder(3, tokens_per_step=(4, 4, 8))  # 12 and 8 of 16 stay masked; of 9 unknown tokens 6.75 and 4.5
+    assert count_masked(listed, [16, 9]) == [[16, 9], [12, 6], [8, 4], [0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +117,8 @@ def test_logits_of_padding_are_ignored():
     for clean, dirty in zip(run(tokens, decoder()), run(tokens, decoder(), poisoned), strict=True):
         assert torch.equal(clean.tokens, dirty.tokens)
         assert torch.equal(clean.scores, dirty.scores)
+        assert torch.equal(clean.confidence, dirty.confidence)
+        assert (clean.confidence[tokens != MASK] == 1).all()
 
 
 def test_the_temperature_divides_drawn_logits_and_not_scored_ones():
@@ -278,6 +282,7 @@ def test_noise_does_not_depend_on_the_steps_that_are_made_at_once():
     for step in (0, 7, 8, 3, 20):
         assert torch.equal(one.gumbel(EVERYWHERE, step), many.gumbel(EVERYWHERE, step))
         assert torch.equal(one.draw(logits, EVERYWHERE, step), many.draw(logits, EVERYWHERE, step))
+        assert len(one._kept) == len(many._kept) == 1  # the memory does not grow with the steps
 
 
 def test_noise_is_a_function_of_image_step_and_position():
@@ -324,6 +329,8 @@ def test_a_random_start_shows_codes_in_the_first_step_only():
     assert sorted(free.unique().tolist()) == list(range(8))  # 7 codes and the mask token
     assert bool((given[:, :4] == 2).all())  # known tokens stay
     assert torch.equal(given[:, 4:], free[:, 4:])  # a seed gives the same codes
+    next(decode_classes(model(Watched()), [0] * 200, range(200), tokens=known, first_step=1, **options))
+    assert torch.equal(seen[-1], known)  # an edit has context from the start
 
 
 def test_images_of_a_random_start_do_not_depend_on_their_batch():

@@ -164,7 +164,8 @@ def test_dropout_acts_in_each_part_of_a_block(config, part):
     network, seen = create(config).train(), []  # without the dropout of embeddings
     for block in network.blocks:
         block.dropout = 0.5
-        nn.init.zeros_((block.proj if part == "mlp" else block.fc2).weight)  # nothing comes from the other branch
+        for parameter in (block.proj if part == "mlp" else block.fc2).parameters():
+            nn.init.zeros_(parameter)  # nothing comes from the other branch
         if part == "attention":  # its output only: the weights give ones
             block.proj.register_forward_pre_hook(lambda _, args: torch.ones_like(args[0]))
     network.blocks[0].proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))

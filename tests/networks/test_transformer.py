@@ -50,6 +50,14 @@ def test_weights_start_from_the_released_truncated_normal_and_biases_from_0():
                 assert 0.0168 < parameter.std() < 0.0184, name  # 0.02 * 0.880, the truncated normal's; released code
 
 
+def test_embeddings_have_dropout_of_their_own():
+    network = create(dataclasses.replace(SMALL, dropout=0.5)).train()
+    for block in network.blocks:
+        block.dropout = 0.0
+    tokens, labels = torch.zeros(2, 12, dtype=torch.int64), torch.tensor([0, 1])
+    assert not torch.allclose(*(network(tokens, labels) for _ in range(2)))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -87,6 +87,11 @@ def test_the_fourth_skipped_step_in_a_row_ends_the_run(fit, module):
     assert all(map(torch.equal, module.state_dict().values(), weights))
 
 
+def test_skipped_steps_that_are_not_in_a_row_end_no_run(fit):
+    seen = fit(Fault("nan gradient", step=1, times=3), Fault("nan gradient", step=5, times=2), steps=7)
+    assert [seen.changed(step) for step in range(1, 8)] == [False, False, False, True, False, False, True]
+
+
 def gradients(*values: list[float]) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
     parameters = [nn.Parameter(torch.zeros(2)) for _ in values]
     for parameter, value in zip(parameters, values, strict=True):
@@ -111,6 +116,9 @@ def test_phases_without_a_median_have_the_longest_limit(tmp_path):
         time.sleep(0.01)
     of_a_step = watchdog.limit
     assert 20 * 0.01 <= of_a_step < 18
+    watchdog.seconds = 17.0
+    assert watchdog.limit == 17  # the shortest limit of a step
+    watchdog.seconds = 0.05
     for begin in (
         watchdog.on_validation_start,
         watchdog.on_train_end,
