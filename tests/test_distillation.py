@@ -20,7 +20,7 @@ METHODS = ("dimo", "guidance")
 LABELS, INDEX = torch.tensor([0, 1, 2, 1]), torch.arange(4)
 
 
-def student(pretrained, method: str = "dimo", *, num_steps: int = 1, **options) -> DistilledModel:
+def student(pretrained, method: str | dict = "dimo", *, num_steps: int = 1, **options) -> DistilledModel:
     torch.manual_seed(0)
     network = load_transformer(pretrained / "transformer").network.config
     decoding = DecodingConfig(num_steps, "confidence", random_start=0.5)
@@ -97,6 +97,11 @@ def test_dimo_moves_the_student_by_the_gradient_and_the_auxiliary_network_by_its
     (each.sum(1) / mask.sum(1)).mean().backward()
     for mine, parameter in zip(found, module.auxiliary.parameters(), strict=True):
         torch.testing.assert_close(mine, parameter.grad)
+
+
+def test_the_auxiliary_network_has_a_rate_of_its_own(tiny_pretrained) -> None:
+    groups = student(tiny_pretrained, {"name": "dimo", "auxiliary_rate": 2.0}).trained_groups()
+    assert [group.get("lr") for group in groups] == [None, None, 2e-2, 2e-2]  # None: that of the optimizer, 1e-2
 
 
 @pytest.mark.parametrize("num_steps", [1, 3])

@@ -18,6 +18,7 @@ from maskgit_pl.data.folders import replace_folder, resolve_folder, write_folder
 from maskgit_pl.errors import exit_code_of
 from maskgit_pl.files import (
     check_writable,
+    parse_size,
     parse_yaml,
     read_json,
     read_yaml,
@@ -268,3 +269,8 @@ def test_an_unsafe_recipe_is_refused_by_name(tmp_path, text, rule):
 )  # fmt: skip
 def test_numbers_are_those_of_yaml_1_2(text, value):
     assert repr(parse_yaml(text)) == repr(value)
+
+
+@pytest.mark.parametrize(("text", "size"), [("80GB", 80e9), ("24GiB", 24 * 2**30), ("1.5 T", 1.5e12), ("4e10", 4e10)])
+def test_a_size_is_decimal_or_binary_by_its_unit(text, size):
+    assert parse_size(text) == size

@@ -1,8 +1,10 @@
 """Stage 2: steps by hand, logs and validation, averaging, resume of each option, and settings that are refused."""
 
 import csv
+import itertools
 from copy import deepcopy
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -188,6 +190,18 @@ def test_logs_group_rows_by_mask_ratio_with_the_upper_border(tiny_pretrained):
     mask = torch.arange(16) < masked[:, None]
     bins = model(tiny_pretrained)._assign_bins(mask, torch.arange(0, mask.numel(), 16))
     assert bins.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+
+
+def test_dropout_has_a_seed_of_its_own_in_each_step_micro_batch_and_rank(tiny_pretrained):
+    module, seeds = model(tiny_pretrained), set()
+    with torch.random.fork_rng():
+        for step, rank, micro_batch in itertools.product(range(2), repeat=3):
+            module._trainer = SimpleNamespace(
+                accumulate_grad_batches=2, world_size=2, global_rank=rank, global_step=step
+            )
+            module._reseed_dropout(micro_batch)
+            seeds.add(torch.initial_seed())
+    assert len(seeds) == 8
 
 
 def test_images_are_flipped_in_training_only(tiny_shards, tiny_pretrained):

@@ -38,6 +38,7 @@ def test_webdataset_reads_what_we_write(idx, tmp_path):
 
 
 def test_size_makes_squares_of_the_same_format(tree, tmp_path):
+    Image.new("RGB", (9, 8)).save(tree / "cat" / "a.webp")  # becomes PNG
     make_shards(ImageFolder(tree), tmp_path / "out", image_size=4)
     images = read_manifest_summary(tmp_path / "out").images
     assert (images.height, images.width) == ((4, 4), (4, 4))

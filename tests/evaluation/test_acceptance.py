@@ -56,7 +56,9 @@ def test_the_fewest_candidates_are_generated_that_keep_at_most_the_rate(classifi
     assert Acceptance(rate, classifier).num_candidates(3 * count, 3) == 3 * candidates
 
 
-def test_the_first_of_equal_candidates_are_kept():
+def test_the_most_probable_candidates_of_each_class_are_kept_and_the_first_of_equal_ones():
+    log_probs = torch.tensor([-3.0, -1.0, -2.0, -5.0, -4.0])
+    assert choose(log_probs, torch.tensor([0, 1, 0, 1, 0]), 1).tolist() == [1, 2]
     assert choose(torch.zeros(5), torch.tensor([0, 1, 0, 1, 0]), 2).tolist() == [0, 1, 2, 3]
 
 

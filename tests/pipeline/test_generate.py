@@ -8,7 +8,7 @@ import torch
 from maskgit_pl.data.images import fit_image
 from maskgit_pl.decoding import DecodingStep
 from maskgit_pl.decoding.config import AutoregressiveDecoding
-from maskgit_pl.pipeline import MaskGIT
+from maskgit_pl.pipeline import MaskGIT, generate
 from tests.conftest import save_tiny_pretrained
 from tests.pipeline.conftest import images, last_tokens
 
@@ -239,6 +239,19 @@ def test_a_panorama_depends_on_its_class_and_seed_only(pipe) -> None:
     assert all(step.still_masked.any() for step in steps[:-1])  # windows to come are masked
     single = pipe.panorama([2], 22, seed=7, output_type="pt")
     assert (wide[2].int() - single[0].int()).abs().max() <= 1
+
+
+def test_windows_have_noise_of_their_own(pipe, monkeypatch) -> None:
+    seeds, decode = [], generate.decode
+
+    def record(transformer, request, **options):
+        seeds.extend(request.seeds)
+        return decode(transformer, request, **options)
+
+    monkeypatch.setattr(generate, "decode", record)
+    pipe.panorama([0, 1], 16, seed=5)  # three windows of two images
+    assert seeds[:2] == [5, 6]
+    assert len(set(seeds)) == len(seeds) == 6
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from maskgit_pl.pipeline.regions import (
+    Margins,
     box_mask,
     composite,
     first_step,
@@ -227,6 +228,10 @@ def test_sizes_and_masks_that_do_not_fit_are_refused(box, height, width, fit, me
     mask = torch.zeros(height, width, dtype=torch.bool) if box is None else box_mask(box, height=height, width=width)
     with pytest.raises(ValueError, match=message):
         fit_to_model(pixels(3, 6, 8), mask, image_size=8, fit=fit, name="image 3")
+
+
+def test_margins_are_clipped_to_a_height_and_a_width():
+    assert Margins(left=9, right=3, up=9, down=1).at_most(2, 4) == Margins(left=4, right=3, up=2, down=1)
 
 
 def filled_by(unknown: torch.Tensor, *, size: tuple[int, int]) -> list[tuple[int, int, int]]:

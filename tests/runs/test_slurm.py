@@ -88,6 +88,7 @@ def test_devices_are_gpus_unless_the_recipe_names_an_accelerator(plan):
     assert {"--gpus-per-node=2", "--ntasks-per-node=2", "--cpus-per-task=4"} <= {*job.options}
     assert job.words[-1] == "--trainer.accelerator=gpu"  # a task that sees no GPU ends
     assert "--trainer.accelerator=gpu" not in plan().words  # its recipe says cpu
+    assert "--cpus-per-task=6" in plan("--data.num_workers=3", "--cpu_threads=6").options
 
 
 def test_gpus_are_requested_in_one_way(plan):
