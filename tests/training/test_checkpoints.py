@@ -55,6 +55,14 @@ def test_a_failed_save_names_the_key_and_leaves_the_older_checkpoint(tmp_path):
     assert FolderCheckpointIO().load_checkpoint(folder)["loops"] == STATE["loops"]
 
 
+def test_a_checkpoint_without_room_is_not_begun(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=31)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match="a checkpoint needs 32 bytes, 31 bytes are free"):
+        save(tmp_path / "step-00000003")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("name", ["tensors-00000-of-00001.safetensors", "state.json", "COMPLETE.json"])
 @pytest.mark.parametrize("damage", ["one bit", "cut", "missing"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, name, damage):

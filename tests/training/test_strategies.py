@@ -5,12 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.training.strategies import (
     check_strategy,
     prepare_blocks,
+    shard_blocks,
 )
 from tests.short_runs import assert_equal, masked_model
 
@@ -65,3 +69,23 @@ def test_checkpointed_blocks_run_twice_with_bit_exact_loss_and_gradients(layout)
     assert torch.equal(loss, again)
     assert_equal(others, gradients)
     assert list(other.state_dict()) == list(network.state_dict())
+
+
+class Recording(nn.Linear):
+    def forward(self, x):
+        self.gathered = self.weight.dtype
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_blocks_are_gathered_in_the_precision_and_their_gradients_in_float32(tmp_path, precision, dtype):
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meeting'}", rank=0, world_size=1)
+    try:
+        network = nn.Sequential(Recording(2, 2))
+        shard_blocks(network, network, init_device_mesh("cpu", (1,)), precision=precision)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "32-true"):
+            network(torch.ones(1, 2)).sum().backward()
+        assert network[0].gathered == dtype
+        assert network[0].weight.dtype == network[0].weight.grad.dtype == torch.float32
+    finally:
+        dist.destroy_process_group()
