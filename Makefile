@@ -52,6 +52,14 @@ NUM_STEPS ?=
 SEED ?= 0
 ARGS ?=
 WORKERS ?= auto
+FETCHED = fashion-mnist blue-marble blue-marble-64 emoji
+
+# make itself ignores a misspelt variable, such as NUM_STEP.
+VARIABLES := $(sort $(shell sed -nE 's/^.: ([A-Z_]+)\|.*/\1/p' $(firstword $(MAKEFILE_LIST))))
+GIVEN := $(foreach name,$(.VARIABLES),$(if $(filter command,$(origin $(name))),$(name)))
+UNKNOWN := $(filter-out $(VARIABLES) PYTHON VENV LOWEST CHROMIUM WEB_PICTURES,$(sort $(GIVEN)))
+$(if $(UNKNOWN),$(error each variable must be one of $(VARIABLES), got $(UNKNOWN); see `make help`))
+$(if $(and $(IMAGES),$(filter $(FETCHED),$(DATASET))),$(error DATASET must be a name of your own with IMAGES, got $(DATASET); set DATASET=NAME))
 
 # Flags that select the run. RECIPE may name several recipes, merged from left to right: RECIPE='paper-256 log'.
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
@@ -91,8 +99,6 @@ $(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
 	@touch $@
 
 install: $(DEV_STAMP) ## Create .venv with the package and the development tools
-
-FETCHED = fashion-mnist blue-marble blue-marble-64 emoji
 
 data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
 	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)" $(ARGS),$(if $(filter $(FETCHED),$(DATASET)),$(BIN)/maskgit data fetch "$(DATASET)" --out "$(DATA)" $(ARGS),test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded ($(FETCHED))" >&2; exit 2; }))

@@ -46,11 +46,26 @@ def test_help_lists_every_target_and_every_variable_that_a_user_sets():
         ("submit-transformer", ("--cluster ddp",)),
         ("demo DATASET=mine IMAGES=photos BUDGET=1h", ('--recipe "adaln 1h"', '--images "photos"')),
         ("data DATASET=mine IMAGES=photos", ('maskgit data make "photos" --out "data/shards/mine"',)),
+        ("sample 'RECIPE=paper-256 log' 'ARGS=--a=b STEPS=4'", ("runs/fashion-mnist-paper-256-log", "--a=b STEPS=4")),
     ],
 )
 def test_variables_reach_the_commands(words, printed):
     output = run_make(*shlex.split(words)).stdout
     assert [text for text in printed if text not in output] == []
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("sample CLASES=Bag STEPS=4", " TOKENIZER WORKERS, got CLASES STEPS; see `make help`."),
+        ("demo IMAGES=photos", "DATASET must be a name of your own with IMAGES, got fashion-mnist; set DATASET=NAME."),
+        ("data IMAGES=photos", "DATASET must be a name of your own with IMAGES, got fashion-mnist; set DATASET=NAME."),
+    ],
+)
+def test_a_variable_that_would_be_ignored_or_misread_is_refused_in_one_line(words, message):
+    result = run_make(*shlex.split(words))
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert message in result.stderr
 
 
 @pytest.mark.parametrize("target", ["sample", "tokenize", "lint", "install"])

@@ -143,11 +143,13 @@ def plan_demo(**options: Unpack[DemoOptions]) -> tuple[list[Step], Path]:
 
 def _plan_data(dataset: str, images: str | Path | None, data: Path, *, lenient: bool) -> list[Step]:
     """Returns the step that makes the data folder; none if it is the user's own and exists."""
+    datasets = public_datasets()
     if images is not None:
+        if dataset in datasets:  # with a recipe of its own, such as grey images of 28 pixels
+            raise ValueError(f"dataset must be a name of your own with images, got {dataset!r}; add --dataset NAME")
         words = ["data", "make", str(images), "--out", str(data), *(["--lenient"] if lenient else [])]
         work = partial(convert_images, images, data, lenient=lenient)
         return [Step(f"write the images of {images} as shards", words, work)]
-    datasets = public_datasets()
     if dataset in datasets:
         title = f"fetch {dataset}: {datasets[dataset].contents}"
         return [Step(title, ["data", "fetch", dataset, "--out", str(data)], partial(fetch_dataset, dataset, data))]

@@ -57,6 +57,7 @@ def test_own_images_are_converted_and_trained_with_a_budget() -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
+        ({"images": "photos"}, ValueError, "dataset must be a name of your own .*'fashion-mnist'; add --dataset NAME"),
         ({"cluster": "ddp"}, ValueError, "trainer.devices must be 1 or a list of one index in the demo"),
         ({"shrot": True}, TypeError, "demo has no options .'shrot'., only recipe, "),
     ],
