@@ -99,7 +99,8 @@ def push(
         repository: Repository, created if it does not exist.
         dry_run: Only check, list the files and show the card; asks no network.
         private: Create a private repository.
-        license_: License of the weights, such as apache-2.0 (default: that of the card).
+        license_: License of the weights as the Hub spells it, such as apache-2.0 (default: that of the card). Only
+            the Hub knows all, and checks it at the upload.
     """
     from maskgit_pl.runs import pushing
 

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     HTTPError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not listed in its __all__
 
 from maskgit_pl.checks import shorten
 from maskgit_pl.errors import BAD_INPUT, RunError, python_string
@@ -62,7 +63,7 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     Args:
         model: Run, pretrained folder, or name of a model in the package.
         hub_id: Repository, ``owner/name``.
-        license: License of the weights as the Hub spells it; None keeps that of the card.
+        license: License of the weights as the Hub spells it, which the Hub checks; None keeps that of the card.
 
     Raises:
         FileNotFoundError: if there is no such folder, or a part of it is missing.
@@ -70,6 +71,10 @@ def plan_push(model: str | Path, hub_id: str, *, license: str | None = None) -> 
     """
     if "/" not in hub_id:
         raise ValueError(f"hub_id must be owner/name, such as alice/maskgit-flowers, got {shorten(hub_id)}")
+    try:
+        validate_repo_id(hub_id)
+    except HFValidationError as error:
+        raise ValueError(f"hub_id must be accepted by the Hub, such as alice/maskgit-flowers: {error}") from error
     # 1.
     folder = local_folder(model)
     files = dict(_find_files(folder))

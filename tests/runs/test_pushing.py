@@ -98,6 +98,7 @@ def _cut_the_weights(folder: Path) -> None:
         (lambda folder: (folder / "README.md").write_text("# Mine\n"), [], "must name the license of the weights"),
         (lambda folder: (folder / "README.md").write_text("---\n: [\n---\n"), [], "the YAML metadata is wrong: while"),
         (None, ["tiny"], "hub_id must be"),
+        (None, ["alice/my model", "--dry-run"], "hub_id must be accepted by the Hub, such as alice/maskgit-flowers: "),
     ],
 )
 def test_a_wrong_folder_is_refused_before_any_request(folder: Path, hub: LocalHub, capsys, damage, words, wanted):
