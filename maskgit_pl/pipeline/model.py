@@ -48,6 +48,7 @@ from maskgit_pl.pipeline.pretrained import (
 )
 from maskgit_pl.pipeline.regions import Box, ImageLike, Margins, MaskLike, check_canvas
 from maskgit_pl.pipeline.sharing import HubOptions, find_folder, find_transformer
+from maskgit_pl.registry import nearest
 from maskgit_pl.schedules import mask_schedules
 
 if TYPE_CHECKING:
@@ -142,9 +143,13 @@ class MaskGIT:
 
         Raises:
             FileNotFoundError: if a folder, repository or file is missing.
+            TypeError: if there is no such option; the message names the nearest one.
             ValueError: if a file is damaged, the transformer was trained with another tokenizer, or the
                 negative model predicts other tokens.
         """
+        for name in hub.keys() - HubOptions.__annotations__.keys():
+            options = (*(cls.from_pretrained.__kwdefaults__ or ()), *HubOptions.__annotations__)
+            raise TypeError(f"option {name!r}: {nearest(name, options)}")
         folder = find_folder(path_or_hub_id, **hub)
         if decoding is None:
             decoding = read_decoding(folder)

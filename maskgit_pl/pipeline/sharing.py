@@ -90,10 +90,12 @@ def find_folder(path_or_hub_id: Path | str, **hub: Unpack[HubOptions]) -> Path:
 
     Raises:
         FileNotFoundError: if there is neither such a folder nor a repository that can be reached.
-        ValueError: if a repository is not a pretrained folder.
+        ValueError: if a repository is not a pretrained folder, or a folder on this machine should have a ``revision``.
     """
     hub_id = str(path_or_hub_id)
     if Path(path_or_hub_id).is_dir() or not _is_hub_id(hub_id):
+        if hub.get("revision") is not None:
+            raise ValueError(f"revision must be left out for the folder {hub_id}; only the Hub has revisions")
         return local_folder(path_or_hub_id)
     from huggingface_hub import errors, snapshot_download
 

@@ -61,6 +61,19 @@ def test_a_mistyped_folder_is_answered_with_the_nearest(missing: str, nearest: s
     assert (f"did you mean '{nearest}'?" in str(caught.value)) == (nearest is not None)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"torch_dtype": torch.float16}, TypeError, "option 'torch_dtype': did you mean 'dtype'? known: cache_dir, "),
+        ({"foo": 1}, TypeError, "option 'foo': known: cache_dir, decoding, device, "),
+        ({"revision": "main"}, ValueError, "revision must be left out for the folder "),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(options, error, message: str, tiny_pretrained: Path) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}"):
+        MaskGIT.from_pretrained(tiny_pretrained, **options)
+
+
 def test_a_run_is_read_like_its_pretrained_folder(tiny_pretrained: Path, tmp_path: Path) -> None:
     assert find_folder(tiny_pretrained.parent) == tiny_pretrained
     shutil.copytree(tiny_pretrained / "tokenizer", tmp_path / "one" / "pretrained" / "tokenizer")
