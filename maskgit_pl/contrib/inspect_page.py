@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import base64
 import html
+import logging
 import math
 import os
 import tempfile
@@ -40,6 +41,8 @@ from maskgit_pl.runs.fitting import export
 from maskgit_pl.runs.layers import value_at
 from maskgit_pl.training.health import Problem, find_problems, grace_steps
 
+log = logging.getLogger(__name__)
+
 _STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.45 system-ui, sans-serif; margin: 0 auto; padding: 12px; max-width: 1180px }
@@ -63,6 +66,7 @@ _COLUMNS = 16
 _TILE = 20  # pixels
 _MAP = 4  # rows and columns of the token map from which a code is drawn
 _RISE = 1.05  # of the validation loss above its minimum
+_FALL = 0.005  # of the validation loss in the second half of a run
 _NORM_RISE = 10.0  # of the gradient norm above its median
 
 
@@ -75,7 +79,7 @@ def inspect_run(
     device: str = "cpu",
     dtype: str | None = None,
 ) -> Path:
-    """Writes one self-contained HTML page about a run, which may still be training.
+    """Writes one self-contained HTML page about a run, which may still be training, and logs what looks wrong.
 
     Args:
         run: Run folder, or a pretrained folder (then with ``data``).
@@ -120,8 +124,11 @@ def inspect_run(
             codes = _codes_section(measured, images.class_names)
     problems = find_in_tokenizer(logs["tokenizer"], recipes["tokenizer"], measured)
     problems += find_in_transformer(logs["transformer"])
+    verdict = [f"{problem.text}. Try: {'; or '.join(problem.advice)}." for problem in problems]
+    verdict = verdict or ["Nothing is outside of its healthy range."]
+    log.info("%s", "\n".join(verdict))
     sections = [
-        _problems_section(problems),
+        _verdict_section(verdict, "problem" if problems else "healthy"),
         _section("Stage 1: the tokenizer", logs["tokenizer"].charts(), notes=notes),
         codes,
         _section("Stage 2: the transformer", logs["transformer"].charts()),
@@ -257,13 +264,19 @@ def find_in_tokenizer(logs: Logs, recipe: Mapping[str, Any], measured: Reconstru
 
 
 def find_in_transformer(logs: Logs) -> list[Problem]:
-    """Judges the curves of stage 2: a validation loss that rises, and a gradient norm that grows."""
+    """Judges the curves of stage 2: a validation loss that rises or stays level, and a gradient norm that grows."""
     problems = []
-    loss = _finite(logs.scalars.get("val/loss", {}))
+    losses = logs.scalars.get("val/loss", {})
+    loss = _finite(losses)
+    half = _finite({step: value for step, value in losses.items() if step <= max(losses) / 2})
     if len(loss) > 2 and loss[-1] > _RISE * min(loss):
         text = f"the validation loss has risen from {min(loss):.4g} to {loss[-1]:.4g}, so the transformer overfits"
         advice = ["stop earlier (trainer.max_steps)", "raise model.network.dropout", "use more training images"]
         problems.append(Problem("overfitting", loss[-1], text, advice))
+    elif half and loss[-1] > (1 - _FALL) * half[-1]:
+        text = f"the validation loss was {half[-1]:.4g} at half of the steps and is {loss[-1]:.4g} at the last"
+        advice = ["use more training images", "augment them (data.augmentations)", "train a larger transformer"]
+        problems.append(Problem("plateau", loss[-1], text, advice))
     norms = _finite(logs.scalars.get("train/gradient_norm", {}))
     if len(norms) > 5 and norms[-1] > _NORM_RISE * median(norms):
         text = f"the gradient norm has grown to {norms[-1]:.4g}, from a median of {median(norms):.4g}"
@@ -279,13 +292,8 @@ def _finite(values: Mapping[int, float]) -> Sequence[float]:
 # The page
 
 
-def _problems_section(problems: Sequence[Problem]) -> str:
-    parts = [
-        f'<p class="problem"><b>{_quote(problem.text)}.</b> Try: {_quote("; or ".join(problem.advice))}.</p>'
-        for problem in problems
-    ]
-    if not parts:
-        parts.append('<p class="healthy">Nothing is outside of its healthy range.</p>')
+def _verdict_section(verdict: Sequence[str], kind: str) -> str:
+    parts = [f'<p class="{kind}">{_quote(line)}</p>' for line in verdict]
     return f"<section><h2>What looks wrong, and what to try</h2>{''.join(parts)}</section>\n"
 
 

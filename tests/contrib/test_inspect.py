@@ -135,12 +135,19 @@ def test_event_files_that_are_pipes_or_no_events_are_refused_by_name(tmp_path):
         inspect_run(tmp_path / "run")
 
 
+def test_a_validation_loss_that_stays_level_in_the_second_half_is_a_problem():
+    level, falling = {100: 7.0, 900: 5.83, 1800: 5.82}, {100: 7.0, 850: 3.95, 1700: 3.83}
+    (problem,) = find_in_transformer(Logs({"val/loss": level}))
+    assert problem.text == "the validation loss was 5.83 at half of the steps and is 5.82 at the last"
+    assert find_in_transformer(Logs({"val/loss": falling})) == find_in_transformer(Logs({"val/loss": {5: 3.0}})) == []
+
+
 def test_the_command_writes_a_page_or_one_line_of_error(tiny_pretrained, tiny_shards, tmp_path, capsys):
     out = tmp_path / "page.html"
     assert (
         main(["inspect", str(tiny_pretrained), "--data", str(tiny_shards), "--out", str(out), "--num-images", "3"]) == 0
     )
-    assert capsys.readouterr().out.strip() == str(out)
+    assert capsys.readouterr().out == f"Nothing is outside of its healthy range.\n{out}\n"
     (tmp_path / "empty").mkdir()
     assert main(["inspect", str(tmp_path / "empty")]) == 2
     assert "has neither logs nor a tokenizer" in capsys.readouterr().err
