@@ -61,7 +61,8 @@ def evaluate(
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
         data: Data folder (default: that of the training).
-        num_images: Number of generated images.
+        num_images: Number of generated images, and of real ones beside them; see --reconstruction-images and
+            --likelihood-images for the other measurements.
         features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
         out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
     """

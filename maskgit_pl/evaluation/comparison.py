@@ -11,9 +11,8 @@ import torch
 
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.errors import markdown
-from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row
-from maskgit_pl.evaluation.metrics import Metrics, title
+from maskgit_pl.evaluation.metrics import title
 from maskgit_pl.evaluation.opening import check_model_decoding, find_run, open_data, open_evaluator, open_model
 from maskgit_pl.evaluation.options import ComparisonOptions, Spec, default_steps, round_to_classes, with_steps
 from maskgit_pl.evaluation.pages import (
@@ -88,7 +87,8 @@ def compare(
     ledger = Ledger(model.folder / FILE_NAME)
     evaluator = open_evaluator(folders, images, ledger, device=pipe.device, batch_size=options.batch_size, bars=bars)
 
-    real, rows, advance = measure_real(evaluator, count), list[Row](), bars("token selectors", len(plan))
+    (real,) = evaluator.measure_real(num_images=count, metrics="fast").values()
+    rows, advance = list[Row](), bars("token selectors", len(plan))
     for (_, label), decoding in plan.items():
         measured = evaluator.measure_samples(
             model, decoding, num_images=count, seed=options.seed, metrics="fast", purpose=f"selector {label}"
@@ -112,15 +112,6 @@ def compare(
     page = replace(page, folder=out or folders.run / "comparison", pictures={"selectors.png": image_to_png(sheet)})
     page.write()
     return page
-
-
-def measure_real(evaluator: Evaluator, num_images: int, metrics: Metrics = "fast") -> Row:
-    """Measures real training images in the features of the data's classifier; their distances are a floor.
-
-    ``class_agreement`` of the row is the accuracy of the classifier on the val images.
-    """
-    ((label, row),) = evaluator.measure_real(num_images=num_images, metrics=metrics).items()
-    return {**row, "class_agreement": evaluator.networks[label].accuracy}
 
 
 def make_comparison_page(rows: Sequence[Row], real: Row, *, sheet_steps: int) -> Page:

@@ -139,7 +139,7 @@ class FeatureMetrics:
 
     @property
     def accuracy(self) -> float | None:
-        """The accuracy of the data's classifier on the real images; None for other networks."""
+        """The accuracy of the data's classifier on the real val images; None for other networks and for a file."""
         features = self.reference.features
         if features is None or features.logits is None or self.labels is None or self.extractor.label != CLASSIFIER:
             return None
@@ -265,7 +265,8 @@ class Evaluator:
         """Measures random images of the train split instead of generated ones; see ``measure_samples``.
 
         Their distances are a floor: the value that perfect samples of this number would have. If the split
-        has fewer than ``num_images``, all are measured.
+        has fewer than ``num_images``, all are measured. The class agreement is the accuracy of the classifier on
+        the val images, which it has not been trained on.
         """
         count = min(num_images, self.data.summary.samples["train"])
         columns = self._columns(None, count, 0, None)
@@ -399,7 +400,11 @@ class Evaluator:
                 bar = self.bars(f"features of {label}", len(images.labels))
                 (features,) = extract([network.extractor], batches, on_images=bar).values()
                 compared = ComparedImages(features, network.reference, images.labels, network.labels)
-                row = self._add(kind, {**columns, **images.remarks, **row_columns, **compute_metrics(chosen, compared)})
+                numbers = compute_metrics(chosen, compared)
+                if columns["model"] == REAL and "class_agreement" in numbers:
+                    # A classifier may know its training images by heart.
+                    numbers["class_agreement"] = network.accuracy
+                row = self._add(kind, {**columns, **images.remarks, **row_columns, **numbers})
             rows[label] = row
         return rows
 

@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def evaluate(
             "environment": {**describe_environment(), "device": str(pipe.device)},
             "held_out": describe_held_out(real.summary),
         }
-        report = Report({**content, "limiting_stage": describe_limit(content)}, file)
+        report = Report({**content, "limiting_stage": describe_limit(content, quote(str(run)))}, file)
         if rank == 0:
             originals = evaluator.read_real_images("val", _SHOWN_PAIRS)[0]
             _write_pictures(model, decoding, generated, originals, file.parent, options.seed)
@@ -138,11 +139,13 @@ def _measure(
     images: Mapping[str, Any],
     options: EvaluationOptions,
 ) -> dict[str, Any]:
+    available = evaluator.data.summary.samples["val"]
+    count = min(options.reconstruction_images or available, available)
     rebuilt = measure_reconstruction(
         model.pipe.tokenizer,
-        iter_real_batches(evaluator.data, "val"),
+        iter_real_batches(evaluator.data, "val", num_images=count),
         networks=() if options.reference is not None else evaluator.networks.values(),  # a file is not the val split
-        on_images=evaluator.bars("reconstructing", evaluator.data.summary.samples["val"]),
+        on_images=evaluator.bars("reconstructing", count),
     )
     decodings = {"exported_guidance": decoding}
     if any(decoding.scales()):
@@ -255,8 +258,8 @@ def _add_model_rows(table: Table, report: Mapping[str, Any]) -> None:
             table.add_row(f"reconstruction: {title(name)}", format_value(name, rebuilt[name]))
 
 
-def describe_limit(content: Mapping[str, Any]) -> str | None:
-    """Describes the stage that limits the images in a sentence, by the FID of the first feature network.
+def describe_limit(content: Mapping[str, Any], run: str) -> str | None:
+    """Describes the stage that limits the images, by the FID of the first feature network, and what to try.
 
     The tokenizer decodes the generated tokens, so its reconstruction FID is about the FID that a perfect
     transformer would have. The rule, in this order:
@@ -268,8 +271,12 @@ def describe_limit(content: Mapping[str, Any]) -> str | None:
 
     docs/evaluation/README.md has what was measured against each.
 
+    Args:
+        content: Content of ``evaluation.json``.
+        run: Run as a word of a command.
+
     Returns:
-        The sentence; None if the real images are those of a file, which reconstructions are not compared with.
+        The sentences; None if the real images are those of a file, which reconstructions are not compared with.
     """
     name = f"fid/{next(iter(content['protocol']['features']))}"
     rebuilt = content["reconstruction"].get(f"r{name}")
@@ -282,7 +289,12 @@ def describe_limit(content: Mapping[str, Any]) -> str | None:
             "--num-images shows smaller differences."
         )
     stage = "tokenizer" if rebuilt > _TOKENIZER_SHARE * fid else "transformer"
-    return f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f} of {fid:.2f}."
+    decoding = f"another decoding (`maskgit tune {run}`), more steps if `maskgit inspect {run}` finds no fault, or "
+    return (
+        f"The {stage} limits: reconstructed real images already have FID {rebuilt:.2f} of {fid:.2f}. Try "
+        f"{decoding if stage == 'transformer' else ''}a larger one of `maskgit recipes list`, such as "
+        "--recipe 'adaln 1h'."
+    )
 
 
 def _write_pictures(

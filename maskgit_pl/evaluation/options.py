@@ -25,6 +25,7 @@ _BOUNDS = {  # of the integers below
     "num_workers": "[0, inf)",
     "seed": "[0, 2**32)",
     "num_images": "[4, inf)",  # each half needs two for a covariance
+    "reconstruction_images": "[2, inf)",
     "likelihood_images": "[2, inf)",
 }
 
@@ -73,6 +74,7 @@ class EvaluationOptions(ModelOptions):
     Args:
         num_steps: Number of decoding steps (default: the model's own).
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
+        reconstruction_images: Number of real images to reconstruct (default: all of the val split).
         likelihood_images: Number of real images for the likelihood.
         resume: Keep the measurements of an interrupted evaluation.
 
@@ -82,6 +84,7 @@ class EvaluationOptions(ModelOptions):
 
     num_steps: int | None = None
     reference: Path | None = None
+    reconstruction_images: int | None = None
     likelihood_images: int = 2000
     resume: bool = False
 

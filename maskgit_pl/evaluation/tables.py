@@ -259,7 +259,8 @@ def make_generation_page(
     lines += paragraph(
         f"{counts} images of each model, evenly distributed over the classes, are compared with",
         f"{_describe_reference(samples)}. The last line of each table shows the same number of real training images",
-        "instead of generated ones: the value of a perfect model with this number of images. FID falls with the number",
+        "instead of generated ones: the value of a perfect model with this number of images. Its class agreement is",
+        "that of all val images, since the classifier may know its training images by heart. FID falls with the number",
         "of images and depends on the network, so that it is only comparable for the same number of images, network",
         "and data. KID has no such bias. IS is measured only in networks that know the classes. Runs that differ only",
         "in their seed share a row: mean (lowest to highest value).",

@@ -23,7 +23,6 @@ from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
 from maskgit_pl.errors import markdown, printable
-from maskgit_pl.evaluation.comparison import measure_real
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
@@ -259,7 +258,8 @@ def tune(
     }
     study = _open_study(folder / "study.db", name, key)
     result = search(study, space, measure, metric=name, trials=trials, num_images=count, seed=options.seed, bars=bars)
-    page = replace(make_page(result, measure_real(evaluator, 2 * count, amount)), folder=folder)
+    (real,) = evaluator.measure_real(num_images=2 * count, metrics=amount).values()
+    page = replace(make_page(result, real), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
     page.write()
     result = replace(result, page=page)

@@ -179,6 +179,8 @@ def test_the_floor_is_the_distance_of_the_same_number_of_real_images(folder: Pat
     assert floor == again
     assert (floor["num_images"], all_of_them["num_images"]) == (30, 60)  # there are 60
     assert 0 < all_of_them["fid"] < floor["fid"]
+    # Not of these training images, which a classifier may know by heart.
+    assert floor["class_agreement"] == all_of_them["class_agreement"] == evaluator.networks["classifier"].accuracy
 
 
 def test_likelihoods_are_means_with_standard_errors_in_bits() -> None:
