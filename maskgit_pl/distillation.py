@@ -147,10 +147,12 @@ class DistilledModel(MaskedTokenModel):
         """The frozen teacher on this module's device. It is loaded at its first use and stays out of checkpoints.
 
         Raises:
-            ValueError: if it is autoregressive, or has other tokens, classes or another mask schedule than the student.
+            ValueError: if it is autoregressive, or has another tokenizer, other classes or another mask schedule than
+                the student.
         """
         if self._teacher is None:
             teacher = load_transformer(Path(self.config.teacher))
+            teacher.check_tokenizer(self.tokenizer.fingerprint)
             pairs = [("mask_schedule", self.mask_schedule, teacher.schedule_for("distillation"))]
             student, network = self.config.network, teacher.network.config
             pairs += [(f"network.{name}", getattr(student, name), getattr(network, name)) for name in _SHARED]

@@ -1,5 +1,6 @@
 """Distillation: its losses by hand, the teacher's answers, roll-outs, resume, and wrong settings."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,8 @@ from maskgit_pl.data import Batch
 from maskgit_pl.decoding import ConditionalModel, DecodingConfig
 from maskgit_pl.decoding.decoder import decode_classes
 from maskgit_pl.distillation import DistillationConfig, DistilledModel, distillations
-from maskgit_pl.pipeline.pretrained import load_transformer
+from maskgit_pl.evaluation import distill
+from maskgit_pl.pipeline.pretrained import fingerprint, load_transformer
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
 from tests.short_runs import assert_equal, data, fit
@@ -157,3 +159,18 @@ def test_settings_that_do_not_fit_are_refused(tiny_pretrained, tiny_autoregressi
     module.config = replace(module.config, teacher=str(tiny_autoregressive / "transformer"))
     with pytest.raises(ValueError, match="distillation requires a model with bidirectional attention"):
         _ = module.teacher
+
+
+def test_a_transformer_that_does_not_belong_to_its_tokenizer_is_no_teacher_and_no_start(tiny_pretrained, tmp_path):
+    mixed, tokenizer = shutil.copytree(tiny_pretrained, tmp_path / "mixed"), fingerprint(tiny_pretrained / "tokenizer")
+    config = mixed / "transformer" / "config.json"
+    config.write_text(config.read_text().replace(tokenizer, "0" * 64))
+    message = f"whose fingerprint is 000000000000, got {tokenizer[:12]}; load that tokenizer"
+    with pytest.raises(ValueError, match=message):
+        distill(mixed, run=tmp_path / "student", data=tmp_path)
+    with pytest.raises(ValueError, match=message):
+        _ = student(tiny_pretrained, teacher=str(config.parent)).teacher
+    with pytest.raises(ValueError, match=message):
+        student(tiny_pretrained).start_from(config.parent)
+    shutil.rmtree(mixed / "tokenizer")
+    student(tiny_pretrained).start_from(config.parent)  # weights alone, which a run may start from

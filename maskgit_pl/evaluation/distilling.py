@@ -20,7 +20,7 @@ from maskgit_pl.evaluation.metrics import ComparedImages, compute_metrics
 from maskgit_pl.evaluation.opening import data_name, find_run
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.evaluation.reference import obtain_references, read_real_labels
-from maskgit_pl.pipeline.pretrained import load_transformer
+from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.fitting import FitResult, fit
 from maskgit_pl.runs.layers import Overrides, flag_words
@@ -61,14 +61,14 @@ def distill(
 
     Raises:
         FileNotFoundError: if model, data or recipe do not exist.
-        ValueError: if a value is out of range, or the model is autoregressive.
+        ValueError: if a value is out of range, or the model is autoregressive or has another tokenizer than its own.
         RunError: see ``runs.fit``.
     """
     prefix = "distill-"
     known = [name.removeprefix(prefix) for name in list_recipes("transformer") if name.startswith(prefix)]
     check_choice("method", method, known)
     found = find_run(model, data=None if data is None else Path(data))
-    load_transformer(found.pretrained / "transformer").schedule_for("distillation")
+    MaskGIT.from_pretrained(found.pretrained).transformer.schedule_for("distillation")
     recipe = Recipe.read(
         "transformer",
         names=f"{prefix}{method}",

@@ -93,13 +93,7 @@ class MaskGIT:
         negative_model: NegativeModelLike | None = None,
         pack_weights: bool = True,
     ) -> None:
-        # The same codes mean other patches in another tokenizer: the images would be noise without an error.
-        if transformer.tokenizer_fingerprint != tokenizer.fingerprint:
-            raise ValueError(
-                "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
-                f"{transformer.tokenizer_fingerprint[:12]}, got {tokenizer.fingerprint[:12]}; load that tokenizer, or "
-                "train the transformer on this one"
-            )
+        transformer.check_tokenizer(tokenizer.fingerprint)
         grid = transformer.network.config.grid
         if tokenizer.grid != grid:
             raise ValueError(

@@ -186,6 +186,20 @@ class PretrainedTransformer:
             free_packed(self.network)
             self.first_step.clear()
 
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Checks that a tokenizer is the one whose tokens the network predicts.
+
+        Raises:
+            ValueError: if it is another one.
+        """
+        # The same codes mean other patches in another tokenizer: the images would be noise without an error.
+        if fingerprint != self.tokenizer_fingerprint:
+            raise ValueError(
+                "transformer must be used with the tokenizer that it was trained with, whose fingerprint is "
+                f"{self.tokenizer_fingerprint[:12]}, got {fingerprint[:12]}; load that tokenizer, or train the "
+                "transformer on this one"
+            )
+
     def check_negative(self, negative: PretrainedTransformer) -> None:
         """Checks that another transformer predicts the same tokens of the same classes.
 

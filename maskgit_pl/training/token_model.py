@@ -54,6 +54,7 @@ from maskgit_pl.pipeline.fine_tuning import weights_for
 from maskgit_pl.pipeline.pretrained import (
     PretrainedTokenizer,
     copy_stage_folder,
+    fingerprint,
     load_tokenizer,
     load_transformer,
     save_transformer,
@@ -470,9 +471,13 @@ class TokenModel(LightningModule):
 
         Raises:
             FileNotFoundError: if there is no such folder.
-            ValueError: if the folder holds no transformer, or one of other sizes.
+            ValueError: if the folder holds no transformer, one of other sizes, or one of another tokenizer than that
+                beside it. The tokenizer of the run may be a third one, such as a fine-tuned one.
         """
-        weights = weights_for(self.config.network, load_transformer(folder))
+        transformer, beside = load_transformer(folder), Path(folder).with_name("tokenizer")
+        if beside.is_dir():
+            transformer.check_tokenizer(fingerprint(beside))
+        weights = weights_for(self.config.network, transformer)
         for network in (self.transformer, self.ema_network):
             network.load_state_dict(weights)
 
