@@ -78,7 +78,7 @@ class RunError(RuntimeError):
 
 
 class CannotWriteError(RunError):
-    """An error after several failed attempts in a row to write a checkpoint."""
+    """An error after several failed attempts in a row to write a checkpoint, or one to write a study."""
 
     exit_code = 74
 

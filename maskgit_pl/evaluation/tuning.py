@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import logging
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
@@ -18,11 +19,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from urllib.parse import quote
 
 from maskgit_pl.checks import check_integer
+from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.guidance import guidance_schedules
 from maskgit_pl.decoding.selectors import token_selectors
 from maskgit_pl.distributed import describe_environment
-from maskgit_pl.errors import markdown, printable
+from maskgit_pl.errors import CannotWriteError, markdown, printable
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of, shorten_digest
 from maskgit_pl.evaluation.metrics import Metrics, computed_metrics, direction, find_metric, title, tuning_column
@@ -64,6 +66,7 @@ _FINALISTS = 3  # trials of step 2, besides trial 0 and the current decoding
 _STEPS = (4, 6, 8, 12, 16)
 _CONFIRMATION_OFFSET = 1_000_000  # between the seeds of steps 1 and 2, so that no image has the same noise
 _SHOWN_TRIALS = 10  # of the table of trials
+_BAD_DISK = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 # Arguments that are searched for every selector that has them, on a logarithmic scale.
 _ARGUMENTS = {"choice_temperature": (1.0, 20.0), "gamma": (1.0, 60.0), "eta": (0.02, 0.5)}
 _EXPONENTS = (0.5, 4.0)  # of the schedule pow: from sqrt to beyond cubic, which Table 3 of the paper spans
@@ -212,13 +215,17 @@ def tune(
         FileNotFoundError: if the run or the data do not exist.
         TypeError: if a selector does not accept its arguments.
         ValueError: if Optuna is not installed, a name is unknown, the model is autoregressive or one of the
-            package, the classes of the data are not the model's, or a number is out of range.
+            package, the classes of the data are not the model's, a number is out of range, another process uses
+            the study, or its file cannot be read.
+        CannotWriteError: if the disk of the study is full.
     """
     options = options or TuningOptions()
     check_integer("trials", trials, "[1, inf)")
     name = tuning_column(metric)
     if find_spec("optuna") is None:
         raise ValueError("tune requires the package optuna: pip install 'maskgit_pl[tune]'")
+    from optuna.exceptions import StorageInternalError
+
     folders = find_run(run, data=data)
     if folders.pretrained.resolve() in (model_folder.resolve() for model_folder in bundled_models().values()):
         raise ValueError(
@@ -256,8 +263,15 @@ def tune(
         "num_images": count,
         "seed": options.seed,
     }
-    study = _open_study(folder / "study.db", name, key)
-    result = search(study, space, measure, metric=name, trials=trials, num_images=count, seed=options.seed, bars=bars)
+    file = folder / "study.db"
+    with hold_lock(file, hint="choose another --out"):
+        study = _open_study(file, name, key)
+        try:
+            result = search(
+                study, space, measure, metric=name, trials=trials, num_images=count, seed=options.seed, bars=bars
+            )
+        except StorageInternalError as error:
+            raise _study_error(file, error) from error
     (real,) = evaluator.measure_real(num_images=2 * count, metrics=amount).values()
     page = replace(make_page(result, real), folder=folder)
     # The page is written before the decoding, in case that the folder of the model is full by now.
@@ -309,15 +323,26 @@ def _open_study(file: Path, metric: str, key: Mapping[str, Any]) -> optuna.Study
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        return optuna.create_study(
+        study = optuna.create_study(
             storage=f"sqlite:///{quote(str(file))}",  # a path may hold ``?`` and ``%``
             study_name=f"{metric} {shorten_digest(digest_of(key))}",
             direction="maximize" if find_metric(metric).higher_is_better else "minimize",
             load_if_exists=True,
         )
-    except Exception as error:  # of SQLAlchemy, which Optuna passes on
-        reason = printable(str(error).partition("\n")[0])
-        raise ValueError(f"study {file} cannot be opened: {reason}; move it away, or choose another --out") from error
+        _rank(_read_trials(study), metric)  # raises for trials that no search has written
+    except Exception as error:  # of several libraries
+        raise _study_error(file, error) from error
+    return study
+
+
+def _study_error(file: Path, error: BaseException) -> Exception:
+    """Returns the error for the user if a study cannot be read or written."""
+    while error.__cause__ is not None:  # Optuna passes on errors of SQLAlchemy, which passes on those of sqlite3
+        error = error.__cause__
+    reason = printable(f"{type(error).__name__}: {error}".partition("\n")[0])
+    if getattr(error, "sqlite_errorcode", 0) & 0xFF in _BAD_DISK:
+        return CannotWriteError(f"study {file} cannot be written: {reason}; free space, and run the same command again")
+    return ValueError(f"study {file} cannot be opened: {reason}; move it away, or choose another --out")
 
 
 def search(

@@ -20,6 +20,7 @@ from maskgit_pl.pipeline.pretrained import fingerprint, read_decoding
 from maskgit_pl.pipeline.sharing import bundled_models
 from tests.cli.conftest import call_command
 from tests.conftest import CLASSES, save_tiny_pretrained
+from tests.forked import holder
 from tests.observing import run_on_ranks
 
 
@@ -221,6 +222,17 @@ def test_a_search_with_a_negative_model_records_it_next_to_the_settings(
     assert all("negative_model" not in line["decoding"] for line in plain)
     assert fingerprint(run_folder / "pretrained" / "negative") == fingerprint(weaker / "transformer")
     assert MaskGIT.from_pretrained(run_folder).negative_model is not None
+
+
+@pytest.mark.usefixtures("quick_judge")
+def test_a_study_has_one_search_at_a_time(run_folder: Path, tiny_shards: Path, monkeypatch) -> None:
+    forbid_generation(monkeypatch)
+    study = run_folder / "tuning" / "study.db"
+    with (
+        holder(study) as other,
+        pytest.raises(ValueError, match=f"study.db is in use by process {other.pid} on .*--out"),
+    ):
+        call("tune", run_folder, "--data", tiny_shards, "--num-images", 6)
 
 
 def test_a_decoding_that_cannot_be_written_is_found_before_the_search(

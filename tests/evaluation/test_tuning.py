@@ -1,11 +1,15 @@
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from typing import Any
 
 import optuna
 import pytest
+from optuna.exceptions import StorageInternalError
 
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.decoding.selectors import token_selectors
+from maskgit_pl.errors import CannotWriteError, exit_code_of
 from maskgit_pl.evaluation import tuning
 from maskgit_pl.evaluation.tuning import SearchSpace, Trial, TuningResult, make_page, search
 from maskgit_pl.registry import describe
@@ -152,6 +156,29 @@ def test_the_study_is_the_file_of_its_path_and_a_damaged_one_is_named(tmp_path) 
     file.write_bytes(b"no database" * 100)
     with pytest.raises(ValueError, match=r"study .*study\.db cannot be opened: .*not a database; move it away"):
         tuning._open_study(file, FID, {})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("decoding", "[]"), ("decoding", "{"), ("numbers", "{}"), ("numbers", "[" * 9999 + "]" * 9999)]
+)
+def test_a_study_with_a_damaged_trial_is_named(tmp_path, key, value) -> None:
+    file = tmp_path / "study.db"
+    run(tuning._open_study(file, FID, {}), Measure(), trials=1)
+    with closing(sqlite3.connect(file)) as database:
+        database.execute("UPDATE trial_user_attributes SET value_json = ? WHERE key = ?", [value, key])
+        database.commit()
+    with pytest.raises(ValueError, match=r"study .*study\.db cannot be opened: \w+Error: .*; move it away, or choose"):
+        tuning._open_study(file, FID, {})
+
+
+def test_a_full_disk_of_a_study_is_no_internal_error(small_disk) -> None:
+    (small_disk / "other").write_bytes(bytes(3 * 2**20 - 150_000))
+    kept = tuning._open_study(small_disk / "study.db", FID, {})
+    with pytest.raises(StorageInternalError) as caught:
+        run(kept, Measure(), trials=1000)
+    assert exit_code_of(tuning._study_error(small_disk / "study.db", caught.value)) == 74
+    with pytest.raises(CannotWriteError, match=r"study .* cannot be written: .*database or disk is full; free space"):
+        tuning._open_study(small_disk / "other.db", FID, {})
 
 
 def test_the_page_names_the_winner_and_the_value_before() -> None:
