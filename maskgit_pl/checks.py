@@ -8,15 +8,13 @@ dataclasses, whose types pydantic checks), and the sizes and channels of images.
 from __future__ import annotations
 
 import math
-import operator
 import re
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
 from numbers import Real
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -145,19 +143,17 @@ def _end(word: str) -> float:
     return end
 
 
-def plain_number(value: object) -> object:
-    """Returns a number of NumPy, or an integer in a tensor, as an ``int`` or a ``float``, and other values unchanged.
+def plain_number(value: Any) -> Any:
+    """Returns a number of NumPy, or the number in a tensor or an array, as an ``int`` or a ``float``.
 
-    Methods that users call from Python apply it before the checks below, which accept plain numbers only,
-    because values from files are plain and values for files must be.
+    Other values are unchanged, also bools. Methods that users call from Python apply it before the checks below, which
+    accept plain numbers only, because values from files are plain and values for files must be.
     """
     is_bool = isinstance(value, bool) or str(getattr(value, "dtype", "")).endswith("bool")
     if is_bool or bool(getattr(value, "ndim", 0)):
         return value
-    with suppress(TypeError):  # arrays and tensors of floats have the method, too
-        if isinstance(value, SupportsIndex):
-            return operator.index(value)
-    return float(value) if isinstance(value, Real) else value
+    value = value.item() if hasattr(value, "item") else value
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
 
 
 def plain_list(value: object) -> list[Any] | None:

@@ -64,10 +64,11 @@ def test_keys_are_named_when_unknown_or_missing() -> None:
 
 
 def test_numbers_of_libraries_become_plain_and_other_values_stay() -> None:
-    for value, expected in ((np.int64(3), 3), (np.array(3), 3), (torch.tensor(3), 3), (np.float32(0.5), 0.5)):
+    numbers = (np.int64(3), np.array(3), torch.tensor(3), np.float32(0.5), np.array(0.5), torch.tensor(0.5))
+    for value, expected in zip(numbers, (3, 3, 3, 0.5, 0.5, 0.5), strict=True):
         number = plain_number(value)
         assert (type(number), number) == (type(expected), expected)
-    for value in (True, np.bool_(True), torch.tensor(True), torch.tensor(0.5), "3", b"3", None, 1j, range(2)):
+    for value in (True, np.bool_(True), torch.tensor(True), torch.ones(1), "3", b"3", None, 1j, range(2)):
         assert plain_number(value) is value
 
 

@@ -18,7 +18,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from maskgit_pl.checks import check_number, height_width
+from maskgit_pl.checks import check_number, height_width, plain_number
 from maskgit_pl.decoding import ConditionalModel, DecodingStep, decode_autoregressive, decode_classes
 from maskgit_pl.errors import printable
 from maskgit_pl.networks.backbone import AutoregressiveBackbone
@@ -134,7 +134,7 @@ def redraw(
 ) -> Tensor:
     """Regenerates a random share of the tokens of images. See ``MaskGIT.edit`` for the arguments and numbered steps."""
     pipe.transformer.schedule_for("edit")
-    share = check_number("strength", strength, "(0, 1]")
+    share = check_number("strength", plain_number(strength), "(0, 1]")
     num_tokens = pipe.transformer.network.config.num_tokens
     # 1. (m, C, H, W) pixels -> (m, N) tokens, with m = 1 or n.
     pixels, _ = _read_images(pipe, request, image, None, fit=fit)
@@ -176,7 +176,9 @@ def panorama(pipe: Pipeline, request: Request, size: tuple[int, int]) -> Tensor:
 
 def _seam_radius(pipe: Pipeline, blend: float | None) -> float:
     """Returns the standard deviation of the blur of a seam in pixels; None is that of the released code."""
-    return seam_radius(pipe.tokenizer.image_size) if blend is None else check_number("blend", blend, _MOST_PIXELS)
+    if blend is None:
+        return seam_radius(pipe.tokenizer.image_size)
+    return check_number("blend", plain_number(blend), _MOST_PIXELS)
 
 
 def _conditional_model(transformer: PretrainedTransformer) -> ConditionalModel:

@@ -280,7 +280,7 @@ def replace_settings(default: DecodingConfig, settings: Mapping[str, Any]) -> De
     # guidance_scale and choice_temperature are arguments of plug-ins: they go into the spec of the plug-in.
     for name, (part, argument, interval) in _ARGUMENTS.items():
         if name in changes:
-            value = check_number(name, changes.pop(name), interval)
+            value = check_number(name, plain_number(changes.pop(name)), interval)
             changes[part] = _with_argument(changes.get(part, getattr(config, part)), argument, value)
     return dataclasses.replace(config, **changes)
 

@@ -181,7 +181,7 @@ def test_images_and_masks_that_do_not_fit_are_refused(pipe, options, message) ->
         pipe.inpaint(given.pop("image"), given.pop("mask"), **given)
 
 
-@pytest.mark.parametrize(("strength", "count"), [(1e-3, 1), (0.25, 4), (0.26, 5), (0.6, 10), (0.99, 16)])
+@pytest.mark.parametrize(("strength", "count"), [(1e-3, 1), (torch.tensor(0.25), 4), (0.26, 5), (0.6, 10), (0.99, 16)])
 def test_strength_is_the_share_of_the_tokens_that_are_masked(pipe, strength, count) -> None:
     _, steps = recorded(pipe.edit, picture(), strength=strength, classes=[0, 1], num_steps=8)
     assert steps[0].was_masked.sum(1).tolist() == [count, count]
