@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias, TypeVar
 
-from maskgit_pl.checks import check_choice, shorten
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 from maskgit_pl.errors import printable
 from maskgit_pl.evaluation.options import CLASSIFIER
 from maskgit_pl.registry import Registry
@@ -84,6 +84,10 @@ class FeatureMetric(Metric, ABC):
 def _check_metric(name: str, metric: Metric) -> None:
     if not isinstance(metric, Metric) or not isinstance(getattr(metric, "title", None), str):
         raise ValueError(f"metric {name!r} must derive from FeatureMetric and have a title, got {shorten(metric)}")
+    if "/" in name:
+        raise ValueError(f"metric {name!r} must have a name without '/', which separates it from a feature network")
+    check_integer(f"metric {name!r}: digits", metric.digits, "[0, 20]")
+    check_number(f"metric {name!r}: factor", metric.factor, "(-inf, inf)")
     for need in getattr(metric, "needs", ()):
         check_choice(f"metric {name!r}: needs", need, _INPUTS)
 
@@ -177,8 +181,8 @@ def computed_metrics() -> dict[str, FeatureMetric]:
 def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages) -> dict[str, float | None]:
     """Computes values and deviations by name, such as ``kid`` and ``kid_deviation``.
 
-    A value is None if the images do not suffice or it is non-finite. A metric of a plug-in that raises an error is
-    left out.
+    A value is None if the images do not suffice or it is non-finite. A metric of a plug-in that raises an error, or
+    exits, is left out.
     """
     numbers: dict[str, float | None] = {}
     for name, metric in chosen.items():
@@ -186,7 +190,7 @@ def compute_metrics(chosen: Mapping[str, FeatureMetric], images: ComparedImages)
             computed = metric.compute(images)
             value, deviation = computed if isinstance(computed, tuple) else (computed, None)
             values = [None if number is None else float(number) for number in (value, deviation)]
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if type(metric).__module__.startswith("maskgit_pl."):
                 raise
             # A plug-in must not lose the values of the others, which may have taken hours. A row without its

@@ -66,6 +66,8 @@ def test_computed_metrics_have_the_order_of_tables_and_can_be_searched_for() -> 
             {"compute": len, "title": "mine", "needs": ("pixels",)},
             "needs must be one of .*real_features.*, got 'pixels'",
         ),
+        ({"compute": len, "title": "mine", "digits": -5}, r"digits must be an integer in \[0, 20\], got -5"),
+        ({"compute": len, "title": "mine", "factor": "1"}, "factor must be a number in .*, got '1'"),
     ],
 )
 def test_a_metric_that_breaks_the_interface_is_named(attributes: dict, match: str, monkeypatch) -> None:
@@ -74,18 +76,28 @@ def test_a_metric_that_breaks_the_interface_is_named(attributes: dict, match: st
         metrics.build("mine")
 
 
+def test_a_plug_in_whose_name_has_a_slash_is_left_out_with_a_warning(site: Path, monkeypatch, caplog) -> None:
+    code = "from maskgit_pl.evaluation.metrics import FeatureMetric\nclass Mine(FeatureMetric):\n    title = 'mine'\n"
+    install(site, name="mine", entry_points="[maskgit_pl.metrics]\na/b = mine_metric:Mine\n",
+            modules={"mine_metric": f"{code}    compute = len\n"})  # fmt: skip
+    assert "a/b" not in known_metrics()
+    assert "metric 'a/b' must have a name without '/'" in caplog.text
+
+
 def compared() -> ComparedImages:
     features = ImageFeatures("lite0", torch.randn(8, 4), None)
     return ComparedImages(features, Reference.from_features(features), torch.zeros(8, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("value", ["high", (1.0,), (1.0, "x"), torch.ones(2), ValueError("broken")], ids=repr)
+@pytest.mark.parametrize(
+    "value", ["high", (1.0,), (1.0, "x"), torch.ones(2), ValueError("broken"), SystemExit(3)], ids=repr
+)
 def test_a_metric_of_a_plug_in_that_fails_is_left_out_alone(value: object, caplog) -> None:
     class Mine(FeatureMetric):
         title = "mine"
 
         def compute(self, images: ComparedImages) -> object:
-            if isinstance(value, Exception):
+            if isinstance(value, BaseException):
                 raise value
             return value
 
