@@ -76,7 +76,7 @@ def write_atomically(path: Path) -> Iterator[IO[bytes]]:
         expected, written = file.tell(), os.fstat(file.fileno()).st_size
         if written < expected:
             raise OSError(errno.ENOSPC, f"only {written} of {expected} bytes could be written", str(path))
-        os.fsync(file.fileno())  # 2.
+        sync_open(file.fileno())  # 2.
 
 
 def write_text(path: Path, text: str) -> None:
@@ -206,9 +206,18 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with _name_in_errors(path):
-            os.fsync(descriptor)
+            sync_open(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_open(descriptor: int) -> None:
+    """Waits until an open file or folder is on disk. Some file systems of FUSE and networks cannot: EINVAL, ENOTSUP."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def open_regular(path: str | Path) -> int:

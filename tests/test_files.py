@@ -24,6 +24,7 @@ from maskgit_pl.files import (
     read_yaml,
     remove_partials,
     sha256_of,
+    sync,
     write_atomically,
     write_tensors,
     write_text,
@@ -124,6 +125,18 @@ def test_errors_of_a_failing_disk_have_the_name_of_the_file(
         WRITES[kind](tmp_path / "file")
     assert exit_code_of(caught.value) == 74
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("kind", WRITES)
+def test_a_file_system_without_fsync_takes_files_and_folders(tmp_path: Path, monkeypatch, number: int, kind: str):
+    def fail(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", fail)
+    WRITES[kind](tmp_path / "file")
+    sync(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_only_partial_files_of_killed_processes_are_removed(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -18,6 +17,7 @@ from typing import Any, TypeAlias
 from filelock import lock_descriptor
 
 from maskgit_pl.distributed import rank_and_world
+from maskgit_pl.files import sync_open
 
 Row: TypeAlias = dict[str, Any]
 
@@ -86,5 +86,5 @@ class Ledger:
                 stream.write(f"{line}\n")
                 # A measurement may have taken hours: it must survive a crash of the machine.
                 stream.flush()
-                os.fsync(stream.fileno())
+                sync_open(stream.fileno())
         return self._rows[measurement][-1]
