@@ -220,6 +220,9 @@ def _parse(words: Sequence[str]) -> argparse.Namespace:
     if not words:
         parser.print_help()
         parser.exit()
+    if words[0].startswith("-") and words[0] not in parser._option_string_actions:  # argparse asks for a command first
+        hint = _nearest_flag(words[0].lstrip("-"), _flags_of(parser))
+        parser.exit(BAD_INPUT, f"maskgit: unknown argument {words[0]}{hint and f'; {hint}'}; see maskgit --help\n")
     # --traceback may stand anywhere, also after the command. What argparse does not know is a key of a recipe
     # (--trainer.max_steps) for the commands that take overrides, and a mistake for all others.
     args, rest = parser.parse_known_args([word for word in words if word != "--traceback"])

@@ -274,7 +274,8 @@ def _read(name: str, text: str, hint: Any, form: Word | Output | None) -> Any:
         return parse_spec(name, text)
     if several := _members(hint, tuple):
         (kind, *_) = get_args(several[0])
-        values = tuple(_read(name, word, kind, None) for word in text.split(","))
+        label = name if form is None else f"{name} {form.metavar}"
+        values = tuple(_read(label, word, kind, None) for word in text.split(","))
         return values[0] if len(values) == 1 and hint not in several else values
     return text
 

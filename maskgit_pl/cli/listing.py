@@ -58,6 +58,8 @@ def models(*, runs_folder: Folder = Path("runs")) -> None:
     Args:
         runs_folder: Folder of all runs.
     """
+    if runs_folder != Path("runs") and not runs_folder.is_dir():
+        raise FileNotFoundError(f"--runs-folder {runs_folder}: no such folder; name the folder of your runs")
     candidates = [
         *((name, folder, "package") for name, folder in bundled_models().items()),
         *((str(folder.parent), folder, "run") for folder in sorted(runs_folder.glob("*/pretrained"))),

@@ -202,4 +202,7 @@ def demo(
     from maskgit_pl.evaluation import demo_steps  # torch takes seconds to import
 
     folder = demo_steps.demo(**asdict(run), images=images, lenient=lenient, short=short, overrides=overrides)
-    log.info("\nThe model is in %s. Next: maskgit sample %s --out sampled.png", folder, shlex.quote(str(folder)))
+    larger = "; larger pictures: --recipe 'adaln 64px'" if images is not None and not run.recipe else ""
+    log.info(
+        "\nThe model is in %s. Next: maskgit sample %s --out sampled.png%s", folder, shlex.quote(str(folder)), larger
+    )

@@ -15,8 +15,8 @@ class TokenizingConfig:
     Args:
         batch_size: Images per batch of the tokenizer.
         part_size: Images per part that is written at a time; a kill loses at most one part.
-        num_workers: Processes that decode images. None: 0 on a CPU, up to 8 with a GPU.
-        unreadable_budget: Allowed fraction of unreadable images, in [0, 1]; see ``UnreadableImages``.
+        num_workers: Processes that decode images (default: 0 on a CPU, up to 8 with a GPU).
+        unreadable_budget: Allowed fraction of unreadable images, in [0, 1].
     """
 
     batch_size: int = 256
@@ -37,10 +37,10 @@ class TokenizeOptions(TokenizingConfig):
     ``data.augmentations``, an existing store of the run keeps its own.
 
     Args:
-        crops: Crops per training image, beginning with the central crop. Default: ``data.views`` of the recipe, or 1.
-        flip: True adds the mirrored training images. Default: False.
-        precision: Precision of the tokenizer. Default: ``"float32"``.
-        device: ``"cpu"``, ``"cuda:1"``, ...; ``"auto"`` takes a GPU if there is one.
+        crops: Crops per training image, beginning with the central crop (default: data.views of the recipe, or 1).
+        flip: Add the mirrored training images (default: no).
+        precision: Precision of the tokenizer (default: float32).
+        device: cpu, cuda:1, ...; auto takes a GPU if there is one.
     """
 
     crops: int | None = None

@@ -223,7 +223,8 @@ class Request:
         """
         for name in options:
             if name not in GenerateKeywords.__annotations__:
-                raise TypeError(f"option {name!r}: {nearest(name, GenerateKeywords.__annotations__)}")
+                meant = {"temperature": "sampling_temperature"}.get(name, name)  # that of the softmax, as elsewhere
+                raise TypeError(f"option {name!r}: {nearest(meant, GenerateKeywords.__annotations__)}")
         settings = {name: options[name] for name in ("decoding", *SETTINGS) if name in options}
         labels, negative_class = index.labels(classes), options.get("negative_class")
         return cls(

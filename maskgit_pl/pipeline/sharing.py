@@ -130,7 +130,8 @@ def local_folder(path: Path | str) -> Path:
     if not folder.exists() and str(path) in bundled:
         return bundled[str(path)]
     if not folder.is_dir():
-        others = [str(other) for other in folder.parent.glob("*/")]
+        # The parent is no part of the comparison: it would make all names alike.
+        others = [str(other) for other in folder.parent.glob("*/") if did_you_mean(folder.name, [other.name])]
         hint = did_you_mean(str(path), [*bundled, *others] if len(folder.parts) == 1 else others)
         advice = hint or "train one with `maskgit demo`, or name another folder."
         raise FileNotFoundError(f"run {folder}: no such folder; {advice} Models of the package: {', '.join(bundled)}")

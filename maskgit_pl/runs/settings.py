@@ -27,6 +27,7 @@ from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, w
 from maskgit_pl.tokenizer import Tokenizer
 from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
+_HABITS = {"epochs": "max_steps", "max_epochs": "max_steps", "lr": "peak", "batch_size": "global_batch"}  # here
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
 Precision = Literal["32-true", "bf16-mixed", "auto"]
 # Lightning and torch can store no larger counts.
@@ -258,7 +259,8 @@ def _check_names(node: Mapping[str, Any], keys: Mapping[str, bool | None], path:
         if is_optional is None or (value is None and is_optional):
             continue
         if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
-            raise ValueError(f"{key} must be a mapping, got {shorten(value)}")
+            inner = next(known for known in keys if known.startswith(f"{key}."))
+            raise ValueError(f"{key} must be a mapping, got {shorten(value)}; set a key of it, such as {inner}")
         _check_names(value, keys, f"{key}.")
 
 
@@ -267,6 +269,7 @@ def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
     if key in DERIVED_KEYS:
         return f"{key} cannot be set: it follows {DERIVED_KEYS[key]}"
     group, _, leaf = key.rpartition(".")
+    leaf = _HABITS.get(leaf, leaf)
     beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
     # The same name in another group, or a similar name in the same group.
     close = [name for name in names if name.rpartition(".")[2] == leaf]

@@ -45,12 +45,12 @@ class JobOptions:
     Args:
         nodes: Number of nodes, >= 1.
         devices: Number of devices, and of tasks, per node, >= 1.
-        cpus: CPU cores per task, >= 1; None means one plus one per data worker.
+        cpus: CPU cores per task, >= 1 (default: one plus one per data worker).
         time: Time limit of each start in Slurm's format: ``90`` (minutes), ``24:00:00``, ``7-0``.
         sbatch: Additional ``sbatch`` options, in shell syntax, such as ``--partition=gpu --account=lab``.
         srun: Additional ``srun`` options, in shell syntax.
         container: Command that starts each task, in shell syntax, such as ``apptainer exec --nv image.sif``.
-        program: ``maskgit`` on the nodes; None means this one, or with a container the one on its PATH.
+        program: ``maskgit`` on the nodes (default: this one, or with a container the one on its PATH).
 
     Raises:
         ValueError: if a number is out of range, or a string is not valid shell syntax.

@@ -230,7 +230,7 @@ class TokenizerConfig:
         reconstruction_weight: Its factor, in [0, 1e6].
         perceptual: The perceptual loss; None for none.
         adversarial: The adversarial loss and its discriminator; None for none.
-        losses: Further terms of the loss: names or mappings of registered tokenizer losses.
+        losses: Further terms of the loss: names or mappings of registered tokenizer losses; in Python also objects.
         freeze: Parts of the network that keep their weights and codes, such as ``[encoder, quantizer]`` for a new
             decoder of old tokens: no gradient, no optimizer state, no update of the codebook's statistics.
         gradient_clip: Largest gradient norm of each network, > 0; None for no clipping.
@@ -268,7 +268,7 @@ class TokenizerConfig:
         if self.gradient_clip is not None:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
-        object.__setattr__(self, "losses", tuple(self.losses))
+        object.__setattr__(self, "losses", tuple(map(tokenizer_losses.spec, self.losses)))
         if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
             raise ValueError(
                 f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "

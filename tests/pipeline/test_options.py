@@ -46,6 +46,8 @@ def test_tokens_per_step_num_steps_and_mask_schedule_replace_one_another():
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(TypeError, match="option 'negative_clas': did you mean 'negative_class'"):
         Request.of(CLASSES, OWN, 0, {"negative_clas": 1})
+    with pytest.raises(TypeError, match="option 'temperature': did you mean 'sampling_temperature'"):
+        Request.of(CLASSES, OWN, 0, {"temperature": 1})
     with pytest.raises(TypeError, match="unexpected keyword argument 'seed'"):
         replace_settings(OWN, {"seed": 1})
 

@@ -50,14 +50,16 @@ def test_a_missing_folder_is_refused_in_one_line(path: str, empty: Path) -> None
     [
         ("runs/one-cosin", "runs/one-cosine"),
         ("run/one-cosine", None),
+        ("runs/mine", None),  # "runs/tokens" is like it by its parent only
         ("runs/one-cosine/pretraned", "runs/one-cosine/pretrained"),
     ],
 )
 def test_a_mistyped_folder_is_answered_with_the_nearest(missing: str, nearest: str | None, empty: Path) -> None:
     (empty / "runs" / "one-cosine" / "pretrained").mkdir(parents=True)
-    (empty / "data").mkdir()
+    (empty / "runs" / "tokens").mkdir()
     with pytest.raises(FileNotFoundError) as caught:
         find_folder(missing, cache_dir=empty / "cache", local_files_only=True)
+    assert ("did you mean" in str(caught.value)) == (nearest is not None)
     assert (f"did you mean '{nearest}'?" in str(caught.value)) == (nearest is not None)
 
 

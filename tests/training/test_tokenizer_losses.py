@@ -194,6 +194,11 @@ class Late(TokenizerLoss):
         return F.avg_pool2d(given.reconstruction - given.images, 17).square().mean()
 
 
+def test_a_term_may_be_an_object():
+    config = module_of(losses=[tokenizer_losses.build({"name": "l1", "weight": 2.0})]).config
+    assert config == module_of(losses=({"name": "l1", "weight": 2.0},)).config
+
+
 def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
     monkeypatch.setitem(tokenizer_losses._factories, "late-term", Late)
     module = module_of(losses=["late-term", {"name": "late-term", "weight": 2.0}, {"name": "late-term", "weight": 3.0}])
