@@ -21,7 +21,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from maskgit_pl.checks import plain_size
+from maskgit_pl.checks import check_integer, plain_size
 from maskgit_pl.decoding import DecodingConfig
 from maskgit_pl.distributed import barrier, default_device, describe_environment, process_group, rank_and_world
 from maskgit_pl.evaluation.classifier import LabelledImages
@@ -98,6 +98,8 @@ def evaluate(
         check_model_decoding(pipe, decoding)
         real = open_data(folders, pipe, num_workers=options.num_workers)
         round_to_classes(num_images, real.num_classes)
+        if options.reconstruction_images is not None:  # the FID of fewer would be higher than that of generated images
+            check_integer("reconstruction_images", options.reconstruction_images, f"[{num_images}, inf)")
         evaluator = open_evaluator(
             folders,
             real,

@@ -25,7 +25,6 @@ _BOUNDS = {  # of the integers below
     "num_workers": "[0, inf)",
     "seed": "[0, 2**32)",
     "num_images": "[4, inf)",  # each half needs two for a covariance
-    "reconstruction_images": "[2, inf)",
     "likelihood_images": "[2, inf)",
 }
 
@@ -74,7 +73,8 @@ class EvaluationOptions(ModelOptions):
     Args:
         num_steps: Number of decoding steps (default: the model's own).
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
-        reconstruction_images: Number of real images to reconstruct (default: all of the val split).
+        reconstruction_images: Number of real images to reconstruct, at least as many as are generated (default: all
+            of the val split).
         likelihood_images: Number of real images for the likelihood.
         resume: Keep the measurements of an interrupted evaluation.
 

@@ -141,6 +141,10 @@ def test_wrong_data_or_weights_are_one_line_and_leave_nothing(is_refused, comman
         ("evaluate model --data shards --reference nowhere.npz", "reference nowhere.npz must be an existing"),
         ("evaluate model", "choose them with --data"),
         ("evaluate model --data shards --num-images 5", "--num-images must be >= 6 (2 per class), got 5"),
+        (
+            "evaluate model --data shards --num-images 12 --reconstruction-images 7",
+            "--reconstruction-images must be an integer in [12, inf), got 7",
+        ),
         ("tune model --data shards --negative-model nowhere", "negative_model nowhere must be a run"),
         ("ablation --stage tokenizer", "--stage tokenizer must come with --vary or --recipes"),
         ("ablation --vary model.network.depth=2 --schedules cosine", "--schedules must not be given with --vary"),
