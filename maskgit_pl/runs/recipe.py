@@ -17,7 +17,6 @@ from typing import Any, Literal
 from maskgit_pl.files import read_yaml
 from maskgit_pl.registry import nearest
 from maskgit_pl.runs.layers import (
-    DERIVED_KEYS,
     Kind,
     Layer,
     Overrides,
@@ -113,8 +112,7 @@ class Recipe:
         if not all(isinstance(tree.get(group), dict) for group in ("data", "model", "trainer")):
             raise ValueError(f"{config} must be the config.yaml of a run, with the keys data, model and trainer")
         paths = {key: str(path) for key in _PATHS if (path := value_at(tree, key)) is not None}
-        # Without paths, which a command sets, and without derived keys.
-        layer = Layer(f"recipe {config}", without_keys(tree, (*DERIVED_KEYS, *_PATHS)))
+        layer = Layer(f"recipe {config}", without_keys(tree, _PATHS))  # which a command sets
         return replace(cls.from_layers(stage, [layer], overrides), config=config, paths=paths)
 
     @classmethod

@@ -141,10 +141,10 @@ def test_an_unknown_name_is_answered_with_the_nearest():
         stems(names=["cosin"])
 
 
-def test_config_yaml_of_a_run_is_a_recipe_without_its_paths_and_derived_keys(tmp_path):
+def test_config_yaml_of_a_run_is_a_recipe_without_its_paths(tmp_path):
     text = """
     data: {path: a, token_store: b, seed: 3}
-    model: {tokenizer: c, label_smoothing: 0.1, seed: 3, global_batch: 256}
+    model: {tokenizer: c, label_smoothing: 0.1}
     trainer: {max_steps: 5}
     """
     file = tmp_path / "config.yaml"
