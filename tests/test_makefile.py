@@ -57,7 +57,7 @@ def test_variables_reach_the_commands(words, printed):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("sample CLASES=Bag STEPS=4", " TOKENIZER WORKERS, got CLASES STEPS; see `make help`."),
+        ("sample CLASS=Bag STEPS=4", " TOKENIZER WORKERS, got CLASS STEPS; see `make help`."),
         ("demo IMAGES=photos", "DATASET must be a name of your own with IMAGES, got fashion-mnist; set DATASET=NAME."),
         ("data IMAGES=photos", "DATASET must be a name of your own with IMAGES, got fashion-mnist; set DATASET=NAME."),
     ],
