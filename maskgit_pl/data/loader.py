@@ -11,6 +11,7 @@ Used by ``ShardData``, ``IndexedDataModule``, ``tokenize`` and the evaluation.
 
 from __future__ import annotations
 
+import errno
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -209,7 +210,13 @@ class StepLoader(DataLoader[Batch]):
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]  # any iterator serves
         # super().__iter__() runs here and not at the first next(), since the sampler reads the step now.
         with self._naming_killed_workers(), _keep_sigchld() if self.num_workers else nullcontext():
-            return self._serve(super().__iter__())
+            try:
+                return self._serve(super().__iter__())
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                # Raised at the first batch: Lightning would hide an error that is raised here.
+                return self._serve(iter([_WorkerFailure(_no_workers(error))]))
 
     def _serve(self, batches: Iterator[Batch | _WorkerFailure]) -> Iterator[Batch]:
         while True:
@@ -358,8 +365,27 @@ class _ErrorForwardingDataset(Dataset[Any]):
 
     def __getitems__(self, positions: range) -> Batch | _WorkerFailure:
         try:
-            return cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
+            batch = cast("Batch", self.dataset.__getitems__(positions))  # type: ignore[attr-defined]  # all of ours do
+            _share(batch)
         except Exception as error:
             if not isinstance(error, RunError) and exit_code_of(error) == INTERNAL_ERROR:
                 raise  # for an error of ours, the traceback is useful
             return _WorkerFailure(error)
+        return batch
+
+
+def _share(batch: Batch) -> None:
+    """Moves a batch to shared memory, as torch does when a worker sends it: a failure there would hang the run."""
+    try:
+        for part in batch:
+            if isinstance(part, Tensor):
+                part.share_memory_()  # type: ignore[no-untyped-call]  # torch: untyped
+    except RuntimeError as error:
+        raise _no_workers(error) from error
+
+
+def _no_workers(error: Exception) -> DataWorkerError:
+    return DataWorkerError(
+        f"data loading workers failed: {error}; enlarge /dev/shm (docker run --shm-size=8g), or use no workers "
+        "(data.num_workers 0, or --num-workers 0), then run the same command again"
+    )

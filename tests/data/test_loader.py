@@ -1,5 +1,6 @@
 """Batches of images, some of which cannot be read."""
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -97,3 +98,17 @@ def test_a_killed_worker_is_named_with_the_likely_cause_and_the_way_out(folder, 
     os.kill(loader._iterator._workers[0].pid, signal.SIGKILL)
     with pytest.raises(DataWorkerError, match=r"was killed, most likely .* memory .*data\.num_workers"):
         list(loader if again else batches)
+
+
+@pytest.mark.parametrize(("place", "error"), [
+    ("torch.Tensor.share_memory_", RuntimeError("unable to allocate shared memory")),
+    ("torch.utils.data.DataLoader.__iter__", OSError(errno.ENOSPC, "No space left on device")),
+], ids=["a batch", "a lock"])  # fmt: skip
+def test_full_shared_memory_is_named_with_the_way_out(folder, monkeypatch, place, error):
+    def fail(this: object) -> None:
+        raise error
+
+    monkeypatch.setattr(place, fail)
+    batches = iter(open_images(folder, num_workers=1).train_dataloader())
+    with pytest.raises(DataWorkerError, match=rf"failed: .*{error.args[-1]}; enlarge /dev/shm .*data\.num_workers 0"):
+        next(batches)
