@@ -33,7 +33,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
-from maskgit_pl.checks import check_integer
+from maskgit_pl.checks import check_integer, shorten
 from maskgit_pl.errors import INTERRUPTED, DataWorkerError, is_user_error
 
 # torchrun under srun sets both. A batch script has SLURM_PROCID and SLURM_NTASKS, too, but is a single process.
@@ -53,6 +53,20 @@ _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
 log = logging.getLogger(__name__)
+
+
+def check_launcher(environment: Mapping[str, str] = os.environ) -> None:
+    """Checks the variables of a launcher, from which Lightning and this package read ranks.
+
+    Raises:
+        ValueError: if one is no number.
+    """
+    for name in (*sum(_RANKS, ()), *_LOCAL_RANKS):
+        if not environment.get(name, "0").isdecimal():
+            raise ValueError(
+                f"the variable {name} of the environment must be an integer >= 0, got {shorten(environment[name])}; "
+                "unset it, or start the command by srun or torchrun, which set it"
+            )
 
 
 def launcher_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from maskgit_pl import processes
+from maskgit_pl.cli import main
 from maskgit_pl.errors import DataWorkerError
 from maskgit_pl.processes import launcher_rank, local_rank, run_jobs
 
@@ -153,6 +154,14 @@ def test_a_second_ctrl_c_raises_keyboard_interrupt_in_a_library_call():
 )
 def test_ranks_are_those_of_torchrun_or_else_of_slurm(environment, expected):
     assert (*launcher_rank(environment), local_rank(environment)) == expected
+
+
+@pytest.mark.parametrize("name", ["RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "LOCAL_RANK"])
+@pytest.mark.parametrize("value", ["x", "", "-1"])
+def test_a_variable_of_a_launcher_that_is_no_number_is_named(name, value, monkeypatch, capsys):
+    monkeypatch.setenv(name, value)
+    assert main(["models"]) == 2
+    assert f"the variable {name} of the environment must be an integer >= 0, got {value!r}" in capsys.readouterr().err
 
 
 def square(offset: int, number: int) -> int:

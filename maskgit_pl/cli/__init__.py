@@ -260,7 +260,10 @@ def _call(args: argparse.Namespace) -> int:
     Functions name their own arguments in errors, but the user of a command knows the flags: a ValueError that begins
     with a setting (``num_steps must ...``) begins with its flag instead.
     """
+    from maskgit_pl.processes import check_launcher  # after --help and --version
+
     try:
+        check_launcher()
         return args.function(**read_call(args.function, vars(args), args.rest)) or 0
     except ValueError as error:
         flags, text = _flags_of(args.parser), str(error)
