@@ -130,7 +130,7 @@ def add_command(subparsers: Any, name: str, function: Callable[..., Any]) -> Non
         function: The command; the namespace has it as ``function``, and its parser as ``parser``.
     """
     summary, text, example = _sections(function)
-    line = f"{summary[0].lower()}{summary[1:]}".rstrip(".")  # of the list of commands
+    line = f"{summary[:1].lower()}{summary[1:]}".rstrip(".")  # of the list of commands
     parser = subparsers.add_parser(name, help=line, description=f"{summary} {text}".strip(), epilog=example)
     groups = _groups(function)
     required = [argument for group in groups for argument in group.arguments if argument.default is MISSING]
@@ -214,7 +214,8 @@ def _argument(name: str, hint: Any, default: Any, helps: Mapping[str, str], *, i
     members = [member for member in get_args(hint) if member is not type(None)]
     if get_origin(hint) in (Union, UnionType) and len(members) == 1:
         (hint,) = members
-    return _Argument(name, hint, default, helps[name], form, is_flag)
+    text = helps[name] if helps else ""  # python -OO has no docstrings
+    return _Argument(name, hint, default, text, form, is_flag)
 
 
 def _options(argument: _Argument) -> dict[str, Any]:

@@ -143,3 +143,9 @@ def test_what_a_command_writes_is_checked_before_any_work() -> None:
                 assert isinstance(argument.form, Output), (function, argument.name)
                 tried += 1
     assert tried > 15
+
+
+@pytest.mark.parametrize("words", [["--version"], ["train", "--help"]], ids=" ".join)
+def test_commands_run_without_docstrings(words) -> None:
+    command = [sys.executable, "-OO", "-m", "maskgit_pl", *words]
+    assert "maskgit" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
