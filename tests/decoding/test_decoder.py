@@ -117,8 +117,6 @@ def test_logits_of_padding_are_ignored():
     for clean, dirty in zip(run(tokens, decoder()), run(tokens, decoder(), poisoned), strict=True):
         assert torch.equal(clean.tokens, dirty.tokens)
         assert torch.equal(clean.scores, dirty.scores)
-        assert torch.equal(clean.confidence, dirty.confidence)
-        assert (clean.confidence[tokens != MASK] == 1).all()
 
 
 def test_the_temperature_divides_drawn_logits_and_not_scored_ones():
