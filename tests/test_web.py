@@ -32,23 +32,75 @@ HOST = {"host": "localhost:7860"}
     ],
     ids=str,
 )
-def test_the_guard_answers_only_requests_of_the_page(headers, status):
-    assert asyncio.run(ask(Guard(answer), headers)) == status
+def test_the_guard_answers_only_requests_of_the_page(headers, status, tmp_path):
+    assert asyncio.run(ask(Guard(answer, tmp_path), headers)) == status
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ('{"data": [[{"image": {"path": "{files}/a.png", "meta": {}}}], null, 7], "fn_index": 8}', 200),
+        ('{"path": null, "url": "file:///etc/passwd"}', 200),
+        ('{"data": [[{"image": {"path": "/etc/passwd", "meta": {}}}]]}', 403),
+        ('{"path": "/etc/passwd", "path": "{files}/a.png"}', 403),
+        ('{"\\u0070ath": "/etc/passwd"}', 403),
+        ('{"path": "{files}/../b.png"}', 403),
+        ('{"path": "{files}/link.png"}', 403),
+        ('{"path": "{files}/gone.png"}', 403),
+        ('{"path": "{files}"}', 403),
+        ('{"path": "{files}/a.png\\u0000"}', 403),
+        ('{"path": "http://203.0.113.1/a.png"}', 403),
+        ("{path}", 403),
+        ("[" * 100_000, 403),
+        ("", 403),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_the_guard_takes_only_events_whose_files_are_those_of_the_page(body, status, tmp_path):
+    files = tmp_path / "link" / "files"
+    (tmp_path / "real" / "files").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "real")  # as the temporary folder of macOS
+    for path in (files / "a.png", files.parent / "b.png"):
+        path.touch()
+    (files / "link.png").symlink_to(files.parent / "b.png")
+    body = body.replace("{files}", str(files))
+    received = []
+
+    async def app(scope, receive, send):
+        while (message := await receive())["type"] == "http.request":
+            received.append(message["body"])
+        await answer(scope, receive, send)
+
+    assert asyncio.run(ask(Guard(app, files), HOST, "/gradio_api/queue/join", body.encode())) == status
+    assert b"".join(received).decode() == (body if status == 200 else "")
+
+
+def test_the_guard_lets_gradio_load_nothing_from_another_site(tmp_path):
+    path = "/gradio_api/file=https://203.0.113.1/a.png"
+    assert asyncio.run(ask(Guard(answer, tmp_path), HOST, path)) == 403
 
 
 async def answer(scope, receive, send):
     await send({"type": "http.response.start", "status": 200, "headers": []})
 
 
-async def ask(guard: Guard, headers: dict[str, str]) -> int:
+async def ask(guard: Guard, headers: dict[str, str], path: str = "/", body: bytes | None = None) -> int:
     """Sends a request to the guard and returns the status of its answer, which no site may show in a frame."""
     sent = []
+    parts = iter([(body or b"")[:10], (body or b"")[10:]])
+
+    async def receive():
+        part = next(parts, None)
+        if part is None:
+            return {"type": "http.disconnect"}
+        return {"type": "http.request", "body": part, "more_body": len(part) == 10}
 
     async def send(message):
         sent.append(message)
 
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    await guard({"type": "http", "path": "/", "headers": raw}, None, send)
+    method = "GET" if body is None else "POST"
+    await guard({"type": "http", "method": method, "path": path, "headers": raw}, receive, send)
     assert (b"content-security-policy", b"frame-ancestors 'none'") in sent[0]["headers"]
     return sent[0]["status"]
 

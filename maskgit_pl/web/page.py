@@ -38,7 +38,7 @@ from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.display import describe_settings, token_panel
 from maskgit_pl.pipeline.grids import enlarge, scale_to, to_pil
 from maskgit_pl.pipeline.options import seeds_of
-from maskgit_pl.pipeline.regions import Margins, box_mask
+from maskgit_pl.pipeline.regions import Margins, box_mask, image_pixels
 
 _MODEL: dict[str, Any] = {"concurrency_id": "model", "concurrency_limit": 1, "api_visibility": "private"}
 """Options of events that use the model: they wait for one another."""
@@ -55,7 +55,6 @@ _SMALL = 128  # pixels below which an image is shown enlarged, with visible pixe
 _MOST_PAINTED = 2**22  # pixels of the canvas
 _BRUSH, _PAINTED = "#009e73", 128  # color of REQUESTED in pipeline/grids.py; alpha from which a pixel counts as painted
 _LONGEST_STEP, _LONGEST_RUN = 0.15, 2.0  # seconds to which a fast step and a fast run are stretched, to be seen
-_SECONDS = 20  # for which an error is shown
 _WORKER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 _log = logging.getLogger(__name__)
 
@@ -64,6 +63,7 @@ STYLE = """
 .small img { image-rendering: pixelated; width: 100%; height: 100%; object-fit: contain; }
 .images .grid-wrap { min-height: 0; max-height: none; overflow: visible; }
 .images .thumbnail-lg { aspect-ratio: auto; height: auto; }
+.images [data-testid="status-tracker"]:has(.error) { display: none; }  /* the message says it, and the images stay */
 .images .caption-label { position: static; max-width: none; border: 0; background: none; text-align: center; }
 .seed button { align-self: end; }
 @media (max-width: 640px) {
@@ -99,11 +99,11 @@ def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
                 take, source = _add_edit_tab(pipe)
 
         @answer
-        def fill(images: list[tuple[str, str]] | None, number: int) -> Iterator[list[Any]]:
+        def fill(images: list[tuple[Image.Image, str]] | None, number: int) -> Iterator[list[Any]]:
             if not images:
                 raise ValueError("no image is generated yet; press Generate, or upload an image")
-            path = Path(images[min(number, len(images) - 1)][0])
-            yield [gr.Tabs(selected="edit"), *_show_source(read_upload(path, pipe))]
+            pixels = image_pixels(images[min(number, len(images) - 1)][0], channels=pipe.tokenizer.channels)
+            yield [gr.Tabs(selected="edit"), *_show_source(pixels, pipe)]
 
         for button in (edit_this, take):
             button.click(fill, [generated, selected], [tabs, *source], **_LIGHT)
@@ -114,7 +114,7 @@ def build_page(pipe: MaskGIT, name: str) -> gr.Blocks:
 def _add_generate_tab(pipe: MaskGIT, page: gr.Blocks) -> tuple[Any, Any, Any]:
     """Adds the tab that generates; returns a button, the images, and the number of the one that is selected."""
     classes = [("a mix of classes", _MIX), *_class_choices(pipe)]
-    selected = gr.State(0)
+    generated, selected = gr.State(), gr.State(0)  # images and captions, which no browser sends back
     with gr.Row():
         with gr.Column(scale=3, min_width=320):
             images, caption = _add_gallery(pipe, "generated"), gr.Markdown()
@@ -132,21 +132,22 @@ def _add_generate_tab(pipe: MaskGIT, page: gr.Blocks) -> tuple[Any, Any, Any]:
 
     @answer
     def generate(label: str | int, seed: int, count: int, *values: Any) -> Iterator[list[Any]]:
-        labels = _mix(pipe, count) if label == _MIX else [int(label)] * count
-        yield from run_task(pipe, pipe.generate, labels, seed, settings_of(pipe, values))
+        labels = _mix(pipe, count) if label == _MIX else [_check_class(label)] * count
+        for shown, said in run_task(pipe, pipe.generate, labels, seed, settings_of(pipe, values)):
+            yield [shown, said, shown]
 
     # The page opens with what its settings give.
     labels = _mix(pipe, _COUNT)
-    opening = pipe.generate(labels, seed=_SEED)
-    first = list(zip(opening, _captions(pipe, labels, _SEED), strict=True)), describe_settings(pipe.decoding)
-    page.load(lambda: first, None, [images, caption], **_LIGHT)
-    _on_run(button, stop, generate, [label, seed, count, *fields], [images, caption])
+    first = list(zip(pipe.generate(labels, seed=_SEED), _captions(pipe, labels, _SEED), strict=True))
+    outputs = [images, caption, generated]
+    page.load(lambda: [first, describe_settings(pipe.decoding), first], None, outputs, **_LIGHT)
+    _on_run(button, stop, generate, [label, seed, count, *fields], outputs)
     images.select(_place_of, None, selected, **_LIGHT)
     keep.click(
         lambda images, said: [images, said, gr.Column(visible=True)],
-        [images, caption], [kept_images, kept_caption, kept], **_LIGHT,
+        [generated, caption], [kept_images, kept_caption, kept], **_LIGHT,
     )  # fmt: skip
-    return edit_this, images, selected
+    return edit_this, generated, selected
 
 
 def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
@@ -164,7 +165,9 @@ def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
             drop = gr.Image(
                 label="Image to edit", type="filepath", image_mode=None, format="png", height=320,
                 sources=["upload", "clipboard"],
-                placeholder="# Which image shall change?\nDrop one here, or take the one that you generated.",
+                placeholder="# Which image shall change?\nDrop one here, or take the one that you generated.\n"
+                f"The model sees {pixels_text(pipe.tokenizer.image_size)} pixels"
+                f"{', in grey' if pipe.tokenizer.channels == 1 else ''}.",
             )  # fmt: skip
             editor = _add_editor(pipe)
         with gr.Column(scale=2, min_width=300):
@@ -192,7 +195,7 @@ def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
         box, sides, margin, strength, label, seed, count, *values = rest
         if pixels is None:
             raise ValueError("an image is missing; upload one, or take the generated image")
-        labels, settings = [None if label == _ANY else label] * count, settings_of(pipe, values)
+        labels, settings = [None if label == _ANY else _check_class(label)] * count, settings_of(pipe, values)
         height, width = pixels.shape[-2:]
         if task == _PAINT:
             mask = (
@@ -213,7 +216,8 @@ def _add_edit_tab(pipe: MaskGIT) -> tuple[Any, list[Any]]:
 
     @answer
     def read(path: str) -> Iterator[list[Any]]:
-        yield _show_source(read_upload(Path(path), pipe))
+        data = read_image_file(path, name=Path(path).name)
+        yield _show_source(decode_image(data, channels=pipe.tokenizer.channels, name=Path(path).name), pipe)
 
     for component in (upload, drop):
         component.upload(read, component, [drop, editor, source], **_LIGHT)
@@ -308,7 +312,7 @@ def start_values(pipe: MaskGIT) -> dict[str, Any]:
     selector: Any = decoding.token_selector  # None has no page
     return {
         "num_steps": decoding.num_steps,
-        "token_selector": None,
+        "token_selector": "",  # the model's own, with its numbers
         "first": float(first),
         "last": float(last),
         _NOISE: float(getattr(token_selectors.build(selector), _NOISE, 4.5)),
@@ -331,6 +335,7 @@ def settings_of(pipe: MaskGIT, values: Sequence[Any]) -> dict[str, Any]:
     settings["sampling_temperature"] = first if first == last else (first, last)
     # Numbers belong to their part, and some parts take none.
     selector: Any = settings["token_selector"] or pipe.decoding.token_selector
+    settings["token_selector"] = selector
     if not hasattr(token_selectors.build(selector), _NOISE):
         del settings[_NOISE]
     if not hasattr(guidance_schedules.build(pipe.decoding.guidance), "scale"):
@@ -343,7 +348,7 @@ def _add_settings(pipe: MaskGIT) -> list[Any]:
     """Adds a field for each of ``start_values``, folded away."""
     start, spec = start_values(pipe), pipe.decoding.token_selector
     own = spec["name"] if isinstance(spec, Mapping) else spec
-    selectors = [(f"as the model ({own})", None), *((name, name) for name in token_selectors.build_all())]
+    selectors = [(f"as the model ({own})", ""), *((name, name) for name in token_selectors.build_all())]
 
     def slider(name: str, label: str, least: float, usual: float, step: float, **options: Any) -> Any:
         # gradio refuses values above the maximum, and any value may be the model's own.
@@ -352,7 +357,7 @@ def _add_settings(pipe: MaskGIT) -> list[Any]:
     with gr.Accordion("Decoding settings", open=False):
         return [
             slider("num_steps", "Decoding steps", 1, pipe.transformer.network.config.num_tokens, 1, precision=0),
-            gr.Dropdown(selectors, value=None, label="Token selector"),
+            gr.Dropdown(selectors, value="", label="Token selector"),
             slider("first", "Sampling temperature, first step", 0, 4, 0.05),
             slider("last", "Sampling temperature, last step", 0, 4, 0.05),
             slider("choice_temperature", "Choice temperature (noise on the confidence)", 0, 30, 0.5),
@@ -371,6 +376,13 @@ def _captions(pipe: MaskGIT, labels: Sequence[int | None], seed: int) -> list[st
     return [f"{name}, seed {number}" for name, number in zip(names, seeds_of(seed, len(labels)), strict=True)]
 
 
+def _check_class(label: Any) -> int:
+    """Returns the class of a field, which a script can send empty."""
+    if not isinstance(label, int):
+        raise ValueError(f"class must be one of the list, got {shorten(label)}; choose one")
+    return label
+
+
 def _class_choices(pipe: MaskGIT) -> list[tuple[str, Any]]:
     return [(printable(name), label) for label, name in enumerate(pipe.class_names)]
 
@@ -378,7 +390,7 @@ def _class_choices(pipe: MaskGIT) -> list[tuple[str, Any]]:
 def _add_seed() -> Any:
     """Adds the number of the seed, and a button that draws another one in the browser."""
     with gr.Row(elem_classes="seed"):
-        seed = gr.Number(_SEED, label="Seed", precision=0, minimum=0, maximum=2**32 - 1, min_width=120, scale=2)
+        seed = gr.Number(_SEED, label="Seed", precision=0, min_width=120, scale=2)  # its bounds: seeds_of
         button = gr.Button("Another seed", size="sm", min_width=110, scale=1)
     button.click(None, None, seed, js="() => Math.floor(Math.random() * 100000)", api_visibility="private")
     return seed
@@ -402,7 +414,9 @@ def _on_run(button: Any, stop: Any, handler: Callable[..., Any], inputs: list[An
     """Lets a button run a task, and another one end it; the images scroll into view when it begins and ends."""
     element = f"document.getElementById('{outputs[0].elem_id}')"
     scroll = f"() => {element}.scrollIntoView({{behavior: 'smooth', block: 'nearest'}})"
-    button.click(None, None, None, js=scroll, api_visibility="private")
+    close = "() => document.querySelectorAll('.toast-close').forEach(cross => cross.click())"  # errors of earlier runs
+    for script in (scroll, close):
+        button.click(None, None, None, js=script, api_visibility="private")
     event = button.click(handler, inputs, outputs, show_progress_on=outputs[0], **_MODEL)
     event.then(None, None, None, js=scroll, api_visibility="private")
     stop.click(None, cancels=[event], api_visibility="private")
@@ -445,24 +459,11 @@ def _place_of(event: gr.SelectData) -> int:
     return int(event.index)
 
 
-def _show_source(pixels: Tensor) -> list[Any]:
-    """Returns the editor with an image (C, H, W) uint8 in place of the drop zone, and its pixels."""
+def _show_source(pixels: Tensor, pipe: MaskGIT) -> list[Any]:
+    """Returns the editor with the centre of an image (C, H, W) uint8 in place of the drop zone, and its pixels."""
+    pixels = fit_image(pixels, image_size=pipe.tokenizer.image_size, crop=None)
     value = {"background": enlarge(pixels, scale_to(pixels, _CANVAS)), "layers": [], "composite": None}
     return [gr.Image(visible=False), gr.ImageEditor(value, visible=True), pixels]
-
-
-def read_upload(path: Path, pipe: MaskGIT) -> Tensor:
-    """Reads an image of a stranger, crops its centre and resizes it to the size of the model.
-
-    Returns:
-        (C, H, W) uint8.
-
-    Raises:
-        ValueError: if it has over 64 million pixels, or is not a JPEG, PNG or WebP that can be read.
-    """
-    data = read_image_file(path, name=path.name)
-    pixels = decode_image(data, channels=pipe.tokenizer.channels, name=path.name)
-    return fit_image(pixels, image_size=pipe.tokenizer.image_size, crop=None)
 
 
 def _parse_box(text: str) -> tuple[int, ...]:
@@ -504,6 +505,6 @@ def answer(handler: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]
             if not (is_user_error(error) or isinstance(error, RunError)):
                 _log.error("internal error of maskgit_pl or of a library", exc_info=error)
                 text = f"{type(error).__name__}: internal error of maskgit_pl or of a library; the terminal shows where"
-            raise gr.Error(escape(text), duration=_SECONDS, print_exception=False) from None
+            raise gr.Error(escape(text), print_exception=False) from None
 
     return run

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import shutil
 import signal
 import socket
@@ -50,6 +51,12 @@ class Server:
     def written(self) -> list[str]:
         """Returns the files in its home, its temporary folder and its working directory."""
         return sorted(str(path.relative_to(self.place)) for path in self.place.rglob("*") if path.is_file())
+
+    def printed(self) -> str:
+        """Returns what the process has printed since the last call."""
+        assert self.process.stdout is not None
+        ready, _, _ = select.select([self.process.stdout], [], [], 0)
+        return os.read(self.process.stdout.fileno(), 2**16).decode() if ready else ""
 
     def cpu_seconds(self) -> float:
         """Returns the CPU time of the process so far: other work on the machine does not count."""
@@ -117,10 +124,17 @@ def running(place: Path, *, is_background: bool = False) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     with running(tmp_path_factory.mktemp("server")) as found:
         yield found
         assert found.process.poll() is None, "the server ended during the tests"
+
+
+@pytest.fixture
+def server(started: Server) -> Iterator[Server]:
+    """The server, which prints nothing, whatever a test sends to it."""
+    yield started
+    assert started.printed() == ""
 
 
 @pytest.fixture(scope="session")

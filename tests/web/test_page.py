@@ -158,6 +158,7 @@ def test_images_of_other_settings_are_compared(page: Page, pipe: MaskGIT) -> Non
     panel.get_by_label("Seed", exact=True).fill("4")
     set_number(panel, "Images", 2)
     panel.get_by_role("button", name="Decoding settings").click()
+    expect(panel.get_by_label("Token selector", exact=True)).to_have_value("as the model (confidence)")
     set_number(panel, "Decoding steps", 5)
     press(panel, "Generate")
     finish(page, panel, steps=5)
@@ -204,6 +205,7 @@ def test_an_upload_is_extended(page: Page, pipe: MaskGIT) -> None:
 def test_an_error_is_shown_as_a_sentence(page: Page) -> None:
     panel, toast = tab(page, "Edit"), page.get_by_test_id("toast-body")
     expect(panel.get_by_text("Which image shall change?")).to_be_visible()
+    expect(panel.get_by_text("The model sees 28 x 28 pixels, in grey.")).to_be_visible()
     press(panel, "Edit")
     expect(toast.last).to_contain_text("an image is missing; upload one, or take the generated image")
     upload(panel, "text.png", b"a letter, not a picture")
@@ -219,9 +221,12 @@ def test_an_error_is_shown_as_a_sentence(page: Page) -> None:
     expect(toast.last).to_contain_text("box must be left,top,right,bottom in the image")
     assert "Traceback" not in page.content()
     panel = tab(page, "Generate")
-    panel.get_by_label("Seed", exact=True).fill("")
-    press(panel, "Generate")
-    expect(toast.last).to_contain_text("seed must be")
+    for seed in ("", "-5"):
+        panel.get_by_label("Seed", exact=True).fill(seed)
+        press(panel, "Generate")
+        expect(toast).to_contain_text(f"seed must be an integer in [0, 2**32), got {seed or None}")
+        expect(toast).not_to_contain_text("box must be")  # errors of earlier runs go
+        expect(page.locator("#generated .error")).to_be_hidden()  # of gradio, above the images
 
 
 def test_a_run_ends_when_it_is_stopped_or_its_page_left(page: Page, server: Server) -> None:
