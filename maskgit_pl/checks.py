@@ -14,6 +14,7 @@ from dataclasses import MISSING, fields
 from difflib import get_close_matches
 from functools import cache
 from numbers import Real
+from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypeVar, cast
 
 if TYPE_CHECKING:
@@ -141,6 +142,19 @@ def _end(word: str) -> float:
     base, _, exponent = word.partition("**")
     end: float = float(base) ** float(exponent or 1)
     return end
+
+
+def check_folder(name: str, path: object) -> str:
+    """Returns the path of a pretrained folder as a string; raises a ``ValueError`` for anything else, such as a module.
+
+    The module of a stage writes such a folder.
+    """
+    if not isinstance(path, str | PathLike):
+        raise ValueError(
+            f"{name} must be the path of a pretrained folder, got a {type(path).__name__}; write the folder with "
+            "export() of the trained module, and give its path"
+        )
+    return str(path)
 
 
 def plain_number(value: Any) -> Any:

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from maskgit_pl.checks import check_number
+from maskgit_pl.checks import check_folder, check_number
 from maskgit_pl.data.batches import Batch
 from maskgit_pl.decoding.config import DecodingConfig, set_specs
 from maskgit_pl.decoding.decoder import SeededNoise, draw_start
@@ -107,7 +107,7 @@ class DistillationConfig(MaskedTokenConfig):
     distillation: str | dict[str, Any] = "dimo"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "teacher", str(self.teacher))
+        object.__setattr__(self, "teacher", check_folder("teacher", self.teacher))
         super().__post_init__()
         if not self.teacher:
             raise ValueError(

@@ -98,6 +98,19 @@ class MaskedTokenModel(TokenModel):
         self.decoder = config.decoding.build_decoder(self.mask_schedule)
         self.objective = config.built_objective
 
+    def on_fit_start(self) -> None:
+        """Checks that the masks are stratified over the batches of the data module, if it tells their size.
+
+        Raises:
+            ValueError: if the model has another global batch.
+        """
+        own = self.config.global_batch
+        given = getattr(getattr(self.trainer, "datamodule", None), "global_batch", own)
+        if given != own:
+            raise ValueError(
+                f"global_batch of the model must be {given}, that of the data module, got {own}; give both the same"
+            )
+
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
         # 1. Mask.

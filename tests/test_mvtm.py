@@ -266,6 +266,27 @@ def test_a_resumed_run_equals_a_straight_one_bit_exact(tiny_shards, tiny_pretrai
     assert_equal(ends[0]["state_dict"], ends[1]["state_dict"])
 
 
+def test_a_module_in_place_of_its_folder_is_refused(tiny_pretrained):
+    with pytest.raises(ValueError, match=r"^tokenizer must be the path of a pretrained folder, got a MaskedTokenModel"):
+        replace(model(tiny_pretrained).config, tokenizer=model(tiny_pretrained))
+
+
+def test_model_and_data_have_one_global_batch(tiny_shards, tiny_pretrained, tmp_path):
+    module, message = model(tiny_pretrained, global_batch=4), "^global_batch of the model must be 8, .*, got 4"
+    with pytest.raises(ValueError, match=message):
+        fit(module, data(tiny_shards), steps=1, folder=tmp_path)
+
+
+def test_a_checkpoint_of_lightning_is_loaded_with_the_configuration(tiny_shards, tiny_pretrained, tmp_path):
+    module = model(tiny_pretrained)
+    trainer = Trainer(max_steps=1, limit_val_batches=0, accelerator="cpu", logger=False, enable_checkpointing=False,
+                      enable_progress_bar=False, enable_model_summary=False)  # fmt: skip
+    trainer.fit(module, data(tiny_shards))
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    loaded = MaskedTokenModel.load_from_checkpoint(tmp_path / "one.ckpt", config=module.config)
+    assert_equal(loaded.state_dict(), module.state_dict())
+
+
 def test_parts_of_the_configuration_may_be_objects(tiny_pretrained):
     parts = {"mask_schedule": Pow(2.0), "objective": MaskedCrossEntropy(0.5), "mask_ratio": UniformRatio()}
     config = model(tiny_pretrained, **parts).config

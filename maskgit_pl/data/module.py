@@ -134,6 +134,7 @@ class ShardData(StepDataModule):
     def __init__(self, config: ShardDataConfig) -> None:
         super().__init__()
         self.config = config
+        self.global_batch = config.global_batch
         self.stream = config.stream if config.source == "stream" else None
         self._readers: dict[Split, ShardReader] = {}
         self._vectors: dict[Split, VectorReader] = {}

@@ -25,7 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
-from maskgit_pl.checks import check_choice, check_integer, check_number
+from maskgit_pl.checks import check_choice, check_integer, check_number, shorten
 from maskgit_pl.registry import Registry, derives_from
 
 Decay = Literal["constant", "cosine", "linear"]
@@ -173,7 +173,7 @@ class OptimizerConfig:
         algorithm: Name or mapping of a registered optimizer.
 
     Raises:
-        ValueError: if a number is out of range, or the algorithm is unknown.
+        ValueError: if a number is out of range, the learning rate is a number, or the algorithm is unknown.
     """
 
     learning_rate: LearningRate
@@ -182,6 +182,9 @@ class OptimizerConfig:
     algorithm: str | Mapping[str, Any] = "adamw"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.learning_rate, LearningRate):
+            rate = shorten(self.learning_rate)
+            raise ValueError(f"learning_rate must be a LearningRate, got {rate}; give its peak as LearningRate(peak)")
         for beta in self.betas:
             check_number("betas", beta, "[0, 1)")
         check_number("weight_decay", self.weight_decay, "[0, 10]")

@@ -43,7 +43,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from maskgit_pl.checks import check_class_names, check_number, check_seed, height_width
+from maskgit_pl.checks import check_class_names, check_folder, check_number, check_seed, height_width
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
@@ -96,7 +96,7 @@ class TokenModelConfig:
         compiled: ``blocks`` compiles the blocks of the trained network with ``torch.compile``.
 
     Raises:
-        ValueError: if a number is out of range.
+        ValueError: if a number is out of range, or the tokenizer is no path.
     """
 
     network: Annotated[BackboneConfig, BeforeValidator(read_config_values)]
@@ -112,7 +112,7 @@ class TokenModelConfig:
     compiled: Compiled = "none"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokenizer", str(self.tokenizer))  # a Path is no plain value
+        object.__setattr__(self, "tokenizer", check_folder("tokenizer", self.tokenizer))  # a Path is no plain value
         check_number("label_smoothing", self.label_smoothing, "[0, 1)")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
@@ -363,6 +363,8 @@ class TokenModel(LightningModule):
 
         The token embedding, which is tied to the output layer, stays in the root group.
         """
+        if self._trainer is None:  # ``load_from_checkpoint``
+            return
         check_precision(self.trainer.precision)
         if self.device_mesh is None:
             return

@@ -180,6 +180,7 @@ def test_the_page_names_every_optimizer_with_the_values_that_it_keeps():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
+        (OptimizerConfig, {"learning_rate": 1e-3}, "^learning_rate must be a LearningRate, got 0.001; give its peak"),
         (OptimizerConfig, {"betas": (0.9, 1.0)}, r"^betas must be a number in \[0, 1\), got 1.0"),
         (OptimizerConfig, {"weight_decay": -1.0}, r"^weight_decay must be a number in \[0, 10\], got -1.0"),
         (OptimizerConfig, {"algorithm": "lio"}, "unknown optimizer 'lio': did you mean 'lion'?"),
