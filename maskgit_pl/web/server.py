@@ -34,6 +34,7 @@ App: TypeAlias = Callable[[Message, Receive, Send], Awaitable[None]]
 
 MAX_UPLOAD_BYTES = 16 * 2**20
 _MAX_REQUEST_BYTES = MAX_UPLOAD_BYTES + 2**16  # an upload has more than the file
+_MAX_EVENT_BYTES = 2**20  # of JSON, which takes many times its size as objects
 _MAX_PIXELS = 64_000_000  # of a picture that gradio opens
 _UPLOAD = "/gradio_api/upload"  # the only path that takes a form
 _ADDRESS = "127.0.0.1"  # which only this machine can reach
@@ -103,7 +104,7 @@ class Guard:
        (DNS rebinding) is refused, because its name stays in ``Host``.
     2. ``Origin`` must be that host and port, if it is sent, else 403. Browsers send it with every upload, and
        with every request whose answer a script of another site could read.
-    3. A request has a length, else 411, of at most that of an upload of 16 MiB, else 413.
+    3. A request has a length, else 411, of at most 16 MiB for an upload and 1 MiB for all others, else 413.
     4. A POST that is no upload is JSON, and each ``path`` in it a file of the page, else 403: gradio copies the files
        that an event names to where the page can read them. No request names another site, from which gradio would load.
 
@@ -185,8 +186,9 @@ def _refuse(path: str, headers: Mapping[str, list[str]]) -> tuple[int, str] | No
     if "transfer-encoding" in headers:
         return 411, "a request must have a length"
     length = int(headers.get("content-length", ["0"])[0])
-    if length > _MAX_REQUEST_BYTES:
-        return 413, f"a request must have at most {size_text(_MAX_REQUEST_BYTES)}, got {size_text(length)}"
+    most = _MAX_REQUEST_BYTES if path == _UPLOAD else _MAX_EVENT_BYTES
+    if length > most:
+        return 413, f"a request must have at most {size_text(most)}, got {size_text(length)}"
     return None
 
 
