@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
+from tests.forked import PROCESSES
 
 NAMES = ["cat", "dog", "tench, Tinca tinca"]
 
@@ -159,14 +161,19 @@ def test_without_pyarrow_the_way_to_install_it_is_named(tars, tmp_path, monkeypa
         open_source(tmp_path / "in")
 
 
+def write_zeros(path: Path, dictionary: bool) -> None:
+    """Writes 16 rows, which are read at once: the same zeros, which zstd and the dictionary compress to a few bytes."""
+    table = pa.table({"image": pa.array([bytes(2**23)] * 16, pa.binary()), "label": [0] * 16})
+    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "data_page_size": 2**30}
+    pq.write_table(table, path, use_dictionary=dictionary, **options)
+
+
 @pytest.mark.parametrize("dictionary", [True, False], ids=["a dictionary", "one large page"])
 def test_pages_that_expand_end_the_child_at_its_bound_and_not_this_process(tars, tmp_path, monkeypatch, dictionary):
     write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
     path = tmp_path / "train.parquet"
-    # 16 rows are read at once. Their images are the same zeros, which zstd and the dictionary compress to a few bytes.
-    table = pa.table({"image": pa.array([bytes(2**23)] * 16, pa.binary()), "label": [0] * 16})
-    options = {"compression": "zstd", "dictionary_pagesize_limit": 2**30, "data_page_size": 2**30}
-    pq.write_table(table, path, use_dictionary=dictionary, **options)
+    with ProcessPoolExecutor(1, PROCESSES) as process:
+        process.submit(write_zeros, path, dictionary).result()
     assert path.stat().st_size < 50_000
     monkeypatch.setattr("maskgit_pl.data.sources.parquet._CHILD_BYTES", 2**27)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
