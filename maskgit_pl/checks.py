@@ -318,7 +318,7 @@ def _describe_wrong_value(
     choices = re.findall("'([^']*)'", expected)
     close = did_you_mean(values, choices) if isinstance(values, str) else ""
     rule = " or ".join(dict.fromkeys(map(_rule_of, details)))
-    if isinstance(values, str) and "a list" in rule and not close:
+    if isinstance(values, str) and re.fullmatch(r"[\w, .:-]{1,40}", values) and "a list" in rule and not close:
         close = f"write [{values}]"
     if isinstance(values, list | tuple):
         rule = f"a list with {rule} as each item" if "a list" not in rule else rule

@@ -47,7 +47,6 @@ def pytest_collection_finish() -> None:
 def _return_memory() -> Iterator[None]:
     """Returns freed memory to the system: large tensors, and the 1 GiB that commands of training keep."""
     yield
-    gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
 
 
