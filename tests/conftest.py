@@ -43,7 +43,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(autouse=True)
 def _return_memory() -> Iterator[None]:
     """Returns freed memory to the system: large tensors, and the 1 GiB that commands of training keep."""
     yield

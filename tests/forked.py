@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -45,6 +46,12 @@ def begin(environment: Mapping[str, str], out: Path, error: Path) -> None:
     for number, file in ((1, out), (2, error)):
         with file.open("ab") as stream:
             os.dup2(stream.fileno(), number)
+
+
+def in_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns ``function(*arguments)`` of a process whose end frees its memory, as of networks of a published size."""
+    with ProcessPoolExecutor(1, PROCESSES, torch.set_num_threads, (1,)) as process:
+        return process.submit(function, *arguments).result()
 
 
 def run_ranks(function: Callable[..., None], *arguments: Any, ranks: int = 2) -> None:

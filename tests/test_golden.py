@@ -3,7 +3,6 @@
 import os
 import shutil
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from maskgit_pl.data import Batch
 from maskgit_pl.importers.released import transformer_weights
-from tests.forked import PROCESSES
+from tests.forked import in_own_process
 from tests.short_runs import masked_model
 
 GOLDEN = Folder(Path(__file__).parent / "golden")
@@ -48,16 +47,13 @@ def test_a_folder_has_the_files_of_its_manifest(folder):
 
 
 def check_full(model: str) -> list[Comparison]:
-    torch.set_num_threads(1)
     return check_model(FULL, model)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", FULL.manifest["sha256"])
 def test_the_released_size_agrees(model, record_property):
-    with ProcessPoolExecutor(1, PROCESSES) as process:  # its end frees the weights
-        comparisons = process.submit(check_full, model).result()
-    assert_agree(comparisons, record_property, folder=f"golden {FULL.path}")
+    assert_agree(in_own_process(check_full, model), record_property, folder=f"golden {FULL.path}")
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from maskgit_pl.importers.transformers import HALTON, MASKGIL, import_transforme
 from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
 from maskgit_pl.pipeline import MaskGIT
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer, save_tokenizer
+from tests.forked import in_own_process
 from tests.importers.transformer_references import (
     HALTON_SIZES,
     MASKGIL_SIZES,
@@ -85,6 +86,13 @@ def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
     torch.testing.assert_close(network.forward_at(tokens, labels, positions), rows, rtol=0, atol=1e-5)
 
 
+def check_published(kind, size, tokenizer, folder):
+    embed_dim, blocks, heads = size
+    original = randomise(kind(codes=16384, classes=1000, side=16, size=embed_dim, blocks=blocks, heads=heads))
+    import_transformer(save_checkpoint(original, folder / "a.pth"), folder / "out", tokenizer=tokenizer)
+    compare(load_transformer(folder / "out" / "transformer").network, original, side=16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "size"),
@@ -92,11 +100,7 @@ def test_logits_are_those_of_the_original(kind, changes, tokenizer, tmp_path):
     ids=["Halton-MaskGIT tiny", "Halton-MaskGIT small", "MaskGIL-B"],
 )
 def test_logits_are_those_of_the_original_at_published_sizes(kind, size, tokenizer, tmp_path):
-    embed_dim, blocks, heads = size
-    original = randomise(kind(codes=16384, classes=1000, side=16, size=embed_dim, blocks=blocks, heads=heads))
-    file = save_checkpoint(original, tmp_path / "a.pth")
-    import_transformer(file, tmp_path / "out", tokenizer=tokenizer(codes=16384, image_size=32))
-    compare(load_transformer(tmp_path / "out" / "transformer").network, original, side=16)
+    in_own_process(check_published, kind, size, tokenizer(codes=16384, image_size=32), tmp_path)
 
 
 def published(kind, size, blocks, heads, **changes):

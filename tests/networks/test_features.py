@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import torchvision
 from torch import nn
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.functional.image import lpips as theirs
 from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+from torchvision.models.vgg import cfgs, make_layers
 
 from maskgit_pl.networks.feature_networks import weights_digest
 from maskgit_pl.networks.features import (
@@ -184,7 +184,7 @@ def lpips_spec(tmp_path_factory):
     file = tmp_path_factory.mktemp("lpips") / "vgg.pth"
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        features = torchvision.models.vgg16().features
+        features = make_layers(cfgs["D"])
     torch.save({f"features.{key}": value for key, value in features.state_dict().items()}, file)
     return {"name": "lpips", "weights": str(file), "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
 
@@ -223,9 +223,9 @@ def test_the_logits_of_a_feature_network_are_compared():
 
 def test_lpips_is_that_of_torchmetrics_and_of_one_file(lpips_spec, monkeypatch, tmp_path) -> None:
     file, sha256 = lpips_spec["weights"], lpips_spec["sha256"]
-    model = torchvision.models.vgg16()
-    model.load_state_dict(torch.load(file), strict=False)
-    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda net, pretrained: model.features)
+    features = make_layers(cfgs["D"])
+    features.load_state_dict({name.removeprefix("features."): value for name, value in torch.load(file).items()})
+    monkeypatch.setattr(theirs, "_get_tv_model_features", lambda net, pretrained: features)
     expected = LearnedPerceptualImagePatchSimilarity("vgg", normalize=True)
     images, others = torch.rand(3, 3, 32, 32), torch.rand(3, 3, 32, 32)
     ours = LPIPSSpec(file, sha256).create()

@@ -5,7 +5,6 @@ import json
 import os
 import random
 import resource
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from PIL import Image
 from maskgit_pl.data.manifest import ShardReader, load_manifest, read_manifest_summary
 from maskgit_pl.data.sources.making import open_source
 from maskgit_pl.data.writer import make_shards
-from tests.forked import PROCESSES
+from tests.forked import in_own_process
 
 NAMES = ["cat", "dog", "tench, Tinca tinca"]
 
@@ -172,8 +171,7 @@ def write_zeros(path: Path, dictionary: bool) -> None:
 def test_pages_that_expand_end_the_child_at_its_bound_and_not_this_process(tars, tmp_path, monkeypatch, dictionary):
     write(tars, tmp_path / "validation.parquet", 0, 3, struct=False, names=None)
     path = tmp_path / "train.parquet"
-    with ProcessPoolExecutor(1, PROCESSES) as process:
-        process.submit(write_zeros, path, dictionary).result()
+    in_own_process(write_zeros, path, dictionary)
     assert path.stat().st_size < 50_000
     monkeypatch.setattr("maskgit_pl.data.sources.parquet._CHILD_BYTES", 2**27)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
