@@ -66,7 +66,7 @@ def test_ctrl_c_ends_data_make_and_its_workers_with_one_line(tmp_path: Path):
     ],
 )
 def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback(words, to, code, error):
-    command = f"exec env -u PYTHONUNBUFFERED {sys.executable} -m maskgit_pl {words} {to}"
+    command = f"exec env -u PYTHONUNBUFFERED {shlex.quote(sys.executable)} -m maskgit_pl {words} {to}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (code, error)
 
@@ -75,7 +75,7 @@ def test_an_output_that_nobody_reads_ends_a_command_without_a_traceback(words, t
 @pytest.mark.parametrize("to", ["> /dev/full 2> /dev/full", ">&- 2>&-"])
 def test_a_line_that_cannot_be_printed_ends_no_training(tiny_shards, tmp_path, to):
     words = shlex.join(["train", "tokenizer", f"--data={tiny_shards}", "--run=r", *tiny_flags("tokenizer")])
-    command = f"exec env -u PYTHONUNBUFFERED {sys.executable} -m maskgit_pl {words} {to}"
+    command = f"exec env -u PYTHONUNBUFFERED {shlex.quote(sys.executable)} -m maskgit_pl {words} {to}"
     subprocess.run(["bash", "-c", command], cwd=tmp_path, check=True)
     assert (tmp_path / "runs" / "r" / "pretrained" / "tokenizer" / "model.safetensors").is_file()
 

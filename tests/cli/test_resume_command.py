@@ -40,7 +40,7 @@ def test_settings_that_would_make_another_run_are_refused_with_the_list(begun, r
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     answer = resume(f"--{key}=32", "--data.seed=7", "--data.global_batch=8", "--trainer.max_steps=9")
     refused(
-        answer, f"cannot resume {folder} from step 1: settings changed (", f"{key}: 16 -> 32", "data.seed: 0 -> 7",
+        answer, f"cannot resume {folder} from step ", ": settings changed (", f"{key}: 16 -> 32", "data.seed: 0 -> 7",
         "data.global_batch: 4 -> 8", "Restore them", "--run", "--pretrained",
     )  # fmt: skip
     assert "max_steps" not in answer.error
@@ -57,7 +57,7 @@ def test_inputs_may_move_but_not_change(begun, resume, tiny_shards, tiny_pretrai
         (tmp_path / "pretrained").symlink_to(tiny_pretrained)
         assert resume(f"--tokenizer={tmp_path / 'pretrained' / 'tokenizer'}").code == 0
         other = save_tiny_pretrained(tmp_path / "model", seed=3) / "tokenizer"
-        refused(resume(f"--tokenizer={other}"), " from step 1: settings changed (tokenizer: ")
+        refused(resume(f"--tokenizer={other}"), ": settings changed (tokenizer: ")
 
 
 @pytest.mark.slow
