@@ -319,12 +319,14 @@ def _make_space(pipe: MaskGIT, options: TuningOptions) -> SearchSpace:
 
 def _open_study(file: Path, metric: str, key: Mapping[str, Any]) -> optuna.Study:
     import optuna
+    from sqlalchemy.pool import NullPool  # of optuna; closes connections, which Python 3.13 warns of
 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    url = f"sqlite:///{quote(str(file))}"  # a path may hold ``?`` and ``%``
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         study = optuna.create_study(
-            storage=f"sqlite:///{quote(str(file))}",  # a path may hold ``?`` and ``%``
+            storage=optuna.storages.RDBStorage(url, engine_kwargs={"poolclass": NullPool}),
             study_name=f"{metric} {shorten_digest(digest_of(key))}",
             direction="maximize" if find_metric(metric).higher_is_better else "minimize",
             load_if_exists=True,
