@@ -18,8 +18,8 @@ IMPORTED_AS = {
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
-# Imported, but declared by a package that is: tensorboard (google.protobuf), gradio (fastapi, uvicorn).
-OF_DEPENDENCIES = {"fastapi", "google", "pydantic_core", "uvicorn"}
+# Imported, but declared by a package that is: tensorboard (google.protobuf), gradio (fastapi, uvicorn), optuna.
+OF_DEPENDENCIES = {"fastapi", "google", "pydantic_core", "sqlalchemy", "uvicorn"}
 OF_AN_EXTRA = {
     "pipeline/diffusers_pipeline": "diffusers",
     "web/page": "gradio",
