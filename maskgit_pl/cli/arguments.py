@@ -9,7 +9,7 @@ A command is an ordinary function, which Python can call too::
 
         Example: maskgit panorama runs/fashion-mnist-adaln --width 112
 
-Args:
+        Args:
             folder: Run folder.
             width: Width of each image in pixels.
             ...

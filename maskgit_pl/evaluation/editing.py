@@ -1,8 +1,7 @@
 """The edited images of the paper's Table 2.
 
-The right half of held-out images is outpainted, or their
-centre is inpainted. The pixels to generate are removed before the tokenizer encodes an image. Otherwise its
-convolutions would carry some of them into the neighbouring tokens.
+The right half of held-out images is outpainted, or their centre is inpainted. The pixels to generate are removed before
+the tokenizer encodes an image. Otherwise its convolutions would carry some of them into the neighbouring tokens.
 """
 
 from __future__ import annotations

@@ -62,8 +62,8 @@ class TokenizerLoss(ABC):
         class Edges(TokenizerLoss):
             weight: float = 1.0
 
-            def __call__(self, given: LossInputs, network: None) -> Tensor:
-                return (given.reconstruction.diff(dim=-1) - given.images.diff(dim=-1)).abs().mean()
+            def __call__(self, inputs: LossInputs, network: None) -> Tensor:
+                return (inputs.reconstruction.diff(dim=-1) - inputs.images.diff(dim=-1)).abs().mean()
 
     Attributes:
         weight: Factor of the term, in [0, 1e6].

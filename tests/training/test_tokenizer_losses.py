@@ -158,23 +158,24 @@ from maskgit_pl.training.tokenizer_losses import TokenizerLoss
 class Edges(TokenizerLoss):
     weight: float = 1.0
 
-    def __call__(self, given, network):
-        edges = (given.reconstruction.diff(dim=-1) - given.images.diff(dim=-1)).abs().mean()
-        return edges + given.features.square().mean()
+    def __call__(self, inputs, network):
+        edges = (inputs.reconstruction.diff(dim=-1) - inputs.images.diff(dim=-1)).abs().mean()
+        return edges + inputs.features.square().mean()
 """
 
 
 def test_a_term_of_another_package_is_part_of_the_loss(site):
-    points = "[maskgit_pl.tokenizer_losses]\nedges = edge_loss:Edges\n"
+    # Not the name of the documentation: who follows it here may have registered that one.
+    points = "[maskgit_pl.tokenizer_losses]\npackaged = edge_loss:Edges\n"
     install(site, name="edge-loss", entry_points=points, modules={"edge_loss": EDGES})
-    module, images = module_of(losses=("edges", {"name": "edges", "weight": 2.0})), batch().content / 255
+    module, images = module_of(losses=("packaged", {"name": "packaged", "weight": 2.0})), batch().content / 255
     metrics = module.replay_step(batch(), step=0)
     got = {name: parameter.grad.clone() for name, parameter in module.network.named_parameters()}
     module.network.zero_grad()
     output = module.network(images)
     edges = (output.reconstruction.diff(dim=-1) - images.diff(dim=-1)).abs().mean() + output.features.square().mean()
-    torch.testing.assert_close(metrics["edges"], edges.detach())
-    assert torch.equal(metrics["edges"], metrics["edges-2"])
+    torch.testing.assert_close(metrics["packaged"], edges.detach())
+    assert torch.equal(metrics["packaged"], metrics["packaged-2"])
     total = (output.reconstruction - images).square().mean() + 3 * edges
     (total + output.quantized.loss).backward()
     for name, parameter in module.network.named_parameters():
@@ -188,10 +189,10 @@ class Late(TokenizerLoss):
     weight: float = 1.0
     min_image_size = 17
 
-    def __call__(self, given: LossInputs, network: None) -> torch.Tensor:
-        if given.step < 10:
+    def __call__(self, inputs: LossInputs, network: None) -> torch.Tensor:
+        if inputs.step < 10:
             return torch.zeros(())
-        return F.avg_pool2d(given.reconstruction - given.images, 17).square().mean()
+        return F.avg_pool2d(inputs.reconstruction - inputs.images, 17).square().mean()
 
 
 def test_a_term_may_be_an_object():
