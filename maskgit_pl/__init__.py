@@ -16,9 +16,8 @@ if TYPE_CHECKING:
     from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
     from maskgit_pl.pipeline import MaskGIT
     from maskgit_pl.schedules import mask_schedules
-    from maskgit_pl.tokenizer import Tokenizer
+    from maskgit_pl.tokenizer import Tokenizer, TokenizerConfig
     from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-    from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 __version__ = "0.2.0"
 __all__ = [
@@ -50,7 +49,7 @@ _HOMES = {
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
     "Tokenizer": "tokenizer",
-    "TokenizerConfig": "training.tokenizer_losses",
+    "TokenizerConfig": "tokenizer",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }

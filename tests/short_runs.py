@@ -15,10 +15,9 @@ from maskgit_pl.data import ShardData, ShardDataConfig
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.tokenizer import Tokenizer, TokenizerConfig
 from maskgit_pl.training.checkpoints import Checkpoints, FolderCheckpointIO
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig
-from maskgit_pl.training.tokenizer_losses import TokenizerConfig
 
 RATE = LearningRate(1e-3)
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.vqgan import VQGANConfig
+from maskgit_pl.training import adversarial as losses
+from maskgit_pl.training.adversarial import AdversarialConfig
 from maskgit_pl.training.optimizers import LearningRate
 from maskgit_pl.training.strategies import build_strategy
-from maskgit_pl.training.tokenizer_losses import AdversarialConfig, PerceptualConfig
+from maskgit_pl.training.tokenizer_losses import PerceptualConfig
 from tests.forked import run_ranks
 from tests.short_runs import tokenizer_model
 

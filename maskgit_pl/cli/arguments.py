@@ -22,7 +22,7 @@ A command is an ordinary function, which Python can call too::
 4. A parameter ``overrides`` takes the flags that the command does not have: keys of a recipe.
 
 argparse only splits the command line. What is not given is not passed: a default stands once, in the signature.
-"""
+"""  # noqa: D214  # the Args of the example
 
 from __future__ import annotations
 

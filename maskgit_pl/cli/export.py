@@ -177,7 +177,7 @@ def import_transformer(
     out: Folder,
     num_heads: int | None = None,
 ) -> None:
-    """Converts a transformer of Halton-MaskGIT or MaskGIL.
+    """Converts a transformer of Halton-MaskGIT.
 
     A pretrained folder with it and its tokenizer is written, and what was read is printed. Nothing in the
     checkpoint is executed.

@@ -24,8 +24,7 @@ from maskgit_pl.distillation import DistillationConfig, DistilledModel
 from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
 from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, without_keys
-from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+from maskgit_pl.tokenizer import Tokenizer, TokenizerConfig
 
 _HABITS = {"epochs": "max_steps", "max_epochs": "max_steps", "lr": "peak", "batch_size": "global_batch"}  # here
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets

@@ -29,7 +29,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -47,7 +46,7 @@ from maskgit_pl.checks import check_class_names, check_folder, check_number, che
 from maskgit_pl.data.batches import Batch, check_batch, flip
 from maskgit_pl.decoding.config import DecodingConfig
 from maskgit_pl.decoding.decoder import DecodingStep
-from maskgit_pl.losses import chunked_statistics, mean_over_rows, needs_chunks, token_statistics
+from maskgit_pl.losses import mean_over_rows, token_statistics
 from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
 from maskgit_pl.pipeline.fine_tuning import weights_for
@@ -323,7 +322,7 @@ class TokenModel(LightningModule):
         return self.compute_losses(self.transformer, batch, batch.content, smoothing=self.config.label_smoothing)
 
     def compute_losses(self, network: Backbone, batch: Batch, tokens: Tensor, *, smoothing: float) -> StepLosses:
-        """Computes logits at the M predicted tokens, in chunks if they are very large, their losses and their mean.
+        """Computes logits at the M predicted tokens, their losses and the mean of these.
 
         Args:
             network: The network.
@@ -331,22 +330,25 @@ class TokenModel(LightningModule):
             tokens: (B, N) int64 in [0, K), the true tokens.
             smoothing: Label smoothing, in [0, 1).
         """
-        draws, config, columns = batch.step_draws, self.config.network, self.config.loss_columns
-        seen = self._hide(tokens, draws.mask)  # 5
+        draws, config = batch.step_draws, self.config.network
         targets = tokens.flatten()[draws.positions]  # (M,)
-        vectors = batch.vectors_for(config.condition_dim)
-        compute = partial(
-            network.forward_selected, seen, draws.labels, draws.positions, vectors=vectors, vocabulary=columns
+
+        def measure(logits: Tensor, place: slice) -> Tensor:
+            return token_statistics(
+                logits, targets[place], label_smoothing=smoothing, num_token_groups=config.num_token_groups
+            )
+
+        statistics = network.measure_selected(
+            self._hide(tokens, draws.mask),  # 5
+            draws.labels,
+            draws.positions,
+            measure,
+            vectors=batch.vectors_for(config.condition_dim),
+            vocabulary=self.config.loss_columns,
         )
-        measure = partial(token_statistics, label_smoothing=smoothing, num_token_groups=config.num_token_groups)
-        if network.takes_project and needs_chunks(len(targets), config.num_columns(columns)):
-            project = partial(chunked_statistics, targets=targets, measure=measure)
-            losses, nll, hits = compute(project=project).unbind(1)
-            # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
-            nll, hits = nll.detach(), hits.detach()
-        else:
-            losses, nll, hits = measure(compute(), targets)
-        return StepLosses(self._average(losses, draws), nll, hits)  # 6
+        losses, nll, hits = statistics.unbind(1)
+        # A column of a tensor with a graph has one: sums of the logs would keep the graphs of their steps.
+        return StepLosses(self._average(losses, draws), nll.detach(), hits.detach())  # 6
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
         """Returns what the network sees of tokens (B, N), of which those of ``mask`` (B, N) bool are predicted."""

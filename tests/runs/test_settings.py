@@ -12,7 +12,7 @@ from maskgit_pl.runs.resolve import config_text, values_without_data
 from maskgit_pl.runs.settings import json_schema, resolve
 
 BERT = {"model": {"network": {"embed_dim": 128, "depth": 4, "num_heads": 4, "mlp_dim": 512, "dropout": 0.3}}}
-ADALN = {"model": {"network": {"backbone": "adaln", "conditioning": "token"}}}
+ADALN = {"model": {"network": {"backbone": "adaln", "num_registers": 3}}}
 
 
 def read(*trees: dict, flags: tuple[str, ...] = ()) -> Recipe:
@@ -26,8 +26,8 @@ def network_of(recipe: Recipe) -> dict:
 
 def test_another_backbone_keeps_only_the_common_keys():
     recipe = read(BERT, ADALN, {"model": {"network": {"num_heads": 2}}})
-    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "conditioning": "token", "num_heads": 2}
-    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["conditioning"] == "token"
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "num_registers": 3, "num_heads": 2}
+    assert network_of(read(ADALN, {"model": {"network": {"backbone": "adaln", "depth": 3}}}))["num_registers"] == 3
     back = read(ADALN, {"model": {"network": {"backbone": "bert"}}}, BERT)
     assert network_of(back) == {"backbone": "bert", **BERT["model"]["network"]}
     named = read(BERT, {"model": {"network": {"backbone": "bert"}}})  # the same backbone as before
@@ -35,15 +35,15 @@ def test_another_backbone_keeps_only_the_common_keys():
     # What data and tokenizer determine comes first, without a backbone.
     sizes = {"model": {"network": {"codebook_size": 16, "num_classes": 3, "grid": [4, 4]}}}
     assert merge([sizes, ADALN])["model"]["network"].keys() == {
-        "codebook_size", "num_classes", "grid", "backbone", "conditioning",
+        "codebook_size", "num_classes", "grid", "backbone", "num_registers",
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_order_of_flags_does_not_matter(turned):
-    flags = ("--model.network.backbone=adaln", "--model.network.conditioning=token", "--model.network.embed_dim=64")
+    flags = ("--model.network.backbone=adaln", "--model.network.num_registers=3", "--model.network.embed_dim=64")
     recipe = read(BERT, flags=tuple(reversed(flags)) if turned else flags)
-    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "conditioning": "token", "embed_dim": 64}
+    assert network_of(recipe) == {"dropout": 0.3, "backbone": "adaln", "num_registers": 3, "embed_dim": 64}
     more = recipe.with_overrides(("--model.network.num_registers=2",))
     assert network_of(more)["num_registers"] == 2
 

@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from maskgit_pl import losses
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.vqgan import VQGANConfig
 from maskgit_pl.pipeline.pretrained import load_tokenizer
+from maskgit_pl.training.adversarial import AdversarialConfig, generator_loss
 from maskgit_pl.training.tokenizer_losses import (
-    AdversarialConfig,
     LossInputs,
     PerceptualConfig,
     TokenizerLoss,
@@ -89,7 +88,7 @@ def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discr
         torch.testing.assert_close(metrics["perceptual"], (parts[-1] / 2.0).detach())
     total = sum(parts)
     if discriminator is not None:
-        adversarial = losses.generator_loss(module.discriminator(output.reconstruction), kind="hinge")
+        adversarial = generator_loss(module.discriminator(output.reconstruction), kind="hinge")
         last = module.network.decoder.head.weight
         norms = [torch.autograd.grad(part, last, retain_graph=True)[0].norm() for part in (total, adversarial)]
         total = total + 0.3 * (norms[0] / (norms[1] + 1e-4) if weight_rule == "adaptive" else 1) * adversarial

@@ -11,14 +11,10 @@ from torch import Tensor
 
 from comparators.comparison import Comparison, inputs, present
 from comparators.folder import Folder
-from maskgit_pl.losses import (
-    discriminator_loss,
-    generator_loss,
-    mean_over_rows,
-    token_cross_entropy,
-)
+from maskgit_pl.losses import mean_over_rows, token_cross_entropy
 from maskgit_pl.networks.codebooks import GradientQuantizerSpec
 from maskgit_pl.networks.quantizers import entropy_loss
+from maskgit_pl.training.adversarial import discriminator_loss, generator_loss
 from maskgit_pl.training.tokenizer_losses import LossInputs, tokenizer_losses
 
 _INPUTS = (
