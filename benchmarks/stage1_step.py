@@ -22,8 +22,7 @@ from torchvision.models import vgg
 from maskgit_pl.data import Batch
 from maskgit_pl.networks.discriminators import DiscriminatorConfig
 from maskgit_pl.networks.feature_networks import FrozenNetwork
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput
-from maskgit_pl.pipeline.grids import to_unit_range
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, VQGANOutput, to_unit_range
 from maskgit_pl.tokenizer import Tokenizer, TokenizerConfig
 from maskgit_pl.training.adversarial import AdversarialConfig
 from maskgit_pl.training.optimizers import LearningRate, OptimizerConfig

@@ -1,6 +1,6 @@
 """Stage 2 of the autoregressive baseline: the transformer with causal attention learns to predict the next token.
 
-The numbers of its comments are those of the steps in ``training.token_model``.
+``training.token_model`` lists the steps of the training, and calls the methods here.
 
 Source: paper, Table 1 (VQGAN*: "the same setup as MaskGIT") and Figure 4; Esser et al., arXiv:2012.09841.
 """

@@ -1,7 +1,7 @@
 """Stage 2: masked visual token modeling. The transformer learns to predict masked tokens from the visible ones.
 
 ``MaskedTokenModel`` owns the mask schedule, and passes the same object to ``MaskSampler`` and
-``ParallelDecoder``. The numbers of its comments are those of the steps in ``training.token_model``.
+``ParallelDecoder``. ``training.token_model`` lists the steps of the training, and calls the methods here.
 """
 
 from __future__ import annotations
@@ -113,7 +113,6 @@ class MaskedTokenModel(TokenModel):
 
     def _draw(self, batch: Batch) -> Draws:
         network = self.config.network
-        # 1. Mask.
         mask = self.mask_sampler.mask(
             network.num_tokens,
             index=batch.index,
@@ -122,18 +121,17 @@ class MaskedTokenModel(TokenModel):
             global_batch=self.config.global_batch,
             grid=network.grid,
         )
-        # 2. Drop classes.
         draws = self._draws_of(batch, mask)
         if self.training and self.objective.visible_weight > 0:
             return draws._replace(positions=torch.arange(mask.numel(), device=mask.device))  # all tokens are predicted
         return draws
 
     def _hide(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        # 5. The mask token takes the place of masked tokens.
+        """Returns tokens (B, N) with the mask token in place of those of ``mask`` (B, N) bool."""
         return tokens.masked_fill(mask, self.config.network.mask_token_id)
 
     def _average(self, losses: Tensor, draws: Draws) -> Tensor:
-        # 6. The loss of the paper, the cross-entropy at the masked tokens, or another objective.
+        """Returns the loss of the paper, the cross-entropy at the masked tokens, or another objective."""
         return self.objective(TokenLosses(losses, draws.rows, len(draws.mask), draws.is_masked))
 
     def _assign_bins(self, mask: Tensor, positions: Tensor) -> Tensor:

@@ -39,11 +39,11 @@ from maskgit_pl.data import Batch, flip
 from maskgit_pl.data.batches import check_batch
 from maskgit_pl.distributed import mean_over_ranks
 from maskgit_pl.networks.discriminators import discriminators
-from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig
+from maskgit_pl.networks.vqgan import VQGAN, VQGANConfig, to_unit_range
 from maskgit_pl.networks.weights import load_weights
-from maskgit_pl.pipeline.grids import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, save_tokenizer
 from maskgit_pl.training.adversarial import AdversarialConfig, AdversarialStep
+from maskgit_pl.training.health import measure_usage
 from maskgit_pl.training.optimizers import (
     OptimizerConfig,
     build_optimizer,
@@ -230,10 +230,10 @@ class Tokenizer(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the gradients of one micro-batch. The last one of a global batch steps both optimizers."""
-        images = self._prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
+        images = self.prepare_images(batch, flip_probability=self.config.flip_probability)  # 1
         is_last = len(self._pending.tokens) + 1 == self.accumulation
         with self._sync_gradients(is_last=is_last):
-            metrics = self._add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
+            metrics = self.add_gradients(images, step=self.global_step, backward=self.manual_backward)  # 2 to 4
         if not is_last:
             return
         metrics |= self._step_optimizers()  # 5 to 7
@@ -242,26 +242,17 @@ class Tokenizer(LightningModule):
             rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
             self._log_metrics({**named, "learning-rate": rate}, bar="train/reconstruction")
 
-    def replay_step(self, batch: Batch, *, step: int) -> dict[str, Tensor]:
-        """Adds the gradients of one micro-batch to both networks, without a Trainer and without an optimizer step.
-
-        It computes the same as ``training_step`` without flips. ``runs.costs`` counts memory and FLOPs with it.
+    def add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
+        """Adds the gradients of one micro-batch to both networks, without an optimizer step.
 
         Args:
-            batch: Batch with (B, C, H, W) uint8 images.
+            images: (B, C, H, W) float32 in [0, 1].
             step: Step of the training, which decides on the adversarial loss and the R1 penalty.
+            backward: Propagates a scalar, such as ``torch.autograd.backward``.
 
         Returns:
             Detached losses by name.
         """
-        pending, self._pending = self._pending, _PendingUpdate()
-        images = self._prepare_images(batch, flip_probability=0.0)
-        metrics = self._add_gradients(images, step=step, backward=torch.autograd.backward)
-        self._pending = pending
-        return metrics
-
-    def _add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
-        """Adds the gradients of one (B, C, H, W) micro-batch to both networks and returns its losses."""
         # 2. Generator. The detached tensors are leaves, where the gradients of the losses stop. Losses are in float32.
         micro_batch = len(self._pending.tokens)
         self.network.quantizer.begin_micro_batch(seed=self.config.seed, step=step, micro_batch=micro_batch)
@@ -364,7 +355,7 @@ class Tokenizer(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds the reconstruction error and the codes of a batch, without rows whose ``valid`` is False."""
-        images = self._prepare_images(batch, flip_probability=0.0)
+        images = self.prepare_images(batch, flip_probability=0.0)
         tokens = self.ema_network.encode(images)
         # The network pads sizes that the downsampling does not divide; the padding is cut off.
         reconstruction = self.ema_network.decode(tokens, self.grid)[..., : images.shape[-2], : images.shape[-1]]
@@ -405,7 +396,7 @@ class Tokenizer(LightningModule):
 
     # Helpers
 
-    def _prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
+    def prepare_images(self, batch: Batch, *, flip_probability: float) -> Tensor:
         """Converts the uint8 images of a batch to (B, C, H, W) float32 in [0, 1], and flips some of them."""
         check_batch(batch, shape=(self.network.config.in_channels, *height_width(self.config.image_size)))
         images = batch.content
@@ -441,10 +432,7 @@ class Tokenizer(LightningModule):
 
 
 class CodebookUsage(Metric):
-    """The use of a codebook of K codes by a set of tokens: fraction of codes that occur, and perplexity.
-
-    perplexity = exp(-sum_k p_k log p_k), with p_k the fraction of tokens that are code k
-    """
+    """The use of a codebook of K codes by a set of tokens; see ``training.health.measure_usage``."""
 
     full_state_update = False
     counts: Tensor  # (K,) float64
@@ -460,11 +448,7 @@ class CodebookUsage(Metric):
 
     def compute(self) -> dict[str, Tensor]:
         """Returns ``codebook_usage`` in [0, 1] and ``perplexity`` in [1, K]."""
-        shares = self.counts / self.counts.sum().clamp(min=1)
-        return {
-            "codebook_usage": (self.counts > 0).float().mean(),
-            "perplexity": torch.special.entr(shares).sum().exp().float(),
-        }
+        return {name: value.float() for name, value in measure_usage(self.counts).items()}
 
 
 @dataclass

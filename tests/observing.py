@@ -62,7 +62,7 @@ class Observer(Callback):
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Wraps the methods that draw masks or mirrored images, and the one that records the losses of stage 1."""
-        name = "_encode" if hasattr(module, "_encode") else "_prepare_images"
+        name = "_encode" if hasattr(module, "_encode") else "prepare_images"
         draw, record = getattr(module, name), None if name == "_encode" else module._log_metrics
 
         def drawing(batch: Batch, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from maskgit_pl.losses import MaskedCrossEntropy
 from maskgit_pl.masking import UniformRatio, true_positions
 from maskgit_pl.mvtm import MaskedTokenModel
 from maskgit_pl.networks.transformer import TransformerConfig
-from maskgit_pl.pipeline.grids import to_unit_range
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pipeline.pretrained import load_tokenizer, load_transformer
 from maskgit_pl.randomness import random_uniform
 from maskgit_pl.schedules import Pow, mask_schedules

@@ -30,7 +30,7 @@ from maskgit_pl.data.token_store import (
 )
 from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.distributed import check_device, default_device
-from maskgit_pl.pipeline.grids import to_unit_range
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pipeline.pretrained import PretrainedTokenizer, load_tokenizer
 from maskgit_pl.processes import Bars, available_cores, launcher_rank, local_rank, no_bars
 from maskgit_pl.runs.plan import SHARED_TOKENS, Folders, plan_run

@@ -1,7 +1,7 @@
 """Stage 2: the base of both models and of their configurations, with optimization, averages, samples and export.
 
 ``mvtm.MaskedTokenModel`` predicts masked tokens, ``autoregressive.AutoregressiveModel`` the next token. A
-training step does for each micro-batch (the code of both repeats the numbers):
+training step does for each micro-batch (the code of this file repeats the numbers, in their order):
 
 1. Draw the mask (B, N) of the tokens to predict (``_draw``). MaskedTokenModel draws it from (seed, sample,
    epoch, position): ceil(ratio N) positions with ratio = gamma(u). AutoregressiveModel predicts all tokens.
@@ -49,6 +49,7 @@ from maskgit_pl.decoding.decoder import DecodingStep
 from maskgit_pl.losses import mean_over_rows, token_statistics
 from maskgit_pl.masking import Draws, true_positions
 from maskgit_pl.networks.backbone import Backbone, BackboneConfig, Vocabulary, read_config_values
+from maskgit_pl.networks.vqgan import to_unit_range
 from maskgit_pl.pipeline.fine_tuning import weights_for
 from maskgit_pl.pipeline.pretrained import (
     PretrainedTokenizer,
@@ -248,7 +249,7 @@ class TokenModel(LightningModule):
         if isinstance(batch, Batch) and batch.draws is not None:
             return batch
         self._check_samples(batch)
-        return batch._replace(draws=self._draw(batch))
+        return batch._replace(draws=self._draw(batch))  # 1; ``_draw`` calls ``_draws_of``
 
     def _check_samples(self, batch: Batch) -> None:
         """Checks that the samples of a batch are those of the network, or images of its tokenizer.
@@ -274,7 +275,7 @@ class TokenModel(LightningModule):
     def _draws_of(self, batch: Batch, mask: Tensor) -> Draws:
         """Returns the draws that predict the tokens of ``mask`` (B, N) bool; in validation without class dropout."""
         if self.training:
-            return Draws(self._drop_classes(batch), mask, true_positions(mask))
+            return Draws(self._drop_classes(batch), mask, true_positions(mask))  # 2
         # Rows that only pad the last batch do not count.
         return Draws(batch.labels, mask, true_positions(mask & batch.valid.unsqueeze(1)))
 
@@ -315,7 +316,7 @@ class TokenModel(LightningModule):
             )
         # In float32 in any precision of the Trainer, as `maskgit tokenize` and the pipeline encode.
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            return self.tokenizer.network.encode(images.to(torch.float32) / 255)
+            return self.tokenizer.network.encode(to_unit_range(images))
 
     def _compute_training_losses(self, batch: Batch) -> StepLosses:
         """Returns loss and statistics of the trained network for a batch of tokens."""

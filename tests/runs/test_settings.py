@@ -66,10 +66,10 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
             (BERT, ADALN, {"model": {"network": {"num_head": 1}}}),
             (),
             r"^recipe 2\.yaml: unknown key 'model\.network\.num_head': did you mean 'model\.network\.num_heads'\? "
-            "keys of model.network: .*conditioning",
+            "keys of model.network: .*num_registers",
         ),
         ((BERT,), ("--model.network.backbone=brt",), r"^flag --model\.network\.backbone: .*'brt': did you mean 'bert'"),
-        ((ADALN,), ("--model.network.conditioning=round",), r"conditioning must be 'adaln' or .*got 'round'"),
+        ((ADALN,), ("--model.network.attention=round",), r"attention must be 'bidirectional' or .*got 'round'"),
     ],
 )
 def test_a_wrong_key_is_answered_with_the_keys_of_the_backbone(trees, flags, said):

@@ -20,7 +20,7 @@ from maskgit_pl.training.tokenizer_losses import (
     tokenizer_losses,
 )
 from tests.installed_packages import install
-from tests.short_runs import data, fit, tiny_module, tokenizer_model
+from tests.short_runs import data, fit, replay_step, tiny_module, tokenizer_model
 
 SIZE = 20
 NETWORK = VQGANConfig(
@@ -76,7 +76,7 @@ def test_the_gradient_is_that_of_the_plain_sum(reconstruction, perceptual, discr
         reconstruction_loss=reconstruction, reconstruction_weight=4.0, weight_rule=weight_rule,
         perceptual=networks.get(perceptual), discriminator=DISCRIMINATORS.get(discriminator),
     )  # fmt: skip
-    metrics = module.replay_step(batch(), step=0)
+    metrics = replay_step(module, batch(), step=0)
     got = {name: parameter.grad.clone() for name, parameter in module.network.named_parameters()}
     images = batch().content / 255
 
@@ -105,12 +105,12 @@ def test_each_choice_runs_in_bfloat16_mixed_on_a_cpu(perceptual, discriminator, 
     choice = {"discriminator": DISCRIMINATORS[discriminator], "weight_rule": weight_rule}
     module = module_of(perceptual=networks.get(perceptual), **choice)
     with torch.autocast("cpu", torch.bfloat16):
-        metrics = module.replay_step(batch(), step=0)
+        metrics = replay_step(module, batch(), step=0)
     assert all(value.isfinite() for value in metrics.values())
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad.isfinite().all(), name
-    full = module_of(perceptual=networks.get(perceptual), **choice).replay_step(batch(), step=0)
+    full = replay_step(module_of(perceptual=networks.get(perceptual), **choice), batch(), step=0)
     assert metrics["reconstruction"].item() == pytest.approx(full["reconstruction"].item(), rel=0.05)
 
 
@@ -128,7 +128,7 @@ def test_the_gradient_of_r1_is_that_of_float32_in_bfloat16_mixed(batch_size):
         adversarial = AdversarialConfig({"name": "stylegan", "channel_multiplier": 1 / 8}, r1_weight=r1_weight)
         module = tokenizer_model(network, image_size=32, adversarial=adversarial)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            module._add_gradients(images, step=0, backward=torch.autograd.backward)
+            module.add_gradients(images, step=0, backward=torch.autograd.backward)
         return {name: weight.grad for name, weight in module.discriminator.named_parameters()}
 
     def of_r1(*, enabled: bool) -> dict[str, torch.Tensor]:
@@ -168,7 +168,7 @@ def test_a_term_of_another_package_is_part_of_the_loss(site):
     points = "[maskgit_pl.tokenizer_losses]\npackaged = edge_loss:Edges\n"
     install(site, name="edge-loss", entry_points=points, modules={"edge_loss": EDGES})
     module, images = module_of(losses=("packaged", {"name": "packaged", "weight": 2.0})), batch().content / 255
-    metrics = module.replay_step(batch(), step=0)
+    metrics = replay_step(module, batch(), step=0)
     got = {name: parameter.grad.clone() for name, parameter in module.network.named_parameters()}
     module.network.zero_grad()
     output = module.network(images)
@@ -205,7 +205,7 @@ def test_a_term_may_begin_late_and_need_large_images(monkeypatch):
     assert {name: term.weight for name, term in module.loss_terms.terms.items()} == {
         "reconstruction": 1.0, "late-term": 1.0, "late-term-2": 2.0, "late-term-3": 3.0
     }  # fmt: skip
-    first, later = module.replay_step(batch(), step=0), module.replay_step(batch(), step=10)
+    first, later = replay_step(module, batch(), step=0), replay_step(module, batch(), step=10)
     assert (first["late-term"], later["late-term"] > 0) == (0, True)
 
 
@@ -264,6 +264,6 @@ def test_a_decoder_is_fine_tuned_at_another_resolution(tiny_pretrained):
     images = batch()._replace(content=batch().content[..., :12, :12])
     assert module.grid == (6, 6)
     assert torch.equal(module.network.encode(images.content / 255), start.encode(images.content / 255))
-    module.replay_step(images, step=0)
+    replay_step(module, images, step=0)
     assert all(parameter.grad is not None for parameter in module.network.decoder.parameters())
     assert all(parameter.grad is None for parameter in module.network.encoder.parameters())
