@@ -63,7 +63,7 @@ class Task:
             self.network,
             self.image_size,
             OptimizerConfig(LearningRate(_RATE), _BETAS, weight_decay=0.0),
-            reconstruction_loss="l1",
+            losses=("l1",),
             adversarial=AdversarialConfig(
                 DiscriminatorConfig(self.discriminator),
                 loss="hinge",

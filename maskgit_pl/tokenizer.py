@@ -5,7 +5,7 @@ micro-batches (the code repeats the numbers):
 
 1. Convert the images to float32 in [0, 1], and flip some of them.
 2. Run the generator (the VQGAN) forward once. Differentiate the terms of the loss (``TokenizerLoss``:
-   reconstruction, perceptual, and your own) at the reconstructed image and at the features, not further.
+   ``l2``, ``perceptual``, or your own) at the reconstructed image and at the features, not further.
 3. From ``adversarial.start_step``, run the discriminator on real images and reconstructions. Differentiate the
    generator's adversarial loss at the reconstructed image too. Compute the discriminator's loss, which keeps its graph.
 4. Propagate the sum of the gradients at the image through the generator once, then the discriminator's loss
@@ -57,7 +57,6 @@ from maskgit_pl.training.strategies import ActivationCheckpointing, check_precis
 from maskgit_pl.training.tokenizer_losses import (
     LossInputs,
     LossTerms,
-    PerceptualConfig,
     TokenizerLoss,
     tokenizer_losses,
 )
@@ -76,11 +75,9 @@ class TokenizerConfig:
         network: Sizes of the VQGAN.
         image_size: Side of square images, or (height, width), in pixels, each in [1, 16384].
         optimizer: Optimizer of the generator; the discriminator has one of the same configuration.
-        reconstruction_loss: ``l2`` (released configuration) or ``l1``.
-        reconstruction_weight: Its factor, in [0, 1e6].
-        perceptual: The perceptual loss; None for none.
+        losses: The terms of the loss at the reconstructed image, at least one: names or mappings of registered
+            tokenizer losses; in Python also objects. The released configuration has ``l2`` and ``perceptual``.
         adversarial: The adversarial loss and its discriminator; None for none.
-        losses: Further terms of the loss: names or mappings of registered tokenizer losses; in Python also objects.
         freeze: Parts of the network that keep their weights and codes, such as ``[encoder, quantizer]`` for a new
             decoder of old tokens: no gradient, no optimizer state, no update of the codebook's statistics.
         gradient_clip: Largest gradient norm of each network, > 0; None for no clipping.
@@ -97,11 +94,8 @@ class TokenizerConfig:
     network: VQGANConfig
     image_size: ImageSize
     optimizer: OptimizerConfig
-    reconstruction_loss: Literal["l2", "l1"] = "l2"
-    reconstruction_weight: float = 1.0
-    perceptual: PerceptualConfig | None = None
+    losses: tuple[str | dict[str, Any], ...] = ("l2",)
     adversarial: AdversarialConfig | None = None
-    losses: tuple[str | dict[str, Any], ...] = ()
     freeze: tuple[Part, ...] = ()
     gradient_clip: float | None = None
     ema_decay: float = 0.999
@@ -111,7 +105,6 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 16384]"))
-        check_number("reconstruction_weight", self.reconstruction_weight, "[0, 1e6]")
         check_number("ema_decay", self.ema_decay, "[0, 1)")
         check_number("flip_probability", self.flip_probability, "[0, 1]")
         check_seed("seed", self.seed)
@@ -119,6 +112,8 @@ class TokenizerConfig:
             check_number("gradient_clip", self.gradient_clip, "(0, inf)")
         object.__setattr__(self, "freeze", tuple(self.freeze))
         object.__setattr__(self, "losses", tuple(map(tokenizer_losses.spec, self.losses)))
+        if not self.losses:
+            raise ValueError("losses must name at least one term, got none; l2 compares the pixels")
         if "decoder" in self.freeze and self.adversarial is not None and self.adversarial.weight_rule == "adaptive":
             raise ValueError(
                 f"freeze must not hold the decoder with adversarial weight_rule 'adaptive', got {list(self.freeze)}; "
@@ -135,10 +130,7 @@ class TokenizerConfig:
     @cached_property
     def terms(self) -> dict[str, TokenizerLoss]:
         """The terms of the loss at the reconstructed image, by their names in the logs."""
-        weight = float(self.reconstruction_weight)
-        terms = {"reconstruction": tokenizer_losses.build({"name": self.reconstruction_loss, "weight": weight})}
-        if self.perceptual is not None:
-            terms["perceptual"] = self.perceptual
+        terms: dict[str, TokenizerLoss] = {}
         for spec in self.losses:
             term, name = tokenizer_losses.build(spec), str(spec["name"] if isinstance(spec, dict) else spec)
             number = 1
@@ -240,7 +232,7 @@ class Tokenizer(LightningModule):
         if self.global_step % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]  # set late
             named = {f"train/{name}": value for name, value in metrics.items()}
             rate = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"], dtype=torch.float64)
-            self._log_metrics({**named, "learning-rate": rate}, bar="train/reconstruction")
+            self._log_metrics({**named, "learning-rate": rate}, bar=f"train/{next(iter(self.loss_terms.terms))}")
 
     def add_gradients(self, images: Tensor, *, step: int, backward: Callable[[Tensor], None]) -> dict[str, Tensor]:
         """Adds the gradients of one micro-batch to both networks, without an optimizer step.

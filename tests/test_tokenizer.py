@@ -280,7 +280,7 @@ def test_flips_are_a_function_of_sample_and_epoch():
 def test_a_perceptual_network_stays_out_of_the_checkpoint(tmp_path):
     torch.save(timm.create_model("mobilenetv3_small_050").state_dict(), tmp_path / "model.pth")
     spec = {"name": "timm", "model": "mobilenetv3_small_050", "weights": str(tmp_path / "model.pth"), "size": 32}
-    module = tokenizer(perceptual=PerceptualConfig(spec, weight=10.0))
+    module = tokenizer(losses=("l2", PerceptualConfig(spec, weight=10.0)))
     assert "perceptual" in replay_step(module, batch_of(range(8)), step=0)
     assert module.state_dict().keys() == tokenizer().state_dict().keys()
 

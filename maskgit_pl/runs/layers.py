@@ -49,7 +49,8 @@ def merge(trees: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Merges trees recursively; later values override earlier ones.
 
     A mapping with the key ``name`` specifies a registered object and replaces the earlier value. A mapping
-    without ``name`` adds arguments to the object that an earlier tree names.
+    without ``name`` adds arguments to the object that an earlier tree names. Where an earlier tree has a list of such
+    objects, the keys of a mapping are names in the list; null leaves an object out.
 
     A mapping with the key ``backbone`` (``model.network``) that names another backbone than the earlier trees drops the
     keys of the old one, except those that all backbones have, the fields of ``BackboneConfig``. The keys of the new one
@@ -67,6 +68,8 @@ def _override(old: Any, new: Any) -> Any:
         return new
     if "name" in new:
         return dict(new)
+    if isinstance(old, list | tuple):
+        return _override_named(old, new)
     # The earlier tree names the object without arguments.
     if isinstance(old, str):
         return {"name": old, **new}
@@ -78,6 +81,15 @@ def _override(old: Any, new: Any) -> Any:
             of_all = {field.name for field in fields(BackboneConfig)}
             kept = {key: value for key, value in kept.items() if key in of_all}
     return merge([kept, new])
+
+
+def _override_named(old: Sequence[Any], new: Mapping[str, Any]) -> list[Any]:
+    names = [str(part.get("name") if isinstance(part, Mapping) else part) for part in old]
+    unknown = [name for name in new if name not in names]
+    if unknown:
+        raise ValueError(f"{unknown[0]!r} must be a name in the list, got a list of {', '.join(names) or 'nothing'}")
+    parts = [_override(part, new[name]) if name in new else part for part, name in zip(old, names, strict=True)]
+    return [part for part in parts if part is not None]
 
 
 def value_at(tree: Any, key: str) -> Any:

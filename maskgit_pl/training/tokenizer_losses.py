@@ -137,8 +137,8 @@ class PerceptualConfig(TokenizerLoss):
             return create_distance(self.network)
         except (ValueError, FileNotFoundError) as error:
             raise ValueError(
-                f"model.perceptual.network: {error}; set --model.perceptual.network.weights FILE, or train without "
-                "it by --model.perceptual=null"
+                f"model.losses.perceptual.network: {error}; set --model.losses.perceptual.network.weights FILE, or "
+                "train without it by --model.losses.perceptual=null"
             ) from error
 
     def __call__(self, inputs: LossInputs, network: nn.Module) -> Tensor:
@@ -187,5 +187,6 @@ class LossTerms:
                 at_image = parts[0] if at_image is None else at_image + parts[0]
             if parts[1] is not None:
                 at_features = parts[1] if at_features is None else at_features + parts[1]
-        assert at_image is not None  # of the reconstruction loss
+        if at_image is None:
+            raise ValueError(f"losses must depend on the reconstruction, got {', '.join(self.terms)}; add l2")
         return at_image, at_features, metrics

@@ -17,7 +17,6 @@ from maskgit_pl.runs.recipe import Recipe
 from maskgit_pl.runs.resolve import adapt_to_few_images, choose_precision, fixed_settings, list_changes, merge_values
 from maskgit_pl.runs.settings import TrainerSettings
 from maskgit_pl.training.adversarial import AdversarialConfig
-from maskgit_pl.training.tokenizer_losses import PerceptualConfig
 from tests.conftest import tiny_flags
 
 NAMES = {"tokenizer": "base_channels", "transformer": "embed_dim"}
@@ -112,8 +111,7 @@ FIXED = {  # keys other than those of the model
 FREE = {
     "tokenizer": {
         "activation_checkpointing", "optimizer.learning_rate.decay",
-        "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "perceptual.network.weights",
-        "seed",
+        "optimizer.learning_rate.final_fraction", "optimizer.learning_rate.warmup_steps", "seed",
     },
     "transformer": {
         "activation_checkpointing", "compiled", "decoding", "global_batch",
@@ -140,9 +138,8 @@ def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shard
     tokenizer = tiny_pretrained / "tokenizer" if stage == "transformer" else None
     run = build(Plan(recipe, tiny_shards, tmp_path, tokenizer))
     config = run.values.tree
-    if stage == "tokenizer":  # the groups that the recipe leaves out
-        perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})
-        config["model"] |= {"adversarial": asdict(AdversarialConfig()), "perceptual": asdict(perceptual)}
+    if stage == "tokenizer":  # the group that the recipe leaves out
+        config["model"] |= {"adversarial": asdict(AdversarialConfig())}
     known = {name: run.fixed.get(name) for name in ("data", "tokenizer")}
     before = json.loads(json.dumps(fixed_settings(config, **known)))
     fixed = {key for key in before if not key.startswith("model.")}
@@ -154,6 +151,18 @@ def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shard
         if not found:
             free.add("decoding" if key.startswith("decoding.") else key)
     assert free == FREE[stage]
+
+
+def test_the_weights_of_a_term_may_move(tiny_shards, tmp_path):
+    run = build(Plan(Recipe.read("tokenizer", overrides=tiny_flags("tokenizer")), tiny_shards, tmp_path, None))
+
+    def fixed(**network: str) -> dict:
+        term = {"name": "perceptual", "network": {"name": "timm", "weights": "here.pth", **network}, "weight": 0.1}
+        tree = {**run.values.tree, "model": {**run.values.tree["model"], "losses": ["l2", term]}}
+        return fixed_settings(tree, data=run.fixed["data"], tokenizer=None)
+
+    assert not list_changes(fixed(), fixed(weights="there.pth"))
+    assert list_changes(fixed(), fixed(model="resnet50"))
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,17 @@ def test_another_backbone_keeps_only_the_common_keys():
     }  # fmt: skip
 
 
+def test_a_flag_changes_a_term_of_a_list_by_its_name():
+    tree = {"model": {"losses": ["l2", {"name": "perceptual", "network": {"name": "lpips", "weights": "a"}}]}}
+    change = {"model": {"losses": {"l2": {"weight": 4.0}, "perceptual": {"network": {"weights": "b"}}}}}
+    assert merge([tree, change])["model"]["losses"] == [
+        {"name": "l2", "weight": 4.0}, {"name": "perceptual", "network": {"name": "lpips", "weights": "b"}},
+    ]  # fmt: skip
+    assert merge([tree, {"model": {"losses": {"perceptual": None}}}])["model"]["losses"] == ["l2"]
+    with pytest.raises(ValueError, match="'l1' must be a name in the list, got a list of l2, perceptual"):
+        merge([tree, {"model": {"losses": {"l1": {"weight": 2.0}}}}])
+
+
 @pytest.mark.parametrize("turned", [False, True])
 def test_the_order_of_flags_does_not_matter(turned):
     flags = ("--model.network.backbone=adaln", "--model.network.num_registers=3", "--model.network.embed_dim=64")
