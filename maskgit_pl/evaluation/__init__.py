@@ -36,10 +36,10 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
     from maskgit_pl.evaluation.schedule_table import table_3
     from maskgit_pl.evaluation.tables import table_1, table_2
     from maskgit_pl.evaluation.timing import figure_4
-    from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [

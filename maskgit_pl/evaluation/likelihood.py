@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from maskgit_pl.data import ShardData
-from maskgit_pl.evaluation.features import gather_rows, iter_row_batches
+from maskgit_pl.evaluation.extractors import gather_rows, iter_row_batches
 from maskgit_pl.evaluation.reference import iter_real_batches
 from maskgit_pl.masking import MaskSampler, UniformPositions, true_positions
 from maskgit_pl.networks.backbone import Backbone

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from maskgit_pl.losses import token_statistics
 from maskgit_pl.networks import base_transformer
 from maskgit_pl.networks.base_transformer import measure_logits, needs_chunks
+from maskgit_pl.transformer.losses import token_statistics
 from tests.test_host_waits import BACKBONES, OBJECTIVES, batch, build, loss_and_gradients
 
 OPTIONS = {

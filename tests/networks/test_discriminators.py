@@ -13,7 +13,7 @@ from maskgit_pl.networks.discriminators import (
     PatchDiscriminatorConfig,
     discriminators,
 )
-from maskgit_pl.training.adversarial import AdversarialConfig, generator_loss, r1_penalty
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig, generator_loss, r1_penalty
 
 SMALL = {"stylegan": {"channel_multiplier": 1 / 64}, "patchgan": {"base_channels": 4, "num_layers": 2}}
 SPECS = [{"name": name, **SMALL.get(name, {})} for name in discriminators.names()]

@@ -22,7 +22,7 @@ from maskgit_pl.runs.costs import (
     useful_flops,
 )
 from maskgit_pl.runs.plan import plan_run
-from maskgit_pl.training.adversarial import AdversarialConfig
+from maskgit_pl.tokenizer.adversarial import AdversarialConfig
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from tests.conftest import tiny_flags
 from tests.networks.backbone_cases import small_config
