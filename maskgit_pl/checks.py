@@ -30,7 +30,6 @@ T = TypeVar("T")
 CHANNELS = {1: "grey", 3: "RGB"}
 """The numbers of channels of images, and what they hold."""
 
-_MAX_SHOWN = 80  # characters of a value in a message
 
 _CONVERTED = ("int", "float", "str", "bool", "list", "dict")  # types to which pydantic would convert other values
 
