@@ -38,18 +38,18 @@ __all__ = [
 ]
 
 _HOMES = {
-    "AutoregressiveConfig": "autoregressive",
-    "AutoregressiveModel": "autoregressive",
+    "AutoregressiveConfig": "transformer.autoregressive",
+    "AutoregressiveModel": "transformer.autoregressive",
     "LearningRate": "training.optimizers",
     "MaskGIT": "pipeline",
     "MaskSampler": "masking",
-    "MaskedTokenConfig": "mvtm",
-    "MaskedTokenModel": "mvtm",
+    "MaskedTokenConfig": "transformer.mvtm",
+    "MaskedTokenModel": "transformer.mvtm",
     "OptimizerConfig": "training.optimizers",
     "ParallelDecoder": "decoding",
     "AutoregressiveDecoder": "decoding",
-    "Tokenizer": "tokenizer",
-    "TokenizerConfig": "tokenizer",
+    "Tokenizer": "tokenizer.module",
+    "TokenizerConfig": "tokenizer.module",
     "demo": "evaluation.demo_steps",
     "mask_schedules": "schedules",
 }

@@ -91,7 +91,7 @@ _HOMES = {
     "schedule_table": ("table_3",),
     "tables": ("table_1", "table_2"),
     "timing": ("figure_4",),
-    "tokenizer": ("evaluate_tokenizer",),
+    "reconstruction": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})
