@@ -17,7 +17,7 @@ from maskgit_pl.evaluation.pages import Page
 from maskgit_pl.evaluation.schedule_table import ScheduleResult, make_schedule_page
 from maskgit_pl.evaluation.tables import OTHER_STEPS, SETTINGS, make_editing_page, make_generation_page
 from maskgit_pl.evaluation.timing import METHODS, make_timing_page
-from maskgit_pl.runs.ablation import PAPER_SCHEDULES
+from maskgit_pl.runs.variants import PAPER_SCHEDULES
 
 RESULTS = Path(__file__).parents[1] / "results"
 TABLES = RESULTS / "fashion-mnist"

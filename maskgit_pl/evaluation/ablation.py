@@ -4,7 +4,7 @@
 2. For each seed and each variant: train it, unless its run is finished, and measure it, unless the ledger has the rows.
 3. Add a row of the ablation to the ledger. An error of a variant becomes a row, too, and the other variants continue.
 
-``runs.ablation`` plans and trains the variants.
+``runs.variants`` plans and trains the variants.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_o
 from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.ablation import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
+from maskgit_pl.runs.variants import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
@@ -124,7 +124,7 @@ class AblationRuns:
     def train(self, built: BuiltVariant, seed: int) -> Path:
         """Trains a variant with one seed, and after a tokenizer also its transformer, and returns the run folder.
 
-        Finished runs are not repeated. See ``runs.ablation.train`` for errors.
+        Finished runs are not repeated. See ``runs.variants.train`` for errors.
         """
         folder = self.folder_of(built, seed)
         recipes = [built.variant.recipe, *([] if self.stage_2 is None else [self.stage_2])]

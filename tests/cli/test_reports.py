@@ -9,7 +9,7 @@ from PIL import Image
 from maskgit_pl.cli import main
 from maskgit_pl.evaluation.evaluator import Evaluator
 from maskgit_pl.evaluation.ledger import Ledger
-from maskgit_pl.runs import ablation
+from maskgit_pl.runs import variants
 from tests.cli.conftest import call_command as call
 from tests.conftest import flags, save_tiny_pretrained
 
@@ -157,7 +157,7 @@ def test_an_ablation_of_schedules_makes_table_3_despite_failures(
 
 def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
     """Lets the trainings fail that have a recipe or a flag."""
-    own, name = ablation.run_maskgit, word.rpartition("/")[2]
+    own, name = variants.run_maskgit, word.rpartition("/")[2]
 
     def run(command: list[str], output: IO[bytes]) -> tuple[int, bool]:
         if command[0] == "train" and name in command:
@@ -165,7 +165,7 @@ def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
             return 70, False
         return own(command, output)
 
-    monkeypatch.setattr(ablation, "run_maskgit", run)
+    monkeypatch.setattr(variants, "run_maskgit", run)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from maskgit_pl.evaluation.ablation import AblationRuns
-from maskgit_pl.runs.ablation import AblationConfig, parse_factor
+from maskgit_pl.runs.variants import AblationConfig, parse_factor
 from tests.conftest import flags
 
 TINY = Path(__file__).parents[1] / "tiny"

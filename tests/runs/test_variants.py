@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from maskgit_pl.errors import PreemptedError
-from maskgit_pl.runs import ablation
-from maskgit_pl.runs.ablation import (
+from maskgit_pl.runs import variants
+from maskgit_pl.runs.variants import (
     AblationConfig,
     Factor,
     TrainingError,
@@ -100,7 +100,7 @@ def test_stage_2_is_trained_after_its_tokens_and_its_output_is_kept(
         output.write(b"maskgit: out of memory\n")
         return next(answers)
 
-    monkeypatch.setattr(ablation, "run_maskgit", run)
+    monkeypatch.setattr(variants, "run_maskgit", run)
     recipe = Recipe.read("transformer", names="paper-256 square", dataset="shoes", overrides=["--trainer.max_steps=3"])
     folder = tmp_path / "runs" / "shoes-square"
     with pytest.raises(TrainingError, match=r"^maskgit: out of memory; log: .*train-transformer\.log$") as failed:
