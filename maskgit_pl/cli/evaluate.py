@@ -1,4 +1,4 @@
-"""``maskgit evaluate``, ``evaluate-tokenizer``, ``compare`` and ``tune``: measure models on the val split.
+"""``maskgit evaluate``, ``evaluate-tokenizer`` and ``tune``: measure models on the val split.
 
 ``maskgit train-classifier`` trains a classifier of a data set, whose features measure generated images.
 """
@@ -18,7 +18,6 @@ from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import Device, Folder, ImageSize, Numbers, Run, Specs, print_page
 from maskgit_pl.evaluation.options import (
     FEATURES,
-    ComparisonOptions,
     EvaluationOptions,
     Spec,
     TokenizerOptions,
@@ -105,46 +104,6 @@ def evaluate_tokenizer(
         )
     rich.print(report.table())
     print(f"{report.file}: results")
-
-
-def compare(
-    folder: Run,
-    *,
-    data: Folder | None = None,
-    selectors: Selectors | None = None,
-    num_steps: Numbers | None = None,
-    num_images: int = 1000,
-    out: Annotated[Path, Output("")] | None = None,
-    measurement: ComparisonOptions = ComparisonOptions(),
-) -> None:
-    """Measures every token selector on one model.
-
-    All have the same noise, at several numbers of steps. The command writes comparison.md, comparison.csv and
-    a sheet of images. Measurements that the ledger holds are reused.
-
-    Example: maskgit compare runs/fashion-mnist-adaln --selectors confidence,halton --num-steps 4,8
-
-    Args:
-        folder: Run folder (runs/NAME) or pretrained folder.
-        data: Data folder (default: that of the training).
-        selectors: Names, or mappings such as '{name: remdm, eta: 0.4}'; a name uses the model's own choice
-            temperature (default: all).
-        num_steps: Numbers of decoding steps (default: 4,8,16,32, at most the tokens per image).
-        num_images: Images generated for each row.
-        out: Folder of the pages and the ledger (default: RUN/comparison, and the ledger of RUN/evaluation).
-    """
-    with progress_bars() as bars:
-        page = evaluation.compare(
-            folder,
-            data=data,
-            selectors=selectors,
-            num_steps=num_steps,
-            num_images=num_images,
-            out=out,
-            options=measurement,
-            bars=bars,
-        )
-    print_page(page)
 
 
 @dataclass(frozen=True)

@@ -90,19 +90,6 @@ class EvaluationOptions(ModelOptions):
 
 
 @dataclass(frozen=True)
-class ComparisonOptions(ModelOptions):
-    """Options of ``compare``.
-
-    Args:
-        guidance: Name or mapping of a guidance schedule (default: the model's own).
-        guidance_scale: Scale of the guidance schedule.
-    """
-
-    guidance: Spec | None = None
-    guidance_scale: float | None = None
-
-
-@dataclass(frozen=True)
 class TuningOptions(ModelOptions):
     """Options of ``tune``.
 
