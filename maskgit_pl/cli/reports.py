@@ -111,9 +111,7 @@ class AblationFlags(AblationConfig):
     tokenizer: Folder | None = None
 
 
-def ablation(
-    *, variants: AblationFlags, report: ReportFlags = ReportFlags(), overrides: Sequence[str] = ()
-) -> int:
+def ablation(*, variants: AblationFlags, report: ReportFlags = ReportFlags(), overrides: Sequence[str] = ()) -> int:
     """Trains variants of a recipe on the same budget, or decodes a run in several ways, and compares them.
 
     Each variant is measured with each seed; one page compares them. Finished runs and recorded measurements are

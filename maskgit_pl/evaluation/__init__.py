@@ -75,7 +75,7 @@ _HOMES = {
     "options": (
         "CASConfig",
         "ClassifierConfig",
-            "EvaluationOptions",
+        "EvaluationOptions",
         "ReportOptions",
         "TokenizerOptions",
         "TuningOptions",

@@ -291,7 +291,7 @@ class _Ablation:
     def _train_and_measure(self, built: BuiltVariant, seed: int) -> dict[str, Any]:
         folders, stage = self.runs.train(built, seed), self.config.stage
         numbers = self._measure_tokenizer(folders) if stage == "tokenizer" else {}
-        choice = {}
+        choice: dict[str, Any] = {}
         if self.has_images:
             of_images, choice = self._measure_samples(folders, built, seed)
             numbers |= of_images

@@ -134,12 +134,12 @@ class AblationConfig:
     def _check_trained(self, keys: Sequence[str]) -> None:
         for name in ("recipes", "recipe", "stage", "tokenizer"):
             if getattr(self, name) != getattr(AblationConfig, name):
-                raise ValueError(f"--{name} must not be given with --of, whose run is trained; leave one of them out")
+                raise ValueError(f"--{name} must not be given with --of, whose run is trained; choose one of the two")
         for key in keys:
             if not f"{key}.".startswith(f"{_DECODING}."):
                 raise ValueError(
-                    f"keys must be those of {_DECODING} with --of, whose run is trained, got {key}; leave out --of to "
-                    "train variants"
+                    f"--vary, --at and other keys must be of the decoding with --of, such as decoding.num_steps, got {key}; "
+                    "leave out --of to train variants"
                 )
 
     @property
