@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-from maskgit_pl.decoding.guidance import guidance_scales
+from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
 from maskgit_pl.errors import code_span, markdown
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
@@ -71,14 +71,14 @@ def read_results(ledger: Ledger, runs: Sequence[str], *, num_images: int) -> lis
             for row in ledger.rows("samples")
             if row["run"] == run
             and row["num_images"] == num_images
-            and not any(guidance_scales(row["decoding"]["guidance"], row["num_steps"]))
+            and not any(guidance_scales(guidance_schedules.build(row["decoding"]["guidance"]), row["num_steps"]))
         ]
         likelihoods = [row for row in ledger.rows("likelihood") if row["run"] == run]
         first = min((row["seed"] for row in samples), default=0)
         fresh = {row["network"]: row for row in samples if row["seed"] == first + num_images}
         if not fresh or not likelihoods:
             raise ValueError(
-                f"run {run} must have rows of {num_images} images at several T and at the best T, and of the likelihood, "
+                f"run {run} must have rows of {num_images} images at several T and at the best T, and a likelihood, "
                 f"in {ledger.file}; measure it with `maskgit ablation --num-steps` and without guidance"
             )
         network, schedule = next(iter(fresh)), samples[0]["mask_schedule"]

@@ -26,7 +26,6 @@ PARSED_ONLY = {
     "import-transformer": "reads weights that others released",
     "table": "measures whole runs",
     "tune": "measures whole runs",
-    "compare": "measures whole runs",
     "evaluate": "measures whole runs",
     "ablation": "trains fourteen models",
     "figure": "times decoding for minutes",
