@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,9 @@ class AblationRuns:
         }
         run = config.runs_folder / FOLDER / "variant"
         plans = [Plan(variant.recipe, self.shards, run, self.tokenizer) for variant in planned]
-        self.variants = [_build(variant, base, plan, shared) for variant, plan in zip(planned, plans, strict=True)]
+        self.variants = [
+            _build(variant, base, plan, shared, config.num_steps) for variant, plan in zip(planned, plans, strict=True)
+        ]
         self._values = resolve(base.kind, merge_values(plans[0]))
         self.base = base_values(config, self._values.tree)
 
@@ -168,7 +170,9 @@ class AblationRuns:
         return folder or runs / f"{self.config.dataset}-{words}-{ending}"
 
 
-def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]) -> BuiltVariant:
+def _build(
+    variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any], num_steps: Sequence[int]
+) -> BuiltVariant:
     """Builds the module of a variant with weights of zero, which checks its values and those of its decoding."""
     try:
         run = build_without_weights(plan)
@@ -182,7 +186,8 @@ def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]
             is_causal = isinstance(model, AutoregressiveConfig)
             decoding = model.decoding.to_config(network.num_tokens) if is_causal else model.decoding
             has_null = network.null_label is not None
-            decoding.check(network.num_tokens, is_autoregressive=is_causal, has_negative_class=has_null)
+            for each in (decoding, *(with_steps(decoding, number) for number in num_steps)):
+                each.check(network.num_tokens, is_autoregressive=is_causal, has_negative_class=has_null)
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant.label}: {error}") from error
     columns = {
@@ -223,7 +228,8 @@ class TrainedRun:
         """Checks that the model can be decoded in the way of a variant."""
         try:
             decoding = DecodingConfig(**variant.recipe.with_overrides(variant.decoding).tree["model"]["decoding"])
-            check_model_decoding(self._pipe, decoding)
+            for each in (decoding, *(with_steps(decoding, number) for number in self.config.num_steps)):
+                check_model_decoding(self._pipe, each)
         except (TypeError, ValueError) as error:
             raise ValueError(f"variant {variant.label}: {error}") from error
         return BuiltVariant(variant, "", decoding, {})

@@ -115,6 +115,8 @@ class AblationConfig:
                 "--vary must name a recipe key with the values to compare, such as model.network.depth=2,4, or another "
                 "one of --recipes, --at and --num-steps must be given, got none"
             )
+        if self.at is not None and self.at.key in (factor.key for factor in self.vary):
+            raise ValueError(f"--at must name another key than --vary, got {self.at.key}; choose one of the two")
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"--seeds must be different numbers such as 0,1, got {list(self.seeds)}")
         for seed in self.seeds:

@@ -93,6 +93,7 @@ def test_factors_are_parsed(text: str, factor: Factor) -> None:
     ({"vary": (DEPTH,), "stage_2": ()}, "--stage-2 must come with --stage tokenizer"),
     ({"vary": (Factor("model.network.dept", ("2",)),)}, "variant dept=2: .*did you mean 'model.network.depth'"),
     ({"recipes": ("", "squar")}, "recipe 'squar'"),
+    ({"vary": (DEPTH,), "at": DEPTH}, "--at must name another key than --vary, got model.network.depth"),
     ({}, "--vary must name a recipe key .*, got none"),
     ({"num_steps": (2, 4), "stage": "tokenizer"}, "--num-steps must come with images of a transformer"),
     ({"vary": (DEPTH,), "of": Path("x")}, "must be of the decoding with --of, .* got model.network.depth"),
