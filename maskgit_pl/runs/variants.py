@@ -140,8 +140,8 @@ class AblationConfig:
         for key in keys:
             if not f"{key}.".startswith(f"{_DECODING}."):
                 raise ValueError(
-                    f"--vary, --at and other keys must be of the decoding with --of, such as decoding.num_steps, got {key}; "
-                    "leave out --of to train variants"
+                    "--vary, --at and other keys must be of the decoding with --of, such as decoding.num_steps, got "
+                    f"{key}; leave out --of to train variants"
                 )
 
     @property

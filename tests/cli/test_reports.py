@@ -139,7 +139,7 @@ def test_the_decoding_of_a_run_is_varied_without_training(
 
     monkeypatch.setattr(Evaluator, "generate", lambda *_, **__: pytest.fail("measured again"))
     assert main([str(word) for word in words]) == 0
-    assert main([*map(str, [*words, "--vary", "decoding.num_steps=99"])]) == 2
+    assert main([*map(str, [*words, "--num-steps", "99"])]) == 2
 
 
 @pytest.mark.slow
