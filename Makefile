@@ -65,7 +65,7 @@ $(if $(and $(IMAGES),$(filter $(FETCHED),$(DATASET))),$(error DATASET must be a 
 OF_RUN = --dataset "$(DATASET)" --data "$(DATA)" --recipe "$(strip $(RECIPE) $(BUDGET))" --run "$(RUN)" $(if $(TOKENIZER),--tokenizer "$(TOKENIZER)") $(if $(PRETRAINED),--pretrained "$(PRETRAINED)")
 MACHINES = $(if $(NODES),--nodes $(NODES)) $(if $(DEVICES),--devices $(DEVICES))
 
-.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation table-3 edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
+.PHONY: doctor help install data train-tokenizer tokenize train-transformer submit-tokenizer submit-transformer sample evaluate tune train-classifier ablation schedule-table edit web benchmark benchmarks benchmark-gpu demo demo-short demo-model test test-trainings test-exports test-survival test-benchmarks test-site test-gpu test-lowest test-wheel test-slurm docs test-web lint format clean
 
 help: ## List the targets and the variables
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -136,60 +136,6 @@ web: $(VENV)/.installed-web ## Show a page in the browser: generate, edit with a
 evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
 	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
-tune: $(VENV)/.installed-%: $(STAMP)
-	$(BIN)/python $(INSTALL) --editable ".[$*]"
-	@touch $@
-
-$(VENV)/.installed-test-web: $(DEV_STAMP)
-	$(BIN)/python $(INSTALL) --editable ".[dev,test-web]"
-	@touch $@
-
-$(LOWEST)/.installed: pyproject.toml constraints/lowest.txt
-	@test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
-	$(LOWEST)/bin/python $(INSTALL) --constraint constraints/lowest.txt --editable ".[test]"
-	@touch $@
-
-install: $(DEV_STAMP) ## Create .venv with the package and the development tools
-
-data: $(STAMP) ## Download DATASET and write its shards; for your own images: DATASET=name IMAGES=folder
-	@$(if $(IMAGES),$(BIN)/maskgit data make "$(IMAGES)" --out "$(DATA)" $(ARGS),$(if $(filter $(FETCHED),$(DATASET)),$(BIN)/maskgit data fetch "$(DATASET)" --out "$(DATA)" $(ARGS),test -d "$(DATA)" || { echo "data $(DATA): no such folder; set IMAGES=folder to convert your own images, or DATASET to a data set that can be downloaded ($(FETCHED))" >&2; exit 2; }))
-
-doctor: $(STAMP) ## Check a run before you start it: STAGE=transformer RECIPE=paper-256 CLUSTER=fsdp NODES=4 DEVICES=8
-	@$(BIN)/maskgit doctor $(STAGE) $(OF_RUN) --cluster $(CLUSTER) $(MACHINES) $(ARGS)
-
-train-tokenizer: $(STAMP) ## Stage 1: train the VQGAN on DATA, or resume the run
-	@$(BIN)/maskgit train tokenizer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
-
-tokenize: $(STAMP) ## Encode the images of DATA as tokens; runs with the same tokenizer and data share them
-	@$(BIN)/maskgit tokenize $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
-
-train-transformer: tokenize ## Stage 2: train the transformer, or resume the run; e.g. RECIPE=cosine CLUSTER=ddp
-	@$(BIN)/maskgit train transformer $(OF_RUN) --cluster $(CLUSTER) $(ARGS)
-
-# The default of CLUSTER is `ddp` on Slurm, and `single` elsewhere.
-SUBMIT = $(OF_RUN) --cluster $(if $(filter file,$(origin CLUSTER)),ddp,$(CLUSTER)) $(MACHINES) $(if $(TIME),--time $(TIME)) $(ARGS)
-
-submit-tokenizer: $(STAMP) ## Submit stage 1 to Slurm: NODES=2 DEVICES=8 TIME=24:00:00 ARGS="--sbatch=--partition=gpu" (docs/slurm.md)
-	@$(BIN)/maskgit slurm submit tokenizer $(SUBMIT)
-
-submit-transformer: $(STAMP) ## Submit stage 2 to Slurm: RECIPE=cosine NODES=4 CLUSTER=fsdp
-	@$(BIN)/maskgit slurm submit transformer $(SUBMIT)
-
-sample: $(STAMP) ## Generate images of RUN: CLASSES=0,3,7 NUM_STEPS=16 SEED=0
-	@$(BIN)/maskgit sample "runs/$(RUN)" --classes "$(CLASSES)" $(if $(NUM_STEPS),--num-steps $(NUM_STEPS)) --seed $(SEED) --out "runs/$(RUN)/sampled.png" $(ARGS)
-
-edit: $(STAMP) ## Regenerate a region of an image: IMAGE=file ARGS="--box L,T,R,B --class NAME --out FILE.png"
-	@$(if $(IMAGE),$(BIN)/maskgit edit "runs/$(RUN)" "$(IMAGE)" $(ARGS),echo "IMAGE must name an image file: make edit IMAGE=photo.jpg ARGS=..." >&2; exit 2)
-
-web: $(VENV)/.installed-web ## Show a page in the browser: generate, edit with a brush; RUN=name for your own model, else the demo's
-	@$(BIN)/maskgit web $(if $(filter file,$(origin RUN)),,"runs/$(RUN)") $(ARGS)
-
-evaluate: $(STAMP) ## Evaluate RUN; write evaluation.json and pictures
-	@$(BIN)/maskgit evaluate "runs/$(RUN)" --data "$(DATA)" $(ARGS)
-
-compare: $(STAMP) ## Evaluate every token selector on RUN at several numbers of steps, with the same noise: ARGS="--num-steps 4,8"
-	@$(BIN)/maskgit compare "runs/$(RUN)" --data "$(DATA)" $(ARGS)
-
 tune: $(VENV)/.installed-tune ## Search for better decoding settings of RUN and save them with its weights: ARGS="--trials 40"
 	@$(BIN)/maskgit tune "runs/$(RUN)" --data "$(DATA)" $(ARGS)
 
@@ -199,8 +145,9 @@ train-classifier: $(STAMP) ## Train a classifier on DATA, to evaluate generated 
 ablation: $(STAMP) ## Compare variants of a recipe: ARGS="--vary KEY=A,B"; or of the decoding of a model: ARGS="--of RUN --vary decoding.KEY=A,B"
 	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) $(ARGS)
 
-table-3: $(STAMP) ## Train every mask schedule of the paper, and write Table 3 and Figure 8: ARGS="--seeds 0"
-	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) --vary model.mask_schedule=exp,cubic,square,linear,sqrt,log --num-steps 2,3,4,6,8,12,16,24 --model.decoding.guidance constant $(ARGS)
+schedule-table: $(STAMP) ## Train every mask schedule of the paper, and write Table 3 and Figure 8: ARGS="--seeds 0"
+	@$(BIN)/maskgit ablation --dataset "$(DATASET)" --data "$(DATA)" --cluster $(CLUSTER) --vary model.mask_schedule=exp,cubic,square,linear,sqrt,log \
+		--num-steps 2,3,4,6,8,12,16,24 --model.decoding.guidance constant $(ARGS)
 	@$(BIN)/python paper/schedule_table.py
 
 demo: $(STAMP) ## Run everything: data, both stages, pictures and metrics; for your own images: DATASET=name IMAGES=folder
@@ -277,7 +224,7 @@ docs: $(DEV_STAMP) ## Build the documentation site in build/site; warnings and b
 	$(BIN)/python -m sphinx --quiet --fail-on-warning --keep-going --jobs auto --conf-dir docs . build/site $(ARGS)
 	@echo "build/site/index.html: $$(find build/site -name '*.html' -not -path '*/_*' | wc -l) pages"
 
-SPELLED = maskgit_pl tests docs recipes benchmarks data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile
+SPELLED = maskgit_pl tests docs recipes benchmarks paper data results constraints .ci Makefile pyproject.toml README.md CONTRIBUTING.md CHANGELOG.md SECURITY.md CODE_OF_CONDUCT.md RELEASING.md .github Dockerfile
 
 CHECK_SCHEMA = $(BIN)/check-jsonschema --quiet --builtin-schema vendor
 

@@ -1,6 +1,6 @@
 """Table 3 and Figure 8 of the paper: mask schedules, with a model or several seeds for each.
 
-``maskgit ablation --num-steps`` trains and measures them; this script makes the page from its ledger. ``make table-3``
+``maskgit ablation --num-steps`` trains and measures them; this script makes the page from its ledger. ``make schedule-table``
 does both.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8.
@@ -190,18 +190,19 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", metavar="RUN", help="run folders (default: those of the last --ablation)")
     parser.add_argument("--ablation", default="ablation-mask_schedule", help="name of the ablation that measured them")
     parser.add_argument("--results", type=Path, default=Path("results"), help="folder of the ledger and the pages")
-    parser.add_argument("--num-images", type=int, default=1000, help="images of each measurement")
+    parser.add_argument("--num-images", type=int, help="images of each measurement (default: those of --ablation)")
     parser.add_argument("--num-tokens", type=int, default=49, help="tokens per image, for exp and log in Figure 8")
     arguments = parser.parse_args()
     ledger = Ledger(arguments.results / FILE_NAME)
+    of_ablation = [row for row in ledger.rows("ablation") if row["ablation"] == arguments.ablation]
+    protocol = of_ablation[-1]["protocol"] if of_ablation else {}
     runs = [Path(run).name for run in arguments.runs]
+    runs = runs or [row["run"] for row in of_ablation if row["protocol"] == protocol and "run" in row]
     if not runs:
-        of_ablation = [row for row in ledger.rows("ablation") if row["ablation"] == arguments.ablation]
-        runs = [row["run"] for row in of_ablation if row["protocol"] == of_ablation[-1]["protocol"] and "run" in row]
-    if not runs:
-        parser.error(f"{ledger.file} must have runs of {arguments.ablation}, got none; make them with `make table-3`")
+        parser.error(f"{ledger.file} must have runs of {arguments.ablation}, got none; make them with `make schedule-table`")
+    num_images = arguments.num_images or protocol.get("num_images", 1000)
     try:
-        results = read_results(ledger, [*dict.fromkeys(runs)], num_images=arguments.num_images)
+        results = read_results(ledger, [*dict.fromkeys(runs)], num_images=num_images)
     except ValueError as error:
         parser.error(str(error))
     any_row = next(iter(results[0].fresh.values()))

@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -207,8 +206,7 @@ class TrainedRun:
         assert config.of is not None
         self.config, self._folders = config, find_run(config.of, data=data)
         self._pipe = open_model(self._folders, "cpu").pipe
-        own = json.loads(json.dumps(asdict(self._pipe.decoding)))  # plain values, as those of a recipe
-        planned = plan_variants(config, own)
+        planned = plan_variants(config, asdict(self._pipe.decoding))
         self.variants = [self._build(variant) for variant in planned]
         self.base = base_values(config, planned[0].recipe.tree)
 
