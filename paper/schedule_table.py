@@ -199,7 +199,9 @@ def main() -> None:
     runs = [Path(run).name for run in arguments.runs]
     runs = runs or [row["run"] for row in of_ablation if row["protocol"] == protocol and "run" in row]
     if not runs:
-        parser.error(f"{ledger.file} must have runs of {arguments.ablation}, got none; make them with `make schedule-table`")
+        parser.error(
+            f"{ledger.file} must have runs of {arguments.ablation}, got none; make them with `make schedule-table`"
+        )
     num_images = arguments.num_images or protocol.get("num_images", 1000)
     try:
         results = read_results(ledger, [*dict.fromkeys(runs)], num_images=num_images)

@@ -110,21 +110,14 @@ def evaluate_tokenizer(
 class TuningFlags(TuningOptions):
     """The options of a search as they are typed."""
 
+    data: Folder | None = None
+    out: Annotated[Path, Output("")] | None = None
     num_steps: Numbers | None = None
     selectors: Selectors | None = None
     schedules: Annotated[Sequence[Spec], Word("A,B,...", _parse_schedules)] | None = None
 
 
-def tune(
-    folder: Run,
-    *,
-    data: Folder | None = None,
-    trials: int = 40,
-    metric: str = "fid",
-    num_images: int = 500,
-    out: Annotated[Path, Output("")] | None = None,
-    search: TuningFlags = TuningFlags(),
-) -> None:
+def tune(folder: Run, *, search: TuningFlags = TuningFlags()) -> None:
     """Searches for better decoding settings of a model.
 
     The search tries token selectors, temperatures, truncation, guidance, mask schedules and numbers of steps T on the
@@ -136,17 +129,9 @@ def tune(
 
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
-        data: Data folder (default: that of the training).
-        trials: Number of trials, with those of earlier calls.
-        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
-            classifier, or class_agreement with it.
-        num_images: Images generated for each trial.
-        out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
     """
     with progress_bars() as bars:
-        result = evaluation.tune(
-            folder, data=data, trials=trials, metric=metric, num_images=num_images, out=out, options=search, bars=bars
-        )
+        result = evaluation.tune(folder, search, bars=bars)
     assert result.page is not None
     print_page(result.page)
     if result.decoding_file is None:  # without a better trial, the files of the model stay as they are

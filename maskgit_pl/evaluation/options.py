@@ -96,6 +96,12 @@ class TuningOptions(ModelOptions):
     In Python, None stands for all selectors or schedules, and an empty list of schedules keeps the model's own.
 
     Args:
+        data: Data folder (default: that of the training).
+        trials: Number of trials, with those of earlier calls.
+        metric: fid, kid or another metric of `maskgit plugins metrics`, in the features of the data's own
+            classifier, or class_agreement with it.
+        num_images: Images generated for each trial, at least 2 per class.
+        out: Folder of the study, the page and the ledger (default: RUN/tuning, and the ledger of RUN/evaluation).
         num_steps: Numbers of decoding steps to try (default: 4,6,8,12,16, at most the tokens per image).
         selectors: Token selectors to try: names, or mappings such as {name: remdm, eta: 0.4}, whose
             arguments are fixed (default: all).
@@ -103,6 +109,11 @@ class TuningOptions(ModelOptions):
             exponent: 2.5}, or pow (any exponent); own: only the model's (default: all).
     """
 
+    data: Path | None = None
+    trials: int = 40
+    metric: str = "fid"
+    num_images: int = 500
+    out: Path | None = None
     num_steps: Sequence[int] | None = None
     selectors: Sequence[Spec] | None = None
     schedules: Sequence[Spec] | None = None
