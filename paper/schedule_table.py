@@ -1,7 +1,7 @@
 """Table 3 and Figure 8 of the paper: mask schedules, with a model or several seeds for each.
 
-``maskgit ablation --num-steps`` trains and measures them; this script makes the page from its ledger. ``make schedule-table``
-does both.
+``maskgit ablation --num-steps`` trains and measures them; this script makes the page from its ledger.
+``make schedule-table`` does both.
 
 Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8.
 """
@@ -199,9 +199,7 @@ def main() -> None:
     runs = [Path(run).name for run in arguments.runs]
     runs = runs or [row["run"] for row in of_ablation if row["protocol"] == protocol and "run" in row]
     if not runs:
-        parser.error(
-            f"{ledger.file} must have runs of {arguments.ablation}, got none; make them with `make schedule-table`"
-        )
+        parser.error(f"{ledger.file} must have runs of {arguments.ablation}, got none; use `make schedule-table`")
     num_images = arguments.num_images or protocol.get("num_images", 1000)
     try:
         results = read_results(ledger, [*dict.fromkeys(runs)], num_images=num_images)

@@ -41,15 +41,16 @@ def _parse_schedules(flag: str, text: str) -> Sequence[Spec] | None:
 Selectors = Annotated[Sequence[Spec], Word("A,B,...", _parse_selectors)]
 
 
-def evaluate(
-    folder: Run,
-    *,
-    data: Folder | None = None,
-    num_images: int = 1000,
-    features: Specs = FEATURES,
-    out: Annotated[Path, Output(".json")] | None = None,
-    measurement: EvaluationOptions = EvaluationOptions(),
-) -> None:
+@dataclass(frozen=True)
+class EvaluationFlags(EvaluationOptions):
+    """The options of an evaluation as they are typed."""
+
+    data: Folder | None = None
+    features: Specs = FEATURES
+    out: Annotated[Path, Output(".json")] | None = None
+
+
+def evaluate(folder: Run, *, measurement: EvaluationFlags = EvaluationFlags()) -> None:
     """Measures a trained model on the val split.
 
     That is its reconstructions, generated images in the features of several networks, likelihood and speed.
@@ -59,18 +60,11 @@ def evaluate(
 
     Args:
         folder: Run folder (runs/NAME) or pretrained folder.
-        data: Data folder (default: that of the training).
-        num_images: Number of generated images, and of real ones beside them; see --reconstruction-images and
-            --likelihood-images for the other measurements.
-        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
-        out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
     """
     # All ranks measure; rank 0 shows the progress and prints the table.
     is_first = os.environ.get("RANK", "0") == "0"
     with progress_bars(shown=is_first) as bars:
-        report = evaluation.evaluate(
-            folder, data=data, num_images=num_images, features=features, out=out, options=measurement, bars=bars
-        )
+        report = evaluation.evaluate(folder, measurement, bars=bars)
     if is_first:
         rich.print(report.table())
         print(*report.findings(), sep="\n")

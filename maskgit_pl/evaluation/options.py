@@ -71,6 +71,11 @@ class EvaluationOptions(ModelOptions):
     """Options of ``evaluate``.
 
     Args:
+        data: Data folder (default: that of the training).
+        num_images: Number of generated images, at least 2 per class, and of real ones beside them; see
+            --reconstruction-images and --likelihood-images for the other measurements.
+        features: Feature networks: classifier, lite0, inception[=FILE], timm:MODEL=FILE, or mappings.
+        out: Results; pictures, ledger and images are written beside it (default: RUN/evaluation.json).
         num_steps: Number of decoding steps (default: the model's own).
         reference: Statistics or images of ADM in a .npz file, in place of the val split.
         reconstruction_images: Number of real images to reconstruct, at least as many as are generated (default: all
@@ -82,6 +87,10 @@ class EvaluationOptions(ModelOptions):
         ValueError: if a number is out of range.
     """
 
+    data: Path | None = None
+    num_images: int = 1000
+    features: Sequence[Spec] = FEATURES
+    out: Path | None = None
     num_steps: int | None = None
     reference: Path | None = None
     reconstruction_images: int | None = None
