@@ -9,6 +9,7 @@ Source: Chang et al., MaskGIT, CVPR 2022, arXiv:2202.04200, Table 3 and Figure 8
 from __future__ import annotations
 
 import argparse
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class ScheduleResult:
 def read_results(ledger: Ledger, runs: Sequence[str], *, num_images: int) -> list[ScheduleResult]:
     """Returns the measurements of runs by ``maskgit ablation --num-steps``, without guidance.
 
-    The images that T is chosen by have the lowest seed; those of the measurement at the best T begin after them.
+    The images that T is chosen by have the seed of most T; those of the measurement at the best T begin after them.
 
     Args:
         ledger: Ledger of the ablation.
@@ -74,7 +75,10 @@ def read_results(ledger: Ledger, runs: Sequence[str], *, num_images: int) -> lis
             and not any(guidance_scales(guidance_schedules.build(row["decoding"]["guidance"]), row["num_steps"]))
         ]
         likelihoods = [row for row in ledger.rows("likelihood") if row["run"] == run]
-        first = min((row["seed"] for row in samples), default=0)
+        steps = defaultdict(set)
+        for row in samples:
+            steps[row["seed"]].add(row["num_steps"])
+        first = max(steps, key=lambda seed: len(steps[seed]), default=0)
         fresh = {row["network"]: row for row in samples if row["seed"] == first + num_images}
         if not fresh or not likelihoods:
             raise ValueError(
@@ -88,7 +92,7 @@ def read_results(ledger: Ledger, runs: Sequence[str], *, num_images: int) -> lis
 
 
 def draw_figure(results: Sequence[ScheduleResult], real: Row, *, num_tokens: int) -> bytes:
-    """Draws Figure 8 as a PNG: the schedules, and the mean FID of each at every T.
+    """Draws Figure 8 as a PNG: the schedules that need no arguments, and the mean FID of each at every T.
 
     Args:
         results: The measurements.
@@ -98,7 +102,8 @@ def draw_figure(results: Sequence[ScheduleResult], real: Row, *, num_tokens: int
     schedules = {repr(schedule): schedule for schedule in mask_schedules.build_all().values()}
     grouped = _group_by_schedule(results)
     return draw_figure_8(
-        {name: schedules[group[0].likelihood["mask_schedule"]] for name, group in grouped.items()},
+        {name: schedules[schedule] for name, group in grouped.items()
+         if (schedule := group[0].likelihood["mask_schedule"]) in schedules},
         {name: {steps: fmean(each.curve[steps] for each in group) for steps in sorted(group[0].curve)}
          for name, group in grouped.items()},
         num_tokens=num_tokens,

@@ -68,8 +68,8 @@ def run_ablation(config: AblationConfig, options: ReportOptions | None = None, *
     Finished runs, and the measurements that the ledger holds, are reused.
 
     With ``config.num_steps``, T is chosen for each variant, as in Table 3 of the paper: by the lowest FID in the first
-    network, from images that begin at ``options.seed``. The variant is then measured at this T with the next
-    ``num_images`` images, since the lowest of several FIDs is too low on average. All seeds have the same noise then.
+    network, from ``num_images`` images. The variant is then measured at this T with as many images of other noise,
+    since the lowest of several FIDs is too low on average.
 
     Args:
         config: The ablation.
@@ -200,8 +200,6 @@ def _build(
 class TrainedRun:
     """A run that is trained, and the variants of the decoding of its model; see ``AblationRuns``."""
 
-    stage_2 = None
-
     def __init__(self, config: AblationConfig, data: Path | None = None) -> None:
         assert config.of is not None
         self.config, self._folders = config, find_run(config.of, data=data)
@@ -308,13 +306,13 @@ class _Ablation:
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Measures generated images and the likelihood of real ones, with noise that differs between seeds.
 
-        If T is to be chosen, its column and the FIDs follow; see ``run_ablation``.
+        If T is chosen, the columns of the choice follow; see ``run_ablation``.
         """
         model = open_model(folders, str(self.evaluator.device))
         count = self.num_images
         choice: dict[str, Any] = {}
-        noise = 0 if self.config.num_steps else seed
-        first = self.options.seed + noise * count
+        # The choice of T takes noise of its own.
+        first = self.options.seed + (2 if self.config.num_steps else 1) * seed * count
         decoding = built.decoding or model.pipe.decoding
         if self.config.num_steps:
             network = next(iter(self.evaluator.networks))
@@ -328,7 +326,7 @@ class _Ablation:
             choice = {"best_steps": best, "fid_by_steps": {str(number): fid for number, fid in curve.items()}}
             decoding, first = with_steps(decoding, best), first + count
         rows = self.evaluator.measure_samples(model, decoding, num_images=count, seed=first)
-        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * count, seed=noise)
+        likelihood = self.evaluator.measure_likelihood(model, num_images=2 * count, seed=seed)
         kind = "exact" if model.pipe.transformer.mask_schedule is None else "elbo"
         numbers = {**collect_numbers(rows), "bits_per_token": float(likelihood[f"{kind}_bits_per_token"])}
         return numbers, choice

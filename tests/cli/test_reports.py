@@ -178,10 +178,12 @@ def test_an_ablation_of_recipes_measures_the_others_despite_failures(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fail_training(monkeypatch, "transformer/square")
-    assert main([*words, "--recipes", "cosine;square", "--seeds", "3"]) == 70
+    assert main([*words, "--recipes", "cosine;square", "--seeds", "3", "--num-steps", "2,4"]) == 70
     failure = "1 run failed, and the page has the others: recipe square, seed 3: maskgit train: out"
     assert failure in capsys.readouterr().err
-    assert "Base: recipe cosine." in (tmp_path / "results" / "shards" / "ablation-recipes.md").read_text()
+    page = (tmp_path / "results" / "shards" / "ablation-recipes.md").read_text()
+    assert "Base: recipe cosine." in page
+    assert "| variant | best T | T = 2 | T = 4 |" in page
 
 
 def fail_training(monkeypatch: pytest.MonkeyPatch, word: str) -> None:
