@@ -27,7 +27,7 @@ PARSED_ONLY = {
     "table": "measures whole runs",
     "tune": "measures whole runs",
     "evaluate": "measures whole runs",
-    "ablation": "trains fourteen models",
+    "ablation": "trains, and measures whole runs",
     "figure": "times decoding for minutes",
     "train": "trains",
     "distill": "trains",
