@@ -16,13 +16,13 @@ from pathlib import Path
 from statistics import fmean
 
 from maskgit_pl.decoding.guidance import guidance_scales, guidance_schedules
-from maskgit_pl.errors import code_span, markdown
 from maskgit_pl.evaluation.evaluator import collect_numbers
 from maskgit_pl.evaluation.figures import draw_figure_8
 from maskgit_pl.evaluation.ledger import FILE_NAME, REAL, Ledger, Row
 from maskgit_pl.evaluation.pages import Page, heading, markdown_table, paragraph, seeds_cell
 from maskgit_pl.evaluation.tables import describe_provenance
 from maskgit_pl.schedules import mask_schedules
+from maskgit_pl.text import code_span, markdown
 
 # gamma(r) as printed (exp and log as in the released code), best T, FID, IS, and NLL in nats per masked token.
 SCHEDULES = {  # paper, Table 3

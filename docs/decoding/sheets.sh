@@ -19,7 +19,7 @@ import sys
 import torch
 from PIL import Image
 from maskgit_pl import MaskGIT
-from maskgit_pl.pipeline.grids import image_grid
+from maskgit_pl.grids import image_grid
 
 folder, run, out = sys.argv[1:]
 pipe = MaskGIT.from_pretrained(run)

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
         TokenizerOptions,
         TuningOptions,
     )
+    from maskgit_pl.evaluation.reconstruction import evaluate_tokenizer
     from maskgit_pl.evaluation.tables import table_1, table_2
     from maskgit_pl.evaluation.timing import figure_4
-    from maskgit_pl.evaluation.tokenizer import evaluate_tokenizer
     from maskgit_pl.evaluation.tuning import tune
 
 __all__ = [
@@ -82,7 +82,7 @@ _HOMES = {
     ),
     "tables": ("table_1", "table_2"),
     "timing": ("figure_4",),
-    "tokenizer": ("evaluate_tokenizer",),
+    "reconstruction": ("evaluate_tokenizer",),
     "tuning": ("tune",),
 }
 __getattr__ = lazy_names(__name__, {name: module for module, names in _HOMES.items() for name in names})

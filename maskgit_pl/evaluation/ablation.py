@@ -17,17 +17,15 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from maskgit_pl.autoregressive import AutoregressiveConfig
 from maskgit_pl.data import ShardData
 from maskgit_pl.data.manifest import read_manifest_summary
 from maskgit_pl.decoding import DecodingConfig
-from maskgit_pl.distributed import describe_environment, device_name, find_device
+from maskgit_pl.devices import describe_environment, device_name, find_device
 from maskgit_pl.errors import PreemptedError, describe_error, exit_code_of
 from maskgit_pl.evaluation.ablation_page import make_ablation_page
 from maskgit_pl.evaluation.classifier import open_images
 from maskgit_pl.evaluation.evaluator import collect_numbers
-from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
-from maskgit_pl.evaluation.opening import (
+from maskgit_pl.evaluation.folders import (
     RunFolders,
     check_model_decoding,
     find_run,
@@ -36,6 +34,7 @@ from maskgit_pl.evaluation.opening import (
     open_model,
     remove_untrained,
 )
+from maskgit_pl.evaluation.ledger import FILE_NAME, Ledger, Row, digest_of
 from maskgit_pl.evaluation.options import (
     ReportOptions,
     TokenizerOptions,
@@ -44,9 +43,9 @@ from maskgit_pl.evaluation.options import (
     with_steps,
 )
 from maskgit_pl.evaluation.pages import Page
-from maskgit_pl.evaluation.tokenizer import OpenedTokenizer, measure_tokenizer_once
+from maskgit_pl.evaluation.reconstruction import OpenedTokenizer, measure_tokenizer_once
 from maskgit_pl.files import check_writable
-from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
+from maskgit_pl.pretrained.networks import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.build import build_without_weights
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
@@ -55,7 +54,8 @@ from maskgit_pl.runs.resolve import merge_values
 from maskgit_pl.runs.settings import resolve
 from maskgit_pl.runs.variants import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.training.speed import read_training_time
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.autoregressive import AutoregressiveConfig
+from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
