@@ -34,11 +34,10 @@ from maskgit_pl.files import check_writable
 from maskgit_pl.pipeline.pretrained import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.runs.ablation import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
-from maskgit_pl.runs.build import build_without_weights
+from maskgit_pl.runs.fitting import build_without_weights
 from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import merge_values
-from maskgit_pl.runs.settings import ResolvedRun, resolve
+from maskgit_pl.runs.resolve import ResolvedRun, read_inputs, resolve_run
 from maskgit_pl.training.speed import read_training_time
 from maskgit_pl.training.token_model import TokenModel
 
@@ -149,23 +148,23 @@ class AblationRuns:
 def _build(variant: Variant, base: Recipe, plan: Plan, shared: Mapping[str, Any]) -> BuiltVariant:
     """Builds the module of a variant with weights of zero, which checks its values and those of its decoding."""
     try:
-        run = build_without_weights(plan)
+        values, module = build_without_weights(plan)
         decoding = None  # a transformer of stage 2 exports its own
-        if isinstance(run.model, TokenModel):
+        if isinstance(module, TokenModel):
             # The decoding of the base with the changes of the variant; another kind of model has its own.
             recipe = base if variant.recipe.kind == base.kind else variant.recipe
             recipe = recipe.with_overrides(variant.decoding)
-            model = resolve(recipe.kind, merge_values(replace(plan, recipe=recipe))).model
-            network = run.model.config.network
+            model = resolve_run(replace(plan, recipe=recipe), read_inputs(plan)).model
+            network = module.config.network
             is_causal = isinstance(model, AutoregressiveConfig)
             decoding = model.decoding.to_config(network.num_tokens) if is_causal else model.decoding
             has_null = network.null_label is not None
             decoding.check(network.num_tokens, is_autoregressive=is_causal, has_negative_class=has_null)
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant.label}: {error}") from error
-    tree = remove_untrained(run.values.tree)
-    parameters = sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad)
-    return BuiltVariant(variant, run.values, digest_of([tree, shared]), decoding, parameters)
+    tree = remove_untrained(values.tree)
+    parameters = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    return BuiltVariant(variant, values, digest_of([tree, shared]), decoding, parameters)
 
 
 class _Ablation:

@@ -23,7 +23,7 @@ from maskgit_pl.evaluation.tables import Runs, describe_provenance, open_models
 from maskgit_pl.pipeline.pretrained import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
-from maskgit_pl.runs.layers import value_at
+from maskgit_pl.runs.recipe import value_at
 from maskgit_pl.schedules import MaskSchedule
 
 # gamma(r) as printed (exp and log as in the released code), best T, FID, IS, and NLL in nats per masked token.
