@@ -15,8 +15,9 @@ from maskgit_pl.cli.flags import Folder, NewRunFlags, Run, RunFlags, print_json
 from maskgit_pl.data.tokenize_options import TokenizeOptions
 from maskgit_pl.errors import BAD_INPUT
 from maskgit_pl.processes import catch_stop_signals, progress_bars
-from maskgit_pl.runs.plan import Folders, Machines, plan_run
-from maskgit_pl.runs.recipe import Recipe, Stage, merge
+from maskgit_pl.runs.layers import merge
+from maskgit_pl.runs.plan import Folders, Machines, merge_values, plan_run, read_inputs, values_without_data
+from maskgit_pl.runs.recipe import Recipe, Stage
 from maskgit_pl.runs.slurm import JobOptions, check_submission, plan_submission
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,10 @@ def _print_config(recipe: Recipe, folders: Folders) -> None:
 
     try:
         plan = plan_run(recipe, **folders)
-        values = resolve.merge_values(plan, resolve.read_inputs(plan))
+        values = merge_values(plan, read_inputs(plan))
     except FileNotFoundError as error:
         print(f"# Paths are empty, and sizes that data and tokenizer give are those of the paper: {error}")
-        values = merge([resolve.values_without_data(recipe.stage), recipe.tree])
+        values = merge([values_without_data(recipe.stage), recipe.tree])
     print(resolve.config_text(resolve.resolve(recipe.kind, values)), end="")
 
 

@@ -15,29 +15,36 @@ from typing import Any, Literal, Unpack, get_args
 
 import torch
 
-from maskgit_pl.checks import count_text
 from maskgit_pl.data import ShardDataConfig, split_batch
 from maskgit_pl.data.manifest import Split, read_manifest_summary
-from maskgit_pl.errors import is_user_error, printable
-from maskgit_pl.files import parse_size, size_text
+from maskgit_pl.errors import is_user_error
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import build, check_run_outputs, describe_batch, describe_start, leave_no_trace
-from maskgit_pl.runs.plan import Folders, Machines, Plan, find_data, find_tokenizer, run_folder
-from maskgit_pl.runs.recipe import Recipe, merge
-from maskgit_pl.runs.resolve import (
+from maskgit_pl.runs.layers import merge
+from maskgit_pl.runs.plan import (
+    Folders,
     Inputs,
-    ResolvedRun,
-    choose_precision,
+    Machines,
+    Plan,
+    find_data,
+    find_tokenizer,
     merge_values,
     read_pretrained,
     read_tokenizer_sizes,
-    resolve,
+    run_folder,
     values_without_data,
 )
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import (
+    ResolvedRun,
+    choose_precision,
+    resolve,
+)
+from maskgit_pl.text import count_text, parse_size, printable, size_text
+from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import complete_checkpoints
 from maskgit_pl.training.strategies import check_strategy
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.token_model import TokenModel
 
 _HEADROOM = 0.92  # usable fraction of memory: the rest is CUDA context, NCCL buffers and fragmentation
 

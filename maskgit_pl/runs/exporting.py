@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from maskgit_pl.data.folders import hold_lock
 from maskgit_pl.files import check_writable
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.networks.weights import load_weights
-from maskgit_pl.pipeline.pretrained import check_stage_folder
+from maskgit_pl.pretrained.networks import check_stage_folder
 from maskgit_pl.runs.fitting import build, export_run, restore_process_state
 from maskgit_pl.runs.plan import Plan, find_data, folder_of
 from maskgit_pl.runs.recipe import STAGES, Recipe, Stage

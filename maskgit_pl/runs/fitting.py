@@ -14,7 +14,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -27,38 +27,36 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
 from torch import Tensor
 
-from maskgit_pl.checks import count_text
 from maskgit_pl.data import ShardData, ShardDataConfig, split_batch
-from maskgit_pl.data.folders import hold_lock
-from maskgit_pl.distillation import DistilledModel
-from maskgit_pl.distributed import describe_environment
+from maskgit_pl.devices import describe_environment
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.files import check_writable, read_json, write_text
+from maskgit_pl.folders import hold_lock
 from maskgit_pl.networks.weights import ZeroWeights
 from maskgit_pl.pipeline.card import write_card
-from maskgit_pl.pipeline.pretrained import check_stage_folder, fingerprint, has_weights_of
+from maskgit_pl.pretrained.networks import check_stage_folder, fingerprint, has_weights_of
 from maskgit_pl.processes import catch_stop_signals, hide_launcher
-from maskgit_pl.runs.plan import Folders, Plan, plan_run
-from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import (
-    AUTO,
-    Inputs,
-    ResolvedRun,
-    TokenizerRun,
-    config_text,
-    fixed_settings,
-    list_changes,
-    read_inputs,
-    resolve_run,
-)
-from maskgit_pl.tokenizer import Tokenizer
-from maskgit_pl.training.callbacks import (
+from maskgit_pl.runs.callbacks import (
     ProgressLines,
     ReconstructionPictures,
     SamplePictures,
     UnreadableReport,
     callbacks,
 )
+from maskgit_pl.runs.plan import Folders, Inputs, Plan, merge_values, plan_run, read_inputs
+from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.resolve import (
+    AUTO,
+    ResolvedRun,
+    TokenizerRun,
+    choose_precision,
+    config_text,
+    fixed_settings,
+    list_changes,
+    resolve,
+)
+from maskgit_pl.text import count_text
+from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import (
     Checkpoints,
     FolderCheckpointIO,
@@ -71,7 +69,8 @@ from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
 from maskgit_pl.training.strategies import build_strategy, check_strategy
-from maskgit_pl.training.token_model import TokenModel
+from maskgit_pl.transformer.distillation import DistilledModel
+from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +143,17 @@ class StageRun:
     trainer: Trainer
     checkpoints: Checkpoints
     watchdog: Watchdog
+
+
+def resolve_run(plan: Plan, inputs: Inputs) -> ResolvedRun:
+    """Builds all values of a run , with the chosen precision.
+
+    Raises:
+        ValueError: see ``resolve``.
+    """
+    values = resolve(plan.recipe.kind, merge_values(plan, inputs))
+    precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder)
+    return replace(values, trainer=replace(values.trainer, precision=precision))
 
 
 def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | None = None) -> StageRun:

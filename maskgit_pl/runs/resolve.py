@@ -1,9 +1,8 @@
-"""The values of a run, built and checked once from its recipe, its data, its tokenizer and its initial weights.
+"""The values of a run: ``ResolvedRun``, built and checked once from the tree of its merged values.
 
-1. What data, tokenizer and initial weights determine is read, each file once (``read_inputs``).
-2. Values are merged, later over earlier: data and tokenizer, recipe files, sizes of pretrained weights, flags.
-3. Derived keys are set from the keys that determine them.
-4. ``ResolvedRun`` is built from the tree: its dataclasses own the names, types, ranges and defaults of all keys.
+1. Values are merged by ``plan.merge_values``.
+2. Derived keys are set from the keys that determine them.
+3. ``ResolvedRun`` is built from the tree: its dataclasses own the names, types, ranges and defaults of all keys.
    pydantic compares the types and the ranges in annotations, and each dataclass checks the others. No value can name
    code: a registered part is a name with arguments, which its registry builds.
 
@@ -16,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,43 +25,25 @@ from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get
 import yaml
 from pydantic import Field
 
-from maskgit_pl.autoregressive import AutoregressiveConfig, AutoregressiveModel
-from maskgit_pl.checks import (
-    ImageSize,
-    WrongValue,
-    as_image_size,
-    describe_wrong_values,
-    shorten,
-    type_adapter,
-    validate,
-)
+from maskgit_pl.checks import WrongValue, describe_wrong_values, type_adapter, validate
 from maskgit_pl.data import ShardDataConfig
-from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
-from maskgit_pl.distillation import DistillationConfig, DistilledModel
-from maskgit_pl.distributed import default_device, has_bfloat16
+from maskgit_pl.devices import default_device, has_bfloat16
 from maskgit_pl.files import read_yaml
-from maskgit_pl.mvtm import MaskedTokenConfig, MaskedTokenModel
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.networks.vqgan import VQGANConfig
-from maskgit_pl.pipeline.pretrained import read_config, read_decoding
-from maskgit_pl.runs.plan import Plan
-from maskgit_pl.runs.recipe import DERIVED_KEYS, Kind, Layer, Recipe, Stage, merge, value_at, without_keys
-from maskgit_pl.tokenizer import Tokenizer
+from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, without_keys
+from maskgit_pl.runs.recipe import Stage
+from maskgit_pl.text import shorten
+from maskgit_pl.tokenizer.losses import TokenizerConfig
+from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import newest_checkpoint
-from maskgit_pl.training.tokenizer_losses import TokenizerConfig
+from maskgit_pl.transformer.autoregressive import AutoregressiveConfig, AutoregressiveModel
+from maskgit_pl.transformer.distillation import DistillationConfig, DistilledModel
+from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 AUTO = "auto"
 
 _HABITS = {"epochs": "max_steps", "max_epochs": "max_steps", "lr": "peak", "batch_size": "global_batch"}  # here
 _COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
-
-# Stage 2 of few images: fewer steps leave it untrained, and with one view of each image its validation loss rises
-# from the tenth pass on (docs/own-images.md).
-_LEAST_STEPS = 400
-_PASSES_OF_A_VIEW = 10
-_VIEWS = {"augmentations": [{"name": "random_resized_crop", "scale": [0.8, 1.0]}], "views": 8}
-
-_PAPER_SIZES = {"codebook_size": 1024, "num_classes": 1000, "grid": [16, 16]}  # in place of those of data
 
 # The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with
 # 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
@@ -218,144 +199,6 @@ RUNS: dict[Kind, type[ResolvedRun]] = {
     "autoregressive": AutoregressiveRun,
     "distillation": DistillationRun,
 }
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What data, tokenizer and initial weights say about a run. Made by ``read_inputs``, which opens each file once.
-
-    Args:
-        data: Summary of the data folder; None if ``doctor`` finds none.
-        tokenizer: Sizes of the tokenizer of stage 2, and of its images in pixels.
-        pretrained: Configuration of the initial weights, if there are any.
-    """
-
-    data: DataSummary | None = None
-    tokenizer: tuple[VQGANConfig, ImageSize] | None = None
-    pretrained: Mapping[str, Any] | None = None
-
-
-def read_inputs(plan: Plan) -> Inputs:
-    """Reads the inputs of a run (step 1 of the module).
-
-    Raises:
-        FileNotFoundError: if a file is missing.
-        ValueError: if a file is damaged, or of another kind.
-    """
-    tokenizer = None if plan.tokenizer is None else read_tokenizer_sizes(plan.tokenizer)
-    return Inputs(read_manifest_summary(plan.shards), tokenizer, read_pretrained(plan))
-
-
-def read_tokenizer_sizes(folder: Path) -> tuple[VQGANConfig, ImageSize]:
-    """Reads the sizes of a pretrained tokenizer and of its images in pixels."""
-    config = read_config(folder, "tokenizer")
-    return VQGANConfig(**config["network"]), as_image_size(config["image_size"])
-
-
-def read_pretrained(plan: Plan) -> dict[str, Any] | None:
-    """Reads the configuration of the initial weights of a run; None if it has none.
-
-    That of a teacher has the decoding that was tuned for it, if there is one.
-    """
-    if plan.pretrained is None:
-        return None
-    config = read_config(plan.pretrained, plan.stage)
-    if plan.recipe.kind == "distillation" and (tuned := read_decoding(plan.pretrained.parent)) is not None:
-        config["decoding"] = asdict(tuned)
-    return config
-
-
-def merge_values(plan: Plan, inputs: Inputs) -> dict[str, Any]:
-    """Merges all values of a run (step 2); ``resolve`` adds the rest. Without data, those of data are left out."""
-    recipe = plan.recipe if inputs.data is None else adapt_to_few_images(plan.recipe, inputs.data)
-    pretrained = {} if inputs.pretrained is None else _values_of_pretrained(plan, inputs.pretrained)
-    return merge([_values_of_data_and_tokenizer(plan, inputs), recipe.base, pretrained, *recipe.flags])
-
-
-def adapt_to_few_images(recipe: Recipe, data: DataSummary) -> Recipe:
-    """Returns the recipe with fewer steps and more views, as ``max_passes`` demands for the number of images.
-
-    ``trainer.max_steps`` is lowered to ``max_passes`` passes over the images, but not below ``_LEAST_STEPS``. The
-    warm-up takes at most a fifth of the steps, and a validation takes place. If more than ``_PASSES_OF_A_VIEW`` passes
-    remain, the token store gets several views of an image, unless the recipe says how it is cropped. Flags override
-    all of this.
-    """
-    passes, batch, source = (recipe.get(key) for key in ("max_passes", "data.global_batch", "data.source"))
-    steps = value_at(recipe.base, "trainer.max_steps")
-    if passes is None or batch is None or steps is None or source == "stream":  # streams do not count their images
-        return recipe
-    images = data.samples["train"]
-    limit = min(steps, max(_LEAST_STEPS, passes * images // batch))
-    lower: dict[str, Any] = {"trainer": {"max_steps": limit}}
-    if every := value_at(recipe.base, "trainer.val_check_interval"):
-        lower["trainer"]["val_check_interval"] = min(every, limit)
-    if warmup := value_at(recipe.base, "model.optimizer.learning_rate.warmup_steps"):
-        lower["model"] = {"optimizer": {"learning_rate": {"warmup_steps": min(warmup, limit // 5)}}}
-    is_cropped = any(recipe.get(f"data.{key}") is not None for key in ("augmentations", "views"))
-    if source == "tokens" and limit * batch > _PASSES_OF_A_VIEW * images and not is_cropped:
-        lower["data"] = _VIEWS
-    return replace(recipe, base=merge([recipe.base, lower]))
-
-
-def values_without_data(stage: Stage, *, path: str = "", token_store: str = "", tokenizer: str = "") -> dict[str, Any]:
-    """Returns values in place of those that data and tokenizer give; the sizes are those of the paper."""
-    values: dict[str, Any] = {"data": {"path": path, "token_store": token_store}}
-    if stage == "transformer":
-        values["model"] = {"tokenizer": tokenizer, "network": dict(_PAPER_SIZES)}
-    return values
-
-
-def _values_of_data_and_tokenizer(plan: Plan, inputs: Inputs) -> dict[str, Any]:
-    """Returns the values that data and tokenizer determine."""
-    if inputs.data is None:
-        return {}
-    if inputs.tokenizer is None:
-        return {"data": {"path": str(plan.shards)}}
-    sizes, image_size = inputs.tokenizer
-    data: dict[str, Any] = {
-        "path": str(plan.shards),
-        "image_size": image_size,
-        "in_channels": sizes.in_channels,
-        "token_store": str(plan.folder / "tokens"),
-    }
-    network = {
-        "codebook_size": sizes.codebook_size,
-        "num_classes": inputs.data.num_classes,
-        "grid": list(sizes.grid(image_size)),
-    }
-    if plan.recipe.get("data.vectors") and inputs.data.vectors is not None:  # without any, ``ShardData`` reports it
-        network["condition_dim"] = inputs.data.vectors.dim
-    return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
-
-
-def _values_of_pretrained(plan: Plan, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the sizes of the initial weights of a run. They override those of recipe files."""
-    if plan.stage == "tokenizer":
-        network = dict(config["network"])
-        data = {"image_size": config["image_size"], "in_channels": network.pop("in_channels")}
-        return {"data": data, "model": {"network": network}}
-    # Not those that tokenizer and data determine, nor those of training. The attention selects the kind of recipe.
-    excluded = {*BackboneConfig.transferable, "codebook_size", "attention"}
-    network = {name: value for name, value in config["network"].items() if name not in excluded}
-    values: dict[str, Any] = {"network": {"backbone": DEFAULT_BACKBONE, **network}}
-    if plan.recipe.kind == "distillation":
-        values |= {
-            "teacher": str(plan.pretrained),
-            "mask_schedule": config["mask_schedule"],
-            "teacher_decoding": config["decoding"],
-        }
-    return {"model": values}
-
-
-def resolve_run(plan: Plan, inputs: Inputs) -> ResolvedRun:
-    """Builds all values of a run (steps 2 to 4), with the chosen precision.
-
-    Raises:
-        ValueError: see ``resolve``.
-    """
-    values = resolve(plan.recipe.kind, merge_values(plan, inputs))
-    precision = choose_precision(values.trainer, values.model.network, plan.stage, plan.stage_folder)
-    return replace(values, trainer=replace(values.trainer, precision=precision))
 
 
 def resolve(kind: Kind, tree: Mapping[str, Any]) -> ResolvedRun:
