@@ -15,8 +15,7 @@ from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Runs, Seeds, Specs, 
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
 from maskgit_pl.runs.ablation import FOLDER, PAPER_SCHEDULES, AblationConfig, Factor, parse_factor
-from maskgit_pl.runs.layers import split_values
-from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage
+from maskgit_pl.runs.recipe import DEFAULT_DATASET, Stage, split_values
 from maskgit_pl.text import count_text, printable
 
 if TYPE_CHECKING:

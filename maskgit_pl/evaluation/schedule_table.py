@@ -22,7 +22,7 @@ from maskgit_pl.evaluation.tables import Runs, describe_provenance, open_models
 from maskgit_pl.pretrained.networks import read_config
 from maskgit_pl.processes import Bars, no_bars
 from maskgit_pl.registry import describe
-from maskgit_pl.runs.layers import value_at
+from maskgit_pl.runs.recipe import value_at
 from maskgit_pl.schedules import MaskSchedule
 from maskgit_pl.text import code_span, markdown
 

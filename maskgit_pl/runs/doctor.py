@@ -20,7 +20,6 @@ from maskgit_pl.data.manifest import Split, read_manifest_summary
 from maskgit_pl.errors import is_user_error
 from maskgit_pl.runs.costs import Encoder, Memory, checkpoint_bytes, step_memory, useful_flops
 from maskgit_pl.runs.fitting import build, check_run_outputs, describe_batch, describe_start, leave_no_trace
-from maskgit_pl.runs.layers import merge
 from maskgit_pl.runs.plan import (
     Folders,
     Inputs,
@@ -34,7 +33,7 @@ from maskgit_pl.runs.plan import (
     run_folder,
     values_without_data,
 )
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe import Recipe, merge
 from maskgit_pl.runs.resolve import (
     ResolvedRun,
     choose_precision,

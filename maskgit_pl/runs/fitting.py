@@ -44,13 +44,12 @@ from maskgit_pl.runs.callbacks import (
     callbacks,
 )
 from maskgit_pl.runs.plan import Folders, Inputs, Plan, merge_values, plan_run, read_inputs
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe import Recipe, config_text
 from maskgit_pl.runs.resolve import (
     AUTO,
     ResolvedRun,
     TokenizerRun,
     choose_precision,
-    config_text,
     fixed_settings,
     list_changes,
     resolve,
@@ -482,7 +481,7 @@ def _write_records(run: StageRun) -> None:
     """Writes the resolved recipe and the environment of a run, so that it can be repeated."""
     plan, recipe, folder = run.plan, run.plan.recipe, run.plan.stage_folder
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.yaml", config_text(run.values))
+    write_text(folder / "config.yaml", config_text(run.values.tree))
     environment = {
         "command": sys.argv,
         "recipe": recipe.names,

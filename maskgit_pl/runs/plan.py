@@ -20,8 +20,7 @@ from maskgit_pl.checks import ImageSize, as_image_size, check_integer
 from maskgit_pl.data.manifest import DataSummary, read_manifest_summary
 from maskgit_pl.data.sources.public import how_to_get
 from maskgit_pl.files import read_yaml
-from maskgit_pl.runs.layers import merge, value_at
-from maskgit_pl.runs.recipe import Recipe, Stage
+from maskgit_pl.runs.recipe import Recipe, Stage, merge, value_at
 from maskgit_pl.text import parse_size
 
 if TYPE_CHECKING:

@@ -13,16 +13,13 @@ workers, micro-batch size, precision, and the execution of blocks and optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
-from difflib import get_close_matches
 from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, ClassVar, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-import yaml
 from pydantic import Field
 
 from maskgit_pl.checks import WrongValue, describe_wrong_values, type_adapter, validate
@@ -30,9 +27,6 @@ from maskgit_pl.data import ShardDataConfig
 from maskgit_pl.devices import default_device, has_bfloat16
 from maskgit_pl.files import read_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, DEFAULT_BACKBONE, BackboneConfig, config_class
-from maskgit_pl.runs.layers import DERIVED_KEYS, Kind, Layer, merge, value_at, without_keys
-from maskgit_pl.runs.recipe import Stage
-from maskgit_pl.text import shorten
 from maskgit_pl.tokenizer.losses import TokenizerConfig
 from maskgit_pl.tokenizer.module import Tokenizer
 from maskgit_pl.training.checkpoints import newest_checkpoint
@@ -42,12 +36,9 @@ from maskgit_pl.transformer.mvtm import MaskedTokenConfig, MaskedTokenModel
 
 AUTO = "auto"
 
-_HABITS = {"epochs": "max_steps", "max_epochs": "max_steps", "lr": "peak", "batch_size": "global_batch"}  # here
-_COMMAND_PATHS = {"data": {"path": "", "token_store": ""}}  # in place of the paths that a command sets
-
 # The smallest widths that gain from bf16-mixed (docs/speed.md): a step of stage 1 takes 0.75 of its time with
 # 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
-_WIDE: dict[Stage, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
+_WIDE: dict[str, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
 # Settings that must not change: the clipping of gradients, these of data, and all of the model but _FREE_MODEL.
 _DATA = ("image_size", "in_channels", "augmentations", "global_batch", "seed")
@@ -193,7 +184,7 @@ class DistillationRun(ResolvedRun):
     module = DistilledModel
 
 
-RUNS: dict[Kind, type[ResolvedRun]] = {
+RUNS: dict[str, type[ResolvedRun]] = {
     "tokenizer": TokenizerRun,
     "transformer": MaskedRun,
     "autoregressive": AutoregressiveRun,
@@ -201,44 +192,49 @@ RUNS: dict[Kind, type[ResolvedRun]] = {
 }
 
 
-def resolve(kind: Kind, tree: Mapping[str, Any]) -> ResolvedRun:
-    """Builds all values of a run from a tree, with derived keys and defaults.
+def resolve(kind: str, tree: Mapping[str, Any]) -> ResolvedRun:
+    """Builds all values of a run of a ``Kind`` of recipe from a tree, with derived keys and defaults.
 
     Raises:
         ValueError: if a value is missing, out of range or unknown. The message names the key.
     """
-    run, faults = _build(kind, tree)
-    if run is not None:
+    run = _build(kind, tree)
+    if isinstance(run, ResolvedRun):
         return run
-    first = faults[0]
+    first = min(run, key=lambda fault: fault.kind == "missing")  # what is there comes first
     raise ValueError(f"{'.'.join(first.key)} must be set by the recipe" if first.kind == "missing" else first.text)
 
 
-def _build(kind: Kind, tree: Mapping[str, Any]) -> tuple[ResolvedRun | None, list[WrongValue]]:
-    """Builds all values, or returns what is wrong: first what is there, then what is missing."""
+def find_faults(kind: str, tree: Mapping[str, Any]) -> list[WrongValue]:
+    """Returns the wrong values of a tree, which may miss values."""
+    run = _build(kind, tree)
+    return [] if isinstance(run, ResolvedRun) else [fault for fault in run if fault.kind != "missing"]
+
+
+def _build(kind: str, tree: Mapping[str, Any]) -> ResolvedRun | list[WrongValue]:
+    """Builds all values, or returns what is wrong."""
     tree = _derive(kind, tree)
     try:
-        return validate(RUNS[kind], tree), []
+        return validate(RUNS[kind], tree)
     except ValueError as error:
-        faults = describe_wrong_values(error, tree, "", keys=known_keys(kind, tree))
-        return None, sorted(faults, key=lambda fault: fault.kind == "missing")
+        return describe_wrong_values(error, tree, "", keys=known_keys(kind, tree["model"]["network"]))
 
 
-def _derive(kind: Kind, tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a copy of a tree with the keys of ``DERIVED_KEYS`` that the module takes."""
-    tree = merge([{"data": {}, "model": {"network": {}}}, tree])
-    data, model = tree["data"], tree["model"]
+def _derive(kind: str, tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a tree with the keys of the module that follow from those of data."""
+    data, model = dict(tree.get("data", {})), {"network": {}, **tree.get("model", {})}
     model["seed"] = data.get("seed", ShardDataConfig.seed)
     if kind in ("transformer", "distillation"):
         model["global_batch"] = data.get("global_batch", ShardDataConfig.global_batch)
     if kind == "tokenizer":
         model["image_size"] = data.get("image_size", ShardDataConfig.image_size)
-        model["network"]["in_channels"] = data.get("in_channels", ShardDataConfig.in_channels)
-    return tree
+        in_channels = data.get("in_channels", ShardDataConfig.in_channels)
+        model["network"] = {**model["network"], "in_channels": in_channels}
+    return {**tree, "data": data, "model": model}
 
 
 def choose_precision(
-    trainer: TrainerSettings, network: object, stage: Stage, folder: Path, *, on_gpu: bool = False
+    trainer: TrainerSettings, network: object, stage: str, folder: Path, *, on_gpu: bool = False
 ) -> Precision:
     """Returns the precision of a run, which is that of its recipe unless it is ``auto``.
 
@@ -256,7 +252,7 @@ def choose_precision(
     if trainer.precision != AUTO:
         return trainer.precision
     if newest_checkpoint(folder / "checkpoints") is not None:  # 1.
-        return cast(Precision, value_at(read_yaml(folder / "config.yaml"), "trainer.precision"))
+        return cast(Precision, read_yaml(folder / "config.yaml")["trainer"]["precision"])
     key, width = _WIDE[stage]
     size = getattr(network, key, None)
     is_wide = isinstance(size, int) and size >= width  # the keys of plug-ins are theirs
@@ -264,12 +260,6 @@ def choose_precision(
     is_one_choice = trainer.strategy == "auto" or device != "cpu"
     is_fast = on_gpu or (is_one_choice and has_bfloat16(device))
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
-
-
-def config_text(run: ResolvedRun) -> str:
-    """Returns the text of ``config.yaml``: the complete recipe of a run, which is again a valid recipe."""
-    head = "# The complete recipe of a run. To repeat it: maskgit train STAGE --config THIS_FILE --run NAME\n"
-    return head + str(yaml.safe_dump(without_keys(run.tree, DERIVED_KEYS), sort_keys=False))
 
 
 def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dict[str, Any]:
@@ -319,95 +309,16 @@ def _short(key: str, value: Any) -> Any:
     return str(value)[:12] if key in ("data", "tokenizer", "teacher") else value
 
 
-def check_layers(kind: Kind, files: Sequence[Layer], flags: Sequence[Layer]) -> Sequence[Layer]:
-    """Checks the layers of a recipe, in merge order. Returns those of the files.
-
-    Values that data and tokenizer determine may be missing. Ranges of the model are then checked when the run is built.
-    Files are shared with masked models: those of an autoregressive model lose the keys of masking, which flags must
-    not have.
-
-    Raises:
-        ValueError: if a key is unknown or cannot be set, or a value is of a wrong type or out of range. The
-            message names the file or the flag, the key, and the closest known key.
-    """
-    if kind == "autoregressive":
-        of_masking = known_keys("transformer", {}).keys() - known_keys(kind, {}).keys()
-        files = [Layer(file.origin, without_keys(file.tree, of_masking)) for file in files]
-    layers = [*files, *flags]
-    for number, layer in enumerate(layers, start=1):
-        with _named(layer.origin):
-            _check_names(layer.tree, known_keys(kind, merge(part.tree for part in layers[:number])))
-    # The types of the files first: a flag must not hide a wrong one, because their values are used without flags, too.
-    for part, kinds in ((files, ("type",)), (layers, ("type", "value"))):
-        wrong = next((fault for fault in _faults(kind, part) if fault.kind in kinds), None)
-        if wrong is not None:
-            # The layer from which on the merged layers have the fault.
-            culprit = max(n for n in range(len(part)) if wrong not in _faults(kind, part[:n]))
-            with _named(part[culprit].origin):
-                raise ValueError(wrong.text)
-    return files
-
-
-def _faults(kind: Kind, layers: Sequence[Layer]) -> list[WrongValue]:
-    """Returns the wrong values of merged layers, which may miss values."""
-    tree = merge([_COMMAND_PATHS, *(layer.tree for layer in layers)])
-    _, faults = _build(kind, tree)
-    return [fault for fault in faults if fault.kind != "missing"]
-
-
-@contextmanager
-def _named(origin: str) -> Iterator[None]:
-    """Puts the file or the flag in front of the message of an error; a flag is named once."""
-    try:
-        yield
-    except ValueError as error:
-        key = origin.removeprefix("flag --")
-        text = f"flag --{error}" if key != origin and str(error).startswith(key) else f"{origin}: {error}"
-        raise ValueError(text) from error
-
-
-def _check_names(node: Mapping[str, Any], keys: Mapping[str, bool | None], path: str = "") -> None:
-    """Checks the keys of a part of a tree; see ``known_keys``."""
-    for name, value in node.items():
-        key = f"{path}{name}"
-        if key in DERIVED_KEYS or key not in keys or "." in str(name):
-            raise ValueError(_explain_unknown_key(key, [known for known in keys if known not in DERIVED_KEYS]))
-        is_optional = keys[key]
-        if is_optional is None or (value is None and is_optional):
-            continue
-        if not isinstance(value, Mapping):  # else a later layer would hide that the group has lost its values
-            inner = next(known for known in keys if known.startswith(f"{key}."))
-            raise ValueError(f"{key} must be a mapping, got {shorten(value)}; set a key of it, such as {inner}")
-        _check_names(value, keys, f"{key}.")
-
-
-def _explain_unknown_key(key: str, names: Sequence[str]) -> str:
-    """Returns the message for a key that no recipe has; ``names`` are those that it can have."""
-    if key in DERIVED_KEYS:
-        return f"{key} cannot be set: it follows {DERIVED_KEYS[key]}"
-    group, _, leaf = key.rpartition(".")
-    leaf = _HABITS.get(leaf, leaf)
-    beside = {name.rpartition(".")[2]: name for name in names if name.rpartition(".")[0] == group}
-    # The same name in another group, or a similar name in the same group.
-    close = [name for name in names if name.rpartition(".")[2] == leaf]
-    close += [beside[similar] for similar in get_close_matches(leaf, beside, n=1)]
-    if key in close:  # written with dots in a file
-        return f"unknown key {key!r}: keys of a file are nested; dots are for flags"
-    hint = f"did you mean {close[0]!r}? " if close else ""
-    return f"unknown key {key!r}: {hint}keys of {group or 'a recipe'}: {', '.join(sorted(beside))}"
-
-
-def known_keys(kind: Kind, tree: Mapping[str, Any]) -> Mapping[str, bool | None]:
+def known_keys(kind: str, network: object = None) -> Mapping[str, bool | None]:
     """Returns the dotted keys of a recipe: None for a value, and True or False for a group that may be null or not.
 
     Args:
         kind: Kind of recipe.
-        tree: Its values, which name the backbone.
+        network: Values of ``model.network``, which may name the backbone.
 
     Raises:
         ValueError: if there is no such backbone.
     """
-    network = value_at(tree, "model.network")
     name = network.get("backbone") if kind != "tokenizer" and isinstance(network, Mapping) else None
     try:
         backbone = config_class(name if isinstance(name, str) else DEFAULT_BACKBONE)
@@ -436,7 +347,7 @@ def _keys(kind: type, backbone: type[BackboneConfig], path: str = "") -> Mapping
     return keys
 
 
-def json_schema(kind: Kind) -> dict[str, Any]:
+def json_schema(kind: str) -> dict[str, Any]:
     """Returns the JSON Schema of a recipe, with which editors check and complete its files.
 
     ``model.network`` may have the keys of any backbone of this package; those of plug-ins are not known to it.

@@ -29,9 +29,8 @@ from typing import Unpack
 
 from maskgit_pl.checks import check_integer
 from maskgit_pl.processes import hide_launcher
-from maskgit_pl.runs.layers import split_flags
 from maskgit_pl.runs.plan import Folders, Plan, plan_run
-from maskgit_pl.runs.recipe import Recipe, recipes_folders
+from maskgit_pl.runs.recipe import Recipe, recipes_folders, split_flags
 
 log = logging.getLogger(__name__)
 

@@ -14,13 +14,11 @@ from maskgit_pl.files import parse_yaml
 from maskgit_pl.networks.backbone import BUILT_IN, config_class
 from maskgit_pl.runs import resolve
 from maskgit_pl.runs.fitting import build
-from maskgit_pl.runs.layers import Layer, merge
 from maskgit_pl.runs.plan import Plan, values_without_data
-from maskgit_pl.runs.recipe import Recipe
+from maskgit_pl.runs.recipe import Layer, Recipe, config_text, merge
 from maskgit_pl.runs.resolve import (
     TrainerSettings,
     choose_precision,
-    config_text,
     fixed_settings,
     json_schema,
     list_changes,
@@ -208,7 +206,7 @@ def test_missing_keys_get_the_defaults_and_the_record_is_a_recipe():
         name = tree["model"]["network"].get("backbone", "bert")
         assert run.model.network == config_class(name)(**{**given["model"]["network"], "grid": (16, 16)})
         assert run.tree["model"]["network"].keys() == {each.name for each in fields(config_class(name))}
-        again = merge([read(parse_yaml(config_text(run))).tree, {"model": {"tokenizer": ""}}])
+        again = merge([read(parse_yaml(config_text(run.tree))).tree, {"model": {"tokenizer": ""}}])
         assert resolve.resolve("transformer", again) == run
 
 
