@@ -51,6 +51,7 @@ from maskgit_pl.runs.resolve import (
     TokenizerRun,
     choose_precision,
     fixed_settings,
+    free_keys,
     list_changes,
     resolve,
 )
@@ -238,7 +239,7 @@ def _fixed_settings(values: ResolvedRun, data: ShardData, module: Tokenizer | To
         weights["tokenizer"] = fingerprint(Path(values.model.tokenizer))
     if isinstance(module, DistilledModel):
         weights["teacher"] = fingerprint(Path(values.model.teacher))
-    return fixed_settings(values.tree, data=data.fingerprint, **weights)
+    return fixed_settings(values.tree, free=free_keys(values.model), data=data.fingerprint, **weights)
 
 
 def _check_unchanged(plan: Plan, fixed: Mapping[str, Any]) -> None:

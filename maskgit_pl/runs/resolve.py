@@ -13,7 +13,7 @@ workers, micro-batch size, precision, and the execution of blocks and optimizer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -40,21 +40,8 @@ AUTO = "auto"
 # 64 base channels and 0.98 with 32; a step of stage 2 takes 0.59 to 0.71 of its time with 256 dimensions.
 _WIDE: dict[str, tuple[str, int]] = {"tokenizer": ("base_channels", 64), "transformer": ("embed_dim", 256)}
 
-# Settings that must not change: the clipping of gradients, these of data, and all of the model but _FREE_MODEL.
+# These settings of data must not change; the fields of a model say themselves which may (``MAY_CHANGE``).
 _DATA = ("image_size", "in_channels", "augmentations", "global_batch", "seed")
-_FREE_MODEL = {
-    "model.activation_checkpointing",
-    "model.compiled",
-    "model.decoding",  # affects only pictures and exports
-    "model.global_batch",  # data.global_batch
-    "model.optimizer.learning_rate.decay",
-    "model.optimizer.learning_rate.final_fraction",
-    "model.optimizer.learning_rate.warmup_steps",
-    "model.seed",  # data.seed
-    "model.teacher",  # a path; the content of the folder is compared instead
-    "model.tokenizer",  # a path; the content of the folder is compared instead
-}
-
 Precision = Literal["32-true", "bf16-mixed", "auto"]
 # Lightning and torch can store no larger counts.
 Count = Annotated[int, Field(ge=1, lt=2**63)]
@@ -262,7 +249,7 @@ def choose_precision(
     return "bf16-mixed" if is_wide and is_fast else "32-true"  # 2. and 3.
 
 
-def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dict[str, Any]:
+def fixed_settings(tree: Mapping[str, Any], *, free: Collection[str], data: str, **weights: str) -> dict[str, Any]:
     """Returns the settings that must not change, as plain values by dotted key; ``{name: ...}`` is a single value.
 
     They include betas, weight decay and the peak of the learning rate: the optimizer state restores these, so
@@ -270,12 +257,25 @@ def fixed_settings(tree: Mapping[str, Any], *, data: str, **weights: str) -> dic
 
     Args:
         tree: All values of the run, ``ResolvedRun.tree``.
+        free: Keys of the model that may change; see ``free_keys``.
         data: Fingerprint of the data folder.
         weights: Fingerprint of the tokenizer, for stage 2, and of the teacher, for a distillation.
     """
-    settings = {"data": data, **_flat(tree["model"], "model")}
+    settings = {"data": data, **_flat(tree["model"], "model", free)}
     settings |= {f"data.{key}": tree["data"].get(key) for key in _DATA}
     return settings | {"trainer.gradient_clip_val": tree["trainer"].get("gradient_clip_val"), **weights}
+
+
+def free_keys(config: Any, path: str = "model") -> set[str]:
+    """Returns the dotted keys of a model's configuration that may change when a run resumes."""
+    free = set[str]()
+    for each in fields(config):
+        key, value = f"{path}.{each.name}", getattr(config, each.name)
+        if each.metadata.get("may_change"):
+            free.add(key)
+        elif is_dataclass(value):
+            free |= free_keys(value, key)
+    return free
 
 
 def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -284,15 +284,15 @@ def list_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [f"{key}: {_short(key, was)} -> {_short(key, now)}" for key, was, now in pairs if was != now]
 
 
-def _flat(node: Mapping[str, Any], path: str) -> dict[str, Any]:
+def _flat(node: Mapping[str, Any], path: str, free: Collection[str]) -> dict[str, Any]:
     leaves: dict[str, Any] = {}
     for name, value in node.items():
         key = f"{path}.{name}"
-        if key in _FREE_MODEL:
+        if key in free:
             continue
         # A specification {name: ...} is compared as a whole.
         if isinstance(value, Mapping) and "name" not in value:
-            leaves |= _flat(value, key)
+            leaves |= _flat(value, key, free)
         else:
             leaves[key] = _without_weights(value)
     return leaves

@@ -20,6 +20,7 @@ from maskgit_pl.runs.resolve import (
     TrainerSettings,
     choose_precision,
     fixed_settings,
+    free_keys,
     json_schema,
     list_changes,
 )
@@ -150,6 +151,7 @@ def test_every_key_of_a_model_is_fixed_but_those_that_are_free(stage, tiny_shard
         perceptual = PerceptualConfig({"name": "timm", "model": "resnet50", "weights": "here.pth"})
         config["model"] |= {"adversarial": asdict(AdversarialConfig()), "perceptual": asdict(perceptual)}
     known = {name: run.checkpoints.settings.get(name) for name in ("data", "tokenizer")}
+    known["free"] = free_keys(run.values.model)
     before = json.loads(json.dumps(fixed_settings(config, **known)))
     fixed = {key for key in before if not key.startswith("model.")}
     assert fixed == {*FIXED, "tokenizer"} if stage == "transformer" else {*FIXED}
