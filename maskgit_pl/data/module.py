@@ -253,8 +253,10 @@ class ShardData(StepDataModule):
         vectors = self._vector_reader(split) if self.vector_dim else None
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed, vectors=vectors)
+        if split not in self._readers:  # without ``setup``, as in the evaluation
+            self._open_shards((split,))
         return ImageBatches(
-            self._shard_reader(split),
+            self._readers[split],
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
@@ -271,12 +273,6 @@ class ShardData(StepDataModule):
         """Returns all vectors of a split with their labels, for images that are generated without the data."""
         labels = self.summary.manifest(split).index()["label"].astype(np.int64)
         return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
-
-    def _shard_reader(self, split: Split) -> ShardReader:
-        # Without ``setup``, as in the evaluation, shards are opened and checked here.
-        if split not in self._readers:
-            self._open_shards((split,))
-        return self._readers[split]
 
     def _open_shards(self, splits: Sequence[Split]) -> None:
         manifests = {split: self.summary.manifest(split) for split in splits}

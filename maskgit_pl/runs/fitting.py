@@ -69,11 +69,11 @@ from maskgit_pl.training.loggers import TolerantLogger, loggers
 from maskgit_pl.training.speed import SpeedMonitor
 from maskgit_pl.training.stopping import StepCheck, Watchdog, disable_sigterm_handler
 from maskgit_pl.training.strategies import build_strategy, check_strategy
-from maskgit_pl.transformer.distillation import DistilledModel
 from maskgit_pl.transformer.token_model import TokenModel
 
 log = logging.getLogger(__name__)
 
+_WEIGHTS = ("tokenizer", "teacher")  # keys of the pretrained folders that a module of stage 2 uses
 _EXPORTED = "exported.json"  # in the stage folder: the exported step, and the hash of the export
 
 # Warnings of Lightning and torch that every run triggers and no user can act on.
@@ -185,7 +185,8 @@ def build(plan: Plan, callbacks: Sequence[Callback] = (), *, inputs: Inputs | No
     # Only initial weights use torch's generator: all other random numbers are functions of the recipe's seed.
     torch.manual_seed(values.data.seed)
     data, module = ShardData(values.data, inputs.data), values.module(values.model)
-    fixed = _fixed_settings(values, data, module)
+    weights = {name: fingerprint(getattr(values.model, name)) for name in _WEIGHTS if hasattr(values.model, name)}
+    fixed = fixed_settings(values.tree, free=free_keys(values.model), data=data.fingerprint, **weights)
     _check_unchanged(plan, fixed)
     watchdog = Watchdog(plan.stage_folder, seconds=values.hang_seconds)
     checkpoints = Checkpoints(
@@ -231,15 +232,6 @@ def leave_no_trace() -> Iterator[None]:
     with hide_launcher(), restore_process_state(), ZeroWeights():
         warnings.simplefilter("ignore")
         yield
-
-
-def _fixed_settings(values: ResolvedRun, data: ShardData, module: Tokenizer | TokenModel) -> dict[str, Any]:
-    weights = {}
-    if isinstance(module, TokenModel):
-        weights["tokenizer"] = fingerprint(Path(values.model.tokenizer))
-    if isinstance(module, DistilledModel):
-        weights["teacher"] = fingerprint(Path(values.model.teacher))
-    return fixed_settings(values.tree, free=free_keys(values.model), data=data.fingerprint, **weights)
 
 
 def _check_unchanged(plan: Plan, fixed: Mapping[str, Any]) -> None:

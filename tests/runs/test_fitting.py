@@ -16,9 +16,10 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 
-from maskgit_pl import MaskGIT, processes, runs
+from maskgit_pl import MaskGIT, files, processes, runs
 from maskgit_pl.errors import PreemptedError
 from maskgit_pl.pretrained.networks import fingerprint
+from maskgit_pl.runs.fitting import build, leave_no_trace
 from maskgit_pl.training.checkpoints import newest_checkpoint
 from maskgit_pl.training.stopping import StepCheck
 from tests.conftest import tiny_flags
@@ -131,6 +132,18 @@ def test_the_process_is_as_before_a_training_and_its_memory_is_free(
     assert {name for name, value in inside[-1].items() if value != before[name]} >= changed
     assert {name for name, value in state().items() if value != before[name]} == set()
     assert [each for each in gc.get_objects() if isinstance(each, Trainer)] == []
+
+
+def test_a_start_opens_each_manifest_once(tiny_shards, tiny_pretrained, tmp_path, monkeypatch):
+    opened, own = list[Path](), files.open_regular
+    monkeypatch.setattr(files, "open_regular", lambda path: (opened.append(Path(path)), own(path))[1])
+    folders = {"run": tmp_path / "one", "data": tiny_shards, "tokenizer": tiny_pretrained / "tokenizer"}
+    plan = runs.plan_run(recipe("transformer", max_passes=1), **folders)
+    with leave_no_trace():
+        build(plan).datamodule.setup()
+    assert [opened.count(tiny_shards / f"{split}.json") for split in ("train", "val")] == [1, 1]
+    # The tokenizer is loaded after the values are known.
+    assert opened.count(tiny_pretrained / "tokenizer" / "config.json") == 2
 
 
 def test_a_run_is_a_name_in_runs_or_a_folder(tiny_shards, tmp_path, monkeypatch):
