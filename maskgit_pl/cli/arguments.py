@@ -39,7 +39,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, Unpack, get_args,
 
 from maskgit_pl.checks import check_choice
 from maskgit_pl.files import check_writable
-from maskgit_pl.runs.layers import parse_spec
+from maskgit_pl.runs.recipe import parse_spec
 from maskgit_pl.text import shorten
 
 _OVERRIDES = "overrides"

@@ -25,7 +25,7 @@ from maskgit_pl.evaluation.options import (
     default_training,
 )
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.layers import parse_specs
+from maskgit_pl.runs.recipe import parse_specs
 
 
 def _parse_selectors(flag: str, text: str) -> list[Spec] | None:

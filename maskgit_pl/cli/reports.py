@@ -14,7 +14,7 @@ from maskgit_pl.cli.arguments import Output, Word
 from maskgit_pl.cli.flags import CasFlags, Folder, Numbers, Run, Runs, Seeds, Specs, print_page
 from maskgit_pl.evaluation.options import FEATURES, NUM_TOKENS, ReportOptions
 from maskgit_pl.processes import progress_bars
-from maskgit_pl.runs.layers import Overrides
+from maskgit_pl.runs.recipe import Overrides
 from maskgit_pl.runs.variants import AblationConfig, Factor, parse_factor
 from maskgit_pl.text import count_text, printable
 

@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -103,8 +103,9 @@ class Manifest:
 
 @dataclass(frozen=True)
 class DataSummary:
-    """The facts about a data folder that recipes and commands use before torch is imported."""
+    """The facts about a data folder that recipes and commands use before torch is imported, from its manifests."""
 
+    manifests: Mapping[Split, Manifest] = field(repr=False, compare=False)  # they name the folder
     classes: tuple[str, ...]  # label i is ``classes[i]``
     samples: Mapping[str, int]  # number of samples of each split
     images: ImageRange  # over all splits
@@ -121,6 +122,11 @@ class DataSummary:
         """The number of channels to decode to: 1 if all images are grey, else 3."""
         return 1 if self.images.channels == (1,) else 3
 
+    def manifest(self, split: Split) -> Manifest:
+        """Returns the manifest of a split; for one that the folder does not have, see ``load_manifest``."""
+        folder = next(iter(self.manifests.values())).folder
+        return self.manifests.get(split) or load_manifest(folder, split)
+
 
 def splits_of(folder: str | Path) -> tuple[Split, ...]:
     """Returns the splits of a data folder that have a manifest; train if none has one, whose error says the way out."""
@@ -129,8 +135,10 @@ def splits_of(folder: str | Path) -> tuple[Split, ...]:
 
 def read_manifest_summary(folder: str | Path) -> DataSummary:
     """Reads class names, counts and image sizes of a data folder from two small JSON files; see ``load_manifest``."""
-    manifests = [load_manifest(folder, split) for split in splits_of(folder)]
+    by_split = {split: load_manifest(folder, split) for split in splits_of(folder)}
+    manifests = list(by_split.values())
     return DataSummary(
+        manifests=by_split,
         classes=manifests[0].classes,
         samples={manifest.split: manifest.samples for manifest in manifests},
         images=union([manifest.images for manifest in manifests]),
@@ -179,24 +187,35 @@ def load_manifest(folder: str | Path, split: Split) -> Manifest:
 
 
 def load_manifests(folder: str | Path, splits: Sequence[Split] = ("train", "val")) -> dict[Split, Manifest]:
-    """Reads the manifests of some splits and compares the files on disk with them; lists all bad shards in one error.
-
-    Compares the whole index, and length, first and last header of each shard, which is fast enough for the
-    start of each run; ``maskgit data verify`` reads everything.
+    """Reads the manifests of some splits, and compares the files on disk with them; see ``check_shards``.
 
     Raises:
         FileNotFoundError: if the folder or a manifest is missing.
         ValueError: if a manifest is invalid, or index or shards differ from it.
     """
     manifests = {split: load_manifest(folder, split) for split in splits}
-    if faults := [fault for manifest in manifests.values() for fault in _faults(manifest)]:
-        total, listed = sum(len(manifest.shards) for manifest in manifests.values()), "\n  ".join(faults)
+    check_shards(manifests.values())
+    return manifests
+
+
+def check_shards(manifests: Collection[Manifest]) -> None:
+    """Compares the files of a data folder on disk with its manifests; lists all bad shards in one error.
+
+    Compares the whole index, and length, first and last header of each shard, which is fast enough for the
+    start of each run; ``maskgit data verify`` reads everything.
+
+    Raises:
+        FileNotFoundError: if an index is missing.
+        ValueError: if index or shards differ from a manifest.
+    """
+    if faults := [fault for manifest in manifests for fault in _faults(manifest)]:
+        total, listed = sum(len(manifest.shards) for manifest in manifests), "\n  ".join(faults)
+        folder = next(iter(manifests)).folder
         raise ValueError(
             f"data {folder}: {len(faults)} of {total} shards differ from the manifest:\n  {listed}\n"
             f"restore the shards, or, if they were changed on purpose, make the manifest again with "
             f"`maskgit data index {folder}`"
         )
-    return manifests
 
 
 def check_vectors(manifest: Manifest) -> None:

@@ -6,6 +6,7 @@ The configuration is the group ``data`` of a recipe. Used by ``maskgit train`` a
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -25,10 +26,9 @@ from maskgit_pl.data.manifest import (
     ShardReader,
     Split,
     VectorReader,
+    check_shards,
     check_vectors,
     describe_enlarging,
-    load_manifest,
-    load_manifests,
     read_manifest_summary,
 )
 from maskgit_pl.data.order import BATCH_SIZE_RANGE, InOrder, Order, ShuffledStream, split_batch
@@ -129,11 +129,14 @@ class ShardData(StepDataModule):
 
     Args:
         config: The folder, the source and the batches.
+        summary: Summary of the folder; None reads it at first use.
     """
 
-    def __init__(self, config: ShardDataConfig) -> None:
+    def __init__(self, config: ShardDataConfig, summary: DataSummary | None = None) -> None:
         super().__init__()
         self.config = config
+        if summary is not None:
+            self.summary = summary
         self.global_batch = config.global_batch
         self.stream = config.stream if config.source == "stream" else None
         self._readers: dict[Split, ShardReader] = {}
@@ -203,8 +206,7 @@ class ShardData(StepDataModule):
         """
         split_batch(self.config.global_batch, self.config.max_batch_per_device, self._world_size)
         if self._tokens is None:  # opens and checks the token store, if there is one
-            for split, manifest in load_manifests(self.config.path, self._splits_of_folder).items():
-                self._readers[split] = ShardReader(manifest)
+            self._open_shards(self._splits_of_folder)
         if self.vector_dim:
             for split in self._splits_of_folder:
                 self._vector_reader(split)
@@ -251,8 +253,10 @@ class ShardData(StepDataModule):
         vectors = self._vector_reader(split) if self.vector_dim else None
         if self._tokens is not None:
             return TokenBatches(self._tokens[split], order, seed=self.config.seed, vectors=vectors)
+        if split not in self._readers:  # without ``setup``, as in the evaluation
+            self._open_shards((split,))
         return ImageBatches(
-            self._shard_reader(split),
+            self._readers[split],
             order,
             image_size=self.config.image_size,
             in_channels=self.config.in_channels,
@@ -267,20 +271,19 @@ class ShardData(StepDataModule):
 
     def vector_pool(self, split: Split) -> VectorPool:
         """Returns all vectors of a split with their labels, for images that are generated without the data."""
-        labels = load_manifest(self.config.path, split).index()["label"].astype(np.int64)
+        labels = self.summary.manifest(split).index()["label"].astype(np.int64)
         return VectorPool(self.read_vectors(split, np.arange(len(labels))), torch.tensor(labels))
 
-    def _shard_reader(self, split: Split) -> ShardReader:
-        # Without ``setup``, as in the evaluation, shards are opened and checked here.
-        if split not in self._readers:
-            self._readers[split] = ShardReader(load_manifests(self.config.path, (split,))[split])
-        return self._readers[split]
+    def _open_shards(self, splits: Sequence[Split]) -> None:
+        manifests = {split: self.summary.manifest(split) for split in splits}
+        check_shards(manifests.values())
+        self._readers |= {split: ShardReader(manifest) for split, manifest in manifests.items()}
 
     def _vector_reader(self, split: Split) -> VectorReader:
         """Returns the vectors of a split of the data folder, after a check of their hash at the first call."""
         if split not in self._vectors:
             _ = self._vector_kind  # raises if there are none
-            manifest = load_manifest(self.config.path, split)
+            manifest = self.summary.manifest(split)
             check_vectors(manifest)
             self._vectors[split] = VectorReader(manifest)
         return self._vectors[split]

@@ -47,11 +47,9 @@ from maskgit_pl.evaluation.reconstruction import OpenedTokenizer, measure_tokeni
 from maskgit_pl.files import check_writable
 from maskgit_pl.pretrained.networks import fingerprint, load_tokenizer
 from maskgit_pl.processes import Bars, no_bars
-from maskgit_pl.runs.build import build_without_weights
-from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer
+from maskgit_pl.runs.fitting import build_without_weights, resolve_run
+from maskgit_pl.runs.plan import Plan, find_data, find_tokenizer, read_inputs
 from maskgit_pl.runs.recipe import Recipe
-from maskgit_pl.runs.resolve import merge_values
-from maskgit_pl.runs.settings import resolve
 from maskgit_pl.runs.variants import FOLDER, AblationConfig, Variant, base_values, in_float32, plan_variants, train
 from maskgit_pl.training.speed import read_training_time
 from maskgit_pl.transformer.autoregressive import AutoregressiveConfig
@@ -131,7 +129,7 @@ class AblationRuns:
         self.variants = [
             _build(variant, base, plan, shared, config.num_steps) for variant, plan in zip(planned, plans, strict=True)
         ]
-        self._values = resolve(base.kind, merge_values(plans[0]))
+        self._values = resolve_run(plans[0], read_inputs(plans[0]))
         self.base = base_values(config, self._values.tree)
 
     def open_images(self, num_workers: int) -> ShardData:
@@ -174,14 +172,14 @@ def _build(
 ) -> BuiltVariant:
     """Builds the module of a variant with weights of zero, which checks its values and those of its decoding."""
     try:
-        run = build_without_weights(plan)
+        values, module = build_without_weights(plan)
         decoding = None  # a transformer of stage 2 exports its own
-        if isinstance(run.model, TokenModel):
+        if isinstance(module, TokenModel):
             # The decoding of the base with the changes of the variant; another kind of model has its own.
             recipe = base if variant.recipe.kind == base.kind else variant.recipe
             recipe = recipe.with_overrides(variant.decoding)
-            model = resolve(recipe.kind, merge_values(replace(plan, recipe=recipe))).model
-            network = run.model.config.network
+            model = resolve_run(replace(plan, recipe=recipe), read_inputs(plan)).model
+            network = module.config.network
             is_causal = isinstance(model, AutoregressiveConfig)
             decoding = model.decoding.to_config(network.num_tokens) if is_causal else model.decoding
             has_null = network.null_label is not None
@@ -190,11 +188,11 @@ def _build(
     except (TypeError, ValueError) as error:
         raise ValueError(f"variant {variant.label}: {error}") from error
     columns = {
-        "parameters": sum(parameter.numel() for parameter in run.model.parameters() if parameter.requires_grad),
-        "max_steps": run.values.trainer.max_steps,
-        "global_batch": str(run.values.data.global_batch),
+        "parameters": sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad),
+        "max_steps": values.trainer.max_steps,
+        "global_batch": str(values.data.global_batch),
     }
-    return BuiltVariant(variant, digest_of([remove_untrained(run.values.tree), shared]), decoding, columns)
+    return BuiltVariant(variant, digest_of([remove_untrained(values.tree), shared]), decoding, columns)
 
 
 class TrainedRun:

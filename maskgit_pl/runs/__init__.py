@@ -21,7 +21,8 @@ from maskgit_pl.registry import lazy_names
 if TYPE_CHECKING:
     from maskgit_pl.data.tokenize_options import TokenizeOptions
     from maskgit_pl.runs.doctor import Preflight, preflight
-    from maskgit_pl.runs.fitting import FitResult, export, fit
+    from maskgit_pl.runs.exporting import export
+    from maskgit_pl.runs.fitting import FitResult, fit
     from maskgit_pl.runs.plan import Machines, Plan, plan_run
     from maskgit_pl.runs.recipe import Recipe
     from maskgit_pl.runs.slurm import JobOptions, Submission, plan_submission, submit
@@ -50,7 +51,8 @@ __all__ = [
 
 _NAMES = {  # by module
     "doctor": ("Preflight", "preflight"),
-    "fitting": ("FitResult", "export", "fit"),
+    "exporting": ("export",),
+    "fitting": ("FitResult", "fit"),
     "plan": ("Machines", "Plan", "plan_run"),
     "recipe": ("Recipe",),
     "slurm": ("JobOptions", "Submission", "plan_submission", "submit"),

@@ -1,6 +1,6 @@
 """The interface of the callbacks that a recipe names, and those that report progress, pictures and bad images.
 
-A recipe has ``callbacks: [NAME]`` for one of another package. ``runs.build`` adds it after those that every run has.
+A recipe has ``callbacks: [NAME]`` for one of another package. ``runs.fitting`` adds it after those that every run has.
 """
 
 from __future__ import annotations

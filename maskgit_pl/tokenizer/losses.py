@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from maskgit_pl.checks import (
+    MAY_CHANGE,
     ImageSize,
     check_image_size,
     check_integer,
@@ -256,8 +257,8 @@ class TokenizerConfig:
     gradient_clip: float | None = None
     ema_decay: float = 0.999
     flip_probability: float = 0.0
-    seed: int = 0
-    activation_checkpointing: ActivationCheckpointing = "none"
+    seed: int = field(default=0, metadata=MAY_CHANGE)  # that of data is compared instead
+    activation_checkpointing: ActivationCheckpointing = field(default="none", metadata=MAY_CHANGE)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "image_size", check_image_size("image_size", self.image_size, "[1, 16384]"))
