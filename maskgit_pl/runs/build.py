@@ -19,7 +19,6 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.profilers import Profiler, PyTorchProfiler, SimpleProfiler
-from torch import Tensor
 
 from maskgit_pl.data import ShardData, split_batch
 from maskgit_pl.distillation import DistilledModel
@@ -117,12 +116,11 @@ def build(plan: Plan, callbacks: Sequence[Callback] = ()) -> StageRun:
     _, accumulation = split_batch(data.config.global_batch, data.config.max_batch_per_device, trainer.world_size)
     if isinstance(module, TokenModel):
         trainer.accumulate_grad_batches = accumulation
-        for key, expected in (("num_classes", data.num_classes), ("condition_dim", data.vector_dim)):
+        for key, expected in (("num_classes", data.num_classes), ("condition_dim", 0)):
             if (value := getattr(module.config.network, key)) != expected:
-                vectors = f" with data.vectors {data.config.vectors}" if key == "condition_dim" else ""
                 raise ValueError(
-                    f"model.network.{key} must be {expected} for {data.config.path}{vectors}, got {value}; leave the "
-                    "key out or use other data"
+                    f"model.network.{key} must be {expected} for {data.config.path}, got {value}; leave the key out or "
+                    "use other data"
                 )
         tokenizer = module.tokenizer  # raises if it does not fit the model
         data.require_tokenizer(
@@ -248,9 +246,6 @@ class StageRun:
             weights["teacher"] = fingerprint(Path(self.values.model.teacher))
         return fixed_settings(self.values.tree, data=self.datamodule.fingerprint, **weights)
 
-    def _find_vectors(self, labels: Sequence[int], seeds: Sequence[int]) -> Tensor:
-        return self.datamodule.vector_pool("val").draw(labels, seeds)
-
     def _build_loggers(self) -> list[TolerantLogger]:
         """Builds the loggers of the recipe, and checks that they can be used, before anything is trained."""
         built = list[TolerantLogger]()
@@ -275,8 +270,7 @@ class StageRun:
         progress: Callback = RichProgressBar() if sys.stdout.isatty() else ProgressLines()
         pictures: Callback = ReconstructionPictures(self.folder)
         if self.plan.stage == "transformer":
-            find_vectors = self._find_vectors if self.datamodule.config.vectors else None
-            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names, find_vectors=find_vectors)
+            pictures = SamplePictures(self.folder, class_names=self.datamodule.class_names)
         step_check, unreadable = StepCheck(self.checkpoints), UnreadableReport(self.folder)
         # Health comes first: another callback may save a step and end the run. Speed comes last, so that it
         # does not count the pictures after a validation.

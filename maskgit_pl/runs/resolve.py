@@ -122,9 +122,6 @@ def _values_of_data_and_tokenizer(plan: Plan) -> dict[str, Any]:
         "num_classes": read_manifest_summary(plan.shards).num_classes,
         "grid": list(grid),
     }
-    if plan.recipe.get("data.vectors"):  # without vectors, ``ShardData`` reports it
-        kind = read_manifest_summary(plan.shards).vectors
-        network |= {} if kind is None else {"condition_dim": kind.dim}
     return {"data": data, "model": {"tokenizer": str(plan.tokenizer), "network": network}}
 
 
