@@ -66,7 +66,7 @@ def test_all_bad_shards_are_in_one_list(tars, tmp_path):
         "  d.tar: empty file",
         "  e.tar: no image samples",
         "restore damaged tars; --lenient leaves out samples with a fault and counts them; --label-field NAME reads "
-        "labels from .json, --no-labels trains without labels; --no-vectors ignores .npy members",
+        "labels from .json, --no-labels trains without labels",
     ]
     with pytest.raises(ValueError, match="3 of 5 shards"):  # lenient with samples, not with tars
         index_shards(tmp_path, {"train": sorted(tmp_path.glob("*.tar"))}, lenient=True)
